@@ -1,0 +1,46 @@
+"""Pre-train transformers and fine-tune them; the checkpoint is a Hugging Face directory.
+
+The names below are the public interface. They are imported on first use, so that ``import pretrain`` costs
+nothing and ``pretrain --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "MaskedLM": "pretrain.objectives.masked_lm",
+    "Model": "pretrain.models.base",
+    "NextToken": "pretrain.objectives.next_token",
+    "Objective": "pretrain.objectives.base",
+    "Prepared": "pretrain.data.prepare",
+    "PretrainError": "pretrain.errors",
+    "RunConfig": "pretrain.config",
+    "Tokenizer": "pretrain.data.tokenizer",
+    "Trainer": "pretrain.training.trainer",
+    "build": "pretrain.models",
+    "evaluate": "pretrain.training.run",
+    "inspect": "pretrain.checkpoint",
+    "load": "pretrain.checkpoint",
+    "prepare": "pretrain.data.prepare",
+    "train": "pretrain.training.run",
+    "train_tokenizer": "pretrain.data.tokenizer",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

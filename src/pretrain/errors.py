@@ -1,0 +1,93 @@
+"""The errors that bad input can cause.
+
+Every message says what happened, where (file, row, tensor), the likely cause and the fix. Anything else that
+escapes from the package is a bug in the package.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "PretrainError",
+    "RunLocked",
+    "TokenizerError",
+    "TrainingError",
+    "did_you_mean",
+]
+
+
+class PretrainError(Exception):
+    """Base of every error that a user's input can cause."""
+
+
+class ConfigError(PretrainError):
+    """A setting is unknown, of the wrong type or impossible."""
+
+
+class DataError(PretrainError):
+    """A source, a prepared directory or a row cannot be used."""
+
+
+class TokenizerError(PretrainError):
+    """A tokenizer file is broken or does not fit what it is used with."""
+
+
+class ModelError(PretrainError):
+    """A model is asked for something it cannot do (a missing head, too many positions)."""
+
+
+class CheckpointError(PretrainError):
+    """A checkpoint directory cannot be written or read."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A file of a checkpoint is not what its manifest promised.
+
+    Args:
+        file: the file that differs.
+        expected: what the manifest or the format says.
+        found: what lies on disk.
+    """
+
+    def __init__(self, file: object, expected: object, found: object, hint: str = "") -> None:
+        self.file, self.expected, self.found = str(file), str(expected), str(found)
+        text = f"{self.file} is damaged: expected {self.expected}, found {self.found}."
+        super().__init__(f"{text} {hint}".strip())
+
+
+class RunLocked(CheckpointError):
+    """Another process is writing into the same run directory.
+
+    Args:
+        pid: the process that holds it (0: not known).
+        host: its host.
+        since: when it took the lock, ISO 8601 in UTC.
+        run_dir: the directory.
+    """
+
+    def __init__(self, pid: int, host: str, since: str, run_dir: object = "this directory") -> None:
+        self.pid, self.host, self.since = pid, host, since
+        super().__init__(
+            f"{run_dir} is in use by process {pid} on {host} since {since}. Two runs in one directory would "
+            f"overwrite each other: wait for it, stop it, or choose another output directory."
+        )
+
+
+class TrainingError(PretrainError):
+    """Training cannot start or cannot go on."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, else the list of known names."""
+    options = sorted(str(item) for item in known)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Known: {', '.join(options)}." if options else ""

@@ -1,0 +1,141 @@
+"""Cross entropy over a large vocabulary without ever holding all logits.
+
+The projection onto the vocabulary, the softmax and the gradients of both are computed chunk by chunk in the
+forward pass, so the largest buffer is one chunk of logits instead of (N, V) logits, their softmax and their
+gradient. The idea is that of Liger Kernel (arXiv 2410.10989) and of cut cross entropy (arXiv 2411.09009);
+this one is plain torch, so it runs on every device.
+
+Letters: N targets, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["IGNORE", "chunked_cross_entropy"]
+
+IGNORE = -100
+# Logits per chunk. Small enough to stay near a CPU's cache, large enough that a GPU's matmul is well fed.
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the negative log-likelihoods of ``labels`` under ``softmax(hidden @ weight.T + bias)``.
+
+    Under autocast the products run in the autocast type; the softmax is always fp32.
+
+    Args:
+        hidden: (N, D) features at the target positions.
+        weight: (V, D) output projection, often the tied embedding.
+        labels: (N,) target ids; -100 is ignored.
+        bias: (V,) or None.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` when given.
+        chunk: targets in one chunk; chosen from V and the device when None.
+
+    Returns:
+        ``(total, correct)``: the summed loss in nats (fp32 scalar with a gradient) and the number of targets
+        whose largest logit is the label (fp32 scalar without one). No target at all gives zeros.
+    """
+    if chunk is None:
+        budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
+        chunk = max(32, budget // max(1, weight.shape[0]))
+    total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, softcap, chunk)
+    return total, correct
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        needs_bias = bias is not None and ctx.needs_input_grad[2]
+        with torch.autocast(device, enabled=False):
+            low_weight = weight.to(dtype)
+            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs_bias else None
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            for start in range(0, hidden.shape[0], chunk):
+                part = hidden[start : start + chunk].to(dtype)
+                target = labels[start : start + chunk]
+                logits = part @ low_weight.T  # (n, V)
+                if bias is not None:
+                    logits = logits + bias.to(dtype)
+                loss, hits, grad = _chunk(
+                    logits, target, softcap, needs_hidden or needs_weight or needs_bias
+                )
+                total += loss
+                correct += hits
+                if grad is None:
+                    continue
+                low = grad.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + chunk] = low @ low_weight
+                if grad_weight is not None:
+                    grad_weight += low.T @ part
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.weight_dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_total).to(ctx.bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunk(
+    logits: Tensor, target: Tensor, softcap: float | None, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, hits and the gradient with respect to the raw logits of one chunk, (n, V) -> (n, V)."""
+    logits = logits.float()
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    valid = target != IGNORE
+    index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
+    log_probs = torch.log_softmax(capped, dim=1)
+    picked = log_probs.gather(1, index).squeeze(1)
+    loss = -torch.where(valid, picked, torch.zeros_like(picked)).sum()
+    hits = ((picked >= log_probs.amax(1)) & valid).sum().float()
+    if not with_grad:
+        return loss, hits, None
+    grad = log_probs.exp_()
+    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    if softcap is not None:
+        grad = grad * (1 - (capped / softcap).square())
+    # Select, never multiply: an ignored row may hold a NaN and 0 * NaN is NaN.
+    return loss, hits, torch.where(valid.unsqueeze(1), grad, torch.zeros_like(grad))

@@ -1,0 +1,116 @@
+"""The chunked loss against torch's own cross entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from pretrain.nn.loss import chunked_cross_entropy
+
+
+def _case(n: int, d: int, v: int, seed: int) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=g, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(v, d, generator=g, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(v, generator=g, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, v, (n,), generator=g)
+    return hidden, weight, bias, labels
+
+
+@given(
+    n=st.integers(1, 40),
+    d=st.integers(1, 8),
+    v=st.integers(2, 30),
+    chunk=st.integers(1, 50),
+    cap=st.sampled_from([None, 5.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_plain_cross_entropy(
+    n: int, d: int, v: int, chunk: int, cap: float | None, seed: int
+) -> None:
+    hidden, weight, bias, labels = _case(n, d, v, seed)
+    labels[::3] = -100
+    total, correct = chunked_cross_entropy(
+        hidden, weight, labels, bias=bias, softcap=cap, chunk=chunk
+    )
+    (total * 0.5).backward()
+    ours = [hidden.grad, weight.grad, bias.grad]
+    hidden.grad = weight.grad = bias.grad = None
+    logits = hidden @ weight.T + bias
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    plain = cross_entropy(logits, labels, reduction="sum")
+    (plain * 0.5).backward()
+    # The softmax is fp32 by design, so fp64 inputs agree to fp32's precision.
+    torch.testing.assert_close(total.double(), plain.detach(), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(ours, [hidden.grad, weight.grad, bias.grad], strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+    hits = ((logits.argmax(1) == labels) & (labels != -100)).sum()
+    assert correct == hits
+
+
+def test_fully_masked_batch_is_zero() -> None:
+    hidden, weight, _, labels = _case(6, 4, 10, 0)
+    total, correct = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    total.backward()
+    assert total == 0 and correct == 0
+    assert hidden.grad is not None and torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_no_target_at_all() -> None:
+    hidden, weight, _, labels = _case(6, 4, 10, 0)
+    total, _ = chunked_cross_entropy(hidden[:0], weight, labels[:0])
+    total.backward()
+    assert total == 0
+
+
+def test_ignored_row_may_hold_nan() -> None:
+    hidden, weight, _, labels = _case(6, 4, 10, 0)
+    with torch.no_grad():
+        hidden[2] = float("nan")
+    labels[2] = -100
+    total, _ = chunked_cross_entropy(hidden, weight, labels)
+    total.backward()
+    assert total.isfinite() and hidden.grad is not None and hidden.grad[2].eq(0).all()
+
+
+def test_loss_does_not_touch_labels() -> None:
+    hidden, weight, _, labels = _case(6, 4, 10, 0)
+    before = labels.clone()
+    chunked_cross_entropy(hidden, weight, labels)
+    assert torch.equal(before, labels)
+
+
+def test_no_buffer_of_all_logits() -> None:
+    """Peak extra memory is a chunk of logits, not N x V of them."""
+    n, d, v, chunk = 4096, 8, 512, 64
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for item in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(item, torch.Tensor):
+                    largest = max(largest, item.numel())
+            return out
+
+    with Watch():
+        total, _ = chunked_cross_entropy(hidden, weight, torch.randint(0, v, (n,)), chunk=chunk)
+        total.backward()
+    assert largest <= max(chunk * v, n * d, v * d)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast_stays_close(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(256, 32), torch.randn(100, 32) * 0.1
+    labels = torch.randint(0, 100, (256,))
+    exact, _ = chunked_cross_entropy(hidden, weight, labels)
+    with torch.autocast("cpu", dtype=dtype):
+        low, _ = chunked_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(low, exact, rtol=1e-2, atol=0)
