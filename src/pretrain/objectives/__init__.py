@@ -1,0 +1,62 @@
+"""What is trained: one file per objective, each a model together with its loss.
+
+``OBJECTIVES`` gives the short names that a configuration may use; any other class is named by its import path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from pretrain.errors import ConfigError, did_you_mean
+from pretrain.objectives.base import Loss, Objective
+
+__all__ = ["OBJECTIVES", "Loss", "Objective", "build_objective", "objective_class"]
+
+OBJECTIVES = {
+    "NextToken": "pretrain.objectives.next_token.NextToken",
+    "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
+}
+
+
+def objective_class(class_path: str) -> type[Objective]:
+    """Resolve a short name or an import path to the class.
+
+    Raises:
+        ConfigError: nothing of that name exists, or it is not an ``Objective``.
+    """
+    path = OBJECTIVES.get(class_path, class_path)
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ConfigError(
+            f"objective.class_path: no objective is called {class_path!r}."
+            + did_you_mean(class_path, OBJECTIVES)
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"objective.class_path: cannot import {path!r} ({error}). Name a class by its full import path, "
+            f"or use one of {', '.join(OBJECTIVES)}."
+        ) from error
+    if not (inspect.isclass(found) and issubclass(found, Objective)):
+        raise ConfigError(
+            f"objective.class_path: {path!r} is not a subclass of pretrain.Objective."
+        )
+    return found
+
+
+def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> Objective:
+    """Build an objective around ``model``; unknown or missing arguments are named with their dotted key."""
+    cls = objective_class(class_path)
+    known = [
+        name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "model")
+    ]
+    for key in init_args:
+        if key not in known:
+            raise ConfigError(
+                f"objective.init_args.{key}: {cls.__name__} has no such argument."
+                + did_you_mean(key, known)
+            )
+    return cls(model, **init_args)

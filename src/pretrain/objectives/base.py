@@ -1,0 +1,175 @@
+"""The contract between a loss and the trainer.
+
+An objective owns a model, turns examples into batches (masking, corruption and pairing happen here) and returns
+sums, never means: the trainer divides once, by the number of targets in the whole global batch.
+
+Letters: B rows, T tokens, D hidden, V vocabulary, N targets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pretrain.nn.loss import IGNORE, chunked_cross_entropy
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["Batch", "Example", "Loss", "Objective", "stack"]
+
+Batch = dict[str, Tensor]
+Example = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Loss:
+    """Sums over the targets of one batch.
+
+    Attributes:
+        total: summed loss, in nats for likelihoods; scalar with a gradient.
+        count: number of targets; scalar.
+        metrics: further sums over targets, such as ``correct``.
+    """
+
+    total: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def stack(examples: Sequence[Example], keys: Sequence[str]) -> Batch:
+    """Stack the named arrays of equally shaped examples into tensors with a leading row dimension."""
+    return {
+        key: torch.from_numpy(np.stack([example[key] for example in examples]))
+        for key in keys
+        if key in examples[0]
+    }
+
+
+class Objective(nn.Module):
+    """A model and its loss: the thing that is trained, sharded and compiled.
+
+    A subclass writes ``collate`` and ``forward``. Other modules that it needs (a generator, a teacher) are
+    children of it, and the trainer saves them beside the model.
+    """
+
+    couples_examples: ClassVar[bool] = (
+        False  # a loss over pairs of rows is not additive over micro-batches
+    )
+    head_kind: ClassVar[str | None] = None  # the head that a fresh model for this objective gets
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        """Turn examples into a batch.
+
+        Args:
+            examples: one mapping of arrays per row.
+            rngs: one generator per row, keyed by the row's place in the run, so that what is drawn for a row
+                depends neither on its neighbours nor on how many processes share the work.
+            evaluation: the batch is for evaluation, where each row gets the same draw every time.
+        """
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> Tensor:
+        """Number of targets in the batch, as a scalar tensor."""
+        return (batch["labels"] != IGNORE).sum()
+
+    def forward(self, batch: Batch) -> Loss:
+        raise NotImplementedError
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, float], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Turn the sums over an evaluation into the figures that are shown.
+
+        Args:
+            total: summed loss.
+            count: number of targets.
+            metrics: summed metrics of ``Loss``.
+            stats: figures of the data, such as ``tokens_per_byte``.
+        """
+        mean = total / count if count else math.nan
+        return {"loss": mean} | {key: value / count for key, value in metrics.items() if count}
+
+    def expected_first_loss(self) -> float | None:
+        """Loss of a model that has learned nothing, to hold the first step against; None if unknown."""
+        return None
+
+    def flops(self, tokens: int, targets: int, row_length: int) -> float:
+        """Floating-point operations of one forward and backward pass (PaLM appendix B, arXiv 2204.02311).
+
+        Every matrix of the blocks costs 6 operations per weight and token, attention 12·D·T per layer and token
+        (both directions counted, causal or not, by convention), and the vocabulary 6·D·V per *target*.
+        """
+        blocks = self.model.backbone.blocks()
+        body = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim >= 2)
+        attention = 2 * len(blocks) * self.model.backbone.config.hidden_size * row_length
+        head = self.head_weights()
+        return 6.0 * (body + attention) * tokens + 6.0 * head * targets
+
+    def head_weights(self) -> int:
+        """Weights that every target is multiplied with."""
+        return 0 if self.model.head is None else sum(p.numel() for p in self.model.head.parameters())
+
+    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+        """A few lines that show what the model can do now, for the log; none by default."""
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        """What ``config.json`` records about the objective."""
+        return {"name": type(self).__name__}
+
+
+class TokenObjective(Objective):
+    """Cross entropy at chosen positions of a token sequence, through the model's vocabulary head."""
+
+    def forward(self, batch: Batch) -> Loss:
+        """Gather the target positions first, then project: logits exist only where there is a target."""
+        inputs = {
+            key: value for key, value in batch.items() if key not in ("labels", "target_index")
+        }
+        hidden = self.model.backbone(inputs)  # (B, T, D)
+        labels = batch["labels"].reshape(-1)
+        index = batch.get("target_index")
+        if index is None:
+            index = (labels != IGNORE).nonzero().squeeze(1)
+        head: Any = self.model.head
+        features = head.features(hidden.reshape(-1, hidden.shape[-1])[index])  # (N, D)
+        targets = labels[index]
+        total, correct = chunked_cross_entropy(
+            features, head.weight(), targets, bias=head.bias(), softcap=head.softcap
+        )
+        count = (targets != IGNORE).sum()
+        return Loss(total, count, {"accuracy": correct})
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, float], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Add perplexity, which is the exponential of the loss."""
+        figures = super().summarize(total, count, metrics, stats)
+        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
+        return figures
+
+    def head_weights(self) -> int:
+        """The vocabulary projection counts although it may be tied to the embedding."""
+        head: Any = self.model.head
+        return int(head.weight().numel())
+
+    def expected_first_loss(self) -> float | None:
+        """A model that has learned nothing spreads its probability over the whole vocabulary."""
+        return math.log(self.model.backbone.vocab_size)

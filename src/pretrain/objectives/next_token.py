@@ -1,0 +1,88 @@
+"""Next-token prediction: the causal language-model loss of GPT (Radford et al., 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from pretrain.errors import ModelError
+from pretrain.nn.loss import IGNORE
+from pretrain.objectives.base import Batch, Example, TokenObjective, stack
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["NextToken"]
+
+
+class NextToken(TokenObjective):
+    """Predict every token from those before it in the same document.
+
+    Args:
+        model: a causal model with a language-model head.
+
+    Raises:
+        ModelError: the model's attention is bidirectional, or it has no vocabulary head.
+    """
+
+    head_kind: ClassVar[str | None] = "causal-lm"
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        if model.head_kind != "causal-lm":
+            raise ModelError(
+                f"NextToken needs a causal model with a language-model head; this {model.backbone.model_type} "
+                f"model has the head {model.head_kind!r}. Train it with MaskedLM, or build a causal family "
+                "(gpt2, llama, mistral, qwen2, qwen3)."
+            )
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        """Rows of token ids to a batch; ``labels[:, t]`` is the token that follows position t.
+
+        The last token of a document predicts nothing: its successor belongs to another document.
+        """
+        batch = stack(examples, ("input_ids", "document_ids", "position_ids", "attention_mask"))
+        ids = batch["input_ids"]  # (B, T)
+        documents = batch.get("document_ids", batch.get("attention_mask"))
+        if documents is None:
+            documents = torch.ones_like(ids)
+        labels = torch.full_like(ids, IGNORE)
+        inside = (documents[:, :-1] == documents[:, 1:]) & (documents[:, :-1] != 0)
+        labels[:, :-1] = torch.where(inside, ids[:, 1:], labels[:, :-1])
+        batch["labels"] = labels
+        batch["target_index"] = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
+        return batch
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, float], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Add bits per byte, which compares models with different tokenizers."""
+        figures = super().summarize(total, count, metrics, stats)
+        if "tokens_per_byte" in stats:
+            figures["bits_per_byte"] = figures["loss"] / math.log(2) * stats["tokens_per_byte"]
+        return figures
+
+    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+        """Continue the prompt, or the first tokens of a held-out row."""
+        model: Any = self.model
+        if model.tokenizer is None:
+            return []
+        if not prompt:
+            ids = [
+                int(i)
+                for i in examples[0]["input_ids"][:16]
+                if int(i) not in model.tokenizer.special_ids
+            ]
+            prompt = model.tokenizer.decode(ids)
+        text = model.generate(prompt, max_new_tokens=48, temperature=0.8, top_k=50, seed=seed)
+        return [text if str(text).startswith(prompt) else prompt + str(text)]

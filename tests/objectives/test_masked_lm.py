@@ -1,0 +1,140 @@
+"""Masking against the published rule: rate, 80/10/10, special tokens, whole words, fixed evaluation masks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.errors import ConfigError, ModelError, TokenizerError
+from pretrain.objectives import build_objective
+from pretrain.objectives.masked_lm import MaskedLM
+
+MASK, VOCAB = 4, 60
+
+
+class _Words:
+    """A tokenizer of 60 tokens: 0 to 4 are special, odd ids from 31 up continue a word."""
+
+    mask_id = MASK
+    special_ids = frozenset(range(5))
+    continues = np.array([i > 30 and i % 2 == 1 for i in range(VOCAB)])
+
+    def __len__(self) -> int:
+        return VOCAB
+
+
+def _model(tokenizer: Any = None, head: str = "masked-lm") -> Any:
+    return SimpleNamespace(
+        head_kind=head,
+        tokenizer=tokenizer if tokenizer is not None else _Words(),
+        backbone=SimpleNamespace(model_type="bert", vocab_size=VOCAB),
+    )
+
+
+def _row(rng: np.random.Generator, length: int, padding: int = 0) -> dict[str, np.ndarray]:
+    ids = rng.integers(5, VOCAB, length)
+    ids[0], ids[-1 - padding] = 2, 3
+    documents = np.ones(length, dtype=np.int64)
+    if padding:
+        ids[-padding:], documents[-padding:] = 0, 0
+    return {"input_ids": ids, "document_ids": documents, "position_ids": np.arange(length)}
+
+
+def _rng(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+@given(
+    length=st.integers(8, 200),
+    padding=st.integers(0, 5),
+    rate=st.sampled_from([0.15, 0.3, 0.5]),
+    seed=st.integers(0, 500),
+    whole=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_rules_of_masking(length: int, padding: int, rate: float, seed: int, whole: bool) -> None:
+    objective = MaskedLM(_model(), rate=rate, whole_word=whole)
+    row = _row(_rng(seed), length, padding)
+    before = row["input_ids"].copy()
+    batch = objective.collate([row], [_rng(seed + 1)])
+    labels, ids = batch["labels"][0].numpy(), batch["input_ids"][0].numpy()
+    targets = labels != -100
+    assert np.array_equal(row["input_ids"], before), "the example itself was changed"
+    assert np.array_equal(labels[targets], before[targets]), "labels are the original ids"
+    assert np.array_equal(ids[~targets], before[~targets]), "other tokens are untouched"
+    assert not targets[before < 5].any(), "a special token or padding became a target"
+    assert not np.isin(ids[targets & (ids != MASK)], range(5)).any(), "a random id is special"
+    candidates = int((before >= 5).sum())
+    wanted = max(1, round(rate * candidates))
+    if whole:
+        assert targets.any()
+        continues = _Words.continues
+        for i in range(1, length):
+            if continues[before[i]] and before[i - 1] >= 5 and before[i] >= 5:
+                assert targets[i] == targets[i - 1], "a word was cut"
+    else:
+        assert int(targets.sum()) == wanted
+    assert np.array_equal(batch["target_index"].numpy(), np.flatnonzero(targets))
+
+
+def test_eighty_ten_ten() -> None:
+    objective = MaskedLM(_model(), rate=0.3)
+    rows = [_row(_rng(i), 512) for i in range(40)]
+    batch = objective.collate(rows, [_rng(1000 + i) for i in range(40)])
+    labels, ids = batch["labels"].numpy(), batch["input_ids"].numpy()
+    target = labels != -100
+    share = {
+        "mask": np.mean(ids[target] == MASK),
+        "same": np.mean(ids[target] == labels[target]),
+    }
+    assert share["mask"] == pytest.approx(0.8, abs=0.02)
+    # A random id equals the truth once in 55 draws, on top of the tenth that is kept.
+    assert share["same"] == pytest.approx(0.1 + 0.1 / 55, abs=0.02)
+
+
+def test_mask_depends_on_the_row_alone() -> None:
+    """Same generator, same mask: whatever the neighbours, the batch and the global random state."""
+    objective = MaskedLM(_model())
+    rows = [_row(_rng(i), 64) for i in range(6)]
+    together = objective.collate(rows, [_rng(i) for i in range(6)])
+    np.random.seed(0)
+    for i, row in enumerate(rows):
+        alone = objective.collate([row], [_rng(i)])
+        assert np.array_equal(alone["input_ids"][0], together["input_ids"][i])
+        assert np.array_equal(alone["labels"][0], together["labels"][i])
+
+
+def test_evaluation_uses_its_own_rate() -> None:
+    objective = MaskedLM(_model(), rate=0.5)
+    row = _row(_rng(0), 402)
+    training = objective.collate([row], [_rng(1)])
+    held_out = objective.collate([row], [_rng(1)], evaluation=True)
+    assert int(objective.count(training)) == 200 and int(objective.count(held_out)) == 60
+
+
+def test_row_of_special_tokens_has_no_target() -> None:
+    row = {"input_ids": np.array([2, 3, 0, 0]), "document_ids": np.array([1, 1, 0, 0])}
+    batch = MaskedLM(_model()).collate([row], [_rng(0)])
+    assert int(MaskedLM(_model()).count(batch)) == 0
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ConfigError, match="rate is 1[.]5"):
+        MaskedLM(_model(), rate=1.5)
+    with pytest.raises(ConfigError, match="sum to"):
+        MaskedLM(_model(), mask_share=0.8, random_share=0.3)
+    with pytest.raises(ModelError, match="NextToken"):
+        MaskedLM(_model(head="causal-lm"))
+    without = _Words()
+    without.mask_id = None  # type: ignore[assignment]
+    with pytest.raises(TokenizerError, match="mask token"):
+        MaskedLM(_model(tokenizer=without))
+    with pytest.raises(ConfigError, match="whole_word"):
+        build_objective("MaskedLM", {"whole_words": True}, _model())
+    with pytest.raises(ConfigError, match="MaskedLM"):
+        build_objective("MaskLM", {}, _model())
