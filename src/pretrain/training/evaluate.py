@@ -1,0 +1,83 @@
+"""Evaluation on held-out rows: sums over targets, the same rows and the same draws every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pretrain.data.loader import row_rngs
+from pretrain.errors import DataError
+from pretrain.training.feed import to_device
+from pretrain.training.precision import Precision
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Objective
+
+__all__ = ["data_stats", "evaluate_rows"]
+
+_SEED = 0x5EED  # of evaluation draws: part of the definition of the figure, so no run can set it
+
+
+def data_stats(data: Any) -> dict[str, float]:
+    """Figures of a split that turn a loss per token into one per byte; empty when it has no text."""
+    tokens, size = getattr(data, "num_tokens", 0), getattr(data, "num_bytes", 0)
+    return {"tokens_per_byte": tokens / size} if tokens and size else {}
+
+
+def evaluate_rows(
+    objective: Objective,
+    data: Sequence[Any],
+    precision: Precision,
+    *,
+    batch_rows: int,
+    limit: int = 0,
+) -> dict[str, float]:
+    """Evaluate an objective.
+
+    Args:
+        objective: its model is put into evaluation mode and back.
+        data: held-out rows, taken in their own order.
+        precision: compute type and device.
+        batch_rows: rows in one forward pass.
+        limit: rows at most, spread evenly over the data; 0 takes all.
+
+    Returns:
+        The objective's figures (``loss`` in nats per target and what it adds), with ``targets``.
+
+    Raises:
+        DataError: there is no row, or no row has a target.
+    """
+    rows = len(data)
+    if rows == 0:
+        raise DataError(
+            "There are no held-out rows to evaluate on: hold out more text (data.valid)."
+        )
+    take = range(rows) if not limit or limit >= rows else [i * rows // limit for i in range(limit)]
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    count = 0.0
+    metrics: dict[str, float] = {}
+    was_training = objective.training
+    objective.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(take), batch_rows):
+                part = take[start : start + batch_rows]
+                rngs = [row_rngs(_SEED, "evaluation", row, 1)[0] for row in part]
+                batch = objective.collate([data[row] for row in part], rngs, evaluation=True)
+                with precision.autocast():
+                    loss = objective(to_device(batch, precision.device))
+                total += loss.total.double().cpu()
+                count += float(loss.count)
+                for key, value in loss.metrics.items():
+                    metrics[key] = metrics.get(key, 0.0) + float(value)
+    finally:
+        objective.train(was_training)
+    if count == 0:
+        raise DataError(
+            f"None of the {len(take)} held-out rows has a target, so there is nothing to evaluate. "
+            "Check the masking rate and that the rows are not empty or all special tokens."
+        )
+    figures = objective.summarize(float(total), count, metrics, data_stats(data))
+    return figures | {"targets": count}

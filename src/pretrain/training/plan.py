@@ -1,0 +1,98 @@
+"""How many steps a run has and how a global batch is cut, both independent of the number of devices."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pretrain.config import TrainConfig, parse_limit
+from pretrain.errors import ConfigError
+from pretrain.objectives.base import Objective
+from pretrain.training.state import RunState
+
+__all__ = ["Plan", "choose_micro_rows", "row_length"]
+
+# Tokens in one forward pass: on a CPU about what its caches carry, on a GPU enough to fill it.
+_MICRO_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 8192}
+
+
+def row_length(data: Sequence[Any]) -> int:
+    """Length of the longest array of the first row: tokens of a text row."""
+    return max(len(value) for value in data[0].values())
+
+
+def choose_micro_rows(
+    train: TrainConfig, data: Sequence[Any], objective: Objective, device: torch.device
+) -> int:
+    """Rows in one forward pass: as configured, else the largest divisor of the batch that fits a token budget.
+
+    Raises:
+        ConfigError: the batch is no multiple of the micro-batch, or the objective couples its examples and the
+            batch would be cut.
+    """
+    rows = train.micro_rows
+    if rows == 0:
+        budget = max(1, _MICRO_TOKENS.get(device.type, 8192) // row_length(data))
+        rows = max(
+            d for d in range(1, train.batch_rows + 1) if train.batch_rows % d == 0 and d <= budget
+        )
+        rows = train.batch_rows if objective.couples_examples else rows
+    if train.batch_rows % rows:
+        near = [d for d in range(1, train.batch_rows + 1) if train.batch_rows % d == 0]
+        raise ConfigError(
+            f"train.batch_rows {train.batch_rows} is no multiple of train.micro_rows {rows}. "
+            f"micro_rows may be one of {', '.join(map(str, near))}."
+        )
+    if objective.couples_examples and rows != train.batch_rows:
+        raise ConfigError(
+            f"{type(objective).__name__} compares the rows of a batch with each other, so its loss does not add "
+            f"up over micro-batches: set train.micro_rows to train.batch_rows ({train.batch_rows}) or 0."
+        )
+    return rows
+
+
+class Plan:
+    """Turns ``train.limit`` into optimizer steps.
+
+    Steps, tokens and epochs are exact and known before step 0. Minutes become steps by the measured pace and are
+    planned anew after every step, so that the schedule ends when the time does.
+    """
+
+    def __init__(self, train: TrainConfig, data: Sequence[Any]) -> None:
+        self.limit = parse_limit(train.limit)
+        self._batch_rows = train.batch_rows
+        self._rows = int(getattr(data, "epoch_rows", 0) or len(data))
+        tokens = getattr(data, "num_tokens", 0) or row_length(data) * len(data)
+        self._tokens_per_row = tokens / len(data)
+        self._first: tuple[float, int] | None = None
+        self.reserve = 1.0  # seconds kept for the last evaluation and the last checkpoint
+
+    def total_steps(self, seconds_per_step: float = 1.0) -> int:
+        """Steps of the whole run; ``seconds_per_step`` matters for a limit in minutes alone."""
+        value = self.limit.value
+        if self.limit.kind == "steps":
+            return max(1, int(value))
+        if self.limit.kind == "epochs":
+            return max(1, math.ceil(value * self._rows / self._batch_rows))
+        if self.limit.kind == "tokens":
+            return max(1, math.ceil(value / (self._tokens_per_row * self._batch_rows)))
+        return max(1, int(value * 60 / max(seconds_per_step, 1e-6)))
+
+    def replan(self, state: RunState) -> int:
+        """Steps of the whole run as seen after a step."""
+        if self.limit.kind != "minutes":
+            return state.total_steps
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, state.step)
+        left = self.limit.value * 60 - self.reserve - state.seconds
+        if left <= 0:
+            return state.step
+        steps = state.step - self._first[1]
+        if steps < 3:
+            return max(state.total_steps, state.step + 1)
+        return state.step + max(1, int(left * steps / (now - self._first[0])))

@@ -1,0 +1,164 @@
+"""Which number type to compute in, and why.
+
+Weights, moments and reductions are always fp32; only the arithmetic of the forward and backward pass changes.
+fp16 needs loss scaling (arXiv 1710.03740); bf16 does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import ConfigError, did_you_mean
+
+__all__ = ["LossScale", "Precision", "choose_device", "choose_precision", "peak_flops"]
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+# Dense bf16/fp16 peaks from the vendors' data sheets, FLOP/s.
+_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The chosen compute type on a device, with the reason that is printed."""
+
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    reason: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of a forward pass; a no-op for fp32."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The named device, or the best one at hand.
+
+    Raises:
+        ConfigError: the device is unknown or not at hand.
+    """
+    known = ("auto", "cpu", "cuda", "mps")
+    if name.split(":")[0] not in known:
+        raise ConfigError(f"parallel.device is {name!r}." + did_you_mean(name, known))
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there[device.type]:
+        raise ConfigError(
+            f"parallel.device is {name!r}, but this machine or this build of torch has no {device.type} device. "
+            "Use parallel.device=auto, or install a torch build for your hardware."
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """Resolve ``auto`` by what the hardware is good at, and refuse what it is hopeless at.
+
+    Raises:
+        ConfigError: unknown name, or fp16 on a CPU.
+    """
+    if name not in PRECISIONS:
+        raise ConfigError(f"train.precision is {name!r}." + did_you_mean(name, PRECISIONS))
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "train.precision is fp16 on a CPU, where fp16 products run hundreds of times slower than fp32. "
+            "Use train.precision=auto, which takes bf16 where the processor has it."
+        )
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name != "auto":
+        return Precision(name, types[name], device, "as configured")
+    if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+        chosen, why = (
+            ("bf16", "tensor cores")
+            if major >= 8
+            else ("fp16", f"capability {major}.x has no bf16")
+        )
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        chosen, why = (
+            ("bf16", "the CPU has bf16 dot products") if fast else ("fp32", "no bf16 on this CPU")
+        )
+    else:
+        chosen, why = "fp32", f"{device.type} runs it without loss scaling"
+    return Precision(chosen, types[chosen], device, why)
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16: two numbers of state, exact in a checkpoint.
+
+    The scale halves when a gradient overflows and doubles after ``interval`` good steps.
+    """
+
+    def __init__(self, enabled: bool, scale: float = 65536.0, interval: int = 2000) -> None:
+        self.enabled, self.interval = enabled, interval
+        self.scale = scale if enabled else 1.0
+        self.good = 0
+
+    def unscale(self, grads: list[Tensor]) -> None:
+        """Divide the gradients by the scale, in place."""
+        if self.enabled and grads:
+            torch._foreach_mul_(grads, 1.0 / self.scale)
+
+    def update(self, finite: bool) -> None:
+        """Adapt after a step."""
+        if not self.enabled:
+            return
+        if not finite:
+            self.scale, self.good = max(1.0, self.scale / 2), 0
+            return
+        self.good += 1
+        if self.good >= self.interval:
+            self.scale, self.good = self.scale * 2, 0
+
+    def explains(self) -> bool:
+        """Whether an overflow is the scale's doing rather than the model's."""
+        return self.enabled and self.scale > 1.0
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"scale": self.scale, "good": self.good}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Restore what ``state`` returned."""
+        self.scale, self.good = float(state["scale"]), int(state["good"])
+
+
+def peak_flops(precision: Precision) -> float:
+    """FLOP/s that the device can reach in this type: the data sheet for known GPUs, else a measured product.
+
+    The measurement is one square product per try, best of five; it takes a few milliseconds.
+    """
+    if precision.device.type == "cuda" and precision.name != "fp32":
+        name = torch.cuda.get_device_name(precision.device)
+        for key, value in _PEAKS.items():
+            if key in name:
+                return value
+    import time
+
+    size = 1024 if precision.device.type == "cpu" else 4096
+    # Its own generator: measuring a machine must not move the global random stream.
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(size, size, generator=draw).to(precision.device, precision.dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        b = a @ a
+        b[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

@@ -1,0 +1,234 @@
+"""Everything that is checked before step 0, because it is cheaper to fail now than in an hour."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import check_writable, load, save_model
+from pretrain.errors import DataError, TrainingError
+from pretrain.training.feed import Feed, to_device
+from pretrain.training.plan import row_length
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Batch
+    from pretrain.training.trainer import Trainer
+
+__all__ = ["check_batch", "preflight"]
+
+
+def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
+    """Check data against model, run the largest batch, save and reload, and print what will happen.
+
+    Returns:
+        Seconds that one optimizer step takes, estimated.
+
+    Raises:
+        DataError, TrainingError, CheckpointError: see the message.
+    """
+    train, data, state = trainer.train, trainer.train_data, trainer.state
+    if len(data) == 0:
+        raise DataError(
+            "There are no training rows. The source is empty or everything went to validation."
+        )
+    if len(data) < train.batch_rows:
+        raise DataError(
+            f"The data have {len(data)} rows and train.batch_rows is {train.batch_rows}: a batch would hold rows "
+            f"twice. Set train.batch_rows to {len(data)} or less, use shorter rows (data.row_length) or more text."
+        )
+    check_lengths(trainer)
+    parameters = sum(p.numel() for p in trainer.objective.parameters())
+    # Weights in the file, and two moments and perhaps the raw weights beside them.
+    size = 4 * parameters * (4 if trainer.average.decay else 3)
+    check_writable(trainer.out, size * (train.keep + 1))
+    feed = Feed(
+        trainer.objective,
+        data,
+        seed=train.seed,
+        start=state.rows,
+        batch_rows=train.batch_rows,
+        micro_rows=trainer.micro_rows,
+    )
+    batches = feed.step_at(state.rows)
+    for batch in batches:
+        check_batch(batch, trainer)
+    first_loss, seconds = trial_step(trainer, batches)
+    if checkpoint is None:
+        check_round_trip(trainer)
+    lines = describe(trainer, checkpoint, parameters, seconds * len(batches))
+    expected = trainer.objective.expected_first_loss()
+    if checkpoint is None and expected is not None:
+        verdict = (
+            ""
+            if first_loss < 1.2 * expected + 0.5
+            else "  <- far above: check initialisation and labels"
+        )
+        lines.append(
+            f"first loss {first_loss:.3f}, a model that knows nothing has {expected:.3f}{verdict}"
+        )
+    if checkpoint is not None:
+        lines.append(check_resumed(trainer, checkpoint))
+    for line in lines:
+        trainer.say(line)
+    return seconds * len(batches)
+
+
+def check_lengths(trainer: Trainer) -> None:
+    """Rows must fit the positions, and the data's vocabulary the embedding."""
+    backbone = trainer.objective.model.backbone
+    for name, rows in (("training", trainer.train_data), ("held-out", trainer.eval_data or ())):
+        if len(rows) and backbone.max_length and row_length(rows) > backbone.max_length:
+            raise DataError(
+                f"The {name} rows have {row_length(rows)} tokens, but the model has {backbone.max_length} "
+                "positions. Prepare shorter rows (data.row_length) or build a model with more (model.overrides "
+                "max_positions)."
+            )
+
+
+def check_batch(batch: Batch, trainer: Trainer) -> None:
+    """Ids, positions and labels against the model, on the CPU, where the error can name the row.
+
+    Raises:
+        DataError: an id lies outside its table.
+    """
+    backbone = trainer.objective.model.backbone
+    limits: Mapping[str, tuple[str, int]] = {
+        "input_ids": ("vocabulary", backbone.vocab_size),
+        "labels": ("vocabulary", backbone.vocab_size),
+        "position_ids": ("number of positions", backbone.max_length or 2**62),
+    }
+    for key, (what, size) in limits.items():
+        if key not in batch or batch[key].ndim < 2:
+            continue
+        values: Tensor = batch[key]
+        low = -100 if key == "labels" else 0
+        wrong = (values >= size) | (values < low)
+        if wrong.any():
+            row, column = (int(i) for i in wrong.nonzero()[0][:2])
+            raise DataError(
+                f"Row {row} of the first batch has {key} {int(values[row, column])} at position {column}, but the "
+                f"model's {what} is {size}. The data were prepared with another tokenizer; prepare them again with "
+                "the model's own (data.tokenizer=CHECKPOINT)."
+            )
+
+
+def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Forward and backward of one micro-batch, all of which have the same, largest size; nothing is kept."""
+    count = sum(float(trainer.objective.count(batch)) for batch in batches)
+    if count == 0:
+        raise TrainingError(
+            "No row of the first batch has a target: every label is ignored, so there is nothing to learn. Check "
+            "the masking rate, the label column and that rows are longer than one token."
+        )
+    usable = next(batch for batch in batches if float(trainer.objective.count(batch)) > 0)
+    trainer.objective.train()
+    state = torch.get_rng_state()
+    loss = math.nan
+    seconds = math.inf
+    for _ in range(2):  # the first run also pays for allocation and kernel selection
+        start = time.perf_counter()
+        with trainer.precision.autocast():
+            result = trainer.objective(to_device(usable, trainer.device))
+        result.total.backward()
+        loss = float(result.total.detach()) / float(result.count)
+        seconds = min(seconds, time.perf_counter() - start)
+    untouched = [
+        name
+        for name, p in trainer.objective.named_parameters()
+        if p.requires_grad and p.grad is None
+    ]
+    trainer.optimizers.zero_grad()
+    torch.set_rng_state(state)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss of the first batch is {loss}. The weights or the rows hold a non-finite number."
+        )
+    if untouched:
+        trainer.say(
+            f"no gradient reaches {len(untouched)} trainable tensors, the first is {untouched[0]}"
+        )
+    return loss, seconds
+
+
+def check_round_trip(trainer: Trainer) -> None:
+    """Save, reload and compare before anything is spent on training."""
+    model = trainer.objective.model
+    folder = trainer.out / f".preflight-{os.getpid()}"
+    try:
+        save_model(model, folder)
+        again = load(folder, quiet=True).state_dict()
+        for name, tensor in model.state_dict().items():
+            if name not in again or not torch.equal(again[name], tensor.detach().cpu()):
+                raise TrainingError(
+                    f"Saving the model and loading it again changes {name!r}. The family's name table is wrong; "
+                    "nothing was trained."
+                )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_resumed(trainer: Trainer, checkpoint: Path) -> str:
+    """The loss of the probe rows must be what it was when the checkpoint was written."""
+    saved = trainer.state.probe_loss
+    line = f"resuming {checkpoint.name}: row {trainer.state.rows:,} of the run"
+    if saved is None:
+        return line
+    with trainer.average.applied():
+        now = trainer.probe()
+    if not math.isclose(now, saved, rel_tol=1e-2, abs_tol=1e-3):
+        raise TrainingError(
+            f"{checkpoint} gives a loss of {now:.6f} on the probe rows, where it gave {saved:.6f} when it was "
+            "saved. The weights, the data or the model's code have changed since; use a new train.out."
+        )
+    return f"{line}, probe loss {now:.4f}, was {saved:.4f}"
+
+
+def describe(
+    trainer: Trainer, checkpoint: Path | None, parameters: int, seconds: float
+) -> list[str]:
+    """The lines that are printed before the first step."""
+    train, optim, data = trainer.train, trainer.optim, trainer.train_data
+    steps = trainer.plan.total_steps(seconds)
+    tokens = getattr(data, "num_tokens", 0)
+    epochs = steps * train.batch_rows / max(1, int(getattr(data, "epoch_rows", 0) or len(data)))
+    accumulation = train.batch_rows // trainer.micro_rows
+    config = trainer.objective.model.backbone.config
+    per_token = 34 * config.hidden_size * len(trainer.objective.model.backbone.blocks())
+    needed = 16 * parameters + per_token * trainer.micro_rows * row_length(data)
+    lines = [
+        f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
+        f"{torch.get_num_threads()} threads",
+        f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
+        f"{type(trainer.objective).__name__}",
+        f"data {len(data):,} rows of {row_length(data)}, {tokens:,} tokens, {epochs:.2f} epochs in {steps:,} steps",
+        f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x 1 rank",
+        f"schedule {optim.schedule}, {optim.name} lr {optim.lr:g}"
+        + (f", Muon lr {optim.muon_lr:g}" if optim.name == "muon" else "")
+        + f", warm-up {optim.warmup:g}, limit {train.limit}",
+        f"memory about {needed / 2**30:.2f} GiB, {free_memory(trainer.device) / 2**30:.1f} GiB free",
+        f"output {trainer.out}",
+    ]
+    for key in ("mixture", "cut"):
+        if trainer.about.get(key):
+            lines.append(f"{key} {trainer.about[key]}")
+    if trainer.eval_data is None:
+        lines.append("no held-out rows: nothing will be evaluated")
+    return lines
+
+
+def free_memory(device: torch.device) -> float:
+    """Free bytes on the device, or of the machine; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return 0.0

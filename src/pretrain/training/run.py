@@ -1,0 +1,296 @@
+"""From a configuration to a finished run: data, model, objective and trainer put together.
+
+``train`` is what the command line and a notebook call. It is run again to resume: everything it builds is a
+function of the configuration, and the trainer goes on from the newest checkpoint in the output directory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import inspect, latest, load
+from pretrain.config import RunConfig
+from pretrain.data.prepare import Prepared, prepare
+from pretrain.errors import ConfigError, DataError, TokenizerError
+from pretrain.models import build
+from pretrain.models.base import Model
+from pretrain.objectives import build_objective, objective_class
+from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.plan import row_length
+from pretrain.training.precision import choose_device, choose_precision
+from pretrain.training.state import Run
+from pretrain.training.trainer import Hook, Trainer
+
+__all__ = ["evaluate", "train"]
+
+# Settings that may differ when a run goes on: they change when it ends or what it reports, not what it learns.
+_FREE = {
+    "train.limit",
+    "train.keep",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.save_every",
+    "train.log_every",
+    "train.sample",
+    "train.loggers",
+    "train.patience",
+    "train.out",
+    "train.best",
+    "data.workers",
+    "data.cache",
+    "parallel.threads",
+    "parallel.device",
+}
+# Embedding rows are padded to a multiple of this, which matrix units like; small vocabularies are left as they are.
+_VOCAB_MULTIPLE = 64
+
+
+def train(
+    config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
+    *,
+    hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
+    **sections: Any,
+) -> Run:
+    """Prepare the data, build the model and train it, or go on where an earlier call stopped.
+
+    Args:
+        config: a YAML file, a mapping of sections, a ``RunConfig``, or None for the defaults.
+        hooks: called after steps with a read-only record.
+        **sections: overrides by section, ``data={"train": "books"}``, or by dotted key.
+
+    Returns:
+        The run: its directory, last metrics and history.
+
+    Raises:
+        PretrainError: a setting, the data or the output directory cannot be used; the message says what to do.
+    """
+    settings = RunConfig.load(config, sections or None)
+    out = Path(settings.train.out)
+    check_same_run(settings, out)
+    data = open_data(settings)
+    model = make_model(settings, data)
+    objective = build_objective(settings.objective.class_path, settings.objective.init_args, model)
+    trainer = Trainer(
+        objective,
+        data.train,
+        optim=settings.optim,
+        train=settings.train,
+        parallel=settings.parallel,
+        eval_data=data.valid,
+        hooks=hooks,
+        about=about(settings, data),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    settings.save(out / "run.yaml")
+    return trainer.fit()
+
+
+def check_same_run(settings: RunConfig, out: Path) -> None:
+    """Refuse to go on in a directory whose run had other settings; harmless changes are printed.
+
+    Raises:
+        ConfigError: a setting that shapes the result differs.
+    """
+    written = out / "run.yaml"
+    if not written.exists() or latest(out) is None:
+        return
+    before, now = _flat(RunConfig.load(written).to_dict()), _flat(settings.to_dict())
+    changed = {
+        key: (before.get(key), now.get(key))
+        for key in before | now
+        if before.get(key) != now.get(key)
+    }
+    for key, (old, new) in changed.items():
+        if key in _FREE:
+            print(f"{out} goes on with {key} {new!r} (was {old!r})", file=sys.stderr)
+    shaping = {key: values for key, values in changed.items() if key not in _FREE}
+    if shaping:
+        text = "; ".join(
+            f"{key} is {new!r}, was {old!r}" for key, (old, new) in sorted(shaping.items())
+        )
+        raise ConfigError(
+            f"{out} holds a run with other settings, so resuming it would not give what either command says: "
+            f"{text}. Set train.out to a new directory, or take the old settings back from {written}."
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and prefix.count(".") < 1:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def open_data(settings: RunConfig) -> Prepared:
+    """The prepared directory that ``data.train`` names, or the sources it names, prepared (or found in the cache)."""
+    data = settings.data
+    if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
+        return Prepared.open(data.train)
+    tokenizer = data.tokenizer
+    if settings.model.checkpoint is not None and tokenizer == "bpe":
+        tokenizer = str(latest(Path(settings.model.checkpoint)) or settings.model.checkpoint)
+    return prepare(
+        data.train,
+        tokenizer=tokenizer,
+        vocab_size=data.vocab_size,
+        row_length=data.row_length,
+        valid=data.valid,
+        text=data.text,
+        separator=data.separator,
+        workers=data.workers,
+        cache_dir=data.cache,
+    )
+
+
+def make_model(settings: RunConfig, data: Prepared) -> Model:
+    """The model to train: fresh, or from ``model.checkpoint``; its tokenizer is the data's.
+
+    Raises:
+        TokenizerError: the checkpoint speaks another language than the data.
+        ConfigError: the checkpoint's model has no head for the objective.
+    """
+    wanted = objective_class(settings.objective.class_path).head_kind
+    tokenizer = data.tokenizer
+    if settings.model.checkpoint is not None:
+        model = load(settings.model.checkpoint)
+        if wanted is not None and model.head_kind != wanted:
+            raise ConfigError(
+                f"{settings.model.checkpoint} has the head {model.head_kind!r}, and {settings.objective.class_path} "
+                f"trains {wanted!r}. Choose the objective that fits, or another checkpoint."
+            )
+        if model.tokenizer is not None and model.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise TokenizerError(
+                f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of "
+                f"{settings.model.checkpoint} ({len(model.tokenizer)} tokens): every id would mean something else. "
+                f"Prepare them with data.tokenizer={settings.model.checkpoint}."
+            )
+        if len(tokenizer) > model.backbone.vocab_size:
+            raise TokenizerError(
+                f"The data's tokenizer has {len(tokenizer)} tokens, but the embedding of "
+                f"{settings.model.checkpoint} has {model.backbone.vocab_size} rows. Prepare the data with the "
+                "checkpoint's own tokenizer."
+            )
+        model.tokenizer = tokenizer
+        return model
+    vocab = len(tokenizer)
+    overrides: dict[str, Any] = {
+        "vocab_size": vocab if vocab < 1024 else -(-vocab // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
+        "pad_id": tokenizer.pad_id,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+    overrides |= settings.model.overrides
+    model = build(
+        settings.model.family,
+        settings.model.size,
+        head=wanted,
+        seed=settings.train.seed,
+        **overrides,
+    )
+    model.tokenizer = tokenizer
+    return model
+
+
+def about(settings: RunConfig, data: Prepared) -> dict[str, Any]:
+    """What the checkpoint says about its origin; no path of this machine is in it."""
+    manifest = data.manifest
+    kept = ("fingerprint", "sources", "mixture", "cut")
+    parent = settings.model.checkpoint
+    return {key: manifest[key] for key in kept if key in manifest} | {
+        "parent": Path(parent).name if parent else None,
+        "unigram_nats": manifest.get("unigram_nats"),
+    }
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    data: Any = None,
+    *,
+    objective: str | None = None,
+    batch_rows: int = 16,
+    limit: int = 0,
+    precision: str = "auto",
+    device: str = "auto",
+) -> dict[str, float]:
+    """Evaluate a checkpoint on held-out text with its own objective.
+
+    Args:
+        checkpoint: a run, a checkpoint or any Hugging Face directory of a known family.
+        data: a prepared directory (its held-out rows are used) or sources (all of their text is); None takes the
+            data of the run that the checkpoint lies in.
+        objective: name of the objective; the one that the head is for when None.
+        batch_rows: rows in one forward pass.
+        limit: rows at most; 0 takes all.
+        precision: compute type.
+        device: where to run.
+
+    Returns:
+        ``loss`` (nats per target), ``perplexity``, ``accuracy``, ``targets`` and, for next-token models,
+        ``bits_per_byte``.
+
+    Raises:
+        PretrainError: no data, or data that do not fit the model.
+    """
+    path = Path(checkpoint)
+    model = load(path, quiet=True)
+    name, options = objective, {}
+    if name is None:
+        name = {"causal-lm": "NextToken", "masked-lm": "MaskedLM"}.get(model.head_kind or "")
+        recorded = inspect(path).get("objective")
+        if isinstance(recorded, Mapping) and recorded.get("name") == name:
+            options = {key: value for key, value in recorded.items() if key != "name"}
+    if name is None:
+        raise ConfigError(
+            f"{path} has the head {model.head_kind!r}, which no language objective evaluates."
+        )
+    rows = _held_out(path, data, model)
+    built = build_objective(name, options, model)
+    if model.backbone.max_length and row_length(rows) > model.backbone.max_length:
+        raise DataError(
+            f"The rows have {row_length(rows)} tokens and the model {model.backbone.max_length} positions. Prepare "
+            f"the data with row_length={model.backbone.max_length} or less."
+        )
+    chosen = choose_precision(precision, choose_device(device))
+    built.to(chosen.device)
+    return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
+
+
+def _held_out(path: Path, data: Any, model: Model) -> Sequence[Any]:
+    """Held-out rows for ``evaluate``, checked against the checkpoint's tokenizer."""
+    if data is None:
+        home = next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
+        if home is None:
+            raise DataError(
+                f"{path} lies in no run of pretrain, so it is not known what to evaluate it on. Name the data: "
+                f"pretrain evaluate {path} --data FILE"
+            )
+        prepared = open_data(RunConfig.load(home / "run.yaml"))
+        rows: Sequence[Any] = prepared.valid
+    elif isinstance(data, str | os.PathLike) and (Path(data) / "manifest.json").is_file():
+        prepared = Prepared.open(data)
+        rows = prepared.valid
+    else:
+        if model.tokenizer is None:
+            raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
+        length = min(512, model.backbone.max_length or 512)
+        source = str(latest(path) or path) if (path / "run.yaml").is_file() else str(path)
+        prepared = prepare(data, tokenizer=source, row_length=length, valid=0.0)
+        rows = prepared.train
+    mine = model.tokenizer
+    if mine is not None and prepared.tokenizer.fingerprint != mine.fingerprint:
+        raise TokenizerError(
+            f"The data were prepared with another tokenizer ({len(prepared.tokenizer)} tokens) than the checkpoint's "
+            f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {path}"
+        )
+    if len(rows) == 0:
+        raise DataError(
+            "The data hold no held-out rows. Prepare them with a larger share for validation."
+        )
+    return rows

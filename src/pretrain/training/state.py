@@ -1,0 +1,135 @@
+"""What a run must remember to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Run", "RunState", "StopRequest", "catch_signals"]
+
+
+@dataclass
+class RunState:
+    """The integers and sums behind a run; no random state, because every stream is a function of these.
+
+    Attributes:
+        step: optimizer steps attempted; skipped ones count, or the schedule would drift.
+        rows: rows consumed, which is the position in the data.
+        tokens: real (not padding) tokens seen.
+        total_steps: steps of the whole run; moves only under a limit in minutes.
+        skipped: steps without an update because a number was not finite; ``skipped_in_row`` of them just now.
+        window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
+        seconds: wall time of all parts of the run.
+    """
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    total_steps: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    last_eval: int = 0
+    last_save: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    evals_since_best: int = 0
+    window_total: float = 0.0
+    window_count: float = 0.0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    seconds: float = 0.0
+    scale: dict[str, float] = field(default_factory=dict)
+    probe_loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an infinite best loss becomes null."""
+        plain = asdict(self)
+        plain["best_loss"] = None if math.isinf(self.best_loss) else self.best_loss
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> RunState:
+        """Inverse of ``to_json``."""
+        known = {key: value for key, value in plain.items() if key in cls.__dataclass_fields__}
+        if known.get("best_loss") is None:
+            known["best_loss"] = math.inf
+        return cls(**known)
+
+
+@dataclass
+class Run:
+    """What ``fit`` returns: where the run lies and how it went.
+
+    Attributes:
+        path: run directory; ``checkpoint`` is its newest checkpoint, ``best`` the one with the lowest held-out
+            loss.
+        stopped: why it ended: ``limit``, ``patience``, ``SIGINT``, ``SIGTERM``.
+        metrics: the last evaluation.
+        history: records of ``log.jsonl``.
+    """
+
+    path: Path
+    step: int
+    stopped: str
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    checkpoint: Path | None = None
+    best: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal's number, as a shell expects."""
+        number = getattr(signal, self.stopped, None) if self.stopped.startswith("SIG") else None
+        return 128 + int(number) if number else 0
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in self.metrics.items())
+        return f"Run({str(self.path)!r}, step {self.step:,}, stopped by {self.stopped}, {figures})"
+
+    def _repr_html_(self) -> str:
+        from pretrain.report import loss_svg, sort_records
+
+        return f"<p>{html.escape(repr(self))}</p>{loss_svg(sort_records(self.history))}"
+
+
+class StopRequest:
+    """Set by the first signal; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to save and stop; a second one acts at once.
+
+    Outside the main thread Python allows no handlers, and the request just stays empty.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if request.name is not None:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        request.name = signal.Signals(number).name
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    for name in names:
+        number = getattr(signal, name)
+        before[number] = signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

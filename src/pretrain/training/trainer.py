@@ -1,0 +1,467 @@
+"""The training loop. There is one, it knows no model family and no objective, and a step can be read top down.
+
+The loss of a step is a sum over its targets divided once by their number in the whole global batch, known before
+the first backward pass. Order, masking and dropout are functions of (seed, position) and (seed, step), so a
+resumed run needs no random state. A step whose numbers are not finite changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint import RunLock, TrainingState, latest, load, read_training, save_checkpoint
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
+from pretrain.errors import TrainingError
+from pretrain.objectives.base import Batch, Objective
+from pretrain.training.ema import WeightAverage
+from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.feed import Feed, to_device
+from pretrain.training.logging import Progress, RunLog, make_loggers
+from pretrain.training.optim import build_optimizers
+from pretrain.training.plan import Plan, choose_micro_rows, row_length
+from pretrain.training.precision import LossScale, choose_device, choose_precision, peak_flops
+from pretrain.training.preflight import preflight
+from pretrain.training.schedule import lr_factor
+from pretrain.training.state import Run, RunState, StopRequest, catch_signals
+
+__all__ = ["Hook", "Trainer"]
+
+_MAX_SKIPPED_IN_ROW = 3
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A plain function called after every ``every``-th step with a read-only record of that step."""
+
+    fn: Callable[[Mapping[str, Any]], None]
+    every: int = 1
+
+
+class Trainer:
+    """Train an objective on rows.
+
+    Args:
+        objective: the model and its loss.
+        train_data: rows, a sequence of mappings of arrays, in any order; the trainer shuffles.
+        optim, train, parallel: sections of the configuration; defaults where None.
+        eval_data: held-out rows, or None for no evaluation.
+        hooks: ``Hook`` objects or plain functions of one record.
+        about: what ``config.json`` shall say about the data (fingerprint, sources); any plain values.
+
+    Raises:
+        TrainingError: at ``fit``: the data do not fit the model, nothing can be learned from them, or numbers
+            stay non-finite.
+        CheckpointError: at ``fit``: the output directory cannot be written or is in use.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        train_data: Sequence[Any],
+        *,
+        optim: OptimConfig | None = None,
+        train: TrainConfig | None = None,
+        parallel: ParallelConfig | None = None,
+        eval_data: Sequence[Any] | None = None,
+        hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.objective, self.train_data = objective, train_data
+        self.optim, self.train = optim or OptimConfig(), train or TrainConfig()
+        self.parallel = parallel or ParallelConfig()
+        self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
+        self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
+        self.about = dict(about or {})
+        self.out = Path(self.train.out)
+        self.state = RunState()
+        self.metrics: dict[str, float] = {}
+        self.checkpoint: Path | None = None
+
+    def fit(self) -> Run:
+        """Train until the limit, from the newest checkpoint in the output directory if there is one."""
+        began = time.monotonic()
+        self.out.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.out), catch_signals() as stop:
+            self.progress, self.loggers = (
+                Progress(),
+                make_loggers(self.train.loggers, self.out, self.about),
+            )
+            try:
+                resumed = self._set_up()
+                self._began = began - self.state.seconds
+                self.log = RunLog(self.out / "log.jsonl", self.state.step if resumed else None)
+                self.metrics = next(
+                    (r["eval"] for r in reversed(self.log.records) if "eval" in r), {}
+                )
+                with contextlib.closing(self.log):
+                    return self._loop(stop)
+            finally:
+                self.progress.close()
+                for logger in self.loggers:
+                    logger.close()
+
+    def _set_up(self) -> bool:
+        """Device, precision, optimizers, state and the checks before step 0; True when resuming."""
+        if self.parallel.threads:
+            torch.set_num_threads(self.parallel.threads)
+        self.device = choose_device(self.parallel.device)
+        self.precision = choose_precision(self.train.precision, self.device)
+        self.scaler = LossScale(self.precision.name == "fp16")
+        self.objective.to(self.device)
+        model = self.objective.model
+        model.backbone.activation_checkpointing = self.parallel.activation_checkpointing
+        if self.parallel.compile:
+            for block in model.backbone.blocks():
+                block.compile()
+        self.params = [p for p in self.objective.parameters() if p.requires_grad]
+        self.optimizers = build_optimizers(
+            self.objective, self.optim, model.backbone.blocks(), self.device
+        )
+        self.average = WeightAverage(model, self.optim.ema)
+        self.micro_rows = choose_micro_rows(
+            self.train, self.train_data, self.objective, self.device
+        )
+        self.plan = Plan(self.train, self.train_data)
+        self._row_length = row_length(self.train_data)
+        checkpoint = latest(self.out)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        else:
+            self.state.total_steps = self.plan.total_steps()
+        self._seconds_per_step = preflight(self, checkpoint)
+        if checkpoint is None:
+            self.state.total_steps = self.plan.total_steps(self._seconds_per_step)
+        self._peak = peak_flops(self.precision)
+        return checkpoint is not None
+
+    def _resume(self, checkpoint: Path) -> None:
+        training = read_training(checkpoint)
+        self.state = RunState.from_json(training.state["run"])
+        self.checkpoint = checkpoint
+        self.scaler.load(self.state.scale)
+        self._load_weights(checkpoint)
+        if self.average.decay:
+            self.average.load(training.tensors["weights"])
+        self.optimizers.load(training.tensors["optimizer"])
+        if self.plan.limit.kind != "minutes":
+            self.state.total_steps = self.plan.total_steps()
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Take the weights of a checkpoint of this very model, and those of the objective's other modules."""
+        mine = self.objective.model.state_dict()
+        saved = load(checkpoint, quiet=True).state_dict()
+        for name in sorted(mine.keys() ^ saved.keys()):
+            where = "the checkpoint lacks it" if name in mine else "the model has no such tensor"
+            raise TrainingError(
+                f"{checkpoint} holds another model: {name!r}: {where}. Use a new train.out."
+            )
+        for name, tensor in saved.items():
+            if tensor.shape != mine[name].shape:
+                raise TrainingError(
+                    f"{checkpoint} holds another model: {name!r} is {tuple(tensor.shape)} there and "
+                    f"{tuple(mine[name].shape)} in the configuration. Use a new train.out."
+                )
+        self.objective.model.load_state_dict(saved)
+
+    def _loop(self, stop: StopRequest) -> Run:
+        state, stopped = self.state, "limit"
+        feed = Feed(
+            self.objective,
+            self.train_data,
+            seed=self.train.seed,
+            start=state.rows,
+            batch_rows=self.train.batch_rows,
+            micro_rows=self.micro_rows,
+        )
+        self.objective.train()
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection in the middle of a step costs up to half a second on large heaps
+        try:
+            if state.step < state.total_steps:
+                for batches in feed:
+                    record = self._step(batches)
+                    self._after_step(record)
+                    if stop.name is not None or self._out_of_patience():
+                        stopped = stop.name or "patience"
+                        break
+                    if state.step >= state.total_steps:
+                        break
+        finally:
+            feed.close()
+            gc.enable()
+            gc.unfreeze()
+        return self._finish(stopped)
+
+    def _step(self, batches: list[Batch]) -> dict[str, Any]:
+        """One optimizer step over the micro-batches of a global batch."""
+        began, state = time.perf_counter(), self.state
+        count = sum(float(self.objective.count(batch)) for batch in batches)
+        self._check_targets(count)
+        factor = lr_factor(
+            state.step,
+            state.total_steps,
+            schedule=self.optim.schedule,
+            warmup=self.optim.warmup,
+            decay=self.optim.decay,
+            min_lr=self.optim.min_lr,
+        )
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for index, batch in enumerate(batches):
+            torch.manual_seed(hash_seed(self.train.seed, state.step, index))
+            with self.precision.autocast():
+                loss = self.objective(to_device(batch, self.device))
+            (loss.total * (self.scaler.scale / count)).backward()
+            total += loss.total.detach()
+        grads = [p.grad for p in self.params if p.grad is not None]
+        self.scaler.unscale(grads)
+        norm = torch.nn.utils.get_total_norm(grads)
+        nll, grad_norm = torch.stack(
+            [total, norm]
+        ).tolist()  # the one wait for the device in a step
+        finite = math.isfinite(nll) and math.isfinite(grad_norm)
+        if finite:
+            if self.optim.clip:
+                torch.nn.utils.clip_grads_with_norm_(self.params, self.optim.clip, norm)
+            self.optimizers.set_factor(factor)
+            self.optimizers.step()
+            self.average.update()
+        self.optimizers.zero_grad()
+        self._count_skips(finite, nll, grad_norm)
+        self.scaler.update(finite)
+        tokens = sum(_tokens(batch) for batch in batches)
+        state.step += 1
+        state.rows += self.train.batch_rows
+        state.tokens += tokens
+        if finite:
+            state.window_total += nll
+            state.window_count += count
+        state.window_tokens += tokens
+        state.window_seconds += time.perf_counter() - began
+        return {
+            "step": state.step,
+            "loss": nll / count,
+            "lr": self.optim.lr * factor,
+            "grad_norm": grad_norm,
+            "targets": count,
+            "skipped": not finite,
+        }
+
+    def _check_targets(self, count: float) -> None:
+        if count == 0:
+            first = self.state.rows
+            raise TrainingError(
+                f"Step {self.state.step}: rows {first} to {first + self.train.batch_rows - 1} of the run have no "
+                "target at all, so there is nothing to learn from them. Every label is ignored: check the masking "
+                "rate, the label column and that rows are longer than one token."
+            )
+
+    def _count_skips(self, finite: bool, nll: float, grad_norm: float) -> None:
+        """Skip, name the rows, and give up after a few in a row; moments and weights stay as they were."""
+        state = self.state
+        if finite:
+            state.skipped_in_row = 0
+            return
+        first = state.rows
+        rows = f"rows {first} to {first + self.train.batch_rows - 1}"
+        if self.scaler.explains():
+            self.progress.write(
+                f"step {state.step}: fp16 overflow at scale {self.scaler.scale:g}, skipped ({rows})"
+            )
+            return
+        state.skipped += 1
+        state.skipped_in_row += 1
+        self.progress.write(
+            f"step {state.step}: loss {nll} or gradient norm {grad_norm} is not finite, skipped; {rows} of the run"
+        )
+        self.log.write({"event": "skipped", "step": state.step, "first_row": first, "loss": nll})
+        if state.skipped_in_row >= _MAX_SKIPPED_IN_ROW:
+            raise TrainingError(
+                f"{state.skipped_in_row} steps in a row gave a non-finite loss or gradient, the last at step "
+                f"{state.step} ({rows}). Weights and moments are those of the last good step. Likely causes: a "
+                "learning rate too high, broken rows, or fp16 range; lower optim.lr or set train.precision=fp32."
+            )
+
+    def _after_step(self, record: dict[str, Any]) -> None:
+        """Log, evaluate, save and call hooks, each at its own interval."""
+        state = self.state
+        state.seconds = time.monotonic() - self._began
+        if state.step <= 10 or state.step % self.train.log_every == 0:
+            self._log_window(record)
+        state.total_steps = self.plan.replan(state)
+        last = state.step >= state.total_steps
+        improved = False
+        if self.eval_data is not None and (
+            last or self._due(self.train.eval_every, state.last_eval, "eval")
+        ):
+            improved = self.evaluate(whole=last)
+        if last or improved or self._due(self.train.save_every, state.last_save, "save"):
+            self.save()
+        read_only = MappingProxyType(record)
+        for hook in self.hooks:
+            if state.step % hook.every == 0:
+                hook.fn(read_only)
+
+    def _due(self, every: str, last: int, name: str) -> bool:
+        interval = parse_every(every, self.state.total_steps, f"train.{name}_every")
+        return interval > 0 and self.state.step - last >= interval
+
+    def _log_window(self, record: dict[str, Any]) -> None:
+        """Write the mean over the steps since the last line."""
+        state = self.state
+        seconds = max(state.window_seconds, 1e-9)
+        count = state.window_count
+        flops = self.objective.flops(state.window_tokens, int(count), self._row_length)
+        line = {
+            "step": state.step,
+            "loss": state.window_total / count if count else math.nan,
+            "lr": record["lr"],
+            "grad_norm": record["grad_norm"],
+            "tokens": state.tokens,
+            "rows": state.rows,
+            "tokens_per_second": state.window_tokens / seconds,
+            "mfu": flops / seconds / self._peak,
+            "seconds": state.seconds,
+        }
+        self.log.write(line)
+        for logger in self.loggers:
+            logger.log({f"train/{k}": float(v) for k, v in line.items() if k != "step"}, state.step)
+        shown = {key: line[key] for key in ("loss", "lr", "mfu")} | {
+            "tok/s": line["tokens_per_second"]
+        }
+        self.progress.show(state.step, shown, state.total_steps)
+        state.window_total = state.window_count = state.window_seconds = 0.0
+        state.window_tokens = 0
+
+    def evaluate(self, *, whole: bool = False) -> bool:
+        """Evaluate on the held-out rows and log it; True when it is the best so far."""
+        assert self.eval_data is not None
+        began, state = time.monotonic(), self.state
+        limit = 0 if whole else self.train.eval_rows
+        with self.average.applied():
+            figures = evaluate_rows(
+                self.objective,
+                self.eval_data,
+                self.precision,
+                batch_rows=self.micro_rows,
+                limit=limit,
+            )
+            lines = self.objective.preview([self.eval_data[0]], self.train.sample, self.train.seed)
+        state.last_eval = state.step
+        improved = figures["loss"] < state.best_loss
+        if improved:
+            state.best_loss, state.best_step, state.evals_since_best = (
+                figures["loss"],
+                state.step,
+                0,
+            )
+        else:
+            state.evals_since_best += 1
+        self.metrics = figures
+        self.log.write(
+            {"step": state.step, "eval": figures, "samples": lines, "seconds": state.seconds}
+        )
+        for logger in self.loggers:
+            logger.log({f"eval/{key}": value for key, value in figures.items()}, state.step)
+        shown = ", ".join(
+            f"{key} {value:.4g}" for key, value in figures.items() if key != "targets"
+        )
+        self.progress.write(
+            f"step {state.step:,}: held out: {shown}{' (best)' if improved else ''}"
+        )
+        for line in lines:
+            self.progress.write(f"    {line!r}")
+        share = min(1.0, limit / len(self.eval_data)) if limit else 1.0
+        self.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
+        return improved and self.train.best
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.train.patience <= self.state.evals_since_best
+
+    def probe(self) -> float:
+        """Loss on a few fixed rows, by which a resumed run recognises its own weights."""
+        rows = self.eval_data if self.eval_data is not None else self.train_data
+        few = [rows[i] for i in range(min(2, len(rows)))]
+        return evaluate_rows(self.objective, few, self.precision, batch_rows=2)["loss"]
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step; what was there stays until the new one is durable."""
+        state = self.state
+        state.last_save = state.step
+        state.scale = self.scaler.state()
+        state.seconds = time.monotonic() - self._began
+        self.log.sync()
+        with self.average.applied():
+            state.probe_loss = self.probe()
+            tensors = {"optimizer": self.optimizers.state()}
+            if self.average.decay:
+                tensors["weights"] = self.average.other()
+            about = {"objective": self.objective.describe(), "metrics": self.metrics}
+            self.checkpoint = save_checkpoint(
+                self.out,
+                self.objective.model,
+                step=state.step,
+                tokens=state.tokens,
+                pretrain_block=self.about | about,
+                training=TrainingState(tensors=tensors, state={"run": state.to_json()}),
+                keep=self.train.keep,
+                protect={state.best_step} if self.train.best and state.best_step else set(),
+            )
+        return self.checkpoint
+
+    def _finish(self, stopped: str) -> Run:
+        """Save what is not saved yet and say where everything lies."""
+        state = self.state
+        if state.last_save != state.step or self.checkpoint is None:
+            self.save()
+        best = self.out / f"checkpoint-{state.best_step}"
+        run = Run(
+            path=self.out,
+            step=state.step,
+            stopped=stopped,
+            metrics=self.metrics,
+            history=list(self.log.records),
+            checkpoint=self.checkpoint,
+            best=best if state.best_step and best.exists() else None,
+        )
+        self.say(
+            f"{'stopped by ' + stopped if stopped != 'limit' else 'done'} at step {state.step:,}: {self.checkpoint}"
+        )
+        return run
+
+    def say(self, line: str) -> None:
+        """Print a line where the user looks."""
+        self.progress.write(line)
+
+
+def hash_seed(*parts: int) -> int:
+    """A 63-bit seed from integers (the finaliser of SplitMix64), so that near inputs give far seeds."""
+    value = 0x9E3779B97F4A7C15
+    for part in parts:
+        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+        value = value * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 29
+    return value >> 1
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens that are not padding; rows where a batch has no tokens."""
+    for key in ("document_ids", "attention_mask"):
+        if key in batch:
+            return int((batch[key] != 0).sum())
+    return (
+        next(iter(batch.values())).shape[0]
+        if "input_ids" not in batch
+        else batch["input_ids"].numel()
+    )

@@ -1,0 +1,150 @@
+"""Parameter groups, Muon against torch's own, and moments by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.config import OptimConfig
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.training.optim import Muon, build_optimizers, orthogonalize
+
+CPU = torch.device("cpu")
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.block = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embed(x)))
+
+
+def _net() -> _Net:
+    torch.manual_seed(0)
+    return _Net()
+
+
+def _step(net: _Net, optimizers: object, seed: int) -> None:
+    x = torch.randint(0, 11, (5, 7), generator=torch.Generator().manual_seed(seed))
+    nn.functional.cross_entropy(net(x).flatten(0, 1), x.flatten()).backward()
+    optimizers.step()  # type: ignore[attr-defined]
+    optimizers.zero_grad()  # type: ignore[attr-defined]
+
+
+def test_decay_is_off_for_norms_biases_and_embeddings() -> None:
+    net = _net()
+    opt = build_optimizers(net, OptimConfig(weight_decay=0.1), [net.block], CPU).optimizers[0]
+    decay = {id(p): g["weight_decay"] for g in opt.param_groups for p in g["params"]}
+    for name, p in net.named_parameters():
+        want = 0.1 if name in ("block.0.weight", "block.2.weight", "head.weight") else 0.0
+        assert decay[id(p)] == want, name
+
+
+def test_tied_matrix_is_stepped_once_and_not_decayed() -> None:
+    net = _net()
+    net.head.weight = net.embed.weight
+    opt = build_optimizers(net, OptimConfig(), [net.block], CPU).optimizers[0]
+    found = [p for g in opt.param_groups for p in g["params"] if p is net.embed.weight]
+    assert len(found) == 1
+    group = next(g for g in opt.param_groups if any(p is net.embed.weight for p in g["params"]))
+    assert group["weight_decay"] == 0.0
+
+
+def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
+    net = _net()
+    adamw, muon = build_optimizers(net, OptimConfig(name="muon"), [net.block], CPU).optimizers
+    assert isinstance(muon, Muon)
+    mine = [p for g in muon.param_groups for p in g["params"]]
+    assert {id(p) for p in mine} == {id(net.block[0].weight), id(net.block[2].weight)}
+    both = len(mine) + sum(len(g["params"]) for g in adamw.param_groups)
+    assert both == len(list(net.parameters()))
+
+
+def test_muon_equals_torch() -> None:
+    """Same momentum, coefficients and scaling as torch.optim.Muon (whose iteration always runs in bf16)."""
+    torch.manual_seed(0)
+    a = [
+        nn.Parameter(torch.randn(16, 8)),
+        nn.Parameter(torch.randn(16, 8)),
+        nn.Parameter(torch.randn(4, 12)),
+    ]
+    b = [nn.Parameter(p.detach().clone()) for p in a]
+    ours = Muon(a, lr=0.02, momentum=0.95, weight_decay=0.1)
+    theirs = torch.optim.Muon(b, lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="original")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        for p, q in zip(a, b, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in a]
+        ours.step()
+        theirs.step()
+        for p, q, old in zip(a, b, before, strict=True):
+            gap = (p - q).norm() / (q - old).norm()
+            assert gap < 0.05, f"updates differ by {gap:.1%}"
+            with torch.no_grad():
+                p.copy_(q)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 32), (2, 32, 8)])
+def test_orthogonalize_pushes_singular_values_to_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert values.max() < 1.3 and values.min() > 0.4
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_by_name_survives_another_parameter_order(name: str) -> None:
+    net = _net()
+    config = OptimConfig(name=name, lr=1e-2)  # type: ignore[arg-type]
+    first = build_optimizers(net, config, [net.block], CPU)
+    _step(net, first, 0)
+    state = {key: value.clone() for key, value in first.state().items()}
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+
+    class Shuffled(_Net):
+        def named_parameters(self, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+            return reversed(list(super().named_parameters()))
+
+    torch.manual_seed(1)
+    other = Shuffled()
+    other.load_state_dict(weights)
+    second = build_optimizers(other, config, [other.block], CPU)
+    second.load(state)
+    for seed in (1, 2):
+        _step(net, first, seed)
+        _step(other, second, seed)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_state_of_another_model_is_refused() -> None:
+    net = _net()
+    optimizers = build_optimizers(net, OptimConfig(), [net.block], CPU)
+    _step(net, optimizers, 0)
+    state = dict(optimizers.state())
+    with pytest.raises(CheckpointError, match="no such parameter"):
+        optimizers.load({"exp_avg/nowhere": torch.zeros(1)})
+    wrong = state | {"exp_avg/head.weight": torch.zeros(3, 3)}
+    with pytest.raises(CheckpointError, match="shape"):
+        optimizers.load(wrong)
+    fresh = build_optimizers(_net_copy := _net(), OptimConfig(), [_net_copy.block], CPU)
+    short = {key: value for key, value in state.items() if not key.endswith("head.weight")}
+    with pytest.raises(CheckpointError, match="lacks the moments"):
+        fresh.load(short)
+
+
+def test_unknown_optimizer_and_nothing_trainable() -> None:
+    net = _net()
+    config = OptimConfig()
+    config.name = "adamv"  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="adamw"):
+        build_optimizers(net, config, [net.block], CPU)
+    net.requires_grad_(False)
+    with pytest.raises(ConfigError, match="frozen"):
+        build_optimizers(net, OptimConfig(), [net.block], CPU)

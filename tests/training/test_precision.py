@@ -1,0 +1,55 @@
+"""Devices, compute types and loss scaling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.errors import ConfigError
+from pretrain.training.precision import LossScale, choose_device, choose_precision, peak_flops
+
+CPU = torch.device("cpu")
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="hundreds of times slower"):
+        choose_precision("fp16", CPU)
+
+
+def test_auto_says_why_and_unknown_names_are_refused() -> None:
+    chosen = choose_precision("auto", CPU)
+    assert chosen.name in ("bf16", "fp32") and "CPU" in chosen.reason
+    with pytest.raises(ConfigError, match="bf16"):
+        choose_precision("bf1", CPU)
+    with pytest.raises(ConfigError, match="cuda"):
+        choose_device("cude")
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="no cuda device"):
+        choose_device("cuda")
+
+
+def test_loss_scale_halves_grows_and_is_exact_in_a_checkpoint() -> None:
+    scale = LossScale(True, scale=8.0, interval=2)
+    scale.update(False)
+    assert scale.scale == 4.0
+    scale.update(True)
+    again = LossScale(True, interval=2)
+    again.load(scale.state())
+    for each in (scale, again):
+        each.update(True)
+    assert scale.state() == again.state() == {"scale": 8.0, "good": 0}
+    grads = [torch.full((3,), 16.0)]
+    scale.unscale(grads)
+    assert torch.equal(grads[0], torch.full((3,), 2.0))
+
+
+def test_measured_peak_is_plausible_and_leaves_the_random_stream_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    peak = peak_flops(choose_precision("fp32", CPU))
+    assert 1e8 < peak < 1e15
+    assert torch.equal(before, torch.get_rng_state())
