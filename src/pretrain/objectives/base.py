@@ -118,13 +118,15 @@ class Objective(nn.Module):
         """
         blocks = self.model.backbone.blocks()
         body = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim >= 2)
-        attention = 2 * len(blocks) * self.model.backbone.config.hidden_size * row_length
+        attention = 2 * len(blocks) * int(self.model.backbone.config.hidden_size) * row_length
         head = self.head_weights()
         return 6.0 * (body + attention) * tokens + 6.0 * head * targets
 
     def head_weights(self) -> int:
         """Weights that every target is multiplied with."""
-        return 0 if self.model.head is None else sum(p.numel() for p in self.model.head.parameters())
+        return (
+            0 if self.model.head is None else sum(p.numel() for p in self.model.head.parameters())
+        )
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
         """A few lines that show what the model can do now, for the log; none by default."""

@@ -77,12 +77,16 @@ class NextToken(TokenObjective):
         model: Any = self.model
         if model.tokenizer is None:
             return []
+        special = model.tokenizer.special_ids
         if not prompt:
-            ids = [
-                int(i)
-                for i in examples[0]["input_ids"][:16]
-                if int(i) not in model.tokenizer.special_ids
-            ]
-            prompt = model.tokenizer.decode(ids)
-        text = model.generate(prompt, max_new_tokens=48, temperature=0.8, top_k=50, seed=seed)
-        return [text if str(text).startswith(prompt) else prompt + str(text)]
+            start = [int(i) for i in examples[0]["input_ids"][:12]]
+            prompt = model.tokenizer.decode([i for i in start if i not in special])
+        room = (
+            model.backbone.max_length - len(model.tokenizer.encode(prompt)) - 2
+        )  # it may be framed
+        if not prompt or room < 1:
+            return []
+        text = model.generate(
+            prompt, max_new_tokens=min(48, room), temperature=0.8, top_k=50, seed=seed
+        )
+        return [str(text)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.data.loader import row_rngs
+from pretrain.data.loader import Examples, row_rngs
 from pretrain.errors import DataError
 from pretrain.training.feed import to_device
 from pretrain.training.precision import Precision
@@ -28,7 +27,7 @@ def data_stats(data: Any) -> dict[str, float]:
 
 def evaluate_rows(
     objective: Objective,
-    data: Sequence[Any],
+    data: Examples,
     precision: Precision,
     *,
     batch_rows: int,

@@ -6,21 +6,18 @@ a resume it starts at the position that the checkpoint names.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.data.loader import Loader, row_rngs
+from pretrain.data.loader import Loader
 
 if TYPE_CHECKING:
     from pretrain.objectives.base import Batch, Objective
 
-__all__ = ["Feed", "to_device"]
-
-_MASKING = "collate"  # name of the random stream that collate draws from
+__all__ = ["Feed", "hash_seed", "real_tokens", "to_device"]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -34,78 +31,54 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class Feed:
-    """Iterator over optimizer steps; each item is the list of micro-batches of one step.
+    """The micro-batches of optimizer steps.
 
     Args:
         objective: makes the batches.
-        data: rows; ``len`` and indexing are all it needs.
-        seed: of the order and of the draws.
-        start: rows consumed before the first step.
+        loader: rows in their training order.
         batch_rows: rows in a step.
         micro_rows: rows in a micro-batch.
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        data: Sequence[Any],
-        *,
-        seed: int,
-        start: int,
-        batch_rows: int,
-        micro_rows: int,
+        self, objective: Objective, loader: Loader, *, batch_rows: int, micro_rows: int
     ) -> None:
-        self._objective, self._seed = objective, seed
-        self._loader = Loader(data, seed=seed)
-        self._start, self._batch_rows, self._micro_rows = start, batch_rows, micro_rows
-        self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=2)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._objective, self._loader = objective, loader
+        self._batch_rows, self._micro_rows = batch_rows, micro_rows
 
     def step_at(self, position: int) -> list[Batch]:
         """The micro-batches of the step whose first row is number ``position`` of the run."""
         examples = self._loader.examples(position, self._batch_rows)
-        rngs = row_rngs(self._seed, _MASKING, position, self._batch_rows)
-        cut = range(0, self._batch_rows, self._micro_rows)
+        rngs = self._loader.rngs(position, self._batch_rows)
         return [
             self._objective.collate(
                 examples[i : i + self._micro_rows], rngs[i : i + self._micro_rows]
             )
-            for i in cut
+            for i in range(0, self._batch_rows, self._micro_rows)
         ]
 
-    def _work(self) -> None:
-        position = self._start
-        while not self._stop.is_set():
-            item: list[Batch] | BaseException
-            try:
-                item = self.step_at(position)
-            except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            position += self._batch_rows
+    def steps(self, position: int) -> Generator[list[Batch], None, None]:
+        """Steps without end from ``position``, read ahead by the loader's thread; close it to stop the thread."""
+        places = ((at, self._batch_rows) for at in itertools.count(position, self._batch_rows))
+        return self._loader.stream(places, lambda at, _: self.step_at(at))
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        self._thread = threading.Thread(target=self._work, name="pretrain-feed", daemon=True)
-        self._thread.start()
-        try:
-            while True:
-                item = self._queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            self.close()
 
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
+def hash_seed(*parts: int) -> int:
+    """A 63-bit seed from integers (the finaliser of SplitMix64), so that near inputs give far seeds."""
+    value = 0x9E3779B97F4A7C15
+    for part in parts:
+        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+        value = value * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 29
+    return value >> 1
+
+
+def real_tokens(batch: Batch) -> int:
+    """Tokens that are not padding; rows where a batch has no tokens."""
+    for key in ("document_ids", "attention_mask"):
+        if key in batch:
+            return int((batch[key] != 0).sum())
+    if "input_ids" in batch:
+        return batch["input_ids"].numel()
+    return len(next(iter(batch.values())))

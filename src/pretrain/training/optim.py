@@ -180,9 +180,7 @@ def build_optimizers(
         raise ConfigError(
             f"optim.name is {settings.name!r}." + did_you_mean(settings.name, OPTIMIZERS)
         )
-    names: dict[Tensor, str] = {
-        p: name for name, p in module.named_parameters() if p.requires_grad
-    }
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
     if not names:
         raise ConfigError("Nothing is trainable: every parameter of the model is frozen.")
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}

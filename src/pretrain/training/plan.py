@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from pretrain.config import TrainConfig, parse_limit
+from pretrain.data.loader import Examples
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
@@ -20,13 +19,13 @@ __all__ = ["Plan", "choose_micro_rows", "row_length"]
 _MICRO_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 8192}
 
 
-def row_length(data: Sequence[Any]) -> int:
+def row_length(data: Examples) -> int:
     """Length of the longest array of the first row: tokens of a text row."""
     return max(len(value) for value in data[0].values())
 
 
 def choose_micro_rows(
-    train: TrainConfig, data: Sequence[Any], objective: Objective, device: torch.device
+    train: TrainConfig, data: Examples, objective: Objective, device: torch.device
 ) -> int:
     """Rows in one forward pass: as configured, else the largest divisor of the batch that fits a token budget.
 
@@ -62,10 +61,10 @@ class Plan:
     planned anew after every step, so that the schedule ends when the time does.
     """
 
-    def __init__(self, train: TrainConfig, data: Sequence[Any]) -> None:
+    def __init__(self, train: TrainConfig, data: Examples, epoch_rows: int) -> None:
         self.limit = parse_limit(train.limit)
         self._batch_rows = train.batch_rows
-        self._rows = int(getattr(data, "epoch_rows", 0) or len(data))
+        self.epoch_rows = epoch_rows
         tokens = getattr(data, "num_tokens", 0) or row_length(data) * len(data)
         self._tokens_per_row = tokens / len(data)
         self._first: tuple[float, int] | None = None
@@ -77,7 +76,7 @@ class Plan:
         if self.limit.kind == "steps":
             return max(1, int(value))
         if self.limit.kind == "epochs":
-            return max(1, math.ceil(value * self._rows / self._batch_rows))
+            return max(1, math.ceil(value * self.epoch_rows / self._batch_rows))
         if self.limit.kind == "tokens":
             return max(1, math.ceil(value / (self._tokens_per_row * self._batch_rows)))
         return max(1, int(value * 60 / max(seconds_per_step, 1e-6)))

@@ -8,21 +8,22 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pretrain.checkpoint import check_writable, load, save_model
+from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
-from pretrain.training.feed import Feed, to_device
+from pretrain.training.feed import to_device
 from pretrain.training.plan import row_length
 
 if TYPE_CHECKING:
     from pretrain.objectives.base import Batch
     from pretrain.training.trainer import Trainer
 
-__all__ = ["check_batch", "preflight"]
+__all__ = ["check_batch", "check_rows", "preflight"]
 
 
 def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
@@ -34,30 +35,13 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     Raises:
         DataError, TrainingError, CheckpointError: see the message.
     """
-    train, data, state = trainer.train, trainer.train_data, trainer.state
-    if len(data) == 0:
-        raise DataError(
-            "There are no training rows. The source is empty or everything went to validation."
-        )
-    if len(data) < train.batch_rows:
-        raise DataError(
-            f"The data have {len(data)} rows and train.batch_rows is {train.batch_rows}: a batch would hold rows "
-            f"twice. Set train.batch_rows to {len(data)} or less, use shorter rows (data.row_length) or more text."
-        )
+    train, state = trainer.train, trainer.state
     check_lengths(trainer)
     parameters = sum(p.numel() for p in trainer.objective.parameters())
     # Weights in the file, and two moments and perhaps the raw weights beside them.
     size = 4 * parameters * (4 if trainer.average.decay else 3)
     check_writable(trainer.out, size * (train.keep + 1))
-    feed = Feed(
-        trainer.objective,
-        data,
-        seed=train.seed,
-        start=state.rows,
-        batch_rows=train.batch_rows,
-        micro_rows=trainer.micro_rows,
-    )
-    batches = feed.step_at(state.rows)
+    batches = trainer.feed.step_at(state.rows)
     for batch in batches:
         check_batch(batch, trainer)
     first_loss, seconds = trial_step(trainer, batches)
@@ -79,6 +63,19 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     for line in lines:
         trainer.say(line)
     return seconds * len(batches)
+
+
+def check_rows(data: Examples, batch_rows: int) -> None:
+    """There must be rows, and enough of them for a batch without repeats."""
+    if len(data) == 0:
+        raise DataError(
+            "There are no training rows. The source is empty or everything went to validation."
+        )
+    if len(data) < batch_rows:
+        raise DataError(
+            f"The data have {len(data)} rows and train.batch_rows is {batch_rows}: a batch would hold rows "
+            f"twice. Set train.batch_rows to {len(data)} or less, use shorter rows (data.row_length) or more text."
+        )
 
 
 def check_lengths(trainer: Trainer) -> None:
@@ -198,7 +195,7 @@ def describe(
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
     steps = trainer.plan.total_steps(seconds)
     tokens = getattr(data, "num_tokens", 0)
-    epochs = steps * train.batch_rows / max(1, int(getattr(data, "epoch_rows", 0) or len(data)))
+    epochs = steps * train.batch_rows / trainer.plan.epoch_rows
     accumulation = train.batch_rows // trainer.micro_rows
     config = trainer.objective.model.backbone.config
     per_token = 34 * config.hidden_size * len(trainer.objective.model.backbone.blocks())

@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain.checkpoint import inspect, latest, load
 from pretrain.config import RunConfig
+from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build
@@ -132,7 +133,7 @@ def open_data(settings: RunConfig) -> Prepared:
     """The prepared directory that ``data.train`` names, or the sources it names, prepared (or found in the cache)."""
     data = settings.data
     if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
-        return Prepared.open(data.train)
+        return Prepared.open(Path(data.train))
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None and tokenizer == "bpe":
         tokenizer = str(latest(Path(settings.model.checkpoint)) or settings.model.checkpoint)
@@ -262,7 +263,7 @@ def evaluate(
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
-def _held_out(path: Path, data: Any, model: Model) -> Sequence[Any]:
+def _held_out(path: Path, data: Any, model: Model) -> Examples:
     """Held-out rows for ``evaluate``, checked against the checkpoint's tokenizer."""
     if data is None:
         home = next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
@@ -272,9 +273,9 @@ def _held_out(path: Path, data: Any, model: Model) -> Sequence[Any]:
                 f"pretrain evaluate {path} --data FILE"
             )
         prepared = open_data(RunConfig.load(home / "run.yaml"))
-        rows: Sequence[Any] = prepared.valid
+        rows: Examples = prepared.valid
     elif isinstance(data, str | os.PathLike) and (Path(data) / "manifest.json").is_file():
-        prepared = Prepared.open(data)
+        prepared = Prepared.open(Path(data))
         rows = prepared.valid
     else:
         if model.tokenizer is None:

@@ -19,18 +19,20 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint import RunLock, TrainingState, latest, load, read_training, save_checkpoint
+from pretrain.checkpoint import RunLock, TrainingState, latest, read_training, save_checkpoint
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
+from pretrain.data.loader import Examples, Loader
 from pretrain.errors import TrainingError
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import evaluate_rows
-from pretrain.training.feed import Feed, to_device
-from pretrain.training.logging import Progress, RunLog, make_loggers
+from pretrain.training.feed import Feed, hash_seed, real_tokens, to_device
+from pretrain.training.journal import Journal
 from pretrain.training.optim import build_optimizers
 from pretrain.training.plan import Plan, choose_micro_rows, row_length
 from pretrain.training.precision import LossScale, choose_device, choose_precision, peak_flops
-from pretrain.training.preflight import preflight
+from pretrain.training.preflight import check_rows, preflight
+from pretrain.training.restore import load_weights, other_tensors
 from pretrain.training.schedule import lr_factor
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals
 
@@ -67,12 +69,12 @@ class Trainer:
     def __init__(
         self,
         objective: Objective,
-        train_data: Sequence[Any],
+        train_data: Examples,
         *,
         optim: OptimConfig | None = None,
         train: TrainConfig | None = None,
         parallel: ParallelConfig | None = None,
-        eval_data: Sequence[Any] | None = None,
+        eval_data: Examples | None = None,
         hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
         about: Mapping[str, Any] | None = None,
     ) -> None:
@@ -92,26 +94,18 @@ class Trainer:
         began = time.monotonic()
         self.out.mkdir(parents=True, exist_ok=True)
         with RunLock(self.out), catch_signals() as stop:
-            self.progress, self.loggers = (
-                Progress(),
-                make_loggers(self.train.loggers, self.out, self.about),
-            )
-            try:
+            self.journal = Journal(self.out, self.train.loggers, self.about)
+            with contextlib.closing(self.journal):
                 resumed = self._set_up()
                 self._began = began - self.state.seconds
-                self.log = RunLog(self.out / "log.jsonl", self.state.step if resumed else None)
-                self.metrics = next(
-                    (r["eval"] for r in reversed(self.log.records) if "eval" in r), {}
-                )
-                with contextlib.closing(self.log):
-                    return self._loop(stop)
-            finally:
-                self.progress.close()
-                for logger in self.loggers:
-                    logger.close()
+                self.journal.open_log(self.state.step if resumed else None)
+                evals = [r["eval"] for r in self.journal.records if "eval" in r]
+                self.metrics = evals[-1] if evals else {}
+                return self._loop(stop)
 
     def _set_up(self) -> bool:
         """Device, precision, optimizers, state and the checks before step 0; True when resuming."""
+        check_rows(self.train_data, self.train.batch_rows)
         if self.parallel.threads:
             torch.set_num_threads(self.parallel.threads)
         self.device = choose_device(self.parallel.device)
@@ -131,7 +125,11 @@ class Trainer:
         self.micro_rows = choose_micro_rows(
             self.train, self.train_data, self.objective, self.device
         )
-        self.plan = Plan(self.train, self.train_data)
+        loader = Loader(self.train_data, seed=self.train.seed)
+        self.feed = Feed(
+            self.objective, loader, batch_rows=self.train.batch_rows, micro_rows=self.micro_rows
+        )
+        self.plan = Plan(self.train, self.train_data, loader.epoch_length)
         self._row_length = row_length(self.train_data)
         checkpoint = latest(self.out)
         if checkpoint is not None:
@@ -149,47 +147,23 @@ class Trainer:
         self.state = RunState.from_json(training.state["run"])
         self.checkpoint = checkpoint
         self.scaler.load(self.state.scale)
-        self._load_weights(checkpoint)
+        load_weights(self.objective, checkpoint, training.tensors.get("objective", {}))
         if self.average.decay:
             self.average.load(training.tensors["weights"])
         self.optimizers.load(training.tensors["optimizer"])
         if self.plan.limit.kind != "minutes":
             self.state.total_steps = self.plan.total_steps()
 
-    def _load_weights(self, checkpoint: Path) -> None:
-        """Take the weights of a checkpoint of this very model, and those of the objective's other modules."""
-        mine = self.objective.model.state_dict()
-        saved = load(checkpoint, quiet=True).state_dict()
-        for name in sorted(mine.keys() ^ saved.keys()):
-            where = "the checkpoint lacks it" if name in mine else "the model has no such tensor"
-            raise TrainingError(
-                f"{checkpoint} holds another model: {name!r}: {where}. Use a new train.out."
-            )
-        for name, tensor in saved.items():
-            if tensor.shape != mine[name].shape:
-                raise TrainingError(
-                    f"{checkpoint} holds another model: {name!r} is {tuple(tensor.shape)} there and "
-                    f"{tuple(mine[name].shape)} in the configuration. Use a new train.out."
-                )
-        self.objective.model.load_state_dict(saved)
-
     def _loop(self, stop: StopRequest) -> Run:
         state, stopped = self.state, "limit"
-        feed = Feed(
-            self.objective,
-            self.train_data,
-            seed=self.train.seed,
-            start=state.rows,
-            batch_rows=self.train.batch_rows,
-            micro_rows=self.micro_rows,
-        )
+        steps = self.feed.steps(state.rows)
         self.objective.train()
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection in the middle of a step costs up to half a second on large heaps
         try:
             if state.step < state.total_steps:
-                for batches in feed:
+                for batches in steps:
                     record = self._step(batches)
                     self._after_step(record)
                     if stop.name is not None or self._out_of_patience():
@@ -198,7 +172,7 @@ class Trainer:
                     if state.step >= state.total_steps:
                         break
         finally:
-            feed.close()
+            steps.close()
             gc.enable()
             gc.unfreeze()
         return self._finish(stopped)
@@ -226,9 +200,8 @@ class Trainer:
         grads = [p.grad for p in self.params if p.grad is not None]
         self.scaler.unscale(grads)
         norm = torch.nn.utils.get_total_norm(grads)
-        nll, grad_norm = torch.stack(
-            [total, norm]
-        ).tolist()  # the one wait for the device in a step
+        # The one wait for the device in a step.
+        nll, grad_norm = torch.stack([total, norm]).tolist()
         finite = math.isfinite(nll) and math.isfinite(grad_norm)
         if finite:
             if self.optim.clip:
@@ -239,7 +212,7 @@ class Trainer:
         self.optimizers.zero_grad()
         self._count_skips(finite, nll, grad_norm)
         self.scaler.update(finite)
-        tokens = sum(_tokens(batch) for batch in batches)
+        tokens = sum(real_tokens(batch) for batch in batches)
         state.step += 1
         state.rows += self.train.batch_rows
         state.tokens += tokens
@@ -275,16 +248,18 @@ class Trainer:
         first = state.rows
         rows = f"rows {first} to {first + self.train.batch_rows - 1}"
         if self.scaler.explains():
-            self.progress.write(
+            self.journal.say(
                 f"step {state.step}: fp16 overflow at scale {self.scaler.scale:g}, skipped ({rows})"
             )
             return
         state.skipped += 1
         state.skipped_in_row += 1
-        self.progress.write(
+        self.journal.say(
             f"step {state.step}: loss {nll} or gradient norm {grad_norm} is not finite, skipped; {rows} of the run"
         )
-        self.log.write({"event": "skipped", "step": state.step, "first_row": first, "loss": nll})
+        self.journal.write(
+            {"event": "skipped", "step": state.step, "first_row": first, "loss": nll}
+        )
         if state.skipped_in_row >= _MAX_SKIPPED_IN_ROW:
             raise TrainingError(
                 f"{state.skipped_in_row} steps in a row gave a non-finite loss or gradient, the last at step "
@@ -297,14 +272,17 @@ class Trainer:
         state = self.state
         state.seconds = time.monotonic() - self._began
         if state.step <= 10 or state.step % self.train.log_every == 0:
-            self._log_window(record)
+            flops = self.objective.flops(
+                state.window_tokens, int(state.window_count), self._row_length
+            )
+            self.journal.steps(record, state, flops, self._peak)
         state.total_steps = self.plan.replan(state)
         last = state.step >= state.total_steps
         improved = False
         if self.eval_data is not None and (
             last or self._due(self.train.eval_every, state.last_eval, "eval")
         ):
-            improved = self.evaluate(whole=last)
+            improved = self.evaluate(last=last)
         if last or improved or self._due(self.train.save_every, state.last_save, "save"):
             self.save()
         read_only = MappingProxyType(record)
@@ -316,38 +294,34 @@ class Trainer:
         interval = parse_every(every, self.state.total_steps, f"train.{name}_every")
         return interval > 0 and self.state.step - last >= interval
 
-    def _log_window(self, record: dict[str, Any]) -> None:
-        """Write the mean over the steps since the last line."""
-        state = self.state
-        seconds = max(state.window_seconds, 1e-9)
-        count = state.window_count
-        flops = self.objective.flops(state.window_tokens, int(count), self._row_length)
-        line = {
-            "step": state.step,
-            "loss": state.window_total / count if count else math.nan,
-            "lr": record["lr"],
-            "grad_norm": record["grad_norm"],
-            "tokens": state.tokens,
-            "rows": state.rows,
-            "tokens_per_second": state.window_tokens / seconds,
-            "mfu": flops / seconds / self._peak,
-            "seconds": state.seconds,
-        }
-        self.log.write(line)
-        for logger in self.loggers:
-            logger.log({f"train/{k}": float(v) for k, v in line.items() if k != "step"}, state.step)
-        shown = {key: line[key] for key in ("loss", "lr", "mfu")} | {
-            "tok/s": line["tokens_per_second"]
-        }
-        self.progress.show(state.step, shown, state.total_steps)
-        state.window_total = state.window_count = state.window_seconds = 0.0
-        state.window_tokens = 0
+    def evaluate(self, *, last: bool = False) -> bool:
+        """Evaluate on the held-out rows and log it; True when it is the best so far.
 
-    def evaluate(self, *, whole: bool = False) -> bool:
-        """Evaluate on the held-out rows and log it; True when it is the best so far."""
+        With ``train.eval_rows`` the best is chosen on that sample, and the last evaluation is also made on all
+        rows.
+        """
         assert self.eval_data is not None
-        began, state = time.monotonic(), self.state
-        limit = 0 if whole else self.train.eval_rows
+        state, limit = self.state, self.train.eval_rows
+        figures = self._figures(limit)
+        state.last_eval = state.step
+        improved = figures["loss"] < state.best_loss
+        if improved:
+            state.best_loss, state.best_step = figures["loss"], state.step
+        state.evals_since_best = 0 if improved else state.evals_since_best + 1
+        note = " (best)" if improved else ""
+        if last and 0 < limit < len(self.eval_data):
+            figures, note = self._figures(0), " on all rows"
+        with self.average.applied():
+            samples = self.objective.preview(
+                [self.eval_data[0]], self.train.sample, self.train.seed
+            )
+        self.metrics = figures
+        self.journal.evaluation(state, figures, samples, note)
+        return improved and self.train.best
+
+    def _figures(self, limit: int) -> dict[str, float]:
+        assert self.eval_data is not None
+        began = time.monotonic()
         with self.average.applied():
             figures = evaluate_rows(
                 self.objective,
@@ -356,34 +330,9 @@ class Trainer:
                 batch_rows=self.micro_rows,
                 limit=limit,
             )
-            lines = self.objective.preview([self.eval_data[0]], self.train.sample, self.train.seed)
-        state.last_eval = state.step
-        improved = figures["loss"] < state.best_loss
-        if improved:
-            state.best_loss, state.best_step, state.evals_since_best = (
-                figures["loss"],
-                state.step,
-                0,
-            )
-        else:
-            state.evals_since_best += 1
-        self.metrics = figures
-        self.log.write(
-            {"step": state.step, "eval": figures, "samples": lines, "seconds": state.seconds}
-        )
-        for logger in self.loggers:
-            logger.log({f"eval/{key}": value for key, value in figures.items()}, state.step)
-        shown = ", ".join(
-            f"{key} {value:.4g}" for key, value in figures.items() if key != "targets"
-        )
-        self.progress.write(
-            f"step {state.step:,}: held out: {shown}{' (best)' if improved else ''}"
-        )
-        for line in lines:
-            self.progress.write(f"    {line!r}")
         share = min(1.0, limit / len(self.eval_data)) if limit else 1.0
         self.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
-        return improved and self.train.best
+        return figures
 
     def _out_of_patience(self) -> bool:
         return 0 < self.train.patience <= self.state.evals_since_best
@@ -400,12 +349,15 @@ class Trainer:
         state.last_save = state.step
         state.scale = self.scaler.state()
         state.seconds = time.monotonic() - self._began
-        self.log.sync()
+        self.journal.sync()
         with self.average.applied():
             state.probe_loss = self.probe()
             tensors = {"optimizer": self.optimizers.state()}
             if self.average.decay:
                 tensors["weights"] = self.average.other()
+            others = other_tensors(self.objective)
+            if others:
+                tensors["objective"] = others
             about = {"objective": self.objective.describe(), "metrics": self.metrics}
             self.checkpoint = save_checkpoint(
                 self.out,
@@ -430,7 +382,7 @@ class Trainer:
             step=state.step,
             stopped=stopped,
             metrics=self.metrics,
-            history=list(self.log.records),
+            history=list(self.journal.records),
             checkpoint=self.checkpoint,
             best=best if state.best_step and best.exists() else None,
         )
@@ -441,27 +393,4 @@ class Trainer:
 
     def say(self, line: str) -> None:
         """Print a line where the user looks."""
-        self.progress.write(line)
-
-
-def hash_seed(*parts: int) -> int:
-    """A 63-bit seed from integers (the finaliser of SplitMix64), so that near inputs give far seeds."""
-    value = 0x9E3779B97F4A7C15
-    for part in parts:
-        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 31
-        value = value * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 29
-    return value >> 1
-
-
-def _tokens(batch: Batch) -> int:
-    """Tokens that are not padding; rows where a batch has no tokens."""
-    for key in ("document_ids", "attention_mask"):
-        if key in batch:
-            return int((batch[key] != 0).sum())
-    return (
-        next(iter(batch.values())).shape[0]
-        if "input_ids" not in batch
-        else batch["input_ids"].numel()
-    )
+        self.journal.say(line)

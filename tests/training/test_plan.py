@@ -1,0 +1,54 @@
+"""Limits become steps; micro-batches never change the global batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.config import TrainConfig
+from pretrain.training import plan as planning
+from pretrain.training.plan import Plan, choose_micro_rows
+from pretrain.training.state import RunState
+from tiny import Rows, objective
+
+ROWS = Rows(10)
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [("7 steps", 7), ("1 epochs", 3), ("2.5 epochs", 7), (f"{ROWS.num_tokens} tokens", 3)],
+)
+def test_limits(limit: str, steps: int) -> None:
+    assert Plan(TrainConfig(limit=limit, batch_rows=4), ROWS, len(ROWS)).total_steps() == steps
+
+
+def test_minutes_follow_the_measured_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned at 1 s a step, run at 2 s: the plan halves, and the run ends when the time does."""
+    clock = [100.0]
+    monkeypatch.setattr(planning.time, "monotonic", lambda: clock[0])
+    plan = Plan(TrainConfig(limit="2 minutes", batch_rows=4), ROWS, len(ROWS))
+    state = RunState(total_steps=plan.total_steps(1.0))
+    assert state.total_steps == 120
+    totals = []
+    while state.step < state.total_steps:
+        clock[0] += 2.0
+        state.step += 1
+        state.seconds = clock[0] - 100.0
+        state.total_steps = plan.replan(state)
+        totals.append(state.total_steps)
+    assert 57 <= state.step <= 60 and 115 <= state.seconds <= 121
+    assert all(abs(total - 59) <= 1 for total in totals[5:])
+
+
+def test_micro_rows_are_a_divisor_that_fits_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(planning._MICRO_TOKENS, "cpu", 16 * 5)
+    found = choose_micro_rows(TrainConfig(batch_rows=12), ROWS, objective(), cpu)
+    assert found == 4
+    monkeypatch.setitem(planning._MICRO_TOKENS, "cpu", 1)
+    goal: Any = objective()
+    assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu) == 1
+    goal.couples_examples = True
+    assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu) == 12

@@ -1,0 +1,132 @@
+"""Resume equals the run that was never interrupted, bit for bit, after any number of crashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pretrain.checkpoint import latest, read_training
+from pretrain.training.trainer import Hook
+from tiny import Rows, losses, objective, trainer
+
+
+class Crash(Exception):
+    """What a test throws into the middle of a run."""
+
+
+def _run(out: Path, kind: str, crash_after: int | None = None, **options: Any) -> Any:
+    def strike(record: Any) -> None:
+        if record["step"] == crash_after:
+            raise Crash
+
+    goal = objective(kind, dropout=options.pop("dropout", 0.0))
+    rows, held_out = Rows(10), Rows(3, seed=4)
+    task = trainer(out, goal, rows, eval_rows=held_out, hooks=[Hook(strike)], **options)
+    task.fit()
+    return task
+
+
+def _same(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    first, second = latest(a), latest(b)
+    assert first is not None and second is not None and first.name == second.name
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    one, two = read_training(first), read_training(second)
+    assert one.tensors.keys() == two.tensors.keys()
+    for stem, tensors in one.tensors.items():
+        assert tensors.keys() == two.tensors[stem].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, two.tensors[stem][key]), (stem, key)
+    drop = ("seconds", "window_seconds")
+    states = [{k: v for k, v in t.state["run"].items() if k not in drop} for t in (one, two)]
+    assert states[0] == states[1]
+
+
+@given(
+    crashes=st.lists(st.integers(1, 17), min_size=1, max_size=4),
+    kind=st.sampled_from(["NextToken", "MaskedLM"]),
+    name=st.sampled_from(["adamw", "muon"]),
+    save=st.integers(1, 7),
+    micro=st.sampled_from([1, 2, 4]),
+    ema=st.sampled_from([0.0, 0.9]),
+    dropout=st.sampled_from([0.0, 0.2]),
+    log_every=st.sampled_from([1, 3]),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    schedule=st.sampled_from(["cosine", "wsd"]),
+)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_chain_of_crashes_is_bit_identical(
+    tmp_path_factory: Any,
+    crashes: list[int],
+    kind: str,
+    name: str,
+    save: int,
+    ema: float,
+    schedule: str,
+    **options: Any,
+) -> None:
+    """18 steps over 10 rows in batches of 4: seven epochs, and batches that straddle two of them."""
+    options |= {
+        "limit": "18 steps",
+        "save_every": f"{save} steps",
+        "eval_every": "5 steps",
+        "micro_rows": options.pop("micro"),
+        "optim": {"name": name, "ema": ema, "schedule": schedule},
+    }
+    whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
+    _run(whole, kind, **options)
+    for crash in crashes:
+        try:
+            _run(cut, kind, crash_after=crash, **options)
+        except Crash:
+            continue
+        break
+    _run(cut, kind, **options)
+    _same(whole, cut)
+
+
+@pytest.mark.parametrize("kind", ["NextToken", "MaskedLM"])
+def test_resume_at_every_step(tmp_path: Path, kind: str) -> None:
+    """One crash after each step of a run that saves every step: the whole chain equals one run."""
+    options: dict[str, Any] = {"limit": "9 steps", "save_every": "1 steps", "micro_rows": 2}
+    _run(tmp_path / "whole", kind, **options)
+    for crash in range(1, 9):
+        with pytest.raises(Crash):
+            _run(tmp_path / "cut", kind, crash_after=crash, **options)
+    _run(tmp_path / "cut", kind, **options)
+    _same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_longer_limit_goes_on(tmp_path: Path) -> None:
+    """A finished run goes on when the limit is raised; under a constant rate it equals the longer run."""
+    optim = {"schedule": "constant", "warmup": 2.0}
+    _run(tmp_path / "cut", "NextToken", limit="6 steps", optim=optim)
+    _run(tmp_path / "cut", "NextToken", limit="12 steps", optim=optim)
+    _run(tmp_path / "whole", "NextToken", limit="12 steps", optim=optim)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"limit": "8 steps", "save_every": "2 steps"}
+    _run(tmp_path / "whole", "NextToken", **options)
+    with pytest.raises(Crash):
+        _run(tmp_path / "cut", "NextToken", crash_after=7, **options)
+    newest = latest(tmp_path / "cut")
+    assert newest is not None and newest.name == "checkpoint-6"
+    file = newest / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    capsys.readouterr()
+    _run(tmp_path / "cut", "NextToken", **options)
+    assert "checkpoint-6" in capsys.readouterr().err
+    _same(tmp_path / "whole", tmp_path / "cut")

@@ -1,0 +1,138 @@
+"""From settings to a run: resuming by the same command, refusing another one, evaluating what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pretrain
+from pretrain.errors import ConfigError, DataError, TokenizerError
+from tiny import losses
+
+WORDS = "sea ship wind salt rope sail deck mast gull tide wave storm captain sailor harbour".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(draw.choices(WORDS, k=10)) for _ in range(400)))
+    return path
+
+
+def settings(tmp_path: Path, text: Path, **train: Any) -> dict[str, Any]:
+    return {
+        "data": {
+            "train": str(text),
+            "valid": "last:0.2",
+            "cache": str(tmp_path / "cache"),
+            "vocab_size": 300,
+            "row_length": 32,
+        },
+        "model": {
+            "family": "gpt2",
+            "size": "tiny",
+            "overrides": {"hidden_size": 32, "max_positions": 32},
+        },
+        "train": {
+            "out": str(tmp_path / "run"),
+            "limit": "6 steps",
+            "batch_rows": 8,
+            "eval_every": "0 steps",
+        }
+        | train,
+        "parallel": {"device": "cpu"},
+    }
+
+
+def test_same_command_resumes_and_figures_agree(tmp_path: Path, text: Path) -> None:
+    first = pretrain.train(settings(tmp_path, text, save_every="2 steps"))
+    assert first.metrics["loss"] == pytest.approx(pretrain.evaluate(first.path)["loss"], rel=1e-3)
+    longer = settings(tmp_path, text, limit="8 steps")
+    again = pretrain.train(longer)
+    assert again.step == 8 and len(losses(again.path)) == 8
+    facts = pretrain.inspect(again.path)
+    assert facts["step"] == 8 and facts["manifest"] == "holds" and facts["tokens_seen"] > 0
+    assert facts["objective"] == "NextToken"
+    assert "<svg" in again._repr_html_()
+
+
+def test_changed_settings_are_named(tmp_path: Path, text: Path) -> None:
+    pretrain.train(settings(tmp_path, text))
+    other = settings(tmp_path, text) | {"optim": {"lr": 5e-4}}
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.0005, was 0\.001"):
+        pretrain.train(other)
+
+
+def test_unknown_size_and_option_are_named(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match="tiny"):
+        pretrain.train(settings(tmp_path, text), model={"size": "tinny"})
+    with pytest.raises(ConfigError, match="hidden_size"):
+        pretrain.train(settings(tmp_path, text), model={"overrides": {"hiden_size": 8}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_going_on_from_a_checkpoint_with_new_text(tmp_path: Path, text: Path) -> None:
+    """Domain adaptation is the same call: the checkpoint's tokenizer is used, and its weights are the start."""
+    first = pretrain.train(settings(tmp_path, text, limit="30 steps"))
+    new = tmp_path / "new.txt"
+    new.write_text("\n".join(" ".join(WORDS[i % 7 : i % 7 + 6]) for i in range(300)))
+    base = settings(tmp_path, new, out=str(tmp_path / "adapted"), limit="2 steps")
+    base["model"] = {"checkpoint": str(first.path)}
+    adapted = pretrain.train(base)
+    assert losses(adapted.path)[0][1] < 5.2, (
+        "the weights did not come along: a fresh model starts near 5.7"
+    )
+    a, b = pretrain.load(first.path, quiet=True), pretrain.load(adapted.path, quiet=True)
+    assert a.tokenizer.fingerprint == b.tokenizer.fingerprint
+
+
+def test_tokenizer_of_the_data_must_be_the_checkpoints(tmp_path: Path, text: Path) -> None:
+    first = pretrain.train(settings(tmp_path, text))
+    prepared = pretrain.prepare(
+        str(text), tmp_path / "other", vocab_size=280, row_length=32, valid="last:0.2"
+    )
+    base = settings(tmp_path, prepared.path, out=str(tmp_path / "next"))
+    base["model"] = {"checkpoint": str(first.path)}
+    with pytest.raises(TokenizerError, match="another tokenizer"):
+        pretrain.train(base)
+    with pytest.raises(TokenizerError, match="another tokenizer"):
+        pretrain.evaluate(first.path, prepared.path)
+
+
+def test_evaluate_on_a_plain_file(tmp_path: Path, text: Path) -> None:
+    run = pretrain.train(settings(tmp_path, text))
+    figures = pretrain.evaluate(run.checkpoint, str(text))
+    assert 0 < figures["loss"] < 8 and figures["bits_per_byte"] > 0
+
+
+def test_evaluate_needs_data(tmp_path: Path, text: Path) -> None:
+    run = pretrain.train(settings(tmp_path, text))
+    pretrain.load(run.path, quiet=True).save(tmp_path / "alone")
+    with pytest.raises(DataError, match="--data"):
+        pretrain.evaluate(tmp_path / "alone")
+
+
+def test_wrong_objective_for_a_checkpoint(tmp_path: Path, text: Path) -> None:
+    run = pretrain.train(settings(tmp_path, text))
+    base = settings(tmp_path, text, out=str(tmp_path / "mlm"))
+    base |= {"model": {"checkpoint": str(run.path)}, "objective": {"class_path": "MaskedLM"}}
+    with pytest.raises(ConfigError, match="has the head 'causal-lm'"):
+        pretrain.train(base)
+
+
+def test_checkpoint_knows_its_origin_and_no_path(tmp_path: Path, text: Path) -> None:
+    import json
+
+    run = pretrain.train(settings(tmp_path, text))
+    assert run.checkpoint is not None
+    config = json.loads((run.checkpoint / "config.json").read_text())
+    block = config["pretrain"]
+    assert block["objective"]["name"] == "NextToken" and block["fingerprint"]
+    for file in run.checkpoint.rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file

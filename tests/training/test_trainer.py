@@ -1,0 +1,259 @@
+"""The rules of a step: token-true accumulation, skipped numbers, early stops, signals, checks before step 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pretrain
+from pretrain.errors import ConfigError, DataError, RunLocked, TrainingError
+from pretrain.objectives.base import Loss, Objective
+from pretrain.training.trainer import Hook
+from tiny import Rows, losses, objective, tokenizer, trainer
+
+
+def _weights(goal: Objective) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in goal.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["NextToken", "MaskedLM"])
+def test_it_learns_and_transformers_names_lie_on_disk(tmp_path: Path, kind: str) -> None:
+    goal = objective(kind)
+    run = trainer(
+        tmp_path / "run", goal, Rows(8), eval_rows=Rows(4, seed=1), limit="60 steps"
+    ).fit()
+    line = losses(run.path)
+    assert len(line) == 60 and line[-1][1] < 0.8 * line[0][1]
+    assert run.metrics["targets"] > 0 and run.stopped == "limit" and run.exit_code == 0
+    again = pretrain.load(run.path, quiet=True)
+    for name, p in goal.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], p), name
+
+
+@given(
+    micro=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 100),
+    kind=st.sampled_from(["NextToken", "MaskedLM"]),
+)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_accumulation_normalised_by_global_tokens(
+    tmp_path_factory: Any, micro: int, seed: int, kind: str
+) -> None:
+    """8 x 1 = 4 x 2 = 2 x 4 = 1 x 8, although rows have different numbers of targets."""
+    results = []
+    for size in (8, micro):
+        goal = objective(kind)
+        out = tmp_path_factory.mktemp("run")
+        # Plain gradient steps: AdamW's first steps are signs, which hide a wrong scale.
+        task = trainer(
+            out, goal, Rows(24, seed=seed), batch_rows=8, micro_rows=size, limit="3 steps"
+        )
+        task.optim.eps = 1.0
+        task.fit()
+        results.append((losses(out), _weights(goal)))
+    (one, a), (two, b) = results
+    for (_, loss_a, norm_a), (_, loss_b, norm_b) in zip(one, two, strict=True):
+        assert loss_a == pytest.approx(loss_b, rel=1e-5) and norm_a == pytest.approx(
+            norm_b, rel=1e-4
+        )
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+class _Poison(Objective):
+    """Passes through, but gives a NaN loss at chosen calls."""
+
+    def __init__(self, inner: Objective, when: set[int]) -> None:
+        super().__init__(inner.model)
+        self.inner, self.when, self.calls = inner, when, 0
+
+    def collate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.collate(*args, **kwargs)
+
+    def forward(self, batch: Any) -> Loss:
+        self.calls += self.training
+        loss = self.inner(batch)
+        # Two trial runs come before the first step.
+        if self.training and self.calls - 2 in self.when:
+            loss.total = loss.total * float("nan")
+        return loss
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_non_finite_step_changes_neither_weights_nor_moments(tmp_path: Path, name: str) -> None:
+    goal = _Poison(objective(), {3})
+    seen: list[Any] = []
+    task = trainer(tmp_path, goal, Rows(8), optim={"name": name}, limit="4 steps")
+
+    def keep(record: Any) -> None:
+        moments = {key: value.clone() for key, value in task.optimizers.state().items()}
+        seen.append((record["skipped"], _weights(goal), moments))
+
+    task.hooks = [Hook(keep)]
+    task.fit()
+    assert [skipped for skipped, _, _ in seen] == [False, False, True, False]
+    for which in (1, 2):
+        for key, value in seen[1][which].items():
+            assert torch.equal(value, seen[2][which][key]), key
+    assert any(not torch.equal(value, seen[3][1][key]) for key, value in seen[2][1].items())
+    assert task.state.skipped == 1
+    skipped = [r for r in task.journal.records if r.get("event") == "skipped"]
+    assert skipped[0]["step"] == 2 and skipped[0]["first_row"] == 8
+
+
+def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    goal = _Poison(objective(), {3, 4, 5})
+    task = trainer(tmp_path, goal, Rows(8), save_every="1 steps")
+    with pytest.raises(TrainingError, match="3 steps in a row.*optim.lr"):
+        task.fit()
+    kept = pretrain.load(tmp_path, quiet=True)
+    assert all(p.isfinite().all() for p in kept.parameters())
+
+
+def test_hooks_see_a_read_only_record(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def fn(record: Any) -> None:
+        steps.append(record["step"])
+        with pytest.raises(TypeError):
+            record["loss"] = 0.0
+
+    trainer(tmp_path, objective(), Rows(8), hooks=[Hook(fn, every=5)]).fit()
+    assert steps == [5, 10]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signal_saves_and_leaves(tmp_path: Path, name: str, code: int) -> None:
+    def strike(record: Any) -> None:
+        if record["step"] == 5:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    run = trainer(tmp_path, objective(), Rows(8), hooks=[strike]).fit()
+    assert run.stopped == name and run.exit_code == code and run.step == 5
+    assert run.checkpoint is not None and run.checkpoint.name == "checkpoint-5"
+    rest = trainer(tmp_path, objective(), Rows(8)).fit()
+    whole = trainer(tmp_path / "whole", objective(), Rows(8)).fit()
+    assert losses(rest.path) == losses(whole.path)
+
+
+def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        objective(),
+        Rows(4),
+        eval_rows=Rows(4, seed=9),
+        limit="400 steps",
+        eval_every="10 steps",
+        save_every="10 steps",
+        keep=1,
+        patience=3,
+        optim={"lr": 0.03, "schedule": "constant"},
+    ).fit()
+    assert run.stopped == "patience" and run.best is not None
+    evals = {r["step"]: r["eval"]["loss"] for r in run.history if "eval" in r}
+    best = min(evals, key=lambda step: evals[step])
+    assert run.best.name == f"checkpoint-{best}" and run.best.is_dir()
+    assert run.step == best + 30
+    kept = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
+    assert kept == sorted({f"checkpoint-{best}", f"checkpoint-{run.step}"})
+
+
+def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path) -> None:
+    goal = objective()
+    trace: list[dict[str, torch.Tensor]] = []
+    task = trainer(tmp_path, goal, Rows(8), optim={"ema": 0.5}, limit="5 steps")
+    start = _weights(goal)
+    task.hooks = [Hook(lambda _: trace.append(_weights(goal)))]
+    task.fit()
+    average = start
+    for weights in trace:
+        average = {k: torch.lerp(v, weights[k], 0.5) for k, v in average.items()}
+    saved = pretrain.load(tmp_path, quiet=True).state_dict()
+    for key, value in average.items():
+        torch.testing.assert_close(saved[key.removeprefix("model.")], value)
+
+
+def test_fewer_rows_than_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="3 rows and train.batch_rows is 4"):
+        trainer(tmp_path, objective(), Rows(3)).fit()
+    with pytest.raises(DataError, match="no training rows"):
+        trainer(tmp_path, objective(), []).fit()
+
+
+def test_all_targets_masked(tmp_path: Path) -> None:
+    rows = Rows(8)
+    for row in rows:
+        row["document_ids"] = np.arange(1, 17)
+    with pytest.raises(TrainingError, match="no row of the first batch has a target|No row"):
+        trainer(tmp_path, objective(), rows).fit()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_token_id_beyond_the_vocabulary(tmp_path: Path) -> None:
+    rows = Rows(4)
+    rows[2]["input_ids"][5] = len(tokenizer()) + 7
+    with pytest.raises(DataError, match=f"input_ids {len(tokenizer()) + 7} at position 5"):
+        trainer(tmp_path, objective(), rows).fit()
+    rows[2]["input_ids"][5] = -3
+    with pytest.raises(DataError, match="input_ids -3"):
+        trainer(tmp_path, objective(), rows).fit()
+
+
+def test_row_longer_than_the_positions(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="40 tokens, but the model has 32 positions"):
+        trainer(tmp_path, objective(), Rows(8, length=40)).fit()
+
+
+def test_two_runs_in_one_directory(tmp_path: Path) -> None:
+    second = trainer(tmp_path, objective(), Rows(8))
+
+    def start_another(record: Any) -> None:
+        with pytest.raises(RunLocked):
+            second.fit()
+
+    trainer(tmp_path, objective(), Rows(8), hooks=[Hook(start_another, every=6)]).fit()
+
+
+def test_micro_rows_must_divide_the_batch(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1, 2, 4"):
+        trainer(tmp_path, objective(), Rows(8), micro_rows=3).fit()
+
+
+def test_a_coupling_loss_refuses_accumulation(tmp_path: Path) -> None:
+    goal = objective()
+    goal.couples_examples = True  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="compares the rows"):
+        trainer(tmp_path, goal, Rows(8), micro_rows=2).fit()
+
+
+def test_another_model_in_the_same_directory(tmp_path: Path) -> None:
+    trainer(tmp_path, objective(), Rows(8), limit="2 steps").fit()
+    with pytest.raises(TrainingError, match="holds another model"):
+        trainer(tmp_path, objective("MaskedLM"), Rows(8)).fit()
+
+
+def test_weights_changed_behind_our_back_are_noticed(tmp_path: Path) -> None:
+    trainer(tmp_path, objective(), Rows(8), limit="2 steps").fit()
+    other = Rows(8, seed=5)
+    for row in other:
+        row["input_ids"] = np.full_like(row["input_ids"], 7)
+    with pytest.raises(TrainingError, match="probe rows"):
+        trainer(tmp_path, objective(), other, limit="4 steps").fit()
+
+
+def test_a_finished_run_runs_no_further(tmp_path: Path) -> None:
+    first = trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(2, seed=3)).fit()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoint-12").rglob("*")}
+    again = trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(2, seed=3)).fit()
+    assert again.step == 12 and again.metrics == first.metrics
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoint-12").rglob("*")}
