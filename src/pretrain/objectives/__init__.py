@@ -12,7 +12,7 @@ from typing import Any
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.objectives.base import Loss, Objective
 
-__all__ = ["OBJECTIVES", "Loss", "Objective", "build_objective", "objective_class"]
+__all__ = ["OBJECTIVES", "Loss", "Objective", "build_objective", "objective_class", "objective_for"]
 
 OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
@@ -45,6 +45,11 @@ def objective_class(class_path: str) -> type[Objective]:
             f"objective.class_path: {path!r} is not a subclass of pretrain.Objective."
         )
     return found
+
+
+def objective_for(head_kind: str | None) -> str | None:
+    """Short name of the objective that trains this kind of head, or None."""
+    return next((n for n in OBJECTIVES if objective_class(n).head_kind == head_kind), None)
 
 
 def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> Objective:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import check_writable, load, save_model
 from pretrain.data.loader import Examples
+from pretrain.directories import temporary_name
 from pretrain.errors import DataError, TrainingError
 from pretrain.training.feed import to_device
 from pretrain.training.plan import row_length
@@ -158,7 +159,7 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
 def check_round_trip(trainer: Trainer) -> None:
     """Save, reload and compare before anything is spent on training."""
     model = trainer.objective.model
-    folder = trainer.out / f".preflight-{os.getpid()}"
+    folder = temporary_name(trainer.out / "preflight", "new")
     try:
         save_model(model, folder)
         again = load(folder, quiet=True).state_dict()

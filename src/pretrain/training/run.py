@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import inspect, latest, load
+from pretrain.checkpoint import latest, load
 from pretrain.config import RunConfig
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.objectives import build_objective, objective_class
+from pretrain.objectives import build_objective, objective_class, objective_for
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.plan import row_length
 from pretrain.training.precision import choose_device, choose_precision
@@ -243,8 +243,8 @@ def evaluate(
     model = load(path, quiet=True)
     name, options = objective, {}
     if name is None:
-        name = {"causal-lm": "NextToken", "masked-lm": "MaskedLM"}.get(model.head_kind or "")
-        recorded = inspect(path).get("objective")
+        name = objective_for(model.head_kind)
+        recorded = model.extra_config.get("pretrain", {}).get("objective")
         if isinstance(recorded, Mapping) and recorded.get("name") == name:
             options = {key: value for key, value in recorded.items() if key != "name"}
     if name is None:

@@ -1,0 +1,10 @@
+"""``python -m pretrain COMMAND`` is ``pretrain COMMAND``."""
+
+from __future__ import annotations
+
+import sys
+
+from pretrain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""From words on a command line to values: jsonargparse declares and reads, errors are those of the YAML.
+
+Values are read by `pretrain.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and behind an
+option. Whatever is wrong with an option of ``train`` is said by the code that checks `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pretrain.errors import ConfigError, did_you_mean
+
+__all__ = ["make_parser", "parse"]
+
+_OPEN = ("--model.overrides.", "--objective.init_args.")  # mappings: any name may follow
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None]) -> Any:
+    """The jsonargparse parser of the command ``name``; ``add`` declares its options."""
+    from jsonargparse import ArgumentParser, set_loader
+
+    set_loader("strict", _value, exceptions=(ConfigError,))
+    parser = ArgumentParser(
+        prog=f"pretrain {name}",
+        description=summary,
+        epilog=f"example: {example}",
+        exit_on_error=False,
+        default_env=False,
+        allow_abbrev=False,
+        parser_mode="strict",
+    )
+    add(parser)
+    return parser
+
+
+def _value(text: str) -> Any:
+    from pretrain.strict_yaml import parse
+
+    return parse(text, "command line")[0]
+
+
+def parse(parser: Any, name: str, words: list[str]) -> Any:
+    """Parse the words after the command; of ``train`` only what was given is returned, without defaults.
+
+    Raises:
+        ConfigError: an unknown option (the nearest is named), a wrong type, a missing argument.
+    """
+    from argparse import ArgumentError
+
+    options = [option for action in parser._actions for option in action.option_strings]
+    for word in words:
+        if word == "--":
+            break
+        option = word.partition("=")[0]
+        if option.startswith("--") and not _known(option, options, name):
+            raise _unknown(option, options, name)
+    try:
+        return parser.parse_args(words, defaults=name != "train")
+    except ArgumentError as error:
+        raise _wrong(error, name, words) from None
+
+
+def _known(option: str, options: Iterable[str], name: str) -> bool:
+    return option in options or (name == "train" and option.startswith(_OPEN))
+
+
+def _unknown(option: str, options: Iterable[str], name: str) -> ConfigError:
+    if name == "train":
+        from pretrain.config import RunConfig
+
+        try:
+            RunConfig.load(None, {option.lstrip("-"): None})
+        except ConfigError as error:
+            return error
+    return ConfigError(f"pretrain {name} has no option {option}.{did_you_mean(option, options)}")
+
+
+def _wrong(error: Exception, name: str, words: list[str]) -> ConfigError:
+    """Say what the parser found, in the words that the same mistake gets in a YAML file."""
+    text = " ".join(str(error).split())
+    found = re.search(r'[Pp]arser key "([^"]+)"|argument --([\w.]+)', text)
+    option = (found[1] or found[2]) if found else ""
+    given = _given(option, words)
+    if given is None and option:
+        return ConfigError(f"--{option} needs a value. See pretrain {name} --help.")
+    if name == "train" and given is not None:
+        from pretrain.config import RunConfig
+
+        try:
+            RunConfig.load(None, {option: _value(given)})
+        except ConfigError as same:
+            return same
+    if "Expected a" in text and given is not None:
+        kind = re.search(r"Expected a .*?\b(int|float|bool)\b", text.partition("Got value")[0])
+        wanted = _KINDS.get(kind[1] if kind else "", "of another type")
+        return ConfigError(f"--{option} must be {wanted}, found {given!r}.")
+    return ConfigError(
+        f"pretrain {name}: {text[:1].lower()}{text[1:]}. See pretrain {name} --help."
+    )
+
+
+def _given(dotted: str, words: list[str]) -> str | None:
+    """The word that stands for an option on the command line."""
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option.lstrip("-").rstrip("+") == dotted and option.startswith("-"):
+            return value if equals else (words[i + 1] if i + 1 < len(words) else None)
+    return None

@@ -1,0 +1,352 @@
+"""The command line: ``pretrain COMMAND``. No logic lives here; every command is one call of a public function.
+
+Options are declared to jsonargparse: those of ``train`` are the fields of the six sections of `RunConfig`, checked by
+the same code as the YAML. Nothing heavy is imported before a command has been understood, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.arguments import make_parser, parse
+from pretrain.errors import ConfigError, PretrainError, did_you_mean
+
+__all__ = ["COMMANDS", "main"]
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its line in the help, its options, and what it calls."""
+
+    summary: str
+    example: str
+    add: Callable[[Any], None]
+    run: Callable[[Any], int | None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 2 for an error in the input, which is said in one paragraph (PRETRAIN_DEBUG=1 shows where it was raised);
+        130 after Ctrl-C and 143 after SIGTERM, when a training run has been saved.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            code = _dispatch(arguments)
+            sys.stdout.flush()
+            return code
+    except PretrainError as error:
+        if os.environ.get("PRETRAIN_DEBUG") == "1":
+            raise
+        _complain(str(error))
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        _complain("interrupted.", "")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from pretrain import __version__
+
+        print(f"pretrain {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = did_you_mean(name.replace("_", "-"), COMMANDS)
+        raise ConfigError(f"There is no command {name!r}.{near}")
+    command = COMMANDS[name]
+    parser = make_parser(name, command.summary, command.example, command.add)
+    options = rest[: rest.index("--")] if "--" in rest else rest
+    if "-h" in options or "--help" in options:
+        parser.print_help()
+        return 0
+    return command.run(parse(parser, name, rest)) or 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = ["usage: pretrain COMMAND [options]", "", "Pre-train transformers, and use them.", ""]
+    lines += [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`pretrain COMMAND --help` shows the options of a command."]
+    return "\n".join(lines)
+
+
+def _complain(message: str, label: str = "error: ") -> None:
+    """One paragraph on stderr; characters that could drive the terminal are shown, not sent."""
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if label and sys.stderr.isatty() and not plain:
+        label = f"\033[31m{label}\033[0m"
+    print(f"{label}{shown}", file=sys.stderr)
+
+
+def _note(message: Warning | str, *place: Any, **options: Any) -> None:
+    """A warning as one line, without the place in the code."""
+    _complain(str(message), "note: ")
+
+
+# --------------------------------------------------------------------------------------------- commands
+
+
+def _add_quickstart(parser: Any) -> None:
+    parser.add_argument("--out", type=str, default="runs/quickstart", help="directory of the run")
+    parser.add_argument("--minutes", type=float | None, default=None, help="time for everything")
+    parser.add_argument("--seed", type=int, default=0, help="seed")
+
+
+def _quickstart(args: Any) -> int:
+    from pretrain.quickstart import quickstart
+
+    return int(quickstart(out=args.out, minutes=args.minutes, seed=args.seed)["exit_code"])
+
+
+def _add_prepare(parser: Any) -> None:
+    add = parser.add_argument
+    add("sources", nargs="+", type=str, help='files, globs, folders, "hub:NAME", or "python"')
+    add("--out", type=str | None, default=None, help="directory to write; not given, the cache")
+    add("--tokenizer", type=str, default="bpe", help="bpe, wordpiece, char, or a path")
+    add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
+    add("--row_length", type=int, default=512, help="tokens in one row")
+    add("--valid", type=float | str, default=0.01, help='held-out fraction, source, or "last:0.1"')
+    add("--text", type=str, default="text", help="column of .jsonl, .csv and .parquet files")
+    add("--separator", type=str | None, default=None, help="text between the documents of a file")
+    add("--seed", type=int, default=0, help="seed of the order")
+    add("--workers", type=int | None, default=None, help="processes; not given, all cores")
+    add("--quiet", action="store_true", help="no progress bar and no table")
+
+
+def _prepare(args: Any) -> None:
+    from pretrain.data.prepare import prepare
+
+    options = {key: value for key, value in args.as_dict().items() if key != "sources"}
+    sources = args.sources if len(args.sources) > 1 else args.sources[0]
+    prepared = prepare(sources, **options)
+    print(prepared.path)
+
+
+def _add_train(parser: Any) -> None:
+    from pretrain.config import RunConfig, fields
+
+    parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings")
+    parser.add_argument("--show_config", action="store_true", help="show the settings and leave")
+    for section, kind in RunConfig.SECTIONS.items():
+        group = parser.add_argument_group(f"{section}: {(kind.__doc__ or '').rstrip('.')}")
+        for spec in fields(section):
+            names = [f"--{section}.{spec.name}"]
+            group.add_argument(*names, type=spec.type, default=spec.default, help=spec.help)
+
+
+def _train(args: Any) -> int:
+    sections = args.as_dict()
+    config = sections.pop("config", None)
+    if sections.pop("show_config", False):
+        from pretrain.config import RunConfig
+
+        print(RunConfig.load(config, sections).to_yaml(), end="")
+        return 0
+    from pretrain.training.run import train
+
+    return int(train(config, **sections).exit_code)
+
+
+def _add_generate(parser: Any) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=str, help="run or checkpoint directory")
+    add("prompt", type=str, help='text to continue, or "-": one prompt per line of standard input')
+    add("--max_new_tokens", type=int, default=64, help="tokens to add at most")
+    add(
+        "--temperature",
+        type=float | None,
+        default=None,
+        help="0 takes the likeliest token; not given, 1 with --top_k, --top_p, --min_p or --seed, else 0",
+    )
+    add("--top_k", type=int | None, default=None, help="sample from the k likeliest tokens")
+    add(
+        "--top_p",
+        type=float | None,
+        default=None,
+        help="sample from the likeliest tokens that hold this mass",
+    )
+    add(
+        "--min_p",
+        type=float | None,
+        default=None,
+        help="drop tokens below this share of the likeliest",
+    )
+    add(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1: tokens seen before become less likely",
+    )
+    add(
+        "--stop",
+        type=list[str] | str,
+        default=[],
+        help="text, or [list, of, texts], at which to stop",
+    )
+    add("--seed", type=int | None, default=None, help="the same seed gives the same text")
+
+
+def _generate(args: Any) -> None:
+    from pretrain.checkpoint import load
+    from pretrain.generate import generate
+
+    options = {k: v for k, v in args.as_dict().items() if k not in ("checkpoint", "prompt")}
+    prompts = _prompts(args.prompt)
+    model = load(args.checkpoint)
+    for text in generate(model, prompts, **options):
+        print(text)
+
+
+def _prompts(text: str) -> list[str]:
+    if text != "-":
+        return [text]
+    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    if not any(lines):
+        raise ConfigError("Standard input holds no prompt; write one per line.")
+    return [line for line in lines if line]
+
+
+def _add_fill_mask(parser: Any) -> None:
+    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    parser.add_argument(
+        "text", type=str, help='text with [MASK] in it, or "-": one per line of standard input'
+    )
+    parser.add_argument("--top_k", type=int, default=5, help="candidates for each mask")
+
+
+def _fill_mask(args: Any) -> None:
+    from pretrain.checkpoint import load
+    from pretrain.generate import fill_mask
+
+    texts = _prompts(args.text)
+    model = load(args.checkpoint)
+    for text in texts:
+        found = fill_mask(model, text, top_k=args.top_k)
+        blocks = found if isinstance(found[0], list) else [found]
+        for block in blocks:
+            for item in block:
+                print(f"{item['score']:.4f}  {item['token']!r:<16}  {item['sequence']}")
+
+
+def _add_evaluate(parser: Any) -> None:
+    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        default=None,
+        help="prepared directory or source; not given, the run's held-out rows",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _evaluate(args: Any) -> None:
+    from pretrain.training.run import evaluate
+
+    _show(evaluate(args.checkpoint, data=args.data), args.json)
+
+
+def _add_inspect(parser: Any) -> None:
+    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _inspect(args: Any) -> None:
+    from pretrain.checkpoint import inspect
+
+    _show(inspect(args.checkpoint), args.json)
+
+
+def _add_report(parser: Any) -> None:
+    parser.add_argument("run", type=str, help="run directory")
+
+
+def _report(args: Any) -> None:
+    from pretrain.report import write
+
+    print(write(Path(args.run)))
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    """Print a flat mapping, aligned, or as JSON."""
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=2, default=str))
+        return
+    width = max(map(len, found), default=0) + 2
+    for key, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        shown = f"{value:.4f}" if isinstance(value, float) else shown
+        print(f"{key:<{width}}{shown}")
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "No download: prepare, train and show a small model in a few minutes.",
+        "pretrain quickstart",
+        _add_quickstart,
+        _quickstart,
+    ),
+    "prepare": Command(
+        "Turn text into a tokenizer and packed rows of tokens.",
+        'pretrain prepare "books/*.txt" --out data/books --vocab_size 8192',
+        _add_prepare,
+        _prepare,
+    ),
+    "train": Command(
+        "Train a model; the same command again resumes it.",
+        "pretrain train --config configs/gpt-small.yaml --data.train data/books --optim.lr 6e-4",
+        _add_train,
+        _train,
+    ),
+    "generate": Command(
+        "Continue a text.",
+        'pretrain generate runs/books-gpt "Once upon a time"',
+        _add_generate,
+        _generate,
+    ),
+    "fill-mask": Command(
+        "Fill the masks of a text.",
+        'pretrain fill-mask runs/books-bert "The [MASK] sailed."',
+        _add_fill_mask,
+        _fill_mask,
+    ),
+    "evaluate": Command(
+        "Measure a checkpoint on held-out text.",
+        "pretrain evaluate runs/books-gpt --data data/books",
+        _add_evaluate,
+        _evaluate,
+    ),
+    "inspect": Command(
+        "Say what a checkpoint holds and whether it is whole.",
+        "pretrain inspect runs/books-gpt --json",
+        _add_inspect,
+        _inspect,
+    ),
+    "report": Command(
+        "Write report.html of a run: settings, curves, samples.",
+        "pretrain report runs/books-gpt",
+        _add_report,
+        _report,
+    ),
+}

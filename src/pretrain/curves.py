@@ -1,0 +1,296 @@
+"""Curves as self-contained SVG text: no plotting library, no script, no remote resource.
+
+Used by the run report, by notebooks (``Run._repr_html_``) and by the figures of the documentation. Colours follow
+the reader's light or dark setting by a style sheet inside the picture, so that one file serves both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+__all__ = ["Series", "curve_svg", "nice_ticks", "thin"]
+
+Point = tuple[float, float]
+
+# Left, top, right, bottom: room for the numbers of the axes and for the labels at the ends of the lines.
+_MARGIN = (58.0, 34.0, 16.0, 42.0)
+_STYLE = """
+.pc{font:12px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}
+.pc .bg{fill:#fff}.pc text{fill:#52514e}.pc .title{fill:#0b0b0b;font-weight:600;font-size:13px}
+.pc .grid{stroke:#e4e3df;stroke-width:1}.pc .axis{stroke:#b5b4ae;stroke-width:1}
+.pc .ref{stroke:#85847e;stroke-width:1.2;stroke-dasharray:5 4}
+.pc .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.pc .band{stroke:none;opacity:.16}.pc .dot{stroke:#fff;stroke-width:1.5}.pc .hit{fill:transparent}
+.pc .s0{stroke:#2a6fd6}.pc .f0{fill:#2a6fd6}.pc .s1{stroke:#d9480f}.pc .f1{fill:#d9480f}
+.pc .s2{stroke:#0f8a63}.pc .f2{fill:#0f8a63}.pc .s3{stroke:#8047c4}.pc .f3{fill:#8047c4}
+@media (prefers-color-scheme:dark){
+.pc .bg{fill:#16181d}.pc text{fill:#b9bdc6}.pc .title{fill:#f2f3f5}
+.pc .grid{stroke:#2b2f37}.pc .axis{stroke:#4a505b}.pc .ref{stroke:#8c929d}.pc .dot{stroke:#16181d}
+.pc .s0{stroke:#6ea8fe}.pc .f0{fill:#6ea8fe}.pc .s1{stroke:#ff9554}.pc .f1{fill:#ff9554}
+.pc .s2{stroke:#4cc99b}.pc .f2{fill:#4cc99b}.pc .s3{stroke:#b78cf0}.pc .f3{fill:#b78cf0}}
+""".replace("\n", "")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a picture.
+
+    Args:
+        label: its name in the legend.
+        points: (x, y) pairs in any order; pairs that are not finite are left out and leave a gap.
+        dots: mark every point (few, precious values) instead of drawing a band of the raw values.
+    """
+
+    label: str
+    points: Sequence[Point]
+    dots: bool = False
+
+    def finite(self) -> list[Point]:
+        """The points that can be drawn, in the order of x."""
+        return sorted((x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y))
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten.
+
+    Args:
+        low: smallest value to show.
+        high: largest value to show; widened when it equals ``low``.
+        count: about how many steps.
+    """
+    scale = max(abs(low), abs(high))
+    if high - low <= scale * 1e-9 or scale < 1e-100:
+        pad = scale * 0.05 if scale > 1e-100 else 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def thin(points: Sequence[Point], limit: int) -> list[tuple[float, float, float, float]]:
+    """Merge neighbours so that at most ``limit`` remain: (x, mean, lowest, highest) of each group.
+
+    The mean keeps the line honest and the extremes keep spikes visible, however long the run was.
+    """
+    size = max(1, math.ceil(len(points) / limit))
+    merged = []
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        ys = [y for _, y in group]
+        merged.append((group[-1][0], sum(ys) / len(ys), min(ys), max(ys)))
+    return merged
+
+
+def curve_svg(
+    series: Iterable[Series | tuple[str, Sequence[Point]]],
+    *,
+    title: str = "",
+    x_label: str = "step",
+    y_label: str = "",
+    references: Mapping[str, float] | None = None,
+    width: int = 720,
+    height: int = 320,
+    zero: bool = False,
+) -> str:
+    """Draw lines over a common x axis and return the SVG text.
+
+    Args:
+        series: what to draw, first one most important; plain ``(label, points)`` pairs are accepted.
+        title: printed above the picture and read aloud by screen readers.
+        x_label: name under the horizontal axis.
+        y_label: name of the quantity, beside the title.
+        references: horizontal dashed lines, name -> y (a baseline to beat).
+        width: of the picture in pixels; it scales to its container.
+        height: of the picture in pixels.
+        zero: start the vertical axis at zero.
+    """
+    drawn = [one if isinstance(one, Series) else Series(one[0], one[1]) for one in series]
+    lines = [(index, one, one.finite()) for index, one in enumerate(drawn)]
+    lines = [item for item in lines if item[2]]
+    kept = {name: y for name, y in (references or {}).items() if math.isfinite(y)}
+    head = (
+        f'<svg class="pc" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title or y_label or "curve")}" style="max-width:100%;height:auto" '
+        f'width="{width}" height="{height}"><style>{_STYLE}</style>'
+        f'<rect class="bg" width="{width}" height="{height}" rx="8"/>'
+    )
+    caption = f'<text class="title" x="14" y="21">{escape(title)}</text>' if title else ""
+    if not lines:
+        empty = f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">nothing to draw yet</text>'
+        return f"{head}{caption}{empty}</svg>"
+    frame = _Frame.around(lines, kept, width, height, zero)
+    body = [head, caption, frame.axes(x_label, y_label)]
+    body += [frame.reference(name, y) for name, y in kept.items()]
+    body += [frame.line(index % 4, one, points) for index, one, points in lines]
+    body.append(_legend([(index % 4, one.label) for index, one, _ in lines if one.label], width))
+    return "".join(body) + "</svg>"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The rectangle between the axes and the scales that lead into it."""
+
+    x0: float
+    x1: float
+    y_ticks: list[float]
+    box: tuple[float, float, float, float]
+
+    @classmethod
+    def around(
+        cls,
+        lines: Sequence[tuple[int, Series, list[Point]]],
+        references: Mapping[str, float],
+        width: int,
+        height: int,
+        zero: bool,
+    ) -> _Frame:
+        """Choose scales that show every point and every reference."""
+        xs = [x for _, _, points in lines for x, _ in points]
+        ys = [y for _, _, points in lines for _, y in points] + list(references.values())
+        low, high = min(ys), max(ys)
+        if zero:
+            low = min(0.0, low)
+        left, top, right, bottom = _MARGIN
+        x0, x1 = min(xs), max(xs)
+        if x0 == x1:
+            x0, x1 = x0 - 0.5, x1 + 0.5
+        count = max(2, int((height - top - bottom) / 38))
+        return cls(
+            x0, x1, nice_ticks(low, high, count), (left, top, width - right, height - bottom)
+        )
+
+    def x(self, value: float) -> float:
+        left, _, right, _ = self.box
+        return left + (value - self.x0) / (self.x1 - self.x0) * (right - left)
+
+    def y(self, value: float) -> float:
+        _, top, _, bottom = self.box
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return bottom - (value - low) / (high - low) * (bottom - top)
+
+    def axes(self, x_label: str, y_label: str) -> str:
+        left, top, right, bottom = self.box
+        parts = []
+        digits = _digits(self.y_ticks)
+        for tick in self.y_ticks:
+            at = self.y(tick)
+            parts.append(
+                f'<line class="grid" x1="{left}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            )
+            text = _number(tick, digits)
+            parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+        inside = [t for t in nice_ticks(self.x0, self.x1, 6) if self.x0 <= t <= self.x1]
+        digits = _digits(inside)
+        for tick in inside:
+            at = self.x(tick)
+            text = _number(tick, digits)
+            parts.append(
+                f'<text x="{at:.1f}" y="{bottom + 17:.1f}" text-anchor="middle">{text}</text>'
+            )
+        parts.append(
+            f'<line class="axis" x1="{left}" x2="{right:.1f}" y1="{bottom}" y2="{bottom}"/>'
+        )
+        middle = (left + right) / 2
+        parts.append(
+            f'<text x="{middle:.1f}" y="{bottom + 34:.1f}" text-anchor="middle">{escape(x_label)}</text>'
+        )
+        if y_label:
+            middle = (top + bottom) / 2
+            parts.append(
+                f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
+                f"{escape(y_label)}</text>"
+            )
+        return "".join(parts)
+
+    def reference(self, name: str, value: float) -> str:
+        left, _, right, _ = self.box
+        at = self.y(value)
+        return (
+            f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text x="{right - 4:.1f}" y="{at - 5:.1f}" text-anchor="end">{escape(name)} {value:.4g}</text>'
+        )
+
+    def line(self, colour: int, one: Series, points: list[Point]) -> str:
+        groups = thin(points, 400)
+        parts = []
+        if not one.dots and len(groups) < len(points):
+            over = [f"{self.x(x):.1f},{self.y(high):.1f}" for x, _, _, high in groups]
+            under = [f"{self.x(x):.1f},{self.y(low):.1f}" for x, _, low, _ in reversed(groups)]
+            parts.append(f'<polygon class="band f{colour}" points="{" ".join(over + under)}"/>')
+        for piece in _pieces(one, groups):
+            path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y, _, _ in piece)
+            parts.append(f'<polyline class="line s{colour}" points="{path}"/>')
+        if one.dots or len(groups) == 1:
+            for x, y, _, _ in thin(points, 60):
+                spot = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"'
+                parts.append(f'<circle class="dot f{colour}" {spot} r="3.5"/>')
+        for x, y, _, _ in thin(points, 60):
+            spot = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"'
+            words = escape(f"{one.label} {y:.4g} at {_plain(x)}".strip())
+            parts.append(f'<circle class="hit" {spot} r="7"><title>{words}</title></circle>')
+        return "".join(parts)
+
+
+def _pieces(
+    one: Series, groups: list[tuple[float, float, float, float]]
+) -> list[list[tuple[float, float, float, float]]]:
+    """Cut the line where a value was not finite: a gap is the truth, a bridge is not."""
+    holes = sorted(x for x, y in one.points if math.isfinite(x) and not math.isfinite(y))
+    pieces: list[list[tuple[float, float, float, float]]] = [[]]
+    at = 0
+    for group in groups:
+        crossed = False
+        while at < len(holes) and holes[at] < group[0]:
+            crossed, at = True, at + 1
+        if crossed and pieces[-1]:
+            pieces.append([])
+        pieces[-1].append(group)
+    return pieces
+
+
+def _legend(names: Sequence[tuple[int, str]], width: int) -> str:
+    parts, right = [], float(width - 16)
+    for colour, label in reversed(names):
+        right -= 6.6 * len(label)
+        parts.append(f'<text x="{right:.1f}" y="21">{escape(label)}</text>')
+        parts.append(
+            f'<rect class="f{colour}" x="{right - 16:.1f}" y="15.5" width="11" height="4" rx="2"/>'
+        )
+        right -= 32
+    return "".join(parts)
+
+
+def _digits(ticks: Sequence[float]) -> int:
+    """Decimals that tell neighbouring ticks apart."""
+    steps = [b - a for a, b in itertools.pairwise(ticks) if b > a]
+    if not steps:
+        return 2
+    return max(0, min(9, math.ceil(-math.log10(min(steps)) - 1e-9) + _is_quarter(min(steps))))
+
+
+def _is_quarter(step: float) -> bool:
+    mantissa = step / 10.0 ** math.floor(math.log10(step))
+    return abs(mantissa - 2.5) < 1e-6
+
+
+def _number(value: float, digits: int) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:g}k"
+    if digits > 5:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.{digits}f}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"

@@ -1,0 +1,341 @@
+"""Text to ids in bulk: what ``prepare`` spends its time on.
+
+Texts repeat their words, so words are cut out by a regular expression and looked up; only words not met before go
+through the ``tokenizers`` library. The ids are exactly those of the library: the short cut is taken only for rules
+it is proved for (byte-level BPE with GPT-2's expression, BERT's WordPiece, single characters), and only on text of
+characters whose class has not changed between releases of Unicode; everything else goes the long way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import chain
+from typing import Any, BinaryIO
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import DataError
+
+__all__ = ["Encoder", "FastEncoder"]
+
+Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
+
+_MAX_WORDS = 1 << 18
+
+
+class _Words(dict[str, int]):
+    """Numbers words in the order they are met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh: list[str] = []
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        self.fresh.append(word)
+        return number
+
+
+class FastEncoder:
+    """Encode many texts in one process; every text is read as text, special tokens spelt in it included.
+
+    Args:
+        backend: a tokenizer that has ``encode_special_tokens`` set.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+        self.rule = _rule(json.loads(backend.to_str()))
+        self._vocab: dict[str, int] = backend.get_vocab() if self.rule == "char" else {}
+        self._table = _character_table(backend) if self.rule == "char" else None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._words = _Words()
+        self._ids = np.zeros(0, dtype=np.uint32)
+        self._starts = np.zeros(0, dtype=np.int64)
+        self._sizes = np.zeros(0, dtype=np.int64)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the ids of all texts one behind the other, and how many each has."""
+        if self._table is not None:
+            return self._characters(texts)
+        if self.rule not in ("bpe", "wordpiece"):
+            return _slow(self.backend, texts)
+        find = _gpt2_words().findall if self.rule == "bpe" else _BLANK_WORDS.findall
+        unsafe = _unsafe() if self.rule == "bpe" else None
+        words: list[str] = []
+        counts = np.zeros(len(texts), dtype=np.int64)
+        slow: list[int] = []
+        for k, text in enumerate(texts):
+            if unsafe is not None and not text.isascii() and unsafe[_codes(text)].any():
+                slow.append(k)
+                continue
+            found = find(text)
+            counts[k] = len(found)
+            words += found
+        ids, lengths = self._look_up(words, counts)
+        if not slow:
+            return ids, lengths
+        late, late_lengths = _slow(self.backend, [texts[k] for k in slow])
+        return _merge(ids, lengths, late, late_lengths, np.array(slow))
+
+    def _look_up(self, words: list[str], counts: NDArray[np.int64]) -> Encoded:
+        numbers = np.fromiter(map(self._words.__getitem__, words), dtype=np.int64, count=len(words))
+        if self._words.fresh:
+            ids, sizes = _slow(self.backend, self._words.fresh)
+            self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(sizes) - sizes])
+            self._sizes = np.concatenate([self._sizes, sizes])
+            self._ids = np.concatenate([self._ids, ids])
+            self._words.fresh.clear()
+        sizes = self._sizes[numbers]
+        stops = np.cumsum(sizes)
+        place = np.arange(int(stops[-1]) if len(stops) else 0)
+        result = self._ids[place + np.repeat(self._starts[numbers] - (stops - sizes), sizes)]
+        bounds = np.concatenate([[0], stops])[np.concatenate([[0], np.cumsum(counts)])]
+        if len(self._words) > _MAX_WORDS:
+            self._reset()
+        return result, np.diff(bounds)
+
+    def _characters(self, texts: Sequence[str]) -> Encoded:
+        assert self._table is not None
+        counts = np.array([len(text) for text in texts], dtype=np.int64)
+        codes = _codes("".join(texts))
+        ids = self._table[codes]
+        unknown = ids < 0
+        if not unknown.any():
+            return ids.astype(np.uint32), counts
+        # A character that the vocabulary does not know is spelt by its UTF-8 bytes.
+        spelt = [
+            f"<0x{byte:02X}>"
+            for code in codes[unknown].tolist()
+            for byte in chr(code).encode("utf-8")
+        ]
+        sizes = np.ones(len(codes), dtype=np.int64)
+        sizes[unknown] = 1 + np.searchsorted([0x80, 0x800, 0x10000], codes[unknown], side="right")
+        result = np.repeat(ids, sizes)
+        result[np.repeat(unknown, sizes)] = [self._vocab[name] for name in spelt]
+        stops = np.concatenate([[0], np.cumsum(sizes)])
+        return result.astype(np.uint32), np.diff(stops[np.concatenate([[0], np.cumsum(counts)])])
+
+
+def _codes(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+def _slow(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> Encoded:
+    found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    parts = [encoding.ids for encoding in found]
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return np.fromiter(
+        chain.from_iterable(parts), dtype=np.uint32, count=int(lengths.sum())
+    ), lengths
+
+
+def _merge(
+    ids: NDArray[np.uint32], lengths: NDArray[np.int64], late: NDArray[np.uint32], late_lengths: NDArray[np.int64],
+    places: NDArray[np.int64],
+) -> Encoded:  # fmt: skip
+    """Put the ids of the texts at ``places``, which went the long way, between those of the others."""
+    total = lengths.copy()
+    total[places] = late_lengths
+    is_late = np.zeros(len(lengths), dtype=bool)
+    is_late[places] = True
+    mask = np.repeat(is_late, total)
+    result = np.empty(int(total.sum()), dtype=np.uint32)
+    result[mask] = late
+    result[~mask] = ids
+    return result, total
+
+
+def _rule(description: dict[str, Any]) -> str | None:
+    """Return the short cut that gives the ids of this tokenizer, or None."""
+    if any(not token.get("special") for token in description.get("added_tokens", [])):
+        return None
+    model, cutter, normalizer = (
+        description.get(key) for key in ("model", "pre_tokenizer", "normalizer")
+    )
+    kind = (model or {}).get("type")
+    if kind == "BPE" and normalizer is None and model and not model.get("dropout"):
+        if cutter is None and model.get("byte_fallback") and not model.get("merges"):
+            vocab = model.get("vocab", {})
+            return "char" if all(f"<0x{byte:02X}>" in vocab for byte in range(256)) else None
+        plain = not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
+        wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        if plain and cutter and all(cutter.get(key) == value for key, value in wanted.items()):
+            return "bpe"
+    bert = {"type": "BertNormalizer", "clean_text": True}
+    if kind == "WordPiece" and cutter == {"type": "BertPreTokenizer"} and normalizer:
+        return "wordpiece" if all(normalizer.get(key) == bert[key] for key in bert) else None
+    return None
+
+
+def _character_table(backend: tokenizers.Tokenizer) -> NDArray[np.int64]:
+    table = np.full(0x110000, -1, dtype=np.int64)
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for name, index in backend.get_vocab().items():
+        if len(name) == 1 and name not in special:
+            table[ord(name)] = index
+    return table
+
+
+# BERT cuts at blanks and at punctuation and treats every character by itself, so what stands between ASCII blanks
+# has the same tokens wherever it occurs.
+_BLANK_WORDS = re.compile(r"[^ \t\n\r]+")
+_BLANKS = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
+@cache
+def _classes() -> tuple[str, str, list[bool]]:
+    """Return letters and numbers as ranges of a regular expression, and which characters are unsafe."""
+    old = unicodedata.ucd_3_2_0
+    ranges: dict[str, list[list[int]]] = {"L": [], "N": []}
+    unsafe = [False] * 0x110000
+    for code in range(0x110000):
+        char = chr(code)
+        category = unicodedata.category(char)
+        if category != old.category(char) or category in ("Cn", "Cs"):
+            unsafe[code] = True
+        elif (group := ranges.get(category[0])) is not None:
+            if group and group[-1][1] == code - 1:
+                group[-1][1] = code
+            else:
+                group.append([code, code])
+    letters, numbers = (
+        "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in group)
+        for group in ranges.values()
+    )
+    return letters, numbers, unsafe
+
+
+@cache
+def _gpt2_words() -> re.Pattern[str]:
+    letters, numbers, _ = _classes()
+    s = _BLANKS
+    return re.compile(
+        f"'(?:[stmd]|re|ve|ll)| ?[{letters}]+| ?[{numbers}]+| ?[^{s}{letters}{numbers}]+|[{s}]+(?![^{s}])|[{s}]+"
+    )
+
+
+@cache
+def _unsafe() -> NDArray[np.bool_]:
+    return np.array(_classes()[2])
+
+
+class Encoder:
+    """A :class:`FastEncoder` in this process, or one in each of several child processes.
+
+    Children are plain ``python -c`` processes fed through pipes: they need no import guard in the user's script,
+    inherit no locks, and end when this process ends, however it ends.
+
+    Args:
+        tokenizer: any kind.
+        workers: child processes; below 2 the work is done here.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, workers: int = 1) -> None:
+        self.lanes = max(1, workers)
+        self._local = FastEncoder(tokenizer.plain) if workers < 2 else None
+        self._description = "" if workers < 2 else tokenizer.plain.to_str()
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+
+    def __enter__(self) -> Encoder:
+        if self._local is None:
+            code = "import sys; sys.path[:] = sys.argv[1:]; from pretrain.data.encoding import serve; serve()"
+            environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+            for _ in range(self.lanes):
+                child = subprocess.Popen(
+                    [sys.executable, "-c", code, *map(os.path.abspath, sys.path)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                )  # fmt: skip
+                self._children.append(child)
+                self._idle.put(child)
+                with suppress(BrokenPipeError):  # told when the child is asked for work
+                    _send(child.stdin, self._description.encode())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            for stream in (child.stdin, child.stdout):
+                if stream is not None:
+                    with suppress(OSError):  # a child that is gone has closed its end already
+                        stream.close()
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the ids of all texts one behind the other, and how many each has; may be called from threads."""
+        if self._local is not None:
+            return self._local.encode(texts)
+        child = self._idle.get()
+        try:
+            data = [text.encode("utf-8") for text in texts]
+            sizes = np.array([len(item) for item in data], dtype="<i8")
+            _send(child.stdin, sizes.tobytes())
+            _send(child.stdin, b"".join(data))
+            lengths = np.frombuffer(_receive(child.stdout), dtype="<i8")
+            ids = np.frombuffer(_receive(child.stdout), dtype="<u4")
+        except (OSError, EOFError) as error:
+            code = child.poll()
+            raise DataError(
+                f"an encoding process ended unexpectedly (exit code {code}); often the system was out of memory. What "
+                "was finished is kept: run the same command again, with fewer workers."
+            ) from error
+        self._idle.put(child)
+        return ids, lengths
+
+
+def _send(stream: Any, data: bytes) -> None:
+    stream.write(len(data).to_bytes(8, "little"))
+    stream.write(data)
+    stream.flush()
+
+
+def _receive(stream: Any) -> bytes:
+    head: bytes = stream.read(8)
+    if len(head) < 8:
+        raise EOFError
+    size = int.from_bytes(head, "little")
+    data: bytes = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def serve() -> None:
+    """Answer requests on standard input until it is closed: the life of a child process."""
+    source: BinaryIO = sys.stdin.buffer
+    target: BinaryIO = sys.stdout.buffer
+    try:
+        backend = tokenizers.Tokenizer.from_str(_receive(source).decode())
+        backend.encode_special_tokens = True
+        encoder = FastEncoder(backend)
+        while True:
+            sizes = np.frombuffer(_receive(source), dtype="<i8")
+            data = _receive(source)
+            stops = np.cumsum(sizes)
+            texts = [
+                data[stop - size : stop].decode("utf-8")
+                for stop, size in zip(stops, sizes, strict=True)
+            ]
+            ids, lengths = encoder.encode(texts)
+            _send(target, lengths.astype("<i8").tobytes())
+            _send(target, ids.astype("<u4").tobytes())
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return

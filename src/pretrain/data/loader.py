@@ -1,0 +1,149 @@
+"""The loader: rows by position, in an order that is computed, with a thread that reads ahead.
+
+What comes at a position depends on the seed and the position alone: not on how far ahead the thread reads, not on
+how positions are cut into batches, not on the number of devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable
+from functools import lru_cache, partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.data.order import MixtureOrder, Order
+from pretrain.data.shards import Rows
+
+__all__ = ["Examples", "Loader", "row_rng", "row_rngs"]
+
+Example = dict[str, NDArray[np.int64]]
+T = TypeVar("T")
+
+
+class Examples(Protocol):
+    """Rows to train or evaluate on: a length, and a mapping of arrays at every index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def row_rng(seed: int, stream: str, position: int) -> np.random.Generator:
+    """Return the random numbers of one row: a function of seed, stream name and the row's global position."""
+    key = _stream_key(seed, stream)
+    # Philox takes its key as it is: the second word is the position, so no two rows share a stream.
+    return np.random.Generator(
+        np.random.Philox(key=np.array([key, position & (2**64 - 1)], dtype=np.uint64))
+    )
+
+
+@lru_cache(maxsize=256)
+def _stream_key(seed: int, stream: str) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}:{stream}".encode(), digest_size=8).digest(), "little"
+    )
+
+
+def row_rngs(seed: int, stream: str, position: int, count: int) -> list[np.random.Generator]:
+    """Return the generators of ``count`` rows from global ``position``; see :func:`row_rng`."""
+    return [row_rng(seed, stream, position + k) for k in range(count)]
+
+
+class Loader:
+    """Examples by their place in the training order.
+
+    Args:
+        rows: a split of prepared data, or any sequence of dicts of arrays.
+        seed: chooses the order.
+        shuffle: False gives the rows as they stand, for evaluation.
+        prefetch: batches that the thread of :meth:`stream` reads ahead; 0 reads in the calling thread.
+    """
+
+    def __init__(
+        self, rows: Examples, seed: int = 0, *, shuffle: bool = True, prefetch: int = 2
+    ) -> None:
+        self.rows, self.seed, self.shuffle, self.prefetch = rows, int(seed), shuffle, prefetch
+        self.order: Order | MixtureOrder | None = None
+        if shuffle and len(rows):
+            self.order = rows.order(seed) if isinstance(rows, Rows) else Order(len(rows), seed)
+
+    @property
+    def epoch_length(self) -> int:
+        """Rows in one epoch."""
+        return self.order.epoch_length if self.order is not None else len(self.rows)
+
+    def indices(self, position: int, count: int) -> NDArray[np.int64]:
+        """Return the row numbers at ``count`` places from ``position``, counted since the start of training."""
+        if self.order is not None:
+            return self.order.indices(position, count)
+        return (np.arange(count, dtype=np.int64) + position) % max(1, len(self.rows))
+
+    def examples(self, position: int, count: int) -> list[Example]:
+        """Return ``count`` rows from ``position``, each a dict of (T,) arrays."""
+        indices = self.indices(position, count)
+        if not isinstance(self.rows, Rows):
+            return [self.rows[int(i)] for i in indices]
+        batch = self.rows.gather(indices)
+        return [{name: values[k] for name, values in batch.items()} for k in range(count)]
+
+    def rngs(self, position: int, count: int, stream: str = "collate") -> list[np.random.Generator]:
+        """Return the random generators of these rows."""
+        return row_rngs(self.seed, stream, position, count)
+
+    def stream(
+        self, places: Iterable[tuple[int, int]], make: Callable[[int, int], T]
+    ) -> Generator[T, None, None]:
+        """Yield ``make(position, count)`` for every place, computed ahead in a thread.
+
+        Args:
+            places: positions and counts; may be endless.
+            make: a pure function; what it raises is raised here, at the same place in the order.
+        """
+        return ahead((partial(make, position, count) for position, count in places), self.prefetch)
+
+
+def ahead(tasks: Iterable[Callable[[], T]], depth: int) -> Generator[T, None, None]:
+    """Run tasks in order in one thread, at most ``depth`` results ahead of the consumer."""
+    if depth < 1:
+        for task in tasks:
+            yield task()
+        return
+    results: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(done: bool, value: T | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                results.put((done, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for task in tasks:
+                if stop.is_set() or not put(False, task()):
+                    return
+            put(True, None)
+        except BaseException as error:  # handed to the consumer, who sees it in its place
+            put(True, error)
+
+    thread = threading.Thread(target=work, name="pretrain-loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            done, value = results.get()
+            if done:
+                if isinstance(value, BaseException):
+                    raise value
+                return
+            yield value  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()

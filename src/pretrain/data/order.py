@@ -1,0 +1,178 @@
+"""The order in which rows are visited: a seeded bijection computed on demand, never stored.
+
+Row number ``i`` of epoch ``e`` is a pure function of ``(seed, e, i)``: a Feistel network over the smallest
+power of two that holds ``n``, with cycle walking for the values that fall outside (Black & Rogaway 2002,
+"Ciphers with Arbitrary Finite Domains"). Seeking costs the same at any position, nothing depends on the number
+of workers or devices, and a checkpoint needs one integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.errors import ConfigError
+
+__all__ = ["MixtureOrder", "Order", "mix64"]
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+_ROUNDS = 8
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = (1 << 64) - 1
+
+
+def mix64(values: Words) -> Words:
+    """Finalise 64-bit words so that every input bit reaches every output bit (splitmix64, Steele et al. 2014)."""
+    x = values.astype(np.uint64, copy=True)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+class Order:
+    """Visit ``n`` rows in a new random order every epoch.
+
+    Args:
+        n: number of rows, at least 1.
+        seed: any integer; another seed gives an unrelated order.
+    """
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        if n < 1:
+            raise ConfigError(f"an order needs at least one row, found {n}.")
+        self.n = int(n)
+        self.seed = int(seed)
+        bits = max(2, (self.n - 1).bit_length())
+        self._right = np.uint64(bits // 2)
+        self._left = np.uint64(bits - bits // 2)
+        self._base = np.uint64(((self.seed & _MASK64) * _GOLDEN + 0xD1B54A32D192ED03) & _MASK64)
+
+    @property
+    def epoch_length(self) -> int:
+        """Rows visited in one epoch."""
+        return self.n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def index(self, epoch: int, i: int) -> int:
+        """Return the row visited at place ``i`` (0 <= i < n) of ``epoch``."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"place {i} is outside an epoch of {self.n} rows")
+        return int(self._permute(np.array([epoch]), np.array([i]))[0])
+
+    def indices(self, position: int, count: int) -> Ints:
+        """Return the rows at ``count`` places from ``position``, counted in rows since the start of training."""
+        places = np.arange(count, dtype=np.int64) + np.int64(position)
+        return self._permute(places // self.n, places % self.n)
+
+    def at(self, places: Ints) -> Ints:
+        """Return the rows at arbitrary ``places`` counted since the start of training."""
+        return self._permute(places // self.n, places % self.n)
+
+    def _permute(self, epochs: Ints, places: Ints) -> Ints:
+        keys = mix64(
+            self._base ^ mix64(epochs.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(1))
+        )
+        values = self._encipher(places.astype(np.uint64), keys)
+        outside = np.flatnonzero(values >= self.n)
+        while outside.size:
+            values[outside] = self._encipher(values[outside], keys[outside])
+            outside = outside[values[outside] >= self.n]
+        return values.astype(np.int64)
+
+    def _encipher(self, values: Words, keys: Words) -> Words:
+        right_bits, left_bits = self._right, self._left
+        one = np.uint64(1)
+        right = values & ((one << right_bits) - one)
+        left = values >> right_bits
+        # An unbalanced network: the halves keep their widths and take turns being changed.
+        for turn in range(_ROUNDS):
+            key = mix64(keys + np.uint64((turn * _GOLDEN) & _MASK64))
+            if turn % 2:
+                right = right ^ (mix64(left + key) & ((one << right_bits) - one))
+            else:
+                left = left ^ (mix64(right + key) & ((one << left_bits) - one))
+        return (left << right_bits) | right
+
+
+class MixtureOrder:
+    """Visit several sources in fixed shares: every epoch holds an exact number of rows of each.
+
+    A source that is asked for more rows than it has is repeated in a new order each time; one that is asked for
+    fewer goes on in the next epoch where it stopped. So within one source no row is seen a second time before all
+    of its rows were seen once.
+
+    Args:
+        sizes: rows of each source; they lie one behind the other.
+        weights: share of rows of each source (normalised here); ``None`` means every row once per epoch.
+        seed: any integer.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0
+    ) -> None:
+        total = int(sum(sizes))
+        self.n = total
+        self.seed = int(seed)
+        self.counts = [int(size) for size in sizes] if weights is None else _shares(sizes, weights)
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._firsts = np.concatenate([[0], np.cumsum(self._sizes)])[:-1]
+        self._bounds = np.cumsum(np.array(self.counts, dtype=np.int64))
+        self._slots = Order(int(self._bounds[-1]), seed)
+        self._orders = [Order(size, seed + 1 + k) if size else None for k, size in enumerate(sizes)]
+
+    @property
+    def epoch_length(self) -> int:
+        """Rows visited in one epoch."""
+        return self._slots.n
+
+    def __len__(self) -> int:
+        return self.epoch_length
+
+    def index(self, epoch: int, i: int) -> int:
+        """Return the row visited at place ``i`` of ``epoch``."""
+        if not 0 <= i < self.epoch_length:
+            raise IndexError(f"place {i} is outside an epoch of {self.epoch_length} rows")
+        return int(self.indices(epoch * self.epoch_length + i, 1)[0])
+
+    def indices(self, position: int, count: int) -> Ints:
+        """Return the rows at ``count`` places from ``position``, counted in rows since the start of training."""
+        places = np.arange(count, dtype=np.int64) + np.int64(position)
+        epochs = places // self.epoch_length
+        slots = self._slots.at(places)
+        source = np.searchsorted(self._bounds, slots, side="right")
+        rows = np.empty(count, dtype=np.int64)
+        for k, order in enumerate(self._orders):
+            chosen = np.flatnonzero(source == k)
+            if order is None or not chosen.size:
+                continue
+            share = self.counts[k]
+            within = slots[chosen] - (self._bounds[k] - share)
+            rows[chosen] = self._firsts[k] + order.at(epochs[chosen] * share + within)
+        return rows
+
+
+def _shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Split an epoch of ``sum(sizes)`` rows by ``weights`` (largest remainders first; an empty source gets none)."""
+    if len(weights) != len(sizes):
+        raise ConfigError(
+            f"{len(weights)} weights for {len(sizes)} sources; give one weight for each source."
+        )
+    usable = [float(w) if size else 0.0 for w, size in zip(weights, sizes, strict=True)]
+    if any(not np.isfinite(w) or w < 0 for w in weights) or sum(usable) <= 0:
+        raise ConfigError(f"mixture weights must be positive numbers, found {list(weights)}.")
+    total = sum(sizes)
+    exact = [total * w / sum(usable) for w in usable]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda k: (counts[k] - exact[k], k))
+    for k in by_remainder[: total - sum(counts)]:
+        counts[k] += 1
+    return counts

@@ -1,0 +1,113 @@
+"""Where files are: what a name means, what a file contains (by hash), where results are cached."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.readers import COMPRESSIONS, FORMATS, file_format
+from pretrain.errors import DataError
+
+__all__ = ["FileHashes", "cache_home", "find_files"]
+
+_GLOB = "*?["
+
+
+class FileHashes:
+    """Content hashes of files, remembered by path, size and modification time.
+
+    A remembered hash is trusted only if the file was already a while old when it was taken: a file rewritten within
+    one tick of the clock keeps its time.
+    """
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self.memory = memory
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        if memory is not None:
+            try:
+                known = json.loads(memory.read_text(encoding="utf-8"))
+                self._known = known if isinstance(known, dict) else {}
+            except (OSError, ValueError):
+                self._known = {}  # a memory that cannot be read costs time, nothing else
+
+    def of(self, path: Path) -> str:
+        """Return the hash of a file's bytes."""
+        try:
+            status = path.stat()
+            key = str(path.resolve())
+            entry = self._known.get(key)
+            if isinstance(entry, list) and entry[:2] == [status.st_size, status.st_mtime_ns]:
+                return str(entry[2])
+            digest = hashlib.blake2b(digest_size=16)
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
+            self._known[key] = [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+            self._changed = True
+        return digest.hexdigest()
+
+    def save(self) -> None:
+        """Write the memory, if there is one and it changed; failing to is harmless."""
+        if self.memory is None or not self._changed:
+            return
+        try:
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self.memory.with_name(f"{self.memory.name}.{os.getpid()}")
+            fresh.write_text(json.dumps(self._known), encoding="utf-8")
+            fresh.replace(self.memory)
+        except OSError:
+            return
+
+
+def find_files(name: str) -> list[Path]:
+    """Return the files that a path, glob or folder means, sorted; raise DataError if there are none."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file()
+            and file_format(file)
+            and not any(p.startswith(".") for p in file.relative_to(path).parts)
+        )
+        if not found:
+            kinds = " ".join(sorted(FORMATS))
+            raise DataError(
+                f"the folder {name!r} holds no file that can be read ({kinds}, plain or {COMPRESSIONS})."
+            )
+        return found
+    if any(char in name for char in _GLOB):
+        found = sorted(
+            Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()
+        )
+        if found:
+            return found
+        raise DataError(
+            f"no file matches {name!r} (looked from {Path.cwd()}). Quote the pattern, and check the folder."
+        )
+    parent = path.parent
+    if not parent.is_dir():
+        raise DataError(f"no such file: {name!r}; there is no folder {str(parent)!r} either.")
+    near = difflib.get_close_matches(path.name, sorted(os.listdir(parent)), n=1, cutoff=0.5)
+    hint = (
+        f" Did you mean {str(parent / near[0])!r}?" if near else f" Looked in {parent.resolve()}."
+    )
+    raise DataError(f"no such file, folder or pattern: {name!r}.{hint}")
+
+
+def cache_home() -> Path:
+    """Return where prepared data are kept: ``$PRETRAIN_CACHE`` or ``~/.cache/pretrain``."""
+    chosen = os.environ.get("PRETRAIN_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "pretrain"

@@ -1,0 +1,377 @@
+"""``prepare``: from sources to packed rows on disk, once; the second call finds them by their fingerprint.
+
+The result is a directory: ``manifest.json`` (written last), ``tokenizer/`` and four flat files for each split
+(see :mod:`pretrain.data.shards`). Work happens in a hidden directory beside it, which a killed run leaves behind
+and the next one goes on with; the rename at the end is what makes the data exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.paths import FileHashes, cache_home
+from pretrain.data.pipeline import (
+    SPLITS,
+    pack_split,
+    tokenise,
+    unigram_baseline,
+)
+from pretrain.data.prepared import FORMAT, MANIFEST, Prepared, read_manifest
+from pretrain.data.scan import Sample, Scan, sample_filter, scan_sources
+from pretrain.data.shards import file_record, write_json
+from pretrain.data.sources import Source, resolve_sources
+from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_from_texts
+from pretrain.data.tokenizer_build import KINDS
+from pretrain.data.workdir import disk_errors, hold, publish, remove_unused
+from pretrain.errors import DataError, TokenizerError
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of ``prepare`` after its arguments were understood."""
+
+    sources: list[Source]
+    training: int
+    weights: list[float] | None
+    valid: float
+    last: bool
+    tokenizer: Tokenizer | None
+    options: dict[str, Any]
+    fingerprint: str
+    workers: int
+    say: Callable[[str], None]
+    quiet: bool
+
+
+def prepare(
+    sources: Any,
+    out: str | Path | None = None,
+    *,
+    tokenizer: str | Path | Tokenizer = "bpe",
+    vocab_size: int = 8192,
+    row_length: int = 512,
+    valid: Any = 0.01,
+    text: str = "text",
+    separator: str | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    cache_dir: str | Path | None = None,
+    quiet: bool = False,
+) -> Prepared:
+    """Turn text into packed rows of token ids; a second call with the same input costs nothing.
+
+    Args:
+        sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, a ``datasets.Dataset``, a list of these, or a
+            mapping from these to their share of the rows. One text file is one document, one table row likewise.
+        out: directory to write; default: a directory in the cache, named by the fingerprint.
+        tokenizer: a kind to train (``"bpe"``, ``"wordpiece"``, ``"char"``), or a file, directory or checkpoint.
+        vocab_size: upper bound for a trained vocabulary.
+        row_length: tokens in a row.
+        valid: share of documents held out, chosen by a hash of their content; or ``"last:0.1"`` for the last tenth
+            of the text by characters; or a source; or 0.
+        text: column of the text in tables.
+        separator: what stands between documents in plain text files.
+        seed: chooses which documents are held out.
+        workers: processes that encode; default: one for each core.
+        cache_dir: default ``$PRETRAIN_CACHE``, else ``~/.cache/pretrain``.
+        quiet: print nothing.
+
+    Raises:
+        DataError: a source cannot be read (with file, line and byte), there is no text, or the disk is full.
+        TokenizerError: the tokenizer cannot be opened or trained.
+    """
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else cache_home()
+    hashes = FileHashes(cache / "files.json")
+    job = _understand(
+        sources,
+        tokenizer,
+        vocab_size,
+        row_length,
+        valid,
+        text,
+        separator,
+        seed,
+        workers,
+        cache,
+        hashes,
+        quiet,
+    )
+    hashes.save()
+    target = (
+        Path(out).expanduser() if out is not None else cache / "prepared" / job.fingerprint[:20]
+    )
+    found = _existing(target, job)
+    if found is not None:
+        job.say(f"prepared data found in {target}: nothing to do")
+        return found
+    with disk_errors(target):
+        prepared = _build(target, job)
+    if not quiet:
+        print(prepared.table(), file=sys.stderr)
+    return prepared
+
+
+def _understand(
+    sources: Any, tokenizer: Any, vocab_size: int, row_length: int, valid: Any, text: str, separator: str | None,
+    seed: int, workers: int | None, cache: Path, hashes: FileHashes, quiet: bool,
+) -> _Job:  # fmt: skip
+    """Check the arguments, find the sources and compute the fingerprint."""
+    if row_length < 2:
+        raise DataError(f"row_length must be at least 2, found {row_length}.")
+    spool = cache / "hub"
+    train, weights = resolve_sources(sources, text=text, separator=separator, spool=spool)
+    share, last, held = _understand_valid(valid, text, separator, spool)
+    given = _understand_tokenizer(tokenizer)
+    options = {
+        "tokenizer": given.kind if given else str(tokenizer),
+        "vocab_size": given.vocab_size if given else vocab_size,
+        "row_length": row_length,
+        "valid": valid if isinstance(valid, int | float | str) else "source",
+        "text": text,
+        "separator": separator,
+        "seed": seed,
+        "weights": weights,
+        "sources": [source.name for source in train],
+    }
+    content = {
+        "format": FORMAT,
+        "options": {
+            name: value for name, value in options.items() if name not in ("sources", "valid")
+        },
+        "share": [share, last],
+        "sources": [source.fingerprint(hashes) for source in train],
+        "valid": [source.fingerprint(hashes) for source in held],
+        "tokenizer": given.fingerprint if given else SAMPLE_BYTES,
+    }
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr)
+
+    return _Job(
+        sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,
+        options=options, fingerprint=fingerprint, workers=workers or os.cpu_count() or 1, say=say, quiet=quiet,
+    )  # fmt: skip
+
+
+def _understand_valid(
+    valid: Any, text: str, separator: str | None, spool: Path
+) -> tuple[float, bool, list[Source]]:
+    last = isinstance(valid, str) and valid.startswith("last:")
+    number = valid.removeprefix("last:") if last else valid
+    if isinstance(number, str) and not last:
+        try:
+            number = float(number)
+        except ValueError:
+            return (
+                0.0,
+                False,
+                resolve_sources(valid, text=text, separator=separator, spool=spool)[0],
+            )
+    if isinstance(number, int | float | str) and not isinstance(number, bool):
+        try:
+            share = float(number)
+        except ValueError as error:
+            raise DataError(
+                f"valid={valid!r}: expected a number after 'last:', as in 'last:0.1'."
+            ) from error
+        if not 0 <= share < 1:
+            raise DataError(f"valid={valid!r}: the share held out must be at least 0 and below 1.")
+        return share, last and share > 0, []
+    if valid is None or isinstance(valid, bool):
+        return 0.0, False, []
+    return 0.0, False, resolve_sources(valid, text=text, separator=separator, spool=spool)[0]
+
+
+def _understand_tokenizer(tokenizer: Any) -> Tokenizer | None:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str) and tokenizer in KINDS:
+        return None
+    if isinstance(tokenizer, str | Path):
+        return Tokenizer.open(tokenizer)
+    raise TokenizerError(
+        f"{type(tokenizer).__name__} is not a tokenizer; give a kind {KINDS}, a path or a Tokenizer."
+    )
+
+
+def _existing(target: Path, job: _Job) -> Prepared | None:
+    """Return prepared data that fit; say why data in the way do not fit; refuse to overwrite anything else."""
+    try:
+        manifest = read_manifest(target)
+    except DataError as error:
+        job.say(f"{error} Preparing it again.")
+        return None
+    if manifest is None:
+        if target.is_dir() and any(target.iterdir()):
+            raise DataError(
+                f"{target} exists and is not prepared data; choose another `out`, or empty it."
+            )
+        if target.exists() and not target.is_dir():
+            raise DataError(f"{target} is a file; `out` must be a directory.")
+        return None
+    if manifest["fingerprint"] == job.fingerprint:
+        return _ready(target, job)
+    old, new = manifest["options"], job.options
+    changed = [
+        f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]
+    ]
+    reason = "; ".join(changed) or "the content of a source or the tokenizer changed"
+    job.say(f"{target} was prepared from something else ({reason}): preparing it again")
+    return None
+
+
+def _ready(target: Path, job: _Job) -> Prepared | None:
+    """Open prepared data that have the fingerprint of the job and are whole."""
+    try:
+        manifest = read_manifest(target)
+        if manifest is not None and manifest["fingerprint"] == job.fingerprint:
+            return Prepared.open(target)
+    except (DataError, TokenizerError) as error:
+        job.say(f"{error} Preparing it again.")
+    return None
+
+
+def _build(target: Path, job: _Job) -> Prepared:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".{target.name}.preparing-{job.fingerprint[:12]}"
+    for stale in target.parent.glob(f".{target.name}.preparing-*"):
+        if stale != work:
+            remove_unused(stale)
+    work.mkdir(exist_ok=True)
+    with hold(work, job.say):
+        ready = _ready(target, job)
+        if ready is not None:  # another process prepared it while this one waited
+            shutil.rmtree(work, ignore_errors=True)
+            return ready
+        work.mkdir(exist_ok=True)
+        scan, tokenizer = _scan(work, job)
+        _fill(work, job, scan, tokenizer)
+        publish(work, target)
+    return Prepared.open(target)
+
+
+@contextmanager
+def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], Any]]:
+    from tqdm.auto import tqdm
+
+    with tqdm(
+        total=total, desc=label, unit="B", unit_scale=True, disable=quiet, leave=False
+    ) as bar:
+        yield bar.update
+
+
+def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
+    """Return the result of the first pass and the tokenizer, from an earlier run if it got so far."""
+    scan = Scan.load(work)
+    if scan is not None:
+        return scan, Tokenizer.from_directory(work / "tokenizer")
+    for name in ("journal.json", "scan.json"):
+        (work / name).unlink(missing_ok=True)
+    sample = Sample(SAMPLE_BYTES) if job.tokenizer is None else None
+    with _bar("reading", None, job.quiet) as progress:
+        scan = scan_sources(
+            job.sources, job.training, valid=job.valid, last=job.last, seed=job.options["seed"], sample=sample,
+            progress=progress,
+        )  # fmt: skip
+    if not (scan.states == 1).any():
+        names = ", ".join(source.name for source in job.sources[: job.training])
+        raise DataError(
+            f"there is nothing to learn from in {names}: {scan.documents} documents, {scan.empty} of them empty, "
+            f"{scan.contaminated} also in the validation source. Check the path, and text={job.options['text']!r}."
+        )
+    if sample is not None:
+        texts = sample.texts(sample_filter(scan)) or sample.texts()
+        scan.sampled = sum(len(text.encode("utf-8")) for text in texts)
+        job.say(
+            f"training a {job.options['tokenizer']} tokenizer on {scan.sampled / 1e6:,.1f} MB of the text"
+        )
+        tokenizer = train_from_texts(
+            texts, job.options["tokenizer"], vocab_size=job.options["vocab_size"]
+        )
+    else:
+        assert job.tokenizer is not None
+        tokenizer = job.tokenizer
+    tokenizer.save(work / "tokenizer")
+    scan.save(work)
+    return scan, tokenizer
+
+
+def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
+    """Write everything but the name."""
+    with _bar("encoding", scan.text_bytes, job.quiet) as progress:
+        done = tokenise(work, job.sources, scan, tokenizer, workers=job.workers, progress=progress)
+    row_length = job.options["row_length"]
+    splits: dict[str, Any] = {}
+    notes = list(scan.notes)
+    for index, split in enumerate(SPLITS):
+        tallies = done.tallies[index]
+        rows = pack_split(work, split, [tally.documents for tally in tallies], row_length)
+        total = done.total(index)
+        first = 0 if index == 0 or not len(tallies) > job.training else job.training
+        listed = [k for k in range(len(tallies)) if k < job.training or k >= first > 0]
+        splits[split] = {
+            **asdict(total),
+            "targets": total.tokens - total.documents,
+            "longest": done.longest[index],
+            "rows": sum(rows),
+            "padding": 1 - total.tokens / (sum(rows) * row_length) if sum(rows) else 0.0,
+            "sources": [_source_entry(job, k, index, asdict(tallies[k]), rows) for k in listed],
+        }
+        if sum(rows) == 1:
+            notes.append(f"the {split} text fills less than one row of {row_length} tokens")
+    if job.valid and not splits["valid"]["documents"]:
+        notes.append("no validation rows")
+    names = sorted(
+        p
+        for p in work.rglob("*")
+        if p.is_file() and (p.suffix == ".bin" or p.parent.name == "tokenizer")
+    )
+    files = {
+        p.relative_to(work).as_posix(): file_record(p) for p in names if p.name != "states.bin"
+    }
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": job.fingerprint,
+        "options": job.options,
+        "tokenizer": {
+            "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
+            "max_id": done.max_id, "trained_on_bytes": scan.sampled,
+        },
+        "documents": scan.documents,
+        "duplicates": scan.duplicates,
+        "empty": scan.empty,
+        "contaminated": scan.contaminated,
+        "splits": splits,
+        "unigram": unigram_baseline(work, tokenizer),
+        "notes": notes,
+        "files": files,
+    }  # fmt: skip
+    write_json(work / MANIFEST, manifest)
+
+
+def _source_entry(
+    job: _Job, k: int, split: int, tally: dict[str, int], rows: list[int]
+) -> dict[str, Any]:
+    training = range(job.training)
+    weight = job.weights[k] if job.weights is not None and split == 0 else None
+    usable = (
+        [job.weights[i] if rows[i] else 0.0 for i in training] if job.weights is not None else []
+    )
+    if split == 0 and usable:
+        share = usable[k] / sum(usable)
+    else:
+        share = rows[k] / max(1, sum(rows))
+    return {"name": job.sources[k].name, "weight": weight, "share": share, "rows": rows[k], **tally}

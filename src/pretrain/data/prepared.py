@@ -1,0 +1,162 @@
+"""Prepared data as an object: open, check, look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.pipeline import SPLITS
+from pretrain.data.shards import Rows, check_files
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import DataError
+
+__all__ = ["FORMAT", "MANIFEST", "Prepared", "read_manifest"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class Prepared:
+    """Packed rows of a training and a validation split, with their tokenizer.
+
+    Attributes:
+        path: the directory.
+        manifest: what was prepared: ``fingerprint``, ``options``, ``splits``, ``unigram``, ``notes``, ``files``.
+        tokenizer: the tokenizer the rows were made with.
+        row_length: tokens in a row.
+        train, valid: the rows.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+        self.path, self.manifest, self.tokenizer = path, manifest, tokenizer
+        self.row_length: int = manifest["options"]["row_length"]
+        pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+        shape = {"row_length": self.row_length, "vocab_size": tokenizer.vocab_size, "pad_id": pad}
+        self.train, self.valid = (
+            Rows(path, split, manifest["splits"][split], **shape) for split in SPLITS
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Prepared:
+        """Open a prepared directory.
+
+        Args:
+            path: what :func:`prepare` wrote.
+            verify: hash the large files as well; sizes and small files are always checked.
+
+        Raises:
+            DataError: no prepared data there, or a file is missing, cut or changed.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise DataError(
+                f"{folder} holds no prepared data ({MANIFEST} is missing). Make it with: pretrain prepare SOURCES "
+                f"--out {folder}"
+            )
+        check_files(folder, manifest["files"], full=verify)
+        tokenizer = Tokenizer.from_directory(folder / "tokenizer")
+        return cls(folder, manifest, tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over sources, options and tokenizer."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each predicted token, on validation rows if there are any."""
+        rows = self.valid if self.valid.num_targets else self.train
+        return rows.num_bytes / max(1, rows.num_targets)
+
+    @property
+    def unigram_entropy(self) -> float | None:
+        """Nats per token on validation rows for a model that knows only how often each token occurs."""
+        value = self.manifest["unigram"].get("nats")
+        return None if value is None else float(value)
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Name, share asked for, share realised, documents, tokens, bytes and rows of each training source."""
+        found: list[dict[str, Any]] = self.manifest["splits"]["train"]["sources"]
+        return found
+
+    def table(self) -> str:
+        """Return the closing table of ``prepare`` as text."""
+        return _table(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Prepared({str(self.path)!r}: {len(self.train):,} training and {len(self.valid):,} validation rows of "
+            f"{self.row_length} tokens, {self.tokenizer.kind} vocabulary of {self.tokenizer.vocab_size})"
+        )
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<pre>{html.escape(self.table())}</pre>"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a prepared directory, or None where there is none; DataError if it is damaged."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DataError(
+                f"{file} has format {manifest['format']}, this release reads {FORMAT}; prepare the data again."
+            )
+        for key in ("fingerprint", "options", "splits", "files", "unigram"):
+            manifest[key]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is damaged ({error}); delete {folder} and prepare the data again."
+        ) from error
+    return dict(manifest)
+
+
+def _table(prepared: Prepared) -> str:
+    manifest = prepared.manifest
+    lines = [f"prepared {prepared.path}", f"{'':<16}{'train':>16}{'valid':>16}"]
+    splits = [manifest["splits"][split] for split in SPLITS]
+
+    def add(label: str, value: Callable[[dict[str, Any]], str]) -> None:
+        lines.append(f"{label:<16}" + "".join(f"{value(split):>16}" for split in splits))
+
+    add("documents", lambda s: f"{s['documents']:,}")
+    add("bytes", lambda s: f"{s['bytes']:,}")
+    add("tokens", lambda s: f"{s['tokens']:,}")
+    add("bytes per token", lambda s: f"{s['bytes'] / s['targets']:.3f}" if s["targets"] else "-")
+    add("longest", lambda s: f"{s['longest']:,}")
+    add("rows", lambda s: f"{s['rows']:,}")
+    add("padding", lambda s: f"{100 * s['padding']:.2f} %")
+    dropped = (
+        f"{manifest['duplicates']:,} duplicates, {manifest['empty']:,} empty documents left out"
+    )
+    if manifest["contaminated"]:
+        dropped += f", {manifest['contaminated']:,} training documents that also occur in validation left out"
+    lines.append(dropped)
+    tokenizer = manifest["tokenizer"]
+    trained = (
+        f", trained on {tokenizer['trained_on_bytes'] / 1e6:,.1f} MB"
+        if tokenizer["trained_on_bytes"]
+        else ""
+    )
+    lines.append(f"{tokenizer['kind']} tokenizer of {tokenizer['vocab_size']:,} tokens{trained}")
+    if manifest["unigram"]:
+        lines.append(
+            f"knowing only token counts: {manifest['unigram']['nats']:.4f} nats per validation token"
+        )
+    if len(prepared.sources) > 1:
+        lines += [
+            f"mixture: {100 * s['share']:.1f} % {s['name']} ({s['rows']:,} rows)"
+            for s in prepared.sources
+        ]
+    lines += [f"note: {note}" for note in manifest["notes"]]
+    return "\n".join(lines)

@@ -1,0 +1,321 @@
+"""Readers of single files: text in bounded blocks, plain or compressed, with the place of every fault.
+
+A reader yields pieces ``(text, end)``: ``end`` is True for the last piece of a document, so that a document of
+any size passes through constant memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from pretrain.errors import DataError, did_you_mean
+
+__all__ = ["COMPRESSIONS", "FORMATS", "Piece", "file_format", "read_file"]
+
+Piece = tuple[str, bool]
+
+FORMATS = {
+    ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv",
+    ".parquet": "parquet",
+}  # fmt: skip
+COMPRESSIONS = (".gz", ".zst")
+_BLOCK = 1 << 20
+_MAX_LINE = 512 << 20
+_MAGIC = {b"\x1f\x8b": "gzip data (name it .gz)", b"(\xb5/\xfd": "zstandard data (name it .zst)",
+          b"PAR1": "parquet data (name it .parquet)", b"PK\x03\x04": "a zip archive (unpack it)"}  # fmt: skip
+
+
+def file_format(path: Path) -> str | None:
+    """Return ``text``, ``jsonl``, ``csv``, ``parquet``, or None for a name that says nothing."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def read_file(
+    path: Path, *, text: str, separator: str | None, notes: Callable[[str], None]
+) -> Iterator[Piece]:
+    """Yield the documents of a file in pieces.
+
+    Args:
+        path: the file.
+        text: column of the text in tables.
+        separator: what stands between documents in plain text; None: the file is one document.
+        notes: told in one sentence about anything that was left out.
+
+    Raises:
+        DataError: with file, line and byte or column.
+    """
+    kind = file_format(path) or "text"
+    if kind == "text":
+        blocks = _decoded(path)
+        return _whole(blocks) if separator is None else _separated(blocks, separator)
+    if kind == "jsonl":
+        return _jsonl(path, text, notes)
+    if kind == "csv":
+        return _csv(path, text)
+    return _parquet(path, text)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, unpacking it if its name says so; faults of the disk and of the archive become DataError."""
+    suffix = path.suffix.lower()
+    try:
+        with path.open("rb") as raw:
+            if suffix == ".gz":
+                with gzip.open(raw, "rb") as unpacked:
+                    yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked), _BLOCK))
+            elif suffix == ".zst":
+                with (
+                    _zstandard()
+                    .ZstdDecompressor()
+                    .stream_reader(raw, read_across_frames=True) as stream
+                ):
+                    yield cast(BinaryIO, io.BufferedReader(stream, _BLOCK))
+            else:
+                yield cast(BinaryIO, raw)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is a damaged or cut gzip file ({error}); fetch or write it again."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise DataError(
+                f"{path} is a damaged or cut zstandard file ({error}); fetch or write it again."
+            ) from error
+        raise
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(
+            "reading .zst files needs the zstandard package: pip install zstandard"
+        ) from error
+    return zstandard
+
+
+def _refuse_binary(path: Path, head: bytes) -> None:
+    for magic, meaning in _MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(f"{path} is not text: it holds {meaning}.")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8.")
+    place = head.find(b"\0")
+    if place >= 0:
+        raise DataError(
+            f"{path} is a binary file: byte {place} is NUL. Give text files, or convert this one to UTF-8 text."
+        )
+
+
+def _bad_utf8(path: Path, line: int, byte: int, offset: int, value: int) -> DataError:
+    return DataError(
+        f"{path}:{line}:{byte} is not UTF-8: byte 0x{value:02x} (byte {byte} of line {line}, offset {offset} of the "
+        "file). The file has another encoding or is damaged; convert it, for example: iconv -f LATIN1 -t UTF-8."
+    )
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """Yield the text of a file in blocks; a byte order mark is dropped, everything else is kept as it is."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    offset = line_start = 0
+    line = 1
+    with _open(path) as stream:
+        while True:
+            block = stream.read(_BLOCK)
+            pending = decoder.getstate()[0]
+            if offset == 0:
+                _refuse_binary(path, block[:8192])
+                if block.startswith(codecs.BOM_UTF8):
+                    block, offset, line_start = block[3:], 3, 3
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                data = pending + block
+                place = offset - len(pending) + error.start
+                line += data.count(b"\n", 0, error.start)
+                newline = data.rfind(b"\n", 0, error.start)
+                start = offset - len(pending) + newline + 1 if newline >= 0 else line_start
+                raise _bad_utf8(path, line, place - start + 1, place, data[error.start]) from error
+            line += block.count(b"\n")
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                line_start = offset + newline + 1
+            offset += len(block)
+            if text:
+                yield text
+            if not block:
+                return
+
+
+def _whole(blocks: Iterator[str]) -> Iterator[Piece]:
+    previous = ""
+    for block in blocks:
+        if previous:
+            yield previous, False
+        previous = block
+    yield previous, True
+
+
+def _separated(blocks: Iterator[str], separator: str) -> Iterator[Piece]:
+    """Cut a stream of text at ``separator``; a document longer than a block comes in several pieces."""
+    rest, begun = "", False
+    keep = len(separator) - 1
+    for block in blocks:
+        *parts, rest = (rest + block).split(separator)
+        for part in parts:
+            yield part, True
+            begun = True
+        if len(rest) > _BLOCK:
+            cut = len(rest) - keep
+            yield rest[:cut], False
+            rest, begun = rest[cut:], False
+    if (
+        rest or not begun
+    ):  # a separator at the very end closes the last document and opens no new one
+        yield rest, True
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) with the line's end still on it."""
+    number = 0
+    with _open(path) as stream:
+        while True:
+            line = stream.readline(_MAX_LINE + 1)
+            if not line:
+                return
+            number += 1
+            if number == 1:
+                _refuse_binary(path, line[:8192])
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if len(line) > _MAX_LINE:
+                raise DataError(
+                    f"{path}:{number} is longer than {_MAX_LINE >> 20} MiB, too long for one row of a table; put one "
+                    "document on each line, or give such texts as .txt, which is read in pieces."
+                )
+            yield number, line
+
+
+def _decode_line(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{number}:{error.start + 1} is not UTF-8: byte 0x{line[error.start]:02x} (byte {error.start + 1} "
+            f"of line {number}). The file has another encoding or is damaged; convert it to UTF-8."
+        ) from error
+
+
+def _jsonl(path: Path, column: str, notes: Callable[[str], None]) -> Iterator[Piece]:
+    for number, line in _lines(path):
+        content = (
+            _decode_line(path, number, line)
+            if line.endswith(b"\n")
+            else line.decode("utf-8", "replace")
+        )
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            if not line.endswith(b"\n") and number > 1:
+                notes(
+                    f"{path}:{number}: the last line is torn (the file was cut while being written); left out"
+                )
+                return
+            where = f":{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(
+                f"{path}:{number}{where} is not valid JSON: {error}. Expected one JSON object on each line, such as "
+                f'{{"{column}": "..."}}.'
+            ) from error
+        if not line.endswith(b"\n"):
+            _decode_line(path, number, line)
+        yield _cell(row, column, f"{path}:{number}"), True
+
+
+def _cell(row: Any, column: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where} holds {type(row).__name__}, not an object with a column {column!r}. Write one object a line."
+        )
+    if column not in row:
+        raise _no_column(where, column, list(row))
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text. Choose the column with text=..., "
+            "or turn the values into strings."
+        )
+    # A JSON escape can spell half of a surrogate pair, which is no character and cannot be written as UTF-8.
+    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _no_column(where: str, column: str, present: list[str]) -> DataError:
+    names = ", ".join(map(repr, present)) or "none"
+    hint = did_you_mean(column, present) if present else ""
+    hint = hint if "mean" in hint else ""
+    return DataError(
+        f"{where} has no column {column!r}; columns present: {names}.{hint} Choose one with text=..."
+    )
+
+
+def _csv(path: Path, column: str) -> Iterator[Piece]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(_decode_line(path, number, line) for number, line in _lines(path))
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        if column not in header:
+            raise _no_column(f"{path}:1", column, header)
+        place = header.index(column)
+        for row in reader:
+            if not row:
+                continue
+            if place >= len(row):
+                raise DataError(
+                    f"{path}:{reader.line_num} has {len(row)} of {len(header)} columns, so {column!r} is missing; "
+                    "check the quoting of this row."
+                )
+            yield row[place], True
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num} is not valid CSV: {error}.") from error
+
+
+def _parquet(path: Path, column: str) -> Iterator[Piece]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(
+            "reading .parquet files needs pyarrow: pip install pyarrow (datasets brings it)"
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if column not in names:
+                raise _no_column(str(path), column, names)
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(0):
+                    number += 1
+                    yield _cell({column: value.as_py()}, column, f"{path}, row {number}"), True
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}.") from error

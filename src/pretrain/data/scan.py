@@ -1,0 +1,241 @@
+"""The first pass of ``prepare``: empty and duplicate documents, the split, a sample for the tokenizer.
+
+It keeps eight bytes of hash and eight of length for each document, and a bounded sample of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.data.order import mix64
+from pretrain.data.shards import write_json
+from pretrain.data.sources import Source, sized_pieces
+from pretrain.errors import DataError
+
+__all__ = ["Progress", "Sample", "Scan", "sample_filter", "scan_sources"]
+
+Progress = Callable[[int], Any]
+
+
+class Sample:
+    """At most ``limit`` bytes of text, the pieces with the lowest hash: drawn evenly, the same every time."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self._top = 1 << 32
+        self._kept: list[tuple[int, int, int, str, int]] = []
+
+    def add(self, text: str, document: int, start: int) -> None:
+        """Offer a piece that begins at character ``start`` of ``document``."""
+        data = text.encode("utf-8")
+        key = zlib.crc32(data)
+        if not data or key >= self._top:
+            return
+        self._kept.append((key, document, start, text, len(data)))
+        self.size += len(data)
+        if self.size > self.limit + (self.limit >> 2):
+            self._trim()
+
+    def _trim(self) -> None:
+        self._kept.sort()
+        while self.size > self.limit and len(self._kept) > 1:
+            self._top = self._kept[-1][0]
+            self.size -= self._kept.pop()[4]
+
+    def texts(self, keep: Callable[[int, int], bool] = lambda document, start: True) -> list[str]:
+        """Return the pieces in reading order, as far as ``keep(document, start)`` allows."""
+        if self.size > self.limit:
+            self._trim()
+        chosen = sorted(self._kept, key=lambda entry: entry[1:3])
+        return [entry[3] for entry in chosen if keep(entry[1], entry[2])]
+
+
+@dataclass
+class Scan:
+    """What the first pass found.
+
+    Attributes:
+        ends: documents up to the end of each source.
+        documents, empty, duplicates, contaminated: counts; contaminated are training documents that also occur in
+            the validation source.
+        text_bytes: UTF-8 bytes of all text, duplicates included.
+        cut: characters of kept text before the validation part, or -1 where whole documents are held out.
+        sampled: bytes of text the tokenizer was trained on, 0 if it was given.
+        notes: sentences about what was left out or decided.
+    """
+
+    ends: list[int] = field(default_factory=list)
+    documents: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    contaminated: int = 0
+    text_bytes: int = 0
+    cut: int = -1
+    sampled: int = 0
+    notes: list[str] = field(default_factory=list)
+    states: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+
+    def save(self, folder: Path) -> None:
+        """Write the result; the JSON file comes last and marks it complete."""
+        with (folder / "states.bin").open("wb") as out:
+            self.states.tofile(out)
+            out.flush()
+            os.fsync(out.fileno())
+        kept = {name: value for name, value in self.__dict__.items() if name != "states"}
+        write_json(folder / "scan.json", kept)
+
+    @classmethod
+    def load(cls, folder: Path) -> Scan | None:
+        """Return a complete earlier result, or None."""
+        try:
+            scan = cls(**json.loads((folder / "scan.json").read_text(encoding="utf-8")))
+            scan.states = np.fromfile(folder / "states.bin", dtype=np.uint8)
+        except (OSError, ValueError, TypeError):
+            return None
+        return scan if len(scan.states) == scan.documents else None
+
+
+def scan_sources(
+    sources: Sequence[Source],
+    training: int,
+    *,
+    valid: float,
+    last: bool,
+    seed: int,
+    sample: Sample | None,
+    progress: Progress,
+) -> Scan:
+    """Read everything once: find empty and duplicate documents, decide the split, draw the sample.
+
+    Args:
+        sources: training sources first.
+        training: how many of them are for training; the others are for validation.
+        valid: share to hold out (0 where there are validation sources).
+        last: hold out the end of the text instead of whole documents.
+        seed: chooses which documents are held out.
+        sample: filled with text for the tokenizer.
+        progress: told the bytes read.
+    """
+    scan = Scan()
+    digests, lengths = array("Q"), array("Q")
+    blank = bytearray()
+    for number, source in enumerate(sources):
+        hasher = hashlib.blake2b(digest_size=8)
+        length, empty = 0, True
+        for text, end in sized_pieces(source.pieces()):
+            try:
+                data = text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"source {source.name!r} gave text that UTF-8 cannot hold: {error}."
+                ) from error
+            hasher.update(data)
+            if sample is not None and number < training:
+                sample.add(text, len(digests), length)
+            length += len(text)
+            empty = empty and (not text or text.isspace())
+            scan.text_bytes += len(data)
+            progress(len(data))
+            if end:
+                digests.append(int.from_bytes(hasher.digest(), "little"))
+                lengths.append(length)
+                blank.append(empty)
+                hasher = hashlib.blake2b(digest_size=8)
+                length, empty = 0, True
+        scan.ends.append(len(digests))
+        scan.notes += source.notes
+    scan.documents = len(digests)
+    first_valid = scan.ends[training - 1]
+    _choose(
+        scan, np.asarray(digests, dtype=np.uint64), np.frombuffer(blank, dtype=bool), first_valid
+    )
+    if valid:
+        _split(
+            scan,
+            np.asarray(digests, dtype=np.uint64),
+            np.asarray(lengths, dtype=np.uint64),
+            valid,
+            last,
+            seed,
+        )
+    return scan
+
+
+def _choose(
+    scan: Scan, digests: NDArray[np.uint64], blank: NDArray[np.bool_], first_valid: int
+) -> None:
+    """Mark what is kept: 1 for training, 2 for validation, 0 for empty and duplicate documents."""
+    states = np.zeros(len(digests), dtype=np.uint8)
+    scan.empty = int(blank.sum())
+    full = np.flatnonzero(~blank)
+    valid = full[full >= first_valid]
+    _, kept = np.unique(digests[valid], return_index=True)
+    states[valid[kept]] = 2
+    train = full[full < first_valid]
+    _, kept = np.unique(digests[train], return_index=True)
+    chosen = train[kept]
+    scan.duplicates = len(full) - len(chosen) - int((states == 2).sum())
+    if len(valid):
+        leaked = np.isin(digests[chosen], digests[valid])
+        scan.contaminated = int(leaked.sum())
+        chosen = chosen[~leaked]
+    states[chosen] = 1
+    scan.states = states
+
+
+def _split(
+    scan: Scan,
+    digests: NDArray[np.uint64],
+    lengths: NDArray[np.uint64],
+    valid: float,
+    last: bool,
+    seed: int,
+) -> None:
+    kept = np.flatnonzero(scan.states == 1)
+    if len(kept) == 1 and not last:
+        scan.notes.append(
+            f"there is one document only, so its last {valid:.3g} (by characters) is held out, as with "
+            f"valid='last:{valid:.3g}'; give separator=... if it holds several documents"
+        )
+        last = True
+    if last:
+        scan.cut = int(int(lengths[kept].sum()) * (1 - valid))
+        return
+    if not len(kept):
+        return
+    keys = mix64(digests[kept] ^ mix64(np.array([seed & (2**64 - 1)], dtype=np.uint64)))
+    held = keys < np.uint64(min(int(valid * 2.0**64), 2**64 - 1))
+    if not held.any():
+        held[np.argmin(keys)] = True
+        scan.notes.append(
+            f"{len(kept)} documents are too few for a share of {valid:.3g}: one of them is held out"
+        )
+    elif held.all():
+        held[np.argmax(keys)] = False
+        scan.notes.append(
+            f"a share of {valid:.3g} would hold out all {len(kept)} documents: one is left for training"
+        )
+    scan.states[kept[held]] = 2
+
+
+def sample_filter(scan: Scan) -> Callable[[int, int], bool]:
+    """Return which pieces of the sample are training text; duplicates of it do no harm and are left out."""
+    cut, states = scan.cut, scan.states
+    if cut < 0:
+        return lambda document, start: bool(states[document] == 1)
+    # With a cut through the text, pieces are kept up to it in the document that holds it. Documents before it
+    # all belong to training; where several are cut, one character position serves a single document only.
+    single = int((states == 1).sum()) == 1
+    return lambda document, start: bool(states[document] == 1) and (not single or start < cut)

@@ -1,0 +1,256 @@
+"""Prepared rows on disk: flat files of tokens, documents, pieces and rows, opened as memory maps.
+
+For each split there are four files: ``tokens`` (uint16 or uint32, all documents one behind the other with their
+framing), ``documents`` (int64 token offsets), ``segments`` (int64 pairs: first token and length of every piece of
+a document, in row order) and ``rows`` (int64 offsets into the segments).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.data.order import MixtureOrder, Order
+from pretrain.errors import DataError
+
+__all__ = ["Rows", "check_files", "file_record", "token_dtype", "write_json"]
+
+Ints = NDArray[np.int64]
+Example = dict[str, NDArray[np.int64]]
+
+# Files up to this size are hashed whenever prepared data are opened, larger ones on request.
+_HASHED = 64 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest unsigned type that holds every id of a vocabulary."""
+    if vocab_size > 2**32:
+        raise DataError(f"a vocabulary of {vocab_size} tokens does not fit 32-bit ids.")
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that after a crash the file is the old one or the new one, never a torn one."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", encoding="utf-8") as out:
+        json.dump(value, out, indent=2, ensure_ascii=False, sort_keys=True)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    fresh.replace(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames within a folder durable, where the system can."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a file for the manifest."""
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> None:
+    """Compare the files of a directory with its manifest.
+
+    Args:
+        folder: the prepared directory.
+        files: name to size and SHA-256.
+        full: hash the large files too.
+
+    Raises:
+        DataError: naming the file that is missing, cut or changed.
+    """
+    again = "Prepare the data again (delete the directory first)."
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing from the prepared data. {again}")
+        size = path.stat().st_size
+        if size != record["size"]:
+            raise DataError(
+                f"{path} has {size} bytes, its manifest says {record['size']}; it was cut or changed. {again}"
+            )
+        if (full or size <= _HASHED) and _sha256(path) != record["sha256"]:
+            raise DataError(
+                f"{path} does not have the SHA-256 of its manifest; it was changed or damaged. {again}"
+            )
+
+
+def _map(path: Path, dtype: Any) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+class Rows:
+    """The packed rows of one split.
+
+    ``rows[i]`` is a dict of ``input_ids``, ``document_ids`` (1..k, 0 is padding) and ``position_ids`` (from 0 in
+    each piece), each (T,) int64.
+
+    Args:
+        folder: the prepared directory.
+        split: ``"train"`` or ``"valid"``.
+        stats: the manifest's entry of this split.
+        row_length: T.
+        vocab_size: decides the type of the stored ids.
+        pad_id: id written where no token stands.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        stats: dict[str, Any],
+        *,
+        row_length: int,
+        vocab_size: int,
+        pad_id: int,
+    ) -> None:
+        self.folder, self.split, self.stats = folder, split, stats
+        self.row_length, self.vocab_size, self.pad_id = row_length, vocab_size, pad_id
+        self._tokens = _map(folder / f"{split}.tokens.bin", token_dtype(vocab_size))
+        self._segments = _map(folder / f"{split}.segments.bin", np.dtype("<i8")).reshape(-1, 2)
+        self._rows = _map(folder / f"{split}.rows.bin", np.dtype("<i8"))
+        if len(self._segments) and int(self._segments.sum(axis=1).max()) > len(self._tokens):
+            raise DataError(
+                f"{folder}/{split}.segments.bin points beyond {split}.tokens.bin; prepare the data again."
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def __repr__(self) -> str:
+        return f"Rows({self.split}: {len(self):,} rows of {self.row_length}, {self.num_tokens:,} tokens)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        keep = ("folder", "split", "stats", "row_length", "vocab_size", "pad_id")
+        return {name: getattr(self, name) for name in keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens stored, framing included, padding not."""
+        return int(self.stats["tokens"])
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that a model which sees whole documents predicts: all but the first of each document."""
+        return int(self.stats["targets"])
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return int(self.stats["bytes"])
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of the text."""
+        return int(self.stats["characters"])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return int(self.stats["documents"])
+
+    @property
+    def padding(self) -> float:
+        """Share of places that hold no token."""
+        return float(self.stats["padding"])
+
+    @property
+    def source_rows(self) -> list[int]:
+        """Rows of each source; they lie one behind the other."""
+        return [int(source["rows"]) for source in self.stats["sources"]]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Shares of the sources in the mixture, or None where every row comes once per epoch."""
+        found = [source.get("weight") for source in self.stats["sources"]]
+        return (
+            None if any(weight is None for weight in found) else [float(weight) for weight in found]
+        )
+
+    def order(self, seed: int = 0) -> Order | MixtureOrder:
+        """Return the order in which training visits these rows."""
+        weights = self.weights
+        if weights is None or len(weights) == 1:
+            return Order(len(self), seed)
+        return MixtureOrder(self.source_rows, weights, seed)
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """Turn a mean loss in nats per predicted token into bits per byte of text."""
+        return nats_per_token / float(np.log(2)) * self.num_targets / max(1, self.num_bytes)
+
+    def tokens_in(self, index: int) -> int:
+        """Return the tokens in a row, padding not counted."""
+        first, last = self._bounds(index)
+        return int(self._segments[first:last, 1].sum())
+
+    def _bounds(self, index: int) -> tuple[int, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        return int(self._rows[index]), int(self._rows[index + 1])
+
+    def __getitem__(self, index: int) -> Example:
+        self._bounds(index)
+        return {name: values[0] for name, values in self.gather([index % len(self)]).items()}
+
+    def gather(self, indices: Sequence[int] | Ints) -> Example:
+        """Return rows as one batch.
+
+        Args:
+            indices: B row numbers.
+
+        Returns:
+            ``input_ids``, ``document_ids`` and ``position_ids``, each (B, T) int64.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        first, last = self._rows[chosen], self._rows[chosen + 1]
+        counts = last - first
+        row = np.repeat(np.arange(len(chosen)), counts)
+        before = np.cumsum(counts) - counts
+        rank = np.arange(len(row)) - before[row]
+        pieces = self._segments[first[row] + rank]
+        starts, lengths = pieces[:, 0], pieces[:, 1]
+        ends = np.cumsum(lengths)
+        position = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        # Where each piece begins in its row: tokens before it, less the tokens of all earlier rows.
+        row_tokens = np.bincount(row, weights=lengths, minlength=len(chosen)).astype(np.int64)
+        offset = (ends - lengths) - (np.cumsum(row_tokens) - row_tokens)[row]
+        place = np.repeat(row * self.row_length + offset, lengths) + position
+        shape = (len(chosen), self.row_length)
+        batch = {
+            "input_ids": np.full(shape, self.pad_id, dtype=np.int64),
+            "document_ids": np.zeros(shape, dtype=np.int64),
+            "position_ids": np.zeros(shape, dtype=np.int64),
+        }
+        batch["input_ids"].reshape(-1)[place] = self._tokens[np.repeat(starts, lengths) + position]
+        batch["document_ids"].reshape(-1)[place] = np.repeat(rank + 1, lengths)
+        batch["position_ids"].reshape(-1)[place] = position
+        return batch

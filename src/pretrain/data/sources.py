@@ -1,0 +1,335 @@
+"""Sources of documents: files, globs, folders, ``datasets.Dataset``, hub names and the built-in ``python`` corpus.
+
+A source can be read any number of times, gives the same documents in the same order each time, holds no more than
+a block of text in memory, and has a fingerprint that changes with its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from pretrain.data.paths import FileHashes, cache_home, find_files
+from pretrain.data.readers import (
+    Piece,
+    _cell,
+    _no_column,
+    file_format,
+    read_file,
+)
+from pretrain.errors import DataError
+
+__all__ = [
+    "DatasetSource", "FileHashes", "FileSource", "HubSource", "PythonSource", "Source", "documents",
+    "resolve_sources", "sized_pieces",
+]  # fmt: skip
+
+PIECE_CHARS = 32_768
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where documents come from. Any object with these members can be given to :func:`pretrain.prepare`."""
+
+    name: str
+    notes: list[str]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield ``(text, end)``; the last piece of every document has ``end`` True."""
+        ...
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        """Return a text that changes whenever the documents change."""
+        ...
+
+
+class FileSource:
+    """Files read one behind the other; see :func:`pretrain.data.readers.read_file`."""
+
+    def __init__(
+        self, name: str, files: Sequence[Path], text: str = "text", separator: str | None = None
+    ) -> None:
+        self.name = name
+        self.files = list(files)
+        self.text = text
+        self.separator = separator
+        self.notes: list[str] = []
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents of all files in pieces."""
+        self.notes.clear()
+        for file in self.files:
+            yield from read_file(
+                file, text=self.text, separator=self.separator, notes=self.notes.append
+            )
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        """Hash contents and formats; names and places do not matter, the order of the files does."""
+        return "files:" + ",".join(f"{file_format(file)}={hashes.of(file)}" for file in self.files)
+
+
+class DatasetSource:
+    """A ``datasets.Dataset`` (random access, so it can be read twice)."""
+
+    def __init__(self, dataset: Any, text: str = "text", name: str = "dataset") -> None:
+        self.name = name
+        self.dataset = dataset
+        self.text = text
+        self.notes: list[str] = []
+        if text not in dataset.column_names:
+            raise _no_column(f"the data set {name!r}", text, list(dataset.column_names))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the rows of the text column."""
+        step = 256
+        column = self.dataset.select_columns([self.text])
+        for first in range(0, len(column), step):
+            for number, value in enumerate(column[first : first + step][self.text], start=first):
+                yield _cell({self.text: value}, self.text, f"{self.name}, row {number}"), True
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        """Hash the text column itself: the library's own fingerprint does not survive a reload from memory."""
+        digest = hashlib.blake2b(digest_size=16)
+        for text, _ in self.pieces():
+            digest.update(f"{len(text)}:".encode() + text.encode("utf-8"))
+        return f"dataset:{digest.hexdigest()}"
+
+
+class HubSource:
+    """A data set of the hub, streamed once into a local file: ``hub:NAME``, ``hub:NAME/CONFIG:SPLIT`` and so on.
+
+    Spelling: ``hub:owner/name``, optionally ``@config`` and ``:split`` (default ``train``).
+    """
+
+    def __init__(self, spec: str, text: str, spool: Path) -> None:
+        self.name = f"hub:{spec}"
+        body, _, split = spec.partition(":")
+        self.repository, _, self.config = body.partition("@")
+        self.split = split or "train"
+        self.text = text
+        self.notes: list[str] = []
+        key = hashlib.sha256(f"{spec}\n{text}".encode()).hexdigest()[:16]
+        self.file = spool / f"hub-{key}.jsonl"
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the rows of the local copy, fetching it first if there is none."""
+        self._fetch()
+        yield from read_file(self.file, text="text", separator=None, notes=self.notes.append)
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        """Hash the local copy; delete that file to fetch anew."""
+        self._fetch()
+        return f"hub:{hashes.of(self.file)}"
+
+    def _fetch(self) -> None:
+        if self.file.is_file():
+            return
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(
+                f"{self.name} needs the datasets package: pip install datasets"
+            ) from error
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.file.with_suffix(".part")
+        try:
+            stream = datasets.load_dataset(
+                self.repository, self.config or None, split=self.split, streaming=True
+            )
+            _spool(stream, self.text, self.name, fresh)
+        except DataError:
+            raise
+        except (
+            Exception
+        ) as error:  # the library raises many kinds for a missing name, split or network
+            raise DataError(
+                f"{self.name} cannot be streamed ({type(error).__name__}: {error}). Check the name, the config after "
+                "'@', the split after ':', and the network."
+            ) from error
+        fresh.replace(self.file)
+
+
+def _spool(stream: Any, column: str, name: str, target: Path) -> None:
+    """Write the text column of an iterable of rows as JSON lines."""
+    with target.open("w", encoding="utf-8") as out:
+        for number, row in enumerate(stream):
+            out.write(json.dumps({"text": _cell(row, column, f"{name}, row {number}")}) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+class PythonSource:
+    """The standard library of the running Python: its reference topics and every module's source and docstrings."""
+
+    name = "python"
+    _SKIPPED = frozenset(
+        {
+            "site-packages",
+            "dist-packages",
+            "test",
+            "tests",
+            "idle_test",
+            "__pycache__",
+            "pydoc_data",
+        }
+    )
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.root = Path(sysconfig.get_path("stdlib"))
+
+    def files(self) -> list[Path]:
+        """Return the modules, sorted by name."""
+        found = []
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if name not in self._SKIPPED)
+            found += [Path(folder) / name for name in names if name.endswith(".py")]
+        return sorted(found, key=lambda path: path.relative_to(self.root).as_posix())
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the reference topics, then one document for each module."""
+        from pydoc_data.topics import topics
+
+        self.notes.clear()
+        for _, text in sorted(topics.items()):
+            yield text, True
+        for file in self.files():
+            try:
+                with tokenize.open(file) as stream:
+                    yield stream.read(), True
+            except (OSError, SyntaxError, UnicodeDecodeError):
+                self.notes.append(f"{file}: not readable as Python source; left out")
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        """Hash version, names and sizes: the library of one Python release does not change."""
+        files = self.files()
+        if not files:
+            raise DataError(
+                f"the source 'python' needs the standard library as .py files, and {self.root} has none (a frozen or "
+                "zipped Python). Give text files instead."
+            )
+        listing = [
+            f"{file.relative_to(self.root).as_posix()}:{file.stat().st_size}" for file in files
+        ]
+        digest = hashlib.sha256("\n".join([sys.version, *listing]).encode()).hexdigest()
+        return f"python:{digest}"
+
+
+def documents(source: Source) -> Iterator[str]:
+    """Yield whole documents; only for sources whose documents fit in memory."""
+    parts: list[str] = []
+    for text, end in source.pieces():
+        parts.append(text)
+        if end:
+            yield "".join(parts)
+            parts.clear()
+
+
+def sized_pieces(pieces: Iterator[Piece], limit: int = PIECE_CHARS) -> Iterator[Piece]:
+    """Cut documents into pieces of at most ``limit`` characters, whatever blocks they arrive in.
+
+    A cut falls before a blank or a line end that follows a visible character; there the byte-level and WordPiece
+    rules cut as well, so the tokens are those of the whole document. Text without any blank is cut at ``limit``.
+    """
+    rest = ""
+    for text, end in pieces:
+        if not rest and end and len(text) <= limit:
+            yield text, True
+            continue
+        rest = rest + text if rest else text
+        place = 0
+        while len(rest) - place > limit:
+            cut = _boundary(rest, place, place + limit)
+            yield rest[place:cut], False
+            place = cut
+        rest = rest[place:]
+        if end:
+            yield rest, True
+            rest = ""
+
+
+def _boundary(text: str, first: int, last: int) -> int:
+    """Return the last harmless place to cut in ``text[first:last]``, at least half-way; else ``last``."""
+    middle = first + (last - first) // 2
+    end = last
+    while True:
+        place = max(text.rfind(" ", middle, end), text.rfind("\n", middle, end))
+        if place < 0:
+            return last
+        if not text[place - 1].isspace():
+            return place
+        end = place
+
+
+def resolve_sources(
+    sources: Any, *, text: str = "text", separator: str | None = None, spool: Path | None = None
+) -> tuple[list[Source], list[float] | None]:
+    """Turn what the user wrote into sources and, for a mapping, their shares.
+
+    Args:
+        sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, ``datasets.Dataset``, a source object, a list of
+            these, or a mapping from these to their share of the rows.
+        text: column of the text in tables.
+        separator: what stands between documents in plain text files.
+        spool: where data sets of the hub are copied to.
+
+    Raises:
+        DataError: nothing found (the nearest name is suggested), wrong column, wrong type.
+    """
+    if separator == "":
+        raise DataError(
+            'separator is empty; give the text between documents, for example "\\n\\n".'
+        )
+    spool = spool or cache_home() / "hub"
+    weights: list[float] | None = None
+    if isinstance(sources, Mapping):
+        if sources and all(hasattr(value, "column_names") for value in sources.values()):
+            splits = ", ".join(map(str, sources))
+            raise DataError(
+                f"a DatasetDict holds several splits ({splits}); give one, as data['train']."
+            )
+        try:
+            weights = [float(weight) for weight in sources.values()]
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"the shares of a mixture must be numbers, found {list(sources.values())}."
+            ) from error
+        if any(not 0 < weight < float("inf") for weight in weights):
+            raise DataError(f"the shares of a mixture must be positive numbers, found {weights}.")
+        items = list(sources)
+    elif isinstance(sources, list | tuple):
+        items = list(sources)
+    else:
+        items = [sources]
+    if not items:
+        raise DataError("no source given; name files, a folder, a data set or 'python'.")
+    return [_resolve(item, text, separator, spool) for item in items], weights
+
+
+def _resolve(item: Any, text: str, separator: str | None, spool: Path) -> Source:
+    if isinstance(item, str | Path):
+        name = str(item)
+        if name == "python" and not Path(name).exists():
+            return PythonSource()
+        if name.startswith("hub:"):
+            return HubSource(name.removeprefix("hub:"), text, spool)
+        return FileSource(name, find_files(name), text, separator)
+    if hasattr(item, "column_names") and hasattr(item, "select_columns"):
+        if hasattr(item, "__len__"):
+            return DatasetSource(item, text)
+        raise DataError(
+            "a streamed datasets.IterableDataset can be read only once; give the name as 'hub:NAME' (it is copied to "
+            "a local file first) or load it without streaming."
+        )
+    if isinstance(item, Source):
+        return item
+    raise DataError(
+        f"{type(item).__name__} is not a source; give a path, a glob, a folder, a datasets.Dataset or 'python'."
+    )

@@ -1,0 +1,321 @@
+"""Tokenizers: one class around Hugging Face's ``tokenizers``, saved so that transformers opens it.
+
+Kinds trained here: byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Schuster & Nakajima
+2012; Devlin et al. 2019) and characters with the 256 bytes behind them. Byte-level BPE and characters give every
+text back byte for byte; WordPiece normalises blanks and control characters, and case if asked to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from pretrain.data.tokenizer_build import (
+    KINDS,
+    KNOWN,
+    from_merges,
+    from_vocab_txt,
+    kind_of,
+    open_backend,
+    read_config,
+    train_backend,
+    word_edges,
+)
+from pretrain.errors import TokenizerError, did_you_mean
+
+__all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
+SAMPLE_BYTES = 32_000_000
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        backend: the wrapped tokenizer of the ``tokenizers`` library.
+        roles: which token is ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent.
+        config: other keys of ``tokenizer_config.json`` that are to be kept.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        roles: Mapping[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.config = dict(config or {})
+        self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        if not self.vocab:
+            raise TokenizerError("the tokenizer has an empty vocabulary.")
+        self.vocab_size = max(self.vocab.values()) + 1
+        self.roles = {role: name for role, name in (roles or {}).items() if name in self.vocab}
+        for role, names in KNOWN.items():
+            found = next((name for name in names if name in self.vocab), None)
+            if role not in self.roles and found and found not in self.roles.values():
+                self.roles[role] = found
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(
+            [index for index, token in added.items() if token.special]
+            + [self.vocab[name] for name in self.roles.values()]
+        )
+        self.kind = kind_of(backend)
+        self._plain: tokenizers.Tokenizer | None = None
+        self._tables: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{role}={name!r}" for role, name in self.roles.items())
+        return f"Tokenizer({self.kind}, {self.vocab_size} tokens, {names})"
+
+    def _id(self, role: str) -> int | None:
+        name = self.roles.get(role)
+        return None if name is None else self.vocab[name]
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the padding token."""
+        return self._id("pad")
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a document (``[CLS]`` in BERT)."""
+        return self._id("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the token that ends a document (``[SEP]`` in BERT)."""
+        return self._id("eos")
+
+    @property
+    def mask_id(self) -> int | None:
+        """Id of the token that hides another one."""
+        return self._id("mask")
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id of the token for what the vocabulary does not know."""
+        return self._id("unk")
+
+    @property
+    def plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer reading every text as text: ``"<eos>"`` in a document is five characters, not an end."""
+        if self._plain is None:
+            self._plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            self._plain.encode_special_tokens = True
+            self._plain.no_truncation()
+            self._plain.no_padding()
+        return self._plain
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of ``text`` without framing.
+
+        Args:
+            text: any string.
+            special: read special tokens written in the text (``"<mask>"``) as such; documents are read without.
+        """
+        backend = self.backend if special else self.plain
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Return the ids of many texts; all cores are used."""
+        backend = self.backend if special else self.plain
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Return the text of ``ids``; ids beyond the vocabulary raise :class:`TokenizerError`."""
+        numbers = [int(index) for index in ids]
+        wrong = next((index for index in numbers if not 0 <= index < self.vocab_size), None)
+        if wrong is not None:
+            raise TokenizerError(
+                f"token id {wrong} is outside the vocabulary of {self.vocab_size} tokens; the ids come from another "
+                "tokenizer, or from the padded rows of an embedding that must be masked when sampling."
+            )
+        text: str = self.backend.decode(numbers, skip_special_tokens=skip_special)
+        return text
+
+    def frame(self, ids: Sequence[int]) -> list[int]:
+        """Return a whole document: prefix, ``ids``, suffix."""
+        return [*self.prefix, *ids, *self.suffix]
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids before every document: bos, if it exists and differs from eos."""
+        return [self.bos_id] if self.bos_id is not None and self.bos_id != self.eos_id else []
+
+    @property
+    def suffix(self) -> list[int]:
+        """Ids after every document: eos, if it exists."""
+        return [self.eos_id] if self.eos_id is not None else []
+
+    @property
+    def continues(self) -> NDArray[np.bool_]:
+        """(V,) True where a token goes on with the word before it, if that one ended inside a word."""
+        return self._word_tables()[0]
+
+    @property
+    def ends_in_word(self) -> NDArray[np.bool_]:
+        """(V,) True where the last character of a token is a letter or a digit."""
+        return self._word_tables()[1]
+
+    def word_ids(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:
+        """Return (T,) the number of the word of every token, counted from 0: what whole-word masking hides at once."""
+        tokens = np.asarray(ids, dtype=np.int64)
+        if not tokens.size:
+            return tokens
+        starts = np.ones(len(tokens), dtype=bool)
+        starts[1:] = ~(self.continues[tokens[1:]] & self.ends_in_word[tokens[:-1]])
+        return np.cumsum(starts) - 1
+
+    def _word_tables(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        if self._tables is None:
+            continues = np.zeros(self.vocab_size, dtype=bool)
+            ends = np.zeros(self.vocab_size, dtype=bool)
+            for name, index in self.vocab.items():
+                if index not in self.special_ids:
+                    continues[index], ends[index] = word_edges(name, self.kind)
+            self._tables = (continues, ends)
+        return self._tables
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over vocabulary, rules and roles."""
+        text = self.backend.to_str() + json.dumps(self.roles, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def save(self, directory: str | Path, *, max_length: int | None = None) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``; transformers 4 and 5 open the directory.
+
+        Args:
+            directory: created if missing.
+            max_length: positions of the model, written as ``model_max_length``.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self.config)
+        for role, name in self.roles.items():
+            config[f"{role}_token"] = name
+        if "bos" in self.roles and "eos" in self.roles:
+            config.setdefault("cls_token", self.roles["bos"])
+            config.setdefault("sep_token", self.roles["eos"])
+        named = {value for value in config.values() if isinstance(value, str)}
+        inverse = {index: name for name, index in self.vocab.items()}
+        others = [
+            inverse[index] for index in sorted(self.special_ids) if inverse[index] not in named
+        ]
+        if others:  # one spelling for each major version of transformers
+            config["extra_special_tokens"] = config["additional_special_tokens"] = others
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        config.setdefault("clean_up_tokenization_spaces", False)
+        if max_length is not None:
+            config["model_max_length"] = max_length
+        # Written by Python so that the files get the mode that the umask asks for.
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Open a ``tokenizer.json`` (roles come from ``tokenizer_config.json`` beside it, if there is one)."""
+        file = Path(path)
+        backend = open_backend(file)
+        roles, config = read_config(file.parent)
+        return cls(backend, roles, config)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Open the tokenizer of a directory: ``tokenizer.json``, or a BERT ``vocab.txt``, or GPT-2's pair of files."""
+        folder = Path(path)
+        if (folder / "tokenizer.json").is_file():
+            return cls.from_file(folder / "tokenizer.json")
+        roles, config = read_config(folder)
+        if (folder / "vocab.txt").is_file():
+            return cls(
+                from_vocab_txt(folder / "vocab.txt", bool(config.get("do_lower_case", True))),
+                roles,
+                config,
+            )
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return cls(
+                from_merges(folder, bool(config.get("add_prefix_space", False))), roles, config
+            )
+        raise TokenizerError(
+            f"no tokenizer in {folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt. "
+            "Give the directory of a tokenizer or of a checkpoint, or a kind to train: bpe, wordpiece, char."
+        )
+
+    @classmethod
+    def open(cls, path: str | Path) -> Tokenizer:
+        """Open a file or a directory."""
+        place = Path(path)
+        if place.is_dir():
+            nested = place / "tokenizer"
+            return cls.from_directory(nested if nested.is_dir() else place)
+        if place.is_file():
+            return cls.from_file(place)
+        raise TokenizerError(
+            f"no tokenizer file or directory {str(place)!r}, and no kind of that name.{did_you_mean(str(path), KINDS)}"
+        )
+
+
+def train_from_texts(
+    texts: Iterable[str], kind: str = "bpe", *, vocab_size: int = 8192, lowercase: bool = False
+) -> Tokenizer:
+    """Train a tokenizer on an iterable of texts; see :func:`train_tokenizer`."""
+    backend, roles = train_backend(texts, kind, vocab_size=vocab_size, lowercase=lowercase)
+    return Tokenizer(backend, roles)
+
+
+def train_tokenizer(
+    sources: Any,
+    kind: str = "bpe",
+    *,
+    vocab_size: int = 8192,
+    lowercase: bool = False,
+    text: str = "text",
+    separator: str | None = None,
+    sample_bytes: int = SAMPLE_BYTES,
+) -> Tokenizer:
+    """Train a tokenizer with distinct pad, eos, bos, mask and unk tokens.
+
+    Args:
+        sources: what :func:`pretrain.prepare` takes: files, globs, folders, a ``datasets.Dataset``, ``"python"``.
+        kind: ``"bpe"`` (byte level), ``"wordpiece"`` or ``"char"``.
+        vocab_size: upper bound, special tokens included; characters take what the text has.
+        lowercase: WordPiece only: forget the case and the accents.
+        text: column of the text in tables.
+        separator: what stands between documents in plain text files.
+        sample_bytes: the tokenizer sees at most this much text, drawn evenly from all sources.
+
+    Raises:
+        TokenizerError: unknown kind, or too small a vocabulary.
+        DataError: a source cannot be read, or holds no text.
+    """
+    from pretrain.data.scan import Sample
+    from pretrain.data.sources import resolve_sources, sized_pieces
+    from pretrain.errors import DataError
+
+    sample = Sample(sample_bytes)
+
+    def read() -> Iterator[None]:
+        for source in resolve_sources(sources, text=text, separator=separator)[0]:
+            for piece, _ in sized_pieces(source.pieces()):
+                sample.add(piece, 0, 0)
+                yield
+
+    for _ in read():
+        pass
+    texts = sample.texts()
+    if not texts:
+        raise DataError("there is no text to train a tokenizer on: every document is empty.")
+    return train_from_texts(texts, kind, vocab_size=vocab_size, lowercase=lowercase)

@@ -1,0 +1,258 @@
+"""What a :class:`pretrain.data.tokenizer.Tokenizer` is made of: files, rules and trained vocabularies.
+
+Everything here works on the backend of the ``tokenizers`` library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from pretrain.errors import TokenizerError, did_you_mean
+
+KINDS = ("bpe", "wordpiece", "char")
+ROLES = ("pad", "bos", "eos", "mask", "unk")
+_TAGS = {role: f"<{role}>" for role in ROLES}
+_BERT_TAGS = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "unk": "[UNK]"}
+# Where a directory does not say which token plays a role, these spellings are recognised, first match wins.
+KNOWN = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>"),
+    "bos": ("<bos>", "<s>", "[CLS]", "<|begin_of_text|>"),
+    "eos": ("<eos>", "</s>", "[SEP]", "<|endoftext|>", "<|end_of_text|>"),
+    "mask": ("<mask>", "[MASK]"),
+    "unk": ("<unk>", "[UNK]"),
+}
+# A word of this many bytes is no word; longer tokens only memorise rulers and runs of blanks.
+_MAX_TOKEN = 32
+
+
+def open_backend(file: Path) -> tokenizers.Tokenizer:
+    """Open a ``tokenizer.json``; TokenizerError if it cannot be read."""
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{file} cannot be read: {error}.") from error
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise TokenizerError(
+            f"{file} is not a tokenizer of the 'tokenizers' library ({error}); the file is damaged or was written by "
+            "a newer release. Copy it again, or write it once more with its save()."
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the roles and the other keys found in the configuration files of a tokenizer directory."""
+    roles: dict[str, str] = {}
+    kept: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TokenizerError(
+                f"{file} is not valid JSON: {error}. Copy it again from its origin."
+            ) from error
+        if not isinstance(config, dict):
+            raise TokenizerError(f"{file} must hold a JSON object, found {type(config).__name__}.")
+        named = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token")
+            and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+        }
+        for role, keys in {
+            "pad": ("pad",),
+            "bos": ("cls", "bos"),
+            "eos": ("sep", "eos"),
+            "mask": ("mask",),
+            "unk": ("unk",),
+        }.items():
+            for key in keys:
+                if isinstance(named.get(f"{key}_token"), str):
+                    roles[role] = named[f"{key}_token"]
+        if name == "tokenizer_config.json":
+            kept = {key: value for key, value in config.items() if key != "added_tokens_decoder"}
+            kept.update(named)
+    return roles, kept
+
+
+def from_vocab_txt(file: Path, lowercase: bool) -> tokenizers.Tokenizer:
+    """Build BERT's WordPiece from its list of pieces."""
+    names = file.read_text(encoding="utf-8").split("\n")
+    vocab = {name: index for index, name in enumerate(names) if name or index < len(names) - 1}
+    backend = _wordpiece_pipeline(
+        tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")), lowercase
+    )
+    backend.add_special_tokens([name for name in _BERT_TAGS.values() if name in vocab])
+    _frame_pairs(backend, "[CLS]", "[SEP]")
+    return backend
+
+
+def from_merges(folder: Path, prefix_space: bool) -> tokenizers.Tokenizer:
+    """Build GPT-2's byte-level BPE from ``vocab.json`` and ``merges.txt``."""
+    try:
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:
+        raise TokenizerError(
+            f"{folder}/vocab.json and merges.txt do not form a BPE tokenizer: {error}."
+        ) from error
+    backend = _bpe_pipeline(tokenizers.Tokenizer(model), prefix_space)
+    known = backend.get_vocab()
+    backend.add_special_tokens(
+        [name for names in KNOWN.values() for name in names if name in known]
+    )
+    return backend
+
+
+def kind_of(backend: tokenizers.Tokenizer) -> str:
+    """Return ``bpe``, ``wordpiece``, ``char`` or the name of another model in lower case."""
+    model = backend.model
+    if isinstance(model, models.WordPiece):
+        return "wordpiece"
+    if isinstance(model, models.BPE):
+        return (
+            "char"
+            if model.byte_fallback and backend.pre_tokenizer is None and _no_merges(backend)
+            else "bpe"
+        )
+    return type(model).__name__.lower()
+
+
+def _no_merges(backend: tokenizers.Tokenizer) -> bool:
+    return not json.loads(backend.to_str())["model"].get("merges")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return which byte each printable stand-in of byte-level BPE means (the table of GPT-2)."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(kept)]
+    return {chr(byte): byte for byte in kept} | {
+        chr(256 + k): byte for k, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_alphabet()
+
+
+def word_edges(name: str, kind: str) -> tuple[bool, bool]:
+    """Return whether a token can go on with a word and whether it ends inside one."""
+    if kind == "wordpiece":
+        return name.startswith("##"), name[-1].isalnum()
+    if kind == "char":
+        return (name.isalnum(), name.isalnum()) if len(name) == 1 else (True, True)
+    if kind == "bpe" and all(char in _BYTES for char in name):
+        raw = bytes(_BYTES[char] for char in name)
+        text = raw.decode("utf-8", errors="replace")
+        # A torn multi-byte character is taken for a letter: it only occurs inside words of other scripts.
+        inside = [char.isalnum() or char == "\ufffd" for char in (text[0], text[-1])]
+        # A single blank is cut off from its word only where the vocabulary lacks the two together.
+        return inside[0], inside[1] or text == " "
+    if name.startswith("\u2581"):
+        return False, name[-1].isalnum()
+    return name[:1].isalnum(), name[-1:].isalnum()
+
+
+def _bpe_pipeline(
+    backend: tokenizers.Tokenizer, prefix_space: bool = False
+) -> tokenizers.Tokenizer:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _wordpiece_pipeline(backend: tokenizers.Tokenizer, lowercase: bool) -> tokenizers.Tokenizer:
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _frame_pairs(backend: tokenizers.Tokenizer, first: str, last: str) -> None:
+    """Let transformers put ``[CLS]`` and ``[SEP]`` around what it encodes, as models of this kind expect."""
+    ids = [(name, backend.token_to_id(name)) for name in (first, last)]
+    if all(index is not None for _, index in ids):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}", pair=f"{first} $A {last} $B:1 {last}:1", special_tokens=ids
+        )
+
+
+def train_backend(
+    texts: Iterable[str], kind: str, *, vocab_size: int, lowercase: bool
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Train on texts; return the backend and which token plays which role."""
+    if kind not in KINDS:
+        raise TokenizerError(f"unknown kind of tokenizer {kind!r}.{did_you_mean(kind, KINDS)}")
+    tags = _BERT_TAGS if kind == "wordpiece" else _TAGS
+    special = [tags[role] for role in ROLES]
+    least = len(special) + (256 if kind == "bpe" else 32)
+    if kind != "char" and vocab_size < least:
+        raise TokenizerError(
+            f"vocab_size {vocab_size} is too small for a {kind} tokenizer; it needs at least {least}."
+        )
+    if kind == "char":
+        return _characters(texts, special), tags
+    trainer: Any
+    if kind == "bpe":
+        backend = _bpe_pipeline(tokenizers.Tokenizer(models.BPE()))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            show_progress=False,
+            min_frequency=2,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=_MAX_TOKEN,
+        )
+    else:
+        backend = _wordpiece_pipeline(
+            tokenizers.Tokenizer(models.WordPiece(unk_token=tags["unk"])), lowercase
+        )
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            show_progress=False,
+            min_frequency=2,
+            limit_alphabet=min(1000, vocab_size // 2),
+        )
+    backend.train_from_iterator(texts, trainer)
+    if kind == "wordpiece":
+        _frame_pairs(backend, tags["bos"], tags["eos"])
+    else:
+        _begin(backend, tags["bos"])
+        # Words carry the blank before them, so a mask takes it as well, as in RoBERTa.
+        mask = tokenizers.AddedToken(tags["mask"], lstrip=True, special=True)
+        backend.add_special_tokens([mask])
+    return backend, tags
+
+
+def _begin(backend: tokenizers.Tokenizer, first: str) -> None:
+    """Let transformers begin every text as documents began in training, ready to be continued."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A",
+        pair=f"{first} $A $B:1",
+        special_tokens=[(first, backend.token_to_id(first))],
+    )
+
+
+def _characters(texts: Iterable[str], special: list[str]) -> tokenizers.Tokenizer:
+    """Build a vocabulary of the characters seen, with the 256 bytes behind them for all others."""
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
+    seen -= {chr(code) for code in range(0xD800, 0xE000)}
+    names = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(seen)]
+    vocab = {name: index for index, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token=special[-1])
+    )
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(special)
+    _begin(backend, special[1])
+    return backend

@@ -1,0 +1,91 @@
+"""The hidden directory in which ``prepare`` works: its lock, its faults, and the rename that ends the work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pretrain.data.shards import sync_folder
+from pretrain.errors import DataError
+
+__all__ = ["disk_errors", "hold", "publish", "remove_unused"]
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the leavings of a killed run, unless a live one is at work in them."""
+    handle = _try_lock(folder / "lock", wait=False)
+    if handle is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _try_lock(file: Path, *, wait: bool) -> int | None:
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: two runs must not share a directory there
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextmanager
+def hold(work: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the work directory; a second process that prepares the same data waits and finds them ready."""
+    handle = _try_lock(work / "lock", wait=False)
+    if handle is None:
+        say(f"another process is preparing the same data in {work}: waiting for it")
+        work.mkdir(exist_ok=True)
+        handle = _try_lock(work / "lock", wait=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn faults of the disk into one DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or target
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
+            raise DataError(
+                f"the disk is full while writing {place}: {free / 1e6:,.0f} MB are free. What was finished is kept; "
+                "make room and run the same command again to go on."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(
+                f"{place} cannot be written ({error.strerror}); choose another `out` or its rights."
+            ) from error
+        raise DataError(f"{place}: {error.strerror or error} while preparing data.") from error
+
+
+def publish(work: Path, target: Path) -> None:
+    """Give finished data their name; data that stood there before go only when the new ones stand."""
+    for name in ("journal.json", "scan.json", "states.bin"):
+        (work / name).unlink(missing_ok=True)
+    sync_folder(work)
+    old = None
+    if target.exists():
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        target.rename(old)
+    (work / "lock").unlink(missing_ok=True)
+    work.rename(target)
+    sync_folder(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

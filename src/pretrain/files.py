@@ -1,0 +1,268 @@
+"""Durable files: every byte that a checkpoint writes goes through the few calls of `FileIO`.
+
+A rename is not durability: a file is written, flushed to the disk, and only then named; the directory that holds
+the name is flushed as well. Tests replace `IO` by an object that kills the process at the n-th call or makes that
+call fail, so that every moment of a save is tried. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.errors import CheckpointCorrupt, CheckpointError
+
+__all__ = [
+    "FileIO",
+    "HashingFile",
+    "Record",
+    "fsync_directory",
+    "hash_file",
+    "note",
+    "open_regular",
+    "read_bytes",
+    "sync_file",
+    "write_file",
+    "writing",
+]
+
+CHUNK = 4 << 20  # bytes per write, read and hash update
+SMALL = 64 << 20  # bytes of a file that is read whole
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class FileIO:
+    """The system calls of a save, in one place so that a test can stand between."""
+
+    def open(self, path: str | Path, flags: int, mode: int = 0o666) -> int:
+        """Open `path`; the mode of a new file comes from the umask."""
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Write a part of `data` and return its length in bytes."""
+        return os.write(descriptor, data)
+
+    def fsync(self, descriptor: int) -> None:
+        """Return when the disk has the file (or the entries of the directory)."""
+        full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's cache
+        if full is not None:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(descriptor, full)
+                return
+        os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or directory its new name in one step."""
+        os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove one file."""
+        os.unlink(path)
+
+    def rmdir(self, path: Path) -> None:
+        """Remove one empty directory."""
+        os.rmdir(path)
+
+    def mkdir(self, path: Path) -> None:
+        """Make one directory, its mode from the umask."""
+        os.mkdir(path)
+
+
+IO = FileIO()
+
+
+def note(text: str) -> None:
+    """Print one line to stderr, without control or direction characters that a file name may carry."""
+    clean = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
+    print(clean, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """Open a regular file for reading and return (descriptor, size in bytes); no link, fifo or device.
+
+    Raises:
+        CheckpointCorrupt: the file is missing or of another kind.
+        CheckpointError: the system refuses to open it.
+    """
+    try:  # O_NONBLOCK: opening a fifo must not wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CheckpointCorrupt(path, "a file", "nothing") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
+            raise CheckpointCorrupt(path, "a regular file", "a link or device") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(descriptor)
+        raise CheckpointCorrupt(path, "a regular file", "a directory, pipe or device")
+    return descriptor, info.st_size
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the manifest says of a file: its size in bytes and its SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+    def check(self, path: Path, size: int, sha256: str | None = None) -> None:
+        """Raise CheckpointCorrupt unless size and, where given, hash agree."""
+        if size != self.size:
+            raise CheckpointCorrupt(path, f"{self.size:,} bytes", f"{size:,} bytes")
+        if sha256 is not None and sha256 != self.sha256:
+            raise CheckpointCorrupt(path, f"SHA-256 {self.sha256[:16]}...", f"{sha256[:16]}...")
+
+
+def read_bytes(path: Path, record: Record | None = None, *, limit: int = SMALL) -> bytes:
+    """Read a small regular file whole; with `record`, only if size and hash agree."""
+    descriptor, size = open_regular(path)
+    with open(descriptor, "rb") as file:
+        if size > limit:
+            raise CheckpointCorrupt(path, f"at most {limit:,} bytes", f"{size:,} bytes")
+        data = file.read(limit + 1)
+    if record is not None:
+        record.check(path, len(data), hashlib.sha256(data).hexdigest())
+    return data
+
+
+def hash_file(path: Path) -> Record:
+    """Size and SHA-256 of a regular file, read in pieces."""
+    descriptor, _ = open_regular(path)
+    digest, size = hashlib.sha256(), 0
+    with open(descriptor, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(CHUNK))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return Record(size, digest.hexdigest())
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class HashingFile:
+    """A new file that is hashed while it is written and on the disk once `finish` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = IO.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+        self._digest, self._size, self._buffer = hashlib.sha256(), 0, bytearray()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`; small pieces are gathered, large ones go out without a copy."""
+        view = memoryview(data).cast("B")
+        if len(view) + len(self._buffer) < CHUNK:
+            self._buffer += view
+            return
+        self._flush()
+        for start in range(0, len(view), CHUNK):
+            self._put(view[start : start + CHUNK])
+
+    def _flush(self) -> None:
+        if self._buffer:
+            self._put(memoryview(bytes(self._buffer)))
+            self._buffer = bytearray()
+
+    def _put(self, view: memoryview) -> None:
+        self._digest.update(view)
+        self._size += len(view)
+        while view:
+            view = view[IO.write(self.descriptor, view) :]
+
+    def finish(self) -> Record:
+        """Flush to the disk, close, and return size and hash."""
+        self._flush()
+        IO.fsync(self.descriptor)
+        self.close()
+        return Record(self._size, self._digest.hexdigest())
+
+    def close(self) -> None:
+        """Close without a promise; what was written may be incomplete."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_file(path: Path, data: bytes) -> Record:
+    """Write a new file durably and return its record."""
+    with HashingFile(path) as file:
+        file.write(data)
+        return file.finish()
+
+
+def sync_file(path: Path) -> Record:
+    """Flush a file that other code wrote, and return its record."""
+    descriptor = IO.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        IO.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return hash_file(path)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = IO.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        IO.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that an ordinary user can still write on the disk of `path`."""
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize
+
+
+@contextlib.contextmanager
+def writing(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn what the system refuses inside into one sentence with path, bytes needed and bytes free."""
+    try:
+        yield
+    except OSError as error:
+        where = path
+        while not where.exists() and where != where.parent:
+            where = where.parent
+        if error.errno in _FULL:
+            raise CheckpointError(
+                f"The disk is full: {path} needs {needed:,} bytes, {free_bytes(where):,} bytes are free in "
+                f"{where}. Earlier checkpoints are untouched; free some space, or lower `keep`, and run again."
+            ) from error
+        named = f" ({error.filename})" if isinstance(error.filename, str | Path) else ""
+        if error.errno in _DENIED:
+            raise CheckpointError(
+                f"{path} cannot be written: {error.strerror}{named}. Choose another output "
+                f"directory or change its permissions."
+            ) from error
+        raise CheckpointError(
+            f"Writing {path} failed: {error.strerror or error}{named}. "
+            f"Earlier checkpoints are untouched; check the disk and run again."
+        ) from error

@@ -1,0 +1,171 @@
+"""What a model understands: the likeliest words for a mask, and texts as vectors.
+
+Letters: N texts, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import ConfigError, ModelError
+from pretrain.prompts import check_ids, evaluating, fill_id, frame, pad, tokenizer_of
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["embed", "fill_mask"]
+
+_MASKS = ("[MASK]", "<mask>")
+
+
+def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[Any]:
+    """Name the likeliest tokens for the masks of a text.
+
+    Args:
+        model: a masked-language model with a tokenizer.
+        text: a text, or several, with the tokenizer's mask token, ``[MASK]`` or ``<mask>`` in it.
+        top_k: candidates for each mask.
+
+    Returns:
+        For one mask a list of ``{"token", "token_id", "score", "sequence"}``, likeliest first (``score`` is the
+        probability, ``sequence`` the whole text with the mask filled); for several masks a list of such lists; for
+        several texts a list of what each would give.
+
+    Raises:
+        ModelError: no masked-LM head, no tokenizer, no mask in a text, or a text longer than the model's positions.
+        ConfigError: ``top_k`` below 1.
+    """
+    if model.head_kind != "masked-lm":
+        raise ModelError(
+            f"This {model.backbone.model_type} model has the head {model.head_kind!r} and cannot fill masks; only a "
+            "masked-language model can. A causal model has generate."
+        )
+    tokenizer = tokenizer_of(model, "fill masks")
+    if tokenizer.mask_id is None:
+        raise ModelError(
+            "The tokenizer of this model has no mask token, so there is no mask to fill."
+        )
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ConfigError(f"top_k must be a whole number from 1 on, found {top_k!r}.")
+    texts = [text] if isinstance(text, str) else list(text)
+    name = tokenizer.roles["mask"]
+    plain = []
+    for item in texts:
+        for spelling in _MASKS:
+            item = item.replace(spelling, name) if name not in item else item
+        plain.append(item)
+    rows = frame(model, plain)
+    check_ids(model, rows, "Text")
+    for i, row in enumerate(rows):
+        if tokenizer.mask_id not in row:
+            raise ModelError(
+                f"Text {i} has no mask; write {name} where a word is to be filled in: {texts[i][:60]!r}."
+            )
+    with evaluating(model) as device:
+        found = [_fill_one(model, row, top_k, device) for row in rows]
+    return found[0] if isinstance(text, str) else found
+
+
+def _fill_one(model: Model, row: list[int], top_k: int, device: torch.device) -> list[Any]:
+    tokenizer: Any = model.tokenizer
+    places = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
+    hidden = model.backbone({"input_ids": torch.tensor([row], device=device)})
+    head: Any = model.head
+    scores = head(hidden[0, places]).float()[:, : len(tokenizer)]  # (masks, V)
+    best = scores.softmax(-1).topk(min(top_k, scores.shape[-1]))
+    answers = []
+    for place, values, ids in zip(places, best.values.tolist(), best.indices.tolist(), strict=True):
+        answers.append(
+            [
+                _answer(model, row, place, i, p, len(places) == 1)
+                for i, p in zip(ids, values, strict=True)
+            ]
+        )
+    return answers[0] if len(places) == 1 else answers
+
+
+def _answer(
+    model: Model, row: list[int], place: int, token: int, score: float, only: bool
+) -> dict[str, Any]:
+    """One candidate; other masks of the text stay visible."""
+    tokenizer: Any = model.tokenizer
+    filled = [*row[:place], token, *row[place + 1 :]]
+    if only:
+        text = tokenizer.decode(filled)
+    else:
+        start, stop = (
+            len(tokenizer.prefix),
+            len(row) - (0 if model.backbone.causal else len(tokenizer.suffix)),
+        )
+        text = tokenizer.decode(filled[start:stop], skip_special=False)
+    return {
+        "token": tokenizer.decode([token], skip_special=False),
+        "token_id": token,
+        "score": score,
+        "sequence": text,
+    }
+
+
+def embed(
+    model: Model,
+    texts: str | Sequence[str],
+    pooling: Literal["mean", "first"] = "mean",
+    batch_size: int = 32,
+    normalize: bool = False,
+) -> Tensor:
+    """Turn texts into vectors, (N, D) in fp32 on the CPU; a text's vector does not depend on its neighbours.
+
+    Args:
+        model: any model with a tokenizer; its head is not used.
+        texts: one text or several.
+        pooling: ``mean`` over the real tokens, or the ``first`` token (bidirectional models only).
+        batch_size: texts in one forward pass.
+        normalize: scale every vector to length one.
+
+    Raises:
+        ModelError: no tokenizer, a text without tokens, or ``first`` of a causal model.
+        ConfigError: an unknown pooling, or ``batch_size`` below 1.
+    """
+    if pooling not in ("mean", "first"):
+        raise ConfigError(f"pooling is {pooling!r}; it must be 'mean' or 'first'.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
+    if pooling == "first" and model.backbone.causal:
+        raise ModelError(
+            "The first token of a causal model has seen none of the others; use pooling='mean'."
+        )
+    rows = frame(model, [texts] if isinstance(texts, str) else list(texts))
+    limit = model.backbone.max_length
+    long = sum(len(row) > limit for row in rows)
+    if long:
+        warnings.warn(
+            f"{long} of {len(rows)} texts have more than {limit} tokens and were cut.", stacklevel=2
+        )
+    rows = [row[:limit] for row in rows]
+    check_ids(model, rows, "Text")
+    found = torch.empty(len(rows), model.backbone.config.hidden_size)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    with evaluating(model) as device:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, real = pad([rows[i] for i in chosen], fill_id(model), device)
+            hidden = model.backbone(
+                {"input_ids": ids} | ({} if real is None else {"attention_mask": real})
+            ).float()
+            found[chosen] = _pool(hidden, real, pooling).cpu()
+    return torch.nn.functional.normalize(found, dim=-1) if normalize else found
+
+
+def _pool(hidden: Tensor, real: Tensor | None, pooling: str) -> Tensor:
+    """(B, T, D) -> (B, D); padding counts for nothing."""
+    if pooling == "first":
+        return hidden[:, 0]
+    if real is None:
+        return hidden.mean(1)
+    weight = real.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)

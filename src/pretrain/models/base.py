@@ -1,0 +1,277 @@
+"""A backbone turns tokens into vectors; a model is a backbone, a head and a tokenizer.
+
+The families subclass ``Backbone``, one file each. ``Model`` knows none of them: it moves tensors between memory and
+the names of Hugging Face's files (through the family's name table), initialises, counts and describes itself.
+
+Letters: B rows, T tokens, D hidden, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import ConfigError, ModelError, did_you_mean
+from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.config import SIZES, BackboneConfig, ConfigReader
+from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
+from pretrain.models.names import Entry, LoadReport, Name
+from pretrain.models.state import disk_state, entries_of, load_disk_state
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pretrain.data.tokenizer import Tokenizer
+
+__all__ = [
+    "HEAD_KINDS",
+    "SIZES",
+    "Backbone",
+    "BackboneConfig",
+    "Batch",
+    "LoadReport",
+    "Model",
+    "Name",
+]
+
+
+class Model(nn.Module):
+    """Backbone, head and tokenizer: what ``pretrain.load`` returns.
+
+    Args:
+        backbone: of a family.
+        head: None gives the backbone's (B, T, D).
+        head_kind: one of ``HEAD_KINDS``, or None.
+        tokenizer: used by ``generate``, ``fill_mask`` and ``embed``; tensors in, tensors out works without.
+        labels: names of the classes of a classification head.
+
+    Attributes:
+        generation_config: content of generation_config.json.
+        extra_config: keys of config.json that we do not use, kept for the next save; our own block is ``pretrain``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module | None = None,
+        *,
+        head_kind: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.head_kind = head_kind
+        self.tokenizer = tokenizer
+        self.labels = None if labels is None else tuple(labels)
+        self.generation_config: dict[str, Any] = {}
+        self.extra_config: dict[str, Any] = {}
+
+    @classmethod
+    def build(
+        cls,
+        backbone_class: type[Backbone],
+        config: BackboneConfig,
+        *,
+        head: str | None,
+        labels: Sequence[str] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Model:
+        """A model on the meta device: shapes without memory. Give it weights with ``materialize`` or by loading.
+
+        Raises:
+            ModelError: the family has no such head.
+        """
+        if head is not None and head not in HEAD_KINDS:
+            raise ModelError(f"There is no head {head!r}." + did_you_mean(head, HEAD_KINDS))
+        if head not in backbone_class.architectures:
+            known = [str(kind) for kind in backbone_class.architectures if kind is not None]
+            raise ModelError(
+                f"A {backbone_class.model_type} model has no {head} head. Its heads: {', '.join(known)}."
+            )
+        if head in LABELLED and labels is None:
+            labels = ("LABEL_0", "LABEL_1")
+        with torch.device("meta"):
+            backbone = backbone_class(config)
+            module = None if head is None else backbone.build_head(head, len(labels or ()) or 2)
+        return cls(backbone, module, head_kind=head, tokenizer=tokenizer, labels=labels)
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], head: str | None = None) -> Model:
+        """A model on the meta device from the content of a config.json.
+
+        Args:
+            config: the parsed file.
+            head: a head other than the one that ``architectures`` names; ``"none"`` for the backbone alone.
+
+        Raises:
+            ConfigError: an unknown family, a missing or mistyped key, absurd sizes, or a feature we do not implement.
+        """
+        from pretrain.models import family_class
+
+        family = config.get("model_type")
+        if not isinstance(family, str):
+            raise ConfigError(
+                "config.json has no 'model_type'. Is it the config of a Hugging Face model?"
+            )
+        backbone_class = family_class(family, path_allowed=False)
+        reader = ConfigReader(config, family)
+        settings = backbone_class.config_from_hf(reader)
+        kind = (
+            None
+            if head == "none"
+            else head
+            or kind_named_by(config, backbone_class.architectures, causal=backbone_class.causal)
+        )
+        labels = labels_named_by(config) if kind in LABELLED else None
+        model = cls.build(backbone_class, settings, head=kind, labels=labels)
+        model.extra_config = reader.rest()
+        ends = config.get("eos_token_id")
+        if isinstance(ends, list):
+            model.generation_config["eos_token_id"] = ends
+        return model
+
+    def materialize(self, seed: int = 0, device: str | torch.device = "cpu") -> Model:
+        """Take memory for the parameters and initialise them; returns the model."""
+        self.to_empty(device=device)
+        self.init_weights(seed)
+        return self
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, names: Collection[str] | None = None) -> None:
+        """Initialise as the family's paper does.
+
+        Each tensor is drawn from ``seed`` and its own name: the result depends neither on torch's global generator
+        nor on the device, nor on which other tensors there are.
+
+        Args:
+            seed: of all draws.
+            names: initialise only these parameters.
+        """
+        self.backbone.init_buffers()
+        for name, parameter in self.named_parameters():
+            if names is None or name in names:
+                value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                self.backbone.init_parameter(name, value, seed)
+                parameter.copy_(value)
+
+    def forward(self, batch: Batch, *, cache: Any = None) -> Tensor:
+        """Logits: (B, T, V) of a vocabulary head, (B, C) per row, (B, T, C) per token; (B, T, D) without a head."""
+        hidden: Tensor = self.backbone(batch, cache=cache)
+        if self.head is None:
+            return hidden
+        logits: Tensor = self.head(hidden, batch)
+        return logits
+
+    # ------------------------------------------------------------------ names on disk
+
+    def entries(self) -> list[Entry]:
+        """Every tensor of the file and the parameters that it holds; see ``pretrain.models.state``."""
+        return entries_of(self)
+
+    def disk_state(self) -> dict[str, Tensor]:
+        """All weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
+        return disk_state(self)
+
+    def load_disk_state(self, tensors: Mapping[str, Tensor], *, seed: int = 0) -> LoadReport:
+        """Fill the model from tensors under their names on disk; see ``pretrain.models.state``.
+
+        Raises:
+            CheckpointError: a tensor of the body is missing, or one has the wrong shape or type.
+        """
+        return load_disk_state(self, tensors, seed=seed)
+
+    def hf_config(self) -> dict[str, Any]:
+        """Content of config.json, in the spellings of transformers 4 and 5."""
+        config = {**self.extra_config, **self.backbone.to_hf_config()}
+        config["model_type"] = self.backbone.model_type
+        config["architectures"] = [self.backbone.architectures[self.head_kind]]
+        config["dtype"] = config["torch_dtype"] = "float32"
+        if self.labels is not None:
+            config.pop("num_labels", None)
+            config["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
+            config["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return config
+
+    # ------------------------------------------------------------------ use
+
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        """Continue prompts; see ``pretrain.generate.generate``."""
+        from pretrain.generate import generate
+
+        return generate(self, prompts, **options)
+
+    def fill_mask(self, text: Any, **options: Any) -> Any:
+        """Fill mask tokens; see ``pretrain.generate.fill_mask``."""
+        from pretrain.generate import fill_mask
+
+        return fill_mask(self, text, **options)
+
+    def embed(self, texts: Any, **options: Any) -> Any:
+        """One vector per text; see ``pretrain.generate.embed``."""
+        from pretrain.generate import embed
+
+        return embed(self, texts, **options)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write a directory that transformers opens; see ``pretrain.checkpoint.save_model``."""
+        from pathlib import Path
+
+        from pretrain.checkpoint import save_model
+
+        save_model(self, directory)
+        return Path(directory)
+
+    save_pretrained = save
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Model:
+        """Open a directory; see ``pretrain.checkpoint.load``."""
+        from pretrain.checkpoint import load
+
+        model: Model = load(directory)
+        return model
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Parameters, tied ones once; without those of the embeddings if asked."""
+        total = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            total -= sum(
+                p.numel() for module in self.backbone.embeddings() for p in module.parameters()
+            )
+        return total
+
+    def summary(self) -> dict[str, str]:
+        """Family, head, sizes, parameters, memory and type, as shown in a notebook."""
+        config = self.backbone.config
+        parameters = list(self.parameters())
+        memory = sum(p.numel() * p.element_size() for p in parameters) / 2**20
+        types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        devices = sorted({str(p.device) for p in parameters})
+        return {
+            "family": self.backbone.model_type,
+            "head": self.head_kind or "none",
+            "layers x hidden x heads": f"{config.num_layers} x {config.hidden_size} x {config.num_heads}",
+            "vocabulary": f"{config.vocab_size:,}",
+            "positions": f"{self.backbone.max_length:,}",
+            "parameters": f"{self.num_parameters():,}",
+            "memory": f"{memory:,.1f} MiB",
+            "dtype": f"{', '.join(types)} on {', '.join(devices)}",
+        }
+
+    def __repr__(self) -> str:
+        return (
+            "Model(" + ", ".join(f"{key}: {value}" for key, value in self.summary().items()) + ")"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>"
+            for k, v in self.summary().items()
+        )
+        return f"<table>{rows}</table>"

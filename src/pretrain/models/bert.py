@@ -1,0 +1,330 @@
+"""BERT (arXiv 1810.04805) and RoBERTa (1907.11692): learned positions, norms behind each half, seeing both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation
+from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform
+from pretrain.models.names import Name
+from pretrain.nn.attention import AttentionMask, KVCache
+from pretrain.nn.block import Block, BlockConfig
+from pretrain.nn.norm import LayerNorm
+
+__all__ = ["Bert", "BertConfig", "Roberta", "RobertaConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig(BackboneConfig):
+    """``type_vocab_size`` is the number of segments; without ``classifier_dropout``, ``dropout`` takes its place."""
+
+    vocab_size: int = 30522
+    max_positions: int = 512
+    norm_eps: float = 1e-12
+    type_vocab_size: int = 2
+
+    learned_positions: ClassVar[bool] = True
+
+
+class Bert(Backbone):
+    """Encoder with learned absolute positions and segments."""
+
+    model_type: ClassVar[str] = "bert"
+    config_class: ClassVar[type[BackboneConfig]] = BertConfig
+    causal: ClassVar[bool] = False
+    prefix: ClassVar[str] = "bert."
+    prefixes: ClassVar[tuple[str, ...]] = ("bert.",)
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "BertModel",
+        "masked-lm": "BertForMaskedLM",
+        "sequence-classification": "BertForSequenceClassification",
+        "token-classification": "BertForTokenClassification",
+        "question-answering": "BertForQuestionAnswering",
+    }
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        block = BlockConfig(
+            config.hidden_size,
+            config.num_heads,
+            config.intermediate_size or 0,
+            norm_eps=config.norm_eps,
+            pre_norm=False,
+            activation=config.activation,
+            dropout=config.dropout,
+        )
+        self.token_embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_id
+        )
+        self.position_embedding = self.build_positions(config)
+        self.segment_embedding = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.embedding_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        self.set_attention_dropout()
+
+    def build_positions(self, config: BertConfig) -> nn.Embedding:
+        """The table of position vectors."""
+        return nn.Embedding(config.max_positions, config.hidden_size)
+
+    def embed_positions(self, batch: Batch) -> Tensor:
+        """(1|B, T, D) position vectors."""
+        positions = self.positions(batch, None)
+        if positions is None:
+            return self.position_embedding.weight[None, : batch["input_ids"].shape[1]]
+        found: Tensor = self.position_embedding(positions)
+        return found
+
+    def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+        if cache is not None:
+            raise ModelError(
+                f"A {self.model_type} model sees both sides of a token, so it has no key-value cache."
+            )
+        self.span(batch, None)
+        x = self.look_up(self.token_embedding, batch["input_ids"])
+        if "token_type_ids" in batch:
+            x = x + self.look_up(self.segment_embedding, batch["token_type_ids"], "token_type_ids")
+        else:
+            x = x + self.segment_embedding.weight[0]
+        x = self.drop(self.embedding_norm(x + self.embed_positions(batch)))
+        mask = AttentionMask.from_batch(batch, causal=False)
+        layers = len(self.layers)
+        return self.run(x, [mask] * layers, [None] * layers, None)
+
+    def init_cutoff(self) -> float | None:
+        """As in the published code, which truncates at two standard deviations."""
+        return 2.0
+
+    def embeddings(self) -> list[nn.Module]:
+        return [
+            self.token_embedding,
+            self.position_embedding,
+            self.segment_embedding,
+            self.embedding_norm,
+        ]
+
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        config = self.config
+        if kind == "masked-lm":
+            norm = LayerNorm(config.hidden_size, config.norm_eps)
+            transform = Transform(config.hidden_size, self.mlm_activation(), norm)
+            return LanguageHead(
+                self.token_embedding, tied=config.tie_embeddings, transform=transform, bias=True
+            )
+        dropout = config.dropout if config.classifier_dropout is None else config.classifier_dropout
+        if kind == "sequence-classification":
+            return self.build_sequence_head(num_labels, dropout)
+        if kind == "token-classification":
+            return TokenHead(config.hidden_size, num_labels, dropout=dropout)
+        return TokenHead(config.hidden_size, 2)
+
+    def mlm_activation(self) -> str:
+        """Activation inside the masked-LM head."""
+        name: str = self.config.activation
+        return name
+
+    def build_sequence_head(self, num_labels: int, dropout: float) -> SequenceHead:
+        """The pooler (dense, tanh, of the first token) and a classifier."""
+        size = self.config.hidden_size
+        return SequenceHead(
+            size, num_labels, pool="first", transform=Transform(size, "tanh", None), dropout=dropout
+        )
+
+    def names(self) -> list[Name]:
+        layer = "layers.{n}."
+        pairs = {
+            "attention.self.query": "attention.query",
+            "attention.self.key": "attention.key",
+            "attention.self.value": "attention.value",
+            "attention.output.dense": "attention.output",
+            "attention.output.LayerNorm": "attention_norm",
+            "intermediate.dense": "mlp.up",
+            "output.dense": "mlp.down",
+            "output.LayerNorm": "mlp_norm",
+        }
+        return [
+            Name("embeddings.word_embeddings", ("token_embedding",)),
+            Name("embeddings.position_embeddings", ("position_embedding",)),
+            Name("embeddings.token_type_embeddings", ("segment_embedding",)),
+            Name("embeddings.LayerNorm", ("embedding_norm",)),
+            *(
+                Name("encoder.layer.{n}." + disk, (layer + memory,))
+                for disk, memory in pairs.items()
+            ),
+        ]
+
+    # Names on disk of the masked-LM head: dense, norm, bias, projection.
+    mlm_names: ClassVar[tuple[str, str, str, str]] = (
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.bias",
+        "cls.predictions.decoder",
+    )
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        if kind == "masked-lm":
+            dense, norm, bias, decoder = self.mlm_names
+            return [
+                Name(dense, ("head.transform.dense",), body=False),
+                Name(norm, ("head.transform.norm",), body=False),
+                Name(bias if tied else f"{decoder}.bias", ("head.output_bias",), body=False),
+                Name(f"{decoder}.weight", ("head.output_weight",), body=False),
+            ]
+        if kind == "sequence-classification":
+            return self.sequence_names()
+        disk = "qa_outputs" if kind == "question-answering" else "classifier"
+        return [Name(disk, ("head.classifier",), body=False)]
+
+    def sequence_names(self) -> list[Name]:
+        """The pooler belongs to the body on disk."""
+        return [
+            Name("pooler.dense", ("head.transform.dense",)),
+            Name("classifier", ("head.classifier",), body=False),
+        ]
+
+    def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
+        if kind != "masked-lm":
+            return {}
+        _, _, bias, decoder = self.mlm_names
+        if not tied:
+            return {bias: "head.output_bias"}
+        return {
+            f"{decoder}.weight": "backbone.token_embedding.weight",
+            f"{decoder}.bias": "head.output_bias",
+        }
+
+    @classmethod
+    def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
+        reader.refuse("position_embedding_type", "absolute", None)
+        reader.refuse("is_decoder", False, None)
+        reader.refuse("add_cross_attention", False, None)
+        config_class: Any = cls.config_class
+        config: BackboneConfig = config_class(
+            vocab_size=reader.integer("vocab_size"),
+            hidden_size=reader.integer("hidden_size"),
+            num_layers=reader.integer("num_hidden_layers"),
+            num_heads=reader.integer("num_attention_heads"),
+            intermediate_size=reader.integer("intermediate_size"),
+            activation=reader.text("hidden_act", "gelu"),
+            dropout=reader.number("hidden_dropout_prob", 0.1),
+            attention_dropout=reader.number("attention_probs_dropout_prob", 0.1),
+            max_positions=reader.integer("max_position_embeddings", 512),
+            initializer_range=reader.number("initializer_range", 0.02),
+            norm_eps=reader.number("layer_norm_eps", 1e-12),
+            tie_embeddings=reader.flag("tie_word_embeddings", True),
+            pad_id=reader.token("pad_token_id", cls.default_ids[0]),
+            bos_id=reader.token("bos_token_id", cls.default_ids[1]),
+            eos_id=reader.token("eos_token_id", cls.default_ids[2]),
+            type_vocab_size=reader.integer("type_vocab_size", 2),
+            classifier_dropout=reader.number("classifier_dropout", None),
+        )
+        return config
+
+    # Pad, bos and eos where config.json has no key.
+    default_ids: ClassVar[tuple[int | None, int | None, int | None]] = (0, None, None)
+
+    def to_hf_config(self) -> dict[str, Any]:
+        config = self.config
+        return super().to_hf_config() | {
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "intermediate_size": config.intermediate_size,
+            "hidden_act": hf_activation(config.activation),
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "max_position_embeddings": config.max_positions,
+            "type_vocab_size": config.type_vocab_size,
+            "layer_norm_eps": config.norm_eps,
+            "classifier_dropout": config.classifier_dropout,
+            "position_embedding_type": "absolute",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobertaConfig(BertConfig):
+    """``max_positions`` counts the rows of the table, of which those up to and with ``pad_id`` hold no position."""
+
+    vocab_size: int = 50265
+    max_positions: int = 514
+    norm_eps: float = 1e-5
+    type_vocab_size: int = 1
+    pad_id: int | None = 1
+
+    def validate(self) -> None:
+        super().validate()
+        if self.pad_id is None:
+            raise ConfigError("RoBERTa counts its positions from pad_id, so pad_id must be set.")
+        if self.max_positions <= self.pad_id + 1:
+            raise ConfigError(
+                f"max_positions {self.max_positions} leaves no position behind pad_id {self.pad_id}: RoBERTa's "
+                "positions start at pad_id + 1."
+            )
+
+
+class Roberta(Bert):
+    """BERT whose positions start at pad + 1; padding keeps the position of the pad id."""
+
+    model_type: ClassVar[str] = "roberta"
+    config_class: ClassVar[type[BackboneConfig]] = RobertaConfig
+    prefix: ClassVar[str] = "roberta."
+    prefixes: ClassVar[tuple[str, ...]] = ("roberta.",)
+    default_ids: ClassVar[tuple[int | None, int | None, int | None]] = (1, 0, 2)
+    mlm_names: ClassVar[tuple[str, str, str, str]] = (
+        "lm_head.dense",
+        "lm_head.layer_norm",
+        "lm_head.bias",
+        "lm_head.decoder",
+    )
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "RobertaModel",
+        "masked-lm": "RobertaForMaskedLM",
+        "sequence-classification": "RobertaForSequenceClassification",
+        "token-classification": "RobertaForTokenClassification",
+        "question-answering": "RobertaForQuestionAnswering",
+    }
+
+    @property
+    def max_length(self) -> int:
+        """Rows of the table that hold positions."""
+        return int(self.config.max_positions - self.config.pad_id - 1)
+
+    def build_positions(self, config: BertConfig) -> nn.Embedding:
+        return nn.Embedding(config.max_positions, config.hidden_size, padding_idx=config.pad_id)
+
+    def embed_positions(self, batch: Batch) -> Tensor:
+        """Given positions start at 0 like everywhere in this package; the offset is added here."""
+        ids, pad = batch["input_ids"], self.config.pad_id
+        positions = self.positions(batch, None)
+        if positions is None:
+            real = ids != pad
+            positions = real.cumsum(1) * real + pad
+        else:
+            positions = positions + pad + 1
+            if "document_ids" in batch:
+                positions = torch.where(batch["document_ids"] == 0, pad, positions)
+        found: Tensor = self.position_embedding(positions)
+        return found
+
+    def mlm_activation(self) -> str:
+        """Always GELU, whatever the blocks use."""
+        return "gelu"
+
+    def build_sequence_head(self, num_labels: int, dropout: float) -> SequenceHead:
+        size = self.config.hidden_size
+        transform = Transform(size, "tanh", None)
+        return SequenceHead(
+            size, num_labels, pool="first", transform=transform, dropout=dropout, dropout_first=True
+        )
+
+    def sequence_names(self) -> list[Name]:
+        return [
+            Name("classifier.dense", ("head.transform.dense",), body=False),
+            Name("classifier.out_proj", ("head.classifier",), body=False),
+        ]

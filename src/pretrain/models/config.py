@@ -1,0 +1,362 @@
+"""What a backbone is made of: checked before any memory is taken, read from and written to Hugging Face's config.json.
+
+A config.json is data from a stranger: types are checked, numbers are bounded, keys that name code are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from pretrain.errors import ConfigError, did_you_mean
+from pretrain.nn.mlp import ACTIVATIONS
+
+__all__ = ["SIZES", "BackboneConfig", "ConfigReader", "hf_activation", "round_up"]
+
+Self = TypeVar("Self", bound="BackboneConfig")
+
+# One dial: name -> (num_layers, hidden_size, num_heads).
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (2, 128, 2),
+    "mini": (4, 256, 4),
+    "small": (6, 384, 6),
+    "medium": (8, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+    "xl": (36, 1280, 20),
+}
+HEAD_DIM = 64
+# Far above every published model; what lies beyond is a broken or hostile file.
+_LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 17,
+    "num_layers": 1 << 12,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "intermediate_size": 1 << 20,
+    "max_positions": 1 << 24,
+    "type_vocab_size": 1 << 16,
+    "sliding_window": 1 << 24,
+    "local_attention": 1 << 24,
+}
+_ZERO_ALLOWED = {"type_vocab_size"}
+
+
+def round_up(value: float, multiple: int) -> int:
+    """The next multiple of ``multiple`` at or above ``value``."""
+    return math.ceil(value / multiple) * multiple
+
+
+def hf_activation(name: str) -> str:
+    """The spelling of an activation that transformers knows."""
+    return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
+
+
+def _physical_memory() -> int:
+    """Bytes of memory in this machine; very many where it cannot be asked."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Sizes and options that all families share; a family adds its own fields. Checked when it is made.
+
+    Attributes:
+        vocab_size: rows of the token embedding, V.
+        hidden_size: D.
+        num_layers: blocks.
+        num_heads: H.
+        num_kv_heads: heads of keys and values; H when None.
+        head_dim: size of a head; D / H when None.
+        intermediate_size: width of the feed-forward layer; the family's usual multiple of D when None.
+        max_positions: ``max_position_embeddings`` of config.json.
+        norm_eps: added to the variance in every norm.
+        dropout: on embeddings and on the output of each half of a block.
+        attention_dropout: on the attention weights.
+        initializer_range: standard deviation of fresh weights.
+        tie_embeddings: the vocabulary head uses the token embedding.
+        pad_id, bos_id, eos_id: ids of the special tokens.
+        activation: of the feed-forward layer; a name in ``pretrain.nn.mlp.ACTIVATIONS``.
+        zero_init_outputs: the output projections of attention and feed-forward layer start at zero, so that every
+            block starts as the identity (arXiv 1901.09321); goes well with Muon.
+        classifier_dropout: before the classifier of a labelling head; the family's usual one when None.
+
+    Raises:
+        ConfigError: a value of the wrong type, out of range, or more parameters than this machine's memory holds.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_positions: int = 1024
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_embeddings: bool = True
+    pad_id: int | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    activation: str = "gelu"
+    zero_init_outputs: bool = False
+    classifier_dropout: float | None = None
+
+    gated: ClassVar[bool] = False
+    learned_positions: ClassVar[bool] = False
+    free_head_dim: ClassVar[bool] = False  # heads x head_dim may differ from hidden_size
+
+    def __post_init__(self) -> None:
+        self._check_fields()
+        fill: dict[str, Any] = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.hidden_size // self.num_heads,
+            "intermediate_size": self.default_intermediate(),
+        }
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}. Change one of them."
+            )
+        for name, value in fill.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self.validate()
+
+    def default_intermediate(self) -> int:
+        """Width of the feed-forward layer where none is given."""
+        return 4 * self.hidden_size
+
+    def _check_fields(self) -> None:
+        """Types, finiteness and bounds of every field, from its annotation."""
+        for spec in fields(self):
+            value, kind = getattr(self, spec.name), str(spec.type)
+            if value is None and "None" in kind:
+                continue
+            where = f"{spec.name} of the model is {value!r}"
+            if kind.startswith("int"):
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise ConfigError(f"{where}; it must be a whole number.")
+                if spec.name.endswith("_id"):
+                    if not 0 <= value < _LIMITS["vocab_size"]:
+                        raise ConfigError(f"{where}; it must be a token id, 0 or more.")
+                elif spec.name in _LIMITS:
+                    least = 0 if spec.name in _ZERO_ALLOWED else 1
+                    if not least <= value <= _LIMITS[spec.name]:
+                        raise ConfigError(
+                            f"{where}; it must lie between {least} and {_LIMITS[spec.name]}."
+                        )
+            elif kind.startswith("float"):
+                if (
+                    not isinstance(value, int | float)
+                    or isinstance(value, bool)
+                    or not math.isfinite(value)
+                ):
+                    raise ConfigError(f"{where}; it must be a finite number.")
+                if value < 0 or ("dropout" in spec.name and value >= 1):
+                    raise ConfigError(
+                        f"{where}; it must be at least 0{', and below 1' * ('drop' in spec.name)}."
+                    )
+            elif kind.startswith("bool") and not isinstance(value, bool):
+                raise ConfigError(f"{where}; it must be true or false.")
+            elif kind.startswith("str") and not isinstance(value, str):
+                raise ConfigError(f"{where}; it must be a text.")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation of the model is {self.activation!r}, which is unknown."
+                + did_you_mean(self.activation, ACTIVATIONS)
+            )
+
+    def validate(self) -> None:
+        """Check what several fields must agree on, and that the parameters fit into this machine's memory.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        heads, groups, dim = self.num_heads, self.num_kv_heads or 0, self.head_dim or 0
+        if heads % groups:
+            raise ConfigError(
+                f"num_heads {heads} is not a multiple of num_kv_heads {groups}. Change one of them."
+            )
+        if not self.free_head_dim and heads * dim != self.hidden_size:
+            raise ConfigError(
+                f"num_heads {heads} x head_dim {dim} is {heads * dim}, which must be hidden_size {self.hidden_size}."
+            )
+        for name in ("pad_id", "bos_id", "eos_id"):
+            value = getattr(self, name)
+            if value is not None and value >= self.vocab_size:
+                raise ConfigError(f"{name} {value} is not below vocab_size {self.vocab_size}.")
+        needed, memory = 4 * self.parameter_count(), _physical_memory()
+        if needed > memory:
+            raise ConfigError(
+                f"This model would have {needed // 4:,} parameters, {needed / 2**30:,.0f} GiB in fp32, and this "
+                f"machine has {memory / 2**30:,.0f} GiB of memory. Lower vocab_size ({self.vocab_size}), hidden_size "
+                f"({self.hidden_size}), num_layers ({self.num_layers}) or intermediate_size ({self.intermediate_size})."
+            )
+
+    def parameter_count(self) -> int:
+        """Matrix parameters of the backbone, by arithmetic alone (norms and biases are not counted)."""
+        d, hd, inner = self.hidden_size, self.head_dim or 0, self.intermediate_size or 0
+        attention = d * hd * (2 * self.num_heads + 2 * (self.num_kv_heads or 0))
+        tables = self.vocab_size * (1 if self.tie_embeddings else 2)
+        tables += self.max_positions if self.learned_positions else 0
+        return d * tables + self.num_layers * (attention + (3 if self.gated else 2) * d * inner)
+
+    @classmethod
+    def from_size(cls: type[Self], name: str | None = None, **overrides: Any) -> Self:
+        """A configuration by size name, with any field overridden.
+
+        Raises:
+            ConfigError: an unknown size or field; the nearest known one is named.
+        """
+        known = [spec.name for spec in fields(cls)]
+        for key in overrides:
+            if key not in known:
+                raise ConfigError(
+                    f"{cls.__name__} has no field {key!r}." + did_you_mean(key, known)
+                )
+        values: dict[str, Any] = {}
+        if name is not None:
+            if name not in SIZES:
+                raise ConfigError(
+                    f"There is no model size {name!r}." + did_you_mean(str(name), SIZES)
+                )
+            layers, hidden, heads = SIZES[name]
+            values = {"num_layers": layers, "hidden_size": hidden, "num_heads": heads}
+        width = overrides.get("hidden_size")
+        if isinstance(width, int) and width > 0 and "num_heads" not in overrides:
+            values["num_heads"] = max(width // HEAD_DIM, 2 - width % 2)
+        return cls(**{**values, **overrides})
+
+
+_MISSING: Any = object()
+_CODE_KEYS = {
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "attn_implementation",
+    "kernel_config",
+}
+
+
+def drop_code(value: Any) -> Any:
+    """Remove every key that names code, a kernel, a repository or a path, at any depth."""
+    if isinstance(value, Mapping):
+        return {
+            str(k): drop_code(v)
+            for k, v in value.items()
+            if not str(k).startswith("_") and k not in _CODE_KEYS
+        }
+    if isinstance(value, list | tuple):
+        return [drop_code(item) for item in value]
+    return value
+
+
+class ConfigReader:
+    """Reads a config.json key by key with its type, and knows at the end which keys were not understood.
+
+    Args:
+        config: the parsed file.
+        family: named in errors.
+    """
+
+    # Read elsewhere, or without meaning for us.
+    _KNOWN = frozenset(
+        {
+            *("model_type", "architectures", "dtype", "torch_dtype", "transformers_version"),
+            *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+            *("gradient_checkpointing", "pretraining_tp", "chunk_size_feed_forward"),
+            "is_encoder_decoder",
+        }
+    )
+
+    def __init__(self, config: Mapping[str, Any], family: str) -> None:
+        self._config: dict[str, Any] = drop_code(config)
+        self._family = family
+        self._used: set[str] = set(self._KNOWN)
+        for key in ("quantization_config", "pruned_heads"):
+            if self._config.get(key):
+                raise ConfigError(
+                    f"config.json of this {family} model has {key!r}, which is not supported."
+                )
+
+    def _get(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
+        self._used.add(key)
+        value = self._config.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise ConfigError(
+                    f"config.json of this {self._family} model lacks {key!r}, {wanted}."
+                )
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ConfigError(f"config.json: {key!r} is {value!r}; it must be {wanted}.")
+        return value
+
+    def integer(self, key: str, default: Any = _MISSING) -> Any:
+        """A whole number, or the default where the key is absent or null."""
+        return self._get(key, default, (int,), "a whole number")
+
+    def number(self, key: str, default: Any = _MISSING) -> Any:
+        """A number, as float."""
+        value = self._get(key, default, (int, float), "a number")
+        return value if value is None else float(value)
+
+    def flag(self, key: str, default: Any = _MISSING) -> Any:
+        """True or false."""
+        return self._get(key, default, (bool,), "true or false")
+
+    def text(self, key: str, default: Any = _MISSING) -> Any:
+        """A text."""
+        return self._get(key, default, (str,), "a text")
+
+    def mapping(self, key: str) -> dict[str, Any] | None:
+        """A mapping, or None."""
+        found: dict[str, Any] | None = self._get(key, None, (dict,), "a mapping")
+        return found
+
+    def strings(self, key: str) -> tuple[str, ...] | None:
+        """A list of texts, or None."""
+        found = self._get(key, None, (list,), "a list of texts")
+        if found is not None and not all(isinstance(item, str) for item in found):
+            raise ConfigError(f"config.json: {key!r} is {found!r}; it must be a list of texts.")
+        return None if found is None else tuple(found)
+
+    def token(self, key: str, default: int | None = None) -> int | None:
+        """A token id; the first of a list; None where it is null, negative, or no token of this vocabulary."""
+        self._used.add(key)
+        vocabulary = self._config.get("vocab_size")
+        value = self._config.get(key, default)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"config.json: {key!r} is {value!r}; it must be a token id.")
+        if value is None or value < 0 or (isinstance(vocabulary, int) and value >= vocabulary):
+            return None
+        return value
+
+    def has(self, key: str) -> bool:
+        """The key is there, be it null."""
+        return key in self._config
+
+    def refuse(self, key: str, *supported: Any) -> None:
+        """Raise if the key is there with a value outside ``supported``: what we do not do must not pass unseen."""
+        self._used.add(key)
+        if key in self._config and self._config[key] not in supported:
+            raise ConfigError(
+                f"config.json: {key!r} is {self._config[key]!r}, which this package does not implement for "
+                f"{self._family}; supported: {', '.join(map(repr, supported))}."
+            )
+
+    def rest(self) -> dict[str, Any]:
+        """The keys that nobody asked for; kept as data and written back."""
+        return {k: v for k, v in self._config.items() if k not in self._used}

@@ -1,0 +1,177 @@
+"""GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, tanh GELU, a tied head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation
+from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead
+from pretrain.models.names import Name
+from pretrain.nn.attention import AttentionMask, KVCache
+from pretrain.nn.block import Block, BlockConfig
+from pretrain.nn.norm import LayerNorm
+
+__all__ = ["GPT2", "GPT2Config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config(BackboneConfig):
+    """``dropout`` is resid_pdrop; ``embedding_dropout`` (embd_pdrop) and ``attention_dropout`` are separate."""
+
+    vocab_size: int = 50257
+    activation: str = "gelu_new"
+    embedding_dropout: float = 0.0
+
+    learned_positions: ClassVar[bool] = True
+
+
+class GPT2(Backbone):
+    """Decoder with learned absolute positions."""
+
+    model_type: ClassVar[str] = "gpt2"
+    config_class: ClassVar[type[BackboneConfig]] = GPT2Config
+    prefix: ClassVar[str] = "transformer."
+    prefixes: ClassVar[tuple[str, ...]] = ("transformer.",)
+    residual_scale: ClassVar[bool] = True
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "GPT2Model",
+        "causal-lm": "GPT2LMHeadModel",
+        "sequence-classification": "GPT2ForSequenceClassification",
+        "token-classification": "GPT2ForTokenClassification",
+        "question-answering": "GPT2ForQuestionAnswering",
+    }
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        block = BlockConfig(
+            config.hidden_size,
+            config.num_heads,
+            config.intermediate_size or 0,
+            norm_eps=config.norm_eps,
+            activation=config.activation,
+            dropout=config.dropout,
+        )
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.set_attention_dropout()
+
+    def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+        start, stop = self.span(batch, cache)
+        positions = self.positions(batch, cache)
+        x = self.look_up(self.token_embedding, batch["input_ids"])
+        if positions is None:
+            x = x + self.position_embedding.weight[start:stop]
+        else:
+            x = x + self.position_embedding(positions)
+        if self.training and self.config.embedding_dropout:
+            x = nn.functional.dropout(x, self.config.embedding_dropout)
+        mask = AttentionMask.from_batch(batch, causal=True, past=start)
+        layers = len(self.layers)
+        hidden: Tensor = self.final_norm(self.run(x, [mask] * layers, [None] * layers, cache))
+        return hidden
+
+    def embeddings(self) -> list[nn.Module]:
+        return [self.token_embedding, self.position_embedding]
+
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        config = self.config
+        if kind == "causal-lm":
+            return LanguageHead(self.token_embedding, tied=config.tie_embeddings)
+        if kind == "sequence-classification":
+            return SequenceHead(
+                config.hidden_size, num_labels, pool="last", bias=False, pad_id=config.pad_id
+            )
+        if kind == "question-answering":
+            return TokenHead(config.hidden_size, 2)
+        dropout = 0.1 if config.classifier_dropout is None else config.classifier_dropout
+        return TokenHead(config.hidden_size, num_labels, dropout=dropout)
+
+    def names(self) -> list[Name]:
+        layer = "layers.{n}."
+        return [
+            Name("wte", ("token_embedding",)),
+            Name("wpe", ("position_embedding",)),
+            Name("h.{n}.ln_1", (layer + "attention_norm",)),
+            Name(
+                "h.{n}.attn.c_attn",
+                tuple(f"{layer}attention.{part}" for part in ("query", "key", "value")),
+                transpose=True,
+            ),
+            Name("h.{n}.attn.c_proj", (layer + "attention.output",), transpose=True),
+            Name("h.{n}.ln_2", (layer + "mlp_norm",)),
+            Name("h.{n}.mlp.c_fc", (layer + "mlp.up",), transpose=True),
+            Name("h.{n}.mlp.c_proj", (layer + "mlp.down",), transpose=True),
+            Name("ln_f", ("final_norm",)),
+        ]
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        disk = {
+            "sequence-classification": "score",
+            "token-classification": "classifier",
+            "question-answering": "qa_outputs",
+        }
+        if kind == "causal-lm":
+            return [Name("lm_head.weight", ("head.output_weight",), body=False)]
+        return [Name(disk[kind], ("head.classifier",), body=False)]
+
+    def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
+        return (
+            {"lm_head.weight": "backbone.token_embedding.weight"}
+            if kind == "causal-lm" and tied
+            else {}
+        )
+
+    @classmethod
+    def config_from_hf(cls, reader: ConfigReader) -> GPT2Config:
+        reader.refuse("scale_attn_weights", True)
+        reader.refuse("scale_attn_by_inverse_layer_idx", False)
+        reader.refuse("add_cross_attention", False)
+        reader.flag(
+            "reorder_and_upcast_attn", False
+        )  # the same function, computed in another order
+        return GPT2Config(
+            vocab_size=reader.integer("vocab_size"),
+            hidden_size=reader.integer("n_embd"),
+            num_layers=reader.integer("n_layer"),
+            num_heads=reader.integer("n_head"),
+            intermediate_size=reader.integer("n_inner", None),
+            max_positions=reader.integer("n_positions", 1024),
+            activation=reader.text("activation_function", "gelu_new"),
+            norm_eps=reader.number("layer_norm_epsilon", 1e-5),
+            dropout=reader.number("resid_pdrop", 0.1),
+            embedding_dropout=reader.number("embd_pdrop", 0.1),
+            attention_dropout=reader.number("attn_pdrop", 0.1),
+            initializer_range=reader.number("initializer_range", 0.02),
+            classifier_dropout=reader.number("classifier_dropout", None),
+            tie_embeddings=reader.flag("tie_word_embeddings", True),
+            pad_id=reader.token("pad_token_id"),
+            bos_id=reader.token("bos_token_id", 50256),
+            eos_id=reader.token("eos_token_id", 50256),
+        )
+
+    def to_hf_config(self) -> dict[str, Any]:
+        config = self.config
+        return super().to_hf_config() | {
+            "n_embd": config.hidden_size,
+            "n_layer": config.num_layers,
+            "n_head": config.num_heads,
+            "n_inner": config.intermediate_size,
+            "n_positions": config.max_positions,
+            "n_ctx": config.max_positions,
+            "activation_function": hf_activation(config.activation),
+            "layer_norm_epsilon": config.norm_eps,
+            "resid_pdrop": config.dropout,
+            "embd_pdrop": config.embedding_dropout,
+            "attn_pdrop": config.attention_dropout,
+            "classifier_dropout": config.classifier_dropout,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+        }

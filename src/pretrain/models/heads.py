@@ -1,0 +1,264 @@
+"""Heads: what stands between the backbone's (B, T, D) and an answer.
+
+A vocabulary head is given in pieces (features, weight, bias, softcap), so that a loss can gather its targets before
+the projection. Letters: B rows, T tokens, D hidden, V vocabulary, C classes, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.errors import ConfigError, ModelError, did_you_mean
+from pretrain.nn.mlp import activation
+
+__all__ = [
+    "HEAD_KINDS",
+    "LABELLED",
+    "LanguageHead",
+    "SequenceHead",
+    "TokenHead",
+    "Transform",
+    "kind_named_by",
+    "labels_named_by",
+]
+
+HEAD_KINDS = (
+    "causal-lm",
+    "masked-lm",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+)
+
+
+LABELLED = ("sequence-classification", "token-classification")
+# What an architecture of config.json is called -> the head that we give it.
+_ARCHITECTURES = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForPreTraining": "masked-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+
+
+class Transform(nn.Module):
+    """A dense layer and an activation, then a norm if there is one; (..., D) -> (..., D)."""
+
+    def __init__(
+        self, hidden_size: int, act: str, norm: nn.Module | None, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.norm = norm
+        self.activation = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.dense(x))
+        return x if self.norm is None else self.norm(x)
+
+
+class LanguageHead(nn.Module):
+    """Scores over the vocabulary, (B, T, D) -> (B, T, V).
+
+    Args:
+        embedding: the token embedding, whose weight is used while the head is tied.
+        tied: share the embedding's weight.
+        transform: what masked-language models do before the projection.
+        bias: one score per token is added.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        *,
+        tied: bool,
+        transform: nn.Module | None = None,
+        bias: bool = False,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.softcap = softcap
+        # In a tuple the embedding is not a child of the head: its weight has one owner and one name.
+        self._embedding = (embedding,)
+        self.output_weight = None if tied else nn.Parameter(torch.empty_like(embedding.weight))
+        self.output_bias = nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None
+
+    @property
+    def tied(self) -> bool:
+        """The projection is the token embedding."""
+        return self.output_weight is None
+
+    def untie(self) -> None:
+        """Give the head a weight of its own, equal to the embedding's."""
+        if self.output_weight is None:
+            self.output_weight = nn.Parameter(self._embedding[0].weight.detach().clone())
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What is multiplied with ``weight()``, (..., D) -> (..., D)."""
+        return hidden if self.transform is None else self.transform(hidden)
+
+    def weight(self) -> Tensor:
+        """(V, D)."""
+        return self._embedding[0].weight if self.output_weight is None else self.output_weight
+
+    def bias(self) -> Tensor | None:
+        """(V,) or None."""
+        return self.output_bias
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        scores = F.linear(self.features(hidden), self.weight(), self.output_bias)
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+
+class SequenceHead(nn.Module):
+    """One answer per row, (B, T, D) -> (B, C).
+
+    Args:
+        hidden_size: D.
+        num_labels: C.
+        pool: ``first`` token, ``mean`` over real tokens, or ``last`` real token.
+        transform: applied to the pooled vector.
+        bias: of the classifier.
+        dropout: before the classifier.
+        dropout_first: also before the transform (RoBERTa).
+        pad_id: tells padding from text where the batch has no ``attention_mask``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_labels: int,
+        *,
+        pool: str,
+        transform: nn.Module | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        dropout_first: bool = False,
+        pad_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.pool, self.pad_id, self.dropout, self.dropout_first = (
+            pool,
+            pad_id,
+            dropout,
+            dropout_first,
+        )
+        self.transform = transform
+        self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        if "document_ids" in batch:
+            raise ModelError(
+                "A sequence-classification head gives one answer per row, but these rows are packed with several "
+                "documents (document_ids). Give it one document per row."
+            )
+        pooled = self._pool(hidden, batch)
+        if self.dropout_first:
+            pooled = F.dropout(pooled, self.dropout, self.training)
+        if self.transform is not None:
+            pooled = self.transform(pooled)
+        scores: Tensor = self.classifier(F.dropout(pooled, self.dropout, self.training))
+        return scores
+
+    def _pool(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, T, D) -> (B, D)."""
+        if self.pool == "first":
+            return hidden[:, 0]
+        real = batch.get("attention_mask")
+        if self.pool == "mean":
+            if real is None:
+                return hidden.mean(1)
+            weight = real.to(hidden.dtype).unsqueeze(-1)
+            return (hidden * weight).sum(1) / weight.sum(1)
+        if real is None and self.pad_id is not None:
+            real = batch["input_ids"] != self.pad_id
+        if real is None:
+            return hidden[:, -1]
+        columns = torch.arange(hidden.shape[1], device=hidden.device)
+        last = torch.where(real.bool(), columns, 0).argmax(1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+class TokenHead(nn.Module):
+    """One answer per token, (B, T, D) -> (B, T, C); with two classes it gives the start and end scores of spans."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_labels: int,
+        *,
+        transform: nn.Module | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.transform = transform
+        self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        if self.transform is not None:
+            hidden = self.transform(hidden)
+        scores: Tensor = self.classifier(F.dropout(hidden, self.dropout, self.training))
+        return scores
+
+
+def kind_named_by(
+    config: Mapping[str, Any], architectures: Mapping[str | None, str], *, causal: bool
+) -> str | None:
+    """The head that ``architectures`` names; without one, the family's language-model head."""
+    names = config.get("architectures")
+    default = "causal-lm" if causal else "masked-lm"
+    if not names:
+        return default
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ConfigError(
+            f"config.json: 'architectures' is {names!r}; it must be a list of class names."
+        )
+    for ending, kind in _ARCHITECTURES.items():
+        if names[0].endswith(ending):
+            if kind not in architectures:
+                raise ConfigError(
+                    f"config.json: the architecture {names[0]!r} is not implemented; the heads of "
+                    f"this family are {', '.join(str(k) for k in architectures if k)}."
+                )
+            return kind
+    if names[0] == architectures.get(None):
+        return None
+    raise ConfigError(
+        f"config.json: the architecture {names[0]!r} is not implemented."
+        + did_you_mean(names[0], architectures.values())
+    )
+
+
+def labels_named_by(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Class names from ``id2label``, else ``num_labels`` made-up ones."""
+    table = config.get("id2label")
+    if isinstance(table, Mapping) and table:
+        try:
+            pairs = sorted((int(index), str(label)) for index, label in table.items())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"config.json: a key of 'id2label' is not a number ({error})."
+            ) from error
+        if [index for index, _ in pairs] != list(range(len(pairs))):
+            raise ConfigError(
+                "config.json: the keys of 'id2label' must be 0, 1, 2, ... without gaps."
+            )
+        return tuple(label for _, label in pairs)
+    count = config.get("num_labels", 2)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1 << 20:
+        raise ConfigError(
+            f"config.json: 'num_labels' is {count!r}; it must be a positive whole number."
+        )
+    return tuple(f"LABEL_{i}" for i in range(count))

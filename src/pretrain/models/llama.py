@@ -1,0 +1,336 @@
+"""Llama (arXiv 2302.13971) and Mistral (2310.06825), and what Qwen shares with them.
+
+Rotary positions, root-mean-square norms before each half, gated feed-forward layers, grouped keys and values. The
+relatives differ in biases, in norms on queries and keys, and in which layers look through a sliding window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pretrain.errors import ConfigError
+from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation, round_up
+from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead
+from pretrain.models.names import Name
+from pretrain.nn.attention import AttentionMask, KVCache
+from pretrain.nn.block import Block, BlockConfig, with_bias
+from pretrain.nn.norm import RMSNorm
+from pretrain.nn.positions import RotaryTable, check_rope
+
+__all__ = ["LAYER_TYPES", "Llama", "LlamaConfig", "Mistral", "MistralConfig"]
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(BackboneConfig):
+    """Fields of all relatives.
+
+    Attributes:
+        rope: ``rope_parameters`` of config.json: ``rope_theta``, ``rope_type`` and the keys of a scaling.
+        attention_bias: biases on the four projections of attention (Qwen2: on three, always).
+        mlp_bias: biases in the feed-forward layer.
+        sliding_window: a token sees itself and ``sliding_window - 1`` before it, in the layers that slide.
+        layer_types: ``full_attention`` or ``sliding_attention`` for each layer; None is the family's rule.
+    """
+
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    rope: Mapping[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+
+    gated: ClassVar[bool] = True
+    free_head_dim: ClassVar[bool] = True
+
+    def default_intermediate(self) -> int:
+        """Eight thirds of D keep the parameters of an ungated layer; rounded for the hardware."""
+        return round_up(8 * self.hidden_size / 3, 64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "rope", check_rope(self.rope or {}, "rope"))
+        if (self.head_dim or 0) % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs.")
+        if self.layer_types is not None:
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))
+            unknown = set(self.layer_types) - set(LAYER_TYPES)
+            if unknown or len(self.layer_types) != self.num_layers:
+                raise ConfigError(
+                    f"layer_types must name one of {', '.join(LAYER_TYPES)} for each of the {self.num_layers} layers, "
+                    f"not {list(self.layer_types)[:8]}."
+                )
+            if "sliding_attention" in self.layer_types and self.sliding_window is None:
+                raise ConfigError("layer_types has sliding layers, but sliding_window is not set.")
+
+    def refuse(self, family: str, *names: str) -> None:
+        """Raise if a field is set that config.json of the family cannot say: it would be lost on saving."""
+        for name in names:
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name} cannot be set for {family}; take llama or qwen3, or leave it out."
+                )
+
+    def window_of(self, layer: int) -> int | None:
+        """Distance that this layer looks back; None is all the way."""
+        if self.sliding_window is None:
+            return None
+        if self.layer_types is not None and self.layer_types[layer] == "full_attention":
+            return None
+        return self.sliding_window - 1
+
+
+class Llama(Backbone):
+    """Decoder with rotary positions."""
+
+    model_type: ClassVar[str] = "llama"
+    config_class: ClassVar[type[BackboneConfig]] = LlamaConfig
+    qk_norm: ClassVar[bool] = False
+    default_ids: ClassVar[tuple[int | None, int | None]] = (
+        1,
+        2,
+    )  # bos and eos where config.json has no key
+    qkv_bias: ClassVar[bool] = (
+        False  # biases on queries, keys and values without a key in config.json
+    )
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "LlamaModel",
+        "causal-lm": "LlamaForCausalLM",
+        "sequence-classification": "LlamaForSequenceClassification",
+        "token-classification": "LlamaForTokenClassification",
+        "question-answering": "LlamaForQuestionAnswering",
+    }
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        block = BlockConfig(
+            config.hidden_size,
+            config.num_heads,
+            config.intermediate_size or 0,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            norm="rmsnorm",
+            norm_eps=config.norm_eps,
+            bias=config.mlp_bias,
+            activation=config.activation,
+            gated=True,
+            qk_norm=self.qk_norm,
+            dropout=config.dropout,
+        )
+        self.token_embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_id
+        )
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        for layer in self.layers:
+            attention: Any = layer.attention
+            for part in ("query", "key", "value"):
+                wanted = config.attention_bias or self.qkv_bias
+                setattr(attention, part, with_bias(getattr(attention, part), wanted))
+            attention.output = with_bias(attention.output, config.attention_bias)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary = RotaryTable(config.head_dim or 0, config.rope or {}, config.max_positions)
+        self.set_attention_dropout()
+
+    @property
+    def max_length(self) -> int:
+        """Dynamic scaling stretches the positions by its factor."""
+        rope = self.config.rope
+        factor = rope["factor"] if rope["rope_type"] == "dynamic" else 1
+        return int(self.config.max_positions * factor)
+
+    def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+        ids = batch["input_ids"]
+        start, stop = self.span(batch, cache)
+        positions = self.positions(batch, cache)
+        if positions is None:
+            rope = self.rotary.at(start, stop, ids.device)
+        else:
+            rope = self.rotary.of(positions)
+        x = self.drop(self.look_up(self.token_embedding, ids))
+        mask = AttentionMask.from_batch(batch, causal=True, past=start)
+        masks = [mask.windowed(self.config.window_of(i)) for i in range(len(self.layers))]
+        hidden: Tensor = self.final_norm(self.run(x, masks, [rope] * len(masks), cache))
+        return hidden
+
+    def embeddings(self) -> list[nn.Module]:
+        return [self.token_embedding]
+
+    def prefix_of(self, kind: str | None) -> str:
+        """Question answering alone has another prefix."""
+        return "transformer." if kind == "question-answering" else super().prefix_of(kind)
+
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        config = self.config
+        if kind == "causal-lm":
+            return LanguageHead(self.token_embedding, tied=config.tie_embeddings)
+        if kind == "sequence-classification":
+            return SequenceHead(
+                config.hidden_size, num_labels, pool="last", bias=False, pad_id=config.pad_id
+            )
+        if kind == "question-answering":
+            return TokenHead(config.hidden_size, 2)
+        dropout = 0.1 if config.classifier_dropout is None else config.classifier_dropout
+        return TokenHead(config.hidden_size, num_labels, dropout=dropout)
+
+    def names(self) -> list[Name]:
+        layer = "layers.{n}."
+        rules = [Name("embed_tokens", ("token_embedding",))]
+        pairs = {
+            "input_layernorm": "attention_norm",
+            "self_attn.q_proj": "attention.query",
+            "self_attn.k_proj": "attention.key",
+            "self_attn.v_proj": "attention.value",
+            "self_attn.o_proj": "attention.output",
+            "self_attn.q_norm": "attention.query_norm",
+            "self_attn.k_norm": "attention.key_norm",
+            "post_attention_layernorm": "mlp_norm",
+            "mlp.gate_proj": "mlp.gate",
+            "mlp.up_proj": "mlp.up",
+            "mlp.down_proj": "mlp.down",
+        }
+        rules += [Name(layer + disk, (layer + memory,)) for disk, memory in pairs.items()]
+        return [*rules, Name("norm", ("final_norm",))]
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        if kind == "causal-lm":
+            return [Name("lm_head.weight", ("head.output_weight",), body=False)]
+        disk = "qa_outputs" if kind == "question-answering" else "score"
+        return [Name(disk, ("head.classifier",), body=False)]
+
+    def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
+        return (
+            {"lm_head.weight": "backbone.token_embedding.weight"}
+            if kind == "causal-lm" and tied
+            else {}
+        )
+
+    @classmethod
+    def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
+        heads = reader.integer("num_attention_heads")
+        hidden = reader.integer("hidden_size")
+        fields: dict[str, Any] = {
+            "vocab_size": reader.integer("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": reader.integer("intermediate_size"),
+            "num_layers": reader.integer("num_hidden_layers"),
+            "num_heads": heads,
+            "num_kv_heads": reader.integer("num_key_value_heads", cls._default_groups(heads)),
+            "head_dim": reader.integer("head_dim", cls._default_head_dim(hidden, heads)),
+            "activation": reader.text("hidden_act", "silu"),
+            "norm_eps": reader.number("rms_norm_eps", 1e-6),
+            "max_positions": reader.integer("max_position_embeddings", 2048),
+            "initializer_range": reader.number("initializer_range", 0.02),
+            "dropout": reader.number("resid_pdrop", 0.0),
+            "attention_dropout": reader.number("attention_dropout", 0.0),
+            "classifier_dropout": reader.number("classifier_dropout", None),
+            "tie_embeddings": reader.flag("tie_word_embeddings", False),
+            "pad_id": reader.token("pad_token_id"),
+            "bos_id": reader.token("bos_token_id", cls.default_ids[0]),
+            "eos_id": reader.token("eos_token_id", cls.default_ids[1]),
+            "rope": cls._rope_from_hf(reader),
+        }
+        fields |= cls._family_from_hf(reader, fields["num_layers"])
+        return cls.config_class(**fields)
+
+    @staticmethod
+    def _default_groups(heads: int) -> int | None:
+        return heads
+
+    @staticmethod
+    def _default_head_dim(hidden: int, heads: int) -> int | None:
+        return hidden // heads if heads > 0 else None
+
+    @staticmethod
+    def _rope_from_hf(reader: ConfigReader) -> dict[str, Any]:
+        """``rope_parameters`` (transformers 5), else ``rope_theta`` and ``rope_scaling`` (4); both may be there."""
+        new, old = reader.mapping("rope_parameters"), reader.mapping("rope_scaling")
+        theta = reader.number("rope_theta", 10_000.0)
+        rope = {"rope_theta": theta} | (old or {}) | (new or {})
+        return check_rope(
+            rope, "config.json: rope_parameters" if new else "config.json: rope_scaling"
+        )
+
+    @classmethod
+    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
+        """Keys that only some of the relatives have."""
+        return {
+            "attention_bias": reader.flag("attention_bias", False),
+            "mlp_bias": reader.flag("mlp_bias", False),
+        }
+
+    def to_hf_config(self) -> dict[str, Any]:
+        config = self.config
+        rope = dict(config.rope)
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        written = super().to_hf_config() | {
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "hidden_act": hf_activation(config.activation),
+            "rms_norm_eps": config.norm_eps,
+            "max_position_embeddings": config.max_positions,
+            "attention_dropout": config.attention_dropout,
+            "rope_parameters": rope,
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": scaling if rope["rope_type"] != "default" else None,
+        }
+        if config.classifier_dropout is not None:
+            written["classifier_dropout"] = config.classifier_dropout
+        if config.dropout:
+            written["resid_pdrop"] = (
+                config.dropout
+            )  # ours alone: transformers has no such dropout here
+        return written | self._family_to_hf()
+
+    def _family_to_hf(self) -> dict[str, Any]:
+        return {"attention_bias": self.config.attention_bias, "mlp_bias": self.config.mlp_bias}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistralConfig(LlamaConfig):
+    """``sliding_window`` holds for all layers; None is full attention."""
+
+    def validate(self) -> None:
+        super().validate()
+        self.refuse("mistral", "attention_bias", "mlp_bias", "layer_types")
+
+
+class Mistral(Llama):
+    """Llama with an optional sliding window in all layers."""
+
+    model_type: ClassVar[str] = "mistral"
+    config_class: ClassVar[type[BackboneConfig]] = MistralConfig
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "MistralModel",
+        "causal-lm": "MistralForCausalLM",
+        "sequence-classification": "MistralForSequenceClassification",
+        "token-classification": "MistralForTokenClassification",
+        "question-answering": "MistralForQuestionAnswering",
+    }
+
+    def prefix_of(self, kind: str | None) -> str:
+        return Backbone.prefix_of(self, kind)
+
+    @staticmethod
+    def _default_groups(heads: int) -> int | None:
+        return 8  # transformers' default where the key is absent
+
+    @classmethod
+    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
+        # An absent key means 4096 to transformers; null means full attention.
+        window = reader.integer("sliding_window", None)
+        return {"sliding_window": window if reader.has("sliding_window") else 4096}
+
+    def _family_to_hf(self) -> dict[str, Any]:
+        return {"sliding_window": self.config.sliding_window}

@@ -1,0 +1,334 @@
+"""ModernBERT (arXiv 2412.13663): rotary positions, gated GELU, pre-norm, few biases, mostly local attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation, round_up
+from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform
+from pretrain.models.names import Name
+from pretrain.nn.attention import AttentionMask, KVCache
+from pretrain.nn.block import Block, BlockConfig, with_bias
+from pretrain.nn.mlp import ACTIVATIONS
+from pretrain.nn.norm import LayerNorm
+from pretrain.nn.positions import RotaryTable, check_rope
+
+__all__ = ["ModernBert", "ModernBertConfig"]
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_THETA = {_FULL: 160_000.0, _SLIDING: 10_000.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModernBertConfig(BackboneConfig):
+    """Fields of config.json.
+
+    Attributes:
+        local_attention: width of the window of sliding layers; a token sees half of it on either side.
+        layer_types: ``full_attention`` or ``sliding_attention`` per layer; None is every third layer full.
+        rope: rotary parameters per layer type.
+        norm_bias, attention_bias, mlp_bias, decoder_bias, classifier_bias: where there are biases.
+        classifier_pooling: ``cls`` or ``mean``.
+        classifier_activation: in the transform of every head.
+        classifier_dropout: before the classifier.
+        init_cutoff: fresh weights are truncated at so many standard deviations.
+    """
+
+    vocab_size: int = 50368
+    local_attention: int = 128
+    layer_types: tuple[str, ...] | None = None
+    rope: Mapping[str, Any] | None = None
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    decoder_bias: bool = True
+    classifier_bias: bool = False
+    classifier_pooling: str = "cls"
+    classifier_activation: str = "gelu"
+    classifier_dropout: float = 0.0
+    init_cutoff: float = 2.0
+
+    gated: ClassVar[bool] = True
+
+    def default_intermediate(self) -> int:
+        """One and a half D, as in ModernBERT-base."""
+        return round_up(1.5 * self.hidden_size, 64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        types = self.layer_types
+        if types is None:
+            types = tuple(_SLIDING if i % 3 else _FULL for i in range(self.num_layers))
+        if len(types) != self.num_layers or set(types) - set(_THETA):
+            raise ConfigError(
+                f"layer_types must name one of {', '.join(_THETA)} for each of the {self.num_layers} layers, not "
+                f"{list(types)[:8]}."
+            )
+        object.__setattr__(self, "layer_types", tuple(types))
+        given = self.rope or {}
+        rope = {
+            kind: check_rope({"rope_theta": theta} | dict(given.get(kind) or {}), f"rope.{kind}")
+            for kind, theta in _THETA.items()
+        }
+        object.__setattr__(self, "rope", rope)
+        if self.classifier_pooling not in ("cls", "mean"):
+            raise ConfigError(
+                f"classifier_pooling is {self.classifier_pooling!r}; it must be 'cls' or 'mean'."
+            )
+        if self.classifier_activation not in ACTIVATIONS:
+            raise ConfigError(f"classifier_activation {self.classifier_activation!r} is unknown.")
+        if (self.head_dim or 0) % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs.")
+
+
+class ModernBert(Backbone):
+    """Encoder with rotary positions; most layers look through a window."""
+
+    model_type: ClassVar[str] = "modernbert"
+    config_class: ClassVar[type[BackboneConfig]] = ModernBertConfig
+    causal: ClassVar[bool] = False
+    prefixes: ClassVar[tuple[str, ...]] = ("model.",)
+    residual_scale: ClassVar[bool] = True
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "ModernBertModel",
+        "masked-lm": "ModernBertForMaskedLM",
+        "sequence-classification": "ModernBertForSequenceClassification",
+        "token-classification": "ModernBertForTokenClassification",
+        "question-answering": "ModernBertForQuestionAnswering",
+    }
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__(config)
+        block = BlockConfig(
+            config.hidden_size,
+            config.num_heads,
+            config.intermediate_size or 0,
+            norm_eps=config.norm_eps,
+            bias=config.mlp_bias,
+            activation=config.activation,
+            gated=True,
+            dropout=config.dropout,
+        )
+        self.token_embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_id
+        )
+        self.embedding_norm = self._norm(config)
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        for i, layer in enumerate(self.layers):
+            module: Any = layer
+            # The embedding has just been normalised, so the first block does not do it again.
+            module.attention_norm = self._norm(config) if i else nn.Identity()
+            module.mlp_norm = self._norm(config)
+            for part in ("query", "key", "value", "output"):
+                linear = getattr(module.attention, part)
+                setattr(module.attention, part, with_bias(linear, config.attention_bias))
+            if config.attention_dropout:
+                module.dropout = (
+                    config.attention_dropout
+                )  # also on the output of attention, as published
+        self.set_attention_dropout()
+        self.final_norm = self._norm(config)
+        self.rotary = {
+            kind: RotaryTable(config.head_dim or 0, (config.rope or {})[kind], config.max_positions)
+            for kind in sorted(set(config.layer_types or ()))
+        }
+
+    @staticmethod
+    def _norm(config: ModernBertConfig) -> LayerNorm:
+        return LayerNorm(config.hidden_size, config.norm_eps, config.norm_bias)
+
+    def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+        if cache is not None:
+            raise ModelError(
+                "A modernbert model sees both sides of a token, so it has no key-value cache."
+            )
+        ids = batch["input_ids"]
+        _, stop = self.span(batch, None)
+        positions = self.positions(batch, None)
+        ropes = {
+            kind: table.at(0, stop, ids.device) if positions is None else table.of(positions)
+            for kind, table in self.rotary.items()
+        }
+        mask = AttentionMask.from_batch(batch, causal=False)
+        half = self.config.local_attention // 2
+        types = self.config.layer_types
+        masks = [mask.windowed(half if kind == _SLIDING else None) for kind in types]
+        x = self.drop(self.embedding_norm(self.look_up(self.token_embedding, ids)))
+        hidden: Tensor = self.final_norm(self.run(x, masks, [ropes[kind] for kind in types], None))
+        return hidden
+
+    def embeddings(self) -> list[nn.Module]:
+        return [self.token_embedding, self.embedding_norm]
+
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        config = self.config
+        size = config.hidden_size
+        transform = Transform(
+            size, config.classifier_activation, self._norm(config), config.classifier_bias
+        )
+        if kind == "masked-lm":
+            return LanguageHead(
+                self.token_embedding,
+                tied=config.tie_embeddings,
+                transform=transform,
+                bias=config.decoder_bias,
+            )
+        dropout = config.classifier_dropout
+        if kind == "sequence-classification":
+            pool = "first" if config.classifier_pooling == "cls" else "mean"
+            return SequenceHead(size, num_labels, pool=pool, transform=transform, dropout=dropout)
+        labels = num_labels if kind == "token-classification" else 2
+        return TokenHead(size, labels, transform=transform, dropout=dropout)
+
+    def init_cutoff(self) -> float | None:
+        cutoff: float = self.config.init_cutoff
+        return cutoff
+
+    def init_std(self, name: str) -> float:
+        """The vocabulary head starts like an output projection, a classifier with 1/sqrt(D)."""
+        if name in ("head.transform.dense.weight", "head.output_weight"):
+            return float(self.config.initializer_range / (2 * self.config.num_layers) ** 0.5)
+        if name == "head.classifier.weight":
+            return float(self.config.hidden_size**-0.5)
+        return super().init_std(name)
+
+    def names(self) -> list[Name]:
+        layer = "layers.{n}."
+        return [
+            Name("embeddings.tok_embeddings", ("token_embedding",)),
+            Name("embeddings.norm", ("embedding_norm",)),
+            Name(layer + "attn_norm", (layer + "attention_norm",)),
+            Name(
+                layer + "attn.Wqkv",
+                tuple(f"{layer}attention.{part}" for part in ("query", "key", "value")),
+            ),
+            Name(layer + "attn.Wo", (layer + "attention.output",)),
+            Name(layer + "mlp_norm", (layer + "mlp_norm",)),
+            Name(layer + "mlp.Wi", (layer + "mlp.gate", layer + "mlp.up")),
+            Name(layer + "mlp.Wo", (layer + "mlp.down",)),
+            Name("final_norm", ("final_norm",)),
+        ]
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        pairs = {
+            "head.dense": "head.transform.dense",
+            "head.norm": "head.transform.norm",
+            "classifier": "head.classifier",
+            "decoder.bias": "head.output_bias",
+            "decoder.weight": "head.output_weight",
+        }
+        return [Name(disk, (memory,), body=False) for disk, memory in pairs.items()]
+
+    def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
+        return (
+            {"decoder.weight": "backbone.token_embedding.weight"}
+            if kind == "masked-lm" and tied
+            else {}
+        )
+
+    @classmethod
+    def config_from_hf(cls, reader: ConfigReader) -> ModernBertConfig:
+        for key in ("embedding_dropout", "mlp_dropout"):
+            reader.refuse(key, 0, 0.0, None)
+        layers = reader.integer("num_hidden_layers")
+        every = reader.integer("global_attn_every_n_layers", 3)
+        if every < 1:
+            raise ConfigError(
+                f"config.json: 'global_attn_every_n_layers' is {every}; it must be at least 1."
+            )
+        types = reader.strings("layer_types")
+        if types is None:
+            types = tuple(
+                _SLIDING if i % every else _FULL for i in range(max(0, min(layers, 1 << 12)))
+            )
+        return ModernBertConfig(
+            vocab_size=reader.integer("vocab_size"),
+            hidden_size=reader.integer("hidden_size"),
+            intermediate_size=reader.integer("intermediate_size"),
+            num_layers=layers,
+            num_heads=reader.integer("num_attention_heads"),
+            activation=reader.text("hidden_activation", "gelu"),
+            max_positions=reader.integer("max_position_embeddings", 8192),
+            initializer_range=reader.number("initializer_range", 0.02),
+            init_cutoff=reader.number("initializer_cutoff_factor", 2.0),
+            norm_eps=reader.number("norm_eps", 1e-5),
+            norm_bias=reader.flag("norm_bias", False),
+            attention_bias=reader.flag("attention_bias", False),
+            mlp_bias=reader.flag("mlp_bias", False),
+            decoder_bias=reader.flag("decoder_bias", True),
+            classifier_bias=reader.flag("classifier_bias", False),
+            classifier_pooling=reader.text("classifier_pooling", "cls"),
+            classifier_activation=reader.text("classifier_activation", "gelu"),
+            classifier_dropout=reader.number("classifier_dropout", 0.0),
+            dropout=reader.number("resid_pdrop", 0.0),
+            attention_dropout=reader.number("attention_dropout", 0.0),
+            local_attention=reader.integer("local_attention", 128),
+            layer_types=types,
+            rope=_rope_from_hf(reader),
+            tie_embeddings=reader.flag("tie_word_embeddings", True),
+            pad_id=reader.token("pad_token_id", 50283),
+            bos_id=reader.token("cls_token_id", reader.token("bos_token_id", 50281)),
+            eos_id=reader.token("sep_token_id", reader.token("eos_token_id", 50282)),
+        )
+
+    def to_hf_config(self) -> dict[str, Any]:
+        config = self.config
+        written = super().to_hf_config() | {
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "hidden_activation": hf_activation(config.activation),
+            "max_position_embeddings": config.max_positions,
+            "initializer_cutoff_factor": config.init_cutoff,
+            "norm_eps": config.norm_eps,
+            "norm_bias": config.norm_bias,
+            "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias,
+            "decoder_bias": config.decoder_bias,
+            "classifier_bias": config.classifier_bias,
+            "classifier_pooling": config.classifier_pooling,
+            "classifier_activation": hf_activation(config.classifier_activation),
+            "classifier_dropout": config.classifier_dropout,
+            "embedding_dropout": 0.0,
+            "mlp_dropout": 0.0,
+            "attention_dropout": config.attention_dropout,
+            "local_attention": config.local_attention,
+            "layer_types": list(config.layer_types),
+            "rope_parameters": {kind: dict(rope) for kind, rope in config.rope.items()},
+            "global_rope_theta": config.rope[_FULL]["rope_theta"],
+            "local_rope_theta": config.rope[_SLIDING]["rope_theta"],
+            "cls_token_id": config.bos_id,
+            "sep_token_id": config.eos_id,
+        }
+        for every in range(1, config.num_layers + 1):
+            if config.layer_types == tuple(
+                _SLIDING if i % every else _FULL for i in range(config.num_layers)
+            ):
+                written["global_attn_every_n_layers"] = every
+                break
+        if config.dropout:
+            written["resid_pdrop"] = config.dropout  # ours alone: transformers drops elsewhere
+        return written
+
+
+def _rope_from_hf(reader: ConfigReader) -> dict[str, Any]:
+    """Nested ``rope_parameters`` (transformers 5), else two thetas and ``rope_scaling`` (4)."""
+    scaling = reader.mapping("rope_scaling") or {}
+    old = {
+        _FULL: {"rope_theta": reader.number("global_rope_theta", _THETA[_FULL])} | scaling,
+        _SLIDING: {"rope_theta": reader.number("local_rope_theta", _THETA[_SLIDING])} | scaling,
+    }
+    new = reader.mapping("rope_parameters") or {}
+    for kind, value in new.items():
+        if kind not in old or not isinstance(value, dict | None):
+            raise ConfigError(
+                f"config.json: rope_parameters.{kind} must be {_FULL} or {_SLIDING} with a mapping."
+            )
+    return {kind: old[kind] | (new.get(kind) or {}) for kind in old}

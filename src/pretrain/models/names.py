@@ -1,0 +1,150 @@
+"""From parameters in memory to tensors on disk: rename, fuse, transpose, and back.
+
+A family lists its ``Name`` rules once; reading and writing are the same table in two directions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import CheckpointError
+
+__all__ = ["Entry", "LoadReport", "Name", "expand", "modern_key", "pack", "unpack"]
+
+
+@dataclass(frozen=True)
+class Name:
+    """One rule. ``{n}`` stands for the layer; suffixes ``.weight`` and ``.bias`` follow by themselves.
+
+    Attributes:
+        disk: name on disk, without the body's prefix.
+        memory: names in memory; several are concatenated along their first dimension on disk.
+        transpose: matrices lie transposed on disk (GPT-2's Conv1D).
+        body: the body's prefix (``bert.``, ``model.``) goes before the name.
+    """
+
+    disk: str
+    memory: tuple[str, ...]
+    transpose: bool = False
+    body: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule applied to one tensor: its name on disk with and without prefix, and the parameters it holds."""
+
+    disk: str
+    bare: str
+    memory: tuple[str, ...]
+    transpose: bool
+    body: bool
+
+
+@dataclass
+class LoadReport:
+    """What happened to each tensor of a file.
+
+    Attributes:
+        loaded: tensors that were read into the model.
+        missing: head tensors that the file lacks; they were initialised afresh.
+        unexpected: tensors of the file that the model has no place for.
+        tied: extra copies of a shared tensor that were compared and found equal.
+        untied: heads that the file keeps apart although its config ties them.
+        ignored: buffers that nobody needs.
+    """
+
+    loaded: int = 0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} tensors loaded"]
+        if self.missing:
+            parts.append(f"new and untrained: {_some(self.missing)}")
+        if self.unexpected:
+            parts.append(f"not used: {_some(self.unexpected)}")
+        if self.untied:
+            parts.append(f"kept apart although the config ties them: {_some(self.untied)}")
+        if self.tied:
+            parts.append(f"{len(self.tied)} tied copies equal")
+        return "; ".join(parts)
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def expand(
+    names: Iterable[Name], layers: int, parameters: Mapping[str, Tensor], prefix: str
+) -> list[Entry]:
+    """Apply the rules to the parameters that exist."""
+    entries = []
+    for rule in names:
+        for n in range(layers) if "{n}" in rule.disk else (0,):
+            memory = tuple(m.replace("{n}", str(n)) for m in rule.memory)
+            disk = rule.disk.replace("{n}", str(n))
+            for suffix in ("", ".weight", ".bias"):
+                if memory[0] + suffix in parameters:
+                    bare = disk + suffix
+                    full = prefix + bare if rule.body else bare
+                    entries.append(
+                        Entry(
+                            full, bare, tuple(m + suffix for m in memory), rule.transpose, rule.body
+                        )
+                    )
+    return entries
+
+
+def pack(entry: Entry, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that goes to disk: fp32, contiguous, on the CPU, a copy of its own."""
+    parts = [parameters[name].detach().to("cpu", torch.float32) for name in entry.memory]
+    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if entry.transpose and tensor.ndim == 2:
+        tensor = tensor.T
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def unpack(
+    entry: Entry, tensor: Tensor, parameters: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor]]:
+    """Parameters in fp32 from a tensor of the disk.
+
+    Raises:
+        CheckpointError: the shape or the type is not what the model needs.
+    """
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f"Tensor {entry.disk!r} has the type {tensor.dtype}; weights must be floating-point."
+        )
+    flip = entry.transpose and tensor.ndim == 2
+    shapes = [tuple(parameters[name].shape) for name in entry.memory]
+    expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if flip:
+        expected = expected[::-1]
+    if tuple(tensor.shape) != expected:
+        raise CheckpointError(
+            f"Tensor {entry.disk!r} has the shape {tuple(tensor.shape)}, but the model needs {expected}. The config "
+            "and the weights do not belong together."
+        )
+    tensor = tensor.T if flip else tensor
+    parts = torch.split(tensor, [shape[0] for shape in shapes]) if len(shapes) > 1 else (tensor,)
+    return [
+        (name, part.to(torch.float32, copy=True).contiguous())
+        for name, part in zip(entry.memory, parts, strict=True)
+    ]
+
+
+def modern_key(key: str) -> str:
+    """Today's spelling of a tensor name: old BERT files say ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
+    return re.sub(
+        r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
+    )

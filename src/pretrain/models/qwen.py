@@ -1,0 +1,107 @@
+"""Qwen2 (arXiv 2407.10671) and Qwen3 (2505.09388): Llama with a few biases, or with norms on queries and keys.
+
+In both, any layer may look through a sliding window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pretrain.errors import ConfigError
+from pretrain.models.config import BackboneConfig, ConfigReader
+from pretrain.models.llama import LAYER_TYPES, Llama, LlamaConfig
+
+__all__ = ["Qwen2", "Qwen2Config", "Qwen3", "Qwen3Config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config(LlamaConfig):
+    """``layer_types`` says which layers slide."""
+
+    def validate(self) -> None:
+        super().validate()
+        self.refuse("qwen2", "attention_bias", "mlp_bias")
+
+
+class Qwen2(Llama):
+    """Llama with biases on queries, keys and values."""
+
+    model_type: ClassVar[str] = "qwen2"
+    config_class: ClassVar[type[BackboneConfig]] = Qwen2Config
+    qkv_bias: ClassVar[bool] = True
+    default_ids: ClassVar[tuple[int | None, int | None]] = (None, None)
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "Qwen2Model",
+        "causal-lm": "Qwen2ForCausalLM",
+        "sequence-classification": "Qwen2ForSequenceClassification",
+        "token-classification": "Qwen2ForTokenClassification",
+        "question-answering": "Qwen2ForQuestionAnswering",
+    }
+
+    @classmethod
+    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
+        use = reader.flag("use_sliding_window", False)
+        window = reader.integer("sliding_window", 4096)
+        first = reader.integer("max_window_layers", 28)
+        types = reader.strings("layer_types")
+        if not use:
+            if types is not None and "sliding_attention" in types:
+                raise ConfigError(
+                    "config.json: 'layer_types' has sliding layers, but 'use_sliding_window' is not true; one of "
+                    "them is wrong."
+                )
+            return {}
+        if types is None:
+            types = tuple(LAYER_TYPES[i >= first] for i in range(min(layers, 1 << 12)))
+        return {"sliding_window": window, "layer_types": types}
+
+    def _family_to_hf(self) -> dict[str, Any]:
+        config = self.config
+        windows = [config.window_of(i) is not None for i in range(config.num_layers)]
+        first = windows.index(True) if any(windows) else config.num_layers
+        return {
+            "use_sliding_window": any(windows),
+            "sliding_window": config.sliding_window if any(windows) else None,
+            "max_window_layers": first,
+            "layer_types": [LAYER_TYPES[slides] for slides in windows],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Config(LlamaConfig):
+    """``layer_types`` says which layers slide; queries and keys are normalised per head."""
+
+    def validate(self) -> None:
+        super().validate()
+        self.refuse("qwen3", "mlp_bias")
+
+
+class Qwen3(Qwen2):
+    """Llama with a norm on each head's queries and keys."""
+
+    model_type: ClassVar[str] = "qwen3"
+    config_class: ClassVar[type[BackboneConfig]] = Qwen3Config
+    qk_norm: ClassVar[bool] = True
+    qkv_bias: ClassVar[bool] = False
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "Qwen3Model",
+        "causal-lm": "Qwen3ForCausalLM",
+        "sequence-classification": "Qwen3ForSequenceClassification",
+        "token-classification": "Qwen3ForTokenClassification",
+        "question-answering": "Qwen3ForQuestionAnswering",
+    }
+
+    @staticmethod
+    def _default_head_dim(hidden: int, heads: int) -> int | None:
+        return 128  # transformers' default where the key is absent
+
+    @classmethod
+    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
+        return super()._family_from_hf(reader, layers) | {
+            "attention_bias": reader.flag("attention_bias", False)
+        }
+
+    def _family_to_hf(self) -> dict[str, Any]:
+        return super()._family_to_hf() | {"attention_bias": self.config.attention_bias}

@@ -1,0 +1,288 @@
+"""Attention (arXiv 1706.03762) with grouped keys (2305.13245), windows, packed documents and a key-value cache.
+
+A batch has one ``AttentionMask``; ``attend`` alone decides from it, the shapes and the device which kernel runs.
+Shapes: B rows, T queries, S keys, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.errors import ModelError
+from pretrain.nn.norm import RMSNorm
+from pretrain.nn.packed import Buckets, attend_packed, pays, plan
+from pretrain.nn.positions import Rope, rotate
+
+__all__ = ["Attention", "AttentionMask", "KVCache", "attend"]
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Who sees whom, built once per batch and shared by all blocks.
+
+    Columns are absolute: with S keys and T queries (T < S behind a cache), query i stands at column S - T + i.
+
+    Attributes:
+        causal: a query sees no later column.
+        documents: (B, S) ids; only equal ids see each other. Padding is 0 and sees padding, so that no row of the
+            softmax is empty.
+        window: a query sees the columns at distance <= window; None is no limit.
+        bias: (B|1, H|1, T, S) added to the scores.
+    """
+
+    causal: bool = False
+    documents: Tensor | None = None
+    window: int | None = None
+    bias: Tensor | None = None
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    _shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_batch(
+        cls, batch: Mapping[str, Tensor], *, causal: bool, window: int | None = None, past: int = 0
+    ) -> AttentionMask:
+        """Build from ``document_ids``, else from ``attention_mask``; neither means that all tokens see each other.
+
+        Ids that cannot change the result are dropped: a single document everywhere, and for a causal model also
+        padding on the right, which no real token looks at.
+
+        Raises:
+            ModelError: the ids do not cover the cached and the new columns.
+        """
+        documents = batch.get("document_ids")
+        name = "document_ids"
+        if documents is None:
+            documents, name = batch.get("attention_mask"), "attention_mask"
+        if documents is None:
+            return cls(causal, None, window)
+        columns = past + batch["input_ids"].shape[1]
+        if documents.ndim != 2 or documents.shape[1] != columns:
+            raise ModelError(
+                f"{name} has the shape {tuple(documents.shape)}, but there are {columns} columns "
+                f"({past} cached, {columns - past} new). Pass one id for each of them."
+            )
+        if documents.dtype == torch.bool or documents.is_floating_point():
+            documents = documents.long()
+        first = documents[:, :1]
+        if causal:
+            same = documents == first
+            # True everywhere: each row is its first document and then padding.
+            plain = (same | (documents == 0)).all() & (same[:, 1:] <= same[:, :-1]).all()
+        else:
+            plain = (documents == first).all()
+        return cls(causal, None if bool(plain) else documents, window)
+
+    def windowed(self, window: int | None) -> AttentionMask:
+        """The same mask with another window; made once."""
+        if window == self.window:
+            return self
+        key = ("windowed", window)
+        if key not in self._memo:
+            self._memo[key] = AttentionMask(
+                self.causal, self.documents, window, self.bias, _shared=self._shared
+            )
+        found: AttentionMask = self._memo[key]
+        return found
+
+    def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """(B|1, 1, T, S) booleans, True where a query sees a key; None when everyone sees everyone. Made once."""
+        memo_key = ("dense", queries, keys, device)
+        if memo_key not in self._memo:
+            self._memo[memo_key] = self._dense(queries, keys, device)
+        found: Tensor | None = self._memo[memo_key]
+        return found
+
+    def _dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        mask: Tensor | None = None
+        window = self.window if self.window is not None and self.window < keys - 1 else None
+        if (self.causal and queries > 1) or window is not None:
+            row = torch.arange(keys - queries, keys, device=device)[:, None]
+            column = torch.arange(keys, device=device)
+            if self.causal:
+                mask = column <= row
+                if window is not None:
+                    mask = mask & (column >= row - window)
+            else:
+                mask = (column - row).abs() <= (keys if window is None else window)
+            mask = mask[None, None]
+        if self.documents is not None:
+            ids = self.documents.to(device)
+            same = (ids[:, keys - queries :, None] == ids[:, None, :])[:, None]
+            mask = same if mask is None else mask & same
+        return mask
+
+    def scores(
+        self, queries: int, keys: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor | None:
+        """What is added to the scores, in their type: 0 or -inf from ``dense``, plus ``bias``. Made once."""
+        memo_key = ("scores", queries, keys, device, dtype)
+        if memo_key not in self._memo:
+            seen = self.dense(queries, keys, device)
+            added = None
+            if seen is not None:
+                added = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(
+                    ~seen, float("-inf")
+                )
+            if self.bias is not None:
+                added = self.bias.to(dtype) if added is None else added + self.bias.to(dtype)
+            self._memo[memo_key] = added
+        found: Tensor | None = self._memo[memo_key]
+        return found
+
+    def buckets(self) -> Buckets | None:
+        """How to attend document by document, if that is worth it. Planned once, for all windows."""
+        if "buckets" not in self._shared:
+            docs, found = self.documents, None
+            if docs is not None and self.bias is None and docs.is_cpu:
+                found = plan(docs)
+                if found is not None and not pays(found, docs.shape[1]):
+                    found = None
+            self._shared["buckets"] = found
+        shared: Buckets | None = self._shared["buckets"]
+        return shared
+
+    def only_causal(self, queries: int, keys: int) -> bool:
+        """The mask is the plain lower triangle, for which every kernel has a fast path."""
+        narrow = self.window is not None and self.window < keys - 1
+        plain = self.documents is None and self.bias is None and not narrow
+        return self.causal and plain and queries == keys and queries > 1
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, H_kv, S_max, d) buffers per layer.
+
+    The buffers are taken at the first ``append``, in the type and on the device of what is appended.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H_kv, T, d) behind what is there; return all keys and values up to and with them.
+
+        ``length`` moves only with ``advance``, when all layers have appended.
+
+        Raises:
+            ModelError: the tokens do not fit.
+        """
+        end = self.length + k.shape[2]
+        if end > self.max_length:
+            raise ModelError(
+                f"The key-value cache holds {self.max_length} tokens and {end} are needed. Make a larger one, or "
+                "generate fewer tokens."
+            )
+        if layer not in self._buffers:
+            shape = (*k.shape[:2], self.max_length, k.shape[3])
+            self._buffers[layer] = (k.new_empty(shape), v.new_empty(shape))
+        keys, values = self._buffers[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` more columns as filled."""
+        self.length += tokens
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat, or reorder) the given rows of the batch."""
+        self._buffers = {i: (k[rows], v[rows]) for i, (k, v) in self._buffers.items()}
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, scale: float, dropout: float
+) -> Tensor:
+    """Choose the kernel and run it: q (B, H, T, d), k and v (B, H_kv, S, d) -> (B, H, T, d)."""
+    queries, keys = q.shape[2], k.shape[2]
+    if (
+        mask is not None
+        and q.is_cpu
+        and queries == keys
+        and (buckets := mask.buckets()) is not None
+    ):
+        return attend_packed(q, k, v, buckets, mask.causal, mask.window, scale, dropout)
+    added: Tensor | None = None
+    causal = mask is not None and mask.only_causal(queries, keys)
+    if mask is not None and not causal:
+        added = mask.scores(queries, keys, q.device, q.dtype)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=added,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head attention, to itself or to a ``context``; (B, T, D) -> (B, T, D).
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        num_kv_heads: heads of keys and values; divides H.
+        head_dim: d.
+        bias: biases on all four projections.
+        qk_norm: root-mean-square norm of each head's queries and keys, before rotation.
+        scale: factor on the scores; d^-½ when None.
+        dropout: of the attention weights.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.dropout = dropout
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.value = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.query_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.key_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: AttentionMask | None,
+        rope: Rope | None = None,
+        context: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        source = x if context is None else context
+        q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # (B, T, H, d)
+        k = self.key(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.value(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        out: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return out

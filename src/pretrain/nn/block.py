@@ -1,0 +1,149 @@
+"""The one transformer block of the package (arXiv 1706.03762; pre-norm: 2002.04745).
+
+Position, mask, graph and modality reach it as tensors, never as options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.nn.attention import Attention, AttentionMask, KVCache
+from pretrain.nn.mlp import MLP
+from pretrain.nn.norm import build_norm
+from pretrain.nn.positions import Rope
+
+__all__ = ["Block", "BlockConfig", "with_bias"]
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What a block can be; a quirk of one family is patched in that family's file instead.
+
+    Attributes:
+        hidden_size: D.
+        num_heads: H.
+        intermediate_size: width of the feed-forward layer.
+        num_kv_heads: heads of keys and values; H when None.
+        head_dim: size of a head; D / H when None.
+        norm: ``layernorm`` or ``rmsnorm``.
+        norm_eps: added to the variance.
+        pre_norm: normalise the input of each half (GPT-2 and later) or the sum behind it (BERT).
+        bias: on all projections, and on the layer norms.
+        activation: name in ``mlp.ACTIVATIONS``.
+        gated: the feed-forward layer has a gate.
+        qk_norm: normalise queries and keys per head.
+        attention_scale: factor on the scores; head_dim^-½ when None.
+        cross_attention: a third half that attends to ``context``.
+        dropout: on the output of each half and on the attention weights.
+    """
+
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    pre_norm: bool = True
+    bias: bool = True
+    activation: str = "gelu"
+    gated: bool = False
+    qk_norm: bool = False
+    attention_scale: float | None = None
+    cross_attention: bool = False
+    dropout: float = 0.0
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each with a norm and a residual connection; (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.dropout = config.dropout
+        self.attention = self._attention(config)
+        self.attention_norm = self._norm(config)
+        self.cross_attention = self._attention(config) if config.cross_attention else None
+        self.cross_attention_norm = self._norm(config) if config.cross_attention else None
+        self.mlp = MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.activation,
+            gated=config.gated,
+            bias=config.bias,
+            dropout=config.dropout,
+        )
+        self.mlp_norm = self._norm(config)
+
+    @staticmethod
+    def _norm(config: BlockConfig) -> nn.Module:
+        return build_norm(config.norm, config.hidden_size, config.norm_eps, config.bias)
+
+    @staticmethod
+    def _attention(config: BlockConfig) -> Attention:
+        return Attention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads or config.num_heads,
+            config.head_dim or config.hidden_size // config.num_heads,
+            bias=config.bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            scale=config.attention_scale,
+            dropout=config.dropout,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: AttentionMask | None,
+        rope: Rope | None = None,
+        context: Tensor | None = None,
+        context_mask: AttentionMask | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: (B, T, D).
+            mask: who sees whom among the columns of ``x`` (and of the cache).
+            rope: rotation tables of these positions, or None.
+            context: (B, S, D) that cross-attention reads.
+            context_mask: who sees whom between ``x`` and ``context``.
+            cache: keys and values of earlier tokens; filled in place.
+            layer: index of this block in the cache.
+        """
+        h = self.attention_norm(x) if self.pre_norm else x
+        x = x + self._drop(self.attention(h, mask=mask, rope=rope, cache=cache, layer=layer))
+        if not self.pre_norm:
+            x = self.attention_norm(x)
+        if (
+            self.cross_attention is not None
+            and self.cross_attention_norm is not None
+            and context is not None
+        ):
+            h = self.cross_attention_norm(x) if self.pre_norm else x
+            x = x + self._drop(self.cross_attention(h, mask=context_mask, context=context))
+            if not self.pre_norm:
+                x = self.cross_attention_norm(x)
+        h = self.mlp_norm(x) if self.pre_norm else x
+        x = x + self.mlp(h)
+        return x if self.pre_norm else self.mlp_norm(x)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+def with_bias(linear: nn.Linear, bias: bool) -> nn.Linear:
+    """The layer itself, or one of its shape with or without a bias: for families that differ in it."""
+    if (linear.bias is not None) == bias:
+        return linear
+    weight = linear.weight
+    return nn.Linear(
+        linear.in_features, linear.out_features, bias=bias, device=weight.device, dtype=weight.dtype
+    )

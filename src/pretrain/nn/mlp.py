@@ -1,0 +1,71 @@
+"""The feed-forward half of a block, plain or gated (GLU variants: arXiv 2002.05202; squared ReLU: 2109.08668)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ACTIVATIONS", "MLP", "activation"]
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+# Several names of one function are the spellings found in published configurations.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "quick_gelu": _quick_gelu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of that name."""
+    return ACTIVATIONS[name]
+
+
+class MLP(nn.Module):
+    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when gated; (B, T, D) -> (B, T, D)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        act: str,
+        *,
+        gated: bool,
+        bias: bool,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.activation = activation(act)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            x = self.down(self.activation(self.up(x)))
+        else:
+            x = self.down(self.activation(self.gate(x)) * self.up(x))
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -1,0 +1,173 @@
+"""Between texts and the model: prompts and documents as ids, rows as tensors, the model's mode.
+
+Letters: B prompts, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = [
+    "Prompts",
+    "check_ids",
+    "end_ids",
+    "evaluating",
+    "fill_id",
+    "frame",
+    "pad",
+    "tokenizer_of",
+]
+
+
+@contextlib.contextmanager
+def evaluating(model: Model) -> Iterator[torch.device]:
+    """Dropout off and no gradients; every module's mode is as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass
+class Prompts:
+    """Prompts as ids, and the form in which the answer is handed back.
+
+    Attributes:
+        ids: one list per prompt.
+        texts: the prompts, if they were texts.
+        form: ``one`` text or list of ids, ``many`` of them, a ``row`` (T,) or a ``tensor`` (B, T).
+    """
+
+    ids: list[list[int]]
+    texts: list[str] | None
+    form: Literal["one", "many", "row", "tensor"]
+
+    @classmethod
+    def read(cls, model: Model, prompts: Any) -> Prompts:
+        """Take prompts of any form.
+
+        Raises:
+            ModelError: none of the forms, or texts without a tokenizer.
+        """
+        if isinstance(prompts, str):
+            return cls(_encode(model, [prompts]), [prompts], "one")
+        if isinstance(prompts, Tensor):
+            if prompts.ndim not in (1, 2) or prompts.is_floating_point():
+                raise ModelError(
+                    f"Prompts must be ids of shape (T,) or (B, T), not {tuple(prompts.shape)} {prompts.dtype}."
+                )
+            rows = prompts.tolist()
+            return cls([rows], None, "row") if prompts.ndim == 1 else cls(rows, None, "tensor")
+        items = list(prompts)
+        if items and all(isinstance(item, str) for item in items):
+            return cls(_encode(model, items), items, "many")
+        if items and all(isinstance(item, int) for item in items):
+            return cls([items], None, "one")
+        if items and all(
+            isinstance(item, Sequence | Tensor) and not isinstance(item, str) for item in items
+        ):
+            return cls([[int(i) for i in item] for item in items], None, "many")
+        raise ModelError(
+            "Prompts must be a text, a list of texts, a list of ids or a tensor of ids; found none of them."
+        )
+
+
+def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    """Prompts begin as documents began in training and stay open at the end."""
+    tokenizer = tokenizer_of(model, "read text")
+    found = tokenizer.encode_batch(texts)
+    start = tokenizer.prefix or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    return [[*tokenizer.prefix, *ids] if ids else list(start) for ids in found]
+
+
+def tokenizer_of(model: Model, purpose: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: it has none; ``purpose`` says what would have needed it.
+    """
+    if model.tokenizer is None:
+        raise ModelError(
+            f"This model has no tokenizer, so it cannot {purpose}. Give ids, or set model.tokenizer."
+        )
+    return model.tokenizer
+
+
+def check_ids(model: Model, ids: list[list[int]], what: str = "Prompt") -> None:
+    """Refuse rows that the model cannot read.
+
+    Raises:
+        ModelError: a row without tokens, with foreign ids, or longer than the model's positions.
+    """
+    size, room = model.backbone.vocab_size, model.backbone.max_length
+    for i, row in enumerate(ids):
+        if not row:
+            raise ModelError(
+                f"{what} {i} has no tokens, and the tokenizer has none to begin with. Write something."
+            )
+        wrong = max(row) if max(row) >= size else min(row)
+        if not 0 <= wrong < size:
+            raise ModelError(
+                f"{what} {i} holds the token id {wrong}, but the model has the ids 0 to {size - 1}. "
+                "They come from another tokenizer."
+            )
+        if len(row) > room:
+            raise ModelError(
+                f"{what} {i} has {len(row)} tokens, but the model has {room} positions. Shorten it."
+            )
+
+
+def end_ids(model: Model) -> list[int]:
+    """Ids that end a text: what the checkpoint says, else the tokenizer's eos."""
+    tokenizer = model.tokenizer
+    for found in (
+        model.generation_config.get("eos_token_id"),
+        None if tokenizer is None else tokenizer.eos_id,
+        model.backbone.config.eos_id,
+    ):
+        if found is not None:
+            ids = found if isinstance(found, list | tuple) else [found]
+            return [int(i) for i in ids if 0 <= int(i) < model.backbone.vocab_size]
+    return []
+
+
+def fill_id(model: Model) -> int:
+    """The id that padding is made of; it is masked, so that any will do."""
+    pad = None if model.tokenizer is None else model.tokenizer.pad_id
+    return pad if pad is not None else next(iter(end_ids(model)), 0)
+
+
+def pad(
+    rows: list[list[int]], fill: int, device: torch.device, *, left: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Rows as one tensor (B, T) with the mask of real tokens, or None if all are of one length."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        real[i, where] = 1
+    return ids.to(device), None if all(len(row) == width for row in rows) else real.to(device)
+
+
+def frame(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    """Whole documents as ids, framed as in training; a causal model's are left open at the end."""
+    tokenizer = tokenizer_of(model, "read text")
+    suffix = [] if model.backbone.causal else tokenizer.suffix
+    return [[*tokenizer.prefix, *ids, *suffix] for ids in tokenizer.encode_batch(texts)]

@@ -1,0 +1,84 @@
+"""JSON as data of unknown origin: what Python's reader lets pass (NaN, a key twice, any depth) is an error here."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from pretrain.errors import CheckpointCorrupt
+
+__all__ = ["names_only", "parse_json", "to_json"]
+
+JSON_LIMIT = 64 << 20  # bytes
+JSON_DEPTH = 64
+
+
+def parse_json(data: bytes, name: object, *, limit: int = JSON_LIMIT) -> Any:
+    """Parse strict JSON: UTF-8, no NaN or Infinity, no key twice, bounded size and depth.
+
+    Raises:
+        CheckpointCorrupt: naming the file and what is wrong.
+    """
+    if len(data) > limit:
+        raise CheckpointCorrupt(name, f"at most {limit:,} bytes of JSON", f"{len(data):,} bytes")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise CheckpointCorrupt(name, "every key once", f"key {twice[:80]!r} twice")
+        return found
+
+    def constant(word: str) -> NoReturn:
+        raise CheckpointCorrupt(name, "finite numbers", word)
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else constant(digits[:40])
+
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=number,
+        )
+        if _too_deep(value, JSON_DEPTH):
+            raise CheckpointCorrupt(name, f"at most {JSON_DEPTH} levels", "a deeper nesting")
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise CheckpointCorrupt(
+            name, "valid JSON in UTF-8", f"{type(error).__name__}: {error}"
+        ) from None
+    return value
+
+
+def _too_deep(value: Any, left: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(_too_deep(item, left - 1) for item in inner)
+
+
+def to_json(value: Any) -> bytes:
+    """Write JSON the way every file of a checkpoint has it: sorted keys, two spaces, strict numbers."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8")
+
+
+def names_only(value: Any) -> Any:
+    """Copy JSON data with every absolute path cut down to its last component: artefacts name sources, not disks."""
+    if isinstance(value, str):
+        absolute = value.startswith(("/", "~/", "\\\\", "file:/")) or re.match(
+            r"^[A-Za-z]:[\\/]", value
+        )
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if absolute else value
+    if isinstance(value, Mapping):
+        return {names_only(key): names_only(item) for key, item in value.items()}
+    return [names_only(item) for item in value] if isinstance(value, list | tuple) else value

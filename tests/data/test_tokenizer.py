@@ -1,0 +1,211 @@
+"""Tokenizers round-trip, keep their special tokens apart, and open in transformers with equal ids."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.encoding import FastEncoder, _slow
+from pretrain.data.tokenizer import Tokenizer, train_from_texts, train_tokenizer
+from pretrain.data.tokenizer_build import KINDS, ROLES
+from pretrain.errors import DataError, TokenizerError
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. It's 1995, isn't it?\n\n  Indented\tand tabbed.\n",
+    "Über naïve cafés: “quotes”, — dashes…  αβγ Привет 你好 مرحبا \r\n x² ½ 🦊",
+    "def f(x):\n    return x ** 2  # <mask> <eos> are only text here\n",
+] * 4
+WILD = st.text(
+    st.one_of(st.characters(exclude_categories=("Cs",)), st.sampled_from(" \n\t's<>aé²")),
+    max_size=120,
+)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return train_from_texts(TEXTS, request.param, vocab_size=400)
+
+
+def test_special_tokens_are_distinct(tokenizer: Tokenizer) -> None:
+    ids = [getattr(tokenizer, f"{role}_id") for role in ROLES]
+    assert None not in ids and len(set(ids)) == 5
+    assert tokenizer.special_ids == set(ids)
+    assert tokenizer.frame([7, 8]) == [tokenizer.bos_id, 7, 8, tokenizer.eos_id]
+    assert len(tokenizer) == tokenizer.vocab_size == len(tokenizer.vocab)
+
+
+@given(text=WILD)
+@settings(max_examples=150, deadline=None)
+def test_bpe_gives_any_text_back(text: str) -> None:
+    tokenizer = _cached("bpe")
+    assert tokenizer.decode(tokenizer.encode(text, special=False), skip_special=False) == text
+
+
+@given(text=WILD)
+@settings(max_examples=150, deadline=None)
+def test_characters_give_any_text_back(text: str) -> None:
+    tokenizer = _cached("char")
+    ids = tokenizer.encode(text, special=False)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert tokenizer.unk_id not in ids
+
+
+@given(texts=st.lists(WILD, min_size=1, max_size=6))
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_short_cut_gives_the_ids_of_the_library(kind: str, texts: list[str]) -> None:
+    backend = _cached(kind).plain
+    fast = FastEncoder(backend)
+    assert fast.rule == kind
+    for _ in range(2):
+        ids, lengths = fast.encode(texts)
+        expected, sizes = _slow(backend, texts)
+        assert ids.tolist() == expected.tolist() and lengths.tolist() == sizes.tolist()
+
+
+_KEPT: dict[str, Tokenizer] = {}
+
+
+def _cached(kind: str) -> Tokenizer:
+    if kind not in _KEPT:
+        _KEPT[kind] = train_from_texts(TEXTS, kind, vocab_size=400)
+    return _KEPT[kind]
+
+
+def test_special_tokens_in_a_document_are_text(tokenizer: Tokenizer) -> None:
+    spelt = tokenizer.roles["mask"]
+    assert tokenizer.mask_id in tokenizer.encode(f"a {spelt} b")
+    assert tokenizer.mask_id not in tokenizer.encode(f"a {spelt} b", special=False)
+
+
+def test_opens_in_transformers_with_equal_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path, max_length=128)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[:3]:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+    for role in ROLES:
+        assert getattr(theirs, f"{role}_token_id") == getattr(tokenizer, f"{role}_id")
+    assert theirs.cls_token_id == tokenizer.bos_id and theirs.sep_token_id == tokenizer.eos_id
+    assert theirs.model_max_length == 128 and len(theirs) == len(tokenizer)
+    assert theirs("fox")["input_ids"][0] == tokenizer.bos_id
+
+
+def test_save_and_open_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    for again in (Tokenizer.from_directory(tmp_path), Tokenizer.open(tmp_path / "tokenizer.json")):
+        assert again.fingerprint == tokenizer.fingerprint
+        assert again.kind == tokenizer.kind and again.roles == tokenizer.roles
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "tokenizer.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_opens_what_transformers_saved_with_extra_tokens(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    _cached("bpe").save(tmp_path / "a")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    theirs.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    theirs.save_pretrained(tmp_path / "b")
+    ours = Tokenizer.open(tmp_path / "b")
+    turn = ours.vocab["<turn>"]
+    assert turn in ours.special_ids and ours.encode("<turn>") == [turn]
+    ours.save(tmp_path / "c")
+    config = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())
+    assert config["extra_special_tokens"] == config["additional_special_tokens"] == ["<turn>"]
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "c")) == len(ours)
+
+
+def test_words_for_whole_word_masking() -> None:
+    bpe = train_from_texts(["walking talking walked"] * 3, "bpe", vocab_size=265)
+    ids = bpe.encode("walking, talked\nBig")
+    words = bpe.word_ids(ids)
+    groups: dict[int, list[int]] = {}
+    for word, index in zip(words.tolist(), ids, strict=True):
+        groups.setdefault(word, []).append(index)
+    assert [bpe.decode(group) for group in groups.values()] == [
+        "walking",
+        ",",
+        " talked",
+        "\n",
+        "Big",
+    ]
+    piece = train_from_texts(["walking talking walked"] * 3, "wordpiece", vocab_size=60)
+    assert set(piece.word_ids(piece.encode("walking walked")).tolist()) == {0, 1}
+    assert piece.continues.dtype == np.bool_ and len(piece.continues) == len(piece)
+    assert not piece.continues[list(piece.special_ids)].any()
+
+
+def test_wordpiece_keeps_case_unless_asked() -> None:
+    assert _cached("wordpiece").decode(_cached("wordpiece").encode("The dog")) == "The dog"
+    lower = train_from_texts(TEXTS, "wordpiece", vocab_size=400, lowercase=True)
+    assert lower.decode(lower.encode("THE Dog")) == "the dog"
+
+
+def test_bert_vocabulary_gives_the_reference_ids(data_sets: Path, tmp_path: Path) -> None:
+    folder = data_sets / "tokenizer_vocabs"
+    bert = Tokenizer.from_directory(folder / "bert-base-uncased")
+    assert (bert.pad_id, bert.bos_id, bert.eos_id, bert.mask_id) == (0, 101, 102, 103)
+    with gzip.open(
+        folder / "test_vectors" / "bert_uncased_squad_questions.jsonl.gz", "rt", encoding="utf-8"
+    ) as lines:
+        cases = [json.loads(line) for line in lines]
+    found = bert.encode_batch([case["question"] for case in cases])
+    assert sum(ids != case["ids"] for ids, case in zip(found, cases, strict=True)) == 0
+    fast, lengths = FastEncoder(bert.plain).encode([case["question"] for case in cases])
+    assert fast.tolist() == [index for case in cases for index in case["ids"]]
+    assert lengths.tolist() == [len(case["ids"]) for case in cases]
+
+
+def test_gpt2_vocabulary_gives_the_reference_ids(data_sets: Path) -> None:
+    folder = data_sets / "tokenizer_vocabs"
+    gpt2 = Tokenizer.from_directory(folder / "gpt2")
+    case = json.loads(
+        (folder / "test_vectors" / "gpt2_encoded_tokens.json").read_text(encoding="utf-8")
+    )
+    assert gpt2.encode(case["text"]) == case["token_ids"]
+    assert (
+        gpt2.eos_id == 50256
+        and gpt2.bos_id is None
+        and gpt2.suffix == [50256]
+        and gpt2.prefix == []
+    )
+
+
+def test_broken_tokenizer_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.open(tmp_path)
+    _cached("bpe").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON"):
+        Tokenizer.open(tmp_path)
+
+
+def test_wrong_requests(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="Did you mean 'bpe'"):
+        train_from_texts(TEXTS, "bpee")
+    with pytest.raises(TokenizerError, match="too small"):
+        train_from_texts(TEXTS, "bpe", vocab_size=100)
+    with pytest.raises(TokenizerError, match="no tokenizer in"):
+        Tokenizer.open(tmp_path)
+    with pytest.raises(TokenizerError, match="Did you mean 'char'"):
+        Tokenizer.open("chars")
+    with pytest.raises(TokenizerError, match="outside the vocabulary"):
+        _cached("bpe").decode([10**6])
+    (tmp_path / "e.txt").write_text("")
+    with pytest.raises(DataError, match="no text"):
+        train_tokenizer(tmp_path / "e.txt")
+
+
+def test_train_tokenizer_from_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS[0] * 5, encoding="utf-8")
+    tokenizer = train_tokenizer(tmp_path, "bpe", vocab_size=300, sample_bytes=200)
+    assert tokenizer.vocab_size <= 300

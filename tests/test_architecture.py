@@ -1,0 +1,454 @@
+"""The shape of the package, held by tests: import direction, sizes, forbidden calls, docstrings, cost of the import.
+
+Run ``pytest -s tests/test_architecture.py`` to see the sizes.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src" / "pretrain"
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+# A layer imports only what stands to the left of it. `data` stands beside this line: it imports no model.
+LAYERS = ["nn", "models", "objectives", "training", "finetune", "cli"]
+
+# What each part may import when the module is loaded, besides the ground and itself.
+ALLOWED: dict[str, set[str]] = {
+    "nn": set(),
+    "data": set(),
+    "models": {"nn"},
+    "objectives": {"nn", "models", "data"},
+    "checkpoint": {"models", "data.tokenizer"},
+    "generate": {"nn", "models", "data.tokenizer"},
+    "training": {"nn", "models", "objectives", "data", "checkpoint"},
+    "history": {"training.logging"},
+    "report": {"history"},
+    "finetune": {"nn", "models", "objectives", "data", "checkpoint", "training", "report"},
+    "quickstart": {"training", "report", "checkpoint"},
+    "cli": {"training", "finetune", "report", "checkpoint", "generate", "data", "quickstart"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+# Every other module at the top is shared ground (errors, config, files, ...): it imports nothing of the package but
+# other ground, and every part may import it.
+PARTS_OF = {"fill": "generate", "prompts": "generate", "sampling": "generate"}
+GROUND = {p.stem for p in SRC.glob("*.py")} - set(ALLOWED) - set(PARTS_OF)
+
+
+def sources() -> list[Path]:
+    return sorted(SRC.rglob("*.py"))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def module_name(path: Path) -> str:
+    """models/gpt2.py -> models.gpt2; nn/__init__.py -> nn; __init__.py -> __init__."""
+    parts = list(path.relative_to(SRC).with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def part(name: str) -> str:
+    """The part of the package that a module belongs to; checkpoint_write and checkpoint are one part."""
+    first = name.split(".")[0]
+    for whole in ("checkpoint", "generate", "cli", "report"):
+        if first.startswith(whole + "_"):
+            return whole
+    return PARTS_OF.get(first, first)
+
+
+def imports(path: Path, *, everywhere: bool) -> Iterator[tuple[str, int]]:
+    """(module inside the package, line) of the imports of a file.
+
+    With ``everywhere`` also those inside functions; never those under ``if TYPE_CHECKING``.
+    """
+    package = ["pretrain", *path.relative_to(SRC).parent.parts]
+
+    def visit(node: ast.AST) -> Iterator[tuple[str, int]]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(
+                    [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+                )
+            for alias in node.names:
+                inside = SRC.joinpath(*f"{base}.{alias.name}".split(".")[1:])
+                is_module = inside.is_dir() or inside.with_suffix(".py").is_file()
+                yield (
+                    (f"{base}.{alias.name}" if base.startswith("pretrain") and is_module else base),
+                    node.lineno,
+                )
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for child in node.orelse:
+                yield from visit(child)
+        elif everywhere or not isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        ):
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child)
+
+    return visit(tree(path))
+
+
+def inner(name: str) -> str | None:
+    """pretrain.models.base -> models.base; None for modules of others and for the package itself."""
+    return name.removeprefix("pretrain.") if name.startswith("pretrain.") else None
+
+
+def allowed(name: str, target: str) -> bool:
+    own = part(name)
+    if part(target) in GROUND or part(target) == own:
+        return True
+    return any(
+        target == ok or target.startswith(ok + ".") or part(target) == ok for ok in ALLOWED[own]
+    )
+
+
+def test_every_part_has_a_place():
+    unknown = {part(module_name(p)) for p in sources()} - set(ALLOWED) - GROUND
+    assert not unknown, f"say in tests/test_architecture.py what {sorted(unknown)} may import"
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in sources():
+        name = module_name(path)
+        for full, line in imports(path, everywhere=False):
+            target = inner(full)
+            if target is None:
+                continue
+            if part(name) in GROUND:
+                if part(target) not in GROUND:
+                    wrong.append(
+                        f"{path.relative_to(ROOT)}:{line} (shared ground) imports {target}"
+                    )
+            elif not allowed(name, target):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
+    assert not wrong, "imports against the direction:\n" + "\n".join(wrong)
+
+
+def test_layers_never_reach_upwards_even_inside_functions():
+    """A delayed import is still an import. Named exceptions: methods of Model that are one call of a function above."""
+    exceptions = {("models", "generate"), ("models", "checkpoint"), ("models", "data")}
+    wrong = []
+    for path in sources():
+        own = part(module_name(path))
+        for full, line in imports(path, everywhere=True):
+            target = part(inner(full) or "")
+            upwards = (
+                own in LAYERS and target in LAYERS and LAYERS.index(target) > LAYERS.index(own)
+            )
+            sideways = own == "data" and target in {*LAYERS, "checkpoint", "generate"}
+            if (upwards or sideways) and (own, target) not in exceptions:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} reaches up to {inner(full)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_data_imports_no_model_and_checkpoint_only_models():
+    for path in sources():
+        name = module_name(path)
+        targets = {inner(full) for full, _ in imports(path, everywhere=True)} - {None}
+        if part(name) == "data":
+            assert not {
+                t for t in targets if part(t) in {"nn", "models", "objectives", "training"}
+            }, path
+        if part(name) == "checkpoint":
+            others = {t for t in targets if part(t) not in GROUND | {"checkpoint", "models"}}
+            assert others <= {"data.tokenizer"}, (path, others)
+
+
+def family_names() -> set[str]:
+    """Model types and class names in the visible table ``FAMILIES`` of models/__init__.py."""
+    for node in tree(SRC / "models" / "__init__.py").body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id == "FAMILIES" for t in targets):
+            table = ast.literal_eval(node.value)
+            return set(table) | {value.split(":")[1] for value in table.values()}
+    raise AssertionError("models/__init__.py has no table FAMILIES")
+
+
+def test_training_names_no_family_and_no_objective():
+    families = family_names()
+    objectives = {p.stem for p in (SRC / "objectives").glob("*.py")} - {"__init__", "base"}
+    classes = {
+        node.name
+        for p in (SRC / "objectives").glob("*.py")
+        if p.stem in objectives
+        for node in tree(p).body
+        if isinstance(node, ast.ClassDef)
+    }
+    forbidden = families | objectives | classes
+    wrong = []
+    for path in sorted((SRC / "training").rglob("*.py")):
+        docs = {id(d) for d in docstrings(tree(path))}
+        for node in ast.walk(tree(path)):
+            words = set()
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in docs
+            ):
+                words = set(node.value.replace(".", " ").replace(":", " ").split())
+            elif isinstance(node, ast.Name):
+                words = {node.id}
+            elif isinstance(node, ast.Attribute):
+                words = {node.attr}
+            elif isinstance(node, ast.ImportFrom):
+                words = set((node.module or "").split(".")) | {a.name for a in node.names}
+            if words & forbidden:
+                wrong.append(
+                    f"{path.relative_to(ROOT)}:{node.lineno} names {sorted(words & forbidden)}"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def docstrings(node: ast.Module) -> Iterator[ast.Constant]:
+    for child in ast.walk(node):
+        body = getattr(child, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            yield first.value
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_nothing_executes_data():
+    """No pickle in any disguise, no eval, no exec: files that are read never run."""
+    modules = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    calls = {
+        "eval", "exec", "torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "os.system", "os.popen",
+        "np.load", "numpy.load", "np.save", "numpy.save", "pd.read_pickle", "yaml.load", "yaml.unsafe_load",
+        "yaml.full_load",
+    }  # fmt: skip
+    wrong = []
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                name = dotted(node.func)
+                safe = name in {"np.load", "numpy.load"} and any(
+                    k.arg == "allow_pickle"
+                    and isinstance(k.value, ast.Constant)
+                    and k.value.value is False
+                    for k in node.keywords
+                )
+                shell = any(
+                    k.arg == "shell"
+                    and not (isinstance(k.value, ast.Constant) and k.value.value is False)
+                    for k in node.keywords
+                )
+                if (name in calls and not safe) or shell:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {name}")
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = (
+                    [a.name for a in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                )
+                hit = {n.split(".")[0] for n in names} & modules
+                if hit:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {sorted(hit)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_heavy_libraries_are_imported_where_they_are_used():
+    heavy = {
+        "datasets",
+        "pyarrow",
+        "pandas",
+        "jsonargparse",
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "IPython",
+    }
+    never = {"transformers", "peft", "accelerate", "huggingface_hub"}
+    wrong = []
+    for path in sources():
+        for full, line in imports(path, everywhere=True):
+            if full.split(".")[0] in never:
+                wrong.append(
+                    f"{path.relative_to(ROOT)}:{line} imports {full}: it is for tests only"
+                )
+        for full, line in imports(path, everywhere=False):
+            if full.split(".")[0] in heavy:
+                wrong.append(
+                    f"{path.relative_to(ROOT)}:{line} imports {full} when the module is loaded"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+    def visit(
+        node: ast.AST, prefix: str
+    ) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield (
+                    prefix + child.name,
+                    child,
+                    (child.end_lineno or child.lineno) - child.lineno + 1,
+                )
+                yield from visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.ClassDef):
+                yield from visit(child, f"{prefix}{child.name}.")
+            else:
+                yield from visit(child, prefix)
+
+    return visit(tree(path), "")
+
+
+def test_sizes():
+    too_big = []
+    total = 0
+    longest = []
+    print()
+    for path in sources():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        total += lines
+        worst = max(functions(path), key=lambda item: item[2], default=None)
+        note = f"{worst[2]:4d} {worst[0]}" if worst else ""
+        print(f"{lines:5d}  {path.relative_to(SRC)!s:34} longest function {note}")
+        if lines > MAX_FILE_LINES:
+            too_big.append(f"{path.relative_to(ROOT)} has {lines} lines, at most {MAX_FILE_LINES}")
+        for name, _, size in functions(path):
+            longest.append(size)
+            if size > MAX_FUNCTION_LINES:
+                too_big.append(
+                    f"{path.relative_to(ROOT)}: {name} has {size} lines, at most {MAX_FUNCTION_LINES}"
+                )
+    print(f"{total:5d}  lines in {len(sources())} files, {len(longest)} functions")
+    assert not too_big, "\n".join(too_big)
+
+
+def methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
+    return (child for child in node.body if isinstance(child, ast.FunctionDef))
+
+
+def test_public_things_have_docstrings():
+    """Modules, public classes, functions and methods; an override is explained where the method was first declared."""
+    plain = {"forward", "extra_repr", "main"}
+    classes = {
+        node.name: node
+        for path in sources()
+        for node in tree(path).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def explained_above(node: ast.ClassDef, name: str) -> bool:
+        bases = [
+            classes[b] for b in (dotted(base).split(".")[-1] for base in node.bases) if b in classes
+        ]
+        return any(
+            any(m.name == name and ast.get_docstring(m) for m in methods(base))
+            or explained_above(base, name)
+            for base in bases
+        )
+
+    def excused(node: ast.ClassDef, method: ast.FunctionDef) -> bool:
+        short = (method.end_lineno or 0) - method.lineno <= 4
+        decorators = {dotted(d) for d in method.decorator_list}
+        return (
+            method.name.startswith("_")
+            or method.name in plain
+            or (short and bool(decorators & {"property", "overload"}))
+            or explained_above(node, method.name)
+        )
+
+    missing = []
+    for path in sources():
+        where = path.relative_to(ROOT)
+        if path.stat().st_size and not ast.get_docstring(tree(path)):
+            missing.append(f"{where}: the module")
+        for node in tree(path).body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                missing.append(f"{where}:{node.lineno} {node.name}")
+            if isinstance(node, ast.ClassDef) and "Protocol" not in {
+                dotted(base) for base in node.bases
+            }:
+                missing += [
+                    f"{where}:{method.lineno} {node.name}.{method.name}"
+                    for method in methods(node)
+                    if not excused(node, method) and not ast.get_docstring(method)
+                ]
+    assert not missing, "no docstring:\n" + "\n".join(missing)
+
+
+def test_no_todo_without_an_issue():
+    mark = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b(?!.*#\d)")
+    wrong = []
+    for path in sources():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if mark.search(line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def python(code: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(SRC.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pretrain",
+        "import pretrain; pretrain.PretrainError; pretrain.RunConfig",
+        "from pretrain.cli import main; main(['--help'])",
+        "import pretrain.report",
+    ],
+)
+def test_light_imports_stay_light(code):
+    """Neither of them may load torch or one of the large libraries: that is most of a second each."""
+    heavy = ("torch", "datasets", "transformers", "pyarrow", "pandas", "tokenizers", "numpy")
+    out = python(f"{code}\nimport sys\nprint('HEAVY', [m for m in {heavy!r} if m in sys.modules])")
+    assert out.splitlines()[-1] == "HEAVY []"
+
+
+def test_everything_public_resolves_and_costs_little_more_than_torch():
+    """All public names together may add only a little to what torch costs (measured as modules, not as seconds)."""
+    code = (
+        "import sys, time, torch, numpy, tokenizers, safetensors.torch\n"
+        "before = set(sys.modules); began = time.perf_counter()\n"
+        "import pretrain\n"
+        "names = [n for n in pretrain.__all__ if getattr(pretrain, n, None) is None]\n"
+        "new = {m for m in set(sys.modules) - before}\n"
+        "print('MISSING', names)\n"
+        "print('SECONDS', time.perf_counter() - began)\n"
+        "print('HEAVY', [m for m in ('datasets', 'transformers', 'pyarrow', 'pandas', 'jsonargparse') if m in new])"
+    )
+    lines = python(code).splitlines()[-3:]
+    print("\n".join(lines))
+    assert lines[0] == "MISSING []"
+    assert lines[2] == "HEAVY []"
+    assert (
+        float(lines[1].split()[1]) < 3.0
+    )  # 0.3 s is the aim on a quiet machine; a busy one must not fail

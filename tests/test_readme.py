@@ -1,0 +1,213 @@
+"""What the documentation says is run: its Python blocks at a tiny size, its command lines against the real options.
+
+A block is run when a line ``<!-- test: NAME -->`` stands before it. The words are those of the reader; only sizes are
+replaced, by the table ``SMALLER``, so that it takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pretrain import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", re.S)
+FENCE = re.compile(r"```bash\n(.*?)```", re.S)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)#\s]+)\)")
+
+SMALLER = {
+    "row_length=512": "row_length=32, valid=0.2",
+    '"size": "small"': '"size": "tiny"',
+    '"limit": "30 minutes"': '"limit": "3 steps", "batch_rows": 2, "eval_rows": 2',
+    'limit="1000 steps"': 'limit="3 steps", batch_rows=2, eval_rows=2',
+    '"configs/gpt-small.yaml"': '"tiny.yaml"',
+}
+TINY = """
+model: {family: gpt2, size: tiny}
+train: {limit: 3 steps, batch_rows: 2, eval_rows: 2}
+"""
+
+
+def blocks():
+    for page in PAGES:
+        for name, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+            yield pytest.param(page, name, code, id=f"{page.stem}-{name}")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory like a reader's: some books, and recipes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    for number in range(12):
+        words = " ".join(
+            f"Chapter {number}: the ship {i} sailed at dawn and came home." for i in range(30)
+        )
+        (tmp_path / "books" / f"{number}.txt").write_text(words)
+    (tmp_path / "other.txt").write_text("The boat came home at night. " * 50)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def smaller(code):
+    lines = []
+    for line in code.splitlines():
+        line = line.replace("vocab_size=8192", "vocab_size=300")
+        if "pretrain.prepare(" in line and "row_length" not in line:
+            line = line.replace("vocab_size=300", "vocab_size=300, row_length=32, valid=0.2")
+        for words, instead in SMALLER.items():
+            line = line.replace(words, instead)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def run(code, name, names=None):
+    names = {"__name__": "__example__"} if names is None else names
+    exec(compile(smaller(code), f"<{name}>", "exec"), names)
+    return names
+
+
+def run_before(name):
+    """Blocks that go on where the README's first one ends, or need its run on the disk, get what the reader has."""
+    if name not in {"transformers", "checkpoints"}:
+        return None
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return run(dict(BLOCK.findall(text))["readme"], "readme")
+
+
+@pytest.mark.parametrize(("page", "name", "code"), list(blocks()))
+def test_python_block_runs(page, name, code, place):
+    if "transformers" in code:
+        pytest.importorskip("transformers")
+    run(code, f"{page.name}: {name}", run_before(name))
+
+
+def test_blocks_are_found():
+    names = [param.values[1] for param in blocks()]
+    assert {"readme", "quickstart", "objective"} <= set(names)
+
+
+def test_unmarked_python_blocks_do_not_exist():
+    """A Python block in the documentation is run; there is no other kind."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```python") == len(BLOCK.findall(text)), page.name
+
+
+def test_the_objective_of_the_guide_trains(place):
+    """The class that CONTRIBUTING shows can be named by its path and trained."""
+    import sys
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (place / "two_ahead_of_the_guide.py").write_text(dict(BLOCK.findall(text))["objective"])
+    sys.path.insert(0, str(place))
+    try:
+        import pretrain
+
+        done = pretrain.train(
+            data={"train": "books", "vocab_size": 300, "row_length": 32, "valid": 0.2},
+            model={"family": "gpt2", "size": "tiny"},
+            objective={"class_path": "two_ahead_of_the_guide.TokenAfterNext"},
+            train={"limit": "2 steps", "batch_rows": 2, "eval_rows": 2, "out": "runs/ahead"},
+        )
+    finally:
+        sys.path.remove(str(place))
+        sys.modules.pop("two_ahead_of_the_guide", None)
+    assert done.step == 2
+
+
+def command_lines():
+    for page in PAGES:
+        for fence in FENCE.findall(page.read_text(encoding="utf-8")):
+            for line in fence.splitlines():
+                for part in line.split("&&"):
+                    words = shlex.split(part, comments=True)
+                    if words and Path(words[0]).name == "pretrain":
+                        yield pytest.param(words[1:], id=f"{page.stem}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", list(command_lines()))
+def test_command_line_is_understood(words, monkeypatch, capsys):
+    """The command exists and takes these options with these types; what it would do is replaced by nothing."""
+    command = dataclasses.replace(cli.COMMANDS[words[0]], run=lambda arguments: None)
+    monkeypatch.setitem(cli.COMMANDS, words[0], command)
+    assert cli.main(words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    shown = "\n".join(line for line in lines if not line.startswith("%"))  # comments of MyST
+    for target in LINK.findall(shown):
+        if "://" not in target:
+            assert (page.parent / target).exists(), (
+                f"{page.name} points to {target}, which is not there"
+            )
+
+
+def test_recipes_that_are_named_exist():
+    for page in PAGES:
+        for name in re.findall(r"configs/[\w-]+\.yaml", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page.name} names {name}, which is not there"
+
+
+def test_tree_of_the_readme_is_the_tree():
+    """Every path in it exists, and every module and folder of the package at its top is in it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"## The tree\n\n```text\n(.*?)```", text, re.S)
+    assert tree
+    inside, base = set(), ROOT
+    for line in tree[1].splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            base = ROOT / name if name.startswith("src") else ROOT
+        path = base / name if line.startswith(" ") else ROOT / name
+        assert path.exists(), f"the README's tree names {name}, which is not there"
+        inside.add(name.rstrip("/"))
+    package = ROOT / "src" / "pretrain"
+    folders = {
+        path.name for path in package.iterdir() if path.is_dir() and (path / "__init__.py").exists()
+    }
+    assert folders <= inside, folders - inside
+
+
+def test_ci_runs_the_two_commands_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- ci: (\w+) -->\n```bash\n([^\n]+)\n```", readme)
+    assert [name for name, _ in found] == ["quickstart", "tests"]
+    for name, command in found:
+        assert f"readme_command {name}" in script
+        assert command.count("&&") >= 1
+    assert found[0][1].startswith("python3 -m venv") and found[0][1].endswith("pretrain quickstart")
+    assert 'pip install -c constraints.txt -e ".[test]"' in found[1][1] and "pytest" in found[1][1]
+
+
+def test_extras_and_pins():
+    """What the tests need is pinned, and every extra that the documentation names exists."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in lines
+        if "==" in line and line[0] != "#"
+    }
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["test"] + extras["docs"] + extras["zst"]
+    for requirement in needed:
+        name = re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+        assert name == "pretrain" or name in pins, f"{name} has no pin in constraints.txt"
+    for page in PAGES:
+        for extra in re.findall(r"pretrain\[(\w+)\]", page.read_text(encoding="utf-8")):
+            assert extra in extras
+    from pretrain.training.logging import LOGGERS
+
+    assert set(LOGGERS) <= set(extras)
