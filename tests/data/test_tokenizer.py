@@ -98,6 +98,14 @@ def test_opens_in_transformers_with_equal_ids(tokenizer: Tokenizer, tmp_path: Pa
     assert theirs("fox")["input_ids"][0] == tokenizer.bos_id
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_the_same_text_trains_the_same_tokenizer(kind: str, lowercase: bool) -> None:
+    made = [train_from_texts(TEXTS, kind, vocab_size=300, lowercase=lowercase) for _ in range(6)]
+    assert len({tokenizer.fingerprint for tokenizer in made}) == 1
+    assert sorted(made[0].vocab.values()) == list(range(len(made[0])))
+
+
 def test_save_and_open_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     for again in (Tokenizer.from_directory(tmp_path), Tokenizer.open(tmp_path / "tokenizer.json")):

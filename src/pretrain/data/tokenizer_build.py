@@ -6,6 +6,7 @@ Everything here works on the backend of the ``tokenizers`` library.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -199,37 +200,65 @@ def train_backend(
         )
     if kind == "char":
         return _characters(texts, special), tags
-    trainer: Any
-    if kind == "bpe":
-        backend = _bpe_pipeline(tokenizers.Tokenizer(models.BPE()))
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            show_progress=False,
-            min_frequency=2,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            max_token_length=_MAX_TOKEN,
-        )
-    else:
+    if kind == "wordpiece":
+        return _train_wordpiece(list(texts), special, vocab_size, lowercase), tags
+    backend = _bpe_pipeline(tokenizers.Tokenizer(models.BPE()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        show_progress=False,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=_MAX_TOKEN,
+    )
+    backend.train_from_iterator(texts, trainer)
+    _begin(backend, tags["bos"])
+    # Words carry the blank before them, so a mask takes it as well, as in RoBERTa.
+    mask = tokenizers.AddedToken(tags["mask"], lstrip=True, special=True)
+    backend.add_special_tokens([mask])
+    return backend, tags
+
+
+def _train_wordpiece(
+    texts: list[str], special: list[str], vocab_size: int, lowercase: bool
+) -> tokenizers.Tokenizer:
+    """Train WordPiece so that the same text always gives the same vocabulary.
+
+    The library numbers the pieces of one character inside words ("##a") in the order of a hash table that differs
+    from run to run, and so breaks ties of its merges differently each time. A first training finds these pieces;
+    the second is given them in sorted order.
+    """
+    unknown = special[ROLES.index("unk")]
+    empty = tokenizers.Tokenizer(models.WordPiece(unk_token=unknown))
+    normalize = _wordpiece_pipeline(empty, lowercase).normalizer.normalize_str
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(normalize(text))
+    common = sorted(counts, key=lambda char: (-counts[char], char))
+    alphabet = [char for char in common if not char.isspace()][: min(1000, vocab_size // 2)]
+
+    def train(size: int, first: list[str]) -> dict[str, int]:
         backend = _wordpiece_pipeline(
-            tokenizers.Tokenizer(models.WordPiece(unk_token=tags["unk"])), lowercase
+            tokenizers.Tokenizer(models.WordPiece(unk_token=unknown)), lowercase
         )
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
+            vocab_size=size,
+            special_tokens=first,
             show_progress=False,
             min_frequency=2,
-            limit_alphabet=min(1000, vocab_size // 2),
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
         )
-    backend.train_from_iterator(texts, trainer)
-    if kind == "wordpiece":
-        _frame_pairs(backend, tags["bos"], tags["eos"])
-    else:
-        _begin(backend, tags["bos"])
-        # Words carry the blank before them, so a mask takes it as well, as in RoBERTa.
-        mask = tokenizers.AddedToken(tags["mask"], lstrip=True, special=True)
-        backend.add_special_tokens([mask])
-    return backend, tags
+        backend.train_from_iterator(texts, trainer)
+        return dict(backend.get_vocab())
+
+    inside = sorted(name for name in train(1, special) if len(name) == 3 and name[:2] == "##")
+    vocab = train(vocab_size, special + inside)
+    model = models.WordPiece(vocab, unk_token=unknown)
+    backend = _wordpiece_pipeline(tokenizers.Tokenizer(model), lowercase)
+    backend.add_special_tokens(special)
+    _frame_pairs(backend, _BERT_TAGS["bos"], _BERT_TAGS["eos"])
+    return backend
 
 
 def _begin(backend: tokenizers.Tokenizer, first: str) -> None:
