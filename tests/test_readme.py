@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import pretrain
 from pretrain import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,11 +27,11 @@ SMALLER = {
     '"size": "small"': '"size": "tiny"',
     '"limit": "30 minutes"': '"limit": "3 steps", "batch_rows": 2, "eval_rows": 2',
     'limit="1000 steps"': 'limit="3 steps", batch_rows=2, eval_rows=2',
-    '"configs/gpt-small.yaml"': '"tiny.yaml"',
+    '"configs/books-gpt.yaml"': '"tiny.yaml"',
 }
 TINY = """
 model: {family: gpt2, size: tiny}
-train: {limit: 3 steps, batch_rows: 2, eval_rows: 2}
+train: {out: runs/books-gpt, limit: 3 steps, batch_rows: 2, eval_rows: 2}
 """
 
 
@@ -108,8 +109,6 @@ def test_the_objective_of_the_guide_trains(place):
     (place / "two_ahead_of_the_guide.py").write_text(dict(BLOCK.findall(text))["objective"])
     sys.path.insert(0, str(place))
     try:
-        import pretrain
-
         done = pretrain.train(
             data={"train": "books", "vocab_size": 300, "row_length": 32, "valid": 0.2},
             model={"family": "gpt2", "size": "tiny"},
@@ -155,6 +154,14 @@ def test_recipes_that_are_named_exist():
     for page in PAGES:
         for name in re.findall(r"configs/[\w-]+\.yaml", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file(), f"{page.name} names {name}, which is not there"
+
+
+def test_recipes_are_few_short_and_valid():
+    recipes = sorted((ROOT / "configs").glob("*.yaml"))
+    assert 0 < len(recipes) <= 15
+    for path in recipes:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path.name
+        pretrain.RunConfig.load(path)
 
 
 def test_tree_of_the_readme_is_the_tree():

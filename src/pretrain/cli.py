@@ -315,7 +315,7 @@ COMMANDS = {
     ),
     "train": Command(
         "Train a model; the same command again resumes it.",
-        "pretrain train --config configs/gpt-small.yaml --data.train data/books --optim.lr 6e-4",
+        "pretrain train --config configs/books-gpt.yaml --data.train data/books --optim.lr 6e-4",
         _add_train,
         _train,
     ),

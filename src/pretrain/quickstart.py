@@ -115,7 +115,8 @@ def quickstart(
         samples[prompt] = model.generate(
             prompt, max_new_tokens=60, temperature=0.7, top_k=50, seed=seed + index
         )
-        tell(textwrap.indent(samples[prompt].strip("\n"), "   | ", lambda _: True) + "\n")
+        lines = [line for line in samples[prompt].splitlines() if line.strip()]
+        tell(textwrap.indent("\n".join(lines), "   | ") + "\n")
 
     written = report.write(path)
     result = _result(run, written, samples, began)

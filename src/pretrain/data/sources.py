@@ -178,6 +178,7 @@ class PythonSource:
             "idle_test",
             "__pycache__",
             "pydoc_data",
+            "encodings",  # tables of characters, not text
         }
     )
 

@@ -201,16 +201,14 @@ def attend(
 ) -> Tensor:
     """Choose the kernel and run it: q (B, H, T, d), k and v (B, H_kv, S, d) -> (B, H, T, d)."""
     queries, keys = q.shape[2], k.shape[2]
-    if (
-        mask is not None
-        and q.is_cpu
-        and queries == keys
-        and (buckets := mask.buckets()) is not None
-    ):
-        return attend_packed(q, k, v, buckets, mask.causal, mask.window, scale, dropout)
     added: Tensor | None = None
     causal = mask is not None and mask.only_causal(queries, keys)
     if mask is not None and not causal:
+        # The shapes of buckets change with every batch, which a compiled graph could not reuse.
+        if q.is_cpu and queries == keys and not torch.compiler.is_compiling():
+            buckets = mask.buckets()
+            if buckets is not None:
+                return attend_packed(q, k, v, buckets, mask.causal, mask.window, scale, dropout)
         added = mask.scores(queries, keys, q.device, q.dtype)
     return F.scaled_dot_product_attention(
         q,

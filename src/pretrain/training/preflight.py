@@ -214,9 +214,12 @@ def describe(
         f"memory about {needed / 2**30:.2f} GiB, {free_memory(trainer.device) / 2**30:.1f} GiB free",
         f"output {trainer.out}",
     ]
-    for key in ("mixture", "cut"):
-        if trainer.about.get(key):
-            lines.append(f"{key} {trainer.about[key]}")
+    sources = trainer.about.get("sources", ())
+    if len(sources) > 1:
+        shares = ", ".join(f"{100 * s['share']:.1f} % {s['name']}" for s in sources[:8])
+        lines.append(f"mixture {shares}{' and others' * (len(sources) > 8)}")
+    if any((left_out := trainer.about.get("left_out", {})).values()):
+        lines.append("left out " + ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n))
     if trainer.eval_data is None:
         lines.append("no held-out rows: nothing will be evaluated")
     return lines

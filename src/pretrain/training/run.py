@@ -46,6 +46,8 @@ _FREE = {
     "parallel.threads",
     "parallel.device",
 }
+# Of the sources that come with their licence; of other text only the user knows it.
+_LICENCES = {"python": "PSF-2.0"}
 # Embedding rows are padded to a multiple of this, which matrix units like; small vocabularies are left as they are.
 _VOCAB_MULTIPLE = 64
 
@@ -200,13 +202,26 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
 
 
 def about(settings: RunConfig, data: Prepared) -> dict[str, Any]:
-    """What the checkpoint says about its origin; no path of this machine is in it."""
-    manifest = data.manifest
-    kept = ("fingerprint", "sources", "mixture", "cut")
-    parent = settings.model.checkpoint
-    return {key: manifest[key] for key in kept if key in manifest} | {
+    """What the checkpoint says about its origin; names of sources, never their places on this machine."""
+    manifest, parent = data.manifest, settings.model.checkpoint
+    sources = [
+        {
+            "name": source["name"]
+            if str(source["name"]).startswith("hub:")
+            else Path(source["name"]).name,
+            "licence": _LICENCES.get(source["name"]),
+            "documents": source["documents"],
+            "tokens": source["tokens"],
+            "share": source["share"],
+        }
+        for source in manifest["splits"]["train"]["sources"]
+    ]
+    return {
+        "fingerprint": data.fingerprint,
+        "sources": sources,
+        "left_out": {key: manifest[key] for key in ("duplicates", "empty", "contaminated")},
+        "unigram_nats": manifest["unigram"]["nats"],
         "parent": Path(parent).name if parent else None,
-        "unigram_nats": manifest.get("unigram_nats"),
     }
 
 
