@@ -41,10 +41,15 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": set(),
 }
-# Every other module at the top is shared ground (errors, config, files, ...): it imports nothing of the package but
-# other ground, and every part may import it.
-PARTS_OF = {"fill": "generate", "prompts": "generate", "sampling": "generate"}
-GROUND = {p.stem for p in SRC.glob("*.py")} - set(ALLOWED) - set(PARTS_OF)
+# Modules that belong to a part although they lie in a folder beside it.
+PARTS_OF = {
+    "generation": "generate",
+    "storage.reading": "checkpoint",
+    "storage.card": "checkpoint",
+    "reporting.history": "history",
+}
+# Shared ground imports nothing of the package but other ground, and every part may import it.
+GROUND = {"errors", "config", "settings", "storage", "reporting"}
 
 
 def sources() -> list[Path]:
@@ -65,12 +70,9 @@ def module_name(path: Path) -> str:
 
 
 def part(name: str) -> str:
-    """The part of the package that a module belongs to; checkpoint_write and checkpoint are one part."""
+    """The part of the package that a module belongs to."""
     first = name.split(".")[0]
-    for whole in ("checkpoint", "generate", "cli", "report"):
-        if first.startswith(whole + "_"):
-            return whole
-    return PARTS_OF.get(first, first)
+    return PARTS_OF.get(name, PARTS_OF.get(first, first))
 
 
 def imports(path: Path, *, everywhere: bool) -> Iterator[tuple[str, int]]:

@@ -373,7 +373,7 @@ def test_options_of_commands_are_those_of_the_functions() -> None:
     from pretrain.generate import generate
 
     def options(command: str) -> dict[str, Any]:
-        from pretrain.arguments import make_parser
+        from pretrain.settings.arguments import make_parser
 
         entry = cli.COMMANDS[command]
         parser = make_parser(command, entry.summary, entry.example, entry.add)

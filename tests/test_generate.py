@@ -14,10 +14,10 @@ import tiny
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, ModelError
 from pretrain.generate import embed, fill_mask, generate
+from pretrain.generation.sampling import Sampler, banned, filter_scores, penalize
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.nn.attention import KVCache
-from pretrain.sampling import Sampler, banned, filter_scores, penalize
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import report
-from pretrain.curves import Series, curve_svg, nice_ticks, thin
 from pretrain.errors import DataError
+from pretrain.reporting.curves import Series, curve_svg, nice_ticks, thin
 
 SVG = "{http://www.w3.org/2000/svg}"
 

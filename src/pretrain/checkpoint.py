@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain import __version__, directories, files, manifest
-from pretrain import checkpoint_read as reading
-from pretrain.card import model_card
-from pretrain.checkpoint_read import inspect, load
-from pretrain.directories import check_writable
+from pretrain import __version__
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.files import Record, note
-from pretrain.manifest import latest, rotate, verify
-from pretrain.runlock import RunLock, is_held
-from pretrain.strict_json import names_only, parse_json, to_json
-from pretrain.tensors import read_tensors, write_tensors
+from pretrain.storage import directories, files, manifest, reading
+from pretrain.storage.card import model_card
+from pretrain.storage.directories import check_writable
+from pretrain.storage.files import Record, note
+from pretrain.storage.manifest import latest, rotate, verify
+from pretrain.storage.reading import inspect, load
+from pretrain.storage.runlock import RunLock, is_held
+from pretrain.storage.strict_json import names_only, parse_json, to_json
+from pretrain.storage.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.arguments import make_parser, parse
 from pretrain.errors import ConfigError, PretrainError, did_you_mean
+from pretrain.settings.arguments import make_parser, parse
 
 __all__ = ["COMMANDS", "main"]
 

@@ -290,7 +290,7 @@ class RunConfig:
             ConfigError: a file that cannot be read, an unknown key (the nearest is named), a wrong
                 type, an impossible value.
         """
-        from pretrain.config_check import read_sections
+        from pretrain.settings.check import read_sections
 
         return cls(**read_sections(cls.SECTIONS, source, overrides))
 
@@ -310,7 +310,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The settings as YAML that `load` reads back to an equal RunConfig."""
-        from pretrain.strict_yaml import dump
+        from pretrain.settings.strict_yaml import dump
 
         return dump(self.to_dict())
 
@@ -320,7 +320,7 @@ class RunConfig:
         Raises:
             ConfigError: the file cannot be written.
         """
-        from pretrain.config_check import write_text
+        from pretrain.settings.check import write_text
 
         return write_text(Path(path), self.to_yaml())
 

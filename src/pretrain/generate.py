@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import ConfigError, ModelError
-from pretrain.fill import embed, fill_mask
+from pretrain.generation.fill import embed, fill_mask
+from pretrain.generation.prompts import (
+    Prompts,
+    check_ids,
+    end_ids,
+    evaluating,
+    fill_id,
+    pad,
+    tokenizer_of,
+)
+from pretrain.generation.sampling import Sampler, banned
 from pretrain.nn.attention import KVCache
-from pretrain.prompts import Prompts, check_ids, end_ids, evaluating, fill_id, pad, tokenizer_of
-from pretrain.sampling import Sampler, banned
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

@@ -17,9 +17,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pretrain.curves import Series, curve_svg
 from pretrain.errors import DataError
-from pretrain.history import History, loss_svg, number, read_history, sort_records
+from pretrain.reporting.curves import Series, curve_svg
+from pretrain.reporting.history import History, loss_svg, number, read_history, sort_records
 
 __all__ = ["History", "curve_svg", "loss_svg", "read_history", "render", "sort_records", "write"]
 
@@ -101,7 +101,7 @@ def render(run_dir: str | os.PathLike[str]) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     from pretrain.errors import ConfigError
-    from pretrain.strict_yaml import parse
+    from pretrain.settings.strict_yaml import parse
 
     try:
         parsed = parse((folder / "run.yaml").read_text(encoding="utf-8"), "run.yaml")

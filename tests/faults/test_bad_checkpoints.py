@@ -197,7 +197,7 @@ def test_files_of_another_checkpoint_are_noticed(run):
 
 def sealed(body):
     """A manifest with a digest that is right: what a forger writes."""
-    from pretrain.strict_json import to_json
+    from pretrain.storage.strict_json import to_json
 
     body.pop("digest", None)
     return to_json({**body, "digest": hashlib.sha256(to_json(body)).hexdigest()})
@@ -519,7 +519,7 @@ def test_places_that_hold_no_model(tmp_path):
 
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
     """What was verified is what is used: the file is read once."""
-    from pretrain import checkpoint_read
+    from pretrain.storage import reading as checkpoint_read
 
     save_model(build("gpt2", vocab_size=9, **SIZES), tmp_path / "m")
     wanted = load(tmp_path / "m", quiet=True).state_dict()

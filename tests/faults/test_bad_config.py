@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import RunConfig
 from pretrain.errors import ConfigError, PretrainError
-from pretrain.strict_yaml import parse
+from pretrain.settings.strict_yaml import parse
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from faults.faulty_io import Disk, FaultyIO, RecordingIO
-from pretrain import files
 from pretrain.checkpoint import (
     RunLock,
     TrainingState,
@@ -29,6 +28,7 @@ from pretrain.checkpoint import (
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointError
 from pretrain.models import build
+from pretrain.storage import files
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,8 @@ def chunked_cross_entropy(
         budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
         chunk = max(32, budget // max(1, weight.shape[0]))
     total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, softcap, chunk)
+        hidden, weight, bias, labels, softcap, chunk
+    )
     return total, correct
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pretrain.checkpoint import check_writable, load, save_model
 from pretrain.data.loader import Examples
-from pretrain.directories import temporary_name
 from pretrain.errors import DataError, TrainingError
+from pretrain.storage.directories import temporary_name
 from pretrain.training.feed import to_device
 from pretrain.training.plan import row_length
 

@@ -15,9 +15,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain import files
 from pretrain.errors import CheckpointError
-from pretrain.files import fsync_directory, write_file, writing
+from pretrain.storage import files
+from pretrain.storage.files import fsync_directory, write_file, writing
 
 __all__ = [
     "check_writable",

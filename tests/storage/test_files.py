@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import files
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
-from pretrain.files import HashingFile, Record, hash_file, read_bytes, write_file
-from pretrain.strict_json import names_only, parse_json, to_json
+from pretrain.storage import files
+from pretrain.storage.files import HashingFile, Record, hash_file, read_bytes, write_file
+from pretrain.storage.strict_json import names_only, parse_json, to_json
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import ConfigError, ModelError
-from pretrain.prompts import check_ids, evaluating, fill_id, frame, pad, tokenizer_of
+from pretrain.generation.prompts import check_ids, evaluating, fill_id, frame, pad, tokenizer_of
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

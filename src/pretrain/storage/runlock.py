@@ -15,8 +15,8 @@ import socket
 import weakref
 from pathlib import Path
 
-from pretrain import directories, files
 from pretrain.errors import CheckpointError, RunLocked
+from pretrain.storage import directories, files
 
 __all__ = ["RunLock", "is_held"]
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
-from pretrain.files import Record
-from pretrain.tensors import DTYPES, read_header, read_tensors, tensor_bytes, write_tensors
+from pretrain.storage.files import Record
+from pretrain.storage.tensors import DTYPES, read_header, read_tensors, tensor_bytes, write_tensors
 
 
 def sample() -> dict[str, torch.Tensor]:
@@ -253,7 +253,7 @@ def test_a_file_larger_than_memory_is_refused(tmp_path, monkeypatch):
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + 2**46)
     except OSError:
-        monkeypatch.setattr("pretrain.tensors.memory_bytes", lambda: 10)
+        monkeypatch.setattr("pretrain.storage.tensors.memory_bytes", lambda: 10)
         write_tensors(tmp_path / "small", {"a": torch.zeros(100)})
         path = tmp_path / "small"
     with pytest.raises(CheckpointError, match="memory"):

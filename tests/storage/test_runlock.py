@@ -11,7 +11,7 @@ import time
 import pytest
 
 from pretrain.errors import CheckpointError, RunLocked
-from pretrain.runlock import RunLock, is_held
+from pretrain.storage.runlock import RunLock, is_held
 
 
 def holder(run):
@@ -105,7 +105,7 @@ def test_lock_says_what_it_cannot_do(tmp_path, monkeypatch, capfd):
     def refuse(descriptor, operation):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("pretrain.runlock.fcntl.flock", refuse)
+    monkeypatch.setattr("pretrain.storage.runlock.fcntl.flock", refuse)
     with RunLock(tmp_path):
         assert "cannot lock" in capfd.readouterr().err
     monkeypatch.undo()

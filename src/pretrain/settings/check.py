@@ -30,7 +30,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     Raises:
         ConfigError: no such file, not a regular file, too large, not UTF-8, not YAML, no sections.
     """
-    from pretrain.strict_yaml import MAX_BYTES, parse
+    from pretrain.settings.strict_yaml import MAX_BYTES, parse
 
     try:
         kind = path.stat()
@@ -354,7 +354,7 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         ConfigError: it cannot be written.
     """
-    from pretrain.files import fsync_directory, write_file
+    from pretrain.storage.files import fsync_directory, write_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

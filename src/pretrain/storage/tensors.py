@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.files import CHUNK, HashingFile, Record, open_regular
-from pretrain.strict_json import parse_json
+from pretrain.storage.files import CHUNK, HashingFile, Record, open_regular
+from pretrain.storage.strict_json import parse_json
 
 __all__ = ["TensorInfo", "read_header", "read_tensors", "tensor_bytes", "write_tensors"]
 

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import __version__
-from pretrain.directories import discard, moved_aside
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.files import (
+from pretrain.storage.directories import discard, moved_aside
+from pretrain.storage.files import (
     Record,
     hash_file,
     note,
     read_bytes,
     write_file,
 )
-from pretrain.strict_json import parse_json, to_json
+from pretrain.storage.strict_json import parse_json, to_json
 
 __all__ = ["Manifest", "complete", "latest", "read_manifest", "rotate", "verify", "write_manifest"]
 

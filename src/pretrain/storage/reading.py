@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain import manifest
-from pretrain.card import objective_name
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.files import Record, note, read_bytes
-from pretrain.manifest import Manifest
-from pretrain.strict_json import parse_json
-from pretrain.tensors import read_header, read_tensors
+from pretrain.storage import manifest
+from pretrain.storage.card import objective_name
+from pretrain.storage.files import Record, note, read_bytes
+from pretrain.storage.manifest import Manifest
+from pretrain.storage.strict_json import parse_json
+from pretrain.storage.tensors import read_header, read_tensors
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

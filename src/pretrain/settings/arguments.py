@@ -1,7 +1,7 @@
 """From words on a command line to values: jsonargparse declares and reads, errors are those of the YAML.
 
-Values are read by `pretrain.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and behind an
-option. Whatever is wrong with an option of ``train`` is said by the code that checks `RunConfig`.
+Values are read by `pretrain.settings.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and
+behind an option. Whatever is wrong with an option of ``train`` is said by the code that checks `RunConfig`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None
 
 
 def _value(text: str) -> Any:
-    from pretrain.strict_yaml import parse
+    from pretrain.settings.strict_yaml import parse
 
     return parse(text, "command line")[0]
 

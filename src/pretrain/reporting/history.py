@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.curves import Series, curve_svg
 from pretrain.errors import DataError
+from pretrain.reporting.curves import Series, curve_svg
 from pretrain.training.logging import read_log
 
 __all__ = ["History", "loss_svg", "number", "read_history", "sort_records"]

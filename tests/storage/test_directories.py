@@ -9,8 +9,9 @@ import stat
 import pytest
 
 from faults.faulty_io import FaultyIO
-from pretrain import directories, files
-from pretrain.directories import (
+from pretrain.errors import CheckpointError
+from pretrain.storage import directories, files
+from pretrain.storage.directories import (
     check_writable,
     discard,
     moved_aside,
@@ -18,8 +19,7 @@ from pretrain.directories import (
     sweep,
     temporary_directory,
 )
-from pretrain.errors import CheckpointError
-from pretrain.files import write_file
+from pretrain.storage.files import write_file
 
 
 def tree(path):

@@ -1,0 +1,1 @@
+"""The parts of text generation: prompts, sampling, mask filling."""

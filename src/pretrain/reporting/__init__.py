@@ -1,0 +1,1 @@
+"""The parts of a report: the log of a run, read, and curves, drawn."""
