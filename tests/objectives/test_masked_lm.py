@@ -136,5 +136,9 @@ def test_bad_arguments() -> None:
         MaskedLM(_model(tokenizer=without))
     with pytest.raises(ConfigError, match="whole_word"):
         build_objective("MaskedLM", {"whole_words": True}, _model())
+    with pytest.raises(ConfigError, match=r"objective.init_args.rate is '0.3'; .*float"):
+        build_objective("MaskedLM", {"rate": "0.3"}, _model())
+    with pytest.raises(ConfigError, match=r"whole_word is 'no'; .*bool"):
+        build_objective("MaskedLM", {"whole_word": "no"}, _model())
     with pytest.raises(ConfigError, match="MaskedLM"):
         build_objective("MaskLM", {}, _model())

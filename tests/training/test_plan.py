@@ -52,3 +52,11 @@ def test_micro_rows_are_a_divisor_that_fits_the_budget(monkeypatch: pytest.Monke
     assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu) == 1
     goal.couples_examples = True
     assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu) == 12
+
+
+def test_a_longer_limit_in_minutes_goes_on() -> None:
+    plan = Plan(TrainConfig(limit="20 minutes", batch_rows=4), ROWS, len(ROWS))
+    done = RunState(step=300, total_steps=300, seconds=600.0, limit="10 minutes")
+    assert plan.first_total(done, 2.0) == 600
+    same = RunState(step=300, total_steps=300, seconds=1200.0, limit="20 minutes")
+    assert plan.first_total(same, 2.0) == 300

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pretrain
-from pretrain.errors import ConfigError, DataError, TokenizerError
+from pretrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RunLocked,
+    TokenizerError,
+    TrainingError,
+)
 from tiny import losses
 
 WORDS = "sea ship wind salt rope sail deck mast gull tide wave storm captain sailor harbour".split()  # noqa: SIM905
@@ -136,3 +144,68 @@ def test_checkpoint_knows_its_origin_and_no_path(tmp_path: Path, text: Path) -> 
     for file in run.checkpoint.rglob("*"):
         if file.is_file():
             assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+def test_a_refused_second_run_leaves_the_first_ones_settings(tmp_path: Path, text: Path) -> None:
+    seen: list[str] = []
+
+    def intrude(record: Any) -> None:
+        if record["step"] == 1:
+            before = (tmp_path / "run" / "run.yaml").read_text()
+            with pytest.raises(RunLocked):
+                pretrain.train(settings(tmp_path, text) | {"optim": {"lr": 5e-4}})
+            assert (tmp_path / "run" / "run.yaml").read_text() == before
+            seen.append(before)
+
+    pretrain.train(settings(tmp_path, text, save_every="0 steps"), hooks=[intrude])
+    assert len(seen) == 1
+
+
+def test_training_without_held_out_text(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = settings(tmp_path, text)
+    base["data"]["valid"] = 0.0
+    run = pretrain.train(base)
+    assert run.metrics == {} and run.step == 6
+    assert "no held-out rows" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no held-out rows"):
+        pretrain.evaluate(run.path)
+
+
+def test_prepared_data_overrule_settings_aloud(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = pretrain.prepare(
+        str(text), tmp_path / "data", vocab_size=280, row_length=16, valid="last:0.2"
+    )
+    base = settings(tmp_path, prepared.path)
+    pretrain.train(base)
+    err = capsys.readouterr().err
+    assert "data.row_length 16 (not 32)" in err and "data.vocab_size 280 (not 300)" in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_place(tmp_path: Path, text: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match="run"):
+        pretrain.train(settings(tmp_path, text))
+
+
+def test_output_inside_a_file(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"text\.txt"):
+        pretrain.train(settings(tmp_path, text, out=str(text / "run")))
+
+
+def test_overrides_that_are_set_elsewhere(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.overrides.seed"):
+        pretrain.train(settings(tmp_path, text), model={"overrides": {"seed": 1}})
+    with pytest.raises(ConfigError, match=r"vocab_size is 100, but the tokenizer has 300"):
+        pretrain.train(settings(tmp_path, text), model={"overrides": {"vocab_size": 100}})
+
+
+def test_a_changed_source_is_noticed_when_resuming(tmp_path: Path, text: Path) -> None:
+    pretrain.train(settings(tmp_path, text))
+    text.write_text(text.read_text() + "\nand one line more")
+    with pytest.raises(TrainingError, match="would repeat some rows"):
+        pretrain.train(settings(tmp_path, text, limit="8 steps"))

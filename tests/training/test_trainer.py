@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import pretrain
 from pretrain.errors import ConfigError, DataError, RunLocked, TrainingError
 from pretrain.objectives.base import Loss, Objective
+from pretrain.training.precision import LossScale
 from pretrain.training.trainer import Hook
 from tiny import Rows, losses, objective, tokenizer, trainer
 
@@ -108,7 +109,7 @@ def test_non_finite_step_changes_neither_weights_nor_moments(tmp_path: Path, nam
     assert any(not torch.equal(value, seen[3][1][key]) for key, value in seen[2][1].items())
     assert task.state.skipped == 1
     skipped = [r for r in task.journal.records if r.get("event") == "skipped"]
-    assert skipped[0]["step"] == 2 and skipped[0]["first_row"] == 8
+    assert skipped[0]["step"] == 3 and skipped[0]["rows"] == task.feed.indices(8)
 
 
 def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
@@ -176,8 +177,9 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path) -> None:
     task.hooks = [Hook(lambda _: trace.append(_weights(goal)))]
     task.fit()
     average = start
-    for weights in trace:
-        average = {k: torch.lerp(v, weights[k], 0.5) for k, v in average.items()}
+    for step, weights in enumerate(trace):
+        share = 1 - min(0.5, (1 + step) / (10 + step))
+        average = {k: torch.lerp(v, weights[k], share) for k, v in average.items()}
     saved = pretrain.load(tmp_path, quiet=True).state_dict()
     for key, value in average.items():
         torch.testing.assert_close(saved[key.removeprefix("model.")], value)
@@ -199,14 +201,61 @@ def test_all_targets_masked(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_token_id_beyond_the_vocabulary(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["NextToken", "MaskedLM"])
+@pytest.mark.parametrize("wrong", [70, -3])
+def test_token_id_beyond_the_vocabulary(tmp_path: Path, kind: str, wrong: int) -> None:
     rows = Rows(4)
-    rows[2]["input_ids"][5] = len(tokenizer()) + 7
-    with pytest.raises(DataError, match=f"input_ids {len(tokenizer()) + 7} at position 5"):
-        trainer(tmp_path, objective(), rows).fit()
-    rows[2]["input_ids"][5] = -3
-    with pytest.raises(DataError, match="input_ids -3"):
-        trainer(tmp_path, objective(), rows).fit()
+    assert len(tokenizer()) <= 70
+    rows[2]["input_ids"][5] = wrong
+    with pytest.raises(DataError, match=f"Training row 2 has input_ids {wrong} at position 5"):
+        trainer(tmp_path, objective(kind), rows).fit()
+
+
+def test_a_bad_id_behind_the_first_batch_is_named_too(tmp_path: Path) -> None:
+    rows = Rows(40)
+    rows[17]["input_ids"][3] = 9999
+    with pytest.raises(DataError, match="Training row 17 has input_ids 9999 at position 3"):
+        trainer(tmp_path, objective(), rows, limit="1 epochs").fit()
+
+
+def test_a_bad_held_out_id_is_named_before_the_first_step(tmp_path: Path) -> None:
+    held_out = Rows(2)
+    held_out[1]["input_ids"][0] = 9999
+    with pytest.raises(DataError, match="Held-out row 1"):
+        trainer(tmp_path, objective(), Rows(8), eval_rows=held_out).fit()
+
+
+def test_labels_that_are_ignored_elsewhere_are_refused_here(tmp_path: Path) -> None:
+    """-1 is an ignore index of other codebases; here it would silently train towards token 0."""
+
+    class Shifted(Objective):
+        def __init__(self, inner: Objective) -> None:
+            super().__init__(inner.model)
+            self.inner = inner
+
+        def collate(self, *args: Any, **kwargs: Any) -> Any:
+            batch = self.inner.collate(*args, **kwargs)
+            batch["labels"][batch["labels"] == -100] = -1
+            return batch
+
+        def forward(self, batch: Any) -> Loss:
+            return self.inner(batch)
+
+    with pytest.raises(DataError, match="labels -1 .*Ignored labels are -100"):
+        trainer(tmp_path, Shifted(objective()), Rows(8)).fit()
+
+
+def test_ragged_and_foreign_rows(tmp_path: Path) -> None:
+    rows = Rows(8)
+    rows[3] = {key: value[:9] for key, value in rows[3].items()}
+    with pytest.raises(DataError, match="of one shape"):
+        trainer(tmp_path, objective(), rows, limit="1 epochs").fit()
+    with pytest.raises(DataError, match="input_ids"):
+        trainer(tmp_path, objective(), [{"tokens": np.arange(16)}] * 8).fit()
+    small = Rows(8)
+    for row in small:
+        row["input_ids"] = row["input_ids"].astype(np.uint16)
+    trainer(tmp_path, objective(), small, limit="1 steps").fit()
 
 
 def test_row_longer_than_the_positions(tmp_path: Path) -> None:
@@ -249,6 +298,89 @@ def test_weights_changed_behind_our_back_are_noticed(tmp_path: Path) -> None:
         row["input_ids"] = np.full_like(row["input_ids"], 7)
     with pytest.raises(TrainingError, match="probe rows"):
         trainer(tmp_path, objective(), other, limit="4 steps").fit()
+
+
+def test_other_data_or_order_are_noticed_when_resuming(tmp_path: Path) -> None:
+    trainer(tmp_path, objective(), Rows(8), limit="2 steps").fit()
+    with pytest.raises(TrainingError, match=r"with rows 8 and this run has 9"):
+        trainer(tmp_path, objective(), Rows(9), limit="4 steps").fit()
+    with pytest.raises(TrainingError, match=r"train.seed 0 and this run has 1"):
+        trainer(tmp_path, objective(), Rows(8), limit="4 steps", seed=1).fit()
+    changed = trainer(tmp_path, objective(), Rows(8), limit="4 steps")
+    changed.about = {"fingerprint": "other"}
+    with pytest.raises(TrainingError, match="with data None"):
+        changed.fit()
+
+
+def test_a_loss_scale_stays_with_fp16(tmp_path: Path) -> None:
+    """A run that moves from fp16 to a device with bf16 must not take the scale along."""
+    plain = LossScale(False)
+    plain.load({"scale": 65536.0, "good": 3})
+    assert plain.scale == 1.0
+    scaled = LossScale(True, scale=8.0)
+    scaled.load(plain.state())
+    assert scaled.scale == 8.0
+
+
+def test_a_stopped_run_stays_stopped(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "eval_rows": Rows(4, seed=9),
+        "limit": "400 steps",
+        "eval_every": "10 steps",
+        "patience": 2,
+        "optim": {"lr": 0.03, "schedule": "constant"},
+    }
+    first = trainer(tmp_path, objective(), Rows(4), **options).fit()
+    again = trainer(tmp_path, objective(), Rows(4), **options).fit()
+    assert first.stopped == again.stopped == "patience" and first.step == again.step
+
+
+def test_held_out_rows_without_a_target_are_told_before_the_first_step(tmp_path: Path) -> None:
+    held_out = Rows(2)
+    for row in held_out:
+        row["document_ids"] = np.arange(1, 17)
+    with pytest.raises(DataError, match="None of the 2 held-out rows"):
+        trainer(tmp_path, objective(), Rows(8), eval_rows=held_out, limit="2 steps").fit()
+
+
+def test_a_tensor_without_gradient_does_not_break_resuming(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make() -> Objective:
+        goal = objective()
+        goal.spare = torch.nn.Linear(3, 3)  # type: ignore[assignment]
+        return goal
+
+    trainer(tmp_path, make(), Rows(8), limit="2 steps").fit()
+    assert "no gradient reaches 2 trainable tensors" in capsys.readouterr().err
+    goal = make()
+    with torch.no_grad():
+        goal.spare.weight.fill_(7.0)  # type: ignore[union-attr,operator]
+    assert trainer(tmp_path, goal, Rows(8), limit="4 steps").fit().step == 4
+    assert not torch.equal(goal.spare.weight, torch.full((3, 3), 7.0))  # type: ignore[union-attr]
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
+    """nohup ignores SIGHUP; a run must not start to listen to it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+
+        def strike(record: Any) -> None:
+            if record["step"] == 3:
+                os.kill(os.getpid(), signal.SIGHUP)
+
+        run = trainer(tmp_path, objective(), Rows(8), hooks=[strike]).fit()
+        assert run.stopped == "limit" and run.step == 12
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_half_precision_weights_are_trained_in_fp32(tmp_path: Path) -> None:
+    goal = objective()
+    goal.bfloat16()
+    trainer(tmp_path, goal, Rows(8), limit="1 steps").fit()
+    assert all(p.dtype is torch.float32 for p in goal.parameters())
 
 
 def test_a_finished_run_runs_no_further(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ class AttentionMask:
         if documents.dtype == torch.bool or documents.is_floating_point():
             documents = documents.long()
         first = documents[:, :1]
+        if not documents.is_cpu:
+            # Asking an accelerator would make it wait; collate drops ids that say nothing before they get there.
+            return cls(causal, documents, window)
         if causal:
             same = documents == first
             # True everywhere: each row is its first document and then padding.

@@ -52,7 +52,7 @@ def chunked_cross_entropy(
         budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
         chunk = max(32, budget // max(1, weight.shape[0]))
     total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, softcap, chunk
+        hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled()
     )
     return total, correct
 
@@ -67,16 +67,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         softcap: float | None,
         chunk: int,
+        grad_enabled: bool,  # autograd switches it off before it comes here
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        needs_bias = bias is not None and ctx.needs_input_grad[2]
+        needs_hidden, needs_weight, needs_bias = (
+            grad_enabled and needed for needed in ctx.needs_input_grad[:3]
+        )
+        # Probabilities below fp16's range would vanish before the loss scale can lift them.
+        lift = 1024.0 if dtype is torch.float16 else 1.0
         with torch.autocast(device, enabled=False):
             low_weight = weight.to(dtype)
-            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+            wide = torch.float32 if dtype is torch.float16 else hidden.dtype
+            grad_hidden = torch.empty_like(hidden, dtype=wide) if needs_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs_bias else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -94,15 +99,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 correct += hits
                 if grad is None:
                     continue
-                low = grad.to(dtype)
+                low = (grad if lift == 1.0 else grad * lift).to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + chunk] = low @ low_weight
+                    back = low @ low_weight
+                    grad_hidden[start : start + chunk] = (
+                        back if lift == 1.0 else back.float() / lift
+                    )
                 if grad_weight is not None:
-                    grad_weight += low.T @ part
+                    grad_weight.add_(low.T @ part, alpha=1.0 / lift)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype = weight.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -112,12 +120,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_hidden = (grad_hidden * grad_total.to(grad_hidden.dtype)).to(ctx.hidden_dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _chunk(

@@ -64,4 +64,26 @@ def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> O
                 f"objective.init_args.{key}: {cls.__name__} has no such argument."
                 + did_you_mean(key, known)
             )
+    hints = inspect.get_annotations(cls.__init__)
+    for key, value in init_args.items():
+        _check_type(f"objective.init_args.{key}", value, hints.get(key))
+    try:
+        inspect.signature(cls).bind(model, **init_args)
+    except TypeError as error:
+        raise ConfigError(f"objective.init_args: {cls.__name__}: {error}.") from error
     return cls(model, **init_args)
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Hold a value against a plain annotation, a type or its name; what is not plain is left to the class."""
+    name = hint if isinstance(hint, str) else getattr(hint, "__name__", "")
+    kinds: dict[str, tuple[type, ...]] = {
+        "float": (int, float),
+        "int": (int,),
+        "bool": (bool,),
+        "str": (str,),
+    }
+    if name in kinds and (
+        not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "bool")
+    ):
+        raise ConfigError(f"{key} is {value!r}; it must be of type {name}.")

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["Batch", "Example", "Loss", "Objective", "stack"]
+__all__ = ["Batch", "Example", "Loss", "Objective", "drop_plain_documents", "stack"]
 
 Batch = dict[str, Tensor]
 Example = Mapping[str, np.ndarray]
@@ -44,12 +45,39 @@ class Loss:
 
 
 def stack(examples: Sequence[Example], keys: Sequence[str]) -> Batch:
-    """Stack the named arrays of equally shaped examples into tensors with a leading row dimension."""
-    return {
-        key: torch.from_numpy(np.stack([example[key] for example in examples]))
-        for key in keys
-        if key in examples[0]
-    }
+    """Stack the named arrays of equally shaped examples into tensors with a leading row dimension.
+
+    Whole numbers become int64, which is what indexes an embedding. The first key must be there.
+
+    Raises:
+        DataError: rows of different lengths, or a key that rows lack.
+    """
+    batch = {}
+    for key in keys:
+        if key != keys[0] and not any(key in example for example in examples):
+            continue
+        try:
+            values = np.stack([example[key] for example in examples])
+        except (KeyError, ValueError) as error:
+            shapes = [np.shape(example[key]) if key in example else "none" for example in examples]
+            raise DataError(
+                f"The rows of a batch need {key} of one shape, and have {shapes[:8]}. Their keys are "
+                f"{', '.join(examples[0])}. Pad or pack the rows to one length."
+            ) from error
+        whole = np.issubdtype(values.dtype, np.integer)
+        batch[key] = torch.from_numpy(values.astype(np.int64) if whole else values)
+    return batch
+
+
+def drop_plain_documents(batch: Batch) -> Batch:
+    """Leave out ids that say nothing: where every row is one document without padding, no mask is needed.
+
+    Decided here, on the CPU, because asking an accelerator would make every step wait for it.
+    """
+    documents = batch.get("document_ids")
+    if documents is not None and bool((documents == 1).all()):
+        del batch["document_ids"]
+    return batch
 
 
 class Objective(nn.Module):
@@ -75,7 +103,7 @@ class Objective(nn.Module):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """Turn examples into a batch.
+        """Turn examples into a batch. Called from the loader's thread too, so it must not change the objective.
 
         Args:
             examples: one mapping of arrays per row.

@@ -15,7 +15,7 @@ import torch
 
 from pretrain.errors import ConfigError, ModelError, TokenizerError
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, TokenObjective, stack
+from pretrain.objectives.base import Batch, Example, TokenObjective, drop_plain_documents, stack
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -76,8 +76,9 @@ class MaskedLM(TokenObjective):
         self.rate, self.eval_rate = rate, eval_rate
         self.mask_share, self.random_share, self.whole_word = mask_share, random_share, whole_word
         self._mask_id = int(tokenizer.mask_id)
-        vocab = len(tokenizer)
-        ordinary = np.ones(vocab, dtype=bool)
+        # Rows of the embedding beyond the tokenizer are padding: never a target, never a replacement.
+        ordinary = np.zeros(max(len(tokenizer), model.backbone.vocab_size), dtype=bool)
+        ordinary[: len(tokenizer)] = True
         ordinary[sorted(tokenizer.special_ids)] = False
         self._maskable = ordinary
         self._ordinary_ids = np.flatnonzero(ordinary)
@@ -106,13 +107,15 @@ class MaskedLM(TokenObjective):
             ids[row, chosen] = self._corrupt(ids[row, chosen], rng)
         batch["labels"] = torch.from_numpy(labels)
         batch["target_index"] = torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE))
-        return batch
+        return drop_plain_documents(batch)
 
     def _choose(
         self, ids: np.ndarray, real: np.ndarray, rate: float, rng: np.random.Generator
     ) -> np.ndarray:
         """Positions of the targets of one row, (T,) -> (n,)."""
-        candidates = np.flatnonzero(self._maskable[ids] & real)
+        candidates = np.flatnonzero(
+            self._maskable[np.clip(ids, 0, len(self._maskable) - 1)] & (ids >= 0) & real
+        )
         if candidates.size == 0:
             return candidates
         wanted = max(1, round(rate * candidates.size))

@@ -11,7 +11,7 @@ import torch
 
 from pretrain.errors import ModelError
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, TokenObjective, stack
+from pretrain.objectives.base import Batch, Example, TokenObjective, drop_plain_documents, stack
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -61,7 +61,7 @@ class NextToken(TokenObjective):
         labels[:, :-1] = torch.where(inside, ids[:, 1:], labels[:, :-1])
         batch["labels"] = labels
         batch["target_index"] = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
-        return batch
+        return drop_plain_documents(batch)
 
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, float], stats: Mapping[str, float]

@@ -31,13 +31,16 @@ class WeightAverage:
         )
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights, after an optimizer step."""
+    def update(self, step: int) -> None:
+        """Move the average towards the weights, after optimizer step ``step``, counted from 0.
+
+        Early on the average is over few steps, so that the random start does not stay in it.
+        """
         if self._shadow:
             torch._foreach_lerp_(
                 list(self._shadow.values()),
                 [p.detach() for p in self._params.values()],
-                1 - self.decay,
+                1 - min(self.decay, (1 + step) / (10 + step)),
             )
 
     @contextlib.contextmanager

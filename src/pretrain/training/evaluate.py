@@ -8,13 +8,18 @@ import torch
 
 from pretrain.data.loader import Examples, row_rngs
 from pretrain.errors import DataError
-from pretrain.training.feed import to_device
+from pretrain.training.feed import check_batch, to_device
 from pretrain.training.precision import Precision
 
 if TYPE_CHECKING:
     from pretrain.objectives.base import Objective
 
-__all__ = ["data_stats", "evaluate_rows"]
+__all__ = ["NoTargets", "data_stats", "evaluate_rows"]
+
+
+class NoTargets(DataError):
+    """The rows have nothing to predict."""
+
 
 _SEED = 0x5EED  # of evaluation draws: part of the definition of the figure, so no run can set it
 
@@ -65,16 +70,17 @@ def evaluate_rows(
                 part = take[start : start + batch_rows]
                 rngs = [row_rngs(_SEED, "evaluation", row, 1)[0] for row in part]
                 batch = objective.collate([data[row] for row in part], rngs, evaluation=True)
+                check_batch(batch, objective.model, "Held-out", part)
                 with precision.autocast():
                     loss = objective(to_device(batch, precision.device))
-                total += loss.total.double().cpu()
+                total += loss.total.cpu().double()
                 count += float(loss.count)
                 for key, value in loss.metrics.items():
                     metrics[key] = metrics.get(key, 0.0) + float(value)
     finally:
         objective.train(was_training)
     if count == 0:
-        raise DataError(
+        raise NoTargets(
             f"None of the {len(take)} held-out rows has a target, so there is nothing to evaluate. "
             "Check the masking rate and that the rows are not empty or all special tokens."
         )

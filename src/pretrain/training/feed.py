@@ -7,17 +7,20 @@ a resume it starts at the position that the checkpoint names.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from pretrain.data.loader import Loader
+from pretrain.errors import DataError
+from pretrain.nn.loss import IGNORE
 
 if TYPE_CHECKING:
+    from pretrain.models.base import Model
     from pretrain.objectives.base import Batch, Objective
 
-__all__ = ["Feed", "hash_seed", "real_tokens", "to_device"]
+__all__ = ["Feed", "check_batch", "hash_seed", "real_tokens", "to_device"]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -28,6 +31,46 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         key: (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
         for key, value in batch.items()
     }
+
+
+def check_batch(batch: Batch, model: Model, kind: str, rows: Sequence[int]) -> None:
+    """Hold ids, positions and labels against the model, on the CPU, where the error can name the row.
+
+    On a GPU an id outside its table is an assertion of the device that names nothing and ends the process.
+
+    Args:
+        batch: made by an objective.
+        model: whose tables the ids index.
+        kind: what the rows are called in an error.
+        rows: their numbers in the data.
+
+    Raises:
+        DataError: an id lies outside its table.
+    """
+    backbone = model.backbone
+    limits = {
+        "input_ids": ("vocabulary", backbone.vocab_size),
+        "labels": ("vocabulary", backbone.vocab_size),
+        "position_ids": ("number of positions", backbone.max_length or 2**62),
+    }
+    for key, (what, size) in limits.items():
+        values = batch.get(key)
+        if values is None or values.ndim < 2 or (key == "labels" and not _is_vocabulary(model)):
+            continue
+        wrong = (values >= size) | (values < 0)
+        if key == "labels":
+            wrong &= values != IGNORE
+        if bool(wrong.any()):
+            row, column = (int(i) for i in wrong.nonzero()[0][:2])
+            raise DataError(
+                f"{kind} row {rows[row]} has {key} {int(values[row, column])} at position {column}, but the "
+                f"model's {what} is {size}. The data were prepared with another tokenizer; prepare them again with "
+                "the model's own (data.tokenizer=CHECKPOINT). Ignored labels are -100."
+            )
+
+
+def _is_vocabulary(model: Model) -> bool:
+    return model.head_kind in ("causal-lm", "masked-lm")
 
 
 class Feed:
@@ -50,12 +93,17 @@ class Feed:
         """The micro-batches of the step whose first row is number ``position`` of the run."""
         examples = self._loader.examples(position, self._batch_rows)
         rngs = self._loader.rngs(position, self._batch_rows)
-        return [
-            self._objective.collate(
-                examples[i : i + self._micro_rows], rngs[i : i + self._micro_rows]
-            )
-            for i in range(0, self._batch_rows, self._micro_rows)
-        ]
+        rows, batches = self.indices(position), []
+        for i in range(0, self._batch_rows, self._micro_rows):
+            end = i + self._micro_rows
+            batch = self._objective.collate(examples[i:end], rngs[i:end])
+            check_batch(batch, self._objective.model, "Training", rows[i:end])
+            batches.append(batch)
+        return batches
+
+    def indices(self, position: int) -> list[int]:
+        """Numbers, in the data, of the rows of the step at ``position``."""
+        return [int(i) for i in self._loader.indices(position, self._batch_rows)]
 
     def steps(self, position: int) -> Generator[list[Batch], None, None]:
         """Steps without end from ``position``, read ahead by the loader's thread; close it to stop the thread."""

@@ -95,8 +95,12 @@ class Journal:
             self.say(f"    {line!r}")
 
     def _send(self, group: str, step: int, figures: Mapping[str, float]) -> None:
-        for logger in self._loggers:
-            logger.log({f"{group}/{key}": value for key, value in figures.items()}, step)
+        for logger in list(self._loggers):
+            try:
+                logger.log({f"{group}/{key}": value for key, value in figures.items()}, step)
+            except Exception as error:  # whatever a service answers, training goes on without it
+                self._loggers.remove(logger)
+                self.say(f"a logger failed and is left out from here on: {error}")
 
     def sync(self) -> None:
         """Make the log durable; called before a checkpoint is."""

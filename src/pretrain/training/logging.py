@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from pretrain.errors import ConfigError, did_you_mean
+from pretrain.storage.files import writing
 
 __all__ = ["LOGGERS", "Progress", "RunLog", "make_loggers", "read_log"]
 
@@ -61,8 +62,9 @@ class RunLog:
         """Append one record; numbers keep every bit, non-finite ones become strings."""
         clean = {key: _plain(value) for key, value in record.items()}
         self.records.append(clean)
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Make what was written durable; called before a checkpoint is."""
@@ -176,4 +178,6 @@ def make_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any]) -> 
                 f"train.loggers names {name!r}, whose package is not installed ({error}). "
                 f"Install it with: pip install 'pretrain[{name}]'"
             ) from error
+        except Exception as error:  # no key, no network, a service that is down
+            raise ConfigError(f"The logger {name!r} cannot start: {error}") from error
     return loggers

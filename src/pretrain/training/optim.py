@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
+from pretrain.nn.device import multiplies_bf16_fast
 
 __all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize"]
 
@@ -28,7 +29,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
     Runs in bf16 where the hardware multiplies it fast; the iteration corrects its own rounding.
     """
-    fast = matrices.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    fast = multiplies_bf16_fast(matrices.device)
     x = matrices.to(torch.bfloat16 if fast else torch.float32)
     wide = x.shape[-2] <= x.shape[-1]
     if not wide:
@@ -121,6 +122,12 @@ class Optimizers:
                 for key, value in state.items():
                     tensor = value if isinstance(value, Tensor) else torch.tensor(value)
                     found[f"{key}/{self._names[p]}"] = tensor.detach()
+        for opt in self.optimizers:
+            for group in opt.param_groups:
+                # A parameter that no gradient has reached yet has no moments, which is not the same as lost ones.
+                for p in group["params"]:
+                    if p not in opt.state:
+                        found[f"absent/{self._names[p]}"] = torch.zeros(())
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -141,6 +148,8 @@ class Optimizers:
                     "The run was started with another model; use a new train.out."
                 )
             p = params[name]
+            if field == "absent":
+                continue
             if tensor.ndim and tensor.shape != p.shape:
                 raise CheckpointError(
                     f"The optimizer state holds {field} of {name!r} with shape {tuple(tensor.shape)}, but the "
@@ -150,7 +159,9 @@ class Optimizers:
             opt = owner[p]
             opt.state[p][field] = tensor.clone().to(p.device)
         lost = [
-            n for n, p in params.items() if p.requires_grad and tensors and p not in owner[p].state
+            name
+            for name, p in params.items()
+            if f"absent/{name}" not in tensors and tensors and p not in owner[p].state
         ]
         if lost:
             raise CheckpointError(
@@ -187,6 +198,7 @@ def build_optimizers(
     matrices: list[Tensor] = []
     if settings.name == "muon":
         inside = {id(p) for block in hidden for p in block.parameters() if p.ndim == 2}
+        inside -= embeddings
         matrices = [p for p in names if id(p) in inside]
     taken = {id(p) for p in matrices}
     rest = {p: name for p, name in names.items() if id(p) not in taken}

@@ -63,6 +63,7 @@ class Plan:
 
     def __init__(self, train: TrainConfig, data: Examples, epoch_rows: int) -> None:
         self.limit = parse_limit(train.limit)
+        self._text = train.limit
         self._batch_rows = train.batch_rows
         self.epoch_rows = epoch_rows
         tokens = getattr(data, "num_tokens", 0) or row_length(data) * len(data)
@@ -80,6 +81,15 @@ class Plan:
         if self.limit.kind == "tokens":
             return max(1, math.ceil(value / (self._tokens_per_row * self._batch_rows)))
         return max(1, int(value * 60 / max(seconds_per_step, 1e-6)))
+
+    def first_total(self, state: RunState, seconds_per_step: float) -> int:
+        """Steps of the whole run when it starts or goes on, also under a limit that was changed meanwhile."""
+        if self.limit.kind != "minutes":
+            return self.total_steps()
+        if state.limit == self._text:
+            return state.total_steps
+        left = self.limit.value * 60 - state.seconds
+        return state.step + max(0, int(left / max(seconds_per_step, 1e-6)))
 
     def replan(self, state: RunState) -> int:
         """Steps of the whole run as seen after a step."""

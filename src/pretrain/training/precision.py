@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import ConfigError, did_you_mean
+from pretrain.nn.device import multiplies_bf16_fast
 
 __all__ = ["LossScale", "Precision", "choose_device", "choose_precision", "peak_flops"]
 
@@ -82,18 +83,12 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if name != "auto":
         return Precision(name, types[name], device, "as configured")
+    fast = multiplies_bf16_fast(device)
     if device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
-        chosen, why = (
-            ("bf16", "tensor cores")
-            if major >= 8
-            else ("fp16", f"capability {major}.x has no bf16")
-        )
+        chosen, why = ("bf16", "tensor cores") if fast else ("fp16", "this GPU has no fast bf16")
     elif device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        chosen, why = (
-            ("bf16", "the CPU has bf16 dot products") if fast else ("fp32", "no bf16 on this CPU")
-        )
+        chosen = "bf16" if fast else "fp32"
+        why = "the CPU has bf16 dot products" if fast else "no bf16 on this CPU"
     else:
         chosen, why = "fp32", f"{device.type} runs it without loss scaling"
     return Precision(chosen, types[chosen], device, why)
@@ -131,11 +126,13 @@ class LossScale:
         return self.enabled and self.scale > 1.0
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
-        return {"scale": self.scale, "good": self.good}
+        """What a checkpoint keeps; nothing when switched off."""
+        return {"scale": self.scale, "good": self.good} if self.enabled else {}
 
     def load(self, state: dict[str, float]) -> None:
-        """Restore what ``state`` returned."""
+        """Restore what ``state`` returned; a run that changed its precision starts with its own scale."""
+        if not (self.enabled and state):
+            return
         self.scale, self.good = float(state["scale"]), int(state["good"])
 
 

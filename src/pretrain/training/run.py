@@ -7,19 +7,19 @@ function of the configuration, and the trainer goes on from the newest checkpoin
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import latest, load
-from pretrain.config import RunConfig
+from pretrain.config import DataConfig, RunConfig
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
+from pretrain.storage.files import note
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.plan import row_length
 from pretrain.training.precision import choose_device, choose_precision
@@ -73,7 +73,7 @@ def train(
     """
     settings = RunConfig.load(config, sections or None)
     out = Path(settings.train.out)
-    check_same_run(settings, out)
+    check_same_run(settings, out, say=False)
     data = open_data(settings)
     model = make_model(settings, data)
     objective = build_objective(settings.objective.class_path, settings.objective.init_args, model)
@@ -87,12 +87,16 @@ def train(
         hooks=hooks,
         about=about(settings, data),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    settings.save(out / "run.yaml")
-    return trainer.fit()
+
+    def begin() -> None:
+        # Under the run's lock: a second command that is refused must not touch the settings of the first.
+        check_same_run(settings, out)
+        settings.save(out / "run.yaml")
+
+    return trainer.fit(begin)
 
 
-def check_same_run(settings: RunConfig, out: Path) -> None:
+def check_same_run(settings: RunConfig, out: Path, *, say: bool = True) -> None:
     """Refuse to go on in a directory whose run had other settings; harmless changes are printed.
 
     Raises:
@@ -108,8 +112,8 @@ def check_same_run(settings: RunConfig, out: Path) -> None:
         if before.get(key) != now.get(key)
     }
     for key, (old, new) in changed.items():
-        if key in _FREE:
-            print(f"{out} goes on with {key} {new!r} (was {old!r})", file=sys.stderr)
+        if key in _FREE and say:
+            note(f"{out} goes on with {key} {new!r} (was {old!r})")
     shaping = {key: values for key, values in changed.items() if key not in _FREE}
     if shaping:
         text = "; ".join(
@@ -135,7 +139,9 @@ def open_data(settings: RunConfig) -> Prepared:
     """The prepared directory that ``data.train`` names, or the sources it names, prepared (or found in the cache)."""
     data = settings.data
     if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
-        return Prepared.open(Path(data.train))
+        prepared = Prepared.open(Path(data.train))
+        say_differences(settings, prepared)
+        return prepared
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None and tokenizer == "bpe":
         tokenizer = str(latest(Path(settings.model.checkpoint)) or settings.model.checkpoint)
@@ -150,6 +156,21 @@ def open_data(settings: RunConfig) -> Prepared:
         workers=data.workers,
         cache_dir=data.cache,
     )
+
+
+def say_differences(settings: RunConfig, prepared: Prepared) -> None:
+    """Prepared data are taken as they are: say which settings of this run they overrule."""
+    options, defaults = prepared.manifest["options"], DataConfig()
+    keys = ("row_length", "vocab_size", "tokenizer", "valid", "text", "separator")
+    overruled = [
+        f"data.{key} {options[key]!r} (not {wanted!r})"
+        for key in keys
+        if (wanted := getattr(settings.data, key)) != getattr(defaults, key)
+        and key in options
+        and options[key] != wanted
+    ]
+    if overruled:
+        note(f"{prepared.path} was prepared with {', '.join(overruled)}; it is taken as it is")
 
 
 def make_model(settings: RunConfig, data: Prepared) -> Model:
@@ -182,6 +203,12 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
             )
         model.tokenizer = tokenizer
         return model
+    for key in ("seed", "head", "size", "family", "tokenizer", "labels"):
+        if key in settings.model.overrides:
+            raise ConfigError(
+                f"model.overrides.{key} is no field of a model's config; it is set elsewhere (model.family, "
+                "model.size, train.seed, data.tokenizer, objective)."
+            )
     vocab = len(tokenizer)
     overrides: dict[str, Any] = {
         "vocab_size": vocab if vocab < 1024 else -(-vocab // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
@@ -190,6 +217,11 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
         "eos_id": tokenizer.eos_id,
     }
     overrides |= settings.model.overrides
+    if isinstance(overrides["vocab_size"], int) and overrides["vocab_size"] < vocab:
+        raise ConfigError(
+            f"model.overrides.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab} tokens. Leave "
+            "it out, or prepare the data with a smaller data.vocab_size."
+        )
     model = build(
         settings.model.family,
         settings.model.size,
@@ -220,7 +252,7 @@ def about(settings: RunConfig, data: Prepared) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "sources": sources,
         "left_out": {key: manifest[key] for key in ("duplicates", "empty", "contaminated")},
-        "unigram_nats": manifest["unigram"]["nats"],
+        "unigram_nats": data.unigram_entropy,
         "parent": Path(parent).name if parent else None,
     }
 

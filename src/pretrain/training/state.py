@@ -47,6 +47,7 @@ class RunState:
     seconds: float = 0.0
     scale: dict[str, float] = field(default_factory=dict)
     probe_loss: float | None = None
+    limit: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an infinite best loss becomes null."""
@@ -127,6 +128,8 @@ def catch_signals() -> Iterator[StopRequest]:
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     for name in names:
         number = getattr(signal, name)
+        if signal.getsignal(number) in (signal.SIG_IGN, None):
+            continue  # nohup ignores SIGHUP on purpose, and what Python did not set it cannot put back
         before[number] = signal.signal(number, handle)
     try:
         yield request

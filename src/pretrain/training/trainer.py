@@ -19,20 +19,20 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint import RunLock, TrainingState, latest, read_training, save_checkpoint
+from pretrain.checkpoint import RunLock, TrainingState, latest, save_checkpoint
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples, Loader
 from pretrain.errors import TrainingError
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.ema import WeightAverage
-from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.feed import Feed, hash_seed, real_tokens, to_device
 from pretrain.training.journal import Journal
 from pretrain.training.optim import build_optimizers
 from pretrain.training.plan import Plan, choose_micro_rows, row_length
 from pretrain.training.precision import LossScale, choose_device, choose_precision, peak_flops
 from pretrain.training.preflight import check_rows, preflight
-from pretrain.training.restore import load_weights, other_tensors
+from pretrain.training.restore import identity, other_tensors, restore
 from pretrain.training.schedule import lr_factor
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals
 
@@ -89,11 +89,16 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
 
-    def fit(self) -> Run:
-        """Train until the limit, from the newest checkpoint in the output directory if there is one."""
+    def fit(self, begin: Callable[[], None] | None = None) -> Run:
+        """Train until the limit, from the newest checkpoint in the output directory if there is one.
+
+        Args:
+            begin: called once the directory is locked for this run, before anything is read from it.
+        """
         began = time.monotonic()
-        self.out.mkdir(parents=True, exist_ok=True)
         with RunLock(self.out), catch_signals() as stop:
+            if begin is not None:
+                begin()
             self.journal = Journal(self.out, self.train.loggers, self.about)
             with contextlib.closing(self.journal):
                 resumed = self._set_up()
@@ -117,6 +122,9 @@ class Trainer:
         if self.parallel.compile:
             for block in model.backbone.blocks():
                 block.compile()
+        if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
+            self.say("the weights are converted to fp32: half-precision weights lose small updates")
+            self.objective.float()
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizers = build_optimizers(
             self.objective, self.optim, model.backbone.blocks(), self.device
@@ -133,53 +141,39 @@ class Trainer:
         self._row_length = row_length(self.train_data)
         checkpoint = latest(self.out)
         if checkpoint is not None:
-            self._resume(checkpoint)
-        else:
-            self.state.total_steps = self.plan.total_steps()
-        self._seconds_per_step = preflight(self, checkpoint)
-        if checkpoint is None:
-            self.state.total_steps = self.plan.total_steps(self._seconds_per_step)
+            restore(self, checkpoint)
+        seconds = preflight(self, checkpoint)
+        self.state.total_steps = self.plan.first_total(self.state, seconds)
+        self.state.limit = self.train.limit
         self._peak = peak_flops(self.precision)
         return checkpoint is not None
-
-    def _resume(self, checkpoint: Path) -> None:
-        training = read_training(checkpoint)
-        self.state = RunState.from_json(training.state["run"])
-        self.checkpoint = checkpoint
-        self.scaler.load(self.state.scale)
-        load_weights(self.objective, checkpoint, training.tensors.get("objective", {}))
-        if self.average.decay:
-            self.average.load(training.tensors["weights"])
-        self.optimizers.load(training.tensors["optimizer"])
-        if self.plan.limit.kind != "minutes":
-            self.state.total_steps = self.plan.total_steps()
 
     def _loop(self, stop: StopRequest) -> Run:
         state, stopped = self.state, "limit"
         steps = self.feed.steps(state.rows)
         self.objective.train()
+        # A collection in the middle of a step costs up to half a second on large heaps.
+        collecting = gc.isenabled()
         gc.collect()
         gc.freeze()
-        gc.disable()  # a collection in the middle of a step costs up to half a second on large heaps
+        gc.disable()
         try:
-            if state.step < state.total_steps:
-                for batches in steps:
-                    record = self._step(batches)
-                    self._after_step(record)
-                    if stop.name is not None or self._out_of_patience():
-                        stopped = stop.name or "patience"
-                        break
-                    if state.step >= state.total_steps:
-                        break
+            while state.step < state.total_steps:
+                if stop.name is not None or self._out_of_patience():
+                    stopped = stop.name or "patience"
+                    break
+                began = time.perf_counter()
+                self._after_step(self._step(next(steps), began))
         finally:
             steps.close()
-            gc.enable()
+            if collecting:
+                gc.enable()
             gc.unfreeze()
-        return self._finish(stopped)
+        return self._finish(stop.name or stopped)
 
-    def _step(self, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step over the micro-batches of a global batch."""
-        began, state = time.perf_counter(), self.state
+    def _step(self, batches: list[Batch], began: float) -> dict[str, Any]:
+        """One optimizer step over the micro-batches of a global batch; ``began`` includes the wait for them."""
+        state = self.state
         count = sum(float(self.objective.count(batch)) for batch in batches)
         self._check_targets(count)
         factor = lr_factor(
@@ -208,10 +202,10 @@ class Trainer:
                 torch.nn.utils.clip_grads_with_norm_(self.params, self.optim.clip, norm)
             self.optimizers.set_factor(factor)
             self.optimizers.step()
-            self.average.update()
+            self.average.update(state.step)
         self.optimizers.zero_grad()
         self._count_skips(finite, nll, grad_norm)
-        self.scaler.update(finite)
+        self.scaler.update(finite or not math.isfinite(nll))
         tokens = sum(real_tokens(batch) for batch in batches)
         state.step += 1
         state.rows += self.train.batch_rows
@@ -241,30 +235,25 @@ class Trainer:
 
     def _count_skips(self, finite: bool, nll: float, grad_norm: float) -> None:
         """Skip, name the rows, and give up after a few in a row; moments and weights stay as they were."""
-        state = self.state
+        state, step = self.state, self.state.step + 1
         if finite:
             state.skipped_in_row = 0
             return
-        first = state.rows
-        rows = f"rows {first} to {first + self.train.batch_rows - 1}"
-        if self.scaler.explains():
-            self.journal.say(
-                f"step {state.step}: fp16 overflow at scale {self.scaler.scale:g}, skipped ({rows})"
-            )
+        # The loss itself is never scaled, so only a gradient can be the scale's doing.
+        if math.isfinite(nll) and self.scaler.explains():
+            self.say(f"step {step}: fp16 overflow at scale {self.scaler.scale:g}, skipped")
             return
         state.skipped += 1
         state.skipped_in_row += 1
-        self.journal.say(
-            f"step {state.step}: loss {nll} or gradient norm {grad_norm} is not finite, skipped; {rows} of the run"
-        )
-        self.journal.write(
-            {"event": "skipped", "step": state.step, "first_row": first, "loss": nll}
-        )
+        rows = self.feed.indices(state.rows)
+        named = f"training rows {', '.join(map(str, rows[:16]))}{', ...' * (len(rows) > 16)}"
+        self.say(f"step {step}: loss {nll}, gradient norm {grad_norm}: skipped; {named}")
+        self.journal.write({"event": "skipped", "step": step, "rows": rows, "loss": nll})
         if state.skipped_in_row >= _MAX_SKIPPED_IN_ROW:
             raise TrainingError(
-                f"{state.skipped_in_row} steps in a row gave a non-finite loss or gradient, the last at step "
-                f"{state.step} ({rows}). Weights and moments are those of the last good step. Likely causes: a "
-                "learning rate too high, broken rows, or fp16 range; lower optim.lr or set train.precision=fp32."
+                f"{state.skipped_in_row} steps in a row gave a non-finite loss or gradient, the last at step {step} "
+                f"({named}). Weights and moments are those of the last good step. Likely causes: a learning rate too "
+                "high, broken rows, or fp16 range; lower optim.lr or set train.precision=fp32."
             )
 
     def _after_step(self, record: dict[str, Any]) -> None:
@@ -337,11 +326,15 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         return 0 < self.train.patience <= self.state.evals_since_best
 
-    def probe(self) -> float:
-        """Loss on a few fixed rows, by which a resumed run recognises its own weights."""
+    def probe(self) -> float | None:
+        """Loss on a few fixed rows, by which a resumed run recognises its own weights; None if they have none."""
         rows = self.eval_data if self.eval_data is not None else self.train_data
         few = [rows[i] for i in range(min(2, len(rows)))]
-        return evaluate_rows(self.objective, few, self.precision, batch_rows=2)["loss"]
+        try:
+            loss = evaluate_rows(self.objective, few, self.precision, batch_rows=2)["loss"]
+        except NoTargets:
+            return None
+        return loss if math.isfinite(loss) else None
 
     def save(self) -> Path:
         """Write a checkpoint of this step; what was there stays until the new one is durable."""
@@ -365,10 +358,13 @@ class Trainer:
                 step=state.step,
                 tokens=state.tokens,
                 pretrain_block=self.about | about,
-                training=TrainingState(tensors=tensors, state={"run": state.to_json()}),
+                training=TrainingState(
+                    tensors=tensors, state={"run": state.to_json(), "identity": identity(self)}
+                ),
                 keep=self.train.keep,
                 protect={state.best_step} if self.train.best and state.best_step else set(),
             )
+        gc.collect()  # cheap behind a freeze, and nothing else collects while training
         return self.checkpoint
 
     def _finish(self, stopped: str) -> Run:
