@@ -1,4 +1,4 @@
-"""What every model must do, whatever its family; call ``check_model`` with a function that builds one.
+"""What every model and every objective must do: ``check_model`` and ``check_objective`` take a function that builds one.
 
 Shapes, initial statistics, a gradient for every parameter, one batch learned by heart, equal after saving and
 loading, the same weights from the same seed.
@@ -6,13 +6,20 @@ loading, the same weights from the same seed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.data.loader import row_rngs
 from pretrain.models.base import Model
+from pretrain.objectives import Objective
+from pretrain.training.trainer import Hook, Trainer
 
 Build = Callable[..., Model]
 
@@ -145,3 +152,97 @@ def check_overfit(model: Model, steps: int = 60) -> None:
     assert float(loss.detach()) < 0.2 * first, (
         f"one batch is not learned: {first:.3f} -> {float(loss):.3f}"
     )
+
+
+def check_objective(build: Callable[[], Objective], rows: Any, out: Path) -> None:
+    """Run every check on an objective that ``build()`` makes around a fresh model.
+
+    Args:
+        build: returns a fresh objective on the CPU, the same at every call.
+        rows: at least eight training examples.
+        out: an empty directory.
+    """
+    check_sums(build(), rows)
+    check_row_randomness(build(), rows)
+    check_objective_learns(build, rows, out / "overfit")
+    check_objective_resumes(build, rows, out)
+
+
+def check_sums(objective: Objective, rows: Any) -> None:
+    """Loss and count are sums: two halves add up to the whole."""
+    objective.eval()
+    rngs = row_rngs(0, "collate", 0, 8)
+    whole = objective(objective.collate([rows[i] for i in range(8)], rngs))
+    total, count = 0.0, 0.0
+    for start in (0, 4):
+        part = objective.collate(
+            [rows[i] for i in range(start, start + 4)], row_rngs(0, "collate", start, 4)
+        )
+        assert int(objective.count(part)) > 0
+        loss = objective(part)
+        total, count = total + float(loss.total.detach()), count + float(loss.count)
+    if not objective.couples_examples:
+        torch.testing.assert_close(torch.tensor(total), whole.total, rtol=1e-4, atol=1e-4)
+        assert count == float(whole.count)
+
+
+def check_row_randomness(objective: Objective, rows: Any) -> None:
+    """What is drawn for a row depends on its own generator alone."""
+    rngs = row_rngs(0, "collate", 0, 4)
+    together = objective.collate([rows[i] for i in range(4)], rngs)
+    alone = objective.collate([rows[2]], row_rngs(0, "collate", 2, 1))
+    for key, value in alone.items():
+        if value.ndim >= 2 and key in together:
+            assert torch.equal(value[0], together[key][2]), key
+
+
+def check_objective_learns(build: Callable[[], Objective], rows: Any, out: Path) -> None:
+    """A gradient reaches every trainable parameter, and a few rows are learned by heart."""
+    objective = build()
+    objective.train()
+    loss = objective(objective.collate([rows[i] for i in range(8)], row_rngs(0, "collate", 0, 8)))
+    loss.total.backward()
+    for name, p in objective.named_parameters():
+        assert not p.requires_grad or p.grad is not None, f"no gradient reaches {name}"
+    steps: list[float] = []
+    fit = _trainer(build(), [rows[i] for i in range(8)], out, "80 steps", lr=2e-2)
+    fit.hooks = [Hook(lambda record: steps.append(record["loss"]))]
+    fit.fit()
+    assert min(steps[-8:]) < 0.8 * steps[0]
+
+
+def check_objective_resumes(build: Callable[[], Objective], rows: Any, out: Path) -> None:
+    """Six steps equal three steps, a new process's worth of objects, and three more: bit for bit."""
+    whole = _trainer(build(), rows, out / "whole", "6 steps").fit()
+    _trainer(build(), rows, out / "cut", "6 steps", stop_after=3)
+    cut = _trainer(build(), rows, out / "cut", "6 steps").fit()
+    assert whole.checkpoint is not None and cut.checkpoint is not None
+    files = [run.checkpoint / "model.safetensors" for run in (whole, cut)]  # type: ignore[operator]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+class _Stop(Exception):
+    """Ends a run in the middle."""
+
+
+def _trainer(
+    objective: Objective, rows: Any, out: Path, limit: str, *, lr: float = 1e-3, stop_after: int = 0
+) -> Trainer:
+    def strike(record: Any) -> None:
+        if record["step"] == stop_after:
+            raise _Stop
+
+    trainer = Trainer(
+        objective,
+        rows,
+        optim=OptimConfig(lr=lr),
+        train=TrainConfig(
+            out=str(out), limit=limit, batch_rows=8, save_every="1 steps", keep=1, precision="fp32"
+        ),
+        parallel=ParallelConfig(device="cpu"),
+        hooks=[Hook(strike)],
+    )
+    if stop_after:
+        with contextlib.suppress(_Stop):
+            trainer.fit()
+    return trainer

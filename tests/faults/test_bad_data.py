@@ -192,8 +192,17 @@ def test_data_smaller_than_one_row(tmp_path: Path) -> None:
     assert "the train text fills less than one row" in data.table()
 
 
-def test_no_validation_rows_is_told(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("")
+def test_no_validation_rows_is_told(tmp_path: Path, good: Path) -> None:
+    data = prepare(good, valid=0)
+    assert len(data.valid) == 0 and data.valid.num_documents == 0 and data.train.num_documents == 30
+    assert data.unigram_entropy is None and "no validation rows" in data.table()
+    assert data.bytes_per_token > 0
+    empty = prepare(good, valid=jsonl(tmp_path / "empty.jsonl", ["", " "]))
+    assert len(empty.valid) == 0 and "no validation rows" in empty.table()
+    assert "no validation rows" not in prepare(good).table()
+
+
+def test_validation_of_one_document_at_least(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("some text to learn from")
     data = prepare(tmp_path / "b.txt", valid="last:0.001")
     assert data.valid.num_documents == 1
@@ -235,7 +244,7 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
 
 def test_csv_row_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text\n1,fine\n2\n")
-    with pytest.raises(DataError, match=r"a\.csv:3 has 1 of 2 columns"):
+    with pytest.raises(DataError, match=r"a\.csv:3 has 1 columns, but the header has 2"):
         prepare(tmp_path / "a.csv")
 
 
@@ -297,27 +306,6 @@ def test_damaged_shards_are_named(good: Path, tmp_path: Path, name: str) -> None
     assert len(prepare(good, tmp_path / "out").train) == len(data.train), (
         "prepare makes it whole again"
     )
-
-
-def test_damaged_manifest(good: Path, tmp_path: Path) -> None:
-    data = prepare(good, tmp_path / "out")
-    (data.path / "manifest.json").write_text('{"format": 1,')
-    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        Prepared.open(data.path)
-    (data.path / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(DataError, match="format 99"):
-        Prepared.open(data.path)
-
-
-def test_out_that_is_something_else(good: Path, tmp_path: Path) -> None:
-    precious = tmp_path / "photos" / "a.jpg"
-    precious.parent.mkdir()
-    precious.write_bytes(b"x")
-    with pytest.raises(DataError, match="is not prepared data"):
-        prepare(good, tmp_path / "photos")
-    assert precious.exists()
-    with pytest.raises(DataError, match="is a file"):
-        prepare(good, precious)
 
 
 def test_disk_full_keeps_what_was_there(
@@ -384,56 +372,26 @@ def test_dead_encoding_process_is_told(
     assert len(prepare(good, tmp_path / "out").train)
 
 
-def test_stream_that_cannot_be_read_twice(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"text": GOOD})
-    with pytest.raises(DataError, match="hub:NAME"):
-        prepare(data.to_iterable_dataset())
-    with pytest.raises(DataError, match=r"several splits \(train\)"):
-        prepare(datasets.DatasetDict({"train": data}))
-
-
-def test_hub_name_is_streamed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    calls: list[tuple[object, ...]] = []
-
-    def load(name: str, config: str | None, *, split: str, streaming: bool) -> object:
-        calls.append((name, config, split, streaming))
-        if name == "missing/set":
-            raise FileNotFoundError("no such data set")
-        return iter({"text": text} for text in GOOD)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    for _ in range(2):
-        assert prepare("hub:some/set@en:test", row_length=96).train.num_documents > 20
-    assert calls == [("some/set", "en", "test", True)]
-    with pytest.raises(DataError, match="hub:missing/set cannot be streamed"):
-        prepare("hub:missing/set")
-
-
-def test_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
-    class Moving:
-        name = "moving"
-        notes: list[str] = []
-        reads = 0
-
-        def pieces(self):
-            self.reads += 1
-            yield from ((text, True) for text in GOOD[: 30 - 5 * self.reads])
-
-        def fingerprint(self, hashes: object) -> str:
-            return "moving"
-
-    with pytest.raises(DataError, match="changed while it was read"):
-        prepare(Moving(), tmp_path / "out")
-
-
 def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
+    """Valid files with a few bytes changed get past the first check; see also tests/data/test_hostile_files.py."""
     rng = np.random.default_rng(0)
-    for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet", "a.txt.gz", "a.jsonl.zst", "a.md"):
-        for _ in range(6):
-            (tmp_path / name).write_bytes(
-                rng.integers(0, 256, size=int(rng.integers(1, 300)), dtype=np.uint8).tobytes()
-            )
-            with pytest.raises(PretrainError):
-                prepare(tmp_path / name)
+    table = ["id,text", *(f'{k},"{text}"' for k, text in enumerate(GOOD))]
+    rows = [json.dumps({"text": text}) for text in GOOD]
+    whole = {"a.csv": "\n".join(table), "a.jsonl": "\n".join(rows) + "\n", "a.txt": "\n".join(GOOD)}
+    outcomes = set()
+    for name, text in whole.items():
+        for _ in range(12):
+            damaged = bytearray(text.encode())
+            for _ in range(2):
+                damaged[int(rng.integers(len(damaged)))] = int(
+                    rng.choice([34, 44, 92, 125, 195, 255])
+                )
+            (tmp_path / name).write_bytes(damaged)
+            told = None
+            try:
+                prepare(tmp_path / name, tmp_path / "out")
+            except PretrainError as error:
+                told = str(error)
+            assert told is None or name in told
+            outcomes.add((name, told is None))
+    assert {(name, False) for name in whole} < outcomes

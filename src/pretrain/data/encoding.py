@@ -26,13 +26,17 @@ import tokenizers
 from numpy.typing import NDArray
 
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import DataError
+from pretrain.data.tokenizer_build import library_errors
+from pretrain.errors import DataError, TokenizerError
 
 __all__ = ["Encoder", "FastEncoder"]
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
+# The memory of words met before is bounded in words and in ids; longer words are hardly met twice.
 _MAX_WORDS = 1 << 18
+_MAX_IDS = 1 << 21
+_MAX_LETTERS = 200
 
 
 class _Words(dict[str, int]):
@@ -41,9 +45,11 @@ class _Words(dict[str, int]):
     def __init__(self) -> None:
         super().__init__()
         self.fresh: list[str] = []
+        self.total = 0
 
     def __missing__(self, word: str) -> int:
-        number = self[word] = len(self)
+        number = self[word] = self.total
+        self.total += 1
         self.fresh.append(word)
         return number
 
@@ -99,13 +105,16 @@ class FastEncoder:
             self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(sizes) - sizes])
             self._sizes = np.concatenate([self._sizes, sizes])
             self._ids = np.concatenate([self._ids, ids])
+            for word in self._words.fresh:
+                if len(word) > _MAX_LETTERS:
+                    del self._words[word]
             self._words.fresh.clear()
         sizes = self._sizes[numbers]
         stops = np.cumsum(sizes)
         place = np.arange(int(stops[-1]) if len(stops) else 0)
         result = self._ids[place + np.repeat(self._starts[numbers] - (stops - sizes), sizes)]
         bounds = np.concatenate([[0], stops])[np.concatenate([[0], np.cumsum(counts)])]
-        if len(self._words) > _MAX_WORDS:
+        if self._words.total > _MAX_WORDS or len(self._ids) > _MAX_IDS:
             self._reset()
         return result, np.diff(bounds)
 
@@ -136,7 +145,8 @@ def _codes(text: str) -> NDArray[np.uint32]:
 
 
 def _slow(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> Encoded:
-    found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    with library_errors("the tokenizer cannot encode a text"):
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     parts = [encoding.ids for encoding in found]
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     return np.fromiter(
@@ -283,13 +293,16 @@ class Encoder:
         """Return the ids of all texts one behind the other, and how many each has; may be called from threads."""
         if self._local is not None:
             return self._local.encode(texts)
+        data = [text.encode("utf-8") for text in texts]
+        sizes = np.array([len(item) for item in data], dtype="<i8")
         child = self._idle.get()
         try:
-            data = [text.encode("utf-8") for text in texts]
-            sizes = np.array([len(item) for item in data], dtype="<i8")
             _send(child.stdin, sizes.tobytes())
             _send(child.stdin, b"".join(data))
-            lengths = np.frombuffer(_receive(child.stdout), dtype="<i8")
+            answer = _receive(child.stdout)
+            if len(answer) % 8:
+                raise TokenizerError(answer.rstrip(b"\0").decode("utf-8"))
+            lengths = np.frombuffer(answer, dtype="<i8")
             ids = np.frombuffer(_receive(child.stdout), dtype="<u4")
         except (OSError, EOFError) as error:
             code = child.poll()
@@ -297,7 +310,9 @@ class Encoder:
                 f"an encoding process ended unexpectedly (exit code {code}); often the system was out of memory. What "
                 "was finished is kept: run the same command again, with fewer workers."
             ) from error
-        self._idle.put(child)
+        finally:
+            # A dead child goes back as well: whoever waits for one must find out, not wait for ever.
+            self._idle.put(child)
         return ids, lengths
 
 
@@ -334,7 +349,13 @@ def serve() -> None:
                 data[stop - size : stop].decode("utf-8")
                 for stop, size in zip(stops, sizes, strict=True)
             ]
-            ids, lengths = encoder.encode(texts)
+            try:
+                ids, lengths = encoder.encode(texts)
+            except TokenizerError as error:
+                # In place of the lengths, and told from them by a size that is no multiple of eight.
+                message = str(error).encode("utf-8", "replace")
+                _send(target, message + b"\0" * (1 if len(message) % 8 == 0 else 0))
+                continue
             _send(target, lengths.astype("<i8").tobytes())
             _send(target, ids.astype("<u4").tobytes())
     except (EOFError, BrokenPipeError, KeyboardInterrupt):

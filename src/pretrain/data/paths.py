@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.readers import COMPRESSIONS, FORMATS, file_format
+from pretrain.data.readers import COMPRESSIONS, FORMATS, found_in_folders
 from pretrain.errors import DataError
 
 __all__ = ["FileHashes", "cache_home", "find_files"]
@@ -20,7 +20,7 @@ _GLOB = "*?["
 
 
 class FileHashes:
-    """Content hashes of files, remembered by path, size and modification time.
+    """Content hashes of files, remembered by path, size, times and inode.
 
     A remembered hash is trusted only if the file was already a while old when it was taken: a file rewritten within
     one tick of the clock keeps its time.
@@ -43,16 +43,18 @@ class FileHashes:
             status = path.stat()
             key = str(path.resolve())
             entry = self._known.get(key)
-            if isinstance(entry, list) and entry[:2] == [status.st_size, status.st_mtime_ns]:
-                return str(entry[2])
+            # Size and time of change can be made to look the same (cp -p, tar); these cannot.
+            mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            if isinstance(entry, list) and len(entry) == 5 and entry[:4] == mark:
+                return str(entry[4])
             digest = hashlib.blake2b(digest_size=16)
             with path.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-        if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
-            self._known[key] = [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
+            self._known[key] = [*mark, digest.hexdigest()]
             self._changed = True
         return digest.hexdigest()
 
@@ -71,21 +73,41 @@ class FileHashes:
 
 def find_files(name: str) -> list[Path]:
     """Return the files that a path, glob or folder means, sorted; raise DataError if there are none."""
+    try:
+        return _find(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name that is too long or holds NUL, "~" and a user that does not exist, a folder that may not be read.
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        place = str(getattr(error, "filename", None) or name)
+        short = place if len(place) <= 200 else place[:200] + "..."
+        raise DataError(f"{short!r} cannot be read: {reason}.") from error
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Return the readable kinds of files below a folder, hidden ones left out."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # leaving out what cannot be read would silently train on less
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(place) / name for name in names if not name.startswith("."))
+        found += [path for path in paths if found_in_folders(path) and path.is_file()]
+    return sorted(found)
+
+
+def _find(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file()
-            and file_format(file)
-            and not any(p.startswith(".") for p in file.relative_to(path).parts)
-        )
+        found = _walk(path)
         if not found:
-            kinds = " ".join(sorted(FORMATS))
+            kinds = " ".join(sorted(set(FORMATS) - {".json"}))
             raise DataError(
-                f"the folder {name!r} holds no file that can be read ({kinds}, plain or {COMPRESSIONS})."
+                f"the folder {name!r} holds no file that can be read ({kinds}, plain or {COMPRESSIONS}; name a "
+                ".json file to have it read)."
             )
         return found
     if any(char in name for char in _GLOB):

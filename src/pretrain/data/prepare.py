@@ -7,17 +7,17 @@ and the next one goes on with; the rename at the end is what makes the data exis
 
 from __future__ import annotations
 
-import hashlib
-import json
+import glob
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.job import Job, understand
 from pretrain.data.paths import FileHashes, cache_home
 from pretrain.data.pipeline import (
     SPLITS,
@@ -28,30 +28,11 @@ from pretrain.data.pipeline import (
 from pretrain.data.prepared import FORMAT, MANIFEST, Prepared, read_manifest
 from pretrain.data.scan import Sample, Scan, sample_filter, scan_sources
 from pretrain.data.shards import file_record, write_json
-from pretrain.data.sources import Source, resolve_sources
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_from_texts
-from pretrain.data.tokenizer_build import KINDS
-from pretrain.data.workdir import disk_errors, hold, publish, remove_unused
+from pretrain.data.workdir import disk_errors, foreign, hold, publish, remove_unused, sweep
 from pretrain.errors import DataError, TokenizerError
 
 __all__ = ["Prepared", "prepare"]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One call of ``prepare`` after its arguments were understood."""
-
-    sources: list[Source]
-    training: int
-    weights: list[float] | None
-    valid: float
-    last: bool
-    tokenizer: Tokenizer | None
-    options: dict[str, Any]
-    fingerprint: str
-    workers: int
-    say: Callable[[str], None]
-    quiet: bool
 
 
 def prepare(
@@ -68,6 +49,7 @@ def prepare(
     workers: int | None = None,
     cache_dir: str | Path | None = None,
     quiet: bool = False,
+    lowercase: bool = False,
 ) -> Prepared:
     """Turn text into packed rows of token ids; a second call with the same input costs nothing.
 
@@ -86,32 +68,24 @@ def prepare(
         workers: processes that encode; default: one for each core.
         cache_dir: default ``$PRETRAIN_CACHE``, else ``~/.cache/pretrain``.
         quiet: print nothing.
+        lowercase: train a WordPiece tokenizer that forgets case and accents.
 
     Raises:
         DataError: a source cannot be read (with file, line and byte), there is no text, or the disk is full.
         TokenizerError: the tokenizer cannot be opened or trained.
     """
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else cache_home()
-    hashes = FileHashes(cache / "files.json")
-    job = _understand(
-        sources,
-        tokenizer,
-        vocab_size,
-        row_length,
-        valid,
-        text,
-        separator,
-        seed,
-        workers,
-        cache,
-        hashes,
-        quiet,
-    )
-    hashes.save()
-    target = (
-        Path(out).expanduser() if out is not None else cache / "prepared" / job.fingerprint[:20]
-    )
-    found = _existing(target, job)
+    cache = _place(cache_dir) if cache_dir is not None else cache_home()
+    with disk_errors(cache):
+        hashes = FileHashes(cache / "files.json")
+        job = understand(
+            sources, tokenizer, vocab_size, row_length, valid, text, separator, seed, workers, cache, hashes,
+            quiet, lowercase,
+        )  # fmt: skip
+        hashes.save()
+    target = _place(out) if out is not None else cache / "prepared" / job.fingerprint[:20]
+    with disk_errors(target):
+        sweep(Path(os.path.realpath(target)), job.say)
+        found = _existing(target, job)
     if found is not None:
         job.say(f"prepared data found in {target}: nothing to do")
         return found
@@ -122,96 +96,31 @@ def prepare(
     return prepared
 
 
-def _understand(
-    sources: Any, tokenizer: Any, vocab_size: int, row_length: int, valid: Any, text: str, separator: str | None,
-    seed: int, workers: int | None, cache: Path, hashes: FileHashes, quiet: bool,
-) -> _Job:  # fmt: skip
-    """Check the arguments, find the sources and compute the fingerprint."""
-    if row_length < 2:
-        raise DataError(f"row_length must be at least 2, found {row_length}.")
-    spool = cache / "hub"
-    train, weights = resolve_sources(sources, text=text, separator=separator, spool=spool)
-    share, last, held = _understand_valid(valid, text, separator, spool)
-    given = _understand_tokenizer(tokenizer)
-    options = {
-        "tokenizer": given.kind if given else str(tokenizer),
-        "vocab_size": given.vocab_size if given else vocab_size,
-        "row_length": row_length,
-        "valid": valid if isinstance(valid, int | float | str) else "source",
-        "text": text,
-        "separator": separator,
-        "seed": seed,
-        "weights": weights,
-        "sources": [source.name for source in train],
-    }
-    content = {
-        "format": FORMAT,
-        "options": {
-            name: value for name, value in options.items() if name not in ("sources", "valid")
-        },
-        "share": [share, last],
-        "sources": [source.fingerprint(hashes) for source in train],
-        "valid": [source.fingerprint(hashes) for source in held],
-        "tokenizer": given.fingerprint if given else SAMPLE_BYTES,
-    }
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def say(line: str) -> None:
-        if not quiet:
-            print(line, file=sys.stderr)
-
-    return _Job(
-        sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,
-        options=options, fingerprint=fingerprint, workers=workers or os.cpu_count() or 1, say=say, quiet=quiet,
-    )  # fmt: skip
+def _place(name: str | Path) -> Path:
+    try:
+        if "\0" in str(name):
+            raise ValueError("it holds a NUL character")
+        return Path(name).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{str(name)!r} is no directory: {error}") from error
 
 
-def _understand_valid(
-    valid: Any, text: str, separator: str | None, spool: Path
-) -> tuple[float, bool, list[Source]]:
-    last = isinstance(valid, str) and valid.startswith("last:")
-    number = valid.removeprefix("last:") if last else valid
-    if isinstance(number, str) and not last:
-        try:
-            number = float(number)
-        except ValueError:
-            return (
-                0.0,
-                False,
-                resolve_sources(valid, text=text, separator=separator, spool=spool)[0],
-            )
-    if isinstance(number, int | float | str) and not isinstance(number, bool):
-        try:
-            share = float(number)
-        except ValueError as error:
-            raise DataError(
-                f"valid={valid!r}: expected a number after 'last:', as in 'last:0.1'."
-            ) from error
-        if not 0 <= share < 1:
-            raise DataError(f"valid={valid!r}: the share held out must be at least 0 and below 1.")
-        return share, last and share > 0, []
-    if valid is None or isinstance(valid, bool):
-        return 0.0, False, []
-    return 0.0, False, resolve_sources(valid, text=text, separator=separator, spool=spool)[0]
-
-
-def _understand_tokenizer(tokenizer: Any) -> Tokenizer | None:
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if isinstance(tokenizer, str) and tokenizer in KINDS:
-        return None
-    if isinstance(tokenizer, str | Path):
-        return Tokenizer.open(tokenizer)
-    raise TokenizerError(
-        f"{type(tokenizer).__name__} is not a tokenizer; give a kind {KINDS}, a path or a Tokenizer."
-    )
-
-
-def _existing(target: Path, job: _Job) -> Prepared | None:
+def _existing(target: Path, job: Job) -> Prepared | None:
     """Return prepared data that fit; say why data in the way do not fit; refuse to overwrite anything else."""
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target} is a file; `out` must be a directory.")
+    strange = foreign(target) if target.is_dir() else None
+    if strange is not None:
+        raise DataError(
+            f"{target} exists and is not prepared data: {strange!r} in it was not written by prepare, and would be "
+            "lost. Choose another `out`."
+        )
     try:
         manifest = read_manifest(target)
     except DataError as error:
+        # Only what is surely ours is replaced: a manifest.json alone can be anybody's.
+        if not (target / "train.tokens.bin").is_file():
+            raise
         job.say(f"{error} Preparing it again.")
         return None
     if manifest is None:
@@ -219,8 +128,6 @@ def _existing(target: Path, job: _Job) -> Prepared | None:
             raise DataError(
                 f"{target} exists and is not prepared data; choose another `out`, or empty it."
             )
-        if target.exists() and not target.is_dir():
-            raise DataError(f"{target} is a file; `out` must be a directory.")
         return None
     if manifest["fingerprint"] == job.fingerprint:
         return _ready(target, job)
@@ -233,7 +140,7 @@ def _existing(target: Path, job: _Job) -> Prepared | None:
     return None
 
 
-def _ready(target: Path, job: _Job) -> Prepared | None:
+def _ready(target: Path, job: Job) -> Prepared | None:
     """Open prepared data that have the fingerprint of the job and are whole."""
     try:
         manifest = read_manifest(target)
@@ -244,10 +151,13 @@ def _ready(target: Path, job: _Job) -> Prepared | None:
     return None
 
 
-def _build(target: Path, job: _Job) -> Prepared:
+def _build(out: Path, job: Job) -> Prepared:
+    target = Path(
+        os.path.realpath(out)
+    )  # behind a link the folder itself is replaced, and "." has a name
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.preparing-{job.fingerprint[:12]}"
-    for stale in target.parent.glob(f".{target.name}.preparing-*"):
+    for stale in target.parent.glob(glob.escape(f".{target.name}.preparing-") + "*"):
         if stale != work:
             remove_unused(stale)
     work.mkdir(exist_ok=True)
@@ -260,20 +170,23 @@ def _build(target: Path, job: _Job) -> Prepared:
         scan, tokenizer = _scan(work, job)
         _fill(work, job, scan, tokenizer)
         publish(work, target)
-    return Prepared.open(target)
+    # Where `out` is the current folder, that folder is gone with its old content; the full name is not.
+    return Prepared.open(out if (out / MANIFEST).is_file() else target)
 
 
 @contextmanager
 def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], Any]]:
     from tqdm.auto import tqdm
 
+    # In a log file a bar is a line of noise for every step; a notebook has no terminal but draws it.
+    quiet = quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     with tqdm(
         total=total, desc=label, unit="B", unit_scale=True, disable=quiet, leave=False
     ) as bar:
         yield bar.update
 
 
-def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
+def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
     """Return the result of the first pass and the tokenizer, from an earlier run if it got so far."""
     scan = Scan.load(work)
     if scan is not None:
@@ -299,8 +212,9 @@ def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
             f"training a {job.options['tokenizer']} tokenizer on {scan.sampled / 1e6:,.1f} MB of the text"
         )
         tokenizer = train_from_texts(
-            texts, job.options["tokenizer"], vocab_size=job.options["vocab_size"]
-        )
+            texts, job.options["tokenizer"], vocab_size=job.options["vocab_size"],
+            lowercase=job.options.get("lowercase", False),
+        )  # fmt: skip
     else:
         assert job.tokenizer is not None
         tokenizer = job.tokenizer
@@ -309,7 +223,7 @@ def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
     return scan, tokenizer
 
 
-def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
+def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
     """Write everything but the name."""
     with _bar("encoding", scan.text_bytes, job.quiet) as progress:
         done = tokenise(work, job.sources, scan, tokenizer, workers=job.workers, progress=progress)
@@ -332,8 +246,8 @@ def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
         }
         if sum(rows) == 1:
             notes.append(f"the {split} text fills less than one row of {row_length} tokens")
-    if job.valid and not splits["valid"]["documents"]:
-        notes.append("no validation rows")
+    if not splits["valid"]["documents"]:
+        notes.append("no validation rows: a run on these data cannot measure a validation loss")
     names = sorted(
         p
         for p in work.rglob("*")
@@ -363,7 +277,7 @@ def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
 
 
 def _source_entry(
-    job: _Job, k: int, split: int, tally: dict[str, int], rows: list[int]
+    job: Job, k: int, split: int, tally: dict[str, int], rows: list[int]
 ) -> dict[str, Any]:
     training = range(job.training)
     weight = job.weights[k] if job.weights is not None and split == 0 else None

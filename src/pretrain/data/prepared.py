@@ -44,7 +44,8 @@ class Prepared:
 
         Args:
             path: what :func:`prepare` wrote.
-            verify: hash the large files as well; sizes and small files are always checked.
+            verify: hash files over 64 MB as well; without it only their size is checked, so a flipped bit in them
+                is not noticed. Smaller files are always hashed.
 
         Raises:
             DataError: no prepared data there, or a file is missing, cut or changed.
@@ -58,7 +59,10 @@ class Prepared:
             )
         check_files(folder, manifest["files"], full=verify)
         tokenizer = Tokenizer.from_directory(folder / "tokenizer")
-        return cls(folder, manifest, tokenizer)
+        try:
+            return cls(folder, manifest, tokenizer)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            raise _damaged(folder / MANIFEST, f"{type(error).__name__}: {error}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +89,8 @@ class Prepared:
 
     def table(self) -> str:
         """Return the closing table of ``prepare`` as text."""
-        return _table(self)
+        # Names of files need not be UTF-8; what cannot be printed is spelt out.
+        return _table(self).encode("utf-8", "backslashreplace").decode("utf-8")
 
     def __repr__(self) -> str:
         return (
@@ -104,21 +109,68 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise DataError(
-                f"{file} has format {manifest['format']}, this release reads {FORMAT}; prepare the data again."
-            )
-        for key in ("fingerprint", "options", "splits", "files", "unigram"):
-            manifest[key]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+    if not isinstance(manifest, dict) or "format" not in manifest or "schema" in manifest:
+        what = (
+            "a checkpoint"
+            if isinstance(manifest, dict) and "schema" in manifest
+            else "something else"
+        )
         raise DataError(
-            f"{file} is damaged ({error}); delete {folder} and prepare the data again."
-        ) from error
-    return dict(manifest)
+            f"{folder} is not prepared data: its {MANIFEST} belongs to {what}. Give a directory that `pretrain "
+            "prepare` wrote."
+        )
+    if manifest["format"] != FORMAT:
+        raise DataError(
+            f"{file} has format {manifest['format']}, this release reads {FORMAT}; prepare the data again."
+        )
+    _check(file, "", manifest, _SHAPE)
+    for split in SPLITS:
+        _check(file, f"splits.{split}", manifest["splits"].get(split), _SPLIT_SHAPE)
+        for entry in manifest["splits"][split]["sources"]:
+            _check(file, f"splits.{split}.sources", entry, _SOURCE_SHAPE)
+    _check(file, "options", manifest["options"], {"row_length": int})
+    _check(file, "tokenizer", manifest["tokenizer"], _TOKENIZER_SHAPE)
+    if manifest["options"]["row_length"] < 2:
+        raise _damaged(file, f"options.row_length is {manifest['options']['row_length']}")
+    if manifest["unigram"]:
+        _check(file, "unigram", manifest["unigram"], {"nats": (int, float)})
+    return manifest
+
+
+_SHAPE: dict[str, Any] = {
+    "fingerprint": str, "options": dict, "splits": dict, "files": dict, "unigram": dict, "tokenizer": dict,
+    "notes": list, "duplicates": int, "empty": int, "contaminated": int,
+}  # fmt: skip
+_SPLIT_SHAPE: dict[str, Any] = {
+    "documents": int, "bytes": int, "tokens": int, "characters": int, "targets": int, "longest": int, "rows": int,
+    "padding": (int, float), "sources": list,
+}  # fmt: skip
+_SOURCE_SHAPE: dict[str, Any] = {"name": str, "share": (int, float), "rows": int}
+_TOKENIZER_SHAPE: dict[str, Any] = {"kind": str, "vocab_size": int, "trained_on_bytes": int}
+
+
+def _damaged(file: Path, fault: str) -> DataError:
+    return DataError(
+        f"{file} is damaged ({fault}); prepare the data again, or copy the file again."
+    )
+
+
+def _check(file: Path, where: str, value: Any, shape: dict[str, Any]) -> None:
+    """Compare a part of the manifest with the keys and types it must have."""
+    if not isinstance(value, dict):
+        raise _damaged(file, f"{where} is missing or not an object")
+    for key, kind in shape.items():
+        name = f"{where}.{key}".lstrip(".")
+        if key not in value:
+            raise _damaged(file, f"{name} is missing")
+        if not isinstance(value[key], kind) or isinstance(value[key], bool):
+            raise _damaged(file, f"{name} holds {type(value[key]).__name__}")
 
 
 def _table(prepared: Prepared) -> str:

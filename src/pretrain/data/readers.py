@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
-import io
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from pretrain.data.archives import COMPRESSIONS, open_packed
 from pretrain.errors import DataError, did_you_mean
 
-__all__ = ["COMPRESSIONS", "FORMATS", "Piece", "file_format", "read_file"]
+__all__ = ["COMPRESSIONS", "FORMATS", "Piece", "file_format", "found_in_folders", "read_file"]
 
 Piece = tuple[str, bool]
 
@@ -28,7 +25,6 @@ FORMATS = {
     ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv",
     ".parquet": "parquet",
 }  # fmt: skip
-COMPRESSIONS = (".gz", ".zst")
 _BLOCK = 1 << 20
 _MAX_LINE = 512 << 20
 _MAGIC = {b"\x1f\x8b": "gzip data (name it .gz)", b"(\xb5/\xfd": "zstandard data (name it .zst)",
@@ -41,6 +37,11 @@ def file_format(path: Path) -> str | None:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def found_in_folders(path: Path) -> bool:
+    """Whether a folder is searched for files of this name: ``.json`` is more often a setting than text."""
+    return bool(file_format(path)) and ".json" not in [s.lower() for s in path.suffixes[-2:]]
 
 
 def read_file(
@@ -68,48 +69,6 @@ def read_file(
     return _parquet(path, text)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, unpacking it if its name says so; faults of the disk and of the archive become DataError."""
-    suffix = path.suffix.lower()
-    try:
-        with path.open("rb") as raw:
-            if suffix == ".gz":
-                with gzip.open(raw, "rb") as unpacked:
-                    yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked), _BLOCK))
-            elif suffix == ".zst":
-                with (
-                    _zstandard()
-                    .ZstdDecompressor()
-                    .stream_reader(raw, read_across_frames=True) as stream
-                ):
-                    yield cast(BinaryIO, io.BufferedReader(stream, _BLOCK))
-            else:
-                yield cast(BinaryIO, raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} is a damaged or cut gzip file ({error}); fetch or write it again."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise DataError(
-                f"{path} is a damaged or cut zstandard file ({error}); fetch or write it again."
-            ) from error
-        raise
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(
-            "reading .zst files needs the zstandard package: pip install zstandard"
-        ) from error
-    return zstandard
-
-
 def _refuse_binary(path: Path, head: bytes) -> None:
     for magic, meaning in _MAGIC.items():
         if head.startswith(magic):
@@ -135,7 +94,7 @@ def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     offset = line_start = 0
     line = 1
-    with _open(path) as stream:
+    with open_packed(path, _BLOCK) as stream:
         while True:
             block = stream.read(_BLOCK)
             pending = decoder.getstate()[0]
@@ -194,7 +153,7 @@ def _separated(blocks: Iterator[str], separator: str) -> Iterator[Piece]:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line) with the line's end still on it."""
     number = 0
-    with _open(path) as stream:
+    with open_packed(path, _BLOCK) as stream:
         while True:
             line = stream.readline(_MAX_LINE + 1)
             if not line:
@@ -221,6 +180,21 @@ def _decode_line(path: Path, number: int, line: bytes) -> str:
         ) from error
 
 
+def _no_constant(name: str) -> None:
+    raise DataError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise DataError(f"the key {name!r} stands twice in one object")
+            seen.add(name)
+    return row
+
+
 def _jsonl(path: Path, column: str, notes: Callable[[str], None]) -> Iterator[Piece]:
     for number, line in _lines(path):
         content = (
@@ -231,7 +205,9 @@ def _jsonl(path: Path, column: str, notes: Callable[[str], None]) -> Iterator[Pi
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = json.loads(content, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}. Correct or remove this line.") from error
         except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n") and number > 1:
                 notes(
@@ -278,7 +254,9 @@ def _no_column(where: str, column: str, present: list[str]) -> DataError:
 
 def _csv(path: Path, column: str) -> Iterator[Piece]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(_decode_line(path, number, line) for number, line in _lines(path))
+    lines = (_decode_line(path, number, line) for number, line in _lines(path))
+    reader = csv.reader(lines, strict=True)
+    first = 1
     try:
         header = next(reader, None)
         if header is None:
@@ -286,17 +264,24 @@ def _csv(path: Path, column: str) -> Iterator[Piece]:
         if column not in header:
             raise _no_column(f"{path}:1", column, header)
         place = header.index(column)
-        for row in reader:
+        while True:
+            first = reader.line_num + 1
+            row = next(reader, None)
+            if row is None:
+                return
             if not row:
                 continue
-            if place >= len(row):
+            if len(row) != len(header):
                 raise DataError(
-                    f"{path}:{reader.line_num} has {len(row)} of {len(header)} columns, so {column!r} is missing; "
-                    "check the quoting of this row."
+                    f"{path}:{first} has {len(row)} columns, but the header has {len(header)}. A text that holds a "
+                    "comma, a quote or a line end must stand in double quotes; correct the quoting of this row."
                 )
             yield row[place], True
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num} is not valid CSV: {error}.") from error
+        raise DataError(
+            f"{path}:{first} begins a row that is not valid CSV: {error} (found at line {reader.line_num}). Often a "
+            "double quote is not closed, or one inside a quoted text is not doubled."
+        ) from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[Piece]:
@@ -316,6 +301,14 @@ def _parquet(path: Path, column: str) -> Iterator[Piece]:
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0):
                     number += 1
-                    yield _cell({column: value.as_py()}, column, f"{path}, row {number}"), True
+                    where = f"{path}, row {number}"
+                    try:
+                        cell = value.as_py()
+                    except UnicodeDecodeError as error:
+                        raise DataError(
+                            f"{where}: column {column!r} is not UTF-8 (byte {error.start} of the text); write the "
+                            "file again with valid strings."
+                        ) from error
+                    yield _cell({column: cell}, column, where), True
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}.") from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.order import mix64
 from pretrain.data.shards import write_json
-from pretrain.data.sources import Source, sized_pieces
+from pretrain.data.sources import PIECE_CHARS, Source, sized_pieces
 from pretrain.errors import DataError
 
 __all__ = ["Progress", "Sample", "Scan", "sample_filter", "scan_sources"]
@@ -54,12 +54,15 @@ class Sample:
             self._top = self._kept[-1][0]
             self.size -= self._kept.pop()[4]
 
-    def texts(self, keep: Callable[[int, int], bool] = lambda document, start: True) -> list[str]:
-        """Return the pieces in reading order, as far as ``keep(document, start)`` allows."""
+    def texts(
+        self, keep: Callable[[int, int], int] = lambda document, start: PIECE_CHARS
+    ) -> list[str]:
+        """Return the pieces in reading order, of each the first ``keep(document, start)`` characters."""
         if self.size > self.limit:
             self._trim()
         chosen = sorted(self._kept, key=lambda entry: entry[1:3])
-        return [entry[3] for entry in chosen if keep(entry[1], entry[2])]
+        kept = (entry[3][: max(0, keep(entry[1], entry[2]))] for entry in chosen)
+        return [text for text in kept if text]
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Scan:
             the validation source.
         text_bytes: UTF-8 bytes of all text, duplicates included.
         cut: characters of kept text before the validation part, or -1 where whole documents are held out.
+        cut_document, cut_inside: the document in which the cut falls, and its characters before the cut.
         sampled: bytes of text the tokenizer was trained on, 0 if it was given.
         notes: sentences about what was left out or decided.
     """
@@ -83,6 +87,8 @@ class Scan:
     contaminated: int = 0
     text_bytes: int = 0
     cut: int = -1
+    cut_document: int = -1
+    cut_inside: int = 0
     sampled: int = 0
     notes: list[str] = field(default_factory=list)
     states: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
@@ -211,7 +217,12 @@ def _split(
         )
         last = True
     if last:
-        scan.cut = int(int(lengths[kept].sum()) * (1 - valid))
+        ends = np.cumsum(lengths[kept].astype(np.int64))
+        scan.cut = int(int(ends[-1]) * (1 - valid)) if len(ends) else 0
+        if len(ends):
+            place = min(int(np.searchsorted(ends, scan.cut, side="right")), len(ends) - 1)
+            scan.cut_document = int(kept[place])
+            scan.cut_inside = scan.cut - int(ends[place - 1] if place else 0)
         return
     if not len(kept):
         return
@@ -230,12 +241,16 @@ def _split(
     scan.states[kept[held]] = 2
 
 
-def sample_filter(scan: Scan) -> Callable[[int, int], bool]:
-    """Return which pieces of the sample are training text; duplicates of it do no harm and are left out."""
-    cut, states = scan.cut, scan.states
-    if cut < 0:
-        return lambda document, start: bool(states[document] == 1)
-    # With a cut through the text, pieces are kept up to it in the document that holds it. Documents before it
-    # all belong to training; where several are cut, one character position serves a single document only.
-    single = int((states == 1).sum()) == 1
-    return lambda document, start: bool(states[document] == 1) and (not single or start < cut)
+def sample_filter(scan: Scan) -> Callable[[int, int], int]:
+    """Return how many characters of a piece of the sample are training text.
+
+    Duplicates of training text do no harm and are left out; nothing behind a cut through the text is used.
+    """
+    states, cut, inside = scan.states, scan.cut_document, scan.cut_inside
+
+    def keep(document: int, start: int) -> int:
+        if states[document] != 1 or (scan.cut >= 0 and document > cut):
+            return 0
+        return inside - start if scan.cut >= 0 and document == cut else PIECE_CHARS
+
+    return keep

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ Example = dict[str, NDArray[np.int64]]
 
 # Files up to this size are hashed whenever prepared data are opened, larger ones on request.
 _HASHED = 64 << 20
+# The names a manifest may list: a manifest of unknown origin must not make us read files elsewhere.
+_NAMES = re.compile(
+    r"(train|valid)\.(tokens|documents|segments|rows)\.bin|tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*"
+)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -39,7 +44,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that after a crash the file is the old one or the new one, never a torn one."""
     fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as out:
+    # File names that are not UTF-8 hold lone surrogates; written as \\udcXX they are valid JSON.
+    with fresh.open("w", encoding="utf-8", errors="backslashreplace") as out:
         json.dump(value, out, indent=2, ensure_ascii=False, sort_keys=True)
         out.write("\n")
         out.flush()
@@ -80,10 +86,19 @@ def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> N
         full: hash the large files too.
 
     Raises:
-        DataError: naming the file that is missing, cut or changed.
+        DataError: naming the file that is missing, cut or changed, or a name or record that is not ours.
     """
     again = "Prepare the data again (delete the directory first)."
     for name, record in files.items():
+        if not _NAMES.fullmatch(name):
+            raise DataError(
+                f"{folder}/manifest.json lists {name!r}, which is no file of prepared data; it was not written by "
+                f"this package or was changed. {again}"
+            )
+        if not isinstance(record, dict) or not {"size", "sha256"} <= set(record):
+            raise DataError(
+                f"{folder}/manifest.json does not give size and SHA-256 of {name!r}; it is damaged. {again}"
+            )
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path} is missing from the prepared data. {again}")

@@ -103,7 +103,7 @@ class DatasetSource:
 
 
 class HubSource:
-    """A data set of the hub, streamed once into a local file: ``hub:NAME``, ``hub:NAME/CONFIG:SPLIT`` and so on.
+    """A data set of the hub, streamed once into a local file: ``hub:NAME@CONFIG:SPLIT``.
 
     Spelling: ``hub:owner/name``, optionally ``@config`` and ``:split`` (default ``train``).
     """
@@ -137,13 +137,21 @@ class HubSource:
             raise DataError(
                 f"{self.name} needs the datasets package: pip install datasets"
             ) from error
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.file.with_suffix(".part")
+        # Two processes may fetch the same data set; each writes its own copy, and the last rename stays.
+        fresh = self.file.with_suffix(f".{os.getpid()}.part")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.file.parent}, where data sets of the hub are kept, cannot be made: "
+                f"{error.strerror or error}. Set $PRETRAIN_CACHE to a directory that can be written."
+            ) from error
         try:
             stream = datasets.load_dataset(
                 self.repository, self.config or None, split=self.split, streaming=True
             )
             _spool(stream, self.text, self.name, fresh)
+            fresh.replace(self.file)
         except DataError:
             raise
         except (
@@ -153,7 +161,8 @@ class HubSource:
                 f"{self.name} cannot be streamed ({type(error).__name__}: {error}). Check the name, the config after "
                 "'@', the split after ':', and the network."
             ) from error
-        fresh.replace(self.file)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def _spool(stream: Any, column: str, name: str, target: Path) -> None:
@@ -191,7 +200,8 @@ class PythonSource:
         found = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = sorted(name for name in folders if name not in self._SKIPPED)
-            found += [Path(folder) / name for name in names if name.endswith(".py")]
+            paths = (Path(folder) / name for name in names if name.endswith(".py"))
+            found += [path for path in paths if path.is_file()]  # a link may point nowhere
         return sorted(found, key=lambda path: path.relative_to(self.root).as_posix())
 
     def pieces(self) -> Iterator[Piece]:
@@ -317,7 +327,8 @@ def resolve_sources(
 def _resolve(item: Any, text: str, separator: str | None, spool: Path) -> Source:
     if isinstance(item, str | Path):
         name = str(item)
-        if name == "python" and not Path(name).exists():
+        # The word means the corpus whatever lies in the current folder; "./python" names a folder or file.
+        if name == "python" and (isinstance(item, str) or not item.exists()):
             return PythonSource()
         if name.startswith("hub:"):
             return HubSource(name.removeprefix("hub:"), text, spool)

@@ -23,6 +23,7 @@ from pretrain.data.tokenizer_build import (
     from_merges,
     from_vocab_txt,
     kind_of,
+    library_errors,
     open_backend,
     read_config,
     train_backend,
@@ -32,6 +33,9 @@ from pretrain.errors import TokenizerError, did_you_mean
 
 __all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
 SAMPLE_BYTES = 32_000_000
+_UNENCODABLE = (
+    "Give strings without halves of surrogate pairs, and a vocabulary with an unknown token."
+)
 
 
 class Tokenizer:
@@ -55,6 +59,13 @@ class Tokenizer:
         if not self.vocab:
             raise TokenizerError("the tokenizer has an empty vocabulary.")
         self.vocab_size = max(self.vocab.values()) + 1
+        # Tables have a place for every id up to the largest; a stray id must not take gigabytes.
+        if self.vocab_size > 2 * len(self.vocab) + 1024:
+            name = max(self.vocab, key=self.vocab.__getitem__)
+            raise TokenizerError(
+                f"the tokenizer gives {name!r} the id {self.vocab_size - 1}, but has only {len(self.vocab)} tokens; "
+                "its file is damaged. Number the tokens without large gaps."
+            )
         self.roles = {role: name for role, name in (roles or {}).items() if name in self.vocab}
         for role, names in KNOWN.items():
             found = next((name for name in names if name in self.vocab), None)
@@ -123,13 +134,15 @@ class Tokenizer:
             special: read special tokens written in the text (``"<mask>"``) as such; documents are read without.
         """
         backend = self.backend if special else self.plain
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        with library_errors("the text cannot be encoded", _UNENCODABLE):
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Return the ids of many texts; all cores are used."""
         backend = self.backend if special else self.plain
-        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with library_errors("the texts cannot be encoded", _UNENCODABLE):
+            found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -257,11 +270,15 @@ class Tokenizer:
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
         """Open a file or a directory."""
-        place = Path(path)
-        if place.is_dir():
+        try:
+            place = Path(path).expanduser()
             nested = place / "tokenizer"
-            return cls.from_directory(nested if nested.is_dir() else place)
-        if place.is_file():
+            folder, inner, file = place.is_dir(), nested.is_dir(), place.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a NUL inside
+            raise TokenizerError(f"{str(path)[:100]!r} names no tokenizer: {error}.") from error
+        if folder:
+            return cls.from_directory(nested if inner else place)
+        if file:
             return cls.from_file(place)
         raise TokenizerError(
             f"no tokenizer file or directory {str(place)!r}, and no kind of that name.{did_you_mean(str(path), KINDS)}"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,39 @@ KNOWN = {
 _MAX_TOKEN = 32
 
 
+@contextmanager
+def library_errors(what: str, fix: str = "") -> Iterator[None]:
+    """Turn whatever the ``tokenizers`` library raises into TokenizerError.
+
+    It raises bare Exception for what it cannot parse, and its panics are no Exception at all.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, TokenizerError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{what} ({type(error).__name__}: {error}). {fix}".rstrip()) from error
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(
+            f"{file} cannot be read: it is not UTF-8 text (byte {error.start}). It is damaged or another file."
+        ) from error
+    except OSError as error:
+        raise TokenizerError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
 def open_backend(file: Path) -> tokenizers.Tokenizer:
     """Open a ``tokenizer.json``; TokenizerError if it cannot be read."""
-    try:
-        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{file} cannot be read: {error}.") from error
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise TokenizerError(
-            f"{file} is not a tokenizer of the 'tokenizers' library ({error}); the file is damaged or was written by "
-            "a newer release. Copy it again, or write it once more with its save()."
-        ) from error
+    text = _read(file)
+    fix = "The file is damaged or was written by a newer release; copy it again, or write it once more with its save()."
+    with library_errors(f"{file} is not a tokenizer of the 'tokenizers' library", fix):
+        backend = tokenizers.Tokenizer.from_str(text)
+        backend.get_vocab_size()
+        return backend
 
 
 def read_config(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -54,8 +77,8 @@ def read_config(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         if not file.is_file():
             continue
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            config = json.loads(_read(file))
+        except (ValueError, RecursionError) as error:
             raise TokenizerError(
                 f"{file} is not valid JSON: {error}. Copy it again from its origin."
             ) from error
@@ -85,24 +108,25 @@ def read_config(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 def from_vocab_txt(file: Path, lowercase: bool) -> tokenizers.Tokenizer:
     """Build BERT's WordPiece from its list of pieces."""
-    names = file.read_text(encoding="utf-8").split("\n")
+    names = _read(file).split("\n")
     vocab = {name: index for index, name in enumerate(names) if name or index < len(names) - 1}
-    backend = _wordpiece_pipeline(
-        tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")), lowercase
-    )
-    backend.add_special_tokens([name for name in _BERT_TAGS.values() if name in vocab])
-    _frame_pairs(backend, "[CLS]", "[SEP]")
+    if "[UNK]" not in vocab:
+        raise TokenizerError(
+            f"{file} has no [UNK], so it cannot encode what it does not know; it is cut, or no vocabulary of BERT."
+        )
+    with library_errors(f"{file} is not a vocabulary of BERT", "Copy it again from its origin."):
+        backend = _wordpiece_pipeline(
+            tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")), lowercase
+        )
+        backend.add_special_tokens([name for name in _BERT_TAGS.values() if name in vocab])
+        _frame_pairs(backend, "[CLS]", "[SEP]")
     return backend
 
 
 def from_merges(folder: Path, prefix_space: bool) -> tokenizers.Tokenizer:
     """Build GPT-2's byte-level BPE from ``vocab.json`` and ``merges.txt``."""
-    try:
+    with library_errors(f"{folder}/vocab.json and merges.txt do not form a BPE tokenizer"):
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:
-        raise TokenizerError(
-            f"{folder}/vocab.json and merges.txt do not form a BPE tokenizer: {error}."
-        ) from error
     backend = _bpe_pipeline(tokenizers.Tokenizer(model), prefix_space)
     known = backend.get_vocab()
     backend.add_special_tokens(
@@ -143,6 +167,8 @@ _BYTES = _byte_alphabet()
 
 def word_edges(name: str, kind: str) -> tuple[bool, bool]:
     """Return whether a token can go on with a word and whether it ends inside one."""
+    if not name:
+        return False, False
     if kind == "wordpiece":
         return name.startswith("##"), name[-1].isalnum()
     if kind == "char":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,64 @@ from pathlib import Path
 from pretrain.data.shards import sync_folder
 from pretrain.errors import DataError
 
-__all__ = ["disk_errors", "hold", "publish", "remove_unused"]
+__all__ = ["disk_errors", "foreign", "hold", "publish", "remove_unused", "sweep"]
+
+_KINDS = ("tokens", "documents", "segments", "rows")
+_OURS = {"manifest.json", "tokenizer"} | {
+    f"{split}.{kind}.bin" for split in ("train", "valid") for kind in _KINDS
+}
+_OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json"}
+
+
+def foreign(target: Path) -> str | None:
+    """Return the first entry of a directory that ``prepare`` did not write, or None: only ours may be replaced."""
+    for name in sorted(os.listdir(target)):
+        if name not in _OURS:
+            return name
+        inside = target / name
+        if name != "tokenizer":
+            if inside.is_dir():
+                return name
+        elif not inside.is_dir():
+            return name
+        else:
+            strange = sorted(set(os.listdir(inside)) - _OURS_INSIDE)
+            if strange:
+                return f"{name}/{strange[0]}"
+    return None
+
+
+def _alive(pid: int) -> bool:
+    # A process with our own number is an earlier one: containers give the same numbers again.
+    if pid == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sweep(target: Path, say: Callable[[str], None]) -> None:
+    """Clear up after a run that was killed between the two renames of :func:`publish`.
+
+    Data that were moved aside get their name back if nothing took it, and go otherwise.
+    """
+    pattern = re.compile(re.escape(f".{target.name}.old-") + r"(\d{1,10})")
+    if not target.parent.is_dir():
+        return
+    for name in sorted(os.listdir(target.parent)):
+        found = pattern.fullmatch(name)
+        old = target.parent / name
+        if not found or _alive(int(found[1])) or old.is_symlink() or not old.is_dir():
+            continue
+        if not target.exists():
+            say(f"{old} was left by a run that was killed: it is {target} again")
+            old.rename(target)
+        elif foreign(old) is None:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_unused(folder: Path) -> None:
@@ -82,6 +140,12 @@ def publish(work: Path, target: Path) -> None:
     sync_folder(work)
     old = None
     if target.exists():
+        strange = foreign(target)
+        if strange is not None:
+            raise DataError(
+                f"{target} is not prepared data alone: {strange!r} came into it meanwhile, so it is not replaced; "
+                "choose another `out`."
+            )
         old = target.with_name(f".{target.name}.old-{os.getpid()}")
         target.rename(old)
     (work / "lock").unlink(missing_ok=True)

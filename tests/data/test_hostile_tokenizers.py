@@ -1,0 +1,187 @@
+"""Tokenizer files and texts that the library chokes on: always TokenizerError or DataError, never a hang."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pretrain
+from pretrain.data import encoding, tokenizer_build
+from pretrain.data.encoding import Encoder, FastEncoder
+from pretrain.data.tokenizer import Tokenizer, train_from_texts
+from pretrain.errors import DataError, PretrainError, TokenizerError
+
+TEXTS = ["the quick brown fox jumps over the lazy dog, walking and talking. "] * 4
+
+
+def test_all_encoding_processes_dead_is_told_not_waited_for() -> None:
+    tokenizer = train_from_texts(TEXTS, "bpe", vocab_size=300)
+    told: list[BaseException] = []
+    with Encoder(tokenizer, 2) as encoder:
+        assert len(encoder.encode(TEXTS)[1]) == len(TEXTS)
+        for child in encoder._children:
+            child.kill()
+            child.wait()
+
+        def work() -> None:
+            try:
+                encoder.encode(TEXTS)
+            except DataError as error:
+                told.append(error)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 20
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        assert not any(thread.is_alive() for thread in threads), "a batch waits for dead processes"
+    assert len(told) == 6 and all("ended unexpectedly" in str(error) for error in told)
+
+
+def test_encoding_error_comes_back_from_a_child() -> None:
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    with (
+        Encoder(Tokenizer(backend), 2) as encoder,
+        pytest.raises(TokenizerError, match="cannot encode a text"),
+    ):
+        encoder.encode(["b"])
+    with pytest.raises(TokenizerError, match="cannot encode a text"):
+        FastEncoder(backend).encode(["b"])
+    with pytest.raises(TokenizerError, match="cannot be encoded"):
+        Tokenizer(backend).encode("b")
+
+
+def test_vocabulary_file_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(b"[UNK]\n[CLS]\ncaf\xe9\n")
+    with pytest.raises(TokenizerError, match=r"vocab\.txt cannot be read: it is not UTF-8"):
+        Tokenizer.open(tmp_path)
+
+
+def test_vocabulary_file_without_unk(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\na\n")
+    with pytest.raises(TokenizerError, match=r"vocab\.txt has no \[UNK\]"):
+        Tokenizer.open(tmp_path)
+
+
+def test_empty_token_in_a_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n\na\n##b\n")
+    tokenizer = Tokenizer.open(tmp_path)
+    assert tokenizer.vocab[""] == 3 and not tokenizer.continues[3]
+    assert tokenizer.continues[tokenizer.vocab["##b"]]
+
+
+def test_half_a_surrogate_pair_in_a_text() -> None:
+    for kind in ("bpe", "char", "wordpiece"):
+        tokenizer = train_from_texts(TEXTS, kind, vocab_size=300)
+        with pytest.raises(TokenizerError, match="cannot be encoded"):
+            tokenizer.encode("a \ud83d b")
+        with pytest.raises(TokenizerError, match="cannot be encoded"):
+            tokenizer.encode_batch(["fine", "a \ud83d b"], special=False)
+
+
+def test_panic_of_the_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Broken:
+        @staticmethod
+        def from_str(text: str) -> Any:
+            raise failure
+
+    train_from_texts(TEXTS, "char").save(tmp_path)
+    monkeypatch.setattr(tokenizer_build.tokenizers, "Tokenizer", Broken)
+    failure: BaseException = PanicException("index out of range")
+    with pytest.raises(TokenizerError, match="PanicException: index out of range"):
+        Tokenizer.open(tmp_path)
+    failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user-here/x", "a\0b"])
+def test_name_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TokenizerError):
+        Tokenizer.open(name)
+    for call in (
+        lambda: pretrain.prepare(name, quiet=True),
+        lambda: pretrain.prepare(f"{name}/*.txt", quiet=True),
+        lambda: pretrain.prepare("python", tokenizer=name, quiet=True),
+    ):
+        with pytest.raises(PretrainError):
+            call()
+
+
+def test_out_and_cache_that_no_directory_can_be(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    for name in ("~no-such-user-here/x", "x" * 300, "a\0b"):
+        with pytest.raises(DataError):
+            pretrain.prepare(tmp_path / "a.txt", name, tokenizer="char", quiet=True)
+        with pytest.raises(DataError):
+            pretrain.prepare(tmp_path / "a.txt", tokenizer="char", cache_dir=name, quiet=True)
+
+
+def test_stray_id_takes_no_gigabytes(tmp_path: Path) -> None:
+    train_from_texts(TEXTS, "char").save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["q"] = 4_000_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="the id 4000000000, but has only"):
+        Tokenizer.open(tmp_path)
+
+
+def test_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = train_from_texts(TEXTS, "bpe", vocab_size=300).plain
+    monkeypatch.setattr(encoding, "_MAX_IDS", 2000)
+    fast = FastEncoder(backend)
+    for k in range(6):
+        texts = ["x" * 900 + str(k), "short words stay", f"{k}" * 150]
+        ids, lengths = fast.encode(texts)
+        expected, sizes = encoding._slow(backend, texts)
+        assert np.array_equal(ids, expected) and np.array_equal(lengths, sizes)
+        assert not any(len(word) > 200 for word in fast._words)
+        assert len(fast._ids) <= 2000
+
+
+def test_lowercase_wordpiece_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The Quick BROWN Fox and the quick brown fox. " * 30)
+    options: dict[str, Any] = {"tokenizer": "wordpiece", "vocab_size": 90, "quiet": True}
+    cased = pretrain.prepare(tmp_path / "a.txt", **options)
+    lower = pretrain.prepare(tmp_path / "a.txt", lowercase=True, **options)
+    assert cased.fingerprint != lower.fingerprint
+    assert cased.tokenizer.decode(cased.tokenizer.encode("The BROWN")) == "The BROWN"
+    assert lower.tokenizer.decode(lower.tokenizer.encode("The BROWN")) == "the brown"
+    with pytest.raises(TokenizerError, match="lowercase goes with"):
+        pretrain.prepare(tmp_path / "a.txt", tokenizer="bpe", lowercase=True, quiet=True)
+
+
+def test_mutated_tokenizer_file_is_one_of_our_errors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    train_from_texts(TEXTS, "wordpiece", vocab_size=60).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_bytes()
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(int(rng.integers(1, 4))):
+            place = int(rng.integers(len(damaged)))
+            if rng.integers(2):
+                damaged[place] = int(rng.integers(32, 127))
+            else:
+                del damaged[place : place + int(rng.integers(1, 30))]
+        file.write_bytes(damaged)
+        try:
+            tokenizer = Tokenizer.open(tmp_path)
+            tokenizer.encode("the walking fox ???")
+            assert len(tokenizer.continues) == len(tokenizer)
+        except PretrainError:
+            refused += 1
+    assert refused > 30
