@@ -438,13 +438,13 @@ def test_light_imports_stay_light(code):
 def test_everything_public_resolves_and_costs_little_more_than_torch():
     """All public names together may add only a little to what torch costs (measured as modules, not as seconds)."""
     code = (
-        "import sys, time, torch, numpy, tokenizers, safetensors.torch\n"
-        "before = set(sys.modules); began = time.perf_counter()\n"
+        "import sys, torch, numpy, tokenizers, safetensors.torch\n"
+        "before = set(sys.modules)\n"
         "import pretrain\n"
         "names = [n for n in pretrain.__all__ if getattr(pretrain, n, None) is None]\n"
         "new = {m for m in set(sys.modules) - before}\n"
         "print('MISSING', names)\n"
-        "print('SECONDS', time.perf_counter() - began)\n"
+        "print('OTHERS', len({m for m in new if m.split('.')[0] != 'pretrain'}))\n"
         "print('HEAVY', [m for m in ('datasets', 'transformers', 'pyarrow', 'pandas', 'jsonargparse') if m in new])"
     )
     lines = python(code).splitlines()[-3:]
@@ -452,5 +452,5 @@ def test_everything_public_resolves_and_costs_little_more_than_torch():
     assert lines[0] == "MISSING []"
     assert lines[2] == "HEAVY []"
     assert (
-        float(lines[1].split()[1]) < 3.0
-    )  # 0.3 s is the aim on a quiet machine; a busy one must not fail
+        int(lines[1].split()[1]) < 30
+    )  # small ones of the standard library; a new dependency has more

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+import weakref
 
 import pytest
 import safetensors.torch
@@ -14,6 +15,7 @@ import torch
 import transformers
 import yaml
 
+import pretrain.models.state
 from pretrain.checkpoint import (
     RunLock,
     TrainingState,
@@ -292,6 +294,41 @@ def test_save_model_replaces_a_model_and_nothing_else(tmp_path):
     equal_weights(load(save_model(tiny(), tmp_path / "empty"), quiet=True), tiny())
 
 
+def test_saving_over_a_checkpoint_never_drops_what_resuming_needs(tmp_path):
+    path = checkpoint(tmp_path, 1, training=state())
+    with pytest.raises(CheckpointError, match="holds 'training', which .* would be lost"):
+        load(path, quiet=True).save(path)
+    assert read_training(path).state["lr"] == 6e-4
+    checkpoint(tmp_path, 1, training=state())  # the run itself replaces its own step
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_makes_one_tensor_at_a_time(family, tmp_path, monkeypatch):
+    """No second copy of the weights: what is not a view of a parameter is gone before the next is made."""
+    model = tiny(family)
+    expected = model.disk_state()
+    largest = max(tensor.nbytes for tensor in expected.values())
+    shared = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    copies, made, peak, original = [], [], [0], pretrain.models.state.pack
+
+    def watched(entry, parameters, device="cpu"):
+        tensor = original(entry, parameters, device)
+        if not tensor.is_meta:
+            made.append(entry.disk)
+            if tensor.untyped_storage().data_ptr() not in shared:
+                copies.append(weakref.ref(tensor))
+            peak[0] = max(peak[0], sum(t.nbytes for ref in copies if (t := ref()) is not None))
+        return tensor
+
+    monkeypatch.setattr(pretrain.models.state, "pack", watched)
+    for limit in (10**9, largest):
+        made.clear()
+        path = save_model(model, tmp_path / str(limit), max_shard_bytes=limit)
+        assert sorted(made) == sorted(expected)  # each tensor once
+    assert peak[0] <= largest
+    equal_weights(load(path, quiet=True), model)
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     checkpoint(tmp_path, 3)
     path = checkpoint(tmp_path, 3, tiny(seed=1))
@@ -485,6 +522,29 @@ def test_inspect_says_what_lies_there(tmp_path, tokenizer, monkeypatch):
     assert "model.safetensors" in inspect(path)["problem"]
     with pytest.raises(CheckpointError, match="no such directory"):
         inspect(tmp_path / "absent")
+
+
+def test_nothing_that_names_code_is_written_back(tmp_path):
+    path = save_model(tiny(), tmp_path / "m")
+    (path / "manifest.json").unlink()
+    foreign = {
+        "auto_map": {"x": "evil--m.C"},
+        "vocab_file": "evil",
+        "custom_pipelines": {"a": "evil"},
+    }
+    foreign |= {"_commit_hash": "evil", "mine": {"deep": [{"merges_file": "evil", "kept": 5}]}}
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps(content | foreign))
+    model = load(path, quiet=True)
+    model.extra_config["spm_file"] = model.generation_config["_evil"] = (
+        "evil"  # however it got there
+    )
+    again = save_model(model, tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        text = (again / name).read_text()
+        assert "evil" not in text and "_file" not in text and "auto_map" not in text
+        assert json.loads(text)["mine"] == {"deep": [{"kept": 5}]}
 
 
 def test_inspect_what_transformers_saved(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,10 +59,15 @@ def fails(capsys: Any, *words: str) -> str:
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     for words in (["--help"], ["train", "--help"], ["generate", "-h"]):
-        start = time.monotonic()
-        done = shell(*words)
-        assert time.monotonic() - start < 1.0
-        assert done.returncode == 0 and "usage: pretrain" in done.stdout and not done.stderr
+        seconds = []
+        for _ in range(3):  # the best of three: a machine with other work must not fail
+            start = time.monotonic()
+            done = shell(*words)
+            seconds.append(time.monotonic() - start)
+            assert done.returncode == 0 and "usage: pretrain" in done.stdout and not done.stderr
+            if seconds[-1] < 1.0:
+                break
+        assert min(seconds) < 1.0
     code = (
         "import sys; from pretrain.cli import main\n"
         f"for c in {COMMANDS!r}: main([c, '--help'])\n"
@@ -320,6 +326,34 @@ def test_inspect(folder: str, capsys: Any) -> None:
     assert found["family"] == "gpt2" and found["parameters"] > 0 and found["manifest"] == "holds"
     assert cli.main(["inspect", path]) == 0
     assert "gpt2" in capsys.readouterr().out
+
+
+def test_inspect_of_a_broken_checkpoint_shows_it_and_fails(
+    folder: str, capsys: Any, tmp_path: Path
+) -> None:
+    for damage, key in (("README.md", "manifest"), ("config.json", "problem")):
+        path = shutil.copytree(saved("gpt", folder), tmp_path / damage)
+        os.truncate(path / damage, 3)
+        assert cli.main(["inspect", str(path), "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["manifest"].startswith("broken: ") and damage in found[key]
+        assert cli.main(["inspect", str(path)]) == 1
+        assert "broken: " in capsys.readouterr().out
+
+
+def test_terminals_are_not_driven_by_a_checkpoint(folder: str, capsys: Any, tmp_path: Path) -> None:
+    path = shutil.copytree(saved("gpt", folder), tmp_path / "m")
+    (path / "manifest.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    evil = "evil\033[2J\u202e\nfake"
+    config |= {"model_type": evil, "architectures": [evil], "pretrain": {"objective": evil}}
+    config["vocab_size"] = config["pretrain"]["tokens_seen"] = [evil]
+    (path / "config.json").write_text(json.dumps(config))
+    cli.main(["inspect", str(path)])
+    shown = capsys.readouterr().out
+    assert "evil?[2J? fake" in shown and "\033" not in shown and "\u202e" not in shown
+    cli.main(["inspect", str(path), "--json"])
+    assert "\033" not in capsys.readouterr().out
 
 
 def test_thin_commands_call_one_function(

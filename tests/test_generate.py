@@ -14,6 +14,7 @@ import tiny
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, ModelError
 from pretrain.generate import embed, fill_mask, generate
+from pretrain.generation.prompts import end_ids
 from pretrain.generation.sampling import Sampler, banned, filter_scores, penalize
 from pretrain.models import build
 from pretrain.models.base import Model
@@ -188,6 +189,8 @@ def test_chance_is_off_unless_something_asks_for_it() -> None:
     ("option", "value"),
     [
         ("temperature", -1.0),
+        ("temperature", 1e-40),
+        ("temperature", 9e-4),
         ("temperature", math.nan),
         ("temperature", "hot"),
         ("top_k", 0),
@@ -248,9 +251,58 @@ def test_forms_of_prompts() -> None:
     table = generate(ours, torch.tensor([PROMPTS[0], PROMPTS[0][::-1]]), max_new_tokens=4)
     assert table.shape[0] == 2 and table[0, : len(one)].tolist() == one
     assert generate(ours, [PROMPTS[0]], max_new_tokens=0) == [PROMPTS[0]]
-    for wrong in ([], [1, "a"], 3.5, torch.ones(2, 2, 2).long(), torch.ones(3)):
-        with pytest.raises((ModelError, TypeError)):
-            generate(ours, wrong)  # type: ignore[arg-type]
+    assert generate(ours, (tuple(PROMPTS[0]), torch.tensor(PROMPTS[0])), max_new_tokens=0) == [
+        PROMPTS[0],
+        PROMPTS[0],
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        5,
+        3.5,
+        None,
+        b"text",
+        [],
+        [[]],
+        [True, False],
+        [1, "a"],
+        [1.5],
+        ["a", 1],
+        [["a"]],
+        [[1.5]],
+        [[1, None]],
+        [[True]],
+        [b"text"],
+        {1: 2}.values(),
+        torch.ones(2, 2, 2).long(),
+        torch.ones(3),
+        torch.ones(3).bool(),
+        torch.tensor(3),
+        [torch.ones(3)],
+        [torch.ones(2, 2).long()],
+    ],
+    ids=repr,
+)
+def test_what_is_no_prompt_is_named(wrong: Any) -> None:
+    if type(wrong).__name__ == "dict_values":  # any iterable of ids will do
+        assert generate(pair("gpt2")[1], wrong, max_new_tokens=0) == [2]
+        return
+    with pytest.raises(ModelError, match="Prompt"):
+        generate(pair("gpt2")[1], wrong, max_new_tokens=0)
+
+
+def test_what_is_no_text_is_named() -> None:
+    for wrong in (5, None, [1], ["a", None], b"a", [["a"]]):
+        with pytest.raises(ModelError, match="list of texts"):
+            embed(talker(), wrong)  # type: ignore[arg-type]
+
+
+def test_the_coldest_temperature_still_draws() -> None:
+    _, ours = pair("gpt2")
+    greedy = generate(ours, PROMPTS[0], max_new_tokens=4, temperature=0)
+    assert generate(ours, PROMPTS[0], max_new_tokens=4, temperature=1e-3, seed=0) == greedy
 
 
 def test_special_tokens_and_empty_rows_are_never_drawn() -> None:
@@ -305,6 +357,19 @@ def test_stops_at_any_of_several_ends() -> None:
     finally:
         ours.generation_config.clear()
     assert cut == plain[: plain.index(third, len(PROMPTS[0])) + 1]
+
+
+@pytest.mark.parametrize("ends", ["</s>", {"id": 5}, [None], [[5]], [True, 2.5], 1e400, []])
+def test_ends_that_are_no_ids_are_passed_over(ends: Any) -> None:
+    model = talker()
+    plain = generate(model, "the red cat", max_new_tokens=6)
+    model.generation_config["eos_token_id"] = ends
+    try:
+        assert generate(model, "the red cat", max_new_tokens=6) == plain
+        model.generation_config["eos_token_id"] = [None, 7, "x", 10**9]
+        assert end_ids(model) == [7]
+    finally:
+        model.generation_config.clear()
 
 
 def test_positions_end_with_one_counted_line() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pretrain import report
 from pretrain.errors import DataError
 from pretrain.reporting.curves import Series, curve_svg, nice_ticks, thin
+from pretrain.reporting.history import number
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -162,6 +163,19 @@ def test_non_finite_losses_are_counted_and_leave_a_gap(tmp_path):
 def test_empty_and_damaged_logs_still_give_a_page(tmp_path, content):
     (tmp_path / "log.jsonl").write_bytes(content)
     assert "nothing to draw yet" in report.render(tmp_path)
+
+
+def test_numbers_beyond_every_float_still_give_a_page(tmp_path):
+    run = make_run(tmp_path)
+    huge = "9" * 400
+    with open(run / "log.jsonl", "a") as file:
+        file.write(f'{{"step": {huge}, "loss": 1.0, "tokens": {huge}}}\n')
+        file.write(f'{{"step": 51, "loss": {huge}, "tokens": {huge}}}\n')
+        file.write(f'{{"step": 51, "eval": {{"loss": {huge}}}}}\n')
+        file.write(f'{{"step": 52, "samples": ["x"], "event": {huge}}}\n')
+        file.write(f'{{"step": {huge}, "event": "end", "sample": "y"}}\n')
+    assert math.isnan(number(int(huge))) and number(-(10**400), 1.0) == 1.0
+    assert "Evaluations" in report.render(run)
 
 
 def test_damaged_settings_still_give_a_page(tmp_path):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pretrain import __version__
 from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.models.config import drop_code
 from pretrain.storage import directories, files, manifest, reading
 from pretrain.storage.card import model_card
 from pretrain.storage.directories import check_writable
@@ -32,7 +33,7 @@ from pretrain.storage.manifest import latest, rotate, verify
 from pretrain.storage.reading import inspect, load
 from pretrain.storage.runlock import RunLock, is_held
 from pretrain.storage.strict_json import names_only, parse_json, to_json
-from pretrain.storage.tensors import read_tensors, write_tensors
+from pretrain.storage.tensors import LazyTensors, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -56,7 +57,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 _STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OVERWRITABLE = re.compile(
     r"(config|generation_config|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
-    r"(vocab|merges)\.txt|chat_template\.jinja|README\.md|training|"
+    r"(vocab|merges)\.txt|chat_template\.jinja|README\.md|"
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 
@@ -84,7 +85,7 @@ def save_model(
 
     Args:
         model: weights, head, configuration, and a tokenizer if it has one.
-        directory: new, empty, or an older model directory, which is replaced as a whole.
+        directory: new, empty, or an older model directory, which is replaced as a whole unless it has `training/`.
         max_shard_bytes: larger weights are split over several files with an index.
 
     Returns:
@@ -186,11 +187,13 @@ def _refuse_target(target: Path) -> None:
         raise CheckpointError(
             f"{target} exists and is not a directory. Choose another name for the model."
         )
-    for name in sorted(os.listdir(target)):
+    with files.writing(target):
+        names = sorted(os.listdir(target))
+    for name in names:
         if not _OVERWRITABLE.fullmatch(name):
             raise CheckpointError(
-                f"{target} holds {name!r}, which is no part of a model, and would be lost when the directory is "
-                f"replaced. Choose a new directory, or move that file away."
+                f"{target} holds {name!r}, which is no part of a saved model, and would be lost when the directory is "
+                f"replaced. Choose a new directory, or move it away."
             )
 
 
@@ -204,11 +207,13 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     """Fill a temporary directory, verify it, and give it its name."""
-    weights = model.disk_state()
-    _refuse_non_finite(weights)
+    weights = model.disk_view()
+    _refuse_non_finite(model)
     state = to_json(_encode(training.state, "state")) if training else b""
     tensors = training.tensors if training else {}
-    needed = sum(_bytes(group) for group in (weights, *tensors.values())) + len(state) + (1 << 20)
+    needed = (
+        sum(_bytes(group) for group in (weights.layout, *tensors.values())) + len(state) + (1 << 20)
+    )
     with files.writing(target, needed):
         if files.free_bytes(target.parent) < needed:
             raise OSError(28, "No space left on device", str(target))
@@ -241,17 +246,17 @@ def _write_model(
     directory: Path,
     model: Model,
     config: dict[str, Any],
-    weights: Mapping[str, Tensor],
+    weights: LazyTensors,
     max_shard_bytes: int,
 ) -> Iterator[tuple[str, Record]]:
     """Write everything but the training folder; yields (name, record)."""
-    shards = _shards(weights, max_shard_bytes)
+    shards = _shards(weights.layout, max_shard_bytes)
     for name, part in shards.items():
-        yield name, write_tensors(directory / name, part)
+        yield name, write_tensors(directory / name, weights.part(part))
     if len(shards) > 1:
-        parameters = sum(tensor.numel() for tensor in weights.values())
+        parameters = sum(tensor.numel() for tensor in weights.layout.values())
         index = {
-            "metadata": {"total_size": _bytes(weights), "total_parameters": parameters},
+            "metadata": {"total_size": _bytes(weights.layout), "total_parameters": parameters},
             "weight_map": {tensor: name for name, part in shards.items() for tensor in part},
         }
         yield reading.INDEX, files.write_file(directory / reading.INDEX, to_json(index))
@@ -272,7 +277,7 @@ def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config.get(key) is not None
     }
-    return dict(_finite(names_only({**ids, **model.generation_config})))
+    return dict(_finite(names_only({**ids, **drop_code(model.generation_config)})))
 
 
 def _write_tokenizer(directory: Path, tokenizer: Any) -> Iterator[tuple[str, Record]]:
@@ -306,8 +311,8 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
-    for name, tensor in weights.items():
+def _refuse_non_finite(model: Model) -> None:
+    for name, tensor in model.named_parameters():
         if not reading.is_finite(tensor):
             raise CheckpointError(
                 f"The weight {name!r} holds NaN or infinity, so the model is not saved. The last checkpoint is "
@@ -343,12 +348,13 @@ def read_training(path: str | Path, *, quiet: bool = False) -> TrainingState:
     if not quiet:
         _note_environment(directory, listed.environment)
     found = TrainingState()
-    for name, record in listed.training.items():
-        file = directory / name
-        if name.endswith(".safetensors"):
-            found.tensors[file.stem] = read_tensors(file, record, slashes=True)
-        elif file.name == "state.json":
-            found.state = _decode(parse_json(files.read_bytes(file, record), file))
+    with files.reading(directory):
+        for name, record in listed.training.items():
+            file = directory / name
+            if name.endswith(".safetensors"):
+                found.tensors[file.stem] = read_tensors(file, record, slashes=True)
+            elif file.name == "state.json":
+                found.state = _decode(parse_json(files.read_bytes(file, record), file))
     return found
 
 

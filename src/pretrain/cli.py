@@ -19,7 +19,7 @@ from pretrain.settings.arguments import make_parser, parse
 
 __all__ = ["COMMANDS", "main"]
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; 2 for an error in the input, which is said in one paragraph (PRETRAIN_DEBUG=1 shows where it was raised);
-        130 after Ctrl-C and 143 after SIGTERM, when a training run has been saved.
+        0; 1 when `inspect` finds a broken checkpoint; 2 for an error in the input, which is said in one paragraph
+        (PRETRAIN_DEBUG=1 shows where it was raised); 130 after Ctrl-C and 143 after SIGTERM, when a training run has
+        been saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -130,6 +131,7 @@ def _add_prepare(parser: Any) -> None:
     add("--separator", type=str | None, default=None, help="text between the documents of a file")
     add("--seed", type=int, default=0, help="seed of the order")
     add("--workers", type=int | None, default=None, help="processes; not given, all cores")
+    add("--lowercase", action="store_true", help="wordpiece only: forget case and accents")
     add("--quiet", action="store_true", help="no progress bar and no table")
 
 
@@ -270,10 +272,12 @@ def _add_inspect(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _inspect(args: Any) -> None:
+def _inspect(args: Any) -> int:
     from pretrain.checkpoint import inspect
 
-    _show(inspect(args.checkpoint), args.json)
+    found = inspect(args.checkpoint)
+    _show(found, args.json)
+    return EXIT_BROKEN if found["manifest"].startswith("broken") or "problem" in found else 0
 
 
 def _add_report(parser: Any) -> None:
@@ -287,7 +291,9 @@ def _report(args: Any) -> None:
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
-    """Print a flat mapping, aligned, or as JSON."""
+    """Print a flat mapping, aligned, or as JSON; a stranger's names cannot drive the terminal."""
+    from pretrain.storage.files import printable
+
     if as_json:
         import json
 
@@ -297,7 +303,7 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
     for key, value in found.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         shown = f"{value:.4f}" if isinstance(value, float) else shown
-        print(f"{key:<{width}}{shown}")
+        print(f"{key:<{width}}{printable(str(shown))}")
 
 
 COMMANDS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -515,6 +516,55 @@ def test_places_that_hold_no_model(tmp_path):
             load(tmp_path / name)
     with pytest.raises(CheckpointError):
         load("/dev/null")
+
+
+READERS = {"load": load, "inspect": inspect, "latest": latest, "verify": verify}
+READERS |= {"read_training": read_training}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["n" * 300, "~nouser/x", "a\0b", "x/" * 3000])
+def test_impossible_names_are_sentences(reader, name, tmp_path):
+    """A name longer than the system allows, a user who is not there, a zero byte."""
+    for path in (name, tmp_path / name):
+        if reader == "latest":  # no run there is no error, a name that cannot be looked up is one
+            with contextlib.suppress(CheckpointError):
+                assert latest(path) is None
+            continue
+        with pytest.raises(CheckpointError, match=r"no such directory|too long|cannot be the name"):
+            READERS[reader](path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_directory_that_may_not_be_read_is_a_sentence(reader, run, monkeypatch):
+    """Mode 000; simulated, because root reads everything."""
+
+    def refuse(path=".", *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for call in ("listdir", "scandir") if reader != "read_training" else ("open",):
+        monkeypatch.setattr(os, call, refuse)
+    path = run if reader == "latest" else run / "checkpoint-2"
+    with pytest.raises(CheckpointError, match=r"run.* cannot be read: Permission denied"):
+        READERS[reader](path)
+
+
+def test_an_unreadable_newest_checkpoint_is_passed_over_aloud(run, monkeypatch, capfd):
+    original = os.scandir
+
+    def refuse(path="."):
+        if "checkpoint-2" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert latest(run) == run / "checkpoint-1"
+    assert "checkpoint-2 is broken and passed over" in capfd.readouterr().err
+
+
+def test_saving_under_an_impossible_name_is_a_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match="File name too long"):
+        save_model(build("gpt2", vocab_size=9, **SIZES), tmp_path / ("n" * 300))
 
 
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):

@@ -85,10 +85,14 @@ def test_code_in_a_config_is_dropped(family: str):
         "attn_implementation": "evil/kernel",
         "trust_remote_code": True,
         "_name_or_path": "/home/someone",
+        "vocab_file": "evil.txt",
+        "custom_pipelines": {"x": {"impl": "evil.py"}},
         "task_specific_params": {"x": {"auto_map": 1, "keep": 2}},
     }
     model = Model.from_hf_config(config)
     written = str(model.hf_config())
+    model.extra_config |= {"auto_map": "evil", "merges_file": "evil", "_commit": "evil"}
+    written += str(model.hf_config())
     for word in ("evil", "auto_map", "attn_implementation'", "trust_remote_code", "someone"):
         assert word not in written
     assert model.hf_config()["task_specific_params"] == {"x": {"keep": 2}}

@@ -281,6 +281,19 @@ class TestLoading:
         state["transformer.wte.weight"].zero_()
         assert model.backbone.token_embedding.weight.any()
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_disk_view_shares_memory_where_it_can(self, family):
+        model = build(family, **TINY)
+        view, state = model.disk_view(), model.disk_state()
+        assert list(view) == list(state)
+        shared = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        fused = {entry.disk for entry in model.entries() if len(entry.memory) > 1}
+        for name, tensor in view.items():
+            assert torch.equal(tensor, state[name])
+            like = view.layout[name]
+            assert like.is_meta and like.shape == tensor.shape and like.dtype == tensor.dtype
+            assert (tensor.untyped_storage().data_ptr() in shared) == (name not in fused)
+
     def test_a_forgotten_name_is_an_error(self):
         model = build("gpt2", **TINY)
         model.backbone.extra = torch.nn.Linear(2, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -130,3 +131,16 @@ def test_a_note_is_one_clean_line(capfd):
     files.note("bad \x1b[31m name\n\u202e.safetensors")
     said = capfd.readouterr().err
     assert said == "bad ?[31m name ?.safetensors\n"
+
+
+def test_a_key_twice_is_found_in_linear_time():
+    """Many keys and the repeated one last: counting each of them anew took minutes."""
+    text = ",".join(f'"{i}":0' for i in range(100_000))
+    start = time.process_time()
+    with pytest.raises(CheckpointCorrupt, match="key '99999' twice"):
+        parse_json(f'{{{text},"99999":0}}'.encode(), "f")
+    assert time.process_time() - start < 10
+
+
+def test_one_printable_line():
+    assert files.printable("a\nb\033[2J\u202ec é") == "a b?[2J?c é"

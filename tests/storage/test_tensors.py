@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
 from pretrain.storage.files import Record
-from pretrain.storage.tensors import DTYPES, read_header, read_tensors, tensor_bytes, write_tensors
+from pretrain.storage.tensors import (
+    DTYPES,
+    LazyTensors,
+    read_header,
+    read_tensors,
+    tensor_bytes,
+    write_tensors,
+)
 
 
 def sample() -> dict[str, torch.Tensor]:
@@ -111,6 +118,25 @@ def test_writer_refuses_what_it_cannot_write(tmp_path):
     assert set(read_tensors(tmp_path / "state", slashes=True)) == {"exp_avg/a.b"}
     with pytest.raises(CheckpointCorrupt):
         read_tensors(tmp_path / "state")
+
+
+def test_lazy_tensors_are_made_once_and_written_alike(tmp_path):
+    tensors, made = sample(), []
+
+    def make(name):
+        made.append(name)
+        return tensors[name]
+
+    layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    lazy = LazyTensors(layout, make)
+    assert set(lazy) == set(tensors) and len(lazy) == len(tensors) and made == []
+    record = write_tensors(tmp_path / "lazy", lazy)
+    assert record == write_tensors(tmp_path / "plain", tensors)
+    assert sorted(made) == sorted(name for name in tensors if tensors[name].numel())
+    some = next(iter(tensors))
+    assert list(lazy.part([some])) == [some]
+    with pytest.raises(KeyError):
+        lazy.part([some])["other"]
 
 
 def test_writer_never_replaces_a_file(tmp_path):

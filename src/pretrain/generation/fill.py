@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import ConfigError, ModelError
-from pretrain.generation.prompts import check_ids, evaluating, fill_id, frame, pad, tokenizer_of
+from pretrain.generation.prompts import (
+    as_texts,
+    check_ids,
+    evaluating,
+    fill_id,
+    frame,
+    pad,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -52,7 +60,7 @@ def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[A
         )
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ConfigError(f"top_k must be a whole number from 1 on, found {top_k!r}.")
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = as_texts(text)
     name = tokenizer.roles["mask"]
     plain = []
     for item in texts:
@@ -139,7 +147,7 @@ def embed(
         raise ModelError(
             "The first token of a causal model has seen none of the others; use pooling='mean'."
         )
-    rows = frame(model, [texts] if isinstance(texts, str) else list(texts))
+    rows = frame(model, as_texts(texts))
     limit = model.backbone.max_length
     long = sum(len(row) > limit for row in rows)
     if long:

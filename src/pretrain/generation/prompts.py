@@ -6,7 +6,7 @@ Letters: B prompts, T tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Prompts",
+    "as_texts",
     "check_ids",
     "end_ids",
     "evaluating",
@@ -28,6 +29,9 @@ __all__ = [
     "pad",
     "tokenizer_of",
 ]
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of ids
 
 
 @contextlib.contextmanager
@@ -67,24 +71,51 @@ class Prompts:
         if isinstance(prompts, str):
             return cls(_encode(model, [prompts]), [prompts], "one")
         if isinstance(prompts, Tensor):
-            if prompts.ndim not in (1, 2) or prompts.is_floating_point():
+            if prompts.ndim not in (1, 2) or prompts.dtype not in _WHOLE:
                 raise ModelError(
                     f"Prompts must be ids of shape (T,) or (B, T), not {tuple(prompts.shape)} {prompts.dtype}."
                 )
             rows = prompts.tolist()
             return cls([rows], None, "row") if prompts.ndim == 1 else cls(rows, None, "tensor")
-        items = list(prompts)
+        listed = isinstance(prompts, Iterable) and not isinstance(prompts, bytes | bytearray)
+        items = list(prompts) if listed else []
         if items and all(isinstance(item, str) for item in items):
             return cls(_encode(model, items), items, "many")
-        if items and all(isinstance(item, int) for item in items):
+        if items and all(type(item) is int for item in items):
             return cls([items], None, "one")
-        if items and all(
-            isinstance(item, Sequence | Tensor) and not isinstance(item, str) for item in items
-        ):
-            return cls([[int(i) for i in item] for item in items], None, "many")
+        lists = [_id_list(item) for item in items]
+        ids = [row for row in lists if row is not None]
+        if items and len(ids) == len(items):
+            return cls(ids, None, "many")
         raise ModelError(
-            "Prompts must be a text, a list of texts, a list of ids or a tensor of ids; found none of them."
+            "Prompts must be a text, a list of texts, a list of ids (whole numbers), a list of such lists, or a "
+            f"tensor of ids; found {type(prompts).__name__} {repr(prompts)[:60]}."
         )
+
+
+def _id_list(row: Any) -> list[int] | None:
+    """A list of ids, or None if it is none: a text or a fraction must not pass for a token."""
+    if isinstance(row, Tensor):
+        return [int(i) for i in row.tolist()] if row.ndim == 1 and row.dtype in _WHOLE else None
+    if not isinstance(row, Sequence) or isinstance(row, str | bytes | bytearray):
+        return None
+    return list(row) if all(type(i) is int for i in row) else None
+
+
+def as_texts(texts: Any) -> list[str]:
+    """One text or several as a list.
+
+    Raises:
+        ModelError: something in it is no text.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    found: list[Any] = list(texts) if isinstance(texts, Iterable) else [None]
+    if not all(isinstance(text, str) for text in found):
+        raise ModelError(
+            f"A text or a list of texts is needed; found {type(texts).__name__} {repr(texts)[:60]}."
+        )
+    return found
 
 
 def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
@@ -140,9 +171,10 @@ def end_ids(model: Model) -> list[int]:
         None if tokenizer is None else tokenizer.eos_id,
         model.backbone.config.eos_id,
     ):
-        if found is not None:
-            ids = found if isinstance(found, list | tuple) else [found]
-            return [int(i) for i in ids if 0 <= int(i) < model.backbone.vocab_size]
+        # generation_config.json is a stranger's: what is no id is passed over
+        ids = found if isinstance(found, list | tuple) else [found]
+        if ids := [i for i in ids if type(i) is int]:
+            return [i for i in ids if 0 <= i < model.backbone.vocab_size]
     return []
 
 

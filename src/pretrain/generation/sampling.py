@@ -19,6 +19,9 @@ from pretrain.errors import ConfigError
 __all__ = ["Sampler", "banned", "filter_scores", "penalize"]
 
 
+_COLDEST = 1e-3  # the lowest temperature above 0
+
+
 def penalize(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens that a row already holds less likely (more likely below 1).
 
@@ -61,7 +64,8 @@ class Sampler:
     """The choice of the next token.
 
     Attributes:
-        temperature: 0 takes the likeliest; None is 0, or 1 when another setting asks for chance.
+        temperature: 0 takes the likeliest, others are at least 0.001; None is 0, or 1 when another setting asks for
+            chance.
         top_k: draw from the k likeliest.
         top_p: draw from the likeliest that together hold this probability.
         min_p: draw from those with at least this share of the likeliest one's probability.
@@ -95,6 +99,11 @@ class Sampler:
                 )
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; it must lie between {low} and {high}.")
+        if self.temperature is not None and 0 < self.temperature < _COLDEST:
+            raise ConfigError(
+                f"temperature is {self.temperature}; it must be 0, which takes the likeliest token, or at least "
+                f"{_COLDEST}: scores divided by less are no longer finite."
+            )
 
     @property
     def heat(self) -> float:

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.config import SIZES, BackboneConfig, ConfigReader
+from pretrain.models.config import SIZES, BackboneConfig, ConfigReader, drop_code
 from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
 from pretrain.models.names import Entry, LoadReport, Name
-from pretrain.models.state import disk_state, entries_of, load_disk_state
+from pretrain.models.state import disk_state, disk_view, entries_of, load_disk_state
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pretrain.data.tokenizer import Tokenizer
+    from pretrain.storage.tensors import LazyTensors
 
 __all__ = [
     "HEAD_KINDS",
@@ -133,7 +134,7 @@ class Model(nn.Module):
         model.extra_config = reader.rest()
         ends = config.get("eos_token_id")
         if isinstance(ends, list):
-            model.generation_config["eos_token_id"] = ends
+            model.generation_config["eos_token_id"] = [end for end in ends if type(end) is int]
         return model
 
     def materialize(self, seed: int = 0, device: str | torch.device = "cpu") -> Model:
@@ -178,6 +179,10 @@ class Model(nn.Module):
         """All weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
         return disk_state(self)
 
+    def disk_view(self) -> LazyTensors:
+        """The same, but each tensor is made when it is asked for, and may be a view of a parameter."""
+        return disk_view(self)
+
     def load_disk_state(self, tensors: Mapping[str, Tensor], *, seed: int = 0) -> LoadReport:
         """Fill the model from tensors under their names on disk; see ``pretrain.models.state``.
 
@@ -188,7 +193,7 @@ class Model(nn.Module):
 
     def hf_config(self) -> dict[str, Any]:
         """Content of config.json, in the spellings of transformers 4 and 5."""
-        config = {**self.extra_config, **self.backbone.to_hf_config()}
+        config = {**drop_code(self.extra_config), **self.backbone.to_hf_config()}
         config["model_type"] = self.backbone.model_type
         config["architectures"] = [self.backbone.architectures[self.head_kind]]
         config["dtype"] = config["torch_dtype"] = "float32"

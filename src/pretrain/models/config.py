@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.mlp import ACTIVATIONS
 
-__all__ = ["SIZES", "BackboneConfig", "ConfigReader", "hf_activation", "round_up"]
+__all__ = ["SIZES", "BackboneConfig", "ConfigReader", "drop_code", "hf_activation", "round_up"]
 
 Self = TypeVar("Self", bound="BackboneConfig")
 
@@ -249,12 +249,12 @@ _CODE_KEYS = {
 
 
 def drop_code(value: Any) -> Any:
-    """Remove every key that names code, a kernel, a repository or a path, at any depth."""
+    """Remove every key that names code, a kernel, a repository or a file (``*_file``, ``_*``), at any depth."""
     if isinstance(value, Mapping):
         return {
             str(k): drop_code(v)
             for k, v in value.items()
-            if not str(k).startswith("_") and k not in _CODE_KEYS
+            if not str(k).startswith("_") and not str(k).endswith("_file") and k not in _CODE_KEYS
         }
     if isinstance(value, list | tuple):
         return [drop_code(item) for item in value]

@@ -104,13 +104,11 @@ def expand(
     return entries
 
 
-def pack(entry: Entry, parameters: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that goes to disk: fp32, contiguous, on the CPU, a copy of its own."""
-    parts = [parameters[name].detach().to("cpu", torch.float32) for name in entry.memory]
+def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") -> Tensor:
+    """The tensor that goes to disk, in fp32; a view of the parameter where nothing is converted or fused."""
+    parts = [parameters[name].detach().to(device, torch.float32) for name in entry.memory]
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if entry.transpose and tensor.ndim == 2:
-        tensor = tensor.T
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.T if entry.transpose and tensor.ndim == 2 else tensor
 
 
 def unpack(

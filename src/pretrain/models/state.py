@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from pretrain.errors import CheckpointError, ModelError
 from pretrain.models.heads import LanguageHead
 from pretrain.models.names import Entry, LoadReport, expand, modern_key, pack, unpack
+from pretrain.storage.tensors import LazyTensors
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["disk_state", "entries_of", "load_disk_state"]
+__all__ = ["disk_state", "disk_view", "entries_of", "load_disk_state"]
 
 _BUFFERS = (
     "position_ids",
@@ -57,13 +58,25 @@ def entries_of(model: Model) -> list[Entry]:
 
 def disk_state(model: Model) -> dict[str, Tensor]:
     """All weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in disk_view(model).items()
+    }
+
+
+def disk_view(model: Model) -> LazyTensors:
+    """What ``disk_state`` holds, each tensor made when it is asked for: saving needs no second copy of the model.
+
+    A tensor may share memory with a parameter, and need not be contiguous.
+    """
     parameters = dict(model.named_parameters())
-    state = {entry.disk: pack(entry, parameters) for entry in entries_of(model)}
+    entries = {entry.disk: entry for entry in entries_of(model)}
     if not _tied(model) and model.head_kind is not None:
         for disk, memory in model.backbone.copies(model.head_kind, tied=False).items():
             if memory in parameters:
-                state[disk] = parameters[memory].detach().to("cpu", torch.float32).clone()
-    return state
+                entries[disk] = Entry(disk, disk, (memory,), transpose=False, body=False)
+    layout = {name: pack(entry, parameters, "meta") for name, entry in entries.items()}
+    return LazyTensors(layout, lambda name: pack(entries[name], parameters))
 
 
 @torch.no_grad()

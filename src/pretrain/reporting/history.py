@@ -20,7 +20,7 @@ def number(value: Any, default: float = math.nan) -> float:
     """Numbers and their spellings ("nan", "inf") as a float; anything else is the default."""
     try:
         return default if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # a whole number of 400 digits is no float
         return default
 
 

@@ -28,7 +28,9 @@ __all__ = [
     "hash_file",
     "note",
     "open_regular",
+    "printable",
     "read_bytes",
+    "reading",
     "sync_file",
     "write_file",
     "writing",
@@ -80,10 +82,14 @@ class FileIO:
 IO = FileIO()
 
 
+def printable(text: str) -> str:
+    """One line without the control and direction characters that a stranger's name may carry."""
+    return "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
+
+
 def note(text: str) -> None:
-    """Print one line to stderr, without control or direction characters that a file name may carry."""
-    clean = "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
-    print(clean, file=sys.stderr, flush=True)
+    """Print one line to stderr; see `printable`."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -109,6 +115,26 @@ def open_regular(path: Path) -> tuple[int, int]:
         os.close(descriptor)
         raise CheckpointCorrupt(path, "a regular file", "a directory, pipe or device")
     return descriptor, info.st_size
+
+
+def _named(error: OSError, path: str | Path) -> str:
+    """The file that the system complained about, where it is not the path itself."""
+    other = isinstance(error.filename, str | Path) and str(error.filename) != str(path)
+    return f" ({error.filename})" if other else ""
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn what the system refuses inside into one sentence with the path."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output has left; no file is to blame
+        raise
+    except OSError as error:
+        named = _named(error, path)
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}{named}. Check the name and its permissions."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -249,14 +275,14 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         where = path
-        while not where.exists() and where != where.parent:
+        while not os.path.exists(where) and where != where.parent:
             where = where.parent
         if error.errno in _FULL:
             raise CheckpointError(
                 f"The disk is full: {path} needs {needed:,} bytes, {free_bytes(where):,} bytes are free in "
                 f"{where}. Earlier checkpoints are untouched; free some space, or lower `keep`, and run again."
             ) from error
-        named = f" ({error.filename})" if isinstance(error.filename, str | Path) else ""
+        named = _named(error, path)
         if error.errno in _DENIED:
             raise CheckpointError(
                 f"{path} cannot be written: {error.strerror}{named}. Choose another output "

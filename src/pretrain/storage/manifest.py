@@ -26,6 +26,7 @@ from pretrain.storage.files import (
     hash_file,
     note,
     read_bytes,
+    reading,
     write_file,
 )
 from pretrain.storage.strict_json import parse_json, to_json
@@ -227,27 +228,36 @@ def verify(path: str | Path) -> None:
         CheckpointCorrupt: with `file`, `expected` and `found`.
     """
     directory = checked_directory(path)
-    check_files(directory, read_manifest(directory))
+    with reading(directory):
+        check_files(directory, read_manifest(directory))
 
 
 def checked_directory(path: str | Path) -> Path:
     """The directory behind a path a user gave; a link to it is theirs to make.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the system refuses to look.
     """
-    directory = Path(os.path.realpath(path))
-    if (
-        not directory.exists() and directory.parent.is_dir()
-    ):  # killed between the two renames of `publish`
-        directory = moved_aside(directory.parent).get(directory.name, directory)
-    if not directory.exists():
-        raise CheckpointError(f"{path}: no such directory.")
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{path} is a file; a checkpoint is a directory. Name the directory that holds it."
-        )
-    return directory
+    directory = _real(path)
+    with reading(path):
+        if (
+            not directory.exists() and directory.parent.is_dir()
+        ):  # killed between the two renames of `publish`
+            directory = moved_aside(directory.parent).get(directory.name, directory)
+        if not directory.exists():
+            raise CheckpointError(f"{path}: no such directory.")
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{path} is a file; a checkpoint is a directory. Name the directory that holds it."
+            )
+        return directory
+
+
+def _real(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # a zero byte
+        raise CheckpointError(f"{str(path)!r} cannot be the name of a directory.") from None
 
 
 def candidates(run_dir: Path) -> list[Path]:
@@ -272,11 +282,16 @@ def latest(run_dir: str | Path) -> Path | None:
     """The checkpoint with the highest step that is whole; None if there is none.
 
     Every byte is verified. A broken newer one is named on stderr.
+
+    Raises:
+        CheckpointError: the system refuses to look into the directory.
     """
-    directory = Path(os.path.realpath(run_dir))
-    if not directory.is_dir():
-        return None
-    for path in candidates(directory):
+    directory = _real(run_dir)
+    with reading(run_dir):
+        if not directory.is_dir():
+            return None
+        found = candidates(directory)
+    for path in found:
         try:
             verify(path)
         except CheckpointError as error:

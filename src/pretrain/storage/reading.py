@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.storage import manifest
 from pretrain.storage.card import objective_name
-from pretrain.storage.files import Record, note, read_bytes
+from pretrain.storage.files import Record, note, read_bytes, reading
 from pretrain.storage.manifest import Manifest
 from pretrain.storage.strict_json import parse_json
 from pretrain.storage.tensors import read_header, read_tensors
@@ -140,17 +140,19 @@ def load(
         ConfigError: config.json asks for an impossible model.
     """
     directory = manifest.checked_directory(path)
-    run = [] if os.path.lexists(directory / "config.json") else manifest.candidates(directory)
-    for candidate in run:
-        try:
-            return _load(candidate, head=head, verify=verify, tokenizer=tokenizer, quiet=quiet)
-        except CheckpointCorrupt as error:
-            manifest.skipped(candidate, error)
-    return _load(directory, head=head, verify=verify, tokenizer=tokenizer, quiet=quiet)
+    with reading(path):
+        run = [] if os.path.lexists(directory / "config.json") else manifest.candidates(directory)
+        for candidate in run:
+            try:
+                return _load(candidate, head=head, verify=verify, tokenizer=tokenizer, quiet=quiet)
+            except CheckpointCorrupt as error:
+                manifest.skipped(candidate, error)
+        return _load(directory, head=head, verify=verify, tokenizer=tokenizer, quiet=quiet)
 
 
 def _load(path: Path, *, head: str | None, verify: bool, tokenizer: bool, quiet: bool) -> Model:
     from pretrain.models.base import Model
+    from pretrain.models.config import drop_code
 
     directory = _Directory(path, verify=verify)
     if not directory.has("config.json") and directory.manifest is None:
@@ -165,7 +167,7 @@ def _load(path: Path, *, head: str | None, verify: bool, tokenizer: bool, quiet:
     names = directory.weight_files()
     model = Model.from_hf_config(config, head=head)
     if directory.has("generation_config.json"):
-        model.generation_config = directory.json("generation_config.json", CONFIG_LIMIT)
+        model.generation_config = drop_code(directory.json("generation_config.json", CONFIG_LIMIT))
     if tokenizer:
         _open_tokenizer(model, directory)
     tensors = _read_weights(directory, names)
@@ -272,8 +274,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns:
         path, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest ("holds",
         "absent" or "broken: ..."), resumable, files and bytes.
+
+    Raises:
+        CheckpointError: no such directory, one that cannot be read, or no model in it.
     """
-    directory = manifest.checked_directory(path)
+    with reading(path):
+        return _inspect(path, manifest.checked_directory(path))
+
+
+def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
     if not os.path.lexists(directory / "config.json") and (run := manifest.candidates(directory)):
         directory = run[0]
     state, listed = "absent", None

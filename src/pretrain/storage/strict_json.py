@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -28,8 +29,9 @@ def parse_json(data: bytes, name: object, *, limit: int = JSON_LIMIT) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = next(
+                key for key, count in Counter(key for key, _ in items).items() if count > 1
+            )
             raise CheckpointCorrupt(name, "every key once", f"key {twice[:80]!r} twice")
         return found
 

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,14 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.storage.files import CHUNK, HashingFile, Record, open_regular
 from pretrain.storage.strict_json import parse_json
 
-__all__ = ["TensorInfo", "read_header", "read_tensors", "tensor_bytes", "write_tensors"]
+__all__ = [
+    "LazyTensors",
+    "TensorInfo",
+    "read_header",
+    "read_tensors",
+    "tensor_bytes",
+    "write_tensors",
+]
 
 DTYPES = {
     "F32": torch.float32,
@@ -62,6 +69,34 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are made one by one when they are asked for, and whose shapes are known before.
+
+    Args:
+        layout: name -> shape and dtype, as a tensor on the meta device.
+        make: name -> the tensor itself; nothing is kept.
+    """
+
+    def __init__(self, layout: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
+        self.layout = dict(layout)
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.layout:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def part(self, names: Collection[str]) -> LazyTensors:
+        """Some of them, in the order of ``names``."""
+        return LazyTensors({name: self.layout[name] for name in names}, self._make)
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it lies contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
@@ -73,7 +108,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = 
 
     Args:
         path: must not exist yet.
-        tensors: name -> tensor of an allowed dtype, on any device.
+        tensors: name -> tensor of an allowed dtype, on any device; lazy ones are made once, when their turn comes.
         slashes: allow "/" in names; for files that only pretrain reads.
 
     Returns:
@@ -83,11 +118,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = 
         CheckpointError: a name or dtype the format does not allow.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    lazy = isinstance(tensors, LazyTensors)
+    layout = tensors.layout if isinstance(tensors, LazyTensors) else tensors
     # widest first, as the library does: every tensor then starts at a multiple of its element size
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(layout, key=lambda name: (-layout[name].element_size(), name))
     offset = 0
     for name in order:
-        tensor = tensors[name]
+        tensor = layout[name]
         if not (_SLASHED if slashes else _NAME).fullmatch(name):
             raise CheckpointError(
                 f"{path.name}: the tensor name {name[:80]!r} has a sign that is not allowed."
@@ -95,7 +132,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = 
         if (
             tensor.dtype not in _CODES
             or tensor.dim() > DIM_LIMIT
-            or tensor.is_meta
+            or (tensor.is_meta and not lazy)
             or tensor.layout != torch.strided
         ):
             raise CheckpointError(
@@ -112,7 +149,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = 
     with HashingFile(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            if tensors[name].numel():
+            if layout[name].numel():
                 file.write(tensor_bytes(tensors[name]))
         return file.finish()
 
