@@ -1,4 +1,4 @@
-"""What every model and every objective must do: ``check_model`` and ``check_objective`` take a function that builds one.
+"""What every model and every objective must do; ``check_model`` and ``check_objective`` take a function that builds it.
 
 Shapes, initial statistics, a gradient for every parameter, one batch learned by heart, equal after saving and
 loading, the same weights from the same seed.
