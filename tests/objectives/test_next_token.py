@@ -47,7 +47,7 @@ def test_padding_mask_counts_as_a_document() -> None:
 
 
 def test_bits_per_byte() -> None:
-    figures = _objective().summarize(6.931471805599453, 10.0, {}, {"tokens_per_byte": 0.5})
+    figures = _objective().summarize(6.931471805599453, 10.0, {}, {"targets_per_byte": 0.5})
     assert figures["bits_per_byte"] == pytest.approx(0.5)
     assert figures["perplexity"] == pytest.approx(2.0)
 

@@ -129,7 +129,7 @@ class Objective(nn.Module):
             total: summed loss.
             count: number of targets.
             metrics: summed metrics of ``Loss``.
-            stats: figures of the data, such as ``tokens_per_byte``.
+            stats: figures of the data, such as ``targets_per_byte``.
         """
         mean = total / count if count else math.nan
         return {"loss": mean} | {key: value / count for key, value in metrics.items() if count}

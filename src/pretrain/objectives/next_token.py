@@ -68,8 +68,8 @@ class NextToken(TokenObjective):
     ) -> dict[str, float]:
         """Add bits per byte, which compares models with different tokenizers."""
         figures = super().summarize(total, count, metrics, stats)
-        if "tokens_per_byte" in stats:
-            figures["bits_per_byte"] = figures["loss"] / math.log(2) * stats["tokens_per_byte"]
+        if "targets_per_byte" in stats:
+            figures["bits_per_byte"] = figures["loss"] / math.log(2) * stats["targets_per_byte"]
         return figures
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:

@@ -26,8 +26,10 @@ _SEED = 0x5EED  # of evaluation draws: part of the definition of the figure, so 
 
 def data_stats(data: Any) -> dict[str, float]:
     """Figures of a split that turn a loss per token into one per byte; empty when it has no text."""
-    tokens, size = getattr(data, "num_tokens", 0), getattr(data, "num_bytes", 0)
-    return {"tokens_per_byte": tokens / size} if tokens and size else {}
+    # Every token but the first of a document is predicted; where that is not known, every token.
+    targets = getattr(data, "num_targets", 0) or getattr(data, "num_tokens", 0)
+    size = getattr(data, "num_bytes", 0)
+    return {"targets_per_byte": targets / size} if targets and size else {}
 
 
 def evaluate_rows(
