@@ -92,14 +92,16 @@ def contenders(
     rows = rows_of(args.rows, args.length, args.vocab, args.filled)
     batch = objective.collate(rows, row_rngs(0, "collate", 0, args.rows))
     batch = {key: value.to(device) for key, value in batch.items()}
+    # Our batches leave out ids that say nothing; the peer gets the mask its documentation asks for.
+    seen = batch.get("document_ids", torch.ones_like(batch["input_ids"])) != 0
     peer_batch = {
         "input_ids": batch["input_ids"],
-        "attention_mask": (batch["document_ids"] != 0).long(),
+        "attention_mask": seen.long(),
         "labels": batch["labels"],
     }
     if not encoder:
         # transformers shifts labels itself.
-        peer_batch["labels"] = torch.where(batch["document_ids"] != 0, batch["input_ids"], -100)
+        peer_batch["labels"] = torch.where(seen, batch["input_ids"], -100)
     settings = OptimConfig()
     mine = build_optimizers(objective, settings, model.backbone.blocks(), device)
     theirs = torch.optim.AdamW(peer.parameters(), lr=settings.lr, betas=settings.betas, fused=True)
@@ -123,7 +125,7 @@ def contenders(
         theirs.zero_grad()
         return float(loss.detach())
 
-    real = int((batch["document_ids"] != 0).sum())
+    real = int(seen.sum())
     flops = objective.flops(real, int(count), args.length)
     return ours, other, (precision, real, flops, model)
 
