@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,14 @@ SCRIPT = Path(__file__).parent / "kill_trials.py"
 def _run(objective: str, count: int) -> None:
     # A process of its own: it forks, which a process full of test threads must not.
     command = [sys.executable, str(SCRIPT), "--objective", objective, "--trials", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{count} of {count} bit-identical" in done.stdout
 

@@ -94,3 +94,9 @@ def test_every_line_has_what_the_report_reads(tmp_path: Path) -> None:
                 "mfu",
                 "seconds",
             } <= line.keys()
+
+
+def test_the_last_step_is_always_in_the_log(tmp_path: Path) -> None:
+    trainer(tmp_path, objective(), Rows(8), limit="17 steps", log_every=10).fit()
+    steps = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "grad_norm" in line]
+    assert steps == [*range(1, 11), 17]

@@ -260,13 +260,13 @@ class Trainer:
         """Log, evaluate, save and call hooks, each at its own interval."""
         state = self.state
         state.seconds = time.monotonic() - self._began
-        if state.step <= 10 or state.step % self.train.log_every == 0:
+        state.total_steps = self.plan.replan(state)
+        last = state.step >= state.total_steps
+        if last or state.step <= 10 or state.step % self.train.log_every == 0:
             flops = self.objective.flops(
                 state.window_tokens, int(state.window_count), self._row_length
             )
             self.journal.steps(record, state, flops, self._peak)
-        state.total_steps = self.plan.replan(state)
-        last = state.step >= state.total_steps
         improved = False
         if self.eval_data is not None and (
             last or self._due(self.train.eval_every, state.last_eval, "eval")
