@@ -55,6 +55,9 @@ SURFACE = [
     "optim.decay",
     "optim.min_lr",
     "optim.ema",
+    "optim.layer_decay",
+    "optim.unfreeze",
+    "optim.l2_sp",
     "train.out",
     "train.limit",
     "train.batch_rows",
@@ -64,6 +67,7 @@ SURFACE = [
     "train.save_every",
     "train.keep",
     "train.best",
+    "train.monitor",
     "train.patience",
     "train.log_every",
     "train.sample",
@@ -322,7 +326,7 @@ def test_intervals() -> None:
     assert parse_every("5%", 1000) == 50
     assert parse_every("5%", 3) == 1
     assert parse_every("0 steps", 1000) == parse_every("0%", 1000) == 0
-    for wrong in ("5", "101%", "1.5 steps", "3 epochs", "-5%", "inf steps"):
+    for wrong in ("5", "101%", "1.5 steps", "3 hours", "-1 epochs", "-5%", "inf steps"):
         with pytest.raises(ConfigError, match=r"train\.save_every"):
             parse_every(wrong, 100, "train.save_every")
 

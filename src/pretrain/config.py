@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def _within(default: Any, low: float, high: float) -> Any:
+def within(default: Any, low: float, high: float) -> Any:
     """A field whose value must lie between ``low`` and ``high``, both allowed."""
     return field(default=default, metadata={"low": low, "high": high})
 
@@ -57,13 +57,13 @@ class DataConfig:
     """Text between the documents of one file; not given, one file or one row is one document."""
     tokenizer: str = "bpe"
     """bpe, wordpiece or char (trained on the data), or the path of a tokenizer or a checkpoint."""
-    vocab_size: int = _within(8192, 8, 1 << 22)
+    vocab_size: int = within(8192, 8, 1 << 22)
     """Size of the vocabulary to train."""
-    row_length: int = _within(512, 2, 1 << 20)
+    row_length: int = within(512, 2, 1 << 20)
     """Tokens in one row."""
     cache: str | None = None
     """Directory in which prepared data are kept."""
-    workers: int | None = _within(None, 1, 4096)
+    workers: int | None = within(None, 1, 4096)
     """Processes that prepare the data; not given, all cores."""
 
 
@@ -97,28 +97,37 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
-    lr: float = _within(1e-3, 0.0, 100.0)
+    lr: float = within(1e-3, 0.0, 100.0)
     """Peak learning rate of AdamW."""
-    muon_lr: float = _within(0.02, 0.0, 100.0)
+    muon_lr: float = within(0.02, 0.0, 100.0)
     """Peak learning rate of Muon."""
-    betas: tuple[float, float] = _within((0.9, 0.95), 0.0, 1.0 - 1e-9)
+    betas: tuple[float, float] = within((0.9, 0.95), 0.0, 1.0 - 1e-9)
     """Decay of the two moments of AdamW."""
-    eps: float = _within(1e-8, 1e-30, 1.0)
+    eps: float = within(1e-8, 1e-30, 1.0)
     """Added to the square root of the second moment."""
-    weight_decay: float = _within(0.1, 0.0, 100.0)
+    weight_decay: float = within(0.1, 0.0, 100.0)
     """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
-    clip: float = _within(1.0, 0.0, 1e6)
+    clip: float = within(1.0, 0.0, 1e6)
     """Largest norm of the gradient; 0 is off."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up; wsd is warm-up, stable, decay."""
-    warmup: float = _within(0.02, 0.0, 1e9)
+    warmup: float = within(0.02, 0.0, 1e9)
     """Warm-up: a fraction of the steps (below 1) or a number of steps."""
-    decay: float = _within(0.4, 0.0, 1.0)
+    decay: float = within(0.4, 0.0, 1.0)
     """Fraction of the steps spent cooling down (wsd)."""
-    min_lr: float = _within(0.1, 0.0, 1.0)
+    min_lr: float = within(0.1, 0.0, 1.0)
     """Learning rate at the end, as a fraction of the peak."""
-    ema: float = _within(0.0, 0.0, 1.0 - 1e-9)
+    ema: float = within(0.0, 0.0, 1.0 - 1e-9)
     """Decay of the moving average of the weights; 0 is off."""
+    layer_decay: float = within(1.0, 1e-6, 1.0)
+    """Learning rate of every layer as a fraction of that of the layer above it, from the head down to the
+    embeddings; 1 is the same for all."""
+    unfreeze: float = within(0.0, 0.0, 1.0)
+    """Fraction of the steps over which the layers are released one by one from the top: first the
+    head alone learns, the embeddings come last; 0 is all from the start."""
+    l2_sp: float = within(0.0, 0.0, 1e9)
+    """Pull of the weights that were loaded towards where they started, in place of weight decay; 0 is
+    off."""
 
 
 @dataclass
@@ -129,23 +138,26 @@ class TrainConfig:
     """Directory of the run; the same command again resumes it."""
     limit: str = "1 epochs"
     """When to stop: "500 steps", "1e9 tokens", "3 epochs" or "10 minutes"."""
-    batch_rows: int = _within(32, 1, 1 << 24)
+    batch_rows: int = within(32, 1, 1 << 24)
     """Rows in one optimizer step, all devices and micro-batches together."""
-    micro_rows: int = _within(0, 0, 1 << 24)
+    micro_rows: int = within(0, 0, 1 << 24)
     """Rows in one forward pass; 0 is chosen."""
     eval_every: str = "5%"
-    """Evaluate every "200 steps" or "5%" of the run; "0 steps" is never."""
-    eval_rows: int = _within(0, 0, 1 << 40)
+    """Evaluate every "200 steps", "0.5 epochs" or "5%" of the run; "0 steps" is never."""
+    eval_rows: int = within(0, 0, 1 << 40)
     """Held-out rows in one evaluation; 0 is all of them."""
     save_every: str = "10%"
-    """Save every "200 steps" or "10%" of the run; "0 steps" is only at the end."""
-    keep: int = _within(2, 1, 1 << 20)
+    """Save every "200 steps", "0.5 epochs" or "10%" of the run; "0 steps" is only at the end."""
+    keep: int = within(2, 1, 1 << 20)
     """Checkpoints that are kept, besides the best."""
     best: bool = True
-    """Keep the checkpoint with the lowest held-out loss."""
-    patience: int = _within(0, 0, 1 << 20)
+    """Keep the checkpoint that is best on the held-out rows, by train.monitor."""
+    monitor: str = "loss"
+    """Held-out figure that decides which checkpoint is best, and patience: lower is better for loss,
+    perplexity, bits_per_byte, mse, rmse and mae, higher for all others."""
+    patience: int = within(0, 0, 1 << 20)
     """Evaluations without improvement before stopping; 0 is off."""
-    log_every: int = _within(10, 1, 1 << 30)
+    log_every: int = within(10, 1, 1 << 30)
     """Steps between two lines of the log."""
     sample: str = ""
     """Prompt shown at every evaluation; empty is chosen from the held-out rows."""
@@ -153,7 +165,7 @@ class TrainConfig:
     """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute precision; auto is bf16 where the device is good at it."""
-    seed: int = _within(0, 0, (1 << 63) - 1)
+    seed: int = within(0, 0, (1 << 63) - 1)
     """Seed of the weights, the order, the masks and the dropout."""
 
 
@@ -167,7 +179,7 @@ class ParallelConfig:
     """Compile the blocks with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
-    threads: int = _within(0, 0, 4096)
+    threads: int = within(0, 0, 4096)
     """CPU threads; 0 is torch's choice."""
 
 
@@ -229,13 +241,17 @@ def parse_limit(text: str) -> Limit:
     return Limit(kind, int(value) if kind in ("steps", "tokens") else value)
 
 
-def parse_every(text: str, total: int, key: str = "train.eval_every") -> int:
+def parse_every(
+    text: str, total: int, key: str = "train.eval_every", epoch_steps: float = 1.0
+) -> int:
     """Read an interval and return it in steps; 0 is never.
 
     Args:
-        text: ``"200 steps"`` or a share of the run, ``"5%"`` (at least one step).
+        text: ``"200 steps"``, ``"0.5 epochs"`` or a share of the run, ``"5%"``; the last two are at least one
+            step.
         total: steps of the whole run.
         key: the setting that errors name.
+        epoch_steps: steps in one epoch.
 
     Raises:
         ConfigError: not of that form.
@@ -243,11 +259,12 @@ def parse_every(text: str, total: int, key: str = "train.eval_every") -> int:
     value, unit = _amount(text)
     if unit == "step" and value == int(value) and value < 1e18:
         return int(value)
-    if unit == "%" and value <= 100:
-        return max(1, round(total * value / 100)) if value else 0
+    share = {"%": total * value / 100, "epoch": epoch_steps * value}.get(unit, math.inf)
+    if value < 1e18 and share < math.inf and not (unit == "%" and value > 100):
+        return max(1, round(share)) if value else 0
     raise ConfigError(
-        f"{key} is {text!r}; "
-        'write "200 steps" or a share of the run, e.g. "5%" ("0 steps" is never).'
+        f'{key} is {text!r}; write "200 steps", "0.5 epochs" or a share of the run, e.g. "5%" '
+        '("0 steps" is never).'
     )
 
 
@@ -290,9 +307,9 @@ class RunConfig:
             ConfigError: a file that cannot be read, an unknown key (the nearest is named), a wrong
                 type, an impossible value.
         """
-        from pretrain.settings.check import read_sections
+        from pretrain.settings.check import check_run, read_sections
 
-        return cls(**read_sections(cls.SECTIONS, source, overrides))
+        return cls(**read_sections(cls.SECTIONS, source, overrides, check_run))
 
     def validate(self) -> RunConfig:
         """Check every field again, e.g. after changing one in Python, and return the checked copy.
@@ -335,14 +352,14 @@ class Field:
     help: str
 
 
-def fields(section: str) -> list[Field]:
-    """The settings of one section; the help is the text under each field in this file."""
+def fields(section: str | type) -> list[Field]:
+    """The settings of a section (a name in `RunConfig`, or a dataclass); the help is the text under each field."""
     import ast
     import inspect
     import textwrap
     from typing import get_type_hints
 
-    kind = RunConfig.SECTIONS[section]
+    kind = RunConfig.SECTIONS[section] if isinstance(section, str) else section
     helps: dict[str, str] = {}
     with contextlib.suppress(OSError):  # no source at hand: no help texts
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]

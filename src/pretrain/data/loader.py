@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.order import MixtureOrder, Order
-from pretrain.data.shards import Rows
+from pretrain.data.shards import Example, Rows
 
-__all__ = ["Examples", "Loader", "row_rng", "row_rngs"]
+__all__ = ["Example", "Examples", "Loader", "row_rng", "row_rngs"]
 
-Example = dict[str, NDArray[np.int64]]
 T = TypeVar("T")
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from pretrain.data.order import MixtureOrder, Order
 from pretrain.errors import DataError
 
-__all__ = ["Rows", "check_files", "file_record", "token_dtype", "write_json"]
+__all__ = ["Example", "Rows", "check_files", "file_record", "token_dtype", "write_json"]
 
 Ints = NDArray[np.int64]
-Example = dict[str, NDArray[np.int64]]
+Example = Mapping[str, NDArray[Any]]  # one row
 
 # Files up to this size are hashed whenever prepared data are opened, larger ones on request.
 _HASHED = 64 << 20
@@ -236,7 +236,7 @@ class Rows:
         self._bounds(index)
         return {name: values[0] for name, values in self.gather([index % len(self)]).items()}
 
-    def gather(self, indices: Sequence[int] | Ints) -> Example:
+    def gather(self, indices: Sequence[int] | Ints) -> dict[str, Ints]:
         """Return rows as one batch.
 
         Args:

@@ -53,6 +53,11 @@ class Model(nn.Module):
     Attributes:
         generation_config: content of generation_config.json.
         extra_config: keys of config.json that we do not use, kept for the next save; our own block is ``pretrain``.
+        fresh: parameters that no file has given a value yet: a new head on a pre-trained body.
+        source: directory that the weights were read from, as it was named; None for a model built here.
+        adapter: what ``pretrain.lora.apply_lora`` put on the model, or None.
+        card: README.md of the directories that the model is saved to; None writes one from config.json.
+        merge_gap: largest difference of the outputs that the last ``merge`` made, or None.
     """
 
     def __init__(
@@ -72,6 +77,11 @@ class Model(nn.Module):
         self.labels = None if labels is None else tuple(labels)
         self.generation_config: dict[str, Any] = {}
         self.extra_config: dict[str, Any] = {}
+        self.fresh: frozenset[str] = frozenset()
+        self.source: str | None = None
+        self.adapter: Any = None
+        self.merge_gap: float | None = None
+        self.card: str | None = None
 
     @classmethod
     def build(
@@ -223,6 +233,12 @@ class Model(nn.Module):
 
         return embed(self, texts, **options)
 
+    def predict(self, inputs: Any, **options: Any) -> Any:
+        """Answer texts, pairs or rows with the task the model was fine-tuned for; see ``pretrain.predict.predict``."""
+        from pretrain.predict import predict
+
+        return predict(self, inputs, **options)
+
     def save(self, directory: str | Path) -> Path:
         """Write a directory that transformers opens; see ``pretrain.checkpoint.save_model``."""
         from pathlib import Path
@@ -242,6 +258,12 @@ class Model(nn.Module):
         model: Model = load(directory)
         return model
 
+    def merge_adapter(self, check: bool = True) -> Model:
+        """Fold the adapter into the weights; see ``pretrain.adapters.attach.merge``."""
+        from pretrain.adapters.attach import merge
+
+        return merge(self, check)
+
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Parameters, tied ones once; without those of the embeddings if asked."""
         total = sum(p.numel() for p in self.parameters())
@@ -251,6 +273,16 @@ class Model(nn.Module):
             )
         return total
 
+    def depths(self) -> dict[str, int]:
+        """Depth of every parameter: 0 of the embeddings, i + 1 of block i, one more than the blocks behind them.
+
+        A head tied to the embeddings has their depth.
+        """
+        blocks = self.backbone.blocks()
+        found = {id(p): i + 1 for i, block in enumerate(blocks) for p in block.parameters()}
+        found |= {id(p): 0 for module in self.backbone.embeddings() for p in module.parameters()}
+        return {name: found.get(id(p), len(blocks) + 1) for name, p in self.named_parameters()}
+
     def summary(self) -> dict[str, str]:
         """Family, head, sizes, parameters, memory and type, as shown in a notebook."""
         config = self.backbone.config
@@ -258,6 +290,8 @@ class Model(nn.Module):
         memory = sum(p.numel() * p.element_size() for p in parameters) / 2**20
         types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
         devices = sorted({str(p.device) for p in parameters})
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        adapter = {} if self.adapter is None else {"adapter": f"{self.adapter}, trains {trained:,}"}
         return {
             "family": self.backbone.model_type,
             "head": self.head_kind or "none",
@@ -267,7 +301,7 @@ class Model(nn.Module):
             "parameters": f"{self.num_parameters():,}",
             "memory": f"{memory:,.1f} MiB",
             "dtype": f"{', '.join(types)} on {', '.join(devices)}",
-        }
+        } | adapter
 
     def __repr__(self) -> str:
         return (

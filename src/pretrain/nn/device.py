@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["multiplies_bf16_fast"]
+__all__ = ["has_matrix_tiles", "multiplies_bf16_fast"]
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:
@@ -12,7 +12,15 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
-        # Private names of torch: a release without them costs speed, not correctness.
-        asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+        return has_matrix_tiles() or _supports("_is_avx512_bf16_supported")
     return False
+
+
+def has_matrix_tiles() -> bool:
+    """Whether this CPU multiplies bf16 tiles in hardware (AMX)."""
+    return _supports("_is_amx_tile_supported")
+
+
+def _supports(name: str) -> bool:
+    # Private names of torch: a release without them costs speed, not correctness.
+    return bool(getattr(torch.cpu, name, lambda: False)())

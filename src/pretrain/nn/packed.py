@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pretrain.nn.device import has_matrix_tiles
+
 __all__ = ["Buckets", "attend_packed", "pays", "plan"]
 
 # Costs in units of one query-key pair, measured on a CPU: moving a token in and out of its bucket (forward and
@@ -140,7 +142,7 @@ def attend_packed(
     """Attention within each document, (B, H, T, d) -> (B, H, T, d); padding gets zeros."""
     rows, heads, length, size = q.shape
     given = q.dtype
-    if given in (torch.bfloat16, torch.float16) and not _tiles():
+    if given in (torch.bfloat16, torch.float16) and not has_matrix_tiles():
         # Without a matrix unit, low precision makes short documents slower than fp32 does.
         q, k, v = q.float(), k.float(), v.float()
     gathered = [_into(part, buckets) for part in (q, k, v)]
@@ -168,12 +170,6 @@ def attend_packed(
 
 
 @functools.cache
-def _tiles() -> bool:
-    """This CPU multiplies bf16 tiles in hardware."""
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(asked and asked())
-
-
 def _into(x: Tensor, buckets: Buckets) -> Tensor:
     """(B, H, T, d) -> (slots, H · d), zeros where a bucket is padded."""
     flat = x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1] * x.shape[3])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.data.loader import Example
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Example", "Loss", "Objective", "drop_plain_documents", "stack"]
 
 Batch = dict[str, Tensor]
-Example = Mapping[str, np.ndarray]
 
 
 @dataclass
@@ -36,12 +36,14 @@ class Loss:
     Attributes:
         total: summed loss, in nats for likelihoods; scalar with a gradient.
         count: number of targets; scalar.
-        metrics: further sums over targets, such as ``correct``.
+        metrics: what else an evaluation gathers: a tensor of any one shape, which is summed over the batches
+            (the number of correct answers, a confusion matrix), or a list, which is joined over them (a score
+            and an answer per row, for a correlation).
     """
 
     total: Tensor
     count: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor | list[Any]] = field(default_factory=dict)
 
 
 def stack(examples: Sequence[Example], keys: Sequence[str]) -> Batch:
@@ -121,18 +123,23 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def summarize(
-        self, total: float, count: float, metrics: Mapping[str, float], stats: Mapping[str, float]
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
         """Turn the sums over an evaluation into the figures that are shown.
+
+        By default a summed number is divided by ``count``; what is a tensor or a list, a subclass must turn into
+        figures itself.
 
         Args:
             total: summed loss.
             count: number of targets.
-            metrics: summed metrics of ``Loss``.
+            metrics: those of ``Loss`` over all batches: a float for a 0-d tensor, a float64 tensor on the CPU for
+                one with dimensions, a list for a list.
             stats: figures of the data, such as ``targets_per_byte``.
         """
         mean = total / count if count else math.nan
-        return {"loss": mean} | {key: value / count for key, value in metrics.items() if count}
+        sums = {key: value for key, value in metrics.items() if isinstance(value, float | int)}
+        return {"loss": mean} | {key: value / count for key, value in sums.items() if count}
 
     def expected_first_loss(self) -> float | None:
         """Loss of a model that has learned nothing, to hold the first step against; None if unknown."""
@@ -188,7 +195,7 @@ class TokenObjective(Objective):
         return Loss(total, count, {"accuracy": correct})
 
     def summarize(
-        self, total: float, count: float, metrics: Mapping[str, float], stats: Mapping[str, float]
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
         """Add perplexity, which is the exponential of the loss."""
         figures = super().summarize(total, count, metrics, stats)

@@ -9,13 +9,13 @@ import math
 import os
 import stat
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["read_file", "read_sections", "write_text"]
+__all__ = ["check_run", "read_file", "read_sections", "write_text"]
 
 _MERGED = ("model.overrides", "objective.init_args")
 _OPEN = {
@@ -73,9 +73,17 @@ def _neighbours(path: Path) -> list[str]:
 
 
 def read_sections(
-    sections: Mapping[str, type], source: Any, overrides: Mapping[str, Any] | None
+    sections: Mapping[str, type],
+    source: Any,
+    overrides: Mapping[str, Any] | None,
+    together: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Merge ``source`` and ``overrides`` and build one checked dataclass per section.
+
+    Args:
+        sections: the dataclass of each section.
+        source, overrides: see `RunConfig.load`.
+        together: checks what no field can see alone.
 
     Raises:
         ConfigError: see `RunConfig.load`.
@@ -100,7 +108,8 @@ def read_sections(
         checker.touched.update(f"{section}.{key}" for key in values)
         _merge(merged.setdefault(section, {}), values, section)
     built = {section: checker.section(section, merged.get(section, {})) for section in sections}
-    _cross_check(built)
+    if together is not None:
+        together(built)
     return built
 
 
@@ -296,8 +305,8 @@ class _Checker:
         return self.fail(key, f"{key} must be {expected}, found {_show(value)}.")
 
 
-def _cross_check(built: dict[str, Any]) -> None:
-    """What no field can see alone."""
+def check_run(built: Mapping[str, Any]) -> None:
+    """What no field of a pre-training run can see alone."""
     from pretrain.config import parse_every, parse_limit
 
     data, train, objective = built["data"], built["train"], built["objective"]

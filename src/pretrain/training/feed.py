@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.data.loader import Loader
-from pretrain.errors import DataError
+from pretrain.data.loader import Loader, row_rngs
+from pretrain.errors import DataError, TrainingError
 from pretrain.nn.loss import IGNORE
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
     from pretrain.objectives.base import Batch, Objective
 
-__all__ = ["Feed", "check_batch", "hash_seed", "real_tokens", "to_device"]
+__all__ = ["Feed", "check_batch", "check_targets", "hash_seed", "real_tokens", "to_device"]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -62,11 +62,32 @@ def check_batch(batch: Batch, model: Model, kind: str, rows: Sequence[int]) -> N
             wrong &= values != IGNORE
         if bool(wrong.any()):
             row, column = (int(i) for i in wrong.nonzero()[0][:2])
+            # Examples that were packed several to a row of the batch are no longer told apart by it.
+            plain = len(rows) == len(values) and "first_index" not in batch
+            named = f"row {rows[row]}" if plain else f"rows {_some(rows)}: one of these"
             raise DataError(
-                f"{kind} row {rows[row]} has {key} {int(values[row, column])} at position {column}, but the "
+                f"{kind} {named} has {key} {int(values[row, column])} at position {column}, but the "
                 f"model's {what} is {size}. The data were prepared with another tokenizer; prepare them again with "
                 "the model's own (data.tokenizer=CHECKPOINT). Ignored labels are -100."
             )
+
+
+def _some(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:16])) + ", ..." * (len(rows) > 16)
+
+
+def check_targets(count: float, step: int, first: int, batch_rows: int) -> None:
+    """There must be something to learn from in a step, and to divide its loss by.
+
+    Raises:
+        TrainingError: no row of the step has a target.
+    """
+    if count == 0:
+        raise TrainingError(
+            f"Step {step}: rows {first} to {first + batch_rows - 1} of the run have no target at all, so there is "
+            "nothing to learn from them. Every label is ignored: check the masking rate, the label column and that "
+            "rows are longer than one token."
+        )
 
 
 def _is_vocabulary(model: Model) -> bool:
@@ -100,6 +121,17 @@ class Feed:
             check_batch(batch, self._objective.model, "Training", rows[i:end])
             batches.append(batch)
         return batches
+
+    def largest(self) -> Batch | None:
+        """A micro-batch of the longest rows, where the data know them; None where all rows have one length."""
+        rows = self._loader.rows
+        if not hasattr(rows, "largest"):
+            return None
+        longest = [int(i) for i in rows.largest(self._micro_rows)]
+        rngs = [row_rngs(self._loader.seed, "collate", i, 1)[0] for i in longest]
+        batch = self._objective.collate([rows[i] for i in longest], rngs)
+        check_batch(batch, self._objective.model, "Training", longest)
+        return batch
 
     def indices(self, position: int) -> list[int]:
         """Numbers, in the data, of the rows of the step at ``position``."""

@@ -20,12 +20,15 @@ class Journal:
         out: run directory; ``log.jsonl`` lies in it.
         loggers: names of further loggers.
         about: what they are told about the run when they start.
+        quiet: print nothing and show no bar; the log and the loggers get everything.
     """
 
-    def __init__(self, out: Path, loggers: Sequence[str], about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, out: Path, loggers: Sequence[str], about: Mapping[str, Any], quiet: bool = False
+    ) -> None:
         self._out = out
         self._loggers: list[Logger] = make_loggers(loggers, out, about)
-        self._progress = Progress()
+        self._progress = None if quiet else Progress()
         self._log: RunLog | None = None
 
     def open_log(self, keep_until: int | None) -> None:
@@ -39,7 +42,8 @@ class Journal:
 
     def say(self, line: str) -> None:
         """Print a line where the user looks."""
-        self._progress.write(line)
+        if self._progress is not None:
+            self._progress.write(line)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record to the log."""
@@ -72,7 +76,8 @@ class Journal:
         self._send("train", state.step, {k: float(v) for k, v in line.items() if k != "step"})
         shown = {key: line[key] for key in ("loss", "lr", "mfu")}
         shown["tok/s"] = line["tokens_per_second"]
-        self._progress.show(state.step, shown, state.total_steps)
+        if self._progress is not None:
+            self._progress.show(state.step, shown, state.total_steps)
         state.window_total = state.window_count = state.window_seconds = 0.0
         state.window_tokens = 0
 
@@ -109,7 +114,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the log, the bar and the loggers."""
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
         if self._log is not None:
             self._log.close()
         for logger in self._loggers:

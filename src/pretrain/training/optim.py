@@ -2,13 +2,15 @@
 
 AdamW: arXiv 1711.05101. Muon (momentum, orthogonalised by a Newton-Schulz iteration): Jordan et al., 2024, with
 the quintic coefficients of that work. Muon steps the hidden matrices of the blocks; everything else, embeddings
-and the vocabulary head above all, stays with AdamW.
+and the vocabulary head above all, stays with AdamW. L2-SP (arXiv 1802.01483), decoupled here as weight decay is:
+the pull goes towards the weights that were loaded, not towards zero.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -89,12 +91,23 @@ class Optimizers:
 
     State by position diverges after the second resume as soon as the order of parameters changes; by name it
     cannot.
+
+    Args:
+        optimizers: each parameter belongs to one of them.
+        names: of their parameters.
+        anchors: where a parameter started, for those that are pulled back there.
+        pull: strength of that; multiplied by the learning rate of the parameter's group.
     """
 
     def __init__(
-        self, optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        names: Mapping[Tensor, str],
+        anchors: Mapping[Tensor, Tensor] | None = None,
+        pull: float = 0.0,
     ) -> None:
         self.optimizers = optimizers
+        self._anchors, self._pull = dict(anchors or {}), pull
         self._names = dict(names)
         self._peaks = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
 
@@ -105,9 +118,16 @@ class Optimizers:
                 group["lr"] = peak * factor
 
     def step(self) -> None:
-        """Step all of them."""
+        """Step all of them, then pull towards the anchors."""
         for opt in self.optimizers:
             opt.step()
+            for group in opt.param_groups:
+                held = [p for p in group["params"] if p in self._anchors]
+                if held:
+                    # Beyond 1 the pull would overshoot the anchor, and grow from step to step.
+                    share = min(1.0, group["lr"] * self._pull)
+                    with torch.no_grad():
+                        torch._foreach_lerp_(held, [self._anchors[p] for p in held], share)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -116,7 +136,7 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """Moments as ``{"exp_avg/blocks.0.weight": tensor}``; scalars become 0-d tensors."""
-        found: dict[str, Tensor] = {}
+        found = {f"anchor/{self._names[p]}": value for p, value in self._anchors.items()}
         for opt in self.optimizers:
             for p, state in opt.state.items():
                 for key, value in state.items():
@@ -155,9 +175,19 @@ class Optimizers:
                     f"The optimizer state holds {field} of {name!r} with shape {tuple(tensor.shape)}, but the "
                     f"parameter has {tuple(p.shape)}. Use a new train.out for a changed model."
                 )
+            if field == "anchor":
+                if p in self._anchors:
+                    self._anchors[p].copy_(tensor)
+                continue
             # The step counter of fused AdamW lives with the parameter, like its moments.
             opt = owner[p]
             opt.state[p][field] = tensor.clone().to(p.device)
+        loose = [self._names[p] for p in self._anchors if f"anchor/{self._names[p]}" not in tensors]
+        if tensors and loose:
+            raise CheckpointError(
+                f"The optimizer state does not say where {loose[0]!r} started, which optim.l2_sp needs: the run was "
+                "made without it. Set optim.l2_sp=0 or use a new train.out."
+            )
         lost = [
             name
             for name, p in params.items()
@@ -169,12 +199,14 @@ class Optimizers:
             )
 
 
-def _decays(name: str, p: Tensor, embeddings: set[int]) -> bool:
-    return p.ndim >= 2 and id(p) not in embeddings
-
-
 def build_optimizers(
-    module: nn.Module, settings: OptimConfig, hidden: Iterable[nn.Module], device: torch.device
+    module: nn.Module,
+    settings: OptimConfig,
+    hidden: Iterable[nn.Module],
+    device: torch.device,
+    *,
+    scales: Mapping[Tensor, float] | None = None,
+    fresh: AbstractSet[Tensor] = frozenset(),
 ) -> Optimizers:
     """Group the trainable parameters of ``module`` and make their optimizers.
 
@@ -183,6 +215,8 @@ def build_optimizers(
         settings: the ``optim`` section.
         hidden: the blocks, whose 2-D weights Muon takes.
         device: where the parameters live; fused AdamW is used where torch has it.
+        scales: factors of the learning rates of parameters; 1 for those it lacks.
+        fresh: parameters that were not loaded: ``optim.l2_sp`` leaves them to weight decay.
 
     Raises:
         ConfigError: the optimizer is not known, or nothing is trainable.
@@ -201,22 +235,28 @@ def build_optimizers(
         inside -= embeddings
         matrices = [p for p in names if id(p) in inside]
     taken = {id(p) for p in matrices}
-    rest = {p: name for p, name in names.items() if id(p) not in taken}
-    decayed = [p for p, name in rest.items() if _decays(name, p, embeddings)]
-    plain = [p for p, name in rest.items() if not _decays(name, p, embeddings)]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, settings.weight_decay), (plain, 0.0))
-        if params
-    ]
+    rest = [p for p in names if id(p) not in taken]
+    anchors = {p: p.detach().clone() for p in names if settings.l2_sp and p not in fresh}
+
+    def groups(params: Iterable[Tensor], lr: float) -> list[dict[str, Any]]:
+        found: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
+        for p in params:
+            decays = p.ndim >= 2 and id(p) not in embeddings and p not in anchors
+            decay = settings.weight_decay if decays else 0.0
+            found[decay, (scales or {}).get(p, 1.0)].append(p)
+        return [
+            {"params": members, "weight_decay": decay, "lr": lr * scale}
+            for (decay, scale), members in found.items()
+        ]
+
     optimizers: list[torch.optim.Optimizer] = []
-    if groups:
+    if rest:
         fused = device.type in ("cpu", "cuda", "mps")
         optimizers.append(
             torch.optim.AdamW(
-                groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused
+                groups(rest, settings.lr), betas=settings.betas, eps=settings.eps, fused=fused
             )
         )
     if matrices:
-        optimizers.append(Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay))
-    return Optimizers(optimizers, names)
+        optimizers.append(Muon(groups(matrices, settings.muon_lr)))
+    return Optimizers(optimizers, names, anchors, settings.l2_sp)

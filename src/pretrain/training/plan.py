@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
 import torch
 
 from pretrain.config import TrainConfig, parse_limit
@@ -13,15 +14,23 @@ from pretrain.errors import ConfigError
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
 
-__all__ = ["Plan", "choose_micro_rows", "row_length"]
+__all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length"]
 
 # Tokens in one forward pass: on a CPU about what its caches carry, on a GPU enough to fill it.
 _MICRO_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 8192}
 
 
 def row_length(data: Examples) -> int:
-    """Length of the longest array of the first row: tokens of a text row."""
-    return max(len(value) for value in data[0].values())
+    """Tokens of the longest row: as the data say, or, where all rows are alike, the longest array of the first."""
+    longest: int = getattr(data, "longest", 0)
+    return longest or max(len(value) if np.ndim(value) else 1 for value in data[0].values())
+
+
+def mean_length(data: Examples) -> float:
+    """Tokens of a row on average; padding counts where all rows are padded to one length."""
+    if not getattr(data, "longest", 0):
+        return float(row_length(data))
+    return max(1.0, float(getattr(data, "num_tokens", 0)) / len(data))
 
 
 def choose_micro_rows(
@@ -29,13 +38,16 @@ def choose_micro_rows(
 ) -> int:
     """Rows in one forward pass: as configured, else the largest divisor of the batch that fits a token budget.
 
+    Rows of unequal length fit it on average, and the longest of them fit four times the budget.
+
     Raises:
         ConfigError: the batch is no multiple of the micro-batch, or the objective couples its examples and the
             batch would be cut.
     """
     rows = train.micro_rows
     if rows == 0:
-        budget = max(1, _MICRO_TOKENS.get(device.type, 8192) // row_length(data))
+        tokens = _MICRO_TOKENS.get(device.type, 8192)
+        budget = max(1, min(int(tokens / mean_length(data)), 4 * tokens // row_length(data)))
         rows = max(
             d for d in range(1, train.batch_rows + 1) if train.batch_rows % d == 0 and d <= budget
         )

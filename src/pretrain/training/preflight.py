@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.checkpoint import check_writable, load, save_model
+from pretrain.checkpoint import check_writable, estimated_size, save_model, state_of
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
 from pretrain.storage.directories import temporary_name
+from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.feed import to_device
+from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
 
 if TYPE_CHECKING:
@@ -38,11 +41,10 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     train, state = trainer.train, trainer.state
     check_lengths(trainer)
     parameters = sum(p.numel() for p in trainer.objective.parameters())
-    # Weights in the file, and two moments and perhaps the raw weights beside them.
-    size = 4 * parameters * (4 if trainer.average.decay else 3)
-    check_writable(trainer.out, size * (train.keep + 1))
+    check_writable(trainer.out, checkpoint_size(trainer) * (train.keep + 1))
     batches = trainer.feed.step_at(state.rows)
     first_loss, seconds = trial_step(trainer, batches)
+    check_monitor(trainer)
     trainer.probe()  # what the first save will need must work now
     if checkpoint is None:
         check_round_trip(trainer)
@@ -62,6 +64,32 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     for line in lines:
         trainer.say(line)
     return seconds * len(batches)
+
+
+def checkpoint_size(trainer: Trainer) -> int:
+    """Bytes of one checkpoint: the weights, and beside them moments, anchors and the raw weights behind an average."""
+    model, optim = trainer.objective.model, trainer.optim
+    everything = sum(p.numel() for p in trainer.objective.parameters())
+    trained = sum(p.numel() for p in trainer.params)
+    floats = (2 if optim.ema else 1) * everything + (3 if optim.l2_sp else 2) * trained
+    return estimated_size(model, copies=floats / max(1, model.num_parameters()))
+
+
+def check_monitor(trainer: Trainer) -> None:
+    """The figure that decides which checkpoint is best must be among those of an evaluation."""
+    if trainer.eval_data is None or trainer.train.monitor == "loss":
+        return
+    with contextlib.suppress(
+        NoTargets
+    ):  # the first few rows may have none; all rows are looked at later
+        figures = evaluate_rows(
+            trainer.objective,
+            trainer.eval_data,
+            trainer.precision,
+            batch_rows=trainer.micro_rows,
+            limit=trainer.micro_rows,
+        )
+        score(figures, trainer.train.monitor)
 
 
 def check_rows(data: Examples, batch_rows: int) -> None:
@@ -90,7 +118,11 @@ def check_lengths(trainer: Trainer) -> None:
 
 
 def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Forward and backward of one micro-batch, all of which have the same, largest size; nothing is kept."""
+    """Forward and backward of the largest micro-batch, and of one of the first step; nothing is kept.
+
+    Returns:
+        Loss and seconds of the latter.
+    """
     count = sum(float(trainer.objective.count(batch)) for batch in batches)
     if count == 0:
         raise TrainingError(
@@ -98,23 +130,27 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
             "the masking rate, the label column and that rows are longer than one token."
         )
     usable = next(batch for batch in batches if float(trainer.objective.count(batch)) > 0)
+    largest = trainer.feed.largest()
     trainer.objective.train()
     state = torch.get_rng_state()
     loss = math.nan
     seconds = math.inf
     buffers = {name: b.clone() for name, b in trainer.objective.named_buffers()}
     try:
-        for _ in range(2):  # the first run also pays for allocation and kernel selection
+        # The first run also pays for allocation and kernel selection.
+        for batch in (usable if largest is None else largest, usable):
             start = time.perf_counter()
             with trainer.precision.autocast():
-                result = trainer.objective(to_device(usable, trainer.device))
+                result = trainer.objective(to_device(batch, trainer.device))
             result.total.backward()
-            loss = float(result.total.detach()) / float(result.count)
-            seconds = min(seconds, time.perf_counter() - start)
+            total, count = float(result.total.detach()), float(result.count)
+            # The longest rows are no measure of the pace, and need not have a target.
+            if batch is usable:
+                loss, seconds = total / count, min(seconds, time.perf_counter() - start)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"A forward and backward pass of {trainer.micro_rows} rows does not fit into the memory of "
-            f"{trainer.device}. Lower train.micro_rows (the result stays the same), or set "
+            f"A forward and backward pass of {trainer.micro_rows} rows of {row_length(trainer.train_data)} tokens does "
+            f"not fit into the memory of {trainer.device}. Lower train.micro_rows (the result stays the same), or set "
             "parallel.activation_checkpointing=true."
         ) from error
     for name, buffer in trainer.objective.named_buffers():
@@ -143,9 +179,9 @@ def check_round_trip(trainer: Trainer) -> None:
     folder = temporary_name(trainer.out / "preflight", "new")
     try:
         save_model(model, folder)
-        again = load(folder, quiet=True).state_dict()
+        again = state_of(folder, model)
         for name, tensor in model.state_dict().items():
-            if name not in again or not torch.equal(again[name], tensor.detach().cpu()):
+            if name not in again or not torch.equal(again[name].cpu(), tensor.detach().cpu()):
                 raise TrainingError(
                     f"Saving the model and loading it again changes {name!r}. The family's name table is wrong; "
                     "nothing was trained."
@@ -182,16 +218,20 @@ def describe(
     config = trainer.objective.model.backbone.config
     per_token = 34 * config.hidden_size * len(trainer.objective.model.backbone.blocks())
     needed = 16 * parameters + per_token * trainer.micro_rows * row_length(data)
+    size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data)}"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
         f"{torch.get_num_threads()} threads",
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
-        f"data {len(data):,} rows of {row_length(data)}, {tokens:,} tokens, {epochs:.2f} epochs in {steps:,} steps",
+        f"data {len(data):,} rows of {size} tokens, {tokens:,} in all, {epochs:.2f} epochs in {steps:,} steps",
         f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x 1 rank",
         f"schedule {optim.schedule}, {optim.name} lr {optim.lr:g}"
         + (f", Muon lr {optim.muon_lr:g}" if optim.name == "muon" else "")
-        + f", warm-up {optim.warmup:g}, limit {train.limit}",
+        + f", warm-up {optim.warmup:g}, limit {train.limit}"
+        + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else "")
+        + (f", unfreezing over {optim.unfreeze:.0%} of the steps" if optim.unfreeze else "")
+        + (f", L2-SP {optim.l2_sp:g}" if optim.l2_sp else ""),
         f"memory about {needed / 2**30:.2f} GiB, {free_memory(trainer.device) / 2**30:.1f} GiB free",
         f"output {trainer.out}",
     ]

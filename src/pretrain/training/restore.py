@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import load, read_training
+from pretrain.checkpoint import read_training, state_of
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
@@ -75,7 +75,7 @@ def load_weights(objective: Objective, checkpoint: Path, others: Mapping[str, Te
         TrainingError: the checkpoint holds another model or belongs to another objective.
     """
     mine = objective.model.state_dict()
-    saved = load(checkpoint, quiet=True).state_dict()
+    saved = state_of(checkpoint, objective.model)
     rest = other_tensors(objective)
     for here, there in ((mine, saved), (rest, others)):
         for name in sorted(here.keys() ^ there.keys()):

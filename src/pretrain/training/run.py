@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pretrain.checkpoint import latest, load
 from pretrain.config import DataConfig, RunConfig
@@ -39,6 +39,7 @@ _FREE = {
     "train.sample",
     "train.loggers",
     "train.patience",
+    "train.epochs",
     "train.out",
     "train.best",
     "data.workers",
@@ -96,7 +97,18 @@ def train(
     return trainer.fit(begin)
 
 
-def check_same_run(settings: RunConfig, out: Path, *, say: bool = True) -> None:
+class Settings(Protocol):
+    """The settings of a run, of whatever sections."""
+
+    @classmethod
+    def load(cls, source: Any) -> Any:
+        """Read them from a YAML file."""
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The sections as plain values."""
+
+
+def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
     """Refuse to go on in a directory whose run had other settings; harmless changes are printed.
 
     Raises:
@@ -105,7 +117,12 @@ def check_same_run(settings: RunConfig, out: Path, *, say: bool = True) -> None:
     written = out / "run.yaml"
     if not written.exists() or latest(out) is None:
         return
-    before, now = _flat(RunConfig.load(written).to_dict()), _flat(settings.to_dict())
+    try:
+        before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())
+    except ConfigError as error:
+        raise ConfigError(
+            f"{out} holds a run of another kind ({error}). Set train.out to a new directory."
+        ) from error
     changed = {
         key: (before.get(key), now.get(key))
         for key in before | now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import html
 import math
 import signal
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Run", "RunState", "StopRequest", "catch_signals"]
+__all__ = ["Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
 
 
 @dataclass
@@ -25,6 +26,8 @@ class RunState:
         tokens: real (not padding) tokens seen.
         total_steps: steps of the whole run; moves only under a limit in minutes.
         skipped: steps without an update because a number was not finite; ``skipped_in_row`` of them just now.
+        best_score: the monitored figure at its best, with the sign that makes lower better; ``monitor`` names it.
+        lowest: depth of the lowest layer that gradual unfreezing has released; None before the first step.
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
         seconds: wall time of all parts of the run.
     """
@@ -37,9 +40,11 @@ class RunState:
     skipped_in_row: int = 0
     last_eval: int = 0
     last_save: int = 0
-    best_loss: float = math.inf
+    monitor: str = "loss"
+    best_score: float = math.inf
     best_step: int = 0
     evals_since_best: int = 0
+    lowest: int | None = None
     window_total: float = 0.0
     window_count: float = 0.0
     window_tokens: int = 0
@@ -50,17 +55,18 @@ class RunState:
     limit: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an infinite best loss becomes null."""
+        """Plain values; an infinite best score becomes null."""
         plain = asdict(self)
-        plain["best_loss"] = None if math.isinf(self.best_loss) else self.best_loss
+        plain["best_score"] = None if math.isinf(self.best_score) else self.best_score
         return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> RunState:
-        """Inverse of ``to_json``."""
+        """Inverse of ``to_json``; also reads states from before there were monitors, with a best loss."""
+        plain = {"best_score": plain.get("best_loss"), **plain}
         known = {key: value for key, value in plain.items() if key in cls.__dataclass_fields__}
-        if known.get("best_loss") is None:
-            known["best_loss"] = math.inf
+        if known["best_score"] is None:
+            known["best_score"] = math.inf
         return cls(**known)
 
 
@@ -69,8 +75,8 @@ class Run:
     """What ``fit`` returns: where the run lies and how it went.
 
     Attributes:
-        path: run directory; ``checkpoint`` is its newest checkpoint, ``best`` the one with the lowest held-out
-            loss.
+        path: run directory; ``checkpoint`` is its newest checkpoint, ``best`` the one that is best on the held-out
+            rows by ``train.monitor``: the newest where nothing was evaluated, None if it was not kept.
         stopped: why it ended: ``limit``, ``patience``, ``SIGINT``, ``SIGTERM``.
         metrics: the last evaluation.
         history: records of ``log.jsonl``.
@@ -136,3 +142,18 @@ def catch_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def heap_at_rest() -> Iterator[None]:
+    """Switch garbage collection off: one in the middle of a step costs up to half a second on large heaps."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+        gc.unfreeze()

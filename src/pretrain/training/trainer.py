@@ -25,20 +25,23 @@ from pretrain.data.loader import Examples, Loader
 from pretrain.errors import TrainingError
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.ema import WeightAverage
-from pretrain.training.evaluate import NoTargets, evaluate_rows
-from pretrain.training.feed import Feed, hash_seed, real_tokens, to_device
+from pretrain.training.evaluate import evaluate_rows, probe_loss
+from pretrain.training.feed import Feed, check_targets, hash_seed, real_tokens, to_device
 from pretrain.training.journal import Journal
+from pretrain.training.layers import Layers
+from pretrain.training.monitor import improves
 from pretrain.training.optim import build_optimizers
-from pretrain.training.plan import Plan, choose_micro_rows, row_length
+from pretrain.training.plan import Plan, choose_micro_rows, mean_length
 from pretrain.training.precision import LossScale, choose_device, choose_precision, peak_flops
 from pretrain.training.preflight import check_rows, preflight
 from pretrain.training.restore import identity, other_tensors, restore
 from pretrain.training.schedule import lr_factor
-from pretrain.training.state import Run, RunState, StopRequest, catch_signals
+from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
 
 __all__ = ["Hook", "Trainer"]
 
 _MAX_SKIPPED_IN_ROW = 3
+_PEAK_SECONDS = 60.0  # between two measurements of what the device can do, which take 0.1 s
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Trainer:
         eval_data: held-out rows, or None for no evaluation.
         hooks: ``Hook`` objects or plain functions of one record.
         about: what ``config.json`` shall say about the data (fingerprint, sources); any plain values.
+        quiet: print nothing and show no progress bar; ``log.jsonl`` is written all the same.
 
     Raises:
         TrainingError: at ``fit``: the data do not fit the model, nothing can be learned from them, or numbers
@@ -77,6 +81,7 @@ class Trainer:
         eval_data: Examples | None = None,
         hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
         about: Mapping[str, Any] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.objective, self.train_data = objective, train_data
         self.optim, self.train = optim or OptimConfig(), train or TrainConfig()
@@ -84,7 +89,7 @@ class Trainer:
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
         self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
         self.about = dict(about or {})
-        self.out = Path(self.train.out)
+        self.out, self.quiet = Path(self.train.out), quiet
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
@@ -99,13 +104,14 @@ class Trainer:
         with RunLock(self.out), catch_signals() as stop:
             if begin is not None:
                 begin()
-            self.journal = Journal(self.out, self.train.loggers, self.about)
+            self.journal = Journal(self.out, self.train.loggers, self.about, self.quiet)
             with contextlib.closing(self.journal):
                 resumed = self._set_up()
                 self._began = began - self.state.seconds
                 self.journal.open_log(self.state.step if resumed else None)
                 evals = [r["eval"] for r in self.journal.records if "eval" in r]
-                self.metrics = evals[-1] if evals else {}
+                # The log holds what is not finite as a string.
+                self.metrics = {key: float(value) for key, value in (evals or [{}])[-1].items()}
                 return self._loop(stop)
 
     def _set_up(self) -> bool:
@@ -126,8 +132,14 @@ class Trainer:
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
+        self.layers = Layers(self.objective, self.optim)
         self.optimizers = build_optimizers(
-            self.objective, self.optim, model.backbone.blocks(), self.device
+            self.objective,
+            self.optim,
+            model.backbone.blocks(),
+            self.device,
+            scales=self.layers.scales,
+            fresh=self.layers.fresh,
         )
         self.average = WeightAverage(model, self.optim.ema)
         self.micro_rows = choose_micro_rows(
@@ -138,44 +150,46 @@ class Trainer:
             self.objective, loader, batch_rows=self.train.batch_rows, micro_rows=self.micro_rows
         )
         self.plan = Plan(self.train, self.train_data, loader.epoch_length)
-        self._row_length = row_length(self.train_data)
+        self._row_length = round(mean_length(self.train_data))
         checkpoint = latest(self.out)
         if checkpoint is not None:
             restore(self, checkpoint)
         seconds = preflight(self, checkpoint)
         self.state.total_steps = self.plan.first_total(self.state, seconds)
         self.state.limit = self.train.limit
-        self._peak = peak_flops(self.precision)
+        self._peak = 0.0
+        self._measure_peak()
         return checkpoint is not None
+
+    def _measure_peak(self) -> None:
+        """On a busy machine the first measurement is too low; the best one seen is what the device can do."""
+        self._peak = max(self._peak, peak_flops(self.precision))
+        self._peak_measured = time.monotonic()
 
     def _loop(self, stop: StopRequest) -> Run:
         state, stopped = self.state, "limit"
         steps = self.feed.steps(state.rows)
         self.objective.train()
-        # A collection in the middle of a step costs up to half a second on large heaps.
-        collecting = gc.isenabled()
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        try:
-            while state.step < state.total_steps:
-                if stop.name is not None or self._out_of_patience():
-                    stopped = stop.name or "patience"
-                    break
-                began = time.perf_counter()
-                self._after_step(self._step(next(steps), began))
-        finally:
-            steps.close()
-            if collecting:
-                gc.enable()
-            gc.unfreeze()
+        with heap_at_rest():
+            try:
+                while state.step < state.total_steps:
+                    if stop.name is not None or self._out_of_patience():
+                        stopped = stop.name or "patience"
+                        break
+                    began = time.perf_counter()
+                    self._after_step(self._step(next(steps), began))
+            finally:
+                steps.close()
+                self.layers.release(0)  # the caller gets the model as it was given
         return self._finish(stop.name or stopped)
 
     def _step(self, batches: list[Batch], began: float) -> dict[str, Any]:
         """One optimizer step over the micro-batches of a global batch; ``began`` includes the wait for them."""
         state = self.state
         count = sum(float(self.objective.count(batch)) for batch in batches)
-        self._check_targets(count)
+        check_targets(count, state.step, state.rows, self.train.batch_rows)
+        if self.optim.unfreeze:
+            self._release()
         factor = lr_factor(
             state.step,
             state.total_steps,
@@ -205,7 +219,8 @@ class Trainer:
             self.average.update(state.step)
         self.optimizers.zero_grad()
         self._count_skips(finite, nll, grad_norm)
-        self.scaler.update(finite or not math.isfinite(nll))
+        if math.isfinite(nll):  # the loss itself is never scaled, and says nothing about the scale
+            self.scaler.update(finite)
         tokens = sum(real_tokens(batch) for batch in batches)
         state.step += 1
         state.rows += self.train.batch_rows
@@ -224,14 +239,11 @@ class Trainer:
             "skipped": not finite,
         }
 
-    def _check_targets(self, count: float) -> None:
-        if count == 0:
-            first = self.state.rows
-            raise TrainingError(
-                f"Step {self.state.step}: rows {first} to {first + self.train.batch_rows - 1} of the run have no "
-                "target at all, so there is nothing to learn from them. Every label is ignored: check the masking "
-                "rate, the label column and that rows are longer than one token."
-            )
+    def _release(self) -> None:
+        """Let the layers learn whose turn it is; none goes back, also if the run becomes longer meanwhile."""
+        state, lowest = self.state, self.layers.lowest(self.state.step, self.state.total_steps)
+        state.lowest = lowest if state.lowest is None else min(lowest, state.lowest)
+        self.layers.release(state.lowest)
 
     def _count_skips(self, finite: bool, nll: float, grad_norm: float) -> None:
         """Skip, name the rows, and give up after a few in a row; moments and weights stay as they were."""
@@ -280,7 +292,8 @@ class Trainer:
                 hook.fn(read_only)
 
     def _due(self, every: str, last: int, name: str) -> bool:
-        interval = parse_every(every, self.state.total_steps, f"train.{name}_every")
+        epoch = self.plan.epoch_rows / self.train.batch_rows
+        interval = parse_every(every, self.state.total_steps, f"train.{name}_every", epoch)
         return interval > 0 and self.state.step - last >= interval
 
     def evaluate(self, *, last: bool = False) -> bool:
@@ -293,10 +306,7 @@ class Trainer:
         state, limit = self.state, self.train.eval_rows
         figures = self._figures(limit)
         state.last_eval = state.step
-        improved = figures["loss"] < state.best_loss
-        if improved:
-            state.best_loss, state.best_step = figures["loss"], state.step
-        state.evals_since_best = 0 if improved else state.evals_since_best + 1
+        improved = improves(state, figures, self.train.monitor)
         note = " (best)" if improved else ""
         if last and 0 < limit < len(self.eval_data):
             figures, note = self._figures(0), " on all rows"
@@ -305,8 +315,8 @@ class Trainer:
                 [self.eval_data[0]], self.train.sample, self.train.seed
             )
         self.metrics = figures
-        # On a busy machine the first measurement is too low; the best one seen is what the device can do.
-        self._peak = max(self._peak, peak_flops(self.precision))
+        if time.monotonic() - self._peak_measured > _PEAK_SECONDS:
+            self._measure_peak()
         self.journal.evaluation(state, figures, samples, note)
         return improved and self.train.best
 
@@ -331,12 +341,7 @@ class Trainer:
     def probe(self) -> float | None:
         """Loss on a few fixed rows, by which a resumed run recognises its own weights; None if they have none."""
         rows = self.eval_data if self.eval_data is not None else self.train_data
-        few = [rows[i] for i in range(min(2, len(rows)))]
-        try:
-            loss = evaluate_rows(self.objective, few, self.precision, batch_rows=2)["loss"]
-        except NoTargets:
-            return None
-        return loss if math.isfinite(loss) else None
+        return probe_loss(self.objective, rows, self.precision)
 
     def save(self) -> Path:
         """Write a checkpoint of this step; what was there stays until the new one is durable."""
@@ -374,7 +379,7 @@ class Trainer:
         state = self.state
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
-        best = self.out / f"checkpoint-{state.best_step}"
+        best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint
         run = Run(
             path=self.out,
             step=state.step,
@@ -382,7 +387,7 @@ class Trainer:
             metrics=self.metrics,
             history=list(self.journal.records),
             checkpoint=self.checkpoint,
-            best=best if state.best_step and best.exists() else None,
+            best=best if best is not None and best.exists() else None,
         )
         self.say(
             f"{'stopped by ' + stopped if stopped != 'limit' else 'done'} at step {state.step:,}: {self.checkpoint}"

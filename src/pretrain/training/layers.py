@@ -1,0 +1,60 @@
+"""What layers have of their own while a model is tuned: a learning rate, and a step from which they learn.
+
+Layer-wise decay of the learning rate as in BEiT and MAE (arXiv 2106.08254, 2111.06377): the head keeps the full
+rate. (ELECTRA counts from one layer further up, so the same factor means something else there.) Gradual unfreezing:
+ULMFiT, arXiv 1801.06146.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from pretrain.config import OptimConfig
+from pretrain.objectives.base import Objective
+
+__all__ = ["Layers"]
+
+
+class Layers:
+    """Depths of the trainable parameters: 0 for embeddings, i + 1 for block i, ``top`` for all behind the blocks.
+
+    What an objective owns besides the model has the top depth too. Parameters that are frozen when this is made
+    do not occur here, and stay frozen.
+
+    Args:
+        objective: the model and what else is trained.
+        settings: the ``optim`` section.
+
+    Attributes:
+        scales: factor of the learning rate of every parameter, ``layer_decay ** (top - depth)``.
+        fresh: parameters that were initialised and not loaded.
+    """
+
+    def __init__(self, objective: Objective, settings: OptimConfig) -> None:
+        model = objective.model
+        depths = model.depths()
+        named: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.top = len(model.backbone.blocks()) + 1
+        self._depths: dict[Tensor, int] = {
+            p: depths[named[p]] if p in named else self.top
+            for p in objective.parameters()
+            if p.requires_grad
+        }
+        self._unfreeze = settings.unfreeze
+        self.scales = {p: settings.layer_decay ** (self.top - d) for p, d in self._depths.items()}
+        self.fresh = {p for p in self._depths if p not in named or named[p] in model.fresh}
+
+    def lowest(self, step: int, total: int) -> int:
+        """Depth of the lowest layer that learns at ``step`` of ``total``; one with trainable weights always does."""
+        span = self._unfreeze * total
+        released = (
+            d for d in range(self.top + 1) if step >= math.floor(span * (self.top - d) / self.top)
+        )
+        return min(min(released), max(self._depths.values(), default=0))
+
+    def release(self, lowest: int) -> None:
+        """Let the layers from depth ``lowest`` upwards learn, and no others."""
+        for p, depth in self._depths.items():
+            p.requires_grad_(depth >= lowest)

@@ -1,0 +1,120 @@
+"""A run that is stopped from a keyboard, and one that says nothing."""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pretrain
+from pretrain.objectives import Objective
+from pretrain.objectives.base import Loss
+from pretrain.training.logging import read_log
+from pretrain.training.trainer import Hook
+from tiny import Rows, losses, objective, trainer
+
+
+def _strike(at: int) -> Any:
+    def hook(record: Any) -> None:
+        if record["step"] == at:
+            signal.raise_signal(signal.SIGINT)
+
+    return Hook(hook)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_an_interrupted_run_has_a_checkpoint_and_a_best_one(tmp_path: Path, at: int) -> None:
+    """Also before the first evaluation, which comes after step 4."""
+    before = signal.getsignal(signal.SIGINT)
+    options: dict[str, Any] = {
+        "eval_rows": Rows(4, seed=1),
+        "eval_every": "4 steps",
+        "optim": {"unfreeze": 0.5},
+    }
+    goal = objective()
+    run = trainer(tmp_path, goal, Rows(8), hooks=[_strike(at)], **options).fit()
+    assert run.stopped == "SIGINT" and run.exit_code == 130 and run.step == at
+    assert run.checkpoint is not None and run.checkpoint.name == f"checkpoint-{at}"
+    assert run.best is not None and run.best.name == f"checkpoint-{4 if at > 4 else at}"
+    for path in (run.checkpoint, run.best, run.path):
+        assert all(p.isfinite().all() for p in pretrain.load(path, quiet=True).parameters())
+    # Nothing of the run stays behind in the process or in the model.
+    assert signal.getsignal(signal.SIGINT) is before and gc.isenabled()
+    assert all(p.requires_grad for p in goal.parameters())
+    rest = trainer(tmp_path, goal, Rows(8), **options).fit()
+    whole = trainer(tmp_path / "whole", objective(), Rows(8), **options).fit()
+    assert rest.stopped == "limit" and losses(rest.path) == losses(whole.path)
+    assert rest.metrics == whole.metrics
+
+
+def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, objective(), Rows(8), hooks=[_strike(2), _strike(2)]).fit()
+    assert gc.isenabled()
+    assert trainer(tmp_path, objective(), Rows(8)).fit().step == 12
+
+
+def test_a_quiet_run_prints_nothing_and_logs_everything(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"eval_rows": Rows(4, seed=1), "eval_every": "6 steps"}
+    loud = trainer(tmp_path / "loud", objective(), Rows(8), **options)
+    loud.fit()
+    assert "held out" in capfd.readouterr().err
+    quiet = trainer(tmp_path / "quiet", objective(), Rows(8), **options)
+    quiet.quiet = True
+    run = quiet.fit()
+    assert capfd.readouterr() == ("", "")
+    assert losses(tmp_path / "quiet") == losses(tmp_path / "loud")
+    evals = [r["eval"] for r in read_log(tmp_path / "quiet" / "log.jsonl") if "eval" in r]
+    assert len(evals) == 2 and run.metrics == loud.metrics == evals[-1]
+
+
+class _Broken(Objective):
+    """A loss that is not a number, or only its gradient."""
+
+    def __init__(self, inner: Objective, what: str, when: int) -> None:
+        super().__init__(inner.model)
+        self.inner, self.what, self.when, self.calls = inner, what, when, 0
+
+    def collate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.collate(*args, **kwargs)
+
+    def forward(self, batch: Any) -> Loss:
+        loss: Loss = self.inner(batch)
+        self.calls += self.training
+        if self.training and self.calls - 2 == self.when:  # two trial runs come first
+            if self.what == "loss":
+                loss.total = loss.total * math.nan
+            else:
+                loss.total.register_hook(lambda grad: grad * math.inf)
+        return loss
+
+
+@pytest.mark.parametrize(("what", "good", "scale"), [("loss", 3, 8.0), ("gradient", 1, 4.0)])
+def test_only_a_gradient_moves_the_loss_scale(
+    tmp_path: Path, what: str, good: int, scale: float
+) -> None:
+    """A loss that is not finite says nothing about the scale: it neither halves nor counts as a good step."""
+    task = trainer(tmp_path, _Broken(objective(), what, 3), Rows(8), limit="4 steps")
+    seen = []
+
+    def arm(record: Any) -> None:
+        seen.append((record["skipped"], task.scaler.scale, task.scaler.good))
+
+    task.hooks = [Hook(arm)]
+    set_up = task._set_up
+
+    def with_scale() -> bool:
+        done = set_up()
+        task.scaler.enabled, task.scaler.scale = True, 8.0
+        return done
+
+    task._set_up = with_scale  # type: ignore[method-assign]
+    task.fit()
+    assert [skipped for skipped, _, _ in seen] == [False, False, True, False]
+    assert seen[1][1:] == (8.0, 2) and seen[-1][1:] == (scale, good)

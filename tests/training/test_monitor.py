@@ -1,0 +1,148 @@
+"""Which checkpoint is the best: any figure, either direction, never one that is not a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.errors import TrainingError
+from pretrain.objectives import Objective
+from pretrain.objectives.base import Loss
+from pretrain.training.monitor import improves, score
+from pretrain.training.state import RunState
+from tiny import Rows, objective, trainer
+
+
+class _Scripted(Objective):
+    """Passes through, and adds a figure whose values are given: one for the check before the run, then the rest."""
+
+    def __init__(self, inner: Objective, values: list[float], name: str = "f1") -> None:
+        super().__init__(inner.model)
+        self.inner, self.values, self.figure = inner, list(values), name
+
+    def collate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.collate(*args, **kwargs)
+
+    def forward(self, batch: Any) -> Loss:
+        return self.inner(batch)
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        figures = self.inner.summarize(total, count, metrics, stats)
+        # The probe rows have no bytes; only whole evaluations take from the script.
+        return figures | {self.figure: self.values.pop(0) if stats else 0.0}
+
+
+def _run(out: Path, values: list[float], name: str = "f1", **options: Any) -> Any:
+    goal = _Scripted(objective(), [0.0, *values], name)
+    settings: dict[str, Any] = {
+        "eval_rows": Rows(4, seed=9),
+        "limit": f"{len(values)} steps",
+        "eval_every": "1 steps",
+        "monitor": name,
+        "keep": 1,
+    }
+    task = trainer(out, goal, Rows(8), **(settings | options))
+    return task, task.fit()
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "best"),
+    [
+        ("f1", [0.1, 0.9, 0.3, 0.5], 2),
+        ("rmse", [0.7, 0.9, 0.3, 0.5], 3),
+        ("pearson", [NAN, 0.2, NAN, 0.1], 2),
+        ("mcc", [-0.5, NAN, -0.25, -0.75], 3),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_the_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, values: list[float], best: int
+) -> None:
+    task, run = _run(tmp_path, values, name)
+    assert run.best is not None and run.best.name == f"checkpoint-{best}" and run.best.is_dir()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "held out" in line]
+    marked = [i + 1 for i, line in enumerate(lines) if line.endswith("(best)")]
+    assert marked[-1] == best
+    want = values[best - 1]
+    assert task.state.best_score == (want if name == "rmse" else -want)
+
+
+def test_patience_follows_the_figure(tmp_path: Path) -> None:
+    _, run = _run(tmp_path, [0.5, 0.4, NAN, 0.5, 0.9, 0.9], patience=3)
+    assert run.stopped == "patience" and run.step == 4 and run.best.name == "checkpoint-1"
+
+
+def test_nothing_but_nan_leaves_the_newest(tmp_path: Path) -> None:
+    task, run = _run(tmp_path, [NAN, NAN, NAN])
+    assert task.state.best_step == 0 and run.best == run.checkpoint
+    assert run.checkpoint.name == "checkpoint-3" and "f1 nan" in repr(run)
+    _, finished = _run(tmp_path, [], limit="3 steps")  # what it knows now, it has read from the log
+    assert math.isnan(finished.metrics["f1"]) and "f1 nan" in repr(finished)
+
+
+def test_an_unknown_figure_is_named_before_the_first_step(tmp_path: Path) -> None:
+    task = trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(4, seed=9), monitor="f2")
+    with pytest.raises(TrainingError, match=r"monitor is 'f2'.*loss, accuracy.*bits_per_byte"):
+        task.fit()
+    assert task.state.step == 0 and not list(tmp_path.glob("checkpoint-*"))
+    # Bits per byte need the text behind the rows, which the few rows of a probe have not.
+    known = trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(4), monitor="bits_per_byte")
+    assert known.fit().best is not None
+
+
+def test_the_score_of_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    _run(tmp_path, [0.5, 0.8])
+    task, run = _run(tmp_path, [0.7, 0.6], limit="4 steps")
+    assert task.state.best_step == 2 and run.best.name == "checkpoint-2"
+    # Another figure has its own best.
+    task, run = _run(tmp_path, [0.3, 0.4], "mae", limit="6 steps")
+    assert task.state.best_step == 5 and task.state.best_score == 0.3
+
+
+def test_states_from_before_there_were_monitors_are_read() -> None:
+    old = {"step": 7, "best_loss": 1.5, "best_step": 5, "evals_since_best": 1}
+    state = RunState.from_json(old)
+    assert (state.best_score, state.monitor, state.best_step) == (1.5, "loss", 5)
+    assert RunState.from_json({"step": 7, "best_loss": None}).best_score == math.inf
+
+
+@given(
+    st.builds(
+        RunState,
+        step=st.integers(0, 9),
+        best_score=st.floats(allow_nan=False),
+        lowest=st.none() | st.integers(0, 3),
+        monitor=st.sampled_from(["loss", "f1"]),
+    )
+)
+def test_a_state_reads_back_what_it_wrote(state: RunState) -> None:
+    again = RunState.from_json(state.to_json())
+    finite = math.isfinite(state.best_score)
+    assert again.best_score == (state.best_score if finite else math.inf)
+    assert (again.step, again.lowest, again.monitor) == (state.step, state.lowest, state.monitor)
+
+
+@given(st.lists(st.floats(allow_infinity=False), min_size=1), st.sampled_from(["mae", "accuracy"]))
+def test_the_best_of_a_sequence(values: list[float], name: str) -> None:
+    state = RunState(monitor=name)
+    for step, value in enumerate(values, 1):
+        state.step = step
+        improves(state, {name: value}, name)
+    numbers = [v for v in values if not math.isnan(v)]
+    if not numbers:
+        assert state.best_step == 0 and state.evals_since_best == len(values)
+        return
+    best = min(numbers) if name == "mae" else max(numbers)
+    assert values.index(best) + 1 == state.best_step
+    assert state.evals_since_best == len(values) - state.best_step
+    assert score({name: best}, name) == state.best_score
