@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pretrain.data.archives import COMPRESSIONS, open_packed
 from pretrain.errors import DataError, did_you_mean
 
-__all__ = ["COMPRESSIONS", "FORMATS", "Piece", "file_format", "found_in_folders", "read_file"]
+__all__ = [
+    "COMPRESSIONS", "FORMATS", "Piece", "csv_rows", "decode_line", "file_format", "found_in_folders", "import_parquet",
+    "json_rows", "lines", "parse_json", "read_file", "whole_characters",
+]  # fmt: skip
 
 Piece = tuple[str, bool]
 
@@ -150,17 +154,17 @@ def _separated(blocks: Iterator[str], separator: str) -> Iterator[Piece]:
         yield rest, True
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) with the line's end still on it."""
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) with the line's end still on it; no line is held that is too long for one row."""
     number = 0
     with open_packed(path, _BLOCK) as stream:
+        _refuse_binary(path, cast(io.BufferedReader, stream).peek(8192)[:8192])
         while True:
             line = stream.readline(_MAX_LINE + 1)
             if not line:
                 return
             number += 1
             if number == 1:
-                _refuse_binary(path, line[:8192])
                 line = line.removeprefix(codecs.BOM_UTF8)
             if len(line) > _MAX_LINE:
                 raise DataError(
@@ -170,7 +174,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _decode_line(path: Path, number: int, line: bytes) -> str:
+def decode_line(path: Path, number: int, line: bytes) -> str:
+    """Return the text of a line; raise DataError with line and byte unless it is UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -195,17 +200,27 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _jsonl(path: Path, column: str, notes: Callable[[str], None]) -> Iterator[Piece]:
-    for number, line in _lines(path):
+def parse_json(text: str) -> Any:
+    """Parse JSON strictly: DataError for a key that stands twice and for NaN, ValueError for what is no JSON."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+
+
+def json_rows(path: Path, notes: Callable[[str], None], example: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, value) of a file of JSON lines; blank lines are passed over, a torn last line is told to `notes`.
+
+    Raises:
+        DataError: with line and column; `example` shows how a line should look.
+    """
+    for number, line in lines(path):
         content = (
-            _decode_line(path, number, line)
+            decode_line(path, number, line)
             if line.endswith(b"\n")
             else line.decode("utf-8", "replace")
         )
         if not content.strip():
             continue
         try:
-            row = json.loads(content, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+            row = parse_json(content)
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}. Correct or remove this line.") from error
         except (ValueError, RecursionError) as error:
@@ -217,10 +232,15 @@ def _jsonl(path: Path, column: str, notes: Callable[[str], None]) -> Iterator[Pi
             where = f":{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(
                 f"{path}:{number}{where} is not valid JSON: {error}. Expected one JSON object on each line, such as "
-                f'{{"{column}": "..."}}.'
+                f"{example}."
             ) from error
         if not line.endswith(b"\n"):
-            _decode_line(path, number, line)
+            decode_line(path, number, line)
+        yield number, row
+
+
+def _jsonl(path: Path, column: str, notes: Callable[[str], None]) -> Iterator[Piece]:
+    for number, row in json_rows(path, notes, f'{{"{column}": "..."}}'):
         yield _cell(row, column, f"{path}:{number}"), True
 
 
@@ -239,8 +259,12 @@ def _cell(row: Any, column: str, where: str) -> str:
             f"{where}: column {column!r} holds {type(value).__name__}, not text. Choose the column with text=..., "
             "or turn the values into strings."
         )
-    # A JSON escape can spell half of a surrogate pair, which is no character and cannot be written as UTF-8.
-    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    return whole_characters(value)
+
+
+def whole_characters(text: str) -> str:
+    """Replace halves of surrogate pairs: a JSON escape can spell one, but it is no character and has no UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _no_column(where: str, column: str, present: list[str]) -> DataError:
@@ -252,31 +276,61 @@ def _no_column(where: str, column: str, present: list[str]) -> DataError:
     )
 
 
-def _csv(path: Path, column: str) -> Iterator[Piece]:
+def csv_rows(
+    path: Path, *, delimiter: str = ",", quoting: bool = True, first: str = "the header"
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line on which it begins, cells) of every row, the first one included; blank lines are passed over.
+
+    Args:
+        path: the file.
+        delimiter: the character between cells.
+        quoting: whether double quotes enclose cells; if not, every line is a row and quotes are ordinary characters.
+        first: what an error calls the first row, to which the others must be equal in width.
+
+    Raises:
+        DataError: a row of another width, or quotes that do not close, with the line.
+    """
+    decoded = (decode_line(path, number, line) for number, line in lines(path))
+    rows = _quoted_rows(path, decoded, delimiter) if quoting else _plain_rows(decoded, delimiter)
+    width = 0
+    for number, row in rows:
+        if width and len(row) != width:
+            what = {",": "comma", "\t": "tab"}.get(delimiter, repr(delimiter))
+            cure = (
+                f"A text that holds a {what}, a quote or a line end must stand in double quotes; correct the quoting "
+                "of this row."
+                if quoting
+                else f"Quotes are ordinary characters in this file, so no text may hold a {what} or a line end."
+            )
+            raise DataError(
+                f"{path}:{number} has {len(row)} columns, but {first} has {width}. {cure}"
+            )
+        width = len(row)
+        yield number, row
+
+
+def _plain_rows(decoded: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    # The csv module, even without quoting, takes a carriage return inside a line for the end of a row.
+    for number, line in enumerate(decoded, start=1):
+        content = line.removesuffix("\n").removesuffix("\r")
+        if content:
+            yield number, content.split(delimiter)
+
+
+def _quoted_rows(
+    path: Path, decoded: Iterator[str], delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = (_decode_line(path, number, line) for number, line in _lines(path))
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(decoded, delimiter=delimiter, strict=True)
     first = 1
     try:
-        header = next(reader, None)
-        if header is None:
-            return
-        if column not in header:
-            raise _no_column(f"{path}:1", column, header)
-        place = header.index(column)
         while True:
             first = reader.line_num + 1
             row = next(reader, None)
             if row is None:
                 return
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise DataError(
-                    f"{path}:{first} has {len(row)} columns, but the header has {len(header)}. A text that holds a "
-                    "comma, a quote or a line end must stand in double quotes; correct the quoting of this row."
-                )
-            yield row[place], True
+            if row:
+                yield first, row
     except csv.Error as error:
         raise DataError(
             f"{path}:{first} begins a row that is not valid CSV: {error} (found at line {reader.line_num}). Often a "
@@ -284,7 +338,20 @@ def _csv(path: Path, column: str) -> Iterator[Piece]:
         ) from error
 
 
-def _parquet(path: Path, column: str) -> Iterator[Piece]:
+def _csv(path: Path, column: str) -> Iterator[Piece]:
+    rows = csv_rows(path)
+    _, header = next(rows, (1, []))
+    if not header:
+        return
+    if column not in header:
+        raise _no_column(f"{path}:1", column, header)
+    place = header.index(column)
+    for _, row in rows:
+        yield row[place], True
+
+
+def import_parquet() -> tuple[Any, Any]:
+    """Return the modules (pyarrow, pyarrow.parquet); DataError where they are not installed."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -292,6 +359,11 @@ def _parquet(path: Path, column: str) -> Iterator[Piece]:
         raise DataError(
             "reading .parquet files needs pyarrow: pip install pyarrow (datasets brings it)"
         ) from error
+    return arrow, parquet
+
+
+def _parquet(path: Path, column: str) -> Iterator[Piece]:
+    arrow, parquet = import_parquet()
     try:
         with parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names

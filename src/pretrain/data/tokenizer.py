@@ -33,6 +33,7 @@ from pretrain.errors import TokenizerError, did_you_mean
 
 __all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
 SAMPLE_BYTES = 32_000_000
+_TEMPLATE, _TEMPLATE_BYTES = "chat_template.jinja", 1_000_000
 _UNENCODABLE = (
     "Give strings without halves of surrogate pairs, and a vocabulary with an unknown token."
 )
@@ -45,6 +46,9 @@ class Tokenizer:
         backend: the wrapped tokenizer of the ``tokenizers`` library.
         roles: which token is ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent.
         config: other keys of ``tokenizer_config.json`` that are to be kept.
+
+    Attributes:
+        chat_template: the Jinja program that writes a conversation as text, or None; it is carried, never run here.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Tokenizer:
     ) -> None:
         self.backend = backend
         self.config = dict(config or {})
+        self.chat_template = _template_in(self.config.pop("chat_template", None))
         self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         if not self.vocab:
             raise TokenizerError("the tokenizer has an empty vocabulary.")
@@ -232,6 +237,9 @@ class Tokenizer:
         config.setdefault("clean_up_tokenization_spaces", False)
         if max_length is not None:
             config["model_max_length"] = max_length
+        if self.chat_template is not None:  # older readers look for it here, newer ones in its file
+            config["chat_template"] = self.chat_template
+            (folder / _TEMPLATE).write_text(self.chat_template, encoding="utf-8", newline="")
         # Written by Python so that the files get the mode that the umask asks for.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
@@ -242,8 +250,7 @@ class Tokenizer:
         """Open a ``tokenizer.json`` (roles come from ``tokenizer_config.json`` beside it, if there is one)."""
         file = Path(path)
         backend = open_backend(file)
-        roles, config = read_config(file.parent)
-        return cls(backend, roles, config)
+        return cls(backend, *_read_beside(file.parent))
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -251,7 +258,7 @@ class Tokenizer:
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
             return cls.from_file(folder / "tokenizer.json")
-        roles, config = read_config(folder)
+        roles, config = _read_beside(folder)
         if (folder / "vocab.txt").is_file():
             return cls(
                 from_vocab_txt(folder / "vocab.txt", bool(config.get("do_lower_case", True))),
@@ -283,6 +290,34 @@ class Tokenizer:
         raise TokenizerError(
             f"no tokenizer file or directory {str(place)!r}, and no kind of that name.{did_you_mean(str(path), KINDS)}"
         )
+
+
+def _template_in(value: Any) -> str | None:
+    """The chat template of tokenizer_config.json: a text, or the default one of several named ones."""
+    if isinstance(value, list):
+        named = [item for item in value if isinstance(item, dict)]
+        value = next((n.get("template") for n in named if n.get("name") == "default"), None)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _read_beside(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Roles and other keys of a tokenizer directory; the template in its own file goes before the one in JSON."""
+    roles, config = read_config(folder)
+    file = folder / _TEMPLATE
+    if file.is_file():
+        try:
+            with open(file, "rb") as opened:
+                data = opened.read(_TEMPLATE_BYTES + 1)
+            if len(data) > _TEMPLATE_BYTES:
+                raise TokenizerError(
+                    f"{file} has more than {_TEMPLATE_BYTES:,} bytes; no chat template has. Replace or remove it."
+                )
+            config["chat_template"] = data.decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(
+                f"{file} cannot be read: {error}. Copy it again from its origin, or remove it."
+            ) from error
+    return roles, config
 
 
 def train_from_texts(

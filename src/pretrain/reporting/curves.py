@@ -43,11 +43,13 @@ class Series:
         label: its name in the legend.
         points: (x, y) pairs in any order; pairs that are not finite are left out and leave a gap.
         dots: mark every point (few, precious values) instead of drawing a band of the raw values.
+        whiskers: (x, low, high) of vertical bars, the uncertainty of a point.
     """
 
     label: str
     points: Sequence[Point]
     dots: bool = False
+    whiskers: Sequence[tuple[float, float, float]] = ()
 
     def finite(self) -> list[Point]:
         """The points that can be drawn, in the order of x."""
@@ -98,6 +100,7 @@ def curve_svg(
     width: int = 720,
     height: int = 320,
     zero: bool = False,
+    log_x: bool = False,
 ) -> str:
     """Draw lines over a common x axis and return the SVG text.
 
@@ -110,9 +113,12 @@ def curve_svg(
         width: of the picture in pixels; it scales to its container.
         height: of the picture in pixels.
         zero: start the vertical axis at zero.
+        log_x: a logarithmic horizontal axis; points at or left of 0 are left out.
     """
     drawn = [one if isinstance(one, Series) else Series(one[0], one[1]) for one in series]
     lines = [(index, one, one.finite()) for index, one in enumerate(drawn)]
+    if log_x:
+        lines = [(i, one, [p for p in points if p[0] > 0]) for i, one, points in lines]
     lines = [item for item in lines if item[2]]
     kept = {name: y for name, y in (references or {}).items() if math.isfinite(y)}
     head = (
@@ -125,7 +131,7 @@ def curve_svg(
     if not lines:
         empty = f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">nothing to draw yet</text>'
         return f"{head}{caption}{empty}</svg>"
-    frame = _Frame.around(lines, kept, width, height, zero)
+    frame = _Frame.around(lines, kept, width, height, zero, log_x)
     body = [head, caption, frame.axes(x_label, y_label)]
     body += [frame.reference(name, y) for name, y in kept.items()]
     body += [frame.line(index % 4, one, points) for index, one, points in lines]
@@ -141,6 +147,8 @@ class _Frame:
     x1: float
     y_ticks: list[float]
     box: tuple[float, float, float, float]
+    log_x: bool = False
+    x_ticks: Sequence[float] = ()
 
     @classmethod
     def around(
@@ -150,25 +158,29 @@ class _Frame:
         width: int,
         height: int,
         zero: bool,
+        log_x: bool = False,
     ) -> _Frame:
         """Choose scales that show every point and every reference."""
         xs = [x for _, _, points in lines for x, _ in points]
         ys = [y for _, _, points in lines for _, y in points] + list(references.values())
+        ys += [
+            y for _, one, _ in lines for bar in one.whiskers for y in bar[1:] if math.isfinite(y)
+        ]
         low, high = min(ys), max(ys)
         if zero:
             low = min(0.0, low)
         left, top, right, bottom = _MARGIN
         x0, x1 = min(xs), max(xs)
         if x0 == x1:
-            x0, x1 = x0 - 0.5, x1 + 0.5
+            x0, x1 = (x0 / 2, x1 * 2) if log_x else (x0 - 0.5, x1 + 0.5)
         count = max(2, int((height - top - bottom) / 38))
-        return cls(
-            x0, x1, nice_ticks(low, high, count), (left, top, width - right, height - bottom)
-        )
+        box = (left, top, width - right, height - bottom)
+        return cls(x0, x1, nice_ticks(low, high, count), box, log_x, _x_ticks(xs, x0, x1, log_x))
 
     def x(self, value: float) -> float:
         left, _, right, _ = self.box
-        return left + (value - self.x0) / (self.x1 - self.x0) * (right - left)
+        at, x0, x1 = (math.log(v) if self.log_x else v for v in (value, self.x0, self.x1))
+        return left + (at - x0) / (x1 - x0) * (right - left)
 
     def y(self, value: float) -> float:
         _, top, _, bottom = self.box
@@ -186,9 +198,8 @@ class _Frame:
             )
             text = _number(tick, digits)
             parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-        inside = [t for t in nice_ticks(self.x0, self.x1, 6) if self.x0 <= t <= self.x1]
-        digits = _digits(inside)
-        for tick in inside:
+        digits = _digits(self.x_ticks)
+        for tick in self.x_ticks:
             at = self.x(tick)
             text = _number(tick, digits)
             parts.append(
@@ -227,6 +238,11 @@ class _Frame:
         for piece in _pieces(one, groups):
             path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y, _, _ in piece)
             parts.append(f'<polyline class="line s{colour}" points="{path}"/>')
+        for x, low, high in one.whiskers:
+            if all(map(math.isfinite, (x, low, high))) and (x > 0 or not self.log_x):
+                at, bottom, top = self.x(x), self.y(low), self.y(high)
+                stroke = f"M{at - 4:.1f} {top:.1f}h8m-4 0V{bottom:.1f}m-4 0h8"
+                parts.append(f'<path class="line whisker s{colour}" d="{stroke}"/>')
         if one.dots or len(groups) == 1:
             for x, y, _, _ in thin(points, 60):
                 spot = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"'
@@ -236,6 +252,15 @@ class _Frame:
             words = escape(f"{one.label} {y:.4g} at {_plain(x)}".strip())
             parts.append(f'<circle class="hit" {spot} r="7"><title>{words}</title></circle>')
         return "".join(parts)
+
+
+def _x_ticks(xs: Sequence[float], x0: float, x1: float, log_x: bool) -> list[float]:
+    """Round numbers; on a logarithmic axis the values themselves if they are few, else powers of ten."""
+    if not log_x:
+        return [tick for tick in nice_ticks(x0, x1, 6) if x0 <= tick <= x1]
+    own = sorted(set(xs))
+    powers = range(math.ceil(math.log10(x0) - 1e-9), math.floor(math.log10(x1) + 1e-9) + 1)
+    return own if len(own) <= 8 or len(powers) < 2 else [10.0**power for power in powers]
 
 
 def _pieces(

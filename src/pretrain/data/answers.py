@@ -1,0 +1,137 @@
+"""Questions about a context, and where in it their answers stand (the layout of SQuAD, Rajpurkar et al., 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pretrain.data.labels import is_missing
+from pretrain.errors import DataError
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+
+__all__ = ["Answers", "find_answers"]
+
+Given = tuple[str, int | None]
+
+
+@dataclass
+class Answers:
+    """The answers of all rows of a table.
+
+    Attributes:
+        texts: every answer of each row; none where the question cannot be answered.
+        spans: first and last character (exclusive) of the first answer that stands in the context, or None.
+        bad: rows with answers of which none stands in the context.
+        repaired: answers that were not where the row said, and that occur just once.
+        first: answers without a place that occur more than once; the first occurrence is taken.
+    """
+
+    texts: list[list[str]] = field(default_factory=list)
+    spans: list[tuple[int, int] | None] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)
+    repaired: int = 0
+    first: int = 0
+
+    def check(self, table: Table) -> None:
+        """Refuse answers that are not in their context.
+
+        Raises:
+            DataError: names the first three rows.
+        """
+        if self.bad:
+            rows = [
+                f"{table.where(i)}: {_short(self.texts[i][0])} in {_short(table.columns['context'][i])}"
+                for i in self.bad[:3]
+            ]
+            raise DataError(
+                f"The answers of {len(self.bad):,} of {len(self.texts):,} rows are not in their context, or "
+                "stand there several times and not where answer_start says: "
+                f"{'; '.join(rows)}{'; ...' * (len(self.bad) > 3)}. "
+                "Answers must be copied from the context letter by letter, and answer_start counts characters from 0. "
+                'Correct the rows, or leave them out with bad_answers="drop".'
+            )
+
+
+def find_answers(table: Table) -> Answers:
+    """Read the columns ``answers`` and, where there is one, ``answer_start``, and find the answers in ``context``.
+
+    A cell holds SQuAD's ``{"text": [...], "answer_start": [...]}``, a text, a list of texts, or a list of
+    ``{"text", "answer_start"}``. Nothing, or only empty texts, is a question without an answer.
+
+    Raises:
+        DataError: a cell of another kind; names the row.
+    """
+    found = Answers()
+    for i in range(len(table)):
+        given = [(text, start) for text, start in _given(table, i) if text.strip()]
+        context = table.columns["context"][i]
+        span = None
+        for text, start in given:
+            span = span or _place(context if isinstance(context, str) else "", text, start, found)
+        found.texts.append([text for text, _ in given])
+        found.spans.append(span)
+        if given and span is None:
+            found.bad.append(i)
+    return found
+
+
+def _place(context: str, text: str, start: int | None, found: Answers) -> tuple[int, int] | None:
+    if start is not None and start >= 0 and context.startswith(text, start):
+        return start, start + len(text)
+    for form in dict.fromkeys((text, text.strip())):
+        times, place = context.count(form), context.find(form)
+        if times == 1:
+            found.repaired += start is not None or form != text
+            return place, place + len(form)
+        if times > 1 and start is None:
+            found.first += 1
+            return place, place + len(form)
+    return None
+
+
+def _given(table: Table, i: int) -> list[Given]:
+    value = table.columns["answers"][i]
+    starts = table.columns["answer_start"][i] if "answer_start" in table.names else None
+    if is_missing(value):
+        return []
+    if isinstance(value, Mapping):
+        starts = value.get("answer_start", starts)
+        value = value.get("text")
+        value = [] if value is None else value
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise _strange(table, i, items)
+    places = starts if isinstance(starts, list | tuple) else [starts] * len(items)
+    if len(places) != len(items):
+        raise DataError(
+            f"{table.where(i)}: {len(items)} answers and {len(places)} values of answer_start. Give one for each."
+        )
+    pairs: list[Given] = []
+    for item, place in zip(items, places, strict=True):
+        if isinstance(item, Mapping):
+            place = item.get("answer_start", place)
+            item = item.get("text")
+        if not isinstance(item, str):
+            raise _strange(table, i, item)
+        whole = isinstance(place, int | float) and not isinstance(place, bool) and place == place
+        if place is not None and not whole and not (isinstance(place, str) and place.isdigit()):
+            raise DataError(
+                f"{table.where(i)}: answer_start is {place!r}. It counts characters of the context from 0."
+            )
+        pairs.append((item, None if place is None else int(place)))
+    return pairs
+
+
+def _strange(table: Table, i: int, value: Any) -> DataError:
+    return DataError(
+        f"{table.where(i)}: an answer is {type(value).__name__} {_short(value)}. Give a text, a list of texts, or "
+        '{"text": [...], "answer_start": [...]} as SQuAD does.'
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,98 @@
+"""Files of one word on a line: CoNLL columns (Tjong Kim Sang and De Meulder 2003) and CoNLL-U (Nivre et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.data.readers import decode_line, lines
+from pretrain.errors import DataError
+
+__all__ = ["Sentence", "conll_sentences", "conllu_sentences"]
+
+Sentence = tuple[int, list[str], list[str]]  # line on which it begins, words, tags
+
+_CONLLU_COLUMNS = 10
+
+
+def conll_sentences(path: Path) -> Iterator[Sentence]:
+    """Yield the sentences of a file with one word and its tag on each line, a blank line between sentences.
+
+    Columns stand apart by a tab, or by blanks where no line has a tab; the first is the word, the last its tag, and
+    what lies between (part of speech, chunk) is passed over. ``-DOCSTART-`` lines, which open a document, are no words.
+
+    Raises:
+        DataError: a line with fewer or more columns than the first one, with its line.
+    """
+    width, tabs = 0, True
+    for start, rows in _blocks(path):
+        words: list[str] = []
+        tags: list[str] = []
+        for number, line in rows:
+            if not width:
+                tabs = "\t" in line
+            cells = line.split("\t") if tabs else line.split()
+            if cells[0] == "-DOCSTART-":
+                continue
+            if len(cells) < 2:
+                raise DataError(
+                    f"{path}:{number} holds {line[:60]!r}, which has no tag. Each line is a word, a tab and its tag; a "
+                    "blank line ends the sentence."
+                )
+            width = width or len(cells)
+            if len(cells) != width:
+                raise DataError(
+                    f"{path}:{number} has {len(cells)} columns, but the lines before it have {width}: {line[:60]!r}. "
+                    "Write the word first and its tag last, with a tab between."
+                )
+            if not cells[0].strip() or not cells[-1].strip():
+                raise DataError(
+                    f"{path}:{number} has an empty {'tag' if cells[0].strip() else 'word'}: {line[:60]!r}. Correct "
+                    "this line, or leave it blank to end the sentence."
+                )
+            words.append(cells[0])
+            tags.append(cells[-1].strip())
+        if words:
+            yield start, words, tags
+
+
+def conllu_sentences(path: Path) -> Iterator[Sentence]:
+    """Yield the sentences of a CoNLL-U file: word forms and universal part-of-speech tags (column UPOS).
+
+    Comment lines, the lines of contracted words (``1-2``) and empty nodes (``8.1``) are no words.
+
+    Raises:
+        DataError: a line that has not ten columns, with its line.
+    """
+    for start, rows in _blocks(path):
+        words: list[str] = []
+        tags: list[str] = []
+        for number, line in rows:
+            if line.startswith("#") and not words:
+                continue
+            cells = line.split("\t")
+            if len(cells) != _CONLLU_COLUMNS:
+                raise DataError(
+                    f"{path}:{number} has {len(cells)} columns, but CoNLL-U has {_CONLLU_COLUMNS}, with tabs between: "
+                    f"{line[:60]!r}. Files of two columns are read with format='conll'."
+                )
+            if "-" in cells[0] or "." in cells[0]:
+                continue
+            words.append(cells[1])
+            tags.append(cells[3])
+        if words:
+            yield start, words, tags
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """Yield (first line, lines with their numbers) of each block between lines that hold nothing but white space."""
+    rows: list[tuple[int, str]] = []
+    for number, raw in lines(path):
+        line = decode_line(path, number, raw).removesuffix("\n").removesuffix("\r")
+        if line.strip(" \t"):
+            rows.append((number, line))
+        elif rows:
+            yield rows[0][0], rows
+            rows = []
+    if rows:
+        yield rows[0][0], rows

@@ -1,0 +1,357 @@
+"""Labelled rows: which column plays which role, a held-out part with every class in it, rows that stand in both parts.
+
+Columns are recognised by the names that the data sets of the field use; nothing else is guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.data.labels import LabelMap, is_missing, make_label_map, make_tag_map, number_in
+from pretrain.data.tables import Table
+from pretrain.errors import ConfigError, DataError, did_you_mean
+from pretrain.storage.files import note
+
+__all__ = [
+    "LabelMap", "Role", "choose_columns", "drop_duplicates", "is_missing", "label_strata", "make_label_map",
+    "make_tag_map", "normalised", "number_in", "roles_table", "single_classes", "split",
+]  # fmt: skip
+
+_BINS = 10  # strata of a quantity
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column is to a task.
+
+    Args:
+        name: the role, and the argument by which a user names the column: ``text``, ``label``.
+        known: names by which a column is recognised, the most usual first.
+        required: whether the task can do without.
+        help: half a sentence for errors: ``the text to classify``.
+    """
+
+    name: str
+    known: tuple[str, ...]
+    required: bool = True
+    help: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ columns
+
+
+def choose_columns(
+    table: Table, roles: Sequence[Role], given: Mapping[str, str | None], *, quiet: bool = False
+) -> dict[str, str]:
+    """Return the column of every role that has one.
+
+    What the user names is taken; the other roles go, in order, to the first column whose name is one of their `known`
+    names, in their order, an exact spelling before one that differs in case. Columns of no role are told in one line.
+
+    Args:
+        table: the rows.
+        roles: the roles of the task.
+        given: role -> column, or None where the user left it open.
+        quiet: tell nothing about columns that are not used.
+
+    Raises:
+        DataError: a role or column that does not exist, one column for two roles, or a required role without a
+            column; the error names the columns and the call to write.
+    """
+    named = {role: column for role, column in given.items() if column is not None}
+    by_name = {role.name: role for role in roles}
+    for role in named:
+        if role not in by_name:
+            raise DataError(
+                f"{role}={named[role]!r}: this task has no column for {role!r}.{did_you_mean(role, by_name)}"
+            )
+    chosen: dict[str, str] = {}
+    for role, column in named.items():
+        if column not in table.columns:
+            raise DataError(_absent(table, role, str(column), roles))
+        if column in chosen.values():
+            other = next(r for r, c in chosen.items() if c == column)
+            raise DataError(
+                f"the column {column!r} was named for both {other} and {role}; each needs a column of its own."
+            )
+        chosen[role] = column
+    for wanted in roles:
+        if wanted.name not in chosen:
+            found = _recognised(table, wanted, set(chosen.values()))
+            if found is not None:
+                chosen[wanted.name] = found
+    missing = [role for role in roles if role.required and role.name not in chosen]
+    if missing:
+        raise DataError(_missing(table, missing, chosen, named))
+    unused = [name for name in table.columns if name not in chosen.values()]
+    if unused and not quiet:
+        used = ", ".join(c if c == r else f"{c} as {r}" for r, c in chosen.items())
+        note(f"{table.name}: used {used}; columns not used: {', '.join(unused)}")
+    return {role.name: chosen[role.name] for role in roles if role.name in chosen}
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
+    free = [name for name in table.columns if name not in taken]
+    for known in role.known:
+        if known in free:
+            return known
+        alike = [name for name in free if _folded(name) == _folded(known)]
+        if len(alike) > 1:
+            raise DataError(
+                f"{table.name} has {' and '.join(map(repr, alike))}, both of which could be the {role.name}. Say "
+                f"which: {role.name}={alike[0]!r}."
+            )
+        if alike:
+            return alike[0]
+    return None
+
+
+def _names(table: Table) -> str:
+    short = [name if len(name) <= 40 else name[:37] + "..." for name in table.names]
+    return ", ".join(map(repr, short))
+
+
+def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
+    near = did_you_mean(column, table.columns)
+    near = near if "mean" in near else ""
+    known = {_folded(name) for item in roles for name in item.known}
+    strange = not known & {_folded(name) for name in table.columns}
+    if table.hint and strange and not near:
+        return f"{table.name} has no column {column!r} for {role}={column!r}. {table.hint}"
+    return f"{table.name} has no column {column!r} for {role}={column!r}; columns present: {_names(table)}.{near}"
+
+
+def _missing(
+    table: Table, missing: Sequence[Role], chosen: Mapping[str, str], named: Mapping[str, str]
+) -> str:
+    """Say which roles have no column, what there is, and what to write."""
+    left = [name for name in table.columns if name not in chosen.values()]
+    wanted = " and ".join(role.name + (f" ({role.help})" if role.help else "") for role in missing)
+    if table.hint and not chosen:
+        return f"{table.name} has no column for {wanted}. {table.hint}"
+    looked = "; ".join(f"{role.name}: {', '.join(role.known)}" for role in missing)
+    if not left:
+        cure = "No column is left for it; check that the right file was given."
+    else:
+        calls = [f"{role}={column!r}" for role, column in named.items()]
+        calls += [f"{role.name}={left[min(k, len(left) - 1)]!r}" for k, role in enumerate(missing)]
+        only = len(left) == 1 and len(missing) == 1
+        lead = (
+            f"The only column left is {left[0]!r}; if it is the one, write"
+            if only
+            else "Name it, for example"
+        )
+        cure = f"{lead} {', '.join(calls)}."
+    return (
+        f"{table.name} has no column for {wanted}; columns present: {_names(table)}. Recognised names are {looked}. "
+        f"{cure}"
+    )
+
+
+def roles_table(table: Table, chosen: Mapping[str, str]) -> Table:
+    """Return the chosen columns under the names of their roles; other columns are left out."""
+    columns = {role: table.columns[column] for role, column in chosen.items()}
+    names = {role: table.label_names[c] for role, c in chosen.items() if c in table.label_names}
+    return table.with_columns(columns, names)
+
+
+# -------------------------------------------------------------------------------------------------- split
+
+
+def label_strata(values: Sequence[Any]) -> list[Hashable]:
+    """Return by what a column of answers is held evenly in both parts of a split.
+
+    Text, whole numbers and bools stand for themselves; quantities for their tenth; a list (the tags of words, several
+    labels) for the rarest label in it, so that rare entities reach both parts; anything else is of one kind.
+    """
+    if values and all(isinstance(v, str) for v in values):
+        found = [number_in(v) for v in values]
+        if all(v is not None for v in found) and not all(
+            v == int(v) for v in found if v is not None
+        ):
+            values = found
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    quantity = any(
+        isinstance(v, float) and math.isfinite(v) and not v.is_integer() for v in numbers
+    )
+    if quantity:
+        order = sorted(v for v in numbers if math.isfinite(v))
+        count = min(_BINS, max(1, len(order) // 2))
+        edges = [order[len(order) * k // count] for k in range(1, count)]
+        return [sum(v >= edge for edge in edges) if not is_missing(v) else None for v in values]
+    seen = Counter(
+        item
+        for v in values
+        if isinstance(v, list | tuple)
+        for item in v
+        if isinstance(item, Hashable)
+    )
+
+    def key(value: Any) -> Hashable:
+        if isinstance(value, list | tuple):
+            items = [item for item in value if isinstance(item, Hashable)]
+            return min(items, key=lambda item: (seen[item], str(item)), default=None)
+        if isinstance(value, str | int | bool):
+            return value
+        return int(value) if isinstance(value, float) and math.isfinite(value) else None
+
+    return [key(value) for value in values]
+
+
+def single_classes(keys: Sequence[Hashable]) -> list[Hashable]:
+    """Return the classes of one row, in order: :func:`split` leaves them in training, and the user should know."""
+    return [key for key, count in Counter(keys).items() if count == 1]
+
+
+def split(
+    table: Table, keys: Sequence[Hashable] | None, fraction: float, seed: int
+) -> tuple[Table, Table]:
+    """Hold out `fraction` of the rows, of every class as nearly its share as whole rows allow.
+
+    Of a class of n rows, n x fraction are held out, rounded down or up so that the sum is right; one row at least of
+    each class stays in training, and one row at least is held out. Which rows depends on `seed` and their places
+    alone; both parts keep the order of the rows.
+
+    Args:
+        table: the rows.
+        keys: the class of each row; None: all are of one kind.
+        fraction: share of the rows that is held out, from 0 to less than 1.
+        seed: chooses the rows.
+
+    Returns:
+        (training rows, held-out rows)
+
+    Raises:
+        ConfigError: `fraction` is not a share.
+        DataError: no row can be held out, since all classes have one row.
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(
+            f"the held-out share is {fraction}, but must be from 0 to less than 1, such as 0.1 for a tenth."
+        )
+    keys = [None] * len(table) if keys is None else keys
+    if len(keys) != len(table):
+        raise DataError(f"{len(keys)} keys for the {len(table)} rows of {table.name}.")
+    if fraction == 0:
+        return table, table.take([])
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    counts = _shares([len(rows) for rows in groups.values()], fraction, seed)
+    held: set[int] = set()
+    for count, rows in zip(counts, groups.values(), strict=True):
+        held.update(sorted(rows, key=lambda i: _rank(seed, "row", i))[:count])
+    if not held:
+        raise DataError(
+            f"{table.name}: no row of {len(table)} can be held out, since every class needs one for training and none "
+            "has two. Give more rows, or the held-out rows themselves (valid=...)."
+        )
+    train = table.take([i for i in range(len(table)) if i not in held])
+    return train, table.take(sorted(held))
+
+
+def _rank(seed: int, what: str, i: int) -> bytes:
+    return hashlib.blake2b(f"{seed}/{what}/{i}".encode(), digest_size=8).digest()
+
+
+def _shares(sizes: Sequence[int], fraction: float, seed: int) -> list[int]:
+    """Divide the held-out rows among classes by largest remainder (Hamilton's method), equal ones by lot."""
+    total = max(1, round(sum(sizes) * fraction))
+    shares = [round(size * fraction, 9) for size in sizes]  # 0.29 of 100 rows are 29
+    counts = [min(math.floor(share), size - 1) for share, size in zip(shares, sizes, strict=True)]
+    order = sorted(
+        range(len(sizes)), key=lambda k: (counts[k] - shares[k], _rank(seed, "class", k))
+    )
+    missing = total - sum(counts)
+    for k in order:
+        if missing > 0 and counts[k] + 1 < sizes[k] and (counts[k] < shares[k] or not any(counts)):
+            counts[k] += 1
+            missing -= 1
+    return counts
+
+
+# --------------------------------------------------------------------------------------------- duplicates
+
+_ASCII = {code: None for code in range(128) if not chr(code).isalnum() and not chr(code).isspace()}
+
+
+def normalised(text: str) -> str:
+    """Return a text as it is compared: NFKC, case folded, letters, their marks and digits only.
+
+    Without blanks, so that "top-up", "top up" and "topup" are one, like "don't" and "dont". A text without any of these, such as a smiley, stays as it is but for case.
+    """
+    if text.isascii():
+        kept = text.casefold().translate(_ASCII)
+    else:
+        folded = unicodedata.normalize("NFKC", text).casefold()
+        kept = "".join(
+            c for c in folded if c.isalnum() or c.isspace() or unicodedata.category(c)[0] == "M"
+        )
+    return "".join(kept.split()) or unicodedata.normalize("NFKC", text).casefold().strip()
+
+
+def _compared(value: Any) -> str:
+    if isinstance(value, str):
+        return normalised(value)
+    if isinstance(value, Mapping):
+        return "\n".join(_compared(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        words = all(isinstance(item, str) for item in value)
+        return (
+            normalised(" ".join(value)) if words else "\n".join(_compared(item) for item in value)
+        )
+    return "" if is_missing(value) else str(value)
+
+
+def drop_duplicates(
+    train: Table, other: Table, role_names: Sequence[str], what: str
+) -> tuple[Table, int]:
+    """Leave out the training rows whose text also stands in `other`, so that held-out figures are of unseen rows.
+
+    Args:
+        train: the training rows.
+        other: the held-out rows; they stay.
+        role_names: the columns of text, compared together.
+        what: what `other` is called: ``validation``.
+
+    Returns:
+        (remaining training rows, number left out); rows left out are told in one line.
+
+    Raises:
+        DataError: nothing remains, as when the same rows were given twice.
+    """
+    used = [name for name in role_names if name in train.columns and name in other.columns]
+
+    def keys(table: Table) -> list[bytes]:
+        columns = [table.columns[name] for name in used]
+        texts = ("\0".join(map(_compared, cells)) for cells in zip(*columns, strict=True))
+        return [
+            hashlib.blake2b(t.encode("utf-8", "replace"), digest_size=16).digest() for t in texts
+        ]
+
+    if not used:
+        return train, 0
+    known = set(keys(other))
+    kept = [i for i, key in enumerate(keys(train)) if key not in known]
+    count = len(train) - len(kept)
+    if not count:
+        return train, 0
+    if not kept:
+        raise DataError(
+            f"all {len(train):,} training rows ({train.name}) also stand in the {what} rows ({other.name}); the same "
+            "source was probably given twice."
+        )
+    note(
+        f"{train.name}: {count:,} of {len(train):,} training rows also stand in the {what} rows and are left out"
+    )
+    return train.take(kept), count

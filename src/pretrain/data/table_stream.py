@@ -1,0 +1,216 @@
+"""Files of rows that are longer than the memory: read some rows at a time, written row by row, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from pretrain.data.archives import COMPRESSIONS
+from pretrain.data.delimited import _written_with_quotes as written_with_quotes
+from pretrain.data.delimited import distinct, numbered_names
+from pretrain.data.paths import find_files
+from pretrain.data.readers import csv_rows, json_rows
+from pretrain.data.table_files import TABLE_FORMATS, unhalved
+from pretrain.data.tables import Table, read_table
+from pretrain.errors import DataError
+from pretrain.storage.files import note
+
+__all__ = ["WRITABLE", "Chunk", "RowWriter", "stream_chunks", "table_kind"]
+
+WRITABLE = (".jsonl", ".csv", ".tsv")
+_MOST_WAITING = (
+    100_000  # rows without an answer before the first with one, whose keys name the columns
+)
+
+
+def table_kind(path: Path) -> str:
+    """Format that the name of a file says, compression aside; empty where it says none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return TABLE_FORMATS.get(suffixes[-1], "") if suffixes else ""
+
+
+@dataclass
+class Chunk:
+    """Some rows of a file.
+
+    Attributes:
+        rows: as they stand there: a row of JSON lines lacks the keys that it lacks.
+        table: the same as columns; what a row lacks is None.
+    """
+
+    rows: list[dict[str, Any]]
+    table: Table
+
+    def with_columns(self, names: Iterable[str]) -> Table:
+        """The table, with a column of None for each of ``names`` that no row of this chunk has."""
+        columns = self.table.columns
+        missing = {name: [None] * len(self.rows) for name in names if name not in columns}
+        return self.table.with_columns({**columns, **missing}, self.table.label_names)
+
+
+def stream_chunks(path: Path, size: int) -> Iterator[Chunk]:
+    """The rows of a file, ``size`` at a time: CSV, TSV and JSON lines from the disk, other formats from memory.
+
+    Raises:
+        DataError: no such file, no rows, or a broken row, with its line.
+    """
+    kind = table_kind(path)
+    if kind not in ("csv", "tsv", "jsonl"):
+        whole = read_table(path)
+        for start in range(0, len(whole), size):
+            part = whole.take(range(start, min(start + size, len(whole))))
+            yield Chunk(list(part.rows()), part)
+        return
+    found = find_files(str(path))
+    if len(found) != 1:
+        raise DataError(f"{path} matches {len(found)} files. Give one.")
+    rows = _json_lines(found[0]) if kind == "jsonl" else _delimited(found[0], kind)
+    any_rows = False
+    while some := list(islice(rows, size)):
+        any_rows = True
+        names = list(dict.fromkeys(name for _, row in some for name in row))
+        columns = {name: [row.get(name) for _, row in some] for name in names}
+        places = [place for place, _ in some]
+        table = Table(path.name, columns, places=places, origin=str(path), unit="line")
+        yield Chunk([row for _, row in some], table)
+    if not any_rows:
+        raise DataError(f"{path} holds no rows. Check that it is the right file.")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in json_rows(path, note, '{"text": "..."}'):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}:{number} holds {type(row).__name__}, not an object with named columns. Write each row as "
+                '{"text": "..."}.'
+            )
+        yield number, unhalved(row)
+
+
+def _delimited(path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    delimiter = "," if kind == "csv" else "\t"
+    quoting = kind == "csv" or written_with_quotes(path, delimiter)
+    rows = csv_rows(path, delimiter=delimiter, quoting=quoting)
+    number, top = next(rows, (1, []))
+    named = zip((cell.strip() for cell in top), numbered_names(len(top)), strict=True)
+    names = distinct(f"{path}:{number}", [name or spare for name, spare in named])
+    for number, cells in rows:
+        yield number, dict(zip(names, cells, strict=True))
+
+
+class RowWriter:
+    """Rows and their answers into a .jsonl, .csv or .tsv file, which appears when all are written.
+
+    The columns of the answers follow those of the rows; ``label`` is written as ``predicted_label``, and so is every
+    other name that the rows have already. A row without an answer has empty cells, or nulls.
+
+    Args:
+        path: the file; an old one stays until the new one is whole.
+        names: columns of the rows; a .csv or .tsv file cannot take others later.
+
+    Raises:
+        DataError: the file cannot be written, a row has a new column, or the rows hold answers already.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, list(names)
+        self.answers: dict[str, str] = {}  # key of an answer -> column
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._waiting: list[Mapping[str, Any]] = []  # rows before the first answer
+        self._file: IO[str] | None = None
+        self._csv: Any = None
+
+    def __enter__(self) -> RowWriter:
+        with self._saying():
+            self._file = open(self._temporary, "w", encoding="utf-8", newline="")
+        if self.path.suffix.lower() != ".jsonl":
+            mark = "," if self.path.suffix.lower() == ".csv" else "\t"
+            self._csv = csv.writer(self._file, delimiter=mark, lineterminator="\n")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._file is not None
+        try:
+            with self._saying():
+                if kind is None:
+                    self._begin({})
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                self._file.close()
+                if kind is None:
+                    os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def write(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        """Append a row and its answer, {} for none."""
+        if not self.answers and not answer:
+            self._waiting.append(row)
+            if len(self._waiting) > _MOST_WAITING:
+                raise DataError(
+                    f"The first {_MOST_WAITING:,} rows hold no text. Is the right column read?"
+                )
+            return
+        with self._saying():
+            self._begin(answer)
+            self._put(row, answer)
+
+    def _begin(self, answer: Mapping[str, Any]) -> None:
+        """Settle the columns with the first answer, and write what waited for it."""
+        if not self.answers:
+            taken = set(self.names)
+            self.answers = {
+                key: f"predicted_{key}" if key == "label" or key in taken else key for key in answer
+            }
+            if twice := [column for column in self.answers.values() if column in taken]:
+                raise DataError(
+                    f"The rows have a column {twice[0]!r} already: they hold predictions. Give the file without them."
+                )
+            if self._csv is not None and (self._waiting or answer):
+                self._csv.writerow([*self.names, *self.answers.values()])
+        for row in self._waiting:
+            self._put(row, {})
+        self._waiting = []
+
+    def _put(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        added = {column: answer.get(key) for key, column in self.answers.items()}
+        if self._csv is None:
+            self._file.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+            return
+        if unknown := [name for name in row if name not in self.names]:
+            raise DataError(
+                f"A row has the column {unknown[0]!r}, which no row before it had, so the header of {self.path.name} "
+                "lacks it. Write .jsonl, whose rows may differ."
+            )
+        cells = [row.get(name) for name in self.names] + list(added.values())
+        self._csv.writerow([_cell(value) for value in cells])
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"Cannot write {self.path}: {error.strerror}.") from error
+
+
+def _cell(value: Any) -> Any:
+    """Lists and mappings as JSON; None as an empty cell."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return json.dumps(value, ensure_ascii=False)

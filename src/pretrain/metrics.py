@@ -1,0 +1,393 @@
+"""Figures of merit as pure functions of numpy: from sums that a run accumulates, or from whole columns of numbers.
+
+Classification and regression follow the conventions of scikit-learn (Pedregosa et al., 2011) and scipy, entity
+scores those of CoNLL-2000 (Tjong Kim Sang and Buchholz) in the lenient reading that seqeval made common, answers the
+rules of SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016, 2018), intervals Student (1908). A figure that is not defined
+(no rows, a constant column) is nan, without a warning; scores are in [0, 1], not in percent.
+
+Letters in shapes: C classes, L labels, N rows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pretrain.errors import DataError
+from pretrain.reporting.intervals import mean_interval, student_t
+
+__all__ = [
+    "LOWER_IS_BETTER",
+    "accuracy",
+    "confusion_matrix",
+    "entities",
+    "entity_counts",
+    "entity_f1",
+    "exact_match",
+    "is_bio",
+    "macro_f1",
+    "mae",
+    "matthews",
+    "mean_interval",
+    "mse",
+    "multilabel_counts",
+    "multilabel_scores",
+    "normalize_answer",
+    "pearson",
+    "per_class",
+    "r2",
+    "rmse",
+    "spearman",
+    "student_t",
+    "token_f1",
+    "weighted_f1",
+]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Span = tuple[str, int, int]
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae"})
+
+
+def confusion_matrix(true: ArrayLike, predicted: ArrayLike, num_classes: int) -> Ints:
+    """Count (true, predicted) pairs of class ids: (N,), (N,) -> (C, C), rows are the truth.
+
+    Raises:
+        DataError: the columns differ in length, or an id lies outside [0, C).
+    """
+    rows, columns = np.asarray(true, np.int64).ravel(), np.asarray(predicted, np.int64).ravel()
+    _same_length(rows, columns)
+    for name, ids in (("true", rows), ("predicted", columns)):
+        wrong = np.flatnonzero((ids < 0) | (ids >= num_classes))
+        if wrong.size:
+            raise DataError(
+                f"The {name} class id of row {wrong[0]} is {ids[wrong[0]]}, outside the {num_classes} classes. Ids "
+                f"count from 0; leave rows without a label (-100) out."
+            )
+    flat = np.bincount(rows * num_classes + columns, minlength=num_classes * num_classes)
+    return flat.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def accuracy(matrix: ArrayLike) -> float:
+    """Share of the rows on the diagonal of a confusion matrix (C, C); nan for no rows."""
+    counts = _square(matrix)
+    return _ratio(float(np.trace(counts)), float(counts.sum()))
+
+
+def per_class(matrix: ArrayLike) -> tuple[Floats, Floats, Floats, Floats]:
+    """Precision, recall, F1 and support of every class, each (C,), from a confusion matrix (C, C).
+
+    A quotient 0 / 0 counts as 0: a class that is never predicted has precision 0, as in scikit-learn with
+    ``zero_division=0``.
+    """
+    counts = _square(matrix)
+    hits, predicted, support = np.diagonal(counts), counts.sum(0), counts.sum(1)
+    return (
+        _ratios(hits, predicted),
+        _ratios(hits, support),
+        _ratios(2 * hits, predicted + support),
+        support,
+    )
+
+
+def macro_f1(matrix: ArrayLike, *, present_only: bool = True) -> float:
+    """Unweighted mean of the F1 of the classes of a confusion matrix (C, C); nan for no rows.
+
+    Args:
+        matrix: counts, rows are the truth.
+        present_only: leave out classes that occur neither in the truth nor in the predictions, as scikit-learn does
+            unless it is given a list of labels; else they count as 0.
+    """
+    counts = _square(matrix)
+    if not counts.sum():
+        return math.nan
+    f1 = per_class(counts)[2]
+    present = (counts.sum(0) + counts.sum(1)) > 0
+    return float(np.mean(f1[present] if present_only else f1))
+
+
+def weighted_f1(matrix: ArrayLike) -> float:
+    """Mean of the F1 of the classes weighted by their support, from a confusion matrix (C, C); nan for no rows."""
+    _, _, f1, support = per_class(matrix)
+    return _ratio(float(f1 @ support), float(support.sum()))
+
+
+def matthews(matrix: ArrayLike) -> float:
+    """Matthews correlation of a confusion matrix (C, C), for any number of classes (Gorodkin, 2004).
+
+    0 where truth or predictions hold one class only, as in scikit-learn; nan for no rows.
+    """
+    counts = _square(matrix)
+    rows = counts.sum()
+    if not rows:
+        return math.nan
+    truth, predicted = counts.sum(1) / rows, counts.sum(0) / rows
+    # Shares instead of counts: the fourth power of a large count would lose its low digits.
+    both = np.trace(counts) / rows - truth @ predicted
+    spread = (1.0 - truth @ truth) * (1.0 - predicted @ predicted)
+    one_class = np.count_nonzero(truth) < 2 or np.count_nonzero(predicted) < 2
+    return 0.0 if one_class else float(np.clip(both / math.sqrt(spread), -1.0, 1.0))
+
+
+def multilabel_counts(true: ArrayLike, predicted: ArrayLike) -> tuple[Ints, Ints, Ints, int]:
+    """Count tp, fp and fn per label, each (L,), and rows right in every label, from two tables (N, L) of 0 and 1."""
+    truth, guess = np.asarray(true, dtype=bool), np.asarray(predicted, dtype=bool)
+    if truth.shape != guess.shape or truth.ndim != 2:
+        raise DataError(
+            f"Multi-label truth has the shape {truth.shape} and the predictions {guess.shape}; both must be "
+            f"(rows, labels)."
+        )
+    exact = int((truth == guess).all(axis=1).sum())
+    return (truth & guess).sum(0), (~truth & guess).sum(0), (truth & ~guess).sum(0), exact
+
+
+def multilabel_scores(
+    tp: ArrayLike, fp: ArrayLike, fn: ArrayLike, exact: float, rows: float
+) -> dict[str, float]:
+    """Scores of a multi-label task from sums over its rows.
+
+    Args:
+        tp: true positives per label, (L,).
+        fp: false positives per label, (L,).
+        fn: false negatives per label, (L,).
+        exact: rows that are right in every label.
+        rows: all rows.
+
+    Returns:
+        ``micro_f1`` over all decisions, ``macro_f1`` the mean over all labels (0 / 0 counts as 0, as in
+        scikit-learn with ``zero_division=0``), ``exact_match`` the share of rows right in every label.
+    """
+    hits, extra, missed = (np.asarray(one, np.float64) for one in (tp, fp, fn))
+    f1 = _ratios(2 * hits, 2 * hits + extra + missed)
+    total, wrong = float(hits.sum()), float(extra.sum() + missed.sum())
+    none = not rows
+    return {
+        "micro_f1": math.nan if none else 2 * total / (2 * total + wrong) if total else 0.0,
+        "macro_f1": math.nan if none or not f1.size else float(f1.mean()),
+        "exact_match": _ratio(exact, rows),
+    }
+
+
+def pearson(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Pearson's correlation of two columns (N,); nan for fewer than two rows or a constant column."""
+    return _correlation(*_columns(true, predicted))
+
+
+def spearman(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Spearman's correlation of two columns (N,): Pearson's of the ranks, ties share their average rank."""
+    x, y = _columns(true, predicted)
+    if np.isnan(x).any() or np.isnan(y).any():
+        return math.nan
+    return _correlation(_ranks(x), _ranks(y))
+
+
+def mse(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Mean squared error of two columns (N,), in squared units of the target; nan for no rows."""
+    x, y = _columns(true, predicted)
+    with np.errstate(all="ignore"):
+        return float(np.mean((x - y) ** 2)) if x.size else math.nan
+
+
+def rmse(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Root of the mean squared error, in units of the target; nan for no rows."""
+    return math.sqrt(mse(true, predicted))
+
+
+def mae(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Mean absolute error, in units of the target; nan for no rows."""
+    x, y = _columns(true, predicted)
+    with np.errstate(all="ignore"):
+        return float(np.mean(np.abs(x - y))) if x.size else math.nan
+
+
+def r2(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Coefficient of determination 1 - SSE / SST of two columns (N,); nan for a constant target or one row."""
+    x, y = _columns(true, predicted)
+    if x.size < 2 or np.ptp(x) == 0:
+        return math.nan
+    with np.errstate(all="ignore"):
+        return float(1.0 - np.sum((x - y) ** 2) / np.sum((x - x.mean()) ** 2))
+
+
+def is_bio(labels: Iterable[str]) -> bool:
+    """Whether these are tags of spans: O, and B- or I- (also E- or S-) with a type, with at least one span tag."""
+    found = set(labels)
+    return len(found - {"O"}) > 0 and all(
+        tag == "O" or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2) for tag in found
+    )
+
+
+def entities(tags: Sequence[str]) -> list[Span]:
+    """Read the spans out of one sequence of tags: (type, first, last) with ``last`` included, in order.
+
+    A span begins at B (or S), and also at any tag inside a span of another type or of none: an I without a B
+    begins one (IOB1, and the broken sequences that models write). It ends before O, before the next beginning, and
+    behind E or S. A tag without a type has the type ``_``.
+
+    Raises:
+        DataError: a tag is neither O nor one of B, I, E, S with a type.
+    """
+    spans: list[Span] = []
+    kind, first = "", -1  # first < 0: no span is open
+    for place, tag in enumerate(tags):
+        prefix, own = tag[:1], tag[1:].split("-", 1)[-1] or "_"
+        if prefix not in ("O", "B", "I", "E", "S") or tag[1:2] not in ("", "-"):
+            raise DataError(
+                f"Tag {tag!r} at place {place} is not a tag of a span: expected O, B-TYPE or I-TYPE. For tags of "
+                f"single words (parts of speech) use accuracy or macro F1."
+            )
+        begins = prefix in ("B", "S") or (prefix != "O" and (first < 0 or own != kind))
+        if first >= 0 and (begins or prefix == "O"):
+            spans.append((kind, first, place - 1))
+            first = -1
+        if begins:
+            kind, first = own, place
+        if first >= 0 and prefix in ("E", "S"):
+            spans.append((kind, first, place))
+            first = -1
+    if first >= 0:
+        spans.append((kind, first, len(tags) - 1))
+    return spans
+
+
+def entity_counts(
+    true_tags: Sequence[Sequence[str]], predicted_tags: Sequence[Sequence[str]]
+) -> dict[str, tuple[int, int, int]]:
+    """Count true positives, false positives and false negatives per type over sequences of tags.
+
+    A predicted span is right if type, first and last place are those of a true one. Counts of several batches may
+    be added.
+
+    Raises:
+        DataError: the number of sequences or the length of one differs.
+    """
+    if len(true_tags) != len(predicted_tags):
+        raise DataError(
+            f"There are {len(true_tags)} true sequences of tags but {len(predicted_tags)} predicted ones."
+        )
+    found: dict[str, list[int]] = {}
+    for row, (truth, guess) in enumerate(zip(true_tags, predicted_tags, strict=True)):
+        if len(truth) != len(guess):
+            raise DataError(
+                f"Sequence {row} has {len(truth)} true tags but {len(guess)} predicted."
+            )
+        right, said = set(entities(truth)), set(entities(guess))
+        for which, group in enumerate((right & said, said - right, right - said)):
+            for kind, _, _ in group:
+                found.setdefault(kind, [0, 0, 0])[which] += 1
+    return {kind: (n[0], n[1], n[2]) for kind, n in sorted(found.items())}
+
+
+def entity_f1(counts: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
+    """Precision, recall and F1 of spans from what ``entity_counts`` returns.
+
+    Returns:
+        ``precision``, ``recall``, ``f1`` over all spans (micro), ``macro``: the means over the types, ``types``: the
+        same three and ``support`` per type. 0 / 0 counts as 0, so no span at all scores 0, as in seqeval.
+    """
+    types = {kind: _prf(*map(int, n)) | {"support": int(n[0] + n[2])} for kind, n in counts.items()}
+    sums = [sum(int(n[i]) for n in counts.values()) for i in range(3)]
+    names = ("precision", "recall", "f1")
+    mean = {n: sum(t[n] for t in types.values()) / len(types) if types else 0.0 for n in names}
+    return {**_prf(*sums), "macro": mean, "types": types}
+
+
+# ------------------------------------------------------------------------------------------------------- answers
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no English articles, single blanks: the form in which SQuAD compares."""
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the prediction equals one of the answers after ``normalize_answer``, else 0.0.
+
+    No answer (an empty list, or answers of which nothing is left) means that the question cannot be answered: then
+    only a prediction of which nothing is left either is right.
+    """
+    return float(normalize_answer(prediction) in _gold(answers))
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """F1 of the words (as a bag) shared by prediction and answer after ``normalize_answer``; the best over answers.
+
+    Where one side is empty the score is 1.0 if both are and 0.0 otherwise, as SQuAD 2.0 scores questions that cannot
+    be answered.
+    """
+    said = normalize_answer(prediction).split()
+    best = 0.0
+    for answer in _gold(answers):
+        gold = answer.split()
+        if not said or not gold:
+            best = max(best, float(said == gold))
+            continue
+        shared = (Counter(said) & Counter(gold)).total()
+        best = max(best, 2.0 * shared / (len(said) + len(gold)))
+    return best
+
+
+def _gold(answers: Sequence[str]) -> list[str]:
+    return [text for text in map(normalize_answer, answers) if text] or [""]
+
+
+def _square(matrix: ArrayLike) -> Floats:
+    counts = np.asarray(matrix, np.float64)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise DataError(f"A confusion matrix is square, (classes, classes), not {counts.shape}.")
+    return counts
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else math.nan
+
+
+def _ratios(part: Floats, whole: Floats) -> Floats:
+    return np.divide(part, whole, out=np.zeros(np.shape(whole), np.float64), where=whole > 0)
+
+
+def _prf(tp: int, fp: int, fn: int) -> dict[str, float]:
+    return {
+        "precision": tp / (tp + fp) if tp else 0.0,
+        "recall": tp / (tp + fn) if tp else 0.0,
+        "f1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0,
+    }
+
+
+def _same_length(x: NDArray[Any], y: NDArray[Any]) -> None:
+    if x.shape != y.shape:
+        raise DataError(f"There are {x.size:,} true values but {y.size:,} predicted ones.")
+
+
+def _columns(true: ArrayLike, predicted: ArrayLike) -> tuple[Floats, Floats]:
+    x, y = np.asarray(true, np.float64).ravel(), np.asarray(predicted, np.float64).ravel()
+    _same_length(x, y)
+    return x, y
+
+
+def _ranks(values: Floats) -> Floats:
+    """Ranks from 1; equal values share the average of the ranks they fill."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(sizes)
+    return np.asarray((last - (sizes - 1) / 2.0)[group], np.float64)
+
+
+def _correlation(x: Floats, y: Floats) -> float:
+    finite = x.size > 1 and bool(np.isfinite(x).all() and np.isfinite(y).all())
+    if not finite or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    with np.errstate(all="ignore"):
+        # Divided by the largest entry first, so that squares of huge or tiny numbers stay finite.
+        x, y = (v / np.abs(v).max() if np.abs(v).max() else v for v in (x - x.mean(), y - y.mean()))
+        return float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1.0, 1.0))

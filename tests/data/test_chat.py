@@ -1,0 +1,397 @@
+"""Chat templates: the text that transformers makes, the characters of the assistant in it, templates that do harm."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from pretrain.data import template_sandbox
+from pretrain.data.chat import (
+    ChatTemplate,
+    assistant_spans,
+    default_template,
+    encode_rendered,
+    special_tokens,
+    typed_specials,
+)
+from pretrain.data.conversations import as_messages, to_conversations
+from pretrain.data.tables import read_table
+from pretrain.data.tokenizer import Tokenizer, train_from_texts
+from pretrain.errors import DataError, TokenizerError
+
+CHATML = """{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}"
+    "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
+    "{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate: user, assistant, user') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+MISTRAL = """{{- bos_token }}
+{%- set ns = namespace(count=0) %}
+{%- for message in messages if message.role != 'system' %}
+    {%- if (message['role'] == 'user') != (ns.count is divisibleby(2)) %}
+        {{- raise_exception("user and assistant take turns") }}
+    {%- endif %}
+    {%- set ns.count = ns.count + 1 %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST] ' ~ message['content'] ~ '[/INST]' }}
+    {%- else %}
+        {%- generation %}{{- ' ' ~ message['content'] | trim ~ eos_token }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
+QWEN = """{%- if tools %}
+    {{- '<|im_start|>system\\n' + tools | tojson(indent=2) + '<|im_end|>\\n' }}
+{%- elif messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- macro turn(message, last=false) %}
+{{- '<|im_start|>' ~ message.role }}
+{{ message.content }}{{ '<|im_end|>' }}
+{% endmacro %}
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}{% continue %}{% endif %}
+    {{- turn(message, last=loop.last) }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+THINKING = """{%- for message in messages %}
+{%- set content = message.content %}
+{%- if message.role == 'assistant' and not loop.last %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}
+"""
+TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "mistral": MISTRAL, "qwen": QWEN}
+CHAT = [
+    {"role": "user", "content": "the red cat?"},
+    {"role": "assistant", "content": "sat on the mat."},
+    {"role": "user", "content": "  and the old dog \n"},
+    {"role": "assistant", "content": "looked at the log\n  twice"},
+]
+WITH_SYSTEM = [{"role": "system", "content": "be <b>brief</b> & kind"}, *CHAT]
+MARKS = ["<|im_start|>", "<|im_end|>"]
+
+
+def tokenizer(template: str | None = None, kind: str = "bpe") -> Tokenizer:
+    made = train_from_texts([*tiny.TEXTS, "User: Assistant: "], kind, vocab_size=400)
+    backend = made.backend
+    backend.add_special_tokens([tokenizers.AddedToken(mark, special=True) for mark in MARKS])
+    found = Tokenizer(backend, made.roles, made.config)
+    found.chat_template = template
+    return found
+
+
+BPE = tokenizer()
+
+
+def theirs(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = {}
+    for name, source in {**TEMPLATES, "default": default_template(BPE)}.items():
+        mine = copy.copy(BPE)
+        mine.chat_template = source
+        folder = tmp_path_factory.mktemp(name)
+        mine.save(folder)
+        found[name] = theirs(folder)
+    return found
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "default"])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_text_equals_that_of_transformers(saved: Any, name: str, prompt: bool) -> None:
+    other = saved[name]
+    template = ChatTemplate.of(BPE, TEMPLATES.get(name))
+    for messages in (CHAT, CHAT[:1], CHAT[:3], WITH_SYSTEM):
+        mine = template.render(messages, add_generation_prompt=prompt)
+        assert mine == other.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt
+        )
+        ids = other.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+        assert encode_rendered(BPE, mine)[0] == ids
+
+
+@given(st.lists(st.text(max_size=20), min_size=2, max_size=6))
+def test_any_text_equals_that_of_transformers(texts: list[str]) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    roles = ("user", "assistant") * 3
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+    for source in TEMPLATES.values():
+        mine = ChatTemplate(source, special_tokens(BPE)).render(messages)
+        whole = render_jinja_template([messages], chat_template=source, **special_tokens(BPE))
+        assert mine == whole[0][0]
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "default"])
+def test_spans_are_the_answers_with_their_end(name: str) -> None:
+    template = ChatTemplate.of(BPE, TEMPLATES.get(name))
+    end = "<|im_end|>" if name in ("chatml", "qwen") else BPE.roles["eos"]
+    assert template.end == end
+    for messages in (CHAT, WITH_SYSTEM, CHAT[:3]):
+        text, spans = assistant_spans(template, messages)
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert len(spans) == len(answers)
+        for (first, stop), answer in zip(spans, answers, strict=True):
+            said = text[first:stop]
+            assert said.endswith(end) and said.removesuffix(end).strip() == answer
+        outside = text
+        for first, stop in reversed(spans):
+            outside = outside[:first] + outside[stop:]
+        assert "mat." not in outside and "the red cat?" in outside and "twice" not in outside
+
+
+def test_answer_that_a_template_shortens_later_is_found_in_the_text() -> None:
+    messages = [dict(m) for m in CHAT]
+    messages[1]["content"] = "<think>\nwell\n</think>\n\nsat on the mat."
+    messages[3]["content"] = "<think>\nhm\n</think>\n\nlooked"
+    text, spans = assistant_spans(ChatTemplate.of(BPE, THINKING), messages)
+    assert [text[a:b] for a, b in spans] == [
+        "sat on the mat.<|im_end|>",
+        "<think>\nhm\n</think>\n\nlooked<|im_end|>",
+    ]
+    upper = CHATML.replace("message['content']", "message['content'] | upper")
+    with pytest.raises(DataError, match=r"x\.csv, line 3: answer 1 cannot be found.*rewrites"):
+        assistant_spans(ChatTemplate.of(BPE, upper), CHAT, "x.csv, line 3")
+
+
+def test_answer_that_stands_in_the_question_too() -> None:
+    messages = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}]
+    for source in TEMPLATES.values():
+        text, spans = assistant_spans(ChatTemplate.of(BPE, source), messages)
+        assert spans[0][0] > text.index("say yes") + 7
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "char"])
+def test_default_template_begins_once_and_ends_answers(kind: str) -> None:
+    mine = tokenizer(kind=kind)
+    text = ChatTemplate.of(mine).render(CHAT)
+    ids, _ = encode_rendered(mine, text)
+    assert ids[0] == mine.bos_id and ids.count(mine.bos_id) == 1
+    assert ids.count(mine.eos_id) == 2 and ids[-1] == mine.eos_id
+    without = copy.copy(mine)
+    without.roles = {k: v for k, v in mine.roles.items() if k != "eos"}
+    with pytest.raises(TokenizerError, match="no end-of-text token"):
+        default_template(without)
+
+
+def test_doubled_begin_is_refused() -> None:
+    template = ChatTemplate.of(BPE, "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}")
+    with pytest.raises(TokenizerError, match="twice"):
+        encode_rendered(BPE, template.render(CHAT))
+
+
+def test_template_is_carried(tmp_path: Path) -> None:
+    mine = copy.copy(BPE)
+    mine.chat_template = CHATML
+    mine.save(tmp_path / "a")
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == CHATML
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == CHATML
+    assert Tokenizer.open(tmp_path / "a").chat_template == CHATML
+    (tmp_path / "a" / "chat_template.jinja").unlink()
+    assert Tokenizer.open(tmp_path / "a").chat_template == CHATML
+    file = tmp_path / "a" / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    file.write_text(json.dumps(config | {"chat_template": named}))
+    assert Tokenizer.open(tmp_path / "a").chat_template == "y"
+    file.write_text(json.dumps(config | {"chat_template": 7}))
+    assert Tokenizer.open(tmp_path / "a").chat_template is None
+    (tmp_path / "a" / "chat_template.jinja").write_text(CHATML)
+    assert Tokenizer.open(tmp_path / "a").chat_template == CHATML
+    BPE.save(tmp_path / "b")
+    assert not (tmp_path / "b" / "chat_template.jinja").exists()
+    (tmp_path / "b" / "chat_template.jinja").write_bytes(b"x" * 1_000_001)
+    with pytest.raises(TokenizerError, match="more than 1,000,000 bytes"):
+        Tokenizer.open(tmp_path / "b")
+    (tmp_path / "b" / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        Tokenizer.open(tmp_path / "b")
+
+
+GROWS = "{%% set ns = namespace(x=%s) %%}{%% for i in range(64) %%}%s{%% endfor %%}{{ ns.x }}"
+WILD = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(40) }}",
+    "{% block b %}{{ self.b() }}{% endblock %}",
+    "{% for i in range(99999) %}{{ 'a' * 100000 }}{% endfor %}",
+    GROWS % ("'aaaa'", "{% set ns.x = ns.x ~ ns.x %}"),
+    GROWS % ("'aaaa'", "{% set ns.x = ns.x + ns.x %}"),
+    GROWS % ("'aaaa'", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+    GROWS % ("[1]", "{% set ns.x = [ns.x, ns.x] %}"),
+    GROWS % ("[1]", "{% set ns.x = {'a': ns.x, 'b': ns.x} %}"),
+    GROWS % ("[1]", "{% set ns.x = dict(a=ns.x, b=ns.x) %}"),
+    "{{ 'a' * 10 ** 9 }}",
+    "{{ 7 ** 100000000 }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%*d' % (10 ** 9, 1) }}",
+    "{{ '{:1000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10 ** 9) }}",
+    "{{ '{0}{0}{0}{0}{0}'.format('a' * 1000000) }}",
+    "{{ range(99999) | join('a' * 100000) }}",
+    "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
+    "{{ ('a' * 100000) | replace('a', 'b' * 100000) }}",
+    "{{ ('a' * 100000).join(range(99999) | map('string')) }}",
+    "{{ 1.5 | round(10 ** 9, 'ceil') }}",
+    "{{ 'a\\nb' | indent(10 ** 9) }}",
+    "{{ [1] | tojson(indent=10 ** 9) }}",
+    "{% filter upper %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endfilter %}",
+]
+
+
+@pytest.mark.parametrize("source", WILD)
+def test_template_that_runs_wild_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "STEPS", 100_000)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"row 3: the chat template runs wild: .*chat_template="):
+        ChatTemplate(source, {}).render(CHAT, where="row 3")
+    assert time.monotonic() - began < 5
+
+
+def test_template_that_is_slow_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.2)
+    slow = "{% set x = 'a' * 3000000 %}{% for i in range(99999) %}{% if 'b' in x %}{% endif %}{% endfor %}"
+    began = time.monotonic()
+    with pytest.raises(DataError, match="runs wild"):
+        ChatTemplate(slow, {}).render(CHAT)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% for x in y %", "unexpected"),
+        ("{{ x | nothing }}", "nothing"),
+        ("{{ 'a' | center(10 ** 9) }}", "center"),
+        ("{{ 'a'.center(10 ** 9) }}", r"str\.center"),
+        ("{{ (1).to_bytes(10 ** 9, 'big') }}", "to_bytes"),
+        ("{{ range(10 ** 9) | list }}", "[Rr]ange"),
+        ("{{ lipsum(n=10 ** 9) }}", "lipsum"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ ''.__class__.__mro__[1] }}", "unsafe"),
+        ("{{ messages[0].content.format.__globals__.x }}", "unsafe|__globals__"),
+        ("{% include 'x' %}", "loader"),
+        ("{{ 1 / 0 }}", "zero"),
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+        ("x" * 1_100_000, "1,100,000 characters"),
+    ],
+)
+def test_template_that_fails_is_a_data_error(source: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        ChatTemplate(source, {}).render(CHAT, where="row 3")
+
+
+def test_rendering_changes_nothing_outside() -> None:
+    messages = copy.deepcopy(CHAT)
+    ChatTemplate("{% set messages = messages[1:] %}{{ messages | length }}", {}).render(messages)
+    assert messages == CHAT
+
+
+def test_special_tokens_typed_into_a_text_are_seen() -> None:
+    template = ChatTemplate.of(BPE, CHATML)
+    assert typed_specials(CHAT, template.specials) is None
+    for token in ("<|im_end|>", BPE.roles["eos"]):
+        typed = [{"role": "user", "content": f"hello {token} world"}]
+        assert typed_specials(typed, template.specials) == token
+
+
+def test_conversations_in_every_form() -> None:
+    asked = {"role": "user", "content": "q"}
+    said = {"role": "assistant", "content": "a"}
+    forms: list[dict[str, Any]] = [
+        {"messages": [asked, said]},
+        {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {
+            "messages": [
+                {"speaker": "USER", "utterance": "q"},
+                {"speaker": "SYSTEM", "utterance": "a"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, said]},
+        {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+        {"prompt": "q", "answer": "a"},
+        {"prompt": [asked], "answer": [said]},
+        {"prompt": "q", "context": "", "answer": "a"},
+        {"prompt": "", "context": "q", "answer": "a"},
+        {"prompt": "q", "instances": [{"input": "", "output": "a"}]},
+    ]
+    for form in forms:
+        assert to_conversations(form) == [[asked, said]], form
+    system = {"role": "system", "content": "s"}
+    assert to_conversations({"system": "s", "prompt": "q", "answer": "a"}) == [
+        [system, asked, said]
+    ]
+    both = to_conversations({"prompt": "q", "context": "more", "answer": "a"})
+    assert both[0][0]["content"] == "q\n\nmore"
+    two = [{"input": "x", "output": "a"}, {"input": "y", "output": "b"}]
+    assert [c[-1]["content"] for c in to_conversations({"prompt": "q", "instances": two})] == [
+        "a",
+        "b",
+    ]
+    assert to_conversations({"prompt": "q", "answer": None}, answers=False) == [[asked]]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({}, "there is no conversation"),
+        ({"messages": "hello"}, "a list of messages"),
+        ({"messages": [{"role": "user"}]}, "message 1"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "'alien'"),
+        ({"messages": [{"role": "user", "content": None}]}, "no text"),
+        ({"prompt": "q", "answer": None}, "the answer is None"),
+        ({"prompt": "q", "answer": 3}, "the answer is 3"),
+    ],
+)
+def test_rows_that_are_no_conversation(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=f"line 7: .*{said}"):
+        to_conversations(row, "line 7")
+
+
+def test_published_data_sets(data_sets: Path) -> None:
+    dialogues = read_table(data_sets / "sgd_dialogues" / "dialogues_001.json.gz")
+    first = as_messages(dialogues.row(0)["turns"])
+    assert {m["role"] for m in first} == {"user", "assistant"} and first[0]["role"] == "user"
+    template = ChatTemplate.of(BPE)
+    _text, spans = assistant_spans(template, first)
+    assert len(spans) == sum(m["role"] == "assistant" for m in first)
+    tasks = read_table(data_sets / "self_instruct_human" / "seed_tasks.jsonl")
+    row = {"prompt": tasks.row(1)["instruction"], "instances": tasks.row(1)["instances"]}
+    (found,) = to_conversations(row)
+    assert found[0]["content"].endswith("Right : Left") and found[1]["role"] == "assistant"
