@@ -495,7 +495,7 @@ def test_inspect_says_what_lies_there(tmp_path, tokenizer, monkeypatch):
     path = checkpoint(
         tmp_path, 12, model, pretrain_block={"objective": "NextToken"}, training=state()
     )
-    monkeypatch.setattr("pretrain.storage.reading.read_tensors", None)  # weights are not loaded
+    monkeypatch.setattr("pretrain.storage.opened.read_tensors", None)  # weights are not loaded
     found = inspect(tmp_path)
     expected = {
         "family": "qwen3",

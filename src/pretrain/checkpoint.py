@@ -2,6 +2,7 @@
 
     checkpoint-1200/
       config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json  README.md
+                       or adapter_config.json and adapter_model.safetensors, as peft writes them
       training/        optimizer.safetensors, state.json: may be deleted, never read by `load`
       manifest.json    size and SHA-256 of every file, written last
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +24,18 @@ import torch
 from torch import Tensor
 
 from pretrain import __version__
+from pretrain.adapters.layout import adapter_view
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.models.config import drop_code
 from pretrain.storage import directories, files, manifest, reading
-from pretrain.storage.card import model_card
+from pretrain.storage.adapters import adapter_facts
 from pretrain.storage.directories import check_writable
-from pretrain.storage.files import Record, note
+from pretrain.storage.files import note
 from pretrain.storage.manifest import latest, rotate, verify
-from pretrain.storage.reading import inspect, load
+from pretrain.storage.reading import inspect, load, state_of
 from pretrain.storage.runlock import RunLock, is_held
 from pretrain.storage.strict_json import names_only, parse_json, to_json
-from pretrain.storage.tensors import LazyTensors, read_tensors, write_tensors
+from pretrain.storage.tensors import read_tensors, write_tensors
+from pretrain.storage.writing import finite_json, total_bytes, write_model
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -50,6 +52,7 @@ __all__ = [
     "rotate",
     "save_checkpoint",
     "save_model",
+    "state_of",
     "verify",
 ]
 
@@ -58,7 +61,8 @@ _STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OVERWRITABLE = re.compile(
     r"(config|generation_config|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
     r"(vocab|merges)\.txt|chat_template\.jinja|README\.md|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
+    r"adapter_config\.json|adapter_model\.safetensors|pretrain\.json"
 )
 
 
@@ -81,7 +85,10 @@ class TrainingState:
 def save_model(
     model: Model, directory: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Path:
-    """Write a model so that `load` and transformers open it.
+    """Write a model so that `load` and transformers open it; one with an adapter so that `load` and peft do.
+
+    An adapted model is written without its base, which `adapter_config.json` names as it was named to `load`; its
+    config.json is called pretrain.json there (not inside a run), or transformers would take the directory for whole.
 
     Args:
         model: weights, head, configuration, and a tokenizer if it has one.
@@ -95,7 +102,7 @@ def save_model(
         CheckpointError: the place cannot be written, holds other files, or a weight is not finite.
     """
     target = Path(os.path.abspath(directory))
-    _refuse_target(target)
+    _refuse_target(target, model)
     with files.writing(target):
         directories.make_directories(target.parent)
         directories.sweep(target.parent, name=target.name)
@@ -168,21 +175,20 @@ def _config(model: Model, block: Mapping[str, Any] | None) -> dict[str, Any]:
     if block is not None:
         versions = {"pretrain": __version__, "torch": str(torch.__version__)}
         config["pretrain"] = {"versions": versions, **block}
-    return dict(_finite(names_only(config)))
+    if model.adapter is not None:
+        config["pretrain"] = {**(config.get("pretrain") or {}), "adapter": adapter_facts(model)}
+    return dict(finite_json(names_only(config)))
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a metric that is none becomes a text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
-
-
-def _refuse_target(target: Path) -> None:
+def _refuse_target(target: Path, model: Model) -> None:
     if not os.path.lexists(target):
         return
+    base = model.adapter.base if model.adapter is not None else None
+    if base is not None and os.path.realpath(base) == os.path.realpath(target):
+        raise CheckpointError(
+            f"{target} holds the base of this adapter, without which it is worth nothing. Choose another directory, "
+            f"or merge the adapter before saving."
+        )
     if target.is_symlink() or not target.is_dir():
         raise CheckpointError(
             f"{target} exists and is not a directory. Choose another name for the model."
@@ -207,19 +213,24 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     """Fill a temporary directory, verify it, and give it its name."""
-    weights = model.disk_view()
+    weights = model.disk_view() if model.adapter is None else adapter_view(model)
     _refuse_non_finite(model)
     state = to_json(_encode(training.state, "state")) if training else b""
     tensors = training.tensors if training else {}
     needed = (
-        sum(_bytes(group) for group in (weights.layout, *tensors.values())) + len(state) + (1 << 20)
+        sum(total_bytes(group) for group in (weights.layout, *tensors.values()))
+        + len(state)
+        + (1 << 20)
     )
     with files.writing(target, needed):
         if files.free_bytes(target.parent) < needed:
             raise OSError(28, "No space left on device", str(target))
         with directories.temporary_directory(target) as temporary:
             records = {}
-            for name, record in _write_model(temporary, model, config, weights, max_shard_bytes):
+            in_run = step is not None
+            for name, record in write_model(
+                temporary, model, config, weights, max_shard_bytes, in_run=in_run
+            ):
                 records[name] = record
             if training is not None:
                 folder = temporary / manifest.TRAINING
@@ -240,75 +251,6 @@ def _write(
             files.fsync_directory(temporary)
             manifest.check_files(temporary, manifest.read_manifest(temporary))
             directories.publish(temporary, target)
-
-
-def _write_model(
-    directory: Path,
-    model: Model,
-    config: dict[str, Any],
-    weights: LazyTensors,
-    max_shard_bytes: int,
-) -> Iterator[tuple[str, Record]]:
-    """Write everything but the training folder; yields (name, record)."""
-    shards = _shards(weights.layout, max_shard_bytes)
-    for name, part in shards.items():
-        yield name, write_tensors(directory / name, weights.part(part))
-    if len(shards) > 1:
-        parameters = sum(tensor.numel() for tensor in weights.layout.values())
-        index = {
-            "metadata": {"total_size": _bytes(weights.layout), "total_parameters": parameters},
-            "weight_map": {tensor: name for name, part in shards.items() for tensor in part},
-        }
-        yield reading.INDEX, files.write_file(directory / reading.INDEX, to_json(index))
-    texts = {"config.json": to_json(config)}
-    if model.head_kind == "causal-lm":
-        texts["generation_config.json"] = to_json(_generation_config(model, config))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    texts["README.md"] = model_card(config, model.head_kind, count)
-    for name, data in texts.items():
-        yield name, files.write_file(directory / name, data)
-    if model.tokenizer is not None:
-        yield from _write_tokenizer(directory, model.tokenizer)
-
-
-def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
-    ids = {
-        key: config[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if config.get(key) is not None
-    }
-    return dict(_finite(names_only({**ids, **drop_code(model.generation_config)})))
-
-
-def _write_tokenizer(directory: Path, tokenizer: Any) -> Iterator[tuple[str, Record]]:
-    """Let the tokenizer write its files aside, then write them durably and without absolute paths."""
-    aside = directory / "tokenizer"
-    tokenizer.save(aside)
-    for name in sorted(os.listdir(aside)):
-        data = files.read_bytes(aside / name)
-        if name == "tokenizer_config.json":
-            data = to_json(names_only(parse_json(data, name)))
-        yield name, files.write_file(directory / name, data)
-    directories.remove_tree(aside)
-
-
-def _shards(weights: Mapping[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
-    """Split tensors over files of at most `limit` bytes, in their order; a larger tensor has its own file."""
-    groups: list[dict[str, Tensor]] = [{}]
-    for name, tensor in weights.items():
-        if groups[-1] and _bytes(groups[-1]) + _bytes({name: tensor}) > limit:
-            groups.append({})
-        groups[-1][name] = tensor
-    if len(groups) == 1:
-        return {reading.SINGLE: groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-        for i, group in enumerate(groups, start=1)
-    }
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _refuse_non_finite(model: Model) -> None:

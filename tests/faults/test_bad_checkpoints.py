@@ -569,7 +569,7 @@ def test_saving_under_an_impossible_name_is_a_sentence(tmp_path):
 
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
     """What was verified is what is used: the file is read once."""
-    from pretrain.storage import reading as checkpoint_read
+    from pretrain.storage import opened as checkpoint_read
 
     save_model(build("gpt2", vocab_size=9, **SIZES), tmp_path / "m")
     wanted = load(tmp_path / "m", quiet=True).state_dict()

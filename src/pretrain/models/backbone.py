@@ -132,7 +132,8 @@ class Backbone(nn.Module):
             )
         past = 0 if cache is None else cache.length
         stop = past + ids.shape[1]
-        if stop > self.max_length:
+        # Packed documents count their own positions, which are held against the table below.
+        if stop > self.max_length and "position_ids" not in batch:
             raise ModelError(
                 f"A row of {stop} tokens is longer than the {self.max_length} positions of this {self.model_type} "
                 "model. Cut the rows, or build the model with a larger max_positions."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation
-from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead
+from pretrain.models.heads import decoder_head
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
@@ -81,17 +81,7 @@ class GPT2(Backbone):
         return [self.token_embedding, self.position_embedding]
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
-        config = self.config
-        if kind == "causal-lm":
-            return LanguageHead(self.token_embedding, tied=config.tie_embeddings)
-        if kind == "sequence-classification":
-            return SequenceHead(
-                config.hidden_size, num_labels, pool="last", bias=False, pad_id=config.pad_id
-            )
-        if kind == "question-answering":
-            return TokenHead(config.hidden_size, 2)
-        dropout = 0.1 if config.classifier_dropout is None else config.classifier_dropout
-        return TokenHead(config.hidden_size, num_labels, dropout=dropout)
+        return decoder_head(self.config, self.token_embedding, kind, num_labels)
 
     def names(self) -> list[Name]:
         layer = "layers.{n}."

@@ -23,8 +23,10 @@ __all__ = [
     "SequenceHead",
     "TokenHead",
     "Transform",
+    "decoder_head",
     "kind_named_by",
     "labels_named_by",
+    "pool_documents",
 ]
 
 HEAD_KINDS = (
@@ -157,10 +159,10 @@ class SequenceHead(nn.Module):
         self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        if "document_ids" in batch:
+        if "document_ids" in batch and "first_index" not in batch:
             raise ModelError(
-                "A sequence-classification head gives one answer per row, but these rows are packed with several "
-                "documents (document_ids). Give it one document per row."
+                "A sequence-classification head gives one answer per document, and these rows are packed with several "
+                "(document_ids). Say where each begins and ends (first_index, last_index), or give it one per row."
             )
         pooled = self._pool(hidden, batch)
         if self.dropout_first:
@@ -171,7 +173,9 @@ class SequenceHead(nn.Module):
         return scores
 
     def _pool(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, T, D) -> (B, D)."""
+        """(B, T, D) -> (B, D), or (N, D) for the N documents of packed rows."""
+        if "first_index" in batch:
+            return pool_documents(hidden, batch, self.pool)
         if self.pool == "first":
             return hidden[:, 0]
         real = batch.get("attention_mask")
@@ -187,6 +191,26 @@ class SequenceHead(nn.Module):
         columns = torch.arange(hidden.shape[1], device=hidden.device)
         last = torch.where(real.bool(), columns, 0).argmax(1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def pool_documents(hidden: Tensor, batch: Mapping[str, Tensor], pool: str) -> Tensor:
+    """One vector for each document of packed rows, (B, T, D) -> (N, D).
+
+    Args:
+        hidden: what the backbone says of each token.
+        batch: with ``first_index`` and ``last_index`` (N,), the ends of the documents in the flattened rows.
+        pool: ``first``, ``mean`` or ``last``.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    first, last = batch["first_index"], batch["last_index"]
+    if pool != "mean":
+        return flat[first if pool == "first" else last]
+    lengths = last - first + 1
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
+    begin = torch.cumsum(lengths, 0) - lengths
+    place = first[owner] + torch.arange(len(owner), device=flat.device) - begin[owner]
+    sums = flat.new_zeros(len(lengths), flat.shape[-1]).index_add_(0, owner, flat[place])
+    return sums / lengths[:, None].to(flat.dtype)
 
 
 class TokenHead(nn.Module):
@@ -211,6 +235,22 @@ class TokenHead(nn.Module):
             hidden = self.transform(hidden)
         scores: Tensor = self.classifier(F.dropout(hidden, self.dropout, self.training))
         return scores
+
+
+def decoder_head(
+    config: Any, embedding: nn.Embedding, kind: str, num_labels: int
+) -> LanguageHead | SequenceHead | TokenHead:
+    """The heads that decoders have in transformers: tied or own projection, a score of the last token, of each."""
+    if kind == "causal-lm":
+        return LanguageHead(embedding, tied=config.tie_embeddings)
+    if kind == "sequence-classification":
+        return SequenceHead(
+            config.hidden_size, num_labels, pool="last", bias=False, pad_id=config.pad_id
+        )
+    if kind == "question-answering":
+        return TokenHead(config.hidden_size, 2)
+    dropout = 0.1 if config.classifier_dropout is None else config.classifier_dropout
+    return TokenHead(config.hidden_size, num_labels, dropout=dropout)
 
 
 def kind_named_by(

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointError
 
-__all__ = ["Entry", "LoadReport", "Name", "expand", "modern_key", "pack", "unpack"]
+__all__ = [
+    "ADAPTER_PREFIX",
+    "Entry",
+    "LoadReport",
+    "Name",
+    "expand",
+    "modern_key",
+    "pack",
+    "unpack",
+]
+
+# Parameters of a low-rank adapter, inside the layers that it adapts, are called so.
+ADAPTER_PREFIX = "lora_"
 
 
 @dataclass(frozen=True)

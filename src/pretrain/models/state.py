@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, ModelError
 from pretrain.models.heads import LanguageHead
-from pretrain.models.names import Entry, LoadReport, expand, modern_key, pack, unpack
+from pretrain.models.names import (
+    ADAPTER_PREFIX,
+    Entry,
+    LoadReport,
+    expand,
+    modern_key,
+    pack,
+    unpack,
+)
 from pretrain.storage.tensors import LazyTensors
 
 if TYPE_CHECKING:
@@ -33,12 +41,16 @@ _BUFFERS = (
 
 
 def entries_of(model: Model) -> list[Entry]:
-    """Every tensor of the file and the parameters that it holds.
+    """Every tensor of the file and the parameters that it holds; those of an adapter lie in a file of their own.
 
     Raises:
         ModelError: the family's name table forgets a parameter.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {
+        name: p
+        for name, p in model.named_parameters()
+        if not name.rpartition(".")[2].startswith(ADAPTER_PREFIX)
+    }
     rules = [
         replace(rule, memory=tuple(f"backbone.{m}" for m in rule.memory))
         for rule in model.backbone.names()
@@ -199,6 +211,7 @@ def _finish(model: Model, absent: list[Entry], report: LoadReport, seed: int) ->
                 nn.Parameter(torch.empty(parameter.shape, device="cpu")),
             )
     model.init_weights(seed, fresh)
+    model.fresh = frozenset(fresh)
 
 
 def _tied(model: Model) -> bool:

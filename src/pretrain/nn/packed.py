@@ -6,7 +6,6 @@ buckets of similar length, each bucket is one padded batch, and the results are 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,7 +168,6 @@ def attend_packed(
     return whole.to(given).view(rows, length, heads, size).transpose(1, 2)
 
 
-@functools.cache
 def _into(x: Tensor, buckets: Buckets) -> Tensor:
     """(B, H, T, d) -> (slots, H · d), zeros where a bucket is padded."""
     flat = x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1] * x.shape[3])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["PIPELINES", "model_card"]
+__all__ = ["PIPELINES", "model_card", "objective_name", "one_line", "readme", "yaml_scalar"]
 
 # kind of head -> pipeline of the hub
 PIPELINES = {
@@ -22,6 +21,26 @@ _OWN_TOKENIZER = {
     "qwen2": "In transformers 5 `AutoTokenizer` gives every qwen2 directory the text splitting of Qwen's own "
     "tokenizer. Open the one beside these weights with `PreTrainedTokenizerFast.from_pretrained`."
 }
+
+
+def readme(
+    config: Mapping[str, Any], head_kind: str | None, parameters: int, written: str | None = None
+) -> bytes:
+    """README.md of a directory: the card that was written for this model, else one from `config.json`.
+
+    A written card is taken only while it describes the model: it must name the fingerprint of the data that
+    `config.json` records, which that of an earlier fine-tuning does not.
+    """
+    block = config.get("pretrain")
+    fingerprint = block.get("fingerprint") if isinstance(block, Mapping) else None
+    if (
+        written is not None
+        and isinstance(fingerprint, str)
+        and fingerprint
+        and fingerprint in written
+    ):
+        return written.encode("utf-8", "replace")
+    return model_card(config, head_kind, parameters)
 
 
 def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int) -> bytes:
@@ -42,30 +61,33 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
         str(source[key]) for source in sources for key in ("license", "licence") if source.get(key)
     ]
     pipeline = PIPELINES.get(head_kind, "feature-extraction")
-    head = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}"]
+    library = "peft" if isinstance(block.get("adapter"), Mapping) else "transformers"
+    head = ["---", f"library_name: {library}", f"pipeline_tag: {pipeline}"]
     if len(set(licences)) == 1 and len(licences) == len(sources):
-        head.append(f"license: {_scalar(licences[0])}")
-    head += ["tags:", "- pretrain", f"- {_scalar(family)}", "---"]
-    title = f"# {_text(family)}, {parameters / 1e6:,.1f} M parameters"
+        head.append(f"license: {yaml_scalar(licences[0])}")
+    head += ["tags:", "- pretrain", f"- {yaml_scalar(family)}", "---"]
+    title = f"# {one_line(family)}, {parameters / 1e6:,.1f} M parameters"
     lines = [
         *head,
         "",
         title,
         "",
-        "Trained with `pretrain`; opens in `transformers` and in `pretrain.load`.",
+        f"Trained with `pretrain`; opens in `{library}` and in `pretrain.load`.",
         "",
     ]
     if family in _OWN_TOKENIZER:
         lines[-1:] = ["", _OWN_TOKENIZER[family], ""]
     for label, value in _facts(block).items():
-        lines.append(f"- {label}: {_text(value)}")
+        lines.append(f"- {label}: {one_line(value)}")
     if sources:
         lines += ["", "| source | licence | tokens |", "|---|---|---:|"]
     for source in sources:
         licence = source.get("license") or source.get("licence") or "not stated"
         tokens = source.get("tokens")
         count = f"{tokens:,}" if isinstance(tokens, int) else "not counted"
-        lines.append(f"| {_text(source.get('name', 'unnamed'))} | {_text(licence)} | {count} |")
+        lines.append(
+            f"| {one_line(source.get('name', 'unnamed'))} | {one_line(licence)} | {count} |"
+        )
     return ("\n".join(lines).rstrip() + "\n").encode("utf-8")
 
 
@@ -94,11 +116,24 @@ def objective_name(block: Mapping[str, Any]) -> str | None:
     return str(objective) if objective else None
 
 
-def _scalar(value: str) -> str:
-    return json.dumps(value, ensure_ascii=True)
+def yaml_scalar(value: str) -> str:
+    """A text as a double-quoted YAML string in printable ASCII, which reads as that text and nothing else.
+
+    JSON's escapes will not do: YAML knows no pairs of surrogates. Halves of pairs, which have no UTF-8, are replaced.
+    """
+    return '"' + "".join(map(_escaped, value.encode("utf-8", "replace").decode("utf-8"))) + '"'
 
 
-def _text(value: Any) -> str:
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if character in '"\\':
+        return "\\" + character
+    if 0x20 <= code < 0x7F:
+        return character
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def one_line(value: Any) -> str:
     """One line of Markdown that a name of a stranger's file cannot break out of."""
     line = "".join(c if c.isprintable() else " " for c in str(value))[:500]
     return "".join("\\" + c if c in "|[]<>`*_#\\" else c for c in line)

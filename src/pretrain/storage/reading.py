@@ -7,106 +7,40 @@ Hugging Face model. The training folder is never read here, and a pickle is neve
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.storage import manifest
+from pretrain.storage.adapters import adapted_state, open_adapter
 from pretrain.storage.card import objective_name
-from pretrain.storage.files import Record, note, read_bytes, reading
-from pretrain.storage.manifest import Manifest
-from pretrain.storage.strict_json import parse_json
-from pretrain.storage.tensors import read_header, read_tensors
+from pretrain.storage.files import note, read_bytes, reading
+from pretrain.storage.opened import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    SINGLE,
+    TOKENIZER_LIMIT,
+    ModelDirectory,
+    is_finite,
+    read_weights,
+    verify_rest,
+)
+from pretrain.storage.tensors import read_header
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["inspect", "load"]
+__all__ = ["INDEX", "SINGLE", "inspect", "is_finite", "load", "state_of"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG_LIMIT = 16 << 20
-TOKENIZER_LIMIT = 64 << 20
-_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp", ".npy", ".h5", ".msgpack")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("vocab.txt", "vocab.json", "merges.txt"),
 )
 _SHOWN = 5  # names in the report line
-
-
-class _Directory:
-    """A model directory and, where there is one to trust, its manifest."""
-
-    def __init__(self, path: Path, *, verify: bool) -> None:
-        self.path = path
-        self.manifest: Manifest | None = None
-        if verify and os.path.lexists(path / manifest.NAME):
-            self.manifest = manifest.read_manifest(path)
-            manifest.check_files(path, self.manifest, training=False, hashes=False)
-
-    def record(self, name: str) -> Record | None:
-        return self.manifest.required.get(name) if self.manifest else None
-
-    def real(self, name: str) -> Path:
-        """Where a file lies; only the links inside a download cache of the Hugging Face hub are followed."""
-        path = self.path / name
-        if self.manifest is None and path.is_symlink() and self.path.parent.name == "snapshots":
-            target = Path(os.path.realpath(path))
-            if target.parent == self.path.parent.parent / "blobs":
-                return target
-        return path
-
-    def has(self, name: str) -> bool:
-        return os.path.lexists(self.path / name)
-
-    def json(self, name: str, limit: int) -> dict[str, Any]:
-        path = self.real(name)
-        value = parse_json(read_bytes(path, self.record(name), limit=limit), path, limit=limit)
-        if not isinstance(value, dict):
-            raise CheckpointCorrupt(path, "a JSON object", type(value).__name__)
-        return value
-
-    def weight_files(self) -> Mapping[str, set[str] | None]:
-        """Names of the weight files and, from an index, the tensors that each must hold."""
-        if self.has(SINGLE):
-            return {SINGLE: None}
-        if not self.has(INDEX):
-            raise CheckpointError(self._no_weights())
-        table = self.json(INDEX, TOKENIZER_LIMIT).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise CheckpointCorrupt(self.path / INDEX, "a weight_map", type(table).__name__)
-        found: dict[str, set[str]] = {}
-        for tensor, name in table.items():
-            if not isinstance(name, str) or not _SHARD.fullmatch(name):
-                raise CheckpointCorrupt(
-                    self.path / INDEX, "names of safetensors files beside it", repr(name)[:80]
-                )
-            found.setdefault(name, set()).add(tensor)
-        return dict(sorted(found.items()))
-
-    def _no_weights(self) -> str:
-        names = sorted(os.listdir(self.path))
-        pickles = [name for name in names if name.endswith(_PICKLES)]
-        if pickles:
-            return (
-                f"{self.path} has no {SINGLE}, only {pickles[0]}. Such files can run any code when they are opened, so "
-                f"pretrain never opens them. If you trust its origin, convert it once with transformers, in a "
-                f"sandbox: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True) "
-                f"(with the class of its task instead of AutoModel)."
-            )
-        if "adapter_config.json" in names:
-            return f"{self.path} holds a PEFT adapter, not a model. Load the model it was trained on first."
-        steps = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
-        if steps:
-            return f"{self.path} has no complete checkpoint. Name one of its directories yourself: {', '.join(steps)}."
-        return f"{self.path} has no {SINGLE}. Name the directory of a run, a checkpoint or a Hugging Face model."
 
 
 def load(
@@ -116,8 +50,9 @@ def load(
     verify: bool = True,
     tokenizer: bool = True,
     quiet: bool = False,
+    base: Model | str | Path | None = None,
 ) -> Model:
-    """Open a model: a run (its newest complete checkpoint), a checkpoint, or what transformers saved.
+    """Open a model: a run (its newest complete checkpoint), a checkpoint, or what transformers or peft saved.
 
     Prints one line: how many tensors were read, which are missing (only a head's may be; they are fresh), and
     which were not used. Float tensors become float32.
@@ -129,53 +64,100 @@ def load(
         verify: compare every file with the manifest, where there is one.
         tokenizer: also open the tokenizer, where there is one.
         quiet: print no report.
+        base: of an adapter, a model (which is copied) or a directory; None is the one that its file names.
 
     Returns:
-        A `Model` on the CPU in evaluation mode.
+        A `Model` on the CPU in evaluation mode; with `model.adapter` set if the directory holds an adapter.
 
     Raises:
         CheckpointCorrupt: a file is not what it should be; `file`, `expected` and `found` say what.
         CheckpointError: no model here, pickles only, a missing tensor outside the head, a tokenizer that does
-            not fit.
+            not fit, an adapter whose base is not found or is another one.
         ConfigError: config.json asks for an impossible model.
     """
     directory = manifest.checked_directory(path)
+    options: dict[str, Any] = {"head": head, "verify": verify, "tokenizer": tokenizer}
+    options |= {"quiet": quiet, "base": base}
     with reading(path):
-        run = [] if os.path.lexists(directory / "config.json") else manifest.candidates(directory)
+        known = [directory / "config.json", directory / ADAPTER_CONFIG]
+        run = [] if any(map(os.path.lexists, known)) else manifest.candidates(directory)
         for candidate in run:
             try:
-                return _load(candidate, head=head, verify=verify, tokenizer=tokenizer, quiet=quiet)
+                return _load(candidate, Path(path) / candidate.name, **options)
             except CheckpointCorrupt as error:
                 manifest.skipped(candidate, error)
-        return _load(directory, head=head, verify=verify, tokenizer=tokenizer, quiet=quiet)
+        return _load(directory, Path(path), **options)
 
 
-def _load(path: Path, *, head: str | None, verify: bool, tokenizer: bool, quiet: bool) -> Model:
+def _load(
+    path: Path,
+    named: Path,
+    *,
+    head: str | None,
+    verify: bool,
+    tokenizer: bool,
+    quiet: bool,
+    base: Model | str | Path | None,
+) -> Model:
     from pretrain.models.base import Model
-    from pretrain.models.config import drop_code
 
-    directory = _Directory(path, verify=verify)
+    directory = ModelDirectory(path, verify=verify)
+    if directory.is_adapter:
+        if directory.manifest is None:
+            _refuse_half(path, directory.model_config(), verify)
+        model = open_adapter(directory, head=head, base=base, verify=verify, quiet=quiet)
+        _open_rest(model, directory, tokenizer=tokenizer)
+        verify_rest(directory, {ADAPTER_WEIGHTS: None})
+        return model.eval()
+    if base is not None:
+        raise CheckpointError(
+            f"{path} holds no adapter, so base= has no meaning here. Leave it out."
+        )
     if not directory.has("config.json") and directory.manifest is None:
         _refuse_half(path, {}, verify)
         directory.weight_files()
         raise CheckpointError(
             f"{path} has no config.json, so it is no Hugging Face model directory."
         )
-    config = directory.json("config.json", CONFIG_LIMIT)
+    config = directory.json("config.json")
     if directory.manifest is None:
         _refuse_half(path, config, verify)
     names = directory.weight_files()
+    if directory.has(ADAPTER_CONFIG):
+        note(
+            f"{path} holds a whole model and an adapter; the whole model is opened, without the adapter."
+        )
     model = Model.from_hf_config(config, head=head)
-    if directory.has("generation_config.json"):
-        model.generation_config = drop_code(directory.json("generation_config.json", CONFIG_LIMIT))
-    if tokenizer:
-        _open_tokenizer(model, directory)
-    tensors = _read_weights(directory, names)
-    _verify_rest(directory, names)
+    _open_rest(model, directory, tokenizer=tokenizer)
+    tensors = read_weights(directory, names)
+    verify_rest(directory, names)
     report = model.load_disk_state(tensors)
+    model.source = str(named)
     if not quiet:
         note(_report_line(model, config, len(tensors), report))
     return model.eval()
+
+
+def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> None:
+    """Generation settings and tokenizer, where there are some."""
+    from pretrain.models.config import drop_code
+
+    if directory.has("generation_config.json"):
+        model.generation_config = drop_code(directory.json("generation_config.json"))
+    if tokenizer:
+        _open_tokenizer(model, directory)
+
+
+def state_of(path: Path, model: Model) -> dict[str, Tensor]:
+    """What a checkpoint of this very model gives its `state_dict`; the frozen base of an adapter stays as it is.
+
+    Raises:
+        CheckpointError: it is broken, or holds another adapter or one for another base.
+    """
+    if model.adapter is None:
+        return load(path, quiet=True).state_dict()
+    with reading(path):
+        return adapted_state(ModelDirectory(path, verify=True), model)
 
 
 def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
@@ -189,45 +171,7 @@ def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
         raise CheckpointCorrupt(path / manifest.NAME, "a manifest", "no such file", hint)
 
 
-def _read_weights(directory: _Directory, names: Mapping[str, set[str] | None]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, expected in names.items():
-        part = read_tensors(directory.real(name), directory.record(name), floats_to_fp32=True)
-        if expected is not None and expected != set(part):
-            wrong = sorted(expected ^ set(part))[0]
-            found = "missing" if wrong in expected else "not in the index"
-            raise CheckpointCorrupt(
-                directory.path / name, f"the tensors that {INDEX} names", f"{wrong!r} {found}"
-            )
-        for tensor_name, tensor in part.items():
-            if not is_finite(tensor):
-                raise CheckpointError(
-                    f"{directory.path / name}: tensor {tensor_name!r} holds NaN or infinity. The model diverged before "
-                    f"it was saved, or the file was converted badly; take an earlier checkpoint."
-                )
-        tensors.update(part)
-    return tensors
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, without memory for a mask."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _verify_rest(directory: _Directory, weights: Mapping[str, Any]) -> None:
-    """Hash what no verified read has covered: tokenizer, model card."""
-    if directory.manifest is None:
-        return
-    done = {"config.json", "generation_config.json", INDEX, *weights}
-    for name, record in directory.manifest.required.items():
-        if name not in done:
-            manifest.check_hash(directory.path / name, record)
-
-
-def _open_tokenizer(model: Model, directory: _Directory) -> None:
+def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
     present = [name for name in _TOKENIZER if directory.has(name)]
     for name in present:
         record = directory.record(name)
@@ -273,7 +217,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
         path, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest ("holds",
-        "absent" or "broken: ..."), resumable, files and bytes.
+        "absent" or "broken: ..."), resumable, files and bytes; for an adapter also its kind and its base, and
+        the parameters are its own.
 
     Raises:
         CheckpointError: no such directory, one that cannot be read, or no model in it.
@@ -283,7 +228,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
-    if not os.path.lexists(directory / "config.json") and (run := manifest.candidates(directory)):
+    known = [directory / "config.json", directory / ADAPTER_CONFIG]
+    if not any(map(os.path.lexists, known)) and (run := manifest.candidates(directory)):
         directory = run[0]
     state, listed = "absent", None
     try:
@@ -293,7 +239,7 @@ def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
             state = "holds"
     except CheckpointError as error:
         state = f"broken: {error}"
-    plain = _Directory(directory, verify=False)
+    plain = ModelDirectory(directory, verify=False)
     found: dict[str, Any] = {"path": str(path), "checkpoint": directory.name}
     try:
         found.update(_contents(plain))
@@ -320,15 +266,28 @@ def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
     }
 
 
-def _contents(directory: _Directory) -> dict[str, Any]:
-    config = directory.json("config.json", CONFIG_LIMIT)
+def _contents(directory: ModelDirectory) -> dict[str, Any]:
+    if directory.is_adapter:
+        config = directory.model_config()
+        names: list[str] = [ADAPTER_WEIGHTS]
+    else:
+        config = directory.json("config.json")
+        names = list(directory.weight_files())
     parameters = 0
-    for name in directory.weight_files():
+    for name in names:
         infos = read_header(directory.real(name)).values()
         parameters += sum(info.numel for info in infos if info.dtype.is_floating_point)
     block = config.get("pretrain")
     block = block if isinstance(block, dict) else {}
     architectures = config.get("architectures") or [None]
+    about = {}
+    if directory.is_adapter:
+        settings = directory.json(ADAPTER_CONFIG)
+        kind = "DoRA" if settings.get("use_dora") else str(settings.get("peft_type"))
+        about = {
+            "adapter": f"{kind}, rank {settings.get('r')}",
+            "base": settings.get("base_model_name_or_path"),
+        }
     return {
         "family": config.get("model_type"),
         "architecture": architectures[0] if isinstance(architectures, list) else None,
@@ -337,4 +296,4 @@ def _contents(directory: _Directory) -> dict[str, Any]:
         "tokens_seen": block.get("tokens_seen"),
         "step": block.get("step"),
         "vocabulary": config.get("vocab_size"),
-    }
+    } | about

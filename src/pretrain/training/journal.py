@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.training.logging import Logger, Progress, RunLog, make_loggers
+from pretrain.training.live import open_screen
+from pretrain.training.logging import Logger, RunLog, make_loggers
 from pretrain.training.state import RunState
 
 __all__ = ["Journal"]
@@ -28,12 +29,14 @@ class Journal:
     ) -> None:
         self._out = out
         self._loggers: list[Logger] = make_loggers(loggers, out, about)
-        self._progress = None if quiet else Progress()
+        self._progress = None if quiet else open_screen()
         self._log: RunLog | None = None
 
     def open_log(self, keep_until: int | None) -> None:
         """Start ``log.jsonl``, or go on with its lines up to step ``keep_until``."""
         self._log = RunLog(self._out / "log.jsonl", keep_until)
+        if self._progress is not None:
+            self._progress.restore(self._log.records)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -85,19 +88,16 @@ class Journal:
         self, state: RunState, figures: Mapping[str, float], samples: Sequence[str], note: str
     ) -> None:
         """Write the figures of an evaluation and what the model can do now."""
-        self.write(
-            {
-                "step": state.step,
-                "eval": dict(figures),
-                "samples": list(samples),
-                "seconds": state.seconds,
-            }
-        )
+        record = {
+            "step": state.step,
+            "eval": dict(figures),
+            "samples": list(samples),
+            "seconds": state.seconds,
+        }
+        self.write(record)
         self._send("eval", state.step, figures)
-        shown = [f"{key} {value:.4g}" for key, value in figures.items() if key != "targets"]
-        self.say(f"step {state.step:,}: held out: {', '.join(shown)}{note}")
-        for line in samples:
-            self.say(f"    {line!r}")
+        if self._progress is not None:
+            self._progress.evaluation(record, state, note)
 
     def _send(self, group: str, step: int, figures: Mapping[str, float]) -> None:
         for logger in list(self._loggers):

@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.storage.files import writing
+from pretrain.training.state import RunState
 
 __all__ = ["LOGGERS", "Progress", "RunLog", "make_loggers", "read_log"]
 
@@ -105,6 +106,17 @@ class Progress:
         elif time.monotonic() - self._last_print > 30:
             self._last_print = time.monotonic()
             print(f"step {step:,} of {total:,} | {text}", file=sys.stderr, flush=True)
+
+    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what an earlier part of the run logged; a bar needs none of it."""
+
+    def evaluation(self, record: Mapping[str, Any], state: RunState, note: str) -> None:
+        """Print the figures of an evaluation, a remark on them, and what the model can do now."""
+        figures = record["eval"].items()
+        shown = [f"{key} {float(value):.4g}" for key, value in figures if key != "targets"]
+        self.write(f"step {state.step:,}: held out: {', '.join(shown)}{note}")
+        for line in record.get("samples", ()):
+            self.write(f"    {line!r}")
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""

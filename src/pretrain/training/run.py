@@ -214,9 +214,8 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
             )
         if len(tokenizer) > model.backbone.vocab_size:
             raise TokenizerError(
-                f"The data's tokenizer has {len(tokenizer)} tokens, but the embedding of "
-                f"{settings.model.checkpoint} has {model.backbone.vocab_size} rows. Prepare the data with the "
-                "checkpoint's own tokenizer."
+                f"The data's tokenizer has {len(tokenizer)} tokens, but {settings.model.checkpoint} has a vocabulary "
+                f"of {model.backbone.vocab_size} ids. Prepare the data with the checkpoint's own tokenizer."
             )
         model.tokenizer = tokenizer
         return model

@@ -1,0 +1,344 @@
+"""Where adapters go in a model: sites found through the family's name table, attached in place, folded in, removed.
+
+A site is one matrix on disk and the linear layers in memory that hold it: PEFT's files know the disk, and there
+GPT-2's queries, keys and values are one matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.adapters.config import LoraConfig
+from pretrain.adapters.layer import LoraLinear
+from pretrain.errors import ConfigError, ModelError, did_you_mean
+from pretrain.models.heads import LABELLED, LanguageHead
+from pretrain.models.names import Entry, pack
+from pretrain.storage.files import note
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["Adapter", "Site", "attach", "base_sample", "fingerprint", "merge", "sites_of", "unload"]
+
+_SAMPLED = 64  # elements per tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matrix on disk: its module name with and without the body's prefix, and the layers that hold its rows."""
+
+    module: str
+    bare: str
+    layers: tuple[str, ...]
+    transpose: bool
+    in_blocks: bool
+    body: bool
+
+
+@dataclass
+class Adapter:
+    """What a model with an adapter knows about it, in ``model.adapter``.
+
+    Attributes:
+        config: settings.
+        sites: module on disk -> site, rank and alpha.
+        full: tensors on disk that are trained whole.
+        base: directory of the base, as it was named; None if it came from none.
+        base_sample: hash of a few values of every base tensor, see ``base_sample``.
+    """
+
+    config: LoraConfig
+    sites: dict[str, tuple[Site, int, float]] = field(default_factory=dict)
+    full: tuple[str, ...] = ()
+    base: str | None = None
+    base_sample: str = ""
+
+    def __repr__(self) -> str:
+        kind = "DoRA" if self.config.dora else "LoRA"
+        return f"{kind} r={self.config.r} on {len(self.sites)} matrices"
+
+
+def sites_of(model: Model) -> dict[str, Site]:
+    """Every linear layer of the model by its module name on disk; a fused matrix is one site."""
+    blocks = {
+        f"{name}."
+        for name, module in model.named_modules()
+        if any(module is b for b in model.backbone.blocks())
+    }
+    found = {}
+    for entry in model.entries():
+        owners = [name.removesuffix(".weight") for name in entry.memory]
+        if not entry.disk.endswith(".weight") or not all(
+            isinstance(_module(model, owner), nn.Linear) for owner in owners
+        ):
+            continue
+        site = Site(
+            entry.disk.removesuffix(".weight"),
+            entry.bare.removesuffix(".weight"),
+            tuple(owners),
+            entry.transpose,
+            any(owners[0].startswith(block) for block in blocks),
+            entry.body,
+        )
+        found[site.module] = site
+    return found
+
+
+def _module(model: Model, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # the parameter has no layer of its own
+        return None
+
+
+def matches(module: str, wanted: Iterable[str]) -> bool:
+    """Whether a module is named by one of ``wanted``, which are last parts of names."""
+    return any(module == name or module.endswith("." + name) for name in wanted)
+
+
+def within(tensor: str, wanted: Iterable[str]) -> bool:
+    """Whether a tensor belongs to a module named by one of ``wanted``, or to a module inside one."""
+    path = f".{tensor.rpartition('.')[0]}."
+    return any(f".{name}." in path for name in wanted)
+
+
+def choose_sites(model: Model, config: LoraConfig) -> dict[str, Site]:
+    """The sites that the settings ask for.
+
+    Raises:
+        ConfigError: a target names no linear layer of the blocks.
+    """
+    inside = {name: site for name, site in sites_of(model).items() if site.in_blocks}
+    if not inside:
+        raise ModelError(
+            f"The blocks of this {model.backbone.model_type} model have no linear layer."
+        )
+    if config.targets is None:
+        return inside
+    for target in config.targets:
+        if not any(matches(name, [target]) for name in inside):
+            known = {name.rsplit(".", 1)[-1] for name in inside}
+            raise ConfigError(
+                f"targets of the adapter name {target!r}, which no linear layer in the blocks of a "
+                f"{model.backbone.model_type} model is called." + did_you_mean(target, known)
+            )
+    return {name: site for name, site in inside.items() if matches(name, config.targets)}
+
+
+def choose_full(model: Model, config: LoraConfig) -> list[Entry]:
+    """Tensors that are trained whole: a labelling or question-answering head, and what the settings name.
+
+    Raises:
+        ConfigError: a module does not exist, or shares its weight with one that is not named.
+    """
+    names = list(config.modules_to_save)
+    head = model.head
+    if isinstance(head, LanguageHead) and head.tied and model.head_kind is not None:
+        copies = model.backbone.copies(model.head_kind, tied=True)
+        embedding = next(n for n, p in model.named_parameters() if p is head.weight())
+        shared = {disk for disk, memory in copies.items() if memory == embedding}
+        shared |= {entry.disk for entry in model.entries() if embedding in entry.memory}
+        for name in names:
+            if not any(within(disk, [name]) for disk in shared):
+                continue
+            if name != "lm_head" or model.head_kind != "causal-lm":
+                raise ConfigError(
+                    f"modules_to_save of the adapter name {name!r}, but the token embedding and the vocabulary head "
+                    "of this model are one matrix, and PEFT would train a copy of it. Leave it out, or untie the head "
+                    "first (model.head.untie())."
+                )
+            head.untie()
+            model.backbone.config = replace(model.backbone.config, tie_embeddings=False)
+    entries = model.entries()
+    for name in names:
+        if not any(within(entry.disk, [name]) for entry in entries):
+            known = {entry.disk.rsplit(".", 2)[-2] for entry in entries if "." in entry.disk}
+            raise ConfigError(
+                f"modules_to_save of the adapter name {name!r}, which no module of this {model.backbone.model_type} "
+                "model is called on disk." + did_you_mean(name, known)
+            )
+    new_head = model.head_kind in (*LABELLED, "question-answering")
+    return [
+        entry
+        for entry in entries
+        if (new_head and entry.memory[0].startswith("head.")) or within(entry.disk, names)
+    ]
+
+
+def attach(
+    model: Model,
+    config: LoraConfig,
+    sites: Mapping[str, tuple[Site, int, float]],
+    full: Iterable[Entry],
+) -> Model:
+    """Freeze the model and put adapters at the sites, with A and B zero; see ``pretrain.lora.apply_lora``."""
+    if model.adapter is not None:
+        raise ModelError(
+            "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
+        )
+    adapter = Adapter(config, dict(sites), base=model.source, base_sample=base_sample(model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    trained = list(full)
+    for entry in trained:
+        for name in entry.memory:
+            parameters[name].requires_grad_(True)
+    adapter.full = tuple(entry.disk for entry in trained)
+    for site, r, alpha in sites.values():
+        first: LoraLinear | None = None
+        for name in site.layers:
+            linear: Any = model.get_submodule(name)
+            layer = LoraLinear(
+                linear, r, config.scale(r, alpha), config.dropout, dora=config.dora, first=first
+            )
+            if layer.lora_magnitude is not None and not bool((layer.lora_magnitude > 0).all()):
+                _restore(model, adapter)
+                raise ModelError(
+                    f"{site.module!r} has a row of zeros, which has no direction for DoRA to keep (was the model built "
+                    "with zero_init_outputs and not trained yet?). Use LoRA (dora=False)."
+                )
+            first = first or layer
+            _put(model, name, layer)
+    model.adapter = adapter
+    return model
+
+
+def draw(model: Model, seed: int) -> None:
+    """Fill every A from ``seed`` and its name: uniform within 1/sqrt(I), Kaiming's with a = sqrt(5)."""
+    for name, (site, r, _) in model.adapter.sites.items():
+        layer: Any = model.get_submodule(site.layers[0])
+        digest = hashlib.sha256(f"{seed}:{name}.lora_A".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        value = torch.empty(r, layer.in_features)
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            layer.lora_A.copy_(value)
+
+
+def _put(model: Model, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
+
+
+def _restore(model: Model, adapter: Adapter) -> None:
+    """Plain layers again, everything trainable."""
+    for site, _, _ in adapter.sites.values():
+        for name in site.layers:
+            layer = model.get_submodule(name)
+            if isinstance(layer, LoraLinear):
+                _put(model, name, layer.plain())
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.adapter = None
+
+
+def unload(model: Model) -> Model:
+    """Remove the adapter without folding it in; what was trained whole (a head) stays as it is.
+
+    Raises:
+        ModelError: there is none.
+    """
+    _restore(model, _adapter(model))
+    return model
+
+
+def merge(model: Model, check: bool = True) -> Model:
+    """Fold the adapter into the weights (fp32) and remove it: an ordinary model that computes the same.
+
+    Args:
+        model: changed in place, and returned.
+        check: run a probe batch before and after, print the largest difference and keep it in ``model.merge_gap``.
+
+    Raises:
+        ModelError: there is no adapter, or a merged weight is not finite (nothing is changed then).
+    """
+    adapter = _adapter(model)
+    before = probe(model) if check else None
+    merged = {}
+    for site, _, _ in adapter.sites.values():
+        for name in site.layers:
+            layer: Any = model.get_submodule(name)
+            merged[name] = layer.merged_weight()
+            if not bool(torch.isfinite(merged[name]).all()):
+                raise ModelError(
+                    f"The update of {site.module!r} holds NaN or infinity; the adapter is not merged."
+                )
+    with torch.no_grad():
+        for name, weight in merged.items():
+            layer = model.get_submodule(name)
+            layer.weight.copy_(weight)
+    _restore(model, adapter)
+    model.merge_gap = None
+    if before is not None:
+        after = probe(model)
+        model.merge_gap = float((after - before).abs().max())
+        note(
+            f"merged {adapter}: outputs differ by at most {model.merge_gap:.2g} "
+            f"(the largest is {float(before.abs().max()):.3g})"
+        )
+    return model
+
+
+def _adapter(model: Model) -> Adapter:
+    if model.adapter is None:
+        raise ModelError("The model has no adapter. Add one with pretrain.lora.apply_lora.")
+    found: Adapter = model.adapter
+    return found
+
+
+@torch.no_grad()
+def probe(model: Model) -> Tensor:
+    """Outputs of the model in evaluation mode for two rows of fixed random ids."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(32, model.backbone.max_length)
+    ids = torch.randint(model.backbone.vocab_size, (2, length), generator=generator)
+    ids = ids.to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        found: Tensor = model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    finally:
+        model.train(training)
+    return found.float()
+
+
+# ------------------------------------------------------------------------------------------------ which base
+
+
+def body_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Name on disk without prefix -> shape, of every tensor of the body; the same whatever the head."""
+    parameters = dict(model.named_parameters())
+    return {
+        entry.bare: tuple(pack(entry, parameters, "meta").shape)
+        for entry in model.entries()
+        if entry.body and not entry.memory[0].startswith("head.")
+    }
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 of names and shapes of the body."""
+    lines = sorted(
+        f"{name} {'x'.join(map(str, shape))}" for name, shape in body_shapes(model).items()
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@torch.no_grad()
+def base_sample(model: Model) -> str:
+    """SHA-256 of the first values of every tensor of the body, in fp32: tells two bases of one shape apart."""
+    digest = hashlib.sha256()
+    parameters = dict(model.named_parameters())
+    for entry in sorted(model.entries(), key=lambda e: e.bare):
+        if entry.body and not entry.memory[0].startswith("head."):
+            for name in entry.memory:
+                values = parameters[name].detach().reshape(-1)[:_SAMPLED]
+                digest.update(values.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()

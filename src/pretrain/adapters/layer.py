@@ -1,0 +1,119 @@
+"""A linear layer with a low-rank update beside its frozen weight: LoRA (arXiv 2106.09685) and DoRA (2402.09353).
+
+Letters: r rank, I inputs, O outputs, s scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["LoraLinear"]
+
+
+class LoraLinear(nn.Linear):
+    """``x W^T + s (x A^T) B^T``; under DoRA the rows of W + s B A are then stretched to learned lengths.
+
+    It takes the place of the layer it is made from and holds the same ``weight`` and ``bias``, so the model's names
+    stay as they are. Layers that are one matrix on disk share one A, which the first of them owns.
+
+    Args:
+        linear: the layer to replace, (O, I).
+        r: rank.
+        scale: s.
+        dropout: on the input of the update.
+        dora: learn a length per output row, ``lora_magnitude`` (O,).
+        first: the layer that owns A; None if it is this one.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        r: int,
+        scale: float,
+        dropout: float = 0.0,
+        *,
+        dora: bool = False,
+        first: LoraLinear | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
+        self.r, self.scale, self.dropout = r, scale, dropout
+        place: dict[str, Any] = {"device": linear.weight.device, "dtype": torch.float32}
+        # In a tuple the other layer is not a child of this one: A has one owner and one name.
+        self._first = () if first is None else (first,)
+        if first is None:
+            self.lora_A = nn.Parameter(torch.zeros(r, linear.in_features, **place))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **place))
+        self.lora_magnitude = None
+        if dora:
+            self.lora_magnitude = nn.Parameter(torch.zeros(linear.out_features, **place))
+            self.reset_magnitude()
+
+    def down(self) -> Tensor:
+        """A, (r, I)."""
+        return self._first[0].lora_A if self._first else self.lora_A
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Set the lengths to those that the rows have now, so that DoRA changes nothing."""
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(self._row_norms())
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """(O,) lengths of the rows of W + s B A; a constant to the gradient (section 4.3 of the DoRA paper)."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            norms: Tensor = torch.linalg.vector_norm(self.sum_weight(), dim=1)
+            return norms
+
+    def sum_weight(self) -> Tensor:
+        """(O, I) W + s B A."""
+        update = self.scale * (self.lora_B @ self.down())
+        return self.weight.to(update.dtype) + update
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """(O, I) the matrix that does what this layer does, in fp32."""
+        weight = self.sum_weight()
+        if self.lora_magnitude is None:
+            return weight
+        return weight * self._stretch()[:, None]
+
+    def _stretch(self) -> Tensor:
+        """(O,) learned length over length."""
+        assert self.lora_magnitude is not None
+        norms = self._row_norms()
+        return self.lora_magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        update = F.linear(F.linear(dropped, self.down()), self.lora_B) * self.scale
+        if self.lora_magnitude is None:
+            return F.linear(x, self.weight, self.bias) + update
+        # In fp32 under autocast too: lengths change by less than half precision can tell.
+        stretch = self._stretch()
+        if dropped is x:
+            y = (F.linear(x, self.weight) + update) * stretch
+            return (y if self.bias is None else y + self.bias).to(update.dtype)
+        # What dropout leaves is stretched, and the base stays whole, as in peft.
+        y = F.linear(x, self.weight, self.bias)
+        y = y + (stretch - 1) * F.linear(dropped, self.weight) + stretch * update
+        return y.to(update.dtype)
+
+    def plain(self) -> nn.Linear:
+        """The layer without its update."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        kind = "LoRA" if self.lora_magnitude is None else "DoRA"
+        return f"{super().extra_repr()}, {kind} r={self.r}, scale={self.scale:g}"

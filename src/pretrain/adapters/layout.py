@@ -1,0 +1,343 @@
+"""An adapter in PEFT's files: the names of its tensors, adapter_config.json, and the way back.
+
+``base_model.model.<module>.lora_A.weight`` is (r, I), ``.lora_B.weight`` (O, r), ``.lora_magnitude_vector`` (O,);
+a module that is trained whole lies there under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.adapters.attach import (
+    Adapter,
+    Site,
+    attach,
+    matches,
+    sites_of,
+)
+from pretrain.adapters.config import PeftSettings, pattern_value, plain
+from pretrain.adapters.layer import LoraLinear
+from pretrain.errors import CheckpointError
+from pretrain.models.names import Entry, pack, unpack
+from pretrain.storage.tensors import LazyTensors
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["TASKS", "adapter_config", "adapter_view", "attach_stored", "fill", "head_of"]
+
+PREFIX = "base_model.model."
+_A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+# transformers calls poolers and transforms so too, also where our model has none.
+_TOO_GENERAL = {"dense"}
+# Our head -> PEFT's task; it knows none for masked-language models.
+TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    None: "FEATURE_EXTRACTION",
+}
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def adapter_view(model: Model) -> LazyTensors:
+    """The tensors of adapter_model.safetensors, in fp32, each made when it is asked for."""
+    adapter: Adapter = model.adapter
+    parts: dict[str, list[Tensor]] = {}
+    for module, (site, _, _) in adapter.sites.items():
+        layers = _layers(model, site)
+        parts[PREFIX + module + _A] = [layers[0].lora_A]
+        parts[PREFIX + module + _B] = [layer.lora_B for layer in layers]
+        if adapter.config.dora:
+            parts[PREFIX + module + _M] = [layer.lora_magnitude for layer in layers]
+    parameters = dict(model.named_parameters())
+    whole = {PREFIX + entry.disk: entry for entry in _full_entries(model)}
+
+    def make(name: str, device: str = "cpu") -> Tensor:
+        if name in whole:
+            return pack(whole[name], parameters, device)
+        return _cat(parts[name], device)
+
+    return LazyTensors({name: make(name, "meta") for name in (*parts, *whole)}, make)
+
+
+def _cat(parts: Iterable[Tensor], device: str) -> Tensor:
+    tensors = [part.detach().to(device, torch.float32) for part in parts]
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _layers(model: Model, site: Site) -> list[Any]:
+    return [model.get_submodule(name) for name in site.layers]
+
+
+def _full_entries(model: Model) -> list[Entry]:
+    wanted = set(model.adapter.full)
+    return [entry for entry in model.entries() if entry.disk in wanted]
+
+
+def adapter_config(model: Model) -> dict[str, Any]:
+    """Content of adapter_config.json. The base is named as the user named it, or peft could not find it."""
+    adapter: Adapter = model.adapter
+    config = adapter.config
+    ranks, alphas = {}, {}
+    for module, (_, r, alpha) in adapter.sites.items():
+        if r != config.r:
+            ranks[module] = r
+        if alpha != config.full_alpha:
+            alphas[module] = plain(alpha)
+    return config.to_peft() | {
+        "base_model_name_or_path": adapter.base,
+        "task_type": TASKS.get(model.head_kind),
+        "target_modules": target_names(set(adapter.sites), model),
+        "modules_to_save": saved_names(model) or None,
+        "fan_in_fan_out": any(site.transpose for site, _, _ in adapter.sites.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+
+
+def target_names(chosen: set[str], model: Model) -> list[str]:
+    """The shortest endings of names that match the chosen modules and no other of the model."""
+    others = {entry.disk.rpartition(".")[0] for entry in model.entries()} - chosen
+    others = {name for name in others if name not in _inside_saved(model)}
+    names: list[str] = []
+    for module in sorted(chosen):
+        if matches(module, names):
+            continue
+        parts = module.split(".")
+        for count in range(2 if parts[-1] in _TOO_GENERAL else 1, len(parts) + 1):
+            ending = ".".join(parts[-count:])
+            if not any(matches(other, [ending]) for other in others):
+                names.append(ending)
+                break
+    return sorted(names)
+
+
+def _inside_saved(model: Model) -> set[str]:
+    """Modules that are trained whole, which PEFT never adapts."""
+    return {name.rpartition(".")[0] for name in model.adapter.full}
+
+
+def saved_names(model: Model) -> list[str]:
+    """Modules that are trained whole; a top module once, if all of it is."""
+    full = set(model.adapter.full)
+    names: dict[str, None] = {}
+    for entry in _full_entries(model):
+        module, top = entry.disk.rpartition(".")[0], entry.disk.split(".")[0]
+        whole = not entry.body and all(
+            other.disk in full for other in model.entries() if other.disk.startswith(top + ".")
+        )
+        names[top if whole else module] = None
+    return list(names)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def head_of(
+    settings: PeftSettings, tensors: Mapping[str, Tensor], where: object
+) -> tuple[str | None, int]:
+    """The head that a foreign adapter was trained with, ``"none"`` for a bare body, and its number of classes.
+
+    Returns:
+        (None, 0) where the file leaves it to the base.
+    """
+    if settings.task is None:
+        return None, 0
+    kind = next((kind for kind, task in TASKS.items() if task == settings.task), "?")
+    if kind == "?":
+        raise CheckpointError(
+            f"{where}: 'task_type' is {settings.task[:40]!r}, which no model of this package has."
+        )
+    classes = 0
+    for name in ("score", "classifier", "classifier.out_proj"):
+        found = tensors.get(f"{PREFIX}{name}.weight")
+        if found is not None and found.ndim == 2:
+            classes = found.shape[0]
+    return ("none" if kind is None else kind), classes
+
+
+def attach_stored(
+    model: Model,
+    settings: PeftSettings,
+    tensors: Mapping[str, Tensor],
+    where: object,
+    *,
+    strict: bool = True,
+) -> list[str]:
+    """Put the adapter of a file on a model that has its base weights.
+
+    Args:
+        model: real, without an adapter.
+        settings: from adapter_config.json.
+        tensors: from adapter_model.safetensors.
+        where: named in errors.
+        strict: every tensor must have a place; otherwise whole modules of another head are left out.
+
+    Returns:
+        Tensors that had no place.
+
+    Raises:
+        CheckpointError: a tensor has no place, the wrong shape, or lacks its partner; the first one is named.
+    """
+    names = _spellings(model)
+    sites = _stored_sites(model, settings, tensors, where)
+    entries = {entry.disk: entry for entry in _entries_after_untying(model, tensors)}
+    full = {}
+    unused = []
+    for key in tensors:
+        bare = _bare_key(key, where)
+        if ".lora_" in bare:
+            continue
+        module, _, leaf = bare.rpartition(".")
+        disk = f"{names.get(module, module)}.{leaf}"
+        if disk in entries:
+            full[disk] = entries[disk]
+        else:
+            unused.append(key)
+    if unused and strict:
+        raise CheckpointError(
+            f"{where} holds {unused[0]!r}, for which this {model.backbone.model_type} model with "
+            f"{'no' if model.head_kind is None else model.head_kind} head has no place."
+        )
+    attach(model, settings.lora, sites, full.values())
+    known_keys = {key: tensor for key, tensor in tensors.items() if key not in unused}
+    values = fill(model, known_keys, where)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    model.fresh = model.fresh - set(values)
+    for entry in model.entries():  # what nobody has trained yet has to be
+        if model.fresh.intersection(entry.memory):
+            model.adapter.full += (entry.disk,)
+            for name in entry.memory:
+                parameters[name].requires_grad_(True)
+    return unused
+
+
+def _stored_sites(
+    model: Model, settings: PeftSettings, tensors: Mapping[str, Tensor], where: object
+) -> dict[str, tuple[Site, int, float]]:
+    """The adapted modules of a file with rank and alpha, known from its lora_A tensors."""
+    names, known = _spellings(model), sites_of(model)
+    sites = {}
+    for key, tensor in tensors.items():
+        if not key.endswith(_A):
+            continue
+        given = _bare_key(key, where).removesuffix(_A)
+        module = names.get(given, "")
+        if module not in known:
+            raise CheckpointError(
+                f"{where} adapts {given!r}, which is no linear layer of this {model.backbone.model_type} model. The "
+                "adapter was trained on another base, or on a part that this model lacks."
+            )
+        wanted = pattern_value(settings.ranks, given, settings.lora.r)
+        r = tensor.shape[0] if tensor.ndim == 2 else 0
+        if r != wanted or r < 1:
+            raise CheckpointError(
+                f"{where}: {key!r} has the shape {tuple(tensor.shape)}, so rank {r}, and adapter_config.json says "
+                f"{wanted:g}."
+            )
+        alpha = pattern_value(settings.alphas, given, settings.lora.full_alpha)
+        sites[module] = (known[module], r, alpha)
+    if not sites:
+        raise CheckpointError(f"{where} holds no lora_A tensor: it adapts nothing.")
+    return sites
+
+
+def _entries_after_untying(model: Model, tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """The model's tensors, once a head that the adapter trained apart from the embedding has its own weight."""
+    head: Any = model.head
+    if model.head_kind == "causal-lm" and head.tied and f"{PREFIX}lm_head.weight" in tensors:
+        head.untie()
+    return model.entries()
+
+
+def _bare_key(key: str, where: object) -> str:
+    if not key.startswith(PREFIX):
+        raise CheckpointError(
+            f"{where}: the tensor {key[:80]!r} does not begin with {PREFIX!r}; it is no PEFT adapter of a whole model."
+        )
+    return key.removeprefix(PREFIX)
+
+
+def _spellings(model: Model) -> dict[str, str]:
+    """Module name with any accepted prefix -> its name here: a body may have been trained under another head."""
+    found: dict[str, str] = {}
+    for entry in model.entries():
+        own, bare = entry.disk.rpartition(".")[0], entry.bare.rpartition(".")[0]
+        if entry.body:
+            for prefix in ("", *model.backbone.prefixes):
+                found.setdefault(prefix + bare, own)
+    return found | {
+        name: name for name in (entry.disk.rpartition(".")[0] for entry in model.entries())
+    }
+
+
+def fill(model: Model, tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
+    """Parameter name -> value, for an adapted model and the tensors of its file.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or has the wrong shape or type.
+    """
+    adapter: Adapter = model.adapter
+    names = _spellings(model)
+    given: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = _bare_key(key, where)
+        ending = next((e for e in (_A, _B, _M + ".weight", _M) if name.endswith(e)), None)
+        if ending is None:
+            module, _, leaf = name.rpartition(".")
+            name = f"{names.get(module, module)}.{leaf}"
+        else:
+            module = name.removesuffix(ending)
+            name = names.get(module, module) + ending.removesuffix(
+                ".weight" if "vec" in ending else ""
+            )
+        if name in given:
+            raise CheckpointError(f"{where}: {key!r} and another tensor are one and the same.")
+        given[name] = tensor
+    values: dict[str, Tensor] = {}
+    for module, (site, r, _) in adapter.sites.items():
+        layers: list[LoraLinear] = _layers(model, site)
+        rows = [layer.out_features for layer in layers]
+        a = _take(given, module + _A, (r, layers[0].in_features), where)
+        values[f"{site.layers[0]}.lora_A"] = a
+        b = _take(given, module + _B, (sum(rows), r), where)
+        parts = {"lora_B": torch.split(b, rows)}
+        if adapter.config.dora:
+            magnitude = _take(given, module + _M, (sum(rows),), where)
+            parts["lora_magnitude"] = torch.split(magnitude, rows)
+        for leaf, pieces in parts.items():
+            for name, piece in zip(site.layers, pieces, strict=True):
+                values[f"{name}.{leaf}"] = piece
+    parameters = dict(model.named_parameters())
+    for entry in _full_entries(model):
+        if entry.disk not in given:
+            raise CheckpointError(f"{where} lacks {PREFIX + entry.disk!r}; the file is incomplete.")
+        values.update(unpack(entry, given.pop(entry.disk), parameters))
+    if given:
+        raise CheckpointError(
+            f"{where} holds {PREFIX + min(given)!r}, for which the model's adapter has no place."
+        )
+    return values
+
+
+def _take(given: dict[str, Tensor], name: str, shape: tuple[int, ...], where: object) -> Tensor:
+    tensor = given.pop(name, None)
+    if tensor is None:
+        raise CheckpointError(f"{where} lacks {PREFIX + name!r}; the file is incomplete.")
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{where}: {PREFIX + name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, and this model needs floats "
+            f"of shape {shape}. The adapter was trained on another base."
+        )
+    return tensor.to(torch.float32)

@@ -1,0 +1,92 @@
+"""LoRA (arXiv 2106.09685) and DoRA (2402.09353): train small matrices beside frozen weights, in PEFT's own format.
+
+    model = apply_lora(pretrain.load("base"), LoraConfig(r=16))
+    ...train...
+    save_adapter(model, "adapter")           # opens in peft
+    model = merge(load_adapter("adapter"))   # an ordinary model
+
+The directory of an adapter holds no weights of its base, only where the base lay.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.adapters.attach import attach, choose_full, choose_sites, draw, merge, unload
+from pretrain.adapters.config import LoraConfig
+from pretrain.checkpoint import load, save_model
+from pretrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["LoraConfig", "apply_lora", "load_adapter", "merge", "save_adapter", "unload"]
+
+
+def apply_lora(model: Model, config: LoraConfig | None = None, seed: int = 0) -> Model:
+    """Freeze the model and add an adapter; its outputs stay what they are until training begins.
+
+    A labelling or question-answering head, with the pooler or dense layer that belongs to it, stays trainable and is
+    stored with the adapter. A language-model head is frozen unless ``modules_to_save`` names it.
+
+    Args:
+        model: changed in place, and returned.
+        config: settings; the defaults where None.
+        seed: of the A matrices, each drawn from it and from its own name. B starts at zero.
+
+    Raises:
+        ConfigError: a target or module does not exist in this family; the nearest name is given.
+        ModelError: the model has an adapter already.
+    """
+    config = config or LoraConfig()
+    if model.adapter is not None:
+        raise ModelError("The model has an adapter already. Merge or unload it first.")
+    full = choose_full(model, config)
+    saved = {entry.disk.rpartition(".")[0] for entry in full}
+    sites = {
+        name: (site, config.r, config.full_alpha)
+        for name, site in choose_sites(model, config).items()
+        if name not in saved
+    }
+    attach(model, config, sites, full)
+    draw(model, seed)
+    return model
+
+
+def save_adapter(model: Model, directory: str | Path) -> Path:
+    """Write the adapter, config.json with the labels, the tokenizer and a card; see ``pretrain.checkpoint.save_model``.
+
+    Raises:
+        ModelError: the model has no adapter.
+        CheckpointError: the place cannot be written, or is the base's own directory.
+    """
+    if model.adapter is None:
+        raise ModelError("The model has no adapter to save. Add one with apply_lora.")
+    return save_model(model, directory)
+
+
+def load_adapter(directory: str | Path, base: Model | str | Path | None = None) -> Model:
+    """Open an adapter, ours or peft's, on its base; ``pretrain.load`` does the same.
+
+    Args:
+        directory: with adapter_config.json and adapter_model.safetensors.
+        base: a model, which is copied, or a directory; None is the one that adapter_config.json names.
+
+    Returns:
+        The adapted model on the CPU in evaluation mode; only the adapter is trainable.
+
+    Raises:
+        CheckpointError: no adapter here, its base is not found or is another one, or the adapter uses what this
+            package does not implement.
+        CheckpointCorrupt: a file is damaged.
+    """
+    if not (Path(directory) / "adapter_config.json").exists():
+        # A run: the newest checkpoint may hold one.
+        model = load(directory, base=base)
+        if model.adapter is None:
+            raise ModelError(
+                f"{directory} holds a whole model, not an adapter. Open it with pretrain.load."
+            )
+        return model
+    return load(directory, base=base)
