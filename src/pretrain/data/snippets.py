@@ -27,7 +27,8 @@ PACKAGES = (
 
 _MASK = "package"
 _IMPORT = re.compile(
-    r"^[ \t]*(?:from[ \t]+[\w.]+[ \t]+import[ \t]*(?:\([^)]*\)|.*(?:\\\n.*)*)|import[ \t]+\w.*)$", re.M
+    r"^[ \t]*(?:from[ \t]+[\w.]+[ \t]+import[ \t]*(?:\([^)]*\)|.*(?:\\\n.*)*)|import[ \t]+\w.*)$",
+    re.M,
 )
 
 

@@ -7,13 +7,36 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.objectives.base import Loss, Objective
 
-__all__ = ["OBJECTIVES", "Loss", "Objective", "build_objective", "objective_class", "objective_for"]
+if TYPE_CHECKING:
+    from pretrain.objectives.tasks import Task
 
+__all__ = [
+    "OBJECTIVES",
+    "TASKS",
+    "Loss",
+    "Objective",
+    "build_objective",
+    "objective_class",
+    "objective_for",
+    "task_class",
+]
+
+# What a model can be fine-tuned for; a task of your own is named by its import path.
+TASKS = {
+    "classification": "pretrain.objectives.classification.Classification",
+    "regression": "pretrain.objectives.regression.Regression",
+    "token-classification": "pretrain.objectives.token_classification.TokenClassification",
+    "question-answering": "pretrain.objectives.question_answering.QuestionAnswering",
+    "chat": "pretrain.objectives.instruction.Instruction",
+    "language-modelling": "pretrain.objectives.language_modelling.LanguageModelling",
+    "embedding": "pretrain.objectives.embedding.Embedding",
+    "preference": "pretrain.objectives.preference.Preference",
+}
 OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
@@ -44,6 +67,22 @@ def objective_class(class_path: str) -> type[Objective]:
         raise ConfigError(
             f"objective.class_path: {path!r} is not a subclass of pretrain.Objective."
         )
+    return found
+
+
+def task_class(name: str) -> type[Task]:
+    """Resolve the name of a task, or the import path of one, to its class.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    from pretrain.objectives.tasks import Task
+
+    if name not in TASKS and "." not in name:
+        raise ConfigError(f"There is no task {name!r}." + did_you_mean(name, TASKS))
+    found = objective_class(TASKS.get(name, name))
+    if not issubclass(found, Task):
+        raise ConfigError(f"{name!r} is an objective but no task: it does not say what rows mean.")
     return found
 
 

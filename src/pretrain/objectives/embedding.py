@@ -1,0 +1,320 @@
+"""Texts as vectors: pairs that belong together are near, all others of a batch are far.
+
+The network reads both texts of a pair (Sentence-BERT, arXiv 1908.10084); every other second text of the batch is a
+negative (multiple negatives ranking, arXiv 1705.00652, §4.4; InfoNCE, arXiv 1807.03748).
+
+Letters: N pairs, C candidates, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain import metrics as figures_of
+from pretrain.data.labelled import Role
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import ConfigError, DataError
+from pretrain.models.heads import pool_documents
+from pretrain.objectives.base import Batch, Example, Loss
+from pretrain.objectives.tasks import Learned, Task
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["Embedding"]
+
+_PARTS = ("anchor", "positive", "negative")
+_ANCHORS = 512  # that are compared with all candidates at once
+_LIKE = 0.8  # share of the highest score from which two texts count as alike
+
+
+class Embedding(Task):
+    """Give texts of one meaning vectors of one direction.
+
+    Its head, if the model has one, is not used and not trained. More rows in a batch are more negatives.
+
+    Args:
+        model: any, with a tokenizer.
+        pooling: ``mean`` over the tokens, which is what ``model.embed`` does, ``first`` or ``last``.
+        scale: what cosines are multiplied with before the softmax; the inverse of a temperature.
+        symmetric: also look for the anchor of every positive.
+        min_score: where rows have a score of similarity, those below are no pair: their texts are only negatives of
+            others. Given by ``learn``.
+        max_length, pack: see ``Task``.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    name: ClassVar[str] = "embedding"
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role(
+            "anchor",
+            ("anchor", "sentence1", "query", "question", "text1", "premise", "sentence_a", "text"),
+            help="a text",
+        ),
+        Role(
+            "positive",
+            ("positive", "sentence2", "answer", "hypothesis", "text2", "sentence_b"),
+            help="a text that belongs to it",
+        ),
+        Role("negative", ("negative", "hard_negative"), required=False, help="one that does not"),
+        Role(
+            "label",
+            ("score", "similarity", "relatedness_score"),
+            required=False,
+            help="how alike the two are, a number",
+        ),
+    )
+    metric: ClassVar[str] = "accuracy"
+    head_kind: ClassVar[str | None] = None
+    couples_examples: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        pooling: str = "mean",
+        scale: float = 20.0,
+        symmetric: bool = False,
+        min_score: float | None = None,
+        max_length: int | None = None,
+        pack: bool = True,
+    ) -> None:
+        super().__init__(model, max_length=max_length, pack=pack)
+        if pooling not in ("mean", "first", "last"):
+            raise ConfigError(f"pooling is {pooling!r}; it must be 'mean', 'first' or 'last'.")
+        if pooling == "first" and model.backbone.causal:
+            raise ConfigError(
+                "The first token of a causal model has seen none of the others; use pooling='mean' or 'last'."
+            )
+        if not (math.isfinite(scale) and scale > 0):
+            raise ConfigError(f"scale is {scale}; it must be a positive number.")
+        self.pooling, self.scale, self.symmetric = pooling, scale, symmetric
+        self.min_score = min_score
+        if model.head is not None:
+            for parameter in model.head.parameters():
+                parameter.requires_grad_(False)
+
+    @classmethod
+    def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
+        """Where rows have scores, find out from which score on two texts count as a pair."""
+        if "label" not in table.names:
+            return Learned()
+        top = max(_scores(table), default=0.0)
+        least = options.get("min_score")
+        least = _LIKE * top if least is None else float(least)
+        pairs = sum(score >= least for score in _scores(table))
+        if not pairs:
+            raise DataError(
+                f"None of the {len(table)} rows has a score of {least:g} or more, so there is no pair. Set min_score."
+            )
+        note = f"{pairs:,} of {len(table):,} rows have a score of {least:g} or more and are pairs"
+        return Learned(options={"min_score": least}, notes=[note])
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        rows, kept = TaskRows(), []
+        parts = [p for p in _PARTS if p in table.names] if targets else ["anchor"]
+        texts: dict[str, list[str]] = {part: [] for part in parts}
+        for i, row in enumerate(table.rows()):
+            values = [row[part] for part in parts]
+            for part, value in zip(parts, values, strict=True):
+                if value is not None and not isinstance(value, str):
+                    raise DataError(
+                        f"{table.where(i)}: the {part} is {type(value).__name__} {str(value)[:40]!r}, not a text. Name "
+                        "the column that holds it, or turn its values into strings."
+                    )
+            if not all(value and value.strip() for value in values):
+                rows.drop(i, "empty text")
+                continue
+            kept.append(i)
+            for part, value in zip(parts, values, strict=True):
+                texts[part].append(value)
+        encoded = {part: self.encoder.texts(texts[part]) if kept else [] for part in parts}
+        scores = _scores(table) if targets and "label" in table.names else None
+        for n, i in enumerate(kept):
+            pieces = [encoded[part][n] for part in parts]
+            if any(piece.overflowing for piece in pieces):
+                rows.cut.append(i)
+            arrays = [self.encoder.example(piece) for piece in pieces]
+            example = {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0]}
+            example["lengths"] = np.asarray([len(a["input_ids"]) for a in arrays], dtype=np.int64)
+            example["texts"] = np.asarray([_text_id(texts[p][n]) for p in parts], dtype=np.int64)
+            if scores is not None:
+                example["score"] = np.asarray(scores[i], dtype=np.float32)
+            rows.add(i, example)
+        return rows
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        """All texts as documents of packed rows: first the anchors, then the positives, then the negatives."""
+        pieces: list[dict[str, Any]] = []
+        parts = len(examples[0]["lengths"])
+        ends = [np.cumsum(example["lengths"]) for example in examples]
+        for part in range(parts):
+            for example, end in zip(examples, ends, strict=True):
+                place = slice(end[part] - example["lengths"][part], end[part])
+                keys = [k for k in ("input_ids", "token_type_ids") if k in example]
+                pieces.append({key: example[key][place] for key in keys})
+        batch = self.pack_batch(pieces)
+        batch["texts"] = torch.from_numpy(np.stack([example["texts"] for example in examples]))
+        if "score" in examples[0]:
+            batch["score"] = torch.from_numpy(np.stack([e["score"] for e in examples]))
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Anchors that have a positive; both directions count where both are trained."""
+        return self._pairs(batch).sum() * (2 if self.symmetric else 1)
+
+    def _pairs(self, batch: Batch) -> Tensor:
+        """(N,) which rows are pairs."""
+        if "score" not in batch or self.min_score is None:
+            return torch.ones(len(batch["texts"]), dtype=torch.bool, device=batch["texts"].device)
+        return batch["score"] >= self.min_score - 1e-6
+
+    def vectors(self, batch: Batch) -> Tensor:
+        """One vector for each text, (texts, D) in fp32, of any length."""
+        keys = ("input_ids", "document_ids", "position_ids", "token_type_ids")
+        hidden = self.model.backbone({key: batch[key] for key in keys if key in batch})
+        return pool_documents(hidden.float(), batch, self.pooling)
+
+    def forward(self, batch: Batch) -> Loss:
+        count = len(batch["texts"])
+        units = F.normalize(self.vectors(batch), dim=-1)
+        anchors, others = units[:count], units[count:]  # (N, D), (C, D)
+        texts, pairs = batch["texts"], self._pairs(batch)
+        cosines = anchors @ others.T  # (N, C)
+        scores = (self.scale * cosines).masked_fill(_alike(texts), -math.inf)
+        wanted = torch.arange(count, device=scores.device)
+        total = (F.cross_entropy(scores, wanted, reduction="none") * pairs).sum()
+        if self.symmetric:
+            back = scores[:, :count].T
+            total = total + (F.cross_entropy(back, wanted, reduction="none") * pairs).sum()
+        metrics: dict[str, Any] = {}
+        if not self.training:
+            metrics["units"] = list(units.view(-1, count, units.shape[-1]).transpose(0, 1))
+            metrics["texts"], metrics["pairs"] = texts.tolist(), pairs.tolist()
+            if "score" in batch:
+                alike = cosines[:, :count].diagonal()
+                metrics["scored"] = torch.stack((alike, batch["score"]), dim=-1).cpu().tolist()
+        return Loss(total, self.count(batch), metrics)
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """How the positive of an anchor ranks among the texts of all held-out rows, and Spearman's correlation.
+
+        ``accuracy`` is how often it is the nearest, ``mrr`` the mean of 1 / its rank. Only the loss is one over
+        batches, and falls with their size.
+        """
+        figures = {"loss": total / count if count else math.nan}
+        if not metrics.get("units"):
+            return figures
+        kept = torch.tensor(metrics["pairs"], dtype=torch.bool)
+        rank = _ranks(torch.stack(metrics["units"]).float(), torch.tensor(metrics["texts"]))[kept]
+        figures["accuracy"] = float((rank == 1).double().mean())
+        figures["mrr"] = float((1 / rank.double()).mean())
+        if metrics.get("scored"):
+            alike, wanted = np.asarray(metrics["scored"], dtype=np.float64).T
+            figures["spearman"] = figures_of.spearman(wanted, alike)
+        return figures
+
+    def head_weights(self) -> int:
+        """None: the head is not used."""
+        return 0
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        return list(self.vectors(batch).cpu().numpy())
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """``embedding``, D numbers, as ``model.embed`` gives them where the pooling is ``mean``."""
+        return {"embedding": [float(value) for value in outputs[0]]}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {
+            "task": self.name,
+            "pooling": self.pooling,
+            "scale": self.scale,
+            "symmetric": self.symmetric,
+            "min_score": self.min_score,
+            "max_length": self.max_length,
+        }
+
+
+def _alike(texts: Tensor, rows: slice = slice(None)) -> Tensor:
+    """(N, C) candidates that are no negatives of an anchor, because they, or their anchors, are the same text.
+
+    Args:
+        texts: (N, 2 or 3) numbers of the texts of each row: anchor, positive, negative.
+        rows: anchors that are asked for.
+    """
+    anchor, positive = texts[:, 0], texts[:, 1]
+    mine, wanted = anchor[rows, None], positive[rows, None]
+    same = (wanted == positive) | (mine == anchor) | (mine == positive)
+    places = torch.arange(len(texts), device=texts.device)
+    same &= places[rows, None] != places
+    if texts.shape[1] == 2:
+        return same
+    return torch.cat((same, wanted == texts[:, 2]), dim=1)
+
+
+def _ranks(units: Tensor, texts: Tensor) -> Tensor:
+    """(N,) rank of the positive of each anchor among all candidates, from 1.
+
+    Ties count against it: where all vectors are one, nothing has been found.
+
+    Args:
+        units: (N, 2 or 3, D) of length one: anchor, positive, negative.
+        texts: (N, 2 or 3) their numbers.
+    """
+    count, found = len(units), []
+    others = units[:, 1:].transpose(0, 1).reshape(-1, units.shape[-1])  # (C, D)
+    for start in range(0, count, _ANCHORS):
+        rows = slice(start, min(start + _ANCHORS, count))
+        scores = units[rows, 0] @ others.T
+        own = scores.gather(1, torch.arange(count)[rows, None])
+        found.append(((scores >= own) & ~_alike(texts, rows)).sum(1))
+    return torch.cat(found)
+
+
+def _text_id(text: str) -> int:
+    """The same number for the same text, different ones for different texts."""
+    plain = " ".join(text.split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little", signed=True)
+
+
+def _scores(table: Table) -> list[float]:
+    """The column of scores as finite numbers.
+
+    Raises:
+        DataError: names the first rows whose score is none.
+    """
+    values, wrong = [], []
+    for i, value in enumerate(table.columns["label"]):
+        try:
+            number = float(value) if not isinstance(value, bool) else float(int(value))
+        except (TypeError, ValueError):
+            number = math.nan
+        values.append(number)
+        if not math.isfinite(number):
+            wrong.append(f"{table.where(i)}: {value!r}")
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} scores are no finite numbers: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}. A score "
+            "says how alike two texts are; where there is none, rename the column."
+        )
+    return values

@@ -1,0 +1,215 @@
+"""Go on with pre-training on the texts of a table (domain-adaptive pre-training, arXiv 2004.10964).
+
+The loss is that of pre-training itself: next-token prediction or masked-language modelling, as the model's head says.
+Texts are framed as documents were, and packed into rows; a long text is cut into pieces, and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from pretrain.data.labelled import Role
+from pretrain.data.packing import pack
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import DataError, ModelError
+from pretrain.objectives.base import Batch, Example, Loss, Objective
+from pretrain.objectives.likelihood import target_log_probs
+from pretrain.objectives.masked_lm import MaskedLM
+from pretrain.objectives.next_token import NextToken
+from pretrain.objectives.tasks import Task, pack_examples
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["LanguageModelling"]
+
+
+class LanguageModelling(Task):
+    """Model new text with the objective of pre-training.
+
+    Args:
+        model: with a language-model head, causal or masked.
+        max_length, pack: see ``Task``. With ``pack=False`` every text, or piece of one, has a row of its own.
+        options: of the pre-training objective (``rate``, ``whole_word``, ... of ``MaskedLM``).
+
+    Raises:
+        ModelError: the model has no language-model head.
+    """
+
+    name: ClassVar[str] = "language-modelling"
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role(
+            "text",
+            ("text", "content", "document", "sentence", "body", "article"),
+            help="the text to read",
+        ),
+    )
+    metric: ClassVar[str] = "loss"
+    head_kind: ClassVar[str | None] = None
+
+    def __init__(
+        self, model: Model, *, max_length: int | None = None, pack: bool = True, **options: Any
+    ) -> None:
+        super().__init__(model, max_length=max_length, pack=pack)
+        if model.head_kind not in ("causal-lm", "masked-lm"):
+            raise ModelError(
+                f"Language modelling needs a model with a language-model head, and this one has {model.head_kind!r}. "
+                'Open it with pretrain.load(PATH, head="causal-lm"), or "masked-lm" for an encoder.'
+            )
+        kind: type[Objective] = NextToken if model.head_kind == "causal-lm" else MaskedLM
+        try:
+            inner = kind(model, **options)
+        except TypeError as error:
+            raise ModelError(f"{kind.__name__} takes no such option: {error}.") from error
+        # In a tuple it is no child: every parameter has one owner and one name.
+        self._inner = (inner,)
+
+    @property
+    def inner(self) -> Objective:
+        """The objective of pre-training, around the same model."""
+        inner = self._inner[0]
+        if inner.model is not self.model:  # it was wrapped since
+            inner.model = self.model
+        return inner
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        """Frame the texts as documents and pack them into rows of one length.
+
+        For prediction (``targets=False``) the pieces of each text are examples of their own, so that each text gets
+        its own figure.
+        """
+        rows, kept, texts = TaskRows(), [], []
+        for i, row in enumerate(table.rows()):
+            text = row["text"]
+            if text is not None and not isinstance(text, str):
+                raise DataError(
+                    f"{table.where(i)}: the text is {type(text).__name__} {str(text)[:40]!r}, not a text. Name the "
+                    "column that holds the text, or turn its values into strings."
+                )
+            if not text or not text.strip():
+                rows.drop(i, "empty text")
+                continue
+            kept.append(i)
+            texts.append(text)
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        # Special tokens typed into a text are read as text, as when data are prepared.
+        documents = [tokenizer.frame(ids) for ids in tokenizer.encode_batch(texts, special=False)]
+        if targets and self.pack and documents:
+            self._pack(rows, kept, documents)
+            return rows
+        for owner, ids in zip(kept, documents, strict=True):
+            for start in range(0, len(ids), self.max_length):
+                piece = np.asarray(ids[start : start + self.max_length], dtype=np.int64)
+                rows.add(owner, {"input_ids": piece})
+        return rows
+
+    def _pack(self, rows: TaskRows, kept: Sequence[int], documents: Sequence[list[int]]) -> None:
+        offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in documents])]).astype(np.int64)
+        stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in documents])
+        width = min(self.max_length, len(stream))
+        plan = pack(offsets, width)
+        owners = np.searchsorted(offsets, plan.segments[:, 0], side="right") - 1
+        for r in range(len(plan.rows) - 1):
+            arrays = {
+                "input_ids": np.full(width, self.pad_id, np.int64),
+                "document_ids": np.zeros(width, np.int64),
+                "position_ids": np.zeros(width, np.int64),
+            }
+            at, mine = 0, range(int(plan.rows[r]), int(plan.rows[r + 1]))
+            for number, s in enumerate(mine, start=1):
+                first, length = (int(v) for v in plan.segments[s])
+                place = slice(at, at + length)
+                arrays["input_ids"][place] = stream[first : first + length]
+                arrays["document_ids"][place] = number
+                arrays["position_ids"][place] = np.arange(length)
+                at += length
+            # The row of the table that the packed row begins with; the others stand in its info.
+            texts = [int(kept[int(owners[s])]) for s in mine]
+            rows.add(texts[0], arrays, texts)
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        """What the objective of pre-training makes of packed rows; single pieces are put into rows first."""
+        if "document_ids" in examples[0]:
+            return self.inner.collate(examples, rngs, evaluation=evaluation)
+        # Alone in its row, a piece is masked the same whatever stands beside it.
+        pieces = [{key: value for key, value in e.items() if key == "input_ids"} for e in examples]
+        batch = pack_examples(pieces, pad_id=self.pad_id, pack=False)
+        keys = ("input_ids", "document_ids", "position_ids")
+        singles = [{key: batch[key][r].numpy() for key in keys} for r in range(len(examples))]
+        made = self.inner.collate(singles, rngs, evaluation=evaluation)
+        ends = {key: batch[key] for key in ("first_index", "last_index")}
+        return made | ends if evaluation else made
+
+    def count(self, batch: Batch) -> Tensor:
+        return self.inner.count(batch)
+
+    def forward(self, batch: Batch) -> Loss:
+        loss: Loss = self.inner(batch)
+        return loss
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The figures of the objective of pre-training: loss, perplexity, accuracy."""
+        return self.inner.summarize(total, count, metrics, stats)
+
+    def expected_first_loss(self) -> float | None:
+        """None: the model has learned something before."""
+        return None
+
+    def head_weights(self) -> int:
+        """Weights that every target is multiplied with."""
+        return self.inner.head_weights()
+
+    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+        """A continuation, or masked words with their guesses."""
+        return self.inner.preview(examples, prompt, seed)
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        """Summed loss and number of targets of each piece, in nats."""
+        bare = {k: v for k, v in batch.items() if k not in ("first_index", "last_index")}
+        log_probs = target_log_probs(self.model, bare).double()
+        row = batch["target_index"] // batch["labels"].shape[1]
+        count = len(batch["first_index"])
+        sums = log_probs.new_zeros(count).index_add_(0, row, -log_probs)
+        numbers = log_probs.new_zeros(count).index_add_(0, row, log_probs.new_ones(len(row)))
+        return list(zip(sums.tolist(), numbers.tolist(), strict=True))
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """``loss`` in nats per target, ``perplexity``, and ``tokens``, the number of targets.
+
+        Of a masked-language model it is the loss at the fixed masks of evaluation.
+        """
+        total, count = (float(sum(values)) for values in zip(*outputs, strict=True))
+        loss = total / count if count else math.nan
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(count)}
+
+    def _answers(self, rows: TaskRows, batch_rows: int, device: Any) -> Any:
+        # One generator for each piece: draws must not depend on how pieces are put into batches.
+        found: dict[int, tuple[list[Any], list[Any]]] = {}
+        for start in range(0, len(rows), batch_rows):
+            part = range(start, min(start + batch_rows, len(rows)))
+            rngs = [np.random.default_rng(0) for _ in part]
+            batch = self.collate([rows[i] for i in part], rngs, evaluation=True)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            for i, output in zip(part, self.outputs(batch), strict=True):
+                outputs, infos = found.setdefault(rows.owners[i], ([], []))
+                outputs.append(output)
+                infos.append(rows.info[i])
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        return self.inner.describe() | {"task": self.name, "max_length": self.max_length}

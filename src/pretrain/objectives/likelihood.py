@@ -1,0 +1,65 @@
+"""Log-probabilities of single targets, where a sum over all of them is not enough.
+
+Letters: B rows, T tokens, D hidden, V vocabulary, M targets.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.nn.loss import IGNORE
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+    from pretrain.objectives.base import Batch
+
+__all__ = ["target_log_probs"]
+
+_LOGITS = 1 << 22  # that exist at once
+
+
+def target_log_probs(model: Model, batch: Batch) -> Tensor:
+    """Log-probability of every target, (M,) in fp32 with a gradient, in the order of ``target_index``.
+
+    The projection is done in pieces whose logits are computed again for the gradient, so that no (M, V) buffer exists.
+
+    Args:
+        model: with a vocabulary head.
+        batch: ``input_ids`` and what belongs to it (B, T), ``labels`` (B, T), and perhaps ``target_index`` (M,).
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "target_index")}
+    hidden = model.backbone(inputs)  # (B, T, D)
+    labels = batch["labels"].reshape(-1)
+    index = batch.get("target_index")
+    if index is None:
+        index = (labels != IGNORE).nonzero().squeeze(1)
+    head: Any = model.head
+    features = head.features(hidden.reshape(-1, hidden.shape[-1])[index])  # (M, D)
+    targets, weight, bias = labels[index], head.weight(), head.bias()
+    size = max(32, _LOGITS // weight.shape[0])
+
+    def piece(part: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(part, weight, bias).float()
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return -F.cross_entropy(logits, wanted, reduction="none")
+
+    found = [
+        checkpoint(
+            piece,
+            features[at : at + size],
+            targets[at : at + size],
+            weight,
+            bias,
+            use_reentrant=False,
+        )
+        for at in range(0, len(targets), size)
+    ]
+    return (
+        torch.cat(found) if found else hidden.float().sum() * torch.zeros(0, device=hidden.device)
+    )

@@ -1,0 +1,255 @@
+"""Prefer one answer to another: direct preference optimisation (DPO, arXiv 2305.18290).
+
+The reward of an answer is beta times how much likelier it is under the model than under the model before training.
+The probabilities before training do not change, so they are computed once (``prepare_reference``); no second model is
+kept. With label smoothing it is the conservative loss of Mitchell (2023, "A note on DPO with noisy preferences").
+
+Letters: N pairs, M targets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain.data.chat import Message, typed_specials
+from pretrain.data.conversations import as_messages
+from pretrain.data.labelled import Role
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.base import Batch, Example, Loss
+from pretrain.objectives.instruction import chat_template_of, encode_conversation, token_batch
+from pretrain.objectives.likelihood import target_log_probs
+from pretrain.objectives.tasks import Task
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["Preference"]
+
+_REFERENCE = ("ref_chosen", "ref_rejected")
+
+
+class Preference(Task):
+    """Make chosen answers likelier than rejected ones.
+
+    Args:
+        model: causal, with a language-model head. Its tokenizer carries the chat template from now on.
+        beta: how dearly distance from the model before training is paid for.
+        label_smoothing: share of the preferences that are taken to be wrong.
+        chat_template: a Jinja program instead of the tokenizer's own.
+        max_length: tokens of a prompt with its answer; pairs of which one is longer are left out.
+        pack: see ``Task``.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    name: ClassVar[str] = "preference"
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role(
+            "prompt",
+            ("prompt", "question", "instruction", "input", "query"),
+            required=False,
+            help="a text, or messages; may be the common beginning of the two conversations",
+        ),
+        Role("chosen", ("chosen", "preferred", "accepted"), help="the better answer"),
+        Role("rejected", ("rejected", "dispreferred"), help="the worse answer"),
+    )
+    metric: ClassVar[str] = "loss"
+    head_kind: ClassVar[str | None] = "causal-lm"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        pack: bool = True,
+    ) -> None:
+        super().__init__(model, max_length=max_length, pack=pack)
+        if not (math.isfinite(beta) and beta > 0):
+            raise ConfigError(f"beta is {beta}; it must be a positive number.")
+        if not 0.0 <= label_smoothing < 0.5:
+            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 0.5).")
+        self.beta, self.label_smoothing = beta, label_smoothing
+        self.template = chat_template_of(model, chat_template)
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        """Both answers behind the prompt; the targets are the tokens of the last turn, its end included."""
+        rows = TaskRows()
+        for i, row in enumerate(table.rows()):
+            where = table.where(i)
+            both = [_conversation(row, side, where) for side in ("chosen", "rejected")]
+            if any(typed_specials(m, self.template.specials) is not None for m in both):
+                rows.drop(i, "special tokens are typed into the text")
+                continue
+            if both[0] == both[1]:
+                rows.drop(i, "both answers are the same")
+                continue
+            sides = [
+                encode_conversation(self.model, self.template, m, last_only=True, where=where)
+                for m in both
+            ]
+            if max(len(ids) for ids, _ in sides) > self.max_length:
+                rows.cut.append(i)
+                rows.drop(i, "an answer does not fit")
+                continue
+            rows.add(
+                i,
+                {
+                    "input_ids": np.concatenate([ids for ids, _ in sides]),
+                    "labels": np.concatenate([labels for _, labels in sides]),
+                    "lengths": np.asarray([len(ids) for ids, _ in sides], dtype=np.int64),
+                },
+            )
+        return rows
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        """Two documents for each example, chosen before rejected; ``owner`` (M,) is the document of each target."""
+        pieces = []
+        for example in examples:
+            middle = int(example["lengths"][0])
+            for part in (slice(0, middle), slice(middle, None)):
+                pieces.append({key: example[key][part] for key in ("input_ids", "labels")})
+        batch = token_batch(self, pieces)
+        order = torch.argsort(batch["first_index"])  # documents in the order of their places
+        place = torch.searchsorted(batch["first_index"][order], batch["target_index"], right=True)
+        batch["owner"] = order[place - 1]
+        for key in _REFERENCE:
+            if all(key in example for example in examples):
+                values = np.asarray([float(example[key]) for example in examples], dtype=np.float32)
+                batch[key] = torch.from_numpy(values)
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Pairs."""
+        return torch.tensor(len(batch["first_index"]) // 2, device=batch["input_ids"].device)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Log-probability of each answer given its prompt, summed over its tokens, (N, 2): chosen, rejected."""
+        keys = ("input_ids", "document_ids", "position_ids", "labels", "target_index")
+        each = target_log_probs(self.model, {key: batch[key] for key in keys if key in batch})
+        sums = each.new_zeros(len(batch["first_index"])).index_add(0, batch["owner"], each)
+        return sums.view(-1, 2)
+
+    def forward(self, batch: Batch) -> Loss:
+        if any(key not in batch for key in _REFERENCE):
+            raise DataError(
+                "These pairs have no log-probabilities of the model before training. Call prepare_reference(rows) on "
+                "the training rows and on the held-out rows before the first step."
+            )
+        before = torch.stack([batch[key] for key in _REFERENCE], dim=-1)
+        rewards = self.beta * (self.log_probs(batch) - before)  # (N, 2)
+        margin = rewards[:, 0] - rewards[:, 1]
+        smooth = self.label_smoothing
+        each = -(1 - smooth) * F.logsigmoid(margin) - smooth * F.logsigmoid(-margin)
+        found = margin.detach()
+        metrics: dict[str, Any] = {"accuracy": (found > 0).sum(), "margin": found.sum()}
+        return Loss(each.sum(), self.count(batch), metrics)
+
+    def expected_first_loss(self) -> float | None:
+        """At the start nothing differs from the model before training: ln 2."""
+        return math.log(2)
+
+    @torch.no_grad()
+    def prepare_reference(
+        self,
+        rows: TaskRows,
+        batch_rows: int = 8,
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        """Add to every example how likely its answers are now: ``ref_chosen`` and ``ref_rejected``, in nats.
+
+        To be called before the first step, on the rows for training and on those for evaluation. A run that is
+        resumed computes the same numbers again from the weights that it began with.
+
+        Args:
+            rows: from ``encode``.
+            batch_rows: pairs in one forward pass.
+            context: what the passes run in, such as autocast.
+        """
+        device = next(self.model.parameters()).device
+        was_training = self.training
+        self.eval()
+        try:
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+            for start in range(0, len(order), batch_rows):
+                chosen = order[start : start + batch_rows]
+                rngs = [np.random.default_rng(0)] * len(chosen)
+                batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
+                with context():
+                    found = self.log_probs({k: v.to(device) for k, v in batch.items()})
+                for i, pair in zip(chosen, found.float().cpu().numpy(), strict=True):
+                    for key, value in zip(_REFERENCE, pair, strict=True):
+                        rows.examples[i][key] = np.asarray(value, dtype=np.float32)
+        finally:
+            self.train(was_training)
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        return list(self.log_probs(batch).cpu().numpy())
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """``logprob_chosen``, ``logprob_rejected`` in nats, and ``margin``, their difference."""
+        chosen, rejected = (float(value) for value in outputs[0])
+        return {
+            "logprob_chosen": chosen,
+            "logprob_rejected": rejected,
+            "margin": chosen - rejected,
+        }
+
+    def head_weights(self) -> int:
+        """The vocabulary projection counts although it may be tied to the embedding."""
+        head: Any = self.model.head
+        return int(head.weight().numel())
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {
+            "task": self.name,
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "max_length": self.max_length,
+        }
+
+
+def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message]:
+    """Prompt and one of the answers, as messages that end with the assistant's.
+
+    Raises:
+        DataError: a side is neither a text nor messages, or nobody is answered.
+    """
+    prompt, answer = row.get("prompt"), row[side]
+    start: list[Message] = []
+    if isinstance(prompt, str):
+        start = [{"role": "user", "content": prompt}]
+    elif prompt is not None:
+        start = as_messages(prompt, where)
+    if isinstance(answer, str):
+        end: list[Message] = [{"role": "assistant", "content": answer}]
+    else:
+        end = as_messages(answer, f"{where}, {side}")
+        if start and end[: len(start)] == start:  # whole conversations beside their prompt
+            start = []
+    messages = start + end
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: {side} does not end in an answer of the assistant to a prompt. Give prompt, chosen and rejected "
+            "as texts, or chosen and rejected as whole conversations."
+        )
+    return messages

@@ -1,0 +1,395 @@
+"""Extractive question answering: the answer is a stretch of the context (Devlin et al., 2019, §4.2 and §4.3).
+
+A long context is read in windows that overlap. Each window is an example: it has a start and an end token, or, where
+the answer is not in it, its first token for both, as SQuAD 2.0 is trained (Rajpurkar et al., 2018).
+
+Letters: B rows of a batch, T tokens, N examples, S tokens of the longest example, W tokens of an answer, K candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain import metrics as figures_of
+from pretrain.data.answers import find_answers
+from pretrain.data.labelled import Role
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.base import Batch, Example, Loss
+from pretrain.objectives.tasks import Learned, Task, sequence_labels
+
+if TYPE_CHECKING:
+    from pretrain.data.answers import Answers
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["QuestionAnswering", "best_spans"]
+
+_OVERLAP = 4  # windows share this part of max_length
+_BAD = ("error", "drop")
+
+
+class QuestionAnswering(Task):
+    """Find the answer to a question in its context.
+
+    Args:
+        model: with a question-answering head.
+        stride: tokens by which the windows over a long context overlap; a quarter of ``max_length`` when None.
+        max_answer_tokens: tokens that an answer has at most.
+        n_best: stretches that compete for the answer of a row, and for the probability that ``score`` is.
+        allow_no_answer: the model may say that the context does not answer the question; follows from the training
+            rows.
+        null_threshold: it says so where the score of no answer exceeds that of the best stretch by more (in nats).
+        bad_answers: ``"drop"`` leaves out rows whose answers are not in their context; ``"error"`` refuses them.
+        max_length, pack: see ``Task``.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    name: ClassVar[str] = "question-answering"
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role("question", ("question", "query"), help="the question"),
+        Role("context", ("context", "passage", "paragraph", "document"), help="what it is about"),
+        Role("answers", ("answers", "answer"), help="stretches of the context"),
+        Role("answer_start", ("answer_start",), required=False, help="first character of each"),
+        Role("id", ("id",), required=False, help="the name of the row"),
+    )
+    metric: ClassVar[str] = "f1"
+    head_kind: ClassVar[str | None] = "question-answering"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        stride: int | None = None,
+        max_answer_tokens: int = 30,
+        n_best: int = 20,
+        allow_no_answer: bool = False,
+        null_threshold: float = 0.0,
+        bad_answers: str = "error",
+        max_length: int | None = None,
+        pack: bool = True,
+    ) -> None:
+        super().__init__(model, max_length=max_length, pack=pack)
+        special = self.encoder.tokenizer.backend.num_special_tokens_to_add(True)
+        self.stride = self.max_length // _OVERLAP if stride is None else stride
+        # A window must go on behind the tokens that it shares with the one before.
+        self.question_room = min(self.max_length // 2, self.max_length - special - self.stride - 1)
+        if self.stride < 0 or self.question_room < 1:
+            raise ConfigError(
+                f"stride {self.stride} and max_length {self.max_length}: with {special} special tokens no room is left "
+                "for question and context. Windows must be longer than what they share; take a smaller stride."
+            )
+        for key, value in (("max_answer_tokens", max_answer_tokens), ("n_best", n_best)):
+            if value < 1:
+                raise ConfigError(f"{key} is {value}; it must be at least 1.")
+        if bad_answers not in _BAD:
+            raise ConfigError(
+                f"bad_answers is {bad_answers!r}; it must be one of {', '.join(_BAD)}."
+            )
+        if not math.isfinite(null_threshold):
+            raise ConfigError(f"null_threshold is {null_threshold}; it must be a finite number.")
+        self.max_answer_tokens, self.n_best = max_answer_tokens, n_best
+        self.allow_no_answer, self.null_threshold = allow_no_answer, null_threshold
+        self.bad_answers = bad_answers
+
+    @classmethod
+    def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
+        found = find_answers(table)
+        drop = options.get("bad_answers") == "drop"
+        if not drop:
+            found.check(table)
+        answerable = [bool(texts) for texts in found.texts]
+        if not any(span is not None for span in found.spans):
+            raise DataError(
+                f"No row of {table.name} has an answer; there is nothing to learn. Is it the right column?"
+            )
+        learned = Learned(options={"allow_no_answer": not all(answerable)})
+        learned.strata = None if all(answerable) else answerable
+        if found.repaired:
+            learned.notes.append(
+                f"{found.repaired:,} answers were not where answer_start says and occur once in their context; that "
+                "place is taken"
+            )
+        if found.first:
+            learned.notes.append(
+                f"{found.first:,} answers without answer_start occur several times in their context; the first place "
+                "is taken"
+            )
+        if drop and found.bad:
+            learned.notes.append(
+                f"{len(found.bad):,} of {len(table):,} rows are dropped: their answers are not in their context"
+            )
+        return learned
+
+    # ------------------------------------------------------------------ rows to examples
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        rows, kept = TaskRows(), []
+        for i in range(len(table)):
+            texts = [table.columns[role][i] for role in ("question", "context")]
+            for role, text in zip(("question", "context"), texts, strict=True):
+                if text is not None and not isinstance(text, str):
+                    raise DataError(
+                        f"{table.where(i)}: the {role} is {type(text).__name__} {str(text)[:40]!r}, not a text. Name "
+                        "the column that holds it, or turn its values into strings."
+                    )
+            if all(text and text.strip() for text in texts):
+                kept.append(i)
+            else:
+                rows.drop(i, "empty text")
+        answers = find_answers(table) if targets else None
+        if answers is not None and answers.bad:
+            if self.bad_answers == "error":
+                answers.check(table)
+            bad = set(answers.bad)
+            for i in set(kept) & bad:
+                rows.drop(i, "answer not in its context")
+            kept = [i for i in kept if i not in bad]
+        contexts = [table.columns["context"][i] for i in kept]
+        questions = self._questions(rows, kept, table)
+        encodings = self.encoder.texts(questions, contexts, stride=self.stride) if kept else []
+        for i, context, encoding in zip(kept, contexts, encodings, strict=True):
+            self._add(rows, i, context, [encoding, *encoding.overflowing], answers)
+        return rows
+
+    def _questions(self, rows: TaskRows, kept: Sequence[int], table: Table) -> list[str]:
+        """The questions, cut where they would leave too little room for the context."""
+        texts = [table.columns["question"][i] for i in kept]
+        found = self.encoder.texts(texts, framed=False) if kept else []
+        for k, encoding in enumerate(found):
+            room = self.question_room
+            if len(encoding.ids) > room:
+                rows.cut.append(kept[k])
+            while len(encoding.ids) > self.question_room:
+                # The last word may fall into more tokens when what followed is gone.
+                texts[k] = texts[k][: encoding.offsets[room - 1][1]]
+                room -= 1
+                encoding = self.encoder.texts(texts[k : k + 1], framed=False)[0]
+        return texts
+
+    def _add(
+        self, rows: TaskRows, i: int, context: str, windows: Sequence[Any], answers: Answers | None
+    ) -> None:
+        """Add the windows over one context."""
+        span = None if answers is None else answers.spans[i]
+        inside = False
+        for encoding in windows:
+            starts, ends = _offsets(encoding, context)
+            example = self.encoder.example(encoding) | {"starts": starts, "ends": ends}
+            if answers is not None:
+                labels = _tokens_of(span, starts, ends)
+                inside |= bool(labels.any())
+                example |= {"labels": labels, "row": np.asarray(i)}
+                example["reference"] = _reference(context, starts, ends, answers.texts[i])
+            rows.add(i, example, (context, starts, ends))
+        if span is not None and not inside and i not in rows.cut:
+            rows.cut.append(i)  # longer than every window
+
+    def truth(self, table: Table) -> list[Any]:
+        """The first answer of every row, "" where there is none: what ``decode`` calls ``answer``."""
+        return [texts[0] if texts else "" for texts in find_answers(table).texts]
+
+    def show(self, example: Example) -> list[tuple[str, bool]]:
+        """The tokens of a window as text, and whether each belongs to the answer that is trained on."""
+        pieces = super().show(example)
+        first, last = map(int, example["labels"]) if "labels" in example else (0, -1)
+        return [(text, first <= k <= last) for k, (text, _) in enumerate(pieces)]
+
+    # ------------------------------------------------------------------ batches and loss
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        batch = self.pack_batch(examples, {"starts": 0, "ends": 0} if evaluation else None)
+        first, last = batch["first_index"], batch["last_index"]
+        places = first[:, None] + torch.arange(int((last - first).max()) + 1)
+        batch["window_index"] = torch.where(places <= last[:, None], places, -1)  # (N, S)
+        if "labels" in examples[0]:
+            batch["labels"] = sequence_labels(examples, torch.int64)
+            if evaluation:
+                # Texts travel as bytes: a batch holds tensors only, and the task remembers no rows.
+                texts = [np.frombuffer(e["reference"].item(), np.uint8) for e in examples]
+                batch["rows"] = torch.tensor([int(example["row"]) for example in examples])
+                batch["reference"] = torch.from_numpy(np.concatenate(texts))
+                batch["reference_sizes"] = torch.tensor([len(text) for text in texts])
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+
+    def _scores(self, batch: Batch) -> Tensor:
+        """Start and end scores of the tokens of each example, (N, S, 2); -inf behind its end."""
+        flat: Tensor = self.model(batch).float().reshape(-1, 2)
+        places = batch["window_index"]
+        return flat[places.clamp(min=0)].masked_fill((places < 0)[..., None], -math.inf)
+
+    def _best(self, scores: Tensor, batch: Batch, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of the best stretches, (N, K), and their first and last characters (exclusive)."""
+        places = batch["window_index"].clamp(min=0)
+        starts, ends = batch["starts"].flatten()[places], batch["ends"].flatten()[places]
+        allowed = (ends > starts) & (batch["window_index"] >= 0)
+        values, first, last = best_spans(scores, allowed, self.max_answer_tokens, count)
+        return values, starts.gather(1, first), ends.gather(1, last)
+
+    def forward(self, batch: Batch) -> Loss:
+        scores, labels = self._scores(batch), batch["labels"]  # (N, S, 2), (N, 2)
+        total = (
+            F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), labels.flatten(), reduction="sum")
+            / 2
+        )
+        if self.training or "reference" not in batch:
+            return Loss(total, self.count(batch))
+        values, begins, ends = (found[:, 0].tolist() for found in self._best(scores, batch, 1))
+        nulls, rows = scores[:, 0].sum(-1).tolist(), batch["rows"].tolist()
+        borders = batch["reference_sizes"].cpu().numpy().cumsum()[:-1]
+        texts = np.split(batch["reference"].cpu().numpy(), borders)
+        windows = []
+        for k, text in enumerate(texts):
+            base, context, answers = json.loads(text.tobytes())
+            said = context[begins[k] - base : ends[k] - base] if values[k] > -math.inf else ""
+            windows.append((rows[k], values[k], said, nulls[k], answers))
+        return Loss(total, self.count(batch), {"windows": windows})
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Exact match and F1 of the words of the answers, by the rules of SQuAD; means over questions."""
+        found: dict[int, tuple[float, str, float, list[str]]] = {}
+        for row, value, said, null, answers in metrics["windows"]:
+            if row in found:
+                other = found[row]
+                value, said = max((other[0], other[1]), (value, said), key=lambda pair: pair[0])
+                null = min(null, other[2])
+            found[row] = (value, said, null, answers)
+        exact, f1 = [], []
+        for value, said, null, answers in found.values():
+            answer = "" if self._declines(value, null) else said
+            exact.append(figures_of.exact_match(answer, answers))
+            f1.append(figures_of.token_f1(answer, answers))
+        return {
+            "loss": total / count if count else math.nan,
+            "exact_match": float(np.mean(exact)) if exact else math.nan,
+            "f1": float(np.mean(f1)) if f1 else math.nan,
+        }
+
+    def _declines(self, best: float, null: float) -> bool:
+        """No answer is better than the best one."""
+        return self.allow_no_answer and null - best > self.null_threshold
+
+    # ------------------------------------------------------------------ answers
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        """For each window its best stretches (K, 3), as score, first and last character, and the score of none."""
+        scores = self._scores(batch)
+        found = torch.stack([t.float() for t in self._best(scores, batch, self.n_best)], dim=-1)
+        nulls = scores[:, 0].sum(-1).tolist()
+        return list(zip(found.detach().cpu().numpy(), nulls, strict=True))
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """The best stretch over all windows, with its ``start`` and ``end`` (characters of the context).
+
+        Windows are compared by the sum of the two scores before any softmax, and a question has no answer only if
+        all windows say so (the least of their scores of no answer), as is usual for SQuAD. ``score`` and
+        ``no_answer_score`` are the shares of the two in a softmax over the best ``n_best`` stretches and no answer.
+        Without an answer, ``answer`` is empty and ``start`` and ``end`` are None.
+        """
+        best: dict[tuple[int, int], float] = {}
+        for found, _ in outputs:
+            for value, begin, end in found:
+                if value > -math.inf:
+                    place = (int(begin), int(end))
+                    best[place] = max(best.get(place, -math.inf), float(value))
+        null = min(null for _, null in outputs)
+        places = sorted(best, key=lambda place: (-best[place], place))[: self.n_best]
+        sums = np.array([null, *(best[place] for place in places)])
+        chances = np.exp(sums - sums.max())
+        chances /= chances.sum()
+        none = {"answer": "", "start": None, "end": None, "score": float(chances[0])}
+        if places and not self._declines(best[places[0]], null):
+            begin, end = places[0]
+            none = {"answer": infos[0][0][begin:end], "start": begin, "end": end}
+            none["score"] = float(chances[1])
+        return none | {"no_answer_score": float(chances[0])}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {
+            "task": self.name,
+            "stride": self.stride,
+            "max_answer_tokens": self.max_answer_tokens,
+            "n_best": self.n_best,
+            "allow_no_answer": self.allow_no_answer,
+            "null_threshold": self.null_threshold,
+            "max_length": self.max_length,
+        }
+
+
+def best_spans(
+    scores: Tensor, allowed: Tensor, longest: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stretches with the highest sum of start and end score, all of them compared.
+
+    Args:
+        scores: (N, S, 2), start and end.
+        allowed: (N, S), tokens at which a stretch may begin or end.
+        longest: tokens of a stretch at most.
+        count: stretches to find for each example.
+
+    Returns:
+        Sums (N, K), highest first, -inf where there are no more; first and last token of each, (N, K).
+    """
+    scores = scores.masked_fill(~allowed[..., None], -math.inf)
+    width = min(longest, scores.shape[1])
+    ends = F.pad(scores[..., 1], (0, width - 1), value=-math.inf).unfold(1, width, 1)
+    sums = (scores[..., 0, None] + ends).flatten(1)  # (N, S * W)
+    values, places = sums.topk(min(count, sums.shape[1]), dim=1)
+    first = places // width
+    return values, first, (first + places % width).clamp(max=scores.shape[1] - 1)
+
+
+def _offsets(encoding: Any, context: str) -> tuple[np.ndarray, np.ndarray]:
+    """First and last character (exclusive) of the tokens of the context, without blanks; 0 and 0 elsewhere."""
+    starts, ends = np.zeros((2, len(encoding.ids)), dtype=np.int32)
+    for k, (text, (begin, end)) in enumerate(
+        zip(encoding.sequence_ids, encoding.offsets, strict=True)
+    ):
+        if text == 1:
+            while begin < end and context[begin].isspace():
+                begin += 1
+            while begin < end and context[end - 1].isspace():
+                end -= 1
+            starts[k], ends[k] = begin, end
+    return starts, ends
+
+
+def _tokens_of(span: tuple[int, int] | None, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """First and last token of a stretch of characters, (2,); 0 and 0 if it is not wholly among the tokens."""
+    real = np.flatnonzero(ends > starts)
+    if span is None or not len(real) or starts[real[0]] > span[0] or ends[real[-1]] < span[1]:
+        return np.zeros(2, dtype=np.int64)
+    begin = real[np.flatnonzero(ends[real] > span[0])[0]]
+    end = real[np.flatnonzero(starts[real] < span[1])[-1]]
+    return np.array([begin, end] if begin <= end else [0, 0], dtype=np.int64)
+
+
+def _reference(
+    context: str, starts: np.ndarray, ends: np.ndarray, answers: Sequence[str]
+) -> np.ndarray:
+    """What an evaluation needs of a window, as bytes: its first character's place, its text, the right answers."""
+    real = ends > starts
+    base, end = (int(starts[real].min()), int(ends[real].max())) if real.any() else (0, 0)
+    text = json.dumps([base, context[base:end], list(answers)])
+    return np.asarray(text.encode())

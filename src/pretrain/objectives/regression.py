@@ -1,0 +1,176 @@
+"""Regression: one number for a text or a pair of texts (as STS-B in Devlin et al., 2019, §4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain import metrics as figures_of
+from pretrain.data.labelled import Role
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.base import Batch, Example, Loss
+from pretrain.objectives.classification import PAIR, TEXT, encode_texts
+from pretrain.objectives.tasks import Learned, Task, sequence_labels
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["Regression"]
+
+
+class Regression(Task):
+    """Give a text a number.
+
+    Args:
+        model: with a sequence-classification head of one output.
+        center: mean of the training targets; where a fresh head starts.
+        scale: their standard deviation. The loss is the squared error over its square, so that it starts near 1
+            and one learning rate serves scores from 0 to 1 and prices in thousands. The model's output stays in the
+            targets' own units.
+        max_length, pack: see ``Task``.
+
+    Raises:
+        ConfigError: the head has more than one output, or the scale is not positive.
+    """
+
+    name: ClassVar[str] = "regression"
+    roles: ClassVar[tuple[Role, ...]] = (
+        TEXT,
+        PAIR,
+        Role(
+            "label",
+            ("label", "score", "target", "relatedness_score", "similarity", "rating", "value"),
+            help="the number to predict",
+        ),
+    )
+    metric: ClassVar[str] = "pearson"
+    head_kind: ClassVar[str | None] = "sequence-classification"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        center: float = 0.0,
+        scale: float = 1.0,
+        max_length: int | None = None,
+        pack: bool = True,
+    ) -> None:
+        super().__init__(model, max_length=max_length, pack=pack)
+        outputs = len(model.labels or ())
+        if outputs != 1:
+            raise ConfigError(
+                f"Regression needs a head with one output, and this model's has {outputs}. Open it with "
+                'pretrain.load(PATH, head="sequence-classification") and one label.'
+            )
+        if not (math.isfinite(center) and math.isfinite(scale) and scale > 0):
+            raise ConfigError(f"center {center} and scale {scale}: both finite, scale above 0.")
+        self.center, self.scale = center, scale
+        model.extra_config["problem_type"] = "regression"
+        bias = dict(model.named_parameters()).get("head.classifier.bias")
+        if bias is not None and "head.classifier.bias" in model.fresh:
+            with torch.no_grad():
+                bias.fill_(center)
+
+    @classmethod
+    def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
+        values = numbers(table)
+        spread = float(values.std())
+        if not spread > 0:
+            raise DataError(
+                f"All {len(values)} targets of the column of labels are {values[0]:g}: there is nothing to learn. "
+                "Is it the right column?"
+            )
+        middle = float(values.mean())
+        return Learned(("LABEL_0",), options={"center": middle, "scale": spread})
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        rows, kept = encode_texts(self, table)
+        if targets:
+            values = numbers(table)
+            for example, i in zip(rows.examples, kept, strict=True):
+                example["labels"] = np.asarray(values[i], dtype=np.float32)
+        return rows
+
+    def truth(self, table: Table) -> list[Any]:
+        """The right answers, in the form in which ``decode`` gives them."""
+        return [float(value) for value in numbers(table)]
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        batch = self.pack_batch(examples)
+        if "labels" in examples[0]:
+            batch["labels"] = sequence_labels(examples, torch.float32)
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+
+    def forward(self, batch: Batch) -> Loss:
+        values, wanted = self.model(batch).float().squeeze(-1), batch["labels"]  # (N,)
+        total = ((values - wanted) / self.scale).square().sum()
+        if self.training:  # reading the values would make every step wait for the device
+            return Loss(total, self.count(batch), {})
+        pairs = torch.stack((values.detach(), wanted), dim=-1).cpu().tolist()
+        return Loss(total, self.count(batch), {"pairs": pairs})
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Pearson's and Spearman's correlation, and the mean squared error in the targets' units."""
+        values, wanted = np.asarray(metrics["pairs"], dtype=np.float64).reshape(-1, 2).T
+        return {
+            "loss": total / count if count else math.nan,
+            "pearson": figures_of.pearson(wanted, values),
+            "spearman": figures_of.spearman(wanted, values),
+            "mse": figures_of.mse(wanted, values),
+        }
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        return list(self.model(batch).float().squeeze(-1).cpu().numpy())
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """``score``, in the units of the targets."""
+        return {"score": float(outputs[0])}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {
+            "task": self.name,
+            "center": self.center,
+            "scale": self.scale,
+            "max_length": self.max_length,
+        }
+
+
+def numbers(table: Table) -> np.ndarray:
+    """The column of labels as finite numbers, (rows,).
+
+    Raises:
+        DataError: names the first rows whose target is none.
+    """
+    values, wrong = [], []
+    for i, value in enumerate(table.columns["label"]):
+        try:
+            number = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError):
+            number = math.nan
+        values.append(number)
+        if not math.isfinite(number):
+            wrong.append(f"{table.where(i)}: {value!r}")
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} targets are no finite numbers: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}. Remove "
+            'these rows or fill them in; for named classes use task="classification".'
+        )
+    return np.asarray(values, dtype=np.float64)

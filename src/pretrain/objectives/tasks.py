@@ -1,0 +1,285 @@
+"""The contract of a fine-tuning task: an objective that also knows its columns, labels, encoding and answers.
+
+One task is one file beside this one. A task names the columns it reads (``roles``), finds out what must be known
+before there is a model (``learn``: the labels), turns rows into examples of unequal length (``encode``), and turns
+outputs into plain answers (``outputs``, ``decode``). Examples are packed when they are batched: several stand behind
+each other in one row, told apart by ``document_ids``, so that no padding enters the model (Krell et al., 2021,
+arXiv 2107.02027).
+
+Letters: B rows of a batch, T tokens, N examples, C classes, D hidden.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from pretrain.data.labelled import Role
+from pretrain.data.task_rows import TaskEncoder, TaskRows
+from pretrain.errors import DataError, ModelError
+from pretrain.nn.loss import IGNORE
+from pretrain.objectives.base import Batch, Example, Objective
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["Learned", "Task", "pack_examples", "sequence_labels"]
+
+_PACKED_TOKENS = 1024  # wider rows gain nothing, and a dense mask over them costs more
+_PREDICT_ROWS = 64
+
+
+@dataclass
+class Learned:
+    """What the training rows say before there is a model.
+
+    Attributes:
+        labels: names of the classes, or None where the task has none.
+        strata: class of each row for a stratified split, or None.
+        options: arguments of the task that follow from the rows (``problem="multi_label"``).
+        notes: lines worth printing.
+    """
+
+    labels: tuple[str, ...] | None = None
+    strata: Sequence[Hashable] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def balanced(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Spread items over as few rows as ``capacity`` asks for, longest first onto the emptiest row (Graham 1969).
+
+    Rows end up about equally full, so that little of the rectangle they are put into is padding.
+    """
+    count = max(1, -(-sum(lengths) // max(capacity, max(lengths, default=1))))
+    heap = [(0, i) for i in range(count)]
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, row = heapq.heappop(heap)
+        rows[row].append(item)
+        heapq.heappush(heap, (load + lengths[item], row))
+    return [sorted(row) for row in rows if row]
+
+
+def pack_examples(
+    examples: Sequence[Example],
+    *,
+    token_keys: Mapping[str, int] | None = None,
+    pad_id: int = 0,
+    pack: bool = True,
+) -> Batch:
+    """Put examples of unequal length into one batch.
+
+    Args:
+        examples: each with ``input_ids`` (n,) and perhaps ``token_type_ids`` (n,).
+        token_keys: further keys with one value per token, and what stands where there is none.
+        pad_id: what fills the ends of rows; masked, so that any id will do.
+        pack: several examples in a row; False gives each its own row.
+
+    Returns:
+        ``input_ids``, ``document_ids`` (0 is padding), ``position_ids`` and the token keys, all (B, T); and
+        ``first_index``, ``last_index`` (N,), the places of each example's ends in the flattened batch, in the order
+        of ``examples``.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    rows = balanced(lengths, _PACKED_TOKENS) if pack else [[i] for i in range(len(lengths))]
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    fills = {"input_ids": pad_id, "document_ids": 0, "position_ids": 0, **(token_keys or {})}
+    if any("token_type_ids" in example for example in examples):
+        fills["token_type_ids"] = 0
+    arrays = {key: np.full((len(rows), width), fill, np.int64) for key, fill in fills.items()}
+    first, last = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, i in enumerate(row, start=1):
+            end = at + lengths[i]
+            for key in fills:
+                if key == "document_ids":
+                    arrays[key][r, at:end] = number
+                elif key == "position_ids":
+                    arrays[key][r, at:end] = np.arange(lengths[i])
+                elif key in examples[i]:
+                    arrays[key][r, at:end] = examples[i][key]
+            first[i], last[i] = r * width + at, r * width + end - 1
+            at = end
+    batch = {key: torch.from_numpy(value) for key, value in arrays.items()}
+    return batch | {"first_index": torch.from_numpy(first), "last_index": torch.from_numpy(last)}
+
+
+def sequence_labels(examples: Sequence[Example], dtype: torch.dtype) -> torch.Tensor:
+    """The answers of examples that have one each: (N,) or (N, C)."""
+    return torch.from_numpy(np.stack([example["labels"] for example in examples])).to(dtype)
+
+
+class Task(Objective):
+    """What a model is fine-tuned for.
+
+    A subclass sets the class variables and writes ``learn``, ``encode``, ``collate``, ``forward``, ``summarize``,
+    ``outputs`` and ``decode``.
+
+    Class attributes:
+        name: what users type.
+        roles: the columns it reads, with the names by which they are recognised.
+        metric: the figure that the best epoch is chosen by.
+        head_kind: the head that the model gets; None keeps the one it has.
+
+    Args:
+        model: with the head of the task.
+        max_length: tokens of an example at most; the model's positions when None.
+        pack: several examples in a row of a batch; the answers are the same without, only slower.
+
+    Raises:
+        ModelError: the model has another head, or no tokenizer.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[Role, ...]]
+    metric: ClassVar[str] = "loss"
+
+    def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:
+        super().__init__(model)
+        if self.head_kind is not None and model.head_kind != self.head_kind:
+            raise ModelError(
+                f"The task {self.name} needs a model with the head {self.head_kind!r}, and this one has "
+                f"{model.head_kind!r}. Open it with pretrain.load(PATH, head={self.head_kind!r})."
+            )
+        if model.tokenizer is None:
+            raise ModelError(
+                f"The task {self.name} reads text, and the model has no tokenizer. Put tokenizer.json into its "
+                "directory, or set model.tokenizer."
+            )
+        room = int(model.backbone.max_length)
+        if max_length is not None and not 3 <= max_length <= room:
+            raise DataError(
+                f"max_length is {max_length}; this model has {room} positions and a text needs at least 3."
+            )
+        self.max_length, self.pack = max_length or room, pack
+
+    @cached_property
+    def encoder(self) -> TaskEncoder:
+        """Encodes texts for this model."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        segments = getattr(self.model.backbone.config, "type_vocab_size", 1) > 1
+        return TaskEncoder(tokenizer, self.max_length, segments=segments)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the ends of rows."""
+        pad = self.model.backbone.config.pad_id
+        return 0 if pad is None else int(pad)
+
+    # ------------------------------------------------------------------ what a task writes
+
+    @classmethod
+    def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
+        """Read what must be known of the training rows before there is a model.
+
+        Args:
+            table: the training rows, columns named by role.
+            options: arguments of the task that the caller gave; ``labels`` is the order of the classes.
+
+        Raises:
+            DataError: the targets cannot be what this task trains on; names rows.
+        """
+        return Learned()
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        """Turn rows into examples.
+
+        Args:
+            table: columns named by role.
+            targets: also read the targets; False for prediction.
+
+        Raises:
+            DataError: a row that cannot be used; names the row.
+        """
+        raise NotImplementedError
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        """Run the model on a batch of ``collate`` and return what it says about each example, as small arrays."""
+        raise NotImplementedError
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """Turn the outputs for all examples of one row into its answer, in plain values."""
+        raise NotImplementedError
+
+    def truth(self, table: Table) -> list[Any] | None:
+        """The right answers of all rows, in the form in which ``decode`` gives them; None where there is no such."""
+        return None
+
+    def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
+        """What knowing nothing but the training rows' targets reaches on the held-out rows."""
+        return {}
+
+    def prepare_reference(self, rows: TaskRows) -> None:
+        """Add to the examples what the model says of them before it is trained; called once, before step 0."""
+
+    def show(self, example: Example) -> list[tuple[str, bool]]:
+        """The tokens of an example as text, and whether each is trained on, for people to look at."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        ids = [int(i) for i in example["input_ids"]]
+        labels = example.get("labels")
+        marks = [False] * len(ids)
+        if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
+            marks = [bool(label != IGNORE) for label in labels]
+        pieces = [tokenizer.decode([i], skip_special=False) for i in ids]
+        if tokenizer.kind == "wordpiece":  # its pieces say where a word goes on, not where one begins
+            pieces = [p[2:] if p.startswith("##") else f" {p}" for p in pieces]
+        return list(zip(pieces, marks, strict=True))
+
+    # ------------------------------------------------------------------ shared
+
+    def pack_batch(
+        self, examples: Sequence[Example], token_keys: Mapping[str, int] | None = None
+    ) -> Batch:
+        """``pack_examples`` as this task wants it."""
+        return pack_examples(examples, token_keys=token_keys, pad_id=self.pad_id, pack=self.pack)
+
+    def predict(self, table: Table, batch_rows: int = _PREDICT_ROWS) -> Iterator[dict[str, Any]]:
+        """Answer every row of a table, in order; one chunk of rows is in memory at a time.
+
+        Rows that give no example (an empty text) get an answer whose values are None.
+        """
+        device = next(self.model.parameters()).device
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(table), batch_rows):
+                part = table.take(range(start, min(start + batch_rows, len(table))))
+                rows = self.encode(part, targets=False)
+                with torch.inference_mode():
+                    found = self._answers(rows, batch_rows, device)
+                for row in range(len(part)):
+                    mine = found.get(row)
+                    yield self.decode(*mine) if mine else {}
+        finally:
+            self.train(was_training)
+
+    def _answers(
+        self, rows: TaskRows, batch_rows: int, device: torch.device
+    ) -> dict[int, tuple[list[Any], list[Any]]]:
+        found: dict[int, tuple[list[Any], list[Any]]] = {}
+        # Long and short examples apart: a micro-batch is then one rectangle with little in vain.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        said: list[Any] = [None] * len(rows)
+        for start in range(0, len(order), batch_rows):
+            chosen = order[start : start + batch_rows]
+            rngs = [np.random.default_rng(0)] * len(chosen)
+            batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            for i, output in zip(chosen, self.outputs(batch), strict=True):
+                said[i] = output
+        for i, owner in enumerate(rows.owners):
+            outputs, infos = found.setdefault(owner, ([], []))
+            outputs.append(said[i])
+            infos.append(rows.info[i])
+        return found

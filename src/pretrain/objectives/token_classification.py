@@ -1,0 +1,373 @@
+"""Classification of words: named entities, parts of speech (Devlin et al., 2019, §5.3).
+
+A word is several sub-word tokens; its answer is read from the first of them. Sentences that do not fit are read in
+windows that overlap, and each word is answered for by the window in which it stands farthest from an end.
+
+Letters: B rows of a batch, T tokens, N examples, C classes, M targets, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain import metrics as figures_of
+from pretrain.data.labelled import Role, label_strata, make_tag_map
+from pretrain.data.task_rows import TaskRows
+from pretrain.data.words import blanks_before_words, read_tags, read_words, word_windows
+from pretrain.errors import ConfigError
+from pretrain.nn.loss import IGNORE
+from pretrain.objectives.base import Batch, Example, Loss
+from pretrain.objectives.classification import _given_weights
+from pretrain.objectives.tasks import Learned, Task
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["TokenClassification"]
+
+_OVERLAP = 4  # windows share this part of their tokens
+_OUTSIDE = "O"
+
+
+class TokenClassification(Task):
+    """Say of every word of a sentence which class it has.
+
+    Where the labels are tags of spans (``B-PER``, ``I-PER``, ``O``) the figure is the F1 of whole entities, else the
+    accuracy over words.
+
+    Args:
+        model: with a token-classification head and ``labels``.
+        all_pieces: train on every piece of a word, not only on the first; answers are always those of the first.
+        empty_tag: the answer for words that encode to no token (a zero-width character); None is ``"O"`` if that is
+            a label, else the first label.
+        word_blanks: where the tokenizer joins a word with the blank before it (byte-level BPE), let it see words
+            that come one by one as it sees them in a text. This changes the model's tokenizer, which is saved with
+            it, so that other libraries encode the same ids. On in fine-tuning; off, the tokenizer is as it comes.
+        codes: what may stand in the column of tags -> label, where the two differ (tags that are numbers).
+        class_weights: as in ``Classification``, over the targets.
+        label_smoothing: share of a target that is spread over all classes; in training only.
+        max_length, pack: see ``Task``.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    name: ClassVar[str] = "token-classification"
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role("tokens", ("tokens", "words", "text_tokens"), help="the words, as a list"),
+        Role(
+            "label",
+            ("ner_tags", "tags", "labels", "pos_tags", "upos", "ner", "label"),
+            help="one tag for each word, as a list",
+        ),
+    )
+    metric: ClassVar[str] = "f1"
+    head_kind: ClassVar[str | None] = "token-classification"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        all_pieces: bool = False,
+        empty_tag: str | None = None,
+        word_blanks: bool = False,
+        codes: Mapping[str, str] | None = None,
+        class_weights: Any = None,
+        label_smoothing: float = 0.0,
+        max_length: int | None = None,
+        pack: bool = True,
+    ) -> None:
+        super().__init__(model, max_length=max_length, pack=pack)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
+        self.labels: tuple[str, ...] = tuple(model.labels or ())
+        self.bio = figures_of.is_bio(self.labels)
+        if not self.bio:
+            vars(self)["metric"] = "accuracy"
+        if empty_tag is None:
+            empty_tag = _OUTSIDE if _OUTSIDE in self.labels else self.labels[0]
+        if empty_tag not in self.labels:
+            raise ConfigError(
+                f"empty_tag is {empty_tag!r}, which is no label: {', '.join(self.labels[:20])}."
+            )
+        self.all_pieces, self.empty_tag = all_pieces, empty_tag
+        self.codes = dict(codes) if codes else None
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
+        self._weights = _given_weights(class_weights, self.labels)
+        if word_blanks and model.tokenizer is not None:
+            model.tokenizer = blanks_before_words(model.tokenizer)
+
+    @classmethod
+    def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
+        tags = read_tags(table, read_words(table))
+        known, ids = make_tag_map(
+            tags,
+            options.get("labels"),
+            names=table.label_names.get("label"),
+            where=table.where,
+            column="tags",
+        )
+        named = [[known.labels[k] for k in row] for row in ids]
+        counts = Counter(tag for row in named for tag in row)
+        outside = _OUTSIDE in known.labels
+        learned = Learned(known.labels, strata=label_strata(named))
+        learned.options = {
+            "empty_tag": _OUTSIDE if outside else max(counts, key=lambda tag: counts[tag]),
+            "word_blanks": True,
+            "codes": {code: known.labels[k] for code, k in known.codes.items()},
+        }
+        if outside and not figures_of.is_bio(known.labels):
+            learned.notes.append(
+                "there is a tag O, but the others are not B-, I-, E- or S- with a type: accuracy over words is "
+                "measured, not entities"
+            )
+        return learned
+
+    # ------------------------------------------------------------------ rows to examples
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        rows = TaskRows()
+        sentences = read_words(table)
+        tags = self.targets(table) if targets else None
+        kept = []
+        for i, words in enumerate(sentences):
+            if words:
+                kept.append(i)
+            else:
+                rows.drop(i, "no words")
+        encodings = self.encoder.words([sentences[i] for i in kept]) if kept else []
+        for i, encoding in zip(kept, encodings, strict=True):
+            answers = None if tags is None else tags[i]
+            if not encoding.ids:
+                rows.drop(i, "no words that the tokenizer can see")
+            elif encoding.overflowing:
+                self._add_windows(rows, i, encoding, sentences[i], answers)
+            else:
+                own = (0, len(sentences[i]))
+                self._add(rows, i, encoding, sentences[i], answers, 0, own)
+        if tags is not None and self.class_weights == "balanced" and self._weights is None:
+            every = np.concatenate([tags[i] for i in kept]) if kept else np.zeros(0, np.int64)
+            counts = np.bincount(every, minlength=len(self.labels))
+            self._weights = len(every) / (len(self.labels) * np.maximum(counts, 1.0))
+        return rows
+
+    def _add_windows(
+        self, rows: TaskRows, i: int, encoding: Any, words: Sequence[str], tags: np.ndarray | None
+    ) -> None:
+        room = len(encoding.ids) - sum(encoding.special_tokens_mask)
+        sizes = np.zeros(len(words), np.int64)
+        for part in (encoding, *encoding.overflowing):
+            for word in part.word_ids:
+                if word is not None:
+                    sizes[word] += 1
+        windows = word_windows(sizes.tolist(), room, room // _OVERLAP)
+        if sizes.max() > room:
+            rows.cut.append(i)
+        parts = self.encoder.words([words[a:b] for a, b in windows])
+        begin = 0
+        for k, (part, (a, b)) in enumerate(zip(parts, windows, strict=True)):
+            end = b if k + 1 == len(windows) else (windows[k + 1][0] + b) // 2
+            self._add(rows, i, part, words, tags, a, (begin, end))
+            begin = end
+
+    def _add(
+        self,
+        rows: TaskRows,
+        i: int,
+        encoding: Any,
+        words: Sequence[str],
+        tags: np.ndarray | None,
+        offset: int,
+        own: tuple[int, int],
+    ) -> None:
+        """Add an example that begins at word ``offset`` and answers for the words ``own``, end exclusive."""
+        marks = np.full(len(encoding.ids), -1, np.int32)
+        labels = np.full(len(encoding.ids), IGNORE, np.int64)
+        before = None
+        for place, inside in enumerate(encoding.word_ids):
+            first, before = inside != before, inside
+            if inside is None or not own[0] <= inside + offset < own[1]:
+                continue
+            if first:
+                marks[place] = inside + offset
+            if tags is not None and (first or self.all_pieces):
+                labels[place] = tags[inside + offset]
+        example: dict[str, Any] = {**self.encoder.example(encoding), "words": marks}
+        if tags is not None:
+            example |= {"labels": labels, "tags": tags, "row": np.asarray(i)}
+        rows.add(i, example, words)
+
+    def targets(self, table: Table) -> list[np.ndarray]:
+        """The class numbers of the words of every row, (words,) each.
+
+        Raises:
+            DataError: a row with more or fewer tags than words, or a tag that is not among the model's labels.
+        """
+        tags, places = (
+            read_tags(table, read_words(table)),
+            {t: k for k, t in enumerate(self.labels)},
+        )
+        names: Sequence[str] | None = table.label_names.get("label")
+        given = self.codes
+        if names is None and given is None and any(isinstance(t, int) for row in tags for t in row):
+            names = self.labels
+        if names is not None:
+            given = {str(k): name for k, name in enumerate(names)} | {name: name for name in names}
+        if given is not None:
+            given = {code: label for code, label in given.items() if label in places}
+        known, ids = make_tag_map(tags, given or self.labels, where=table.where, column="tags")
+        order = np.asarray([places[label] for label in known.labels], dtype=np.int64)
+        return [order[np.asarray(row, dtype=np.int64)] for row in ids]
+
+    def truth(self, table: Table) -> list[Any]:
+        """The right tags of every row, in the form in which ``decode`` gives them."""
+        return [[self.labels[k] for k in row] for row in self.targets(table)]
+
+    # ------------------------------------------------------------------ batches and loss
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool = False,
+    ) -> Batch:
+        labelled = "labels" in examples[0]
+        keys = ({"labels": IGNORE} if labelled else {}) | ({"words": -1} if evaluation else {})
+        batch = self.pack_batch(examples, keys)
+        wanted = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        if labelled:
+            wanted |= batch["labels"] != IGNORE
+        if evaluation:
+            wanted |= batch["words"] >= 0
+        # Found here, on the CPU, because asking an accelerator would make every step wait for it.
+        batch["target_index"] = wanted.flatten().nonzero().squeeze(1)
+        if labelled and evaluation:
+            batch["rows"] = torch.tensor([int(example["row"]) for example in examples])
+            batch["tags"] = torch.from_numpy(np.concatenate([e["tags"] for e in examples]))
+            batch["tag_counts"] = torch.tensor([len(example["tags"]) for example in examples])
+        elif labelled and self._weights is not None:
+            weights = torch.tensor([*self._weights, 0.0], dtype=torch.float32)
+            batch["weights"] = weights[batch["labels"].clamp(min=-1)]
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Targets, or the sum of their weights: a weighted mean is divided by the weights."""
+        return batch["weights"].sum() if "weights" in batch else super().count(batch)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """Scores at the targets and at the words that are asked for, (M, C)."""
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "words")}
+        hidden = self.model.backbone(inputs)  # (B, T, D)
+        head: Any = self.model.head
+        logits: Tensor = head(hidden.reshape(-1, hidden.shape[-1])[batch["target_index"]])
+        return logits.float()
+
+    def forward(self, batch: Batch) -> Loss:
+        logits, index = self._logits(batch), batch["target_index"]
+        each = F.cross_entropy(
+            logits,
+            batch["labels"].flatten()[index],
+            reduction="none",
+            ignore_index=IGNORE,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
+        total = (
+            (each * batch["weights"].flatten()[index]).sum() if "weights" in batch else each.sum()
+        )
+        if self.training or "words" not in batch:
+            return Loss(total, self.count(batch))
+        answers = _by_example(batch, logits.argmax(-1))
+        tags = np.split(
+            batch["tags"].cpu().numpy(), batch["tag_counts"].cpu().numpy().cumsum()[:-1]
+        )
+        rows = batch["rows"].tolist()
+        sentences = [(row, *a, t) for row, a, t in zip(rows, answers, tags, strict=True)]
+        return Loss(total, self.count(batch), {"sentences": sentences})
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Accuracy over all words, and precision, recall and F1 of entities, or the macro-averaged F1 of classes."""
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for row, words, classes, tags in metrics["sentences"]:
+            blank = np.full(len(tags), self.labels.index(self.empty_tag))
+            found.setdefault(row, (tags, blank))[1][words] = classes
+        true = np.concatenate([tags for tags, _ in found.values()])
+        said = np.concatenate([classes for _, classes in found.values()])
+        matrix = figures_of.confusion_matrix(true, said, len(self.labels))
+        figures = {"loss": total / count if count else math.nan}
+        figures["accuracy"] = figures_of.accuracy(matrix)
+        if not self.bio:
+            # Micro-averaged over words, F1 and accuracy are one number.
+            return figures | {"f1": figures["accuracy"], "macro_f1": figures_of.macro_f1(matrix)}
+        named = [[[self.labels[k] for k in row] for row in pair] for pair in found.values()]
+        scores = figures_of.entity_f1(
+            figures_of.entity_counts([pair[0] for pair in named], [pair[1] for pair in named])
+        )
+        return figures | {key: float(scores[key]) for key in ("f1", "precision", "recall")}
+
+    def expected_first_loss(self) -> float | None:
+        """An untrained head finds all classes equally likely."""
+        return math.log(len(self.labels))
+
+    # ------------------------------------------------------------------ answers
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        """For each example the words that it answers for, (w,), and the chances of their classes, (w, C)."""
+        return _by_example(batch, self._logits(batch).softmax(-1))
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """``tags`` and their ``scores``, one of each for every word, and ``entities`` where the tags name spans.
+
+        An entity has ``type``, ``start`` and ``end`` (words, the end exclusive), ``text`` and ``score``, the mean of
+        those of its words. A word that encodes to no token has the ``empty_tag`` and the score 0.
+        """
+        words = infos[0]
+        tags, scores = [self.empty_tag] * len(words), [0.0] * len(words)
+        for places, chances in outputs:
+            for word, row in zip(places.tolist(), chances, strict=True):
+                best = int(row.argmax())
+                tags[word], scores[word] = self.labels[best], float(row[best])
+        spans = figures_of.entities(tags) if self.bio else []
+        entities = [
+            {
+                "type": kind,
+                "start": first,
+                "end": last + 1,
+                "text": " ".join(words[first : last + 1]),
+                "score": float(np.mean(scores[first : last + 1])),
+            }
+            for kind, first, last in spans
+        ]
+        return {"tags": tags, "entities": entities, "scores": scores}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {
+            "task": self.name,
+            "all_pieces": self.all_pieces,
+            "empty_tag": self.empty_tag,
+            "max_length": self.max_length,
+        }
+
+
+def _by_example(batch: Batch, values: Tensor) -> list[Any]:
+    """Split what was computed at ``target_index`` by example: [(words (w,), values (w, ...)), ...]."""
+    index = batch["target_index"].cpu().numpy()
+    words = batch["words"].flatten().cpu().numpy()[index]
+    begins = np.searchsorted(index, batch["first_index"].cpu().numpy())
+    ends = np.searchsorted(index, batch["last_index"].cpu().numpy(), side="right")
+    array, found = values.detach().cpu().numpy(), []
+    for begin, end in zip(begins, ends, strict=True):
+        asked = words[begin:end] >= 0
+        found.append((words[begin:end][asked], array[begin:end][asked]))
+    return found

@@ -1,0 +1,258 @@
+"""Classification: what is encoded, the loss and figures against torch and scikit-learn, and what cannot be learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+from torch.nn import functional as F
+
+from contract import check_objective
+from finetuning.conftest import ANIMALS, model_of, rows_of
+from pretrain.data.loader import row_rngs
+from pretrain.data.tables import Table, read_table
+from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.classification import Classification
+from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.precision import choose_precision
+
+CPU = torch.device("cpu")
+
+
+def task_of(
+    family: str = "bert", labels: Any = ANIMALS, seed: int = 0, **options: Any
+) -> Classification:
+    model = model_of(
+        family, head="sequence-classification", labels=labels, seed=seed, initializer_range=0.3
+    )
+    return Classification(model, **options)
+
+
+def batch_of(task: Classification, rows: Any, **options: Any) -> Any:
+    return task.collate(list(rows), row_rngs(0, "collate", 0, len(rows)), **options)
+
+
+def logits_of(task: Classification, rows: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return task.model(batch_of(task, rows)).float()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_contract(family: str, tmp_path: Path) -> None:
+    rows = alike(task_of(family).encode(read_table(rows_of(90))))
+    check_objective(lambda: Placeless(task_of(family).model, pack=False), rows, tmp_path)
+
+
+def alike(rows: Any) -> list[Any]:
+    """Sixteen examples of one length, of all classes: one row each, so that rows can be compared."""
+    groups: dict[int, list[Any]] = {}
+    for example in rows:
+        groups.setdefault(len(example["input_ids"]), []).append(example)
+    found = max(groups.values(), key=len)
+    assert len(found) >= 4
+    return (found * 4)[:16]
+
+
+class Placeless(Classification):
+    """Without the places in the flattened batch, which say where a row is and so differ by row."""
+
+    def collate(self, examples: Any, rngs: Any, *, evaluation: bool = False) -> Any:
+        batch = super().collate(examples, rngs, evaluation=evaluation)
+        return {
+            k: v for k, v in batch.items() if k not in ("first_index", "last_index", "document_ids")
+        }
+
+
+WEIGHTS = {"balanced": None, "list": [1.0, 2.0, 0.25], "mapping": {"fox": 3.0}}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weighted_loss_is_torchs_and_does_not_depend_on_the_cut(kind: str) -> None:
+    table = read_table(rows_of(30)[:24] + [r for r in rows_of(60, 5) if r["label"] == "cat"])
+    task = task_of(class_weights="balanced" if kind == "balanced" else WEIGHTS[kind]).eval()
+    rows = task.encode(table)
+    codes = [ANIMALS.index(label) for label in table.columns["label"]]
+    counts = np.bincount(codes)
+    wanted = {
+        "balanced": len(codes) / (3 * counts), "list": [1.0, 2.0, 0.25], "mapping": [1.0, 1.0, 3.0],
+    }[kind]  # fmt: skip
+    reference = F.cross_entropy(
+        logits_of(task, rows), torch.tensor(codes), torch.tensor(np.array(wanted), dtype=torch.float32)
+    )  # fmt: skip
+    for size in (len(rows), 7):
+        total = count = 0.0
+        for start in range(0, len(rows), size):
+            loss = task(batch_of(task, rows[start : start + size]))
+            total, count = total + float(loss.total.detach()), count + float(loss.count)
+        assert total / count == pytest.approx(float(reference), rel=1e-5)
+    if kind == "balanced":
+        sk_weights = len(codes) / (3 * np.bincount(codes))
+        assert wanted == pytest.approx(sk_weights)
+    # Held-out figures are of the rows as they are.
+    plain = F.cross_entropy(logits_of(task, rows), torch.tensor(codes))
+    figures = evaluate_rows(task, rows, choose_precision("fp32", CPU), batch_rows=5)
+    assert figures["loss"] == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_smoothing_is_of_training_alone() -> None:
+    task = task_of(label_smoothing=0.2)
+    task.model.eval()
+    rows = task.encode(read_table(rows_of(12)))
+    codes = torch.tensor([ANIMALS.index(r["label"]) for r in rows_of(12)])
+    logits = logits_of(task, rows)
+    task.training = True
+    loss = task(batch_of(task, rows))
+    smooth = F.cross_entropy(logits, codes, label_smoothing=0.2)
+    assert float(loss.total.detach() / loss.count) == pytest.approx(float(smooth), rel=1e-5)
+    task.eval()
+    loss = task(batch_of(task, rows))
+    assert float(loss.total.detach() / loss.count) == pytest.approx(
+        float(F.cross_entropy(logits, codes)), rel=1e-5
+    )
+
+
+def test_figures_against_scikit_learn() -> None:
+    task = task_of(seed=3).eval()
+    table = read_table(rows_of(61))
+    figures = evaluate_rows(task, task.encode(table), choose_precision("fp32", CPU), batch_rows=8)
+    said = [found["label"] for found in task.predict(table)]
+    truth = task.truth(table)
+    assert truth == table.columns["label"] and len(set(said)) > 1
+    assert figures["accuracy"] == pytest.approx(sk.accuracy_score(truth, said))
+    assert figures["macro_f1"] == pytest.approx(
+        sk.f1_score(truth, said, average="macro", zero_division=0)
+    )
+    assert figures["mcc"] == pytest.approx(sk.matthews_corrcoef(truth, said))
+
+
+def several(count: int) -> Table:
+    rows = rows_of(count)
+    return read_table(
+        [{"text": r["text"], "label": [a for a in ANIMALS if a[0] in r["text"]]} for r in rows]
+    )
+
+
+def test_several_labels_against_torch_and_scikit_learn() -> None:
+    table = several(50)
+    found = Classification.learn(table, {})
+    assert found.labels == ANIMALS and found.options == {"problem": "multi_label"}
+    task = task_of(problem="multi_label", threshold=0.4, seed=1).eval()
+    rows = task.encode(table)
+    wanted = np.array([[a in label for a in ANIMALS] for label in table.columns["label"]])
+    logits = logits_of(task, rows)
+    reference = F.binary_cross_entropy_with_logits(
+        logits, torch.tensor(wanted, dtype=torch.float32)
+    )
+    figures = evaluate_rows(task, rows, choose_precision("fp32", CPU), batch_rows=7)
+    assert figures["loss"] == pytest.approx(float(reference), rel=1e-5)
+    said = np.array([[a in found["label"] for a in ANIMALS] for found in task.predict(table)])
+    assert (said == (logits.sigmoid() > 0.4).numpy()).all()
+    assert figures["accuracy"] == pytest.approx(sk.accuracy_score(wanted, said))
+    for average in ("micro", "macro"):
+        f1 = sk.f1_score(wanted, said, average=average, zero_division=0)
+        assert figures[f"{average}_f1"] == pytest.approx(f1)
+    assert task.truth(table) == table.columns["label"]
+    assert task.model.hf_config()["problem_type"] == "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"class_weights": [1, 2, 3]}, {"class_weights": "balanced"}, {"label_smoothing": 0.1}],
+)
+def test_options_of_one_class_are_not_ignored_with_several(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        task_of(problem="multi_label", **option)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"problem": "ranking"}, "single_label"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"class_weights": [1.0, 2.0]}, "3 positive"),
+        ({"class_weights": [1.0, 2.0, 0.0]}, "positive"),
+        ({"class_weights": [1.0, 2.0, float("nan")]}, "positive"),
+        ({"class_weights": {"cow": 2}}, "cow"),
+        ({"class_weights": "even"}, "balanced"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        task_of(**options)
+
+
+def test_what_is_learned_of_the_rows() -> None:
+    table = read_table(rows_of(12))
+    found = Classification.learn(table, {})
+    assert found.labels == ANIMALS and found.options["problem"] == "single_label"
+    assert list(found.strata or ()) == [ANIMALS.index(r["label"]) for r in rows_of(12)]
+    given = Classification.learn(table, {"labels": ["fox", "dog", "cat", "owl"]})
+    assert given.labels == ("fox", "dog", "cat", "owl")
+
+
+def bad(labels: list[Any]) -> Table:
+    return read_table([{"text": f"the {i}", "label": label} for i, label in enumerate(labels)])
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["a", "b", None], "row 3"),
+        (["a", "b", float("nan")], "row 3"),
+        (["a", "a", "a"], "two classes"),
+        ([0.5, 1.5, 2.0], "regression"),
+        ([["a"], ["b"], "c"], "row 3"),
+        ([["a"], ["b"], None], "row 3"),
+        ([["a"], ["a"], []], "told apart"),
+    ],
+)
+def test_targets_that_cannot_be(labels: list[Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Classification.learn(bad(labels), {})
+
+
+@pytest.mark.parametrize("label", ["cow", None, "cat", 3.5])
+def test_held_out_targets_of_several_that_cannot_be(label: Any) -> None:
+    task = task_of(problem="multi_label")
+    with pytest.raises(DataError, match="row 2"):
+        task.encode(bad([["cat"], label]))
+
+
+def test_a_label_that_training_did_not_have() -> None:
+    with pytest.raises(DataError, match=r"row 2.*'cow'"):
+        task_of().encode(bad(["cat", "cow"]))
+    with pytest.raises(DataError, match=r"row 2.*'cow'"):
+        task_of(problem="multi_label").encode(bad([["cat"], ["cow"]]))
+
+
+def test_texts_are_framed_and_cut() -> None:
+    task = task_of(max_length=8)
+    table = read_table([
+        {"text": "the cat sat", "pair": "a dog", "label": "cat"},
+        {"text": "the cat " * 20, "pair": "a dog", "label": "dog"},
+        {"text": " ", "pair": "a dog", "label": "dog"},
+        {"text": "a fox", "pair": "", "label": "fox"},
+    ])  # fmt: skip
+    rows = task.encode(table)
+    assert rows.owners == [0, 1] and rows.cut[-1] == 1 and rows.dropped == {"empty text": [2, 3]}
+    assert rows[1]["input_ids"].shape == (8,)
+    tokenizer = task.model.tokenizer
+    assert (
+        tokenizer.decode([int(i) for i in rows[0]["input_ids"]], skip_special=False).count("[SEP]")
+        == 2
+    )
+    assert set(rows[0]["token_type_ids"].tolist()) == {0, 1}
+    answers = list(task.predict(table))
+    assert answers[0]["label"] in ANIMALS and answers[2] == answers[3] == {}
+    with pytest.raises(DataError, match=r"row 1.*int"):
+        task.encode(read_table([{"text": 5, "label": "cat"}]))
+
+
+def test_the_trivial_figure_is_that_of_the_commonest_class() -> None:
+    task = task_of()
+    train, held = bad(["dog", "dog", "cat", "fox"]), bad(["cat", "dog", "dog", "fox"])
+    assert task.trivial(train, held) == {"accuracy": 0.5}

@@ -1,0 +1,251 @@
+"""The task "chat": which tokens are targets, packed as unpacked, learning to answer and to stop, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import pretrain
+import tiny
+from contract import check_objective_learns, check_objective_resumes, check_sums
+from pretrain.data.tables import Table, read_table
+from pretrain.data.tokenizer import Tokenizer, train_from_texts
+from pretrain.errors import DataError, ModelError
+from pretrain.nn.loss import IGNORE
+from pretrain.objectives.instruction import Instruction, reply
+from pretrain.training.precision import Precision, choose_precision
+
+ANIMALS = ["red cat", "old dog", "big fox", "sly hen", "wet pig", "fat cow", "shy owl", "odd elk"]
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return train_from_texts([*tiny.TEXTS, "User: Assistant: ", *ANIMALS], "bpe", vocab_size=330)
+
+
+def model(family: str = "llama", **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "max_positions": 128,
+        **({"dropout": 0.0, "attention_dropout": 0.0} if family == "gpt2" else {}),
+    }  # fmt: skip
+    return pretrain.build(family, None, tokenizer=copy.copy(tokenizer()), **(settings | options))
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant") * 4
+    return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+
+def conversations(count: int = 8) -> list[dict[str, Any]]:
+    return [
+        {"messages": chat(f"who is the {a}?", f"a {a.split()[1]}", "is it so?", "yes")}
+        for a in ANIMALS[:count]
+    ]
+
+
+def table(rows: Any = None) -> Table:
+    return read_table(conversations() if rows is None else rows)
+
+
+def test_targets_are_the_answers_and_their_ends() -> None:
+    task = Instruction(model())
+    rows = task.encode(table())
+    tok = tokenizer()
+    for example, row in zip(rows, conversations(), strict=True):
+        ids, labels = example["input_ids"], example["labels"]
+        assert len(ids) == len(labels) and labels[-1] == IGNORE
+        places = np.flatnonzero(labels != IGNORE)
+        assert (labels[places] == ids[places + 1]).all()
+        answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        wanted = [t for a in answers for t in [*tok.encode(" " + a), tok.eos_id]]
+        assert labels[places].tolist() == wanted
+        assert ids[0] == tok.bos_id and (ids == tok.bos_id).sum() == 1
+        shown = task.show(example)
+        assert len(shown) == len(ids)
+    batch = task.collate([rows[i] for i in range(8)], [np.random.default_rng(0)] * 8)
+    assert int(task.count(batch)) == sum(int((e["labels"] != IGNORE).sum()) for e in rows)
+    assert len(batch["target_index"]) == int(task.count(batch))
+
+
+def test_end_is_learned_where_padding_is_the_same_token() -> None:
+    made = model()
+    tok = copy.copy(made.tokenizer)
+    tok.roles = {**tok.roles, "pad": tok.roles["eos"]}
+    made.tokenizer = tok
+    with pytest.warns(UserWarning, match="also ends an answer"):
+        task = Instruction(made)
+    (example,) = task.encode(table(conversations(1)))
+    labels = example["labels"]
+    assert (labels == tok.eos_id).sum() == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_packed_equals_unpacked_and_equals_transformers(family: str, tmp_path: Path) -> None:
+    made = model(family).eval()
+    packed, alone = Instruction(made), Instruction(made, pack=False)
+    rows = packed.encode(table())
+    rngs = [np.random.default_rng(0)] * 8
+    with torch.no_grad():
+        one = packed(packed.collate([rows[i] for i in range(8)], rngs))
+        other = alone(alone.collate([rows[i] for i in range(8)], rngs))
+    assert float(one.count) == float(other.count) > 0
+    torch.testing.assert_close(one.total, other.total, rtol=1e-5, atol=1e-4)
+    made.save(tmp_path / "m")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    tok = AutoTokenizer.from_pretrained(tmp_path / "m")
+    total = 0.0
+    for row, example in zip(conversations(), rows, strict=True):
+        ids = tok.apply_chat_template(row["messages"], return_dict=False)
+        assert ids == example["input_ids"].tolist()
+        labels = torch.tensor([IGNORE, *example["labels"][:-1].tolist()])
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0]
+        total += float(
+            F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
+        )
+    assert float(one.total) == pytest.approx(total, rel=1e-5)
+
+
+def test_learns_answers_and_stops(tmp_path: Path) -> None:
+    task = Instruction(model())
+    rows = task.encode(table())
+    tiny.trainer(
+        tmp_path / "run", task, rows, limit="60 steps", batch_rows=8, optim={"lr": 1e-2}
+    ).fit()
+    asked = [{"messages": r["messages"][:1]} for r in conversations()]
+    answers = list(task.predict(read_table(asked), batch_rows=3, max_new_tokens=16))
+    wanted = [r["messages"][1]["content"] for r in conversations()]
+    assert [a["answer"] for a in answers] == wanted
+    assert answers[0]["messages"][-1] == {"role": "assistant", "content": wanted[0]}
+    assert reply(task.model, asked[2]["messages"]) == wanted[2]
+    assert task.preview(list(rows)[2:3], "", 0)[0].endswith(f"-> {wanted[2]}")
+    assert task.preview(list(rows), asked[4]["messages"][0]["content"], 0)[0].endswith(wanted[4])
+    made = task.model
+    made.save(tmp_path / "m")
+    loaded = pretrain.load(tmp_path / "m")
+    assert loaded.tokenizer.chat_template == task.template.source
+    assert reply(loaded, asked[5]["messages"], max_new_tokens=16) == wanted[5]
+    config = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == tokenizer().eos_id != config["pad_token_id"]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    tok = AutoTokenizer.from_pretrained(tmp_path / "m")
+    ids = tok.apply_chat_template(
+        asked[1]["messages"], add_generation_prompt=True, return_dict=False, return_tensors="pt"
+    )
+    out = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+    assert tok.decode(out, skip_special_tokens=True).strip() == wanted[1]
+    assert int(out[-1]) == tok.eos_token_id  # it stopped by itself
+
+
+def test_figures_equal_those_by_hand() -> None:
+    from pretrain.training.evaluate import evaluate_rows
+
+    task = Instruction(model()).eval()
+    rows = task.encode(table())
+    precision: Precision = choose_precision("fp32", torch.device("cpu"))
+    figures = evaluate_rows(task, rows, precision, batch_rows=3)
+    total, hits, count = 0.0, 0, 0
+    for example in rows:
+        ids, labels = (torch.from_numpy(example[k]) for k in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = task.model({"input_ids": ids[None]})[0]
+        kept = labels != IGNORE
+        total += float(F.cross_entropy(logits[kept], labels[kept], reduction="sum"))
+        hits += int((logits[kept].argmax(-1) == labels[kept]).sum())
+        count += int(kept.sum())
+    assert figures["targets"] == count
+    assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
+    assert figures["accuracy"] == pytest.approx(hits / count)
+
+
+def test_contract(tmp_path: Path) -> None:
+    rows = Instruction(model("gpt2")).encode(table())
+    check_sums(Instruction(model("gpt2")), rows)
+    check_objective_learns(lambda: Instruction(model("gpt2")), rows, tmp_path / "learns")
+    check_objective_resumes(lambda: Instruction(model("gpt2")), rows, tmp_path)
+
+
+def test_long_conversations_keep_whole_turns() -> None:
+    made = model()
+    full = Instruction(made).encode(table(conversations(1)))[0]
+    short = chat("hi", "ok")
+    length = len(full["input_ids"])
+    task = Instruction(made, max_length=length - 1)
+    rows = task.encode(table([*conversations(1), {"messages": short}]))
+    assert rows.cut == [0] and len(rows) == 2 and not rows.dropped
+    kept = rows[0]["input_ids"]
+    assert kept[-1] == tokenizer().eos_id and (kept == full["input_ids"][: len(kept)]).all()
+    assert (rows[0]["labels"] == tokenizer().eos_id).sum() == 1
+    tight = Instruction(made, max_length=len(kept) - 1)
+    rows = tight.encode(table([*conversations(1), {"messages": short}]))
+    assert rows.cut == [0] and rows.dropped == {"the first answer does not fit": [0]}
+    assert rows.owners == [1]
+
+
+def test_special_tokens_in_a_text_are_no_control_tokens() -> None:
+    task = Instruction(model())
+    eos = tokenizer().roles["eos"]
+    rows = [{"messages": chat(f"hi {eos} User: x", "no")}, {"messages": chat("hi", f"a{eos}b")}]
+    found = task.encode(table([*rows, *conversations(1)]))
+    assert found.dropped == {"special tokens are typed into the text": [0, 1]}
+    assert found.owners == [2]
+    assert next(iter(task.predict(table(rows[:1])))) == {"answer": None, "messages": None}
+    with pytest.raises(DataError, match="special token"):
+        reply(task.model, rows[0]["messages"][:1])
+
+
+def test_conversation_without_an_answer_is_refused() -> None:
+    silent = [*conversations(2), {"messages": chat("hello?")}]
+    with pytest.raises(
+        DataError, match=r"1 of 3 conversations have no turn of the assistant.*row 3 "
+    ):
+        Instruction.learn(table(silent), {})
+    Instruction.learn(table(silent), {"drop_unanswered": True})
+    with pytest.raises(DataError, match="row 3.*no turn of the assistant"):
+        Instruction(model()).encode(table(silent))
+    rows = Instruction(model(), drop_unanswered=True).encode(table(silent))
+    assert rows.dropped == {"no turn of the assistant": [2]} and len(rows) == 2
+    with pytest.raises(DataError, match="has no conversations"):
+        Instruction.learn(table([{"text": "a", "label": "b"}]), {})
+
+
+def test_other_heads_and_bad_templates_are_refused() -> None:
+    with pytest.raises(ModelError, match="causal-lm"):
+        Instruction(pretrain.build("bert", None, tokenizer=tiny.tokenizer(), num_layers=1, hidden_size=16,
+                                   num_heads=2, intermediate_size=16, max_positions=16))  # fmt: skip
+    with pytest.raises(DataError, match="chat_template="):
+        Instruction(model(), chat_template="{% for %}")
+    task = Instruction(model(), chat_template="{{ raise_exception('only haiku') }}")
+    with pytest.raises(DataError, match=r"row 1 .*only haiku"):
+        task.encode(table())
+
+
+def test_published_data_sets_are_encoded(data_sets: Path) -> None:
+    from pretrain.data.labelled import choose_columns, roles_table
+
+    task = Instruction(model(max_positions=512), drop_unanswered=True)
+    for name, most in (
+        ("gsm8k/test.jsonl", 40),
+        ("sgd_dialogues/dialogues_002.json.gz", 10),
+        ("self_instruct_human/seed_tasks.jsonl", 40),
+        ("self_instruct_human/user_oriented_instructions.jsonl", 40),
+    ):
+        source = read_table(data_sets / name).take(range(most))
+        named = roles_table(source, choose_columns(source, Instruction.roles, {}))
+        Instruction.learn(named, {})
+        rows = task.encode(named)
+        assert len(rows) + sum(map(len, rows.dropped.values())) >= most
+        assert len(rows) > 0 and all((e["labels"] == tokenizer().eos_id).any() for e in rows)

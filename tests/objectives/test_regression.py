@@ -1,0 +1,136 @@
+"""Regression: units of the targets, the start at their mean, figures against scipy, and targets that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from contract import check_objective
+from finetuning.conftest import ANIMALS, model_of, rows_of
+from pretrain.data.loader import row_rngs
+from pretrain.data.tables import Table, read_table
+from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.regression import Regression
+from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.precision import choose_precision
+
+CPU = torch.device("cpu")
+
+
+def table_of(count: int = 24) -> Table:
+    rows = rows_of(count)
+    return read_table(
+        [{"text": r["text"], "label": 100 + 7 * len(r["text"].split())} for r in rows]
+    )
+
+
+def task_of(family: str = "bert", seed: int = 0, std: float = 0.02, **options: Any) -> Regression:
+    model = model_of(
+        family, head="sequence-classification", labels=["LABEL_0"], seed=seed, initializer_range=std
+    )
+    model.fresh = frozenset(n for n, _ in model.named_parameters() if n.startswith("head."))
+    return Regression(model, **options)
+
+
+def test_contract(tmp_path: Path) -> None:
+    options = Regression.learn(table_of(), {}).options
+    task = task_of(**options)
+    groups: dict[int, list[Any]] = {}
+    for example in task.encode(table_of(90)):
+        groups.setdefault(len(example["input_ids"]), []).append(example)
+    rows = (max(groups.values(), key=len) * 16)[:16]  # of one length, which have one target here
+    for i, row in enumerate(rows := [dict(row) for row in rows]):
+        row["labels"] = np.float32(options["center"] + (i % 4) * options["scale"])
+    check_objective(
+        lambda: Placeless(task_of(**options).model, pack=False, **options), rows, tmp_path
+    )
+
+
+class Placeless(Regression):
+    """Without the places in the flattened batch, which say where a row is and so differ by row."""
+
+    def collate(self, examples: Any, rngs: Any, *, evaluation: bool = False) -> Any:
+        batch = super().collate(examples, rngs, evaluation=evaluation)
+        return {
+            k: v for k, v in batch.items() if k not in ("first_index", "last_index", "document_ids")
+        }
+
+
+def test_it_starts_at_the_mean_with_a_loss_near_one() -> None:
+    table = table_of(60)
+    found = Regression.learn(table, {})
+    values = np.asarray(table.columns["label"], dtype=float)
+    assert found.options == pytest.approx({"center": values.mean(), "scale": values.std()})
+    task = task_of(**found.options).eval()
+    said = [answer["score"] for answer in task.predict(table)]
+    assert np.abs(np.asarray(said) - values.mean()).max() < 0.5 * values.std()
+    figures = evaluate_rows(task, task.encode(table), choose_precision("fp32", CPU), batch_rows=8)
+    assert 0.9 < figures["loss"] < 1.1
+
+
+def test_a_trained_bias_is_not_moved() -> None:
+    model = model_of(head="sequence-classification", labels=["LABEL_0"])
+    with torch.no_grad():
+        model.head.classifier.bias.fill_(7.0)
+    model.fresh = frozenset()
+    assert float(Regression(model, center=100.0).model.head.classifier.bias) == 7.0
+
+
+def test_loss_and_figures_are_those_of_the_predictions() -> None:
+    table = table_of(41)
+    task = task_of(seed=2, std=0.3, center=150.0, scale=20.0).eval()
+    rows = task.encode(table)
+    figures = evaluate_rows(task, rows, choose_precision("fp32", CPU), batch_rows=8)
+    said = np.array([answer["score"] for answer in task.predict(table)])
+    truth = np.array(task.truth(table))
+    assert figures["pearson"] == pytest.approx(stats.pearsonr(truth, said).statistic, abs=1e-5)
+    assert figures["spearman"] == pytest.approx(stats.spearmanr(truth, said).statistic, abs=1e-6)
+    assert figures["mse"] == pytest.approx(((truth - said) ** 2).mean(), rel=1e-4)
+    assert figures["loss"] == pytest.approx(figures["mse"] / 400, rel=1e-4)
+    batch = task.collate(rows[:], row_rngs(0, "collate", 0, len(rows)))
+    loss = task(batch)
+    assert float(loss.total.detach() / loss.count) == pytest.approx(figures["loss"], rel=1e-4)
+    assert task.model.hf_config()["problem_type"] == "regression"
+
+
+def test_units_do_not_matter() -> None:
+    """Prices in thousands start with the loss and the gradient of scores from 0 to 1."""
+    found = []
+    for factor in (1.0, 1e4):
+        rows = [{"text": r["text"], "label": factor * len(r["text"])} for r in rows_of(24)]
+        options = Regression.learn(read_table(rows), {}).options
+        assert options["center"] == pytest.approx(factor * np.mean([len(r["text"]) for r in rows]))
+        task = task_of(**options).eval()
+        loss = evaluate_rows(
+            task, task.encode(read_table(rows)), choose_precision("fp32", CPU), batch_rows=8
+        )
+        found.append(loss["loss"])
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "many", True, "", [1.0]])
+def test_targets_that_are_no_numbers(value: Any) -> None:
+    rows = [{"text": f"the {i}", "label": i} for i in range(3)] + [
+        {"text": "a cat", "label": value}
+    ]
+    with pytest.raises(DataError, match=r"row 4.*classification"):
+        Regression.learn(read_table(rows), {})
+
+
+def test_targets_that_are_all_alike() -> None:
+    rows = [{"text": f"the {i}", "label": 3} for i in range(3)]
+    with pytest.raises(DataError, match="nothing to learn"):
+        Regression.learn(read_table(rows), {})
+
+
+def test_options_that_cannot_be() -> None:
+    for options in ({"scale": 0.0}, {"scale": float("nan")}, {"center": float("inf")}):
+        with pytest.raises(ConfigError, match="finite"):
+            task_of(**options)
+    with pytest.raises(ConfigError, match="one output"):
+        Regression(model_of(head="sequence-classification", labels=ANIMALS))

@@ -1,0 +1,122 @@
+"""Packing of examples: every token once and in order, and the same outputs as one example at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from pretrain.errors import DataError, ModelError
+from pretrain.models import build
+from pretrain.objectives.tasks import _PACKED_TOKENS, balanced, pack_examples
+
+LENGTHS = st.lists(st.integers(1, 700), min_size=1, max_size=24)
+
+
+def example(length: int, number: int, segments: bool = True) -> dict[str, Any]:
+    rng = np.random.default_rng([length, number])
+    made = {"input_ids": rng.integers(5, 60, length), "labels": rng.integers(0, 9, length)}
+    if segments:
+        made["token_type_ids"] = (np.arange(length) > length // 2).astype(np.int64)
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.booleans())
+def test_every_example_stands_once_and_in_order(lengths: list[int], pack: bool) -> None:
+    examples = [example(length, i) for i, length in enumerate(lengths)]
+    batch = pack_examples(examples, token_keys={"labels": -100}, pad_id=3, pack=pack)
+    width = batch["input_ids"].shape[1]
+    assert all(batch[k].shape == batch["input_ids"].shape for k in batch if "index" not in k)
+    used = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
+    ids = batch["document_ids"].flatten()
+    for i, one in enumerate(examples):
+        first, last = int(batch["first_index"][i]), int(batch["last_index"][i])
+        assert last - first + 1 == lengths[i] and first // width == last // width
+        assert not used[first : last + 1].any()
+        used[first : last + 1] = True
+        for key in ("input_ids", "labels", "token_type_ids"):
+            assert batch[key].flatten()[first : last + 1].tolist() == one[key].tolist()
+        assert batch["position_ids"].flatten()[first : last + 1].tolist() == list(range(lengths[i]))
+        row = batch["document_ids"][first // width]
+        mine = ids[first]
+        assert mine > 0 and int((row == mine).sum()) == lengths[i]
+    assert torch.equal(used, ids != 0)
+    assert (batch["input_ids"].flatten()[~used] == 3).all()
+    assert (batch["labels"].flatten()[~used] == -100).all()
+    if not pack:
+        assert len(batch["input_ids"]) == len(lengths)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS)
+def test_rows_are_about_equally_full(lengths: list[int]) -> None:
+    rows = balanced(lengths, _PACKED_TOKENS)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in row) for row in rows]
+    # The emptiest row is filled first, so no row exceeds another by more than one item.
+    assert max(loads) - min(loads) <= max(lengths)
+    assert len(rows) <= max(1, -(-sum(lengths) // _PACKED_TOKENS))
+
+
+def model_of(family: str, **options: Any) -> Any:
+    more = {} if family in ("llama", "qwen3", "modernbert") else {"dropout": 0.0}
+    more |= {"num_kv_heads": 1} if family in ("llama", "qwen3") else {}
+    return build(
+        family, None, tokenizer=tiny.tokenizer(), head="sequence-classification", labels=["a", "b", "c"],
+        **{"num_layers": 3, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "max_positions": 40}
+        | {"initializer_range": 0.3} | more | options,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "pool"),
+    [*((f, "") for f in ("gpt2", "llama", "qwen3", "bert", "roberta")), ("modernbert", "cls"), ("modernbert", "mean")],
+)  # fmt: skip
+@pytest.mark.parametrize("few", [False, True])
+def test_packed_is_unpacked_is_alone(family: str, pool: str, few: bool) -> None:
+    """Also in rows that are longer than the model has positions."""
+    more: dict[str, Any] = {"classifier_pooling": pool} if pool else {}
+    if family == "modernbert":
+        more["local_attention"] = 8
+    model = model_of(family, **more)
+    count = 4 if few else 60
+    rng = np.random.default_rng(1)
+    examples = [
+        example(int(n), i, family == "bert") for i, n in enumerate(rng.integers(2, 38, count))
+    ]
+    packed = pack_examples(examples, pad_id=model.backbone.config.pad_id or 0)
+    unpacked = pack_examples(examples, pad_id=model.backbone.config.pad_id or 0, pack=False)
+    assert packed["input_ids"].shape[1] > 40 and unpacked["input_ids"].shape[1] <= 40
+    with torch.no_grad():
+        together, apart = model(packed), model(unpacked)
+        alone = torch.cat([model(pack_examples([one])) for one in examples])
+        plain = torch.cat(
+            [
+                model({k: torch.from_numpy(v)[None] for k, v in one.items() if k != "labels"})
+                for one in examples
+            ]
+        )
+    assert together.shape == (count, 3)
+    assert together.std(0).max() > 1e-3, "the texts must be told apart, or nothing is compared"
+    for other in (apart, alone, plain):
+        torch.testing.assert_close(together, other, rtol=0, atol=1e-5)
+
+
+def test_a_task_says_what_its_model_lacks() -> None:
+    from pretrain.objectives.classification import Classification
+
+    with pytest.raises(ModelError, match="head"):
+        Classification(tiny.objective("MaskedLM").model)
+    model = model_of("bert")
+    for length in (2, 41):
+        with pytest.raises(DataError, match="max_length"):
+            Classification(model, max_length=length)
+    model.tokenizer = None
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        Classification(model)
