@@ -21,6 +21,7 @@ import tiny
 from pretrain import cli
 from pretrain.config import RunConfig, fields
 from pretrain.errors import TrainingError
+from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,8 @@ COMMANDS = [
     "quickstart",
     "prepare",
     "train",
+    "finetune",
+    "predict",
     "generate",
     "fill-mask",
     "evaluate",
@@ -87,6 +90,14 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
         for field in fields(section):
             assert f"--{section}.{field.name} " in text
             assert field.help.split(".")[0][:30] in text
+    assert cli.main(["finetune", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section, kind in TuneConfig.SECTIONS.items():
+        for field in fields(kind):
+            assert field.help and f"--{section}.{field.name} " in text
+            assert field.help.split(".")[0][:30] in text
+    for short in ("--model", "--data", "--task"):
+        assert f"(also {short}) " in text
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("pretrain 0.")
 
@@ -112,6 +123,18 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
         (["train", "--train.loggers", "wandb"], ["train.loggers", "list"]),
         (["train", "--config", "nope.yaml", "--show_config"], ["nope.yaml"]),
         (["train", "stray"], ["stray"]),
+        (["finetune", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),
+        (["finetune", "--lr", "3"], ["'lr'", "'optim.lr'"]),
+        (["finetune", "--comparee", "x"], ["--comparee", "compare"]),
+        (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
+        (["finetune", "--label_counts", "many"], ["label_counts"]),
+        (["finetune", "--model"], ["--model.checkpoint", "value"]),
+        (["finetune", "--method.lora", "1.5"], ["method.lora", "whole number"]),
+        (["finetune", "--model", "x", "--data", "y"], ["task"]),
+        (["finetune", "--config", "nope.yaml"], ["nope.yaml"]),
+        (["predict", "x"], ["file"]),
+        (["predict", "x", "y.csv", "--colums.text", "a"], ["--colums.text", "columns"]),
+        (["predict", "x", "/no/such.csv"], ["/no/such.csv"]),
         (["generate", "x"], ["prompt"]),
         (["generate", "x", "y", "--topk", "3"], ["--topk", "'--top_k'"]),
         (["generate", "x", "y", "--top_k", "3.5"], ["--top_k", "whole number", "'3.5'"]),
@@ -206,6 +229,39 @@ def test_show_config_is_a_file_that_gives_the_same_run(capsys: Any, tmp_path: Pa
     assert RunConfig.load(path) == RunConfig.load({"optim.lr": 2e-5})
 
 
+def test_finetune_passes_settings_and_the_comparison(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def finetune(**options: Any) -> Any:
+        seen.append(options)
+        run = types.SimpleNamespace(exit_code=0)
+        return types.SimpleNamespace(run=run, report=lambda: tmp_path / "report.html")
+
+    fake(monkeypatch, "pretrain.finetuning.run", finetune=finetune)
+    words = "finetune --config configs/classify.yaml --model runs/books-bert --data=reviews.csv --optim.lr 2e-5"
+    words += " --data.columns.text review --task.options.class_weights balanced --method.lora 8"
+    assert cli.main([*words.split(), "--compare", "scratch", "--label_counts", "[50, 200]"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    config = seen[0].pop("config")
+    assert seen[0] == {"compare": "scratch", "label_counts": [50, 200]}
+    assert (config.model.checkpoint, config.data.train) == ("runs/books-bert", "reviews.csv")
+    assert config.data.columns == {"text": "review"} and config.method.lora == 8
+    assert config.task.name == "classification" and config.optim.lr == 2e-5
+    assert config.task.options["class_weights"] == "balanced" and config.optim.layer_decay == 0.9
+    assert cli.main(["finetune", "--task", "regression", "--model", "m", "--data", "d"]) == 0
+    assert set(seen[1]) == {"config"} and seen[1]["config"].task.name == "regression"
+
+
+def test_show_config_of_finetune_reads_back(capsys: Any, tmp_path: Path) -> None:
+    words = ["finetune", "--task", "chat", "--optim.lr", "2e-5", "--show_config"]
+    assert cli.main(words) == 0
+    path = tmp_path / "c.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert TuneConfig.load(path) == TuneConfig.load({"task.name": "chat", "optim.lr": 2e-5})
+
+
 def test_exit_codes_of_interruptions(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def train(error: BaseException) -> Any:
         def run(*_: Any, **__: Any) -> None:
@@ -292,6 +348,24 @@ def test_generate(folder: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(lines) == 2 and lines[0].startswith("the red cat") and lines[1].startswith("a dog")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert "Standard input" in fails(capsys, *words)
+
+
+def test_predict(capsys: Any, tmp_path: Path) -> None:
+    model = build(
+        "bert", None, head="sequence-classification", labels=["cat", "dog"], tokenizer=tiny.tokenizer(),
+        num_layers=1, hidden_size=16, num_heads=2, intermediate_size=32, max_positions=32,
+    )  # fmt: skip
+    path = str(model.save(tmp_path / "model"))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("said,n\nthe red cat,1\nthe old dog,2\n")
+    out = tmp_path / "out.jsonl"
+    words = ["predict", path, str(rows), "--out", str(out), "--columns.text", "said", "--quiet"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["n"] for row in found] == ["1", "2"]
+    assert {row["predicted_label"] for row in found} <= {"cat", "dog"}
+    assert "'said'" in fails(capsys, *words[:5], "--quiet")
 
 
 def test_notes_are_one_line_without_the_code(folder: str, capsys: Any) -> None:

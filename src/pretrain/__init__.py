@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from pretrain import data  # a package that can also be called: pretrain.data("reviews.csv")
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -23,6 +25,7 @@ _PUBLIC = {
     "Trainer": "pretrain.training.trainer",
     "build": "pretrain.models",
     "evaluate": "pretrain.training.run",
+    "finetune": "pretrain.finetuning.run",
     "inspect": "pretrain.checkpoint",
     "load": "pretrain.checkpoint",
     "prepare": "pretrain.data.prepare",
@@ -30,7 +33,7 @@ _PUBLIC = {
     "train_tokenizer": "pretrain.data.tokenizer",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", "data", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The command line: ``pretrain COMMAND``. No logic lives here; every command is one call of a public function.
 
-Options are declared to jsonargparse: those of ``train`` are the fields of the six sections of `RunConfig`, checked by
-the same code as the YAML. Nothing heavy is imported before a command has been understood, so that help is instant.
+Options are declared to jsonargparse: those of ``train`` and ``finetune`` are the fields of the sections of
+`RunConfig` and `TuneConfig`, checked by the same code as the YAML. Nothing heavy is imported before a command has been
+understood, so that help is instant.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import ConfigError, PretrainError, did_you_mean
-from pretrain.settings.arguments import make_parser, parse
+from pretrain.finetuning import commands
+from pretrain.settings.arguments import add_settings, make_parser, parse
 
 __all__ = ["COMMANDS", "main"]
 
@@ -24,12 +26,13 @@ EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its line in the help, its options, and what it calls."""
+    """One command: its line in the help, its options, what it calls, and short options for settings."""
 
     summary: str
     example: str
     add: Callable[[Any], None]
     run: Callable[[Any], int | None]
+    short: dict[str, str] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in options or "--help" in options:
         parser.print_help()
         return 0
-    return command.run(parse(parser, name, rest)) or 0
+    return command.run(parse(parser, name, rest, command.short)) or 0
 
 
 def _overview() -> str:
@@ -145,15 +148,9 @@ def _prepare(args: Any) -> None:
 
 
 def _add_train(parser: Any) -> None:
-    from pretrain.config import RunConfig, fields
+    from pretrain.config import RunConfig
 
-    parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings")
-    parser.add_argument("--show_config", action="store_true", help="show the settings and leave")
-    for section, kind in RunConfig.SECTIONS.items():
-        group = parser.add_argument_group(f"{section}: {(kind.__doc__ or '').rstrip('.')}")
-        for spec in fields(section):
-            names = [f"--{section}.{spec.name}"]
-            group.add_argument(*names, type=spec.type, default=spec.default, help=spec.help)
+    add_settings(parser, RunConfig.SECTIONS, {})
 
 
 def _train(args: Any) -> int:
@@ -324,6 +321,19 @@ COMMANDS = {
         "pretrain train --config configs/books-gpt.yaml --data.train data/books --optim.lr 6e-4",
         _add_train,
         _train,
+    ),
+    "finetune": Command(
+        "Teach a checkpoint a task from labelled rows; the same command again resumes it.",
+        "pretrain finetune --config configs/classify.yaml --model runs/books-bert --data reviews.csv",
+        commands.add_finetune,
+        commands.finetune,
+        commands.SHORT,
+    ),
+    "predict": Command(
+        "Answer every row of a file.",
+        "pretrain predict runs/reviews new.csv --out answers.csv --columns.text review",
+        commands.add_predict,
+        commands.predict,
     ),
     "generate": Command(
         "Continue a text.",

@@ -12,36 +12,16 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import DataError
 from pretrain.reporting.curves import Series, curve_svg
 from pretrain.reporting.history import History, loss_svg, number, read_history, sort_records
+from pretrain.reporting.page import page, show, table, tile_row, write_page
 
 __all__ = ["History", "curve_svg", "loss_svg", "read_history", "render", "sort_records", "write"]
-
-_CSS = """
-:root{color-scheme:light dark;--ink:#16181d;--soft:#5d6470;--line:#dfe1e6;--card:#fff;--page:#f6f7f9;--code:#eef0f3}
-@media (prefers-color-scheme:dark){:root{--ink:#eceef2;--soft:#a2a9b5;--line:#31353e;--card:#16181d;--page:#0e0f13;
---code:#22252c}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}
-main{max-width:980px;margin:0 auto;padding:28px 20px 60px}h1{font-size:25px;margin:0 0 2px;overflow-wrap:anywhere}
-h2{font-size:17px;margin:34px 0 10px}.soft{color:var(--soft)}.card{background:var(--card);border:1px solid var(--line);
-border-radius:10px;padding:14px 16px;margin:12px 0;overflow-x:auto}.tiles{display:flex;flex-wrap:wrap;gap:10px;
-margin:18px 0}.tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:9px 15px;
-min-width:118px}.tile b{display:block;font-size:20px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);
-font-size:13px}table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;color:var(--soft);
-font-weight:500}th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
-tr:last-child td{border-bottom:0}.num{text-align:right;font-variant-numeric:tabular-nums}
-pre,code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}pre{background:var(--code);
-border-radius:8px;padding:10px 12px;margin:8px 0;white-space:pre-wrap;overflow-wrap:anywhere}
-.pair{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(400px,100%),1fr));gap:12px}.pair>div{margin:0}svg{display:block;width:100%;
-height:auto}.wide svg{min-width:560px}details summary{cursor:pointer;color:var(--soft)}
-"""
 
 
 def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -54,16 +34,8 @@ def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     Raises:
         DataError: ``run_dir`` is not a run directory, or the file cannot be written.
     """
-    text = render(run_dir)
     path = Path(out) if out is not None else Path(run_dir) / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"Cannot write the report {path}: {error.strerror}.") from error
-    return path
+    return write_page(path, render(run_dir))
 
 
 def render(run_dir: str | os.PathLike[str]) -> str:
@@ -91,12 +63,7 @@ def render(run_dir: str | os.PathLike[str]) -> str:
         _repeat(folder, config),
         _events(history),
     ]
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{_CSS}</style></head><body><main>"
-    )
-    return head + "".join(sections) + "</main></body></html>\n"
+    return page(name, sections)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -127,63 +94,30 @@ def _subtitle(config: Mapping[str, Any]) -> str:
     return " · ".join(str(word) for word in words if word)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """A table whose columns after the first ``left`` are numbers."""
-    kinds = ["" if i < left else ' class="num"' for i in range(len(head))]
-    names = zip(head, kinds, strict=True)
-    top = "".join(f"<th{kind}>{escape(text)}</th>" for text, kind in names) if any(head) else ""
-    body = ""
-    for row in rows:
-        cells = zip(row, kinds, strict=True)
-        body += (
-            "<tr>" + "".join(f"<td{k}>{escape(_show(value))}</td>" for value, k in cells) + "</tr>"
-        )
-    return f'<div class="card"><table>{top and f"<tr>{top}</tr>"}{body}</table></div>'
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return "" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return (
-            f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 and value.is_integer() else f"{value:.5g}"
-        )
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_show, value))
-    return str(value)
-
-
 def _tiles(history: History) -> str:
     tiles = []
     if history.train:
         last = history.train[-1]
         steps = [number(record["step"]) for record in (*history.train[-1:], *history.evals[-1:])]
-        tiles.append(("steps", _show(int(max(steps)))))
+        tiles.append(("steps", show(int(max(steps)))))
         if math.isfinite(number(last.get("tokens"))):
-            tiles.append(("tokens seen", _show(int(number(last["tokens"])))))
-        tiles.append(("last training loss", _show(number(last.get("loss")))))
+            tiles.append(("tokens seen", show(int(number(last["tokens"])))))
+        tiles.append(("last training loss", show(number(last.get("loss")))))
     losses = [(y, x) for x, y in history.eval_points() if math.isfinite(y)]
     if losses:
         loss, step = min(losses)
-        tiles.append((f"best held-out loss, step {int(step):,}", _show(loss)))
+        tiles.append((f"best held-out loss, step {int(step):,}", show(loss)))
     for key, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy")):
         values = [y for _, y in history.eval_points(key) if math.isfinite(y)]
         if values:
-            tiles.append((f"last held-out {label}", _show(values[-1])))
+            tiles.append((f"last held-out {label}", show(values[-1])))
     speeds = sorted(y for _, y in history.points("tokens_per_second") if math.isfinite(y))
     if speeds:
-        tiles.append(("tokens/s, median", _show(int(speeds[len(speeds) // 2]))))
+        tiles.append(("tokens/s, median", show(int(speeds[len(speeds) // 2]))))
     lost = sum(not math.isfinite(y) for _, y in history.points("loss"))
     if lost:
-        tiles.append(("steps with a non-finite loss", _show(lost)))
-    shown = "".join(
-        f'<div class="tile"><b>{escape(b)}</b><span>{escape(a)}</span></div>' for a, b in tiles
-    )
-    return f'<div class="tiles">{shown}</div>' if shown else ""
+        tiles.append(("steps with a non-finite loss", show(lost)))
+    return tile_row(tiles)
 
 
 def _pictures(history: History) -> str:
@@ -217,7 +151,7 @@ def _evaluations(history: History) -> str:
         ]
         for r in history.evals
     ]
-    return "<h2>Evaluations on held-out rows</h2>" + _table(
+    return "<h2>Evaluations on held-out rows</h2>" + table(
         ["step", *[k.replace("_", " ") for k in keys]], rows
     )
 
@@ -251,10 +185,10 @@ def _data(folder: Path, history: History) -> str:
         for key in about
         if key != "metrics" and about[key] is not None
     ]
-    parts = _table(["", ""], rows, left=2) if rows else ""
+    parts = table(["", ""], rows, left=2) if rows else ""
     if isinstance(sources, list) and sources and all(isinstance(one, Mapping) for one in sources):
         keys = list(dict.fromkeys(key for one in sources for key in one))
-        parts += _table(keys, [[one.get(key) for key in keys] for one in sources])
+        parts += table(keys, [[one.get(key) for key in keys] for one in sources])
     return f"<h2>Data and origin</h2>{parts}" if parts else ""
 
 

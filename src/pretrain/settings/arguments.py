@@ -1,20 +1,32 @@
 """From words on a command line to values: jsonargparse declares and reads, errors are those of the YAML.
 
 Values are read by `pretrain.settings.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and
-behind an option. Whatever is wrong with an option of ``train`` is said by the code that checks `RunConfig`.
+behind an option. Whatever is wrong with a setting of ``train`` or ``finetune`` is said by the code that checks the
+YAML.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["make_parser", "parse"]
+__all__ = ["add_settings", "make_parser", "parse"]
 
-_OPEN = ("--model.overrides.", "--objective.init_args.")  # mappings: any name may follow
+# Commands whose options are the fields of a settings class, of which only those given count.
+_SETTINGS = {
+    "train": ("pretrain.config", "RunConfig"),
+    "finetune": ("pretrain.finetuning.settings", "TuneConfig"),
+}
+# Mappings: any name may follow.
+_OPEN = {
+    "train": ("--model.overrides.", "--objective.init_args."),
+    "finetune": ("--data.columns.", "--task.options."),
+    "predict": ("--columns.",),
+}
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -36,20 +48,42 @@ def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None
     return parser
 
 
+def add_settings(parser: Any, sections: Mapping[str, type], short: Mapping[str, str]) -> None:
+    """Declare ``--config``, ``--show_config`` and every field of the sections; the help names the short options."""
+    from pretrain.config import fields
+
+    parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings")
+    parser.add_argument("--show_config", action="store_true", help="show the settings and leave")
+    other = {setting: option for option, setting in short.items()}
+    for section, kind in sections.items():
+        group = parser.add_argument_group(f"{section}: {(kind.__doc__ or '').rstrip('.')}")
+        for spec in fields(kind):
+            name = f"--{section}.{spec.name}"
+            also = f"(also {other[name]}) " if name in other else ""
+            group.add_argument(name, type=spec.type, default=spec.default, help=also + spec.help)
+
+
 def _value(text: str) -> Any:
     from pretrain.settings.strict_yaml import parse
 
     return parse(text, "command line")[0]
 
 
-def parse(parser: Any, name: str, words: list[str]) -> Any:
-    """Parse the words after the command; of ``train`` only what was given is returned, without defaults.
+def parse(parser: Any, name: str, words: list[str], short: Mapping[str, str] | None = None) -> Any:
+    """Parse the words after the command; of settings only what was given is returned, without defaults.
+
+    Args:
+        parser: what `make_parser` returns.
+        name: of the command.
+        words: after it.
+        short: short option -> the setting that it stands for (``{"--model": "--model.checkpoint"}``).
 
     Raises:
         ConfigError: an unknown option (the nearest is named), a wrong type, a missing argument.
     """
     from argparse import ArgumentError
 
+    words = _spelled_out(words, short or {})
     options = [option for action in parser._actions for option in action.option_strings]
     for word in words:
         if word == "--":
@@ -58,21 +92,36 @@ def parse(parser: Any, name: str, words: list[str]) -> Any:
         if option.startswith("--") and not _known(option, options, name):
             raise _unknown(option, options, name)
     try:
-        return parser.parse_args(words, defaults=name != "train")
+        return parser.parse_args(words, defaults=name not in _SETTINGS)
     except ArgumentError as error:
         raise _wrong(error, name, words) from None
 
 
+def _settings(name: str) -> Any:
+    module, kind = _SETTINGS[name]
+    return getattr(importlib.import_module(module), kind)
+
+
+def _spelled_out(words: list[str], short: Mapping[str, str]) -> list[str]:
+    """Put the settings in the place of their short options, as far as a lone ``--``."""
+    end = words.index("--") if "--" in words else len(words)
+    whole = []
+    for word in words[:end]:
+        option, equals, value = word.partition("=")
+        whole.append(short.get(option, option) + equals + value)
+    return whole + words[end:]
+
+
 def _known(option: str, options: Iterable[str], name: str) -> bool:
-    return option in options or (name == "train" and option.startswith(_OPEN))
+    return option in options or option.startswith(_OPEN.get(name, ()))
 
 
 def _unknown(option: str, options: Iterable[str], name: str) -> ConfigError:
-    if name == "train":
-        from pretrain.config import RunConfig
-
+    plain = [known.lstrip("-") for known in options if "." not in known]
+    near = did_you_mean(option.lstrip("-"), plain)
+    if name in _SETTINGS and ("." in option or "mean" not in near):
         try:
-            RunConfig.load(None, {option.lstrip("-"): None})
+            _settings(name).load(None, {option.lstrip("-"): None})
         except ConfigError as error:
             return error
     return ConfigError(f"pretrain {name} has no option {option}.{did_you_mean(option, options)}")
@@ -86,11 +135,9 @@ def _wrong(error: Exception, name: str, words: list[str]) -> ConfigError:
     given = _given(option, words)
     if given is None and option:
         return ConfigError(f"--{option} needs a value. See pretrain {name} --help.")
-    if name == "train" and given is not None:
-        from pretrain.config import RunConfig
-
+    if name in _SETTINGS and "." in option and given is not None:
         try:
-            RunConfig.load(None, {option: _value(given)})
+            _settings(name).load(None, {option: _value(given)})
         except ConfigError as same:
             return same
     if "Expected a" in text and given is not None:

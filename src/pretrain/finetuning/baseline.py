@@ -1,0 +1,342 @@
+"""Classical baselines: what a task yields without a transformer, at the same labels and tuned on the same rows.
+
+Two of them. TF-IDF of words and pairs of words under a linear model (Joachims, 1998; Wang and Manning, 2012) sees
+the labelled rows alone, like a model trained from scratch. Latent semantic analysis (Deerwester et al., 1990) first
+reads unlabelled text, as pre-training does, so that it is the honest opponent of a model that was pre-trained on the
+text of the task. Strength of the penalty and stop words are chosen on the validation rows; the test rows are used
+once, after the choice. Both need scikit-learn, the extra ``eval``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pretrain import metrics
+from pretrain.errors import ConfigError, DataError
+
+__all__ = ["METRICS", "Lsa", "lsa_baseline", "tfidf_baseline"]
+
+Text = str | tuple[str, str]
+Features = Callable[[Sequence[Text]], Any]
+
+GRID = (0.1, 1.0, 10.0, 100.0)
+STOP_WORDS = (None, "english")
+
+# What a baseline can be tuned for and scored by; higher is better for every one of them.
+_OF_CLASSES: dict[str, Callable[[Any], float]] = {
+    "accuracy": metrics.accuracy,
+    "macro_f1": metrics.macro_f1,
+    "matthews": metrics.matthews,
+}
+_OF_NUMBERS: dict[str, Callable[[Any, Any], float]] = {
+    "pearson": metrics.pearson,
+    "spearman": metrics.spearman,
+}
+METRICS = (*_OF_CLASSES, *_OF_NUMBERS)
+
+
+def tfidf_baseline(
+    train_texts: Sequence[Text],
+    train_labels: Sequence[Any],
+    valid_texts: Sequence[Text],
+    valid_labels: Sequence[Any],
+    test_texts: Sequence[Text],
+    test_labels: Sequence[Any],
+    *,
+    grid: Sequence[float] = GRID,
+    stop_words: Sequence[str | None] = STOP_WORDS,
+    metric: str = "accuracy",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """TF-IDF of words and pairs of words, under logistic regression or (for a correlation) ridge regression.
+
+    Args:
+        train_texts: texts, or pairs of texts; of a pair the features are those of either side, their products and
+            absolute differences word by word, and the cosine.
+        train_labels: classes of any hashable kind, or numbers if ``metric`` is a correlation.
+        valid_texts: rows on which ``C`` and the stop words are chosen.
+        valid_labels: their labels.
+        test_texts: rows that only the chosen model sees, once.
+        test_labels: their labels.
+        grid: values of C, the inverse strength of the penalty (ridge: 1 / alpha), to choose from.
+        stop_words: lists of stop words to choose from: None, or ``"english"`` (scikit-learn's).
+        metric: one of ``METRICS``; a correlation makes it a regression.
+        seed: of the solver.
+
+    Returns:
+        ``score_valid``, ``score_test`` (as the metric counts, not in percent), ``C`` and ``settings``.
+
+    Raises:
+        ConfigError: scikit-learn is not installed, or an option is unknown.
+        DataError: texts and labels do not fit each other, or there is nothing to learn from.
+    """
+    text = _sklearn("feature_extraction.text")
+    rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
+    pairs = _checked(rows, grid, stop_words, metric)
+
+    def variants() -> Iterable[tuple[dict[str, Any], Features]]:
+        for words in stop_words:
+            vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), stop_words=words)
+            if _fitted(vectorizer, _flat(train_texts)):
+                settings = {"features": "TF-IDF of words and pairs of words", "stop_words": words}
+                yield settings, _features(vectorizer.transform, pairs)
+
+    return _tuned(variants(), rows, grid, metric, seed)
+
+
+class Lsa:
+    """Latent semantic features, learnt once from unlabelled text and used for any number of labelled subsets.
+
+    TF-IDF of words (sublinear, words of at least two texts; of one if that leaves nothing), a truncated singular
+    value decomposition, rows of unit length.
+
+    Args:
+        corpus_texts: texts or pairs of texts without labels; equal texts count once. Leave out what is tested on.
+        dimensions: of the features; fewer if the corpus is smaller.
+        stop_words: lists of stop words, each of which gives a space of its own to choose from.
+        seed: of the randomised decomposition.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+        DataError: the corpus has fewer than two texts or words.
+    """
+
+    def __init__(
+        self,
+        corpus_texts: Sequence[Text],
+        *,
+        dimensions: int = 100,
+        stop_words: Sequence[str | None] = STOP_WORDS,
+        seed: int = 0,
+    ) -> None:
+        self.dimensions = dimensions
+        self.spaces: list[tuple[str | None, Callable[[Sequence[str]], Any]]] = []
+        corpus = list(dict.fromkeys(_flat(corpus_texts)))
+        for words in stop_words:
+            space = self._space(corpus, words, seed)
+            if space is not None:
+                self.spaces.append((words, space))
+        if not self.spaces:
+            raise DataError(
+                f"Latent semantic analysis finds no features in a corpus of {len(corpus):,} different texts: it needs "
+                f"at least two texts with two different words. Give it the text that pre-training read."
+            )
+
+    def _space(
+        self, corpus: list[str], words: str | None, seed: int
+    ) -> Callable[[Sequence[str]], Any] | None:
+        text, decomposition = _sklearn("feature_extraction.text"), _sklearn("decomposition")
+        for least in (2, 1):
+            vectorizer = text.TfidfVectorizer(sublinear_tf=True, min_df=least, stop_words=words)
+            if not _fitted(vectorizer, corpus):
+                continue
+            counts = vectorizer.transform(corpus)
+            size = min(self.dimensions, min(counts.shape) - 1)
+            if size >= 1:
+                svd = decomposition.TruncatedSVD(size, random_state=seed).fit(counts)
+                return lambda texts: _unit(svd.transform(vectorizer.transform(texts)))
+        return None
+
+
+def lsa_baseline(
+    corpus: Lsa | Sequence[Text],
+    train_texts: Sequence[Text],
+    train_labels: Sequence[Any],
+    valid_texts: Sequence[Text],
+    valid_labels: Sequence[Any],
+    test_texts: Sequence[Text],
+    test_labels: Sequence[Any],
+    *,
+    grid: Sequence[float] = GRID,
+    metric: str = "accuracy",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Latent semantic features of unlabelled text, under logistic or ridge regression.
+
+    Args:
+        corpus: the text that pre-training read, or an ``Lsa`` made of it, which many subsets can share.
+        train_texts: texts or pairs of texts, as for ``tfidf_baseline``.
+        train_labels: classes, or numbers if ``metric`` is a correlation.
+        valid_texts: rows on which ``C`` and the stop words are chosen.
+        valid_labels: their labels.
+        test_texts: rows that only the chosen model sees, once.
+        test_labels: their labels.
+        grid: values of C to choose from.
+        metric: one of ``METRICS``.
+        seed: of the decomposition and the solver.
+
+    Returns:
+        The same as ``tfidf_baseline``, and the same errors are raised.
+    """
+    rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
+    space = corpus if isinstance(corpus, Lsa) else Lsa(corpus, seed=seed)
+    pairs = _checked(rows, grid, [words for words, _ in space.spaces], metric)
+    variants = (
+        (
+            {"features": f"LSA of at most {space.dimensions} dimensions", "stop_words": words},
+            _features(transform, pairs),
+        )
+        for words, transform in space.spaces
+    )
+    return _tuned(variants, rows, grid, metric, seed)
+
+
+def _tuned(
+    variants: Iterable[tuple[dict[str, Any], Features]],
+    rows: Sequence[tuple[Sequence[Text], Sequence[Any]]],
+    grid: Sequence[float],
+    metric: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Fit every variant at every C, keep the first that is best on the validation rows, and test that one alone."""
+    (train_texts, _), (valid_texts, _), (test_texts, _) = rows
+    train, valid, test = _targets([labels for _, labels in rows], metric)
+    best: tuple[float, float, dict[str, Any], Features, Any] | None = None
+    for settings, features in variants:
+        x_train, x_valid = features(train_texts), features(valid_texts)
+        for strength in sorted(grid):
+            model = _fit(x_train, train, strength, metric, seed)
+            score = _score(metric, valid, model.predict(x_valid))
+            # A constant prediction has no correlation: any figure is better than none.
+            if best is None or score > best[0] or (math.isnan(best[0]) and not math.isnan(score)):
+                best = (score, strength, settings, features, model)
+    if best is None:
+        raise DataError(
+            "The training texts hold no word for the baseline to count (words have at least two letters or digits, "
+            "and stop words are left out): check that the text column is the right one."
+        )
+    score, strength, settings, features, model = best
+    return {
+        "score_valid": score,
+        "score_test": _score(metric, test, model.predict(features(test_texts))),
+        "C": float(strength),
+        "settings": {**settings, "metric": metric, "seed": seed},
+    }
+
+
+def _fit(x: Any, y: Any, strength: float, metric: str, seed: int) -> Any:
+    linear, errors = _sklearn("linear_model"), _sklearn("exceptions")
+    if metric in _OF_NUMBERS:
+        return linear.Ridge(alpha=1.0 / strength, random_state=seed).fit(x, y)
+    with warnings.catch_warnings():
+        # At a very weak penalty the last digits of the weights need more steps than the predictions do.
+        warnings.simplefilter("ignore", errors.ConvergenceWarning)
+        return linear.LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(x, y)
+
+
+def _score(metric: str, true: Any, predicted: Any) -> float:
+    if metric in _OF_NUMBERS:
+        return _OF_NUMBERS[metric](true, predicted)
+    size = int(max(true.max(), predicted.max())) + 1
+    return _OF_CLASSES[metric](metrics.confusion_matrix(true, predicted, size))
+
+
+def _targets(columns: Sequence[Sequence[Any]], metric: str) -> list[Any]:
+    """Labels as arrays: class ids by first appearance, or numbers."""
+    if metric in _OF_NUMBERS:
+        try:
+            numbers = [np.asarray(column, np.float64) for column in columns]
+        except (TypeError, ValueError):
+            numbers = []
+        if not numbers or not all(np.isfinite(column).all() for column in numbers):
+            raise DataError(
+                f"The metric {metric!r} needs labels that are finite numbers. For classes use 'accuracy' or 'macro_f1'."
+            )
+        return numbers
+    ids: dict[Hashable, int] = {}
+    try:
+        found = [[ids.setdefault(label, len(ids)) for label in column] for column in columns]
+    except TypeError:
+        raise DataError(
+            "A label of the baseline is a list: it knows one class per row, not several."
+        ) from None
+    if len(set(found[0])) < 2:
+        raise DataError(
+            f"All {len(found[0]):,} training rows have the same label, so there is nothing to tell apart: draw the "
+            f"subset stratified by class, or take more rows."
+        )
+    return [np.asarray(column, np.int64) for column in found]
+
+
+def _checked(
+    rows: Sequence[tuple[Sequence[Text], Sequence[Any]]],
+    grid: Sequence[float],
+    stop_words: Sequence[str | None],
+    metric: str,
+) -> bool:
+    """Refuse what cannot be tuned; return whether the rows are pairs of texts."""
+    if metric not in METRICS:
+        raise ConfigError(f"A baseline has no metric {metric!r}. Known: {', '.join(METRICS)}.")
+    if not grid or min(grid) <= 0 or not stop_words:
+        raise ConfigError(
+            f"grid={grid!r} and stop_words={stop_words!r}: a baseline is chosen from at least one C above 0 and one "
+            f"entry of stop words (None for no list)."
+        )
+    for name, (texts, labels) in zip(("training", "validation", "test"), rows, strict=True):
+        if len(texts) != len(labels) or not len(texts):
+            raise DataError(
+                f"The {name} rows have {len(texts):,} texts and {len(labels):,} labels; there must be as many of one "
+                f"as of the other, and at least one."
+            )
+    kinds = {isinstance(text, str) for texts, _ in rows for text in texts}
+    if len(kinds) > 1:
+        raise DataError("Some rows are single texts and some are pairs; all must be of one kind.")
+    return not kinds.pop()
+
+
+def _flat(texts: Iterable[Text]) -> list[str]:
+    """Single texts as they are, pairs as two texts."""
+    return [one for text in texts for one in ((text,) if isinstance(text, str) else text)]
+
+
+def _features(transform: Callable[[Sequence[Any]], Any], pairs: bool) -> Features:
+    """Features of rows from the features of texts."""
+    if not pairs:
+        return transform
+
+    def both(texts: Sequence[Text]) -> Any:
+        # What the sides share and where they differ: a linear model cannot see either in the sides alone.
+        left, right = (transform([text[side] for text in texts]) for side in (0, 1))
+        if isinstance(left, np.ndarray):
+            shared = left * right
+            return np.hstack([left, right, shared, abs(left - right), shared.sum(1, keepdims=True)])
+        sparse = importlib.import_module("scipy.sparse")
+        shared = left.multiply(right)
+        cosine = sparse.csr_matrix(shared.sum(axis=1))
+        return sparse.hstack([left, right, shared, abs(left - right), cosine]).tocsr()
+
+    return both
+
+
+def _fitted(vectorizer: Any, texts: Sequence[str]) -> bool:
+    """Learn the words; False if none is left."""
+    try:
+        vectorizer.fit(texts)
+    except ValueError as error:
+        # Nothing left but stop words, or no word frequent enough; anything else is a bug and goes up.
+        if "empty vocabulary" in str(error) or "no terms remain" in str(error):
+            return False
+        if "max_df corresponds to < documents than min_df" in str(error):
+            return False
+        raise
+    return True
+
+
+def _unit(rows: Any) -> Any:
+    """Rows of length 1; a text without a known word stays at 0."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 0, length, 1.0)
+
+
+def _sklearn(name: str) -> Any:
+    try:
+        return importlib.import_module(f"sklearn.{name}")
+    except ImportError as error:
+        message = 'The classical baselines need scikit-learn: pip install "pretrain[eval]".'
+        raise ConfigError(f"{message} ({error})") from None

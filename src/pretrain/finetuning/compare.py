@@ -1,0 +1,190 @@
+"""Did pre-training help? The same rows, budget and seeds from random weights, and a classical baseline beside them.
+
+Each arm is tuned alone: all of its learning rates run with all seeds, the one with the best mean on the held-out
+rows is taken, and its scores on the test rows are what is compared, seed by seed. Without test rows the held-out
+rows are halved, one half to choose by and one to score. Arms have the same number of optimizer steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.transfer import Comparison, Notes
+from pretrain.metrics import LOWER_IS_BETTER
+from pretrain.reporting.history import read_history
+from pretrain.storage.files import note
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.finetuning.run import Job
+
+__all__ = ["compare_arms", "stratified_subset"]
+
+_FACTORS = (1.0, 3.0)  # of the automatic learning rate, the same for both arms
+
+
+def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) -> list[int]:
+    """Choose ``count`` rows with every class in its share, as nearly as whole rows allow.
+
+    Args:
+        keys: class of each row; None for a plain sample (its length is then not known, so it must be given).
+        count: rows to choose.
+        seed: chooses among the rows of a class.
+
+    Raises:
+        DataError: there are not so many rows.
+    """
+    if keys is None or count > len(keys):
+        have = 0 if keys is None else len(keys)
+        raise DataError(f"{count:,} training rows were asked for, and there are {have:,}.")
+    rng = np.random.default_rng([seed, count])
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    exact = [count * len(rows) / len(keys) for rows in groups.values()]
+    take = [min(len(rows), int(x)) for rows, x in zip(groups.values(), exact, strict=True)]
+    # What rounding left over goes to the classes that lost most by it, ties by chance.
+    order = sorted(range(len(take)), key=lambda g: (take[g] - exact[g], rng.random()))
+    for g in order[: count - sum(take)]:
+        take[g] += 1
+    chosen: list[int] = []
+    for rows, n in zip(groups.values(), take, strict=True):
+        chosen += [rows[int(i)] for i in rng.permutation(len(rows))[:n]]
+    return sorted(chosen)
+
+
+def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Comparison:
+    """Train both arms and the baselines at every number of labels.
+
+    Args:
+        job: of the run that the user asked for.
+        label_counts: numbers of training rows; all of them when None.
+        seeds: paired seeds of each arm.
+
+    Raises:
+        ConfigError: fewer than two seeds.
+        DataError: nothing held out, or more labels asked for than there are.
+    """
+    if seeds < 2:
+        raise ConfigError(f"seeds is {seeds}; an interval over seeds needs at least 2.")
+    train, choose, score = job.data.train, job.data.valid, job.data.test
+    if score is None:
+        if len(choose) < 4:
+            raise DataError("A comparison needs held-out rows to choose and to score by.")
+        score = choose.take(range(1, len(choose), 2))
+        choose = choose.take(range(0, len(choose), 2))
+    counts = sorted({int(n) for n in label_counts}) if label_counts else [len(train)]
+    strata = job.task.learn(train, job.settings.task.options).strata or [0] * len(train)
+    arms: dict[str, dict[int, list[float]]] = {}
+    notes = Notes(data=job.data.names["train"], dropped=job.data.recurring, valid_rows=len(choose))
+    notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
+    baselines = _Baselines.of(job)
+    for count in counts:
+        subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
+        for arm in ("pretrained", "scratch"):
+            began = time.monotonic()
+            lr, scores = _arm(job, arm, subsets, choose, score)
+            arms.setdefault(arm, {})[count] = scores
+            notes.settings.setdefault(arm, {})[f"lr at {count}"] = lr
+            notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
+            if not job.quiet:
+                shown = " ".join(f"{abs(x):.3f}" for x in scores)
+                note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
+        for name, found in (baselines.scores(subsets, choose, score) if baselines else {}).items():
+            arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
+            notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
+    lower = job.monitor in LOWER_IS_BETTER
+    for by_count in arms.values() if lower else ():
+        by_count.update({n: [-x for x in scores] for n, scores in by_count.items()})
+    return Comparison(
+        job.monitor, counts, arms, seeds=list(range(seeds)), test_rows=len(score), notes=notes
+    )
+
+
+def _arm(
+    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table
+) -> tuple[float, list[float]]:
+    """The learning rate that is best on ``choose``, and what it reaches on ``score``, for every seed."""
+    middle = job.lr(job.build(seed=0))
+    lrs = job.settings.optim.lrs or [float(f"{middle * f:.2g}") for f in _FACTORS]
+    limit, _ = job.steps(len(subsets[0]))
+    found: dict[float, list[list[float]]] = {}
+    for lr in lrs:
+        found[lr] = [
+            job.score(rows, choose, score, lr=lr, limit=limit, seed=seed, scratch=arm == "scratch")
+            for seed, rows in enumerate(subsets)
+        ]
+
+    def mean(lr: float) -> float:
+        chosen_by = [pair[0] for pair in found[lr]]
+        return float(np.mean(chosen_by)) if np.isfinite(chosen_by).all() else -math.inf
+
+    best = max(lrs, key=mean)
+    return best, [pair[1] for pair in found[best]]
+
+
+class _Baselines:
+    """TF-IDF and LSA with a linear model, tuned on the same rows."""
+
+    def __init__(self, job: Job) -> None:
+        from pretrain.finetuning.baseline import Lsa
+
+        self.metric = job.monitor
+        # Pre-training may have read the task's own text, so one classical model reads all of it, too.
+        self.lsa = Lsa(_texts(job.data.train))
+
+    @classmethod
+    def of(cls, job: Job) -> _Baselines | None:
+        """The baselines, or None where they do not apply."""
+        applies = job.task.name in ("classification", "regression")
+        if not applies or job.monitor not in ("accuracy", "macro_f1", "pearson"):
+            return None
+        if any(isinstance(value, list | tuple) for value in job.data.train.columns["label"][:50]):
+            return None
+        try:
+            return cls(job)
+        except ConfigError as error:
+            if not job.quiet:
+                note(f"no classical baseline: {error}")
+            return None
+
+    def scores(
+        self, subsets: Sequence[Table], choose: Table, score: Table
+    ) -> dict[str, list[dict[str, Any]]]:
+        """What each reaches with each subset."""
+        from pretrain.finetuning.baseline import lsa_baseline, tfidf_baseline
+
+        held = (_texts(choose), choose.columns["label"], _texts(score), score.columns["label"])
+        found: dict[str, list[dict[str, Any]]] = {"tfidf": [], "lsa": []}
+        for seed, rows in enumerate(subsets):
+            args: Any = (_texts(rows), rows.columns["label"], *held)
+            found["tfidf"].append(tfidf_baseline(*args, metric=self.metric, seed=seed))
+            found["lsa"].append(lsa_baseline(self.lsa, *args, metric=self.metric, seed=seed))
+        return found
+
+
+def _texts(table: Table) -> list[Any]:
+    columns = table.columns
+    if "pair" in columns:
+        return list(zip(columns["text"], columns["pair"], strict=True))
+    return list(columns["text"])
+
+
+def _pretraining(job: Job) -> tuple[int, float]:
+    """Tokens that the checkpoint has seen and the seconds it took, as far as its run tells; else 0."""
+    tokens, seconds = 0, 0.0
+    if isinstance(job.source, str):
+        run = Path(job.source)
+        with contextlib.suppress(OSError, DataError):
+            for record in read_history(run if (run / "log.jsonl").is_file() else run.parent).train:
+                tokens = int(record.get("tokens", tokens))
+                seconds = float(record.get("seconds", seconds))
+    return tokens, seconds

@@ -1,0 +1,107 @@
+"""``pretrain.data(...)``: what fine-tuning would see of labelled rows, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pretrain.data.overview import Overview
+from pretrain.finetuning.rows import Data, open_data
+from pretrain.finetuning.settings import from_keywords
+from pretrain.finetuning.start import starting_model
+from pretrain.objectives import task_class
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+
+__all__ = ["look"]
+
+_EXAMPLES = 3
+
+
+def look(
+    data: Any,
+    task: str = "classification",
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    valid: Any = None,
+    test: Any = None,
+    **keywords: Any,
+) -> Overview:
+    """Show class balance, lengths, rows that will be cut, and three examples as they will be fed.
+
+    Args:
+        data: rows, as ``pretrain.finetune`` takes them.
+        task: what they are for.
+        model: the checkpoint that will be fine-tuned; its tokenizer and its positions measure the rows. Without one
+            the rows are counted in words.
+        tokenizer: another name for ``model``.
+        valid, test: held-out rows, or the share that is held out.
+        **keywords: columns by role (``text="review"``), options of the task, ``max_length``.
+
+    Returns:
+        An overview that prints in a terminal and draws itself in a notebook.
+
+    Raises:
+        PretrainError: the rows cannot be used; the message says what to do.
+    """
+    model = tokenizer if model is None else model
+    given = {"train": data, "valid": valid, "test": test, **keywords}
+    settings, objects = from_keywords(None, "none" if model is None else model, task, given)
+    cls = task_class(settings.task.name)
+    found = open_data(settings, objects, cls)
+    notes = list(found.notes)
+    classes = {
+        name: _classes(getattr(found, name), found)
+        for name in found.counts
+        if found.learned.labels and len(found.learned.labels) > 1
+    }
+    common: dict[str, Any] = {
+        "name": found.names["train"],
+        "task": task,
+        "rows": found.counts,
+        "classes": {name: counts for name, counts in classes.items() if counts},
+        "notes": notes,
+    }
+    if model is None:
+        words = [_words(row.values()) for row in found.train.rows()]
+        notes.append("lengths are in words: name a model to count its tokens and see its examples")
+        return Overview(**common, tokenizer="words", lengths=words, max_length=0, cut=0, examples=[])
+    ready = starting_model(model, cls, found.learned.labels, quiet=True)
+    options = {**found.learned.options, **settings.task.options}
+    options.pop("labels", None)
+    made = cls(ready, max_length=settings.data.max_length, **options)
+    rows = made.encode(found.train)
+    for reason, places in rows.dropped.items():
+        notes.append(f"{len(places):,} rows are left out: {reason} ({found.train.where(places[0])})")
+    return Overview(
+        **common,
+        tokenizer=os.path.basename(str(model)) if isinstance(model, str | os.PathLike) else "model",
+        lengths=rows.lengths,
+        max_length=made.max_length,
+        cut=len(rows.cut),
+        examples=[made.show(rows[i]) for i in _spread(len(rows))],
+    )
+
+
+def _classes(table: Table, data: Data) -> dict[str, int]:
+    """Rows of each class, in the order of the labels; empty where a row has none or several."""
+    values = table.columns.get("label", [])
+    if any(isinstance(value, list | tuple | Mapping) for value in values):
+        return {}
+    codes = data.learned.options.get("codes", {})
+    labels = data.learned.labels or ()
+    counts = Counter(codes.get(str(value), str(value)) for value in values)
+    return {label: counts.get(k, counts.get(label, 0)) for k, label in enumerate(labels)}
+
+
+def _words(values: Any) -> int:
+    return sum(len(value.split()) for value in values if isinstance(value, str))
+
+
+def _spread(count: int) -> Sequence[int]:
+    """A few indices over the whole range."""
+    return sorted({i * count // _EXAMPLES for i in range(_EXAMPLES)} if count else ())

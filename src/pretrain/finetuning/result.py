@@ -1,0 +1,235 @@
+"""What ``pretrain.finetune`` returns: the trained model, its figures, its mistakes, and where everything lies."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.errors import DataError
+from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.precision import choose_device, choose_precision
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.data.task_rows import TaskRows
+    from pretrain.finetuning.rows import Data
+    from pretrain.finetuning.settings import TuneConfig
+    from pretrain.finetuning.transfer import Comparison
+    from pretrain.finetuning.views import Confusion, Errors
+    from pretrain.models.base import Model
+    from pretrain.objectives.tasks import Task
+    from pretrain.training.state import Run
+
+__all__ = ["Finetuned"]
+
+_EVAL_ROWS = 64
+
+
+class Finetuned:
+    """A fine-tuned model and how it came about.
+
+    Attributes:
+        task: the objective, which also predicts.
+        run: directory, checkpoints and history; None for a trial that kept nothing.
+        settings: of the run.
+        data: the rows by role, with ``names``, ``counts`` and ``fingerprint``.
+        notes: what was cut, dropped or found twice.
+        metrics: of the best evaluation, on the held-out rows.
+        test_metrics: on the test rows, or None.
+        trivial: figures of a baseline that knows the labels of the training rows alone.
+        comparison: the other arms, if they were asked for.
+    """
+
+    def __init__(
+        self, task: Task, run: Any, settings: TuneConfig, data: Data, notes: list[str]
+    ) -> None:
+        self.task, self.settings, self.data, self.notes = task, settings, data, notes
+        self.run: Run = run
+        self.metrics: dict[str, float] = dict(run.metrics) if run is not None else {}
+        self.test_metrics: dict[str, float] | None = None
+        self.trivial: dict[str, float] = {}
+        self.comparison: Comparison | None = None
+
+    @property
+    def model(self) -> Model:
+        """The model, with the weights of the best evaluation."""
+        return self.task.model
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes."""
+        return self.model.labels
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each part."""
+        return self.data.counts
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where the rows of each part came from."""
+        return self.data.names
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of all rows."""
+        return self.data.fingerprint
+
+    @property
+    def path(self) -> Path:
+        """Directory of the run."""
+        return self.run.path
+
+    def measure(self, rows: TaskRows) -> dict[str, float]:
+        """The figures of the task on encoded rows."""
+        precision = choose_precision(
+            self.settings.train.precision, choose_device(self.settings.parallel.device)
+        )
+        self.task.to(precision.device)
+        return evaluate_rows(self.task, rows, precision, batch_rows=_EVAL_ROWS)
+
+    def evaluate(self, data: Any) -> dict[str, float]:
+        """The figures of the task on further labelled rows: a file, a list, a frame or a data set."""
+        from pretrain.finetuning.rows import encode, labelled
+
+        table = labelled(data, self.task, self.settings)
+        rows = encode(self.task, table, "evaluation", 1.0, [])
+        self.task.prepare_reference(rows)
+        return self.measure(rows)
+
+    def predict(self, inputs: Any, **options: Any) -> Any:
+        """Answer one input with a dict, or several with a list of dicts; see ``pretrain.predict.predict``."""
+        from pretrain.predict import predict_with
+
+        return predict_with(self.task, inputs, **options)
+
+    # ------------------------------------------------------------------ mistakes
+
+    @property
+    def judged(self) -> Table:
+        """The rows that mistakes are shown of: the test rows, else the held-out ones."""
+        return self.data.test if self.data.test is not None else self.data.valid
+
+    @cached_property
+    def answers(self) -> list[tuple[Any, dict[str, Any]]]:
+        """(truth, prediction) of every judged row; empty where the task has no single truth."""
+        table = self.judged
+        truth = self.task.truth(table) if len(table) else None
+        if truth is None:
+            return []
+        return list(zip(truth, self.task.predict(table), strict=True))
+
+    def confusion(self) -> Confusion:
+        """How often each class was taken for each other.
+
+        Raises:
+            DataError: the task has no single class per row, or nothing was held out.
+        """
+        from pretrain.finetuning.views import Confusion
+
+        labels = self.labels
+        said = [(truth, found.get("label")) for truth, found in self.answers]
+        pairs = [(a, b) for a, b in said if isinstance(a, str) and isinstance(b, str)]
+        if not pairs or labels is None:
+            raise DataError(
+                "A confusion matrix needs held-out rows with one class each, and there are none."
+            )
+        places = {label: k for k, label in enumerate(labels)}
+        matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        for truth, found in pairs:
+            matrix[places[truth], places[found]] += 1
+        return Confusion(labels, matrix)
+
+    def errors(self, count: int = 10) -> Errors:
+        """The worst mistakes on the judged rows, the surest first.
+
+        Raises:
+            DataError: the task has no single truth to hold answers against.
+        """
+        from pretrain.finetuning.views import Errors
+
+        if not self.answers:
+            raise DataError(f"The task {self.task.name} has no single right answer for each row.")
+        wrong = []
+        for i, (truth, found) in enumerate(self.answers):
+            answer = found.get("label", found.get("score", found.get("answer")))
+            if answer is None or answer == truth:
+                continue
+            if isinstance(truth, float):
+                weight = abs(float(answer) - truth)
+            else:
+                score = np.asarray(found.get("score", 0.0), dtype=np.float64)
+                weight = float(score.max()) if score.size else 0.0
+            wrong.append((weight, i, truth, answer))
+        wrong.sort(key=lambda item: (-item[0], item[1]))
+        return Errors([self._mistake(*item) for item in wrong[:count]])
+
+    def _mistake(self, weight: float, i: int, truth: Any, answer: Any) -> dict[str, Any]:
+        row = self.judged.row(i)
+        inputs = [str(row[r.name]) for r in self.task.roles if r.name in row and r.name != "label"]
+        return {
+            "where": self.judged.where(i),
+            "text": " | ".join(inputs),
+            "label": truth,
+            "predicted": answer,
+            "score": weight,
+        }
+
+    # ------------------------------------------------------------------ keeping and showing
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the model as a Hugging Face directory (an adapter as a PEFT directory)."""
+        return self.model.save(Path(directory))
+
+    def report(self, out: str | os.PathLike[str] | None = None) -> Path:
+        """Write the model card and an HTML page with curves, mistakes and how to repeat it; returns the page."""
+        from pretrain.finetuning.page import write_report
+
+        return write_report(self, out)
+
+    def _figures(self) -> list[tuple[str, Mapping[str, float]]]:
+        found: list[tuple[str, Mapping[str, float]]] = [("held out", self.metrics)]
+        if self.test_metrics is not None:
+            found.append(("test", self.test_metrics))
+        if self.trivial:
+            found.append(("knowing only the labels", self.trivial))
+        return [(name, figures) for name, figures in found if figures]
+
+    def __repr__(self) -> str:
+        lines = [f"{self.task.name} with {self.model.backbone.model_type}, {_where(self.run)}"]
+        for name, figures in self._figures():
+            shown = [f"{k} {v:.4f}" for k, v in figures.items() if k != "targets"]
+            lines.append(f"  {name}: {', '.join(shown)}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from pretrain.reporting.history import loss_svg, sort_records
+
+        names = list(dict.fromkeys(k for _, f in self._figures() for k in f if k != "targets"))
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        body = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(part)}</th>{_cells(names, figures)}</tr>"
+            for part, figures in self._figures()
+        )
+        picture = loss_svg(sort_records(self.run.history)) if self.run is not None else ""
+        title = html.escape(repr(self).splitlines()[0])
+        return f"<p>{title}</p><table><tr><th></th>{head}</tr>{body}</table>{picture}"
+
+
+def _cells(names: Sequence[str], figures: Mapping[str, float]) -> str:
+    return "".join(
+        f"<td>{figures[name]:.4f}</td>" if name in figures else "<td></td>" for name in names
+    )
+
+
+def _where(run: Any) -> str:
+    if run is None:
+        return "kept nowhere"
+    best = run.best or run.checkpoint
+    return f"step {run.step:,}, best {best}" if run.best else f"step {run.step:,}, {best}"

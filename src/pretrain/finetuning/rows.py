@@ -1,0 +1,158 @@
+"""The rows of a fine-tuning run: read, named by role, split, held against each other, encoded.
+
+Everything that usually goes wrong without a word (columns taken for others, rows cut, labels that only validation
+has, training rows that recur in the test) is an error here, or one line in ``notes``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pretrain.data.labelled import choose_columns, drop_duplicates, roles_table, split
+from pretrain.data.tables import read_table
+from pretrain.errors import DataError
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.data.task_rows import TaskRows
+    from pretrain.finetuning.settings import TuneConfig
+    from pretrain.objectives.tasks import Learned, Task
+
+__all__ = ["Data", "encode", "open_data"]
+
+
+@dataclass
+class Data:
+    """Rows by role, and what is known of them.
+
+    Attributes:
+        train, valid, test: tables whose columns are named by role; ``test`` may be None, ``valid`` empty.
+        learned: labels and options that the training rows gave.
+        names: where the rows came from.
+        notes: lines worth printing.
+        fingerprint: SHA-256 over the content of all rows, in order.
+        recurring: training rows that were left out because they stand among the held-out ones.
+    """
+
+    train: Table
+    valid: Table
+    test: Table | None
+    learned: Learned
+    names: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+    recurring: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each part."""
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: len(table) for name, table in parts.items() if table is not None}
+
+
+def open_data(settings: TuneConfig, objects: Mapping[str, Any], task: type[Task]) -> Data:
+    """Read the sources that the settings name, or the objects that were given instead.
+
+    Args:
+        settings: of the run.
+        objects: ``train``, ``valid`` and ``test`` that are no paths: lists, frames, data sets.
+        task: says which columns there must be, and what its labels are.
+
+    Raises:
+        DataError: nothing to read, a missing column, labels that cannot be; names the row.
+    """
+    section = settings.data
+    source = objects.get("train", section.train)
+    if source is None:
+        raise DataError("There are no rows to learn from: name a file, or give a list of dicts.")
+    whole = _read(source, section, "train")
+    columns = choose_columns(whole, task.roles, section.columns)
+    train = roles_table(whole, columns)
+    if not len(train):
+        raise DataError(f"{whole.name} has columns but no rows.")
+    learned = task.learn(train, settings.task.options)
+    notes, names = list(learned.notes), {"train": whole.name}
+    wanted = objects.get("valid", section.valid)
+    if isinstance(wanted, int | float):
+        train, valid = split(train, learned.strata, float(wanted), settings.train.seed)
+        names["valid"] = f"{float(wanted):.0%} of {whole.name}"
+    else:
+        valid = _by_role(_read(wanted, section, "valid"), task, columns)
+        names["valid"] = valid.name
+    test = None
+    if (tested := objects.get("test", section.test)) is not None:
+        test = _by_role(_read(tested, section, "test"), task, columns)
+        names["test"] = test.name
+    roles = [role.name for role in task.roles if role.name in train.names]
+    recurring = 0
+    for other, what in ((valid, "validation"), (test, "test")):
+        if other is not None and len(other):
+            train, dropped = drop_duplicates(train, other, _inputs(roles), what)
+            recurring += dropped
+            if dropped:  # it has been said aloud, and the report repeats it
+                notes.append(f"{dropped:,} training rows recur in the {what} rows and were left out")
+    if not len(train):
+        raise DataError(
+            "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
+        )
+    if isinstance(wanted, int | float) and wanted > 0 and not len(valid):
+        notes.append("too few rows for a validation split: nothing is held out")
+    return Data(train, valid, test, learned, names, notes, _fingerprint(train, valid, test), recurring)
+
+
+def _read(source: Any, section: Any, name: str) -> Table:
+    return read_table(source, name=name, columns=section.names, format=section.format)
+
+
+def _by_role(table: Table, task: type[Task], columns: Mapping[str, str]) -> Table:
+    """Held-out rows: the columns of the training rows where they have them, else recognised ones."""
+    known = {role: column for role, column in columns.items() if column in table.names}
+    return roles_table(table, choose_columns(table, task.roles, known))
+
+
+def _inputs(roles: Sequence[str]) -> list[str]:
+    """What makes two rows the same: all that is read, not what is answered."""
+    answers = {"label", "answers", "id", "completion"}
+    return [role for role in roles if role not in answers] or list(roles)
+
+
+def _fingerprint(*tables: Table | None) -> str:
+    parts = [table.fingerprint if table is not None and len(table) else None for table in tables]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]) -> TaskRows:
+    """Turn rows into examples; say what was cut and what was left out.
+
+    Raises:
+        DataError: more than ``max_cut`` of the rows do not fit, or none gives an example.
+    """
+    rows = task.encode(table)
+    for reason, places in rows.dropped.items():
+        shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
+        notes.append(f"{len(places):,} {what} rows left out, {reason}: {shown}")
+    if not len(rows):
+        why = "; ".join(f"{reason}: {len(found)}" for reason, found in rows.dropped.items())
+        raise DataError(
+            f"None of the {len(table):,} {what} rows gives an example ({why or 'no reason'})."
+        )
+    if rows.cut:
+        share = len(rows.cut) / len(table)
+        text = f"{len(rows.cut):,} of {len(table):,} {what} rows ({share:.2%}) exceed {task.max_length} tokens"
+        if share > max_cut:
+            raise DataError(
+                f"{text} and would be cut, the first is {table.where(rows.cut[0])}. Raise max_length (this model "
+                f"has {task.model.backbone.max_length} positions), split the texts, or allow it with "
+                f"max_cut={min(1.0, share + 0.005):.2f}."
+            )
+        notes.append(f"{text} and are cut")
+    return rows
+
+
+def labelled(source: Any, task: Task, settings: TuneConfig) -> Table:
+    """Further rows for the same task: a source with the columns of the training rows, or recognised ones."""
+    return _by_role(_read(source, settings.data, "data"), type(task), settings.data.columns)

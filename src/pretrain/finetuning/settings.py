@@ -1,0 +1,282 @@
+"""The settings of a fine-tuning run: the sections of a pre-training run, with a task and a method in them.
+
+The same fields are the YAML keys, the options of ``pretrain finetune`` and, without their section, the keyword
+arguments of ``pretrain.finetune``. Section ``parallel`` is that of pre-training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, within
+from pretrain.errors import ConfigError, did_you_mean
+
+__all__ = ["TuneConfig", "from_keywords"]
+
+
+@dataclass
+class TuneData:
+    """Labelled rows."""
+
+    train: str | None = None
+    """Rows: .csv .tsv .jsonl .json .parquet .conll (also .gz); in Python also a list of dicts, a pandas
+    frame or a datasets.Dataset."""
+    valid: float | str = 0.1
+    """Held-out rows: a fraction of the training rows, stratified by class, or a source of its own."""
+    test: str | None = None
+    """Rows that are looked at once, when everything has been chosen."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which column plays which part, e.g. {text: review, label: stars}; others are recognised by name."""
+    names: list[str] | None = None
+    """Names of the columns of a file without a header line."""
+    format: str | None = None
+    """Format of a file whose name does not tell: csv, tsv, jsonl, json, parquet, conll, conllu."""
+    max_length: int | None = within(None, 3, 1 << 20)
+    """Tokens of an example at most; not given, the model's positions."""
+    max_cut: float = within(0.01, 0.0, 1.0)
+    """Share of the rows that may be cut to max_length before it is an error."""
+
+
+@dataclass
+class TuneModel:
+    """What is fine-tuned."""
+
+    checkpoint: str = ""
+    """A run, a checkpoint, or any Hugging Face directory of a known family."""
+
+
+@dataclass
+class TuneTask:
+    """What it is fine-tuned for."""
+
+    name: str = ""
+    """classification, regression, token-classification, question-answering, chat, language-modelling,
+    embedding, preference, or the import path of a task of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the task, e.g. {label_smoothing: 0.1, class_weights: balanced}."""
+
+
+@dataclass
+class TuneMethod:
+    """Which weights move."""
+
+    lora: int = within(0, 0, 1 << 16)
+    """Rank of a LoRA adapter; 0 trains the weights themselves."""
+    alpha: float | None = within(None, 1e-9, 1e9)
+    """Scale of the adapter is alpha / rank; not given, alpha is twice the rank."""
+    lora_dropout: float = within(0.0, 0.0, 0.99)
+    """Dropout before the adapter."""
+    dora: bool = False
+    """Learn the length of every row apart from its direction (DoRA)."""
+    targets: list[str] | str | None = None
+    """Modules that get an adapter, by the last part of their name in the file, or "all-linear"."""
+    freeze: str | int = ""
+    """What stays as it is: "backbone", "embeddings", or the number of lowest blocks (with the embeddings)."""
+
+
+@dataclass
+class TuneOptim:
+    """How the weights move."""
+
+    lr: float | str = "auto"
+    """Peak learning rate; "auto" goes by the width of the model, "sweep" tries a grid in short runs."""
+    lrs: list[float] = field(default_factory=list)
+    """Grid of the sweep; not given, a third, once and three times the automatic one."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
+    muon_lr: float = within(0.002, 0.0, 100.0)
+    """Peak learning rate of Muon."""
+    betas: tuple[float, float] = within((0.9, 0.999), 0.0, 1.0 - 1e-9)
+    """Decay of the two moments of AdamW."""
+    eps: float = within(1e-8, 1e-30, 1.0)
+    """Added to the square root of the second moment."""
+    weight_decay: float = within(0.01, 0.0, 100.0)
+    """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
+    clip: float = within(1.0, 0.0, 1e6)
+    """Largest norm of the gradient; 0 is off."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup: float = within(0.1, 0.0, 1e9)
+    """Warm-up: a fraction of the steps (below 1) or a number of steps."""
+    min_lr: float = within(0.0, 0.0, 1.0)
+    """Learning rate at the end, as a fraction of the peak."""
+    ema: float = within(0.0, 0.0, 1.0 - 1e-9)
+    """Decay of the moving average of the weights; 0 is off."""
+    layer_decay: float = within(1.0, 1e-6, 1.0)
+    """Learning rate of every layer as a fraction of that of the layer above it."""
+    unfreeze: float = within(0.0, 0.0, 1.0)
+    """Fraction of the steps over which the layers are released one by one from the top."""
+    l2_sp: float = within(0.0, 0.0, 1e9)
+    """Pull towards the pre-trained weights, in place of weight decay."""
+
+    def at(self, lr: float) -> OptimConfig:
+        """The section of the trainer, with this learning rate."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("lr", "lrs")}
+        return OptimConfig(lr=lr, **plain)
+
+
+@dataclass
+class TuneTrain:
+    """How long, how often, and where to."""
+
+    out: str = ""
+    """Directory of the run; the same command again resumes it. Not given, runs/TASK-FINGERPRINT."""
+    epochs: float = within(0.0, 0.0, 1e6)
+    """Passes over the training rows; 0 is three, or more where that is fewer than 250 steps."""
+    limit: str = ""
+    """When to stop, if not by epochs: "500 steps", "1e6 tokens" or "10 minutes"."""
+    batch_rows: int = within(32, 1, 1 << 24)
+    """Examples in one optimizer step."""
+    micro_rows: int = within(0, 0, 1 << 24)
+    """Examples in one forward pass; 0 is chosen."""
+    eval_every: str = "1 epochs"
+    """Evaluate every "1 epochs", "200 steps" or "5%" of the run; at most fifty times."""
+    patience: int = within(0, 0, 1 << 20)
+    """Evaluations without improvement before stopping; 0 is off. The best epoch is restored in any case."""
+    monitor: str = ""
+    """Figure that decides which epoch is best; not given, the task's own."""
+    log_every: int = within(10, 1, 1 << 30)
+    """Steps between two lines of the log."""
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute precision; auto is bf16 where the device is good at it."""
+    seed: int = within(0, 0, (1 << 63) - 1)
+    """Seed of the new head, the split, the order and the dropout."""
+
+    def at(self, out: str, limit: str, *, save: bool) -> TrainConfig:
+        """The section of the trainer."""
+        names = ("micro_rows", "batch_rows", "eval_every", "patience", "monitor", "log_every")
+        plain = {name: getattr(self, name) for name in (*names, "loggers", "precision", "seed")}
+        return TrainConfig(
+            out=out, limit=limit, save_every="25%" if save else "0 steps", keep=1, best=save, **plain
+        )
+
+
+@dataclass
+class TuneConfig:
+    """The sections of a fine-tuning run."""
+
+    data: TuneData = field(default_factory=TuneData)
+    model: TuneModel = field(default_factory=TuneModel)
+    task: TuneTask = field(default_factory=TuneTask)
+    method: TuneMethod = field(default_factory=TuneMethod)
+    optim: TuneOptim = field(default_factory=TuneOptim)
+    train: TuneTrain = field(default_factory=TuneTrain)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    SECTIONS: ClassVar[dict[str, type]] = {
+        "data": TuneData,
+        "model": TuneModel,
+        "task": TuneTask,
+        "method": TuneMethod,
+        "optim": TuneOptim,
+        "train": TuneTrain,
+        "parallel": ParallelConfig,
+    }
+
+    @classmethod
+    def load(cls, source: Any = None, overrides: Mapping[str, Any] | None = None) -> TuneConfig:
+        """Read settings and check every one of them; see ``RunConfig.load``."""
+        from pretrain.settings.check import read_sections
+
+        return cls(**read_sections(cls.SECTIONS, source, overrides))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The sections as plain dicts, lists, strings and numbers."""
+        plain: dict[str, dict[str, Any]] = {
+            key: {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+            for key in self.SECTIONS
+            for section in [getattr(self, key)]
+        }
+        plain["optim"]["betas"] = list(plain["optim"]["betas"])
+        return plain
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the settings as YAML that ``load`` reads back."""
+        from pretrain.settings.check import write_text
+        from pretrain.settings.strict_yaml import dump
+
+        return write_text(Path(path), dump(self.to_dict()))
+
+
+def from_keywords(
+    config: Any, model: Any, task: str | None, keywords: Mapping[str, Any]
+) -> tuple[TuneConfig, dict[str, Any]]:
+    """Settings from a YAML file or mapping and from keyword arguments without their sections.
+
+    Args:
+        config: a file, a mapping of sections, a ``TuneConfig`` or None.
+        model: path of a checkpoint, or anything else (a ``Model``), which is named in the settings only.
+        task: name of the task; None takes the config's.
+        keywords: columns by role (``text="review"``), options of the task, or fields of any section; or whole
+            sections (``optim={...}``).
+
+    Returns:
+        The settings, and the data that were given as objects: ``train``, ``valid``, ``test``.
+
+    Raises:
+        ConfigError: no model, no task, or a keyword that nothing knows; the nearest is named.
+    """
+    base = TuneConfig.load(config)
+    sections: dict[str, dict[str, Any]] = {}
+    name = task or base.task.name
+    if not name:
+        raise ConfigError(
+            'Say what the model shall learn: task="classification" (or another of pretrain.objectives.TASKS).'
+        )
+    sections["task"] = {"name": name}
+    if model is not None:
+        sections["model"] = {"checkpoint": os.fspath(model) if _is_path(model) else "a model"}
+    elif not base.model.checkpoint:
+        raise ConfigError("Name the checkpoint to fine-tune: model=DIRECTORY.")
+    from pretrain.objectives import task_class
+
+    cls = task_class(name)
+    roles = {role.name for role in cls.roles}
+    options = set(inspect.signature(cls.__init__).parameters) - {"self", "model", "max_length"}
+    options |= {"labels"}
+    places = {
+        f.name: key
+        for key in ("parallel", "data", "train", "optim", "method")
+        for f in dataclasses.fields(TuneConfig.SECTIONS[key])
+    }
+    columns, given = dict(base.data.columns), dict(base.task.options)
+    objects: dict[str, Any] = {}
+    for key, value in keywords.items():
+        if value is None:
+            continue
+        if key in TuneConfig.SECTIONS and isinstance(value, Mapping):
+            sections.setdefault(key, {}).update(value)
+        elif key in ("train", "valid", "test") and not isinstance(value, str | int | float):
+            objects[key] = os.fspath(value) if _is_path(value) else value
+        elif key in roles:
+            columns[key] = value
+        elif key in options:
+            given[key] = value
+        elif key in places:
+            sections.setdefault(places[key], {})[key] = value
+        else:
+            known = sorted({*roles, *options, *places})
+            raise ConfigError(
+                f"{key} is no column, option or setting of the task {name}."
+                + did_you_mean(key, known)
+            )
+    sections["task"]["options"] = {**given, **sections["task"].get("options", {})}
+    section = sections.setdefault("data", {})
+    section["columns"] = {**columns, **section.get("columns", {})}
+    for key, value in objects.items():
+        sections["data"][key] = value if isinstance(value, str) else f"a {type(value).__name__}"
+    return TuneConfig.load(base, sections), {
+        k: v for k, v in objects.items() if not isinstance(v, str)
+    }
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)

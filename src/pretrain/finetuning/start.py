@@ -1,0 +1,170 @@
+"""The model that a fine-tuning run starts from: any checkpoint with the head of the task, or the same from scratch."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint import load
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models.base import Model
+from pretrain.models.heads import LABELLED
+from pretrain.storage.files import note
+
+if TYPE_CHECKING:
+    from pretrain.objectives.tasks import Task
+
+__all__ = ["automatic_lr", "freeze", "starting_model"]
+
+
+def starting_model(
+    source: Any,
+    task: type[Task],
+    labels: Sequence[str] | None,
+    *,
+    seed: int = 0,
+    scratch: bool = False,
+    quiet: bool = False,
+) -> Model:
+    """Open a checkpoint, or copy a model, with the head that the task needs.
+
+    What the file has of the head is kept where it fits (the pooler of a published BERT; the whole head of a
+    classifier with the same labels); the rest is new, drawn from the seed, and named in one line.
+
+    Args:
+        source: a directory, or a ``Model``, which is left as it is.
+        task: whose head is wanted; a task without a wish keeps the head there is.
+        labels: classes of a head with labels.
+        seed: of all that is new.
+        scratch: throw the weights away and start all of them anew: the other arm of a comparison.
+        quiet: do not say what was loaded.
+
+    Raises:
+        ModelError: the family has no such head, or the model no tokenizer.
+        CheckpointError: nothing that can be opened.
+    """
+    kind = task.head_kind
+    if isinstance(source, Model):
+        model = _copied(source, kind, labels)
+    elif isinstance(source, str | os.PathLike):
+        model = load(os.fspath(source), head=kind, quiet=True)
+    else:
+        raise ConfigError(
+            f"model is {type(source).__name__}; give a checkpoint directory, or what pretrain.load returns."
+        )
+    if model.head_kind in LABELLED and labels is not None:
+        _set_labels(model, tuple(labels))
+    if scratch:
+        model.init_weights(seed)
+        model.fresh = frozenset(name for name, _ in model.named_parameters())
+    elif model.fresh:
+        model.init_weights(seed, model.fresh)
+    _set_padding(model)
+    model.card = None
+    if not quiet:
+        new = sorted(model.fresh)
+        what = "all of it random" if scratch else f"new: {', '.join(new)}" if new else "nothing new"
+        note(f"{model.backbone.model_type} with {model.num_parameters():,} parameters, {what}")
+    return model
+
+
+def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Model:
+    """A copy with the wanted head; the original is not touched."""
+    if kind is None or kind == source.head_kind:
+        return copy.deepcopy(source)
+    backbone = copy.deepcopy(source.backbone)
+    model = Model.build(
+        type(backbone), backbone.config, head=kind, labels=labels, tokenizer=source.tokenizer
+    )
+    model.backbone = backbone
+    if model.head is not None:
+        model.head.to_empty(device="cpu")
+    fresh = {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    model.init_weights(0, fresh)
+    model.fresh = frozenset(fresh)
+    model.generation_config = dict(source.generation_config)
+    model.extra_config = copy.deepcopy(source.extra_config)
+    return model.eval()
+
+
+def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
+    """Name the classes; another number of them, or other names, need a new last layer."""
+    if model.labels == labels:
+        return
+    head: Any = model.head
+    made_up = model.labels == tuple(f"LABEL_{i}" for i in range(len(labels)))
+    if not (made_up or "head.classifier.weight" in model.fresh) or len(model.labels or ()) != len(
+        labels
+    ):
+        from torch import nn
+
+        old = head.classifier
+        head.classifier = nn.Linear(old.in_features, len(labels), bias=old.bias is not None)
+        new = {name for name, _ in model.named_parameters() if name.startswith("head.classifier.")}
+        model.init_weights(0, new)
+        model.fresh = model.fresh | new
+    model.labels = labels
+
+
+def _set_padding(model: Model) -> None:
+    """A decoder with one answer per text needs an id for padding, or transformers refuses to batch the result."""
+    config, tokenizer = model.backbone.config, model.tokenizer
+    if model.head_kind != "sequence-classification" or config.pad_id is not None:
+        return
+    if tokenizer is None:
+        raise ModelError("The checkpoint has no tokenizer, so no text can be read with it.")
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    if pad is None:
+        return
+    import dataclasses
+
+    model.backbone.config = dataclasses.replace(config, pad_id=pad)
+    if tokenizer.pad_id is None:
+        name = next(name for name, index in tokenizer.vocab.items() if index == pad)
+        tokenizer.roles["pad"] = name
+    if isinstance(getattr(model.head, "pad_id", 0), type(None)):
+        model.head.pad_id = pad  # type: ignore[union-attr]
+
+
+def freeze(model: Model, what: str | int) -> int:
+    """Keep part of a model as it is; returns the number of parameters that stay.
+
+    Args:
+        model: whose parameters are marked.
+        what: ``"backbone"``, ``"embeddings"``, a number of lowest blocks (with the embeddings), or ``""`` for
+            nothing.
+
+    Raises:
+        ConfigError: none of these, or more blocks than there are.
+    """
+    if what in ("", 0, "0"):
+        return 0
+    backbone = model.backbone
+    blocks = backbone.blocks()
+    if what == "backbone":
+        modules = [backbone]
+    elif what == "embeddings":
+        modules = list(backbone.embeddings())  # type: ignore[arg-type]
+    elif str(what).isdigit() and int(what) <= len(blocks):
+        modules = [*backbone.embeddings(), *blocks[: int(what)]]  # type: ignore[list-item]
+    else:
+        raise ConfigError(
+            f'method.freeze is {what!r}; it must be "backbone", "embeddings" or a number of blocks up to '
+            f"{len(blocks)}."
+        )
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def automatic_lr(model: Model, *, adapter: bool = False) -> float:
+    """Peak learning rate of AdamW by the width of the model.
+
+    3e-5 at the width of BERT-base, as in its paper's appendix A.3, and more for narrower models by the power 1.5,
+    which meets the rates that models of width 128 are fine-tuned with best; ten times as much for an adapter.
+    """
+    lr = 3e-5 * (768 / int(model.backbone.config.hidden_size)) ** 1.5
+    return float(f"{lr * (10 if adapter else 1):.2g}")

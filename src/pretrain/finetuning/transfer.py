@@ -1,0 +1,392 @@
+"""Was pre-training worth it? The statistics and the words of the comparison with an equal model from scratch.
+
+Both arms share architecture, rows, label subsets, seeds and optimizer steps, so their scores are paired by seed, and
+the gain is the mean of the paired differences with Student's t interval (Student, 1908). A verdict needs both the
+interval and the seeds on one side. Classical baselines at the same labels stand beside the two arms, because a gain
+over a badly trained model is worth nothing: a baseline that is better is said as plainly as a gain.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import Any, NamedTuple
+
+from pretrain.errors import DataError, PretrainError
+from pretrain.finetuning.cost import steps_to_best
+from pretrain.metrics import LOWER_IS_BETTER
+from pretrain.reporting.curves import Series, curve_svg
+from pretrain.reporting.intervals import mean_interval
+from pretrain.storage.strict_json import parse_json
+
+__all__ = ["PRETRAINED", "SCRATCH", "Arm", "Comparison", "Gain", "Notes", "steps_to_best"]
+
+PRETRAINED, SCRATCH = "pretrained", "scratch"
+_SHORT = {PRETRAINED: "pre-trained", SCRATCH: "from scratch", "tfidf": "TF-IDF", "lsa": "LSA"}
+_HINTS = (
+    "try a lower learning rate, optim.layer_decay or optim.l2_sp, go on pre-training on this text "
+    '(task="language-modelling") before fine-tuning, and look whether the tokenizer fits the text (tokens per word)'
+)
+
+
+class Gain(NamedTuple):
+    """Pre-trained minus scratch, paired over seeds; above 0 is better for every metric."""
+
+    mean: float
+    low: float
+    high: float
+    positive: int
+    """Seeds with a gain above 0."""
+
+
+@dataclass
+class Arm:
+    """The test scores of one way to learn the task: label count -> one score per seed, in the order of the seeds."""
+
+    name: str
+    scores: dict[int, list[float]]
+
+
+@dataclass
+class Notes:
+    """What belongs beside the scores.
+
+    Args:
+        data: name of the set.
+        stratified: whether every subset holds the classes in the proportions of the whole.
+        dropped: training rows left out because their normalised text recurs in the test rows.
+        valid_rows: rows on which every arm was tuned.
+        settings: what was chosen per arm, as ``{"scratch": {"lr": 1e-3}, "tfidf": {"C": 10.0}}``; a list is one
+            value per seed.
+        seconds: of fine-tuning per arm, and of ``"pre-training"``.
+        tokens: read by pre-training.
+        steps: share of scratch's steps to its best score that the pre-trained model needs for the same score, and
+            that share with pre-training counted in; see ``steps_to_best``.
+    """
+
+    data: str = ""
+    stratified: bool = True
+    dropped: int = 0
+    valid_rows: int = 0
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    steps: tuple[float, float] | None = None
+
+
+@dataclass
+class Comparison:
+    """Scores of all arms at a few label counts, and what they say.
+
+    Args:
+        metric: name of the score. Those of ``metrics.LOWER_IS_BETTER`` are reported as they are, all others are in
+            [0, 1] or a correlation and are reported in points, 100 times the score.
+        counts: numbers of labels, ascending.
+        arms: arm -> label count -> one test score per seed. ``"pretrained"`` and ``"scratch"`` must be there, with
+            every count; every other arm is a baseline.
+        seeds: of fine-tuning, in the order of the scores.
+        test_rows: rows behind every score, touched once.
+        notes: what else the report says.
+
+    Raises:
+        DataError: an arm, a count or a score is missing.
+    """
+
+    metric: str
+    counts: list[int]
+    arms: dict[str, dict[int, list[float]]]
+    seeds: list[int]
+    test_rows: int
+    notes: Notes = field(default_factory=Notes)
+
+    def __post_init__(self) -> None:
+        for needed in (PRETRAINED, SCRATCH):
+            if needed not in self.arms:
+                raise DataError(
+                    f"A comparison needs the arms {PRETRAINED!r} and {SCRATCH!r}; here are "
+                    f"{', '.join(map(repr, self.arms)) or 'none'}."
+                )
+        if not self.counts or not self.seeds:
+            raise DataError("A comparison needs at least one number of labels and one seed.")
+        self.counts = sorted(self.counts)
+        for name, scores in self.arms.items():
+            for count in self.counts if name in (PRETRAINED, SCRATCH) else scores:
+                found = len(scores.get(count, ()))
+                if found != len(self.seeds):
+                    raise DataError(
+                        f"Arm {name!r} has {found} scores at {count} labels but there are {len(self.seeds)} seeds; "
+                        f"every arm needs one score per seed (nan for a run that failed)."
+                    )
+
+    def arm(self, name: str) -> Arm:
+        """One arm by its name."""
+        return Arm(name, self.arms[name])
+
+    @property
+    def baselines(self) -> list[str]:
+        """The arms that are neither pre-trained nor from scratch."""
+        return [name for name in self.arms if name not in (PRETRAINED, SCRATCH)]
+
+    # What the scores say
+
+    def gain(self, count: int) -> Gain:
+        """The paired gain at a number of labels with its 95 % t interval, in points (or units of the metric)."""
+        differences = self._differences(PRETRAINED, SCRATCH, count)
+        return Gain(*mean_interval(differences), sum(value > 0 for value in differences))
+
+    def best_baseline(self, count: int) -> tuple[str, float] | None:
+        """The baseline with the best mean, and by how much that is better than the pre-trained mean."""
+        leads = {
+            name: statistics.fmean(self._differences(name, PRETRAINED, count))
+            for name in self.baselines
+            if count in self.arms[name]
+        }
+        known = {name: lead for name, lead in leads.items() if not math.isnan(lead)}
+        name = max(known, key=known.__getitem__, default=None)
+        return None if name is None else (name, known[name])
+
+    def outcome(self, count: int) -> str:
+        """``"helps"``, ``"hurts"``, ``"no difference"`` or ``"unknown"`` (one seed, or a score is missing).
+
+        Helping needs an interval above 0 and four of five seeds with a gain; hurting is its mirror image.
+        """
+        gain, seeds = self.gain(count), len(self.seeds)
+        if math.isnan(gain.low):
+            return "unknown"
+        negative = sum(value < 0 for value in self._differences(PRETRAINED, SCRATCH, count))
+        if gain.low > 0 and 5 * gain.positive >= 4 * seeds:
+            return "helps"
+        return "hurts" if gain.high < 0 and 5 * negative >= 4 * seeds else "no difference"
+
+    def verdict(self, count: int) -> str:
+        """One sentence for a number of labels; a better baseline is named in it, whatever the gain."""
+        gain, outcome, best = self.gain(count), self.outcome(count), self.best_baseline(count)
+        size = (
+            f"{self._plain(abs(gain.mean))} ± {self._plain((gain.high - gain.low) / 2)}{self._unit}"
+        )
+        worse = best is not None and best[1] > 0
+        other = (
+            f"{self._long(best[0])} is better by {self._plain(best[1])}{self._unit}"
+            if best and worse
+            else ""
+        )
+        if outcome == "unknown":
+            text = "no verdict: " + (
+                "one seed has no interval, run at least two and better five"
+                if len(self.seeds) < 2
+                else "a score is missing"
+            )
+        elif outcome == "helps" and worse:
+            return f"pre-training helps against scratch by {size}, but {other}"
+        elif outcome == "helps":
+            above = f", {self._plain(-best[1])} above {self._long(best[0])}" if best else ""
+            return f"pre-training helps by {size}{above}"
+        elif outcome == "hurts":
+            text = f"pre-training hurts here by {size}; {_HINTS}"
+        else:
+            text = (
+                f"no difference seen ({self._signed(gain.mean)}{self._unit}, 95 % interval "
+                f"{self._signed(gain.low)} to {self._signed(gain.high)}, {gain.positive} of {len(self.seeds)} seeds "
+                f"better)"
+            )
+        return f"{text}; and {other}" if worse else text
+
+    # How it is shown
+
+    def table(self) -> str:
+        """The whole report as plain text: the scores, the gain per seed, what was chosen, the cost, the verdicts."""
+        head, *body = self._cells()
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = [self._title(), ""]
+        for row in (head, *body):
+            lines.append(" | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        lines += ["", *self._remarks(), ""]
+        lines += [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
+        return "\n".join(lines)
+
+    __str__ = table
+
+    def svg(self) -> str:
+        """Score against number of labels, one line per arm; whiskers are ± one standard deviation over the seeds."""
+        series = []
+        for name, scores in self._ordered():
+            points, bars = [], []
+            for count in (c for c in self.counts if c in scores):
+                mean, spread = _mean_sd([self._scale * score for score in scores[count]])
+                points.append((float(count), mean))
+                bars.append((float(count), mean - spread, mean + spread))
+            series.append(Series(_SHORT.get(name, name), points, dots=True, whiskers=bars))
+        where = f" on {self.notes.data}" if self.notes.data else ""
+        unit = f"{self.metric} in %" if self._scale != 1 else self.metric
+        title = f"{self.metric}{where}"
+        short = title if len(title) <= 40 else title[:39] + "…"
+        return curve_svg(series, title=short, x_label="labels", y_label=unit, log_x=True)
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        head, *body = self._cells()
+        rows = row(head, "th") + "".join(row(cells, "td") for cells in body)
+        verdicts = "".join(
+            f"<p><b>{count:,} labels: {escape(self.verdict(count))}</b></p>"
+            for count in self.counts
+        )
+        remarks = "".join(f"<li>{escape(line)}</li>" for line in self._remarks())
+        return f"<div><p>{escape(self._title())}</p>{verdicts}<table>{rows}</table>{self.svg()}<ul>{remarks}</ul></div>"
+
+    def to_json(self) -> str:
+        """Everything as strict JSON (a score that is not finite becomes null); ``from_json`` reads it."""
+        return json.dumps(_without_nan(asdict(self)), allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            DataError: the text is something else.
+        """
+        try:
+            raw = parse_json(text.encode("utf-8"), "the comparison")
+            arms = {
+                str(name): {int(n): list(map(_number, column)) for n, column in scores.items()}
+                for name, scores in raw["arms"].items()
+            }
+            notes = Notes(**raw["notes"])
+            if notes.steps is not None:
+                alone, whole = (math.inf if x is None else float(x) for x in notes.steps)
+                notes.steps = (alone, whole)
+            counts, seeds = ([int(n) for n in raw[key]] for key in ("counts", "seeds"))
+            if not isinstance(raw["metric"], str):
+                raise TypeError("the metric is no name")
+            found = cls(raw["metric"], counts, arms, seeds, int(raw["test_rows"]), notes)
+            found.table()  # whatever cannot be shown is found here and not in a notebook
+            return found
+        except (LookupError, TypeError, ValueError, AttributeError, PretrainError) as error:
+            raise DataError(
+                f"This is not a saved comparison ({type(error).__name__}: {error}). Give the text that "
+                f"Comparison.to_json wrote, unchanged."
+            ) from None
+
+    # Parts
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.metric in LOWER_IS_BETTER else 100.0
+
+    @property
+    def _unit(self) -> str:
+        return f" ({self.metric})" if self.metric in LOWER_IS_BETTER else " points"
+
+    def _plain(self, value: float) -> str:
+        return f"{value:.4g}" if self.metric in LOWER_IS_BETTER else f"{value:.1f}"
+
+    def _signed(self, value: float) -> str:
+        return "–" if math.isnan(value) else f"{'+' if value > 0 else ''}{self._plain(value)}"
+
+    def _long(self, name: str) -> str:
+        linear = (
+            "ridge regression" if self.metric in ("pearson", "spearman") else "logistic regression"
+        )
+        return f"{_SHORT[name]} + {linear}" if name in ("tfidf", "lsa") else name
+
+    def _differences(self, one: str, other: str, count: int) -> list[float]:
+        if count not in self.counts:
+            raise DataError(f"There are no scores at {count} labels, only at {self.counts}.")
+        sign = -1.0 if self.metric in LOWER_IS_BETTER else self._scale
+        pairs = zip(self.arms[one][count], self.arms[other][count], strict=True)
+        return [sign * (a - b) for a, b in pairs]
+
+    def _ordered(self) -> list[tuple[str, dict[int, list[float]]]]:
+        order = [PRETRAINED, SCRATCH, "tfidf", "lsa"]
+        names = [n for n in order if n in self.arms] + [n for n in self.arms if n not in order]
+        return [(name, self.arms[name]) for name in names]
+
+    def _title(self) -> str:
+        notes = self.notes
+        unit = f"{self.metric} in %" if self._scale != 1 else self.metric
+        return (
+            f"{notes.data or 'this data'}: {unit}, {'stratified' if notes.stratified else 'random'} subsets, "
+            f"{len(self.seeds)} paired seeds, {self.test_rows:,} test rows touched once"
+            + (f", tuned on {notes.valid_rows:,} validation rows" if notes.valid_rows else "")
+            + f"; dropped {notes.dropped:,} training rows that recur in the test"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        names = [SCRATCH, PRETRAINED]
+        others = [name for name, _ in self._ordered() if name not in names]
+        titles = [f"{_SHORT[n]} + linear" if n in ("tfidf", "lsa") else n for n in others]
+        rows = [["labels", *(_SHORT[n] for n in names), "gain [95 %]", "seeds better", *titles]]
+        for count in self.counts:
+            gain = self.gain(count)
+            interval = (
+                f"{self._signed(gain.mean)} [{self._signed(gain.low)}, {self._signed(gain.high)}]"
+            )
+            rows.append([
+                f"{count:,}",
+                *(self._cell(name, count) for name in names),
+                interval,
+                f"{gain.positive}/{len(self.seeds)}",
+                *(self._cell(name, count) for name in others),
+            ])  # fmt: skip
+        return rows
+
+    def _cell(self, name: str, count: int) -> str:
+        mean, spread = _mean_sd([self._scale * score for score in self.arms[name].get(count, [])])
+        return "–" if math.isnan(mean) else f"{self._plain(mean)} ± {self._plain(spread)}"
+
+    def _remarks(self) -> list[str]:
+        notes, lines = self.notes, []
+        for count in self.counts:
+            each = " ".join(map(self._signed, self._differences(PRETRAINED, SCRATCH, count)))
+            lines.append(f"gain per seed at {count:,} labels: {each}")
+        chosen = [
+            f"{_SHORT.get(name, name)} "
+            + ", ".join(f"{k} {_value(v)}" for k, v in settings.items())
+            for name, settings in notes.settings.items()
+        ]
+        if chosen:
+            lines.append("chosen on validation: " + " | ".join(chosen))
+        seconds = [
+            f"{_SHORT.get(name, name)} {value:,.0f} s" for name, value in notes.seconds.items()
+        ]
+        tokens = [f"{notes.tokens:,} tokens of pre-training"] if notes.tokens else []
+        if seconds or tokens:
+            lines.append("cost: " + " | ".join(seconds + tokens))
+        if notes.steps is not None:
+            alone, whole = (
+                f"{100 * share:,.0f} %" if math.isfinite(share) else "never"
+                for share in notes.steps
+            )
+            lines.append(f"steps to scratch's best score: {alone} ({whole} with pre-training)")
+        return lines
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; nan if there are none, 0 for the deviation of one."""
+    if not values or not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        parts = [_value(one) for one in value]
+        return parts[0] if len(set(parts)) == 1 else " ".join(parts)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,384 @@
+"""Answers of a fine-tuned model: for a text, a pair, rows of any source, and files of any length.
+
+Which task a model answers is what its config.json records, or, in a directory of someone else, what its head is for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint import latest, load
+from pretrain.data.archives import COMPRESSIONS
+from pretrain.data.labelled import Role, choose_columns, roles_table
+from pretrain.data.table_files import TABLE_FORMATS
+from pretrain.data.table_stream import WRITABLE, RowWriter, stream_chunks, table_kind
+from pretrain.data.tables import Table, read_table, splits
+from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.objectives import TASKS, build_objective, task_class
+from pretrain.objectives.tasks import Task
+from pretrain.storage.files import note
+from pretrain.training.precision import choose_device
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["best_of", "predict", "predict_file", "predict_with", "roles_read", "task_of"]
+
+_BATCH_ROWS = 64
+_CHUNK = 1024  # rows of a file that are in memory
+# Roles that are learned, not read.
+_LEARNED = (
+    "label",
+    "answer",
+    "answers",
+    "answer_start",
+    "completion",
+    "positive",
+    "negative",
+    "id",
+)
+
+
+# ------------------------------------------------------------------------------------------------ the task
+
+
+def task_of(model: Model) -> Task:
+    """The task that a model was fine-tuned for.
+
+    Args:
+        model: what ``pretrain.load`` returns, ours or of a foreign Hugging Face directory. What it records is taken
+            as a stranger's word: only tasks of ``pretrain.objectives.TASKS``, and options that they have.
+
+    Raises:
+        ModelError: it answers nothing: a language model, or a body without a head; names what to call instead.
+    """
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("objective") if isinstance(block, Mapping) else None
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    name = recorded.get("task")
+    if isinstance(name, str) and name in TASKS:
+        cls = task_class(name)
+        if cls.head_kind in (None, model.head_kind):
+            return _build(model, name, recorded)
+    return _build(model, *_by_head(model))
+
+
+def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
+    kind, problem = model.head_kind, model.extra_config.get("problem_type")
+    if kind == "sequence-classification":
+        if problem == "regression" or len(model.labels or ()) == 1:
+            return "regression", {}
+        several = problem == "multi_label_classification"
+        return "classification", {"problem": "multi_label" if several else "single_label"}
+    if kind in ("token-classification", "question-answering"):
+        return kind, {}
+    use = {
+        "causal-lm": "it continues texts: model.generate(...), or model.chat(...) if it was trained on conversations",
+        "masked-lm": "it fills masks: model.fill_mask(...)",
+    }.get(str(kind), "it gives vectors: model.embed(...)")
+    raise ModelError(
+        f"This model has {f'the head {kind!r}' if kind else 'no head'} and no task to predict for; {use}. To teach it "
+        'one: pretrain.finetune(model, data, task="classification").'
+    )
+
+
+def _build(model: Model, name: str, options: Mapping[str, Any]) -> Task:
+    cls = task_class(name)
+    if cls.decode is Task.decode:
+        raise ModelError(
+            f"A model that was trained for {name} has no answers; use model.generate(...)."
+        )
+    known = set(inspect.signature(cls.__init__).parameters) - {"self", "model", "name"}
+    chosen = {key: value for key, value in options.items() if key in known}
+    if model.fresh:
+        note(
+            f"{', '.join(sorted(model.fresh)[:3])} came from no file: unless they were trained since, the answers are "
+            "those of random weights"
+        )
+    try:
+        built = build_objective(TASKS[name], chosen, model)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"config.json records options of the task {name} that it does not take: {error}. Repair the block "
+            '"pretrain", or remove "objective" from it.'
+        ) from error
+    assert isinstance(built, Task)
+    return built
+
+
+# ------------------------------------------------------------------------------------------------ in memory
+
+
+def predict(
+    model: Model,
+    inputs: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+    **options: Any,
+) -> Any:
+    """Answer one input, or several.
+
+    Args:
+        model: fine-tuned; see `task_of`.
+        inputs: a text, or a pair of texts as a tuple, or a dict by role or column, gives one answer. A list of them,
+            a dict of columns, a pandas frame, a ``datasets.Dataset`` or the ``Path`` of a file gives a list of
+            answers. For tasks over words a text is cut at its blanks, and a tuple is one text's words.
+            A ``str`` is always a text, never the name of a file.
+        columns: role -> column, where a column has no conventional name.
+        batch_rows: examples in one forward pass; the answers are the same with any.
+        **options: of the task's own ``predict``, such as ``max_new_tokens`` of a chat.
+
+    Returns:
+        A dict, or a list of dicts in the order of the inputs: ``label`` and ``score`` of a classifier; see
+        ``decode`` of the task. An input without text gets an empty dict.
+
+    Raises:
+        ModelError: the model answers nothing.
+        DataError: inputs of another kind, or without a column that the task needs.
+        ConfigError: an option that the task does not have.
+    """
+    return predict_with(task_of(model), inputs, columns=columns, batch_rows=batch_rows, **options)
+
+
+def predict_with(
+    task: Task,
+    inputs: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+    **options: Any,
+) -> Any:
+    """`predict` with a task at hand."""
+    _check_batch(batch_rows)
+    table, single = _as_table(task, inputs, dict(columns or {}))
+    if table is None:
+        return []
+    try:
+        found = task.predict(table, batch_rows, **options)
+    except TypeError as error:
+        raise ConfigError(f"The task {task.name} has no such option: {error}.") from error
+    answers = list(found)
+    if single:
+        return answers[0]
+    _say_empty(sum(map(_is_empty, answers)), len(answers))
+    return answers
+
+
+def _check_batch(batch_rows: int) -> None:
+    if type(batch_rows) is not int or batch_rows < 1:
+        raise ConfigError(f"batch_rows is {batch_rows!r}; it must be a whole number of at least 1.")
+
+
+def _is_empty(answer: Mapping[str, Any]) -> bool:
+    return all(value is None for value in answer.values())
+
+
+def _say_empty(empty: int, count: int) -> None:
+    if empty:
+        note(f"{empty:,} of {count:,} inputs hold no text and get no answer")
+
+
+def roles_read(task: Task | type[Task]) -> list[Role]:
+    """The roles of a task that are read, those that are learned left out."""
+    return [role for role in task.roles if role.name not in _LEARNED]
+
+
+def _by_words(task: Task) -> bool:
+    return roles_read(task)[0].name == "tokens"
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= set(value)
+
+
+def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Table | None, bool]:
+    """The inputs as a table by role, and whether they are a single one; None for no inputs."""
+    if hasattr(inputs, "tolist") and not hasattr(inputs, "columns"):  # an array, or one column
+        inputs = inputs.tolist()
+    elif isinstance(inputs, Iterator):
+        inputs = list(inputs)
+    single = False
+    items: list[Any] | None = None
+    if isinstance(inputs, list) and inputs and _is_turn(inputs[0]):  # one conversation
+        inputs = {"messages": inputs}
+    if isinstance(inputs, str):
+        _say_file_name(inputs)
+        single, items = True, [inputs]
+    elif isinstance(inputs, tuple) and _is_one(task, inputs):
+        single, items = True, [inputs]
+    elif isinstance(inputs, Mapping) and not splits(inputs) and not _are_columns(task, inputs):
+        single, inputs = True, [inputs]
+    elif isinstance(inputs, list | tuple):
+        if not len(inputs):
+            return None, False
+        inputs = list(inputs)
+        items = None if isinstance(inputs[0], Mapping) else inputs
+    if items is not None:
+        return _table_of(task, items), single
+    table = read_table(inputs, name="inputs")
+    chosen = choose_columns(table, roles_read(task), columns, quiet=True)
+    return roles_table(table, chosen), single
+
+
+def _say_file_name(text: str) -> None:
+    if Path(text[-40:]).suffix.lower() in TABLE_FORMATS and not re.search(r"\s", text):
+        note(f"{text[:80]!r} is read as a text; a file is given as pathlib.Path({text[:80]!r})")
+
+
+def _is_one(task: Task, values: tuple[Any, ...]) -> bool:
+    """A tuple of strings is one input: a pair, or the words of one text."""
+    if not values or not all(isinstance(value, str) for value in values):
+        return False
+    return _by_words(task) or (len(values) == 2 and len(roles_read(task)) > 1)
+
+
+def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
+    """A mapping holds columns of rows, not one row."""
+    values = [v.tolist() if hasattr(v, "tolist") else v for v in inputs.values()]
+    listed = [isinstance(value, list | tuple) for value in values]
+    if any(isinstance(v, list) and v and _is_turn(v[0]) for v in values):
+        return False
+    if _by_words(task):  # the words of one row are a list themselves
+        return any(
+            isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple)
+            for value in values
+        )
+    return bool(values) and all(listed)
+
+
+def _table_of(task: Task, items: Sequence[Any]) -> Table:
+    """Texts, pairs or lists of words as a table by role.
+
+    Raises:
+        DataError: pairs and single texts are mixed, or the task needs more than a text.
+    """
+    roles = roles_read(task)
+    if _by_words(task):
+        rows = {roles[0].name: [list(w) if isinstance(w, tuple) else w for w in items]}
+        return Table("inputs", rows, origin="the inputs", unit="index")
+    pairs = [isinstance(item, list | tuple) and len(item) == 2 for item in items]
+    needed = [role.name for role in roles if role.required]
+    if any(pairs) and len(roles) > 1:
+        if not all(pairs):
+            raise DataError(
+                f"Input {pairs.index(False) + 1} is no pair ({roles[0].name}, {roles[1].name}), but others are. Give "
+                "all inputs in one form."
+            )
+        first, second = ([item[i] for item in items] for i in (0, 1))
+        columns = {roles[0].name: first, roles[1].name: second}
+    elif len(needed) > 1:
+        raise DataError(
+            f"The task {task.name} reads {' and '.join(needed)}: give pairs in this order, or dicts with these keys."
+        )
+    else:
+        columns = {roles[0].name: list(items)}
+    return Table("inputs", columns, origin="the inputs", unit="index")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def predict_file(
+    checkpoint: Any,
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+    device: str = "auto",
+    progress: bool = True,
+) -> Path:
+    """Answer every row of a file into another, in order; files of lines are streamed, whatever their length.
+
+    The columns of the input are kept, and those of the answer added: ``predicted_label``, ``score``. A row without
+    text keeps its place and has no answer; how many there are is printed. Columns are recognised in the first
+    thousand rows.
+
+    Args:
+        checkpoint: a run (its best checkpoint is taken), a model directory, or a ``Model``.
+        file: .csv .tsv .jsonl (read row by row), .json .parquet .conll (read whole), plain or compressed.
+        out: .jsonl, .csv or .tsv; next to the input when None. It appears when it is complete.
+        columns: role -> column, where a column has no conventional name.
+        batch_rows: examples in one forward pass.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
+        progress: show a bar where somebody can see it.
+
+    Returns:
+        Path of the output.
+
+    Raises:
+        DataError: a broken row (with its line), a missing column, predictions already in the file, an output that
+            cannot be written.
+        ModelError: the model answers nothing.
+    """
+    from tqdm.auto import tqdm
+
+    _check_batch(batch_rows)
+    source = Path(file)
+    chunks = stream_chunks(source, _CHUNK)
+    first = next(chunks)  # a file that cannot be read is said before a model is loaded
+    target = _target(source, out)
+    known = isinstance(checkpoint, str | os.PathLike)
+    task = task_of(load(best_of(checkpoint), quiet=not progress) if known else checkpoint)
+    task.to(choose_device(device))
+    chosen = choose_columns(first.table, roles_read(task), dict(columns or {}), quiet=not progress)
+    quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    count = empty = 0
+    with RowWriter(target, first.table.names) as output, tqdm(unit="row", disable=quiet) as bar:
+        for chunk in chain([first], chunks):
+            table = roles_table(chunk.with_columns(chosen.values()), chosen)
+            for row, answer in zip(chunk.rows, task.predict(table, batch_rows), strict=True):
+                output.write(row, answer)
+                count, empty = count + 1, empty + _is_empty(answer)
+                bar.update()
+    _say_empty(empty, count)
+    return target
+
+
+def best_of(checkpoint: str | os.PathLike[str]) -> Path:
+    """The best checkpoint of a run, where the newest one records which it is; anything else as it is."""
+    path = Path(checkpoint)
+    if (path / "config.json").exists() or (newest := latest(path)) is None:
+        return path
+    try:
+        state = json.loads((newest / "training" / "state.json").read_text(encoding="utf-8"))
+        best = path / f"checkpoint-{int(state['run']['best_step'])}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return newest
+    return best if (best / "manifest.json").is_file() else newest
+
+
+def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:
+    """Where the answers go.
+
+    Raises:
+        ConfigError: an ending that is not known.
+        DataError: the input itself, or a directory.
+    """
+    if out is None:
+        stem, ending = source.name, table_kind(source)
+        for suffix in reversed(source.suffixes[-2:]):
+            if suffix.lower() in (*COMPRESSIONS, *TABLE_FORMATS):
+                stem = stem.removesuffix(suffix)
+        target = source.with_name(
+            f"{stem}.predicted.{ending if f'.{ending}' in WRITABLE else 'jsonl'}"
+        )
+    else:
+        target = Path(out)
+    if target.suffix.lower() not in WRITABLE:
+        raise ConfigError(f"The output {target} must end in {', '.join(WRITABLE)}.")
+    if target.is_dir() or not target.parent.is_dir():
+        what = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
+        raise DataError(f"The output {target} {what}. Name a file.")
+    if target.exists() and source.exists() and os.path.samefile(target, source):
+        raise DataError(f"The output {target} is the input. Name another file.")
+    return target

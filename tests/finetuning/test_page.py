@@ -1,0 +1,386 @@
+"""The report and the model card of a fine-tuning run: complete, escaped, self-contained, readable to the hub."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from pretrain.errors import DataError
+from pretrain.finetuning.card import base_model, model_card
+from pretrain.finetuning.page import command, render, write_report
+from pretrain.finetuning.settings import TuneConfig
+from pretrain.finetuning.views import Confusion, Errors
+from pretrain.models import build
+from pretrain.predict import task_of
+from pretrain.training.state import Run
+
+EVIL = "</pre></td></style><script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;`|*[a](b)\n# x\x00\ud800"
+FIGURES = {"loss": 0.41, "accuracy": 0.875, "macro_f1": 0.8612, "mcc": 0.79, "targets": 240.0}
+
+
+@dataclass
+class Result:
+    """What `pretrain.finetune` returns, as far as a report reads it."""
+
+    task: Any
+    run: Any
+    settings: TuneConfig
+    metrics: dict[str, float]
+    test_metrics: dict[str, float] | None = None
+    trivial: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = "ab" * 32
+    comparison: Any = None
+    matrix: Any = None
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def model(self) -> Any:
+        return self.task.model
+
+    @property
+    def labels(self) -> Any:
+        return self.model.labels
+
+    def confusion(self) -> Confusion:
+        if self.matrix is None:
+            raise DataError("no matrix")
+        return Confusion(self.labels, self.matrix)
+
+    def errors(self, count: int = 10) -> Errors:
+        if not self.mistakes:
+            raise DataError("no truth")
+        return Errors(self.mistakes[:count])
+
+
+def history() -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for step in range(10, 260, 10):
+        lines.append(
+            {"step": step, "loss": 1.1 / (1 + step / 60) + 0.05 * (step % 30 == 0), "lr": 1e-4}
+        )
+        if step % 50 == 0:
+            figures = {
+                "loss": 1 / (1 + step / 90),
+                "accuracy": 0.9 - 20 / step,
+                "macro_f1": 0.88 - 21 / step,
+            }
+            lines.append({"step": step, "eval": figures | {"targets": 240.0}})
+    return lines
+
+
+def result(
+    out: Path,
+    labels: tuple[str, ...] = ("negative", "neutral", "positive"),
+    text: str = "A film that takes its time and is worth it",
+    family: str = "bert",
+    **more: Any,
+) -> Result:
+    model = build(
+        family, None, head="sequence-classification", labels=labels, tokenizer=tiny.tokenizer(), num_layers=1,
+        hidden_size=16, num_heads=2, intermediate_size=32, max_positions=48,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint-200"
+    run = Run(out, 250, "limit", dict(FIGURES), history(), checkpoint=checkpoint, best=checkpoint)
+    tuned = TuneConfig.load(
+        {"task.name": "classification", "model.checkpoint": "runs/books-bert", "data.train": "reviews.csv",
+         "train.out": str(out), "data.columns": {"text": "review", "label": "stars"}}
+    )  # fmt: skip
+    matrix = np.arange(1, len(labels) ** 2 + 1).reshape(len(labels), -1) + 70 * np.eye(
+        len(labels), dtype=int
+    )
+    mistakes = [
+        {"where": f"reviews.csv, line {i}", "text": f"{text}. " * (i % 4 + 1), "label": labels[0],
+         "predicted": labels[-1], "score": 0.99 - i / 50}
+        for i in range(2, 14)
+    ]  # fmt: skip
+    return Result(
+        task_of(model), run, tuned, dict(FIGURES),
+        trivial={"accuracy": 0.42, "macro_f1": 0.197},
+        notes=["12 of 2,400 training rows (0.50%) exceed 48 tokens and are cut", "3 training rows recur in the test"],
+        counts={"train": 2160, "valid": 240}, matrix=matrix, mistakes=mistakes,
+        sources={"train": "reviews.csv", "valid": "10% of reviews.csv"}, **more,
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    VOID = {"meta", "rect", "line", "circle", "polyline", "polygon", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert not self.stack, self.stack
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def check_self_contained(page: Page) -> None:
+    assert not {"script", "link", "img", "iframe", "object", "embed", "form", "base"} & set(
+        page.tags
+    )
+    for name, value in page.attributes:
+        assert not name.startswith("on") and name not in {"src", "href", "srcset", "action"}
+        if name != "xmlns":
+            assert "//" not in (value or "")
+
+
+# ------------------------------------------------------------------------------------------------- page
+
+
+def test_report_says_everything(tmp_path: Path) -> None:
+    found = result(tmp_path / "reviews-bert")
+    found.comparison = SimpleNamespace(
+        table=lambda: "pretrained 87.5\nscratch 61.0\n240 labels: pre-training helps",
+        svg=lambda: '<svg xmlns="http://www.w3.org/2000/svg"><title>gain</title></svg>',
+    )
+    path = write_report(found)  # type: ignore[arg-type]
+    assert path == tmp_path / "reviews-bert" / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    text = " ".join(page.text)
+    for words in (
+        "reviews-bert", "classification", "runs/books-bert", "0.875", "held-out accuracy", "accuracy of guessing",
+        "0.42", "2,160", "reviews.csv, line 2", "worth it", "neutral", "precision", "support", "pre-training helps",
+        "gain", "abababab", "exceed 48 tokens", "recur in the test", "text: review", "Did pre-training help?",
+        "pretrain finetune --config", "model.predict(", "checkpoint-200", "loss (nats per target)",
+    ):  # fmt: skip
+        assert words in text, words
+    assert page.tags.count("svg") >= 4
+    check_self_contained(page)
+    card = (path.parent / "README.md").read_text()
+    assert card == found.model.card and card.startswith("---\n")
+
+
+def test_report_of_little(tmp_path: Path) -> None:
+    """A trial that kept nothing, a task without classes: what is not there is left out."""
+    found = result(tmp_path / "r")
+    found.run, found.matrix, found.mistakes, found.trivial, found.metrics = None, None, [], {}, {}
+    text = render(found)  # type: ignore[arg-type]
+    Page(text)
+    assert "Worst mistakes" not in text and "Confus" not in text and "<svg" not in text
+    with pytest.raises(DataError, match="report"):
+        write_report(found)  # type: ignore[arg-type]
+    path = write_report(found, tmp_path / "x.html")  # type: ignore[arg-type]
+    assert path.exists() and "None were measured" in model_card(found)  # type: ignore[arg-type]
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    found = result(tmp_path / "<script>x", labels=(EVIL, EVIL + "2", "<b>"), text=EVIL)
+    found.notes, found.sources = [EVIL], {"train": EVIL, "valid": EVIL}
+    found.fingerprint = EVIL
+    found.settings.data.columns = {"text": EVIL}
+    found.settings.model.checkpoint = EVIL
+    found.comparison = SimpleNamespace(table=lambda: EVIL, svg=lambda: "")
+    page = Page(render(found))  # type: ignore[arg-type]
+    check_self_contained(page)
+    assert any("<script>alert('x')</script>" in text for text in page.text)
+    assert page.tags.count("style") - page.tags.count("svg") == 1
+    assert write_report(found, tmp_path / "p.html").stat().st_size > 5000  # type: ignore[arg-type]
+
+
+def test_the_command_repeats_it(tmp_path: Path) -> None:
+    out = tmp_path / "a run; rm -rf $HOME"
+    found = result(out)
+    words = shlex.split(command(found))  # type: ignore[arg-type]
+    assert words == [
+        "pretrain", "finetune", "--config", str(out / "run.yaml"), "--train.out", f"{out}-again",
+    ]  # fmt: skip
+    found.settings.data.train, found.settings.data.test = "a DataFrame", "a list"
+    code = command(found)  # type: ignore[arg-type]
+    compile(code, "code", "eval")
+    assert code.startswith("pretrain.finetune('runs/books-bert', rows, test=test_rows, config=")
+    found.settings.model.checkpoint = "a model"
+    assert command(found).startswith("pretrain.finetune(model, rows, ")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------- card
+
+
+def head_of(card: str) -> dict[str, Any]:
+    _, head, _ = card.split("---\n", 2)
+    return dict(yaml.safe_load(head))
+
+
+def test_card_is_read_by_the_hub(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    card = model_card(result(tmp_path / "reviews-bert"))  # type: ignore[arg-type]
+    head = head_of(card)
+    assert head["library_name"] == "transformers" and head["base_model"] == "books-bert"
+    assert head["pipeline_tag"] == "text-classification"
+    assert head["tags"] == ["pretrain", "bert", "classification"]
+    assert head["metrics"] == ["accuracy", "f1", "matthews_correlation"]
+    assert not {"license", "language", "datasets"} & set(head)
+    read = hub.ModelCard(card)
+    found = {r.metric_name: r for r in read.data.eval_results}
+    assert read.data.model_name == "reviews-bert"
+    assert found["Accuracy"].metric_value == 0.875 and found["Macro F1"].metric_type == "f1"
+    assert found["Accuracy"].task_type == "text-classification"
+    assert (found["Accuracy"].dataset_name, found["Accuracy"].dataset_split) == (
+        "reviews.csv",
+        "validation",
+    )
+    assert "Loss" not in found
+    for words in (
+        "## Use", "pretrain.load", 'pipeline("text-classification"', "| Accuracy | 0.875 | 0.42 |", "negative, neutral",
+        "| train | reviews.csv | 2,160 |", "ab" * 32, "a little too good", "exceed 48 tokens", "48 tokens.",
+    ):  # fmt: skip
+        assert words in card, words
+
+
+def test_card_with_test_rows_licence_and_adapter(tmp_path: Path) -> None:
+    found = result(
+        tmp_path / "r", test_metrics={"loss": 0.5, "accuracy": float("nan"), "macro_f1": 0.8}
+    )
+    found.counts["test"], found.sources["test"] = 100, "held.csv"
+    found.model.extra_config["pretrain"] = {"license": "mit"}
+    found.model.adapter = object()
+    card = model_card(found)  # type: ignore[arg-type]
+    head = head_of(card)
+    assert head["license"] == "mit" and head["library_name"] == "peft"
+    results = head["model-index"][0]["results"][0]
+    assert results["dataset"] == {"type": "held", "name": "held.csv", "split": "test"}
+    assert results["metrics"] == [{"type": "f1", "value": 0.8, "name": "Macro F1"}]
+    assert "AutoPeftModelForSequenceClassification" in card and "looked at once" in card
+    assert "pipeline(" not in card
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    found = result(tmp_path_factory.mktemp("trial"))
+    found.run = None
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_no_name_breaks_the_card(trial: Result, name: str, label: str) -> None:
+    found = trial
+    found.sources, found.notes = {"train": name, "valid": label}, [name]
+    found.settings.model.checkpoint = label
+    found.model.labels = (label, name, "c")
+    head = head_of(model_card(found))  # type: ignore[arg-type]
+    data = head["model-index"][0]["results"][0]["dataset"]
+    assert data["name"] == name
+    assert (
+        head["base_model"] == base_model(label) if base_model(label) else "base_model" not in head
+    )
+
+
+def test_names_of_the_base() -> None:
+    assert (
+        base_model("runs/books-bert")
+        == base_model("runs/books-bert/checkpoint-400")
+        == "books-bert"
+    )
+    assert (
+        base_model("/c/hub/models--answerdotai--ModernBERT-base/snapshots/0a1b")
+        == "answerdotai/ModernBERT-base"
+    )
+    assert base_model("a model") is base_model("") is None
+
+
+def test_the_card_goes_with_the_saved_model(tmp_path: Path) -> None:
+    """The directory holds the report's card under a manifest that agrees; a stale one is not written."""
+    from pretrain.checkpoint import verify
+
+    found = result(tmp_path / "run")
+    found.model.extra_config["pretrain"] = {"fingerprint": found.fingerprint}
+    write_report(found)  # type: ignore[arg-type]
+    saved = found.model.save(tmp_path / "saved")
+    assert (saved / "README.md").read_text() == model_card(found)  # type: ignore[arg-type]
+    verify(saved)
+    found.model.extra_config["pretrain"] = {
+        "fingerprint": "cd" * 32
+    }  # fine-tuned again, on other rows
+    saved = found.model.save(tmp_path / "later")
+    assert "model-index" not in (saved / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ views
+
+
+def test_confusion_against_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels = ["a", "b", "c", "d"]
+    truth, said = rng.integers(0, 4, 200), rng.integers(0, 3, 200)
+    found = Confusion(labels, sklearn.confusion_matrix(truth, said, labels=range(4)))
+    precision, recall, f1, support = sklearn.precision_recall_fscore_support(
+        truth, said, labels=range(4), zero_division=0
+    )
+    rows = found.per_class()
+    assert [row["label"] for row in rows] == labels
+    np.testing.assert_allclose([r["precision"] for r in rows], precision)
+    np.testing.assert_allclose([r["recall"] for r in rows], recall)
+    np.testing.assert_allclose([r["f1"] for r in rows], f1)
+    assert [r["support"] for r in rows] == support.tolist()
+
+
+def test_confusion_is_shown() -> None:
+    few = Confusion(["cat", "<dog>"], [[9, 1], [2, 1000]])
+    lines = repr(few).splitlines()
+    assert "1,009 of 1,012 right" in lines[0] and lines[2].split() == ["cat", "9", "1"]
+    assert len({len(line) for line in lines[1:]}) == 1
+    html = few._repr_html_()
+    assert "&lt;dog&gt;" in html and "<dog>" not in html and "1,000" in html
+    Page(html)
+    many = Confusion(
+        [f"intent {i}" for i in range(40)], np.eye(40, dtype=int) + np.eye(40, k=3, dtype=int) * 2
+    )
+    assert (
+        "most confused" in repr(many)
+        and "intent 0" in repr(many)
+        and len(repr(many).splitlines()) == 17
+    )
+    Page(many._repr_html_())
+    assert many.pairs(1) == [("intent 0", "intent 3", 2)]
+    assert Confusion(["a", "b"], np.eye(2, dtype=int)).pairs() == []
+    for wrong in (np.zeros((2, 3)), [[1, -1], [0, 0]]):
+        with pytest.raises(DataError, match="confusion"):
+            Confusion(["a", "b"], wrong)
+
+
+def test_errors_are_shown() -> None:
+    row = {
+        "where": "r.csv, line 3",
+        "text": EVIL,
+        "label": "cat",
+        "predicted": ["dog", "fox"],
+        "score": 0.98765,
+    }
+    found = Errors([row, {**row, "text": "x " * 400, "predicted": []}])
+    shown = repr(found)
+    assert "r.csv, line 3: cat taken for dog, fox (0.988)" in shown and "taken for none" in shown
+    assert "\x00" not in shown and max(map(len, shown.splitlines())) < 130
+    html = found._repr_html_()
+    check_self_contained(Page(html))
+    assert len(found) == 2 and found[0] is row and isinstance(found[:1], Errors)
+    assert repr(Errors([])) == "no mistakes" and Page(Errors([])._repr_html_())

@@ -1,0 +1,276 @@
+"""A run of fine-tuning from end to end: what it gives back, how it goes on, and that its settings reach the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
+from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning import run as running
+from pretrain.objectives.classification import Classification
+
+
+def tune(
+    model: Any, out: Path, rows: Any = None, task: str = "classification", **given: Any
+) -> Any:
+    return pretrain.finetune(
+        model, rows_of() if rows is None else rows, task, **({**QUICK, "out": out} | given)
+    )
+
+
+def weights(result: Any) -> bytes:
+    return (result.run.best / "model.safetensors").read_bytes()
+
+
+class Stop(Exception):
+    """Ends a run in the middle."""
+
+
+def stop_after(step: int) -> Any:
+    def hook(record: Any) -> None:
+        if record["step"] == step:
+            raise Stop
+
+    return hook
+
+
+def test_a_task_is_learned_and_saved(checkpoint: str, tmp_path: Path) -> None:
+    rows = rows_of(160)
+    result = tune(
+        checkpoint, tmp_path / "run", rows, limit="90 steps", lr=2e-2, test=rows_of(30, 9)
+    )
+    assert result.metrics["accuracy"] >= 0.9 and result.test_metrics["accuracy"] >= 0.9
+    assert result.labels == ANIMALS and result.counts == {"train": 120, "valid": 40, "test": 30}
+    assert abs(result.trivial["accuracy"] - 1 / 3) < 0.1
+    assert result.predict("the old dog sat")["label"] == "dog"
+    assert result.confusion().matrix.sum() == 30
+    again = pretrain.load(result.save(tmp_path / "saved"), quiet=True)
+    assert again.labels == ANIMALS
+    assert result.evaluate(rows_of(30, 9))["accuracy"] == result.test_metrics["accuracy"]
+
+
+def test_the_best_evaluation_is_given_back(checkpoint: str, tmp_path: Path) -> None:
+    """A learning rate that destroys what was learned late makes the last evaluation a bad one."""
+    result = tune(
+        checkpoint, tmp_path / "run", lr=0.3, limit="20 steps", eval_every="2 steps",
+        schedule="constant", warmup=0, monitor="loss",
+    )  # fmt: skip
+    evals = {r["step"]: r["eval"]["loss"] for r in result.run.history if "eval" in r}
+    best = min(evals, key=lambda step: evals[step])
+    assert best != max(evals), "the test needs a run that gets worse"
+    assert result.run.best.name == f"checkpoint-{best}"
+    assert result.metrics["loss"] == pytest.approx(evals[best], rel=1e-4)
+    model = pretrain.load(result.run.best, quiet=True)
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_interrupted_and_run_again_is_the_same_run(checkpoint: str, tmp_path: Path) -> None:
+    whole = tune(checkpoint, tmp_path / "whole")
+    with pytest.raises(Stop):
+        tune(checkpoint, tmp_path / "cut", hooks=[stop_after(4)])
+    cut = tune(checkpoint, tmp_path / "cut")
+    assert weights(cut) == weights(whole) and cut.metrics == whole.metrics
+    steps: list[int] = []
+    before = weights(cut)
+    again = tune(checkpoint, tmp_path / "cut", hooks=[lambda record: steps.append(record["step"])])
+    assert steps == [] and again.metrics == whole.metrics and weights(again) == before
+
+
+def test_the_same_call_finds_its_directory(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, again = (tune(checkpoint, None, limit="2 steps") for _ in range(2))
+    other = tune(checkpoint, None, limit="2 steps", seed=1)
+    assert first.path == again.path != other.path and first.path.parent.name == "runs"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"lr": 2e-2}, "optim.lr"), ({"label_smoothing": 0.1}, "label_smoothing"), ({"seed": 5}, "train.seed")],
+)  # fmt: skip
+def test_another_setting_in_the_same_directory_is_refused(
+    checkpoint: str, tmp_path: Path, change: dict[str, Any], name: str
+) -> None:
+    before = weights(tune(checkpoint, tmp_path, limit="2 steps"))
+    with pytest.raises(ConfigError, match=name):
+        tune(checkpoint, tmp_path, limit="2 steps", **change)
+    assert weights(tune(checkpoint, tmp_path, limit="2 steps")) == before
+
+
+def test_other_rows_in_the_same_directory_are_refused(checkpoint: str, tmp_path: Path) -> None:
+    tune(checkpoint, tmp_path, limit="2 steps")
+    with pytest.raises(pretrain.PretrainError, match="data|rows"):
+        tune(checkpoint, tmp_path, rows_of(48, 3), limit="4 steps")
+
+
+def test_patience(checkpoint: str, tmp_path: Path) -> None:
+    result = tune(
+        checkpoint, tmp_path, limit="60 steps", eval_every="2 steps", patience=2, lr=1e-9,
+    )  # fmt: skip
+    assert result.run.stopped == "patience" and result.run.step < 60
+
+
+@pytest.mark.parametrize("freeze", ["backbone", "embeddings", 1])
+def test_what_is_frozen_stays(checkpoint: str, tmp_path: Path, freeze: Any) -> None:
+    start = pretrain.load(checkpoint, quiet=True)
+    result = tune(checkpoint, tmp_path, freeze=freeze, limit="3 steps")
+    before, after = (
+        dict(start.backbone.named_parameters()),
+        dict(result.model.backbone.named_parameters()),
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    blocks = list(start.backbone.blocks())
+    lowest = {id(p) for p in blocks[0].parameters()}
+    tables = {id(p) for m in start.backbone.embeddings() for p in m.parameters()}
+    fixed = {"backbone": set(before), "embeddings": set(), 1: set()}[freeze]
+    fixed |= {n for n, p in before.items() if id(p) in tables}
+    fixed |= {n for n, p in before.items() if freeze == 1 and id(p) in lowest}
+    assert not moved & fixed
+    assert (moved == set()) == (freeze == "backbone")
+
+
+@pytest.mark.parametrize("freeze", ["everything", 9, -1])
+def test_freezing_what_is_not_there(checkpoint: str, tmp_path: Path, freeze: Any) -> None:
+    with pytest.raises(ConfigError, match="freeze"):
+        tune(checkpoint, tmp_path, freeze=freeze)
+
+
+def test_settings_reach_the_trainer(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    class Spy(running.Trainer):
+        def fit(self, begin: Any = None) -> Any:
+            seen.update(optim=self.optim, train=self.train, parallel=self.parallel)
+            return super().fit(begin)
+
+    monkeypatch.setattr(running, "Trainer", Spy)
+    tune(
+        checkpoint, tmp_path, layer_decay=0.8, unfreeze=0.5, l2_sp=0.1, weight_decay=0.02, warmup=2,
+        monitor="macro_f1", patience=3, micro_rows=4, optim={"clip": 0.5}, limit="2 steps",
+    )  # fmt: skip
+    optim, train = seen["optim"], seen["train"]
+    assert (optim.layer_decay, optim.unfreeze, optim.l2_sp) == (0.8, 0.5, 0.1)
+    assert (optim.weight_decay, optim.warmup, optim.clip, optim.lr) == (0.02, 2, 0.5, 1e-2)
+    assert (train.monitor, train.patience, train.micro_rows) == ("macro_f1", 3, 4)
+
+
+def test_sweep_takes_the_best_and_prints_a_table(
+    checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {
+        "lr": "sweep",
+        "lrs": [1e-7, 3e-2],
+        "limit": "4 steps",
+        "quiet": False,
+    }
+    result = tune(checkpoint, tmp_path, rows_of(96), **options)
+    said = "".join(capfd.readouterr())
+    table = [
+        line.split() for line in said.splitlines() if line.strip().startswith(("1e-07", "0.03"))
+    ]
+    assert len(table) == 2 and sum("chosen" in line for line in table) == 1
+    best = max(table, key=lambda line: float(line[1]))
+    assert "chosen" in best
+    peak = max(r["lr"] for r in result.run.history if "lr" in r)
+    assert peak == pytest.approx(float(best[0]), rel=0.5)
+    # Called again it does not search again.
+    tune(checkpoint, tmp_path, rows_of(96), **options)
+    assert "each, by" not in "".join(capfd.readouterr())
+
+
+def test_automatic_learning_rate_is_said(
+    checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = tune(checkpoint, tmp_path, lr="auto", limit="2 steps", quiet=False)
+    lr = running.automatic_lr(result.model)
+    assert lr == pytest.approx(3e-5 * 48**1.5, rel=0.05)
+    assert f"{lr:g}" in "".join(capfd.readouterr())
+
+
+def test_quiet_prints_nothing(
+    checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also with a column that is not used, a row that recurs and an empty text."""
+    rows = [{**row, "unused": i} for i, row in enumerate(rows_of(40))]
+    rows.append({"text": " ", "label": "cat", "unused": 0})
+    tune(checkpoint, tmp_path, rows, valid=rows[:8], limit="2 steps")
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_model_that_was_given_stays_as_it_was(tmp_path: Path) -> None:
+    for number, head in enumerate((None, "sequence-classification")):
+        more = {"head": head, "labels": ANIMALS} if head else {}
+        model = model_of(**more)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        kind, extra = model.head_kind, dict(model.extra_config)
+        result = tune(model, tmp_path / str(number), limit="3 steps", freeze="embeddings")
+        assert model.head_kind == kind and model.extra_config == extra and result.model is not model
+        assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
+        assert model.tokenizer is not None and model.labels == (ANIMALS if head else None)
+
+
+def test_regression(checkpoint: str, tmp_path: Path) -> None:
+    rows = [{"text": r["text"], "label": 1000.0 + 50 * len(r["text"].split())} for r in rows_of(96)]
+    result = tune(checkpoint, tmp_path, rows, "regression", limit="80 steps", eval_every="20 steps")
+    assert result.metrics["pearson"] > 0.7
+    values = [found["score"] for found in result.predict([r["text"] for r in rows[:5]])]
+    assert all(800 < value < 2200 for value in values)
+
+
+def test_several_labels(checkpoint: str, tmp_path: Path) -> None:
+    rows = [
+        {
+            "text": r["text"],
+            "label": [a for a in (r["label"], *r["text"].split()) if a in ("cat", "red")],
+        }
+        for r in rows_of(60)
+    ]
+    rows = [{**r, "label": sorted(set(r["label"]))} for r in rows]
+    result = tune(checkpoint, tmp_path, rows, limit="3 steps")
+    assert result.labels == ("cat", "red") and "micro_f1" in result.metrics
+    assert set(result.predict("the red cat")) >= {"label", "score"}
+
+
+def test_a_keyword_that_nothing_knows(checkpoint: str, tmp_path: Path) -> None:
+    for wrong, right in (
+        ("epoch", "epochs"),
+        ("label_smoothin", "label_smoothing"),
+        ("textt", "text"),
+    ):
+        with pytest.raises(ConfigError, match=right):
+            tune(checkpoint, tmp_path, **{wrong: 1})
+    with pytest.raises(ConfigError, match="scratch"):
+        tune(checkpoint, tmp_path, compare="scartch")
+
+
+def test_fewer_rows_than_a_batch(checkpoint: str, tmp_path: Path) -> None:
+    result = tune(checkpoint, tmp_path, rows_of(9), batch_rows=32, limit="2 steps")
+    assert result.run.step == 2
+
+
+def test_without_held_out_rows(checkpoint: str, tmp_path: Path) -> None:
+    result = tune(checkpoint, tmp_path, valid=0, limit="2 steps")
+    assert result.counts["valid"] == 0 and result.run.step == 2
+    assert result.predict("a cat")["label"] in ANIMALS
+    with pytest.raises(DataError, match="valid"):
+        tune(checkpoint, tmp_path / "sweep", valid=0, lr="sweep")
+
+
+def test_measured_like_one_by_one(checkpoint: str, tmp_path: Path) -> None:
+    result = tune(checkpoint, tmp_path, limit="3 steps")
+    table = result.data.valid
+    task = Classification(result.model, pack=False)
+    alone = [next(task.predict(table.take([i])))["label"] for i in range(len(table))]
+    right = np.mean([a == b for a, b in zip(alone, table.columns["label"], strict=True)])
+    assert result.metrics["accuracy"] == pytest.approx(float(right))
