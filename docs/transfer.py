@@ -92,7 +92,13 @@ def pre_train(name: str, train: Rows, out: Path, minutes: float, wide: bool) -> 
             "overrides": {**size, "max_positions": 512, "classifier_pooling": "mean"},
         },
         objective={"class_path": "MaskedLM", "init_args": {"rate": 0.3}},
-        optim={"lr": 2e-3, "schedule": "linear", "warmup": 0.05, "min_lr": 0.0, "weight_decay": 0.01},
+        optim={
+            "lr": 2e-3,
+            "schedule": "linear",
+            "warmup": 0.05,
+            "min_lr": 0.0,
+            "weight_decay": 0.01,
+        },
         train={
             "out": str(run),
             "limit": f"{minutes} minutes",

@@ -11,10 +11,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pretrain
 from pretrain import cli
+from pretrain.finetuning.settings import TuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +30,9 @@ SMALLER = {
     '"limit": "30 minutes"': '"limit": "3 steps", "batch_rows": 2, "eval_rows": 2',
     'limit="1000 steps"': 'limit="3 steps", batch_rows=2, eval_rows=2',
     '"configs/books-gpt.yaml"': '"tiny.yaml"',
+    '"runs/books-bert"': '"runs/books-gpt"',
+    'task="classification", valid=0.2': 'task="classification", valid=0.2, limit="3 steps"',
+    'label="stars", valid=0.2': 'label="stars", valid=0.2, limit="3 steps", out="runs/stars"',
 }
 TINY = """
 model: {family: gpt2, size: tiny}
@@ -76,7 +81,7 @@ def run(code, name, names=None):
 
 def run_before(name):
     """Blocks that go on where the README's first one ends, or need its run on the disk, get what the reader has."""
-    if name not in {"transformers", "checkpoints"}:
+    if name not in {"transformers", "checkpoints", "finetune"}:
         return None
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return run(dict(BLOCK.findall(text))["readme"], "readme")
@@ -121,6 +126,36 @@ def test_the_objective_of_the_guide_trains(place):
     assert done.step == 2
 
 
+def test_the_task_of_the_guide_trains(place):
+    """The task that CONTRIBUTING shows can be named by its path, trained, and asked."""
+    import sys
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (place / "shouting_of_the_guide.py").write_text(dict(BLOCK.findall(text))["task"])
+    rows = [{"text": f"{'AH' * k}{'oh' * (9 - k)} sea", "volume": k / 9} for k in range(10)]
+    rows += [
+        {"text": f"{row['text']} of {n}", "volume": row["volume"]} for row in rows for n in range(3)
+    ]
+    tokenizer = pretrain.train_tokenizer("books", "wordpiece", vocab_size=300)
+    model = pretrain.build("bert", "tiny", tokenizer=tokenizer)
+    sys.path.insert(0, str(place))
+    try:
+        tuned = pretrain.finetune(
+            model,
+            rows,
+            task="shouting_of_the_guide.Shouting",
+            valid=0.2,
+            limit="3 steps",
+            out="runs/loud",
+        )
+        answer = tuned.predict("AHAHAH sea")
+    finally:
+        sys.path.remove(str(place))
+        sys.modules.pop("shouting_of_the_guide", None)
+    assert set(answer) == {"loudness"} and np.isfinite(answer["loudness"])
+    assert np.isfinite(tuned.metrics["loss"])
+
+
 def command_lines():
     for page in PAGES:
         for fence in FENCE.findall(page.read_text(encoding="utf-8")):
@@ -161,7 +196,8 @@ def test_recipes_are_few_short_and_valid():
     assert 0 < len(recipes) <= 15
     for path in recipes:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path.name
-        pretrain.RunConfig.load(path)
+        tuned = "\ntask:" in path.read_text(encoding="utf-8")
+        (TuneConfig if tuned else pretrain.RunConfig).load(path)
 
 
 def test_tree_of_the_readme_is_the_tree():

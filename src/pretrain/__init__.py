@@ -33,10 +33,14 @@ _PUBLIC = {
     "train_tokenizer": "pretrain.data.tokenizer",
 }
 
-__all__ = ["__version__", "data", *_PUBLIC]  # noqa: PLE0604
+_MODULES = ("lora", "metrics")  # imported on first use, like the names above
+
+__all__ = ["__version__", "data", *_MODULES, *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pretrain.{name}")
     module = _PUBLIC.get(name)
     if module is None:
         raise AttributeError(f"module 'pretrain' has no attribute {name!r}")

@@ -34,17 +34,6 @@ __all__ = ["best_of", "predict", "predict_file", "predict_with", "roles_read", "
 
 _BATCH_ROWS = 64
 _CHUNK = 1024  # rows of a file that are in memory
-# Roles that are learned, not read.
-_LEARNED = (
-    "label",
-    "answer",
-    "answers",
-    "answer_start",
-    "completion",
-    "positive",
-    "negative",
-    "id",
-)
 
 
 # ------------------------------------------------------------------------------------------------ the task
@@ -149,6 +138,15 @@ def predict(
     return predict_with(task_of(model), inputs, columns=columns, batch_rows=batch_rows, **options)
 
 
+def chat(model: Model, messages: Any, **options: Any) -> str:
+    """Answer a conversation: a text, or ``{"role", "content"}`` messages; see ``instruction.reply``."""
+    from pretrain.objectives.instruction import reply
+
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return reply(model, messages, **options)
+
+
 def predict_with(
     task: Task,
     inputs: Any,
@@ -189,7 +187,7 @@ def _say_empty(empty: int, count: int) -> None:
 
 def roles_read(task: Task | type[Task]) -> list[Role]:
     """The roles of a task that are read, those that are learned left out."""
-    return [role for role in task.roles if role.name not in _LEARNED]
+    return [role for role in task.roles if not role.target]
 
 
 def _by_words(task: Task) -> bool:

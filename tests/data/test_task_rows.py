@@ -15,7 +15,9 @@ from finetuning.conftest import model_of
 from pretrain.data.task_rows import TaskEncoder, TaskRows
 from pretrain.errors import TokenizerError
 
-WORDS = st.sampled_from(["the", "red", "old", "cat", "dog", "sat", "on", "log", "box", "zebra", "é", "."])
+WORDS = st.sampled_from(
+    ["the", "red", "old", "cat", "dog", "sat", "on", "log", "box", "zebra", "é", "."]
+)
 TEXTS = st.lists(WORDS, min_size=1, max_size=40).map(" ".join)
 
 
@@ -30,7 +32,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedT
 def test_framing_and_cutting_are_transformers(theirs, rows, paired, room) -> None:
     texts, pairs = [a for a, _ in rows], [b for _, b in rows] if paired else None
     encoder = TaskEncoder(tiny.tokenizer(), room, segments=True)
-    wanted = theirs(texts, pairs, truncation=True, max_length=room)
+    wanted = theirs(texts, pairs, truncation=True, max_length=room, return_token_type_ids=True)
     for i, encoding in enumerate(encoder.texts(texts, pairs)):
         found = encoder.example(encoding)
         assert found["input_ids"].tolist() == wanted["input_ids"][i]

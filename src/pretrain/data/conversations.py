@@ -35,6 +35,7 @@ CHAT_ROLES = (
         ("completion", "output", "response", "answer"),
         required=False,
         help="what the assistant says",
+        target=True,
     ),
     Role("instances", ("instances",), required=False, help="a list of input and output"),
 )

@@ -35,12 +35,14 @@ class Role:
         known: names by which a column is recognised, the most usual first.
         required: whether the task can do without.
         help: half a sentence for errors: ``the text to classify``.
+        target: it holds what is learned, which there is none of when the trained model is asked.
     """
 
     name: str
     known: tuple[str, ...]
     required: bool = True
     help: str = ""
+    target: bool = False
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -288,7 +290,8 @@ _ASCII = {code: None for code in range(128) if not chr(code).isalnum() and not c
 def normalised(text: str) -> str:
     """Return a text as it is compared: NFKC, case folded, letters, their marks and digits only.
 
-    Without blanks, so that "top-up", "top up" and "topup" are one, like "don't" and "dont". A text without any of these, such as a smiley, stays as it is but for case.
+    Without blanks, so that "top-up", "top up" and "topup" are one, like "don't" and "dont". A text without any of
+    these, such as a smiley, stays as it is but for case.
     """
     if text.isascii():
         kept = text.casefold().translate(_ASCII)

@@ -6,6 +6,7 @@ how positions are cut into batches, not on the number of devices.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
@@ -145,4 +146,8 @@ def ahead(tasks: Iterable[Callable[[], T]], depth: int) -> Generator[T, None, No
             yield value  # type: ignore[misc]
     finally:
         stop.set()
+        with contextlib.suppress(
+            queue.Empty
+        ):  # a place for the result that the thread waits to hand over
+            results.get_nowait()
         thread.join()

@@ -39,7 +39,8 @@ def look(
         model: the checkpoint that will be fine-tuned; its tokenizer and its positions measure the rows. Without one
             the rows are counted in words.
         tokenizer: another name for ``model``.
-        valid, test: held-out rows, or the share that is held out.
+        valid: held-out rows, or the share that is held out.
+        test: rows that will be looked at once.
         **keywords: columns by role (``text="review"``), options of the task, ``max_length``.
 
     Returns:
@@ -69,14 +70,18 @@ def look(
     if model is None:
         words = [_words(row.values()) for row in found.train.rows()]
         notes.append("lengths are in words: name a model to count its tokens and see its examples")
-        return Overview(**common, tokenizer="words", lengths=words, max_length=0, cut=0, examples=[])
+        return Overview(
+            **common, tokenizer="words", lengths=words, max_length=0, cut=0, examples=[]
+        )
     ready = starting_model(model, cls, found.learned.labels, quiet=True)
     options = {**found.learned.options, **settings.task.options}
     options.pop("labels", None)
     made = cls(ready, max_length=settings.data.max_length, **options)
     rows = made.encode(found.train)
     for reason, places in rows.dropped.items():
-        notes.append(f"{len(places):,} rows are left out: {reason} ({found.train.where(places[0])})")
+        notes.append(
+            f"{len(places):,} rows are left out: {reason} ({found.train.where(places[0])})"
+        )
     return Overview(
         **common,
         tokenizer=os.path.basename(str(model)) if isinstance(model, str | os.PathLike) else "model",

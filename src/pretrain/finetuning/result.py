@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.objectives.tasks import Task
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_device, choose_precision
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from pretrain.finetuning.transfer import Comparison
     from pretrain.finetuning.views import Confusion, Errors
     from pretrain.models.base import Model
-    from pretrain.objectives.tasks import Task
     from pretrain.training.state import Run
 
 __all__ = ["Finetuned"]
@@ -47,8 +47,15 @@ class Finetuned:
     """
 
     def __init__(
-        self, task: Task, run: Any, settings: TuneConfig, data: Data, notes: list[str]
+        self,
+        task: Task,
+        run: Any,
+        settings: TuneConfig,
+        data: Data,
+        notes: list[str],
+        base: Callable[..., Task] | None = None,
     ) -> None:
+        self._base = base
         self.task, self.settings, self.data, self.notes = task, settings, data, notes
         self.run: Run = run
         self.metrics: dict[str, float] = dict(run.metrics) if run is not None else {}
@@ -100,7 +107,12 @@ class Finetuned:
 
         table = labelled(data, self.task, self.settings)
         rows = encode(self.task, table, "evaluation", 1.0, [])
-        self.task.prepare_reference(rows)
+        # What the model said before it was trained: only some tasks ask, and the weights are on the disk.
+        if (
+            self._base is not None
+            and type(self.task).prepare_reference is not Task.prepare_reference
+        ):
+            self._base(seed=self.settings.train.seed).prepare_reference(rows)
         return self.measure(rows)
 
     def predict(self, inputs: Any, **options: Any) -> Any:
@@ -172,7 +184,7 @@ class Finetuned:
 
     def _mistake(self, weight: float, i: int, truth: Any, answer: Any) -> dict[str, Any]:
         row = self.judged.row(i)
-        inputs = [str(row[r.name]) for r in self.task.roles if r.name in row and r.name != "label"]
+        inputs = [str(row[r.name]) for r in self.task.roles if r.name in row and not r.target]
         return {
             "where": self.judged.where(i),
             "text": " | ".join(inputs),

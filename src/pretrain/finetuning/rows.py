@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,21 +87,25 @@ def open_data(settings: TuneConfig, objects: Mapping[str, Any], task: type[Task]
     if (tested := objects.get("test", section.test)) is not None:
         test = _by_role(_read(tested, section, "test"), task, columns)
         names["test"] = test.name
-    roles = [role.name for role in task.roles if role.name in train.names]
+    roles = [role.name for role in task.roles if role.name in train.names and not role.target]
     recurring = 0
     for other, what in ((valid, "validation"), (test, "test")):
         if other is not None and len(other):
-            train, dropped = drop_duplicates(train, other, _inputs(roles), what)
+            train, dropped = drop_duplicates(train, other, roles, what)
             recurring += dropped
             if dropped:  # it has been said aloud, and the report repeats it
-                notes.append(f"{dropped:,} training rows recur in the {what} rows and were left out")
+                notes.append(
+                    f"{dropped:,} training rows recur in the {what} rows and were left out"
+                )
     if not len(train):
         raise DataError(
             "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
         )
     if isinstance(wanted, int | float) and wanted > 0 and not len(valid):
         notes.append("too few rows for a validation split: nothing is held out")
-    return Data(train, valid, test, learned, names, notes, _fingerprint(train, valid, test), recurring)
+    return Data(
+        train, valid, test, learned, names, notes, _fingerprint(train, valid, test), recurring
+    )
 
 
 def _read(source: Any, section: Any, name: str) -> Table:
@@ -112,12 +116,6 @@ def _by_role(table: Table, task: type[Task], columns: Mapping[str, str]) -> Tabl
     """Held-out rows: the columns of the training rows where they have them, else recognised ones."""
     known = {role: column for role, column in columns.items() if column in table.names}
     return roles_table(table, choose_columns(table, task.roles, known))
-
-
-def _inputs(roles: Sequence[str]) -> list[str]:
-    """What makes two rows the same: all that is read, not what is answered."""
-    answers = {"label", "answers", "id", "completion"}
-    return [role for role in roles if role not in answers] or list(roles)
 
 
 def _fingerprint(*tables: Table | None) -> str:

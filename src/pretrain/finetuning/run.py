@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import latest
+from pretrain.config import parse_limit
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
@@ -27,6 +28,7 @@ from pretrain.finetuning.start import automatic_lr, freeze, starting_model
 from pretrain.objectives import task_class
 from pretrain.settings.check import write_text
 from pretrain.storage.files import note
+from pretrain.storage.manifest import BEST
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.restore import load_weights
 from pretrain.training.run import check_same_run
@@ -119,6 +121,7 @@ class Job:
         data: its rows.
         task: class of the task.
         quiet: print nothing.
+        metric: of the task as it was built for these labels.
     """
 
     source: Any
@@ -126,6 +129,7 @@ class Job:
     data: Data
     task: type[Task]
     quiet: bool = False
+    metric: str = ""
 
     @classmethod
     def open(
@@ -163,6 +167,7 @@ class Job:
         options = {**self.data.learned.options, **settings.task.options}
         options.pop("labels", None)
         task = self.task(model, max_length=settings.data.max_length, **options)
+        self.metric = task.metric
         if method.lora and not scratch:
             from pretrain.lora import LoraConfig, apply_lora
 
@@ -184,8 +189,8 @@ class Job:
 
     @property
     def monitor(self) -> str:
-        """The figure that everything is chosen by."""
-        return self.settings.train.monitor or self.task.metric
+        """The figure that everything is chosen by: the settings', or the task's own, which may go by its labels."""
+        return self.settings.train.monitor or self.metric or self.task.metric
 
     def lr(self, task: Task) -> float:
         """The learning rate that the settings name, or the automatic one."""
@@ -194,6 +199,8 @@ class Job:
             if lr not in ("auto", "sweep"):
                 raise ConfigError(f'optim.lr is {lr!r}; it must be a number, "auto" or "sweep".')
             return automatic_lr(task.model, adapter=bool(self.settings.method.lora))
+        if not 0 < lr < math.inf:
+            raise ConfigError(f"optim.lr is {lr}; it must be above 0.")
         return lr
 
     def steps(self, examples: int) -> tuple[str, int]:
@@ -223,9 +230,9 @@ class Job:
         settings = self.settings
         _, epoch = self.steps(len(rows))
         every = settings.train.eval_every
-        amount = limit.split()
-        if amount[-1].startswith("step") and every == "1 epochs":
-            every = f"{max(epoch, math.ceil(int(amount[0]) / _MOST_EVALS))} steps"
+        amount = parse_limit(limit)
+        if amount.kind == "steps" and every == "1 epochs":
+            every = f"{max(epoch, math.ceil(amount.value / _MOST_EVALS))} steps"
         section = settings.train.at(os.fspath(out), limit, save=save)
         section = replace(
             section,
@@ -278,9 +285,12 @@ class Job:
         said = [line for line in notes if "recur" not in line]
         for line in () if self.quiet else (*self.overview(rows, task), *said):
             note(line)
-        task.prepare_reference(rows)
-        if held_out is not None:
-            task.prepare_reference(held_out)
+        tested = None
+        if data.test is not None:
+            tested = encode(task, data.test, "test", settings.data.max_cut, notes)
+        for part in (rows, held_out, tested):
+            if part is not None:
+                task.prepare_reference(part)
         limit, _ = self.steps(len(rows))
         trainer = self.trainer(
             task, rows, held_out, out=out, lr=lr, limit=limit, seed=seed, hooks=hooks
@@ -289,28 +299,34 @@ class Job:
         def begin() -> None:
             check_same_run(settings, out)
             settings.save(out / "run.yaml")
+            (out / BEST).unlink(missing_ok=True)  # what was best may not be so at the end
             if settings.optim.lr == "sweep":
                 write_text(swept, json.dumps({"lr": lr}))
 
         run = trainer.fit(begin)
-        return self.finish(task, run, rows, held_out, notes)
+        return self.finish(task, run, held_out, tested, notes)
 
     def finish(
-        self, task: Task, run: Run, rows: TaskRows, held_out: TaskRows | None, notes: list[str]
+        self,
+        task: Task,
+        run: Run,
+        held_out: TaskRows | None,
+        tested: TaskRows | None,
+        notes: list[str],
     ) -> Finetuned:
-        """Restore the best evaluation and measure it."""
+        """Restore the best evaluation and measure it; whoever opens the run gets it as well."""
         chosen = run.best or run.checkpoint
         if chosen is not None:
             load_weights(task, chosen, {})
             block = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
             task.model.extra_config["pretrain"] = block.get("pretrain", {})
+            text = json.dumps({"checkpoint": chosen.name}) + "\n"
+            write_text(run.path / BEST, text)
         task.eval()
-        result = Finetuned(task, run, self.settings, self.data, notes)
+        result = Finetuned(task, run, self.settings, self.data, notes, base=self.build)
         if held_out is not None:
             result.metrics = result.measure(held_out)
-        if self.data.test is not None:
-            tested = encode(task, self.data.test, "test", self.settings.data.max_cut, notes)
-            task.prepare_reference(tested)
+        if tested is not None:
             result.test_metrics = result.measure(tested)
         result.trivial = task.trivial(self.data.train, self.data.valid)
         for line in () if self.quiet else repr(result).splitlines():

@@ -155,7 +155,12 @@ class TuneTrain:
         names = ("micro_rows", "batch_rows", "eval_every", "patience", "monitor", "log_every")
         plain = {name: getattr(self, name) for name in (*names, "loggers", "precision", "seed")}
         return TrainConfig(
-            out=out, limit=limit, save_every="25%" if save else "0 steps", keep=1, best=save, **plain
+            out=out,
+            limit=limit,
+            save_every="25%" if save else "0 steps",
+            keep=1,
+            best=save,
+            **plain,
         )
 
 

@@ -76,7 +76,11 @@ def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Mo
         return copy.deepcopy(source)
     backbone = copy.deepcopy(source.backbone)
     model = Model.build(
-        type(backbone), backbone.config, head=kind, labels=labels, tokenizer=source.tokenizer
+        type(backbone),
+        backbone.config,
+        head=kind,
+        labels=labels,
+        tokenizer=copy.deepcopy(source.tokenizer),
     )
     model.backbone = backbone
     if model.head is not None:
@@ -126,6 +130,13 @@ def _set_padding(model: Model) -> None:
         tokenizer.roles["pad"] = name
     if isinstance(getattr(model.head, "pad_id", 0), type(None)):
         model.head.pad_id = pad  # type: ignore[union-attr]
+
+
+def _name_segments(model: Model) -> None:
+    """Let ``AutoTokenizer`` give the ids that tell the two texts of a pair apart; a plain one leaves them out."""
+    if model.tokenizer is not None and getattr(model.backbone.config, "type_vocab_size", 1) > 1:
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        model.tokenizer.config.setdefault("model_input_names", names)
 
 
 def freeze(model: Model, what: str | int) -> int:

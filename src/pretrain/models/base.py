@@ -239,6 +239,12 @@ class Model(nn.Module):
 
         return predict(self, inputs, **options)
 
+    def chat(self, messages: Any, **options: Any) -> str:
+        """Answer a conversation; see ``pretrain.predict.chat``."""
+        from pretrain.predict import chat
+
+        return chat(self, messages, **options)
+
     def save(self, directory: str | Path) -> Path:
         """Write a directory that transformers opens; see ``pretrain.checkpoint.save_model``."""
         from pathlib import Path

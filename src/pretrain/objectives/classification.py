@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["PAIR", "TEXT", "Classification", "encode_texts"]
+__all__ = ["PAIR", "TEXT", "Classification", "encode_texts", "given_weights"]
 
 TEXT = Role(
     "text",
@@ -112,6 +112,7 @@ class Classification(Task):
                 *("entailment_judgment", "target", "topic", "sentiment", "coarse_label"),
             ),
             help="the class, or a list of classes",
+            target=True,
         ),
     )
     metric: ClassVar[str] = "accuracy"
@@ -144,7 +145,7 @@ class Classification(Task):
         spelled = {label: k for k, label in enumerate(self.labels)}
         self._map = LabelMap(self.labels, spelled if codes is None else codes)
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
-        self._weights = _given_weights(class_weights, self.labels)
+        self._weights = given_weights(class_weights, self.labels)
         model.extra_config["problem_type"] = f"{problem}_classification"
 
     @property
@@ -302,10 +303,6 @@ class Classification(Task):
         hits = [int(i) == most for i in self.targets(held_out)]
         return {"accuracy": sum(hits) / len(hits)}
 
-    def expected_first_loss(self) -> float | None:
-        """An untrained head finds all classes equally likely."""
-        return math.log(len(self.labels)) if self.single else math.log(2)
-
     def outputs(self, batch: Batch) -> list[Any]:
         logits = self.model(batch).float()
         chances = logits.softmax(-1) if self.single else logits.sigmoid()
@@ -339,7 +336,7 @@ def _logit(chance: float) -> float:
     return math.log(chance / (1 - chance))
 
 
-def _given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
+def given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
     """Weights that the caller gave, in the order of the labels; None where there are none yet."""
     if weights is None or weights == "balanced":
         return None

@@ -66,13 +66,21 @@ class Embedding(Task):
             "positive",
             ("positive", "sentence2", "answer", "hypothesis", "text2", "sentence_b"),
             help="a text that belongs to it",
+            target=True,
         ),
-        Role("negative", ("negative", "hard_negative"), required=False, help="one that does not"),
+        Role(
+            "negative",
+            ("negative", "hard_negative"),
+            required=False,
+            help="one that does not",
+            target=True,
+        ),
         Role(
             "label",
             ("score", "similarity", "relatedness_score"),
             required=False,
             help="how alike the two are, a number",
+            target=True,
         ),
     )
     metric: ClassVar[str] = "accuracy"

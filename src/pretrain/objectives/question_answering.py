@@ -59,9 +59,9 @@ class QuestionAnswering(Task):
     roles: ClassVar[tuple[Role, ...]] = (
         Role("question", ("question", "query"), help="the question"),
         Role("context", ("context", "passage", "paragraph", "document"), help="what it is about"),
-        Role("answers", ("answers", "answer"), help="stretches of the context"),
-        Role("answer_start", ("answer_start",), required=False, help="first character of each"),
-        Role("id", ("id",), required=False, help="the name of the row"),
+        Role("answers", ("answers", "answer"), help="stretches of the context", target=True),
+        Role("answer_start", ("answer_start",), False, "first character of each", target=True),
+        Role("id", ("id",), required=False, help="the name of the row", target=True),
     )
     metric: ClassVar[str] = "f1"
     head_kind: ClassVar[str | None] = "question-answering"

@@ -48,6 +48,7 @@ class Regression(Task):
             "label",
             ("label", "score", "target", "relatedness_score", "similarity", "rating", "value"),
             help="the number to predict",
+            target=True,
         ),
     )
     metric: ClassVar[str] = "pearson"

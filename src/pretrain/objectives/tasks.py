@@ -232,7 +232,9 @@ class Task(Objective):
         if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
             marks = [bool(label != IGNORE) for label in labels]
         pieces = [tokenizer.decode([i], skip_special=False) for i in ids]
-        if tokenizer.kind == "wordpiece":  # its pieces say where a word goes on, not where one begins
+        if (
+            tokenizer.kind == "wordpiece"
+        ):  # its pieces say where a word goes on, not where one begins
             pieces = [p[2:] if p.startswith("##") else f" {p}" for p in pieces]
         return list(zip(pieces, marks, strict=True))
 

@@ -25,7 +25,7 @@ from pretrain.data.words import blanks_before_words, read_tags, read_words, word
 from pretrain.errors import ConfigError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, Loss
-from pretrain.objectives.classification import _given_weights
+from pretrain.objectives.classification import given_weights
 from pretrain.objectives.tasks import Learned, Task
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class TokenClassification(Task):
             "label",
             ("ner_tags", "tags", "labels", "pos_tags", "upos", "ner", "label"),
             help="one tag for each word, as a list",
+            target=True,
         ),
     )
     metric: ClassVar[str] = "f1"
@@ -102,7 +103,7 @@ class TokenClassification(Task):
         self.all_pieces, self.empty_tag = all_pieces, empty_tag
         self.codes = dict(codes) if codes else None
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
-        self._weights = _given_weights(class_weights, self.labels)
+        self._weights = given_weights(class_weights, self.labels)
         if word_blanks and model.tokenizer is not None:
             model.tokenizer = blanks_before_words(model.tokenizer)
 

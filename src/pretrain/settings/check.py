@@ -82,7 +82,8 @@ def read_sections(
 
     Args:
         sections: the dataclass of each section.
-        source, overrides: see `RunConfig.load`.
+        source: see `RunConfig.load`.
+        overrides: see `RunConfig.load`.
         together: checks what no field can see alone.
 
     Raises:

@@ -35,6 +35,7 @@ __all__ = ["Manifest", "complete", "latest", "read_manifest", "rotate", "verify"
 
 NAME = "manifest.json"
 TRAINING = "training"
+BEST = "best.json"  # of a run: which checkpoint it chose
 SCHEMA = 1
 LIMIT = 16 << 20
 _FILE = re.compile(r"(?:training/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -276,6 +277,16 @@ def candidates(run_dir: Path) -> list[Path]:
     return [
         found[name] for name in sorted(found, key=lambda name: _step_of(name) or 0, reverse=True)
     ]
+
+
+def best_first(run_dir: Path, found: list[Path]) -> list[Path]:
+    """The checkpoint that a finished run chose (``best.json``) before all others; as they were where it chose none."""
+    try:
+        chosen = parse_json(read_bytes(run_dir / BEST, limit=4096), BEST)
+        name = chosen["checkpoint"] if isinstance(chosen, dict) else None
+    except (CheckpointError, OSError, KeyError):
+        return found
+    return sorted(found, key=lambda path: path.name != name)
 
 
 def latest(run_dir: str | Path) -> Path | None:

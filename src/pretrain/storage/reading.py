@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["INDEX", "SINGLE", "inspect", "is_finite", "load", "state_of"]
 
 _TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt"),
 )
 _SHOWN = 5  # names in the report line
@@ -58,8 +58,9 @@ def load(
     which were not used. Float tensors become float32.
 
     Args:
-        path: a directory. A broken newest checkpoint of a run is named aloud and passed over; a broken
-            checkpoint named itself is an error.
+        path: a directory; of a run, the checkpoint it chose as the best when it was fine-tuned, else the newest. A
+            broken newest checkpoint of a run is named aloud and passed over; a broken checkpoint named itself is an
+            error.
         head: kind of head to put on instead of the stored one (`"sequence-classification"`, ...).
         verify: compare every file with the manifest, where there is one.
         tokenizer: also open the tokenizer, where there is one.
@@ -80,7 +81,8 @@ def load(
     options |= {"quiet": quiet, "base": base}
     with reading(path):
         known = [directory / "config.json", directory / ADAPTER_CONFIG]
-        run = [] if any(map(os.path.lexists, known)) else manifest.candidates(directory)
+        whole = any(map(os.path.lexists, known))
+        run = [] if whole else manifest.best_first(directory, manifest.candidates(directory))
         for candidate in run:
             try:
                 return _load(candidate, Path(path) / candidate.name, **options)

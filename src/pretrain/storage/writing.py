@@ -67,7 +67,7 @@ def write_model(
     for name, data in texts.items():
         yield name, files.write_file(directory / name, data)
     if model.tokenizer is not None:
-        yield from _write_tokenizer(directory, model.tokenizer)
+        yield from _write_tokenizer(directory, model)
 
 
 def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,14 +79,18 @@ def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any
     return dict(finite_json(names_only({**ids, **drop_code(model.generation_config)})))
 
 
-def _write_tokenizer(directory: Path, tokenizer: Any) -> Iterator[tuple[str, Record]]:
+def _write_tokenizer(directory: Path, model: Model) -> Iterator[tuple[str, Record]]:
     """Let the tokenizer write its files aside, then write them durably and without absolute paths."""
     aside = directory / "tokenizer"
-    tokenizer.save(aside)
+    assert model.tokenizer is not None
+    model.tokenizer.save(aside)
+    # Without this AutoTokenizer leaves out the segments of a pair, which the model was trained with.
+    segments = getattr(model.backbone.config, "type_vocab_size", 1) > 1
+    inputs = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
     for name in sorted(os.listdir(aside)):
         data = files.read_bytes(aside / name)
         if name == "tokenizer_config.json":
-            data = to_json(names_only(parse_json(data, name)))
+            data = to_json(names_only({**parse_json(data, name), "model_input_names": inputs}))
         yield name, files.write_file(directory / name, data)
     directories.remove_tree(aside)
 

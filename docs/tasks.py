@@ -1,0 +1,188 @@
+"""Every task once on real data, beside a trivial baseline: the figures behind docs/results.md.
+
+    python docs/tasks.py entities --model runs/transfer/ag_news-wide
+    python docs/tasks.py chat --model runs/wide-gpt
+
+Data are looked for in PRETRAIN_TEST_DATA. One CPU thread, one seed. Each line goes to ``--out``/tasks.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pretrain
+from pretrain.data.tables import read_table
+from pretrain.metrics import exact_match, token_f1
+
+DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
+Figures = dict[str, float]
+
+
+def entities(model: str, out: Path) -> tuple[Figures, Figures]:
+    """WNUT 2017; the baseline gives every word the tag it had most often in training."""
+    files = [DATA / "wnut17" / f"{part}.conll" for part in ("train", "dev", "test")]
+    result = pretrain.finetune(
+        model,
+        files[0],
+        task="token-classification",
+        valid=files[1],
+        test=files[2],
+        out=out,
+        epochs=12,
+        lr=1e-3,
+        threads=1,
+    )
+    assert result.test_metrics is not None
+    return result.test_metrics, {"f1": 0.0}
+
+
+def sick(part: str) -> Any:
+    return read_table(DATA / "sick" / f"{part}.txt", format="tsv")
+
+
+def entailment(model: str, out: Path) -> tuple[Figures, Figures]:
+    """SICK, three classes; the baseline is the most frequent one."""
+    result = pretrain.finetune(
+        model,
+        sick("train"),
+        task="classification",
+        valid=sick("trial"),
+        test=sick("test"),
+        text="sentence_A",
+        pair="sentence_B",
+        label="entailment_judgment",
+        out=out,
+        epochs=8,
+        lr=6e-4,
+        threads=1,
+    )
+    labels = sick("test").columns["entailment_judgment"]
+    most = Counter(sick("train").columns["entailment_judgment"]).most_common(1)[0][0]
+    assert result.test_metrics is not None
+    return result.test_metrics, {"accuracy": labels.count(most) / len(labels)}
+
+
+def relatedness(model: str, out: Path) -> tuple[Figures, Figures]:
+    """SICK, scores 1 to 5; the baseline is the mean, which correlates with nothing."""
+    result = pretrain.finetune(
+        model,
+        sick("train"),
+        task="regression",
+        valid=sick("trial"),
+        test=sick("test"),
+        text="sentence_A",
+        pair="sentence_B",
+        label="relatedness_score",
+        out=out,
+        epochs=8,
+        lr=6e-4,
+        threads=1,
+    )
+    wanted = [float(x) for x in sick("test").columns["relatedness_score"]]
+    known = [float(x) for x in sick("train").columns["relatedness_score"]]
+    mean = sum(known) / len(known)
+    assert result.test_metrics is not None
+    return result.test_metrics, {
+        "pearson": 0.0,
+        "mse": sum((x - mean) ** 2 for x in wanted) / len(wanted),
+    }
+
+
+def answers(model: str, out: Path) -> tuple[Figures, Figures]:
+    """XQuAD in English, 190 paragraphs to learn from; the baseline answers with the first sentence."""
+    rows = list(read_table(DATA / "xquad_en" / "xquad.en.json").rows())
+    paragraphs = list(dict.fromkeys(row["context"] for row in rows))
+    first, dev = set(paragraphs[:175]), set(paragraphs[175:190])
+    train = [row for row in rows if row["context"] in first]
+    valid = [row for row in rows if row["context"] in dev]
+    test = [row for row in rows if row["context"] not in first | dev]
+    result = pretrain.finetune(
+        model,
+        train,
+        task="question-answering",
+        valid=valid,
+        test=test,
+        out=out,
+        epochs=20,
+        lr=6e-4,
+        max_length=256,
+        threads=1,
+    )
+    gold = [row["answers"]["text"] for row in test]
+    guess = [row["context"].split(". ")[0] for row in test]
+    pairs = list(zip(guess, gold, strict=True))
+    assert result.test_metrics is not None
+    return result.test_metrics, {
+        "exact_match": sum(exact_match(a, b) for a, b in pairs) / len(pairs),
+        "f1": sum(token_f1(a, b) for a, b in pairs) / len(pairs),
+    }
+
+
+def dialogues() -> list[dict[str, Any]]:
+    found = []
+    for part in ("001", "002", "003"):
+        path = DATA / "sgd_dialogues" / f"dialogues_{part}.json.gz"
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for one in json.load(file):
+                roles = {"USER": "user", "SYSTEM": "assistant"}
+                turns = [
+                    {"role": roles[turn["speaker"]], "content": turn["utterance"]}
+                    for turn in one["turns"]
+                ]
+                found.append({"messages": turns})
+    return found
+
+
+def chat(model: str, out: Path) -> tuple[Figures, Figures]:
+    """Schema-guided dialogues; the baseline knows how often each token occurs in the assistant's turns."""
+    rows = dialogues()
+    train, valid, test = rows[:300], rows[300:340], rows[340:]
+    result = pretrain.finetune(
+        model, train, task="chat", valid=valid, test=test, out=out, epochs=6, lr=6e-4, threads=1
+    )
+    tokenizer = result.model.tokenizer
+    assert tokenizer is not None and result.test_metrics is not None
+    said: list[list[int]] = []
+    for part in (train, test):
+        turns = [m["content"] for row in part for m in row["messages"] if m["role"] == "assistant"]
+        said.append([i for ids in tokenizer.encode_batch(turns) for i in ids])
+    counts, size = Counter(said[0]), len(tokenizer)
+    whole = len(said[0]) + size
+    unigram = -sum(math.log((counts[i] + 1) / whole) for i in said[1]) / len(said[1])
+    print(result.model.chat("I am looking for a restaurant in San Jose."))
+    return result.test_metrics, {"loss": unigram}
+
+
+TASKS = {
+    "entities": entities,
+    "entailment": entailment,
+    "relatedness": relatedness,
+    "answers": answers,
+    "chat": chat,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=sorted(TASKS))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/tasks"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.names:
+        figures, trivial = TASKS[name](args.model, args.out / name)
+        line = json.dumps({"task": name, "figures": figures, "trivial": trivial})
+        print(line)
+        with open(args.out / "tasks.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
