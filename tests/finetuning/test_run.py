@@ -40,11 +40,12 @@ def stop_after(step: int) -> Any:
     return hook
 
 
-def test_a_task_is_learned_and_saved(checkpoint: str, tmp_path: Path) -> None:
+def test_a_task_is_learned_and_saved(tmp_path: Path) -> None:
     rows = rows_of(160)
     result = tune(
-        checkpoint, tmp_path / "run", rows, limit="90 steps", lr=2e-2, test=rows_of(30, 9)
-    )
+        model_of("modernbert", initializer_range=0.1, classifier_pooling="mean"), tmp_path / "run", rows,
+        limit="90 steps", lr=2e-2, test=rows_of(30, 9),
+    )  # fmt: skip
     assert result.metrics["accuracy"] >= 0.9 and result.test_metrics["accuracy"] >= 0.9
     assert result.labels == ANIMALS and result.counts == {"train": 120, "valid": 40, "test": 30}
     assert abs(result.trivial["accuracy"] - 1 / 3) < 0.1

@@ -177,21 +177,28 @@ class Backbone(nn.Module):
         masks: Sequence[AttentionMask],
         ropes: Sequence[Rope | None],
         cache: KVCache | None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """Through all blocks, (B, T, D) -> (B, T, D), with one mask and one rotation per block."""
+        """Through all blocks, (B, T, D) -> (B, T, D), with one mask and one rotation per block.
+
+        With ``keep``, places in the flattened batch, the last block works for these alone, and the result is (N, D).
+        """
         remember = (
             self.activation_checkpointing
             and self.training
             and torch.is_grad_enabled()
             and cache is None
         )
+        columns = x.shape[1]
         for i, block in enumerate(self.layers):
+            # Passed only where it is wanted: a family's own block need not know it.
+            last: dict[str, Any] = {"keep": keep} if keep is not None and i == len(self.layers) - 1 else {}
             if remember:
-                x = checkpoint(block, x, mask=masks[i], rope=ropes[i], use_reentrant=False)
+                x = checkpoint(block, x, mask=masks[i], rope=ropes[i], use_reentrant=False, **last)
             else:
-                x = block(x, mask=masks[i], rope=ropes[i], cache=cache, layer=i)
+                x = block(x, mask=masks[i], rope=ropes[i], cache=cache, layer=i, **last)
         if cache is not None:
-            cache.advance(x.shape[1])
+            cache.advance(columns)
         return x
 
     def drop(self, x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Bert(Backbone):
         x = self.drop(self.embedding_norm(x + self.embed_positions(batch)))
         mask = AttentionMask.from_batch(batch, causal=False)
         layers = len(self.layers)
-        return self.run(x, [mask] * layers, [None] * layers, None)
+        return self.run(x, [mask] * layers, [None] * layers, None, batch.get("keep_index"))
 
     def init_cutoff(self) -> float | None:
         """As in the published code, which truncates at two standard deviations."""

@@ -74,7 +74,8 @@ class GPT2(Backbone):
             x = nn.functional.dropout(x, self.config.embedding_dropout)
         mask = AttentionMask.from_batch(batch, causal=True, past=start)
         layers = len(self.layers)
-        hidden: Tensor = self.final_norm(self.run(x, [mask] * layers, [None] * layers, cache))
+        x = self.run(x, [mask] * layers, [None] * layers, cache, batch.get("keep_index"))
+        hidden: Tensor = self.final_norm(x)
         return hidden
 
     def embeddings(self) -> list[nn.Module]:

@@ -174,6 +174,8 @@ class SequenceHead(nn.Module):
 
     def _pool(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, T, D) -> (B, D), or (N, D) for the N documents of packed rows."""
+        if "keep_index" in batch:  # nothing else has been computed
+            return hidden
         if "first_index" in batch:
             return pool_documents(hidden, batch, self.pool)
         if self.pool == "first":

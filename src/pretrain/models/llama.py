@@ -157,7 +157,8 @@ class Llama(Backbone):
         x = self.drop(self.look_up(self.token_embedding, ids))
         mask = AttentionMask.from_batch(batch, causal=True, past=start)
         masks = [mask.windowed(self.config.window_of(i)) for i in range(len(self.layers))]
-        hidden: Tensor = self.final_norm(self.run(x, masks, [rope] * len(masks), cache))
+        x = self.run(x, masks, [rope] * len(masks), cache, batch.get("keep_index"))
+        hidden: Tensor = self.final_norm(x)
         return hidden
 
     def embeddings(self) -> list[nn.Module]:

@@ -160,7 +160,8 @@ class ModernBert(Backbone):
         types = self.config.layer_types
         masks = [mask.windowed(half if kind == _SLIDING else None) for kind in types]
         x = self.drop(self.embedding_norm(self.look_up(self.token_embedding, ids)))
-        hidden: Tensor = self.final_norm(self.run(x, masks, [ropes[kind] for kind in types], None))
+        x = self.run(x, masks, [ropes[kind] for kind in types], None, batch.get("keep_index"))
+        hidden: Tensor = self.final_norm(x)
         return hidden
 
     def embeddings(self) -> list[nn.Module]:

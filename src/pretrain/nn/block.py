@@ -106,6 +106,7 @@ class Block(nn.Module):
         context_mask: AttentionMask | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -117,6 +118,8 @@ class Block(nn.Module):
             context_mask: who sees whom between ``x`` and ``context``.
             cache: keys and values of earlier tokens; filled in place.
             layer: index of this block in the cache.
+            keep: (N,) places among the flattened (B * T) that anyone reads; behind the attention, nothing is computed
+                for the others, and the result is (N, D).
         """
         h = self.attention_norm(x) if self.pre_norm else x
         x = x + self._drop(self.attention(h, mask=mask, rope=rope, cache=cache, layer=layer))
@@ -131,6 +134,8 @@ class Block(nn.Module):
             x = x + self._drop(self.cross_attention(h, mask=context_mask, context=context))
             if not self.pre_norm:
                 x = self.cross_attention_norm(x)
+        if keep is not None:
+            x = x.reshape(-1, x.shape[-1])[keep]
         h = self.mlp_norm(x) if self.pre_norm else x
         x = x + self.mlp(h)
         return x if self.pre_norm else self.mlp_norm(x)

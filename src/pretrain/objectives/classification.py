@@ -241,7 +241,7 @@ class Classification(Task):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        batch = self.pack_batch(examples)
+        batch = self.pack_batch(examples, pooled=True)
         if "labels" in examples[0]:
             kind = torch.int64 if self.single else torch.float32
             batch["labels"] = sequence_labels(examples, kind)

@@ -110,7 +110,7 @@ class Regression(Task):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        batch = self.pack_batch(examples)
+        batch = self.pack_batch(examples, pooled=True)
         if "labels" in examples[0]:
             batch["labels"] = sequence_labels(examples, torch.float32)
         return batch

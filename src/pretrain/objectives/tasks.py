@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Learned", "Task", "pack_examples", "sequence_labels"]
 
+_WIDTH_STEP = 32
 _PACKED_TOKENS = 1024  # wider rows gain nothing, and a dense mask over them costs more
 _PREDICT_ROWS = 64
 
@@ -91,6 +92,8 @@ def pack_examples(
     lengths = [len(example["input_ids"]) for example in examples]
     rows = balanced(lengths, _PACKED_TOKENS) if pack else [[i] for i in range(len(lengths))]
     width = max(sum(lengths[i] for i in row) for row in rows)
+    # Kernels are prepared, and kept, for every new shape: a few widths cost less than a few places of padding.
+    width = -(-width // _WIDTH_STEP) * _WIDTH_STEP if pack else width
     fills = {"input_ids": pad_id, "document_ids": 0, "position_ids": 0, **(token_keys or {})}
     if any("token_type_ids" in example for example in examples):
         fills["token_type_ids"] = 0
@@ -241,10 +244,25 @@ class Task(Objective):
     # ------------------------------------------------------------------ shared
 
     def pack_batch(
-        self, examples: Sequence[Example], token_keys: Mapping[str, int] | None = None
+        self,
+        examples: Sequence[Example],
+        token_keys: Mapping[str, int] | None = None,
+        *,
+        pooled: bool = False,
     ) -> Batch:
-        """``pack_examples`` as this task wants it."""
-        return pack_examples(examples, token_keys=token_keys, pad_id=self.pad_id, pack=self.pack)
+        """``pack_examples`` as this task wants it.
+
+        Args:
+            examples: of unequal length.
+            token_keys: see ``pack_examples``.
+            pooled: only the head reads the result; where it takes one token of each example, ``keep_index`` (N,) says
+                which, and the last block works for no other.
+        """
+        batch = pack_examples(examples, token_keys=token_keys, pad_id=self.pad_id, pack=self.pack)
+        pool = getattr(self.model.head, "pool", "")
+        if pooled and pool in ("first", "last"):
+            batch["keep_index"] = batch[f"{pool}_index"]
+        return batch
 
     def predict(self, table: Table, batch_rows: int = _PREDICT_ROWS) -> Iterator[dict[str, Any]]:
         """Answer every row of a table, in order; one chunk of rows is in memory at a time.

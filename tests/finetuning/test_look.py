@@ -1,0 +1,70 @@
+"""``pretrain.data``: what fine-tuning would see, without training anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pretrain
+from finetuning.conftest import ANIMALS, rows_of
+from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.look import look
+
+
+def test_classes_lengths_and_examples(checkpoint: str) -> None:
+    rows = rows_of(58)
+    rows += [{"text": "the cat " * 50, "label": "cat"}, {"text": " ", "label": "dog"}]
+    found = look(rows, "classification", checkpoint, max_length=30, valid=0.25)
+    assert found.rows == {"train": 45, "valid": 15} and found.cut <= 1
+    assert {name: sum(counts.values()) for name, counts in found.classes.items()} == found.rows
+    assert tuple(found.classes["train"]) == ANIMALS
+    assert max(found.lengths) <= 30 and len(found.examples) == 3
+    text = repr(found)
+    assert "cat" in text and "15" in text
+    assert "<" in found._repr_html_()
+
+
+def test_without_a_model_words_are_counted() -> None:
+    found = look(rows_of(30))
+    assert found.tokenizer == "words" and found.examples == [] and found.cut == 0
+    words = sorted(len(r["text"].split()) for r in rows_of(30))
+    assert sum(found.lengths) <= sum(words) + 27 and len(found.lengths) == 27
+
+
+def test_columns_and_numbers(checkpoint: str) -> None:
+    rows = [{"review": r["text"], "stars": len(r["text"])} for r in rows_of(30)]
+    found = look(rows, "regression", checkpoint, text="review", label="stars")
+    assert not found.classes and found.rows["train"] == 27
+
+
+def test_numbers_with_names_are_counted(checkpoint: str) -> None:
+    rows = [{"text": r["text"], "label": ANIMALS.index(r["label"])} for r in rows_of(30)]
+    found = look(rows, model=checkpoint, labels=list(ANIMALS), valid=0)
+    assert found.classes["train"] == dict.fromkeys(ANIMALS, 10)
+
+
+def test_several_labels(checkpoint: str) -> None:
+    rows = [{"text": r["text"], "label": [r["label"]]} for r in rows_of(30)]
+    assert look(rows, model=checkpoint).rows["train"] == 27
+
+
+def test_nothing_is_written(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pretrain.finetuning.look.look(rows_of(12), model=checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"text": "revue"}, DataError, "revue"), ({"task": "clasification"}, ConfigError, "classification"),
+        ({"max_lenght": 5}, ConfigError, "max_length"), ({"max_length": 2}, ConfigError, "max_length"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(given: dict[str, Any], error: type, words: str, checkpoint: str) -> None:
+    with pytest.raises(error, match=words):
+        look(rows_of(12), **({"model": checkpoint} | given))

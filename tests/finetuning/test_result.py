@@ -1,0 +1,76 @@
+"""What fine-tuning gives back: figures, mistakes, a page, and a directory that opens again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sklearn.metrics import confusion_matrix
+
+import pretrain
+from finetuning.conftest import ANIMALS, QUICK, rows_of
+from pretrain.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("result") / "run"
+    return pretrain.finetune(
+        checkpoint, rows_of(48), "classification", test=rows_of(25, 8), **(QUICK | {"out": out})
+    )
+
+
+def test_it_says_where_and_how_well(result: Any) -> None:
+    text = repr(result)
+    assert "classification with bert" in text and str(result.run.best) in text
+    for part in ("held out", "test", "knowing only the labels"):
+        assert part in text
+    assert f"{result.test_metrics['accuracy']:.4f}" in text
+    page = result._repr_html_()
+    assert "<table>" in page and "accuracy" in page and "<script" not in page
+
+
+def test_mistakes_are_those_of_the_test_rows(result: Any) -> None:
+    rows = rows_of(25, 8)
+    said = [found["label"] for found in result.predict([{"text": r["text"]} for r in rows])]
+    wanted = confusion_matrix([r["label"] for r in rows], said, labels=list(ANIMALS))
+    assert (result.confusion().matrix == wanted).all()
+    wrong = {r["text"] for r, label in zip(rows, said, strict=True) if r["label"] != label}
+    found = list(result.errors(100))
+    assert {row["text"] for row in found} == wrong
+    assert len(list(result.errors(2))) == min(2, len(wrong))
+    assert result.test_metrics["accuracy"] == pytest.approx(1 - len(wrong) / 25)
+
+
+def test_further_rows(result: Any, tmp_path: Path) -> None:
+    path = tmp_path / "more.csv"
+    path.write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows_of(25, 8)))
+    assert result.evaluate(path) == result.test_metrics
+    with pytest.raises(DataError, match="owl"):
+        result.evaluate([{"text": "an owl", "label": "owl"}])
+
+
+def test_saved_and_opened_it_answers_the_same(result: Any, tmp_path: Path) -> None:
+    texts = [r["text"] for r in rows_of(9, 2)]
+    model = pretrain.load(result.save(tmp_path / "saved"), quiet=True)
+    from pretrain.predict import predict
+
+    assert predict(model, texts) == result.predict(texts)
+    assert predict(pretrain.load(result.run.best, quiet=True), texts) == result.predict(texts)
+
+
+def test_the_page_is_written(result: Any, tmp_path: Path) -> None:
+    page = result.report(tmp_path / "page")
+    assert page.is_file() and "accuracy" in page.read_text()
+
+
+def test_numbers_have_no_confusion(checkpoint: str, tmp_path: Path) -> None:
+    rows = [{"text": r["text"], "label": len(r["text"])} for r in rows_of(30)]
+    found = pretrain.finetune(
+        checkpoint, rows, "regression", **(QUICK | {"out": tmp_path, "limit": "2 steps"})
+    )
+    with pytest.raises(DataError, match="confusion"):
+        found.confusion()
+    weights = [abs(row["label"] - row["predicted"]) for row in found.errors(4)]
+    assert weights == sorted(weights, reverse=True)

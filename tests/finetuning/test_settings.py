@@ -1,0 +1,114 @@
+"""Keywords find their sections, typing errors their nearest name, and YAML says the same as Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.conftest import rows_of
+from pretrain.errors import ConfigError
+from pretrain.finetuning.settings import TuneConfig, from_keywords
+
+
+def settled(config: Any = None, task: str | None = "classification", **keywords: Any) -> TuneConfig:
+    return from_keywords(config, "runs/bert", task, keywords)[0]
+
+
+def test_keywords_go_to_their_sections() -> None:
+    made, objects = from_keywords(
+        None, Path("runs/bert"), "classification",
+        {
+            "train": rows_of(4), "valid": 0.2, "text": "review", "label": "stars", "class_weights": "balanced",
+            "labels": ["b", "a"], "lora": 8, "lr": 3e-5, "epochs": 4, "max_length": 64, "device": "cpu", "seed": 7,
+            "optim": {"clip": 0.5}, "pair": None,
+        },
+    )  # fmt: skip
+    assert made.model.checkpoint == "runs/bert" and made.task.name == "classification"
+    assert made.data.columns == {"text": "review", "label": "stars"} and made.data.valid == 0.2
+    assert made.task.options == {"class_weights": "balanced", "labels": ["b", "a"]}
+    assert (made.method.lora, made.optim.lr, made.optim.clip) == (8, 3e-5, 0.5)
+    assert (made.train.epochs, made.train.seed, made.data.max_length) == (4, 7, 64)
+    assert made.parallel.device == "cpu"
+    assert list(objects) == ["train"] and made.data.train == "a list"
+
+
+def test_a_path_is_named_and_not_an_object(tmp_path: Path) -> None:
+    made, objects = from_keywords(
+        None, "m", "regression", {"train": tmp_path / "a.csv", "test": "b.csv"}
+    )
+    assert (
+        made.data.train == str(tmp_path / "a.csv") and made.data.test == "b.csv" and objects == {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("epoch", "epochs"), ("learning_rate", None), ("labell", "label"), ("class_weight", "class_weights"),
+        ("layer_deca", "layer_decay"), ("patients", "patience"), ("mex_length", "max_length"),
+    ],
+)  # fmt: skip
+def test_typing_errors(wrong: str, right: str | None) -> None:
+    with pytest.raises(ConfigError, match=wrong) as caught:
+        settled(**{wrong: 1})
+    assert right is None or f"{right}" in str(caught.value).split(wrong, 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": "fast"}, "sweep"),
+        ({"lora": -2}, "lora"),
+        ({"max_cut": 2.0}, "max_cut"),
+        ({"layer_decay": 1.5}, "layer_decay"),
+        ({"batch_rows": 0}, "batch_rows"),
+        ({"precision": "fp8"}, "precision"),
+        ({"optim": {"lrr": 1}}, "lr"),
+        ({"limit": "ten steps"}, "limit"),
+        ({"valid": -0.5}, "share"),
+    ],
+)
+def test_values_that_cannot_be(
+    keywords: dict[str, Any], words: str, checkpoint: str, tmp_path: Path
+) -> None:
+    import pretrain
+
+    with pytest.raises(ConfigError, match=words):
+        pretrain.finetune(
+            checkpoint,
+            rows_of(24),
+            "classification",
+            **({"out": tmp_path, "quiet": True} | keywords),
+        )
+
+
+def test_yaml_and_python_say_the_same(tmp_path: Path) -> None:
+    made = settled(
+        lr="sweep", lrs=[1e-5, 1e-4], betas=[0.9, 0.95], text="review", lora=4, targets=["q_proj"]
+    )
+    path = made.save(tmp_path / "run.yaml")
+    assert TuneConfig.load(path) == made
+    assert settled(path, None) == made
+    assert settled(path, None, epochs=2).train.epochs == 2
+    assert settled(path, None, label="stars").data.columns == {"text": "review", "label": "stars"}
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """No field is in two sections under one name, or a keyword would not know where to go."""
+    names: dict[str, str] = {}
+    for section in ("data", "train", "optim", "method", "parallel"):
+        for field in dataclasses.fields(TuneConfig.SECTIONS[section]):
+            assert names.setdefault(field.name, section) == section or field.name == "train", (
+                field.name
+            )
+
+
+def test_no_task_and_no_model() -> None:
+    with pytest.raises(ConfigError, match="task="):
+        settled(task=None)
+    with pytest.raises(ConfigError, match="model="):
+        from_keywords(None, None, "classification", {})

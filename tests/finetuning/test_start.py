@@ -1,0 +1,122 @@
+"""Where a run starts: what a head keeps of a file, what is new, and the other arm without any of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from finetuning.conftest import ANIMALS, model_of
+from pretrain.errors import ConfigError, PretrainError
+from pretrain.finetuning.start import automatic_lr, freeze, starting_model
+from pretrain.objectives import task_class
+
+TASK = task_class("classification")
+
+
+def weights(model: Any, part: str = "") -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith(part)}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_the_body_is_kept_and_the_head_is_drawn_from_the_seed(checkpoint: str) -> None:
+    first, again, other = (
+        starting_model(checkpoint, TASK, ANIMALS, seed=s, quiet=True) for s in (0, 0, 1)
+    )
+    assert same(weights(first), weights(again))
+    assert same(weights(first, "backbone."), weights(other, "backbone."))
+    assert not same(weights(first, "head."), weights(other, "head."))
+    assert first.labels == ANIMALS and "head.classifier.weight" in first.fresh
+
+
+def test_scratch_has_the_same_shape_and_nothing_of_the_file(checkpoint: str) -> None:
+    kept = starting_model(checkpoint, TASK, ANIMALS, quiet=True)
+    new = starting_model(checkpoint, TASK, ANIMALS, seed=5, scratch=True, quiet=True)
+    before, after = weights(kept), weights(new)
+    assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
+    for name, value in after.items():
+        if value.ndim > 1:
+            assert not torch.equal(value, before[name]), name
+    assert new.fresh == frozenset(after) and new.tokenizer is not None
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [(ANIMALS, True), (("cat", "dog"), False), (("cat", "dog", "owl"), False), (("fox", "dog", "cat"), False)],
+)  # fmt: skip
+def test_a_classifier_is_kept_where_its_labels_are_the_same(
+    labels: tuple[str, ...], kept: bool, tmp_path: Path, capfd: Any
+) -> None:
+    model = model_of(head="sequence-classification", labels=ANIMALS, seed=5)
+    path = model.save(tmp_path / "a")
+    for source in (str(path), model):
+        found = starting_model(source, TASK, labels)
+        said = "".join(capfd.readouterr())
+        assert found.labels == labels and found.head.classifier.out_features == len(labels)
+        equal = (
+            found.head.classifier.weight.shape == model.head.classifier.weight.shape
+            and torch.equal(found.head.classifier.weight, model.head.classifier.weight)
+        )
+        assert equal == kept
+        assert torch.equal(found.head.transform.dense.weight, model.head.transform.dense.weight)
+        assert ("nothing new" in said) == kept
+        assert kept or "new: head.classifier.bias, head.classifier.weight" in said
+
+
+def test_made_up_names_are_renamed(tmp_path: Path) -> None:
+    model = model_of(head="sequence-classification", labels=["LABEL_0", "LABEL_1", "LABEL_2"])
+    found = starting_model(str(model.save(tmp_path / "a")), TASK, ANIMALS, quiet=True)
+    assert found.labels == ANIMALS
+    assert torch.equal(found.head.classifier.weight, model.head.classifier.weight)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_a_decoder_gets_an_id_for_padding(family: str, tmp_path: Path) -> None:
+    more = {} if family == "gpt2" else {"num_kv_heads": 1}
+    path = model_of(family, **more).save(tmp_path / "a")
+    found = starting_model(str(path), TASK, ANIMALS, quiet=True)
+    assert (
+        found.backbone.config.pad_id is not None
+        and found.head.pad_id == found.backbone.config.pad_id
+    )
+    assert found.tokenizer.pad_id == found.backbone.config.pad_id
+
+
+def test_what_is_frozen_is_counted(checkpoint: str) -> None:
+    for what, part in (("backbone", "backbone."), ("", "nothing")):
+        model = starting_model(checkpoint, TASK, ANIMALS, quiet=True)
+        assert freeze(model, what) == sum(v.numel() for v in weights(model, part).values())
+    counts = []
+    for what in ("embeddings", 1, "2"):
+        model = starting_model(checkpoint, TASK, ANIMALS, quiet=True)
+        counts.append(freeze(model, what))
+    assert 0 < counts[0] < counts[1] < counts[2]
+    for wrong in (3, "all", -1, 1.5, True):
+        with pytest.raises(ConfigError, match="freeze"):
+            freeze(starting_model(checkpoint, TASK, ANIMALS, quiet=True), wrong)
+
+
+def test_the_automatic_rate_falls_with_the_width() -> None:
+    rates = [automatic_lr(model_of(hidden_size=size)) for size in (16, 64, 256)]
+    assert rates == sorted(rates, reverse=True)
+    assert automatic_lr(model_of(hidden_size=768)) == pytest.approx(3e-5)
+    model = model_of(hidden_size=64)
+    assert automatic_lr(model, adapter=True) == pytest.approx(10 * automatic_lr(model), rel=0.05)
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="int"):
+        starting_model(5, TASK, ANIMALS)
+    with pytest.raises(PretrainError, match="nowhere"):
+        starting_model(tmp_path / "nowhere", TASK, ANIMALS)
+    model = model_of("gpt2", pad_id=None)
+    model.tokenizer = None
+    with pytest.raises(PretrainError, match="tokenizer"):
+        starting_model(model, TASK, ANIMALS)
+    assert tiny.tokenizer().pad_id is not None, "the shared tokenizer was changed"
