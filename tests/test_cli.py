@@ -186,6 +186,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
     module = types.ModuleType(name)
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, name, module)
+    parent, _, leaf = name.rpartition(".")
+    if parent in sys.modules:  # a package keeps its modules as attributes, too
+        monkeypatch.setattr(sys.modules[parent], leaf, module, raising=False)
 
 
 def test_train_passes_the_file_and_only_what_was_given(

@@ -12,7 +12,7 @@ import torch
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.errors import ConfigError, DataError
-from pretrain.finetuning import run as running
+from pretrain.finetuning import job as running
 from pretrain.objectives.classification import Classification
 
 

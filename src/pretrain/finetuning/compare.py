@@ -24,7 +24,7 @@ from pretrain.storage.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
-    from pretrain.finetuning.run import Job
+    from pretrain.finetuning.job import Job
 
 __all__ = ["compare_arms", "stratified_subset"]
 

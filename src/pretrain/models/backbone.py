@@ -192,7 +192,9 @@ class Backbone(nn.Module):
         columns = x.shape[1]
         for i, block in enumerate(self.layers):
             # Passed only where it is wanted: a family's own block need not know it.
-            last: dict[str, Any] = {"keep": keep} if keep is not None and i == len(self.layers) - 1 else {}
+            last: dict[str, Any] = (
+                {"keep": keep} if keep is not None and i == len(self.layers) - 1 else {}
+            )
             if remember:
                 x = checkpoint(block, x, mask=masks[i], rope=ropes[i], use_reentrant=False, **last)
             else:

@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ __all__ = [
     "Record",
     "fsync_directory",
     "hash_file",
+    "muted",
     "note",
     "open_regular",
     "printable",
@@ -87,9 +89,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
 
 
+_MUTED: ContextVar[bool] = ContextVar("muted", default=False)
+
+
 def note(text: str) -> None:
-    """Print one line to stderr; see `printable`."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """Print one line to stderr, unless `muted`; see `printable`."""
+    if not _MUTED.get():
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def muted(on: bool = True) -> Iterator[None]:
+    """Let `note` print nothing inside."""
+    token = _MUTED.set(on or _MUTED.get())
+    try:
+        yield
+    finally:
+        _MUTED.reset(token)
 
 
 # ------------------------------------------------------------------------------------------------ reading

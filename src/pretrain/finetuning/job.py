@@ -1,0 +1,333 @@
+"""One fine-tuning job, rows and settings, and all runs over them: the main one, a sweep, the arms of a comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint import latest
+from pretrain.config import parse_limit
+from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.result import Finetuned
+from pretrain.finetuning.rows import Data, encode, open_data
+from pretrain.finetuning.settings import TuneConfig
+from pretrain.finetuning.start import automatic_lr, freeze, starting_model
+from pretrain.objectives import task_class
+from pretrain.settings.check import write_text
+from pretrain.storage.files import note
+from pretrain.storage.manifest import BEST
+from pretrain.training.monitor import score as lower_is_better
+from pretrain.training.restore import load_weights
+from pretrain.training.run import check_same_run
+from pretrain.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.data.task_rows import TaskRows
+    from pretrain.objectives.tasks import Task
+    from pretrain.training.state import Run
+
+__all__ = ["Job"]
+
+_LEAST_STEPS, _EPOCHS, _MOST_EVALS = 250, 3.0, 20
+_SWEEP = (1 / 3, 1.0, 3.0)
+
+
+def grid(middle: float) -> list[float]:
+    """Learning rates around one."""
+    return [float(f"{middle * factor:.1e}") for factor in _SWEEP]
+
+
+@dataclass
+class Job:
+    """Everything that is the same for all runs over the same rows.
+
+    Attributes:
+        source: what the model is opened from.
+        settings: of the run.
+        data: its rows.
+        task: class of the task.
+        quiet: print nothing.
+        metric: of the task as it was built for these labels.
+    """
+
+    source: Any
+    settings: TuneConfig
+    data: Data
+    task: type[Task]
+    quiet: bool = False
+    metric: str = ""
+
+    @classmethod
+    def open(
+        cls, model: Any, settings: TuneConfig, objects: Mapping[str, Any], *, quiet: bool = False
+    ) -> Job:
+        """Read the rows and settle where the run lies."""
+        task = task_class(settings.task.name)
+        data = open_data(settings, objects, task)
+        source = settings.model.checkpoint if model is None else model
+        if isinstance(source, str | os.PathLike):
+            source = os.fspath(source)
+        job = cls(source, settings, data, task, quiet)
+        if not settings.train.out:
+            settings.train.out = f"runs/{task.name}-{job.key()}"
+        return job
+
+    def key(self) -> str:
+        """Eight hexadecimal digits of settings and rows."""
+        plain = self.settings.to_dict()
+        plain["train"].pop("out")
+        text = json.dumps([plain, self.data.fingerprint], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def build(self, *, seed: int, scratch: bool = False, quiet: bool = True) -> Task:
+        """The task around a model that is ready to train."""
+        settings, method = self.settings, self.settings.method
+        model = starting_model(
+            self.source,
+            self.task,
+            self.data.learned.labels,
+            seed=seed,
+            scratch=scratch,
+            quiet=quiet,
+        )
+        options = {**self.data.learned.options, **settings.task.options}
+        options.pop("labels", None)
+        task = self.task(model, max_length=settings.data.max_length, **options)
+        self.metric = task.metric
+        if method.lora and not scratch:
+            from pretrain.lora import LoraConfig, apply_lora
+
+            targets = method.targets
+            apply_lora(
+                model,
+                LoraConfig(
+                    r=method.lora,
+                    alpha=method.alpha or 2 * method.lora,
+                    dropout=method.lora_dropout,
+                    targets=tuple(targets) if isinstance(targets, list) else targets,
+                    dora=method.dora,
+                ),
+                seed=seed,
+            )
+        if not scratch:
+            freeze(model, method.freeze)
+        return task
+
+    @property
+    def monitor(self) -> str:
+        """The figure that everything is chosen by: the settings', or the task's own, which may go by its labels."""
+        return self.settings.train.monitor or self.metric or self.task.metric
+
+    def lr(self, task: Task) -> float:
+        """The learning rate that the settings name, or the automatic one."""
+        lr = self.settings.optim.lr
+        if isinstance(lr, str):
+            if lr not in ("auto", "sweep"):
+                raise ConfigError(f'optim.lr is {lr!r}; it must be a number, "auto" or "sweep".')
+            return automatic_lr(task.model, adapter=bool(self.settings.method.lora))
+        if not 0 < lr < math.inf:
+            raise ConfigError(f"optim.lr is {lr}; it must be above 0.")
+        return lr
+
+    def steps(self, examples: int) -> tuple[str, int]:
+        """When a run over so many examples ends, and the steps of one epoch."""
+        train = self.settings.train
+        epoch = math.ceil(examples / min(train.batch_rows, examples))
+        if train.limit:
+            return train.limit, epoch
+        if train.epochs:
+            return f"{max(1, round(train.epochs * epoch))} steps", epoch
+        return f"{max(_LEAST_STEPS, round(_EPOCHS * epoch))} steps", epoch
+
+    def trainer(
+        self,
+        task: Task,
+        rows: TaskRows,
+        held_out: TaskRows | None,
+        *,
+        out: str | os.PathLike[str],
+        lr: float,
+        limit: str,
+        seed: int,
+        save: bool = True,
+        hooks: Sequence[Any] = (),
+    ) -> Trainer:
+        """The trainer of pre-training over these examples."""
+        settings = self.settings
+        _, epoch = self.steps(len(rows))
+        every = settings.train.eval_every
+        amount = parse_limit(limit)
+        if amount.kind == "steps" and every == "1 epochs":
+            every = f"{max(epoch, math.ceil(amount.value / _MOST_EVALS))} steps"
+        section = settings.train.at(os.fspath(out), limit, save=save)
+        section = replace(
+            section,
+            batch_rows=min(section.batch_rows, len(rows)),
+            micro_rows=min(section.micro_rows, len(rows)),
+            eval_every=every if save else "0 steps",
+            monitor=self.monitor,
+            seed=seed,
+        )
+        return Trainer(
+            task,
+            rows,
+            optim=settings.optim.at(lr),
+            train=section,
+            parallel=settings.parallel,
+            eval_data=held_out,
+            hooks=hooks,
+            about=self.about(),
+            quiet=self.quiet or not save,
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What the checkpoint says about its origin."""
+        names, counts = self.data.names, self.data.counts
+        parent = self.source if isinstance(self.source, str) else None
+        return {
+            "fingerprint": self.data.fingerprint,
+            "sources": [{"name": Path(names["train"]).name, "rows": counts["train"], "share": 1.0}],
+            "rows": counts,
+            "parent": Path(parent).name if parent else None,
+        }
+
+    def train(self, hooks: Sequence[Any] = ()) -> Finetuned:
+        """The run that the user asked for: trained, the best evaluation restored, everything written."""
+        settings, data = self.settings, self.data
+        out, seed = Path(settings.train.out), settings.train.seed
+        check_same_run(settings, out, say=False)
+        notes = list(data.notes)
+        task = self.build(seed=seed, quiet=self.quiet)
+        rows = encode(task, data.train, "training", settings.data.max_cut, notes)
+        held_out = None
+        if len(data.valid):
+            held_out = encode(task, data.valid, "validation", settings.data.max_cut, notes)
+        lr = self.lr(task)
+        swept = out / "sweep.json"
+        if settings.optim.lr == "sweep":
+            # A run that goes on keeps the rate that it began with.
+            again = latest(out) is not None and swept.is_file()
+            lr = float(json.loads(swept.read_text("utf-8"))["lr"]) if again else self.sweep(lr)
+        said = [line for line in notes if "recur" not in line]
+        for line in () if self.quiet else (*self.overview(rows, task), *said):
+            note(line)
+        tested = None
+        if data.test is not None:
+            tested = encode(task, data.test, "test", settings.data.max_cut, notes)
+        for part in (rows, held_out, tested):
+            if part is not None:
+                task.prepare_reference(part)
+        limit, _ = self.steps(len(rows))
+        trainer = self.trainer(
+            task, rows, held_out, out=out, lr=lr, limit=limit, seed=seed, hooks=hooks
+        )
+
+        def begin() -> None:
+            check_same_run(settings, out)
+            settings.save(out / "run.yaml")
+            (out / BEST).unlink(missing_ok=True)  # what was best may not be so at the end
+            if settings.optim.lr == "sweep":
+                write_text(swept, json.dumps({"lr": lr}))
+
+        run = trainer.fit(begin)
+        return self.finish(task, run, held_out, tested, notes)
+
+    def finish(
+        self,
+        task: Task,
+        run: Run,
+        held_out: TaskRows | None,
+        tested: TaskRows | None,
+        notes: list[str],
+    ) -> Finetuned:
+        """Restore the best evaluation and measure it; whoever opens the run gets it as well."""
+        chosen = run.best or run.checkpoint
+        if chosen is not None:
+            load_weights(task, chosen, {})
+            block = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
+            task.model.extra_config["pretrain"] = block.get("pretrain", {})
+            text = json.dumps({"checkpoint": chosen.name}) + "\n"
+            write_text(run.path / BEST, text)
+        task.eval()
+        result = Finetuned(task, run, self.settings, self.data, notes, base=self.build)
+        if held_out is not None:
+            result.metrics = result.measure(held_out)
+        if tested is not None:
+            result.test_metrics = result.measure(tested)
+        result.trivial = task.trivial(self.data.train, self.data.valid)
+        for line in () if self.quiet else repr(result).splitlines():
+            note(line)
+        return result
+
+    def overview(self, rows: TaskRows, task: Task) -> list[str]:
+        """What will be trained on, in a few lines."""
+        data = self.data
+        counts = ", ".join(f"{count:,} {name}" for name, count in data.counts.items())
+        lengths = sorted(rows.lengths)
+        lines = [
+            f"{task.name}: {counts} rows from {data.names['train']}",
+            f"tokens of an example: {lengths[len(lengths) // 2]} (median), {lengths[-1]} (longest), "
+            f"{task.max_length} fit",
+        ]
+        if data.learned.strata is not None and data.learned.labels and len(data.learned.labels) > 1:
+            lines.append(
+                f"{len(data.learned.labels)} labels: {', '.join(data.learned.labels[:12])}"
+            )
+        trained = [p for p in task.model.parameters() if p.requires_grad]
+        whole = task.model.num_parameters()
+        part = sum(p.numel() for p in trained)
+        if part < whole:
+            lines.append(f"{part:,} of {whole:,} parameters are trained ({part / whole:.2%})")
+        return lines
+
+    def sweep(self, middle: float) -> float:
+        """Try learning rates in short runs and return the best on the held-out rows.
+
+        Raises:
+            DataError: there are no held-out rows to choose by.
+        """
+        train, valid = self.data.train, self.data.valid
+        if not len(valid):
+            raise DataError('lr="sweep" chooses by held-out rows, and there are none. Set valid.')
+        _, epoch = self.steps(len(train))
+        limit = f"{max(50, min(4 * epoch, _LEAST_STEPS))} steps"
+        seed = self.settings.train.seed
+        found = {
+            lr: self.score(train, valid, lr=lr, limit=limit, seed=seed)[0]
+            for lr in self.settings.optim.lrs or grid(middle)
+        }
+        best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
+        if not self.quiet:
+            note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
+            for lr, score in found.items():
+                note(f"  {lr:<8g} {abs(score):.4f}{'  <- chosen' if lr == best else ''}")
+        return best
+
+    def score(
+        self, *parts: Table, lr: float, limit: str, seed: int, scratch: bool = False
+    ) -> list[float]:
+        """Train once on the first table without keeping anything, and measure on the others.
+
+        Returns:
+            The monitored figure on each of the others, with the sign that makes higher better.
+        """
+        task = self.build(seed=seed, scratch=scratch)
+        rows, *others = (encode(task, part, "trial", 1.0, []) for part in parts)
+        for part in (rows, *others):
+            task.prepare_reference(part)
+        out = Path(f"{self.settings.train.out}.trial")
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            self.trainer(task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False).fit()
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        result = Finetuned(task.eval(), None, self.settings, self.data, [])
+        return [-lower_is_better(result.measure(part), self.monitor) for part in others]
