@@ -185,7 +185,9 @@ def test_data_imports_no_model_and_checkpoint_only_models():
                 t for t in targets if part(t) in {"nn", "models", "objectives", "training"}
             }, path
         if part(name) == "checkpoint":
-            others = {t for t in targets if part(t) not in GROUND | {"checkpoint", "models", "adapters"}}
+            others = {
+                t for t in targets if part(t) not in GROUND | {"checkpoint", "models", "adapters"}
+            }
             assert others <= {"data.tokenizer"}, (path, others)
 
 

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import pretrain
+from tiny import TEXTS, objective
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 MAX_LINES = 60
+NOTEBOOKS = ("pretrain.ipynb", "finetune.ipynb")
 
 
 def environment():
@@ -26,8 +30,8 @@ def environment():
 
 def test_every_example_is_tested_and_short():
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"pretrain_gpt.py", "pretrain_bert.py"}
-    assert {path.name for path in EXAMPLES.glob("*.ipynb")} == {"pretrain.ipynb"}
+    assert scripts == {"pretrain_gpt.py", "pretrain_bert.py", "finetune.py"}
+    assert {path.name for path in EXAMPLES.glob("*.ipynb")} == set(NOTEBOOKS)
     for name in scripts:
         assert len((EXAMPLES / name).read_text().splitlines()) <= MAX_LINES, name
 
@@ -49,30 +53,119 @@ def test_script(script, says, tmp_path):
     assert (newest / "manifest.json").is_file()
 
 
-def test_notebook_is_stored_without_output():
-    notebook = json.loads((EXAMPLES / "pretrain.ipynb").read_text())
+def test_finetune_script(tmp_path):
+    objective("MaskedLM").model.save(tmp_path / "bert")
+    lines = [f"{text},{'<cat>' if ' cat ' in text else 'other'}" for text in TEXTS]
+    (tmp_path / "rows.csv").write_text("\n".join(["comment,verdict", *lines]))
+    done = subprocess.run(
+        [
+            *(sys.executable, EXAMPLES / "finetune.py", "bert", "rows.csv", "--tiny"),
+            *("--text", "comment", "--label", "verdict", "--out", "runs/tiny"),
+        ],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "gain per seed" in done.stderr and "Confusion of 2 classes" in done.stdout
+    page = (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    assert "Did pre-training help?" in page and "&lt;cat&gt;" in page and "<cat>" not in page
+    answer = pretrain.load(tmp_path / "runs" / "tiny" / "model").predict("the old cat sat")
+    assert answer["label"] in ("<cat>", "other") and 0.5 <= answer["score"] <= 1
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_are_stored_without_output(name):
+    notebook = json.loads((EXAMPLES / name).read_text())
     for cell in notebook["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count")
 
 
-def test_notebook(tmp_path, monkeypatch):
+def run_notebook(name, folder, monkeypatch):
+    """Execute a notebook in a folder; the outputs of its cells, as they would be saved."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
-    notebook = nbformat.read(EXAMPLES / "pretrain.ipynb", as_version=4)
-    client = nbclient.NotebookClient(
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    nbclient.NotebookClient(
         notebook,
         timeout=300,
         kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    )
-    client.execute()
-    shown = [
-        output.get("data", {}).get("text/html", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-    ]
-    assert any("<svg" in html for html in shown), "the run shows no curve"
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def shown(outputs):
+    return [output.get("data", {}).get("text/html", "") for output in outputs]
+
+
+def test_pretraining_notebook(tmp_path, monkeypatch):
+    pages = shown(run_notebook("pretrain.ipynb", tmp_path, monkeypatch))
+    assert any(page.startswith("<p>") and "<svg" in page for page in pages), "no curve of the run"
+    (live,) = [page for page in pages if 'class="ptl"' in page]
+    assert "step 8 of 8" in live and "done" in live
+    assert "<svg" in live and live.count('<tr class="best">') == 1
     assert (tmp_path / "runs" / "notebook" / "report.html").is_file()
+
+
+def test_finetuning_notebook(tmp_path, monkeypatch):
+    outputs = run_notebook("finetune.ipynb", tmp_path, monkeypatch)
+    pages = shown(outputs)
+    views = [page for page in pages if 'class="ptl"' in page]
+    assert len(views) == 3, "pre-training, fine-tuning and the adapter each have one live view"
+    for live in views[1:]:
+        assert "step 10 of 10" in live and "accuracy" in live and '<tr class="best">' in live
+        assert "<script" not in live
+    assert any('class="ptd"' in page for page in pages), "no overview of the rows"
+    assert any("taken for" in page for page in pages), "no confusion matrix"
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "Traceback" not in text and "parameters are trained" in text
+    assert (tmp_path / "packages" / "config.json").is_file()
+    assert (tmp_path / "runs" / "notebook-packages" / "report.html").is_file()
+    assert list((tmp_path / "runs" / "notebook-adapter").glob("checkpoint-*/adapter_config.json"))
+
+
+CELL = """
+import pretrain
+rows = [{"text": t, "label": "cat" if " cat " in t else "other"} for t in TEXTS]
+clf = pretrain.finetune("bert", rows, "classification", valid=0.3, out="run", limit="200000 steps",
+                        eval_every="3 steps", log_every=1, batch_rows=4, lr=1e-3)
+print("stopped by", clf.run.stopped, "best", clf.run.best.name, "accuracy" in clf.metrics)
+"""
+
+
+def test_an_interrupted_kernel_keeps_the_best_checkpoint(tmp_path, monkeypatch):
+    """Kernel → Interrupt in the middle of training: the call returns with the best evaluation so far."""
+    manager_of = pytest.importorskip("jupyter_client").manager
+    pytest.importorskip("ipykernel")
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    objective("MaskedLM").model.save(tmp_path / "bert")
+    manager, client = manager_of.start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    try:
+        asked = client.execute(f"TEXTS = {TEXTS!r}\n{CELL}")
+        best, printed, last, interrupted = False, "", "", False
+        while True:
+            message = client.get_iopub_msg(timeout=120)
+            if message["parent_header"].get("msg_id") != asked:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if kind == "stream":
+                printed += content["text"]
+            elif kind in ("display_data", "update_display_data"):
+                last = content["data"].get("text/html", last)
+                best = '<tr class="best">' in last
+            elif kind == "error":
+                pytest.fail("\n".join(content["traceback"]))
+            elif kind == "status" and content["execution_state"] == "idle":
+                break
+            if best and not interrupted:
+                manager.interrupt_kernel()
+                interrupted = True
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert interrupted and "stopped by SIGINT best checkpoint-" in printed and "True" in printed
+    assert "stopped" in last and '<tr class="best">' in last
+    assert pretrain.load(tmp_path / "run", quiet=True).predict("the old cat")["label"]

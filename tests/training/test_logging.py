@@ -1,18 +1,26 @@
-"""log.jsonl survives kills and resumes; loggers are asked for by name."""
+"""log.jsonl survives kills and resumes; loggers are asked for by name; notebooks get a live view."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+import time
 import types
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pretrain.errors import ConfigError
-from pretrain.training.logging import RunLog, make_loggers, read_log
+from pretrain.training import live
+from pretrain.training.journal import Journal
+from pretrain.training.live import LiveView
+from pretrain.training.logging import Progress, RunLog, make_loggers, read_log
+from pretrain.training.state import RunState
 from tiny import Rows, objective, trainer
 
 
@@ -100,3 +108,151 @@ def test_the_last_step_is_always_in_the_log(tmp_path: Path) -> None:
     trainer(tmp_path, objective(), Rows(8), limit="17 steps", log_every=10).fit()
     steps = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "grad_norm" in line]
     assert steps == [*range(1, 11), 17]
+
+
+# ------------------------------------------------------------------------------------------------ live view
+
+
+def view() -> tuple[LiveView, list[dict[str, str]]]:
+    published: list[dict[str, str]] = []
+    return LiveView(published.append), published
+
+
+def evaluated(one: LiveView, step: int, best: int, monitor: str = "loss", **figures: float) -> None:
+    state = RunState(step=step, best_step=best, monitor=monitor)
+    one.evaluation({"step": step, "eval": figures, "seconds": 1.0}, state, "")
+
+
+def cells(page: str) -> list[list[str]]:
+    """Rows of the table; the page must be well-formed XML, so what is not escaped is found."""
+    rows = ET.fromstring(page).iter("tr")
+    return [["".join(cell.itertext()) for cell in row] for row in rows]
+
+
+def test_the_live_view_marks_the_best_row_and_means_the_training_loss() -> None:
+    one, published = view()
+    for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0), (4, 0.5)):
+        one.show(step, {"loss": loss, "lr": 1e-3}, 8)
+        if step % 2 == 0:
+            accuracy = {2: 0.75, 4: 0.5}[step]
+            evaluated(one, step, 2, "accuracy", loss=0.9, accuracy=accuracy, targets=7.0)
+    one.write("a remark")
+    page = published[-1]["text/html"]
+    assert cells(page) == [
+        ["step", "train loss", "accuracy", "held-out loss", "time", ""],
+        ["2", "3.0000", "0.7500", "0.9000", "0:01", "best"],
+        ["4", "0.7500", "0.5000", "0.9000", "0:01", ""],
+    ]
+    best = [row for row in ET.fromstring(page).iter("tr") if row.get("class") == "best"]
+    assert len(best) == 1 and best[0][0].text == "2"
+    assert page.count("<svg") == 2 and "held-out accuracy" in page and "a remark" in page
+    assert "step 4 of 8" in page and "50%" in page
+    one.close()
+    assert "stopped" in published[-1]["text/html"]
+    plain = published[-1]["text/plain"]
+    assert [line.endswith("*") for line in plain.splitlines()] == [False, False, True, False, False]
+
+
+def test_the_live_view_draws_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    one, published = view()
+    for step in range(1, 301):  # ten seconds
+        clock[0] += 1 / 30
+        one.show(step, {"loss": 1 / step}, 300)
+    assert 9 <= len(published) <= 12
+    one.close()
+    last = published[-1]["text/html"]
+    assert "step 300 of 300" in last and "done" in last and "10 taken" in last
+
+
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+
+@given(
+    names=st.lists(st.text(max_size=12), min_size=1, max_size=12, unique=True),
+    values=st.lists(st.floats(-1e99, 1e99) | st.sampled_from(NOT_FINITE), min_size=1, max_size=40),
+    said=st.text(max_size=50),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_live_view_is_well_formed_whatever_it_is_told(
+    names: list[str], values: list[float], said: str
+) -> None:
+    one, published = view()
+    record = {"samples": [said], "seconds": values[0], "step": 1}
+    for step, value in enumerate(values, 1):
+        one.show(step, {"loss": value, **dict.fromkeys(names, value)}, len(values))
+        state = RunState(step=step, best_step=1, monitor=names[0])
+        one.evaluation({**record, "eval": dict.fromkeys(names, value)}, state, "")
+    one.write(said)
+    one.close()
+    assert f"step {len(values):,} of" in published[-1]["text/plain"], "it gave up drawing"
+    rows = cells(published[-1]["text/html"])
+    shown = min(len(values), 25)  # the newest, and the best one however old it is
+    assert len(rows) == 1 + shown and rows[1][0] == "1"
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_texts_in_the_live_view_are_escaped() -> None:
+    one, published = view()
+    evil = "<script>alert(1)</script>"
+    one.show(1, {"loss": 1.0}, 2)
+    state = RunState(step=1, best_step=1, monitor=evil)
+    one.evaluation({"eval": {evil: 0.5}, "samples": [evil], "seconds": 1.0}, state, "")
+    one.write(evil)
+    page = published[-1]["text/html"]
+    assert "<script" not in page and page.count("&lt;script&gt;") == 3
+
+
+def test_a_notebook_that_refuses_to_draw_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(bundle: dict[str, str]) -> None:
+        if "step 2" in bundle["text/plain"]:
+            raise OSError("the socket is gone")
+
+    monkeypatch.setattr(live, "_publisher", lambda: refuse)
+    monkeypatch.setattr(live, "_INTERVAL", 0.0)
+    monkeypatch.setattr(live, "_SHARE", 0.0)
+    run = trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(2, seed=1), limit="3 steps").fit()
+    said = capsys.readouterr().err
+    assert run.step == 3 and "the socket is gone" in said and "step 3: held out" in said
+
+
+def test_a_resumed_run_shows_all_of_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[dict[str, str]] = []
+    options: dict[str, Any] = {"eval_rows": Rows(4, seed=1), "eval_every": "4 steps"}
+    monkeypatch.setattr(live, "_publisher", lambda: pages.append)
+    trainer(tmp_path, objective(), Rows(8), **options, limit="8 steps").fit()
+    assert [row[0] for row in cells(pages[-1]["text/html"])] == ["step", "4", "8"]
+    assert "done at step 8" in pages[-1]["text/html"]
+    trainer(tmp_path, objective(), Rows(8), **options, limit="16 steps").fit()
+    assert [row[0] for row in cells(pages[-1]["text/html"])] == ["step", "4", "8", "12", "16"]
+    trainer(tmp_path, objective(), Rows(8), **options, limit="16 steps").fit()
+    assert "nothing left to do after step 16" in pages[-1]["text/html"]
+
+
+def test_the_live_view_is_for_notebooks_that_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert type(live.open_screen()) is Progress
+    monkeypatch.setattr(live, "_publisher", lambda: pytest.fail("a quiet run draws"))
+    quiet = trainer(tmp_path, objective(), Rows(8), limit="2 steps")
+    quiet.quiet = True
+    assert quiet.fit().step == 2 and capfd.readouterr().err == ""
+
+
+def test_evaluations_are_placed_by_epochs_where_their_length_is_known(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, [], {}, quiet=True)
+    journal.open_log(None)
+    journal.epoch_rows = 40
+    journal.evaluation(RunState(step=3, rows=60), {"loss": 1.0}, [], "")
+    journal.close()
+    (record,) = read_log(tmp_path / "log.jsonl")
+    assert record["epoch"] == 1.5
+    one, published = view()
+    one.restore([record])
+    one.close()
+    assert cells(published[-1]["text/html"])[1][:2] == ["3", "1.50"]

@@ -15,6 +15,8 @@ from pretrain.objectives import task_class
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
+    from pretrain.data.task_rows import TaskRows
+    from pretrain.objectives.tasks import Task
 
 __all__ = ["look"]
 
@@ -88,8 +90,21 @@ def look(
         lengths=rows.lengths,
         max_length=made.max_length,
         cut=len(rows.cut),
-        examples=[made.show(rows[i]) for i in _spread(len(rows))],
+        examples=_examples(made, found.train, rows),
     )
+
+
+def _examples(task: Task, table: Table, rows: TaskRows) -> list[list[tuple[str, bool]]]:
+    """A few examples as they will be fed; one answer for the whole text stands behind it."""
+    chosen = _spread(len(rows))
+    truth = task.truth(table.take([rows.owners[i] for i in chosen])) if chosen else None
+    shown = []
+    for k, i in enumerate(chosen):
+        pieces = task.show(rows[i])
+        if truth is not None and not any(trained for _, trained in pieces):
+            pieces.append((f" → {truth[k]}", True))
+        shown.append(pieces)
+    return shown
 
 
 def _classes(table: Table, data: Data) -> dict[str, int]:

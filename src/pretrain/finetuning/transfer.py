@@ -78,7 +78,7 @@ class Notes:
     steps: tuple[float, float] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """Scores of all arms at a few label counts, and what they say.
 
@@ -225,6 +225,9 @@ class Comparison:
         title = f"{self.metric}{where}"
         short = title if len(title) <= 40 else title[:39] + "…"
         return curve_svg(series, title=short, x_label="labels", y_label=unit, log_x=True)
+
+    def __repr__(self) -> str:
+        return self.table()
 
     def _repr_html_(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:

@@ -157,7 +157,7 @@ def _html_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int) -
     body = "".join(
         "<tr>"
         + "".join(
-            f'<td style="{_BORDER}text-align:{s};vertical-align:top;overflow-wrap:anywhere">{escape(str(value))}</td>'
+            f'<td style="{_BORDER}text-align:{s};vertical-align:top;overflow-wrap:break-word">{escape(str(value))}</td>'
             for value, s in zip(row, side, strict=True)
         )
         + "</tr>"

@@ -22,6 +22,9 @@ class Journal:
         loggers: names of further loggers.
         about: what they are told about the run when they start.
         quiet: print nothing and show no bar; the log and the loggers get everything.
+
+    Attributes:
+        epoch_rows: rows of an epoch; once it is set, evaluations are also placed by epochs.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Journal:
         self._loggers: list[Logger] = make_loggers(loggers, out, about)
         self._progress = None if quiet else open_screen()
         self._log: RunLog | None = None
+        self.epoch_rows = 0
 
     def open_log(self, keep_until: int | None) -> None:
         """Start ``log.jsonl``, or go on with its lines up to step ``keep_until``."""
@@ -94,6 +98,8 @@ class Journal:
             "samples": list(samples),
             "seconds": state.seconds,
         }
+        if self.epoch_rows:
+            record["epoch"] = round(state.rows / self.epoch_rows, 4)
         self.write(record)
         self._send("eval", state.step, figures)
         if self._progress is not None:

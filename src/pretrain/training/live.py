@@ -14,6 +14,7 @@ from html import escape
 from typing import Any
 
 from pretrain.reporting.curves import Series, curve_svg
+from pretrain.storage.files import printable
 from pretrain.training.logging import Progress
 from pretrain.training.state import RunState
 
@@ -129,6 +130,7 @@ class LiveView(Progress):
         self._evals.append(
             {
                 "step": step,
+                "epoch": float(record.get("epoch", math.nan)),
                 "train loss": sum(losses) / len(losses) if losses else math.nan,
                 "figures": {key: float(value) for key, value in record["eval"].items()},
                 "seconds": float(record.get("seconds", math.nan)),
@@ -145,7 +147,7 @@ class LiveView(Progress):
 
     def write(self, line: str) -> None:
         """Take over a line; it is shown at once."""
-        self._said = [*self._said, line][-_LINES:]
+        self._said = [*self._said, printable(line)][-_LINES:]
         if self._bar is not None:
             self._bar.write(line)
         else:
@@ -165,12 +167,11 @@ class LiveView(Progress):
         began = time.monotonic()
         if began < self._next and not force:
             return
-        bundle = {"text/html": self.html(), "text/plain": self.text()}
         try:
-            self._publish(bundle)
-        except Exception as error:  # a front end that went away must not take the training with it
+            self._publish({"text/html": self.html(), "text/plain": self.text()})
+        except Exception as error:  # no picture is worth the run: a front end may go away
             self._bar = Progress()
-            self._bar.write(f"the notebook refuses the live view ({error}); a plain bar goes on")
+            self._bar.write(f"the live view cannot be drawn ({error}); a plain bar goes on")
         ended = time.monotonic()
         self._next = ended + max(_INTERVAL, _SHARE * (ended - began))
 
@@ -180,7 +181,7 @@ class LiveView(Progress):
         if self._evals:
             names = self._names()
             table = [
-                ["step", "train loss", *names],
+                self._heads(names),
                 *(self._cells(e, names) for e in self._shown()),
             ]
             widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -195,7 +196,7 @@ class LiveView(Progress):
         """The view as one piece of HTML; every text is escaped."""
         share = min(1.0, self._step / self._total) if self._total else 0.0
         top = "".join(
-            f"<span{' class=soft' if k else ''}>{escape(text)}</span>"
+            f"<span{_class('soft', k > 0)}>{escape(text)}</span>"
             for k, text in enumerate(self._top())
         )
         parts = [
@@ -212,12 +213,13 @@ class LiveView(Progress):
     def _top(self) -> list[str]:
         """Where the run is and how fast, in words."""
         if not self._total:
-            return ["getting ready" if not self._ended else "ended before the first step"]
+            ended = f"nothing left to do after step {self._step:,}" if self._step else "not started"
+            return [ended if self._ended else "getting ready"]
         share = self._step / self._total
         state = ("done" if share >= 1 else "stopped") if self._ended else f"{share:.0%}"
         words = [f"step {self._step:,} of {self._total:,}", state]
         words += [
-            f"{key} {value:,.0f}" if key == "tok/s" else f"{key} {value:.4g}"
+            f"{printable(key)} {f'{value:,.0f}' if key == 'tok/s' else f'{value:.4g}'}"
             for key, value in self._figures.items()
             if math.isfinite(value) and (key != "mfu" or value >= 0.01)
         ]
@@ -236,9 +238,9 @@ class LiveView(Progress):
         width = 880 if alone else 440
         drawn = [curve_svg(losses, title="loss", width=width, height=240)]
         if not alone:
-            line = Series("", chosen, dots=True)
-            title = f"held-out {self._monitor.replace('_', ' ')}"
-            drawn.append(curve_svg([line], title=title, width=width, height=240))
+            line = Series("", chosen, dots=True)  # second, in the colour of what is held out
+            title = f"held-out {printable(self._monitor).replace('_', ' ')}"
+            drawn.append(curve_svg([Series("", ()), line], title=title, width=width, height=240))
         return f'<div class="pics">{"".join(f"<div>{svg}</div>" for svg in drawn)}</div>'
 
     def _points(self, name: str) -> list[tuple[float, float]]:
@@ -257,19 +259,30 @@ class LiveView(Progress):
 
     def _cells(self, one: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         values = [one["train loss"], *(one["figures"].get(name, math.nan) for name in names)]
-        return [f"{one['step']:,}", *(_short(value) for value in values)]
+        epoch = [_short(one["epoch"], 2)] if self._epochs else []
+        return [f"{one['step']:,}", *epoch, *(_short(value) for value in values)]
+
+    def _heads(self, names: Sequence[str]) -> list[str]:
+        epoch = ["epoch"] if self._epochs else []
+        shown = [printable(name).replace("_", " ") for name in names]
+        held_out = ["held-out loss" if name == "loss" else name for name in shown]
+        return ["step", *epoch, "train loss", *held_out]
+
+    @property
+    def _epochs(self) -> bool:
+        return any(math.isfinite(one["epoch"]) for one in self._evals)
 
     def _table(self) -> str:
         if not self._evals:
             return ""
         names = self._names()
-        heads = ["step", "train loss", *(name.replace("_", " ") for name in names), "time", ""]
+        heads = [*self._heads(names), "time", ""]
         body = []
         for one in self._shown():
             best = one["step"] == self._best
             cells = [*self._cells(one, names), _clock(one["seconds"]), "best" if best else ""]
             row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            body.append(f"<tr{' class=best' if best else ''}>{row}</tr>")
+            body.append(f"<tr{_class('best', best)}>{row}</tr>")
         head = "".join(f"<th>{escape(text)}</th>" for text in heads)
         hidden = len(self._evals) - len(body)
         rest = f'<div class="soft">and {hidden:,} earlier evaluations</div>' if hidden else ""
@@ -279,10 +292,14 @@ class LiveView(Progress):
         )
 
 
-def _short(value: float) -> str:
+def _class(name: str, given: bool) -> str:
+    return f' class="{name}"' if given else ""
+
+
+def _short(value: float, digits: int = 4) -> str:
     if not math.isfinite(value):
         return "" if math.isnan(value) else str(value)
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _clock(seconds: float) -> str:

@@ -150,6 +150,7 @@ class Trainer:
             self.objective, loader, batch_rows=self.train.batch_rows, micro_rows=self.micro_rows
         )
         self.plan = Plan(self.train, self.train_data, loader.epoch_length)
+        self.journal.epoch_rows = self.plan.epoch_rows
         self._row_length = round(mean_length(self.train_data))
         checkpoint = latest(self.out)
         if checkpoint is not None:
