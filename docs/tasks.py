@@ -1,7 +1,7 @@
 """Every task once on real data, beside a trivial baseline: the figures behind docs/results.md.
 
     python docs/tasks.py entities --model runs/transfer/ag_news-wide
-    python docs/tasks.py chat --model runs/wide-gpt
+    python docs/tasks.py chat                       # pre-trains a small decoder on general text first
 
 Data are looked for in PRETRAIN_TEST_DATA. One CPU thread, one seed. Each line goes to ``--out``/tasks.jsonl.
 """
@@ -140,8 +140,31 @@ def dialogues() -> list[dict[str, Any]]:
     return found
 
 
+def decoder(out: Path, minutes: float = 5.0) -> Path:
+    """A small decoder that has read general English for some minutes."""
+    from transfer import wide_text, write
+
+    source = write(out / "wide.jsonl", wide_text())
+    run = pretrain.train(
+        data={"train": str(source), "vocab_size": 6000, "row_length": 256},
+        model={"family": "qwen3", "size": "tiny", "overrides": {"max_positions": 1024}},
+        optim={"lr": 2e-3, "schedule": "linear", "warmup": 0.05, "min_lr": 0.0},
+        train={
+            "out": str(out / "wide-gpt"),
+            "limit": f"{minutes} minutes",
+            "batch_rows": 16,
+            "eval_every": "20%",
+            "eval_rows": 100,
+            "save_every": "0 steps",
+        },
+        parallel={"threads": 1},
+    )
+    return run.path
+
+
 def chat(model: str, out: Path) -> tuple[Figures, Figures]:
     """Schema-guided dialogues; the baseline knows how often each token occurs in the assistant's turns."""
+    model = model or str(decoder(out.parent))
     rows = dialogues()
     train, valid, test = rows[:300], rows[300:340], rows[340:]
     result = pretrain.finetune(
@@ -172,7 +195,7 @@ TASKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="+", choices=sorted(TASKS))
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="", help="an encoder; chat trains its own without one")
     parser.add_argument("--out", type=Path, default=Path("runs/tasks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
