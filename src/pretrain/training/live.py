@@ -64,9 +64,10 @@ def _publisher() -> Callable[[Bundle], None] | None:
     shell = get_ipython()
     if not any(cls.__name__ == "ZMQInteractiveShell" for cls in type(shell).__mro__):
         return None
-    from IPython.display import display
+    import IPython.display
 
-    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    display: Any = IPython.display  # typed in some versions, untyped in others
+    handle = display.display({"text/plain": ""}, raw=True, display_id=True)
     return None if handle is None else lambda bundle: handle.update(bundle, raw=True)
 
 
