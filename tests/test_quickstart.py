@@ -57,7 +57,7 @@ def told(tmp_path_factory):
             "_VOCAB_SIZE": 300, "_ROW_LENGTH": 32, "_RESERVE_SECONDS": 0.0, "_COUNTS": (8, 2, 6), "_LABELS": (8,),
             "_SEEDS": 2, "_LRS": (1e-3,), "_FEWEST_STEPS": 2, "_MOST_STEPS": 2, "config": smaller,
             "_library": lambda: library, "_corpus": lambda rows: str(source),
-            "task": lambda steps, seed=0: how(steps, seed) | {"max_length": 24},
+            "task": lambda steps, counts, seed=0: how(steps, counts, seed) | {"max_length": 24},
         }.items():  # fmt: skip
             patch.setattr(story, name, value)
         patch.setenv("PRETRAIN_CACHE", str(folder / "cache"))
@@ -208,8 +208,8 @@ def test_steps_of_fine_tuning_follow_the_pace_and_stay_in_bounds(pace, steps, mo
     part.began -= 160.0
     run = SimpleNamespace(history=[{"tokens": int(pace * 10), "seconds": 10.0}])
     rows = SimpleNamespace(valid=[0] * 120, test=[0] * 320)
-    assert part.steps(run, rows) == pytest.approx(steps, abs=1)
-    assert part.steps(SimpleNamespace(history=[]), rows) == 8
+    assert part.steps(run, rows, 2) == pytest.approx(steps, abs=1)
+    assert part.steps(SimpleNamespace(history=[]), rows, 2) == 8
 
 
 def test_figure_script_draws_the_run(told):

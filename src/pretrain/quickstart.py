@@ -17,7 +17,7 @@ import shlex
 import signal
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ _LABELS, _SEEDS = (128, 512), 3  # where the two arms are compared, and how ofte
 _LRS = (1e-3, 3e-3)  # both arms try both
 _BATCH, _MAX_LENGTH = 16, 160
 _FEWEST_STEPS, _MOST_STEPS = 8, 80
+_SECONDS_FOR_ALL_LABELS = 45.0  # with less left, the arms are compared at the largest number alone
 # Evaluating, sampling, saving and the reports are no training, and a slow disk must not break the promise.
 _RESERVE_SECONDS, _SHARES = 20.0, {"gpt": 0.22, "bert": 0.5}
 # A run of fine-tuning opens the model, reads the rows and scores: so many seconds, and passes over the scored rows
@@ -86,17 +87,18 @@ def config(kind: str, data: str, out: str, minutes: float, seed: int = 0) -> dic
     }
 
 
-def task(steps: int, seed: int = 0) -> dict[str, Any]:
+def task(steps: int, counts: Sequence[int], seed: int = 0) -> dict[str, Any]:
     """The keyword arguments of ``pretrain.finetune``: what is learnt, and how it is compared with scratch.
 
     Args:
         steps: of every run, that from the checkpoint and that from random weights.
+        counts: numbers of labelled rows at which the two are compared.
         seed: of the head and the order.
     """
     return {
         "task": "classification",
         "compare": "scratch",
-        "label_counts": _LABELS,
+        "label_counts": counts,
         "seeds": _SEEDS,
         "lr": _LRS[0],
         "lrs": list(_LRS),
@@ -244,7 +246,8 @@ class _Story:
 
         folder = write_rows(rows, Path(self.out) / "rows")
         self.result["rows"] = str(folder)
-        steps = self.steps(run, rows)
+        counts = _LABELS if self.left > _SECONDS_FOR_ALL_LABELS else _LABELS[-1:]
+        steps = self.steps(run, rows, len(counts))
         self.say(
             f"4. Fine-tuning it on {len(rows.train)} labelled rows: from which of "
             f"{len(rows.packages)} packages are these lines?\n"
@@ -264,7 +267,7 @@ class _Story:
                 out=place,
                 text="text",
                 label="label",
-                **task(steps, self.seed),
+                **task(steps, counts, self.seed),
             )
         finally:  # what an interrupt during the comparison leaves is named, too
             if any(place.glob("checkpoint-*")):
@@ -289,12 +292,12 @@ class _Story:
         if not result.comparison.baselines:
             self.say("   (pip install scikit-learn puts a bag-of-words model beside the two)")
 
-    def steps(self, run: Run, rows: Snippets) -> int:
+    def steps(self, run: Run, rows: Snippets, counts: int) -> int:
         """Steps of every fine-tuning run that fit into the time left, by the pace of pre-training."""
         paces = [
             r["tokens"] / r["seconds"] for r in run.history if r.get("tokens") and r.get("seconds")
         ]
-        runs = 1 + 2 * len(_LRS) * len(_LABELS) * _SEEDS
+        runs = 1 + 2 * len(_LRS) * counts * _SEEDS
         if not paces or paces[-1] <= 0:
             return _FEWEST_STEPS
         scored = (len(rows.valid) + len(rows.test)) / _SHARE_OF_BACKWARD

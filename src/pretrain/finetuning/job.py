@@ -318,6 +318,9 @@ class Job:
 
         Returns:
             The monitored figure on each of the others, with the sign that makes higher better.
+
+        Raises:
+            KeyboardInterrupt: a signal asked the run to stop.
         """
         task = self.build(seed=seed, scratch=scratch)
         rows, *others = (encode(task, part, "trial", 1.0, []) for part in parts)
@@ -326,7 +329,11 @@ class Job:
         out = Path(f"{self.settings.train.out}.trial")
         shutil.rmtree(out, ignore_errors=True)
         try:
-            self.trainer(task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False).fit()
+            run = self.trainer(
+                task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False
+            ).fit()
+            if run.exit_code:  # a trial that was cut short says nothing, and whoever cut it means all of them
+                raise KeyboardInterrupt
         finally:
             shutil.rmtree(out, ignore_errors=True)
         result = Finetuned(task.eval(), None, self.settings, self.data, [])
