@@ -237,7 +237,10 @@ def test_a_resumed_run_shows_all_of_its_curve(
 def test_the_live_view_is_for_notebooks_that_want_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert type(live.open_screen()) is Progress
+    plain = live.open_screen()
+    assert type(plain) is Progress
+    plain.close()
+    capfd.readouterr()  # the bar takes its leave when it is closed
     monkeypatch.setattr(live, "_publisher", lambda: pytest.fail("a quiet run draws"))
     quiet = trainer(tmp_path, objective(), Rows(8), limit="2 steps")
     quiet.quiet = True
