@@ -83,3 +83,11 @@ def test_comparisons_that_cannot_be(checkpoint: str, tmp_path: Path) -> None:
         compared(checkpoint, tmp_path / "b", label_counts=[500])
     with pytest.raises(DataError, match="held-out"):
         compared(checkpoint, tmp_path / "c", valid=0)
+
+
+def test_asking_for_all_rows_allows_for_those_that_recur():
+    from pretrain.finetuning.compare import _counts
+
+    assert _counts(None, 511, 1) == [511]
+    assert _counts([128, 512], 511, 1) == [128, 511]
+    assert _counts([513, 128], 511, 1) == [128, 513]  # refused later: there are not so many

@@ -81,7 +81,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             raise DataError("A comparison needs held-out rows to choose and to score by.")
         score = choose.take(range(1, len(choose), 2))
         choose = choose.take(range(0, len(choose), 2))
-    counts = sorted({int(n) for n in label_counts}) if label_counts else [len(train)]
+    counts = _counts(label_counts, len(train), job.data.recurring)
     strata = job.task.learn(train, job.settings.task.options).strata or [0] * len(train)
     arms: dict[str, dict[int, list[float]]] = {}
     notes = Notes(data=job.data.names["train"], dropped=job.data.recurring, valid_rows=len(choose))
@@ -107,6 +107,13 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     return Comparison(
         job.monitor, counts, arms, seeds=list(range(seeds)), test_rows=len(score), notes=notes
     )
+
+
+def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]:
+    """Numbers of labels to compare at; who asked for all rows gets all that are left without the recurring ones."""
+    if not asked:
+        return [rows]
+    return sorted({rows if rows < n <= rows + recurring else int(n) for n in asked})
 
 
 def _arm(
