@@ -47,52 +47,43 @@ def sick(part: str) -> Any:
     return read_table(DATA / "sick" / f"{part}.txt", format="tsv")
 
 
-def entailment(model: str, out: Path) -> tuple[Figures, Figures]:
-    """SICK, three classes; the baseline is the most frequent one."""
+def on_sick(model: str, out: Path, task: str, label: str) -> Figures:
+    """Fine-tune on the pairs of SICK; figures on the test rows."""
     result = pretrain.finetune(
         model,
         sick("train"),
-        task="classification",
+        task=task,
         valid=sick("trial"),
         test=sick("test"),
         text="sentence_A",
         pair="sentence_B",
-        label="entailment_judgment",
+        label=label,
         out=out,
         epochs=8,
         lr=6e-4,
         threads=1,
     )
-    labels = sick("test").columns["entailment_judgment"]
-    most = Counter(sick("train").columns["entailment_judgment"]).most_common(1)[0][0]
     assert result.test_metrics is not None
-    return result.test_metrics, {"accuracy": labels.count(most) / len(labels)}
+    return result.test_metrics
+
+
+def entailment(model: str, out: Path) -> tuple[Figures, Figures]:
+    """SICK, three classes; the baseline is the most frequent one."""
+    label = "entailment_judgment"
+    labels = sick("test").columns[label]
+    most = Counter(sick("train").columns[label]).most_common(1)[0][0]
+    figures = on_sick(model, out, "classification", label)
+    return figures, {"accuracy": labels.count(most) / len(labels)}
 
 
 def relatedness(model: str, out: Path) -> tuple[Figures, Figures]:
     """SICK, scores 1 to 5; the baseline is the mean, which correlates with nothing."""
-    result = pretrain.finetune(
-        model,
-        sick("train"),
-        task="regression",
-        valid=sick("trial"),
-        test=sick("test"),
-        text="sentence_A",
-        pair="sentence_B",
-        label="relatedness_score",
-        out=out,
-        epochs=8,
-        lr=6e-4,
-        threads=1,
-    )
-    wanted = [float(x) for x in sick("test").columns["relatedness_score"]]
-    known = [float(x) for x in sick("train").columns["relatedness_score"]]
+    label = "relatedness_score"
+    wanted = [float(x) for x in sick("test").columns[label]]
+    known = [float(x) for x in sick("train").columns[label]]
     mean = sum(known) / len(known)
-    assert result.test_metrics is not None
-    return result.test_metrics, {
-        "pearson": 0.0,
-        "mse": sum((x - mean) ** 2 for x in wanted) / len(wanted),
-    }
+    error = sum((x - mean) ** 2 for x in wanted) / len(wanted)
+    return on_sick(model, out, "regression", label), {"pearson": 0.0, "mse": error}
 
 
 def answers(model: str, out: Path) -> tuple[Figures, Figures]:

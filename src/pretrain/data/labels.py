@@ -11,7 +11,14 @@ from typing import Any
 from pretrain.errors import DataError, did_you_mean
 from pretrain.storage.files import note
 
-__all__ = ["LabelMap", "is_missing", "make_label_map", "make_tag_map", "number_in"]
+__all__ = [
+    "LabelMap",
+    "finite_numbers",
+    "is_missing",
+    "make_label_map",
+    "make_tag_map",
+    "number_in",
+]
 
 _SHOWN = 3
 _MANY = 1000
@@ -207,6 +214,36 @@ def number_in(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) and "_" not in text else None
+
+
+def finite_numbers(
+    values: Sequence[Any], where: Where, *, what: str, cure: str, bools: bool = False
+) -> list[float]:
+    """Return a column as finite numbers.
+
+    Args:
+        values: numbers, or texts that spell them.
+        where: where a row stands, for errors.
+        what: what the values are called: ``targets``.
+        cure: the sentence that says what to do about those that are none.
+        bools: False and True are 0 and 1.
+
+    Raises:
+        DataError: names the first rows whose value is no finite number.
+    """
+    found, wrong = [], []
+    for i, value in enumerate(values):
+        try:
+            number = math.nan if isinstance(value, bool) and not bools else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        found.append(number)
+        if not math.isfinite(number):
+            wrong.append(f"{where(i)}: {value!r}")
+    if wrong:
+        shown = "; ".join(wrong[:_SHOWN]) + "; ..." * (len(wrong) > _SHOWN)
+        raise DataError(f"{len(wrong)} {what} are no finite numbers: {shown}. {cure}")
+    return found
 
 
 def _sorted_labels(

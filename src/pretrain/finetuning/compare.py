@@ -120,8 +120,10 @@ def _arm(
     job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table
 ) -> tuple[float, list[float]]:
     """The learning rate that is best on ``choose``, and what it reaches on ``score``, for every seed."""
-    middle = job.lr(job.build(seed=0))
-    lrs = job.settings.optim.lrs or [float(f"{middle * f:.2g}") for f in _FACTORS]
+    lrs = job.settings.optim.lrs
+    if not lrs:
+        middle = job.lr(job.build(seed=0))
+        lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
     limit, _ = job.steps(len(subsets[0]))
     found: dict[float, list[list[float]]] = {}
     for lr in lrs:

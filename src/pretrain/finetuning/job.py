@@ -332,9 +332,8 @@ class Job:
             run = self.trainer(
                 task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False
             ).fit()
-            if (
-                run.exit_code
-            ):  # a trial that was cut short says nothing, and whoever cut it means all of them
+            # A trial that was cut short says nothing, and whoever cut it means all of them.
+            if run.exit_code:
                 raise KeyboardInterrupt
         finally:
             shutil.rmtree(out, ignore_errors=True)

@@ -87,7 +87,8 @@ class TuneOptim:
     lr: float | str = "auto"
     """Peak learning rate; "auto" goes by the width of the model, "sweep" tries a grid in short runs."""
     lrs: list[float] = field(default_factory=list)
-    """Grid of the sweep; not given, a third, once and three times the automatic one."""
+    """Grid of the sweep, and of either arm of a comparison; not given, a third, once and three times the automatic
+    one, in a comparison once and three times."""
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
     muon_lr: float = within(0.002, 0.0, 100.0)
@@ -136,7 +137,8 @@ class TuneTrain:
     micro_rows: int = within(0, 0, 1 << 24)
     """Examples in one forward pass; 0 is chosen."""
     eval_every: str = "1 epochs"
-    """Evaluate every "1 epochs", "200 steps" or "5%" of the run; at most fifty times."""
+    """Evaluate every "1 epochs", "200 steps" or "5%" of the run; "1 epochs" is at most
+    twenty times in a run of steps."""
     patience: int = within(0, 0, 1 << 20)
     """Evaluations without improvement before stopping; 0 is off. The best epoch is restored in any case."""
     monitor: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -122,21 +123,12 @@ def _set_padding(model: Model) -> None:
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     if pad is None:
         return
-    import dataclasses
-
     model.backbone.config = dataclasses.replace(config, pad_id=pad)
     if tokenizer.pad_id is None:
         name = next(name for name, index in tokenizer.vocab.items() if index == pad)
         tokenizer.roles["pad"] = name
     if isinstance(getattr(model.head, "pad_id", 0), type(None)):
         model.head.pad_id = pad  # type: ignore[union-attr]
-
-
-def _name_segments(model: Model) -> None:
-    """Let ``AutoTokenizer`` give the ids that tell the two texts of a pair apart; a plain one leaves them out."""
-    if model.tokenizer is not None and getattr(model.backbone.config, "type_vocab_size", 1) > 1:
-        names = ["input_ids", "token_type_ids", "attention_mask"]
-        model.tokenizer.config.setdefault("model_input_names", names)
 
 
 def freeze(model: Model, what: str | int) -> int:

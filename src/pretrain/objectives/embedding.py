@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
 from pretrain.data.labelled import Role
+from pretrain.data.labels import finite_numbers
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.models.heads import pool_documents
@@ -311,18 +312,5 @@ def _scores(table: Table) -> list[float]:
     Raises:
         DataError: names the first rows whose score is none.
     """
-    values, wrong = [], []
-    for i, value in enumerate(table.columns["label"]):
-        try:
-            number = float(value) if not isinstance(value, bool) else float(int(value))
-        except (TypeError, ValueError):
-            number = math.nan
-        values.append(number)
-        if not math.isfinite(number):
-            wrong.append(f"{table.where(i)}: {value!r}")
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} scores are no finite numbers: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}. A score "
-            "says how alike two texts are; where there is none, rename the column."
-        )
-    return values
+    cure = "A score says how alike two texts are; where there is none, rename the column."
+    return finite_numbers(table.columns["label"], table.where, what="scores", cure=cure, bools=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain import metrics as figures_of
 from pretrain.data.labelled import Role
+from pretrain.data.labels import finite_numbers
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, Loss
@@ -160,18 +161,6 @@ def numbers(table: Table) -> np.ndarray:
     Raises:
         DataError: names the first rows whose target is none.
     """
-    values, wrong = [], []
-    for i, value in enumerate(table.columns["label"]):
-        try:
-            number = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
-            number = math.nan
-        values.append(number)
-        if not math.isfinite(number):
-            wrong.append(f"{table.where(i)}: {value!r}")
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} targets are no finite numbers: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}. Remove "
-            'these rows or fill them in; for named classes use task="classification".'
-        )
+    cure = 'Remove these rows or fill them in; for named classes use task="classification".'
+    values = finite_numbers(table.columns["label"], table.where, what="targets", cure=cure)
     return np.asarray(values, dtype=np.float64)

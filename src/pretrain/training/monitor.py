@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 
 from pretrain.errors import TrainingError
+from pretrain.metrics import LOWER_IS_BETTER
 from pretrain.training.state import RunState
 
 __all__ = ["improves", "score"]
-
-_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
 
 
 def score(figures: Mapping[str, float], monitor: str) -> float:
@@ -25,7 +24,7 @@ def score(figures: Mapping[str, float], monitor: str) -> float:
             f"train.monitor is {monitor!r}, which is none of the figures of this evaluation: {', '.join(known)}."
         )
     value = figures[monitor]
-    return value if monitor in _LOWER_IS_BETTER else -value
+    return value if monitor in LOWER_IS_BETTER else -value
 
 
 def improves(state: RunState, figures: Mapping[str, float], monitor: str) -> bool:
