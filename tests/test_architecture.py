@@ -22,7 +22,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
 # A layer imports only what stands to the left of it. `data` stands beside this line: it imports no model.
-LAYERS = ["nn", "models", "objectives", "training", "finetuning", "cli"]
+LAYERS = ["nn", "models", "objectives", "parallel", "training", "finetuning", "cli"]
 
 # What each part may import when the module is loaded, besides the ground and itself.
 ALLOWED: dict[str, set[str]] = {
@@ -30,22 +30,23 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "models": {"nn"},
     "objectives": {"nn", "models", "data"},
-    "adapters": {"models"},
+    "adapters": {"nn", "models"},
     "checkpoint": {"models", "adapters", "data.tokenizer"},
     "lora": {"models", "adapters", "checkpoint"},
     "generate": {"nn", "models", "data.tokenizer"},
-    "training": {"nn", "models", "objectives", "data", "checkpoint"},
+    "parallel": {"nn", "models", "objectives"},
+    "training": {"nn", "models", "objectives", "data", "checkpoint", "parallel"},
     "history": {"training.logging"},
     "report": {"history"},
     "predict": {"objectives", "data", "models", "checkpoint", "training"},
     "finetuning": {
         *("nn", "models", "objectives", "data", "checkpoint", "training", "report", "history"),
-        *("lora", "predict"),
+        *("lora", "predict", "parallel"),
     },
     "quickstart": {"training", "report", "checkpoint", "finetuning", "data"},
     "cli": {
         *("training", "finetuning", "report", "checkpoint", "generate", "data", "quickstart"),
-        *("predict", "lora"),
+        *("predict", "lora", "parallel"),
     },
     "__main__": {"cli"},
     "__init__": {"data"},
@@ -57,10 +58,17 @@ PARTS_OF = {
     "storage.card": "checkpoint",
     "storage.adapters": "checkpoint",
     "storage.writing": "checkpoint",
+    "storage.saving": "checkpoint",
+    "storage.background": "checkpoint",
+    "storage.partial": "checkpoint",
+    # Which part lies where is arithmetic that files need as much as processes.
+    "parallel.regions": "regions",
+    # What the command line shows of it.
+    "parallel.commands": "cli",
     "reporting.history": "history",
 }
 # Shared ground imports nothing of the package but other ground, and every part may import it.
-GROUND = {"errors", "config", "settings", "storage", "reporting", "metrics"}
+GROUND = {"errors", "config", "settings", "storage", "reporting", "metrics", "regions"}
 
 
 def sources() -> list[Path]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pretrain.config import (
     Limit,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
     fields,
@@ -65,6 +66,7 @@ SURFACE = [
     "train.eval_every",
     "train.eval_rows",
     "train.save_every",
+    "train.async_save",
     "train.keep",
     "train.best",
     "train.monitor",
@@ -78,6 +80,13 @@ SURFACE = [
     "parallel.compile",
     "parallel.activation_checkpointing",
     "parallel.threads",
+    "parallel.strategy",
+    "parallel.dp_replicate",
+    "parallel.dp_shard",
+    "parallel.tp",
+    "parallel.cpu_offload",
+    "parallel.reproducible",
+    "parallel.timeout",
 ]
 
 
@@ -205,6 +214,11 @@ def test_sources_may_be_paths_and_prepared_data(tmp_path: Path) -> None:
         ({"objective.class_path": "os; rm"}, ["objective.class_path"]),
         ({"parallel.device": "tpu"}, ["parallel.device", "cpu"]),
         ({"parallel.compile": "yes"}, ["parallel.compile", "true or false"]),
+        ({"parallel.strategy": "fspd"}, ["parallel.strategy", "Did you mean 'fsdp'"]),
+        ({"parallel.strategy": True}, ["parallel.strategy", "one of auto, ddp, fsdp"]),
+        ({"parallel.activation_checkpointing": 1}, ["parallel.activation_checkpointing", "full"]),
+        ({"parallel.tp": 0}, ["parallel.tp", "1"]),
+        ({"parallel.timeout": 0.5}, ["parallel.timeout", "1.0"]),
     ],
 )
 def test_wrong_settings_are_named(overrides: dict[str, Any], parts: list[str]) -> None:
@@ -222,6 +236,25 @@ def test_errors_in_a_file_carry_the_line(tmp_path: Path) -> None:
     # A value from the command line is not blamed on the file.
     path.write_text("optim:\n  lr: 1e-3\n")
     assert error(path, {"optim.lr": "fast"}).startswith("optim.lr")
+
+
+def test_a_word_that_was_once_a_flag_reads_both(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    written = {"true": "full", "false": "off", "selective": "selective", "off": "off"}
+    for text, meant in written.items():
+        path.write_text(f"parallel:\n  activation_checkpointing: {text}\n")
+        config = RunConfig.load(path)
+        assert config.parallel.activation_checkpointing == meant
+        assert RunConfig.load(yaml_file(tmp_path, config)) == config
+    assert ParallelConfig(activation_checkpointing=True).activation_checkpointing == "full"  # type: ignore[arg-type]
+    loaded = RunConfig.load(None, {"parallel.activation_checkpointing": False})
+    assert loaded.parallel.activation_checkpointing == "off"
+    path.write_text("parallel: {activation_checkpointing: ful}\n")
+    assert "Did you mean 'full'" in error(path)
+
+
+def yaml_file(folder: Path, config: RunConfig) -> Path:
+    return config.save(folder / "again.yaml")
 
 
 def test_changed_objects_are_checked_again() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from pretrain.errors import ConfigError, PretrainError, did_you_mean
 from pretrain.finetuning import commands
+from pretrain.parallel.commands import add_doctor, doctor
+from pretrain.parallel.slurm import add_slurm
 from pretrain.settings.arguments import add_settings, make_parser, parse
 
 __all__ = ["COMMANDS", "main"]
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PretrainError as error:
         if os.environ.get("PRETRAIN_DEBUG") == "1":
             raise
-        _complain(str(error))
+        # What all processes of a run found out together is said once.
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+            _complain(str(error))
         return EXIT_ERROR
     except KeyboardInterrupt:
         _complain("interrupted.", "")
@@ -124,7 +128,8 @@ def _quickstart(args: Any) -> int:
 
 def _add_prepare(parser: Any) -> None:
     add = parser.add_argument
-    add("sources", nargs="+", type=str, help='files, globs, folders, "hub:NAME", or "python"')
+    add("sources", nargs="*", type=str, help='files, globs, folders, "hub:NAME", or "python"')
+    add("--config", type=str | None, default=None, help="prepare what this config trains on")
     add("--out", type=str | None, default=None, help="directory to write; not given, the cache")
     add("--tokenizer", type=str, default="bpe", help="bpe, wordpiece, char, or a path")
     add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
@@ -139,17 +144,26 @@ def _add_prepare(parser: Any) -> None:
 
 
 def _prepare(args: Any) -> None:
-    from pretrain.data.prepare import prepare
+    options = {k: v for k, v in args.as_dict().items() if k not in ("sources", "config")}
+    if (args.config is None) == (not args.sources):
+        raise ConfigError("Name sources to prepare, or a config that names them: --config FILE.")
+    if args.config is not None:
+        from pretrain.config import RunConfig
+        from pretrain.training.run import open_data
 
-    options = {key: value for key, value in args.as_dict().items() if key != "sources"}
-    sources = args.sources if len(args.sources) > 1 else args.sources[0]
-    prepared = prepare(sources, **options)
+        prepared = open_data(RunConfig.load(args.config))
+    else:
+        from pretrain.data.prepare import prepare
+
+        sources = args.sources if len(args.sources) > 1 else args.sources[0]
+        prepared = prepare(sources, **options)
     print(prepared.path)
 
 
 def _add_train(parser: Any) -> None:
     from pretrain.config import RunConfig
 
+    commands.add_devices(parser)
     add_settings(parser, RunConfig.SECTIONS, {})
 
 
@@ -166,6 +180,15 @@ def _train(args: Any) -> int:
     return int(train(config, **sections).exit_code)
 
 
+def _slurm(args: Any) -> None:
+    from pretrain.config import RunConfig
+    from pretrain.finetuning.settings import TuneConfig
+    from pretrain.parallel.slurm import is_task, write
+
+    (TuneConfig if is_task(args.config) else RunConfig).load(args.config)
+    print(write(**args.as_dict()), end="")
+
+
 def _add_generate(parser: Any) -> None:
     add = parser.add_argument
     add("checkpoint", type=str, help="run or checkpoint directory")
@@ -178,24 +201,9 @@ def _add_generate(parser: Any) -> None:
         help="0 takes the likeliest token; not given, 1 with --top_k, --top_p, --min_p or --seed, else 0",
     )
     add("--top_k", type=int | None, default=None, help="sample from the k likeliest tokens")
-    add(
-        "--top_p",
-        type=float | None,
-        default=None,
-        help="sample from the likeliest tokens that hold this mass",
-    )
-    add(
-        "--min_p",
-        type=float | None,
-        default=None,
-        help="drop tokens below this share of the likeliest",
-    )
-    add(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        help="above 1: tokens seen before become less likely",
-    )
+    add("--top_p", type=float | None, default=None, help="sample from the likeliest of this mass")
+    add("--min_p", type=float | None, default=None, help="drop below this share of the likeliest")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: less of what was there")
     add(
         "--stop",
         type=list[str] | str,
@@ -328,6 +336,18 @@ COMMANDS = {
         commands.add_finetune,
         commands.finetune,
         commands.SHORT,
+    ),
+    "doctor": Command(
+        "Say what this machine has and what is wrong; under torchrun, whether all can talk.",
+        "pretrain doctor --device cpu",
+        add_doctor,
+        doctor,
+    ),
+    "slurm": Command(
+        "Write a batch script that runs a config on several hosts.",
+        "pretrain slurm --config configs/books-gpt.yaml --nodes 2 --out job.sbatch",
+        add_slurm,
+        _slurm,
     ),
     "predict": Command(
         "Answer every row of a file.",

@@ -120,14 +120,12 @@ class OptimConfig:
     ema: float = within(0.0, 0.0, 1.0 - 1e-9)
     """Decay of the moving average of the weights; 0 is off."""
     layer_decay: float = within(1.0, 1e-6, 1.0)
-    """Learning rate of every layer as a fraction of that of the layer above it, from the head down to the
-    embeddings; 1 is the same for all."""
+    """Learning rate of every layer as a fraction of that of the layer above it, embeddings last; 1 is the same."""
     unfreeze: float = within(0.0, 0.0, 1.0)
     """Fraction of the steps over which the layers are released one by one from the top: first the
     head alone learns, the embeddings come last; 0 is all from the start."""
     l2_sp: float = within(0.0, 0.0, 1e9)
-    """Pull of the weights that were loaded towards where they started, in place of weight decay; 0 is
-    off."""
+    """Pull of the weights that were loaded towards where they started, in place of weight decay; 0 is off."""
 
 
 @dataclass
@@ -141,13 +139,15 @@ class TrainConfig:
     batch_rows: int = within(32, 1, 1 << 24)
     """Rows in one optimizer step, all devices and micro-batches together."""
     micro_rows: int = within(0, 0, 1 << 24)
-    """Rows in one forward pass; 0 is chosen."""
+    """Rows in one forward pass of one process; 0 is chosen."""
     eval_every: str = "5%"
     """Evaluate every "200 steps", "0.5 epochs" or "5%" of the run; "0 steps" is never."""
     eval_rows: int = within(0, 0, 1 << 40)
     """Held-out rows in one evaluation; 0 is all of them."""
     save_every: str = "10%"
     """Save every "200 steps", "0.5 epochs" or "10%" of the run; "0 steps" is only at the end."""
+    async_save: bool = False
+    """Copy what is saved and write it while training goes on: a short stall for memory of one more copy."""
     keep: int = within(2, 1, 1 << 20)
     """Checkpoints that are kept, besides the best."""
     best: bool = True
@@ -177,10 +177,31 @@ class ParallelConfig:
     """auto, cpu, cuda or mps."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more work."""
+    activation_checkpointing: Literal["off", "selective", "full"] = field(
+        default="off", metadata={"flag": {True: "full", False: "off"}}
+    )
+    """Computed again in the backward pass to save memory: nothing, the cheap half of a block, or all of it."""
     threads: int = within(0, 0, 4096)
-    """CPU threads; 0 is torch's choice."""
+    """CPU threads; 0 is torch's choice, among several processes of a host an equal share of its cores."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp (each process holds the model), fsdp (each holds a part), or auto: ddp where it fits into memory."""
+    dp_replicate: int = within(0, 0, 1 << 20)
+    """Copies of the model that see different rows; 0 is what is left."""
+    dp_shard: int = within(0, 0, 1 << 20)
+    """Processes that one copy is cut over, and that see different rows (fsdp); 0 is chosen."""
+    tp: int = within(1, 1, 1 << 20)
+    """Processes that each matrix is cut over, and that see the same rows (tensor parallelism)."""
+    cpu_offload: bool = False
+    """Keep the cut weights and moments in the memory of the host (fsdp on CUDA): slow, and it fits."""
+    reproducible: bool = False
+    """The same bits on any number of processes that is a power of two: slower sums, and ddp alone."""
+    timeout: float = within(300.0, 1.0, 1e6)
+    """Seconds without progress after which a process counts as hung and the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        given: Any = self.activation_checkpointing
+        if isinstance(given, bool):
+            self.activation_checkpointing = "full" if given else "off"
 
 
 @dataclass(frozen=True)
@@ -370,6 +391,9 @@ def fields(section: str | type) -> list[Field]:
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
                     helps[line.target.id] = " ".join(value.value.split())
     hints, defaults = get_type_hints(kind), kind()
+    for spec in dataclasses.fields(kind):
+        if "flag" in spec.metadata:
+            hints[spec.name] |= bool
     return [
         Field(spec.name, hints[spec.name], getattr(defaults, spec.name), helps.get(spec.name, ""))
         for spec in dataclasses.fields(kind)

@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DistributedError",
     "ModelError",
     "PretrainError",
     "RunLocked",
@@ -24,7 +25,13 @@ __all__ = [
 
 
 class PretrainError(Exception):
-    """Base of every error that a user's input can cause."""
+    """Base of every error that a user's input can cause.
+
+    Attributes:
+        everywhere: all processes of a run raise it, so that one of them is enough to say it.
+    """
+
+    everywhere = False
 
 
 class ConfigError(PretrainError):
@@ -82,6 +89,10 @@ class RunLocked(CheckpointError):
 
 class TrainingError(PretrainError):
     """Training cannot start or cannot go on."""
+
+
+class DistributedError(PretrainError):
+    """The processes of a run cannot find each other, do not fit together, or lost one of them."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

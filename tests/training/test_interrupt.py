@@ -14,6 +14,7 @@ import pretrain
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
 from pretrain.training.logging import read_log
+from pretrain.training.setup import set_up
 from pretrain.training.trainer import Hook
 from tiny import Rows, losses, objective, trainer
 
@@ -97,7 +98,7 @@ class _Broken(Objective):
 
 @pytest.mark.parametrize(("what", "good", "scale"), [("loss", 3, 8.0), ("gradient", 1, 4.0)])
 def test_only_a_gradient_moves_the_loss_scale(
-    tmp_path: Path, what: str, good: int, scale: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, good: int, scale: float
 ) -> None:
     """A loss that is not finite says nothing about the scale: it neither halves nor counts as a good step."""
     task = trainer(tmp_path, _Broken(objective(), what, 3), Rows(8), limit="4 steps")
@@ -107,14 +108,13 @@ def test_only_a_gradient_moves_the_loss_scale(
         seen.append((record["skipped"], task.scaler.scale, task.scaler.good))
 
     task.hooks = [Hook(arm)]
-    set_up = task._set_up
 
-    def with_scale() -> bool:
-        done = set_up()
-        task.scaler.enabled, task.scaler.scale = True, 8.0
+    def with_scale(trainer: Any) -> bool:
+        done = set_up(trainer)
+        trainer.scaler.enabled, trainer.scaler.scale = True, 8.0
         return done
 
-    task._set_up = with_scale  # type: ignore[method-assign]
+    monkeypatch.setattr("pretrain.training.trainer.set_up", with_scale)
     task.fit()
     assert [skipped for skipped, _, _ in seen] == [False, False, True, False]
     assert seen[1][1:] == (8.0, 2) and seen[-1][1:] == (scale, good)

@@ -313,9 +313,14 @@ def probe(model: Model) -> Tensor:
 # ------------------------------------------------------------------------------------------------ which base
 
 
-def body_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Name on disk without prefix -> shape, of every tensor of the body; the same whatever the head."""
-    parameters = dict(model.named_parameters())
+def body_shapes(
+    model: Model, parameters: Mapping[str, Tensor] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name on disk without prefix -> shape, of every tensor of the body; the same whatever the head.
+
+    ``parameters`` are the full ones, on the meta device too, where the model itself holds parts of them.
+    """
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
     return {
         entry.bare: tuple(pack(entry, parameters, "meta").shape)
         for entry in model.entries()
@@ -323,11 +328,10 @@ def body_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     }
 
 
-def fingerprint(model: Model) -> str:
-    """SHA-256 of names and shapes of the body."""
-    lines = sorted(
-        f"{name} {'x'.join(map(str, shape))}" for name, shape in body_shapes(model).items()
-    )
+def fingerprint(model: Model, parameters: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of names and shapes of the body; ``parameters`` as in ``body_shapes``."""
+    shapes = body_shapes(model, parameters)
+    lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

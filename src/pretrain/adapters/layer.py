@@ -5,11 +5,14 @@ Letters: r rank, I inputs, O outputs, s scale.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pretrain.nn.parallel import Group, all_reduce
 
 __all__ = ["LoraLinear"]
 
@@ -27,7 +30,20 @@ class LoraLinear(nn.Linear):
         dropout: on the input of the update.
         dora: learn a length per output row, ``lora_magnitude`` (O,).
         first: the layer that owns A; None if it is this one.
+
+    Attributes:
+        parallel: processes that share the layer by its inputs; None where this one has all of them.
+
+    Class attributes:
+        tensor_parallel: how the update is shared by several processes in a layer cut by its outputs (``column``) or
+            its inputs (``row``): the dimension that is cut, or None for what stays whole with a partial gradient.
     """
+
+    parallel: Group | None = None
+    tensor_parallel: ClassVar[Mapping[str, Mapping[str, int | None]]] = {
+        "column": {"lora_A": None, "lora_B": 0, "lora_magnitude": 0},
+        "row": {"lora_A": 1, "lora_B": None, "lora_magnitude": None},
+    }
 
     def __init__(
         self,
@@ -70,6 +86,8 @@ class LoraLinear(nn.Linear):
         """(O,) lengths of the rows of W + s B A; a constant to the gradient (section 4.3 of the DoRA paper)."""
         with torch.autocast(self.weight.device.type, enabled=False):
             norms: Tensor = torch.linalg.vector_norm(self.sum_weight(), dim=1)
+            if self.parallel is not None:
+                norms = all_reduce(norms.square(), self.parallel).sqrt()
             return norms
 
     def sum_weight(self) -> Tensor:
@@ -92,17 +110,24 @@ class LoraLinear(nn.Linear):
         return self.lora_magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """What ``forward`` adds the bias to, (..., I) -> (..., O): linear, so shares of it add up."""
+        return self._run(x, None)
+
+    def _run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         update = F.linear(F.linear(dropped, self.down()), self.lora_B) * self.scale
         if self.lora_magnitude is None:
-            return F.linear(x, self.weight, self.bias) + update
+            return F.linear(x, self.weight, bias) + update
         # In fp32 under autocast too: lengths change by less than half precision can tell.
         stretch = self._stretch()
         if dropped is x:
             y = (F.linear(x, self.weight) + update) * stretch
-            return (y if self.bias is None else y + self.bias).to(update.dtype)
+            return (y if bias is None else y + bias).to(update.dtype)
         # What dropout leaves is stretched, and the base stays whole, as in peft.
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, bias)
         y = y + (stretch - 1) * F.linear(dropped, self.weight) + stretch * update
         return y.to(update.dtype)
 

@@ -20,15 +20,13 @@ from pretrain.adapters.attach import (
     sites_of,
 )
 from pretrain.adapters.config import PeftSettings, pattern_value, plain
-from pretrain.adapters.layer import LoraLinear
 from pretrain.errors import CheckpointError
-from pretrain.models.names import Entry, pack, unpack
-from pretrain.storage.tensors import LazyTensors
+from pretrain.models.names import Entry, Packing, Shapes, pack, unpack
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["TASKS", "adapter_config", "adapter_view", "attach_stored", "fill", "head_of"]
+__all__ = ["TASKS", "adapter_config", "adapter_packing", "attach_stored", "fill", "head_of"]
 
 PREFIX = "base_model.model."
 _A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -47,34 +45,28 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def adapter_view(model: Model) -> LazyTensors:
-    """The tensors of adapter_model.safetensors, in fp32, each made when it is asked for."""
+def adapter_packing(model: Model) -> Packing:
+    """Which tensors adapter_model.safetensors holds, and the parameters that each is made of."""
     adapter: Adapter = model.adapter
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, tuple[str, ...]] = {}
     for module, (site, _, _) in adapter.sites.items():
-        layers = _layers(model, site)
-        parts[PREFIX + module + _A] = [layers[0].lora_A]
-        parts[PREFIX + module + _B] = [layer.lora_B for layer in layers]
+        parts[PREFIX + module + _A] = (f"{site.layers[0]}.lora_A",)
+        parts[PREFIX + module + _B] = tuple(f"{layer}.lora_B" for layer in site.layers)
         if adapter.config.dora:
-            parts[PREFIX + module + _M] = [layer.lora_magnitude for layer in layers]
-    parameters = dict(model.named_parameters())
+            parts[PREFIX + module + _M] = tuple(f"{layer}.lora_magnitude" for layer in site.layers)
     whole = {PREFIX + entry.disk: entry for entry in _full_entries(model)}
 
-    def make(name: str, device: str = "cpu") -> Tensor:
+    def make(name: str, full: Mapping[str, Tensor], device: str) -> Tensor:
         if name in whole:
-            return pack(whole[name], parameters, device)
-        return _cat(parts[name], device)
+            return pack(whole[name], full, device)
+        return _cat((full[part] for part in parts[name]), device)
 
-    return LazyTensors({name: make(name, "meta") for name in (*parts, *whole)}, make)
+    return Packing({**parts, **{name: entry.memory for name, entry in whole.items()}}, make)
 
 
 def _cat(parts: Iterable[Tensor], device: str) -> Tensor:
     tensors = [part.detach().to(device, torch.float32) for part in parts]
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-
-
-def _layers(model: Model, site: Site) -> list[Any]:
-    return [model.get_submodule(name) for name in site.layers]
 
 
 def _full_entries(model: Model) -> list[Entry]:
@@ -282,8 +274,16 @@ def _spellings(model: Model) -> dict[str, str]:
     }
 
 
-def fill(model: Model, tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
+def fill(
+    model: Model, tensors: Mapping[str, Tensor], where: object, shapes: Shapes | None = None
+) -> dict[str, Tensor]:
     """Parameter name -> value, for an adapted model and the tensors of its file.
+
+    Args:
+        model: with an adapter.
+        tensors: by their names in the file.
+        where: named in errors.
+        shapes: full shapes of the parameters, where the model itself holds parts of them.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or has the wrong shape or type.
@@ -306,10 +306,10 @@ def fill(model: Model, tensors: Mapping[str, Tensor], where: object) -> dict[str
             raise CheckpointError(f"{where}: {key!r} and another tensor are one and the same.")
         given[name] = tensor
     values: dict[str, Tensor] = {}
+    shapes = shapes or {name: tuple(p.shape) for name, p in model.named_parameters()}
     for module, (site, r, _) in adapter.sites.items():
-        layers: list[LoraLinear] = _layers(model, site)
-        rows = [layer.out_features for layer in layers]
-        a = _take(given, module + _A, (r, layers[0].in_features), where)
+        rows = [shapes[f"{layer}.lora_B"][0] for layer in site.layers]
+        a = _take(given, module + _A, (r, shapes[f"{site.layers[0]}.lora_A"][1]), where)
         values[f"{site.layers[0]}.lora_A"] = a
         b = _take(given, module + _B, (sum(rows), r), where)
         parts = {"lora_B": torch.split(b, rows)}
@@ -319,11 +319,10 @@ def fill(model: Model, tensors: Mapping[str, Tensor], where: object) -> dict[str
         for leaf, pieces in parts.items():
             for name, piece in zip(site.layers, pieces, strict=True):
                 values[f"{name}.{leaf}"] = piece
-    parameters = dict(model.named_parameters())
     for entry in _full_entries(model):
         if entry.disk not in given:
             raise CheckpointError(f"{where} lacks {PREFIX + entry.disk!r}; the file is incomplete.")
-        values.update(unpack(entry, given.pop(entry.disk), parameters))
+        values.update(unpack(entry, given.pop(entry.disk), shapes))
     if given:
         raise CheckpointError(
             f"{where} holds {PREFIX + min(given)!r}, for which the model's adapter has no place."

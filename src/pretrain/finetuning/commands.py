@@ -6,10 +6,20 @@ from typing import Any
 
 from pretrain.settings.arguments import add_settings
 
-__all__ = ["SHORT", "add_finetune", "add_predict", "finetune", "predict"]
+__all__ = ["SHORT", "add_devices", "add_finetune", "add_predict", "finetune", "predict"]
 
 # Short options for the settings that nearly every call names.
 SHORT = {"--model": "--model.checkpoint", "--data": "--data.train", "--task": "--task.name"}
+
+
+def add_devices(parser: Any) -> None:
+    """Declare ``--devices``, of ``train`` and ``finetune``."""
+    parser.add_argument(
+        "--devices",
+        type=int | str,
+        default=1,
+        help="processes to start on this machine; auto is one for each GPU",
+    )
 
 
 def add_finetune(parser: Any) -> None:
@@ -25,6 +35,7 @@ def add_finetune(parser: Any) -> None:
         help="numbers of training rows at which to compare, e.g. [50,200]; not given, all rows",
     )
     add("--seeds", type=int, default=5, help="paired seeds of the comparison")
+    add_devices(parser)
     add_settings(parser, TuneConfig.SECTIONS, SHORT)
 
 

@@ -20,6 +20,7 @@ from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.finetuning.start import automatic_lr, freeze, starting_model
 from pretrain.objectives import task_class
+from pretrain.parallel.world import current_world
 from pretrain.settings.check import write_text
 from pretrain.storage.files import note
 from pretrain.storage.manifest import BEST
@@ -249,19 +250,22 @@ class Job:
         notes: list[str],
     ) -> Finetuned:
         """Restore the best evaluation and measure it; whoever opens the run gets it as well."""
-        chosen = run.best or run.checkpoint
+        chosen, world = run.best or run.checkpoint, current_world()
+        if task.model.layout is not None:
+            # Shared out among processes it cannot be used by itself: the caller gets a whole one.
+            task = self.build(seed=self.settings.train.seed)
         if chosen is not None:
             load_weights(task, chosen, {})
             block = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
             task.model.extra_config["pretrain"] = block.get("pretrain", {})
             text = json.dumps({"checkpoint": chosen.name}) + "\n"
-            write_text(run.path / BEST, text)
+            world.lead(lambda: write_text(run.path / BEST, text))
         task.eval()
         result = Finetuned(task, run, self.settings, self.data, notes, base=self.build)
         if held_out is not None:
-            result.metrics = result.measure(held_out)
+            result.metrics = world.tell(world.lead(lambda: result.measure(held_out)))
         if tested is not None:
-            result.test_metrics = result.measure(tested)
+            result.test_metrics = world.tell(world.lead(lambda: result.measure(tested)))
         result.trivial = task.trivial(self.data.train, self.data.valid)
         for line in () if self.quiet else repr(result).splitlines():
             note(line)
@@ -326,8 +330,8 @@ class Job:
         rows, *others = (encode(task, part, "trial", 1.0, []) for part in parts)
         for part in (rows, *others):
             task.prepare_reference(part)
-        out = Path(f"{self.settings.train.out}.trial")
-        shutil.rmtree(out, ignore_errors=True)
+        out, world = Path(f"{self.settings.train.out}.trial"), current_world()
+        world.lead(lambda: shutil.rmtree(out, ignore_errors=True))
         try:
             run = self.trainer(
                 task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False
@@ -336,6 +340,12 @@ class Job:
             if run.exit_code:
                 raise KeyboardInterrupt
         finally:
-            shutil.rmtree(out, ignore_errors=True)
+            if world.leads:
+                shutil.rmtree(out, ignore_errors=True)
+        if task.model.layout is not None:
+            raise ConfigError(
+                "A sweep and a comparison measure the models of their trials on one process, and fsdp or tp share a "
+                "model out. Run them with parallel.strategy=ddp, or on one process."
+            )
         result = Finetuned(task.eval(), None, self.settings, self.data, [])
         return [-lower_is_better(result.measure(part), self.monitor) for part in others]

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import ConfigError
 from pretrain.finetuning.job import Job
+from pretrain.finetuning.launched import check_spread, train_on
 from pretrain.finetuning.settings import TuneConfig, from_keywords
+from pretrain.parallel.world import current_world
 from pretrain.storage.files import muted, note
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def finetune(
     compare: str | None = None,
     label_counts: Sequence[int] | None = None,
     seeds: int = 5,
+    devices: int | str = 1,
     hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
     quiet: bool = False,
     **keywords: Any,
@@ -55,6 +58,8 @@ def finetune(
             seeds, beside a classical baseline, and reports whether pre-training helped.
         label_counts: numbers of training rows at which to compare; all of them when None.
         seeds: how many paired seeds the comparison takes.
+        devices: processes of this machine that are started for the run, also from a notebook; ``"auto"`` is one for
+            each GPU. Model and rows must then be files.
         hooks: called after steps with a read-only record.
         quiet: print nothing.
         **keywords: columns by role (``text="review", label="stars"``), options of the task
@@ -70,13 +75,18 @@ def finetune(
     settings, objects = from_keywords(config, model, task, given)
     if compare not in (None, "scratch"):
         raise ConfigError(f'compare is {compare!r}; the other arm that there is is "scratch".')
+    quiet = quiet or not current_world().leads
+    if devices != 1:
+        check_spread(model, objects, compare)
     with muted(quiet):
         job = Job.open(model, settings, objects, quiet=quiet)
-    result = job.train(hooks)
-    if compare is not None and not result.run.exit_code:
-        from pretrain.finetuning.compare import compare_arms
+        result = train_on(job, devices, hooks) if devices != 1 else None
+        if result is None:
+            result = job.train(hooks)
+        if compare is not None and not result.run.exit_code:
+            from pretrain.finetuning.compare import compare_arms
 
-        result.comparison = compare_arms(job, label_counts, seeds)
-        for line in () if quiet else result.comparison.table().splitlines():
-            note(line)
+            result.comparison = compare_arms(job, label_counts, seeds)
+            for line in result.comparison.table().splitlines():
+                note(line)
     return result

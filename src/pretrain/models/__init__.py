@@ -64,6 +64,7 @@ def build(
     seed: int = 0,
     tokenizer: Any = None,
     labels: Any = None,
+    device: str = "cpu",
     **overrides: Any,
 ) -> Model:
     """Build and initialise a model.
@@ -75,6 +76,7 @@ def build(
         seed: of the initial weights.
         tokenizer: kept beside the model; sets ``vocab_size`` and the special ids where they are not overridden.
         labels: class names of a classification head, or their number.
+        device: where its weights are made; on ``"meta"`` they take no memory until a trainer has shared them out.
         **overrides: fields of the family's config.
 
     Raises:
@@ -97,4 +99,8 @@ def build(
         labels = tuple(f"LABEL_{i}" for i in range(labels))
     if head == "auto":
         head = "causal-lm" if cls.causal else "masked-lm"
-    return Model.build(cls, config, head=head, labels=labels, tokenizer=tokenizer).materialize(seed)
+    model = Model.build(cls, config, head=head, labels=labels, tokenizer=tokenizer)
+    if device != "meta":
+        return model.materialize(seed, device)
+    model.start = lambda shared: shared.init_weights(seed)
+    return model

@@ -14,14 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.errors import ModelError
 from pretrain.models.config import BackboneConfig, ConfigReader
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
+from pretrain.nn.parallel import VocabShard
 from pretrain.nn.positions import Rope, document_positions
+from pretrain.nn.recompute import recompute
 
 __all__ = ["Backbone", "Batch"]
 
@@ -47,11 +48,13 @@ class Backbone(nn.Module):
     prefixes: ClassVar[tuple[str, ...]] = ("model.", "transformer.")
     architectures: ClassVar[Mapping[str | None, str]] = {}
     residual_scale: ClassVar[bool] = False
+    # The rows that this process holds of a token embedding that several share, or None.
+    vocab: VocabShard | None = None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config: Any = config  # the family's own configuration class
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "off"  # or selective, or full
         self.layers = nn.ModuleList()
 
     # ------------------------------------------------------------------ what a family writes
@@ -162,14 +165,24 @@ class Backbone(nn.Module):
 
     def look_up(self, embedding: nn.Embedding, ids: Tensor, what: str = "input_ids") -> Tensor:
         """Embed ids, (B, T) -> (B, T, D), and name the id if it does not exist (on a CPU; a GPU is not asked)."""
+        vocab = self.vocab
         try:
-            found: Tensor = embedding(ids)
+            if vocab is None or embedding is not self.token_embedding:
+                found: Tensor = embedding(ids)
+                return found
+            # Each process misses other ids, and all must fail alike: those that went on would wait for ever.
+            if (
+                ids.is_cpu
+                and ids.numel()
+                and not 0 <= int(ids.min()) <= int(ids.max()) < vocab.size
+            ):
+                raise IndexError
+            return vocab.look_up(embedding.weight, ids, embedding.padding_idx)
         except IndexError as error:
             raise ModelError(
                 f"{what} holds {int(ids.min())} to {int(ids.max())}, but this {self.model_type} model has the ids 0 "
                 f"to {embedding.num_embeddings - 1}. The text was probably encoded with another tokenizer."
             ) from error
-        return found
 
     def run(
         self,
@@ -184,7 +197,7 @@ class Backbone(nn.Module):
         With ``keep``, places in the flattened batch, the last block works for these alone, and the result is (N, D).
         """
         remember = (
-            self.activation_checkpointing
+            self.activation_checkpointing != "off"
             and self.training
             and torch.is_grad_enabled()
             and cache is None
@@ -196,7 +209,8 @@ class Backbone(nn.Module):
                 {"keep": keep} if keep is not None and i == len(self.layers) - 1 else {}
             )
             if remember:
-                x = checkpoint(block, x, mask=masks[i], rope=ropes[i], use_reentrant=False, **last)
+                mode = self.activation_checkpointing
+                x = recompute(block, mode, x, mask=masks[i], rope=ropes[i], **last)
             else:
                 x = block(x, mask=masks[i], rope=ropes[i], cache=cache, layer=i, **last)
         if cache is not None:

@@ -9,7 +9,7 @@ Letters: B rows, T tokens, D hidden, V vocabulary, C classes.
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from pretrain.models.config import SIZES, BackboneConfig, ConfigReader, drop_cod
 from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
 from pretrain.models.names import Entry, LoadReport, Name
 from pretrain.models.state import disk_state, disk_view, entries_of, load_disk_state
+from pretrain.parallel.regions import local
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +59,9 @@ class Model(nn.Module):
         adapter: what ``pretrain.lora.apply_lora`` put on the model, or None.
         card: README.md of the directories that the model is saved to; None writes one from config.json.
         merge_gap: largest difference of the outputs that the last ``merge`` made, or None.
+        tp: how the parameters are cut over several processes (``pretrain.parallel.tensor``), or None.
+        layout: which part of every parameter lies in this process (``pretrain.parallel.regions``), or None: all.
+        start: gives weights to a model that was left on the meta device, once its parts have their places.
     """
 
     def __init__(
@@ -82,6 +86,9 @@ class Model(nn.Module):
         self.adapter: Any = None
         self.merge_gap: float | None = None
         self.card: str | None = None
+        self.tp: Any = None
+        self.layout: Any = None
+        self.start: Callable[[Model], object] | None = None
 
     @classmethod
     def build(
@@ -158,7 +165,8 @@ class Model(nn.Module):
         """Initialise as the family's paper does.
 
         Each tensor is drawn from ``seed`` and its own name: the result depends neither on torch's global generator
-        nor on the device, nor on which other tensors there are.
+        nor on the device, nor on which other tensors there are, nor on how they are shared out among processes: each
+        is drawn whole, one at a time, and what belongs elsewhere is dropped.
 
         Args:
             seed: of all draws.
@@ -167,9 +175,13 @@ class Model(nn.Module):
         self.backbone.init_buffers()
         for name, parameter in self.named_parameters():
             if names is None or name in names:
-                value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                layout = self.layout
+                shape = parameter.shape if layout is None else layout.shapes[name]
+                value = torch.empty(shape, dtype=torch.float32, device="cpu")
                 self.backbone.init_parameter(name, value, seed)
-                parameter.copy_(value)
+                if layout is not None:
+                    value = value[layout.region(name).slices()]
+                local(parameter).copy_(value)
 
     def forward(self, batch: Batch, *, cache: Any = None) -> Tensor:
         """Logits: (B, T, V) of a vocabulary head, (B, C) per row, (B, T, C) per token; (B, T, D) without a head."""

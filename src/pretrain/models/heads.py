@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.nn.mlp import activation
+from pretrain.nn.parallel import VocabShard, enter
 
 __all__ = [
     "HEAD_KINDS",
@@ -76,7 +77,12 @@ class LanguageHead(nn.Module):
         transform: what masked-language models do before the projection.
         bias: one score per token is added.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
+
+    Attributes:
+        vocab: the rows that this process holds of a vocabulary that several share, or None.
     """
+
+    vocab: VocabShard | None = None
 
     def __init__(
         self,
@@ -110,15 +116,20 @@ class LanguageHead(nn.Module):
         return hidden if self.transform is None else self.transform(hidden)
 
     def weight(self) -> Tensor:
-        """(V, D)."""
+        """(V, D), or the rows of this process."""
         return self._embedding[0].weight if self.output_weight is None else self.output_weight
 
     def bias(self) -> Tensor | None:
-        """(V,) or None."""
+        """(V,), or the rows of this process, or None."""
         return self.output_bias
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-        scores = F.linear(self.features(hidden), self.weight(), self.output_bias)
+        features = self.features(hidden)
+        if self.vocab is not None:
+            features = enter(features, self.vocab.group)
+        scores = F.linear(features, self.weight(), self.output_bias)
+        if self.vocab is not None:
+            scores = self.vocab.gather(scores)
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
 

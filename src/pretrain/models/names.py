@@ -6,24 +6,33 @@ A family lists its ``Name`` rules once; reading and writing are the same table i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError
+from pretrain.parallel.regions import Region
+from pretrain.storage.tensors import LazyTensors
 
 __all__ = [
     "ADAPTER_PREFIX",
     "Entry",
     "LoadReport",
     "Name",
+    "Packing",
+    "Shapes",
+    "check_stored",
     "expand",
     "modern_key",
     "pack",
     "unpack",
+    "unpack_part",
 ]
+
+# Parameter name -> its full shape.
+Shapes = Mapping[str, tuple[int, ...]]
 
 # Parameters of a low-rank adapter, inside the layers that it adapts, are called so.
 ADAPTER_PREFIX = "lora_"
@@ -116,6 +125,27 @@ def expand(
     return entries
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How the tensors of a file are made of parameters, without the parameters themselves.
+
+    Attributes:
+        sources: name on disk -> the parameters that it is made of.
+        make: name on disk, full parameters by name, device -> the tensor in fp32.
+    """
+
+    sources: Mapping[str, tuple[str, ...]]
+    make: Callable[[str, Mapping[str, Tensor], str], Tensor]
+
+    def layout(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name on disk -> a tensor of its shape and dtype on the meta device."""
+        return {name: self.make(name, parameters, "meta") for name in self.sources}
+
+    def view(self, parameters: Mapping[str, Tensor]) -> LazyTensors:
+        """The tensors of the file, each made when it is asked for; it may share memory with a parameter."""
+        return LazyTensors(self.layout(parameters), lambda name: self.make(name, parameters, "cpu"))
+
+
 def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") -> Tensor:
     """The tensor that goes to disk, in fp32; a view of the parameter where nothing is converted or fused."""
     parts = [parameters[name].detach().to(device, torch.float32) for name in entry.memory]
@@ -123,34 +153,69 @@ def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") ->
     return tensor.T if entry.transpose and tensor.ndim == 2 else tensor
 
 
-def unpack(
-    entry: Entry, tensor: Tensor, parameters: Mapping[str, Tensor]
-) -> list[tuple[str, Tensor]]:
+def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tensor]]:
     """Parameters in fp32 from a tensor of the disk.
 
     Raises:
         CheckpointError: the shape or the type is not what the model needs.
     """
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"Tensor {entry.disk!r} has the type {tensor.dtype}; weights must be floating-point."
-        )
-    flip = entry.transpose and tensor.ndim == 2
-    shapes = [tuple(parameters[name].shape) for name in entry.memory]
-    expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    if flip:
-        expected = expected[::-1]
-    if tuple(tensor.shape) != expected:
-        raise CheckpointError(
-            f"Tensor {entry.disk!r} has the shape {tuple(tensor.shape)}, but the model needs {expected}. The config "
-            "and the weights do not belong together."
-        )
+    flip = check_stored(entry, tensor.dtype, tuple(tensor.shape), shapes)
+    rows = [shapes[name][0] for name in entry.memory if shapes[name]]
     tensor = tensor.T if flip else tensor
-    parts = torch.split(tensor, [shape[0] for shape in shapes]) if len(shapes) > 1 else (tensor,)
+    parts = torch.split(tensor, rows) if len(entry.memory) > 1 else (tensor,)
     return [
         (name, part.to(torch.float32, copy=True).contiguous())
         for name, part in zip(entry.memory, parts, strict=True)
     ]
+
+
+def unpack_part(
+    entry: Entry, name: str, region: Region, shapes: Shapes, read: Callable[[Region], Tensor]
+) -> Tensor:
+    """One box of one parameter from a tensor of the disk that `check_stored` has accepted.
+
+    Args:
+        entry: of the tensor.
+        name: the parameter, one of ``entry.memory``.
+        region: which box of the full parameter.
+        shapes: of all parameters.
+        read: gives a box of the tensor as it lies on the disk.
+
+    Returns:
+        In fp32, contiguous.
+    """
+    start, shape = region.start, region.shape
+    if start:
+        before = entry.memory[: entry.memory.index(name)]
+        start = (start[0] + sum(shapes[other][0] for other in before), *start[1:])
+    if entry.transpose and len(shape) == 2:
+        return read(Region(start[::-1], shape[::-1])).T.to(torch.float32).contiguous()
+    return read(Region(start, shape)).to(torch.float32).contiguous()
+
+
+def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shapes: Shapes) -> bool:
+    """Whether a tensor of the disk lies transposed there.
+
+    Raises:
+        CheckpointError: the shape or the type is not what the model needs.
+    """
+    if not dtype.is_floating_point:
+        raise CheckpointError(
+            f"Tensor {entry.disk!r} has the type {dtype}; weights must be floating-point."
+        )
+    flip = entry.transpose and len(shape) == 2
+    parts = [tuple(shapes[name]) for name in entry.memory]
+    expected = parts[0]
+    if len(parts) > 1:
+        expected = (sum(part[0] for part in parts), *parts[0][1:])
+    if flip:
+        expected = expected[::-1]
+    if shape != expected:
+        raise CheckpointError(
+            f"Tensor {entry.disk!r} has the shape {shape}, but the model needs {expected}. The config "
+            "and the weights do not belong together."
+        )
+    return flip
 
 
 def modern_key(key: str) -> str:

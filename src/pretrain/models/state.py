@@ -6,9 +6,9 @@ tensors. What is missing, left over or tied ends up in a ``LoadReport``: nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from pretrain.models.names import (
     ADAPTER_PREFIX,
     Entry,
     LoadReport,
+    Packing,
     expand,
     modern_key,
     pack,
@@ -29,7 +30,17 @@ from pretrain.storage.tensors import LazyTensors
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["disk_state", "disk_view", "entries_of", "load_disk_state"]
+__all__ = [
+    "disk_packing",
+    "disk_state",
+    "disk_view",
+    "entries_of",
+    "heads_apart",
+    "load_disk_state",
+    "match_disk_state",
+    "modern_keys",
+    "settle_tying",
+]
 
 _BUFFERS = (
     "position_ids",
@@ -81,14 +92,21 @@ def disk_view(model: Model) -> LazyTensors:
 
     A tensor may share memory with a parameter, and need not be contiguous.
     """
-    parameters = dict(model.named_parameters())
+    return disk_packing(model).view(dict(model.named_parameters()))
+
+
+def disk_packing(model: Model) -> Packing:
+    """Which tensors the files hold, and the parameters that each is made of."""
+    parameters = {name for name, _ in model.named_parameters()}
     entries = {entry.disk: entry for entry in entries_of(model)}
     if not _tied(model) and model.head_kind is not None:
         for disk, memory in model.backbone.copies(model.head_kind, tied=False).items():
             if memory in parameters:
                 entries[disk] = Entry(disk, disk, (memory,), transpose=False, body=False)
-    layout = {name: pack(entry, parameters, "meta") for name, entry in entries.items()}
-    return LazyTensors(layout, lambda name: pack(entries[name], parameters))
+    return Packing(
+        {name: entry.memory for name, entry in entries.items()},
+        lambda name, full, device: pack(entries[name], full, device),
+    )
 
 
 @torch.no_grad()
@@ -106,24 +124,72 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
     Raises:
         CheckpointError: a tensor of the body is missing, or one has the wrong shape or type.
     """
-    report = LoadReport()
+
+    def same(one: str, two: str) -> bool:
+        return torch.equal(tensors[one], tensors[two])
+
+    untied = settle_tying(model, modern_keys(tensors), same)
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+
+    def fill(entry: Entry, key: str) -> None:
+        for name, value in unpack(entry, tensors[key], shapes):
+            if parameters[name].is_meta:
+                _make_real(model, name, value)
+            else:
+                parameters[name].copy_(value)
+
+    report, fresh = match_disk_state(model, tensors, fill)
+    report.untied = untied
+    for name in fresh:
+        if parameters[name].is_meta:
+            _make_real(model, name, torch.empty(parameters[name].shape, device="cpu"))
+    model.init_weights(seed, fresh)
+    model.fresh = fresh
+    return report
+
+
+def modern_keys(names: Iterable[str]) -> dict[str, str]:
+    """Today's spelling of every tensor name of a file -> its spelling there.
+
+    Raises:
+        CheckpointError: two of them are one tensor.
+    """
     keys: dict[str, str] = {}
-    for key in tensors:
+    for key in names:
         if modern_key(key) in keys:
             raise CheckpointError(
                 f"The file holds {key!r} and {keys[modern_key(key)]!r}, which are one tensor."
             )
         keys[modern_key(key)] = key
-    _settle_tying(model, keys, tensors, report)
+    return keys
+
+
+def match_disk_state(
+    model: Model, names: Collection[str], fill: Callable[[Entry, str], None]
+) -> tuple[LoadReport, frozenset[str]]:
+    """Give every tensor of a file its place in the model, however it is spelt there.
+
+    Args:
+        model: whose head is tied or not as the file wants it, see ``settle_tying``. Its parameters are not touched.
+        names: of the tensors in the file.
+        fill: called with the place and the name in the file, once for each tensor that is wanted.
+
+    Returns:
+        The report, and the parameters that the file lacks (only a head's may be).
+
+    Raises:
+        CheckpointError: a tensor of the body is missing, or is there twice.
+    """
+    report = LoadReport()
     entries = entries_of(model)
     places = _places(model, entries)
-    parameters = dict(model.named_parameters())
     copies = (
         {} if model.head_kind is None else model.backbone.copies(model.head_kind, tied=_tied(model))
     )
     done: dict[str, str] = {}
     spare: dict[str, str] = {}
-    for key, original in keys.items():
+    for key, original in modern_keys(names).items():
         entry = places.get(key)
         if entry is None:
             if key in copies:
@@ -138,38 +204,63 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
                 f"The file holds {original!r} and {done[entry.disk]!r}, which are one tensor."
             )
         done[entry.disk] = original
-        _fill(model, entry, tensors[original], parameters)
+        fill(entry, original)
     for key, original in spare.items():
         for entry in entries:
             if entry.memory == (copies[key],) and entry.disk not in done:
                 done[entry.disk] = original
-                _fill(model, entry, tensors[original], parameters)
+                fill(entry, original)
         report.tied.append(original)
     report.loaded = len(done)
-    _finish(model, [entry for entry in entries if entry.disk not in done], report, seed)
-    return report
+    absent = [entry for entry in entries if entry.disk not in done]
+    _refuse_half(model, absent)
+    report.missing = [entry.disk for entry in absent]
+    return report, frozenset(name for entry in absent for name in entry.memory)
 
 
-def _settle_tying(
-    model: Model, keys: Mapping[str, str], tensors: Mapping[str, Tensor], report: LoadReport
-) -> None:
-    """Untie the head if the file holds a head that differs from the embedding."""
+def settle_tying(
+    model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
+) -> list[str]:
+    """Untie the head if the file holds a head that differs from the embedding.
+
+    Args:
+        model: its shape may change, so this comes before it is cut or wrapped.
+        keys: see ``modern_keys``.
+        same: whether two tensors of the file are equal.
+
+    Returns:
+        The heads' names on disk; empty where nothing was changed.
+    """
+    apart = heads_apart(model, keys, same)
+    if apart:
+        head: Any = model.head
+        head.untie()
+        model.backbone.config = replace(model.backbone.config, tie_embeddings=False)
+    return apart
+
+
+def heads_apart(
+    model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
+) -> list[str]:
+    """Names on disk of a head that the model ties to its embedding and the file does not; see ``settle_tying``."""
     head = model.head
     if not isinstance(head, LanguageHead) or not head.tied or model.head_kind is None:
-        return
+        return []
     embedding = next(n for n, p in model.named_parameters() if p is head.weight())
     places = _places(model, entries_of(model))
     source = next(
         (k for name, k in keys.items() if name in places and places[name].memory == (embedding,)),
         None,
     )
-    for disk, memory in model.backbone.copies(model.head_kind, tied=True).items():
-        if memory != embedding or disk not in keys or source is None:
-            continue
-        if not torch.equal(tensors[keys[disk]], tensors[source]):
-            head.untie()
-            model.backbone.config = replace(model.backbone.config, tie_embeddings=False)
-            report.untied.append(disk)
+    copies = model.backbone.copies(model.head_kind, tied=True)
+    return [
+        disk
+        for disk, memory in copies.items()
+        if memory == embedding
+        and disk in keys
+        and source is not None
+        and not same(keys[disk], source)
+    ]
 
 
 def _places(model: Model, entries: list[Entry]) -> dict[str, Entry]:
@@ -181,18 +272,16 @@ def _places(model: Model, entries: list[Entry]) -> dict[str, Entry]:
     return places | {entry.disk: entry for entry in entries}
 
 
-def _fill(model: Model, entry: Entry, tensor: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    for name, value in unpack(entry, tensor, parameters):
-        owner, _, leaf = name.rpartition(".")
-        if parameters[name].is_meta:
-            grad = parameters[name].requires_grad
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=grad))
-        else:
-            parameters[name].copy_(value)
+def _make_real(model: Model, name: str, value: Tensor) -> None:
+    """Put a parameter in the place of one on the meta device."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    grad = getattr(module, leaf).requires_grad
+    setattr(module, leaf, nn.Parameter(value, requires_grad=grad))
 
 
-def _finish(model: Model, absent: list[Entry], report: LoadReport, seed: int) -> None:
-    """Initialise head tensors that the file lacks; refuse if it lacks others."""
+def _refuse_half(model: Model, absent: list[Entry]) -> None:
+    """Head tensors may be absent, others not."""
     body = [e.disk for e in absent if not e.memory[0].startswith("head.")]
     if body:
         more = f" (and {len(body) - 8} more)" if len(body) > 8 else ""
@@ -200,18 +289,6 @@ def _finish(model: Model, absent: list[Entry], report: LoadReport, seed: int) ->
             f"The weights lack {', '.join(body[:8])}{more}, which this {model.backbone.model_type} model needs. The "
             "file is incomplete, or belongs to another architecture than its config.json."
         )
-    report.missing = [e.disk for e in absent]
-    fresh = {name for e in absent for name in e.memory}
-    for name, parameter in list(model.named_parameters()):
-        if name in fresh and parameter.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            setattr(
-                model.get_submodule(owner),
-                leaf,
-                nn.Parameter(torch.empty(parameter.shape, device="cpu")),
-            )
-    model.init_weights(seed, fresh)
-    model.fresh = frozenset(fresh)
 
 
 def _tied(model: Model) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pretrain.errors import ModelError
 from pretrain.nn.norm import RMSNorm
 from pretrain.nn.packed import Buckets, attend_packed, pays, plan
+from pretrain.nn.parallel import Group, enter, row_linear
 from pretrain.nn.positions import Rope, rotate
 
 __all__ = ["Attention", "AttentionMask", "KVCache", "attend"]
@@ -237,7 +238,12 @@ class Attention(nn.Module):
         qk_norm: root-mean-square norm of each head's queries and keys, before rotation.
         scale: factor on the scores; d^-½ when None.
         dropout: of the attention weights.
+
+    Attributes:
+        parallel: processes among which the heads are shared; None where this one has all of them.
     """
+
+    parallel: Group | None = None
 
     def __init__(
         self,
@@ -273,10 +279,13 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
+        if self.parallel is not None:
+            x = enter(x, self.parallel)
+            context = None if context is None else enter(context, self.parallel)
         source = x if context is None else context
-        q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # (B, T, H, d)
-        k = self.key(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.value(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H of this process, d)
+        k = self.key(source).unflatten(-1, (-1, self.head_dim))
+        v = self.value(source).unflatten(-1, (-1, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rope is not None:
@@ -285,5 +294,4 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
-        out: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
-        return out
+        return row_linear(self.output, mixed.transpose(1, 2).flatten(2), self.parallel)

@@ -5,7 +5,9 @@ Position, mask, graph and modality reach it as tensors, never as options.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,7 +60,31 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each with a norm and a residual connection; (B, T, D) -> (B, T, D)."""
+    """Attention and a feed-forward layer, each with a norm and a residual connection; (B, T, D) -> (B, T, D).
+
+    Class attributes:
+        tensor_parallel: how each part is shared by several processes: ``column`` (a linear layer cut by its outputs),
+            ``row`` (by its inputs) or ``partial`` (whole, and each process has a part of its gradient). What is not
+            named is whole, and so is its gradient.
+    """
+
+    tensor_parallel: ClassVar[Mapping[str, str]] = {
+        **{
+            f"{attention}.{name}": kind
+            for attention in ("attention", "cross_attention")
+            for name, kind in {
+                "query": "column",
+                "key": "column",
+                "value": "column",
+                "query_norm": "partial",
+                "key_norm": "partial",
+                "output": "row",
+            }.items()
+        },
+        "mlp.up": "column",
+        "mlp.gate": "column",
+        "mlp.down": "row",
+    }
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.nn.parallel import VocabShard, enter
+
 __all__ = ["IGNORE", "chunked_cross_entropy"]
 
 IGNORE = -100
@@ -31,6 +33,7 @@ def chunked_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     chunk: int | None = None,
+    vocab: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihoods of ``labels`` under ``softmax(hidden @ weight.T + bias)``.
 
@@ -43,6 +46,8 @@ def chunked_cross_entropy(
         bias: (V,) or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` when given.
         chunk: targets in one chunk; chosen from V and the device when None.
+        vocab: where several processes share the vocabulary: ``weight`` and ``bias`` hold the rows of this one, the
+            rest is alike on all of them, and so is what is returned.
 
     Returns:
         ``(total, correct)``: the summed loss in nats (fp32 scalar with a gradient) and the number of targets
@@ -50,9 +55,13 @@ def chunked_cross_entropy(
     """
     if chunk is None:
         budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
-        chunk = max(32, budget // max(1, weight.shape[0]))
+        # Processes that share a vocabulary must meet in the same chunks, though the last may hold fewer rows.
+        rows = weight.shape[0] if vocab is None else vocab.rows
+        chunk = max(32, budget // max(1, rows))
+    if vocab is not None:
+        hidden = enter(hidden, vocab.group)
     total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled()
+        hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled(), vocab
     )
     return total, correct
 
@@ -68,6 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk: int,
         grad_enabled: bool,  # autograd switches it off before it comes here
+        vocab: VocabShard | None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = hidden.dtype
@@ -93,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if bias is not None:
                     logits = logits + bias.to(dtype)
                 loss, hits, grad = _chunk(
-                    logits, target, softcap, needs_hidden or needs_weight or needs_bias
+                    logits, target, softcap, needs_hidden or needs_weight or needs_bias, vocab
                 )
                 total += loss
                 correct += hits
@@ -125,25 +135,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _chunk(
-    logits: Tensor, target: Tensor, softcap: float | None, with_grad: bool
+    logits: Tensor,
+    target: Tensor,
+    softcap: float | None,
+    with_grad: bool,
+    vocab: VocabShard | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss, hits and the gradient with respect to the raw logits of one chunk, (n, V) -> (n, V)."""
     logits = logits.float()
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     valid = target != IGNORE
     index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
-    log_probs = torch.log_softmax(capped, dim=1)
-    picked = log_probs.gather(1, index).squeeze(1)
+    if vocab is None:
+        log_probs = torch.log_softmax(capped, dim=1)
+        picked, likeliest = log_probs.gather(1, index).squeeze(1), log_probs.amax(1)
+    else:
+        index, inside = vocab.place(index)
+        log_probs, picked, likeliest = vocab.log_softmax(capped, index, inside)
     loss = -torch.where(valid, picked, torch.zeros_like(picked)).sum()
-    hits = ((picked >= log_probs.amax(1)) & valid).sum().float()
+    hits = ((picked >= likeliest) & valid).sum().float()
     if not with_grad:
         return loss, hits, None
     grad = log_probs.exp_()
-    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    minus = (
+        torch.full_like(index, -1, dtype=grad.dtype) if vocab is None else -inside.to(grad.dtype)
+    )
+    grad.scatter_add_(1, index, minus)
     if softcap is not None:
         grad = grad * (1 - (capped / softcap).square())
     # Select, never multiply: an ignored row may hold a NaN and 0 * NaN is NaN.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.nn.parallel import Group, enter, row_linear
+
 __all__ = ["ACTIVATIONS", "MLP", "activation"]
 
 
@@ -44,7 +46,13 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class MLP(nn.Module):
-    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when gated; (B, T, D) -> (B, T, D)."""
+    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when gated; (B, T, D) -> (B, T, D).
+
+    Attributes:
+        parallel: processes among which the inner width is shared; None where this one has all of it.
+    """
+
+    parallel: Group | None = None
 
     def __init__(
         self,
@@ -64,8 +72,11 @@ class MLP(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.parallel is not None:
+            x = enter(x, self.parallel)
         if self.gate is None:
-            x = self.down(self.activation(self.up(x)))
+            x = self.activation(self.up(x))
         else:
-            x = self.down(self.activation(self.gate(x)) * self.up(x))
+            x = self.activation(self.gate(x)) * self.up(x)
+        x = row_linear(self.down, x, self.parallel)
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -35,9 +35,12 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        return F.layer_norm(
-            x.to(self.weight.dtype), (self.size,), self.weight, self.bias, self.eps
-        ).to(dtype)
+        # FSDP2 may hand out half-precision weights: that must not cost the input its precision.
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x.to(wide), (self.size,), self.weight.to(wide), bias, self.eps).to(
+            dtype
+        )
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}, bias={self.bias is not None}"
@@ -53,12 +56,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        x = x.to(self.weight.dtype)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        x, weight = x.to(wide), self.weight.to(wide)
         if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # torch has no fused CPU kernel here: its composite backward costs four times this one.
-            y: Tensor = _RMSNormCPU.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            y: Tensor = _RMSNormCPU.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         else:
-            y = F.rms_norm(x, (self.size,), self.weight, self.eps)
+            y = F.rms_norm(x, (self.size,), weight, self.eps)
         return y.to(dtype)
 
     def extra_repr(self) -> str:

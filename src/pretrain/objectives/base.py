@@ -189,7 +189,12 @@ class TokenObjective(Objective):
         features = head.features(hidden.reshape(-1, hidden.shape[-1])[index])  # (N, D)
         targets = labels[index]
         total, correct = chunked_cross_entropy(
-            features, head.weight(), targets, bias=head.bias(), softcap=head.softcap
+            features,
+            head.weight(),
+            targets,
+            bias=head.bias(),
+            softcap=head.softcap,
+            vocab=head.vocab,
         )
         count = (targets != IGNORE).sum()
         return Loss(total, count, {"accuracy": correct})

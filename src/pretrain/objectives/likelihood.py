@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.nn.loss import IGNORE
+from pretrain.nn.parallel import enter
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -41,15 +42,22 @@ def target_log_probs(model: Model, batch: Batch) -> Tensor:
     head: Any = model.head
     features = head.features(hidden.reshape(-1, hidden.shape[-1])[index])  # (M, D)
     targets, weight, bias = labels[index], head.weight(), head.bias()
-    size = max(32, _LOGITS // weight.shape[0])
+    vocab = head.vocab
+    # Processes that share the vocabulary must meet in the same pieces, though the last may hold fewer rows.
+    size = max(32, _LOGITS // (weight.shape[0] if vocab is None else vocab.rows))
+    if vocab is not None:
+        features = enter(features, vocab.group)
 
     def piece(part: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = F.linear(part, weight, bias).float()
         if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
+        if vocab is not None:
+            found: Tensor = vocab.log_probs(logits, wanted)
+            return found
         return -F.cross_entropy(logits, wanted, reduction="none")
 
-    found = [
+    pieces = [
         checkpoint(
             piece,
             features[at : at + size],
@@ -61,5 +69,5 @@ def target_log_probs(model: Model, batch: Batch) -> Tensor:
         for at in range(0, len(targets), size)
     ]
     return (
-        torch.cat(found) if found else hidden.float().sum() * torch.zeros(0, device=hidden.device)
+        torch.cat(pieces) if pieces else hidden.float().sum() * torch.zeros(0, device=hidden.device)
     )

@@ -190,6 +190,8 @@ class _Checker:
         for name, value in values.items():
             key = f"{section}.{name}"
             spec = self.fields[section][name]
+            if isinstance(value, bool):  # words that were once true and false
+                value = spec.metadata.get("flag", {}).get(value, value)
             value = self.value(key, value, self.hints[section][name])
             low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
             for number in value if isinstance(value, tuple) else (value,):

@@ -27,14 +27,17 @@ from pretrain.storage.opened import (
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["adapted_state", "adapter_facts", "open_adapter"]
+__all__ = ["adapted_state", "adapted_values", "adapter_facts", "open_adapter"]
 
 _PARENTS = 3  # how far above the adapter a base named by a relative path is looked for
 
 
-def adapter_facts(model: Model) -> dict[str, Any]:
-    """What our block in config.json says of the base: names and shapes, and a hash of a few values."""
-    return {"base_fingerprint": fingerprint(model), "base_sample": model.adapter.base_sample}
+def adapter_facts(model: Model, full: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What our block in config.json says of the base: names and shapes, and a hash of a few values.
+
+    ``full`` are the whole parameters, on the meta device too, where the model itself holds parts of them.
+    """
+    return {"base_fingerprint": fingerprint(model, full), "base_sample": model.adapter.base_sample}
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,6 +201,17 @@ def _line(model: Model, source: _Base, count: int, report: Any, unused: list[str
 
 def adapted_state(directory: ModelDirectory, model: Model) -> dict[str, Tensor]:
     """The state of an adapted model with the values of a checkpoint of it; see ``pretrain.checkpoint.state_of``."""
+    return {**model.state_dict(), **adapted_values(directory, model)}
+
+
+def adapted_values(
+    directory: ModelDirectory, model: Model, full: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Parameter name -> whole value, of what a checkpoint of an adapted model holds; ``full`` as in `adapter_facts`.
+
+    Raises:
+        CheckpointError: it holds no adapter, another one, or one for another base.
+    """
     path, adapter = directory.path, model.adapter
     if not directory.is_adapter:
         raise CheckpointError(f"{path} holds no adapter, and the model to be restored has one.")
@@ -210,10 +224,11 @@ def adapted_state(directory: ModelDirectory, model: Model) -> dict[str, Tensor]:
                 "old settings, or a new directory."
             )
     facts = _facts(directory.model_config())
-    if facts and facts != adapter_facts(model):
+    if facts and facts != adapter_facts(model, full):
         raise CheckpointError(
             f"{path} holds an adapter for another base than the one of the model to be restored."
         )
     tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
     verify_rest(directory, {ADAPTER_WEIGHTS: None})
-    return {**model.state_dict(), **fill(model, tensors, path / ADAPTER_WEIGHTS)}
+    shapes = None if full is None else {name: tuple(p.shape) for name, p in full.items()}
+    return fill(model, tensors, path / ADAPTER_WEIGHTS, shapes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from pretrain.storage.manifest import Manifest
 from pretrain.storage.strict_json import parse_json
 from pretrain.storage.tensors import read_tensors
 
-__all__ = ["ModelDirectory", "is_finite", "read_weights", "verify_rest"]
+__all__ = [
+    "ModelDirectory",
+    "check_index",
+    "is_finite",
+    "read_weights",
+    "refuse_non_finite",
+    "verify_rest",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,7 +44,7 @@ class ModelDirectory:
     """A model directory and, where there is one to trust, its manifest."""
 
     def __init__(self, path: Path, *, verify: bool) -> None:
-        self.path = path
+        self.path, self.verify = path, verify
         self.manifest: Manifest | None = None
         if verify and os.path.lexists(path / manifest.NAME):
             self.manifest = manifest.read_manifest(path)
@@ -124,20 +131,32 @@ def read_weights(
     tensors: dict[str, Tensor] = {}
     for name, expected in names.items():
         part = read_tensors(directory.real(name), directory.record(name), floats_to_fp32=True)
-        if expected is not None and expected != set(part):
-            wrong = sorted(expected ^ set(part))[0]
-            found = "missing" if wrong in expected else "not in the index"
-            raise CheckpointCorrupt(
-                directory.path / name, f"the tensors that {INDEX} names", f"{wrong!r} {found}"
-            )
+        check_index(directory, name, expected, part)
         for tensor_name, tensor in part.items():
-            if not is_finite(tensor):
-                raise CheckpointError(
-                    f"{directory.path / name}: tensor {tensor_name!r} holds NaN or infinity. The model diverged before "
-                    f"it was saved, or the file was converted badly; take an earlier checkpoint."
-                )
+            refuse_non_finite(directory.path / name, tensor_name, tensor)
         tensors.update(part)
     return tensors
+
+
+def check_index(
+    directory: ModelDirectory, name: str, expected: set[str] | None, found: Collection[str]
+) -> None:
+    """Raise CheckpointCorrupt unless a weight file holds exactly the tensors that an index names."""
+    if expected is not None and expected != set(found):
+        wrong = sorted(expected ^ set(found))[0]
+        what = "missing" if wrong in expected else "not in the index"
+        raise CheckpointCorrupt(
+            directory.path / name, f"the tensors that {INDEX} names", f"{wrong!r} {what}"
+        )
+
+
+def refuse_non_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if an element of a tensor of a file is NaN or infinite."""
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} holds NaN or infinity. The model diverged before "
+            f"it was saved, or the file was converted badly; take an earlier checkpoint."
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -34,7 +34,16 @@ from pretrain.storage.tensors import read_header
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["INDEX", "SINGLE", "inspect", "is_finite", "load", "state_of"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "inspect",
+    "is_finite",
+    "load",
+    "open_described",
+    "report_line",
+    "state_of",
+]
 
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -101,8 +110,6 @@ def _load(
     quiet: bool,
     base: Model | str | Path | None,
 ) -> Model:
-    from pretrain.models.base import Model
-
     directory = ModelDirectory(path, verify=verify)
     if directory.is_adapter:
         if directory.manifest is None:
@@ -115,6 +122,28 @@ def _load(
         raise CheckpointError(
             f"{path} holds no adapter, so base= has no meaning here. Leave it out."
         )
+    model, config, names = open_described(directory, head=head, tokenizer=tokenizer)
+    tensors = read_weights(directory, names)
+    verify_rest(directory, names)
+    report = model.load_disk_state(tensors)
+    model.source = str(named)
+    if not quiet:
+        note(report_line(model, config, len(tensors), report))
+    return model.eval()
+
+
+def open_described(
+    directory: ModelDirectory, *, head: str | None, tokenizer: bool
+) -> tuple[Model, dict[str, Any], Mapping[str, set[str] | None]]:
+    """What a directory with a whole model says, without its weights.
+
+    Returns:
+        The model on the meta device with its tokenizer, the content of config.json, and the weight files as
+        ``ModelDirectory.weight_files`` gives them.
+    """
+    from pretrain.models.base import Model
+
+    path, verify = directory.path, directory.verify
     if not directory.has("config.json") and directory.manifest is None:
         _refuse_half(path, {}, verify)
         directory.weight_files()
@@ -131,13 +160,7 @@ def _load(
         )
     model = Model.from_hf_config(config, head=head)
     _open_rest(model, directory, tokenizer=tokenizer)
-    tensors = read_weights(directory, names)
-    verify_rest(directory, names)
-    report = model.load_disk_state(tensors)
-    model.source = str(named)
-    if not quiet:
-        note(_report_line(model, config, len(tensors), report))
-    return model.eval()
+    return model, config, names
 
 
 def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> None:
@@ -198,7 +221,8 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
     model.tokenizer = found
 
 
-def _report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
+def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
+    """The one line that says what was read, what is fresh and what was not used."""
     parts = [f"{config.get('model_type')}: {count} tensors"]
     for label, names in (("missing", report.missing), ("unexpected", report.unexpected)):
         shown = sorted(names)[:_SHOWN] + ["..."] * (len(names) > _SHOWN)

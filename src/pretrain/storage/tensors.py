@@ -27,10 +27,15 @@ from pretrain.storage.strict_json import parse_json
 
 __all__ = [
     "LazyTensors",
+    "TensorFile",
     "TensorInfo",
+    "memory_bytes",
+    "parse_header",
     "read_header",
+    "read_header_bytes",
     "read_tensors",
     "tensor_bytes",
+    "write_order",
     "write_tensors",
 ]
 
@@ -103,6 +108,103 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
+class TensorFile:
+    """A new file that is written tensor by tensor, in the order of `order`, and hashed on the way.
+
+    Nothing is created before the whole header is known to be allowed.
+
+    Args:
+        path: must not exist yet.
+        layout: name -> shape and dtype, as tensors that may lie on the meta device.
+        slashes: allow "/" in names; for files that only pretrain reads.
+
+    Raises:
+        CheckpointError: a name or dtype the format does not allow.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, Tensor], *, slashes: bool = False) -> None:
+        self.path, self.order = path, write_order(layout)
+        self._layout, self._next = layout, 0
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in self.order:
+            tensor = layout[name]
+            if not (_SLASHED if slashes else _NAME).fullmatch(name):
+                raise CheckpointError(
+                    f"{path.name}: the tensor name {name[:80]!r} has a sign that is not allowed."
+                )
+            if (
+                tensor.dtype not in _CODES
+                or tensor.dim() > DIM_LIMIT
+                or tensor.layout != torch.strided
+            ):
+                raise _cannot_store(path, name, tensor)
+            stop = offset + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": _CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, stop],
+            }
+            offset = stop
+        text = _header_text(header)
+        self._file = HashingFile(path)
+        try:
+            self._file.write(struct.pack("<Q", len(text)) + text)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor, on any device; the next one of `order`.
+
+        Raises:
+            CheckpointError: it is on the meta device, or not of the shape and dtype that the header promises.
+        """
+        expected = self._layout[name]
+        if self.order[self._next] != name:
+            raise CheckpointError(
+                f"{self.path.name}: {name!r} is written where {self.order[self._next]!r} belongs."
+            )
+        if (
+            tensor.is_meta or tensor.dtype != expected.dtype or tensor.shape != expected.shape
+        ) and expected.numel():
+            raise _cannot_store(self.path, name, tensor)
+        self._next += 1
+        if expected.numel():
+            self._file.write(tensor_bytes(tensor))
+
+    def finish(self) -> Record:
+        """Flush to the disk, close, and return size and hash."""
+        if self._next != len(self.order):
+            raise CheckpointError(
+                f"{self.path.name}: {self.order[self._next]!r} was never written."
+            )
+        return self._file.finish()
+
+    def close(self) -> None:
+        """Close without a promise; what was written may be incomplete."""
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_order(layout: Mapping[str, Tensor]) -> list[str]:
+    """Names as they follow each other in a file: widest first, as the library does.
+
+    Every tensor then starts at a multiple of its element size.
+    """
+    return sorted(layout, key=lambda name: (-layout[name].element_size(), name))
+
+
+def _cannot_store(path: Path, name: str, tensor: Tensor) -> CheckpointError:
+    about = f"{tensor.dtype}, {tensor.dim()} dims, {tensor.device}"
+    return CheckpointError(f"{path.name}: tensor {name!r} ({about}) cannot be stored.")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = False) -> Record:
     """Write a new file durably; one tensor at a time passes through memory.
 
@@ -117,40 +219,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = 
     Raises:
         CheckpointError: a name or dtype the format does not allow.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     lazy = isinstance(tensors, LazyTensors)
     layout = tensors.layout if isinstance(tensors, LazyTensors) else tensors
-    # widest first, as the library does: every tensor then starts at a multiple of its element size
-    order = sorted(layout, key=lambda name: (-layout[name].element_size(), name))
-    offset = 0
-    for name in order:
-        tensor = layout[name]
-        if not (_SLASHED if slashes else _NAME).fullmatch(name):
-            raise CheckpointError(
-                f"{path.name}: the tensor name {name[:80]!r} has a sign that is not allowed."
-            )
-        if (
-            tensor.dtype not in _CODES
-            or tensor.dim() > DIM_LIMIT
-            or (tensor.is_meta and not lazy)
-            or tensor.layout != torch.strided
-        ):
-            raise CheckpointError(
-                f"{path.name}: tensor {name!r} ({tensor.dtype}, {tensor.dim()} dims, {tensor.device}) cannot be stored."
-            )
-        stop = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    text = _header_text(header)
-    with HashingFile(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            if layout[name].numel():
-                file.write(tensor_bytes(tensors[name]))
+    for name in () if lazy else write_order(layout):
+        if layout[name].is_meta:
+            raise _cannot_store(path, name, layout[name])
+    with TensorFile(path, layout, slashes=slashes) as file:
+        for name in file.order:
+            file.put(name, tensors[name] if layout[name].numel() else layout[name])
         return file.finish()
 
 
@@ -167,7 +243,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     descriptor, size = open_regular(path)
     try:
-        return _parse_header(path, size, _read_header_bytes(path, descriptor, size))
+        return parse_header(path, size, read_header_bytes(path, descriptor, size))
     finally:
         os.close(descriptor)
 
@@ -193,8 +269,8 @@ def read_tensors(
     try:
         if record is not None:
             record.check(path, size)
-        head = _read_header_bytes(path, descriptor, size)
-        infos = _parse_header(path, size, head, slashes)
+        head = read_header_bytes(path, descriptor, size)
+        infos = parse_header(path, size, head, slashes)
         _fits_memory(path, size)
         digest = hashlib.sha256(head)
         tensors = {}
@@ -233,7 +309,7 @@ def _fill(path: Path, descriptor: int, view: memoryview) -> Iterator[memoryview]
         view = view[count:]
 
 
-def _read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
+def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
     """The length and the header as they lie in the file."""
     start = os.read(descriptor, 8)
     if len(start) < 8:
@@ -251,7 +327,7 @@ def _read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
     return start + bytes(text)
 
 
-def _parse_header(
+def parse_header(
     path: Path, size: int, head: bytes, slashes: bool = False
 ) -> dict[str, TensorInfo]:
     """Check a header; returns the tensors in the order of their data."""

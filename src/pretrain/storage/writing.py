@@ -15,59 +15,81 @@ from pretrain.models.config import drop_code
 from pretrain.storage import directories, files, opened
 from pretrain.storage.card import readme
 from pretrain.storage.files import Record
+from pretrain.storage.sliced import SMALLEST_SHARE, spread
 from pretrain.storage.strict_json import names_only, parse_json, to_json
-from pretrain.storage.tensors import LazyTensors, write_tensors
 
 if TYPE_CHECKING:
+    from pretrain.data.tokenizer import Tokenizer
     from pretrain.models.base import Model
 
-__all__ = ["finite_json", "total_bytes", "write_model"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "finite_json",
+    "index_json",
+    "model_texts",
+    "shares",
+    "total_bytes",
+    "weight_files",
+    "write_tokenizer",
+]
+
+MAX_SHARD_BYTES = 5_000_000_000
 
 
-def write_model(
-    directory: Path,
-    model: Model,
-    config: dict[str, Any],
-    weights: LazyTensors,
-    max_shard_bytes: int,
-    *,
-    in_run: bool = False,
-) -> Iterator[tuple[str, Record]]:
-    """Write everything but the training folder; yields (name, record).
+def weight_files(
+    layout: Mapping[str, Tensor], limit: int, size: int, *, adapter: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Name of every file of weights -> shape and dtype of what goes into it.
 
     Args:
-        directory: empty.
-        model: its kind, tokenizer, generation settings and, where it has one, adapter.
+        layout: of all weights, on the meta device.
+        limit: bytes of the weights in one file, unless a single tensor is larger.
+        size: processes that write; large weights become as many files at least.
+        adapter: they are those of an adapter, which lie in one file.
+    """
+    if adapter:
+        return {opened.ADAPTER_WEIGHTS: dict(layout)}
+    if size == 1:
+        return _named(_groups(layout, limit))
+    return _named(spread(layout, max(shares(layout, size), math.ceil(total_bytes(layout) / limit))))
+
+
+def shares(layout: Mapping[str, Tensor], size: int) -> int:
+    """Over how many files a group of tensors is divided when ``size`` processes write it."""
+    return max(1, min(size, total_bytes(layout) // SMALLEST_SHARE))
+
+
+def index_json(shards: Mapping[str, Mapping[str, Tensor]], layout: Mapping[str, Tensor]) -> bytes:
+    """Content of model.safetensors.index.json."""
+    parameters = sum(tensor.numel() for tensor in layout.values())
+    weight_map = {tensor: name for name, part in shards.items() for tensor in part}
+    return to_json(
+        {
+            "metadata": {"total_size": total_bytes(layout), "total_parameters": parameters},
+            "weight_map": weight_map,
+        }
+    )
+
+
+def model_texts(
+    model: Model, config: dict[str, Any], count: int, *, in_run: bool = False
+) -> dict[str, bytes]:
+    """Name -> content of the small files of a model directory: configurations and model card.
+
+    Args:
+        model: its kind, generation settings and, where it has one, adapter.
         config: content of config.json.
-        weights: of the model, or of its adapter alone.
-        max_shard_bytes: larger weights of a whole model are split.
+        count: number of parameters.
         in_run: it is a checkpoint of a run, which always has a config.json.
     """
-    if model.adapter is None:
-        shards = _shards(weights.layout, max_shard_bytes)
-    else:
-        shards = {opened.ADAPTER_WEIGHTS: dict(weights.layout)}
-    for name, part in shards.items():
-        yield name, write_tensors(directory / name, weights.part(part))
-    if len(shards) > 1:
-        parameters = sum(tensor.numel() for tensor in weights.layout.values())
-        index = {
-            "metadata": {"total_size": total_bytes(weights.layout), "total_parameters": parameters},
-            "weight_map": {tensor: name for name, part in shards.items() for tensor in part},
-        }
-        yield opened.INDEX, files.write_file(directory / opened.INDEX, to_json(index))
     own = "config.json" if model.adapter is None or in_run else opened.ADAPTED_MODEL
     texts = {own: to_json(config)}
     if model.adapter is not None:
         texts[opened.ADAPTER_CONFIG] = to_json(adapter_config(model))
     if model.head_kind == "causal-lm":
         texts["generation_config.json"] = to_json(_generation_config(model, config))
-    count = sum(parameter.numel() for parameter in model.parameters())
     texts["README.md"] = readme(config, model.head_kind, count, model.card)
-    for name, data in texts.items():
-        yield name, files.write_file(directory / name, data)
-    if model.tokenizer is not None:
-        yield from _write_tokenizer(directory, model)
+    return texts
 
 
 def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,13 +101,18 @@ def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any
     return dict(finite_json(names_only({**ids, **drop_code(model.generation_config)})))
 
 
-def _write_tokenizer(directory: Path, model: Model) -> Iterator[tuple[str, Record]]:
-    """Let the tokenizer write its files aside, then write them durably and without absolute paths."""
+def write_tokenizer(
+    directory: Path, tokenizer: Tokenizer, *, segments: bool
+) -> Iterator[tuple[str, Record]]:
+    """Let a tokenizer write its files aside, then write them durably and without absolute paths.
+
+    Args:
+        directory: of the model.
+        tokenizer: of the model.
+        segments: the model was trained with the segments of a pair, which AutoTokenizer would leave out.
+    """
     aside = directory / "tokenizer"
-    assert model.tokenizer is not None
-    model.tokenizer.save(aside)
-    # Without this AutoTokenizer leaves out the segments of a pair, which the model was trained with.
-    segments = getattr(model.backbone.config, "type_vocab_size", 1) > 1
+    tokenizer.save(aside)
     inputs = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
     for name in sorted(os.listdir(aside)):
         data = files.read_bytes(aside / name)
@@ -95,13 +122,17 @@ def _write_tokenizer(directory: Path, model: Model) -> Iterator[tuple[str, Recor
     directories.remove_tree(aside)
 
 
-def _shards(weights: Mapping[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
-    """Split tensors over files of at most `limit` bytes, in their order; a larger tensor has its own file."""
+def _groups(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Divide tensors into groups of at most `limit` bytes, in their order; a larger tensor is alone."""
     groups: list[dict[str, Tensor]] = [{}]
     for name, tensor in weights.items():
         if groups[-1] and total_bytes(groups[-1]) + total_bytes({name: tensor}) > limit:
             groups.append({})
         groups[-1][name] = tensor
+    return groups
+
+
+def _named(groups: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     if len(groups) == 1:
         return {opened.SINGLE: groups[0]}
     return {

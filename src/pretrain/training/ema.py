@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from pretrain.parallel.regions import local
+
 __all__ = ["WeightAverage"]
 
 
@@ -25,10 +27,10 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._params = dict(module.named_parameters())
-        self._shadow = (
-            {name: p.detach().clone() for name, p in self._params.items()} if decay else {}
-        )
+        params = dict(module.named_parameters()) if decay else {}
+        # Where a parameter is shared out among processes, each keeps the average of its own part.
+        self._params = {name: local(p.detach()) for name, p in params.items()}
+        self._shadow = {name: p.clone() for name, p in self._params.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -39,7 +41,7 @@ class WeightAverage:
         if self._shadow:
             torch._foreach_lerp_(
                 list(self._shadow.values()),
-                [p.detach() for p in self._params.values()],
+                list(self._params.values()),
                 1 - min(self.decay, (1 + step) / (10 + step)),
             )
 
@@ -55,7 +57,7 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, shadow in self._shadow.items():
-            kept = self._params[name].detach().clone()
+            kept = self._params[name].clone()
             self._params[name].copy_(shadow)
             shadow.copy_(kept)
 

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from pretrain.data.loader import Examples, row_rngs
 from pretrain.errors import DataError, TrainingError
+from pretrain.objectives.base import Loss
+from pretrain.parallel.plain import from_plain, to_plain
 from pretrain.training.feed import check_batch, to_device
 from pretrain.training.precision import Precision
 
 if TYPE_CHECKING:
     from pretrain.objectives.base import Objective
+    from pretrain.parallel.strategy import Strategy
 
 __all__ = ["NoTargets", "data_stats", "evaluate_rows", "probe_loss"]
 
@@ -43,6 +46,8 @@ def evaluate_rows(
     *,
     batch_rows: int,
     limit: int = 0,
+    strategy: Strategy | None = None,
+    split: bool = True,
 ) -> dict[str, float]:
     """Evaluate an objective.
 
@@ -52,6 +57,8 @@ def evaluate_rows(
         precision: compute type and device.
         batch_rows: rows in one forward pass.
         limit: rows at most, spread evenly over the data; 0 takes all.
+        strategy: how the objective is spread over processes; None for this one alone.
+        split: the processes share the batches; else each takes all of them.
 
     Returns:
         The objective's figures (``loss`` in nats per target and what it adds), with ``targets``: plain numbers,
@@ -68,25 +75,31 @@ def evaluate_rows(
             "There are no held-out rows to evaluate on: hold out more text (data.valid)."
         )
     take = range(rows) if not limit or limit >= rows else [i * rows // limit for i in range(limit)]
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
-    count = 0.0
-    metrics: dict[str, Any] = {}
+    starts = range(0, len(take), batch_rows)
+    share, of = (0, 1)
+    if strategy is not None and split:
+        share, of = strategy.world.dp_rank, strategy.world.sizes.dp
+    found: dict[int, Loss] = {}
     was_training = objective.training
     objective.eval()
     try:
-        with torch.inference_mode():
-            for start in range(0, len(take), batch_rows):
+        with torch.inference_mode() if strategy is None else strategy.without_gradient():
+            for turn in range(-(-len(starts) // of)):
+                # All processes take every turn; who has no batch left runs one for company and forgets it.
+                k = turn * of + share
+                start = starts[k if k < len(starts) else 0]
                 part = take[start : start + batch_rows]
                 rngs = [row_rngs(_SEED, "evaluation", row, 1)[0] for row in part]
                 batch = objective.collate([data[row] for row in part], rngs, evaluation=True)
                 check_batch(batch, objective.model, "Held-out", part)
                 with precision.autocast():
-                    loss = objective(to_device(batch, precision.device))
-                total += loss.total.cpu().double()
-                count += float(loss.count)
-                _gather(metrics, loss.metrics, objective)
+                    moved = to_device(batch, precision.device)
+                    loss = objective(moved) if strategy is None else strategy.once(moved)
+                if k < len(starts):
+                    found[k] = _plain(loss)
     finally:
         objective.train(was_training)
+    total, count, metrics = _together(found, len(starts), objective, strategy if of > 1 else None)
     if count == 0:
         raise NoTargets(
             f"None of the {len(take)} held-out rows has a target, so there is nothing to evaluate. "
@@ -101,31 +114,64 @@ def evaluate_rows(
     return {key: value for key, value in plain.items() if value is not None} | {"targets": count}
 
 
-def probe_loss(objective: Objective, rows: Examples, precision: Precision) -> float | None:
+def probe_loss(
+    objective: Objective, rows: Examples, precision: Precision, strategy: Strategy | None = None
+) -> float | None:
     """Loss on the first two rows, by which a resumed run recognises its own weights; None if they have none."""
     few = [rows[i] for i in range(min(2, len(rows)))]
     try:
-        loss = evaluate_rows(objective, few, precision, batch_rows=2)["loss"]
+        figures = evaluate_rows(
+            objective, few, precision, batch_rows=2, strategy=strategy, split=False
+        )
     except NoTargets:
         return None
-    return loss if math.isfinite(loss) else None
+    return figures["loss"] if math.isfinite(figures["loss"]) else None
+
+
+def _plain(loss: Loss) -> Loss:
+    """What one batch gave, on the CPU: tensors in fp64, lists with their tensors there."""
+    metrics: dict[str, Any] = {}
+    for key, value in loss.metrics.items():
+        if isinstance(value, list | tuple):
+            metrics[key] = [v.detach().cpu() if isinstance(v, Tensor) else v for v in value]
+        else:
+            # First to the CPU: not every accelerator has fp64.
+            metrics[key] = torch.as_tensor(value).detach().cpu().double()
+    return Loss(loss.total.cpu().double(), loss.count.cpu(), metrics)
+
+
+def _together(
+    found: dict[int, Loss], batches: int, objective: Objective, strategy: Strategy | None
+) -> tuple[float, float, dict[str, Any]]:
+    """Total, targets and metrics over all batches, in their order: the same numbers on every process."""
+    if strategy is not None:
+        mine = {
+            str(k): [float(loss.total), float(loss.count), to_plain(loss.metrics)]
+            for k, loss in found.items()
+            if strategy.world.tp_rank == 0
+        }
+        found = {
+            int(k): Loss(torch.tensor(total), torch.tensor(count), from_plain(metrics))
+            for part in strategy.world.gather(mine)
+            for k, (total, count, metrics) in part.items()
+        }
+    total, count = 0.0, 0.0
+    metrics: dict[str, Any] = {}
+    for k in range(batches):
+        total += float(found[k].total)
+        count += float(found[k].count)
+        _gather(metrics, found[k].metrics, objective)
+    return total, count, metrics
 
 
 def _gather(found: dict[str, Any], metrics: Mapping[str, Any], objective: Objective) -> None:
-    """Add the metrics of one batch: tensors are summed in fp64 on the CPU, lists are joined there."""
-    for key, value in metrics.items():
+    """Add the metrics of one batch: tensors are summed, lists are joined."""
+    for key, new in metrics.items():
         before = found.get(key)
-        if isinstance(value, list | tuple):
-            moved = [v.detach().cpu() if isinstance(v, Tensor) else v for v in value]
-            if isinstance(before, list):
-                before.extend(moved)  # a copy per batch would cost the square of the rows
-                continue
-            new: Any = moved
-        else:
-            # First to the CPU: not every accelerator has fp64.
-            new = torch.as_tensor(value).detach().cpu().double()
-        if before is None:
-            found[key] = new
+        if isinstance(new, list) and isinstance(before, list):
+            before.extend(new)  # a copy per batch would cost the square of the rows
+        elif before is None:
+            found[key] = list(new) if isinstance(new, list) else new
         elif isinstance(new, Tensor) and isinstance(before, Tensor) and new.shape == before.shape:
             found[key] = before + new
         else:

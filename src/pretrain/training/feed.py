@@ -102,23 +102,33 @@ class Feed:
         loader: rows in their training order.
         batch_rows: rows in a step.
         micro_rows: rows in a micro-batch.
+        share: which part of every step is ours, and of how many: each gets neighbouring rows, all the same number.
     """
 
     def __init__(
-        self, objective: Objective, loader: Loader, *, batch_rows: int, micro_rows: int
+        self,
+        objective: Objective,
+        loader: Loader,
+        *,
+        batch_rows: int,
+        micro_rows: int,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._objective, self._loader = objective, loader
         self._batch_rows, self._micro_rows = batch_rows, micro_rows
+        self._mine = batch_rows // share[1]
+        self._first = share[0] * self._mine
 
     def step_at(self, position: int) -> list[Batch]:
-        """The micro-batches of the step whose first row is number ``position`` of the run."""
-        examples = self._loader.examples(position, self._batch_rows)
-        rngs = self._loader.rngs(position, self._batch_rows)
-        rows, batches = self.indices(position), []
-        for i in range(0, self._batch_rows, self._micro_rows):
+        """Our micro-batches of the step whose first row is number ``position`` of the run."""
+        place = position + self._first
+        examples = self._loader.examples(place, self._mine)
+        rngs = self._loader.rngs(place, self._mine)
+        rows, batches = self._loader.indices(place, self._mine), []
+        for i in range(0, self._mine, self._micro_rows):
             end = i + self._micro_rows
             batch = self._objective.collate(examples[i:end], rngs[i:end])
-            check_batch(batch, self._objective.model, "Training", rows[i:end])
+            check_batch(batch, self._objective.model, "Training", [int(r) for r in rows[i:end]])
             batches.append(batch)
         return batches
 

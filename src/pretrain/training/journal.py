@@ -22,22 +22,31 @@ class Journal:
         loggers: names of further loggers.
         about: what they are told about the run when they start.
         quiet: print nothing and show no bar; the log and the loggers get everything.
+        leads: of several processes one speaks; the others write nothing at all.
 
     Attributes:
         epoch_rows: rows of an epoch; once it is set, evaluations are also placed by epochs.
     """
 
     def __init__(
-        self, out: Path, loggers: Sequence[str], about: Mapping[str, Any], quiet: bool = False
+        self,
+        out: Path,
+        loggers: Sequence[str],
+        about: Mapping[str, Any],
+        quiet: bool = False,
+        *,
+        leads: bool = True,
     ) -> None:
-        self._out = out
-        self._loggers: list[Logger] = make_loggers(loggers, out, about)
-        self._progress = None if quiet else open_screen()
+        self._out, self._leads = out, leads
+        self._loggers: list[Logger] = make_loggers(loggers if leads else (), out, about)
+        self._progress = None if quiet or not leads else open_screen()
         self._log: RunLog | None = None
         self.epoch_rows = 0
 
     def open_log(self, keep_until: int | None) -> None:
         """Start ``log.jsonl``, or go on with its lines up to step ``keep_until``."""
+        if not self._leads:
+            return
         self._log = RunLog(self._out / "log.jsonl", keep_until)
         if self._progress is not None:
             self._progress.restore(self._log.records)

@@ -16,6 +16,7 @@ from typing import Any
 from pretrain.reporting.curves import Series, curve_svg
 from pretrain.storage.files import printable
 from pretrain.training.logging import Progress
+from pretrain.training.relay import relay
 from pretrain.training.state import RunState
 
 __all__ = ["LiveView", "open_screen"]
@@ -50,7 +51,10 @@ overflow-wrap:anywhere;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,
 
 
 def open_screen() -> Progress:
-    """The live view where a notebook's kernel runs this, else the bar."""
+    """The live view where a notebook's kernel runs this, else the bar; or what relays to the process that has them."""
+    relayed = relay()
+    if relayed is not None:
+        return relayed
     publish = _publisher()
     return Progress() if publish is None else LiveView(publish)
 

@@ -9,9 +9,9 @@ the pull goes towards the weights that were loaded, not towards zero.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
+from pretrain.parallel.regions import local
 
 __all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize"]
 
@@ -44,6 +45,16 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
+class Parts(Protocol):
+    """Where parameters are shared out among processes: how a part becomes a whole, and a whole a part."""
+
+    def assemble(self, name: str, part: Tensor) -> Tensor:
+        """The full tensor of which every process holds a part; all must come along, in one order."""
+
+    def cut_out(self, name: str, full: Tensor) -> Tensor:
+        """This process's part of a full tensor."""
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for 2-D weights; equal shapes are stepped in one batch.
 
@@ -52,6 +63,8 @@ class Muon(torch.optim.Optimizer):
         lr: spectral size of an update; multiplied by sqrt(max(1, rows / columns)).
         momentum: of the Nesterov average.
         weight_decay: decoupled.
+        parts: for parameters that are shared out; an update is of the whole matrix.
+        names: of the parameters, for ``parts``.
     """
 
     def __init__(
@@ -60,8 +73,12 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        *,
+        parts: Parts | None = None,
+        names: Mapping[Tensor, str] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._parts, self._names = parts, dict(names or {})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -71,19 +88,39 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes[tuple(p.shape)].append(p)
-            for shape, params in shapes.items():
+            for params in shapes.values():
                 for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [self.state[p]["momentum_buffer"] for p in params]
-                grads = [p.grad for p in params if p.grad is not None]
+                buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+                grads = [local(p.grad) for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                looked_ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = orthogonalize(torch.stack(looked_ahead))
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                matrices = self._wholes(
+                    params, torch._foreach_lerp(grads, buffers, group["momentum"])
+                )
+                rows, columns = matrices[0].shape
+                updates = orthogonalize(torch.stack(matrices)).unbind(0)
+                scale = max(1.0, rows / columns) ** 0.5
+                held = [local(p) for p in params]
                 if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind(0)), alpha=-group["lr"] * scale)
+                    torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(held, self._cut(params, updates), alpha=-group["lr"] * scale)
+
+    def _wholes(self, params: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        if self._parts is None:
+            return list(parts)
+        return [
+            self._parts.assemble(self._names[p], part)
+            for p, part in zip(params, parts, strict=True)
+        ]
+
+    def _cut(self, params: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
+        if self._parts is None:
+            return list(wholes)
+        return [
+            self._parts.cut_out(self._names[p], whole)
+            for p, whole in zip(params, wholes, strict=True)
+        ]
 
 
 class Optimizers:
@@ -127,7 +164,8 @@ class Optimizers:
                     # Beyond 1 the pull would overshoot the anchor, and grow from step to step.
                     share = min(1.0, group["lr"] * self._pull)
                     with torch.no_grad():
-                        torch._foreach_lerp_(held, [self._anchors[p] for p in held], share)
+                        anchors = [local(self._anchors[p]) for p in held]
+                        torch._foreach_lerp_([local(p) for p in held], anchors, share)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -170,18 +208,21 @@ class Optimizers:
             p = params[name]
             if field == "absent":
                 continue
-            if tensor.ndim and tensor.shape != p.shape:
+            if tensor.ndim and tensor.shape != local(p).shape:
                 raise CheckpointError(
                     f"The optimizer state holds {field} of {name!r} with shape {tuple(tensor.shape)}, but the "
-                    f"parameter has {tuple(p.shape)}. Use a new train.out for a changed model."
+                    f"parameter has {tuple(local(p).shape)}. Use a new train.out for a changed model."
                 )
             if field == "anchor":
                 if p in self._anchors:
-                    self._anchors[p].copy_(tensor)
+                    local(self._anchors[p]).copy_(tensor)
                 continue
             # The step counter of fused AdamW lives with the parameter, like its moments.
-            opt = owner[p]
-            opt.state[p][field] = tensor.clone().to(p.device)
+            state = tensor.clone().to(p.device)
+            if tensor.ndim and local(p) is not p:
+                state = torch.zeros_like(p.detach())
+                local(state).copy_(tensor)
+            owner[p].state[p][field] = state
         loose = [self._names[p] for p in self._anchors if f"anchor/{self._names[p]}" not in tensors]
         if tensors and loose:
             raise CheckpointError(
@@ -207,6 +248,7 @@ def build_optimizers(
     *,
     scales: Mapping[Tensor, float] | None = None,
     fresh: AbstractSet[Tensor] = frozenset(),
+    parts: Parts | None = None,
 ) -> Optimizers:
     """Group the trainable parameters of ``module`` and make their optimizers.
 
@@ -217,6 +259,7 @@ def build_optimizers(
         device: where the parameters live; fused AdamW is used where torch has it.
         scales: factors of the learning rates of parameters; 1 for those it lacks.
         fresh: parameters that were not loaded: ``optim.l2_sp`` leaves them to weight decay.
+        parts: given where parameters are shared out among processes.
 
     Raises:
         ConfigError: the optimizer is not known, or nothing is trainable.
@@ -258,5 +301,5 @@ def build_optimizers(
             )
         )
     if matrices:
-        optimizers.append(Muon(groups(matrices, settings.muon_lr)))
+        optimizers.append(Muon(groups(matrices, settings.muon_lr), parts=parts, names=names))
     return Optimizers(optimizers, names, anchors, settings.l2_sp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,28 +35,44 @@ def mean_length(data: Examples) -> float:
 
 
 def choose_micro_rows(
-    train: TrainConfig, data: Examples, objective: Objective, device: torch.device
+    train: TrainConfig,
+    data: Examples,
+    objective: Objective,
+    device: torch.device,
+    *,
+    share: int = 0,
+    even: bool = False,
 ) -> int:
     """Rows in one forward pass: as configured, else the largest divisor of the batch that fits a token budget.
 
     Rows of unequal length fit it on average, and the longest of them fit four times the budget.
 
+    Args:
+        train: settings of the batch.
+        data: whose lengths count.
+        objective: may couple the rows of a batch.
+        device: has a token budget.
+        share: rows of a batch that one process takes; all of them when 0.
+        even: choose alike for 1, 2, 4 and 8 processes, as far as the batch can be cut so.
+
     Raises:
-        ConfigError: the batch is no multiple of the micro-batch, or the objective couples its examples and the
+        ConfigError: the share is no multiple of the micro-batch, or the objective couples its examples and the
             batch would be cut.
     """
+    share = share or train.batch_rows
     rows = train.micro_rows
     if rows == 0:
+        whole = math.gcd(train.batch_rows, 8) if even else 1
         tokens = _MICRO_TOKENS.get(device.type, 8192)
         budget = max(1, min(int(tokens / mean_length(data)), 4 * tokens // row_length(data)))
-        rows = max(
-            d for d in range(1, train.batch_rows + 1) if train.batch_rows % d == 0 and d <= budget
-        )
+        most = train.batch_rows // whole if even else share
+        rows = max(d for d in range(1, most + 1) if most % d == 0 and d <= budget)
         rows = train.batch_rows if objective.couples_examples else rows
-    if train.batch_rows % rows:
-        near = [d for d in range(1, train.batch_rows + 1) if train.batch_rows % d == 0]
+    if share % rows:
+        near = [d for d in range(1, share + 1) if share % d == 0]
+        of = f" ({share} for each process)" if share != train.batch_rows else ""
         raise ConfigError(
-            f"train.batch_rows {train.batch_rows} is no multiple of train.micro_rows {rows}. "
+            f"train.batch_rows {train.batch_rows}{of} is no multiple of train.micro_rows {rows}. "
             f"micro_rows may be one of {', '.join(map(str, near))}."
         )
     if objective.couples_examples and rows != train.batch_rows:
@@ -103,10 +120,11 @@ class Plan:
         left = self.limit.value * 60 - state.seconds
         return state.step + max(0, int(left / max(seconds_per_step, 1e-6)))
 
-    def replan(self, state: RunState) -> int:
-        """Steps of the whole run as seen after a step."""
-        if self.limit.kind != "minutes":
-            return state.total_steps
+    def replan(self, state: RunState, tell: Callable[[int], int] = int) -> int:
+        """Steps of the whole run as seen after a step; clocks differ, so ``tell`` gives all processes one answer."""
+        return state.total_steps if self.limit.kind != "minutes" else tell(self._replanned(state))
+
+    def _replanned(self, state: RunState) -> int:
         now = time.monotonic()
         if self._first is None:
             self._first = (now, state.step)

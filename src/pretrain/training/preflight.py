@@ -7,16 +7,19 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from pretrain.checkpoint import check_writable, estimated_size, save_model, state_of
+from pretrain.checkpoint import check_writable, estimated_size, save_model
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
+from pretrain.parallel.regions import local
 from pretrain.storage.directories import temporary_name
+from pretrain.storage.partial import load_slices
 from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.feed import to_device
 from pretrain.training.monitor import score
@@ -40,8 +43,9 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     """
     train, state = trainer.train, trainer.state
     check_lengths(trainer)
-    parameters = sum(p.numel() for p in trainer.objective.parameters())
-    check_writable(trainer.out, checkpoint_size(trainer) * (train.keep + 1))
+    parameters = numel(trainer)
+    size = checkpoint_size(trainer) * (train.keep + 1)
+    trainer.world.lead(lambda: check_writable(trainer.out, size))
     batches = trainer.feed.step_at(state.rows)
     first_loss, seconds = trial_step(trainer, batches)
     check_monitor(trainer)
@@ -69,10 +73,17 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
 def checkpoint_size(trainer: Trainer) -> int:
     """Bytes of one checkpoint: the weights, and beside them moments, anchors and the raw weights behind an average."""
     model, optim = trainer.objective.model, trainer.optim
-    everything = sum(p.numel() for p in trainer.objective.parameters())
-    trained = sum(p.numel() for p in trainer.params)
-    floats = (2 if optim.ema else 1) * everything + (3 if optim.l2_sp else 2) * trained
+    trained = numel(trainer, trainer.params)
+    floats = (2 if optim.ema else 1) * numel(trainer) + (3 if optim.l2_sp else 2) * trained
+    # Of the model alone, and of the parts of it that lie here: `estimated_size` multiplies by the same number.
     return estimated_size(model, copies=floats / max(1, model.num_parameters()))
+
+
+def numel(trainer: Trainer, names: Iterable[str] | None = None) -> int:
+    """Elements of parameters of the objective, all of them by default, whole though they may be shared out."""
+    if names is None:
+        names = [name for name, _ in trainer.objective.named_parameters()]
+    return sum(math.prod(trainer.strategy.layout.shapes[name]) for name in names)
 
 
 def check_monitor(trainer: Trainer) -> None:
@@ -88,6 +99,8 @@ def check_monitor(trainer: Trainer) -> None:
             trainer.precision,
             batch_rows=trainer.micro_rows,
             limit=trainer.micro_rows,
+            strategy=trainer.strategy,
+            split=False,
         )
         score(figures, trainer.train.monitor)
 
@@ -123,13 +136,13 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
     Returns:
         Loss and seconds of the latter.
     """
-    count = sum(float(trainer.objective.count(batch)) for batch in batches)
-    if count == 0:
+    counts = [float(trainer.objective.count(batch)) for batch in batches]
+    if trainer.world.total([sum(counts)])[0] == 0:
         raise TrainingError(
             "No row of the first batch has a target: every label is ignored, so there is nothing to learn. Check "
             "the masking rate, the label column and that rows are longer than one token."
         )
-    usable = next(batch for batch in batches if float(trainer.objective.count(batch)) > 0)
+    usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
     largest = trainer.feed.largest()
     trainer.objective.train()
     state = torch.get_rng_state()
@@ -141,12 +154,12 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
         for batch in (usable if largest is None else largest, usable):
             start = time.perf_counter()
             with trainer.precision.autocast():
-                result = trainer.objective(to_device(batch, trainer.device))
-            result.total.backward()
-            total, count = float(result.total.detach()), float(result.count)
+                result = trainer.strategy.once(to_device(batch, trainer.device))
+            torch.autograd.backward(result.total)
+            total, count = trainer.world.total([float(result.total.detach()), float(result.count)])
             # The longest rows are no measure of the pace, and need not have a target.
             if batch is usable:
-                loss, seconds = total / count, min(seconds, time.perf_counter() - start)
+                loss, seconds = total / max(count, 1.0), min(seconds, time.perf_counter() - start)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"A forward and backward pass of {trainer.micro_rows} rows of {row_length(trainer.train_data)} tokens does "
@@ -162,6 +175,9 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
     ]
     trainer.optimizers.zero_grad()
     torch.set_rng_state(state)
+    everywhere = [set(names) for names in trainer.world.gather(untouched)]
+    trainer.strategy.untouched = frozenset(set.intersection(*everywhere))
+    trainer.strategy.uneven = set.union(*everywhere) != trainer.strategy.untouched
     if not math.isfinite(loss):
         raise TrainingError(
             f"The loss of the first batch is {loss}. The weights or the rows hold a non-finite number."
@@ -175,19 +191,29 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
 
 def check_round_trip(trainer: Trainer) -> None:
     """Save, reload and compare before anything is spent on training."""
-    model = trainer.objective.model
-    folder = temporary_name(trainer.out / "preflight", "new")
+    model, world = trainer.objective.model, trainer.world
+    layout = trainer.strategy.layout if world.size > 1 else None
+    folder = Path(world.tell(os.fspath(temporary_name(trainer.out / "preflight", "new"))))
+    mine = {name: local(p.detach()) for name, p in model.named_parameters()}
+    seen = {}
+
+    def compare(name: str, value: Tensor) -> None:
+        seen[name] = torch.equal(value, mine[name].cpu())
+
     try:
-        save_model(model, folder)
-        again = state_of(folder, model)
-        for name, tensor in model.state_dict().items():
-            if name not in again or not torch.equal(again[name].cpu(), tensor.detach().cpu()):
-                raise TrainingError(
-                    f"Saving the model and loading it again changes {name!r}. The family's name table is wrong; "
-                    "nothing was trained."
-                )
+        save_model(model, folder, layout=layout, peers=world.peers())
+        load_slices(model, folder, layout, world.peers(), compare, verified=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if world.leads:
+            shutil.rmtree(folder, ignore_errors=True)
+    changed = [name for name, part in mine.items() if part.numel() and not seen.get(name, False)]
+    failure = None
+    if changed and model.adapter is None:
+        failure = TrainingError(
+            f"Saving the model and loading it again changes {changed[0]!r}. The family's name table is wrong; "
+            "nothing was trained."
+        )
+    world.agree(failure)
 
 
 def check_resumed(trainer: Trainer, checkpoint: Path) -> str:
@@ -214,7 +240,8 @@ def describe(
     steps = trainer.plan.total_steps(seconds)
     tokens = getattr(data, "num_tokens", 0)
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
-    accumulation = train.batch_rows // trainer.micro_rows
+    sizes = trainer.strategy.choice.sizes
+    accumulation = train.batch_rows // (trainer.micro_rows * sizes.dp)
     config = trainer.objective.model.backbone.config
     per_token = 34 * config.hidden_size * len(trainer.objective.model.backbone.blocks())
     needed = 16 * parameters + per_token * trainer.micro_rows * row_length(data)
@@ -225,7 +252,8 @@ def describe(
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} tokens, {tokens:,} in all, {epochs:.2f} epochs in {steps:,} steps",
-        f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x 1 rank",
+        f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x "
+        f"{sizes.dp} rank{'s' * (sizes.dp > 1)}",
         f"schedule {optim.schedule}, {optim.name} lr {optim.lr:g}"
         + (f", Muon lr {optim.muon_lr:g}" if optim.name == "muon" else "")
         + f", warm-up {optim.warmup:g}, limit {train.limit}"

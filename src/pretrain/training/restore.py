@@ -1,4 +1,4 @@
-"""Putting the weights of a checkpoint back into the objective that wrote it."""
+"""What a checkpoint keeps of a trainer, and putting it back."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import read_training, state_of
-from pretrain.errors import CheckpointError, TrainingError
+from pretrain.checkpoint import TrainingState
+from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.objectives.base import Objective
+from pretrain.parallel.regions import Layout, local
+from pretrain.storage.partial import load_slices, read_training_slices
+from pretrain.storage.peers import ALONE, Peers
 from pretrain.training.state import RunState
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["identity", "load_weights", "other_tensors", "restore"]
+__all__ = ["identity", "load_weights", "other_tensors", "restore", "training_state"]
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:
@@ -31,14 +34,32 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def training_state(trainer: Trainer) -> TrainingState:
+    """What `restore` will need: this process's parts of the tensors, and plain values."""
+    tensors = {"optimizer": trainer.optimizers.state()}
+    if trainer.average.decay:
+        tensors["weights"] = trainer.average.other()
+    others = other_tensors(trainer.objective)
+    if others:
+        tensors["objective"] = others
+    state = {"run": trainer.state.to_json(), "identity": identity(trainer)}
+    return TrainingState(tensors=tensors, state=state)
+
+
 def restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Put a trainer where it was when the checkpoint was written.
+    """Put a trainer where it was when the checkpoint was written, by whatever number of processes that was.
+
+    Args:
+        trainer: with its model, optimizers and average in place.
+        checkpoint: as `latest_together` found it: its files are verified.
 
     Raises:
         TrainingError: the checkpoint belongs to another model, objective, data set or order.
         CheckpointError: something that resuming needs is not in it.
     """
-    training = read_training(checkpoint)
+    layout = trainer.strategy.layout if trainer.world.size > 1 else None
+    peers = trainer.world.peers()
+    training = read_training_slices(checkpoint, layout, peers, verified=True)
     now, then = identity(trainer), training.state.get("identity", {})
     for key, value in now.items():
         if then.get(key) != value:
@@ -49,7 +70,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     trainer.state = RunState.from_json(training.state["run"])
     trainer.checkpoint = checkpoint
     trainer.scaler.load(trainer.state.scale)
-    load_weights(trainer.objective, checkpoint, training.tensors.get("objective", {}))
+    others = training.tensors.get("objective", {})
+    load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)
     wanted = ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]
     for stem in wanted:
         if stem not in training.tensors:
@@ -68,30 +90,49 @@ def other_tensors(objective: Objective) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in state.items() if not name.startswith("model.")}
 
 
-def load_weights(objective: Objective, checkpoint: Path, others: Mapping[str, Tensor]) -> None:
+def load_weights(
+    objective: Objective,
+    checkpoint: Path,
+    others: Mapping[str, Tensor],
+    *,
+    layout: Layout | None = None,
+    peers: Peers = ALONE,
+    verified: bool = False,
+) -> None:
     """Take the model's weights from a checkpoint, and those of the objective's other modules from ``others``.
+
+    Args:
+        objective: what they are for.
+        checkpoint: written by any number of processes.
+        others: this process's parts.
+        layout: which parts of the parameters lie where; None: each process has all of them.
+        peers: the processes.
+        verified: the hashes of the files were compared a moment ago.
 
     Raises:
         TrainingError: the checkpoint holds another model or belongs to another objective.
     """
-    mine = objective.model.state_dict()
-    saved = state_of(checkpoint, objective.model)
-    rest = other_tensors(objective)
-    for here, there in ((mine, saved), (rest, others)):
-        for name in sorted(here.keys() ^ there.keys()):
-            where = (
-                "the checkpoint lacks it" if name in here else "the configuration does not have it"
-            )
+    try:
+        report = load_slices(objective.model, checkpoint, layout, peers, verified=verified)
+    except CheckpointCorrupt:
+        raise
+    except CheckpointError as error:
+        raise TrainingError(
+            f"{checkpoint} holds another model than the configuration. {error} Use a new train.out."
+        ) from error
+    rest = {name: local(tensor) for name, tensor in other_tensors(objective).items()}
+    here, there = {*rest, *report.missing}, {*others, *report.unexpected}
+    for name in sorted(here ^ there):
+        where = "the checkpoint lacks it" if name in here else "the configuration does not have it"
+        raise TrainingError(
+            f"{checkpoint} holds another model: {name!r}: {where}. Use a new train.out."
+        )
+    for name, tensor in others.items():
+        if tensor.shape != rest[name].shape:
             raise TrainingError(
-                f"{checkpoint} holds another model: {name!r}: {where}. Use a new train.out."
+                f"{checkpoint} holds another model: {name!r} is {tuple(tensor.shape)} there and "
+                f"{tuple(rest[name].shape)} in the configuration. Use a new train.out."
             )
-        for name, tensor in there.items():
-            if tensor.shape != here[name].shape:
-                raise TrainingError(
-                    f"{checkpoint} holds another model: {name!r} is {tuple(tensor.shape)} there and "
-                    f"{tuple(here[name].shape)} in the configuration. Use a new train.out."
-                )
-    objective.model.load_state_dict(saved)
     with torch.no_grad():
         for name, tensor in others.items():
             rest[name].copy_(tensor)

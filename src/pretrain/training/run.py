@@ -19,8 +19,10 @@ from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
-from pretrain.storage.files import note
+from pretrain.parallel.world import current_world
+from pretrain.storage.files import muted, note
 from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.launched import on_devices
 from pretrain.training.plan import row_length
 from pretrain.training.precision import choose_device, choose_precision
 from pretrain.training.state import Run
@@ -44,8 +46,16 @@ _FREE = {
     "train.best",
     "data.workers",
     "data.cache",
+    "train.async_save",
     "parallel.threads",
     "parallel.device",
+    "parallel.strategy",
+    "parallel.dp_replicate",
+    "parallel.dp_shard",
+    "parallel.tp",
+    "parallel.cpu_offload",
+    "parallel.activation_checkpointing",
+    "parallel.timeout",
 }
 # Of the sources that come with their licence; of other text only the user knows it.
 _LICENCES = {"python": "PSF-2.0"}
@@ -56,6 +66,7 @@ _VOCAB_MULTIPLE = 64
 def train(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,
+    devices: int | str = 1,
     hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
     **sections: Any,
 ) -> Run:
@@ -63,6 +74,8 @@ def train(
 
     Args:
         config: a YAML file, a mapping of sections, a ``RunConfig``, or None for the defaults.
+        devices: processes of this machine that are started for the run, also from a notebook; ``"auto"`` is one for
+            each GPU. With 1 it runs here, or as one of the processes that torchrun started.
         hooks: called after steps with a read-only record.
         **sections: overrides by section, ``data={"train": "books"}``, or by dotted key.
 
@@ -73,28 +86,34 @@ def train(
         PretrainError: a setting, the data or the output directory cannot be used; the message says what to do.
     """
     settings = RunConfig.load(config, sections or None)
-    out = Path(settings.train.out)
-    check_same_run(settings, out, say=False)
-    data = open_data(settings)
-    model = make_model(settings, data)
-    objective = build_objective(settings.objective.class_path, settings.objective.init_args, model)
-    trainer = Trainer(
-        objective,
-        data.train,
-        optim=settings.optim,
-        train=settings.train,
-        parallel=settings.parallel,
-        eval_data=data.valid,
-        hooks=hooks,
-        about=about(settings, data),
-    )
+    if devices != 1 and (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
+        return run
+    out, world = Path(settings.train.out), current_world()
+    with muted(not world.leads):
+        check_same_run(settings, out, say=False)
+        data = world.in_turn(lambda: open_data(settings, quiet=not world.leads), "prepare the data")
+        model = make_model(settings, data)
+        objective = build_objective(
+            settings.objective.class_path, settings.objective.init_args, model
+        )
+        trainer = Trainer(
+            objective,
+            data.train,
+            optim=settings.optim,
+            train=settings.train,
+            parallel=settings.parallel,
+            eval_data=data.valid,
+            hooks=hooks,
+            about=about(settings, data),
+            world=world,
+        )
 
-    def begin() -> None:
-        # Under the run's lock: a second command that is refused must not touch the settings of the first.
-        check_same_run(settings, out)
-        settings.save(out / "run.yaml")
+        def begin() -> None:
+            # Under the run's lock: a second command that is refused must not touch the settings of the first.
+            check_same_run(settings, out)
+            settings.save(out / "run.yaml")
 
-    return trainer.fit(begin)
+        return trainer.fit(begin)
 
 
 class Settings(Protocol):
@@ -152,7 +171,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def open_data(settings: RunConfig) -> Prepared:
+def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
     """The prepared directory that ``data.train`` names, or the sources it names, prepared (or found in the cache)."""
     data = settings.data
     if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
@@ -172,6 +191,7 @@ def open_data(settings: RunConfig) -> Prepared:
         separator=data.separator,
         workers=data.workers,
         cache_dir=data.cache,
+        quiet=quiet,
     )
 
 
@@ -243,6 +263,8 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
         settings.model.size,
         head=wanted,
         seed=settings.train.seed,
+        # Several processes share it out before it takes memory.
+        device="meta" if current_world().size > 1 else "cpu",
         **overrides,
     )
     model.tokenizer = tokenizer

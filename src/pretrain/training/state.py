@@ -13,7 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
+__all__ = ["SIGNALS", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
+
+
+# That ask a run to save and to stop.
+SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @dataclass
@@ -131,8 +135,7 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
         request.name = signal.Signals(number).name
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    for name in names:
+    for name in SIGNALS:
         number = getattr(signal, name)
         if signal.getsignal(number) in (signal.SIG_IGN, None):
             continue  # nohup ignores SIGHUP on purpose, and what Python did not set it cannot put back

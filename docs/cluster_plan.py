@@ -1,0 +1,209 @@
+"""Print the paper plan of docs/distributed.md: an 8 B model on 64 GPUs, out of the functions that `auto` decides by.
+
+Nothing here is measured. What is taken from elsewhere stands below with its source; the rest is arithmetic.
+
+    python docs/cluster_plan.py
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from pretrain.config import ParallelConfig
+from pretrain.parallel.estimates import (
+    Needs,
+    checkpoint_bytes,
+    flops_per_token,
+    lost_share,
+    memory,
+    save_interval,
+    step_seconds,
+    traffic,
+)
+from pretrain.parallel.sizes import Choice, Sizes, choose_sizes
+
+GIB, GB = float(1 << 30), 1e9
+HOSTS, LOCAL = 8, 8
+WORLD = HOSTS * LOCAL
+BATCH_ROWS = 512
+# NVLink of an H100 or H200, one way; InfiniBand NDR, one card for each GPU; the host's memory over PCIe 5, pinned.
+LINK, NETWORK, HOST_COPY = 450 * GB, 50 * GB, 50 * GB
+# What a shared file system takes from all hosts together: an assumption, put your own in.
+STORAGE = 20 * GB
+PEAK = 989e12
+# torchtitan, Llama-3.1-8B at 8,192 tokens on 8 H100, FSDP2, bf16: 5,762 tokens/s/GPU eager, 6,667 compiled
+# (benchmarks/llama3_h100_202412); at 128 GPUs 97.7 % of the pace at 8. In PaLM's operations:
+EAGER, COMPILED, SCALING = 0.337, 0.390, 0.977
+# Llama 3 (arXiv 2407.21783, 3.3.4): 419 unexpected interruptions in 54 days on 16,384 H100.
+FAILURES_PER_GPU_DAY = 419 / 54 / 16384
+RESTART = 600.0  # seconds from a failure to the first new step: queue, start-up, reading
+
+LLAMA = Needs(
+    parameters=8_030_261_248,
+    trainable=8_030_261_248,
+    hidden=4096,
+    layers=32,
+    intermediate=14336,
+    vocabulary=128_256,
+    row_length=8192,
+    query=4096,
+    key_value=1024,
+    gated=True,
+    tied=False,
+)
+
+GPT2 = Needs(
+    parameters=124_475_904,
+    trainable=124_475_904,
+    hidden=768,
+    layers=12,
+    intermediate=3072,
+    vocabulary=50_304,
+    row_length=1024,
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kind of GPU: bytes of memory, and what is computed again there."""
+
+    name: str
+    memory: float
+    checkpointing: str
+    micro_rows: int
+
+
+H100 = Machine("H100 80 GB", 79 * GIB, "selective", 1)
+H200 = Machine("H200 141 GB", 139 * GIB, "off", 1)
+
+
+def plan(machine: Machine) -> tuple[Needs, Choice]:
+    """What `parallel.strategy=auto` makes of the model on 64 of these."""
+    needs = replace(LLAMA, checkpointing=machine.checkpointing)
+    choice = choose_sizes(
+        ParallelConfig(),
+        WORLD,
+        batch_rows=BATCH_ROWS,
+        micro_rows=machine.micro_rows,
+        needs=needs,
+        possible_tp=(1, 2, 4, 8),
+        device_memory=machine.memory,
+        local=LOCAL,
+    )
+    return needs, choice
+
+
+def rows_of(machine: Machine) -> dict[str, str]:
+    """One column of the table."""
+    needs, choice = plan(machine)
+    sizes, part = choice.sizes, choice.memory
+    assert part is not None
+    tokens = machine.micro_rows * needs.row_length
+    steps = BATCH_ROWS // sizes.dp // machine.micro_rows
+    moved = traffic(needs, sizes, choice.strategy, tokens, steps, local=LOCAL, whole=choice.whole)
+    work = flops_per_token(needs) * tokens * steps
+    seconds = {
+        name: step_seconds(work, moved, peak=PEAK, efficiency=share, link=LINK, network=NETWORK)
+        for name, share in (("eager", EAGER), ("compiled", COMPILED))
+    }
+    mfu = {name: work / PEAK / value * SCALING for name, value in seconds.items()}
+    pace = BATCH_ROWS * needs.row_length / seconds["compiled"] * SCALING
+    hidden, _ = moved.seconds(LINK, NETWORK)
+    saved = checkpoint_bytes(needs)
+    # Of the copies of a part, one process gives it: with several copies of the model most come from the first.
+    given = saved / (sizes.dp_shard * sizes.tp)
+    stall = given / HOST_COPY
+    between = 86400 / (FAILURES_PER_GPU_DAY * WORLD)
+    write = saved / STORAGE
+    every = {"async": save_interval(stall, between), "sync": save_interval(write, between)}
+    chosen = max(every["async"], 2 * write, 600.0)
+    lost = lost_share(stall, chosen, RESTART, between)
+    lost_sync = lost_share(write, every["sync"], RESTART, between)
+    sharding = part.weights + part.gradients + part.moments
+    return {
+        "strategy chosen by auto": f"{choice.strategy}, {sizes} (dp_replicate x dp_shard x tp)",
+        "activation_checkpointing": machine.checkpointing,
+        "batch": f"{BATCH_ROWS} rows = {machine.micro_rows} micro x {steps} accumulated x {sizes.dp} ranks, "
+        f"{BATCH_ROWS * needs.row_length / 1e6:.1f} M tokens",
+        "memory: weights, gradients, moments": f"{sharding / GIB:.1f} GiB",
+        "memory: gathered blocks and embeddings": f"{part.gathered / GIB:.1f} GiB",
+        "memory: activations": f"{part.activations / GIB:.1f} GiB",
+        "memory: loss over the vocabulary": f"{part.logits / GIB:.1f} GiB",
+        "memory: sum, of what there is": f"{part.total / GIB:.1f} of {machine.memory / GIB:.0f} GiB "
+        f"({part.total / machine.memory:.0%})",
+        "sent per GPU and step: weights (NVLink)": f"{moved.gather / GB:.0f} GB",
+        "sent per GPU and step: gradients (NVLink)": f"{moved.reduce / GB:.0f} GB",
+        "sent per GPU and step: sums over copies (InfiniBand)": f"{moved.average / moved.members[1] / GB:.1f} GB",
+        "all that, seconds": f"{hidden:.2f}, of a step of {seconds['compiled']:.1f}: hidden behind the work",
+        "operations per token (PaLM)": f"{flops_per_token(needs) / 1e9:.1f} GFLOP",
+        "step: compiled, eager": f"{seconds['compiled']:.1f} s, {seconds['eager']:.1f} s",
+        "MFU expected: compiled, eager": f"{mfu['compiled']:.1%}, {mfu['eager']:.1%}",
+        "pace, compiled": f"{pace / WORLD:,.0f} tokens/s/GPU, {pace * 86400 / 1e9:.0f} G tokens a day",
+        "checkpoint": f"{saved / GB:.1f} GB, {saved / WORLD / GB:.2f} GB written by each process",
+        "time to write it": f"{write:.1f} s at {STORAGE / GB:.0f} GB/s",
+        "stall with async_save": f"{stall:.2f} s ({given / GB:.0f} GB to the host at {HOST_COPY / GB:.0f} GB/s)",
+        "failures a day": f"{86400 / between:.3f}, one in {between / 86400:.0f} days",
+        "best interval (Young/Daly): sync, async": f"{every['sync'] / 60:.0f} min, {every['async'] / 60:.0f} min",
+        "save_every": f"{10 * math.ceil(chosen / seconds['compiled'] / 10)} steps ({chosen / 60:.0f} min)",
+        "time lost to saving and failures: sync, async": f"{lost_sync:.2%}, {lost:.2%}",
+    }
+
+
+def table() -> str:
+    """The plan as Markdown."""
+    columns = [(machine.name, rows_of(machine)) for machine in (H100, H200)]
+    lines = ["| | " + " | ".join(f"64 x {name}" for name, _ in columns) + " |", "|---|---|---|"]
+    for key in columns[0][1]:
+        lines.append(f"| {key} | " + " | ".join(rows[key] for _, rows in columns) + " |")
+    return "\n".join(lines)
+
+
+def alternatives() -> str:
+    """What other meshes would cost on the first machine, as Markdown."""
+    lines = [
+        "| strategy, mesh | memory per GPU | seconds of traffic hidden | seconds waited for | step |",
+        "|---|---|---|---|---|",
+    ]
+    meshes = [
+        ("ddp", Sizes(64, 1, 1)),
+        ("fsdp", Sizes(8, 8, 1)),
+        ("fsdp", Sizes(1, 64, 1)),
+        ("fsdp", Sizes(8, 4, 2)),
+        ("fsdp", Sizes(8, 1, 8)),
+    ]
+    needs, _ = plan(H100)
+    for strategy, sizes in meshes:
+        steps = BATCH_ROWS // sizes.dp // H100.micro_rows
+        tokens = H100.micro_rows * needs.row_length
+        moved = traffic(needs, sizes, strategy, tokens, steps, local=LOCAL)
+        hidden, waited = moved.seconds(LINK, NETWORK)
+        work = flops_per_token(needs) * tokens * steps / sizes.tp
+        seconds = step_seconds(
+            work, moved, peak=PEAK, efficiency=COMPILED, link=LINK, network=NETWORK
+        )
+        total = memory(needs, sizes, strategy, tokens).total
+        fits = "" if total <= 0.8 * H100.memory else ", does not fit"
+        lines.append(
+            f"| {strategy}, {sizes} | {total / GIB:.0f} GiB{fits} | {hidden:.2f} | {waited:.2f} | {seconds:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def reasons() -> str:
+    """What a run says of its choice: GPT-2 on one host of H100, and the plan's model on all hosts."""
+    small = choose_sizes(
+        ParallelConfig(),
+        LOCAL,
+        batch_rows=480,
+        micro_rows=30,
+        needs=GPT2,
+        device_memory=H100.memory,
+    )
+    return f"{small.reason}\n{plan(H100)[1].reason}"
+
+
+if __name__ == "__main__":
+    print(table(), end="\n\n")
+    print(alternatives(), end="\n\n")
+    print(reasons())

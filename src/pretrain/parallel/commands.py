@@ -1,0 +1,23 @@
+"""The command ``doctor``: its options, and the one function that it calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["add_doctor", "doctor"]
+
+
+def add_doctor(parser: Any) -> None:
+    """Declare the options of ``pretrain doctor``."""
+    add = parser.add_argument
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add("--out", type=str | None, default=None, help="run directory that all processes must see")
+    add("--timeout", type=float, default=60.0, help="seconds for each attempt to talk")
+    add("--json", action="store_true", help="print JSON")
+
+
+def doctor(args: Any) -> int:
+    """Examine, print, and say with the exit code whether something is wrong."""
+    from pretrain.parallel.doctor import doctor as examine
+
+    return examine(args.device, out=args.out, as_json=args.json, seconds=args.timeout)

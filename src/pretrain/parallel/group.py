@@ -1,0 +1,62 @@
+"""Tensors and plain values from process to process, over a group of `torch.distributed`; nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Peers", "gather_json"]
+
+
+class Peers:
+    """Tensors and plain values between processes, on the CPU; what `pretrain.storage` asks for."""
+
+    def __init__(self, rank: int, size: int, group: Any) -> None:
+        self.rank, self.size, self._group = rank, size, group
+        self._sent: list[tuple[Any, Tensor]] = []
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Start to send a contiguous tensor, of any type; it must not be changed before ``settle``."""
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        work = dist.isend(_bytes(tensor), to, group=self._group)
+        if work is not None:
+            self._sent.append((work, tensor))
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """Fill a contiguous tensor with what the other sends next."""
+        dist.recv(_bytes(tensor), source, group=self._group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's plain value, by rank."""
+        return [value] if self.size == 1 else gather_json(value, self.size, self._group)
+
+    def settle(self) -> None:
+        """Wait until everything sent has been received."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: not every backend knows every type of number."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def gather_json(value: Any, size: int, group: Any) -> list[Any]:
+    """All-gather of a plain value as JSON bytes."""
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(data)] = data
+    found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(found, padded, group=group)
+    return [
+        json.loads(bytes(part[: int(length)].tolist()))
+        for part, length in zip(found, lengths, strict=True)
+    ]

@@ -1,0 +1,47 @@
+"""Values that processes tell each other: JSON that holds tensors and tuples, and nothing that could run code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["from_plain", "to_plain"]
+
+
+def to_plain(value: Any) -> Any:
+    """A value of tensors, texts, numbers, lists, tuples and mappings as JSON; every bit of a number is kept.
+
+    Raises:
+        TypeError: something else is in it.
+    """
+    if isinstance(value, Tensor):
+        data = value.double() if value.is_floating_point() else value
+        kind = str(value.dtype).removeprefix("torch.")
+        return {"$tensor": [kind, list(value.shape), data.reshape(-1).tolist()]}
+    if isinstance(value, tuple):
+        return {"$tuple": [to_plain(item) for item in value]}
+    if isinstance(value, list):
+        return [to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {"$dict": [[to_plain(k), to_plain(v)] for k, v in value.items()]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "item"):  # a number of numpy
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} cannot be sent to another process")
+
+
+def from_plain(value: Any) -> Any:
+    """Inverse of ``to_plain``."""
+    if isinstance(value, list):
+        return [from_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        kind, shape, data = value["$tensor"]
+        return torch.tensor(data, dtype=getattr(torch, kind), device="cpu").reshape(shape)
+    if "$tuple" in value:
+        return tuple(from_plain(item) for item in value["$tuple"])
+    return {from_plain(k): from_plain(v) for k, v in value["$dict"]}

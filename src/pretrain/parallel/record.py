@@ -1,0 +1,178 @@
+"""What is said and written when a process of a run is lost: one record, the same from everybody.
+
+Stacks name files the way Python imports them, never by their place on this machine: the record may be passed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import re
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from pretrain.storage.directories import temporary_name
+from pretrain.storage.files import printable
+
+__all__ = [
+    "FILE",
+    "Record",
+    "describe",
+    "is_waiting",
+    "main_stack",
+    "process_state",
+    "say",
+    "stack_of",
+    "write",
+]
+
+FILE = "failure.json"
+Record = dict[str, Any]
+
+_FRAMES, _TEXT = 60, 12_000  # of one stack: frames, characters
+_SHOWN = 8  # frames of one's own stack on stderr
+_REMEDIES = {
+    "died": "It was killed or it crashed: see its own output, and `dmesg` of its host for the out-of-memory killer.",
+    "silent": "Its process is stopped, its host is off, or the network between the hosts is cut.",
+    "hung": "Its stack shows where. If that work may take so long, raise parallel.timeout.",
+    "raised": "What it says is the first failure; failures of other processes follow from it.",
+}
+# What stands in the innermost line of Python of a process that waits for others (the rest is in C++).
+_WAITS = re.compile(
+    r"\.wait\(|\.(item|tolist|synchronize|backward)\(|all_reduce|all_gather|all_to_all|reduce_scatter|broadcast|"
+    r"barrier|run_backward|\b(i?send|i?recv)\(|dist\.gather|dist\.scatter"
+)
+
+
+def main_stack() -> str:
+    """The stack of the main thread, innermost frame last."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return stack_of(frame)
+
+
+def stack_of(innermost: FrameType | TracebackType | None) -> str:
+    """A stack, or the way of an exception, as text: ``module/file.py:line function: source``, innermost last."""
+    lines: list[str] = []
+    if isinstance(innermost, TracebackType):
+        way: TracebackType | None = innermost
+        while way is not None:
+            lines.append(_line(way.tb_frame, way.tb_lineno))
+            way = way.tb_next
+    else:
+        frame = innermost
+        while frame is not None and len(lines) < _FRAMES:
+            lines.append(_line(frame, frame.f_lineno))
+            frame = frame.f_back
+        lines.reverse()
+    return "\n".join(lines[-_FRAMES:])[-_TEXT:]
+
+
+def _line(frame: FrameType, number: int) -> str:
+    file = frame.f_code.co_filename
+    source = linecache.getline(file, number, frame.f_globals).strip()[:160]
+    return f"{_module_path(file)}:{number} {frame.f_code.co_name}: {source}"
+
+
+def _module_path(file: str) -> str:
+    if not os.path.isabs(file):
+        return file
+    roots = [root for root in map(os.path.abspath, filter(None, sys.path)) if root != os.sep]
+    below = [file[len(root) + 1 :] for root in roots if file.startswith(root + os.sep)]
+    return min(below, key=len) if below else os.path.basename(file)
+
+
+def is_waiting(stack: str) -> bool:
+    """Whether a stack looks like that of a process that waits for others inside a collective operation."""
+    last = stack.rsplit("\n", 1)[-1]
+    return "torch/distributed/" in last or _WAITS.search(last.partition(": ")[2]) is not None
+
+
+def process_state(pid: int) -> str:
+    """What Linux says of a process of this host that does not run, e.g. "stopped by a signal"; "" for others."""
+    known = {
+        "T": "stopped by a signal",
+        "t": "stopped by a debugger",
+        "D": "in uninterruptible input or output",
+        "Z": "dead, not yet collected by its parent",
+    }
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return known.get(text.rpartition(")")[2].split()[0], "")
+
+
+def describe(record: Mapping[str, Any], size: int) -> str:
+    """The record as a sentence, with the remedy."""
+    others = "".join(f" Rank {one['rank']} too: {one['what']}." for one in record.get("also", ()))
+    return (
+        f"Rank {record['rank']} of {size} (host {record['host']}, process {record['pid']}) was lost in phase "
+        f"{record['phase']!r} of step {record['step']}: {record['what']}.{others} "
+        f"{_REMEDIES.get(str(record.get('kind')), '')}"
+    )
+
+
+def say(record: Mapping[str, Any], rank: int, size: int, own: str, code: int) -> None:
+    """Print the record to stderr: a sentence, the record in JSON (the same on all ranks), and our own stack.
+
+    It goes around Python's buffers, which the stuck main thread may hold.
+    """
+    lines = [
+        "",
+        f"error: {describe(record, size)}",
+        f"first failure: {json.dumps({k: v for k, v in record.items() if k != 'stacks'})}",
+    ]
+    stack = str(record.get("stack", ""))
+    if stack:
+        lines += [f"stack of rank {record['rank']}:", *(f"  {line}" for line in stack.split("\n"))]
+    if own and record["rank"] != rank:
+        lines += [f"rank {rank} was at:", *(f"  {line}" for line in own.split("\n")[-_SHOWN:])]
+    lines.append(
+        f"rank {rank} stops with exit code {code}. The same command again goes on from the last checkpoint."
+    )
+    data = ("\n".join(map(printable, lines)) + "\n").encode("utf-8", "replace")
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]
+
+
+def write(run_dir: Path, record: Record, stacks: Mapping[int, str]) -> None:
+    """Write the record as ``failure.json``, in one step, unless that of this failure is there already.
+
+    Args:
+        run_dir: the run directory; nothing is made where there is none.
+        record: what is known.
+        stacks: of the main threads by rank; equal ones are written once.
+    """
+    path = run_dir / FILE
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(path.read_bytes()[: 4 << 20]).get("run") == record.get("run"):
+            return
+    same = defaultdict(list)
+    for rank, stack in sorted(stacks.items()):
+        same[stack].append(rank)
+    whole = record | {"stacks": [{"ranks": r, "stack": s.split("\n")} for s, r in same.items()]}
+    text = json.dumps(_without_places(whole), indent=2, ensure_ascii=True)
+    temporary = temporary_name(path, "new")
+    with contextlib.suppress(OSError):
+        try:
+            temporary.write_text(text + "\n")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _without_places(value: Any) -> Any:
+    """Cut absolute paths inside texts down to their last component."""
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w./])(?:~?/|file:/)[^\s:,'\"]*/([^\s/:,'\"]+)", r"\1", value)
+    if isinstance(value, Mapping):
+        return {key: _without_places(one) for key, one in value.items()}
+    return [_without_places(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,370 @@
+"""Sizes of the mesh: what was set, what is left, and what `auto` makes of a model, a batch and a machine.
+
+The global batch is what the settings say, on any number of processes; a number that cannot share it is refused, with
+those that can. Nothing here needs `torch.distributed`. Memory is estimated by `pretrain.parallel.estimates`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pretrain.config import ParallelConfig
+from pretrain.errors import ConfigError
+from pretrain.parallel.estimates import Memory, Needs, Sizes, keeps_whole, memory
+
+__all__ = [
+    "Choice",
+    "Needs",
+    "Sizes",
+    "check_batch",
+    "choose_sizes",
+    "host_memory",
+    "possible_worlds",
+]
+
+# Share of a device's memory that an estimate may fill: the allocator, the kernels and the collectives want the rest.
+USABLE = 0.8
+_GIB = float(1 << 30)
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs: the mesh, how gradients become one, and why, in one line.
+
+    Attributes:
+        sizes: of the mesh.
+        strategy: ``single``, ``ddp`` or ``fsdp``.
+        reason: the arithmetic, or what was configured.
+        whole: fsdp holds whole weights and gradients between the micro-batches of a step.
+        memory: of one device, estimated.
+    """
+
+    sizes: Sizes
+    strategy: str
+    reason: str
+    whole: bool = False
+    memory: Memory | None = None
+
+
+def choose_sizes(
+    settings: ParallelConfig,
+    world: int,
+    *,
+    batch_rows: int,
+    micro_rows: int,
+    needs: Needs,
+    possible_tp: Sequence[int] = (1,),
+    couples_examples: bool = False,
+    device_memory: float | None = None,
+    local: int = 0,
+) -> Choice:
+    """Sizes and strategy for ``world`` processes.
+
+    Args:
+        settings: the ``parallel`` section.
+        world: processes.
+        batch_rows: rows of a global batch.
+        micro_rows: rows of a forward pass; 0 leaves them free. With ``reproducible``, the rows that one process alone
+            would take.
+        needs: of the model and its batch; ``checkpointing`` and ``device`` as they will be.
+        possible_tp: into how many pieces the model's matrices can be cut, 1 among them.
+        couples_examples: the loss compares the rows of a batch with each other.
+        device_memory: bytes that one process may use; None if not known.
+        local: processes of one host; 0 is all of them.
+
+    Raises:
+        ConfigError: the sizes do not multiply to ``world``, the batch cannot be shared, the model cannot be cut so, or
+            two settings exclude each other. The message lists what is possible.
+    """
+    local = min(local or world, world)
+    _check_tp(settings, world, possible_tp)
+    sizes = _configured(settings, world)
+    check_batch(world, settings.tp, batch_rows, micro_rows, couples=couples_examples)
+    if settings.reproducible:
+        _check_reproducible(settings, world, batch_rows, micro_rows)
+    _check_offload(settings, needs)
+    plan = _Plan(settings, world, local, needs, device_memory)
+    plan.tokens = _tokens(needs, micro_rows, batch_rows // (world // settings.tp))
+    plan.trees = 0
+    if settings.reproducible:
+        count = batch_rows // (micro_rows or 1) // (world // settings.tp)
+        plan.trees = max(1, count).bit_length()
+    choice = plan.choose(sizes)
+    return replace(choice, reason=choice.reason + plan.advice(choice))
+
+
+@dataclass
+class _Plan:
+    """The arithmetic behind a choice, over one run on one machine."""
+
+    settings: ParallelConfig
+    world: int
+    local: int
+    needs: Needs
+    budget: float | None
+    tokens: int = 0
+    trees: int = 0
+
+    def made(self, sizes: Sizes, strategy: str, reason: str) -> Choice:
+        """A choice with its estimate."""
+        whole = strategy == "fsdp" and not self.settings.cpu_offload and self.holds(sizes.tp)
+        return Choice(sizes, strategy, reason, whole, self.memory(sizes, strategy))
+
+    def holds(self, tp: int) -> bool:
+        return self.budget is not None and keeps_whole(self.needs, tp, self.budget)
+
+    def memory(self, sizes: Sizes, strategy: str, needs: Needs | None = None) -> Memory:
+        return memory(
+            needs or self.needs,
+            sizes,
+            strategy,
+            self.tokens,
+            whole=self.holds(sizes.tp) and not self.settings.cpu_offload,
+            offload=self.settings.cpu_offload,
+            trees=self.trees,
+        )
+
+    def fits(self, sizes: Sizes, strategy: str, needs: Needs | None = None) -> bool:
+        """Unknown memory counts as enough."""
+        room = math.inf if self.budget is None else USABLE * self.budget
+        return self.memory(sizes, strategy, needs).total <= room
+
+    def choose(self, fixed: Sizes | None) -> Choice:
+        """The configured strategy, or the first of single, ddp, hybrid and plain fsdp that fits."""
+        settings, tp = self.settings, self.settings.tp
+        dp = self.world // tp
+        wanted = settings.strategy
+        if wanted == "auto" and (settings.cpu_offload or (fixed and fixed.dp_shard > 1)):
+            wanted = "fsdp"
+        if wanted == "fsdp":
+            sizes = fixed or self.sharded(dp, tp)
+            return self.made(sizes, "fsdp", f"fsdp as configured: {self.arithmetic(sizes, 'fsdp')}")
+        copies = Sizes(dp, 1, tp)
+        name = "ddp" if dp > 1 else "single"
+        if dp == 1:
+            return self.made(copies, name, f"{self.arithmetic(copies, name)}")
+        if wanted == "ddp" or settings.reproducible or (fixed and fixed.dp_replicate == dp):
+            why = "for reproducible sums" if settings.reproducible else "as configured"
+            return self.made(copies, name, f"ddp {why}: {self.arithmetic(copies, name)}")
+        sizes = self.sharded(dp, tp)
+        needed = self.memory(copies, name).total
+        if self.fits(copies, name) or sizes.dp_shard == 1:
+            saved = needed - self.memory(Sizes(1, dp, tp), "fsdp").total
+            reason = f"ddp: {self.arithmetic(copies, name)}"
+            if saved > 0.05 * needed:
+                reason += f"; fsdp would save {_gib(saved)}"
+            return self.made(copies, name, reason)
+        reason = f"fsdp over {sizes.dp_shard}: {self.arithmetic(sizes, 'fsdp')}, ddp {_gib(needed)}"
+        if sizes.dp_replicate > 1:
+            reason += f"; {sizes.dp_replicate} copies"
+        return self.made(sizes, "fsdp", reason)
+
+    def sharded(self, dp: int, tp: int) -> Sizes:
+        """The fewest parts that fit and lie inside a host, else over all processes."""
+        inside = max(1, self.local // tp)
+        fewest = [s for s in range(2, min(inside, dp) + 1) if dp % s == 0 and inside % s == 0]
+        for shard in fewest if self.budget is not None else fewest[-1:]:
+            if self.fits(Sizes(dp // shard, shard, tp), "fsdp"):
+                return Sizes(dp // shard, shard, tp)
+        return Sizes(1, dp, tp)
+
+    def arithmetic(self, sizes: Sizes, strategy: str) -> str:
+        """How much of how much."""
+        of = "" if self.budget is None else f" of {_gib(self.budget)}"
+        return f"{_gib(self.memory(sizes, strategy).total)}{of} GiB needed per process"
+
+    def advice(self, choice: Choice) -> str:
+        """What would make it fit, if it does not."""
+        if self.budget is None or self.fits(choice.sizes, choice.strategy):
+            return ""
+        found = []
+        for mode in ("selective", "full"):
+            other = replace(self.needs, checkpointing=mode)
+            better = other.checkpointing != self.needs.checkpointing
+            if better and self.fits(choice.sizes, choice.strategy, other):
+                found.append(f"parallel.activation_checkpointing={mode}")
+                break
+        short = replace(self, tokens=min(self.tokens, self.needs.row_length))
+        if short.tokens < self.tokens and short.fits(choice.sizes, choice.strategy):
+            found.append("train.micro_rows=1")
+        if choice.strategy == "ddp" and self.fits(
+            Sizes(1, choice.sizes.dp, choice.sizes.tp), "fsdp"
+        ):
+            found.append("parallel.strategy=fsdp")
+        tips = (
+            " or ".join(found)
+            if found
+            else (
+                "more processes with fsdp, parallel.tp, parallel.activation_checkpointing=full, parallel.cpu_offload"
+            )
+        )
+        return f"; that may not fit, try {tips}"
+
+
+# --------------------------------------------------------------------------------------------- what cannot be
+
+
+def _check_tp(settings: ParallelConfig, world: int, possible: Sequence[int]) -> None:
+    tp = settings.tp
+    fitting = sorted({n for n in possible if world % n == 0} | {1})
+    if tp not in possible and tp != 1:
+        raise ConfigError(
+            f"parallel.tp is {tp}, but with this model it may be {_listed(sorted({1, *possible}))}: heads, groups of "
+            "keys and the feed-forward layer must come out even."
+        )
+    if world % tp:
+        raise ConfigError(
+            f"parallel.tp is {tp}, which does not divide the {world} processes. With {world} it may be "
+            f"{_listed(fitting)}."
+        )
+
+
+def _configured(settings: ParallelConfig, world: int) -> Sizes | None:
+    """The sizes that the settings fix, as far as they do; None leaves data parallelism open."""
+    replicate, shard, tp = settings.dp_replicate, settings.dp_shard, settings.tp
+    dp = world // tp
+    if settings.strategy == "ddp" and shard > 1:
+        raise ConfigError(
+            f"parallel.strategy is ddp, where each process holds the whole model, but parallel.dp_shard is {shard}. "
+            "Set the strategy to fsdp, or leave dp_shard out."
+        )
+    if not replicate and not shard:
+        return None
+    product = replicate * (1 if settings.strategy == "ddp" else shard)
+    uneven = dp % (replicate or 1) or dp % (shard or 1)
+    if uneven or (product and product != dp):
+        names = {"dp_replicate": replicate, "dp_shard": shard, "tp": tp}
+        given = " x ".join(f"{key} {value}" for key, value in names.items() if value)
+        raise ConfigError(
+            f"parallel: {given} does not make {world} processes: dp_replicate x dp_shard x tp must be {world}. "
+            f"With tp {tp}, (dp_replicate, dp_shard) may be {_pairs(dp)}; 0 is what is left."
+        )
+    return Sizes(replicate or dp // shard, shard or dp // replicate, tp)
+
+
+def check_batch(world: int, tp: int, batch: int, micro: int, *, couples: bool = False) -> None:
+    """Refuse a global batch that ``world`` processes cannot share alike.
+
+    Args:
+        world: processes, ``tp`` of which see the same rows.
+        tp: see there.
+        batch: rows of the global batch.
+        micro: rows of a forward pass; 0 leaves them free.
+        couples: the loss compares the rows of a batch with each other.
+
+    Raises:
+        ConfigError: it lists the numbers of processes and the batches near this one that can be.
+    """
+    dp = world // tp
+    if couples and dp > 1:
+        raise ConfigError(
+            "The objective compares the rows of a batch with each other, so a batch cannot be shared out: use one "
+            f"process, or set parallel.tp to {world} if the model can be cut so."
+        )
+    if batch % dp == 0 and (not micro or batch // dp % micro == 0):
+        return
+    unit = dp * (micro or 1)
+    near = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
+    each = f" in micro-batches of {micro}" if micro else ""
+    also = f", each {tp} times for parallel.tp" if tp > 1 else ""
+    worlds = [n * tp for n in possible_worlds(batch, micro)]
+    raise ConfigError(
+        f"A global batch of {batch} rows{each} cannot be shared by {dp} processes alike: it must not depend on their "
+        f"number. Possible numbers of processes{also} are {_listed(worlds, around=world)}; with {world}, "
+        f"train.batch_rows may be {_listed(near)}."
+        + (" Or set train.micro_rows to 0." if micro and batch % dp == 0 else "")
+    )
+
+
+def possible_worlds(batch_rows: int, micro_rows: int = 0) -> list[int]:
+    """Numbers of processes that can share a global batch, each with the same whole micro-batches."""
+    micro = micro_rows or 1
+    if batch_rows % micro:
+        return []
+    return sorted(_divisors(batch_rows // micro))
+
+
+def _check_reproducible(settings: ParallelConfig, world: int, batch: int, micro: int) -> None:
+    if settings.strategy == "fsdp" or settings.tp > 1 or settings.dp_shard > 1:
+        other = f"tp {settings.tp}" if settings.tp > 1 else "fsdp"
+        raise ConfigError(
+            f"parallel.reproducible adds gradients in one fixed order, which {other} cannot do: it needs ddp. Leave "
+            "parallel.strategy, dp_shard and tp as they are by default, or leave reproducible out."
+        )
+    count = batch // micro if micro else batch
+    if world & (world - 1) or count % world:
+        fitting = [n for n in possible_worlds(batch, micro) if n & (n - 1) == 0]
+        raise ConfigError(
+            f"parallel.reproducible needs a number of processes that is a power of two and divides the {count} "
+            f"micro-batches of a global batch; {world} is not. It may be {_listed(fitting)}."
+        )
+
+
+def _check_offload(settings: ParallelConfig, needs: Needs) -> None:
+    if not settings.cpu_offload:
+        return
+    if settings.strategy == "ddp" or settings.reproducible:
+        raise ConfigError(
+            "parallel.cpu_offload moves the parts that fsdp cuts to the host; ddp and reproducible runs cut nothing. "
+            "Set parallel.strategy to fsdp, or leave cpu_offload out."
+        )
+    if needs.device != "cuda":
+        raise ConfigError(
+            f"parallel.cpu_offload spares the memory of a GPU, and this run is on {needs.device}. Leave it out."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- parts
+
+
+def _tokens(needs: Needs, micro_rows: int, rows: int) -> int:
+    """Tokens of a micro-batch on one device: of its rows, or, where these are free, as many as are usual."""
+    if micro_rows:
+        return micro_rows * needs.row_length
+    return min(needs.micro_tokens or needs.row_length, max(1, rows) * needs.row_length)
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:.1f}" if count >= _GIB else f"{count / _GIB:.2g}"
+
+
+def _divisors(number: int) -> Iterator[int]:
+    for low in range(1, math.isqrt(number) + 1):
+        if number % low == 0:
+            yield low
+            if low != number // low:
+                yield number // low
+
+
+def _pairs(dp: int) -> str:
+    pairs = [f"({dp // s}, {s})" for s in sorted(_divisors(dp))]
+    return ", ".join(pairs[:_SHOWN]) + ", ..." * (len(pairs) > _SHOWN)
+
+
+def _listed(numbers: Sequence[int], around: int = 0) -> str:
+    """The numbers, at most a few: the nearest to ``around``."""
+    if not numbers:
+        return "none"
+    kept = sorted(
+        sorted(numbers, key=lambda n: abs(n - around))[:_SHOWN] if around else numbers[:_SHOWN]
+    )
+    return ", ".join(f"{n:,}" for n in kept) + ", ..." * (len(kept) < len(numbers))
+
+
+def host_memory() -> float | None:
+    """Bytes of memory of this host, or of the container that we are in; None where the system does not tell."""
+    found = []
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            found.append(float(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    return min(found, default=None)

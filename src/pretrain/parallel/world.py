@@ -1,0 +1,365 @@
+"""The processes of a run: who we are, how we talk, and what all must agree on.
+
+`torchrun` (or SLURM through it) starts the processes and sets their environment; nothing here launches anything. A
+process that nobody launched so is a world of one, and pays nothing. Plain values travel as JSON in tensors of bytes,
+never pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from pretrain.errors import DistributedError, PretrainError
+from pretrain.parallel.board import put, wait
+from pretrain.parallel.estimates import Sizes
+from pretrain.parallel.group import Peers, gather_json
+from pretrain.parallel.handshake import check_links, handshake, introduce
+from pretrain.parallel.lifeline import Lifeline
+from pretrain.storage.directories import make_directories
+from pretrain.storage.peers import agree
+
+__all__ = ["World", "current_world", "launched"]
+
+T = TypeVar("T")
+_POLL = 0.1
+_ALL_FAIL = 2.0  # seconds in which all processes run into an error that is everybody's
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+class World:
+    """All processes of a run, seen from one of them.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        local_rank, local_size: the same on this host.
+        host: name of this host.
+        store: key-value store of the rendezvous; None in a world of one.
+        device: on which ``join`` set up the communication.
+        sizes: of the mesh, set by ``arrange``.
+        replica: group of the processes that hold one set of weights between them.
+        links: what the all-reduce between them can do, measured when they met.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, store: Any = None, timeout: float = 300.0
+    ) -> None:
+        self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size))) if size > 1 else 1
+        self.host = socket.gethostname()
+        self.device = torch.device("cpu")
+        self.sizes = Sizes(1, 1, 1)
+        self.joined = False
+        self.replica: Any = None
+        self._mesh: Any = None
+        self._background: Any = None
+        self._turns = self._entries = 0
+        self._lifeline: Lifeline | None = None
+        self.links: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ before there is a group
+
+    @classmethod
+    def find(cls) -> World:
+        """The world that the environment names: its store is connected, no process group exists yet.
+
+        Raises:
+            DistributedError: the other processes or their store cannot be reached.
+        """
+        if dist.is_available() and dist.is_initialized():  # by a script of the user's own
+            store = dist.distributed_c10d._get_default_store()
+            world = cls(dist.get_rank(), dist.get_world_size(), store)
+            world.joined = world.size > 1
+            return world
+        if not launched():
+            return cls()
+        limit = datetime.timedelta(seconds=60)
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        except Exception as error:
+            raise DistributedError(
+                f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at {address}: "
+                f"{error}. Start all of them with torchrun and the same rendezvous address; check that a firewall "
+                "lets the hosts talk."
+            ) from error
+        return cls(rank, size, store)
+
+    @property
+    def leads(self) -> bool:
+        """This is rank 0, which writes the log, the settings and the manifest."""
+        return self.rank == 0
+
+    def in_turn(self, make: Callable[[], T], what: str) -> T:
+        """Let rank 0 make something that is cached, then one process of every host, then the rest.
+
+        It waits through the store alone, without a process group: there is no time limit that a long preparation
+        of data could run into.
+
+        Raises:
+            DistributedError: on the others, when an earlier one failed.
+        """
+        if self.size == 1:
+            return make()
+        self._turns += 1
+        stage = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        mine = f"pretrain/turn/{self._turns}/{self.rank}"
+        if stage:
+            before = 0 if stage == 1 else self.rank - self.local_rank
+            self._await(f"pretrain/turn/{self._turns}/{before}", what, before)
+        try:
+            made = make()
+        except BaseException as error:
+            self.store.set(mine, f"{type(error).__name__}: {error}"[:4000])
+            raise
+        self.store.set(mine, "done")
+        return made
+
+    def _await(self, key: str, what: str, rank: int) -> None:
+        while not self.store.check([key]):
+            time.sleep(_POLL)
+        said = self.store.get(key).decode("utf-8", "replace")
+        if said != "done":
+            raise DistributedError(f"Rank {rank} could not {what}. {said}")
+
+    # ------------------------------------------------------------------ the group
+
+    def join(self, device: torch.device) -> torch.device:
+        """Set up the process group for a device, once; returns the device of this process."""
+        if self.size == 1 and not self.joined:
+            self.device = device
+            return device
+        device = self._own(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self.device = device
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            # The watchdog ends a hung run long before; this is the last resort.
+            limit = datetime.timedelta(seconds=4 * self.timeout)
+            dist.init_process_group(
+                backend, store=self.store, rank=self.rank, world_size=self.size, timeout=limit
+            )
+        self.joined = True
+        return device
+
+    def _own(self, device: torch.device) -> torch.device:
+        """The device of this process among those of its host."""
+        if device.type != "cuda":
+            return device
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def join_alone(self, device: torch.device) -> None:
+        """Make a group of this one process, which FSDP2 needs to offload or to be measured on a single device."""
+        if self.size == 1 and not self.joined and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            self.joined = True
+
+    def arrange(self, sizes: Sizes) -> None:
+        """Lay the processes out as a mesh (dp_replicate, dp_shard, tp)."""
+        if self.joined and (self._mesh is None or sizes != self.sizes):
+            self._mesh = init_device_mesh(
+                self.device.type,
+                (sizes.dp_replicate, sizes.dp_shard, sizes.tp),
+                mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
+            )
+            each = sizes.dp_shard * sizes.tp
+            for first in range(0, self.size, each):  # everybody must make every group
+                ranks = list(range(first, first + each))
+                group = dist.new_group(ranks) if each < self.size else dist.group.WORLD
+                if self.rank in ranks:
+                    self.replica = group
+        self.sizes = sizes
+
+    def mesh(self, *names: str) -> Any:
+        """Dimensions of the mesh."""
+        return self._mesh[names if len(names) > 1 else names[0]]
+
+    def group(self, name: str) -> Any:
+        """The processes along one dimension of the mesh, of which this one is a member."""
+        return self._mesh.get_group(name)
+
+    @property
+    def replica_ranks(self) -> list[int]:
+        """Members of ``replica``."""
+        each = self.sizes.dp_shard * self.sizes.tp
+        first = self.rank // each * each
+        return list(range(first, first + each))
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of a global batch is ours."""
+        return self.rank // self.sizes.tp
+
+    @property
+    def tp_rank(self) -> int:
+        """Which slice of the matrices is ours."""
+        return self.rank % self.sizes.tp
+
+    def leave(self) -> None:
+        """End the communication in order."""
+        if self.joined and dist.is_initialized():
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+        self.joined, self._mesh, self._background = False, None, None
+
+    @contextlib.contextmanager
+    def entered(
+        self, device: torch.device, out: Path, timeout: float, about: Mapping[str, Any]
+    ) -> Iterator[torch.device]:
+        """Meet the others and train with them: inside, a process that dies, hangs or fails ends all within seconds.
+
+        Args:
+            device: kind of device that each computes on.
+            out: run directory, which all must see.
+            timeout: seconds without progress after which a process counts as hung.
+            about: ``settings``, ``data`` and ``model``, plain values that must be the same everywhere.
+
+        Yields:
+            The device of this process.
+
+        Raises:
+            DistributedError: somebody does not come, does not fit or cannot be reached; it says who, and the cure.
+        """
+        if self.size == 1 or self.store is None:
+            yield self.join(device)
+            return
+        self.timeout = timeout
+        self._entries += 1
+        store = PrefixStore(f"pretrain/{self._entries}", self.store)
+        if self.leads:
+            make_directories(Path(os.path.abspath(out)))
+        said = introduce(self._own(device), **about)
+        try:
+            met = PrefixStore("handshake", store)
+            handshake(met, self.rank, self.size, said, run_dir=out)
+        except DistributedError as error:
+            error.everywhere = True
+            raise
+        watched = PrefixStore("lifeline", store)
+        with Lifeline(watched, self.rank, self.size, run_dir=out, timeout=timeout) as lifeline:
+            self._lifeline = lifeline
+            try:
+                new = not self.joined
+                device = self.join(device)
+                if new:
+                    self.links = check_links(dist.all_reduce, device, self.rank, self.size)
+                yield device
+            except PretrainError as error:
+                error.everywhere |= self._all_failed(store)
+                if not error.everywhere:
+                    # Whoever called may catch it and go on: this process is not to be ended.
+                    lifeline.fail(error, end_within=None)
+                lifeline.close()
+                raise
+            finally:
+                self._lifeline = None
+
+    def _all_failed(self, store: Any) -> bool:
+        """Whether the others fail as well, as they do for a setting that is wrong for all of them."""
+        put(store, f"failed/{self.rank}", True)
+        return wait(store, [f"failed/{rank}" for rank in range(self.size)], _ALL_FAIL)
+
+    def mark(self, phase: str, step: int) -> None:
+        """Say where this process is, for whoever must find out later which of them hung."""
+        if self._lifeline is not None:
+            self._lifeline.mark(phase, step)
+
+    # ------------------------------------------------------------------ values that all get
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sum numbers over all processes, in fp64; zeros added to one number leave it exact."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
+        dist.all_reduce(tensor)
+        return list(tensor.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's plain value, by rank."""
+        if self.size == 1:
+            return [value]
+        return gather_json(value, self.size, None)
+
+    def tell(self, value: Any) -> Any:
+        """Rank 0's plain value, on all."""
+        return value if self.size == 1 else self.gather(value if self.leads else None)[0]
+
+    def lead(self, make: Callable[[], T]) -> T | None:
+        """Do something on rank 0 alone; if it fails there, the same error is raised on all.
+
+        Returns:
+            What it gave on rank 0, None on the others.
+        """
+        if self.size == 1:
+            return make()
+        made, failure = None, None
+        if self.leads:
+            try:
+                made = make()
+            except Exception as error:  # told to all, then raised
+                failure = error
+        self.agree(failure)
+        return made
+
+    def agree(self, failure: Exception | None) -> None:
+        """Raise on all processes what one of them ran into; call it where every process comes along.
+
+        Raises:
+            PretrainError: the failure of this process, or that of the lowest rank that has one, with its rank.
+        """
+        try:
+            agree(self.peers(), failure)
+        except PretrainError as error:
+            error.everywhere = True
+            raise
+
+    def peers(self, *, background: bool = False) -> Peers:
+        """How checkpoints travel between processes; ``background`` has a group of its own, for a thread."""
+        if self.size == 1:
+            return Peers(0, 1, None)
+        if background and self._background is None:
+            self._background = dist.new_group(backend="gloo")
+        return Peers(self.rank, self.size, self._background if background else dist.group.WORLD)
+
+
+_world: World | None = None
+
+
+def current_world() -> World:
+    """The world of this process; found once."""
+    global _world
+    if _world is None or (_world.size == 1 and launched()):
+        _world = World.find()
+    return _world
+
+
+@contextlib.contextmanager
+def world_left_behind() -> Iterator[None]:
+    """Leave the world at the end, for tests that make several one after the other."""
+    global _world
+    try:
+        yield
+    finally:
+        if _world is not None:
+            _world.leave()
+        _world = None

@@ -1,0 +1,57 @@
+"""The screen of a process whose screen another one draws: every call becomes a line of JSON in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pretrain.parallel.launch import SCREEN
+from pretrain.training.logging import Progress
+from pretrain.training.state import RunState
+
+__all__ = ["Relay", "relay"]
+
+
+def relay() -> Progress | None:
+    """The screen of a process whose screen is drawn by another one; None for all others."""
+    path = os.environ.get(SCREEN)
+    return None if path is None else Relay(Path(path))
+
+
+class Relay(Progress):
+    """Writes down what a screen is told, for another process to show.
+
+    Args:
+        path: file that gets one JSON object a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _tell(self, what: str, **values: Any) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": what, **values}) + "\n")
+
+    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The reader has the log at hand: it needs to know how far."""
+        self._tell("restore", step=max((int(r.get("step", 0)) for r in records), default=-1))
+
+    def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
+        """Relay the figures of a step."""
+        self._tell("show", step=step, figures=dict(figures), total=total)
+
+    def evaluation(self, record: Mapping[str, Any], state: RunState, note: str) -> None:
+        """Relay an evaluation."""
+        self._tell("evaluation", record=dict(record), state=asdict(state), note=note)
+
+    def write(self, line: str) -> None:
+        """Relay a line."""
+        self._tell("write", line=line)
+
+    def close(self) -> None:
+        """Say that nothing more comes."""
+        self._tell("close")

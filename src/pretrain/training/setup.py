@@ -1,0 +1,92 @@
+"""What a trainer has before its first step, in the order in which one part needs the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pretrain.checkpoint import Saver
+from pretrain.data.loader import Loader
+from pretrain.storage.partial import latest_together
+from pretrain.training.ema import WeightAverage
+from pretrain.training.feed import Feed
+from pretrain.training.layers import Layers
+from pretrain.training.optim import build_optimizers
+from pretrain.training.plan import Plan, choose_micro_rows, mean_length
+from pretrain.training.precision import LossScale, choose_precision
+from pretrain.training.preflight import check_rows, preflight
+from pretrain.training.restore import restore
+from pretrain.training.spread import spread
+
+if TYPE_CHECKING:
+    from pretrain.training.trainer import Trainer
+
+__all__ = ["set_up"]
+
+
+def set_up(trainer: Trainer) -> bool:
+    """Give a trainer its precision, mesh, optimizers, batches and state, and make all checks before step 0.
+
+    Returns:
+        True when a checkpoint is resumed.
+    """
+    train, world = trainer.train, trainer.world
+    check_rows(trainer.train_data, train.batch_rows)
+    if trainer.parallel.threads:
+        torch.set_num_threads(trainer.parallel.threads)
+    trainer.precision = choose_precision(train.precision, trainer.device)
+    trainer.scaler = LossScale(trainer.precision.name == "fp16")
+    if any(p.dtype is not torch.float32 for p in trainer.objective.parameters()):
+        trainer.say("the weights are converted to fp32: half-precision weights lose small updates")
+        trainer.objective.float()
+    checkpoint = latest_together(trainer.out, world.peers())
+    trainer.strategy = spread(trainer)
+    trainer.strategy.fill(initialise=checkpoint is None)
+    trainer.params = {
+        name: p for name, p in trainer.objective.named_parameters() if p.requires_grad
+    }
+    trainer.layers = Layers(trainer.objective, trainer.optim)
+    trainer.optimizers = build_optimizers(
+        trainer.objective,
+        trainer.optim,
+        trainer.objective.model.backbone.blocks(),
+        trainer.device,
+        scales=trainer.layers.scales,
+        fresh=trainer.layers.fresh,
+        parts=trainer.strategy if trainer.strategy.cut else None,
+    )
+    trainer.average = WeightAverage(trainer.objective.model, trainer.optim.ema)
+    trainer.saver = Saver(
+        trainer.out,
+        background=train.async_save,
+        layout=trainer.strategy.layout if world.size > 1 else None,
+        peers=world.peers(background=train.async_save),
+    )
+    sizes = trainer.strategy.choice.sizes
+    trainer.micro_rows = choose_micro_rows(
+        train,
+        trainer.train_data,
+        trainer.objective,
+        trainer.device,
+        share=train.batch_rows // sizes.dp,
+        even=trainer.parallel.reproducible,
+    )
+    trainer.feed = Feed(
+        trainer.objective,
+        loader := Loader(trainer.train_data, seed=train.seed),
+        batch_rows=train.batch_rows,
+        micro_rows=trainer.micro_rows,
+        share=(world.dp_rank, sizes.dp),
+    )
+    trainer.plan = Plan(train, trainer.train_data, loader.epoch_length)
+    trainer.journal.epoch_rows = trainer.plan.epoch_rows
+    trainer.row_length = round(mean_length(trainer.train_data))
+    if checkpoint is not None:
+        restore(trainer, checkpoint)
+    seconds = preflight(trainer, checkpoint)
+    trainer.strategy.wrap()
+    trainer.state.total_steps = world.tell(trainer.plan.first_total(trainer.state, seconds))
+    trainer.state.limit = train.limit
+    trainer.measure_peak()
+    return checkpoint is not None

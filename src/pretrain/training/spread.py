@@ -1,0 +1,155 @@
+"""From the settings of a run to an objective spread over its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pretrain.checkpoint import RunLock
+from pretrain.parallel.estimates import Needs
+from pretrain.parallel.handshake import fingerprint
+from pretrain.parallel.sizes import choose_sizes
+from pretrain.parallel.strategy import Strategy
+from pretrain.parallel.tensor import possible_tp
+from pretrain.parallel.world import World
+from pretrain.training.plan import choose_micro_rows, row_length
+from pretrain.training.precision import choose_device
+
+if TYPE_CHECKING:
+    from pretrain.training.trainer import Trainer
+
+__all__ = ["enter_world", "run_lock", "spread"]
+
+
+def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.device]:
+    """Meet the other processes of the run and compare with them; gives the device of this one."""
+    settings = trainer.parallel
+    about = _same_for_all(trainer)
+    return trainer.world.entered(
+        choose_device(settings.device), trainer.out, settings.timeout, about
+    )
+
+
+def _same_for_all(trainer: Trainer) -> dict[str, Any]:
+    """What every process of a run must have alike; a difference is named before anything starts."""
+    sections = ("train", "optim", "parallel")
+    # As they arrive on the other side: JSON knows no tuples.
+    plain = {
+        section: json.loads(json.dumps(asdict(getattr(trainer, section)))) for section in sections
+    }
+    shapes = {name: list(p.shape) for name, p in trainer.objective.named_parameters()}
+    return {
+        "settings": {
+            f"{section}.{key}": value
+            for section, values in plain.items()
+            for key, value in values.items()
+        },
+        "data": {
+            "fingerprint": trainer.about.get("fingerprint"),
+            "rows": len(trainer.train_data),
+            "held-out rows": 0 if trainer.eval_data is None else len(trainer.eval_data),
+        },
+        "model": fingerprint([trainer.objective.describe(), shapes]),
+    }
+
+
+def spread(trainer: Trainer) -> Strategy:
+    """Choose the sizes of the mesh, say why, and put the objective on it.
+
+    Raises:
+        ConfigError: the sizes do not fit the processes, the batch or the model; the possible ones are listed.
+    """
+    world, train, settings = trainer.world, trainer.train, trainer.parallel
+    objective, device = trainer.objective, trainer.device
+    guess = train.micro_rows or choose_micro_rows(
+        train, trainer.train_data, objective, device, even=settings.reproducible
+    )
+    choice = choose_sizes(
+        settings,
+        world.size,
+        batch_rows=train.batch_rows,
+        # One process alone is told by `choose_micro_rows` which micro-batches divide its batch.
+        micro_rows=guess if settings.reproducible else train.micro_rows * (world.size > 1),
+        needs=needs_of(trainer, guess),
+        possible_tp=possible_tp(objective.model.backbone.config),
+        couples_examples=objective.couples_examples,
+        device_memory=device_memory(device, world),
+        local=world.local_size,
+    )
+    if choice.strategy == "fsdp":
+        world.join_alone(device)
+    world.arrange(choice.sizes)
+    low = trainer.precision.dtype if trainer.precision.name == "bf16" else torch.float32
+    strategy = Strategy(
+        objective,
+        world,
+        choice,
+        settings,
+        device=device,
+        # An adapter may compute in fp32 what autocast would not (the lengths of DoRA).
+        gather=torch.float32 if objective.model.adapter is not None else low,
+    )
+    if world.size > 1:
+        speed = f"all-reduce {world.links['bus_gb_s']:.2g} GB/s, " if world.links else ""
+        trainer.say(f"{world.size} processes, {speed}{choice.sizes}: {choice.reason}")
+    return strategy
+
+
+def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
+    """What the run needs, in counts."""
+    objective, optim = trainer.objective, trainer.optim
+    model = objective.model
+    config, blocks = model.backbone.config, model.backbone.blocks()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    matrices = sum(p.numel() for b in blocks for p in b.parameters() if p.ndim == 2)
+    head: Any = model.head
+    width = config.head_dim or config.hidden_size // config.num_heads
+    return Needs(
+        parameters=sum(p.numel() for p in objective.parameters()),
+        trainable=sum(p.numel() for p in trained),
+        hidden=config.hidden_size,
+        layers=len(blocks),
+        intermediate=config.intermediate_size or 4 * config.hidden_size,
+        vocabulary=model.backbone.vocab_size,
+        row_length=row_length(trainer.train_data),
+        query=width * config.num_heads,
+        key_value=width * (config.num_kv_heads or config.num_heads),
+        gated=any(getattr(getattr(b, "mlp", None), "gate", None) is not None for b in blocks),
+        tied=bool(getattr(head, "tied", True)),
+        muon=matrices if optim.name == "muon" else 0,
+        micro_tokens=micro_rows * row_length(trainer.train_data),
+        ema=bool(optim.ema),
+        anchors=bool(optim.l2_sp),
+        compute_bytes=4 if trainer.precision.name == "fp32" else 2,
+        checkpointing=trainer.parallel.activation_checkpointing,
+        device=trainer.device.type,
+    )
+
+
+def device_memory(device: torch.device, world: World) -> float:
+    """Bytes that one process may count on: its GPU, or its share of the machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / world.local_size
+
+
+@contextlib.contextmanager
+def run_lock(out: Path, world: World) -> Iterator[None]:
+    """The lock of the run directory, held by rank 0 for all.
+
+    Raises:
+        RunLocked: on every process, when another run holds it.
+    """
+    lock = RunLock(out)
+    world.lead(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()

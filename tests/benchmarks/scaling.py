@@ -1,0 +1,242 @@
+"""From one process to two on two cores: DDP and FSDP2 of ours beside accelerate and Lightning with the same model.
+
+    python tests/benchmarks/scaling.py                         # 16,384 tokens a step, one thread for each process
+    python tests/benchmarks/scaling.py --peers ours-ddp ours-fsdp --rounds 4 --precision bf16
+
+The global batch, the micro-batch, the rows, the model and the optimizer (fused AdamW, clipping at 1) are the same for
+all. Every measurement is a launch of its own; contenders take turns, and their order is turned from round to round.
+Efficiency is the time of a step in one process over twice that in two. The machine must be idle: what is measured is
+wall time. Lightning is looked for and left out where it is not installed (pip install lightning).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+VOCAB, LENGTH, ROWS, MICRO = 8192, 512, 32, 16
+SHAPE = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "max_positions": LENGTH}
+PEERS = ("ours-ddp", "ours-fsdp", "accelerate-ddp", "lightning-ddp")
+WARM = 2
+
+
+class Rows(list[dict[str, np.ndarray]]):
+    """Random rows; every contender sees the same."""
+
+    def __init__(self, count: int) -> None:
+        rng = np.random.default_rng(0)
+        super().__init__({"input_ids": rng.integers(5, VOCAB, LENGTH)} for _ in range(count))
+        self.num_tokens = count * LENGTH
+
+
+def objective() -> Any:
+    from pretrain.models import build
+    from pretrain.objectives import build_objective
+
+    return build_objective("NextToken", {}, build("gpt2", None, vocab_size=VOCAB, **SHAPE))
+
+
+def ours(strategy: str, precision: str, steps: int) -> list[float]:
+    """Seconds of the steps of our trainer, with everything that belongs to a step of a real run."""
+    from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+    from pretrain.training.trainer import Trainer
+
+    times = [time.perf_counter()]
+    with tempfile.TemporaryDirectory() as folder:
+        told = os.environ.get("BENCH_OUT", folder)
+        trainer = Trainer(
+            objective(),
+            Rows(256),
+            optim=OptimConfig(lr=1e-3),
+            train=TrainConfig(
+                out=told,
+                limit=f"{steps + WARM} steps",
+                batch_rows=ROWS,
+                micro_rows=MICRO,
+                precision=precision,  # type: ignore[arg-type]
+                save_every="0 steps",
+                eval_every="0 steps",
+            ),
+            parallel=ParallelConfig(device="cpu", threads=1, strategy=strategy),  # type: ignore[arg-type]
+            hooks=[lambda record: times.append(time.perf_counter())],
+            quiet=True,
+        )
+        trainer.save = lambda: Path(told)  # type: ignore[method-assign]
+        trainer.checkpoint = Path(told)
+        trainer.fit()
+    return list(np.diff(times))[WARM:]
+
+
+def batches(rank: int, world: int, steps: int) -> Any:
+    """Micro-batches of one process: (B, T) ids and labels, as our objective collates them."""
+    task, rows = objective(), Rows(256)
+    share = ROWS // world
+    for step in range(steps):
+        first = step * ROWS + rank * share
+        part = [rows[i % len(rows)] for i in range(first, first + share)]
+        yield [task.collate(part[i : i + MICRO], [None] * MICRO) for i in range(0, share, MICRO)]
+
+
+def autocast(precision: str) -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def accelerate(precision: str, steps: int) -> list[float]:
+    import accelerate as library
+
+    mixed = "bf16" if precision == "bf16" else "no"
+    accelerator = library.Accelerator(
+        cpu=True, mixed_precision=mixed, gradient_accumulation_steps=1
+    )
+    task = objective()
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3, fused=True)
+    task, optimizer = accelerator.prepare(task, optimizer)
+    world, times = accelerator.num_processes, []
+    for micro in batches(accelerator.process_index, world, steps + WARM):
+        began = time.perf_counter()
+        for i, batch in enumerate(micro):
+            count = ROWS * (LENGTH - 1) / world
+            if i < len(micro) - 1:
+                with accelerator.no_sync(task), accelerator.autocast():
+                    accelerator.backward(task(batch).total / count)
+            else:
+                with accelerator.autocast():
+                    loss = task(batch).total / count
+                accelerator.backward(loss)
+        accelerator.clip_grad_norm_(task.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - began)
+    return times[WARM:]
+
+
+def lightning(precision: str, steps: int) -> list[float]:
+    import logging
+    import warnings
+
+    import lightning as library
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    times = [time.perf_counter()]
+
+    class Module(library.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.task = objective()
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.task(batch).total / (MICRO * (LENGTH - 1))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.trainer.global_step + 1 > len(times):
+                times.append(time.perf_counter())
+
+    flat = [batch for micro in batches(rank, world, steps + WARM) for batch in micro]
+    trainer = library.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_steps=steps + WARM,
+        accumulate_grad_batches=ROWS // MICRO // world,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    loader = torch.utils.data.DataLoader(flat, batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(Module(), loader)
+    return list(np.diff(times))[WARM:]
+
+
+def worker(peer: str, precision: str, steps: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kind, _, strategy = peer.partition("-")
+    if kind == "ours":
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        found = ours(strategy if world > 1 else "auto", precision, steps)
+    else:
+        found = {"accelerate": accelerate, "lightning": lightning}[kind](precision, steps)
+    if os.environ.get("RANK", "0") == "0":
+        print("TIMES " + json.dumps(found), flush=True)
+
+
+def measure(peer: str, processes: int, precision: str, steps: int) -> float:
+    """Median seconds of a step."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [__file__, "--worker", peer, "--precision", precision, "--steps", str(steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_OUT": folder}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TIMES ")]
+    if not lines:
+        raise SystemExit(f"{peer} in {processes} processes: {done.stderr[-2000:]}")
+    return statistics.median(json.loads(lines[0].removeprefix("TIMES ")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--worker")
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.precision, args.steps)
+        return
+    seen: dict[str, dict[int, list[float]]] = {peer: {1: [], 2: []} for peer in args.peers}
+    for turn in range(args.rounds):
+        order = [(peer, n) for peer in args.peers for n in (1, 2)]
+        for peer, n in order if turn % 2 == 0 else reversed(order):
+            seconds = measure(peer, n, args.precision, args.steps)
+            seen[peer][n].append(seconds)
+            print(f"round {turn + 1}: {peer} in {n}: {seconds:.3f} s", file=sys.stderr, flush=True)
+    rows = []
+    for peer, times in seen.items():
+        ratios = [one / (2 * two) for one, two in zip(times[1], times[2], strict=True)]
+        rows.append(
+            {
+                "peer": peer,
+                "one": statistics.median(times[1]),
+                "two": statistics.median(times[2]),
+                "efficiency": statistics.median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+                "tokens_per_second": ROWS * LENGTH / statistics.median(times[2]),
+            }
+        )
+    print(json.dumps({"precision": args.precision, "rows": rows}))
+    print(
+        f"{'':<16}{'1 process':>11}{'2 processes':>13}{'efficiency':>12}{'(lowest, highest)':>20}"
+    )
+    for row in rows:
+        print(
+            f"{row['peer']:<16}{row['one']:>9.3f} s{row['two']:>11.3f} s{row['efficiency']:>12.3f}"
+            f"{row['low']:>12.3f}, {row['high']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

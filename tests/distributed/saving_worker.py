@@ -1,0 +1,144 @@
+"""A model that FSDP2 cuts over several processes is saved, trained on, killed and read; the test beside it starts this.
+
+saving_worker.py same|killed FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+
+from pretrain.checkpoint import Saver, TrainingState, save_checkpoint
+from pretrain.errors import CheckpointError
+from pretrain.models import build
+from pretrain.models.base import Model
+from pretrain.parallel.regions import Layout, local
+from pretrain.parallel.world import World
+from pretrain.storage import files
+from pretrain.storage.partial import latest_together, load_slices, read_training_slices
+
+SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_positions": 16, "vocab_size": 61}
+
+
+def sharded(world: World, seed: int) -> tuple[Model, Layout, torch.optim.Optimizer]:
+    model = build("gpt2", seed=seed, **SIZES)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    mesh = torch.distributed.init_device_mesh("cpu", (world.size,))
+    for block in model.backbone.blocks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    layout = Layout(shapes, 1, world.size, 1, {}, world.rank)
+    return model, layout, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+
+def step(model: Model, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(SIZES["vocab_size"], (2, 8), generator=generator)
+    model({"input_ids": ids}).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state_of(model: Model, optimizer: torch.optim.Optimizer) -> TrainingState:
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {
+        f"{field}/model.{names[p]}": value
+        for p, values in optimizer.state.items()
+        for field, value in values.items()
+    }
+    return TrainingState({"optimizer": tensors}, {"step": 2})
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    whole: Any = tensor
+    found: torch.Tensor = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+    return found.detach().clone()
+
+
+def reference(world: World, model: Model, state: TrainingState, run: Path) -> None:
+    """What one process writes of the same weights."""
+    weights = {name: full(p) for name, p in model.named_parameters()}
+    tensors = {key: full(value) for key, value in state.tensors["optimizer"].items()}
+    if world.rank == 0:
+        whole = build("gpt2", **SIZES)
+        whole.load_state_dict(weights, strict=False)
+        training = TrainingState({"optimizer": tensors}, state.state)
+        save_checkpoint(run, whole, step=2, tokens=0, pretrain_block={}, training=training)
+
+
+def same(world: World, folder: Path) -> None:
+    """At once and in the background, while training goes on; then everything is read again."""
+    model, layout, optimizer = sharded(world, seed=1)
+    for number in range(2):
+        step(model, optimizer, number)
+    state = state_of(model, optimizer)
+    reference(world, model, state, folder / "one")
+    held = {name: local(p).detach().clone() for name, p in model.named_parameters()}
+    moments = {key: local(value).clone() for key, value in state.tensors["optimizer"].items()}
+    for background in (False, True):
+        run = folder / ("background" if background else "at-once")
+        peers = world.peers(background=background)
+        with Saver(run, background=background, layout=layout, peers=peers) as saver:
+            saver.save(model, step=2, tokens=0, pretrain_block={}, training=state)
+            if background:  # its collectives and those of the save must not mix
+                for number in range(5):
+                    step(model, optimizer, number + 2)
+    peers = world.peers()
+    other, layout, _ = sharded(world, seed=2)
+    path = latest_together(folder / "one", peers)
+    assert path is not None
+    load_slices(other, path, layout, peers)
+    for name, parameter in other.named_parameters():
+        assert torch.equal(local(parameter), held[name]), name
+    found = read_training_slices(path, layout, peers, quiet=True)
+    for key, value in found.tensors["optimizer"].items():
+        assert torch.equal(value, moments[key]), key
+    if world.rank == 0:
+        (folder / "done").touch()
+
+
+def killed(world: World, folder: Path) -> None:
+    """Process 1 is killed while it writes: process 0 is told soon, and the checkpoint before stays."""
+
+    class Deadly(files.FileIO):
+        def write(self, descriptor: int, data: memoryview) -> int:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return 0
+
+    model, layout, _ = sharded(world, seed=1)
+    saver = Saver(
+        folder / "run", background=True, layout=layout, peers=world.peers(background=True)
+    )
+    saver.save(model, step=1, tokens=0, pretrain_block={}, max_shard_bytes=20_000)
+    saver.wait()
+    if world.rank == 1:
+        files.IO = Deadly()
+    began = time.monotonic()
+    saver.save(model, step=2, tokens=0, pretrain_block={}, max_shard_bytes=20_000)
+    try:
+        saver.wait()
+    except CheckpointError as error:
+        seconds = time.monotonic() - began
+        text = json.dumps({"error": str(error), "seconds": seconds})
+        (folder / "told.json").write_text(text)
+        os._exit(0)  # the group is broken, and leaving it in order would wait
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    world = World.find()
+    world.join(torch.device("cpu"))
+    {"same": same, "killed": killed}[sys.argv[1]](world, Path(sys.argv[2]))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
