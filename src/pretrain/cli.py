@@ -19,6 +19,7 @@ from pretrain.errors import ConfigError, PretrainError, did_you_mean
 from pretrain.finetuning import commands
 from pretrain.parallel.commands import add_doctor, doctor
 from pretrain.parallel.slurm import add_slurm
+from pretrain.parallel.voices import ours_to_say
 from pretrain.settings.arguments import add_settings, make_parser, parse
 
 __all__ = ["COMMANDS", "main"]
@@ -55,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PretrainError as error:
         if os.environ.get("PRETRAIN_DEBUG") == "1":
             raise
-        # What all processes of a run found out together is said once.
-        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+        if ours_to_say(error):
             _complain(str(error))
         return EXIT_ERROR
     except KeyboardInterrupt:

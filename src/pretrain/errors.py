@@ -21,6 +21,7 @@ __all__ = [
     "TokenizerError",
     "TrainingError",
     "did_you_mean",
+    "named_error",
 ]
 
 
@@ -93,6 +94,19 @@ class TrainingError(PretrainError):
 
 class DistributedError(PretrainError):
     """The processes of a run cannot find each other, do not fit together, or lost one of them."""
+
+
+def named_error(name: str, text: str) -> PretrainError:
+    """An error of another process, from its class and text: of that class, or the nearest above that a text makes.
+
+    What is no error of ours becomes a ``DistributedError`` that names it.
+    """
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, PretrainError)):
+        return DistributedError(f"{name}: {text}")
+    plain = next(base for base in kind.__mro__ if "__init__" not in vars(base))
+    error: PretrainError = plain(text)
+    return error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-VOCAB, LENGTH, ROWS, MICRO = 8192, 512, 32, 16
-SHAPE = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "max_positions": LENGTH}
-PEERS = ("ours-ddp", "ours-fsdp", "accelerate-ddp", "lightning-ddp")
+VOCAB, LENGTH, ROWS, MICRO = 4096, 256, 64, 32
+SHAPE = {"num_layers": 4, "hidden_size": 192, "num_heads": 3, "max_positions": LENGTH}
+PEERS = ("ours-ddp", "ours-fsdp", "ours-reproducible", "accelerate-ddp", "lightning-ddp")
 WARM = 2
 
 
@@ -53,6 +53,8 @@ def ours(strategy: str, precision: str, steps: int) -> list[float]:
     from pretrain.training.trainer import Trainer
 
     times = [time.perf_counter()]
+    exact = strategy == "reproducible"
+    parallel = {"strategy": "auto" if exact else strategy, "reproducible": exact}
     with tempfile.TemporaryDirectory() as folder:
         told = os.environ.get("BENCH_OUT", folder)
         trainer = Trainer(
@@ -68,7 +70,7 @@ def ours(strategy: str, precision: str, steps: int) -> list[float]:
                 save_every="0 steps",
                 eval_every="0 steps",
             ),
-            parallel=ParallelConfig(device="cpu", threads=1, strategy=strategy),  # type: ignore[arg-type]
+            parallel=ParallelConfig(device="cpu", threads=1, **parallel),  # type: ignore[arg-type]
             hooks=[lambda record: times.append(time.perf_counter())],
             quiet=True,
         )
@@ -173,7 +175,8 @@ def worker(peer: str, precision: str, steps: int) -> None:
     kind, _, strategy = peer.partition("-")
     if kind == "ours":
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        found = ours(strategy if world > 1 else "auto", precision, steps)
+        alone = world == 1 and strategy != "reproducible"
+        found = ours("auto" if alone else strategy, precision, steps)
     else:
         found = {"accelerate": accelerate, "lightning": lightning}[kind](precision, steps)
     if os.environ.get("RANK", "0") == "0":

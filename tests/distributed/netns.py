@@ -102,6 +102,10 @@ class Hosts:
         """Take the carrier of this host's interface away."""
         ip("-n", self.switch, "link", "set", f"port{index}", "down")
 
+    def plug(self, index: int) -> None:
+        """Undo ``unplug``."""
+        ip("-n", self.switch, "link", "set", f"port{index}", "up")
+
 
 if __name__ == "__main__":
     with Hosts(int(sys.argv[1])) as hosts:

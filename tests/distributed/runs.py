@@ -22,6 +22,7 @@ from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.models import build
 from pretrain.objectives import build_objective
 from pretrain.parallel.world import current_world
+from pretrain.training.run import _opened as opened
 from pretrain.training.trainer import Trainer
 from tiny import Rows, tokenizer
 
@@ -47,23 +48,30 @@ def train(
     steps: int = STEPS,
     optim: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    source: Path | None = None,
     **overrides: Any,
 ) -> tuple[Trainer, dict[str, Any]]:
     """Losses, norms of gradients and rows of every step, and the held-out figures."""
     kind = FAMILIES[family]
     dp = max(1, WORLD.size // parallel.get("tp", 1))
-    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48}
-    model = build(
-        family,
-        None,
-        tokenizer=tokenizer(),
-        device="meta",
-        max_positions=32,
-        dropout=0.0,
-        attention_dropout=0.0,
-        **(shape | overrides),
-    )
-    if WORLD.size == 1:
+    shape: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "intermediate_size": 48,
+    }
+    shape |= {"max_positions": 32, "dropout": 0.0, "attention_dropout": 0.0}
+    if source is not None:
+        model = opened(str(source))
+    else:
+        model = build(
+            family,
+            None,
+            tokenizer=tokenizer(),
+            device="meta",
+            **(shape | overrides),
+        )
+    if WORLD.size == 1 and source is None:
         model.materialize(0)
     chosen = {
         "out": str(out),
@@ -154,12 +162,14 @@ def extras(folder: Path) -> dict[str, Any]:
         if size != WORLD.size:
             continue
         for name, (optim, more, settings) in EXTRAS.items():
-            for family in ("llama", "bert"):
-                key = f"{mesh}|{name}|{family}"
-                out = folder / "extras" / key.replace(" ", "_")
-                found[key] = train(
-                    out, family, parallel | more, steps=6, optim=optim, settings=settings
-                )[1]
+            key = f"{mesh}|{name}"
+            out = folder / "extras" / key.replace(" ", "_")
+            found[key] = train(
+                out, "llama", parallel | more, steps=6, optim=optim, settings=settings
+            )[1]
+        source = folder / "extras" / f"{mesh}|full".replace(" ", "_") / "checkpoint-6"
+        out = folder / "extras" / f"{mesh}|from".replace(" ", "_")
+        found[f"{mesh}|from"] = train(out, "llama", parallel, steps=3, source=source)[1]
     return found
 
 

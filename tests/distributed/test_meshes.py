@@ -43,7 +43,7 @@ def test_every_mesh_has_the_curve_of_one_device(
 ) -> None:
     one, other = seen[f"1|{family}|{accumulate}"], seen[f"{mesh}|{family}|{accumulate}"]
     assert len(other["losses"]) == 10
-    assert other["losses"][-1] < other["losses"][0]  # it learns
+    assert len(set(other["losses"])) == 10
     assert _worst(one["losses"], other["losses"]) < WITHIN
     assert _worst([one["held_out"]], [other["held_out"]]) < WITHIN
     assert _worst(one["norms"], other["norms"]) < 1e-4
@@ -67,6 +67,38 @@ def test_every_mesh_goes_on_from_every_other(seen: dict[str, Any], before: str, 
     assert _worst(part["losses"], whole["losses"][:4]) < WITHIN
     assert _worst(resumed["losses"], whole["losses"]) < WITHIN
     assert _worst([resumed["held_out"]], [whole["held_out"]]) < WITHIN
+
+
+def _extras(folder: Path) -> None:
+    parts = [folder / f"extras-{size}.json" for size in (1, 2, 4)]
+    for size, part in zip((1, 2, 4), parts, strict=True):
+        launch(HERE / "runs.py", size, "extras", str(part), str(folder))
+    merged(folder, parts)
+
+
+# Half precision rounds where a sum is cut; Muon makes much of the directions in which a gradient is almost nothing.
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [
+        ("muon", 1e-4),
+        ("ema", WITHIN),
+        ("layers", WITHIN),
+        ("bf16", 1e-3),
+        ("full", WITHIN),
+        ("selective", WITHIN),
+        ("async", WITHIN),
+        ("from", WITHIN),
+    ],
+)
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_settings_mean_the_same_on_every_mesh(
+    tmp_path_factory: pytest.TempPathFactory, mesh: str, name: str, within: float
+) -> None:
+    seen = once(tmp_path_factory, "extras", _extras)
+    one, other = seen[f"1|{name}"], seen[f"{mesh}|{name}"]
+    assert len(other["losses"]) == (3 if name == "from" else 6)
+    assert _worst(one["losses"], other["losses"]) < within
+    assert _worst([one["held_out"]], [other["held_out"]]) < within
 
 
 def _bits(folder: Path, count: int) -> None:

@@ -263,9 +263,9 @@ class Job:
         task.eval()
         result = Finetuned(task, run, self.settings, self.data, notes, base=self.build)
         if held_out is not None:
-            result.metrics = world.tell(world.lead(lambda: result.measure(held_out)))
+            result.metrics = world.shared(lambda: result.measure(held_out))
         if tested is not None:
-            result.test_metrics = world.tell(world.lead(lambda: result.measure(tested)))
+            result.test_metrics = world.shared(lambda: result.measure(tested))
         result.trivial = task.trivial(self.data.train, self.data.valid)
         for line in () if self.quiet else repr(result).splitlines():
             note(line)

@@ -21,6 +21,7 @@ from pretrain.errors import ConfigError, DistributedError, did_you_mean
 from pretrain.parallel.board import get, put, wait
 from pretrain.parallel.fitting import differences
 from pretrain.parallel.handshake import check_links, handshake, introduce
+from pretrain.parallel.launched import launched
 from pretrain.parallel.machine import (
     Facts,
     describe,
@@ -29,7 +30,7 @@ from pretrain.parallel.machine import (
     multiplication_speed,
     problems_of,
 )
-from pretrain.parallel.world import World, launched
+from pretrain.parallel.world import World
 from pretrain.storage.files import printable
 
 __all__ = ["doctor"]

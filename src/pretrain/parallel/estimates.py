@@ -212,7 +212,7 @@ def memory(
         casts=0.0 if gathered else low * held,
         gradients=here * FP32 * trained + FP32 * trees * trained,
         moments=here * FP32 * (2 * trained - needs.muon / parts),
-        copies=FP32 * (needs.ema * held + needs.anchors * trained),
+        copies=here * FP32 * (needs.ema * held + needs.anchors * trained),
         gathered=gathered,
         activations=activation_bytes(needs, tokens, sizes.tp),
         logits=logits_bytes(needs, tokens, sizes.tp),

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Peers", "gather_json"]
+from pretrain.parallel.board import get, put, wait
+
+__all__ = ["Callers", "Peers", "gather_json"]
 
 
 class Peers:
-    """Tensors and plain values between processes, on the CPU; what `pretrain.storage` asks for."""
+    """Tensors and plain values between processes, on the CPU; what `pretrain.storage` asks for.
 
-    def __init__(self, rank: int, size: int, group: Any) -> None:
-        self.rank, self.size, self._group = rank, size, group
+    Args:
+        rank: of this process.
+        size: how many there are.
+        group: of `torch.distributed`, which carries tensors on the CPU.
+        tick: called whenever something has moved.
+    """
+
+    def __init__(
+        self, rank: int, size: int, group: Any, tick: Callable[[], None] | None = None
+    ) -> None:
+        self.rank, self.size, self._group, self._tick = rank, size, group, tick
         self._sent: list[tuple[Any, Tensor]] = []
 
     def send(self, tensor: Tensor, to: int) -> None:
@@ -29,9 +41,13 @@ class Peers:
     def recv(self, tensor: Tensor, source: int) -> None:
         """Fill a contiguous tensor with what the other sends next."""
         dist.recv(_bytes(tensor), source, group=self._group)
+        if self._tick is not None:
+            self._tick()
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's plain value, by rank."""
+        if self._tick is not None:
+            self._tick()
         return [value] if self.size == 1 else gather_json(value, self.size, self._group)
 
     def settle(self) -> None:
@@ -39,6 +55,29 @@ class Peers:
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()
+
+
+class Callers(Peers):
+    """Processes without a group: they know each other's plain values by a store.
+
+    Args:
+        rank: of this process.
+        size: how many there are.
+        store: with keys that nobody else uses.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        super().__init__(rank, size, None)
+        self._store, self._calls = store, 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's plain value, by rank; it waits for as long as it takes."""
+        self._calls += 1
+        put(self._store, f"{self._calls}/{self.rank}", value)
+        keys = [f"{self._calls}/{rank}" for rank in range(self.size)]
+        while not wait(self._store, keys, 60.0):
+            pass
+        return [get(self._store, key) for key in keys]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -57,6 +96,6 @@ def gather_json(value: Any, size: int, group: Any) -> list[Any]:
     found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
     dist.all_gather(found, padded, group=group)
     return [
-        json.loads(bytes(part[: int(length)].tolist()))
+        json.loads(part[: int(length)].numpy().tobytes())
         for part, length in zip(found, lengths, strict=True)
     ]

@@ -23,8 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pretrain import errors
-from pretrain.errors import ConfigError, DistributedError, PretrainError
+from pretrain.errors import ConfigError, DistributedError, PretrainError, named_error
+from pretrain.parallel.watch import EXIT_LOST
 
 __all__ = ["SCREEN", "Launched", "count_devices"]
 
@@ -209,7 +209,7 @@ class Launched:
         path = self._log(rank, "stderr")
         text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
         found = list(_OURS.finditer(text := _RANK.sub("", text)))
-        return _same(found[-1][1], text[found[-1].end() :].strip()) if found else None
+        return named_error(found[-1][1], text[found[-1].end() :].strip()) if found else None
 
     def _failures(self) -> list[dict[str, Any]]:
         """Rank and exit code of the processes that failed, in the order in which they did."""
@@ -223,6 +223,8 @@ class Launched:
         # Who was killed is the cause; those who then lost their connection are not.
         killed = [f for f in failures if f["code"] < 0 and -f["code"] != signal.SIGTERM]
         told = [f for f in failures if f["code"] > 0]
+        # A survivor leaves more quickly than who has an error to raise.
+        told.sort(key=lambda failure: failure["code"] == EXIT_LOST)
         return next(iter([*killed, *told, *failures]), None)
 
     def _log(self, rank: int, name: str) -> Path | None:
@@ -304,15 +306,6 @@ def _last(path: Path | None) -> str:
     lines = _RANK.sub("", path.read_text(encoding="utf-8", errors="replace")).splitlines()
     kept = [line for line in lines if line.strip() and not _NOISE.search(line)]
     return "\n".join(f"    {line[:400]}" for line in kept[-_TAIL:]) or "    (nothing)"
-
-
-def _same(name: str, text: str) -> PretrainError:
-    """The error of another process, of its class where that takes a text alone."""
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, PretrainError):
-        with contextlib.suppress(TypeError):
-            return kind(text)
-    return DistributedError(text)
 
 
 # ---------------------------------------------------------------------------------------------------- keeper

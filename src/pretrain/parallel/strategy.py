@@ -2,12 +2,14 @@
 
 One order for one device or a thousand: tensor parallelism, activation checkpointing, compilation block by block,
 FSDP2 or DDP, memory, initial weights. Gradients are sums over targets, never means, so every reduction is a sum and
-the number of processes does not show in the result.
+the number of processes shows in the result by rounding alone (and, with tensor parallelism, by which attention weights
+dropout drops: each process draws the same mask for its own heads).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,9 +41,15 @@ class _Root(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, batch: Batch) -> Loss:
+    def forward(self, batch: Batch | None) -> tuple[Tensor, Loss]:
+        """The loss, and its total once more: not every torch looks for tensors inside of a dataclass."""
+        if batch is None:  # see `Strategy._order_buckets`
+            total = torch.stack(
+                [0.0 * p.sum() for p in self.objective.parameters() if p.requires_grad]
+            ).sum()
+            return total, Loss(total, total.detach())
         loss: Loss = self.objective(batch)
-        return loss
+        return loss.total, loss
 
 
 class Strategy:
@@ -95,7 +103,8 @@ class Strategy:
             _move(objective, device)
         if self.sharded:
             self._shard()
-        model.layout = self.layout if self.cut else None
+        # Wrapped by FSDP2, a model is of no use by itself, be it cut or not.
+        model.layout = self.layout if self.cut or self.sharded else None
 
     def fill(self, *, initialise: bool) -> None:
         """Take memory for a model that was built without, and give it its weights.
@@ -103,10 +112,21 @@ class Strategy:
         Args:
             initialise: False where a checkpoint is read into them anyway.
         """
-        model = self.objective.model
+        model, root = self.objective.model, self._root
         if not any(p.is_meta for p in model.parameters()):
             return
-        self._root.to_empty(device="cpu" if self.settings.cpu_offload else self.device)
+        named = [*root.named_parameters(), *root.named_buffers()]
+        # What else the objective owns has its values already: a teacher, a table.
+        kept = {name: local(t.detach()).clone() for name, t in named if not t.is_meta}
+        root.to_empty(device="cpu" if self.settings.cpu_offload else self.device)
+        with torch.no_grad():
+            for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+                if name in kept:
+                    local(tensor).copy_(kept[name])
+        if self.settings.cpu_offload:
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(self.device))
         if initialise and model.start is not None:
             model.start(model)
         else:
@@ -165,6 +185,9 @@ class Strategy:
         if not trained:
             return
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
+        if self._ddp is not None:
+            self._ddp = None
+            gc.collect()  # its buckets, for nothing else collects while training
         self._ddp = nn.parallel.DistributedDataParallel(
             self._root,
             process_group=self.world.group("dp_replicate"),
@@ -173,18 +196,30 @@ class Strategy:
             **options,
         )
         self._ddp.register_comm_hook(self.world.group("dp_replicate"), _sum_bucket)
+        if not self._ddp.find_unused_parameters:
+            self._order_buckets()
+
+    def _order_buckets(self) -> None:
+        """Let DDP see one backward pass, after which it sorts its buckets by the order of the gradients, for good.
+
+        A resumed run would have other buckets in its first step than one that was not interrupted; and where more
+        than two processes add up a bucket, the place in it decides who adds first, and so the last bits of a sum.
+        """
+        torch.autograd.backward(self._ddp(None)[0])
+        for p in self.objective.parameters():
+            p.grad = None
 
     # ------------------------------------------------------------------ a step
 
     def forward(self, batch: Batch) -> Loss:
         """Loss of one micro-batch of this process."""
-        loss: Loss = (self._ddp if self._ddp is not None else self._root)(batch)
-        return loss
+        found: Loss = (self._ddp if self._ddp is not None else self._root)(batch)[1]
+        return found
 
     def once(self, batch: Batch) -> Loss:
         """Loss of one batch outside of the steps; with FSDP2 or tensor parallelism all processes must come along."""
-        loss: Loss = self._root(batch)
-        return loss
+        found: Loss = self._root(batch)[1]
+        return found
 
     def accumulate(self, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
         """Run the micro-batches of this process; afterwards the gradients are those of the global batch.
@@ -226,24 +261,24 @@ class Strategy:
 
     def _tree(self, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
         totals: list[Tensor] = []
-        params = [
-            p
-            for name, p in self.objective.named_parameters()
-            if p.requires_grad and name not in self.untouched
-        ]
+        params = [p for p in self.objective.parameters() if p.requires_grad]
+        reached = [0.0] * len(params)
 
         def leaf(i: int) -> list[Tensor]:
             for p in params:
                 p.grad = None
             totals.append(run(i))
+            for k, p in enumerate(params):
+                reached[k] += p.grad is not None
             return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
         sums = tree_sum(leaf, 0, count)
         sizes = self.choice.sizes
         if sizes.dp > 1:
             add_across(sums, self.world.group("dp_replicate"), self.world.dp_rank, sizes.dp)
-        for p, total in zip(params, sums, strict=True):
-            p.grad = total
+        # A zero that nothing gave is no gradient: on one process or on many it moves nothing.
+        for p, total, times in zip(params, sums, self.world.total(reached), strict=True):
+            p.grad = total if times else None
         return totals
 
     def settle(
@@ -271,14 +306,14 @@ class Strategy:
             *losses, whole = torch.stack([*totals, norm]).tolist()
             return losses, whole
         slots = torch.zeros(dp * len(totals) + 1, dtype=torch.float32, device=self.device)
+        if not every:
+            slots[-1] = norm.square()
+        elif self.world.leads:
+            slots[-1] = norm  # the same for all, to the last bit
         if self.world.tp_rank == 0:
             first = self.world.dp_rank * len(totals)
             slots[first : first + len(totals)] = torch.stack(list(totals)).float()
-        if not every:
-            slots[-1] = norm.square()
         dist.all_reduce(slots)
-        if every:
-            slots[-1] = norm
         *losses, last = slots.tolist()
         return losses, last if every else float(last) ** 0.5
 
@@ -290,6 +325,17 @@ class Strategy:
             torch._foreach_mul_([g for g in grads if g.numel()], factor)
 
     # ------------------------------------------------------------------ beside the steps
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process makes a sample of what the model can do.
+
+        Where the model is cut all must, at the same length; FSDP2 and tensor parallelism together make none, for
+        groups that gather by themselves could end a text at different places.
+        """
+        if self.sharded and self.choice.sizes.tp > 1:
+            return False
+        return self.cut or self.sharded or self.world.leads
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -323,25 +369,6 @@ class Strategy:
         """Let go of whole weights: without a backward pass nothing else does, and the parts are the parameters."""
         for unit in self._units():
             unit.reshard()
-
-    def assemble(self, name: str, part: Tensor) -> Tensor:
-        """The full tensor of a parameter's shape of which this process holds ``part``; all must come along."""
-        layout, group = self.layout, self.world.replica
-        members = self.world.replica_ranks
-        longest = max(layout.region(name, rank).numel for rank in members)
-        padded = part.new_zeros(longest)
-        padded[: part.numel()] = part.reshape(-1)
-        found = [torch.empty_like(padded) for _ in members]
-        dist.all_gather(found, padded, group=group)
-        full = part.new_empty(layout.shapes[name])
-        for rank, flat in zip(members, found, strict=True):
-            region = layout.region(name, rank)
-            full[region.slices()] = flat[: region.numel].view(region.shape)
-        return full
-
-    def cut_out(self, name: str, full: Tensor) -> Tensor:
-        """This process's part of a full tensor."""
-        return full[self.layout.region(name).slices()]
 
     def release(self) -> None:
         """Take back what training wrapped around the objective."""

@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,22 +24,18 @@ from torch.distributed.rendezvous import rendezvous
 from pretrain.errors import DistributedError, PretrainError
 from pretrain.parallel.board import put, wait
 from pretrain.parallel.estimates import Sizes
-from pretrain.parallel.group import Peers, gather_json
+from pretrain.parallel.group import Callers, Peers, gather_json
 from pretrain.parallel.handshake import check_links, handshake, introduce
+from pretrain.parallel.launched import launched
 from pretrain.parallel.lifeline import Lifeline
+from pretrain.parallel.starts import of_this_start
 from pretrain.storage.directories import make_directories
 from pretrain.storage.peers import agree
 
-__all__ = ["World", "current_world", "launched"]
+__all__ = ["World", "current_world", "found"]
 
 T = TypeVar("T")
-_POLL = 0.1
 _ALL_FAIL = 2.0  # seconds in which all processes run into an error that is everybody's
-
-
-def launched() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 class World:
@@ -54,6 +49,7 @@ class World:
         device: on which ``join`` set up the communication.
         sizes: of the mesh, set by ``arrange``.
         replica: group of the processes that hold one set of weights between them.
+        turns: how often the processes called each other before there was a group.
         links: what the all-reduce between them can do, measured when they met.
     """
 
@@ -70,15 +66,20 @@ class World:
         self.replica: Any = None
         self._mesh: Any = None
         self._background: Any = None
-        self._turns = self._entries = 0
+        self._control: Any = None  # the group of plain values; None is the default one
+        self._place = ("start", 0)
+        self.turns = self._entries = 0
         self._lifeline: Lifeline | None = None
         self.links: dict[str, float] = {}
 
     # ------------------------------------------------------------------ before there is a group
 
     @classmethod
-    def find(cls) -> World:
+    def find(cls, patience: float = 300.0) -> World:
         """The world that the environment names: its store is connected, no process group exists yet.
+
+        Args:
+            patience: seconds in which rank 0 must come; its store must answer within one minute.
 
         Raises:
             DistributedError: the other processes or their store cannot be reached.
@@ -87,10 +88,12 @@ class World:
             store = dist.distributed_c10d._get_default_store()
             world = cls(dist.get_rank(), dist.get_world_size(), store)
             world.joined = world.size > 1
+            if world.joined:  # theirs may know nothing of tensors on the CPU
+                world._control = dist.new_group(backend="gloo")
             return world
         if not launched():
             return cls()
-        limit = datetime.timedelta(seconds=60)
+        limit = datetime.timedelta(seconds=min(60.0, patience))
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
             store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
@@ -100,50 +103,27 @@ class World:
                 f"{error}. Start all of them with torchrun and the same rendezvous address; check that a firewall "
                 "lets the hosts talk."
             ) from error
-        return cls(rank, size, store)
+        return cls(rank, size, of_this_start(store, rank, size, patience))
 
     @property
     def leads(self) -> bool:
         """This is rank 0, which writes the log, the settings and the manifest."""
         return self.rank == 0
 
-    def in_turn(self, make: Callable[[], T], what: str) -> T:
-        """Let rank 0 make something that is cached, then one process of every host, then the rest.
-
-        It waits through the store alone, without a process group: there is no time limit that a long preparation
-        of data could run into.
-
-        Raises:
-            DistributedError: on the others, when an earlier one failed.
-        """
+    def callers(self) -> Peers:
+        """The processes before there is a group: plain values go through the store, tensors do not go at all."""
         if self.size == 1:
-            return make()
-        self._turns += 1
-        stage = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-        mine = f"pretrain/turn/{self._turns}/{self.rank}"
-        if stage:
-            before = 0 if stage == 1 else self.rank - self.local_rank
-            self._await(f"pretrain/turn/{self._turns}/{before}", what, before)
-        try:
-            made = make()
-        except BaseException as error:
-            self.store.set(mine, f"{type(error).__name__}: {error}"[:4000])
-            raise
-        self.store.set(mine, "done")
-        return made
-
-    def _await(self, key: str, what: str, rank: int) -> None:
-        while not self.store.check([key]):
-            time.sleep(_POLL)
-        said = self.store.get(key).decode("utf-8", "replace")
-        if said != "done":
-            raise DistributedError(f"Rank {rank} could not {what}. {said}")
+            return Peers(0, 1, None)
+        self.turns += 1
+        return Callers(self.rank, self.size, PrefixStore(f"pretrain/call/{self.turns}", self.store))
 
     # ------------------------------------------------------------------ the group
 
     def join(self, device: torch.device) -> torch.device:
         """Set up the process group for a device, once; returns the device of this process."""
-        if self.size == 1 and not self.joined:
+        if self.size == 1:
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # FSDP2 takes the one that is current
             self.device = device
             return device
         device = self._own(device)
@@ -264,6 +244,9 @@ class World:
                 if new:
                     self.links = check_links(dist.all_reduce, device, self.rank, self.size)
                 yield device
+                # The first process to end may let a launcher ask the others to end, too: none goes before the rest.
+                with lifeline.waiting():
+                    self.total([0.0])
             except PretrainError as error:
                 error.everywhere |= self._all_failed(store)
                 if not error.everywhere:
@@ -281,8 +264,13 @@ class World:
 
     def mark(self, phase: str, step: int) -> None:
         """Say where this process is, for whoever must find out later which of them hung."""
+        self._place = phase, step
         if self._lifeline is not None:
             self._lifeline.mark(phase, step)
+
+    def alive(self) -> None:
+        """Say that it still goes on, within what was marked last."""
+        self.mark(*self._place)
 
     # ------------------------------------------------------------------ values that all get
 
@@ -291,14 +279,18 @@ class World:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._control)
         return list(tensor.tolist())
+
+    def number(self, value: float) -> int:
+        """Rank 0's whole number, on all."""
+        return int(self.total([value if self.leads else 0])[0])
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's plain value, by rank."""
         if self.size == 1:
             return [value]
-        return gather_json(value, self.size, None)
+        return gather_json(value, self.size, self._control)
 
     def tell(self, value: Any) -> Any:
         """Rank 0's plain value, on all."""
@@ -321,6 +313,22 @@ class World:
         self.agree(failure)
         return made
 
+    def shared(self, make: Callable[[], T]) -> T:
+        """A plain value that rank 0 makes, however long that takes: the others wait outside of any group.
+
+        Raises:
+            PretrainError: on all, what it raised there.
+        """
+        made, failure, callers = None, None, self.callers()
+        if self.leads:
+            try:
+                made = make()
+            except Exception as error:
+                failure = error
+        agree(callers, failure)
+        found: T = callers.gather(made)[0]
+        return found
+
     def agree(self, failure: Exception | None) -> None:
         """Raise on all processes what one of them ran into; call it where every process comes along.
 
@@ -337,19 +345,26 @@ class World:
         """How checkpoints travel between processes; ``background`` has a group of its own, for a thread."""
         if self.size == 1:
             return Peers(0, 1, None)
-        if background and self._background is None:
+        if not background:
+            return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.alive)
+        if self._background is None:
             self._background = dist.new_group(backend="gloo")
-        return Peers(self.rank, self.size, self._background if background else dist.group.WORLD)
+        return Peers(self.rank, self.size, self._background)
 
 
 _world: World | None = None
 
 
-def current_world() -> World:
-    """The world of this process; found once."""
+def found() -> bool:
+    """Whether the world of this process is known already."""
+    return _world is not None and not (_world.size == 1 and launched())
+
+
+def current_world(patience: float = 300.0) -> World:
+    """The world of this process; found once, see `World.find`."""
     global _world
-    if _world is None or (_world.size == 1 and launched()):
-        _world = World.find()
+    if _world is None or not found():
+        _world = World.find(patience)
     return _world
 
 

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-import pretrain.errors
-from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
+from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError, named_error
 from pretrain.storage.strict_json import to_json
 
 __all__ = ["ALONE", "Alone", "Peers", "agree", "same_everywhere", "together"]
@@ -120,18 +119,13 @@ def _described(error: Exception) -> dict[str, str]:
 
 
 def _rebuilt(about: dict[str, str], where: str) -> PretrainError:
-    kind = getattr(pretrain.errors, about["kind"], None)
-    if kind is CheckpointCorrupt:
+    if about["kind"] == CheckpointCorrupt.__name__:
         plain = CheckpointCorrupt(about["file"], about["expected"], about["found"])
         hint = about["text"].removeprefix(str(plain)).strip()
         return CheckpointCorrupt(
             about["file"], about["expected"], about["found"], f"{hint}{where}".strip()
         )
-    if isinstance(kind, type) and issubclass(kind, PretrainError) and "__init__" not in vars(kind):
-        return kind(about["text"] + where)
-    known = isinstance(kind, type) and issubclass(kind, PretrainError)
-    text = about["text"] if known else f"{about['kind']}: {about['text']}"
-    return CheckpointError(text + where)
+    return named_error(about["kind"], about["text"] + where)
 
 
 def same_everywhere(peers: Peers, what: str, value: dict[str, Any]) -> None:

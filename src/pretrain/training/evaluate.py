@@ -85,8 +85,12 @@ def evaluate_rows(
     try:
         with torch.inference_mode() if strategy is None else strategy.without_gradient():
             for turn in range(-(-len(starts) // of)):
-                # All processes take every turn; who has no batch left runs one for company and forgets it.
                 k = turn * of + share
+                if strategy is not None:
+                    strategy.world.alive()
+                # Where a model is cut all take every turn: who has no batch left runs one for company and forgets it.
+                if k >= len(starts) and not (strategy is not None and strategy.sharded):
+                    continue
                 start = starts[k if k < len(starts) else 0]
                 part = take[start : start + batch_rows]
                 rngs = [row_rngs(_SEED, "evaluation", row, 1)[0] for row in part]

@@ -8,8 +8,9 @@ the pull goes towards the weights that were loaded, not towards zero.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from pretrain.parallel.regions import local
 __all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize"]
 
 OPTIMIZERS = ("adamw", "muon")
+_TOGETHER = 1 << 26  # elements of whole matrices that are stepped in one batch
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -53,6 +55,9 @@ class Parts(Protocol):
 
     def cut_out(self, name: str, full: Tensor) -> Tensor:
         """This process's part of a full tensor."""
+
+    def full_shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter, however it is cut."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -87,8 +92,8 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[tuple(p.shape)].append(p)
-            for params in shapes.values():
+                    shapes[self._shape(p)].append(p)
+            for params in _chunks(shapes):
                 for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -106,6 +111,9 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(held, self._cut(params, updates), alpha=-group["lr"] * scale)
 
+    def _shape(self, p: Tensor) -> tuple[int, ...]:
+        return tuple(p.shape) if self._parts is None else self._parts.full_shape(self._names[p])
+
     def _wholes(self, params: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         if self._parts is None:
             return list(parts)
@@ -121,6 +129,14 @@ class Muon(torch.optim.Optimizer):
             self._parts.cut_out(self._names[p], whole)
             for p, whole in zip(params, wholes, strict=True)
         ]
+
+
+def _chunks(shapes: Mapping[tuple[int, ...], list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Parameters of one shape, as many at a time as may be gathered and stepped together."""
+    for shape, params in shapes.items():
+        most = max(1, _TOGETHER // math.prod(shape))
+        for start in range(0, len(params), most):
+            yield params[start : start + most]
 
 
 class Optimizers:

@@ -51,7 +51,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
     Args:
         trainer: with its model, optimizers and average in place.
-        checkpoint: as `latest_together` found it: its files are verified.
+        checkpoint: its files are verified while they are read.
 
     Raises:
         TrainingError: the checkpoint belongs to another model, objective, data set or order.
@@ -59,7 +59,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     """
     layout = trainer.strategy.layout if trainer.world.size > 1 else None
     peers = trainer.world.peers()
-    training = read_training_slices(checkpoint, layout, peers, verified=True)
+    training = read_training_slices(checkpoint, layout, peers)
     now, then = identity(trainer), training.state.get("identity", {})
     for key, value in now.items():
         if then.get(key) != value:
@@ -71,7 +71,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     trainer.checkpoint = checkpoint
     trainer.scaler.load(trainer.state.scale)
     others = training.tensors.get("objective", {})
-    load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)
+    load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers)
     wanted = ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]
     for stem in wanted:
         if stem not in training.tensors:
@@ -97,7 +97,6 @@ def load_weights(
     *,
     layout: Layout | None = None,
     peers: Peers = ALONE,
-    verified: bool = False,
 ) -> None:
     """Take the model's weights from a checkpoint, and those of the objective's other modules from ``others``.
 
@@ -107,16 +106,15 @@ def load_weights(
         others: this process's parts.
         layout: which parts of the parameters lie where; None: each process has all of them.
         peers: the processes.
-        verified: the hashes of the files were compared a moment ago.
 
     Raises:
         TrainingError: the checkpoint holds another model or belongs to another objective.
     """
     try:
-        report = load_slices(objective.model, checkpoint, layout, peers, verified=verified)
-    except CheckpointCorrupt:
-        raise
+        report = load_slices(objective.model, checkpoint, layout, peers)
     except CheckpointError as error:
+        if isinstance(error, CheckpointCorrupt) or objective.model.adapter is not None:
+            raise  # it says itself which adapter it holds
         raise TrainingError(
             f"{checkpoint} holds another model than the configuration. {error} Use a new train.out."
         ) from error

@@ -8,6 +8,7 @@ import torch
 
 from pretrain.checkpoint import Saver
 from pretrain.data.loader import Loader
+from pretrain.parallel.parts import Parts, align
 from pretrain.storage.partial import latest_together
 from pretrain.training.ema import WeightAverage
 from pretrain.training.feed import Feed
@@ -43,6 +44,7 @@ def set_up(trainer: Trainer) -> bool:
     checkpoint = latest_together(trainer.out, world.peers())
     trainer.strategy = spread(trainer)
     trainer.strategy.fill(initialise=checkpoint is None)
+    align(trainer.objective, trainer.strategy.layout, world)
     trainer.params = {
         name: p for name, p in trainer.objective.named_parameters() if p.requires_grad
     }
@@ -54,7 +56,7 @@ def set_up(trainer: Trainer) -> bool:
         trainer.device,
         scales=trainer.layers.scales,
         fresh=trainer.layers.fresh,
-        parts=trainer.strategy if trainer.strategy.cut else None,
+        parts=Parts(trainer.strategy.layout, world) if trainer.strategy.cut else None,
     )
     trainer.average = WeightAverage(trainer.objective.model, trainer.optim.ema)
     trainer.saver = Saver(
@@ -85,8 +87,10 @@ def set_up(trainer: Trainer) -> bool:
     if checkpoint is not None:
         restore(trainer, checkpoint)
     seconds = preflight(trainer, checkpoint)
-    trainer.strategy.wrap()
     trainer.state.total_steps = world.tell(trainer.plan.first_total(trainer.state, seconds))
+    if trainer.optim.unfreeze:
+        trainer.release()  # DDP must not wait for layers whose turn has not come
+    trainer.strategy.wrap()
     trainer.state.limit = train.limit
     trainer.measure_peak()
     return checkpoint is not None

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import html
 import math
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pretrain.parallel.launched import launched
 
 __all__ = ["SIGNALS", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
 
 
 # That ask a run to save and to stop.
 SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Seconds after the end of a run that was stopped or failed, in which a launcher may still ask again; then it kills.
+_LINGER = 30.0
 
 
 @dataclass
@@ -111,40 +117,82 @@ class Run:
 
 
 class StopRequest:
-    """Set by the first signal; the loop looks at it between steps."""
+    """Set by the first signal; the loop looks at it between steps.
+
+    Attributes:
+        name: of the signal that this process received; it may be set at any moment.
+        agreed: of the one that all processes of the run stop by; changes in ``settle`` alone.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.agreed: str | None = None
+
+    def flags(self) -> list[float]:
+        """What this process was asked, to be summed over all: a one for the signal among `SIGNALS`."""
+        return [float(self.name == name) for name in SIGNALS]
+
+    def settle(self, asked: Sequence[float]) -> None:
+        """Take the sums of all flags: whoever was asked, all stop at the same step and for the same reason."""
+        if self.agreed is None:
+            self.agreed = next((n for n, count in zip(SIGNALS, asked, strict=True) if count), None)
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into a request to save and stop; a second one acts at once.
 
+    Under a launcher only a second SIGINT does: the launcher itself repeats the others, to every process that is left
+    when the first has ended, and what is to be saved may not be saved by then.
+
     Outside the main thread Python allows no handlers, and the request just stays empty.
     """
-    request = StopRequest()
+    request, several, received = StopRequest(), launched(), set[int]()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before: dict[int, Any] = {}
 
     def handle(number: int, frame: Any) -> None:
-        if request.name is not None:
+        again = number in received if several else bool(received)
+        received.add(number)
+        if again and (number == signal.SIGINT or not several):
             signal.signal(number, before[number])
             signal.raise_signal(number)
-        request.name = signal.Signals(number).name
+        request.name = request.name or signal.Signals(number).name
 
     for name in SIGNALS:
         number = getattr(signal, name)
         if signal.getsignal(number) in (signal.SIG_IGN, None):
             continue  # nohup ignores SIGHUP on purpose, and what Python did not set it cannot put back
         before[number] = signal.signal(number, handle)
+    ended = False
     try:
         yield request
+        ended = request.agreed is None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+            # A process that fails with the others has still to say why.
+            if several and not ended and number != signal.SIGINT:
+                _turn_deaf(number, handler)
+
+
+def _turn_deaf(number: int, then: Any) -> None:
+    """Ignore a signal in a process that stops or fails and is about to end; only after a while it is heard again."""
+    end = time.monotonic() + _LINGER
+
+    def handle(number: int, frame: Any) -> None:
+        if time.monotonic() > end:
+            signal.signal(number, then)
+            signal.raise_signal(number)
+
+    def at_exit() -> None:  # Python takes its own handlers away before the process has ended
+        if signal.getsignal(number) is handle:
+            signal.signal(number, signal.SIG_IGN)
+
+    signal.signal(number, handle)
+    atexit.register(at_exit)
 
 
 @contextlib.contextmanager

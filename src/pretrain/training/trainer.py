@@ -43,14 +43,7 @@ from pretrain.training.schedule import lr_factor
 from pretrain.training.setup import set_up
 from pretrain.training.skips import count_skips
 from pretrain.training.spread import enter_world, run_lock
-from pretrain.training.state import (
-    SIGNALS,
-    Run,
-    RunState,
-    StopRequest,
-    catch_signals,
-    heap_at_rest,
-)
+from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
 
 __all__ = ["Hook", "Trainer"]
 
@@ -159,20 +152,20 @@ class Trainer:
         state, stopped = self.state, "limit"
         steps = self.feed.steps(state.rows)
         self.objective.train()
-        with heap_at_rest(), contextlib.closing(self.saver):
+        with heap_at_rest(), self.saver:
             try:
                 while state.step < state.total_steps:
                     began = time.perf_counter()
                     shared = self._fetch(steps, stop)
-                    if stop.name is not None or self._out_of_patience():
-                        stopped = stop.name or "patience"
+                    if stop.agreed is not None or self._out_of_patience():
+                        stopped = stop.agreed or "patience"
                         break
                     self._after_step(self._step(*shared, began))
             finally:
                 steps.close()
                 self.layers.release(0)  # the caller gets the model as it was given
                 self.strategy.release()
-            return self._finish(stop.name or stopped)
+            return self._finish(stopped, stop)
 
     def _fetch(
         self, steps: Iterator[list[Batch]], stop: StopRequest
@@ -187,16 +180,13 @@ class Trainer:
                 mine[1] = float(sum(real_tokens(batch) for batch in batches))
         except PretrainError as error:
             failure = error
-        asked = [float(stop.name == name) for name in SIGNALS]
-        flags = [float(failure is not None), float(self.saver.failed), *asked]
+        flags = [float(failure is not None), float(self.saver.failed), *stop.flags()]
         count, tokens, failed, unsaved, *asked = self.world.total([*mine, *flags])
         if failed:
             self.world.agree(failure)
         if unsaved:
-            self.saver.poll()
-        for name, wanted in zip(SIGNALS, asked, strict=True):
-            if wanted and stop.name is None:
-                stop.name = name
+            self.saver.wait()  # not all may have got to the end of it yet
+        stop.settle(asked)
         return batches, count, int(tokens)
 
     def _step(
@@ -205,8 +195,8 @@ class Trainer:
         """One optimizer step over the micro-batches of a global batch; ``began`` includes the wait for them."""
         state = self.state
         check_targets(count, state.step, state.rows, self.train.batch_rows)
-        if self.optim.unfreeze:
-            self._release()
+        if self.optim.unfreeze and self.release():
+            self.strategy.wrap()
         factor = lr_factor(
             state.step,
             state.total_steps,
@@ -259,20 +249,19 @@ class Trainer:
             "skipped": not finite,
         }
 
-    def _release(self) -> None:
-        """Let the layers learn whose turn it is; none goes back, also if the run becomes longer meanwhile."""
+    def release(self) -> bool:
+        """Let the layers learn whose turn it is, and tell if one is new; none goes back when a run becomes longer."""
         state, lowest = self.state, self.layers.lowest(self.state.step, self.state.total_steps)
         before = state.lowest
         state.lowest = lowest if before is None else min(lowest, before)
         self.layers.release(state.lowest)
-        if state.lowest != before:
-            self.strategy.wrap()
+        return state.lowest != before
 
     def _after_step(self, record: dict[str, Any]) -> None:
         """Log, evaluate, save and call hooks, each at its own interval."""
         state = self.state
         state.seconds = time.monotonic() - self._began
-        state.total_steps = self.plan.replan(state, self.world.tell)
+        state.total_steps = self.plan.replan(state, self.world.number)
         last = state.step >= state.total_steps
         if last or state.step <= 10 or state.step % self.train.log_every == 0:
             flops = self.objective.flops(
@@ -311,7 +300,8 @@ class Trainer:
         if last and 0 < limit < len(self.eval_data):
             figures, note = self._figures(0), " on all rows"
         samples: list[str] = []
-        if self.world.leads or self.strategy.cut:
+        self.world.mark("evaluate", state.step)
+        if self.strategy.speaks:
             with self.average.applied(), self.strategy.whole():
                 samples = self.objective.preview(
                     [self.eval_data[0]], self.train.sample, self.train.seed
@@ -335,6 +325,7 @@ class Trainer:
                 limit=limit,
                 strategy=self.strategy,
             )
+        figures = dict(self.world.tell(figures))  # what is decided by them must be decided alike
         share = min(1.0, limit / len(self.eval_data)) if limit else 1.0
         self.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
         return figures
@@ -370,12 +361,14 @@ class Trainer:
         gc.collect()  # cheap behind a freeze, and nothing else collects while training
         return self.checkpoint
 
-    def _finish(self, stopped: str) -> Run:
+    def _finish(self, stopped: str, stop: StopRequest) -> Run:
         """Save what is not saved yet and say where everything lies."""
         state = self.state
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
         self.saver.wait()
+        stop.settle(self.world.total(stop.flags()))  # a signal may have come while that was written
+        stopped = stop.agreed or stopped
         best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint
         run = Run(
             path=self.out,

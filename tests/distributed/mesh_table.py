@@ -1,0 +1,77 @@
+"""The tables of docs/distributed.md on meshes: how far the losses of ten steps are from those of one device.
+
+    PYTHONPATH=src:tests python tests/distributed/mesh_table.py FOLDER
+
+FOLDER is made, or holds what an earlier call left there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from distributed.test_meshes import FAMILIES, MESHES, _curves, _extras, _worst
+
+EXTRAS = ("bf16", "muon", "ema", "layers", "full", "selective", "async", "from")
+WHAT = {
+    "bf16": "bf16 compute",
+    "muon": "Muon",
+    "ema": "moving average of the weights",
+    "layers": "layer-wise rates, gradual unfreezing, L2-SP",
+    "full": "activation_checkpointing: full",
+    "selective": "activation_checkpointing: selective",
+    "async": "async_save",
+    "from": "started from a checkpoint",
+}
+
+
+def _seen(folder: Path, make: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "result.json").exists():
+        make(folder)
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    seen = _seen(folder / "meshes", _curves)
+    rows = []
+    for family in FAMILIES:
+        for accumulate in (1, 3):
+            one = seen[f"1|{family}|{accumulate}"]["losses"]
+            found = [
+                f"{_worst(one, seen[f'{mesh}|{family}|{accumulate}']['losses']):.1e}"
+                for mesh in MESHES[1:]
+            ]
+            rows.append([f"{family}, {accumulate} micro-batches", *found])
+    print(_table(["", *MESHES[1:]], rows), end="\n\n")
+    whole = seen["1|llama|1"]["losses"]
+    rows = [
+        [before, *(f"{_worst(seen[f'{before}|{after}']['losses'], whole):.1e}" for after in MESHES)]
+        for before in MESHES
+    ]
+    print(_table(["4 steps on, then 6 on", *MESHES], rows), end="\n\n")
+    more = _seen(folder / "extras", _extras)
+    rows = [
+        [
+            WHAT[name],
+            *(
+                f"{_worst(more[f'1|{name}']['losses'], more[f'{mesh}|{name}']['losses']):.1e}"
+                for mesh in MESHES[1:]
+            ),
+        ]
+        for name in EXTRAS
+    ]
+    print(_table(["", *MESHES[1:]], rows))
+
+
+if __name__ == "__main__":
+    main()
