@@ -5,13 +5,15 @@
 
 The global batch, the micro-batch, the rows, the model and the optimizer (fused AdamW, clipping at 1) are the same for
 all. Every measurement is a launch of its own; contenders take turns, and their order is turned from round to round.
-Efficiency is the time of a step in one process over twice that in two. The machine must be idle: what is measured is
-wall time. Lightning is looked for and left out where it is not installed (pip install lightning).
+Efficiency is the time of a step in one process over twice that in two, of the best round of each: what is measured is
+wall time, which other programs only make longer; the machine should be idle. Lightning is looked for and left out where
+it is not installed (pip install lightning).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -200,7 +202,8 @@ def measure(peer: str, processes: int, precision: str, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    there = [p for p in PEERS if p[:4] == "ours" or importlib.util.find_spec(p.partition("-")[0])]
+    parser.add_argument("--peers", nargs="*", default=there, choices=PEERS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
@@ -218,26 +221,24 @@ def main() -> None:
             print(f"round {turn + 1}: {peer} in {n}: {seconds:.3f} s", file=sys.stderr, flush=True)
     rows = []
     for peer, times in seen.items():
-        ratios = [one / (2 * two) for one, two in zip(times[1], times[2], strict=True)]
+        one, two = min(times[1]), min(times[2])
+        ratios = [a / (2 * b) for a, b in zip(times[1], times[2], strict=True)]
         rows.append(
             {
                 "peer": peer,
-                "one": statistics.median(times[1]),
-                "two": statistics.median(times[2]),
-                "efficiency": statistics.median(ratios),
-                "low": min(ratios),
-                "high": max(ratios),
-                "tokens_per_second": ROWS * LENGTH / statistics.median(times[2]),
+                "one": one,
+                "two": two,
+                "efficiency": one / (2 * two),
+                "rounds": ratios,
+                "tokens_per_second": ROWS * LENGTH / two,
             }
         )
-    print(json.dumps({"precision": args.precision, "rows": rows}))
-    print(
-        f"{'':<16}{'1 process':>11}{'2 processes':>13}{'efficiency':>12}{'(lowest, highest)':>20}"
-    )
+    print(json.dumps({"precision": args.precision, "seconds": seen, "rows": rows}))
+    print("| | 1 process, s | 2 processes, s | efficiency | tokens/s |\n|---|---:|---:|---:|---:|")
     for row in rows:
         print(
-            f"{row['peer']:<16}{row['one']:>9.3f} s{row['two']:>11.3f} s{row['efficiency']:>12.3f}"
-            f"{row['low']:>12.3f}, {row['high']:.3f}"
+            f"| {row['peer']} | {row['one']:.2f} | {row['two']:.2f} | {row['efficiency']:.2f} | "
+            f"{row['tokens_per_second']:,.0f} |"
         )
 
 

@@ -4,9 +4,10 @@
 
 Each cell is a real run (two processes on this host, gloo, torchrun with one restart). The rank sends the signal to
 itself 0.3 s into the phase, at a step behind the checkpoint of step 4; torchrun then starts both processes again. A
-time is that from the signal to the end of the last other process (for SIGTERM: of the last process). "named" and
-"phase" say whether all survivors printed the right ones, "went on at" is the step of the checkpoint that was resumed,
-and "same bits" whether every loss and every weight is that of a run to which nothing happened.
+row has a run for each rank. A time is that from the signal to the end of the last other process (for SIGTERM: of the
+last process). Counted are runs in which the survivor and `failure.json` named the right rank, and the right phase and
+step; "went on at step" is that of the checkpoint that was resumed, and "same bits" says that every loss, weight and
+moment is that of a run to which nothing happened.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from distributed.fault_worker import PHASES
 from distributed.torchrun import Torchrun
 from pretrain.checkpoint import latest
 from pretrain.data.prepare import prepare
-from pretrain.parallel.lifeline import EXIT_LOST
 from pretrain.parallel.record import FILE
 from pretrain.training.logging import read_log
 from tiny import TEXTS
@@ -264,8 +265,25 @@ def trial(stage: Stage, strategy: str, rank: int, phase: str, number: int, **tra
     )
 
 
-def yes(value: bool) -> str:
-    return "yes" if value else "**no**"
+def row(strategy: str, number: signal.Signals, phase: str, cells: list[Cell]) -> str:
+    """Of the table: a signal to each rank in turn, in one phase."""
+    lost = number != signal.SIGTERM
+
+    def each(values: Iterable[object]) -> str:
+        return ", ".join(map(str, values))
+
+    columns = [
+        strategy,
+        number.name,
+        phase,
+        f"{sum(c.named for c in cells)}/{len(cells)}" if lost else "-",
+        f"{sum(c.placed for c in cells)}/{len(cells)}" if lost else "-",
+        each(f"{c.seconds:.2f}" for c in cells),
+        each("/".join(map(str, c.codes)) for c in cells),
+        each(dict.fromkeys(c.resumed for c in cells)),
+        f"{sum(c.exact for c in cells)}/{len(cells)}",
+    ]
+    return f"| {' | '.join(columns)} |"
 
 
 def main() -> None:
@@ -275,40 +293,35 @@ def main() -> None:
     parser.add_argument("--signal", choices=[s.name for s in SIGNALS], action="append")
     args = parser.parse_args()
     signals = [signal.Signals[name] for name in args.signal or [s.name for s in SIGNALS]]
-    began, times, cells = time.monotonic(), dict[str, list[float]](), list[Cell]()
+    began, everything = time.monotonic(), dict[str, list[Cell]]()
     print(
-        "| strategy | signal | phase | rank | named | phase | seconds | exit codes | went on at | same bits |"
+        "| strategy | signal | phase | rank named | phase named | seconds (to rank 0, to rank 1) | "
+        "exit codes of rank 0/1 | went on at step | same bits |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder))
         try:
-            for strategy in args.strategy or STRATEGIES:
-                for number in signals:
-                    for phase, rank in itertools.product(args.phase or PHASES, range(2)):
-                        cell = trial(stage, strategy, rank, phase, number)
-                        cells.append(cell)
-                        times.setdefault(number.name, []).append(cell.seconds)
-                        lost = number != signal.SIGTERM
-                        named, placed = (yes(cell.named), yes(cell.placed)) if lost else ("-", "-")
-                        print(
-                            f"| {strategy} | {number.name} | {phase} | {rank} | {named} | {placed} | "
-                            f"{cell.seconds:.1f} | {', '.join(map(str, cell.codes))} | {cell.resumed} | "
-                            f"{yes(cell.exact)} |",
-                            flush=True,
-                        )
-                        if not cell.good:
-                            print(stage.launcher.said()[-4000:], file=sys.stderr)
+            for strategy, number, phase in itertools.product(
+                args.strategy or STRATEGIES, signals, args.phase or PHASES
+            ):
+                cells = []
+                for rank in range(2):
+                    cells.append(trial(stage, strategy, rank, phase, number))
+                    if not cells[-1].good:
+                        print(stage.launcher.said()[-4000:], file=sys.stderr)
+                everything.setdefault(number.name, []).extend(cells)
+                print(row(strategy, number, phase, cells), flush=True)
         finally:
             stage.close()
     print()
-    for name, each in times.items():
-        print(f"{name}: median {statistics.median(each):.1f} s, worst {max(each):.1f} s")
-    codes = {code for cell in cells for code in cell.codes}
-    print(
-        f"{sum(c.good for c in cells)} of {len(cells)} cells are right; exit codes {sorted(codes)} "
-        f"({EXIT_LOST}: a survivor); silence {SILENCE:g} s; {time.monotonic() - began:.0f} s in all"
-    )
+    for name, seen in everything.items():
+        times = [cell.seconds for cell in seen]
+        print(
+            f"{name}: {sum(cell.good for cell in seen)} of {len(seen)} right, median "
+            f"{statistics.median(times):.2f} s, worst {max(times):.2f} s"
+        )
+    print(f"silence {SILENCE:g} s; {time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -172,10 +172,12 @@ def catch_signals() -> Iterator[StopRequest]:
         ended = request.agreed is None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
-            # A process that fails with the others has still to say why.
             if several and not ended and number != signal.SIGINT:
-                _turn_deaf(number, handler)
+                _turn_deaf(
+                    number, handler
+                )  # a process that fails with the others has still to say why
+            else:
+                signal.signal(number, handler)
 
 
 def _turn_deaf(number: int, then: Any) -> None:
