@@ -38,7 +38,7 @@ from tiny import TEXTS
 WORKER = Path(__file__).parent / "fault_worker.py"
 STRATEGIES = ("ddp", "fsdp")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
-SILENCE = 4.0  # seconds, also the limit on a hung process
+SILENCE = 6.0  # seconds, also the limit on a hung process
 GRACE = 3  # seconds after which torchrun kills a stopped process; 30 by itself
 STEPS = 8
 # The steps at which a phase comes; evaluation and saving come after step 6, when nothing newer than 4 is saved.

@@ -51,14 +51,15 @@ def main() -> None:
                 f"{_worst(one, seen[f'{mesh}|{family}|{accumulate}']['losses']):.1e}"
                 for mesh in MESHES[1:]
             ]
-            rows.append([f"{family}, {accumulate} micro-batches", *found])
-    print(_table(["", *MESHES[1:]], rows), end="\n\n")
+            batches = "micro-batch" if accumulate == 1 else "micro-batches"
+            rows.append([f"{family}, {accumulate} {batches}", *found])
+    print(_table(["largest relative difference", *MESHES[1:]], rows), end="\n\n")
     whole = seen["1|llama|1"]["losses"]
     rows = [
         [before, *(f"{_worst(seen[f'{before}|{after}']['losses'], whole):.1e}" for after in MESHES)]
         for before in MESHES
     ]
-    print(_table(["4 steps on, then 6 on", *MESHES], rows), end="\n\n")
+    print(_table(["", *MESHES], rows), end="\n\n")
     more = _seen(folder / "extras", _extras)
     rows = [
         [
@@ -70,7 +71,7 @@ def main() -> None:
         ]
         for name in EXTRAS
     ]
-    print(_table(["", *MESHES[1:]], rows))
+    print(_table(["llama", *MESHES[1:]], rows))
 
 
 if __name__ == "__main__":
