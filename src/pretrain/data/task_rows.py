@@ -158,6 +158,12 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
         """Tokens of the longest example."""
         return max(self.lengths, default=0)
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest text that the model reads by itself: some examples are several, with ``lengths``."""
+        found = (example.get("lengths", [len(example["input_ids"])]) for example in self.examples)
+        return max((int(max(lengths)) for lengths in found), default=0)
+
     def largest(self, count: int) -> list[int]:
         """Indices of the ``count`` longest examples."""
         lengths = self.lengths

@@ -1,7 +1,8 @@
-"""Collectives with gradients for tensor parallelism (Megatron-LM, arXiv 1909.08053), and a vocabulary that is cut.
+"""Collectives with gradients: for tensor parallelism (Megatron-LM, arXiv 1909.08053), a vocabulary that is cut, and
+losses that compare rows which lie on several processes.
 
 What several processes compute together begins with ``enter`` and ends with ``leave``; outside, all of them hold the
-same activations and compute the same. Nothing here runs in a model that is not cut.
+same activations and compute the same. Nothing here runs in one process.
 Letters: N targets, D hidden, V vocabulary.
 """
 
@@ -22,7 +23,7 @@ __all__ = ["Group", "VocabShard", "all_reduce", "enter", "gather", "leave", "row
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that share each matrix.
+    """Processes that share each matrix, or each batch.
 
     Attributes:
         handle: torch's process group.
@@ -64,18 +65,21 @@ def leave(x: Tensor, group: Group) -> Tensor:
     return found
 
 
-def gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Tensor:
+def gather(
+    x: Tensor, group: Group, dim: int, sizes: Sequence[int] = (), *, alike: bool = True
+) -> Tensor:
     """The slices of all processes side by side along ``dim``.
 
     Args:
         x: the slice of this process.
         group: whose slices are joined.
         dim: along which they lie.
-        sizes: length of the slice of each process.
-
-    The consumers of the result are alike on all processes, so each slice takes its own part of their gradient.
+        sizes: length of the slice of each process; all the same when empty.
+        alike: all processes compute the same with the result, so a slice takes its own part of the gradient. Else
+            each makes a summand of the loss with it, and a slice gets the sum of what all of them have for it.
     """
-    found: Tensor = _Gather.apply(x, group, dim % x.ndim, tuple(sizes))  # type: ignore[no-untyped-call]
+    sizes = tuple(sizes) or (x.shape[dim],) * group.size
+    found: Tensor = _Gather.apply(x, group, dim % x.ndim, sizes, alike)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -103,8 +107,11 @@ class _Leave(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], alike: bool
+    ) -> Tensor:
         ctx.place = (dim, sum(sizes[: group.rank]), sizes[group.rank])
+        ctx.summed = None if alike else group
         # Every process sends as many elements: not all backends take uneven ones.
         shape = [*x.shape[:dim], max(sizes), *x.shape[dim + 1 :]]
         half = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
@@ -117,8 +124,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.narrow(*ctx.place), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if ctx.summed is not None:
+            grad = all_reduce(grad, ctx.summed)
+        return grad.narrow(*ctx.place), None, None, None, None
 
 
 def row_linear(layer: nn.Linear, x: Tensor, group: Group | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pretrain.data.loader import Example
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
+from pretrain.nn.parallel import Group, gather
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -87,6 +88,11 @@ class Objective(nn.Module):
 
     A subclass writes ``collate`` and ``forward``. Other modules that it needs (a generator, a teacher) are
     children of it, and the trainer saves them beside the model.
+
+    Attributes:
+        batch_group: the processes among which each training batch is shared out, in the order of its rows, each with
+            as many; None where the loss does not couple examples, or this process has all of them. Set for training.
+        compared: ``whole_batch`` has been called.
     """
 
     couples_examples: ClassVar[bool] = (
@@ -97,6 +103,8 @@ class Objective(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
+        self.batch_group: Group | None = None
+        self.compared = False
 
     def collate(
         self,
@@ -121,6 +129,25 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         raise NotImplementedError
+
+    def whole_batch(self, rows: Tensor) -> tuple[Tensor, int]:
+        """What all processes have for their rows of a training batch; a loss that couples examples needs it.
+
+        Each process adds the loss of its own rows to the sum, against the rows of all, and what is computed with
+        those of another process sends its gradient there.
+
+        Args:
+            rows: (n, ...) of this process.
+
+        Returns:
+            (N, ...) in the order of the batch, and the place of this process's first row among them. In an
+            evaluation each batch lies in one process.
+        """
+        self.compared = True
+        group = self.batch_group
+        if group is None or not self.training:
+            return rows, 0
+        return gather(rows, group, 0, alike=False), len(rows) * group.rank
 
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]

@@ -3,7 +3,7 @@
 The network reads both texts of a pair (Sentence-BERT, arXiv 1908.10084); every other second text of the batch is a
 negative (multiple negatives ranking, arXiv 1705.00652, §4.4; InfoNCE, arXiv 1807.03748).
 
-Letters: N pairs, C candidates, D hidden.
+Letters: n pairs in this process, N in the whole batch, C candidates, D hidden.
 """
 
 from __future__ import annotations
@@ -202,20 +202,24 @@ class Embedding(Task):
         return pool_documents(hidden.float(), batch, self.pooling)
 
     def forward(self, batch: Batch) -> Loss:
-        count = len(batch["texts"])
-        units = F.normalize(self.vectors(batch), dim=-1)
-        anchors, others = units[:count], units[count:]  # (N, D), (C, D)
-        texts, pairs = batch["texts"], self._pairs(batch)
-        cosines = anchors @ others.T  # (N, C)
-        scores = (self.scale * cosines).masked_fill(_alike(texts), -math.inf)
-        wanted = torch.arange(count, device=scores.device)
+        texts, pairs = batch["texts"], self._pairs(batch)  # (n, parts), (n,)
+        count, parts = texts.shape
+        units = F.normalize(self.vectors(batch), dim=-1).view(parts, count, -1)
+        # Our anchors are compared with the texts of the whole batch.
+        every, first = self.whole_batch(units.transpose(0, 1))  # (N, parts, D)
+        known, _ = self.whole_batch(texts)
+        mine = slice(first, first + count)
+        cosines = units[0] @ every[:, 1:].transpose(0, 1).flatten(0, 1).T  # (n, C)
+        scores = (self.scale * cosines).masked_fill(_alike(known, mine), -math.inf)
+        wanted = torch.arange(first, first + count, device=scores.device)
         total = (F.cross_entropy(scores, wanted, reduction="none") * pairs).sum()
         if self.symmetric:
-            back = scores[:, :count].T
+            back = self.scale * (units[1] @ every[:, 0].T)  # (n, N)
+            back = back.masked_fill(_alike(known, places=mine).T, -math.inf)
             total = total + (F.cross_entropy(back, wanted, reduction="none") * pairs).sum()
         metrics: dict[str, Any] = {}
         if not self.training:
-            metrics["units"] = list(units.view(-1, count, units.shape[-1]).transpose(0, 1))
+            metrics["units"] = list(units.transpose(0, 1))
             metrics["texts"], metrics["pairs"] = texts.tolist(), pairs.tolist()
             if "score" in batch:
                 alike = cosines[:, :count].diagonal()
@@ -264,19 +268,21 @@ class Embedding(Task):
         }
 
 
-def _alike(texts: Tensor, rows: slice = slice(None)) -> Tensor:
-    """(N, C) candidates that are no negatives of an anchor, because they, or their anchors, are the same text.
+def _alike(texts: Tensor, rows: slice = slice(None), places: slice | None = None) -> Tensor:
+    """(anchors, candidates) that are no negatives of an anchor, because they, or their anchors, are the same text.
 
     Args:
         texts: (N, 2 or 3) numbers of the texts of each row: anchor, positive, negative.
-        rows: anchors that are asked for.
+        rows: whose anchors are asked for.
+        places: rows whose positives are the candidates; None takes the positives and then the negatives of all.
     """
-    anchor, positive = texts[:, 0], texts[:, 1]
-    mine, wanted = anchor[rows, None], positive[rows, None]
+    kept = slice(None) if places is None else places
+    anchor, positive = texts[kept, 0], texts[kept, 1]
+    mine, wanted = texts[rows, :1], texts[rows, 1:2]
     same = (wanted == positive) | (mine == anchor) | (mine == positive)
-    places = torch.arange(len(texts), device=texts.device)
-    same &= places[rows, None] != places
-    if texts.shape[1] == 2:
+    numbers = torch.arange(len(texts), device=texts.device)
+    same &= numbers[rows, None] != numbers[kept]
+    if texts.shape[1] == 2 or places is not None:
         return same
     return torch.cat((same, wanted == texts[:, 2]), dim=1)
 

@@ -60,7 +60,6 @@ def choose_sizes(
     micro_rows: int,
     needs: Needs,
     possible_tp: Sequence[int] = (1,),
-    couples_examples: bool = False,
     device_memory: float | None = None,
     local: int = 0,
 ) -> Choice:
@@ -74,7 +73,6 @@ def choose_sizes(
             would take.
         needs: of the model and its batch; ``checkpointing`` and ``device`` as they will be.
         possible_tp: into how many pieces the model's matrices can be cut, 1 among them.
-        couples_examples: the loss compares the rows of a batch with each other.
         device_memory: bytes that one process may use; None if not known.
         local: processes of one host; 0 is all of them.
 
@@ -85,7 +83,7 @@ def choose_sizes(
     local = min(local or world, world)
     _check_tp(settings, world, possible_tp)
     sizes = _configured(settings, world)
-    check_batch(world, settings.tp, batch_rows, micro_rows, couples=couples_examples)
+    check_batch(world, settings.tp, batch_rows, micro_rows)
     if settings.reproducible:
         _check_reproducible(settings, world, batch_rows, micro_rows)
     _check_offload(settings, needs)
@@ -248,7 +246,7 @@ def _configured(settings: ParallelConfig, world: int) -> Sizes | None:
     return Sizes(replicate or dp // shard, shard or dp // replicate, tp)
 
 
-def check_batch(world: int, tp: int, batch: int, micro: int, *, couples: bool = False) -> None:
+def check_batch(world: int, tp: int, batch: int, micro: int) -> None:
     """Refuse a global batch that ``world`` processes cannot share alike.
 
     Args:
@@ -256,17 +254,11 @@ def check_batch(world: int, tp: int, batch: int, micro: int, *, couples: bool = 
         tp: see there.
         batch: rows of the global batch.
         micro: rows of a forward pass; 0 leaves them free.
-        couples: the loss compares the rows of a batch with each other.
 
     Raises:
         ConfigError: it lists the numbers of processes and the batches near this one that can be.
     """
     dp = world // tp
-    if couples and dp > 1:
-        raise ConfigError(
-            "The objective compares the rows of a batch with each other, so a batch cannot be shared out: use one "
-            f"process, or set parallel.tp to {world} if the model can be cut so."
-        )
     if batch % dp == 0 and (not micro or batch // dp % micro == 0):
         return
     unit = dp * (micro or 1)

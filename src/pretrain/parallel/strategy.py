@@ -92,6 +92,8 @@ class Strategy:
         if choice.sizes.tp > 1:
             group = Group(world.group("tp"), world.tp_rank, choice.sizes.tp)
             self.tp = shard_model(model, group)
+        if objective.couples_examples and choice.sizes.dp > 1:
+            objective.batch_group = Group(world.batch_group(), world.dp_rank, choice.sizes.dp)
         self.sharded, self._gather = choice.strategy == "fsdp", gather
         self.layout = self._layout(shapes)
         self.cut = self.layout.dp_shard * self.layout.tp > 1
@@ -127,7 +129,8 @@ class Strategy:
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(self.device))
-        if initialise and model.start is not None:
+        # The checkpoint of an adapter holds nothing of its base.
+        if model.start is not None and (initialise or model.adapter is not None):
             model.start(model)
         else:
             model.backbone.init_buffers()
@@ -372,7 +375,7 @@ class Strategy:
 
     def release(self) -> None:
         """Take back what training wrapped around the objective."""
-        self._ddp = None
+        self._ddp = self.objective.batch_group = None
 
 
 def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def] # torch holds annotations against its own classes

@@ -178,6 +178,16 @@ class World:
         """The processes along one dimension of the mesh, of which this one is a member."""
         return self._mesh.get_group(name)
 
+    def batch_group(self) -> Any:
+        """The processes that see different rows of a batch, this one among them, by ``dp_rank``; all must ask."""
+        if self.sizes.tp == 1:
+            return dist.group.WORLD
+        if self.sizes.dp_replicate == 1:
+            return self.group("dp_shard")
+        slices = range(self.sizes.tp)
+        found = [dist.new_group(list(range(t, self.size, self.sizes.tp))) for t in slices]
+        return found[self.tp_rank]
+
     @property
     def replica_ranks(self) -> list[int]:
         """Members of ``replica``."""

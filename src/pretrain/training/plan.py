@@ -67,7 +67,7 @@ def choose_micro_rows(
         budget = max(1, min(int(tokens / mean_length(data)), 4 * tokens // row_length(data)))
         most = train.batch_rows // whole if even else share
         rows = max(d for d in range(1, most + 1) if most % d == 0 and d <= budget)
-        rows = train.batch_rows if objective.couples_examples else rows
+        rows = share if objective.couples_examples else rows
     if share % rows:
         near = [d for d in range(1, share + 1) if share % d == 0]
         of = f" ({share} for each process)" if share != train.batch_rows else ""
@@ -75,10 +75,12 @@ def choose_micro_rows(
             f"train.batch_rows {train.batch_rows}{of} is no multiple of train.micro_rows {rows}. "
             f"micro_rows may be one of {', '.join(map(str, near))}."
         )
-    if objective.couples_examples and rows != train.batch_rows:
+    if objective.couples_examples and rows != share:
+        each = "" if share == train.batch_rows else f", of which each process takes {share}"
         raise ConfigError(
             f"{type(objective).__name__} compares the rows of a batch with each other, so its loss does not add "
-            f"up over micro-batches: set train.micro_rows to train.batch_rows ({train.batch_rows}) or 0."
+            f"up over micro-batches: leave train.micro_rows out (0). A batch has {train.batch_rows} rows{each}; more "
+            "processes let each have fewer."
         )
     return rows
 

@@ -122,9 +122,11 @@ def check_lengths(trainer: Trainer) -> None:
     """Rows must fit the positions, and the data's vocabulary the embedding."""
     backbone = trainer.objective.model.backbone
     for name, rows in (("training", trainer.train_data), ("held-out", trainer.eval_data or ())):
-        if len(rows) and backbone.max_length and row_length(rows) > backbone.max_length:
+        # Of several texts in one row each has positions of its own.
+        longest = getattr(rows, "longest_document", 0) or (row_length(rows) if len(rows) else 0)
+        if backbone.max_length and longest > backbone.max_length:
             raise DataError(
-                f"The {name} rows have {row_length(rows)} tokens, but the model has {backbone.max_length} "
+                f"The {name} rows have {longest} tokens, but the model has {backbone.max_length} "
                 "positions. Prepare shorter rows (data.row_length) or build a model with more (model.overrides "
                 "max_positions)."
             )
@@ -166,6 +168,11 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
             f"not fit into the memory of {trainer.device}. Lower train.micro_rows (the result stays the same), or set "
             "parallel.activation_checkpointing=true."
         ) from error
+    if trainer.objective.batch_group is not None and not trainer.objective.compared:
+        raise TrainingError(
+            f"{type(trainer.objective).__name__} couples the rows of a batch, which lie on several processes, and its "
+            "forward() does not ask the others for theirs: call self.whole_batch(vectors), or use one process."
+        )
     for name, buffer in trainer.objective.named_buffers():
         buffer.copy_(buffers[name])
     untouched = [

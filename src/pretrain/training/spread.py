@@ -79,7 +79,6 @@ def spread(trainer: Trainer) -> Strategy:
         micro_rows=guess if settings.reproducible else train.micro_rows * (world.size > 1),
         needs=needs_of(trainer, guess),
         possible_tp=possible_tp(objective.model.backbone.config),
-        couples_examples=objective.couples_examples,
         device_memory=device_memory(device, world),
         local=world.local_size,
     )

@@ -321,7 +321,10 @@ class Trainer:
                 self.objective,
                 self.eval_data,
                 self.precision,
-                batch_rows=self.micro_rows,
+                # Rows are compared with those of one global batch, however many processes train.
+                batch_rows=self.train.batch_rows
+                if self.objective.couples_examples
+                else self.micro_rows,
                 limit=limit,
                 strategy=self.strategy,
             )
