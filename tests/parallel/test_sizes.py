@@ -62,8 +62,7 @@ def choose(world: int, needs: Needs = SMALL, **options: Any) -> Choice:
     given = {"batch_rows": 64, "micro_rows": 0, "device_memory": 80 * GIB, "local": 8}
     keys = {key: options.pop(key, value) for key, value in given.items()}
     ways = {"possible_tp": options.pop("possible_tp", (1, 2, 4, 8))}
-    couples = {"couples_examples": options.pop("couples_examples", False)}
-    return choose_sizes(ParallelConfig(**options), world, needs=needs, **keys, **ways, **couples)
+    return choose_sizes(ParallelConfig(**options), world, needs=needs, **keys, **ways)
 
 
 def refused(world: int, needs: Needs = SMALL, **options: Any) -> str:
@@ -238,7 +237,6 @@ def test_what_cannot_be_lists_what_can() -> None:
     text = refused(8, batch_rows=64, micro_rows=16)
     assert "micro-batches of 16" in text and "1, 2, 4" in text and "128" in text
     assert "set train.micro_rows to 0" in text
-    assert "compares the rows" in refused(2, couples_examples=True)
 
 
 def test_reproducible_is_ddp_on_powers_of_two() -> None:
@@ -333,6 +331,12 @@ def test_memory_by_part() -> None:
     more = replace(LLAMA, muon=count // 2, ema=True, anchors=True)
     changed = memory(more, Sizes(), "single", 8192)
     assert changed.moments == 6 * count and changed.copies == 8 * count
+    # What Muon needs for its matrices comes when the activations have gone, and counts where it is more.
+    assert changed.step == 0
+    few = replace(more, muon=1000, vocabulary=0)
+    assert memory(few, Sizes(), "single", 0).step == 16 * 1000
+    assert memory(few, Sizes(1, 2, 1), "fsdp", 0).step == 20 * 1000
+    assert memory(replace(few, device="cpu"), Sizes(), "single", 0).step == 24 * 1000
     frozen = memory(replace(LLAMA, trainable=0), Sizes(), "single", 8192)
     assert frozen.gradients == frozen.moments == 0
     held = memory(LLAMA, Sizes(1, 8, 1), "fsdp", 8192, whole=True)

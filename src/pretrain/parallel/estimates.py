@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 __all__ = [
+    "MATRICES_TOGETHER",
     "ROOMY",
     "Memory",
     "Needs",
@@ -34,6 +35,11 @@ __all__ = [
 FP32 = 4
 # Share of a device's memory that whole weights and gradients may take between the micro-batches of a step.
 ROOMY = 0.2
+# Elements of the matrices that Muon steps in one batch, and bytes for each, as measured for square ones: the averaged
+# gradient, its copy in the batch, and the iteration, which a GPU makes in half precision.
+MATRICES_TOGETHER = 1 << 26
+_MATRIX_BYTES = {"cuda": 16}
+_MATRIX_BYTES_FP32 = 24
 # A chunk of logits: its elements on a device, and bytes for each: the product, fp32, log-probabilities, gradient, cast.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26, "mps": 1 << 24}
 _CHUNK_BYTES = 16
@@ -118,6 +124,9 @@ class Memory:
     gathered: float
     activations: float
     logits: float
+    step: float = (
+        0.0  # of the optimizer, beyond what the passes through the model have given back by then
+    )
 
     @property
     def total(self) -> float:
@@ -207,6 +216,10 @@ def memory(
         if whole:
             passing = (needs.compute_bytes + FP32) * needs.layers * needs.block
         gathered = (passing + 2 * FP32 * outside) / sizes.tp
+    activations = activation_bytes(needs, tokens, sizes.tp)
+    logits = logits_bytes(needs, tokens, sizes.tp)
+    each = _MATRIX_BYTES.get(needs.device, _MATRIX_BYTES_FP32) + FP32 * (parts > 1)  # gathered
+    matrices = each * min(MATRICES_TOGETHER, needs.muon)
     return Memory(
         weights=here * FP32 * held,
         casts=0.0 if gathered else low * held,
@@ -214,8 +227,9 @@ def memory(
         moments=here * FP32 * (2 * trained - needs.muon / parts),
         copies=here * FP32 * (needs.ema * held + needs.anchors * trained),
         gathered=gathered,
-        activations=activation_bytes(needs, tokens, sizes.tp),
-        logits=logits_bytes(needs, tokens, sizes.tp),
+        activations=activations,
+        logits=logits,
+        step=max(0.0, matrices - activations - logits),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from pretrain.parallel.regions import Layout, local
 from pretrain.parallel.world import World
 
-__all__ = ["Parts", "align"]
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["Parts", "align", "copy_whole"]
 
 
 class Parts:
-    """What an optimizer needs that works on whole matrices.
+    """What an optimizer needs that works on whole matrices, and does the work on each of them once.
 
     Args:
         layout: which part of every parameter lies where.
@@ -29,6 +33,8 @@ class Parts:
         """The full tensor of a parameter's shape of which this process holds ``part``; all must come along."""
         layout, group = self._layout, self._world.replica
         members = self._world.replica_ranks
+        if len(members) == 1:
+            return part
         longest = max(layout.region(name, rank).numel for rank in members)
         padded = part.new_zeros(longest)
         padded[: part.numel()] = part.reshape(-1)
@@ -40,6 +46,33 @@ class Parts:
             full[region.slices()] = flat[: region.numel].view(region.shape)
         return full
 
+    def shared_out(
+        self, wholes: Sequence[Tensor], make: Callable[[Tensor], Tensor], first: int
+    ) -> list[Tensor]:
+        """``make`` of matrices that all processes hold: each makes it of a few of them, and all get the results.
+
+        Args:
+            wholes: of one shape.
+            make: of a stack of them; the result has its shape and type.
+            first: number of the first matrix in a step: those that follow a few others go to other processes.
+        """
+        size, rank = self._world.size, self._world.rank
+        owners = [(first + i) % size for i in range(len(wholes))]
+        mine = [i for i, owner in enumerate(owners) if owner == rank]
+        made = iter(make(torch.stack([wholes[i] for i in mine])) if mine else ())
+        found = [
+            next(made).contiguous() if owner == rank else torch.empty_like(whole)
+            for owner, whole in zip(owners, wholes, strict=True)
+        ]
+        works = [
+            dist.broadcast(one, owner, async_op=True)
+            for one, owner in zip(found, owners, strict=True)
+        ]
+        for work in works:
+            if work is not None:
+                work.wait()
+        return found
+
     def full_shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter, however it is cut."""
         return tuple(self._layout.shapes[name])
@@ -47,6 +80,20 @@ class Parts:
     def cut_out(self, name: str, full: Tensor) -> Tensor:
         """This process's part of a full tensor."""
         return full[self._layout.region(name).slices()]
+
+
+@torch.no_grad()
+def copy_whole(model: Model, whole: Model, world: World) -> None:
+    """Give a model of one process the weights of its twin that is shared out; all processes must come along.
+
+    Args:
+        model: with a layout, on any device.
+        whole: with parameters of the same names, each of them complete.
+        world: the processes that share ``model``.
+    """
+    parts, there = Parts(model.layout, world), dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        there[name].copy_(parts.assemble(name, local(parameter.detach())))
 
 
 def align(module: nn.Module, layout: Layout, world: World) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
+from pretrain.parallel.estimates import MATRICES_TOGETHER
 from pretrain.parallel.regions import local
 
 __all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize"]
 
 OPTIMIZERS = ("adamw", "muon")
-_TOGETHER = 1 << 26  # elements of whole matrices that are stepped in one batch
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -48,10 +48,15 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Parts(Protocol):
-    """Where parameters are shared out among processes: how a part becomes a whole, and a whole a part."""
+    """How several processes step whole matrices: how a part becomes a whole, who works on which, and back."""
 
     def assemble(self, name: str, part: Tensor) -> Tensor:
         """The full tensor of which every process holds a part; all must come along, in one order."""
+
+    def shared_out(
+        self, wholes: Sequence[Tensor], make: Callable[[Tensor], Tensor], first: int
+    ) -> Sequence[Tensor]:
+        """``make`` of all, each made by one process and given to the others; ``first`` is the number of the first."""
 
     def cut_out(self, name: str, full: Tensor) -> Tensor:
         """This process's part of a full tensor."""
@@ -68,7 +73,8 @@ class Muon(torch.optim.Optimizer):
         lr: spectral size of an update; multiplied by sqrt(max(1, rows / columns)).
         momentum: of the Nesterov average.
         weight_decay: decoupled.
-        parts: for parameters that are shared out; an update is of the whole matrix.
+        parts: of several processes, each of which makes some of the updates; None makes all of them here. An update
+            is of the whole matrix, also where parameters are shared out.
         names: of the parameters, for ``parts``.
     """
 
@@ -88,6 +94,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step; parameters without a gradient are left alone."""
+        done = 0
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -104,7 +111,8 @@ class Muon(torch.optim.Optimizer):
                     params, torch._foreach_lerp(grads, buffers, group["momentum"])
                 )
                 rows, columns = matrices[0].shape
-                updates = orthogonalize(torch.stack(matrices)).unbind(0)
+                updates = self._orthogonal(matrices, done)
+                done += len(matrices)
                 scale = max(1.0, rows / columns) ** 0.5
                 held = [local(p) for p in params]
                 if group["weight_decay"]:
@@ -122,6 +130,11 @@ class Muon(torch.optim.Optimizer):
             for p, part in zip(params, parts, strict=True)
         ]
 
+    def _orthogonal(self, matrices: Sequence[Tensor], first: int) -> Sequence[Tensor]:
+        if self._parts is None:
+            return orthogonalize(torch.stack(list(matrices))).unbind(0)
+        return self._parts.shared_out(matrices, orthogonalize, first)
+
     def _cut(self, params: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
         if self._parts is None:
             return list(wholes)
@@ -134,7 +147,7 @@ class Muon(torch.optim.Optimizer):
 def _chunks(shapes: Mapping[tuple[int, ...], list[Tensor]]) -> Iterator[list[Tensor]]:
     """Parameters of one shape, as many at a time as may be gathered and stepped together."""
     for shape, params in shapes.items():
-        most = max(1, _TOGETHER // math.prod(shape))
+        most = max(1, MATRICES_TOGETHER // math.prod(shape))
         for start in range(0, len(params), most):
             yield params[start : start + most]
 
@@ -275,7 +288,7 @@ def build_optimizers(
         device: where the parameters live; fused AdamW is used where torch has it.
         scales: factors of the learning rates of parameters; 1 for those it lacks.
         fresh: parameters that were not loaded: ``optim.l2_sp`` leaves them to weight decay.
-        parts: given where parameters are shared out among processes.
+        parts: given where several processes step the matrices of Muon together.
 
     Raises:
         ConfigError: the optimizer is not known, or nothing is trainable.

@@ -56,7 +56,10 @@ def set_up(trainer: Trainer) -> bool:
         trainer.device,
         scales=trainer.layers.scales,
         fresh=trainer.layers.fresh,
-        parts=Parts(trainer.strategy.layout, world) if trainer.strategy.cut else None,
+        # Made in another company, a product may differ in its last bits.
+        parts=Parts(trainer.strategy.layout, world)
+        if world.size > 1 and not trainer.parallel.reproducible
+        else None,
     )
     trainer.average = WeightAverage(trainer.objective.model, trainer.optim.ema)
     trainer.saver = Saver(
