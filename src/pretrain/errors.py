@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AdapterFound",
     "CheckpointCorrupt",
     "CheckpointError",
     "ConfigError",
@@ -68,6 +69,10 @@ class CheckpointCorrupt(CheckpointError):
         self.file, self.expected, self.found = str(file), str(expected), str(found)
         text = f"{self.file} is damaged: expected {self.expected}, found {self.found}."
         super().__init__(f"{text} {hint}".strip())
+
+
+class AdapterFound(CheckpointError):
+    """A directory holds an adapter where a whole model is wanted, which can be read in parts."""
 
 
 class RunLocked(CheckpointError):

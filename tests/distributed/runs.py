@@ -22,7 +22,7 @@ from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.models import build
 from pretrain.objectives import build_objective
 from pretrain.parallel.world import current_world
-from pretrain.training.run import _opened as opened
+from pretrain.training.source import open_source
 from pretrain.training.trainer import Trainer
 from tiny import Rows, tokenizer
 
@@ -62,7 +62,7 @@ def train(
     }
     shape |= {"max_positions": 32, "dropout": 0.0, "attention_dropout": 0.0}
     if source is not None:
-        model = opened(str(source))
+        model = open_source(str(source))
     else:
         model = build(
             family,

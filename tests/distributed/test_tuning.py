@@ -10,30 +10,38 @@ import pytest
 import pretrain
 import tiny
 from distributed.cluster import launch, merged, once
+from pretrain.data.tokenizer import train_from_texts
 from pretrain.models import build
 
 HERE = Path(__file__).parent
 MESHES = ("DDP 2", "FSDP2 2", "TP 2")
-CASES = ("classification", "lora", "dora", "regression", "language")
+ADAPTED = ("lora", "dora", "sweep", "chat", "resumed")
+CASES = (
+    *("classification", "regression", "language", "tokens", "questions", "preference"),
+    *ADAPTED,
+)
+COUPLED = ("pairs", "both ways", "scored")
 
 
 def _tuned(folder: Path) -> None:
-    for family in ("gpt2", "bert"):
+    words = ["User: Assistant: who is it and looked at red old big sly no", *tiny.TEXTS]
+    talk = train_from_texts(words, "bpe", vocab_size=330)
+    for name, tokenizer in (("gpt2", tiny.tokenizer()), ("bert", tiny.tokenizer()), ("talk", talk)):
         model = build(
-            family,
+            name if name != "talk" else "llama",
             None,
-            tokenizer=tiny.tokenizer(),
+            tokenizer=tokenizer,
             num_layers=2,
             hidden_size=32,
             num_heads=4,
             intermediate_size=48,
-            max_positions=32,
+            max_positions=64 if name == "talk" else 32,
             dropout=0.0,
             attention_dropout=0.0,
         )
-        model.save(folder / family)
-    parts = [folder / "1.json", folder / "2.json"]
-    for size, part in zip((1, 2), parts, strict=True):
+        model.save(folder / name)
+    parts = [folder / "1.json", folder / "2.json", folder / "4.json"]
+    for size, part in zip((1, 2, 4), parts, strict=True):
         launch(HERE / "tuning.py", size, str(part), str(folder))
     merged(folder, parts)
 
@@ -51,12 +59,22 @@ def test_tasks_and_adapters_run_on_every_mesh(seen: dict[str, Any], mesh: str, c
     assert len(other["losses"]) > 1
     assert other["losses"] == pytest.approx(one["losses"], rel=2e-6)
     assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-6)
+    assert other.get("rate") == one.get("rate")
     opened = pretrain.load(other["checkpoint"])
-    assert (opened.adapter is not None) == (case in ("lora", "dora"))
+    assert (opened.adapter is not None) == (case in ADAPTED)
 
 
-def test_rows_that_are_compared_with_each_other_stay_on_one_process(seen: dict[str, Any]) -> None:
-    """A contrastive loss over a batch does not add up over shares of it; its matrices can be shared all the same."""
-    assert seen["TP 2|pairs"] == pytest.approx(seen["1|pairs"], rel=2e-6, abs=1e-6)
-    for mesh in ("DDP 2", "FSDP2 2"):
-        assert "tp" in seen[f"{mesh}|pairs"]
+@pytest.mark.parametrize("case", COUPLED)
+@pytest.mark.parametrize("mesh", [*MESHES, "FSDP2 x TP 4", "2 copies x TP 4"])
+def test_rows_are_compared_with_those_of_all_processes(
+    seen: dict[str, Any], mesh: str, case: str
+) -> None:
+    """The loss is that of the whole batch, whoever holds its rows: so is its gradient, or later steps would differ."""
+    one, other = seen[f"1|{case}"], seen[f"{mesh}|{case}"]
+    assert other["losses"] == pytest.approx(one["losses"], rel=5e-6, abs=1e-6)
+    assert other["losses"][-1] < other["losses"][0]
+    assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-6)
+
+
+def test_a_loss_that_forgets_the_rows_of_others_is_refused(seen: dict[str, Any]) -> None:
+    assert "Forgetful" in seen["forgetful"] and "whole_batch" in seen["forgetful"]

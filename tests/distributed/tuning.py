@@ -2,7 +2,8 @@
 
     tuning.py OUT.json FOLDER
 
-FOLDER holds the checkpoints to start from, ``gpt2`` and ``bert``. Rank 0 writes what was seen as JSON.
+FOLDER holds the checkpoints to start from, ``gpt2``, ``bert`` and ``talk``. Rank 0 writes what was seen as JSON. In
+four processes it runs the tasks that compare the rows of a batch, and no others.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import pretrain
-from pretrain.errors import ConfigError
+from pretrain.errors import PretrainError
+from pretrain.objectives.embedding import Embedding
 from pretrain.parallel.world import current_world
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -21,6 +25,8 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "DDP 2": (2, {"strategy": "ddp"}),
     "FSDP2 2": (2, {"strategy": "fsdp"}),
     "TP 2": (2, {"tp": 2}),
+    "FSDP2 x TP 4": (4, {"strategy": "fsdp", "tp": 2}),
+    "2 copies x TP 4": (4, {"strategy": "ddp", "tp": 2}),
 }
 WORDS = ("cat", "dog", "fox")
 ROWS = [
@@ -29,10 +35,47 @@ ROWS = [
     for b in WORDS
     for c in ("mat", "log", "box")
 ]
+# Some texts recur in rows that lie on different processes: they must not count as negatives of each other.
 PAIRS = [
-    {"anchor": f"the {a} {b} sat", "positive": f"and looked at the {a} {b}"}
+    {
+        "anchor": f"the {a} {b} sat",
+        "positive": f"and looked at the {a if b == 'dog' else 'red'} {b}",
+        "negative": f"the {a} box is red",
+    }
     for a in ("red", "old", "big", "sly")
     for b in WORDS
+]
+SCORED = [
+    {"sentence1": row["anchor"], "sentence2": row["positive"], "score": i % 4}
+    for i, row in enumerate(PAIRS)
+]
+TAGGED = [
+    {
+        "tokens": row["text"].split(),
+        "label": ["B-ANIMAL" if word in WORDS else "O" for word in row["text"].split()],
+    }
+    for row in ROWS
+]
+QUESTIONS = [
+    {
+        "question": "who sat?",
+        "context": row["text"],
+        "answers": {"text": [row["label"]], "answer_start": [row["text"].index(row["label"])]},
+    }
+    for row in ROWS
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"who is {row['anchor'][4:-4]}?"},
+            {"role": "assistant", "content": f"it is {row['anchor']}"},
+        ]
+    }
+    for row in PAIRS
+]
+PREFERRED = [
+    {"prompt": f"who is {row['anchor']}?", "chosen": f"a {row['positive']}", "rejected": "no"}
+    for row in PAIRS
 ]
 CASES: dict[str, dict[str, Any]] = {
     "classification": {"model": "bert", "data": ROWS, "task": "classification"},
@@ -40,10 +83,58 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"model": "bert", "data": ROWS, "task": "classification", "lora": 2, "dora": True},
     "regression": {"model": "bert", "data": ROWS, "task": "regression", "label": "score"},
     "language": {"model": "gpt2", "data": ROWS, "task": "language-modelling"},
+    "sweep": {
+        "model": "gpt2",
+        "data": ROWS,
+        "task": "classification",
+        "lora": 2,
+        "lr": "sweep",
+        "lrs": [1e-3, 3e-2],
+        "limit": "4 steps",
+    },
+    "tokens": {
+        "model": "bert",
+        "data": TAGGED,
+        "task": "token-classification",
+        "valid": TAGGED[::3],
+    },
+    "questions": {
+        "model": "bert",
+        "data": QUESTIONS,
+        "task": "question-answering",
+        "valid": QUESTIONS[::3],
+    },
+    "chat": {"model": "talk", "data": CHATS, "task": "chat", "valid": CHATS[::3], "lora": 2},
+    "preference": {
+        "model": "talk",
+        "data": PREFERRED,
+        "task": "preference",
+        "valid": PREFERRED[::3],
+    },
+}
+# Tasks that compare the rows of a batch with each other.
+COUPLED: dict[str, dict[str, Any]] = {
+    "pairs": {"model": "bert", "data": PAIRS, "task": "embedding", "valid": PAIRS[::2]},
+    "both ways": {
+        "model": "gpt2",
+        "data": PAIRS,
+        "task": "embedding",
+        "valid": PAIRS[::2],
+        "symmetric": True,
+        "lora": 4,
+    },
+    "scored": {
+        "model": "bert",
+        "data": SCORED,
+        "task": "embedding",
+        "valid": SCORED[::3],
+        "symmetric": True,
+    },
 }
 COMMON: dict[str, Any] = {
     "valid": ROWS[::3],
     "limit": "8 steps",
+    "eval_every": "4 steps",
     "batch_rows": 12,
     "precision": "fp32",
     "lr": 3e-3,
@@ -52,22 +143,50 @@ COMMON: dict[str, Any] = {
 }
 
 
-def tune(folder: Path, mesh: str, name: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    case = dict(CASES[name])
+class Forgetful(Embedding):
+    """It compares rows, and does not ask the other processes for theirs."""
+
+    def whole_batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return rows, 0
+
+
+def tune(
+    folder: Path, mesh: str, name: str, parallel: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    case = dict((CASES | COUPLED)["lora" if name == "resumed" else name])
     source = folder / str(case.pop("model"))
     if case["task"] == "language-modelling":
         case["micro_rows"] = 1
+    out = folder / "runs" / f"{mesh}-{name}".replace(" ", "_")
     result = pretrain.finetune(
         str(source),
-        out=folder / "runs" / f"{mesh}-{name}".replace(" ", "_"),
+        out=out,
         parallel={"device": "cpu", "threads": 1, **parallel},
-        **(COMMON | case),
+        **(COMMON | case | more),
     )
-    return {
+    found = {
         "losses": [r["loss"] for r in result.run.history if "grad_norm" in r],
         "metrics": result.metrics,
         "checkpoint": str(result.run.checkpoint),
     }
+    if case.get("lr") == "sweep":
+        found["rate"] = json.loads((out / "sweep.json").read_text("utf-8"))["lr"]
+    return found
+
+
+def refused(folder: Path, mesh: str, parallel: dict[str, Any]) -> str:
+    try:
+        pretrain.finetune(
+            str(folder / "bert"),
+            PAIRS,
+            "__main__.Forgetful",
+            out=folder / "runs" / f"{mesh}-forgetful".replace(" ", "_"),
+            parallel={"device": "cpu", "threads": 1, **parallel},
+            **(COMMON | {"valid": PAIRS[::2]}),
+        )
+    except PretrainError as error:
+        return str(error)
+    return ""
 
 
 def main() -> None:
@@ -76,23 +195,17 @@ def main() -> None:
     for mesh, (size, parallel) in MESHES.items():
         if size != world.size:
             continue
-        for name in CASES:
+        for name in COUPLED if size == 4 else CASES | COUPLED:
             found[f"{mesh}|{name}"] = tune(folder, mesh, name, parallel)
-        try:
-            result = pretrain.finetune(
-                str(folder / "bert"),
-                PAIRS,
-                "embedding",
-                out=folder / "runs" / f"{mesh}-pairs".replace(" ", "_"),
-                parallel={"device": "cpu", "threads": 1, **parallel},
-                **(COMMON | {"valid": PAIRS[::2]}),
-            )
-            found[f"{mesh}|pairs"] = [r["loss"] for r in result.run.history if "grad_norm" in r]
-        except ConfigError as error:
-            found[f"{mesh}|pairs"] = str(error)
+        if size < 4:
+            tune(folder, mesh, "resumed", parallel, limit="4 steps")
+            found[f"{mesh}|resumed"] = tune(folder, mesh, "resumed", parallel)
+        if mesh == "DDP 2":
+            found["forgetful"] = refused(folder, mesh, parallel)
     if world.leads:
         out.write_text(json.dumps(found), encoding="utf-8")
     world.leave()
 
 
-main()
+if __name__ == "__main__":
+    main()

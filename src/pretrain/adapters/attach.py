@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -178,12 +178,18 @@ def attach(
     sites: Mapping[str, tuple[Site, int, float]],
     full: Iterable[Entry],
 ) -> Model:
-    """Freeze the model and put adapters at the sites, with A and B zero; see ``pretrain.lora.apply_lora``."""
+    """Freeze the model and put adapters at the sites, with A and B zero; see ``pretrain.lora.apply_lora``.
+
+    The base may be on the meta device, but not for DoRA, whose lengths are those of its rows.
+    """
     if model.adapter is not None:
         raise ModelError(
             "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
         )
-    adapter = Adapter(config, dict(sites), base=model.source, base_sample=base_sample(model))
+    # Where the base still lies on the disk, whoever reads it looks at its values.
+    later = any(parameter.is_meta for parameter in model.parameters())
+    sample = "" if later else base_sample(model)
+    adapter = Adapter(config, dict(sites), base=model.source, base_sample=sample)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -336,13 +342,22 @@ def fingerprint(model: Model, parameters: Mapping[str, Tensor] | None = None) ->
 
 
 @torch.no_grad()
-def base_sample(model: Model) -> str:
-    """SHA-256 of the first values of every tensor of the body, in fp32: tells two bases of one shape apart."""
+def base_sample(model: Model, first: Callable[[Entry, str, int], Tensor] | None = None) -> str:
+    """SHA-256 of the first values of every tensor of the body, in fp32: tells two bases of one shape apart.
+
+    Args:
+        model: with the base.
+        first: gives at least so many first values of a parameter, where the model itself does not hold them.
+    """
     digest = hashlib.sha256()
     parameters = dict(model.named_parameters())
     for entry in sorted(model.entries(), key=lambda e: e.bare):
         if entry.body and not entry.memory[0].startswith("head."):
             for name in entry.memory:
-                values = parameters[name].detach().reshape(-1)[:_SAMPLED]
-                digest.update(values.to("cpu", torch.float32).numpy().tobytes())
+                values = (
+                    parameters[name].detach() if first is None else first(entry, name, _SAMPLED)
+                )
+                digest.update(
+                    values.reshape(-1)[:_SAMPLED].to("cpu", torch.float32).numpy().tobytes()
+                )
     return digest.hexdigest()

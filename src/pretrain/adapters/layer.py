@@ -60,7 +60,9 @@ class LoraLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
         self.r, self.scale, self.dropout = r, scale, dropout
-        place: dict[str, Any] = {"device": linear.weight.device, "dtype": torch.float32}
+        # Beside a base that is read later stand real matrices: nothing else would give them their values.
+        device = "cpu" if linear.weight.is_meta else linear.weight.device
+        place: dict[str, Any] = {"device": device, "dtype": torch.float32}
         # In a tuple the other layer is not a child of this one: A has one owner and one name.
         self._first = () if first is None else (first,)
         if first is None:

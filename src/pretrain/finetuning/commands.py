@@ -52,9 +52,10 @@ def finetune(args: Any) -> int:
         print(dump(settings.to_dict()), end="")
         return 0
     from pretrain.finetuning import run
+    from pretrain.parallel.world import current_world
 
     result = run.finetune(config=settings, **options)
-    if not result.run.exit_code:
+    if not result.run.exit_code and current_world().leads:
         print(result.report())
     return int(result.run.exit_code)
 

@@ -20,6 +20,8 @@ from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.finetuning.start import automatic_lr, freeze, starting_model
 from pretrain.objectives import task_class
+from pretrain.objectives.tasks import Task
+from pretrain.parallel.parts import copy_whole
 from pretrain.parallel.world import current_world
 from pretrain.settings.check import write_text
 from pretrain.storage.files import note
@@ -32,7 +34,6 @@ from pretrain.training.trainer import Trainer
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
-    from pretrain.objectives.tasks import Task
     from pretrain.training.state import Run
 
 __all__ = ["Job"]
@@ -88,20 +89,37 @@ class Job:
         text = json.dumps([plain, self.data.fingerprint], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def build(self, *, seed: int, scratch: bool = False, quiet: bool = True) -> Task:
-        """The task around a model that is ready to train."""
+    def build(
+        self, *, seed: int, scratch: bool = False, quiet: bool = True, whole: bool = True
+    ) -> Task:
+        """The task around a model that is ready to train.
+
+        Args:
+            seed: of what is new.
+            scratch: all of it is.
+            quiet: do not say what was loaded.
+            whole: it can also be used at once. Else several processes leave its weights on the disk until they have
+                shared it out, where nothing asks for them before.
+        """
         settings, method = self.settings, self.settings.method
+        # What the model says before it is trained, and the lengths of its rows, are asked for before.
+        whole |= method.dora or self.task.prepare_reference is not Task.prepare_reference
         model = starting_model(
             self.source,
             self.task,
             self.data.learned.labels,
             seed=seed,
             scratch=scratch,
+            whole=whole,
             quiet=quiet,
         )
+        later = [(p, p._version) for p in model.parameters() if p.is_meta]
         options = {**self.data.learned.options, **settings.task.options}
         options.pop("labels", None)
         task = self.task(model, max_length=settings.data.max_length, **options)
+        if any(p._version != version for p, version in later):
+            # It wrote into weights that are not there yet.
+            return self.build(seed=seed, scratch=scratch, quiet=True)
         self.metric = task.metric
         if method.lora and not scratch:
             from pretrain.lora import LoraConfig, apply_lora
@@ -206,7 +224,7 @@ class Job:
         out, seed = Path(settings.train.out), settings.train.seed
         check_same_run(settings, out, say=False)
         notes = list(data.notes)
-        task = self.build(seed=seed, quiet=self.quiet)
+        task = self.build(seed=seed, quiet=self.quiet, whole=False)
         rows = encode(task, data.train, "training", settings.data.max_cut, notes)
         held_out = None
         if len(data.valid):
@@ -250,18 +268,23 @@ class Job:
         notes: list[str],
     ) -> Finetuned:
         """Restore the best evaluation and measure it; whoever opens the run gets it as well."""
-        chosen, world = run.best or run.checkpoint, current_world()
-        if task.model.layout is not None:
-            # Shared out among processes it cannot be used by itself: the caller gets a whole one.
-            task = self.build(seed=self.settings.train.seed)
+        chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
         if chosen is not None:
-            load_weights(task, chosen, {})
-            block = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
-            task.model.extra_config["pretrain"] = block.get("pretrain", {})
             text = json.dumps({"checkpoint": chosen.name}) + "\n"
             world.lead(lambda: write_text(run.path / BEST, text))
-        task.eval()
-        result = Finetuned(task, run, self.settings, self.data, notes, base=self.build)
+
+        def restored() -> Task:
+            # Shared out among processes it cannot be used by itself: who asks for it gets a whole one.
+            found = task if shared is None else self.build(seed=self.settings.train.seed)
+            if chosen is not None:
+                load_weights(found, chosen, {})
+                block = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
+                found.model.extra_config["pretrain"] = block.get("pretrain", {})
+            return found.eval()
+
+        result = Finetuned(restored, run, self.settings, self.data, notes, base=self.build)
+        if shared is None:
+            _ = result.task
         if held_out is not None:
             result.metrics = world.shared(lambda: result.measure(held_out))
         if tested is not None:
@@ -343,9 +366,11 @@ class Job:
             if world.leads:
                 shutil.rmtree(out, ignore_errors=True)
         if task.model.layout is not None:
-            raise ConfigError(
-                "A sweep and a comparison measure the models of their trials on one process, and fsdp or tp share a "
-                "model out. Run them with parallel.strategy=ddp, or on one process."
-            )
-        result = Finetuned(task.eval(), None, self.settings, self.data, [])
-        return [-lower_is_better(result.measure(part), self.monitor) for part in others]
+            whole = self.build(seed=seed, scratch=scratch)
+            copy_whole(task.model, whole.model, world)
+            task = whole
+        result = Finetuned(task.eval, None, self.settings, self.data, [])
+        measured: list[float] = world.shared(
+            lambda: [-lower_is_better(result.measure(part), self.monitor) for part in others]
+        )
+        return measured

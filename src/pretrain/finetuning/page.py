@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import DataError
 from pretrain.finetuning.card import example_input, model_card
+from pretrain.parallel.world import current_world
 from pretrain.reporting.curves import Series, curve_svg
 from pretrain.reporting.history import History, loss_svg, sort_records
 from pretrain.reporting.page import page, show, table, tile_row, write_page
@@ -37,7 +38,8 @@ _COUNTS = ("targets", "examples", "rows", "tokens")  # figures that count, and a
 def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -> Path:
     """Write the page, and the model card as README.md of the run; returns the path of the page.
 
-    The card is also given to the model (``model.card``), so that ``result.save`` puts it beside the weights.
+    The card is also given to the model (``model.card``), so that ``result.save`` puts it beside the weights. Of several
+    processes that call it only the first writes.
 
     Args:
         result: what ``pretrain.finetune`` returned.
@@ -48,12 +50,15 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
     """
     if out is None and result.run is None:
         raise DataError("This trial was kept nowhere. Name the file: report(out=FILE).")
+    place = Path(out) if out is not None else result.run.path / "report.html"
+    if not current_world().leads:
+        return place
     text = render(result)
     card = model_card(result)
     result.model.card = card
     if result.run is not None:
         write_page(result.run.path / "README.md", card)
-    return write_page(Path(out) if out is not None else result.run.path / "report.html", text)
+    return write_page(place, text)
 
 
 def render(result: Finetuned) -> str:

@@ -35,7 +35,8 @@ class Finetuned:
     """A fine-tuned model and how it came about.
 
     Attributes:
-        task: the objective, which also predicts.
+        task: the objective, which also predicts; read from the disk when it is first asked for, where the processes
+            that trained it shared it out.
         run: directory, checkpoints and history; None for a trial that kept nothing.
         settings: of the run.
         data: the rows by role, with ``names``, ``counts`` and ``fingerprint``.
@@ -48,7 +49,7 @@ class Finetuned:
 
     def __init__(
         self,
-        task: Task,
+        opened: Callable[[], Task],
         run: Any,
         settings: TuneConfig,
         data: Data,
@@ -56,12 +57,18 @@ class Finetuned:
         base: Callable[..., Task] | None = None,
     ) -> None:
         self._base = base
-        self.task, self.settings, self.data, self.notes = task, settings, data, notes
+        self._opened = opened
+        self.settings, self.data, self.notes = settings, data, notes
         self.run: Run = run
         self.metrics: dict[str, float] = dict(run.metrics) if run is not None else {}
         self.test_metrics: dict[str, float] | None = None
         self.trivial: dict[str, float] = {}
         self.comparison: Comparison | None = None
+
+    @cached_property
+    def task(self) -> Task:
+        """See above."""
+        return self._opened()
 
     @property
     def model(self) -> Model:

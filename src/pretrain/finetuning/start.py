@@ -8,11 +8,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint import load
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
 from pretrain.storage.files import note
+from pretrain.training.source import open_source
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
@@ -27,6 +27,7 @@ def starting_model(
     *,
     seed: int = 0,
     scratch: bool = False,
+    whole: bool = True,
     quiet: bool = False,
 ) -> Model:
     """Open a checkpoint, or copy a model, with the head that the task needs.
@@ -40,6 +41,7 @@ def starting_model(
         labels: classes of a head with labels.
         seed: of all that is new.
         scratch: throw the weights away and start all of them anew: the other arm of a comparison.
+        whole: read all weights now; else several processes leave them on the disk, see ``open_source``.
         quiet: do not say what was loaded.
 
     Raises:
@@ -50,7 +52,7 @@ def starting_model(
     if isinstance(source, Model):
         model = _copied(source, kind, labels)
     elif isinstance(source, str | os.PathLike):
-        model = load(os.fspath(source), head=kind, quiet=True)
+        model = open_source(os.fspath(source), head=kind, whole=whole or scratch, quiet=True)
     else:
         raise ConfigError(
             f"model is {type(source).__name__}; give a checkpoint directory, or what pretrain.load returns."

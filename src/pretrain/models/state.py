@@ -37,6 +37,7 @@ __all__ = [
     "entries_of",
     "heads_apart",
     "load_disk_state",
+    "make_fresh",
     "match_disk_state",
     "modern_keys",
     "settle_tying",
@@ -141,12 +142,18 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
 
     report, fresh = match_disk_state(model, tensors, fill)
     report.untied = untied
-    for name in fresh:
+    model.fresh = fresh
+    make_fresh(model, seed)
+    return report
+
+
+def make_fresh(model: Model, seed: int) -> None:
+    """Draw what no file has given a value, ``model.fresh``; where it is on the meta device it becomes real."""
+    parameters = dict(model.named_parameters())
+    for name in model.fresh:
         if parameters[name].is_meta:
             _make_real(model, name, torch.empty(parameters[name].shape, device="cpu"))
-    model.init_weights(seed, fresh)
-    model.fresh = fresh
-    return report
+    model.init_weights(seed, model.fresh)
 
 
 def modern_keys(names: Iterable[str]) -> dict[str, str]:

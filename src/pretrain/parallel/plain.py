@@ -1,9 +1,10 @@
-"""Values that processes tell each other: JSON that holds tensors and tuples, and nothing that could run code."""
+"""Values that processes tell each other: JSON of tensors, arrays, tuples and the like; nothing in it can run."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ __all__ = ["from_plain", "to_plain"]
 
 
 def to_plain(value: Any) -> Any:
-    """A value of tensors, texts, numbers, lists, tuples and mappings as JSON; every bit of a number is kept.
+    """A value of tensors, arrays, texts, numbers, lists, tuples and mappings as JSON; every bit of a number is kept.
 
     Raises:
         TypeError: something else is in it.
@@ -20,6 +21,9 @@ def to_plain(value: Any) -> Any:
         data = value.double() if value.is_floating_point() else value
         kind = str(value.dtype).removeprefix("torch.")
         return {"$tensor": [kind, list(value.shape), data.reshape(-1).tolist()]}
+    if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "biuf":
+        wide = value.astype(np.float64) if value.dtype.kind == "f" else value
+        return {"$array": [value.dtype.str, list(value.shape), wide.reshape(-1).tolist()]}
     if isinstance(value, tuple):
         return {"$tuple": [to_plain(item) for item in value]}
     if isinstance(value, list):
@@ -28,8 +32,8 @@ def to_plain(value: Any) -> Any:
         return {"$dict": [[to_plain(k), to_plain(v)] for k, v in value.items()]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if hasattr(value, "item"):  # a number of numpy
-        return value.item()
+    if isinstance(value, np.generic | np.ndarray) and not value.ndim:  # a number of numpy
+        return to_plain(value.item())
     raise TypeError(f"a {type(value).__name__} cannot be sent to another process")
 
 
@@ -42,6 +46,9 @@ def from_plain(value: Any) -> Any:
     if "$tensor" in value:
         kind, shape, data = value["$tensor"]
         return torch.tensor(data, dtype=getattr(torch, kind), device="cpu").reshape(shape)
+    if "$array" in value:
+        kind, shape, data = value["$array"]
+        return np.asarray(data, dtype=np.dtype(kind)).reshape(shape)
     if "$tuple" in value:
         return tuple(from_plain(item) for item in value["$tuple"])
     return {from_plain(k): from_plain(v) for k, v in value["$dict"]}

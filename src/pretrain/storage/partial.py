@@ -6,8 +6,10 @@ model lacks and what the file holds too much is reported as ``load`` does, throu
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.adapters.attach import base_sample
+from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
 from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
 from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
-from pretrain.parallel.regions import Layout, local
+from pretrain.parallel.regions import Layout, Region, local
 from pretrain.storage import files, manifest
 from pretrain.storage.adapters import adapted_values
 from pretrain.storage.boxes import StoredTensors, hash_together
@@ -98,10 +101,12 @@ def open_empty(
         tokenizer: also open the tokenizer, where there is one.
 
     Returns:
-        The model on the meta device, and the directory that ``load_slices`` fills it from once it is cut.
+        The model on the meta device, ``fresh`` with what the directory lacks of it, and the directory that
+        ``load_slices`` fills it from once it is cut.
 
     Raises:
-        CheckpointError: see ``pretrain.checkpoint.load``; also for the directory of an adapter.
+        CheckpointError: see ``pretrain.checkpoint.load``.
+        AdapterFound: it is the directory of an adapter.
     """
     with together(peers), files.reading(path):
         directory = manifest.checked_directory(path)
@@ -126,7 +131,7 @@ def _open_empty(
         with together(peers), files.reading(path), files.muted(peers.rank != 0):
             directory = ModelDirectory(path, verify=True)
             if directory.is_adapter:
-                raise CheckpointError(
+                raise AdapterFound(
                     f"{named} holds an adapter, which is opened on its base in one piece: use load()."
                 )
             model, _, names = open_described(directory, head=head, tokenizer=tokenizer)
@@ -135,6 +140,8 @@ def _open_empty(
         untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:
             note(f"{named}: head kept apart although the config ties it")
+        with together(peers):
+            _, model.fresh = match_disk_state(model, list(stored), lambda entry, key: None)
     return model.eval(), path
 
 
@@ -150,6 +157,8 @@ def load_slices(
     put: Put | None = None,
     *,
     seed: int = 0,
+    own: AbstractSet[str] = frozenset(),
+    base: bool = False,
     verified: bool = False,
     quiet: bool = True,
 ) -> LoadReport:
@@ -163,6 +172,8 @@ def load_slices(
         put: takes a parameter's name and its part in fp32 on the CPU, and the model stays as it is; None copies it
             into the parameter, and fills the buffers. Empty parts are left out.
         seed: for head tensors that are not there and start afresh.
+        own: parameters that have their values, whatever the directory holds.
+        base: the directory is that of the base of the model's adapter, and the adapter stays as it is.
         verified: the hashes were compared a moment ago, by ``latest_together``.
         quiet: print no report.
 
@@ -174,13 +185,13 @@ def load_slices(
         CheckpointError: a tensor of the body is missing, or one has the wrong shape or type. On all processes.
     """
     with together(peers), files.reading(path):
-        parts = _Parts(model, Pieces(layout, peers), put)
+        parts = _Parts(model, Pieces(layout, peers), put, own)
         directory = ModelDirectory(manifest.checked_directory(path), verify=True)
-        if model.adapter is not None:
+        if model.adapter is not None and not base:
             values = adapted_values(directory, model, parts.full)
             for name, value in values.items():
                 parts.put_whole(name, value)
-    if model.adapter is not None:
+    if model.adapter is not None and not base:
         return LoadReport(loaded=len(values))
     with ExitStack() as stack:
         with together(peers), files.reading(path):
@@ -200,26 +211,32 @@ def load_slices(
             report, fresh = match_disk_state(
                 model, list(stored), lambda entry, key: parts.put_stored(entry, key, stored)
             )
+            sample = parts.sample(model, stored) if base and peers.rank == 0 else ""
             stored.check_unchanged()
             if put is None:
                 model.backbone.init_buffers()
                 model.fresh |= fresh
-            for name in sorted(fresh):
+            for name in sorted(fresh - own):
                 value = torch.empty(parts.shapes[name], dtype=torch.float32, device="cpu")
                 model.backbone.init_parameter(name, value, seed)
                 parts.put_whole(name, value)
             if not quiet and peers.rank == 0:
                 config = directory.json("config.json")
                 note(report_line(model, config, len(stored), report))
+    if base:
+        model.adapter.base_sample = str(peers.gather(sample)[0])
     return report
 
 
 class _Parts:
     """The parts of a model's parameters that this process holds, and how they are filled."""
 
-    def __init__(self, model: Model, pieces: Pieces, put: Put | None) -> None:
+    def __init__(
+        self, model: Model, pieces: Pieces, put: Put | None, own: AbstractSet[str]
+    ) -> None:
         self._parameters = dict(model.named_parameters())
-        self._pieces, self._put = pieces, put or self._copy
+        self._pieces, self._put, self._own = pieces, put or self._copy, own
+        self._keys: dict[str, str] = {}
         self.full = pieces.full({name: local(p) for name, p in self._parameters.items()})
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.full.items()}
 
@@ -233,8 +250,24 @@ class _Parts:
         if region.numel:
             self._put(name, value[region.slices()])
 
+    def sample(self, model: Model, stored: StoredTensors) -> str:
+        """What `base_sample` says of the whole model on the disk."""
+
+        def first(entry: Entry, name: str, count: int) -> Tensor:
+            key, shape = self._keys[entry.disk], self.shapes[name]
+            if not shape:
+                return stored.read(key)
+            rows = min(shape[0], -(-count // max(1, math.prod(shape[1:]))))
+            region = Region((0,) * len(shape), (rows, *shape[1:]))
+            return unpack_part(entry, name, region, self.shapes, lambda box: stored.box(key, box))
+
+        return base_sample(model, first)
+
     def put_stored(self, entry: Entry, key: str, stored: StoredTensors) -> None:
         """Read this process's parts of the parameters that a tensor of the disk holds."""
+        self._keys[entry.disk] = key
+        if not self._own.isdisjoint(entry.memory):
+            return
         info = stored.info(key)
         check_stored(entry, info.dtype, info.shape, self.shapes)
         for name in entry.memory:

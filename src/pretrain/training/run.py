@@ -22,11 +22,11 @@ from pretrain.objectives import build_objective, objective_class, objective_for
 from pretrain.parallel.turns import in_turn
 from pretrain.parallel.world import current_world
 from pretrain.storage.files import muted, note
-from pretrain.storage.partial import load_slices, open_empty
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launched import on_devices
 from pretrain.training.plan import row_length
 from pretrain.training.precision import choose_device, choose_precision
+from pretrain.training.source import open_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
 
@@ -224,7 +224,7 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
     wanted = objective_class(settings.objective.class_path).head_kind
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None:
-        model = _opened(settings.model.checkpoint)
+        model = open_source(settings.model.checkpoint)
         if wanted is not None and model.head_kind != wanted:
             raise ConfigError(
                 f"{settings.model.checkpoint} has the head {model.head_kind!r}, and {settings.objective.class_path} "
@@ -272,16 +272,6 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
         **overrides,
     )
     model.tokenizer = tokenizer
-    return model
-
-
-def _opened(path: str) -> Model:
-    """The model of a checkpoint; among several processes on the meta device, for each to read its own part later."""
-    world = current_world()
-    if world.size == 1:
-        return load(path)
-    model, directory = open_empty(path, world.callers())
-    model.start = lambda cut: load_slices(cut, directory, cut.layout, world.peers(), quiet=False)
     return model
 
 
