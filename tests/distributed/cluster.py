@@ -26,7 +26,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def launch(script: Path, processes: int, *args: str, timeout: float = 240.0) -> str:
+def launch(script: Path, processes: int, *args: str, timeout: float = 480.0) -> str:
     """Run a script in so many processes that know of each other; what they printed, or a failed test."""
     command = [sys.executable]
     if processes > 1:

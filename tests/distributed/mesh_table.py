@@ -14,7 +14,7 @@ from typing import Any
 
 from distributed.test_meshes import FAMILIES, MESHES, _curves, _extras, _worst
 
-EXTRAS = ("bf16", "muon", "ema", "layers", "full", "selective", "async", "from")
+EXTRAS = ("bf16", "muon", "ema", "layers", "full", "selective", "compiled", "async", "from")
 WHAT = {
     "bf16": "bf16 compute",
     "muon": "Muon",
@@ -22,6 +22,7 @@ WHAT = {
     "layers": "layer-wise rates, gradual unfreezing, L2-SP",
     "full": "activation_checkpointing: full",
     "selective": "activation_checkpointing: selective",
+    "compiled": "compile, activation_checkpointing: selective",
     "async": "async_save",
     "from": "started from a checkpoint",
 }

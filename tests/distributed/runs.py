@@ -8,6 +8,7 @@ on from each of them. ``bits`` trains random configurations reproducibly. What w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -20,6 +21,7 @@ import torch
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.models import build
+from pretrain.models.backbone import Backbone
 from pretrain.objectives import build_objective
 from pretrain.parallel.world import current_world
 from pretrain.training.source import open_source
@@ -37,6 +39,10 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 BATCH, STEPS, CUT = 12, 10, 4
 WORLD = current_world()
+# The graphs that the default backend would be given, without waiting for its C++ compiler.
+Backbone.compile_blocks = functools.partialmethod(  # type: ignore[method-assign, assignment]
+    Backbone.compile_blocks, backend="aot_eager"
+)
 
 
 def train(
@@ -152,6 +158,7 @@ EXTRAS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "bf16": ({}, {}, {"precision": "bf16"}),
     "full": ({}, {"activation_checkpointing": "full"}, {}),
     "selective": ({}, {"activation_checkpointing": "selective"}, {}),
+    "compiled": ({}, {"activation_checkpointing": "selective", "compile": True}, {}),
     "async": ({}, {}, {"async_save": True, "save_every": "2 steps"}),
 }
 

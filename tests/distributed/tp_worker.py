@@ -162,7 +162,7 @@ def family_case(family: str) -> Figures:
 def checkpointed() -> Figures:
     kind, _, batch = batch_for("qwen3")
     whole, cut = pair(made("qwen3"))
-    cut.backbone.activation_checkpointing = True
+    cut.backbone.recompute("full")
     return compared(whole, cut, lambda m: build_objective(kind, {}, m).train()(batch).total)
 
 

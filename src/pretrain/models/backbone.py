@@ -20,9 +20,10 @@ from pretrain.models.config import BackboneConfig, ConfigReader
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
+from pretrain.nn.norm import compute_dtype
 from pretrain.nn.parallel import VocabShard
 from pretrain.nn.positions import Rope, document_positions
-from pretrain.nn.recompute import recompute
+from pretrain.nn.recompute import set_recompute
 
 __all__ = ["Backbone", "Batch"]
 
@@ -54,7 +55,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config: Any = config  # the family's own configuration class
-        self.activation_checkpointing = "off"  # or selective, or full
+        self.compiled = False
         self.layers = nn.ModuleList()
 
     # ------------------------------------------------------------------ what a family writes
@@ -105,6 +106,24 @@ class Backbone(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The blocks from bottom to top: units of sharding, checkpointing and compilation."""
         return list(self.layers)
+
+    def recompute(self, mode: str) -> None:
+        """Let training keep less of each block: ``off``, ``selective`` or ``full``, see ``pretrain.nn.recompute``."""
+        for block in self.blocks():
+            set_recompute(block, mode)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile block by block, which all share one graph; what is computed again is a part of it."""
+        for block in self.blocks():
+            block.compile(**options)
+        self.compiled = True
+
+    def plain_blocks(self) -> None:
+        """Take ``recompute`` and ``compile_blocks`` back."""
+        self.recompute("off")
+        self.compiled = False
+        for block in self.blocks():
+            vars(block).pop("_compiled_call_impl", None)
 
     @property
     def max_length(self) -> int:
@@ -196,23 +215,21 @@ class Backbone(nn.Module):
 
         With ``keep``, places in the flattened batch, the last block works for these alone, and the result is (N, D).
         """
-        remember = (
-            self.activation_checkpointing != "off"
-            and self.training
-            and torch.is_grad_enabled()
-            and cache is None
-        )
         columns = x.shape[1]
+        if self.compiled and cache is None:
+            # What all blocks share is made before the first of them: a graph that makes it is another one.
+            for mask, rope in zip(masks, ropes, strict=True):
+                mask.prepare(columns, x.device, compute_dtype(x))
+                if rope is not None:
+                    rope.to(compute_dtype(x))
         for i, block in enumerate(self.layers):
             # Passed only where it is wanted: a family's own block need not know it.
             last: dict[str, Any] = (
                 {"keep": keep} if keep is not None and i == len(self.layers) - 1 else {}
             )
-            if remember:
-                mode = self.activation_checkpointing
-                x = recompute(block, mode, x, mask=masks[i], rope=ropes[i], **last)
-            else:
-                x = block(x, mask=masks[i], rope=ropes[i], cache=cache, layer=i, **last)
+            if cache is not None:
+                last |= {"cache": cache, "layer": i}
+            x = block(x, mask=masks[i], rope=ropes[i], **last)
         if cache is not None:
             cache.advance(columns)
         return x

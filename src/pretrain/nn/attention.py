@@ -139,6 +139,11 @@ class AttentionMask:
         found: Tensor | None = self._memo[memo_key]
         return found
 
+    def prepare(self, columns: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Make what a kernel will ask for, of ``columns`` tokens that see each other."""
+        if not self.only_causal(columns, columns):
+            self.scores(columns, columns, device, dtype)
+
     def buckets(self) -> Buckets | None:
         """How to attend document by document, if that is worth it. Planned once, for all windows."""
         if "buckets" not in self._shared:
@@ -205,25 +210,23 @@ def attend(
 ) -> Tensor:
     """Choose the kernel and run it: q (B, H, T, d), k and v (B, H_kv, S, d) -> (B, H, T, d)."""
     queries, keys = q.shape[2], k.shape[2]
-    added: Tensor | None = None
-    causal = mask is not None and mask.only_causal(queries, keys)
-    if mask is not None and not causal:
+    how: dict[str, Any] = {}
+    if mask is not None and mask.only_causal(queries, keys):
+        how["is_causal"] = (
+            True  # not the condition itself, which the compiler may hold for a symbol
+        )
+    elif mask is not None:
         # The shapes of buckets change with every batch, which a compiled graph could not reuse.
         if q.is_cpu and queries == keys and not torch.compiler.is_compiling():
             buckets = mask.buckets()
             if buckets is not None:
                 return attend_packed(q, k, v, buckets, mask.causal, mask.window, scale, dropout)
-        added = mask.scores(queries, keys, q.device, q.dtype)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=added,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+        how["attn_mask"] = mask.scores(queries, keys, q.device, q.dtype)
+        if how["attn_mask"] is not None and q.is_cuda and k.shape[1] != q.shape[1]:
+            # With a mask, the kernels that share heads of keys are few; the one for all cases keeps (B, H, T, S).
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    how["enable_gqa"] = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **how)
 
 
 class Attention(nn.Module):

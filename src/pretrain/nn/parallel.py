@@ -98,7 +98,9 @@ class _Enter(torch.autograd.Function):
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x, group)
+        found = all_reduce(x, group)
+        # To the compiler of torch 2.11 what a collective wrote into has no gradient: all of them became zero.
+        return found.clone() if torch.compiler.is_compiling() else found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

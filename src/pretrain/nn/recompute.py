@@ -6,14 +6,42 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-__all__ = ["recompute"]
+__all__ = ["recompute", "set_recompute"]
+
+
+class _Recomputed(nn.Module):
+    """Comes before the class of a block: its forward pass, inside of which less is kept while it is trained.
+
+    What is compiled, and what FSDP2 gathers for, is the block from outside: the other way round the second run would be
+    of a compiled graph, whose inner results no policy can tell apart.
+    """
+
+    recompute_mode = "off"
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        plain: Callable[..., Tensor] = super().forward
+        trains = self.training and torch.is_grad_enabled() and options.get("cache") is None
+        if self.recompute_mode == "off" or not trains:
+            return plain(x, **options)
+        return recompute(plain, self.recompute_mode, x, **options)
+
+
+def set_recompute(block: nn.Module, mode: str) -> None:
+    """From now on the training of a block keeps what ``mode`` says, see ``recompute``; ``off`` keeps all."""
+    if not isinstance(block, _Recomputed):
+        if mode == "off":
+            return
+        kind = type(block)  # one for all blocks of a kind: a compiled graph belongs to a class
+        block.__class__ = _KINDS.setdefault(kind, type(kind.__name__, (_Recomputed, kind), {}))
+    block.recompute_mode = mode  # type: ignore[assignment]
 
 
 def recompute(block: Callable[..., Tensor], mode: str, x: Tensor, **options: Any) -> Tensor:
@@ -39,4 +67,5 @@ def _policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPoli
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear"}

@@ -97,10 +97,9 @@ class Strategy:
         self.sharded, self._gather = choice.strategy == "fsdp", gather
         self.layout = self._layout(shapes)
         self.cut = self.layout.dp_shard * self.layout.tp > 1
-        model.backbone.activation_checkpointing = settings.activation_checkpointing
+        model.backbone.recompute(settings.activation_checkpointing)
         if settings.compile:
-            for block in model.backbone.blocks():
-                block.compile()
+            model.backbone.compile_blocks()
         if not settings.cpu_offload:
             _move(objective, device)
         if self.sharded:
@@ -376,6 +375,7 @@ class Strategy:
     def release(self) -> None:
         """Take back what training wrapped around the objective."""
         self._ddp = self.objective.batch_group = None
+        self.objective.model.backbone.plain_blocks()
 
 
 def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def] # torch holds annotations against its own classes
