@@ -106,7 +106,10 @@ def align(module: nn.Module, layout: Layout, world: World) -> None:
     """
     if world.size == 1:
         return
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for buffer in module.buffers():
+        if buffer.numel():
+            dist.broadcast(buffer.detach(), 0)
+    for name, tensor in module.named_parameters():
         part = local(tensor.detach())
         if part.numel() and world.sizes.dp_replicate > 1:
             _broadcast(part, world.group("dp_replicate"))

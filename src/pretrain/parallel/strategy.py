@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,19 +18,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ParallelConfig
+from pretrain.errors import TrainingError
 from pretrain.nn.parallel import Group
 from pretrain.objectives.base import Batch, Loss, Objective
+from pretrain.parallel.reach import drop_zeros, reached_parameters
 from pretrain.parallel.regions import Layout, local
+from pretrain.parallel.replicas import replicated
 from pretrain.parallel.sizes import Choice
 from pretrain.parallel.tensor import TensorParallel, reduce_partial_gradients, shard_model
 from pretrain.parallel.tree import add_across, tree_sum
 from pretrain.parallel.world import World
 
 __all__ = ["Strategy"]
-
-# What torch calls the option since 2.13, and what it called it before.
-_DDP = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers"
 
 
 class _Root(nn.Module):
@@ -43,7 +41,7 @@ class _Root(nn.Module):
 
     def forward(self, batch: Batch | None) -> tuple[Tensor, Loss]:
         """The loss, and its total once more: not every torch looks for tensors inside of a dataclass."""
-        if batch is None:  # see `Strategy._order_buckets`
+        if batch is None:  # see `replicas`
             total = torch.stack(
                 [0.0 * p.sum() for p in self.objective.parameters() if p.requires_grad]
             ).sum()
@@ -67,7 +65,7 @@ class Strategy:
         layout: which part of every parameter lies here, by its name in the objective and in the model.
         cut: no process has all weights, so that all must take part whenever the model runs.
         untouched: parameters that no gradient reaches on any process, by name; ``uneven`` says that some are reached
-            on a few processes only. Set once that is known.
+            on a few processes only. See ``take_reached``.
     """
 
     def __init__(
@@ -183,33 +181,42 @@ class Strategy:
         """Let DDP see which parameters are trained now; called before the first step and when others are released."""
         if self.choice.strategy != "ddp" or self.settings.reproducible:
             return
-        trained = {name for name, p in self.objective.named_parameters() if p.requires_grad}
+        trained = self.trained()
         if not trained:
             return
-        options: dict[str, Any] = {_SYNC_BUFFERS: False}
         if self._ddp is not None:
             self._ddp = None
             gc.collect()  # its buckets, for nothing else collects while training
-        self._ddp = nn.parallel.DistributedDataParallel(
-            self._root,
-            process_group=self.world.group("dp_replicate"),
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.uneven or bool(self.untouched & trained),
-            **options,
-        )
-        self._ddp.register_comm_hook(self.world.group("dp_replicate"), _sum_bucket)
-        if not self._ddp.find_unused_parameters:
-            self._order_buckets()
+        unused = self.uneven or bool(self.untouched & trained.keys())
+        self._ddp = replicated(self._root, self.world.group("dp_replicate"), unused=unused)
 
-    def _order_buckets(self) -> None:
-        """Let DDP see one backward pass, after which it sorts its buckets by the order of the gradients, for good.
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn now, by name."""
+        return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
-        A resumed run would have other buckets in its first step than one that was not interrupted; and where more
-        than two processes add up a bucket, the place in it decides who adds first, and so the last bits of a sum.
+    def reached(self, batch: Batch) -> set[str]:
+        """The parameters that the gradient of a batch would reach in this process, under FSDP2; all must come along."""
+        with torch.compiler.set_stance("force_eager"):
+            found = reached_parameters(self._root, self._units(), lambda: self.once(batch).total)
+        self._reshard()
+        return {name.removeprefix("objective.") for name in found}
+
+    def take_reached(self, untouched: set[str], *, uneven: bool) -> None:
+        """Learn which parameters no gradient reaches, before FSDP2 reduces and DDP is made.
+
+        Raises:
+            TrainingError: a gradient reaches some on a few processes only, and FSDP2 of this torch cannot sum them.
         """
-        torch.autograd.backward(self._ddp(None)[0])
-        for p in self.objective.parameters():
-            p.grad = None
+        self.untouched, self.uneven = frozenset(untouched), uneven
+        if self.sharded and uneven:
+            for unit in self._units():
+                # It packs what there is without asking which: gradients of different parameters would be added.
+                if not hasattr(unit, "set_reduce_scatter_unused_params"):
+                    raise TrainingError(
+                        "A gradient reaches some parameters on a few of the processes only, which FSDP2 of torch "
+                        f"{torch.__version__} cannot sum. Use parallel.strategy=ddp, or torch 2.13."
+                    )
+                unit.set_reduce_scatter_unused_params(True)
 
     # ------------------------------------------------------------------ a step
 
@@ -237,6 +244,9 @@ class Strategy:
             for i in range(count):
                 with self._synced(i == count - 1):
                     totals.append(run(i))
+            if self.sharded and self.uneven:
+                never = {n: p for n, p in self.trained().items() if n in self.untouched}
+                drop_zeros(never, self.world)
         if self.tp is not None and self.tp.partial:
             named = {
                 name.removeprefix("model."): local(p.grad)
@@ -376,13 +386,6 @@ class Strategy:
         """Take back what training wrapped around the objective."""
         self._ddp = self.objective.batch_group = None
         self.objective.model.backbone.plain_blocks()
-
-
-def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def] # torch holds annotations against its own classes
-    """Reduce by summing: the loss has been divided by the targets of the global batch already."""
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])
 
 
 def _shapes(objective: Objective) -> dict[str, tuple[int, ...]]:

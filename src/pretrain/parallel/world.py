@@ -148,10 +148,11 @@ class World:
 
     def join_alone(self, device: torch.device) -> None:
         """Make a group of this one process, which FSDP2 needs to offload or to be measured on a single device."""
-        if self.size == 1 and not self.joined and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        if self.size == 1 and not self.joined:
+            if not dist.is_initialized():
+                backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+                store = dist.HashStore()  # type: ignore[attr-defined]
+                dist.init_process_group(backend, store=store, rank=0, world_size=1)
             self.joined = True
 
     def arrange(self, sizes: Sizes) -> None:

@@ -6,8 +6,7 @@ import contextlib
 import math
 import os
 import shutil
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +20,11 @@ from pretrain.parallel.regions import local
 from pretrain.storage.directories import temporary_name
 from pretrain.storage.partial import load_slices
 from pretrain.training.evaluate import NoTargets, evaluate_rows
-from pretrain.training.feed import to_device
 from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
+from pretrain.training.trial import trial_step
 
 if TYPE_CHECKING:
-    from pretrain.objectives.base import Batch
     from pretrain.training.trainer import Trainer
 
 __all__ = ["check_rows", "preflight"]
@@ -130,70 +128,6 @@ def check_lengths(trainer: Trainer) -> None:
                 "positions. Prepare shorter rows (data.row_length) or build a model with more (model.overrides "
                 "max_positions)."
             )
-
-
-def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Forward and backward of the largest micro-batch, and of one of the first step; nothing is kept.
-
-    Returns:
-        Loss and seconds of the latter.
-    """
-    counts = [float(trainer.objective.count(batch)) for batch in batches]
-    if trainer.world.total([sum(counts)])[0] == 0:
-        raise TrainingError(
-            "No row of the first batch has a target: every label is ignored, so there is nothing to learn. Check "
-            "the masking rate, the label column and that rows are longer than one token."
-        )
-    usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
-    largest = trainer.feed.largest()
-    trainer.objective.train()
-    state = torch.get_rng_state()
-    loss = math.nan
-    seconds = math.inf
-    buffers = {name: b.clone() for name, b in trainer.objective.named_buffers()}
-    try:
-        # The first run also pays for allocation and kernel selection.
-        for batch in (usable if largest is None else largest, usable):
-            start = time.perf_counter()
-            with trainer.precision.autocast():
-                result = trainer.strategy.once(to_device(batch, trainer.device))
-            torch.autograd.backward(result.total)
-            total, count = trainer.world.total([float(result.total.detach()), float(result.count)])
-            # The longest rows are no measure of the pace, and need not have a target.
-            if batch is usable:
-                loss, seconds = total / max(count, 1.0), min(seconds, time.perf_counter() - start)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"A forward and backward pass of {trainer.micro_rows} rows of {row_length(trainer.train_data)} tokens does "
-            f"not fit into the memory of {trainer.device}. Lower train.micro_rows (the result stays the same), or set "
-            "parallel.activation_checkpointing=true."
-        ) from error
-    if trainer.objective.batch_group is not None and not trainer.objective.compared:
-        raise TrainingError(
-            f"{type(trainer.objective).__name__} couples the rows of a batch, which lie on several processes, and its "
-            "forward() does not ask the others for theirs: call self.whole_batch(vectors), or use one process."
-        )
-    for name, buffer in trainer.objective.named_buffers():
-        buffer.copy_(buffers[name])
-    untouched = [
-        name
-        for name, p in trainer.objective.named_parameters()
-        if p.requires_grad and p.grad is None
-    ]
-    trainer.optimizers.zero_grad()
-    torch.set_rng_state(state)
-    everywhere = [set(names) for names in trainer.world.gather(untouched)]
-    trainer.strategy.untouched = frozenset(set.intersection(*everywhere))
-    trainer.strategy.uneven = set.union(*everywhere) != trainer.strategy.untouched
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"The loss of the first batch is {loss}. The weights or the rows hold a non-finite number."
-        )
-    if untouched:
-        trainer.say(
-            f"no gradient reaches {len(untouched)} trainable tensors, the first is {untouched[0]}"
-        )
-    return loss, seconds
 
 
 def check_round_trip(trainer: Trainer) -> None:

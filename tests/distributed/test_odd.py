@@ -1,0 +1,73 @@
+"""Objectives that do not treat all processes alike: the sums are those of one device, or there is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distributed.cluster import launch, once
+from pretrain.config import ParallelConfig
+from pretrain.parallel.reach import reached_parameters
+from pretrain.parallel.world import World
+from tiny import Rows, losses, objective, trainer
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    def make(folder: Path) -> None:
+        launch(HERE / "odd.py", 2, str(folder / "result.json"), str(folder))
+
+    found: dict[str, Any] = once(tmp_path_factory, "odd", make)
+    return found
+
+
+def test_gradients_that_only_some_processes_have_are_summed_by_name(seen: dict[str, Any]) -> None:
+    """FSDP2 packs the gradients that there are: those of two parameters were added to each other."""
+    assert seen["fsdp"]["losses"] == pytest.approx(seen["ddp"]["losses"], rel=1e-6)
+    assert len(set(seen["ddp"]["losses"])) == 4
+
+
+def test_what_no_gradient_reaches_does_not_decay(seen: dict[str, Any]) -> None:
+    assert set(seen["ddp"]["never"]) == set(seen["fsdp"]["never"]) == {1.0}
+
+
+def test_all_processes_have_the_buffers_of_the_first(seen: dict[str, Any]) -> None:
+    for strategy in ("ddp", "fsdp"):
+        assert len(set(seen[strategy]["buffers"])) == 1
+
+
+def test_fsdp_on_one_process_inside_a_group_of_ones_own(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "plain", objective(), Rows(8), limit="3 steps")
+    run.fit()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cut = trainer(tmp_path / "cut", objective(), Rows(8), limit="3 steps")
+        cut.parallel, cut.world = ParallelConfig(device="cpu", strategy="fsdp"), World.find()
+        cut.fit()
+    finally:
+        dist.destroy_process_group()
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "plain"), rtol=1e-6)
+
+
+def test_the_leaves_of_a_graph() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = (self.used(x) * self.frozen).sum() + self.unused(x).detach().sum()
+            return y
+
+    root = Two()
+    found = reached_parameters(root, [root], lambda: root(torch.ones(2, 3)))
+    assert found == {"used.weight", "used.bias"}
