@@ -32,6 +32,18 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         choose_device("cuda")
 
 
+def test_the_gpu_of_a_mac_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device().type == "mps"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_device("cpu") == CPU
+    for name in ("auto", "mps"):
+        with pytest.raises(ConfigError, match="parallel.device=cpu"):
+            choose_device(name)
+
+
 def test_loss_scale_halves_grows_and_is_exact_in_a_checkpoint() -> None:
     scale = LossScale(True, scale=8.0, interval=2)
     scale.update(False)

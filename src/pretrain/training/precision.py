@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
+from pretrain.parallel.launched import launched
 
 __all__ = ["LossScale", "Precision", "choose_device", "choose_precision", "peak_flops"]
 
@@ -44,7 +45,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """The named device, or the best one at hand.
 
     Raises:
-        ConfigError: the device is unknown or not at hand.
+        ConfigError: the device is unknown or not at hand, or it is mps and this process is one of several.
     """
     known = ("auto", "cpu", "cuda", "mps")
     if name.split(":")[0] not in known:
@@ -52,7 +53,7 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
     there = {
         "cpu": True,
@@ -63,6 +64,11 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ConfigError(
             f"parallel.device is {name!r}, but this machine or this build of torch has no {device.type} device. "
             "Use parallel.device=auto, or install a torch build for your hardware."
+        )
+    if device.type == "mps" and launched():
+        raise ConfigError(
+            "This process is one of several, and torch has no way for them to talk from Apple's GPU (mps). Start one "
+            "process only, or set parallel.device=cpu."
         )
     return device
 
