@@ -17,6 +17,7 @@ __all__ = [
     "DataError",
     "DistributedError",
     "ModelError",
+    "NoTargets",
     "PretrainError",
     "RunLocked",
     "TokenizerError",
@@ -42,6 +43,10 @@ class ConfigError(PretrainError):
 
 class DataError(PretrainError):
     """A source, a prepared directory or a row cannot be used."""
+
+
+class NoTargets(DataError):
+    """The rows have nothing to predict."""
 
 
 class TokenizerError(PretrainError):

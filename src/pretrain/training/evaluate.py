@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.loader import Examples, row_rngs
-from pretrain.errors import DataError, TrainingError
+from pretrain.errors import DataError, NoTargets, TrainingError
 from pretrain.objectives.base import Loss
 from pretrain.parallel.plain import from_plain, to_plain
 from pretrain.training.feed import check_batch, to_device
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from pretrain.parallel.strategy import Strategy
 
 __all__ = ["NoTargets", "data_stats", "evaluate_rows", "probe_loss"]
-
-
-class NoTargets(DataError):
-    """The rows have nothing to predict."""
 
 
 _SEED = 0x5EED  # of evaluation draws: part of the definition of the figure, so no run can set it
