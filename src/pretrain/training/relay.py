@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -33,8 +34,10 @@ class Relay(Progress):
         self._path = path
 
     def _tell(self, what: str, **values: Any) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"what": what, **values}) + "\n")
+        line = json.dumps({"what": what, **values}) + "\n"
+        # A full disk for temporary files costs the screen, not the run.
+        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
+            file.write(line)
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """The reader has the log at hand: it needs to know how far."""
