@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,11 @@ from typing import Any
 import pytest
 
 import pretrain
-from pretrain.errors import ConfigError, DataError, DistributedError
+from pretrain.errors import CheckpointError, ConfigError, DataError, DistributedError
 from pretrain.parallel import launch
-from pretrain.parallel.launch import Launched, count_devices
+from pretrain.parallel.launch import Launched
 from pretrain.training.launched import on_devices, read_run
-from pretrain.training.live import open_screen
 from pretrain.training.logging import read_log
-from pretrain.training.relay import Relay
 
 # An objective of the user's own, on the caller's path of modules, in which the second process comes to grief.
 BROKEN = """
@@ -34,6 +33,22 @@ class Broken(NextToken):
         Broken.calls += 1
         if os.environ.get("RANK") == "1" and Broken.calls == 5:
             {what}
+        return super().forward(batch)
+"""
+
+# For the processes of this one the disk is full after a few steps.
+FULL = """
+import errno, os
+from pretrain import NextToken
+from pretrain.storage import files
+def write(descriptor, data):
+    raise OSError(errno.ENOSPC, "by hand")
+class Full(NextToken):
+    calls = 0
+    def forward(self, batch):
+        Full.calls += 1
+        if "RANK" in os.environ and Full.calls == 5:
+            files.IO.write = write
         return super().forward(batch)
 """
 
@@ -82,6 +97,16 @@ def eventually(true: Callable[[], bool], seconds: float) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def strike(run: Path) -> None:
+    """Interrupt this process after some steps of a run, as the button of a notebook does it."""
+
+    def later() -> None:
+        eventually(lambda: (run / "log.jsonl").exists() and len(losses(run)) > 8, 120)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=later, daemon=True).start()
 
 
 def losses(run: Path) -> list[float]:
@@ -156,19 +181,43 @@ def test_a_process_that_breaks_is_named_with_its_last_lines(
 
 
 def test_an_interrupt_saves_the_run(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As the interrupt button of a notebook does it."""
-    log = Path("runs/one/log.jsonl")
-
-    def strike() -> None:
-        eventually(lambda: log.exists() and len(losses(log.parent)) > 2, 120)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=strike, daemon=True).start()
+    strike(Path("runs/one"))
     run = pretrain.train(devices=2, **sections(limit="100000 steps"))
     assert run.stopped == "SIGINT" and run.exit_code == 130 and run.step > 2
     assert run.checkpoint is not None and run.checkpoint.name == f"checkpoint-{run.step}"
     assert "saves and stops" in capfd.readouterr().err
     assert read_run(run.path, "SIGINT").history == run.history
+
+
+def test_an_interrupt_does_not_hide_that_nothing_was_saved(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps since the last checkpoint are lost, which the caller must hear."""
+    (place / "full_objective.py").write_text(FULL)
+    monkeypatch.syspath_prepend(str(place))
+    objective = "full_objective.Full"
+    pretrain.train(**sections(limit="2 steps"), objective=objective)
+    strike(Path("runs/one"))
+    with pytest.raises(CheckpointError, match="The disk is full"):
+        pretrain.train(devices=2, **sections(limit="100000 steps"), objective=objective)
+
+
+def test_where_the_name_of_the_host_leads_does_not_matter(place: Path) -> None:
+    """As on a laptop in a foreign network: no packet gets to the address that the name has."""
+    inside = ["unshare", "-r", "-u", "-m", "sh", "-ec"]
+    (place / "hosts").write_text("127.0.0.1 localhost\n192.0.2.1 elsewhere\n")
+    rename = "hostname elsewhere; mount --bind hosts /etc/hosts"
+    if not shutil.which("unshare") or subprocess.run([*inside, rename]).returncode:
+        pytest.skip("needs Linux and permission for namespaces")
+    code = f"import pretrain; print(pretrain.train(devices=2, **{sections()!r}).step)"
+    env = {**os.environ, "TMPDIR": str(tempfile.gettempdir())}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    words = [*inside, f'{rename}; exec "$0" -c "$1"', sys.executable, code]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as caller:
+        try:
+            assert caller.communicate(timeout=90)[0].split()[-1:] == ["6"]
+        finally:
+            caller.kill()  # the rest ends with it
 
 
 def test_nobody_outlives_the_caller(place: Path) -> None:
@@ -207,19 +256,20 @@ def test_a_notebook_shows_the_run_in_its_cell(place: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------------- small parts
 
 
-def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert count_devices("auto") == 4 and count_devices(3) == 3 and count_devices("2") == 2
-    assert count_devices("auto", "cpu") == 1 and count_devices(64, "cpu") == 64
-    with pytest.raises(ConfigError, match="4 GPUs"):
-        count_devices(8)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert count_devices("auto") == 1 and count_devices(2) == 2
-    for wrong in (0, -1, True, "all", 2.5):
-        with pytest.raises(ConfigError, match="devices is"):
-            count_devices(wrong)  # type: ignore[arg-type]
+def test_processes_are_found_without_proc(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS; with their keeper killed they would run on."""
+    monkeypatch.setattr(launch, "_PROC", place / "no-proc")
+    spare = Path(tempfile.gettempdir())
+    settings = pretrain.RunConfig.load(sections(limit="100000 steps"))
+    config = settings.save(spare / "train.yaml")
+    with Launched(["train", "--config", str(config)], 2) as group:
+        found = lambda: launch._children(group._keeper.pid)  # noqa: E731
+        assert eventually(lambda: len(found()) == 2, 60)
+        workers = found()
+        assert all(launch._is_ours(pid) for pid in workers) and not launch._is_ours(os.getpid())
+        group.kill()
+        assert eventually(lambda: not processes(spare), 5)
+    assert not any(launch._is_ours(pid) for pid in workers)
 
 
 def test_what_other_processes_cannot_have_is_refused(
@@ -243,32 +293,6 @@ def test_what_other_processes_cannot_have_is_refused(
     )
     with pytest.raises(ConfigError, match="one of 4"):
         on_devices("train", settings, 2)
-
-
-def test_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    threads = [
-        launch._environment(n, t, tmp_path)["OMP_NUM_THREADS"] for n, t in ((2, 0), (16, 0), (2, 3))
-    ]
-    assert threads == ["4", "1", "3"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setenv("RANK", "5")
-    env = launch._environment(2, 0, tmp_path)
-    assert env["OMP_NUM_THREADS"] == "2" and "RANK" not in env
-
-
-def test_the_relay_is_the_screen_of_a_launched_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(launch.SCREEN, str(tmp_path / "screen.jsonl"))
-    screen = open_screen()
-    assert isinstance(screen, Relay)
-    screen.show(3, {"loss": float("nan")}, 10)
-    screen.write("ünïcode\x1b")
-    screen.close()
-    lines = (tmp_path / "screen.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 3 and '"total": 10' in lines[0]
 
 
 def test_a_launcher_that_cannot_start_says_why(

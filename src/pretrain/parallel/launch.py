@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -31,13 +32,18 @@ __all__ = ["SCREEN", "Launched", "count_devices"]
 # Names the file to which the run's screen is relayed, in place of being drawn.
 SCREEN = "PRETRAIN_SCREEN"
 _GRACE = 600  # seconds in which a run that was asked to stop must have saved
+_HURRY = 30  # seconds for those that are left when one has failed
 _TAIL = 25  # lines of a failure
 _NOISE = re.compile(
     r"^(\[rank\d+\]:)?\[?[WIE]\d{3,} |^\[[WI]\d|^\*{5,}|^W\d{4} |socket\.cpp|^\[Gloo\]|OMP_NUM_THREADS"
+    r"|resource_tracker\.py:|^Exception ignored "
 )
-_OURS = re.compile(r"^pretrain\.errors\.(\w+): ", re.M)
+_OURS = re.compile(r"^(\[rank\d+\]: )?pretrain\.errors\.(\w+): ")
 _RANK = re.compile(r"^\[rank\d+\]: ?", re.M)  # before every line of what a member of a group raised
 _RAISED = "Traceback (most recent call last):"
+# Exit codes of those that were asked to stop: they agreed on it and saved, or had not learned to listen yet.
+_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, -signal.SIGTERM}
+_PROC = Path("/proc")  # Linux alone has it
 
 
 def count_devices(devices: int | str, device: str = "auto") -> int:
@@ -48,7 +54,7 @@ def count_devices(devices: int | str, device: str = "auto") -> int:
         device: where they will run; on GPUs there are no more processes than GPUs.
 
     Raises:
-        ConfigError: not a number of at least 1, or more than there are GPUs.
+        ConfigError: not a number of at least 1, more than there are GPUs, or several on Apple's GPU.
     """
     import torch
 
@@ -65,6 +71,11 @@ def count_devices(devices: int | str, device: str = "auto") -> int:
         raise ConfigError(
             f"devices is {devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs one "
             "of its own. Ask for fewer, or set parallel.device=cpu."
+        )
+    if devices > 1 and not gpus and device in ("auto", "mps") and torch.backends.mps.is_available():
+        raise ConfigError(
+            f"devices is {devices}, but this machine has one GPU, Apple's (mps), on which only one process can train. "
+            "Leave devices out, or set parallel.device=cpu."
         )
     return devices
 
@@ -88,22 +99,11 @@ class Launched:
         self.screen = self.folder / "screen.jsonl"
         self._readers: dict[str, _Tail] = {}
         self._workers: set[int] = set()
-        self._looked, self._raised = 0.0, False
-        command = [
-            sys.executable,
-            "-m",
-            "pretrain.parallel.launch",
-            str(self.folder),
-            "--standalone",
-        ]
-        command += [
-            "--nproc-per-node",
-            str(devices),
-            "--log-dir",
-            str(self.folder),
-            "--redirects",
-            "3",
-        ]
+        self._looked, self._raised, self._asked = 0.0, False, False
+        command = [sys.executable, "-m", "pretrain.parallel.launch", str(self.folder)]
+        # Without an address of ours it is what the host's name resolves to, which may lead nowhere.
+        command += ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(devices)]
+        command += ["--log-dir", str(self.folder), "--redirects", "3"]
         command += ["-m", "pretrain", *words]
         with open(self.folder / "launcher.log", "wb") as log:
             self._keeper = subprocess.Popen(
@@ -136,6 +136,7 @@ class Launched:
 
     def stop(self) -> None:
         """Ask the run to save and to end."""
+        self._asked = True
         with contextlib.suppress(ProcessLookupError):
             self._keeper.send_signal(signal.SIGTERM)
 
@@ -181,35 +182,55 @@ class Launched:
                 return number.name
         return None
 
+    def broke(self) -> bool:
+        """Whether a run that was asked to stop did not just stop: nothing was saved, say, for want of space."""
+        codes = {int(failure["code"]) for failure in self._failures()}
+        others = codes - _STOPPED
+        if -signal.SIGTERM in codes and all(code > 0 for code in others):
+            # Who was asked before it could listen is missed by the others; that is no news.
+            return any(not isinstance(error, DistributedError) for error in self._own_errors())
+        return bool(others)
+
     def failure(self) -> PretrainError:
         """The error that ended the run, in the words of the process that failed first."""
         found = self._first_failure()
+        if (found is None or found["code"] > 0) and (own := self._own_errors()):
+            return own[0]
+        self.keep = True
         if found is None:
-            self.keep = True
             text = _last(self.folder / "launcher.log")
             return DistributedError(
                 f"The processes could not be started (exit code {self.code}). The launcher said:\n{text}"
             )
         rank, code = int(found["rank"]), int(found["code"])
-        if code > 0:
-            own = [error for r in range(self.devices) if (error := self._raised_by(r)) is not None]
-            # That another process failed is what the others say of the one that knows more.
-            own.sort(key=lambda error: isinstance(error, DistributedError))
-            if own:
-                return own[0]
         path = self._log(rank, "stderr")
-        self.keep = True
         return DistributedError(
-            f"Process {rank} of {self.devices} {_ended(code)}. Its last lines:\n{_last(path)}\nThe output of all "
-            f"processes lies in {self.folder}."
+            f"Process {rank} of {self.devices} {_ended(code, self._asked)}. Its last lines:\n{_last(path)}\nThe "
+            f"output of all processes lies in {self.folder}."
         )
+
+    def _own_errors(self) -> list[PretrainError]:
+        """The errors of ours that processes ended with, the most telling first."""
+        own = [error for r in range(self.devices) if (error := self._raised_by(r)) is not None]
+        # That another process failed is what the others say of the one that knows more.
+        return sorted(own, key=lambda error: isinstance(error, DistributedError))
 
     def _raised_by(self, rank: int) -> PretrainError | None:
         """The error of ours that a process ended with."""
         path = self._log(rank, "stderr")
-        text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
-        found = list(_OURS.finditer(text := _RANK.sub("", text)))
-        return named_error(found[-1][1], text[found[-1].end() :].strip()) if found else None
+        if path is None:
+            return None
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [(n, match) for n, line in enumerate(lines) if (match := _OURS.match(line))]
+        if not found:
+            return None
+        start, match = found[-1]
+        before, said = match[1] or "", [lines[start][match.end() :]]
+        for line in lines[start + 1 :]:  # libraries have their last words after it
+            if not line.startswith(before) or _NOISE.search(line):
+                break
+            said.append(line.removeprefix(before))
+        return named_error(match[2], "\n".join(said).strip())
 
     def _failures(self) -> list[dict[str, Any]]:
         """Rank and exit code of the processes that failed, in the order in which they did."""
@@ -223,8 +244,8 @@ class Launched:
         # Who was killed is the cause; those who then lost their connection are not.
         killed = [f for f in failures if f["code"] < 0 and -f["code"] != signal.SIGTERM]
         told = [f for f in failures if f["code"] > 0]
-        # A survivor leaves more quickly than who has an error to raise.
-        told.sort(key=lambda failure: failure["code"] == EXIT_LOST)
+        # A survivor leaves more quickly than who has an error to raise; who did as asked has none.
+        told.sort(key=lambda f: (f["code"] in _STOPPED, f["code"] == EXIT_LOST))
         return next(iter([*killed, *told, *failures]), None)
 
     def _log(self, rank: int, name: str) -> Path | None:
@@ -255,7 +276,7 @@ class _Tail:
 
 
 def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
-    """Ours, with an equal share of the cores for each process, and our own paths of modules."""
+    """Ours, with a share of the cores for each process, our paths of modules, and loopback as the only network."""
     env = {**os.environ, SCREEN: str(screen), "PRETRAIN_DEBUG": "1", "PYTHONUNBUFFERED": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
@@ -264,6 +285,10 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
     )
     if threads or "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(threads or max(1, cores // devices))
+    names = [name for _, name in socket.if_nameindex()]
+    loopback = next((name for name in ("lo", "lo0") if name in names), None)
+    if loopback is not None:
+        env.setdefault("GLOO_SOCKET_IFNAME", loopback)  # else that of the host's name
     standard = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.isdir(path)]
     own = [p for p in paths if not any(os.path.realpath(p).startswith(s) for s in standard)]
@@ -274,9 +299,12 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
 
 
 def _children(pid: int) -> set[int]:
-    """Processes that a process has started (Linux); each leads a session of its own."""
+    """Processes that a process has started; each leads a session of its own."""
     found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    if not (_PROC / "self" / "stat").exists():
+        pairs = [line.split() for line in _ps("-A", "-o", "pid=", "-o", "ppid=")]
+        return {int(child) for child, parent in pairs if int(parent) == pid}
+    for path in _PROC.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
                 found.add(int(path.parent.name))
@@ -286,17 +314,30 @@ def _children(pid: int) -> set[int]:
 def _is_ours(pid: int) -> bool:
     """Whether the number still belongs to a process that we started: it may have been given to another."""
     with contextlib.suppress(OSError):
-        return (
-            b"\0pretrain\0" in Path(f"/proc/{pid}/cmdline").read_bytes() and os.getpgid(pid) == pid
-        )
+        if (_PROC / "self" / "stat").exists():
+            words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+        else:
+            words = " ".join(_ps("-ww", "-o", "args=", "-p", str(pid))).encode().split()
+        return b"pretrain" in words and os.getpgid(pid) == pid
     return False
 
 
-def _ended(code: int) -> str:
+def _ps(*options: str) -> list[str]:
+    """What ``ps`` prints, which every Unix has."""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["ps", *options], capture_output=True, text=True, errors="replace")
+        return done.stdout.splitlines()
+    return []
+
+
+def _ended(code: int, asked: bool) -> str:
     if code >= 0:
         return f"failed with exit code {code}"
     name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
-    why = " (probably the memory of the machine ran out)" if -code == signal.SIGKILL else ""
+    why = ""
+    if -code == signal.SIGKILL:
+        late = f", or it had not saved {_GRACE} s after it was asked to stop" if asked else ""
+        why = f" (probably the memory of the machine ran out{late})"
     return f"was killed by {name}{why}"
 
 
@@ -311,11 +352,16 @@ def _last(path: Path | None) -> str:
 # ---------------------------------------------------------------------------------------------------- keeper
 
 
+def _tell(folder: Path, failures: Sequence[Mapping[str, int]]) -> None:
+    with contextlib.suppress(OSError):  # the disk may be full, which is what the processes say
+        (folder / "failures.json").write_text(json.dumps(failures), encoding="utf-8")
+
+
 def _keep(folder: Path, words: Sequence[str]) -> int:
     """Run torchrun in this process until the run ends or standard input does."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, main
+    from torch.distributed.run import main
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -324,16 +370,22 @@ def _keep(folder: Path, words: Sequence[str]) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    known = {option for action in get_args_parser()._actions for option in action.option_strings}
-    patient = ["--shutdown-timeout", str(_GRACE)] if "--shutdown-timeout" in known else []
+    close = SubprocessContext.close
+
+    def close_and_tell(self: Any, death_sig: Any = None, timeout: int = _HURRY) -> None:
+        # A signal is named when the run is asked to stop, and torchrun then tells nobody how the processes ended.
+        close(self, death_sig, timeout if death_sig is None else _GRACE)
+        codes = {rank: one.proc.poll() for rank, one in self.subprocess_handlers.items()}
+        _tell(folder, [{"rank": rank, "code": code} for rank, code in codes.items() if code])
+
+    SubprocessContext.close = close_and_tell  # type: ignore[method-assign]
     try:
-        main([*patient, *words])
+        main([*words])
     except SignalException as error:
         return 128 + int(error.sigval)
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-        plain = [{"rank": rank, "code": failure.exitcode} for rank, failure in failures]
-        (folder / "failures.json").write_text(json.dumps(plain), encoding="utf-8")
+        _tell(folder, [{"rank": rank, "code": failure.exitcode} for rank, failure in failures])
         return 1
     return 0
 

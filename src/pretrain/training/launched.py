@@ -90,7 +90,7 @@ def follow(
         quiet: show nothing.
 
     Raises:
-        PretrainError: what the first process that failed raised or said last.
+        PretrainError: what the first process that failed raised or said last, also if it failed while it stopped.
     """
     with catch_signals() as stop, Launched(words, devices, threads) as group:
         screen = None if quiet else open_screen()
@@ -111,7 +111,7 @@ def follow(
             if screen is not None:
                 screen.close()
         stopped = stop.name or group.stopped()
-        if group.code and stopped is None:
+        if group.code and (stopped is None or group.broke()):
             raise group.failure()
     return read_run(out, stopped if group.code else None)
 
