@@ -78,11 +78,7 @@ PREFERRED = [
     for row in PAIRS
 ]
 CASES: dict[str, dict[str, Any]] = {
-    "classification": {"model": "bert", "data": ROWS, "task": "classification"},
-    "lora": {"model": "gpt2", "data": ROWS, "task": "classification", "lora": 4},
-    "dora": {"model": "bert", "data": ROWS, "task": "classification", "lora": 2, "dora": True},
-    "regression": {"model": "bert", "data": ROWS, "task": "regression", "label": "score"},
-    "language": {"model": "gpt2", "data": ROWS, "task": "language-modelling"},
+    # First of all: there is no group of processes yet when its first trial starts.
     "sweep": {
         "model": "gpt2",
         "data": ROWS,
@@ -92,6 +88,11 @@ CASES: dict[str, dict[str, Any]] = {
         "lrs": [1e-3, 3e-2],
         "limit": "4 steps",
     },
+    "classification": {"model": "bert", "data": ROWS, "task": "classification"},
+    "lora": {"model": "gpt2", "data": ROWS, "task": "classification", "lora": 4},
+    "dora": {"model": "bert", "data": ROWS, "task": "classification", "lora": 2, "dora": True},
+    "regression": {"model": "bert", "data": ROWS, "task": "regression", "label": "score"},
+    "language": {"model": "gpt2", "data": ROWS, "task": "language-modelling"},
     "tokens": {
         "model": "bert",
         "data": TAGGED,

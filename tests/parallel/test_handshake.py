@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.errors import DistributedError
+from pretrain.parallel import board
+from pretrain.parallel.board import all_here
 from pretrain.parallel.fitting import differences, misfit, ranks
-from pretrain.parallel.handshake import check_links, fingerprint, handshake, introduce
+from pretrain.parallel.handshake import (
+    bounded,
+    check_links,
+    fingerprint,
+    handshake,
+    introduce,
+)
 
 
 def hello(rank: int, **more: Any) -> dict[str, Any]:
@@ -200,10 +209,42 @@ def test_a_wrong_sum_a_failure_and_a_hang_name_the_rank() -> None:
     cpu = torch.device("cpu")
     with pytest.raises(DistributedError, match=r"wrong sum on rank 0 of 2 .*number 4098"):
         check_links(wrong, cpu, 0, 2)
-    with pytest.raises(DistributedError, match=r"failed on rank 1 of 2 .*connection reset"):
+    with pytest.raises(DistributedError, match=r"on rank 1 of 2 .*failed: connection reset"):
         check_links(broken, cpu, 1, 2)
     began = time.monotonic()
-    with pytest.raises(DistributedError, match=r"did not come back on rank 1 of 2 .*0\.2 seconds"):
+    with pytest.raises(DistributedError, match=r"on rank 1 of 2 .*did not come back within 0\.2"):
         check_links(lambda tensor: released.wait(10) and None, cpu, 1, 2, timeout=0.2)
     released.set()
     assert time.monotonic() - began < 5
+
+
+def test_a_host_that_only_finds_itself_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian gives a host's own name the address 127.0.1.1; gloo tells the others to look there."""
+
+    def fails() -> None:
+        raise RuntimeError("connect timed out")
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for here, told in (("2", True), ("4", False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        with pytest.raises(DistributedError, match="connect timed out") as caught:
+            bounded(fails, "The connection", torch.device("cpu"), 5)
+        assert ("node7, stands for 127.0.1.1" in str(caught.value)) == told
+
+
+def test_who_prepares_for_long_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, said, done = dist.HashStore(), [], threading.Event()  # type: ignore[attr-defined]
+    monkeypatch.setattr(board, "_PATIENT", 0.2)
+
+    def first() -> None:
+        all_here(store, 0, 3, say=said.append)
+        done.set()
+
+    threading.Thread(target=first, daemon=True).start()
+    threading.Thread(target=all_here, args=(store, 2, 3, said.append), daemon=True).start()
+    time.sleep(0.7)
+    assert not done.is_set() and said and all("rank 1," in line for line in said[1:]), said
+    all_here(store, 1, 3, say=said.append)
+    assert done.wait(5)

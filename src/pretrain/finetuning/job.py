@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint import latest
 from pretrain.config import parse_limit
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.result import Finetuned
@@ -28,7 +27,7 @@ from pretrain.storage.files import note
 from pretrain.storage.manifest import BEST
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.restore import load_weights
-from pretrain.training.run import check_same_run
+from pretrain.training.run import check_same_run, has_begun
 from pretrain.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ class Job:
         swept = out / "sweep.json"
         if settings.optim.lr == "sweep":
             # A run that goes on keeps the rate that it began with.
-            again = latest(out) is not None and swept.is_file()
+            again = has_begun(out) and swept.is_file()
             lr = float(json.loads(swept.read_text("utf-8"))["lr"]) if again else self.sweep(lr)
         said = [line for line in notes if "recur" not in line]
         for line in () if self.quiet else (*self.overview(rows, task), *said):

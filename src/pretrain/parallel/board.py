@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["get", "put", "wait"]
+__all__ = ["all_here", "get", "put", "wait"]
 
+_PATIENT = 60.0  # seconds before it is said who is waited for
 _LARGEST = 64 << 20  # bytes of a value
 
 
@@ -32,3 +33,13 @@ def wait(store: Any, keys: Sequence[str], seconds: float) -> bool:
         time.sleep(pause)
         pause = min(1.5 * pause, 0.3)
     return True
+
+
+def all_here(store: Any, rank: int, size: int, say: Callable[[str], object]) -> None:
+    """Wait for the slowest process, however long it prepares data or model; rank 0 says now and then who that is."""
+    put(store, f"here/{rank}", True)
+    keys = [f"here/{one}" for one in range(size)]
+    while not wait(store, keys, _PATIENT):
+        late = [str(one) for one, key in enumerate(keys) if not store.check([key])]
+        if rank == 0 and late:
+            say(f"waiting for rank {', '.join(late)}, still preparing data or model")

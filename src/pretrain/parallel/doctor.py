@@ -85,7 +85,7 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
             backends=_backends(),
         )
         everybody = handshake(store, world.rank, world.size, hello, timeout=seconds, run_dir=out)
-        world.join(where)
+        world.join(where, within=seconds)
         links = check_links(dist.all_reduce, where, world.rank, world.size, timeout=seconds)
         put(store, f"links/{world.rank}", links)
         keys = [f"links/{rank}" for rank in range(world.size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,41 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.parallel.board import get, put, wait
+from pretrain.parallel.handshake import bounded
 
-__all__ = ["Callers", "Peers", "gather_json"]
+__all__ = ["Callers", "Peers", "connect", "gather_json"]
+
+
+def connect(
+    store: Any,
+    rank: int,
+    size: int,
+    device: torch.device,
+    limit: datetime.timedelta,
+    within: float = 60.0,
+) -> None:
+    """Make the default group of `torch.distributed`: plain values and whatever lies on the CPU travel by gloo.
+
+    Args:
+        store: by which the processes find each other.
+        rank: of this process.
+        size: how many there are.
+        device: on which this one computes; NCCL serves CUDA.
+        limit: for every collective.
+        within: seconds in which all must have found each other.
+
+    Raises:
+        DistributedError: they have not; it says what to look at.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    bounded(
+        lambda: dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=limit
+        ),
+        f"The connection of rank {rank} of {size} to the others",
+        device,
+        within,
+    )
 
 
 class Peers:

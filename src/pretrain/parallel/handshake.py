@@ -28,7 +28,7 @@ from pretrain.errors import DistributedError
 from pretrain.parallel.board import get, put, wait
 from pretrain.parallel.fitting import misfit, ranks
 
-__all__ = ["check_links", "fingerprint", "handshake", "introduce"]
+__all__ = ["bounded", "check_links", "fingerprint", "handshake", "introduce"]
 
 Hello = dict[str, Any]
 
@@ -241,35 +241,71 @@ def check_links(
         DistributedError: a wrong sum, an error of the backend, or no answer in time; it names this process.
     """
     found: dict[str, float] = {}
+    bounded(
+        lambda: found.update(_measure(all_reduce, device, rank, size)),
+        f"The all-reduce that tests the links, on rank {rank} of {size}",
+        device,
+        timeout,
+    )
+    return found
+
+
+def bounded(run: Callable[[], object], what: str, device: torch.device, timeout: float) -> None:
+    """Do what may wait for other processes for ever, for so many seconds at most.
+
+    Args:
+        run: what is done, in a thread of its own: a collective that hangs cannot be interrupted, and is left there.
+        what: what it is, and on which rank.
+        device: of its tensors.
+        timeout: seconds.
+
+    Raises:
+        DistributedError: it failed, or did not come back.
+    """
     failures: list[BaseException] = []
 
-    def run() -> None:
+    def work() -> None:
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            found.update(_measure(all_reduce, device, rank, size))
+            run()
         except BaseException as error:
             failures.append(error)
 
-    # A collective that hangs cannot be interrupted; it is left behind in its thread.
-    thread = threading.Thread(target=run, name="check-links", daemon=True)
+    thread = threading.Thread(target=work, name="bounded", daemon=True)
     thread.start()
     thread.join(timeout)
-    me = f"rank {rank} of {size} (host {socket.gethostname()}, {device})"
+    where = f"(host {socket.gethostname()}, {device})"
     if thread.is_alive():
         raise DistributedError(
-            f"The all-reduce that tests the links did not come back on {me} within {timeout:g} seconds. Check that a "
-            "firewall lets the hosts talk on all ports, and that GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (CUDA) "
-            "names the interface between them; NCCL_DEBUG=INFO shows what NCCL tries."
+            f"{what} {where}, did not come back within {timeout:g} seconds. {_own_name()}Check that a firewall lets "
+            "the hosts talk on all ports, and that GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (CUDA) names the "
+            "interface between them; NCCL_DEBUG=INFO shows what NCCL tries."
         )
     if failures and isinstance(failures[0], DistributedError):
         raise failures[0]
     if failures:
         raise DistributedError(
-            f"The all-reduce that tests the links failed on {me}: {failures[0]}. Look for the rank that failed first; "
-            "NCCL_DEBUG=INFO shows what NCCL tries."
+            f"{what} {where}, failed: {failures[0]}. {_own_name()}Look for the rank that failed first, and whether "
+            "GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (CUDA) names an interface that is there; NCCL_DEBUG=INFO "
+            "shows what NCCL tries."
         ) from failures[0]
-    return found
+
+
+def _own_name() -> str:
+    """What to say of one of several hosts whose own name leads to itself alone: by it the others look for it."""
+    everywhere, here = (os.environ.get(key, "1") for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if everywhere == here:
+        return ""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(name)
+        if address.startswith("127."):
+            return (
+                f"The name of this host, {name}, stands for {address} here (/etc/hosts), where other hosts do not "
+                "find it. "
+            )
+    return ""
 
 
 def _measure(

@@ -22,15 +22,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from pretrain.errors import DistributedError, PretrainError
-from pretrain.parallel.board import put, wait
+from pretrain.parallel.board import all_here, put, wait
 from pretrain.parallel.estimates import Sizes
-from pretrain.parallel.group import Callers, Peers, gather_json
+from pretrain.parallel.group import Callers, Peers, connect, gather_json
 from pretrain.parallel.handshake import check_links, handshake, introduce
 from pretrain.parallel.launched import launched
-from pretrain.parallel.lifeline import Lifeline
+from pretrain.parallel.lifeline import SLOW, Lifeline
 from pretrain.parallel.starts import of_this_start
 from pretrain.storage.directories import make_directories
-from pretrain.storage.peers import agree
+from pretrain.storage.files import note, writing
+from pretrain.storage.peers import agree, together
 
 __all__ = ["World", "current_world", "found"]
 
@@ -119,8 +120,12 @@ class World:
 
     # ------------------------------------------------------------------ the group
 
-    def join(self, device: torch.device) -> torch.device:
-        """Set up the process group for a device, once; returns the device of this process."""
+    def join(self, device: torch.device, within: float = 60.0) -> torch.device:
+        """Set up the process group for a device, once; returns the device of this process.
+
+        Raises:
+            DistributedError: the processes did not reach each other ``within`` so many seconds.
+        """
         if self.size == 1:
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # FSDP2 takes the one that is current
@@ -131,14 +136,14 @@ class World:
             torch.cuda.set_device(device)
         self.device = device
         if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            # The watchdog ends a hung run long before; this is the last resort.
-            limit = datetime.timedelta(seconds=4 * self.timeout)
-            dist.init_process_group(
-                backend, store=self.store, rank=self.rank, world_size=self.size, timeout=limit
-            )
+            connect(self.store, self.rank, self.size, device, self._limit, within)
         self.joined = True
         return device
+
+    @property
+    def _limit(self) -> datetime.timedelta:
+        """For a collective: the last resort, for the watchdog ends a hung run long before, in its slowest phase too."""
+        return datetime.timedelta(seconds=2 * max(SLOW.values()) * self.timeout)
 
     def _own(self, device: torch.device) -> torch.device:
         """The device of this process among those of its host."""
@@ -150,9 +155,8 @@ class World:
         """Make a group of this one process, which FSDP2 needs to offload or to be measured on a single device."""
         if self.size == 1 and not self.joined:
             if not dist.is_initialized():
-                backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
                 store = dist.HashStore()  # type: ignore[attr-defined]
-                dist.init_process_group(backend, store=store, rank=0, world_size=1)
+                connect(store, 0, 1, device, self._limit)
             self.joined = True
 
     def arrange(self, sizes: Sizes) -> None:
@@ -166,7 +170,8 @@ class World:
             each = sizes.dp_shard * sizes.tp
             for first in range(0, self.size, each):  # everybody must make every group
                 ranks = list(range(first, first + each))
-                group = dist.new_group(ranks) if each < self.size else dist.group.WORLD
+                some = each < self.size
+                group = dist.new_group(ranks, self._limit) if some else dist.group.WORLD
                 if self.rank in ranks:
                     self.replica = group
         self.sizes = sizes
@@ -237,8 +242,10 @@ class World:
         self.timeout = timeout
         self._entries += 1
         store = PrefixStore(f"pretrain/{self._entries}", self.store)
-        if self.leads:
-            make_directories(Path(os.path.abspath(out)))
+        all_here(store, self.rank, self.size, say=note)
+        with together(self.callers()), writing(out):
+            if self.leads:
+                make_directories(Path(os.path.abspath(out)))
         said = introduce(self._own(device), **about)
         try:
             met = PrefixStore("handshake", store)
@@ -347,7 +354,7 @@ class World:
             PretrainError: the failure of this process, or that of the lowest rank that has one, with its rank.
         """
         try:
-            agree(self.peers(), failure)
+            agree(self.peers() if self.joined else self.callers(), failure)
         except PretrainError as error:
             error.everywhere = True
             raise
@@ -359,7 +366,7 @@ class World:
         if not background:
             return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.alive)
         if self._background is None:
-            self._background = dist.new_group(backend="gloo")
+            self._background = dist.new_group(backend="gloo", timeout=self._limit)
         return Peers(self.rank, self.size, self._background)
 
 

@@ -59,7 +59,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     """
     layout = trainer.strategy.layout if trainer.world.size > 1 else None
     peers = trainer.world.peers()
-    training = read_training_slices(checkpoint, layout, peers)
+    # Its bytes were verified when it was found, by one process each.
+    training = read_training_slices(checkpoint, layout, peers, verified=True)
     now, then = identity(trainer), training.state.get("identity", {})
     for key, value in now.items():
         if then.get(key) != value:
@@ -71,7 +72,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     trainer.checkpoint = checkpoint
     trainer.scaler.load(trainer.state.scale)
     others = training.tensors.get("objective", {})
-    load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers)
+    load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)
     wanted = ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]
     for stem in wanted:
         if stem not in training.tensors:
@@ -97,6 +98,7 @@ def load_weights(
     *,
     layout: Layout | None = None,
     peers: Peers = ALONE,
+    verified: bool = False,
 ) -> None:
     """Take the model's weights from a checkpoint, and those of the objective's other modules from ``others``.
 
@@ -106,12 +108,13 @@ def load_weights(
         others: this process's parts.
         layout: which parts of the parameters lie where; None: each process has all of them.
         peers: the processes.
+        verified: the hashes were compared a moment ago.
 
     Raises:
         TrainingError: the checkpoint holds another model or belongs to another objective.
     """
     try:
-        report = load_slices(objective.model, checkpoint, layout, peers)
+        report = load_slices(objective.model, checkpoint, layout, peers, verified=verified)
     except CheckpointError as error:
         if isinstance(error, CheckpointCorrupt) or objective.model.adapter is not None:
             raise  # it says itself which adapter it holds

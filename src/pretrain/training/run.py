@@ -22,6 +22,7 @@ from pretrain.objectives import build_objective, objective_class, objective_for
 from pretrain.parallel.turns import in_turn
 from pretrain.parallel.world import current_world
 from pretrain.storage.files import muted, note
+from pretrain.storage.manifest import candidates, complete
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launched import on_devices
 from pretrain.training.plan import row_length
@@ -138,7 +139,7 @@ def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
         ConfigError: a setting that shapes the result differs.
     """
     written = out / "run.yaml"
-    if not written.exists() or latest(out) is None:
+    if not written.exists() or not has_begun(out):
         return
     try:
         before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())
@@ -163,6 +164,11 @@ def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
             f"{out} holds a run with other settings, so resuming it would not give what either command says: "
             f"{text}. Set train.out to a new directory, or take the old settings back from {written}."
         )
+
+
+def has_begun(out: Path) -> bool:
+    """Whether there is a checkpoint to go on from, by names and sizes: its bytes are verified when it is opened."""
+    return out.is_dir() and any(map(complete, candidates(out)))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
