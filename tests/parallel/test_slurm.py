@@ -134,6 +134,8 @@ def test_a_task_is_fine_tuned_without_a_step_of_its_own_for_the_data(place: Path
         ({"nodes": 0}, "nodes is 0"),
         ({"nodes": 1, "time": "soon"}, "24:00:00"),
         ({"nodes": 1, "partition": "a b"}, "partition"),
+        ({"nodes": 1, "partition": "a,"}, "commas"),
+        ({"nodes": 1, "account": "a,b"}, "account"),
         ({"nodes": 1, "job_name": "x\n#SBATCH --uid=0"}, "job_name"),
         ({"nodes": 3}, "numbers of processes"),
     ],
@@ -143,6 +145,12 @@ def test_what_slurm_or_the_batch_cannot_take_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         script("a run.yaml", Job(gpus_per_node=1, **options))  # type: ignore[arg-type]
+
+
+def test_several_partitions_may_be_named(place: Path) -> None:
+    assert "#SBATCH --partition=gpu,gpu-long\n" in script(
+        "a run.yaml", Job(nodes=1, gpus_per_node=1, partition="gpu,gpu-long")
+    )
 
 
 def test_a_wrong_config_is_refused_before_it_is_in_the_queue(place: Path) -> None:

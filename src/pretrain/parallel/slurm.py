@@ -21,6 +21,7 @@ from pretrain.settings.check import read_file, write_text
 __all__ = ["Job", "add_slurm", "is_task", "script", "write"]
 
 _WORD = re.compile(r"[\w.@%+-]+")
+_WORDS = re.compile(rf"{_WORD.pattern}(,{_WORD.pattern})*")
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
 
 
@@ -32,7 +33,7 @@ class Job:
         nodes: hosts.
         gpus_per_node: GPUs of each, with a process for each; 0 is one process on the CPU.
         time: limit, as SLURM writes it: ``24:00:00`` or ``2-00:00:00``.
-        partition: where; not given, the site's own.
+        partition: where, or several places with commas between them; not given, the site's own.
         account: who pays; not given, the site's own.
         job_name: name; not given, that of the config file.
         grace: seconds before the end in which the run saves.
@@ -61,11 +62,12 @@ class Job:
             raise ConfigError(
                 f"--time is {self.time!r}; write 24:00:00 (hours) or 2-00:00:00 (days)."
             )
-        for key in ("partition", "account", "job_name"):
+        for key, form in (("partition", _WORDS), ("account", _WORD), ("job_name", _WORD)):
             value = getattr(self, key)
-            if value is not None and not _WORD.fullmatch(value):
+            if value is not None and not form.fullmatch(value):
+                several = ", and commas between several" if form is _WORDS else ""
                 raise ConfigError(
-                    f"--{key} is {value!r}; SLURM takes letters, digits and . _ - there."
+                    f"--{key} is {value!r}; SLURM takes letters, digits and . _ - there{several}."
                 )
         return self
 
@@ -161,7 +163,7 @@ def add_slurm(parser: Any) -> None:
     add("--nodes", type=int, required=True, help="hosts")
     add("--gpus_per_node", type=int, default=8, help="GPUs of a host; 0 is one process on its CPU")
     add("--time", type=str, default="24:00:00", help="limit: 24:00:00, or 2-00:00:00 for days")
-    add("--partition", type=str | None, default=None, help="where; not given, the site's own")
+    add("--partition", type=str | None, default=None, help="a, or a,b; not given, the site's own")
     add("--account", type=str | None, default=None, help="who pays; not given, the site's own")
     add("--job_name", type=str | None, default=None, help="name; not given, that of the config")
     add("--grace", type=int, default=300, help="seconds before the end in which the run saves")
