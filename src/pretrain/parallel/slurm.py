@@ -91,7 +91,8 @@ config={config}
 python=${{PYTHON:-python}}
 processes={processes}  # on each host
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${{hosts%%$'\\n'*}}
 port=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=$(( SLURM_CPUS_ON_NODE / processes > 0 ? SLURM_CPUS_ON_NODE / processes : 1 ))
 # Several networks? Name the fast one: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
