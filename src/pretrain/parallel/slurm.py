@@ -1,8 +1,9 @@
 """A batch script for SLURM: one task on each host, which runs torchrun; the run saves before the time is up.
 
-The script is plain bash that can be read and changed. SLURM's warning reaches the batch shell alone, which passes it
-on to the step; torchrun then asks its processes once, the run saves, and the job goes back into the queue, where the
-same command resumes it.
+The script is plain bash that can be read and changed. SLURM's warning is SIGUSR1 and reaches the batch shell alone,
+which has SLURM ask the tasks of the step by SIGTERM: `srun` would kill them if it were asked itself. The run saves, and
+the job goes back into the queue, where the same command resumes it. A job that is cancelled gets SIGTERM, and does not
+go back.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ _TEMPLATE = """\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# So many seconds before the end this shell alone gets SIGTERM; below it is passed on to the run.
-#SBATCH --signal=B:TERM@{grace}
+# So many seconds before the end this shell alone gets SIGUSR1; scancel, and the end itself, send SIGTERM.
+#SBATCH --signal=B:USR1@{grace}
 
 # Written by `pretrain slurm`. Submit it from the directory that the paths of the config start at, with the
 # environment active: sbatch {name}
@@ -91,55 +92,74 @@ config={config}
 python=${{PYTHON:-python}}
 processes={processes}  # on each host
 
+asked=0 cancelled=0 step=0 told=0
+trap 'asked=1; tell' USR1
+trap 'cancelled=1' TERM
+trap finish EXIT
+
+# tell: ask the run to save and stop. Not through srun, which answers SIGTERM by killing its tasks; scancel with a
+# signal reaches the tasks alone. Once: torchrun that is asked again leaves without waiting for its processes.
+tell() {{
+  if ((step && !told && !cancelled)); then
+    told=1
+    # SLURM drops a signal to tasks that are just being started.
+    while ((SECONDS < began + 10 && !cancelled)); do sleep 1 || true; done
+    ((cancelled)) || scancel --signal=TERM "$SLURM_JOB_ID" || true
+  fi
+}}
+
+# Whether the job goes back into the queue.
+finish() {{
+  local code=$?
+  if ((code && cancelled)); then
+    echo "$(date -Is) told to end: the job does not go back into the queue; sbatch resumes its last checkpoint"
+  elif ((code && asked)); then
+    echo "$(date -Is) the time is up: the job goes back into the queue and will resume its last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID" || echo "SLURM did not take it back; submit it again: sbatch" {name}
+  elif ((code)); then
+    echo "$(date -Is) failed with exit code $code"
+  fi
+}}
+
+# wait_for COMMAND...: run it to its end, unless the job has been asked to end before.
+wait_for() {{
+  local code
+  if ((asked || cancelled)); then exit 143; fi
+  began=$SECONDS
+  "$@" &
+  step=$!
+  if ((asked)); then tell; fi
+  # A signal interrupts `wait`; when the command has ended, asking once more gives its own exit code.
+  while wait "$step" || true; kill -0 "$step" 2>/dev/null; do :; done
+  code=0
+  wait "$step" || code=$?
+  step=0
+  return "$code"
+}}
+
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${{hosts%%$'\\n'*}}
 port=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=$(( SLURM_CPUS_ON_NODE / processes > 0 ? SLURM_CPUS_ON_NODE / processes : 1 ))
 # Several networks? Name the fast one: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# How long torchrun waits for a run that saves; older ones wait for half a minute and do not know the option.
-patience=$("$python" -m torch.distributed.run --help | grep -o -m 1 -e '--shutdown-timeout' || true)
+# How long torchrun waits for a run that saves before it kills it; that of torch 2.11 always waits half a minute.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={shutdown}
 
-# on_all NAME RESTARTS WORDS...: `pretrain WORDS` in all processes of all hosts.
+# on_all NAME RESTARTS WORDS...: `pretrain WORDS` in all processes of all hosts. The host that leaves first gives the
+# others a minute: they may still be saving.
 on_all() {{
   local name=$1 restarts=$2
   shift 2
   # What stands in single quotes is expanded on each host.
   exec srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
-    --cpu-bind=none --kill-on-bad-exit=1 bash -c '
+    --cpu-bind=none --kill-on-bad-exit=0 --wait=60 bash -c '
       python=$1; shift
       exec "$python" -m torch.distributed.run --rdzv-conf "is_host=$(( SLURM_NODEID == 0 ))" \\
         --local-addr "$SLURMD_NODENAME" "$@"
     ' run "$python" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$processes" \\
     --rdzv-backend c10d --rdzv-endpoint "$first:$port" --rdzv-id "$SLURM_JOB_ID-$name" \\
-    --max-restarts "$restarts" ${{patience:+"$patience" {shutdown}}} -m pretrain "$@"
-}}
-
-# wait_for COMMAND...: run it, and pass SIGTERM on to it.
-asked=0
-step=0
-trap 'asked=1; if ((step)); then kill -TERM "$step" 2>/dev/null || true; fi' TERM
-finish() {{
-  local code=$?
-  if ((asked && code)); then
-    echo "$(date -Is) the time was up: what was trained is saved, and the job goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-  elif ((code)); then
-    echo "$(date -Is) failed with exit code $code"
-  fi
-}}
-trap finish EXIT
-wait_for() {{
-  local code
-  "$@" &
-  step=$!
-  while :; do
-    code=0
-    wait "$step" || code=$?
-    kill -0 "$step" 2>/dev/null || break
-  done
-  step=0
-  return "$code"
+    --max-restarts "$restarts" -m pretrain "$@"
 }}
 {prepare}
 echo "$(date -Is) looking at the hosts"
@@ -230,7 +250,7 @@ def script(config: str | os.PathLike[str], job: Job, name: str = "job.sbatch") -
     return _TEMPLATE.format(
         header="\n".join(f"#SBATCH --{key}={value}" for key, value in given.items() if value),
         grace=job.grace,
-        shutdown=max(20, job.grace - 20),
+        shutdown=job.grace - 20,  # the rest is for a step just started, and to queue the job again
         restarts=job.restarts,
         name=shlex.quote(name),
         config=shlex.quote(os.fspath(path)),
