@@ -52,6 +52,46 @@ def test_an_interrupted_run_has_a_checkpoint_and_a_best_one(tmp_path: Path, at: 
     assert rest.metrics == whole.metrics
 
 
+@pytest.mark.parametrize("at", [8, 12])
+def test_an_evaluation_is_broken_off_and_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """There may be no more time than saving takes; the run that goes on ends as if nothing had happened."""
+    options: dict[str, Any] = {
+        "eval_rows": Rows(12, seed=1),
+        "eval_every": "4 steps",
+        "micro_rows": 2,
+        "patience": 2,
+        "optim": {"lr": 3e-2},
+    }
+    whole = trainer(tmp_path / "whole", objective(), Rows(8), **options).fit()
+    goal = objective()
+    run, plain, seen = trainer(tmp_path / "cut", goal, Rows(8), **options), goal.forward, []
+
+    def forward(batch: Any) -> Loss:
+        if not goal.training and run.state.step == at:
+            seen.append(at)
+            if len(seen) == 2:
+                signal.raise_signal(signal.SIGTERM)
+        return plain(batch)
+
+    monkeypatch.setattr(goal, "forward", forward)
+    cut = run.fit()
+    assert cut.stopped == "SIGTERM" and cut.step == at
+    assert len(seen) == 2 + 1  # of six batches; saving looks at the first rows once more
+    assert not any(
+        "eval" in r and r["step"] == at for r in read_log(tmp_path / "cut" / "log.jsonl")
+    )
+    rest = trainer(tmp_path / "cut", objective(), Rows(8), **options).fit()
+    assert (rest.stopped, rest.step) == (whole.stopped, whole.step)
+    assert losses(rest.path) == losses(whole.path) and rest.metrics == whole.metrics
+    figures = [
+        [(r["step"], r["eval"]) for r in read_log(path / "log.jsonl") if "eval" in r]
+        for path in (rest.path, whole.path)
+    ]
+    assert figures[0] == figures[1] and len(figures[0]) >= 2
+
+
 def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, objective(), Rows(8), hooks=[_strike(2), _strike(2)]).fit()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from pretrain.objectives.base import Objective
     from pretrain.parallel.strategy import Strategy
 
-__all__ = ["NoTargets", "data_stats", "evaluate_rows", "probe_loss"]
+__all__ = ["EvaluationStopped", "NoTargets", "data_stats", "evaluate_rows", "probe_loss"]
+
+
+class EvaluationStopped(Exception):
+    """The run was asked to stop, and the evaluation was broken off."""
 
 
 _SEED = 0x5EED  # of evaluation draws: part of the definition of the figure, so no run can set it
@@ -44,6 +48,7 @@ def evaluate_rows(
     limit: int = 0,
     strategy: Strategy | None = None,
     split: bool = True,
+    stopped: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Evaluate an objective.
 
@@ -55,6 +60,7 @@ def evaluate_rows(
         limit: rows at most, spread evenly over the data; 0 takes all.
         strategy: how the objective is spread over processes; None for this one alone.
         split: the processes share the batches; else each takes all of them.
+        stopped: asked before every batch, by all processes alike, whether to break off.
 
     Returns:
         The objective's figures (``loss`` in nats per target and what it adds), with ``targets``: plain numbers,
@@ -64,6 +70,7 @@ def evaluate_rows(
     Raises:
         DataError: there is no row, or no row has a target.
         TrainingError: a metric changes its kind or shape from batch to batch.
+        EvaluationStopped: see ``stopped``.
     """
     rows = len(data)
     if rows == 0:
@@ -82,6 +89,8 @@ def evaluate_rows(
         with torch.inference_mode() if strategy is None else strategy.without_gradient():
             for turn in range(-(-len(starts) // of)):
                 k = turn * of + share
+                if stopped is not None and stopped():
+                    raise EvaluationStopped
                 if strategy is not None:
                     strategy.world.alive()
                 # Where a model is cut all take every turn: who has no batch left runs one for company and forgets it.

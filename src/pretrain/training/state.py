@@ -36,6 +36,7 @@ class RunState:
         tokens: real (not padding) tokens seen.
         total_steps: steps of the whole run; moves only under a limit in minutes.
         skipped: steps without an update because a number was not finite; ``skipped_in_row`` of them just now.
+        owed: an evaluation was broken off by a request to stop.
         best_score: the monitored figure at its best, with the sign that makes lower better; ``monitor`` names it.
         lowest: depth of the lowest layer that gradual unfreezing has released; None before the first step.
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
@@ -49,6 +50,7 @@ class RunState:
     skipped: int = 0
     skipped_in_row: int = 0
     last_eval: int = 0
+    owed: bool = False
     last_save: int = 0
     monitor: str = "loss"
     best_score: float = math.inf

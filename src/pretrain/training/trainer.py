@@ -29,12 +29,12 @@ from pretrain.parallel.regions import local
 from pretrain.parallel.strategy import Strategy
 from pretrain.parallel.world import World, current_world
 from pretrain.training.ema import WeightAverage
-from pretrain.training.evaluate import evaluate_rows, probe_loss
+from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, real_tokens, to_device
+from pretrain.training.held_out import evaluate
 from pretrain.training.journal import Journal
 from pretrain.training.layers import Layers
 from pretrain.training.logging import read_log
-from pretrain.training.monitor import improves
 from pretrain.training.optim import Optimizers
 from pretrain.training.plan import Plan
 from pretrain.training.precision import LossScale, Precision, peak_flops
@@ -46,8 +46,6 @@ from pretrain.training.spread import enter_world, run_lock
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
 
 __all__ = ["Hook", "Trainer"]
-
-_PEAK_SECONDS = 60.0  # between two measurements of what the device can do, which take 0.1 s
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ class Trainer:
     feed: Feed
     plan: Plan
     row_length: int
+    stop: StopRequest
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class Trainer:
         began, world = time.monotonic(), self.world
         with contextlib.ExitStack() as stack:
             self.device = stack.enter_context(enter_world(self))
-            stop = stack.enter_context(catch_signals())
+            self.stop = stack.enter_context(catch_signals())
             stack.enter_context(run_lock(self.out, world))
             if begin is not None:
                 world.lead(begin)
@@ -141,22 +140,24 @@ class Trainer:
                 evals = [r["eval"] for r in self._history() if "eval" in r]
                 # The log holds what is not finite as a string.
                 self.metrics = {key: float(value) for key, value in (evals or [{}])[-1].items()}
-                return self._loop(stop)
+                return self._loop()
 
     def measure_peak(self) -> None:
         """On a busy machine the first measurement is too low; the best one seen is what the device can do."""
         self.peak = max(self.peak, peak_flops(self.precision))
-        self._peak_measured = time.monotonic()
+        self.peak_measured = time.monotonic()
 
-    def _loop(self, stop: StopRequest) -> Run:
-        state, stopped = self.state, "limit"
+    def _loop(self) -> Run:
+        state, stop, stopped = self.state, self.stop, "limit"
         steps = self.feed.steps(state.rows)
         self.objective.train()
         with heap_at_rest(), self.saver:
             try:
+                if state.owed:
+                    evaluate(self, last=state.step >= state.total_steps)
                 while state.step < state.total_steps:
                     began = time.perf_counter()
-                    shared = self._fetch(steps, stop)
+                    shared = self._fetch(steps)
                     if stop.agreed is not None or self._out_of_patience():
                         stopped = stop.agreed or "patience"
                         break
@@ -165,11 +166,9 @@ class Trainer:
                 steps.close()
                 self.layers.release(0)  # the caller gets the model as it was given
                 self.strategy.release()
-            return self._finish(stopped, stop)
+            return self._finish(stopped)
 
-    def _fetch(
-        self, steps: Iterator[list[Batch]], stop: StopRequest
-    ) -> tuple[list[Batch], float, int]:
+    def _fetch(self, steps: Iterator[list[Batch]]) -> tuple[list[Batch], float, int]:
         """Our micro-batches of the next step, and what all must know before it: targets, tokens, who wants to stop."""
         self.world.mark("data", self.state.step)
         failure, batches, mine = None, [], [0.0, 0.0]
@@ -180,13 +179,13 @@ class Trainer:
                 mine[1] = float(sum(real_tokens(batch) for batch in batches))
         except PretrainError as error:
             failure = error
-        flags = [float(failure is not None), float(self.saver.failed), *stop.flags()]
+        flags = [float(failure is not None), float(self.saver.failed), *self.stop.flags()]
         count, tokens, failed, unsaved, *asked = self.world.total([*mine, *flags])
         if failed:
             self.world.agree(failure)
         if unsaved:
             self.saver.wait()  # not all may have got to the end of it yet
-        stop.settle(asked)
+        self.stop.settle(asked)
         return batches, count, int(tokens)
 
     def _step(
@@ -272,7 +271,7 @@ class Trainer:
         if self.eval_data is not None and (
             last or self._due(self.train.eval_every, state.last_eval, "eval")
         ):
-            improved = self.evaluate(last=last)
+            improved = evaluate(self, last=last)
         if last or improved or self._due(self.train.save_every, state.last_save, "save"):
             self.save()
         read_only = MappingProxyType(record)
@@ -284,54 +283,6 @@ class Trainer:
         epoch = self.plan.epoch_rows / self.train.batch_rows
         interval = parse_every(every, self.state.total_steps, f"train.{name}_every", epoch)
         return interval > 0 and self.state.step - last >= interval
-
-    def evaluate(self, *, last: bool = False) -> bool:
-        """Evaluate on the held-out rows and log it; True when it is the best so far.
-
-        With ``train.eval_rows`` the best is chosen on that sample, and the last evaluation is also made on all
-        rows.
-        """
-        assert self.eval_data is not None
-        state, limit = self.state, self.train.eval_rows
-        figures = self._figures(limit)
-        state.last_eval = state.step
-        improved = improves(state, figures, self.train.monitor)
-        note = " (best)" if improved else ""
-        if last and 0 < limit < len(self.eval_data):
-            figures, note = self._figures(0), " on all rows"
-        samples: list[str] = []
-        self.world.mark("evaluate", state.step)
-        if self.strategy.speaks:
-            with self.average.applied(), self.strategy.whole():
-                samples = self.objective.preview(
-                    [self.eval_data[0]], self.train.sample, self.train.seed
-                )
-        self.metrics = figures
-        if time.monotonic() - self._peak_measured > _PEAK_SECONDS:
-            self.measure_peak()
-        self.journal.evaluation(state, figures, samples, note)
-        return improved and self.train.best
-
-    def _figures(self, limit: int) -> dict[str, float]:
-        assert self.eval_data is not None
-        began = time.monotonic()
-        self.world.mark("evaluate", self.state.step)
-        with self.average.applied():
-            figures = evaluate_rows(
-                self.objective,
-                self.eval_data,
-                self.precision,
-                # Rows are compared with those of one global batch, however many processes train.
-                batch_rows=self.train.batch_rows
-                if self.objective.couples_examples
-                else self.micro_rows,
-                limit=limit,
-                strategy=self.strategy,
-            )
-        figures = dict(self.world.tell(figures))  # what is decided by them must be decided alike
-        share = min(1.0, limit / len(self.eval_data)) if limit else 1.0
-        self.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
-        return figures
 
     def _out_of_patience(self) -> bool:
         return 0 < self.train.patience <= self.state.evals_since_best
@@ -364,14 +315,19 @@ class Trainer:
         gc.collect()  # cheap behind a freeze, and nothing else collects while training
         return self.checkpoint
 
-    def _finish(self, stopped: str, stop: StopRequest) -> Run:
+    def asked_to_stop(self) -> bool:
+        """Whether any process has been asked; all must come along, and get the same answer."""
+        self.stop.settle(self.world.total(self.stop.flags()))
+        return self.stop.agreed is not None
+
+    def _finish(self, stopped: str) -> Run:
         """Save what is not saved yet and say where everything lies."""
         state = self.state
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
         self.saver.wait()
-        stop.settle(self.world.total(stop.flags()))  # a signal may have come while that was written
-        stopped = stop.agreed or stopped
+        if self.asked_to_stop():  # a signal may have come while that was written
+            stopped = self.stop.agreed or stopped
         best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint
         run = Run(
             path=self.out,
