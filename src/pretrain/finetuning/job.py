@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config import parse_limit
 from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig
@@ -255,8 +256,14 @@ class Job:
             if settings.optim.lr == "sweep":
                 write_text(swept, json.dumps({"lr": lr}))
 
-        run = trainer.fit(begin)
-        return self.finish(task, run, held_out, tested, notes)
+        figures: list[dict[str, float]] = []
+
+        def end(run: Run) -> None:
+            if task.model.layout is not None and (run.best or run.checkpoint) is not None:
+                figures.extend(measure_in_parts(trainer, run, [held_out, tested]))
+
+        run = trainer.fit(begin, end)
+        return self.finish(task, run, held_out, tested, notes, figures)
 
     def finish(
         self,
@@ -265,8 +272,18 @@ class Job:
         held_out: TaskRows | None,
         tested: TaskRows | None,
         notes: list[str],
+        figures: Sequence[dict[str, float]] = (),
     ) -> Finetuned:
-        """Restore the best evaluation and measure it; whoever opens the run gets it as well."""
+        """Restore the best evaluation and measure it; whoever opens the run gets it as well.
+
+        Args:
+            task: that was trained.
+            run: of it.
+            held_out: rows, and ``tested``: further ones.
+            tested: see there.
+            notes: on the rows.
+            figures: of the two, where the processes have measured them; an empty mapping where there are no rows.
+        """
         chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
         if chosen is not None:
             text = json.dumps({"checkpoint": chosen.name}) + "\n"
@@ -284,9 +301,11 @@ class Job:
         result = Finetuned(restored, run, self.settings, self.data, notes, base=self.build)
         if shared is None:
             _ = result.task
-        if held_out is not None:
+        if figures:
+            result.metrics, result.test_metrics = figures[0] or result.metrics, figures[1] or None
+        elif held_out is not None:
             result.metrics = world.shared(lambda: result.measure(held_out))
-        if tested is not None:
+        if tested is not None and not figures:
             result.test_metrics = world.shared(lambda: result.measure(tested))
         result.trivial = task.trivial(self.data.train, self.data.valid)
         for line in () if self.quiet else repr(result).splitlines():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.finetuning.measure import EVAL_ROWS
 from pretrain.objectives.tasks import Task
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_device, choose_precision
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from pretrain.training.state import Run
 
 __all__ = ["Finetuned"]
-
-_EVAL_ROWS = 64
 
 
 class Finetuned:
@@ -106,7 +105,7 @@ class Finetuned:
             self.settings.train.precision, choose_device(self.settings.parallel.device)
         )
         self.task.to(precision.device)
-        return evaluate_rows(self.task, rows, precision, batch_rows=_EVAL_ROWS)
+        return evaluate_rows(self.task, rows, precision, batch_rows=EVAL_ROWS)
 
     def evaluate(self, data: Any) -> dict[str, float]:
         """The figures of the task on further labelled rows: a file, a list, a frame or a data set."""

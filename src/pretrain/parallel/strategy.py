@@ -98,7 +98,7 @@ class Strategy:
         model.backbone.recompute(settings.activation_checkpointing)
         if settings.compile:
             model.backbone.compile_blocks()
-        if not settings.cpu_offload:
+        if not settings.cpu_offload and not self.sharded:  # FSDP2 takes it there unit by unit
             _move(objective, device)
         if self.sharded:
             self._shard()

@@ -117,11 +117,16 @@ class Trainer:
         self.checkpoint: Path | None = None
         self.peak = 0.0
 
-    def fit(self, begin: Callable[[], None] | None = None) -> Run:
+    def fit(
+        self,
+        begin: Callable[[], None] | None = None,
+        end: Callable[[Run], None] | None = None,
+    ) -> Run:
         """Train until the limit, from the newest checkpoint in the output directory if there is one.
 
         Args:
             begin: called once the directory is locked for this run, before anything is read from it.
+            end: called on all processes when everything is saved, while they still watch each other.
         """
         began, world = time.monotonic(), self.world
         with contextlib.ExitStack() as stack:
@@ -140,7 +145,10 @@ class Trainer:
                 evals = [r["eval"] for r in self._history() if "eval" in r]
                 # The log holds what is not finite as a string.
                 self.metrics = {key: float(value) for key, value in (evals or [{}])[-1].items()}
-                return self._loop()
+                run = self._loop()
+                if end is not None:
+                    end(run)
+                return run
 
     def measure_peak(self) -> None:
         """On a busy machine the first measurement is too low; the best one seen is what the device can do."""
