@@ -234,6 +234,9 @@ def test_a_stranger_is_not_let_in() -> None:
     for line in (
         b'{"token": "guess", "rank": 1}\n',
         b'{"rank": 1}\n',
+        b'{"token": "\\ud800", "rank": 1}\n',
+        b'{"token": "%s", "rank": [1]}\n' % place["token"].encode(),
+        b'{"token": "%s", "rank": 1e999}\n' % place["token"].encode(),
         b"x" * 40_000,
         b"[1]\n",
         b'{"token": "%s", "rank": 7}\n' % place["token"].encode(),

@@ -102,6 +102,20 @@ def _not_all(missing: list[int], size: int, seconds: float) -> DistributedError:
     )
 
 
+def _first(wire: Wire, token: str) -> tuple[int, Message]:
+    """Rank and first message of a connection; -1 without the token, and an empty message before one has come."""
+    try:
+        for message in wire.receive(FIRST)[:1]:
+            # JSON may hold half a character, which plain UTF-8 refuses.
+            said = str(message.get("token")).encode("utf-8", "surrogatepass")
+            if hmac.compare_digest(said, token.encode()):
+                return int(message["rank"]), message
+            wire.gone = "a stranger"
+    except Exception:  # nothing that a stranger sends may end the run
+        wire.gone = "a stranger"
+    return -1, {}
+
+
 def _accept_all(
     listener: socket.socket,
     token: str,
@@ -142,17 +156,13 @@ def _accept_all(
                         selector.register(wire, selectors.EVENT_READ)
                     continue
                 wire = key.fileobj  # type: ignore[assignment]  # only these two kinds are registered
-                for message in wire.receive(FIRST)[:1]:
-                    rank = message.get("rank")
-                    known = hmac.compare_digest(str(message.get("token")).encode(), token.encode())
-                    if known and rank in ranks and rank not in found:
-                        selector.unregister(wire)
-                        del strangers[wire]
-                        found[rank] = wire, message
-                        welcome(wire)
-                        break
-                    wire.gone = "a stranger"
-                if wire in strangers and wire.gone:
+                rank, message = _first(wire, token)
+                if rank in ranks and rank not in found:
+                    selector.unregister(wire)
+                    del strangers[wire]
+                    found[rank] = wire, message
+                    welcome(wire)
+                elif message or wire.gone:
                     drop(wire)
             old = time.monotonic() - _PATIENCE
             for wire in [w for w, since in strangers.items() if since < old][:_STRANGERS]:
