@@ -4,7 +4,7 @@ What a process does comes as JSON. Keys, all optional, where ``[rank, step]`` sa
 
 - ``steps``, ``seconds``: how many steps, and how long each takes;
 - ``hang`` loops for ever, ``raise`` raises a RuntimeError, ``refuse`` a TrainingError (rank "all": everybody), ``odd``
-  waits in a barrier of its own, ``leave`` ends without a goodbye, ``nap``: [rank, step, seconds] sleeps in a pause;
+  waits in a barrier of its own, ``leave`` ends without a goodbye;
 - ``fork``: leave a child behind that outlives this process;
 - ``signal``: [rank, step, phase, number] sends itself a signal, ``into`` seconds later, having printed the time;
 - ``only``: {phase: rank} marks an own phase at the end of every step and stays there for a moment;
@@ -71,9 +71,6 @@ def step(orders: dict[str, Any], rank: int, number: int, lifeline: Lifeline) -> 
                 raise TrainingError(f"no rows are left on rank {rank}")
             if orders.get("leave") == here:
                 os._exit(3)
-            if orders.get("nap", [])[:2] == here:
-                with lifeline.pause():
-                    time.sleep(orders["nap"][2])
         if phase == "backward":
             if orders.get("odd") == here:
                 dist.barrier()

@@ -156,8 +156,8 @@ def test_an_error_that_all_raise_is_everybodys_own(crew: Crew) -> None:
     del keep
 
 
-def test_a_normal_end_and_a_long_pause_are_no_loss(crew: Crew) -> None:
-    keep = start(crew, steps=4, nap=[1, 2, 4.0], fork=True, options={"timeout": 1.0})
+def test_a_normal_end_is_no_loss(crew: Crew) -> None:
+    keep = start(crew, steps=4, fork=True, options={"timeout": 1.0})
     assert crew.wait(25) == dict.fromkeys(range(3), 0)
     for rank in range(3):
         assert crew.out(rank).endswith("done\n") and not crew.err(rank)
@@ -192,7 +192,7 @@ def test_all_stopped_and_continued_goes_on(crew: Crew) -> None:
 def test_one_process_has_nothing_to_watch() -> None:
     with Lifeline(None, 0, 1) as lifeline:
         lifeline.mark("forward", 1)
-        with lifeline.pause(), lifeline.waiting():
+        with lifeline.waiting():
             pass
     lifeline.fail(RuntimeError("x"))
     with pytest.raises(ValueError), Lifeline(None, 0, 1):

@@ -16,7 +16,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ from pretrain.parallel.watch import EXIT_LOST, Watch
 __all__ = ["EXIT_LOST", "SLOW", "Lifeline"]
 
 # Phases in which progress may take longer: factors on ``timeout``.
-SLOW = {"start": 4.0, "compile": 4.0, "data": 2.0, "evaluate": 2.0, "save": 4.0}
+SLOW = {"start": 4.0, "data": 2.0, "evaluate": 2.0, "save": 4.0}
 
 _BEAT = 1.0  # seconds
 _GLANCE = 0.2
@@ -52,9 +52,7 @@ class Lifeline:
         timeout: seconds without progress of anybody after which the process that is behind counts as hung.
         silence: seconds without a beat after which a process counts as lost; not given, 30, or ``timeout`` if that
             is less; at least three beats.
-        slow: phase -> factor on ``timeout``; not given, `SLOW`.
         patience: seconds to wait for all to connect.
-        on_lost: called before the end, for at most a second, e.g. to end worker processes.
 
     Raises:
         DistributedError: not all connect in time.
@@ -69,9 +67,7 @@ class Lifeline:
         run_dir: str | os.PathLike[str] | None = None,
         timeout: float = 300.0,
         silence: float | None = None,
-        slow: dict[str, float] | None = None,
         patience: float = 60.0,
-        on_lost: Callable[[], None] | None = None,
     ) -> None:
         self._place = Place()
         self._watch: Watch | None = None
@@ -80,9 +76,7 @@ class Lifeline:
         interval = max(_BEAT, size / _BEATS_PER_SECOND)
         wanted = min(timeout, _SILENCE) if silence is None else silence
         glance = max(_GLANCE, size / _BEATS_PER_SECOND)
-        limits = Limits(
-            interval, glance, max(wanted, 3 * interval), timeout, SLOW if slow is None else slow
-        )
+        limits = Limits(interval, glance, max(wanted, 3 * interval), timeout, SLOW)
         host, pid, space = socket.gethostname(), os.getpid(), _process_space()
         hello = {"rank": rank, "host": host, "pid": pid, "space": space}
         run, found = meet(store, rank, size, hello, patience)
@@ -94,7 +88,7 @@ class Lifeline:
             others[other] = Member(other, *about, now, now, wire)
         me = Member(rank, host, pid, space, now, now)
         where = None if run_dir is None else Path(os.path.abspath(run_dir))
-        self._watch = Watch(me, others, self._place, limits, size, run, where, on_lost)
+        self._watch = Watch(me, others, self._place, limits, size, run, where)
         self._watch.thread.start()
         own = weakref.ref(self)
 
@@ -106,19 +100,18 @@ class Lifeline:
 
         os.register_at_fork(after_in_child=release)
 
-    def mark(self, phase: str, step: int, waiting: bool = False) -> None:
+    def mark(self, phase: str, step: int) -> None:
         """Say what this process does now; every call counts as progress. It costs less than a microsecond.
 
         Args:
             phase: any word; `SLOW` names those that may last.
             step: optimizer step.
-            waiting: it waits for other processes, and so is not the one that hangs.
         """
         place = self._place
         place.count += 1
         if step != place.step:
             place.first = place.count
-        place.phase, place.step, place.waiting = phase, step, waiting
+        place.phase, place.step = phase, step
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -131,16 +124,6 @@ class Lifeline:
         finally:
             place.waiting = before
             place.count += 1
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Inside, nobody is taken for hung, however long it lasts; death and silence are noticed all the same."""
-        self._place.paused += 1
-        try:
-            yield
-        finally:
-            self._place.paused -= 1
-            self._place.count += 1
 
     def fail(self, error: BaseException, *, end_within: float | None = 5.0) -> None:
         """Tell the others what ended this process; they print it and leave.

@@ -22,7 +22,6 @@ class Place:
     waiting: bool = False
     count: int = 0  # of all marks
     first: int = 0  # count at which the step began
-    paused: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Member:
     said: float = 0.0  # when it sent its last beat, in seconds since 1970 by its own clock
     moved: float = 0.0  # the same for the last one that told of progress
     waiting: bool = False
-    paused: bool = False
     done: bool = False
     error: Record | None = None
     failed: float = 0.0
@@ -70,7 +68,7 @@ class Member:
 
     def take(self, beat: list[Any], now: float) -> None:
         """Learn from a beat."""
-        phase, self.step, self.within, count, self.waiting, self.paused, self.said = beat
+        phase, self.step, self.within, count, self.waiting, self.said = beat
         self.phase = str(phase)[:80]
         if count != self.count or not self.moved:
             self.count, self.progressed, self.moved = count, now, self.said

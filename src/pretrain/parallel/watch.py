@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.parallel import record
@@ -45,7 +44,6 @@ class Watch:
         size: number of processes.
         run: name of this attempt.
         run_dir: where the record is written, or None.
-        on_lost: called before the end.
     """
 
     def __init__(
@@ -57,10 +55,9 @@ class Watch:
         size: int,
         run: str,
         run_dir: Path | None,
-        on_lost: Callable[[], None] | None,
     ) -> None:
         self.me, self.others, self.place, self.limits = me, others, place, limits
-        self.size, self.run, self.run_dir, self.on_lost = size, run, run_dir, on_lost
+        self.size, self.run, self.run_dir = size, run, run_dir
         self.settled = threading.Event()  # nothing will be decided any more
         self.closing = self._reported = False
         self._told: Record | None = None
@@ -127,8 +124,7 @@ class Watch:
     def _beat(self, now: float) -> None:
         place = self.place
         within = place.count - place.first
-        flags = place.waiting, place.paused > 0
-        beat = [place.phase, place.step, within, place.count, *flags, time.time()]
+        beat = [place.phase, place.step, within, place.count, place.waiting, time.time()]
         self.me.take(beat, now)
         self.me.seen = now
         self._send({"beat": beat})
@@ -213,10 +209,6 @@ class Watch:
 
     def _stands_still(self, now: float) -> bool:
         members = [one for one in (self.me, *self.others.values()) if not one.done]
-        if any(one.paused for one in members):
-            for one in members:
-                one.progressed = now
-            return False
         factor = max(self.limits.slow.get(one.phase, 1.0) for one in members)
         return now - max(one.progressed for one in members) > factor * self.limits.timeout
 
@@ -330,9 +322,6 @@ class Watch:
 
     def _clean_up(self) -> None:
         """What must not be left behind: worker processes, lines in buffers."""
-        if self.on_lost is not None:
-            with contextlib.suppress(Exception):
-                self.on_lost()
         for child in multiprocessing.active_children():
             with contextlib.suppress(Exception):
                 child.kill()
