@@ -1,6 +1,6 @@
 """A model that FSDP2 cuts over several processes is saved, trained on, killed and read; the test beside it starts this.
 
-saving_worker.py same|killed FOLDER
+saving_worker.py same|killed|slow|stuck|hung FOLDER
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from pretrain.parallel.regions import Layout, local
 from pretrain.parallel.world import World
 from pretrain.storage import files
 from pretrain.storage.partial import latest_together, load_slices, read_training_slices
+from pretrain.storage.tensors import TensorFile
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_positions": 16, "vocab_size": 61}
+LIMIT = 1.0  # seconds without progress; four times as many while a checkpoint is written
 
 
 def sharded(world: World, seed: int) -> tuple[Model, Layout, torch.optim.Optimizer]:
@@ -132,11 +134,57 @@ def killed(world: World, folder: Path) -> None:
         os._exit(0)  # the group is broken, and leaving it in order would wait
 
 
+def looping() -> None:
+    """What the stack of the one that hangs must show."""
+    while True:
+        time.sleep(0.05)
+
+
+def watched(world: World, folder: Path, how: str) -> None:
+    """Whole weights are saved in the background while a watchdog looks on.
+
+    slow: the disk is, so that the file takes longer than the limit. stuck: the disk of process 1 never answers. hung:
+    process 1 hangs in a step, while the slow disk is still at work.
+    """
+    put = TensorFile.put
+
+    def slow(file: TensorFile, name: str, tensor: torch.Tensor) -> None:
+        if how == "stuck" and world.rank == 1:
+            looping()
+        time.sleep(0.0 if how == "stuck" else 0.3)
+        put(file, name, tensor)
+
+    TensorFile.put = slow  # type: ignore[method-assign]
+    model = build("gpt2", **SIZES)
+    about = {"settings": {}, "data": {}, "model": {}}
+    run = folder / "run"
+    with (
+        world.entered(torch.device("cpu"), run, LIMIT, about),
+        Saver(run, background=True, peers=world.peers(background=True)) as saver,
+    ):
+        shard = 20_000 if how == "stuck" else 1 << 30  # so that process 1 has a file of its own
+        world.mark("save", 1)
+        saver.save(model, step=1, tokens=0, pretrain_block={}, max_shard_bytes=shard)
+        if how == "hung":
+            world.mark("forward", 2)
+            if world.rank == 1:
+                looping()
+            world.total([1.0])
+        world.mark("data", 2)
+        began = time.monotonic()
+        saver.wait()
+        (folder / f"waited-{world.rank}").write_text(str(time.monotonic() - began))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     world = World.find()
-    world.join(torch.device("cpu"))
-    {"same": same, "killed": killed}[sys.argv[1]](world, Path(sys.argv[2]))
+    how, folder = sys.argv[1], Path(sys.argv[2])
+    if how in ("same", "killed"):
+        world.join(torch.device("cpu"))
+        {"same": same, "killed": killed}[how](world, folder)
+    else:
+        watched(world, folder, how)
     world.leave()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import signal
@@ -283,6 +284,37 @@ def test_what_waits_is_told_from_what_works() -> None:
     ]
     assert all(record.is_waiting(f"outer.py:1 main: run()\n{line}") for line in waiting)
     assert not any(record.is_waiting(line) for line in working)
+
+
+def test_a_writer_speaks_for_the_main_thread_only_while_that_waits_for_it() -> None:
+    lifeline, ready, done = Lifeline(None, 0, 1), threading.Event(), list[bool]()
+    lifeline.mark("update", 3)
+    place, signs = lifeline._place, []
+
+    def looping() -> None:
+        lifeline.written()
+        signs.append(place.signs)
+        ready.set()
+        while not done:
+            time.sleep(0.01)
+
+    for waits in (False, True):
+        ready.clear()
+        done.clear()
+        writer = threading.Thread(target=looping, name="writer")
+        with lifeline.awaiting(writer) if waits else contextlib.nullcontext():
+            before = place.signs
+            writer.start()
+            assert ready.wait(10)
+            lifeline.written()  # by another thread than the one that is waited for
+            assert place.signs == signs[-1] == before + waits
+            assert place.phase == ("save" if waits else "update")
+            stack = record.main_stack(place.writer)
+            assert ("which waits for the thread writer:\n" in stack) == waits
+            assert (" looping: " in stack.split("\n")[-1]) == waits
+            done.append(True)
+            writer.join()
+        assert place.writer is None and place.phase == "update"
 
 
 def test_the_record_names_no_place_of_this_machine(tmp_path: Path) -> None:

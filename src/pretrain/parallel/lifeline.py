@@ -14,20 +14,22 @@ import contextlib
 import faulthandler
 import os
 import socket
+import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pretrain.errors import PretrainError
 from pretrain.parallel import network, record
+from pretrain.parallel.group import Peers
 from pretrain.parallel.meeting import meet
 from pretrain.parallel.members import Limits, Member, Place
 from pretrain.parallel.watch import EXIT_LOST, Watch
 
-__all__ = ["EXIT_LOST", "SLOW", "Lifeline"]
+__all__ = ["EXIT_LOST", "SLOW", "Lifeline", "WriterPeers"]
 
 # Phases in which progress may take longer: factors on ``timeout``.
 SLOW = {"start": 4.0, "data": 2.0, "evaluate": 2.0, "save": 4.0}
@@ -125,6 +127,32 @@ class Lifeline:
             place.waiting = before
             place.count += 1
 
+    @contextlib.contextmanager
+    def awaiting(self, writer: threading.Thread) -> Iterator[None]:
+        """Inside, the main thread waits for a thread of its own that writes a checkpoint.
+
+        What that thread does then counts as progress, see ``written``, and should the run hang, its stack says whether
+        this process waits for others.
+        """
+        place = self._place
+        before = place.phase
+        place.phase, place.writer = "save", writer
+        place.count += 1
+        try:
+            yield
+        finally:
+            place.phase, place.writer = before, None
+            place.count += 1
+
+    def written(self) -> None:
+        """A sign of life of a thread that writes.
+
+        It counts only while the main thread waits for that thread: else it would hide that the main thread hangs.
+        """
+        place = self._place
+        if place.writer is threading.current_thread():
+            place.written += 1
+
     def fail(self, error: BaseException, *, end_within: float | None = 5.0) -> None:
         """Tell the others what ended this process; they print it and leave.
 
@@ -170,6 +198,33 @@ class Lifeline:
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
             self.fail(error)
         self.close()
+
+
+class WriterPeers(Peers):
+    """Peers for a thread that writes checkpoints behind the training; the watchdog hears of what it does.
+
+    Args:
+        rank: of this process.
+        size: how many there are.
+        group: of `torch.distributed`, which carries tensors on the CPU and is this thread's own.
+        watchdog: gives that of this process, or None while nothing is watched.
+    """
+
+    def __init__(
+        self, rank: int, size: int, group: Any, watchdog: Callable[[], Lifeline | None]
+    ) -> None:
+        super().__init__(rank, size, group, self.moved)
+        self._watchdog = watchdog
+
+    def moved(self) -> None:
+        """Say that the calling thread has come further."""
+        if (lifeline := self._watchdog()) is not None:
+            lifeline.written()
+
+    def awaiting(self, writer: threading.Thread) -> contextlib.AbstractContextManager[None]:
+        """Inside, the main thread waits for the one that writes; see `Lifeline.awaiting`."""
+        lifeline = self._watchdog()
+        return contextlib.nullcontext() if lifeline is None else lifeline.awaiting(writer)
 
 
 def _process_space() -> str:

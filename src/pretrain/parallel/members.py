@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,20 @@ __all__ = ["Limits", "Member", "Place"]
 
 @dataclass(slots=True)
 class Place:
-    """Where the main thread is; it alone writes here."""
+    """Where the main thread is; it alone writes here, but for ``written``."""
 
     phase: str = "start"
     step: int = 0
     waiting: bool = False
     count: int = 0  # of all marks
     first: int = 0  # count at which the step began
+    writer: threading.Thread | None = None  # the thread of its own that it waits for
+    written: int = 0  # signs of life of such threads; they alone write it
+
+    @property
+    def signs(self) -> int:
+        """A number that changes with every sign of life."""
+        return self.count + self.written
 
 
 @dataclass(frozen=True)

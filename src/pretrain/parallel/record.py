@@ -51,10 +51,18 @@ _WAITS = re.compile(
 )
 
 
-def main_stack() -> str:
-    """The stack of the main thread, innermost frame last."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return stack_of(frame)
+def main_stack(writer: threading.Thread | None = None) -> str:
+    """The stack of the main thread, innermost frame last.
+
+    Args:
+        writer: the thread that the main thread waits for, if it does; its stack follows, for what the process really
+            does is there.
+    """
+    frames = sys._current_frames()
+    stack = stack_of(frames.get(threading.main_thread().ident or 0))
+    if writer is not None and (frame := frames.get(writer.ident or 0)) is not None:
+        stack += f"\nwhich waits for the thread {writer.name}:\n{stack_of(frame)}"
+    return stack
 
 
 def stack_of(innermost: FrameType | TracebackType | None) -> str:
@@ -89,7 +97,10 @@ def _module_path(file: str) -> str:
 
 
 def is_waiting(stack: str) -> bool:
-    """Whether a stack looks like that of a process that waits for others inside a collective operation."""
+    """Whether a stack looks like that of a process that waits for others inside a collective operation.
+
+    Of a main thread that waits for another one of its process, see `main_stack`, the stack of that one decides.
+    """
     last = stack.rsplit("\n", 1)[-1]
     return "torch/distributed/" in last or _WAITS.search(last.partition(": ")[2]) is not None
 

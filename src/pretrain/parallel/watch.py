@@ -109,7 +109,7 @@ class Watch:
                 self._take(member, message)
         while not self.closing:
             now = _clock()
-            if now >= beat or self.place.count != self.me.count:
+            if now >= beat or self.place.signs != self.me.count:
                 self._beat(now)
                 beat = now + self.limits.interval
             self._turn(min(beat, now + self.limits.glance))
@@ -124,7 +124,7 @@ class Watch:
     def _beat(self, now: float) -> None:
         place = self.place
         within = place.count - place.first
-        beat = [place.phase, place.step, within, place.count, place.waiting, time.time()]
+        beat = [place.phase, place.step, within, place.signs, place.waiting, time.time()]
         self.me.take(beat, now)
         self.me.seen = now
         self._send({"beat": beat})
@@ -170,7 +170,7 @@ class Watch:
             self._notice = message["want"]
             self._bound()
             if member.wire is not None:
-                member.wire.send({"stack": record.main_stack()})
+                member.wire.send({"stack": record.main_stack(self.place.writer)})
         elif "stack" in message:
             member.stack = str(message["stack"])
         elif "record" in message:
@@ -228,7 +228,7 @@ class Watch:
         """Collect the stacks, settle whose fault it is, tell all, and leave; None: somebody hangs."""
         self._bound()
         me, now = self.me, _clock()
-        me.stack = record.main_stack()
+        me.stack = record.main_stack(self.place.writer)
         if me.rank == 0:
             named = None if found is None else found["rank"]
             self._send({"want": found})
@@ -299,7 +299,7 @@ class Watch:
             self.settled.set()
             return True
         self._bound()
-        own = self.me.stack or record.main_stack()
+        own = self.me.stack or record.main_stack(self.place.writer)
         record.say(found, self.me.rank, self.size, own, EXIT_LOST)
         if self.me.rank == 0:
             self._write(found)

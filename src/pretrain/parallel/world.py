@@ -27,7 +27,7 @@ from pretrain.parallel.estimates import Sizes
 from pretrain.parallel.group import Callers, Peers, connect, gather_json
 from pretrain.parallel.handshake import check_links, handshake, introduce
 from pretrain.parallel.launched import launched
-from pretrain.parallel.lifeline import SLOW, Lifeline
+from pretrain.parallel.lifeline import SLOW, Lifeline, WriterPeers
 from pretrain.parallel.starts import of_this_start
 from pretrain.storage.directories import make_directories
 from pretrain.storage.files import note, writing
@@ -367,7 +367,7 @@ class World:
             return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.alive)
         if self._background is None:
             self._background = dist.new_group(backend="gloo", timeout=self._limit)
-        return Peers(self.rank, self.size, self._background)
+        return WriterPeers(self.rank, self.size, self._background, lambda: self._lifeline)
 
 
 _world: World | None = None

@@ -12,9 +12,10 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,9 +32,20 @@ from pretrain.storage.writing import MAX_SHARD_BYTES
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["Saver", "Staging"]
+__all__ = ["Saver", "Staging", "Watched"]
 
 _ALIGNMENT = 64  # bytes; every copy starts at a multiple
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """Peers of a run that a watchdog ends when it seems to hang: that must know of the thread that writes."""
+
+    def moved(self) -> None:
+        """Say that the calling thread has come further."""
+
+    def awaiting(self, writer: threading.Thread) -> AbstractContextManager[None]:
+        """Inside, training waits for that thread."""
 
 
 class Staging:
@@ -81,6 +93,10 @@ class Staging:
             self._pinned()
             self._pinned = None
         self._block = torch.empty(0, dtype=torch.uint8)
+
+
+def _awaited(writer: threading.Thread, peers: Peers) -> AbstractContextManager[None]:
+    return peers.awaiting(writer) if isinstance(peers, Watched) else nullcontext()
 
 
 class Saver:
@@ -162,6 +178,7 @@ class Saver:
             )
             self.stall = self.seconds = time.monotonic() - began
             return self.durable
+        moved = self.peers.moved if isinstance(self.peers, Watched) else lambda: None
         failure: Exception | None = None
         staged: Draft | None = None
         try:
@@ -176,7 +193,7 @@ class Saver:
                         raise failure
                 assert staged is not None
                 self.durable = write_checkpoint(
-                    self.run_dir, staged, self.peers, keep=keep, protect=protect
+                    self.run_dir, staged, self.peers, keep=keep, protect=protect, moved=moved
                 )
                 self.seconds = time.monotonic() - began
             except BaseException as error:  # raised where training looks for it
@@ -238,7 +255,9 @@ class Saver:
             CheckpointError: see ``poll``.
         """
         if self._thread is not None:
-            self._thread.join()
+            # A slow disk must not look as if training hung, nor a stuck one as if others were to blame.
+            with _awaited(self._thread, self.peers):
+                self._thread.join()
             self._thread = None
         self.poll()
 

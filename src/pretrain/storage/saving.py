@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,8 +235,17 @@ def write_checkpoint(
     *,
     keep: int,
     protect: Collection[int] = (),
+    moved: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``run/checkpoint-<step>``, durable and verified, then delete the old ones that are no longer wanted.
+
+    Args:
+        run: the run directory.
+        draft: what to write.
+        peers: the processes.
+        keep: how many complete checkpoints stay.
+        protect: steps that are never deleted.
+        moved: called after each tensor and each file that this process has written.
 
     Raises:
         CheckpointError: on all processes, whichever failed; earlier checkpoints are untouched.
@@ -251,7 +260,7 @@ def write_checkpoint(
                 raise CheckpointError(
                     f"{target} is a link. Remove it; a checkpoint is written to its own directory."
                 )
-    write_directory(target, draft, peers)
+    write_directory(target, draft, peers, moved)
     with together(peers), files.writing(run):
         if peers.rank == 0:
             protected = {*protect, draft.step}
@@ -259,8 +268,10 @@ def write_checkpoint(
     return target
 
 
-def write_directory(target: Path, draft: Draft, peers: Peers) -> None:
-    """Fill a temporary directory together, verify it, and give it its name.
+def write_directory(
+    target: Path, draft: Draft, peers: Peers, moved: Callable[[], None] = lambda: None
+) -> None:
+    """Fill a temporary directory together, verify it, and give it its name; ``moved`` as in `write_checkpoint`.
 
     Raises:
         CheckpointError: on all processes, whichever failed; nothing is left, and what had the name still has it.
@@ -279,7 +290,7 @@ def write_directory(target: Path, draft: Draft, peers: Peers) -> None:
                 group.full,
                 draft.pieces,
                 peers,
-                guard=lambda: files.writing(target, needed),
+                guard=lambda: _guarded(target, needed, moved),
             )
         for told in peers.gather({name: [r.size, r.sha256] for name, r in records.items()}):
             records |= {name: Record(*record) for name, record in told.items()}
@@ -287,6 +298,13 @@ def write_directory(target: Path, draft: Draft, peers: Peers) -> None:
             if peers.rank == 0:
                 _finish(temporary, draft, records)
                 directories.publish(temporary, target)
+
+
+@contextmanager
+def _guarded(target: Path, needed: int, moved: Callable[[], None]) -> Iterator[None]:
+    with files.writing(target, needed):
+        yield
+    moved()
 
 
 def _refuse_non_finite(weights: Group) -> None:
