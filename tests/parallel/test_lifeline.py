@@ -150,14 +150,17 @@ def test_an_exception_is_told_to_the_others(crew: Crew, rank: int) -> None:
 
 
 def test_an_error_that_all_raise_is_everybodys_own(crew: Crew) -> None:
+    (crew.folder / record.FILE).write_text('{"run": "of an earlier attempt"}\n')
     keep = start(crew, refuse=["all", 2])
     assert crew.wait(20) == dict.fromkeys(range(3), 2)
     for rank in range(3):
         assert crew.err(rank).strip() == f"error: no rows are left on rank {rank}"
+    assert (crew.folder / record.FILE).exists(), "nothing has succeeded since"
     del keep
 
 
-def test_a_normal_end_is_no_loss(crew: Crew) -> None:
+def test_a_normal_end_is_no_loss_and_forgets_an_earlier_one(crew: Crew) -> None:
+    (crew.folder / record.FILE).write_text('{"run": "of an earlier attempt"}\n')
     keep = start(crew, steps=4, fork=True, options={"timeout": 1.0})
     assert crew.wait(25) == dict.fromkeys(range(3), 0)
     for rank in range(3):

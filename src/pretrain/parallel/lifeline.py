@@ -45,7 +45,8 @@ _GOODBYE = 3.0
 class Lifeline:
     """Watch over the processes of a run; a context manager, which tells the others of an exception that leaves it.
 
-    Building one connects all processes. With one process nothing is done at all.
+    Building one connects all processes. With one process nothing is done at all. What an earlier attempt has left in
+    ``failure.json`` goes when the processes have come to a normal end.
 
     Args:
         store: key-value store that all share, with keys of this attempt only (`torch.distributed.Store`).
@@ -195,9 +196,14 @@ class Lifeline:
         error: BaseException | None,
         way: TracebackType | None,
     ) -> None:
-        if error is not None and not (isinstance(error, SystemExit) and not error.code):
+        watch = self._watch
+        failed = error is not None and not (isinstance(error, SystemExit) and not error.code)
+        if failed and error is not None:
             self.fail(error)
         self.close()
+        # Not at the start: whoever starts a run again and again still wants to know why.
+        if watch is not None and watch.me.rank == 0 and watch.run_dir is not None and not failed:
+            record.forget(watch.run_dir)
 
 
 class WriterPeers(Peers):

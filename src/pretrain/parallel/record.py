@@ -25,6 +25,7 @@ __all__ = [
     "FILE",
     "Record",
     "describe",
+    "forget",
     "is_waiting",
     "main_stack",
     "process_state",
@@ -178,6 +179,12 @@ def write(run_dir: Path, record: Record, stacks: Mapping[int, str]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def forget(run_dir: Path) -> None:
+    """Remove the record of an earlier attempt, now that the run has come to its end."""
+    with contextlib.suppress(OSError):
+        (run_dir / FILE).unlink()
 
 
 def _without_places(value: Any) -> Any:
