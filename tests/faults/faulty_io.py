@@ -59,6 +59,25 @@ class FaultyIO(FileIO):
         return self._call("mkdir", lambda: super(FaultyIO, self).mkdir(path), path)
 
 
+class NetworkIO(FileIO):
+    """A network file system on which somebody has files open: they are deleted only under another name.
+
+    Args:
+        held: names of these files; empty it when they are closed.
+    """
+
+    def __init__(self, held: set[str]) -> None:
+        self.held = held
+
+    def unlink(self, path):
+        if self.held and Path(path).name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        if Path(path).name in self.held:
+            os.rename(path, Path(path).with_name(".nfs0001"))
+        else:
+            super().unlink(path)
+
+
 class RecordingIO(FileIO):
     """Do every call and remember it with paths and data, for `Disk.replay`."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.faulty_io import Disk, FaultyIO, RecordingIO
+from faults.faulty_io import Disk, FaultyIO, NetworkIO, RecordingIO
 from pretrain.checkpoint import (
     RunLock,
     TrainingState,
@@ -134,11 +134,14 @@ def test_killed_while_a_model_directory_is_replaced(model, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EACCES"])
-def test_every_call_may_fail(model, tmp_path, monkeypatch, code):
+def test_every_call_may_fail(model, tmp_path, monkeypatch, capfd, code):
+    """Before the new checkpoint is durable that is an error; what then cannot be deleted is named and stays."""
     for step in (1, 2):
         save(model, tmp_path / "base", step, keep=2)
     shutil.copytree(tmp_path / "base", tmp_path / "dry")
     calls = calls_of(lambda: save(model, tmp_path / "dry", 3), monkeypatch)
+    rotation = next(i for i, (_, path) in enumerate(calls) if ".pretrain-gone-" in path)
+    assert {name for name, _ in calls[rotation:]} == {"rename", "unlink", "rmdir"}
     before = {
         p.relative_to(tmp_path / "base"): p.read_bytes()
         for p in (tmp_path / "base").rglob("*")
@@ -149,20 +152,63 @@ def test_every_call_may_fail(model, tmp_path, monkeypatch, code):
         shutil.copytree(tmp_path / "base", run)
         with monkeypatch.context() as patch:
             patch.setattr(files, "IO", FaultyIO(number, code))
-            with pytest.raises(CheckpointError) as caught:
+            if number < rotation:
+                with pytest.raises(CheckpointError) as caught:
+                    save(model, run, 3)
+                said = str(caught.value)
+            else:
                 save(model, run, 3)
+                said = capfd.readouterr().err
+                assert len(said.splitlines()) == 1 and "cannot be cleared away" in said
         found = latest(run)
-        assert step_of(found) >= 2
+        assert step_of(found) >= (2 if number < rotation else 3)
         if (
             step_of(found) == 2
         ):  # failed before the new one was durable: the old ones are byte-identical
             assert {
                 p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()
             } == before
-        assert str(run) in str(caught.value)
+        assert str(run) in said
         save(model, run, 3)
         assert os.listdir(run) == ["checkpoint-3"], "a healthy save afterwards leaves no litter"
         shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("held", ["model.safetensors", "state.json"])
+def test_a_checkpoint_that_somebody_reads_may_be_rotated_out(
+    model, tmp_path, monkeypatch, capfd, held
+):
+    """Neither this save nor the next one nor the next start fails, and it goes once it is closed."""
+    disk = NetworkIO({held})
+    monkeypatch.setattr(files, "IO", disk)
+    save(model, tmp_path, 1)
+    assert not capfd.readouterr().err
+    save(model, tmp_path, 2)
+    said = capfd.readouterr().err
+    assert re.fullmatch(
+        r".*gone-.*-checkpoint-1 cannot be cleared away: Directory not empty.*\n", said
+    )
+    left = [str(p) for p in tmp_path.rglob("*") if p.is_file() and "checkpoint-2" not in str(p)]
+    assert len(left) == 1 and left[0].endswith(".nfs0001"), "only what is open takes space"
+    save(model, tmp_path, 3)
+    with RunLock(tmp_path):
+        assert step_of(latest(tmp_path)) == 3
+    assert "checkpoint-1" not in capfd.readouterr().err, "it was named once"
+    disk.held.clear()
+    save(model, tmp_path, 4)
+    assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_model_directory_that_somebody_reads_may_be_replaced(model, tmp_path, monkeypatch, capfd):
+    save_model(model, tmp_path / "m")
+    disk = NetworkIO({"model.safetensors"})
+    monkeypatch.setattr(files, "IO", disk)
+    save_model(model, tmp_path / "m")
+    assert "cannot be cleared away" in capfd.readouterr().err
+    verify(tmp_path / "m")
+    disk.held.clear()
+    save_model(model, tmp_path / "m")
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_disk_full_keeps_previous(model, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pretrain.errors import CheckpointError
 from pretrain.storage import files
-from pretrain.storage.files import fsync_directory, write_file, writing
+from pretrain.storage.files import fsync_directory, note, write_file, writing
 
 __all__ = [
     "check_writable",
@@ -26,6 +26,7 @@ __all__ = [
     "moved_aside",
     "publish",
     "remove_tree",
+    "spared",
     "sweep",
     "temporary_directory",
     "temporary_name",
@@ -34,15 +35,48 @@ __all__ = [
 # new: being written. old: moved aside for its successor. gone: rotated out, being deleted.
 _TEMPORARY = re.compile(r"^\.pretrain-(new|old|gone)-(\d{1,10})-[0-9a-f]{8}-(.+)$")
 _active: set[str] = set()  # temporary directories that a thread of this process is filling
+_told: set[str] = set()  # what could not be cleared away, and was named
+
+
+@contextlib.contextmanager
+def spared(path: Path) -> Iterator[None]:
+    """What cannot be cleared away inside is named on stderr, once, and left for the next save.
+
+    It is no reason to end a run: whatever counts is durable by then, or is not touched by it.
+    """
+    try:
+        yield
+    except FileNotFoundError:  # somebody else has cleared it away
+        pass
+    except OSError as error:
+        if str(path) not in _told:
+            _told.add(str(path))
+            where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+            note(
+                f"{path} cannot be cleared away: {error.strerror or error}{where}. It stays until a later save "
+                "can do it; on a network file system a program that still has one of its files open is in the way."
+            )
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory of ours through `IO`; links inside are unlinked, never followed."""
+    """Delete a directory of ours through `IO`; links inside are unlinked, never followed.
+
+    Raises:
+        OSError: the first thing that could not be deleted; everything else is gone all the same.
+    """
+    failure: OSError | None = None
     for entry in sorted(os.scandir(path), key=lambda item: item.name):
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(Path(entry.path))
-        else:
-            files.IO.unlink(Path(entry.path))
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(Path(entry.path))
+            else:
+                files.IO.unlink(Path(entry.path))
+        except FileNotFoundError:  # somebody else was quicker
+            continue
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
     files.IO.rmdir(path)
 
 
@@ -80,14 +114,17 @@ def publish(temporary: Path, target: Path) -> None:
         files.IO.rename(aside, target)
         raise
     fsync_directory(target.parent)
-    remove_tree(aside)
+    with spared(aside):
+        remove_tree(aside)
 
 
 def discard(path: Path) -> None:
-    """Delete a directory so that no half of it ever stands under its name."""
+    """Delete a directory so that no half of it ever stands under its name; what cannot be deleted is `spared`."""
     gone = temporary_name(path, "gone")
-    files.IO.rename(path, gone)
-    remove_tree(gone)
+    with spared(path):
+        files.IO.rename(path, gone)
+        with spared(gone):
+            remove_tree(gone)
 
 
 def moved_aside(directory: Path) -> dict[str, Path]:
@@ -102,6 +139,8 @@ def moved_aside(directory: Path) -> dict[str, Path]:
 
 def sweep(directory: Path, *, name: str | None = None, exclusive: bool = False) -> list[str]:
     """Clear away what killed saves left in `directory`; touches only names of our own pattern.
+
+    What cannot be deleted is `spared`.
 
     Args:
         directory: where checkpoints are written.
@@ -118,16 +157,17 @@ def sweep(directory: Path, *, name: str | None = None, exclusive: bool = False) 
         pid = int(match[2])
         if not exclusive and pid != os.getpid() and _alive(pid):
             continue
-        mode = os.lstat(path).st_mode
-        if stat.S_ISREG(mode):
-            files.IO.unlink(path)
-        elif not stat.S_ISDIR(mode):
-            continue
-        elif aside.get(match[3]) == path:
-            files.IO.rename(path, directory / match[3])
-        else:
-            remove_tree(path)
-        swept.append(entry)
+        with spared(path):
+            mode = os.lstat(path).st_mode
+            if stat.S_ISREG(mode):
+                files.IO.unlink(path)
+            elif not stat.S_ISDIR(mode):
+                continue
+            elif aside.get(match[3]) == path:
+                files.IO.rename(path, directory / match[3])
+            else:
+                remove_tree(path)
+            swept.append(entry)
     return swept
 
 

@@ -338,19 +338,26 @@ def rotate(
         newest: the step just saved; higher steps are left alone.
 
     Returns:
-        The deleted paths. Incomplete ones older than all that stay are deleted too.
+        The deleted paths. Incomplete ones older than all that stay are deleted too. What the system refuses to delete
+        is named on stderr and stays: the newest is safe, and the next save tries again.
     """
     if keep < 1:
         raise CheckpointError(f"keep is {keep}; at least 1 checkpoint must stay.")
     directory = Path(os.path.realpath(run_dir))
-    whole, deleted = 0, []
-    for path in candidates(directory):
+    whole, deleted = 0, list[Path]()
+    try:
+        found = candidates(directory)
+    except OSError as error:
+        note(f"{run_dir} cannot be listed, so old checkpoints stay: {error.strerror or error}.")
+        return deleted
+    for path in found:
         step = _step_of(path.name)
         if step is None or path.name.startswith(".") or (newest is not None and step > newest):
             continue
         if whole >= keep and step not in protect:
             discard(path)
-            deleted.append(path)
+            if not os.path.lexists(path):
+                deleted.append(path)
         elif whole < keep and complete(path):
             whole += 1
     return deleted
