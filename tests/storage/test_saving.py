@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from pretrain.checkpoint import (
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointError
 from pretrain.models import build
-from pretrain.storage import background, files
+from pretrain.storage import background, directories, files
 from pretrain.storage.background import Staging
 from pretrain.storage.saving import draft_of, kept
 from storage.test_sliced import contents, layout_of, part_of, tiny, training
@@ -295,6 +296,37 @@ def test_several_processes(in_background, tmp_path):
 
     on_all(2, work)
     assert contents(tmp_path / "run" / "checkpoint-1") == expected
+
+
+@pytest.mark.parametrize("late", [0.5, 1000.0])
+def test_a_new_directory_is_seen_late_or_never_by_another_host(late, tmp_path, monkeypatch):
+    """As on a network file system, which caches that a name is absent."""
+    monkeypatch.setattr(directories, "GRACE", directories.GRACE if late < 1 else 0.3)
+    asked, is_dir = [], Path.is_dir
+
+    def stale(path):
+        if threading.current_thread().name == "process 1" and ".pretrain-new-" in path.name:
+            asked.append(time.monotonic())
+            if asked[-1] < asked[0] + late:
+                return False
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", stale)
+    model = tiny()
+    layout = layout_of(model, 1, 2, 1)
+
+    def work(peers):
+        threading.current_thread().name = f"process {peers.rank}"
+        with Saver(tmp_path, layout=at(layout, peers.rank), peers=peers) as saver:
+            part = cut_model(model, layout, peers.rank)
+            saver.save(part, step=1, tokens=1, pretrain_block={})
+
+    results = attempt_all(2, work)
+    if late < 1:
+        assert results == [None, None] and latest(tmp_path).name == "checkpoint-1"
+    else:
+        assert all("must lie on a file system that all hosts share" in str(r) for r in results)
+        assert os.listdir(tmp_path) == []
 
 
 def test_a_failure_of_one_process_is_told_to_all(tmp_path):

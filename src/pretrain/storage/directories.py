@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pretrain.storage import files
 from pretrain.storage.files import fsync_directory, note, write_file, writing
 
 __all__ = [
+    "appears",
     "check_writable",
     "discard",
     "make_directories",
@@ -34,6 +36,7 @@ __all__ = [
 
 # new: being written. old: moved aside for its successor. gone: rotated out, being deleted.
 _TEMPORARY = re.compile(r"^\.pretrain-(new|old|gone)-(\d{1,10})-[0-9a-f]{8}-(.+)$")
+GRACE = 8.0  # seconds in which a network file system must show what another host has made
 _active: set[str] = set()  # temporary directories that a thread of this process is filling
 _told: set[str] = set()  # what could not be cleared away, and was named
 
@@ -78,6 +81,19 @@ def remove_tree(path: Path) -> None:
     if failure is not None:
         raise failure
     files.IO.rmdir(path)
+
+
+def appears(path: Path) -> bool:
+    """Whether a directory that another host has made is seen here; waits for at most `GRACE` seconds."""
+    end = time.monotonic() + GRACE
+    while True:
+        with contextlib.suppress(OSError):
+            # Reading the directory above asks the server; that a name is absent may be cached.
+            if path.name in os.listdir(path.parent) and path.is_dir():
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
 
 
 def temporary_name(target: Path, kind: str) -> Path:

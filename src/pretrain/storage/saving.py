@@ -342,7 +342,7 @@ def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path
                 name = made.name
         path = target.parent / str(peers.gather(name)[0])
         with together(peers):
-            if not path.is_dir():
+            if not directories.appears(path):
                 raise CheckpointError(
                     f"{target.parent} is not the directory that process 0 writes to: what that made there is not seen "
                     f"here. The output directory must lie on a file system that all hosts share."
