@@ -349,6 +349,41 @@ def test_memory_by_part() -> None:
     assert keeps_whole(SMALL, 1, 80 * GIB) and not keeps_whole(LLAMA, 1, 80 * GIB)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    trainable=st.integers(0, 10_000_000),
+    muon=st.integers(0, 10_000_000),
+    sizes=st.sampled_from([Sizes(), Sizes(1, 4, 1), Sizes(1, 1, 2), Sizes(2, 2, 2)]),
+    strategy=st.sampled_from(["ddp", "fsdp"]),
+)
+def test_nothing_takes_less_than_no_memory(
+    trainable: int, muon: int, sizes: Sizes, strategy: str
+) -> None:
+    """Muon has no moments of matrices that are frozen."""
+    needs = replace(SMALL, trainable=trainable, muon=muon)
+    found = memory(needs, sizes, strategy, 256)
+    assert min(vars(found).values()) >= 0
+    assert checkpoint_bytes(needs) >= 4 * (needs.parameters + trainable)
+
+
+def test_what_comes_in_fp32_is_cast_in_every_block() -> None:
+    """Under fsdp in half precision: gathered so, autograd keeps nothing of a block that was given back."""
+    half = memory(LLAMA, Sizes(1, 8, 1), "fsdp", 8192)
+    full = memory(replace(LLAMA, gather_bytes=4), Sizes(1, 8, 1), "fsdp", 8192)
+    inside = LLAMA.layers * LLAMA.block
+    assert half.casts == 0 and full.casts == 2 * inside
+    assert full.gathered - half.gathered == 2 * 2 * LLAMA.block
+    cut = memory(replace(LLAMA, gather_bytes=4), Sizes(1, 4, 2), "fsdp", 8192)
+    assert cut.casts == inside
+    plain = replace(LLAMA, compute_bytes=4)
+    assert memory(plain, Sizes(1, 8, 1), "fsdp", 8192).casts == 0
+    assert memory(LLAMA, Sizes(), "ddp", 8192) == memory(
+        replace(LLAMA, gather_bytes=4), Sizes(), "ddp", 8192
+    )
+    sent = traffic(replace(LLAMA, gather_bytes=4), Sizes(1, 8, 1), "fsdp", 8192)
+    assert sent.gather == 2 * traffic(LLAMA, Sizes(1, 8, 1), "fsdp", 8192).gather
+
+
 def test_traffic_is_that_of_rings() -> None:
     count = LLAMA.parameters
     ddp = traffic(LLAMA, Sizes(8, 1, 1), "ddp", 8192, 4)

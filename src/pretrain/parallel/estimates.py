@@ -79,9 +79,10 @@ class Needs:
         gated: the feed-forward layer has two ways in.
         tied: the vocabulary projection is the embedding.
         row_length: tokens of the longest row.
-        micro_tokens: tokens of a micro-batch where its rows are free; 0 is one row.
+        micro_tokens: the most tokens of a micro-batch where its rows are free; 0 is one row.
         ema, anchors: a second copy of the weights, a copy of those that learn (L2-SP).
         compute_bytes: of a number in the forward pass: 2 for bf16 and fp16, 4 for fp32.
+        gather_bytes: of a weight that fsdp gathers; 0 is the same.
         checkpointing: off, selective or full.
         device: cpu, cuda or mps.
     """
@@ -102,6 +103,7 @@ class Needs:
     ema: bool = False
     anchors: bool = False
     compute_bytes: int = 2
+    gather_bytes: int = 0
     checkpointing: str = "off"
     device: str = "cuda"
 
@@ -110,6 +112,11 @@ class Needs:
         """Parameters of one block."""
         outside = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return max(0.0, self.parameters - outside) / max(1, self.layers)
+
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimizers keep."""
+        return 2 * self.trainable - min(self.muon, self.trainable)
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,7 @@ class Memory:
     gathered: float
     activations: float
     logits: float
-    step: float = (
-        0.0  # of the optimizer, beyond what the passes through the model have given back by then
-    )
+    step: float = 0.0  # of the optimizer, beyond what the passes through the model gave back
 
     @property
     def total(self) -> float:
@@ -208,23 +213,26 @@ def memory(
     held, trained = needs.parameters / parts, needs.trainable / parts
     low = needs.compute_bytes if needs.compute_bytes < FP32 else 0
     here = 0.0 if fsdp and offload else 1.0
-    gathered = 0.0
+    gathered, casts = 0.0, low * held
     if fsdp and (sizes.dp_shard > 1 or offload):
         # The block at work, the next one and a gradient before it is cut; what is in no block stays, in fp32.
         outside = needs.parameters - needs.layers * needs.block
-        passing = (2 * needs.compute_bytes + FP32) * needs.block
+        each = needs.gather_bytes or needs.compute_bytes
+        passing = (2 * each + FP32) * needs.block
         if whole:
-            passing = (needs.compute_bytes + FP32) * needs.layers * needs.block
+            passing = (each + FP32) * needs.layers * needs.block
         gathered = (passing + 2 * FP32 * outside) / sizes.tp
+        # Of what comes in fp32, autocast keeps a copy in every block until the backward pass.
+        casts = low * (each == FP32) * needs.layers * needs.block / sizes.tp
     activations = activation_bytes(needs, tokens, sizes.tp)
     logits = logits_bytes(needs, tokens, sizes.tp)
-    each = _MATRIX_BYTES.get(needs.device, _MATRIX_BYTES_FP32) + FP32 * (parts > 1)  # gathered
-    matrices = each * min(MATRICES_TOGETHER, needs.muon)
+    room = _MATRIX_BYTES.get(needs.device, _MATRIX_BYTES_FP32) + FP32 * (parts > 1)  # gathered
+    matrices = room * min(MATRICES_TOGETHER, needs.muon, needs.trainable)
     return Memory(
         weights=here * FP32 * held,
-        casts=0.0 if gathered else low * held,
+        casts=casts,
         gradients=here * FP32 * trained + FP32 * trees * trained,
-        moments=here * FP32 * (2 * trained - needs.muon / parts),
+        moments=here * FP32 * needs.moments / parts,
         copies=here * FP32 * (needs.ema * held + needs.anchors * trained),
         gathered=gathered,
         activations=activations,
@@ -282,11 +290,8 @@ class Traffic:
 def _layout(sizes: Sizes, local: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Members of a group on one host, and hosts of a group: for shard, replicate and tp."""
     members, hosts = [], []
-    spans = (
-        (sizes.tp, sizes.dp_shard),
-        (sizes.tp * sizes.dp_shard, sizes.dp_replicate),
-        (1, sizes.tp),
-    )
+    part = sizes.tp * sizes.dp_shard
+    spans = ((sizes.tp, sizes.dp_shard), (part, sizes.dp_replicate), (1, sizes.tp))
     for stride, size in spans:
         inside = max(1, min(size, local // stride)) if stride < local else 1
         members.append(inside)
@@ -332,17 +337,12 @@ def traffic(
     # again; one for the embedding, one for the gradient of the features before the head.
     sums = needs.layers * (6 if needs.checkpointing == "full" else 4) + 2
     members, hosts = _layout(sizes, local)
+    sent = 2 * ring(sizes.tp) * tokens * needs.hidden * needs.compute_bytes
     return Traffic(
-        gather=gathers * shard * needs.compute_bytes * held,
+        gather=gathers * shard * (needs.gather_bytes or needs.compute_bytes) * held,
         reduce=reduces * shard * FP32 * trained,
         average=2 * ring(copies) * FP32 * averaged,
-        matrices=accumulation
-        * sums
-        * 2
-        * ring(sizes.tp)
-        * tokens
-        * needs.hidden
-        * needs.compute_bytes,
+        matrices=accumulation * sums * sent,
         members=members,
         hosts=hosts,
     )
@@ -379,7 +379,7 @@ def step_seconds(
 def checkpoint_bytes(needs: Needs) -> float:
     """Bytes of one checkpoint in fp32: weights, moments, and what else a run remembers."""
     copies = needs.ema * needs.parameters + needs.anchors * needs.trainable
-    return float(FP32 * (needs.parameters + 2 * needs.trainable - needs.muon + copies))
+    return float(FP32 * (needs.parameters + needs.moments + copies))
 
 
 def save_interval(stall: float, between_failures: float) -> float:

@@ -85,20 +85,21 @@ def spread(trainer: Trainer) -> Strategy:
     if choice.strategy == "fsdp":
         world.join_alone(device)
     world.arrange(choice.sizes)
-    low = trainer.precision.dtype if trainer.precision.name == "bf16" else torch.float32
     strategy = Strategy(
-        objective,
-        world,
-        choice,
-        settings,
-        device=device,
-        # An adapter may compute in fp32 what autocast would not (the lengths of DoRA).
-        gather=torch.float32 if objective.model.adapter is not None else low,
+        objective, world, choice, settings, device=device, gather=gather_type(trainer)
     )
     if world.size > 1:
         speed = f"all-reduce {world.links['bus_gb_s']:.2g} GB/s, " if world.links else ""
         trainer.say(f"{world.size} processes, {speed}{choice.sizes}: {choice.reason}")
     return strategy
+
+
+def gather_type(trainer: Trainer) -> torch.dtype:
+    """The type in which FSDP2 gathers the weights of the blocks."""
+    adapter = trainer.objective.model.adapter
+    # The lengths of DoRA are computed in fp32, which autocast would leave alone.
+    exact = adapter is not None and adapter.config.dora
+    return torch.bfloat16 if trainer.precision.name == "bf16" and not exact else torch.float32
 
 
 def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
@@ -107,7 +108,9 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
     model = objective.model
     config, blocks = model.backbone.config, model.backbone.blocks()
     trained = [p for p in objective.parameters() if p.requires_grad]
-    matrices = sum(p.numel() for b in blocks for p in b.parameters() if p.ndim == 2)
+    # What `build_optimizers` gives to Muon.
+    embeddings = {m.weight for m in objective.modules() if isinstance(m, torch.nn.Embedding)}
+    inside = {p for block in blocks for p in block.parameters() if p.ndim == 2} - embeddings
     head: Any = model.head
     width = config.head_dim or config.hidden_size // config.num_heads
     return Needs(
@@ -122,11 +125,12 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
         key_value=width * (config.num_kv_heads or config.num_heads),
         gated=any(getattr(getattr(b, "mlp", None), "gate", None) is not None for b in blocks),
         tied=bool(getattr(head, "tied", True)),
-        muon=matrices if optim.name == "muon" else 0,
+        muon=sum(p.numel() for p in trained if p in inside) if optim.name == "muon" else 0,
         micro_tokens=micro_rows * row_length(trainer.train_data),
         ema=bool(optim.ema),
         anchors=bool(optim.l2_sp),
-        compute_bytes=4 if trainer.precision.name == "fp32" else 2,
+        compute_bytes=trainer.precision.dtype.itemsize,
+        gather_bytes=gather_type(trainer).itemsize,
         checkpointing=trainer.parallel.activation_checkpointing,
         device=trainer.device.type,
     )
