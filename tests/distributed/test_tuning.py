@@ -64,6 +64,19 @@ def test_tasks_and_adapters_run_on_every_mesh(seen: dict[str, Any], mesh: str, c
     assert (opened.adapter is not None) == (case in ADAPTED)
 
 
+@pytest.mark.parametrize("case", ["lora in bf16", "dora in bf16"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_adapters_in_half_precision_have_the_curve_of_one_device(
+    seen: dict[str, Any], mesh: str, case: str
+) -> None:
+    """Within the rounding of bf16, in which FSDP2 also gathers LoRA, and not DoRA."""
+    one, other = seen[f"1|{case}"], seen[f"{mesh}|{case}"]
+    assert len(other["losses"]) == 8 and len(set(other["losses"])) == 8
+    assert other["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert other["losses"] != seen["1|" + case.split()[0]]["losses"]
+    assert other["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("case", COUPLED)
 @pytest.mark.parametrize("mesh", [*MESHES, "FSDP2 x TP 4", "2 copies x TP 4"])
 def test_rows_are_compared_with_those_of_all_processes(

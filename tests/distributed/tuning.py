@@ -91,6 +91,21 @@ CASES: dict[str, dict[str, Any]] = {
     "classification": {"model": "bert", "data": ROWS, "task": "classification"},
     "lora": {"model": "gpt2", "data": ROWS, "task": "classification", "lora": 4},
     "dora": {"model": "bert", "data": ROWS, "task": "classification", "lora": 2, "dora": True},
+    "lora in bf16": {
+        "model": "gpt2",
+        "data": ROWS,
+        "task": "classification",
+        "lora": 4,
+        "precision": "bf16",
+    },
+    "dora in bf16": {
+        "model": "bert",
+        "data": ROWS,
+        "task": "classification",
+        "lora": 2,
+        "dora": True,
+        "precision": "bf16",
+    },
     "regression": {"model": "bert", "data": ROWS, "task": "regression", "label": "score"},
     "language": {"model": "gpt2", "data": ROWS, "task": "language-modelling"},
     "tokens": {
