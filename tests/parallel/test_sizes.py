@@ -62,6 +62,7 @@ def choose(world: int, needs: Needs = SMALL, **options: Any) -> Choice:
     given = {"batch_rows": 64, "micro_rows": 0, "device_memory": 80 * GIB, "local": 8}
     keys = {key: options.pop(key, value) for key, value in given.items()}
     ways = {"possible_tp": options.pop("possible_tp", (1, 2, 4, 8))}
+    ways |= {key: options.pop(key) for key in ("coupled", "host_share") if key in options}
     return choose_sizes(ParallelConfig(**options), world, needs=needs, **keys, **ways)
 
 
@@ -203,13 +204,58 @@ def test_what_fits_nowhere_gets_advice() -> None:
     needs = replace(LLAMA, checkpointing="off")
     text = choose(8, needs, device_memory=50 * GIB).reason
     assert "may not fit" in text and "activation_checkpointing=full" in text
-    text = choose(
-        8, replace(SMALL, micro_tokens=1 << 22), batch_rows=1 << 16, device_memory=2 * GIB
-    ).reason
+    many: dict[str, Any] = {"batch_rows": 1 << 16, "device_memory": 2 * GIB}
+    text = choose(8, micro_rows=1 << 13, **many).reason
     assert "train.micro_rows=1" in text
+    assert "micro_rows" not in choose(8, coupled=True, **many).reason
+    text = choose(8, micro_rows=1 << 13, reproducible=True, **many).reason
+    assert "try" in text and "fsdp" not in text
     text = choose(1, LLAMA, device_memory=20 * GIB).reason
-    assert "more processes" in text
+    assert "more processes" in text and "cpu_offload" in text
+    assert "cpu_offload" not in choose(1, replace(LLAMA, device="cpu"), device_memory=GIB).reason
     assert "parallel.strategy=fsdp" in choose(8, LLAMA, strategy="ddp").reason
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    world=st.sampled_from([1, 2, 3, 4, 8]),
+    each=st.integers(1, 120),
+    usual=st.integers(1, 64),
+    room=st.floats(0.05, 2.0),
+    strategy=st.sampled_from(["auto", "ddp", "fsdp"]),
+)
+def test_free_rows_are_as_many_as_fit(
+    world: int, each: int, usual: int, room: float, strategy: Any
+) -> None:
+    """The most of the usual number that divide a share and fit; one where not even that does."""
+    needs = replace(SMALL, micro_tokens=usual * SMALL.row_length)
+    options = {"batch_rows": world * each, "device_memory": room * GIB, "strategy": strategy}
+    choice = choose(world, needs, **options)
+    possible = [d for d in range(1, each + 1) if each % d == 0 and d <= usual]
+    assert choice.micro_rows in possible and choice.memory is not None
+    fitting = [
+        d
+        for d in possible
+        if memory(needs, choice.sizes, choice.strategy, d * 256, whole=choice.whole).total
+        <= module.USABLE * room * GIB
+    ]
+    assert choice.micro_rows == max(fitting, default=1)
+    assert (choice.advice == "") == bool(fitting) and choice.reason.endswith(choice.advice)
+    if strategy == "auto" and world > 1:
+        one = memory(needs, Sizes(world, 1, 1), "ddp", 256).total
+        assert (choice.strategy == "ddp") == (one <= module.USABLE * room * GIB)
+
+
+def test_many_rows_alone_do_not_cut_a_model() -> None:
+    """What 65,536 tokens need decides nothing: the rows of a micro-batch are free."""
+    needs = replace(SMALL, micro_tokens=65536)
+    choice = choose(8, needs, batch_rows=2048, device_memory=1 * GIB)
+    assert choice.strategy == "ddp" and 1 < choice.micro_rows < 256 and not choice.advice
+    assert choose(8, needs, batch_rows=2048).micro_rows == 256
+    held = choose(8, needs, batch_rows=2048, micro_rows=256, device_memory=1 * GIB)
+    assert held.micro_rows == 256 and held.strategy == "fsdp" and held.advice
+    coupled = choose(8, needs, batch_rows=2048, coupled=True, device_memory=1 * GIB)
+    assert coupled.micro_rows == 256 and coupled.advice
 
 
 def test_sizes_that_are_set_are_kept() -> None:
@@ -251,6 +297,10 @@ def test_reproducible_is_ddp_on_powers_of_two() -> None:
 def test_offloading_needs_fsdp_and_a_gpu() -> None:
     choice = choose(1, LLAMA, cpu_offload=True)
     assert choice.strategy == "fsdp" and choice.memory is not None and choice.memory.weights == 0
+    assert not choice.advice
+    small = choose(1, LLAMA, cpu_offload=True, host_share=100 * GIB)
+    assert "moves 119.7 of 100.0 GiB" in small.advice and small.reason.endswith(small.advice)
+    assert not choose(1, LLAMA, cpu_offload=True, host_share=200 * GIB).advice
     assert "cpu" in refused(2, replace(SMALL, device="cpu"), cpu_offload=True)
     assert "ddp" in refused(2, cpu_offload=True, strategy="ddp")
 

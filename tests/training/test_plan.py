@@ -50,6 +50,12 @@ def test_micro_rows_are_a_divisor_that_fits_the_budget(monkeypatch: pytest.Monke
     monkeypatch.setitem(planning._MICRO_TOKENS, "cpu", 1)
     goal: Any = objective()
     assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu) == 1
+    monkeypatch.setitem(planning._MICRO_TOKENS, "cpu", 16 * 5)
+    for most, rows in ((0, 4), (3, 3), (5, 4), (1, 1)):
+        assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu, most=most) == rows
+    fixed = TrainConfig(batch_rows=12, micro_rows=6)
+    assert choose_micro_rows(fixed, ROWS, goal, cpu, most=2) == 6, "what is set is kept"
+    assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu, even=True, most=1) == 3
     goal.couples_examples = True
     assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu) == 12
 

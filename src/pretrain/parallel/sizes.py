@@ -43,6 +43,8 @@ class Choice:
         reason: the arithmetic, or what was configured.
         whole: fsdp holds whole weights and gradients between the micro-batches of a step.
         memory: of one device, estimated.
+        micro_rows: rows of a forward pass in that estimate.
+        advice: what would make it fit, where it may not; the reason ends with it.
     """
 
     sizes: Sizes
@@ -50,6 +52,8 @@ class Choice:
     reason: str
     whole: bool = False
     memory: Memory | None = None
+    micro_rows: int = 0
+    advice: str = ""
 
 
 def choose_sizes(
@@ -59,21 +63,25 @@ def choose_sizes(
     batch_rows: int,
     micro_rows: int,
     needs: Needs,
+    coupled: bool = False,
     possible_tp: Sequence[int] = (1,),
     device_memory: float | None = None,
+    host_share: float | None = None,
     local: int = 0,
 ) -> Choice:
-    """Sizes and strategy for ``world`` processes.
+    """Sizes and strategy for ``world`` processes, which must all ask with the same numbers.
 
     Args:
         settings: the ``parallel`` section.
         world: processes.
         batch_rows: rows of a global batch.
-        micro_rows: rows of a forward pass; 0 leaves them free. With ``reproducible``, the rows that one process alone
-            would take.
+        micro_rows: rows of a forward pass; 0 leaves them free, so that they become as many as fit. With
+            ``reproducible``, the rows that one process alone would take.
         needs: of the model and its batch; ``checkpointing`` and ``device`` as they will be.
+        coupled: the rows of a process are one micro-batch, whatever that needs.
         possible_tp: into how many pieces the model's matrices can be cut, 1 among them.
         device_memory: bytes that one process may use; None if not known.
+        host_share: the same of the memory of its host.
         local: processes of one host; 0 is all of them.
 
     Raises:
@@ -87,51 +95,69 @@ def choose_sizes(
     if settings.reproducible:
         _check_reproducible(settings, world, batch_rows, micro_rows)
     _check_offload(settings, needs)
-    plan = _Plan(settings, world, local, needs, device_memory)
-    plan.tokens = _tokens(needs, micro_rows, batch_rows // (world // settings.tp))
-    plan.trees = 0
-    if settings.reproducible:
-        count = batch_rows // (micro_rows or 1) // (world // settings.tp)
-        plan.trees = max(1, count).bit_length()
+    share = batch_rows // (world // settings.tp)
+    micro = share if coupled else micro_rows
+    plan = _Plan(settings, world, local, needs, device_memory, host_share, share, micro, coupled)
     choice = plan.choose(sizes)
-    return replace(choice, reason=choice.reason + plan.advice(choice))
+    advice = plan.advice(choice)
+    return replace(choice, reason=choice.reason + advice, advice=advice)
 
 
 @dataclass
 class _Plan:
-    """The arithmetic behind a choice, over one run on one machine."""
+    """The arithmetic behind a choice, over one run on one machine; ``micro`` is 0 where the rows are free."""
 
     settings: ParallelConfig
     world: int
     local: int
     needs: Needs
     budget: float | None
-    tokens: int = 0
-    trees: int = 0
+    host: float | None
+    share: int
+    micro: int
+    coupled: bool = False
 
     def made(self, sizes: Sizes, strategy: str, reason: str) -> Choice:
         """A choice with its estimate."""
         whole = strategy == "fsdp" and not self.settings.cpu_offload and self.holds(sizes.tp)
-        return Choice(sizes, strategy, reason, whole, self.memory(sizes, strategy))
+        rows = self.rows(sizes, strategy)
+        return Choice(sizes, strategy, reason, whole, self.memory(sizes, strategy), rows)
 
     def holds(self, tp: int) -> bool:
         return self.budget is not None and keeps_whole(self.needs, tp, self.budget)
 
-    def memory(self, sizes: Sizes, strategy: str, needs: Needs | None = None) -> Memory:
+    @property
+    def room(self) -> float:
+        """Unknown memory counts as enough."""
+        return math.inf if self.budget is None else USABLE * self.budget
+
+    def rows(self, sizes: Sizes, strategy: str, needs: Needs | None = None) -> int:
+        """Rows of a micro-batch: as they are fixed, else as many of the usual ones as fit, and one at least."""
+        if self.micro:
+            return self.micro
+        most = self.needs.micro_tokens // self.needs.row_length
+        for rows in sorted(_divisors(self.share), reverse=True):
+            if rows <= most and self.memory(sizes, strategy, needs, rows).total <= self.room:
+                return rows
+        return 1
+
+    def memory(
+        self, sizes: Sizes, strategy: str, needs: Needs | None = None, rows: int = 0
+    ) -> Memory:
+        """The estimate, with as many rows as fit unless they are given."""
+        rows = rows or self.rows(sizes, strategy, needs)
         return memory(
             needs or self.needs,
             sizes,
             strategy,
-            self.tokens,
+            rows * self.needs.row_length,
             whole=self.holds(sizes.tp) and not self.settings.cpu_offload,
             offload=self.settings.cpu_offload,
-            trees=self.trees,
+            trees=(self.share // rows).bit_length() if self.settings.reproducible else 0,
         )
 
     def fits(self, sizes: Sizes, strategy: str, needs: Needs | None = None) -> bool:
-        """Unknown memory counts as enough."""
-        room = math.inf if self.budget is None else USABLE * self.budget
-        return self.memory(sizes, strategy, needs).total <= room
+        return self.memory(sizes, strategy, needs).total <= self.room
 
     def choose(self, fixed: Sizes | None) -> Choice:
         """The configured strategy, or the first of single, ddp, hybrid and plain fsdp that fits."""
@@ -153,7 +179,8 @@ class _Plan:
         sizes = self.sharded(dp, tp)
         needed = self.memory(copies, name).total
         if self.fits(copies, name) or sizes.dp_shard == 1:
-            saved = needed - self.memory(Sizes(1, dp, tp), "fsdp").total
+            rows = self.rows(copies, name)
+            saved = needed - self.memory(Sizes(1, dp, tp), "fsdp", rows=rows).total
             reason = f"ddp: {self.arithmetic(copies, name)}"
             if saved > 0.05 * needed:
                 reason += f"; fsdp would save {_gib(saved)}"
@@ -179,7 +206,16 @@ class _Plan:
 
     def advice(self, choice: Choice) -> str:
         """What would make it fit, if it does not."""
-        if self.budget is None or self.fits(choice.sizes, choice.strategy):
+        if self.settings.cpu_offload and self.host is not None:
+            part = replace(self, settings=replace(self.settings, cpu_offload=False))
+            there = part.memory(choice.sizes, "fsdp", rows=choice.micro_rows)
+            moved = there.weights + there.gradients + there.moments + there.copies
+            if moved > USABLE * self.host:
+                return (
+                    f"; for each process parallel.cpu_offload moves {_gib(moved)} of {_gib(self.host)} GiB to the "
+                    "host: that may not fit, try more hosts"
+                )
+        if self.fits(choice.sizes, choice.strategy):
             return ""
         found = []
         for mode in ("selective", "full"):
@@ -188,21 +224,20 @@ class _Plan:
             if better and self.fits(choice.sizes, choice.strategy, other):
                 found.append(f"parallel.activation_checkpointing={mode}")
                 break
-        short = replace(self, tokens=min(self.tokens, self.needs.row_length))
-        if short.tokens < self.tokens and short.fits(choice.sizes, choice.strategy):
+        free = not self.coupled and self.micro > 1
+        if free and replace(self, micro=1).fits(choice.sizes, choice.strategy):
             found.append("train.micro_rows=1")
-        if choice.strategy == "ddp" and self.fits(
-            Sizes(1, choice.sizes.dp, choice.sizes.tp), "fsdp"
-        ):
+        parts, exact = Sizes(1, choice.sizes.dp, choice.sizes.tp), self.settings.reproducible
+        if choice.strategy == "ddp" and not exact and self.fits(parts, "fsdp"):
             found.append("parallel.strategy=fsdp")
-        tips = (
-            " or ".join(found)
-            if found
-            else (
-                "more processes with fsdp, parallel.tp, parallel.activation_checkpointing=full, parallel.cpu_offload"
-            )
-        )
-        return f"; that may not fit, try {tips}"
+        if found:
+            return f"; that may not fit, try {' or '.join(found)}"
+        tips = [] if exact else ["more processes with fsdp", "parallel.tp"]
+        if self.needs.checkpointing != "full":
+            tips.append("parallel.activation_checkpointing=full")
+        if self.needs.device == "cuda" and not exact and not self.settings.cpu_offload:
+            tips.append("parallel.cpu_offload")
+        return f"; that may not fit, try {', '.join([*tips, 'a smaller model'])}"
 
 
 # --------------------------------------------------------------------------------------------- what cannot be
@@ -313,13 +348,6 @@ def _check_offload(settings: ParallelConfig, needs: Needs) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- parts
-
-
-def _tokens(needs: Needs, micro_rows: int, rows: int) -> int:
-    """Tokens of a micro-batch on one device: of its rows, or, where these are free, as many as are usual."""
-    if micro_rows:
-        return micro_rows * needs.row_length
-    return min(needs.micro_tokens or needs.row_length, max(1, rows) * needs.row_length)
 
 
 def _gib(count: float) -> str:

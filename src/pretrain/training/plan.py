@@ -42,6 +42,7 @@ def choose_micro_rows(
     *,
     share: int = 0,
     even: bool = False,
+    most: int = 0,
 ) -> int:
     """Rows in one forward pass: as configured, else the largest divisor of the batch that fits a token budget.
 
@@ -54,6 +55,7 @@ def choose_micro_rows(
         device: has a token budget.
         share: rows of a batch that one process takes; all of them when 0.
         even: choose alike for 1, 2, 4 and 8 processes, as far as the batch can be cut so.
+        most: rows that fit into memory, where the choice is free; any number when 0.
 
     Raises:
         ConfigError: the share is no multiple of the micro-batch, or the objective couples its examples and the
@@ -65,8 +67,9 @@ def choose_micro_rows(
         whole = math.gcd(train.batch_rows, 8) if even else 1
         tokens = _MICRO_TOKENS.get(device.type, 8192)
         budget = max(1, min(int(tokens / mean_length(data)), 4 * tokens // row_length(data)))
-        most = train.batch_rows // whole if even else share
-        rows = max(d for d in range(1, most + 1) if most % d == 0 and d <= budget)
+        budget = min(budget, most) if most and not even else budget
+        cut = train.batch_rows // whole if even else share
+        rows = max(d for d in range(1, cut + 1) if cut % d == 0 and d <= budget)
         rows = share if objective.couples_examples else rows
     if share % rows:
         near = [d for d in range(1, share + 1) if share % d == 0]

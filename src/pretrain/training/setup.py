@@ -76,6 +76,7 @@ def set_up(trainer: Trainer) -> bool:
         trainer.device,
         share=train.batch_rows // sizes.dp,
         even=trainer.parallel.reproducible,
+        most=trainer.strategy.choice.micro_rows,
     )
     trainer.feed = Feed(
         trainer.objective,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from pretrain.checkpoint import RunLock
 from pretrain.parallel.estimates import Needs
 from pretrain.parallel.handshake import fingerprint
-from pretrain.parallel.sizes import choose_sizes
+from pretrain.parallel.sizes import choose_sizes, host_memory
 from pretrain.parallel.strategy import Strategy
 from pretrain.parallel.tensor import possible_tp
 from pretrain.parallel.world import World
@@ -68,19 +68,24 @@ def spread(trainer: Trainer) -> Strategy:
     """
     world, train, settings = trainer.world, trainer.train, trainer.parallel
     objective, device = trainer.objective, trainer.device
-    guess = train.micro_rows or choose_micro_rows(
-        train, trainer.train_data, objective, device, even=settings.reproducible
-    )
+    guess = train.micro_rows
+    if not guess or world.size == 1:  # which tells one process what divides its batch
+        guess = choose_micro_rows(
+            train, trainer.train_data, objective, device, even=settings.reproducible
+        )
+    memory, host, local = common_ground(device, world)
     choice = choose_sizes(
         settings,
         world.size,
         batch_rows=train.batch_rows,
-        # One process alone is told by `choose_micro_rows` which micro-batches divide its batch.
-        micro_rows=guess if settings.reproducible else train.micro_rows * (world.size > 1),
+        # What is chosen for a reproducible run must not depend on where it runs.
+        micro_rows=guess if settings.reproducible else train.micro_rows,
+        coupled=objective.couples_examples,
         needs=needs_of(trainer, guess),
         possible_tp=possible_tp(objective.model.backbone.config),
-        device_memory=device_memory(device, world),
-        local=world.local_size,
+        device_memory=memory,
+        host_share=host,
+        local=local,
     )
     if choice.strategy == "fsdp":
         world.join_alone(device)
@@ -136,11 +141,33 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
     )
 
 
-def device_memory(device: torch.device, world: World) -> float:
-    """Bytes that one process may count on: its GPU, or its share of the machine."""
+def common_ground(device: torch.device, world: World) -> tuple[float | None, float | None, int]:
+    """What every process may count on, alike on all, for hosts that differ must choose one mesh.
+
+    Returns:
+        Bytes of a device, and of a process's share of its host, where the least is; and how many neighbouring
+        processes lie on one host wherever they are counted from a multiple of that number.
+    """
+    mine = [device_memory(device, world), host_share(world), world.local_size]
+    devices, hosts, locals_ = zip(*world.gather(mine), strict=True)
+    return _least(devices), _least(hosts), math.gcd(*locals_)
+
+
+def _least(found: Sequence[float | None]) -> float | None:
+    return min((value for value in found if value is not None), default=None)
+
+
+def device_memory(device: torch.device, world: World) -> float | None:
+    """Bytes that one process may count on: its GPU, or its share of the host; None if not known."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / world.local_size
+    return host_share(world)
+
+
+def host_share(world: World) -> float | None:
+    """Bytes of the host's memory, or of the container's, for each of the processes there."""
+    found = host_memory()
+    return None if found is None else found / world.local_size
 
 
 @contextlib.contextmanager
