@@ -1,7 +1,8 @@
-"""What `auto` is told of a run: the numbers that learn, and how they are stepped and gathered."""
+"""What `auto` is told of a run and its machine, alike on all processes, and the micro-batch that comes of it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from pretrain.config import ParallelConfig
 from pretrain.finetuning.start import freeze
 from pretrain.lora import LoraConfig, apply_lora
 from pretrain.parallel.estimates import Sizes, memory
+from pretrain.parallel.sizes import USABLE
+from pretrain.parallel.world import World
+from pretrain.training import spread as spreading
 from pretrain.training.optim import Muon, build_optimizers
 from pretrain.training.precision import Precision
-from pretrain.training.spread import needs_of
+from pretrain.training.preflight import describe
+from pretrain.training.spread import common_ground, needs_of
 from pretrain.training.trainer import Trainer
-from tiny import Rows, objective, trainer
+from tiny import Rows, losses, objective, trainer
 
 CPU = torch.device("cpu")
 
@@ -106,3 +111,117 @@ def test_an_adapter_is_gathered_in_half_precision_unless_it_measures_lengths(
     finally:
         task.world.leave()
     assert found == {seen}
+
+
+# --------------------------------------------------------------------------------------------- the machine
+
+
+class Company(World):
+    """A process of several, which hears what was said by the others."""
+
+    def __init__(self, local_size: int, others: list[list[Any]]) -> None:
+        super().__init__(0, len(others) + 1)
+        self.local_size, self._others = local_size, others
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self._others]
+
+
+def test_hosts_that_differ_have_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least memory, and groups of processes that lie inside of every host."""
+    monkeypatch.setattr(spreading, "host_memory", lambda: 1200.0)
+    alike = Company(4, [[300.0, 300.0, 4]] * 3)
+    assert common_ground(CPU, alike) == (300.0, 300.0, 4)
+    poorer = Company(4, [[300.0, 250.0, 4], [200.0, 400.0, 4]])
+    assert common_ground(CPU, poorer) == (200.0, 250.0, 4)
+    assert common_ground(CPU, Company(4, [[300.0, 300.0, 6]])) == (300.0, 300.0, 2)
+    assert common_ground(CPU, Company(8, [[None, None, 4]])) == (150.0, 150.0, 4)
+    monkeypatch.setattr(spreading, "host_memory", lambda: None)
+    assert common_ground(CPU, World()) == (None, None, 1)
+
+
+def test_a_mesh_is_chosen_by_the_poorest_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rich process and a poor one choose the same, whichever of them asks."""
+    monkeypatch.setattr(spreading, "host_memory", lambda: 8.0 * (1 << 30))
+    asked = []
+
+    def choose(*args: Any, **options: Any) -> Any:
+        asked.append((options["device_memory"], options["local"]))
+        raise InterruptedError
+
+    monkeypatch.setattr(spreading, "choose_sizes", choose)
+    for local, others in ((8, [1.0, 1.0, 2]), (2, [1.0, 1.0, 8])):
+        task = ready(tmp_path, objective())
+        task.world = Company(local, [others])
+        with pytest.raises(InterruptedError):
+            spreading.spread(task)
+    assert asked == [(1.0, 2), (1.0, 2)]
+
+
+def test_a_cpu_has_what_its_container_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spreading, "host_memory", lambda: 1000.0)
+    assert spreading.device_memory(CPU, World()) == 1000.0
+    assert spreading.device_memory(CPU, Company(4, [])) == 250.0
+
+
+# ----------------------------------------------------------------------------------------- the micro-batch
+
+
+def small_host(monkeypatch: pytest.MonkeyPatch, task: Trainer, rows: int) -> None:
+    """A host on which so many rows fit, and not one more."""
+    needs = needs_of(task, 1)
+    total = memory(needs, Sizes(), "single", rows * needs.row_length).total
+    monkeypatch.setattr(spreading, "host_memory", lambda: total / USABLE)
+
+
+def test_a_micro_batch_is_chosen_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roomy = trainer(tmp_path / "roomy", objective(), Rows(24), batch_rows=12, limit="4 steps")
+    roomy.fit()
+    assert roomy.micro_rows == 12
+    small_host(monkeypatch, ready(tmp_path, objective()), 4)
+    tight = trainer(tmp_path / "tight", objective(), Rows(24), batch_rows=12, limit="4 steps")
+    tight.fit()
+    assert tight.micro_rows == tight.strategy.choice.micro_rows == 4
+    assert "12 rows = 4 micro x 3 accumulated" in capsys.readouterr().err
+    for one, other in zip(losses(tmp_path / "roomy"), losses(tmp_path / "tight"), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("why", ["configured", "reproducible", "coupled"])
+def test_a_micro_batch_that_is_not_free_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    """And one process, too, is told that it may not fit."""
+    goal: Any = objective()
+    goal.couples_examples = why == "coupled"
+    small_host(monkeypatch, ready(tmp_path, objective()), 1)
+    rows = {"micro_rows": 12} if why == "configured" else {}
+    task = trainer(tmp_path / "run", goal, Rows(24), batch_rows=12, limit="1 steps", **rows)
+    task.parallel = ParallelConfig(device="cpu", reproducible=why == "reproducible")
+    task.fit()
+    assert task.micro_rows == (3 if why == "reproducible" else 12)
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("memory"))
+    assert "may not fit" in line and ("micro_rows=1" in line) == (why == "configured")
+
+
+def test_the_memory_that_is_printed_is_the_estimate_of_the_mesh(tmp_path: Path) -> None:
+    task = trainer(tmp_path, objective(), Rows(8), limit="1 steps")
+    task.fit()
+    choice = task.strategy.choice
+    assert choice.memory is not None
+    for advice, size in (("", 1), ("; that may not fit", 1), ("; that may not fit", 2)):
+        whole = replace(choice.memory, activations=3.0 * (1 << 30))
+        task.strategy.choice = replace(choice, memory=whole, advice=advice)
+        task.world.size, before = size, task.world.size
+        try:
+            lines = describe(task, None, 1, 1.0)
+        finally:
+            task.world.size = before
+        line = next(line for line in lines if line.startswith("memory"))
+        assert line.startswith(f"memory about {whole.total / (1 << 30):.2f} GiB, ")
+        # Several processes have said it with the reason of their choice.
+        assert line.endswith(advice if size == 1 else "free")

@@ -17,6 +17,7 @@ from pretrain.checkpoint import check_writable, estimated_size, save_model
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
 from pretrain.parallel.regions import local
+from pretrain.parallel.sizes import host_memory
 from pretrain.storage.directories import temporary_name
 from pretrain.storage.partial import load_slices
 from pretrain.training.evaluate import NoTargets, evaluate_rows
@@ -181,11 +182,10 @@ def describe(
     steps = trainer.plan.total_steps(seconds)
     tokens = getattr(data, "num_tokens", 0)
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
-    sizes = trainer.strategy.choice.sizes
+    choice = trainer.strategy.choice
+    sizes, needed = choice.sizes, 0.0 if choice.memory is None else choice.memory.total
     accumulation = train.batch_rows // (trainer.micro_rows * sizes.dp)
     config = trainer.objective.model.backbone.config
-    per_token = 34 * config.hidden_size * len(trainer.objective.model.backbone.blocks())
-    needed = 16 * parameters + per_token * trainer.micro_rows * row_length(data)
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data)}"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
@@ -201,7 +201,9 @@ def describe(
         + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else "")
         + (f", unfreezing over {optim.unfreeze:.0%} of the steps" if optim.unfreeze else "")
         + (f", L2-SP {optim.l2_sp:g}" if optim.l2_sp else ""),
-        f"memory about {needed / 2**30:.2f} GiB, {free_memory(trainer.device) / 2**30:.1f} GiB free",
+        f"memory about {needed / 2**30:.2f} GiB, {free_memory(trainer.device) / 2**30:.1f} GiB free"
+        # Several processes have said it with the reason of their choice.
+        + (choice.advice if trainer.world.size == 1 else ""),
         f"output {trainer.out}",
     ]
     sources = trainer.about.get("sources", ())
@@ -216,10 +218,11 @@ def describe(
 
 
 def free_memory(device: torch.device) -> float:
-    """Free bytes on the device, or of the machine; 0 where the system does not tell."""
+    """Free bytes on the device, or of the machine, at most what a container may have; 0 where none is told."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
         return 0.0
+    return min(free, host_memory() or free)
