@@ -117,7 +117,11 @@ def train(
             for key, value in part.items():
                 rows.setdefault(key, []).extend(value)
     lines = [r for r in run.history if "grad_norm" in r]
+    # Operations of a token: what the utilisation was divided by is what all processes can do.
+    can = trainer.peak * WORLD.size
+    work = [r["mfu"] / r["tokens_per_second"] * can for r in lines]
     return trainer, {
+        "work": work,
         "losses": [r["loss"] for r in lines],
         "norms": [r["grad_norm"] for r in lines],
         "held_out": run.metrics["loss"],

@@ -89,5 +89,11 @@ def test_rows_are_compared_with_those_of_all_processes(
     assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-6)
 
 
+def test_hosts_with_unequal_memory_choose_one_mesh(seen: dict[str, Any]) -> None:
+    """Each by itself would copy the model or cut it, and they would wait for each other for ever."""
+    one, other = seen["1|classification"], seen["unequal hosts"]
+    assert other["losses"] == pytest.approx(one["losses"], rel=2e-6)
+
+
 def test_a_loss_that_forgets_the_rows_of_others_is_refused(seen: dict[str, Any]) -> None:
     assert "Forgetful" in seen["forgetful"] and "whole_batch" in seen["forgetful"]

@@ -19,6 +19,7 @@ import pretrain
 from pretrain.errors import PretrainError
 from pretrain.objectives.embedding import Embedding
 from pretrain.parallel.world import current_world
+from pretrain.training import spread
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
@@ -190,6 +191,16 @@ def tune(
     return found
 
 
+def on_unequal_hosts(folder: Path) -> dict[str, Any]:
+    """The second process has too little for a copy of the model, and the first has plenty."""
+    real, world = spread.device_memory, current_world()
+    spread.device_memory = lambda *_: [float(1 << 36), float(1 << 18)][world.rank]
+    try:
+        return tune(folder, "unequal hosts", "classification", {"timeout": 20})
+    finally:
+        spread.device_memory = real
+
+
 def refused(folder: Path, mesh: str, parallel: dict[str, Any]) -> str:
     try:
         pretrain.finetune(
@@ -217,6 +228,7 @@ def main() -> None:
             tune(folder, mesh, "resumed", parallel, limit="4 steps")
             found[f"{mesh}|resumed"] = tune(folder, mesh, "resumed", parallel)
         if mesh == "DDP 2":
+            found["unequal hosts"] = on_unequal_hosts(folder)
             found["forgetful"] = refused(folder, mesh, parallel)
     if world.leads:
         out.write_text(json.dumps(found), encoding="utf-8")

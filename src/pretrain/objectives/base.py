@@ -9,7 +9,7 @@ Letters: B rows, T tokens, D hidden, V vocabulary, N targets.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -176,19 +176,25 @@ class Objective(nn.Module):
         """Floating-point operations of one forward and backward pass (PaLM appendix B, arXiv 2204.02311).
 
         Every matrix of the blocks costs 6 operations per weight and token, attention 12·D·T per layer and token
-        (both directions counted, causal or not, by convention), and the vocabulary 6·D·V per *target*.
+        (both directions counted, causal or not, by convention), and the vocabulary 6·D·V per *target*. It is the
+        work of all processes that share the model, whatever part of it lies here.
         """
         blocks = self.model.backbone.blocks()
-        body = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim >= 2)
+        body = self._numel(p for block in blocks for p in block.parameters() if p.ndim >= 2)
         attention = 2 * len(blocks) * int(self.model.backbone.config.hidden_size) * row_length
         head = self.head_weights()
         return 6.0 * (body + attention) * tokens + 6.0 * head * targets
 
     def head_weights(self) -> int:
         """Weights that every target is multiplied with."""
-        return (
-            0 if self.model.head is None else sum(p.numel() for p in self.model.head.parameters())
-        )
+        return 0 if self.model.head is None else self._numel(self.model.head.parameters())
+
+    def _numel(self, parameters: Iterable[Tensor]) -> int:
+        """Elements of parameters of the model, whole though they may be cut over several processes."""
+        layout = self.model.layout
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        shapes = (p.shape if layout is None else layout.shapes[names[p]] for p in parameters)
+        return sum(math.prod(shape) for shape in shapes)
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
         """A few lines that show what the model can do now, for the log; none by default."""
@@ -237,7 +243,7 @@ class TokenObjective(Objective):
     def head_weights(self) -> int:
         """The vocabulary projection counts although it may be tied to the embedding."""
         head: Any = self.model.head
-        return int(head.weight().numel())
+        return self._numel([head.weight()])
 
     def expected_first_loss(self) -> float | None:
         """A model that has learned nothing spreads its probability over the whole vocabulary."""

@@ -217,7 +217,7 @@ class Preference(Task):
     def head_weights(self) -> int:
         """The vocabulary projection counts although it may be tied to the embedding."""
         head: Any = self.model.head
-        return int(head.weight().numel())
+        return self._numel([head.weight()])
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {

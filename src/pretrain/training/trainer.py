@@ -274,7 +274,7 @@ class Trainer:
             flops = self.objective.flops(
                 state.window_tokens, int(state.window_count), self.row_length
             )
-            self.journal.steps(record, state, flops, self.peak * self.world.sizes.dp)
+            self.journal.steps(record, state, flops, self.peak * self.world.size)
         improved = False
         if self.eval_data is not None and (
             last or self._due(self.train.eval_every, state.last_eval, "eval")
