@@ -148,16 +148,19 @@ def test_a_mesh_is_chosen_by_the_poorest_host(
     asked = []
 
     def choose(*args: Any, **options: Any) -> Any:
-        asked.append((options["device_memory"], options["local"]))
+        needs = options["needs"]
+        asked.append((options["device_memory"], options["local"], needs.compute_bytes))
         raise InterruptedError
 
     monkeypatch.setattr(spreading, "choose_sizes", choose)
-    for local, others in ((8, [1.0, 1.0, 2]), (2, [1.0, 1.0, 8])):
-        task = ready(tmp_path, objective())
+    for local, others, precision in ((8, [1.0, 1.0, 2], "bf16"), (2, [1.0, 1.0, 8], "fp32")):
+        task = ready(tmp_path, objective(), precision)
         task.world = Company(local, [others])
+        # Rank 0 says what the run needs, for the hardware of the others may choose another precision.
+        task.world.tell = lambda value: value | {"compute_bytes": 2, "gather_bytes": 2}  # type: ignore[method-assign]
         with pytest.raises(InterruptedError):
             spreading.spread(task)
-    assert asked == [(1.0, 2), (1.0, 2)]
+    assert asked == [(1.0, 2, 2), (1.0, 2, 2)]
 
 
 def test_a_cpu_has_what_its_container_has(monkeypatch: pytest.MonkeyPatch) -> None:

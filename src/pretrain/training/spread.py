@@ -74,6 +74,8 @@ def spread(trainer: Trainer) -> Strategy:
             train, trainer.train_data, objective, device, even=settings.reproducible
         )
     memory, host, local = common_ground(device, world)
+    # A precision that is chosen by the hardware may differ between hosts, and the mesh must not.
+    needs = Needs(**world.tell(asdict(needs_of(trainer, guess))))
     choice = choose_sizes(
         settings,
         world.size,
@@ -81,7 +83,7 @@ def spread(trainer: Trainer) -> Strategy:
         # What is chosen for a reproducible run must not depend on where it runs.
         micro_rows=guess if settings.reproducible else train.micro_rows,
         coupled=objective.couples_examples,
-        needs=needs_of(trainer, guess),
+        needs=needs,
         possible_tp=possible_tp(objective.model.backbone.config),
         device_memory=memory,
         host_share=host,
