@@ -114,13 +114,17 @@ def evaluate_rows(
             f"None of the {len(take)} held-out rows has a target, so there is nothing to evaluate. "
             "Check the masking rate and that the rows are not empty or all special tokens."
         )
-    sums = {
+    figures = objective.summarize(total, count, _summed(metrics), data_stats(data))
+    plain = {key: _number(value) for key, value in figures.items()}
+    return {key: value for key, value in plain.items() if value is not None} | {"targets": count}
+
+
+def _summed(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics over all batches as ``summarize`` takes them: single numbers as floats."""
+    return {
         key: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
         for key, value in metrics.items()
     }
-    figures = objective.summarize(float(total), count, sums, data_stats(data))
-    plain = {key: _number(value) for key, value in figures.items()}
-    return {key: value for key, value in plain.items() if value is not None} | {"targets": count}
 
 
 def probe_loss(
