@@ -29,7 +29,10 @@ import torch
 
 VOCAB, LENGTH, ROWS, MICRO = 4096, 256, 64, 32
 SHAPE = {"num_layers": 4, "hidden_size": 192, "num_heads": 3, "max_positions": LENGTH}
-PEERS = ("ours-ddp", "ours-fsdp", "ours-reproducible", "accelerate-ddp", "lightning-ddp")
+PEERS = (
+    *("ours-ddp", "ours-fsdp", "ours-reproducible", "ours-muon"),
+    *("accelerate-ddp", "lightning-ddp"),
+)
 WARM = 2
 
 
@@ -55,14 +58,14 @@ def ours(strategy: str, precision: str, steps: int) -> list[float]:
     from pretrain.training.trainer import Trainer
 
     times = [time.perf_counter()]
-    exact = strategy == "reproducible"
-    parallel = {"strategy": "auto" if exact else strategy, "reproducible": exact}
+    exact, muon = strategy == "reproducible", strategy == "muon"
+    parallel = {"strategy": "auto" if exact or muon else strategy, "reproducible": exact}
     with tempfile.TemporaryDirectory() as folder:
         told = os.environ.get("BENCH_OUT", folder)
         trainer = Trainer(
             objective(),
             Rows(256),
-            optim=OptimConfig(lr=1e-3),
+            optim=OptimConfig(lr=1e-3, name="muon" if muon else "adamw"),
             train=TrainConfig(
                 out=told,
                 limit=f"{steps + WARM} steps",
@@ -177,7 +180,7 @@ def worker(peer: str, precision: str, steps: int) -> None:
     kind, _, strategy = peer.partition("-")
     if kind == "ours":
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        alone = world == 1 and strategy != "reproducible"
+        alone = world == 1 and strategy in ("ddp", "fsdp")
         found = ours("auto" if alone else strategy, precision, steps)
     else:
         found = {"accelerate": accelerate, "lightning": lightning}[kind](precision, steps)

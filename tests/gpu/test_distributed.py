@@ -1,4 +1,4 @@
-"""FSDP2 on one CUDA device: what wrapping may change, and weights kept on the host. Run with pytest -m gpu."""
+"""What one CUDA device can show of many: wrapping, weights kept on the host, compilation, masks. Run with pytest -m gpu."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.nn.attention import AttentionMask, attend
 from pretrain.parallel.world import World, world_left_behind
 from pretrain.training.trainer import Trainer
 from tiny import Rows, objective
@@ -49,3 +50,36 @@ def test_one_device_alone_trains_as_it_does_unwrapped(tmp_path: Path, more: dict
     plain = _losses(tmp_path / "plain")
     wrapped = _losses(tmp_path / "wrapped", strategy="fsdp", **more)
     assert wrapped == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["off", "selective", "full"])
+def test_compiled_blocks_compute_again_inside_of_their_graph(tmp_path: Path, mode: str) -> None:
+    plain = _losses(tmp_path / "plain")
+    compiled = _losses(tmp_path / "compiled", compile=True, activation_checkpointing=mode)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_grouped_queries_under_a_mask_keep_no_scores() -> None:
+    """The kernel for all cases keeps (B, H, T, S); with keys repeated a fused one takes them."""
+    length = 4096
+    make = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(1, 8, length, 64, device="cuda", dtype=torch.bfloat16, generator=make)
+    k, v = torch.randn(
+        2, 1, 2, length, 64, device="cuda", dtype=torch.bfloat16, generator=make
+    ).unbind()
+    documents = torch.arange(length, device="cuda")[None] // 700 + 1
+    mask = AttentionMask(True, documents, None)
+    mask.prepare(length, q.device, q.dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mixed = attend(q.requires_grad_(), k, v, mask, 64**-0.5, 0.0)
+    mixed.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8 * length * length * 2 / 2
+    with torch.no_grad():
+        seen = mask.dense(length, length, q.device)
+        assert seen is not None
+        shared = [x.repeat_interleave(4, dim=1).float() for x in (k, v)]
+        scores = (q.float() @ shared[0].mT / 8).masked_fill(~seen, float("-inf"))
+        torch.testing.assert_close(
+            mixed.float(), scores.softmax(-1) @ shared[1], rtol=2e-2, atol=2e-2
+        )
