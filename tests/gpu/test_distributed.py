@@ -1,4 +1,4 @@
-"""What one CUDA device can show of many: wrapping, weights kept on the host, compilation, masks. Run with pytest -m gpu."""
+"""What one CUDA device shows of many: wrapping, offloading, compilation, masks. Run with pytest -m gpu."""
 
 from __future__ import annotations
 
