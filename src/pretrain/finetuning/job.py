@@ -259,7 +259,8 @@ class Job:
         figures: list[dict[str, float]] = []
 
         def end(run: Run) -> None:
-            if task.model.layout is not None and (run.best or run.checkpoint) is not None:
+            # Who was asked to stop may have no time for it.
+            if task.model.layout is not None and not run.exit_code:
                 figures.extend(measure_in_parts(trainer, run, [held_out, tested]))
 
         run = trainer.fit(begin, end)
@@ -282,7 +283,8 @@ class Job:
             held_out: rows, and ``tested``: further ones.
             tested: see there.
             notes: on the rows.
-            figures: of the two, where the processes have measured them; an empty mapping where there are no rows.
+            figures: of the two, where the processes that share the model have measured them; an empty mapping where
+                there are no rows.
         """
         chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
         if chosen is not None:
@@ -301,12 +303,12 @@ class Job:
         result = Finetuned(restored, run, self.settings, self.data, notes, base=self.build)
         if shared is None:
             _ = result.task
-        if figures:
+            if held_out is not None:
+                result.metrics = world.shared(lambda: result.measure(held_out))
+            if tested is not None:
+                result.test_metrics = world.shared(lambda: result.measure(tested))
+        elif figures:
             result.metrics, result.test_metrics = figures[0] or result.metrics, figures[1] or None
-        elif held_out is not None:
-            result.metrics = world.shared(lambda: result.measure(held_out))
-        if tested is not None and not figures:
-            result.test_metrics = world.shared(lambda: result.measure(tested))
         result.trivial = task.trivial(self.data.train, self.data.valid)
         for line in () if self.quiet else repr(result).splitlines():
             note(line)
