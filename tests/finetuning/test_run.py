@@ -150,9 +150,9 @@ def test_settings_reach_the_trainer(
     seen: dict[str, Any] = {}
 
     class Spy(running.Trainer):
-        def fit(self, begin: Any = None) -> Any:
+        def fit(self, *steps: Any) -> Any:
             seen.update(optim=self.optim, train=self.train, parallel=self.parallel)
-            return super().fit(begin)
+            return super().fit(*steps)
 
     monkeypatch.setattr(running, "Trainer", Spy)
     tune(

@@ -18,7 +18,13 @@ from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig
-from pretrain.finetuning.start import automatic_lr, freeze, starting_model
+from pretrain.finetuning.start import (
+    automatic_lr,
+    freeze,
+    starting_model,
+    touched_early,
+    versions,
+)
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.parts import copy_whole
@@ -113,12 +119,11 @@ class Job:
             whole=whole,
             quiet=quiet,
         )
-        later = [(p, p._version) for p in model.parameters() if p.is_meta]
+        before = versions(model)
         options = {**self.data.learned.options, **settings.task.options}
         options.pop("labels", None)
         task = self.task(model, max_length=settings.data.max_length, **options)
-        if any(p._version != version for p, version in later):
-            # It wrote into weights that are not there yet.
+        if touched_early(task, before):
             return self.build(seed=seed, scratch=scratch, quiet=True)
         self.metric = task.metric
         if method.lora and not scratch:

@@ -17,7 +17,7 @@ from pretrain.training.source import open_source
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
 
-__all__ = ["automatic_lr", "freeze", "starting_model"]
+__all__ = ["automatic_lr", "freeze", "starting_model", "touched_early", "versions"]
 
 
 def starting_model(
@@ -71,6 +71,26 @@ def starting_model(
         what = "all of it random" if scratch else f"new: {', '.join(new)}" if new else "nothing new"
         note(f"{model.backbone.model_type} with {model.num_parameters():,} parameters, {what}")
     return model
+
+
+def versions(model: Model) -> dict[int, int]:
+    """How often each parameter was written to, by identity."""
+    return {id(p): p._version for p in model.parameters()}
+
+
+def touched_early(task: Task, before: dict[int, int]) -> bool:
+    """Whether a task that was built around weights still on the disk wrote to them, copied or replaced some.
+
+    Args:
+        task: just built.
+        before: ``versions`` of its model before that.
+    """
+    if task.model.start is None:
+        return False
+    empty = [t for t in (*task.parameters(), *task.buffers()) if t.is_meta]
+    replaced = any(id(p) not in before for p in task.model.parameters())
+    named = {id(b) for b in task.model.buffers()}
+    return replaced or any(before.get(id(t), -1) != t._version for t in empty if id(t) not in named)
 
 
 def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Model:

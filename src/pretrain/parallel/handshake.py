@@ -266,7 +266,7 @@ def bounded(run: Callable[[], object], what: str, device: torch.device, timeout:
 
     def work() -> None:
         try:
-            if device.type == "cuda":
+            if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)
             run()
         except BaseException as error:

@@ -219,13 +219,14 @@ class WriterPeers(Peers):
     def __init__(
         self, rank: int, size: int, group: Any, watchdog: Callable[[], Lifeline | None]
     ) -> None:
-        super().__init__(rank, size, group, self.moved)
-        self._watchdog = watchdog
+        def moved() -> None:
+            if (lifeline := watchdog()) is not None:
+                lifeline.written()
 
-    def moved(self) -> None:
-        """Say that the calling thread has come further."""
-        if (lifeline := self._watchdog()) is not None:
-            lifeline.written()
+        # Not a method: an object that refers to itself keeps its group beyond the end of torch.
+        super().__init__(rank, size, group, moved)
+        self._watchdog = watchdog
+        self.moved: Callable[[], None] = moved  # says that the calling thread has come further
 
     def awaiting(self, writer: threading.Thread) -> contextlib.AbstractContextManager[None]:
         """Inside, the main thread waits for the one that writes; see `Lifeline.awaiting`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ def to_plain(value: Any) -> Any:
         TypeError: something else is in it.
     """
     if isinstance(value, Tensor):
-        data = value.double() if value.is_floating_point() else value
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         kind = str(value.dtype).removeprefix("torch.")
-        return {"$tensor": [kind, list(value.shape), data.reshape(-1).tolist()]}
+        return {"$tensor": [kind, list(value.shape), base64.b64encode(data.tobytes()).decode()]}
     if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "biuf":
-        wide = value.astype(np.float64) if value.dtype.kind == "f" else value
-        return {"$array": [value.dtype.str, list(value.shape), wide.reshape(-1).tolist()]}
+        text = base64.b64encode(value.tobytes()).decode()
+        return {"$array": [value.dtype.str, list(value.shape), text]}
     if isinstance(value, tuple):
         return {"$tuple": [to_plain(item) for item in value]}
     if isinstance(value, list):
@@ -45,10 +46,14 @@ def from_plain(value: Any) -> Any:
         return value
     if "$tensor" in value:
         kind, shape, data = value["$tensor"]
-        return torch.tensor(data, dtype=getattr(torch, kind), device="cpu").reshape(shape)
+        read = (
+            torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.uint8) if data else None
+        )
+        flat = torch.empty(0, dtype=torch.uint8) if read is None else read
+        return flat.view(getattr(torch, kind)).reshape(shape)
     if "$array" in value:
         kind, shape, data = value["$array"]
-        return np.asarray(data, dtype=np.dtype(kind)).reshape(shape)
+        return np.frombuffer(bytearray(base64.b64decode(data)), np.dtype(kind)).reshape(shape)
     if "$tuple" in value:
         return tuple(from_plain(item) for item in value["$tuple"])
     return {from_plain(k): from_plain(v) for k, v in value["$dict"]}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pretrain.errors import ModelError, TrainingError
 from pretrain.parallel.regions import local
 from pretrain.parallel.world import World
 
-__all__ = ["drop_zeros", "reached_parameters"]
+__all__ = ["drop_zeros", "fill_gaps", "reached_parameters", "refuse_lost"]
 
 
 def reached_parameters(
@@ -56,6 +58,46 @@ def _ends(start: Any) -> set[int]:
                 seen.add(other)
                 todo.append(other)
     return found
+
+
+def fill_gaps(units: Sequence[Any], *, uneven: bool) -> None:
+    """Let FSDP2 reduce zeros where no gradient came; later batches may be uneven where the first ones were not.
+
+    It packs what there is without asking which: gradients of different parameters would be added.
+
+    Args:
+        units: what FSDP2 has wrapped.
+        uneven: that has been seen already.
+
+    Raises:
+        TrainingError: so it has, and this torch cannot.
+    """
+    for unit in units:
+        if hasattr(unit, "set_reduce_scatter_unused_params"):
+            unit.set_reduce_scatter_unused_params(True)
+        elif uneven:
+            raise TrainingError(
+                "A gradient reaches some parameters on a few of the processes only, which FSDP2 of torch "
+                f"{torch.__version__} cannot sum. Use parallel.strategy=ddp, or torch 2.13."
+            )
+
+
+def refuse_lost(objective: nn.Module, empty: Sequence[str]) -> None:
+    """Outside of the model nobody would give values to what has none.
+
+    Args:
+        objective: whose parameters and buffers they are.
+        empty: names, behind ``objective.``, of those on the meta device.
+
+    Raises:
+        ModelError: one of them lies outside of ``objective.model``.
+    """
+    for name in empty:
+        if not name.startswith("objective.model."):
+            raise ModelError(
+                f"{name.removeprefix('objective.')} of {type(objective).__name__} was made of weights that several "
+                "processes read later. Make it when it is first needed, or give a model that has been loaded."
+            )
 
 
 def drop_zeros(params: Mapping[str, nn.Parameter], world: World) -> None:

@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ParallelConfig
-from pretrain.errors import TrainingError
 from pretrain.nn.parallel import Group
 from pretrain.objectives.base import Batch, Loss, Objective
-from pretrain.parallel.reach import drop_zeros, reached_parameters
+from pretrain.parallel.reach import drop_zeros, fill_gaps, reached_parameters, refuse_lost
 from pretrain.parallel.regions import Layout, local
 from pretrain.parallel.replicas import replicated
 from pretrain.parallel.sizes import Choice
@@ -115,6 +114,7 @@ class Strategy:
         if not any(p.is_meta for p in model.parameters()):
             return
         named = [*root.named_parameters(), *root.named_buffers()]
+        refuse_lost(self.objective, [name for name, tensor in named if tensor.is_meta])
         # What else the objective owns has its values already: a teacher, a table.
         kept = {name: local(t.detach()).clone() for name, t in named if not t.is_meta}
         root.to_empty(device="cpu" if self.settings.cpu_offload else self.device)
@@ -208,15 +208,8 @@ class Strategy:
             TrainingError: a gradient reaches some on a few processes only, and FSDP2 of this torch cannot sum them.
         """
         self.untouched, self.uneven = frozenset(untouched), uneven
-        if self.sharded and uneven:
-            for unit in self._units():
-                # It packs what there is without asking which: gradients of different parameters would be added.
-                if not hasattr(unit, "set_reduce_scatter_unused_params"):
-                    raise TrainingError(
-                        "A gradient reaches some parameters on a few of the processes only, which FSDP2 of torch "
-                        f"{torch.__version__} cannot sum. Use parallel.strategy=ddp, or torch 2.13."
-                    )
-                unit.set_reduce_scatter_unused_params(True)
+        if self.sharded:
+            fill_gaps(self._units(), uneven=uneven)
 
     # ------------------------------------------------------------------ a step
 
@@ -244,7 +237,7 @@ class Strategy:
             for i in range(count):
                 with self._synced(i == count - 1):
                     totals.append(run(i))
-            if self.sharded and self.uneven:
+            if self.sharded and self.untouched:
                 never = {n: p for n, p in self.trained().items() if n in self.untouched}
                 drop_zeros(never, self.world)
         if self.tp is not None and self.tp.partial:

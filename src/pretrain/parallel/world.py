@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,7 +143,7 @@ class World:
 
     @property
     def _limit(self) -> datetime.timedelta:
-        """For a collective: the last resort, for the watchdog ends a hung run long before, in its slowest phase too."""
+        """For a collective: the last resort, as the watchdog ends a hung run long before."""
         return datetime.timedelta(seconds=2 * max(SLOW.values()) * self.timeout)
 
     def _own(self, device: torch.device) -> torch.device:
@@ -186,13 +187,10 @@ class World:
 
     def batch_group(self) -> Any:
         """The processes that see different rows of a batch, this one among them, by ``dp_rank``; all must ask."""
-        if self.sizes.tp == 1:
-            return dist.group.WORLD
-        if self.sizes.dp_replicate == 1:
-            return self.group("dp_shard")
-        slices = range(self.sizes.tp)
-        found = [dist.new_group(list(range(t, self.size, self.sizes.tp))) for t in slices]
-        return found[self.tp_rank]
+        if self.sizes.tp == 1 or self.sizes.dp_replicate == 1:
+            return dist.group.WORLD if self.sizes.tp == 1 else self.group("dp_shard")
+        ranks = [list(range(t, self.size, self.sizes.tp)) for t in range(self.sizes.tp)]
+        return [dist.new_group(some, self._limit) for some in ranks][self.tp_rank]
 
     @property
     def replica_ranks(self) -> list[int]:
@@ -213,10 +211,12 @@ class World:
 
     def leave(self) -> None:
         """End the communication in order."""
-        if self.joined and dist.is_initialized():
+        joined, self.joined = self.joined, False
+        self._mesh = self._background = self._control = self.replica = None
+        gc.collect()  # a group that is still held when Python ends takes the process with it
+        if joined and dist.is_initialized():
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
-        self.joined, self._mesh, self._background = False, None, None
 
     @contextlib.contextmanager
     def entered(
@@ -366,7 +366,8 @@ class World:
         if not background:
             return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.alive)
         if self._background is None:
-            self._background = dist.new_group(backend="gloo", timeout=self._limit)
+            # A writer waits for the slowest disk, and the watchdog for the writer.
+            self._background = dist.new_group(None, datetime.timedelta(days=1), "gloo")
         return WriterPeers(self.rank, self.size, self._background, lambda: self._lifeline)
 
 

@@ -59,6 +59,7 @@ _FREE = {
     "parallel.cpu_offload",
     "parallel.activation_checkpointing",
     "parallel.timeout",
+    "parallel.compile",
 }
 # Of the sources that come with their licence; of other text only the user knows it.
 _LICENCES = {"python": "PSF-2.0"}

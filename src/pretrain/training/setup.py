@@ -8,6 +8,7 @@ import torch
 
 from pretrain.checkpoint import Saver
 from pretrain.data.loader import Loader
+from pretrain.errors import ConfigError
 from pretrain.parallel.parts import Parts, align
 from pretrain.storage.partial import latest_together
 from pretrain.training.ema import WeightAverage
@@ -37,6 +38,12 @@ def set_up(trainer: Trainer) -> bool:
     if trainer.parallel.threads:
         torch.set_num_threads(trainer.parallel.threads)
     trainer.precision = choose_precision(train.precision, trainer.device)
+    names = world.gather(trainer.precision.name)
+    if len(set(names)) > 1:
+        found = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))
+        raise ConfigError(
+            f"train.precision=auto means {found}: the hosts are not alike. Set train.precision to one that all can do."
+        )
     trainer.scaler = LossScale(trainer.precision.name == "fp16")
     if any(p.dtype is not torch.float32 for p in trainer.objective.parameters()):
         trainer.say("the weights are converted to fp32: half-precision weights lose small updates")

@@ -161,8 +161,9 @@ class Trainer:
         self.objective.train()
         with heap_at_rest(), self.saver:
             try:
-                if state.owed:
+                if state.owed and self.eval_data is not None:
                     evaluate(self, last=state.step >= state.total_steps)
+                    state.last_save = -1  # that it has been made belongs into a checkpoint
                 while state.step < state.total_steps:
                     began = time.perf_counter()
                     shared = self._fetch(steps)
