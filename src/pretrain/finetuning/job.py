@@ -104,8 +104,7 @@ class Job:
             seed: of what is new.
             scratch: all of it is.
             quiet: do not say what was loaded.
-            whole: it can also be used at once. Else several processes leave its weights on the disk until they have
-                shared it out, where nothing asks for them before.
+            whole: with all weights; else several processes may leave them on the disk until they have shared it out.
         """
         settings, method = self.settings, self.settings.method
         # What the model says before it is trained, and the lengths of its rows, are asked for before.

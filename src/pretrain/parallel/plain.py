@@ -19,7 +19,8 @@ def to_plain(value: Any) -> Any:
         TypeError: something else is in it.
     """
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        data = (flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)).numpy()
         kind = str(value.dtype).removeprefix("torch.")
         return {"$tensor": [kind, list(value.shape), base64.b64encode(data.tobytes()).decode()]}
     if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "biuf":
@@ -46,10 +47,8 @@ def from_plain(value: Any) -> Any:
         return value
     if "$tensor" in value:
         kind, shape, data = value["$tensor"]
-        read = (
-            torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.uint8) if data else None
-        )
-        flat = torch.empty(0, dtype=torch.uint8) if read is None else read
+        read = bytearray(base64.b64decode(data))
+        flat = torch.frombuffer(read, dtype=torch.uint8) if read else torch.empty(0).byte()
         return flat.view(getattr(torch, kind)).reshape(shape)
     if "$array" in value:
         kind, shape, data = value["$array"]
