@@ -34,8 +34,6 @@ class Finetuned:
     """A fine-tuned model and how it came about.
 
     Attributes:
-        task: the objective, which also predicts; read from the disk when it is first asked for, where the processes
-            that trained it shared it out.
         run: directory, checkpoints and history; None for a trial that kept nothing.
         settings: of the run.
         data: the rows by role, with ``names``, ``counts`` and ``fingerprint``.
@@ -66,7 +64,10 @@ class Finetuned:
 
     @cached_property
     def task(self) -> Task:
-        """See above."""
+        """The objective, which also predicts.
+
+        Where the processes that trained it shared it out, it is read from the disk when it is first asked for.
+        """
         return self._opened()
 
     @property
