@@ -212,9 +212,8 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     how: dict[str, Any] = {}
     if mask is not None and mask.only_causal(queries, keys):
-        how["is_causal"] = (
-            True  # not the condition itself, which the compiler may hold for a symbol
-        )
+        # Not the condition itself, which the compiler may hold for a symbol.
+        how["is_causal"] = True
     elif mask is not None:
         # The shapes of buckets change with every batch, which a compiled graph could not reuse.
         if q.is_cpu and queries == keys and not torch.compiler.is_compiling():

@@ -36,9 +36,8 @@ class _Recomputed(nn.Module):
 
 def set_recompute(block: nn.Module, mode: str) -> None:
     """From now on the training of a block keeps what ``mode`` says, see ``recompute``; ``off`` keeps all."""
-    if (
-        mode == "off" and type(block) in _KINDS.values()
-    ):  # else FSDP2 has put its own class before it
+    # Where FSDP2 has put its own class before ours, that stays, and the mode says that nothing is left out.
+    if mode == "off" and type(block) in _KINDS.values():
         block.__class__ = next(kind for kind, made in _KINDS.items() if made is type(block))
         return
     if not isinstance(block, _Recomputed):

@@ -28,9 +28,8 @@ def reached_parameters(
         run: computes the loss.
     """
     prefixes = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
-    known: dict[
-        int, tuple[Tensor, str]
-    ] = {}  # a tensor that is kept cannot lend its number to another
+    # With the tensor: while it is kept, no other can have its number.
+    known: dict[int, tuple[Tensor, str]] = {}
 
     def look(module: nn.Module, _: Any) -> None:
         for name, parameter in module.named_parameters():
