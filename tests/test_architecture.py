@@ -18,7 +18,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "pretrain"
-MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
 # A layer imports only what stands to the left of it. `data` stands beside this line: it imports no model.
@@ -354,8 +353,6 @@ def test_sizes():
         worst = max(functions(path), key=lambda item: item[2], default=None)
         note = f"{worst[2]:4d} {worst[0]}" if worst else ""
         print(f"{lines:5d}  {path.relative_to(SRC)!s:34} longest function {note}")
-        if lines > MAX_FILE_LINES:
-            too_big.append(f"{path.relative_to(ROOT)} has {lines} lines, at most {MAX_FILE_LINES}")
         for name, _, size in functions(path):
             longest.append(size)
             if size > MAX_FUNCTION_LINES:
