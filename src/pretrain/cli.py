@@ -20,7 +20,8 @@ from pretrain.finetuning import commands
 from pretrain.parallel.commands import add_doctor, doctor
 from pretrain.parallel.slurm import add_slurm
 from pretrain.parallel.voices import ours_to_say
-from pretrain.settings.arguments import add_settings, make_parser, parse
+from pretrain.settings.arguments import add_settings, interface, make_parser, parse
+from pretrain.settings.spelling import using
 
 __all__ = ["COMMANDS", "main"]
 
@@ -86,7 +87,8 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in options or "--help" in options:
         parser.print_help()
         return 0
-    return command.run(parse(parser, name, rest, command.short)) or 0
+    with using(interface(name, command.short)):
+        return command.run(parse(parser, name, rest, command.short)) or 0
 
 
 def _overview() -> str:

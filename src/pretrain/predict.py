@@ -24,6 +24,7 @@ from pretrain.data.tables import Table, read_table, splits
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.objectives import TASKS, build_objective, task_class
 from pretrain.objectives.tasks import Task
+from pretrain.settings.spelling import PREDICT, using
 from pretrain.storage.files import note
 from pretrain.training.precision import choose_device
 
@@ -147,6 +148,7 @@ def chat(model: Model, messages: Any, **options: Any) -> str:
     return reply(model, messages, **options)
 
 
+@using(PREDICT)
 def predict_with(
     task: Task,
     inputs: Any,
@@ -285,6 +287,7 @@ def _table_of(task: Task, items: Sequence[Any]) -> Table:
 # ------------------------------------------------------------------------------------------------ files
 
 
+@using(PREDICT)
 def predict_file(
     checkpoint: Any,
     file: str | os.PathLike[str],

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from pretrain.data.archives import COMPRESSIONS, open_packed
 from pretrain.errors import DataError, did_you_mean
+from pretrain.settings.spelling import column as column_option
 
 __all__ = [
     "COMPRESSIONS", "FORMATS", "Piece", "csv_rows", "decode_line", "file_format", "found_in_folders", "import_parquet",
@@ -256,8 +257,8 @@ def _cell(row: Any, column: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text. Choose the column with text=..., "
-            "or turn the values into strings."
+            f"{where}: column {column!r} holds {type(value).__name__}, not text. Choose the column with "
+            f"{column_option('text')}, or turn the values into strings."
         )
     return whole_characters(value)
 
@@ -272,7 +273,7 @@ def _no_column(where: str, column: str, present: list[str]) -> DataError:
     hint = did_you_mean(column, present) if present else ""
     hint = hint if "mean" in hint else ""
     return DataError(
-        f"{where} has no column {column!r}; columns present: {names}.{hint} Choose one with text=..."
+        f"{where} has no column {column!r}; columns present: {names}.{hint} Choose one with {column_option('text')}."
     )
 
 

@@ -12,6 +12,7 @@ from pretrain.finetuning.rows import Data, open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.finetuning.start import starting_model
 from pretrain.objectives import task_class
+from pretrain.settings.spelling import FINETUNE, using
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -23,6 +24,7 @@ __all__ = ["look"]
 _EXAMPLES = 3
 
 
+@using(FINETUNE)
 def look(
     data: Any,
     task: str = "classification",

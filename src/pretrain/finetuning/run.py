@@ -15,6 +15,7 @@ from pretrain.finetuning.job import Job
 from pretrain.finetuning.launched import check_spread, train_on
 from pretrain.finetuning.settings import TuneConfig, from_keywords
 from pretrain.parallel.world import current_world
+from pretrain.settings.spelling import FINETUNE, option, using
 from pretrain.storage.files import muted, note
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["finetune"]
 
 
+@using(FINETUNE)
 def finetune(
     model: Any = None,
     data: Any = None,
@@ -74,7 +76,9 @@ def finetune(
     given = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
     settings, objects = from_keywords(config, model, task, given)
     if compare not in (None, "scratch"):
-        raise ConfigError(f'compare is {compare!r}; the other arm that there is is "scratch".')
+        raise ConfigError(
+            f"compare is {compare!r}; the only comparison is {option('compare', 'scratch')}."
+        )
     quiet = quiet or not current_world().leads
     if devices != 1:
         check_spread(model, objects, compare)

@@ -7,14 +7,16 @@ YAML.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pretrain.errors import ConfigError, did_you_mean
+from pretrain.settings.spelling import Interface
 
-__all__ = ["add_settings", "make_parser", "parse"]
+__all__ = ["add_settings", "interface", "make_parser", "parse"]
 
 # Commands whose options are the fields of a settings class, of which only those given count.
 _SETTINGS = {
@@ -46,6 +48,22 @@ def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None
     )
     add(parser)
     return parser
+
+
+def interface(name: str, short: Mapping[str, str]) -> Interface:
+    """How messages spell the options of the command ``name``; see `make_parser` and `parse`."""
+    if name not in _SETTINGS:
+        return Interface(command=True, columns="columns." if name == "predict" else "")
+    sections = _settings(name).SECTIONS
+    places = {
+        spec.name: f"{section}.{spec.name}"
+        for section, kind in reversed(sections.items())
+        for spec in dataclasses.fields(kind)
+    }
+    # The short options are the keywords of the Python function too.
+    places |= {option.lstrip("-"): option.lstrip("-") for option in short}
+    columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
+    return Interface(True, places, columns, others)
 
 
 def add_settings(parser: Any, sections: Mapping[str, type], short: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
 from pretrain.parallel.turns import in_turn
 from pretrain.parallel.world import current_world
+from pretrain.settings.spelling import TRAIN, using
 from pretrain.storage.files import muted, note
 from pretrain.storage.manifest import candidates, complete
 from pretrain.training.evaluate import evaluate_rows
@@ -67,6 +68,7 @@ _LICENCES = {"python": "PSF-2.0"}
 _VOCAB_MULTIPLE = 64
 
 
+@using(TRAIN)
 def train(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,
