@@ -75,6 +75,7 @@ SURFACE = [
     "train.sample",
     "train.loggers",
     "train.precision",
+    "train.eval_precision",
     "train.seed",
     "parallel.device",
     "parallel.compile",

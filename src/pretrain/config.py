@@ -165,6 +165,9 @@ class TrainConfig:
     """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute precision; auto is bf16 where the device is good at it."""
+    eval_precision: Literal["fp32", "train"] = "fp32"
+    """Precision of evaluations: fp32, in which a figure does not depend on how rows are batched, or that
+    of training, which is faster."""
     seed: int = within(0, 0, (1 << 63) - 1)
     """Seed of the weights, the order, the masks and the dropout."""
 

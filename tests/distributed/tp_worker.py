@@ -257,7 +257,7 @@ def single_targets() -> Figures:
 
 
 def ties() -> Figures:
-    """Equal rows of the vocabulary on two processes: the label counts as right whichever it is; NaN stays ignored."""
+    """Equal rows of the vocabulary on two processes: only the lower id is right, as in argmax; NaN is ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator) for n in (70, VOCAB))
     bias = torch.randn(VOCAB, generator=generator)
@@ -279,7 +279,7 @@ def ties() -> Figures:
         (2 * total).backward()
         results.append((total, hits, h.grad, w.grad[start : start + length]))
     (a, m, p, u), (b2, n, q, v) = results
-    assert int(m) >= 40
+    assert 20 <= int(m) < 40  # the rows labelled 3, none of those labelled 80
     return {
         "loss": far(b2, a),
         "accuracy": float((m - n).abs()),

@@ -114,3 +114,18 @@ def test_autocast_stays_close(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         low, _ = chunked_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(low, exact, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_ties_are_no_hits(softcap: float | None) -> None:
+    """Equal logits count for the lowest id alone, as in argmax: bf16 logits tie often."""
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 10
+    zero, weight = torch.zeros(40, 8), torch.randn(10, 8)
+    assert chunked_cross_entropy(zero, weight, labels, softcap=softcap)[1] == 4
+    coarse, rows = torch.randint(-1, 2, (400, 4)).float(), torch.randint(-1, 2, (30, 4)).float()
+    labels = torch.randint(0, 30, (400,))
+    logits = coarse @ rows.T
+    assert (logits == logits.amax(1, keepdim=True)).sum() > 800  # of 400 rows
+    hits = (logits.argmax(1) == labels).sum()
+    assert chunked_cross_entropy(coarse, rows, labels, softcap=softcap, chunk=64)[1] == hits

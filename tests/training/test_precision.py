@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from pretrain.errors import ConfigError
-from pretrain.training.precision import LossScale, choose_device, choose_precision, peak_flops
+from pretrain.training.precision import (
+    LossScale,
+    choose_device,
+    choose_precision,
+    evaluation_precision,
+    peak_flops,
+)
 
 CPU = torch.device("cpu")
 
@@ -23,6 +29,15 @@ def test_auto_says_why_and_unknown_names_are_refused() -> None:
         choose_precision("bf1", CPU)
     with pytest.raises(ConfigError, match="cuda"):
         choose_device("cude")
+
+
+def test_figures_are_taken_in_fp32_where_the_weights_allow_it() -> None:
+    low, full = choose_precision("bf16", CPU), choose_precision("fp32", CPU)
+    assert evaluation_precision("fp32", low).dtype is torch.float32
+    assert evaluation_precision("train", low) is low
+    assert evaluation_precision("fp32", full) is full
+    gathered = evaluation_precision("fp32", low, gathered=torch.bfloat16)
+    assert gathered.name == "bf16" and "FSDP2" in gathered.reason
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

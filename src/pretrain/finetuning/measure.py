@@ -42,7 +42,7 @@ def measure_in_parts(
             figures = evaluate_rows(
                 trainer.objective,
                 rows,
-                trainer.precision,
+                trainer.eval_precision,
                 batch_rows=EVAL_ROWS,
                 strategy=strategy,
             )

@@ -15,7 +15,7 @@ from pretrain.errors import DataError
 from pretrain.finetuning.measure import EVAL_ROWS
 from pretrain.objectives.tasks import Task
 from pretrain.training.evaluate import evaluate_rows
-from pretrain.training.precision import choose_device, choose_precision
+from pretrain.training.precision import choose_device, choose_precision, evaluation_precision
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -102,8 +102,9 @@ class Finetuned:
 
     def measure(self, rows: TaskRows) -> dict[str, float]:
         """The figures of the task on encoded rows."""
-        precision = choose_precision(
-            self.settings.train.precision, choose_device(self.settings.parallel.device)
+        train, device = self.settings.train, choose_device(self.settings.parallel.device)
+        precision = evaluation_precision(
+            train.eval_precision, choose_precision(train.precision, device)
         )
         self.task.to(precision.device)
         return evaluate_rows(self.task, rows, precision, batch_rows=EVAL_ROWS)

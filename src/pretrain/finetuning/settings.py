@@ -149,13 +149,19 @@ class TuneTrain:
     """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute precision; auto is bf16 where the device is good at it."""
+    eval_precision: Literal["fp32", "train"] = "fp32"
+    """Precision of evaluations: fp32, in which a figure does not depend on how rows are batched, or that
+    of training, which is faster."""
     seed: int = within(0, 0, (1 << 63) - 1)
     """Seed of the new head, the split, the order and the dropout."""
 
     def at(self, out: str, limit: str, *, save: bool) -> TrainConfig:
         """The section of the trainer."""
         names = ("micro_rows", "batch_rows", "eval_every", "patience", "monitor", "log_every")
-        plain = {name: getattr(self, name) for name in (*names, "loggers", "precision", "seed")}
+        plain = {
+            name: getattr(self, name)
+            for name in (*names, "loggers", "precision", "eval_precision", "seed")
+        }
         return TrainConfig(
             out=out,
             limit=limit,

@@ -51,7 +51,8 @@ def chunked_cross_entropy(
 
     Returns:
         ``(total, correct)``: the summed loss in nats (fp32 scalar with a gradient) and the number of targets
-        whose largest logit is the label (fp32 scalar without one). No target at all gives zeros.
+        that are the argmax of their logits (fp32 scalar without one; of equal logits the lowest id counts, as in
+        ``torch.argmax``). No target at all gives zeros.
     """
     if chunk is None:
         budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
@@ -138,6 +139,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
+def _is_argmax(logits: Tensor, index: Tensor) -> Tensor:
+    """Whether ``index`` (n, 1) is the argmax of ``logits`` (n, V): (n,), ties go to the lowest id.
+
+    bf16 logits tie often, so a comparison with the largest logit alone would count several tokens as right.
+    """
+    if not logits.is_cpu:
+        return logits.argmax(1, keepdim=True).eq(index).squeeze(1)
+    # On a CPU argmax costs ten times amax, so only the rows that may be hits pay for it.
+    correct = logits.gather(1, index).squeeze(1) >= logits.amax(1)
+    rows = correct.nonzero().squeeze(1)
+    correct[rows] = logits[rows].argmax(1, keepdim=True).eq(index[rows]).squeeze(1)
+    return correct
+
+
 def _chunk(
     logits: Tensor,
     target: Tensor,
@@ -151,13 +166,15 @@ def _chunk(
     valid = target != IGNORE
     index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
     if vocab is None:
+        correct = _is_argmax(capped, index)
         log_probs = torch.log_softmax(capped, dim=1)
-        picked, likeliest = log_probs.gather(1, index).squeeze(1), log_probs.amax(1)
+        picked = log_probs.gather(1, index).squeeze(1)
     else:
-        index, inside = vocab.place(index)
-        log_probs, picked, likeliest = vocab.log_softmax(capped, index, inside)
+        ids = index
+        index, inside = vocab.place(ids)
+        log_probs, picked, correct = vocab.log_softmax(capped, ids, index, inside)
     loss = -torch.where(valid, picked, torch.zeros_like(picked)).sum()
-    hits = ((picked >= likeliest) & valid).sum().float()
+    hits = (correct & valid).sum().float()
     if not with_grad:
         return loss, hits, None
     grad = log_probs.exp_()

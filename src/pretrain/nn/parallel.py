@@ -211,25 +211,30 @@ class VocabShard:
         return gather(scores, self.group, -1, self.sizes)
 
     def log_softmax(
-        self, logits: Tensor, index: Tensor, inside: Tensor
+        self, logits: Tensor, ids: Tensor, index: Tensor, inside: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities over the whole vocabulary, without a gradient.
 
         Args:
             logits: (N, rows) of this process.
-            index: (N, 1) rows of one token each, from ``place``.
+            ids: (N, 1) one token each, of the whole vocabulary.
+            index: (N, 1) rows of these tokens, from ``place``.
             inside: (N, 1) whether they are there.
 
         Returns:
-            (N, rows) of the tokens of this process, (N,) of the token asked for, (N,) of the likeliest.
+            (N, rows) of the tokens of this process, (N,) of the token asked for, (N,) whether that token is the argmax:
+            its logit is the largest, and no token with a lower id has the same logit.
         """
-        shifted = logits - all_reduce(logits.amax(1, keepdim=True), self.group, largest=True)
+        largest, first = logits.max(1, keepdim=True)
+        shifted = logits - all_reduce(largest, self.group, largest=True)
         picked = torch.where(inside, shifted.gather(1, index), 0.0).squeeze(1)
-        sums, picked = all_reduce(
-            torch.stack((shifted.exp().sum(1), picked)), self.group
-        ).unbind()  # in one message
+        earlier = (shifted.gather(1, first) == 0) & (first + self.start < ids)
+        sums, picked, earlier = all_reduce(  # in one message
+            torch.stack((shifted.exp().sum(1), picked, earlier.squeeze(1).to(shifted.dtype))),
+            self.group,
+        ).unbind()
         logs = sums.log()
-        return shifted.sub_(logs.unsqueeze(1)), picked - logs, -logs
+        return shifted.sub_(logs.unsqueeze(1)), picked - logs, (picked == 0) & (earlier == 0)
 
     def log_probs(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Log-probability of one token per row, with a gradient: (N, rows), (N,) -> (N,)."""
@@ -240,8 +245,9 @@ class VocabShard:
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab: VocabShard) -> Tensor:
-        index, inside = vocab.place(targets.unsqueeze(1))
-        every, picked, _ = vocab.log_softmax(logits, index, inside)
+        ids = targets.unsqueeze(1)
+        index, inside = vocab.place(ids)
+        every, picked, _ = vocab.log_softmax(logits, ids, index, inside)
         ctx.save_for_backward(every, index, inside)
         return picked
 

@@ -332,6 +332,11 @@ class Strategy:
     # ------------------------------------------------------------------ beside the steps
 
     @property
+    def gathered(self) -> torch.dtype:
+        """Type of the weights in a forward pass: FSDP2 may gather those of the blocks in half precision."""
+        return self._gather if self.sharded else torch.float32
+
+    @property
     def speaks(self) -> bool:
         """Whether this process makes a sample of what the model can do.
 
@@ -350,9 +355,11 @@ class Strategy:
             return
         root: Any = self._root
         root.unshard()
-        low = self._gather is not torch.float32  # blocks then hold weights that fp32 cannot meet
+        low = self.gathered is not torch.float32  # blocks then hold weights that fp32 cannot meet
         try:
-            with torch.autocast(self.device.type, dtype=self._gather if low else None, enabled=low):
+            with torch.autocast(
+                self.device.type, dtype=self.gathered if low else None, enabled=low
+            ):
                 yield
         finally:
             self._reshard()

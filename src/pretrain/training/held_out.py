@@ -59,7 +59,7 @@ def _figures(trainer: Trainer, limit: int) -> dict[str, float]:
         figures = evaluate_rows(
             trainer.objective,
             trainer.eval_data,
-            trainer.precision,
+            trainer.eval_precision,
             batch_rows=rows,
             limit=limit,
             strategy=trainer.strategy,

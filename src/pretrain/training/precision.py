@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.parallel.launched import launched
 
-__all__ = ["LossScale", "Precision", "choose_device", "choose_precision", "peak_flops"]
+__all__ = [
+    "LossScale",
+    "Precision",
+    "choose_device",
+    "choose_precision",
+    "evaluation_precision",
+    "peak_flops",
+]
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # Dense bf16/fp16 peaks from the vendors' data sheets, FLOP/s.
@@ -98,6 +105,26 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     else:
         chosen, why = "fp32", f"{device.type} runs it without loss scaling"
     return Precision(chosen, types[chosen], device, why)
+
+
+def evaluation_precision(
+    setting: str, compute: Precision, *, gathered: torch.dtype = torch.float32
+) -> Precision:
+    """Return the precision in which figures are taken.
+
+    In half precision the logits of a row depend on which rows share its batch, so one checkpoint would have a figure
+    for every batch size; fp32 differs in its last bits only.
+
+    Args:
+        setting: ``train.eval_precision``.
+        compute: precision of training.
+        gathered: type in which FSDP2 gathers the weights; blocks in half precision cannot compute in fp32.
+    """
+    if setting == "train" or compute.dtype is torch.float32:
+        return compute
+    if gathered is not torch.float32:
+        return replace(compute, reason="FSDP2 gathers the blocks in it")
+    return Precision("fp32", torch.float32, compute.device, "figures do not depend on the batch")
 
 
 class LossScale:

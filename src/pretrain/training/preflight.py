@@ -95,7 +95,7 @@ def check_monitor(trainer: Trainer) -> None:
         figures = evaluate_rows(
             trainer.objective,
             trainer.eval_data,
-            trainer.precision,
+            trainer.eval_precision,
             batch_rows=trainer.micro_rows,
             limit=trainer.micro_rows,
             strategy=trainer.strategy,
@@ -189,7 +189,7 @@ def describe(
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data)}"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
-        f"{torch.get_num_threads()} threads",
+        f"evaluation in {trainer.eval_precision.name}, {torch.get_num_threads()} threads",
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} tokens, {tokens:,} in all, {epochs:.2f} epochs in {steps:,} steps",

@@ -6,13 +6,16 @@ function of the configuration, and the trainer goes on from the newest checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from pretrain.checkpoint import latest, load
-from pretrain.config import DataConfig, RunConfig
+from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.errors import ConfigError, DataError, TokenizerError
@@ -27,7 +30,12 @@ from pretrain.storage.manifest import candidates, complete
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launched import on_devices
 from pretrain.training.plan import row_length
-from pretrain.training.precision import choose_device, choose_precision
+from pretrain.training.precision import (
+    Precision,
+    choose_device,
+    choose_precision,
+    evaluation_precision,
+)
 from pretrain.training.source import open_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
@@ -40,6 +48,7 @@ _FREE = {
     "train.keep",
     "train.eval_every",
     "train.eval_rows",
+    "train.eval_precision",
     "train.save_every",
     "train.log_every",
     "train.sample",
@@ -327,7 +336,7 @@ def evaluate(
         objective: name of the objective; the one that the head is for when None.
         batch_rows: rows in one forward pass.
         limit: rows at most; 0 takes all.
-        precision: compute type.
+        precision: compute type; auto is what the run evaluates in (``train.eval_precision``), fp32 outside of one.
         device: where to run.
 
     Returns:
@@ -356,15 +365,30 @@ def evaluate(
             f"The rows have {row_length(rows)} tokens and the model {model.backbone.max_length} positions. Prepare "
             f"the data with row_length={model.backbone.max_length} or less."
         )
-    chosen = choose_precision(precision, choose_device(device))
+    chosen = _evaluation_precision(path, precision, choose_device(device))
     built.to(chosen.device)
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The directory of the run that a checkpoint lies in, or None."""
+    return next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
+
+
+def _evaluation_precision(path: Path, name: str, device: torch.device) -> Precision:
+    if name != "auto":
+        return choose_precision(name, device)
+    home, train = _run_of(path), TrainConfig()
+    if home is not None:
+        with contextlib.suppress(ConfigError):  # a fine-tuning run has other sections
+            train = RunConfig.load(home / "run.yaml").train
+    return evaluation_precision(train.eval_precision, choose_precision(train.precision, device))
 
 
 def _held_out(path: Path, data: Any, model: Model) -> Examples:
     """Held-out rows for ``evaluate``, checked against the checkpoint's tokenizer."""
     if data is None:
-        home = next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
+        home = _run_of(path)
         if home is None:
             raise DataError(
                 f"{path} lies in no run of pretrain, so it is not known what to evaluate it on. Name the data: "

@@ -16,12 +16,13 @@ from pretrain.training.feed import Feed
 from pretrain.training.layers import Layers
 from pretrain.training.optim import build_optimizers
 from pretrain.training.plan import Plan, choose_micro_rows, mean_length
-from pretrain.training.precision import LossScale, choose_precision
+from pretrain.training.precision import LossScale, Precision, choose_precision, evaluation_precision
 from pretrain.training.preflight import check_rows, preflight
 from pretrain.training.restore import restore
 from pretrain.training.spread import spread
 
 if TYPE_CHECKING:
+    from pretrain.parallel.world import World
     from pretrain.training.trainer import Trainer
 
 __all__ = ["set_up"]
@@ -37,19 +38,16 @@ def set_up(trainer: Trainer) -> bool:
     check_rows(trainer.train_data, train.batch_rows)
     if trainer.parallel.threads:
         torch.set_num_threads(trainer.parallel.threads)
-    trainer.precision = choose_precision(train.precision, trainer.device)
-    names = world.gather(trainer.precision.name)
-    if len(set(names)) > 1:
-        found = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))
-        raise ConfigError(
-            f"train.precision=auto means {found}: the hosts are not alike. Set train.precision to one that all can do."
-        )
+    trainer.precision = _precision(train.precision, trainer.device, world)
     trainer.scaler = LossScale(trainer.precision.name == "fp16")
     if any(p.dtype is not torch.float32 for p in trainer.objective.parameters()):
         trainer.say("the weights are converted to fp32: half-precision weights lose small updates")
         trainer.objective.float()
     checkpoint = latest_together(trainer.out, world.peers())
     trainer.strategy = spread(trainer)
+    trainer.eval_precision = evaluation_precision(
+        train.eval_precision, trainer.precision, gathered=trainer.strategy.gathered
+    )
     trainer.strategy.fill(initialise=checkpoint is None)
     align(trainer.objective, trainer.strategy.layout, world)
     trainer.params = {
@@ -105,3 +103,19 @@ def set_up(trainer: Trainer) -> bool:
     trainer.state.limit = train.limit
     trainer.measure_peak()
     return checkpoint is not None
+
+
+def _precision(setting: str, device: torch.device, world: World) -> Precision:
+    """Choose the compute type, the same on every rank.
+
+    Raises:
+        ConfigError: ``auto`` means different types on different hosts.
+    """
+    precision = choose_precision(setting, device)
+    names = world.gather(precision.name)
+    if len(set(names)) > 1:
+        types = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))
+        raise ConfigError(
+            f"train.precision=auto means {types}: the hosts are not alike. Set train.precision to one that all can do."
+        )
+    return precision

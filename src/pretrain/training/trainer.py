@@ -78,6 +78,7 @@ class Trainer:
     # What ``set_up`` makes, in this order.
     device: torch.device
     precision: Precision
+    eval_precision: Precision
     scaler: LossScale
     strategy: Strategy
     params: dict[str, Tensor]  # those that are trained
