@@ -13,14 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.errors import TokenizerError
-
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
 
 __all__ = ["TaskEncoder", "TaskRows"]
-
-_BATCH = 1024  # texts that are encoded at once
 
 
 class TaskEncoder:
@@ -31,13 +27,12 @@ class TaskEncoder:
         max_length: tokens that an example may have, framing included.
         segments: the model tells the two texts of a pair apart by ``token_type_ids``.
 
-    What the library gives back for a text is its ``Encoding``: ids, type_ids, offsets, word_ids, sequence_ids, and
-    in ``overflowing`` what did not fit.
+    Special tokens typed into a text are read as text: a review must not be able to end itself. What comes back for a
+    text is what ``Tokenizer.frame_texts`` returns.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, *, segments: bool = False) -> None:
         self.tokenizer, self.max_length, self.segments = tokenizer, max_length, segments
-        self._made: Any = None
 
     def texts(
         self,
@@ -56,47 +51,21 @@ class TaskEncoder:
                 in ``overflowing``); None cuts the longer of the two.
             framed: put the special tokens around them.
         """
-        backend = self._backend()
-        if stride is None:
-            backend.enable_truncation(self.max_length, strategy="longest_first")
-        else:
-            backend.enable_truncation(self.max_length, stride=stride, strategy="only_second")
-        inputs: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        return self._encode(backend, inputs, framed, pretokenized=False)
+        return self.tokenizer.frame_texts(
+            texts,
+            pairs,
+            max_length=self.max_length,
+            strategy="longest_first" if stride is None else "only_second",
+            stride=stride or 0,
+            special=False,
+            framed=framed,
+        )
 
     def words(self, sentences: Sequence[Sequence[str]]) -> list[Any]:
         """Encode sentences that come as lists of words; ``word_ids`` of the result say whose piece a token is."""
-        backend = self._backend()
-        backend.enable_truncation(self.max_length)
-        return self._encode(backend, [list(words) for words in sentences], True, pretokenized=True)
-
-    def _backend(self) -> Any:
-        if self._made is None:
-            import tokenizers
-
-            # Special tokens typed into a text are read as text: a review must not be able to end itself.
-            self._made = tokenizers.Tokenizer.from_str(self.tokenizer.plain.to_str())
-            self._made.encode_special_tokens = True
-            self._made.no_padding()
-        return self._made
-
-    def _encode(
-        self, backend: Any, inputs: list[Any], framed: bool, *, pretokenized: bool
-    ) -> list[Any]:
-        found: list[Any] = []
-        for i in range(0, len(inputs), _BATCH):
-            try:
-                found += backend.encode_batch(
-                    inputs[i : i + _BATCH], is_pretokenized=pretokenized, add_special_tokens=framed
-                )
-            except (
-                Exception
-            ) as error:  # the library raises plain Exception, and panics as another class
-                raise TokenizerError(
-                    f"The texts cannot be encoded in {self.max_length} tokens: {error}. Give strings without halves "
-                    "of surrogate pairs, and a max_length that leaves room for text."
-                ) from error
-        return found
+        return self.tokenizer.frame_texts(
+            sentences, max_length=self.max_length, special=False, words=True
+        )
 
     def example(self, encoding: Any) -> dict[str, NDArray[np.int64]]:
         """The arrays of one example: ``input_ids`` (n,) and, where the model has them, ``token_type_ids`` (n,)."""

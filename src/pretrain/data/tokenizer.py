@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 from pretrain.data.tokenizer_build import (
     KINDS,
     KNOWN,
+    ROLES,
+    TRAINED,
     from_merges,
     from_vocab_txt,
     kind_of,
     library_errors,
     open_backend,
     read_config,
+    sibling,
     train_backend,
     word_edges,
 )
@@ -37,6 +40,9 @@ _TEMPLATE, _TEMPLATE_BYTES = "chat_template.jinja", 1_000_000
 _UNENCODABLE = (
     "Give strings without halves of surrogate pairs, and a vocabulary with an unknown token."
 )
+_ROOM = " Choose a max_length that leaves room for text beside the special tokens, and more than the overlap."
+_BATCH = 1024  # texts that are encoded at once
+_SIBLINGS = 16  # ways of reading and cutting that a tokenizer keeps ready
 
 
 class Tokenizer:
@@ -57,7 +63,10 @@ class Tokenizer:
         roles: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.backend = backend
+        # Padding and truncation that a file stores are instructions of another program's batches. They are kept for
+        # ``save`` and never act here: a text has the same ids alone and among others.
+        self.stored_padding, self.stored_truncation = backend.padding, backend.truncation
+        self.backend = sibling(backend)
         self.config = dict(config or {})
         self.chat_template = _template_in(self.config.pop("chat_template", None))
         self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
@@ -82,7 +91,7 @@ class Tokenizer:
             + [self.vocab[name] for name in self.roles.values()]
         )
         self.kind = kind_of(backend)
-        self._plain: tokenizers.Tokenizer | None = None
+        self._siblings: dict[tuple[Any, ...], tokenizers.Tokenizer] = {}
         self._tables: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None
 
     def __len__(self) -> int:
@@ -124,12 +133,28 @@ class Tokenizer:
     @property
     def plain(self) -> tokenizers.Tokenizer:
         """The same tokenizer reading every text as text: ``"<eos>"`` in a document is five characters, not an end."""
-        if self._plain is None:
-            self._plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
-            self._plain.encode_special_tokens = True
-            self._plain.no_truncation()
-            self._plain.no_padding()
-        return self._plain
+        return self._sibling(special=False)
+
+    def _sibling(self, *, special: bool, **cut: Any) -> tokenizers.Tokenizer:
+        """The tokenizer with one way of reading and cutting; it shares the vocabulary and is never changed again."""
+        key = (special, *sorted(cut.items()))
+        if key not in self._siblings:
+            made = sibling(self.backend)
+            made.encode_special_tokens = not special
+            if cut:
+                with library_errors(f"texts cannot be cut to {cut['max_length']} tokens", _ROOM):
+                    made.enable_truncation(direction=self.truncation_side, **cut)
+            if len(self._siblings) >= _SIBLINGS:
+                self._siblings.clear()
+            self._siblings[key] = made
+        return self._siblings[key]
+
+    @property
+    def truncation_side(self) -> str:
+        """The end of a text that is cut off, ``left`` or ``right``, as the tokenizer's files say."""
+        stored = (self.stored_truncation or {}).get("direction", "right")
+        side = self.config.get("truncation_side", stored)
+        return side if side in ("left", "right") else "right"
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of ``text`` without framing.
@@ -138,17 +163,83 @@ class Tokenizer:
             text: any string.
             special: read special tokens written in the text (``"<mask>"``) as such; documents are read without.
         """
-        backend = self.backend if special else self.plain
         with library_errors("the text cannot be encoded", _UNENCODABLE):
+            backend = self._sibling(special=special)
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Return the ids of many texts; all cores are used."""
-        backend = self.backend if special else self.plain
+        """Return the ids of many texts without framing; all cores are used."""
         with library_errors("the texts cannot be encoded", _UNENCODABLE):
-            found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+            backend = self._sibling(special=special)
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def frame_texts(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        strategy: Literal["longest_first", "only_first", "only_second"] = "longest_first",
+        stride: int = 0,
+        special: bool = True,
+        framed: bool = True,
+        words: bool = False,
+    ) -> list[tokenizers.Encoding]:
+        """Encode texts, or pairs of texts, as a model reads them: what ``AutoTokenizer`` gives for the same files.
+
+        The frame (``[CLS] a [SEP] b [SEP]`` and its relatives) is the post-processor of the tokenizer's own file. A
+        text that is cut keeps it.
+
+        Args:
+            texts: one for each example; with ``words``, lists of words.
+            pairs: the second text of each example.
+            max_length: tokens that an example may have, frame included; None cuts nothing.
+            strategy: which text of a pair is cut; ``longest_first`` cuts the longer one.
+            stride: tokens by which the pieces of a text that was cut overlap.
+            special: read special tokens written in a text (``"<mask>"``) as such.
+            framed: put the frame around the texts.
+            words: the texts come as lists of words.
+
+        Returns:
+            For each example an ``Encoding`` of the ``tokenizers`` library: ``ids``, ``type_ids``, ``offsets``
+            (characters of the text, empty for the frame), ``special_tokens_mask``, ``word_ids``, ``sequence_ids``, and
+            in ``overflowing`` what did not fit.
+
+        Raises:
+            TokenizerError: a text that cannot be encoded, or no room for a text beside its frame.
+        """
+        cut: dict[str, Any] = (
+            {}
+            if max_length is None
+            else {"max_length": max_length, "strategy": strategy, "stride": stride}
+        )
+        if (
+            framed
+            and max_length is not None
+            and max_length < self.frame_size(pair=pairs is not None)
+        ):
+            raise TokenizerError(
+                f"max_length {max_length} is less than the {self.frame_size(pair=pairs is not None)} tokens of the "
+                f"frame that this tokenizer puts around texts.{_ROOM}"
+            )
+        backend = self._sibling(special=special, **cut)
+        inputs: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        if words and pairs is None:
+            inputs = [list(sentence) for sentence in inputs]
+        room = "" if max_length is None else f" in {max_length} tokens"
+        encodings: list[tokenizers.Encoding] = []
+        with library_errors(f"the texts cannot be encoded{room}", _UNENCODABLE + _ROOM * bool(cut)):
+            for i in range(0, len(inputs), _BATCH):
+                encodings += backend.encode_batch(
+                    inputs[i : i + _BATCH], is_pretokenized=words, add_special_tokens=framed
+                )
+        return encodings
+
+    def frame_size(self, *, pair: bool = False) -> int:
+        """Tokens that the frame of a text, or of a pair, takes."""
+        return int(self.backend.num_special_tokens_to_add(pair))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of ``ids``; ids beyond the vocabulary raise :class:`TokenizerError`."""
@@ -162,18 +253,58 @@ class Tokenizer:
         text: str = self.backend.decode(numbers, skip_special_tokens=skip_special)
         return text
 
+    def frame_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts that a causal model is to continue.
+
+        They are those of ``frame_texts``, so a tokenizer whose own post-processor ends every text with a special token
+        ends a prompt with it too, as ``AutoTokenizer`` does. A tokenizer that was trained by this package is the
+        exception: its models have read documents framed by role, so a prompt begins like a document and stays open.
+        An empty prompt begins with the beginning or the end of a text.
+        """
+        start = self.prefix or self.suffix
+        if self.trained_here:
+            return [
+                [*self.prefix, *ids] if ids else list(start) for ids in self.encode_batch(texts)
+            ]
+        return [list(encoding.ids) or list(start) for encoding in self.frame_texts(texts)]
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the tokenizer was trained by this package: its first tokens are the five roles in their order."""
+        first = [self.vocab.get(self.roles.get(role, "")) for role in ROLES]
+        return first == list(range(len(ROLES))) and [self.roles[r] for r in ROLES] in TRAINED
+
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """Return a whole document: prefix, ``ids``, suffix."""
-        return [*self.prefix, *ids, *self.suffix]
+        """Return a whole document, its beginning and its end around ``ids``.
+
+        Both are by role for a tokenizer that was trained by this package, and the frame of its post-processor for any
+        other.
+        """
+        before, after = self._frame_ids()
+        return [*before, *ids, *after]
+
+    def frame_document(self, ids: Sequence[int]) -> list[int]:
+        """Return a document to learn from, which always has an end that a model can learn to stop at."""
+        framed = self.frame(ids)
+        return framed if framed[-1:] == self.suffix else [*framed, *self.suffix]
+
+    def _frame_ids(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a text."""
+        if self.trained_here:
+            return self.prefix, self.suffix
+        encoding = self.frame_texts(["a"])[0]
+        marks = encoding.special_tokens_mask
+        inside = [k for k, mark in enumerate(marks) if not mark] or [len(marks), len(marks) - 1]
+        return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
 
     @property
     def prefix(self) -> list[int]:
-        """Ids before every document: bos, if it exists and differs from eos."""
+        """Ids before every document of pre-training: bos, if it exists and differs from eos."""
         return [self.bos_id] if self.bos_id is not None and self.bos_id != self.eos_id else []
 
     @property
     def suffix(self) -> list[int]:
-        """Ids after every document: eos, if it exists."""
+        """Ids after every document of pre-training: eos, if it exists."""
         return [self.eos_id] if self.eos_id is not None else []
 
     @property
@@ -208,8 +339,17 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over vocabulary, rules and roles."""
-        text = self.backend.to_str() + json.dumps(self.roles, sort_keys=True)
+        text = self._stored().to_str() + json.dumps(self.roles, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _stored(self) -> tokenizers.Tokenizer:
+        """The tokenizer as its file holds it, with the padding and truncation that were found there."""
+        stored = sibling(self.backend)
+        if self.stored_truncation is not None:
+            stored.enable_truncation(**self.stored_truncation)
+        if self.stored_padding is not None:
+            stored.enable_padding(**self.stored_padding)
+        return stored
 
     def save(self, directory: str | Path, *, max_length: int | None = None) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``; transformers 4 and 5 open the directory.
@@ -241,7 +381,7 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
             (folder / _TEMPLATE).write_text(self.chat_template, encoding="utf-8", newline="")
         # Written by Python so that the files get the mode that the umask asks for.
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self._stored().to_str(pretty=True), encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 

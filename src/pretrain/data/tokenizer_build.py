@@ -21,6 +21,8 @@ KINDS = ("bpe", "wordpiece", "char")
 ROLES = ("pad", "bos", "eos", "mask", "unk")
 _TAGS = {role: f"<{role}>" for role in ROLES}
 _BERT_TAGS = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "unk": "[UNK]"}
+# The special tokens, in the order of ROLES and with the ids from 0 on, of every tokenizer that is trained here.
+TRAINED = [[tags[role] for role in ROLES] for tags in (_TAGS, _BERT_TAGS)]
 # Where a directory does not say which token plays a role, these spellings are recognised, first match wins.
 KNOWN = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
@@ -66,6 +68,18 @@ def open_backend(file: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
         backend.get_vocab_size()
         return backend
+
+
+def sibling(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer with the same rules and added tokens, without padding and truncation; both share one vocabulary."""
+    made = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        rule = getattr(backend, part)
+        if rule is not None:
+            setattr(made, part, rule)
+    for _, token in sorted(backend.get_added_tokens_decoder().items()):
+        (made.add_special_tokens if token.special else made.add_tokens)([token])
+    return made
 
 
 def read_config(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:

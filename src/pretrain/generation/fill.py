@@ -67,20 +67,21 @@ def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[A
         for spelling in _MASKS:
             item = item.replace(spelling, name) if name not in item else item
         plain.append(item)
-    rows = frame(model, plain)
-    check_ids(model, rows, "Text")
-    for i, row in enumerate(rows):
-        if tokenizer.mask_id not in row:
+    encodings = frame(model, plain)
+    check_ids(model, [encoding.ids for encoding in encodings], "Text")
+    for i, encoding in enumerate(encodings):
+        if tokenizer.mask_id not in encoding.ids:
             raise ModelError(
                 f"Text {i} has no mask; write {name} where a word is to be filled in: {texts[i][:60]!r}."
             )
     with evaluating(model) as device:
-        found = [_fill_one(model, row, top_k, device) for row in rows]
+        found = [_fill_one(model, encoding, top_k, device) for encoding in encodings]
     return found[0] if isinstance(text, str) else found
 
 
-def _fill_one(model: Model, row: list[int], top_k: int, device: torch.device) -> list[Any]:
+def _fill_one(model: Model, encoding: Any, top_k: int, device: torch.device) -> list[Any]:
     tokenizer: Any = model.tokenizer
+    row = encoding.ids
     places = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
     hidden = model.backbone({"input_ids": torch.tensor([row], device=device)})
     head: Any = model.head
@@ -90,7 +91,7 @@ def _fill_one(model: Model, row: list[int], top_k: int, device: torch.device) ->
     for place, values, ids in zip(places, best.values.tolist(), best.indices.tolist(), strict=True):
         answers.append(
             [
-                _answer(model, row, place, i, p, len(places) == 1)
+                _answer(model, encoding, place, i, p, len(places) == 1)
                 for i, p in zip(ids, values, strict=True)
             ]
         )
@@ -98,19 +99,17 @@ def _fill_one(model: Model, row: list[int], top_k: int, device: torch.device) ->
 
 
 def _answer(
-    model: Model, row: list[int], place: int, token: int, score: float, only: bool
+    model: Model, encoding: Any, place: int, token: int, score: float, only: bool
 ) -> dict[str, Any]:
     """One candidate; other masks of the text stay visible."""
     tokenizer: Any = model.tokenizer
-    filled = [*row[:place], token, *row[place + 1 :]]
+    filled = [*encoding.ids[:place], token, *encoding.ids[place + 1 :]]
     if only:
         text = tokenizer.decode(filled)
     else:
-        start, stop = (
-            len(tokenizer.prefix),
-            len(row) - (0 if model.backbone.causal else len(tokenizer.suffix)),
-        )
-        text = tokenizer.decode(filled[start:stop], skip_special=False)
+        frame_marks = encoding.special_tokens_mask
+        inside = [i for i, mark in zip(filled, frame_marks, strict=True) if not mark]
+        text = tokenizer.decode(inside, skip_special=False)
     return {
         "token": tokenizer.decode([token], skip_special=False),
         "token_id": token,
@@ -147,14 +146,14 @@ def embed(
         raise ModelError(
             "The first token of a causal model has seen none of the others; use pooling='mean'."
         )
-    rows = frame(model, as_texts(texts))
     limit = model.backbone.max_length
-    long = sum(len(row) > limit for row in rows)
+    encodings = frame(model, as_texts(texts), limit)
+    rows = [encoding.ids for encoding in encodings]
+    long = sum(bool(encoding.overflowing) for encoding in encodings)
     if long:
         warnings.warn(
             f"{long} of {len(rows)} texts have more than {limit} tokens and were cut.", stacklevel=2
         )
-    rows = [row[:limit] for row in rows]
     check_ids(model, rows, "Text")
     found = torch.empty(len(rows), model.backbone.config.hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

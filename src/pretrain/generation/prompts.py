@@ -119,11 +119,9 @@ def as_texts(texts: Any) -> list[str]:
 
 
 def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    """Prompts begin as documents began in training and stay open at the end."""
-    tokenizer = tokenizer_of(model, "read text")
-    found = tokenizer.encode_batch(texts)
-    start = tokenizer.prefix or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-    return [[*tokenizer.prefix, *ids] if ids else list(start) for ids in found]
+    """Prompts as ids; see ``Tokenizer.frame_prompts``."""
+    prompts: list[list[int]] = tokenizer_of(model, "read text").frame_prompts(texts)
+    return prompts
 
 
 def tokenizer_of(model: Model, purpose: str) -> Any:
@@ -198,8 +196,9 @@ def pad(
     return ids.to(device), None if all(len(row) == width for row in rows) else real.to(device)
 
 
-def frame(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    """Whole documents as ids, framed as in training; a causal model's are left open at the end."""
-    tokenizer = tokenizer_of(model, "read text")
-    suffix = [] if model.backbone.causal else tokenizer.suffix
-    return [[*tokenizer.prefix, *ids, *suffix] for ids in tokenizer.encode_batch(texts)]
+def frame(model: Model, texts: Sequence[str], max_length: int | None = None) -> list[Any]:
+    """Texts as the encodings that the model reads; see ``Tokenizer.frame_texts``."""
+    encodings: list[Any] = tokenizer_of(model, "read text").frame_texts(
+        texts, max_length=max_length
+    )
+    return encodings

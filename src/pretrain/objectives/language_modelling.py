@@ -100,7 +100,8 @@ class LanguageModelling(Task):
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         # Special tokens typed into a text are read as text, as when data are prepared.
-        documents = [tokenizer.frame(ids) for ids in tokenizer.encode_batch(texts, special=False)]
+        encoded = tokenizer.encode_batch(texts, special=False)
+        documents = [tokenizer.frame_document(ids) for ids in encoded]
         if targets and self.pack and documents:
             self._pack(rows, kept, documents)
             return rows

@@ -80,7 +80,7 @@ class QuestionAnswering(Task):
         pack: bool = True,
     ) -> None:
         super().__init__(model, max_length=max_length, pack=pack)
-        special = self.encoder.tokenizer.backend.num_special_tokens_to_add(True)
+        special = self.encoder.tokenizer.frame_size(pair=True)
         self.stride = self.max_length // _OVERLAP if stride is None else stride
         # A window must go on behind the tokens that it shares with the one before.
         self.question_room = min(self.max_length // 2, self.max_length - special - self.stride - 1)
