@@ -80,7 +80,7 @@ def test_unused_columns_are_told_once_and_kept_until_then(
     source = table("id", "sentence", "label", "date")
     chosen = choose_columns(source, ROLES, {})
     assert capsys.readouterr().err.splitlines() == [
-        "a dict of 3 rows: used sentence as text, label; columns not used: id, date"
+        "a dict of 3 rows: used sentence as text, label; columns not used: 'id', 'date'"
     ]
     made = roles_table(source, chosen)
     assert made.names == ["text", "label"] and source.names == ["id", "sentence", "label", "date"]
@@ -145,10 +145,10 @@ def test_classes(values: list[Any], labels: tuple[str, ...], ids: list[int]) -> 
     | st.lists(st.integers(-5, 5), min_size=2, max_size=19)
 )
 def test_ids_name_the_values_again(values: list[Any]) -> None:
-    if len(set(values)) < 2:
+    if len({str(value).strip() for value in values}) < 2:
         return
     labels, ids = make_label_map(values)
-    assert [labels[k] for k in ids] == [str(value) for value in values]
+    assert [labels[k] for k in ids] == [str(value).strip() for value in values]
     assert sorted(set(ids)) == list(range(len(labels)))
     shuffled = values[:]
     random.Random(0).shuffle(shuffled)
@@ -201,7 +201,7 @@ def test_bad_labels_say_where(capsys: pytest.CaptureFixture[str]) -> None:
     for values in (["0.2", "1.0", "0.2"], [0.2, 1.0]):
         refused(
             lambda values=values: make_label_map(values, where=where),
-            'task="regression"',
+            "task='regression'",
             "0.2",
             "index 0",
         )
@@ -399,7 +399,7 @@ def test_real_labels(data_sets: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert 0 < count < 200 and len(kept) == len(train) - count
     scores = read_table(data_sets / "query_wellformedness/dev.tsv", columns=["text", "label"])
     refused(
-        lambda: make_label_map(scores.columns["label"], where=scores.where), 'task="regression"'
+        lambda: make_label_map(scores.columns["label"], where=scores.where), "task='regression'"
     )
     words = read_table(data_sets / "wnut17/train.conll")
     tags, _ = make_tag_map(words.columns["ner_tags"], where=words.where)

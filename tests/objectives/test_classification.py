@@ -139,7 +139,7 @@ def several(count: int) -> Table:
 def test_several_labels_against_torch_and_scikit_learn() -> None:
     table = several(50)
     found = Classification.learn(table, {})
-    assert found.labels == ANIMALS and found.options == {"problem": "multi_label"}
+    assert found.labels == ANIMALS and found.options["problem"] == "multi_label"
     task = task_of(problem="multi_label", threshold=0.4, seed=1).eval()
     rows = task.encode(table)
     wanted = np.array([[a in label for a in ANIMALS] for label in table.columns["label"]])
@@ -207,7 +207,7 @@ def bad(labels: list[Any]) -> Table:
         ([0.5, 1.5, 2.0], "regression"),
         ([["a"], ["b"], "c"], "row 3"),
         ([["a"], ["b"], None], "row 3"),
-        ([["a"], ["a"], []], "told apart"),
+        ([["a"], ["a"], []], "two classes"),
     ],
 )
 def test_targets_that_cannot_be(labels: list[Any], words: str) -> None:

@@ -13,9 +13,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.data.label_forms import is_on
 from pretrain.data.labels import LabelMap, is_missing, make_label_map, make_tag_map, number_in
 from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError, did_you_mean
+from pretrain.settings.spelling import column as column_option
+from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 _BINS = 10  # strata of a quantity
+_SHOWN = 30  # columns that a message names
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Role:
         required: whether the task can do without.
         help: half a sentence for errors: ``the text to classify``.
         target: it holds what is learned, which there is none of when the trained model is asked.
+        many: several columns may play it together, each a label that a row has or not.
     """
 
     name: str
@@ -43,14 +48,15 @@ class Role:
     required: bool = True
     help: str = ""
     target: bool = False
+    many: bool = False
 
 
 # ------------------------------------------------------------------------------------------------ columns
 
 
 def choose_columns(
-    table: Table, roles: Sequence[Role], given: Mapping[str, str | None], *, quiet: bool = False
-) -> dict[str, str]:
+    table: Table, roles: Sequence[Role], given: Mapping[str, Any], *, quiet: bool = False
+) -> dict[str, Any]:
     """Return the column of every role that has one.
 
     What the user names is taken; the other roles go, in order, to the first column whose name is one of their `known`
@@ -59,7 +65,7 @@ def choose_columns(
     Args:
         table: the rows.
         roles: the roles of the task.
-        given: role -> column, or None where the user left it open.
+        given: role -> column, or a list of columns for a role of many, or None where the user left it open.
         quiet: tell nothing about columns that are not used.
 
     Raises:
@@ -71,31 +77,47 @@ def choose_columns(
     for role in named:
         if role not in by_name:
             raise DataError(
-                f"{role}={named[role]!r}: this task has no column for {role!r}.{did_you_mean(role, by_name)}"
+                f"{column_option(role, named[role])}: this task has no column for {role!r}."
+                f"{did_you_mean(role, by_name)}"
             )
-    chosen: dict[str, str] = {}
+    chosen: dict[str, Any] = {}
     for role, column in named.items():
-        if column not in table.columns:
-            raise DataError(_absent(table, role, str(column), roles))
-        if column in chosen.values():
-            other = next(r for r, c in chosen.items() if c == column)
+        if isinstance(column, list | tuple) and not (by_name[role].many and len(column) > 1):
             raise DataError(
-                f"the column {column!r} was named for both {other} and {role}; each needs a column of its own."
+                f"{column_option(role, list(column))}: {role} is one column"
+                f"{', or several, of which each is a label' if by_name[role].many else ''}. Name it as "
+                f"{column_option(role, str(next(iter(column), 'name')))}."
             )
-        chosen[role] = column
+        for name in _listed(column):
+            if name not in table.columns:
+                raise DataError(_absent(table, role, str(name), roles))
+            if (
+                other := next((r for r, c in chosen.items() if name in _listed(c)), None)
+            ) is not None:
+                raise DataError(
+                    f"the column {name!r} was named for both {other} and {role}; each needs a column of its own."
+                )
+        chosen[role] = list(column) if isinstance(column, list | tuple) else column
     for wanted in roles:
         if wanted.name not in chosen:
-            found = _recognised(table, wanted, set(chosen.values()))
+            found = _recognised(table, wanted, {n for c in chosen.values() for n in _listed(c)})
             if found is not None:
                 chosen[wanted.name] = found
     missing = [role for role in roles if role.required and role.name not in chosen]
     if missing:
         raise DataError(_missing(table, missing, chosen, named))
-    unused = [name for name in table.columns if name not in chosen.values()]
+    taken = {name for column in chosen.values() for name in _listed(column)}
+    unused = [name for name in table.columns if name not in taken]
     if unused and not quiet:
-        used = ", ".join(c if c == r else f"{c} as {r}" for r, c in chosen.items())
-        note(f"{table.name}: used {used}; columns not used: {', '.join(unused)}")
+        used = ", ".join(
+            c if c == r else f"{', '.join(_listed(c))} as {r}" for r, c in chosen.items()
+        )
+        note(f"{table.name}: used {used}; columns not used: {_names(unused)}")
     return {role.name: chosen[role.name] for role in roles if role.name in chosen}
+
+
+def _listed(column: Any) -> Sequence[str]:
+    return column if isinstance(column, list | tuple) else [column]
 
 
 def _folded(name: str) -> str:
@@ -111,16 +133,17 @@ def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
         if len(alike) > 1:
             raise DataError(
                 f"{table.name} has {' and '.join(map(repr, alike))}, both of which could be the {role.name}. Say "
-                f"which: {role.name}={alike[0]!r}."
+                f"which: {column_option(role.name, alike[0])}."
             )
         if alike:
             return alike[0]
     return None
 
 
-def _names(table: Table) -> str:
-    short = [name if len(name) <= 40 else name[:37] + "..." for name in table.names]
-    return ", ".join(map(repr, short))
+def _names(names: Sequence[str]) -> str:
+    short = [repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN]]
+    more = f", ... ({len(names):,} in all)" if len(names) > _SHOWN else ""
+    return ", ".join(short) + more
 
 
 def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
@@ -129,42 +152,92 @@ def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
     known = {_folded(name) for item in roles for name in item.known}
     strange = not known & {_folded(name) for name in table.columns}
     if table.hint and strange and not near:
-        return f"{table.name} has no column {column!r} for {role}={column!r}. {table.hint}"
-    return f"{table.name} has no column {column!r} for {role}={column!r}; columns present: {_names(table)}.{near}"
+        return (
+            f"{table.name} has no column {column!r} for {column_option(role, column)}. {table.hint}"
+        )
+    return (
+        f"{table.name} has no column {column!r} for {column_option(role, column)}; columns present: "
+        f"{_names(table.names)}.{near}"
+    )
 
 
 def _missing(
     table: Table, missing: Sequence[Role], chosen: Mapping[str, str], named: Mapping[str, str]
 ) -> str:
     """Say which roles have no column, what there is, and what to write."""
-    left = [name for name in table.columns if name not in chosen.values()]
+    taken = {name for column in chosen.values() for name in _listed(column)}
+    left = [name for name in table.columns if name not in taken]
     wanted = " and ".join(role.name + (f" ({role.help})" if role.help else "") for role in missing)
     if table.hint and not chosen:
         return f"{table.name} has no column for {wanted}. {table.hint}"
     looked = "; ".join(f"{role.name}: {', '.join(role.known)}" for role in missing)
     if not left:
         cure = "No column is left for it; check that the right file was given."
+    elif missing[0].many and len(marks := _marked(table, left)) > 1:
+        shown = marks if len(marks) <= _SHOWN else [*marks[:3], ...]
+        cure = (
+            f"If each of {_names(marks)}, which hold 0 and 1, is a label, write "
+            f"{column_option(missing[0].name, shown)}."
+        )
     else:
-        calls = [f"{role}={column!r}" for role, column in named.items()]
-        calls += [f"{role.name}={left[min(k, len(left) - 1)]!r}" for k, role in enumerate(missing)]
+        calls = [column_option(role, column) for role, column in named.items()]
+        calls += [
+            column_option(role.name, left[min(k, len(left) - 1)]) for k, role in enumerate(missing)
+        ]
         only = len(left) == 1 and len(missing) == 1
         lead = (
             f"The only column left is {left[0]!r}; if it is the one, write"
             if only
             else "Name it, for example"
         )
-        cure = f"{lead} {', '.join(calls)}."
+        cure = f"{lead} {' '.join(calls) if calls[0].startswith('--') else ', '.join(calls)}."
     return (
-        f"{table.name} has no column for {wanted}; columns present: {_names(table)}. Recognised names are {looked}. "
-        f"{cure}"
+        f"{table.name} has no column for {wanted}; columns present: {_names(table.names)}. Recognised names are "
+        f"{looked}. {cure}"
     )
 
 
-def roles_table(table: Table, chosen: Mapping[str, str]) -> Table:
-    """Return the chosen columns under the names of their roles; other columns are left out."""
-    columns = {role: table.columns[column] for role, column in chosen.items()}
-    names = {role: table.label_names[c] for role, c in chosen.items() if c in table.label_names}
+def _marked(table: Table, names: Sequence[str]) -> list[str]:
+    """Those columns that hold 0 and 1 alone, in any spelling."""
+    return [
+        name for name in names if all(is_on(value) is not None for value in table.columns[name])
+    ]
+
+
+def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
+    """Return the chosen columns under the names of their roles; other columns are left out.
+
+    Several columns for one role become one column with a list in each row: the numbers of those that hold 1.
+
+    Raises:
+        DataError: such a column holds something else than 0 and 1; names the row.
+    """
+    columns, names = {}, {}
+    for role, column in chosen.items():
+        if isinstance(column, list):
+            columns[role], names[role] = _one_column(table, column), list(column)
+            continue
+        columns[role] = table.columns[column]
+        if column in table.label_names:
+            names[role] = table.label_names[column]
     return table.with_columns(columns, names)
+
+
+def _one_column(table: Table, labels: Sequence[str]) -> list[Any]:
+    rows: list[list[int]] = [[] for _ in range(len(table))]
+    for k, label in enumerate(labels):
+        for i, value in enumerate(table.columns[label]):
+            on = is_on(value)
+            if on is None:
+                unlabelled = value in (-1, "-1", -1.0)
+                hint = "In public test sets -1 marks a row without a label. " if unlabelled else ""
+                raise DataError(
+                    f"{table.where(i)}: the column {label!r} holds {value!r}, but a column that is a label holds 0 or "
+                    f"1 in each row. {hint}Correct or remove the row."
+                )
+            if on:
+                rows[i].append(k)
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------- split
@@ -256,7 +329,8 @@ def split(
     if not held:
         raise DataError(
             f"{table.name}: no row of {len(table)} can be held out, since every class needs one for training and none "
-            "has two. Give more rows, or the held-out rows themselves (valid=...)."
+            "has two. Give more rows, or the held-out rows themselves: "
+            f"{option('valid')}."
         )
     train = table.take([i for i in range(len(table)) if i not in held])
     return train, table.take(sorted(held))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain.errors import DataError, did_you_mean
+from pretrain.settings.spelling import column as column_option
+from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
 __all__ = [
     "LabelMap",
+    "blanks_note",
     "finite_numbers",
+    "flattened",
     "is_missing",
     "make_label_map",
     "make_tag_map",
@@ -53,6 +58,7 @@ class LabelMap:
         given: Sequence[Any] | Mapping[Any, str] | None = None,
         *,
         names: Sequence[str] | None = None,
+        checkpoint: Sequence[str] | None = None,
         where: Where | None = None,
         column: str = "label",
     ) -> LabelMap:
@@ -65,6 +71,8 @@ class LabelMap:
             given: names in the order of their ids, fixed by the caller, or a dict from value to name. Names for a
                 column of numbers belong to 0..k-1 or, if k occurs and 0 does not, to 1..k.
             names: names of the classes whose numbers the column holds (``Table.label_names``).
+            checkpoint: names of the classes of the checkpoint that is fine-tuned, whose order is kept; the column
+                holds them or their numbers.
             where: where a row stands, for errors.
             column: name of the column, for errors.
 
@@ -74,31 +82,79 @@ class LabelMap:
         """
         at = where or (lambda i: f"row {i + 1}")
         texts = _spelled(values, at, column)
+        what = "its classes"
         if given is not None:
-            made = _given(given, texts, column)
+            made, what = _given(given, texts, column, names), "the labels given"
+        elif checkpoint is not None:
+            made = _of_checkpoint(checkpoint, texts, at, column, names)
+            what = "the classes of the checkpoint"
         elif names is not None:
-            codes = {str(k): k for k in range(len(names))}
-            spelled = {str(name): k for k, name in enumerate(names)}
-            # Names that are numbers themselves would be taken for ids, so they are no spelling of a class.
-            made = cls(tuple(spelled), codes if codes.keys() & spelled.keys() else codes | spelled)
+            made = cls.numbered(names)
         else:
             labels = _sorted_labels(texts, values, at, column)
             made = cls(labels, {label: k for k, label in enumerate(labels)})
-        made._check(texts, at, column, "the labels given" if given is not None else "its classes")
+        made._check(texts, at, column, what)
         return made
 
+    @classmethod
+    def numbered(cls, names: Sequence[str]) -> LabelMap:
+        """Classes of which a column may hold the numbers or the names, but not both."""
+        codes = {str(k): k for k in range(len(names))}
+        spelled = {str(name).strip(): k for k, name in enumerate(names)}
+        # Names that are numbers themselves would be taken for ids, so they are no spelling of a class.
+        return cls(tuple(spelled), codes if codes.keys() & spelled.keys() else codes | spelled)
+
     def ids(
-        self, values: Sequence[Any], *, where: Where | None = None, column: str = "label"
+        self,
+        values: Sequence[Any],
+        *,
+        names: Sequence[str] | None = None,
+        where: Where | None = None,
+        column: str = "label",
     ) -> list[int]:
-        """Return the class ids of a column; DataError for a missing label or one that training did not have."""
+        """Return the class ids of a column.
+
+        Args:
+            values: one text, whole number or bool for each row.
+            names: names of the classes whose numbers this column holds, perhaps in another order than here.
+            where: where a row stands, for errors.
+            column: name of the column, for errors.
+
+        Raises:
+            DataError: a missing label, or one that training did not have.
+        """
         at = where or (lambda i: f"row {i + 1}")
         texts = _spelled(values, at, column)
-        self._check(texts, at, column, "the labels of the training rows")
-        return [self.codes[text] for text in texts]
+        known: LabelMap = self
+        named = {str(k): str(name).strip() for k, name in enumerate(names or ())}
+        places = {label.strip(): k for k, label in enumerate(self.labels)}
+        if (
+            places.keys() & named.values()
+        ):  # none, where the caller has given the classes other names
+            own = {k: places[name] for k, name in named.items() if name in places}
+            known = LabelMap(self.labels, own | places)
+        elif self.codes.keys() == set(self.labels) and not self.codes.keys() >= set(texts):
+            # A model that was loaded knows its names only; their numbers say the same where no name is a number.
+            known = LabelMap.numbered(self.labels)
+        known._check(texts, at, column, "the labels of the training rows")
+        return [known.codes[text] for text in texts]
 
     def _check(self, texts: Sequence[str], at: Where, column: str, what: str) -> None:
         strange = [i for i, text in enumerate(texts) if text not in self.codes]
         if not strange:
+            by_name = {text: i for i, text in enumerate(texts) if text in self.labels}
+            by_number = {text: i for i, text in enumerate(texts) if text not in self.labels}
+            numbers = {str(k) for k in range(len(self.labels))}
+            counted = (
+                not numbers & set(self.labels) and numbers | set(self.labels) <= self.codes.keys()
+            )
+            if by_name and counted and any(text.isdigit() for text in by_number):
+                (name, i) = next(iter(by_name.items()))
+                (number, j) = next((t, j) for t, j in by_number.items() if t.isdigit())
+                raise DataError(
+                    f"{column} mixes names and numbers of classes: {name!r} ({at(i)}) and {number!r} ({at(j)}). Write "
+                    "all labels in one way."
+                )
             return
         unknown = list(dict.fromkeys(texts[i] for i in strange))
         first = texts[strange[0]]
@@ -108,7 +164,7 @@ class LabelMap:
         near += " In public test sets -1 marks a row without a label." if first == "-1" else ""
         raise DataError(
             f"{at(strange[0])}: {column} {_short(first)!r} is not among {what}: {_listed(self.labels)}.{near}{more} "
-            "Correct the row, or list every label, in order, with labels=[...]."
+            f"Correct the row, or list every label, in order: {option('labels', [...])}."
         )
 
 
@@ -130,6 +186,7 @@ def make_tag_map(
     given: Sequence[Any] | Mapping[Any, str] | None = None,
     *,
     names: Sequence[str] | None = None,
+    checkpoint: Sequence[str] | None = None,
     where: Where | None = None,
     column: str = "tags",
 ) -> tuple[LabelMap, list[list[int]]]:
@@ -137,6 +194,22 @@ def make_tag_map(
 
     Raises:
         DataError: a cell that is no list, and as :meth:`LabelMap.learn`, with the place in the list.
+    """
+    flat, inside = flattened(rows, where, column)
+    made = LabelMap.learn(
+        flat, given, names=names, checkpoint=checkpoint, where=inside, column=column
+    )
+    ids = iter(made.ids(flat, where=inside, column=column))
+    return made, [[next(ids) for _ in row] for row in rows]
+
+
+def flattened(
+    rows: Sequence[Any], where: Where | None = None, column: str = "tags"
+) -> tuple[list[Any], Where]:
+    """Return the items of all lists of a column and where each of them stands.
+
+    Raises:
+        DataError: a cell that is no list.
     """
     at = where or (lambda i: f"row {i + 1}")
     flat: list[Any] = []
@@ -152,9 +225,7 @@ def make_tag_map(
     def inside(j: int) -> str:
         return f"{at(places[j][0])}, item {places[j][1] + 1}"
 
-    made = LabelMap.learn(flat, given, names=names, where=inside, column=column)
-    ids = iter(made.ids(flat, where=inside, column=column))
-    return made, [[next(ids) for _ in row] for row in rows]
+    return flat, inside
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -184,7 +255,7 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
     for i, value in enumerate(values):
         value = value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
         if isinstance(value, bool | str):
-            kind, text = type(value).__name__, str(value)
+            kind, text = type(value).__name__, str(value).strip()
         elif isinstance(value, int):
             kind, text = "number", str(value)
         elif isinstance(value, float):
@@ -205,6 +276,16 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
             "labels in one way."
         )
     return texts
+
+
+def blanks_note(values: Iterable[Any], column: str) -> list[str]:
+    """A line on the labels that have blanks around them, which are no part of their name."""
+    padded = [value for value in values if isinstance(value, str) and value != value.strip()]
+    return (
+        [f"{column}: blanks around {len(padded):,} labels, such as {padded[0]!r}, are left out"]
+        if padded
+        else []
+    )
 
 
 def number_in(text: str) -> float | None:
@@ -260,7 +341,8 @@ def _sorted_labels(
         i = texts.index(parts[0])
         raise DataError(
             f"{column} holds numbers that are not whole, such as {values[i]!r} ({at(i)}), so it is a quantity and not "
-            f'a class: use task="regression". If they are names of {len(distinct)} classes, list them: labels=[...].'
+            f"a class: use {option('task', 'regression')}. If they are names of {len(distinct)} classes, list them: "
+            f"{option('labels', [...])}."
         )
     if len(distinct) == 1:
         raise DataError(
@@ -273,39 +355,53 @@ def _sorted_labels(
         raise DataError(
             f"{column} has {len(distinct):,} different values in {len(texts):,} rows, such as "
             f"{_short(distinct[0])!r} ({at(i)}); it looks like text or an id and not like classes. Name the column of "
-            'the label, for example label="category".'
+            f"the label, for example {column_option('label', 'category')}."
         )
     folded: dict[str, str] = {}
     for text in distinct:
-        twin = folded.setdefault(text.strip().casefold(), text)
+        plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        twin = folded.setdefault(plain, text)
         if twin != text:
             note(
-                f"{column}: {twin!r} and {text!r} differ only in case or blanks and are two classes"
+                f"{column}: {twin!r} and {text!r} differ only in case, blanks or accents and are two classes"
             )
     if all_numbers:
         return tuple(sorted(distinct, key=lambda text: (numbers[text] or 0.0, text)))
     return tuple(sorted(distinct))
 
 
-def _given(given: Sequence[Any] | Mapping[Any, str], texts: Sequence[str], column: str) -> LabelMap:
+def _given(
+    given: Sequence[Any] | Mapping[Any, str],
+    texts: Sequence[str],
+    column: str,
+    names: Sequence[str] | None = None,
+) -> LabelMap:
     """Return the map that the caller's labels describe; see :meth:`LabelMap.learn` for numbers."""
     if isinstance(given, str) or not given:
         raise DataError(
-            f"labels={given!r} must list the labels, as labels=['negative', 'positive']."
+            f"{option('labels', given)} must list the labels, as {option('labels', ['negative', 'positive'])}."
         )
     pairs = list(given.items()) if isinstance(given, Mapping) else [(name, name) for name in given]
-    names = _spelled([name for _, name in pairs], lambda i: f"label {i + 1} of labels", "name")
-    labels = tuple(dict.fromkeys(names))
-    if len(labels) < len(names) and not isinstance(given, Mapping):
-        twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise DataError(f"labels={_listed(names)} names {twice!r} twice; list every class once.")
+    spelled = _spelled([name for _, name in pairs], lambda i: f"label {i + 1} of labels", "name")
+    labels = tuple(dict.fromkeys(spelled))
+    if len(labels) < len(spelled) and not isinstance(given, Mapping):
+        twice = next(name for k, name in enumerate(spelled) if name in spelled[:k])
+        raise DataError(f"labels={_listed(spelled)} names {twice!r} twice; list every class once.")
     if len(labels) < 2:
         raise DataError(
-            f"labels={_listed(names)} names one class only; two at least are needed to learn from."
+            f"labels={_listed(spelled)} names one class only; two at least are needed to learn from."
         )
     keys = _spelled([key for key, _ in pairs], lambda i: f"value {i + 1} of labels", "value")
-    codes = {key: labels.index(name) for key, name in zip(keys, names, strict=True)}
+    codes = {key: labels.index(name) for key, name in zip(keys, spelled, strict=True)}
     present = set(texts)
+    if names is not None:
+        own = [str(name).strip() for name in names]
+        if (
+            set(own) <= codes.keys()
+        ):  # the caller's order, or other names, of the classes that the column numbers
+            return LabelMap(labels, {str(k): codes[name] for k, name in enumerate(own)} | codes)
+        if len(own) == len(labels) and not isinstance(given, Mapping):
+            return LabelMap.numbered(labels)
     if isinstance(given, Mapping) or present & codes.keys() or not present:
         return LabelMap(labels, codes)
     count = len(labels)
@@ -317,8 +413,43 @@ def _given(given: Sequence[Any] | Mapping[Any, str], texts: Sequence[str], colum
     if present <= from_zero:
         raise DataError(
             f"{column} holds the numbers {_listed(sorted(present))}, which could count the {count} labels from 0 or "
-            "from 1. Say it with a dict: labels={"
-            + f"1: {labels[0]!r}, 2: {labels[1]!r}, ..."
-            + "}."
+            f"from 1. Say it with a dict: {option('labels', {1: labels[0], 2: labels[1], ...: ...})}."
         )
     return LabelMap(labels, codes)
+
+
+def _of_checkpoint(
+    checkpoint: Sequence[str],
+    texts: Sequence[str],
+    at: Where,
+    column: str,
+    names: Sequence[str] | None,
+) -> LabelMap:
+    """Return the classes of a checkpoint that is a classifier already, with its names for those of the column.
+
+    Raises:
+        DataError: labels that the checkpoint does not have.
+    """
+    labels = tuple(str(label) for label in checkpoint)
+    places = {label.strip(): k for k, label in enumerate(labels)}
+    folded = {label.strip().casefold(): k for k, label in enumerate(labels)}
+    if len(folded) == len(labels):  # the spelling of the checkpoint, where only the case differs
+        places |= {text: folded[text.casefold()] for text in texts if text.casefold() in folded}
+    if names is not None:
+        own = {str(k): str(name).strip() for k, name in enumerate(names)}
+        wanted = {places.get(n, folded.get(n.casefold())) for n in own.values()}
+        if None not in wanted:
+            found = {k: places.get(n, folded.get(n.casefold(), 0)) for k, n in own.items()}
+            return LabelMap(labels, found | places)
+        texts, at = list(own.values()), lambda i: f"class {i}"
+    numbers = {str(k): k for k in range(len(labels))}
+    if set(texts) <= places.keys():
+        return LabelMap(labels, places)
+    if set(texts) <= numbers.keys() | places.keys() and not numbers.keys() & places.keys():
+        return LabelMap(labels, numbers | places)
+    i = next(i for i, text in enumerate(texts) if text not in places)
+    raise DataError(
+        f"{at(i)}: {column} {_short(texts[i])!r} is not among the classes of the checkpoint, which is a classifier "
+        f"already: {_listed(labels)}. Rows for it hold these names or their numbers from 0; to teach it other classes "
+        f"with a new last layer, list them: {option('labels', [*list(dict.fromkeys(texts))[:3], ...])}."
+    )

@@ -20,12 +20,13 @@ from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.finetuning.start import (
     automatic_lr,
+    classes_of,
     freeze,
     starting_model,
     touched_early,
     versions,
 )
-from pretrain.objectives import task_class
+from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.parts import copy_whole
 from pretrain.parallel.world import current_world
@@ -79,8 +80,9 @@ class Job:
     ) -> Job:
         """Read the rows and settle where the run lies."""
         task = task_class(settings.task.name)
-        data = open_data(settings, objects, task)
+        check_options(task, settings.task.options)
         source = settings.model.checkpoint if model is None else model
+        data = open_data(settings, objects, task, classes_of(source, task))
         if isinstance(source, str | os.PathLike):
             source = os.fspath(source)
         job = cls(source, settings, data, task, quiet)
@@ -120,7 +122,7 @@ class Job:
         )
         before = versions(model)
         options = {**self.data.learned.options, **settings.task.options}
-        options.pop("labels", None)
+        options = {k: v for k, v in options.items() if k not in self.task.row_options}
         task = self.task(model, max_length=settings.data.max_length, **options)
         if touched_early(task, before):
             return self.build(seed=seed, scratch=scratch, quiet=True)

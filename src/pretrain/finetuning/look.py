@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pretrain.data.overview import Overview
 from pretrain.finetuning.rows import Data, open_data
 from pretrain.finetuning.settings import from_keywords
-from pretrain.finetuning.start import starting_model
-from pretrain.objectives import task_class
+from pretrain.finetuning.start import classes_of, starting_model
+from pretrain.objectives import check_options, task_class
 from pretrain.settings.spelling import FINETUNE, using
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def look(
     given = {"train": data, "valid": valid, "test": test, **keywords}
     settings, objects = from_keywords(None, "none" if model is None else model, task, given)
     cls = task_class(settings.task.name)
-    found = open_data(settings, objects, cls)
+    check_options(cls, settings.task.options)
+    found = open_data(settings, objects, cls, classes_of(model, cls))
     notes = list(found.notes)
     classes = {
         name: _classes(getattr(found, name), found)
@@ -79,7 +80,7 @@ def look(
         )
     ready = starting_model(model, cls, found.learned.labels, quiet=True)
     options = {**found.learned.options, **settings.task.options}
-    options.pop("labels", None)
+    options = {k: v for k, v in options.items() if k not in cls.row_options}
     made = cls(ready, max_length=settings.data.max_length, **options)
     rows = made.encode(found.train)
     for reason, places in rows.dropped.items():

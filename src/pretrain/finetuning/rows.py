@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pretrain.data.labelled import choose_columns, drop_duplicates, roles_table, split
 from pretrain.data.tables import read_table
 from pretrain.errors import DataError
+from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -54,13 +55,19 @@ class Data:
         return {name: len(table) for name, table in parts.items() if table is not None}
 
 
-def open_data(settings: TuneConfig, objects: Mapping[str, Any], task: type[Task]) -> Data:
+def open_data(
+    settings: TuneConfig,
+    objects: Mapping[str, Any],
+    task: type[Task],
+    labels: Sequence[str] | None = None,
+) -> Data:
     """Read the sources that the settings name, or the objects that were given instead.
 
     Args:
         settings: of the run.
         objects: ``train``, ``valid`` and ``test`` that are no paths: lists, frames, data sets.
         task: says which columns there must be, and what its labels are.
+        labels: classes of the checkpoint, where it has the head of the task already.
 
     Raises:
         DataError: nothing to read, a missing column, labels that cannot be; names the row.
@@ -70,11 +77,15 @@ def open_data(settings: TuneConfig, objects: Mapping[str, Any], task: type[Task]
     if source is None:
         raise DataError("There are no rows to learn from: name a file, or give a list of dicts.")
     whole = _read(source, section, "train")
-    columns = choose_columns(whole, task.roles, section.columns)
+    columns = choose_columns(whole, task.roles, _named_columns(whole, task, settings))
     train = roles_table(whole, columns)
     if not len(train):
         raise DataError(f"{whole.name} has columns but no rows.")
-    learned = task.learn(train, settings.task.options)
+    options = dict(settings.task.options)
+    if labels is not None and "labels" not in options:
+        options["checkpoint_labels"] = labels
+    learned = task.learn(train, options)
+    train = task.tidy(train, learned, options)
     notes, names = list(learned.notes), {"train": whole.name}
     wanted = objects.get("valid", section.valid)
     if isinstance(wanted, int | float):
@@ -82,10 +93,12 @@ def open_data(settings: TuneConfig, objects: Mapping[str, Any], task: type[Task]
         names["valid"] = f"{float(wanted):.0%} of {whole.name}"
     else:
         valid = _by_role(_read(wanted, section, "valid"), task, columns)
+        valid = task.tidy(valid, learned, options)
         names["valid"] = valid.name
     test = None
     if (tested := objects.get("test", section.test)) is not None:
         test = _by_role(_read(tested, section, "test"), task, columns)
+        test = task.tidy(test, learned, options)
         names["test"] = test.name
     roles = [role.name for role in task.roles if role.name in train.names and not role.target]
     recurring = 0
@@ -108,13 +121,32 @@ def open_data(settings: TuneConfig, objects: Mapping[str, Any], task: type[Task]
     )
 
 
+def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:
+    """Columns that the settings name; labels that are all names of columns are one column each."""
+    given, labels = dict(settings.data.columns), settings.task.options.get("labels")
+    role = next((role for role in task.roles if role.many), None)
+    if (
+        role is not None
+        and role.name not in given
+        and isinstance(labels, list | tuple)
+        and not any(known in table.columns for known in role.known)
+        and all(label in table.columns for label in labels)
+    ):
+        given[role.name] = list(labels)
+    return given
+
+
 def _read(source: Any, section: Any, name: str) -> Table:
     return read_table(source, name=name, columns=section.names, format=section.format)
 
 
-def _by_role(table: Table, task: type[Task], columns: Mapping[str, str]) -> Table:
+def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:
     """Held-out rows: the columns of the training rows where they have them, else recognised ones."""
-    known = {role: column for role, column in columns.items() if column in table.names}
+    known = {
+        role: column
+        for role, column in columns.items()
+        if set(column if isinstance(column, list) else [column]) <= set(table.names)
+    }
     return roles_table(table, choose_columns(table, task.roles, known))
 
 
@@ -143,9 +175,9 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
         text = f"{len(rows.cut):,} of {len(table):,} {what} rows ({share:.2%}) exceed {task.max_length} tokens"
         if share > max_cut:
             raise DataError(
-                f"{text} and would be cut, the first is {table.where(rows.cut[0])}. Raise max_length (this model "
-                f"has {task.model.backbone.max_length} positions), split the texts, or allow it with "
-                f"max_cut={min(1.0, share + 0.005):.2f}."
+                f"{text} and would be cut, the first is {table.where(rows.cut[0])}. Raise {option('max_length')} (this "
+                f"model has {task.model.backbone.max_length} positions), split the texts, or allow it with "
+                f"{option('max_cut', round(min(1.0, share + 0.005), 2))}."
             )
         notes.append(f"{text} and are cut")
     return rows

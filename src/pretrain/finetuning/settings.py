@@ -31,8 +31,9 @@ class TuneData:
     """Held-out rows: a fraction of the training rows, stratified by class, or a source of its own."""
     test: str | None = None
     """Rows that are looked at once, when everything has been chosen."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Which column plays which part, e.g. {text: review, label: stars}; others are recognised by name."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Which column plays which part, e.g. {text: review, label: stars}, or {label: [toxic, obscene]} for one column per
+    label; others are recognised by name."""
     names: list[str] | None = None
     """Names of the columns of a file without a header line."""
     format: str | None = None

@@ -12,12 +12,13 @@ from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
 from pretrain.storage.files import note
+from pretrain.storage.reading import named_classes
 from pretrain.training.source import open_source
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
 
-__all__ = ["automatic_lr", "freeze", "starting_model", "touched_early", "versions"]
+__all__ = ["automatic_lr", "classes_of", "freeze", "starting_model", "touched_early", "versions"]
 
 
 def starting_model(
@@ -71,6 +72,21 @@ def starting_model(
         what = "all of it random" if scratch else f"new: {', '.join(new)}" if new else "nothing new"
         note(f"{model.backbone.model_type} with {model.num_parameters():,} parameters, {what}")
     return model
+
+
+def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:
+    """Classes of a checkpoint that has the head of the task already; None where it has none, or they have no names."""
+    if task.head_kind not in LABELLED:
+        return None
+    if isinstance(source, Model):
+        kind, labels = source.head_kind, tuple(source.labels or ())
+        made_up = labels == tuple(f"LABEL_{i}" for i in range(len(labels)))
+        labels = () if made_up else labels
+    elif isinstance(source, str | os.PathLike):
+        kind, labels = named_classes(os.fspath(source))
+    else:
+        return None
+    return labels if kind == task.head_kind and len(labels) > 1 else None
 
 
 def versions(model: Model) -> dict[int, int]:

@@ -41,7 +41,7 @@ HEAD_KINDS = (
 
 LABELLED = ("sequence-classification", "token-classification")
 # What an architecture of config.json is called -> the head that we give it.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
@@ -278,7 +278,7 @@ def kind_named_by(
         raise ConfigError(
             f"config.json: 'architectures' is {names!r}; it must be a list of class names."
         )
-    for ending, kind in _ARCHITECTURES.items():
+    for ending, kind in ARCHITECTURES.items():
         if names[0].endswith(ending):
             if kind not in architectures:
                 raise ConfigError(

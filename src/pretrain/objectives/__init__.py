@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.objectives.base import Loss, Objective
+from pretrain.settings.check import check_value
+from pretrain.settings.spelling import option, option_name
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
@@ -21,6 +26,8 @@ __all__ = [
     "Loss",
     "Objective",
     "build_objective",
+    "check_arguments",
+    "check_options",
     "objective_class",
     "objective_for",
     "task_class",
@@ -94,18 +101,7 @@ def objective_for(head_kind: str | None) -> str | None:
 def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> Objective:
     """Build an objective around ``model``; unknown or missing arguments are named with their dotted key."""
     cls = objective_class(class_path)
-    known = [
-        name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "model")
-    ]
-    for key in init_args:
-        if key not in known:
-            raise ConfigError(
-                f"objective.init_args.{key}: {cls.__name__} has no such argument."
-                + did_you_mean(key, known)
-            )
-    hints = inspect.get_annotations(cls.__init__)
-    for key, value in init_args.items():
-        _check_type(f"objective.init_args.{key}", value, hints.get(key))
+    check_arguments(cls, init_args, lambda key: f"objective.init_args.{key}")
     try:
         inspect.signature(cls).bind(model, **init_args)
     except TypeError as error:
@@ -113,16 +109,58 @@ def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> O
     return cls(model, **init_args)
 
 
-def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Hold a value against a plain annotation, a type or its name; what is not plain is left to the class."""
-    name = hint if isinstance(hint, str) else getattr(hint, "__name__", "")
-    kinds: dict[str, tuple[type, ...]] = {
-        "float": (int, float),
-        "int": (int,),
-        "bool": (bool,),
-        "str": (str,),
-    }
-    if name in kinds and (
-        not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "bool")
-    ):
-        raise ConfigError(f"{key} is {value!r}; it must be of type {name}.")
+def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
+    """Hold the options of a task against its signature; they are spelled as the user gave them.
+
+    Raises:
+        ConfigError: an option that the task does not have (the nearest is named), or one of another type.
+    """
+    if "max_length" in options:
+        raise ConfigError(
+            f"max_length is no option of the task but of the rows: {option('max_length')}."
+        )
+    check_arguments(task, options, option_name, task.row_options)
+
+
+def check_arguments(
+    cls: type[Objective],
+    given: Mapping[str, Any],
+    spell: Callable[[str], str],
+    others: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Hold arguments against the signature and the annotations of a class.
+
+    Args:
+        cls: an objective, whose first argument is the model.
+        given: its other arguments.
+        spell: how an argument is called in errors.
+        others: further arguments that are known, with their types.
+
+    Raises:
+        ConfigError: an unknown argument, or one of another type where the annotation is plain.
+    """
+    parameters = inspect.signature(cls.__init__).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    known = [
+        name
+        for name, parameter in parameters.items()
+        if name not in ("self", "model") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    for key, value in given.items():
+        if key in others:
+            check_value(spell(key), value, others[key])
+        elif key in known:
+            check_value(spell(key), value, _annotation(cls, parameters[key].annotation))
+        elif not anything:
+            near = did_you_mean(key, [*known, *others])
+            raise ConfigError(f"{spell(key)}: {cls.__name__} has no such argument.{near}")
+
+
+def _annotation(cls: type, written: Any) -> Any:
+    """The type that an annotation names; None where it is known to type checkers only."""
+    module = sys.modules.get(cls.__init__.__module__)  # type: ignore[misc]
+    alone = SimpleNamespace(__annotations__={"it": written})
+    try:
+        return get_type_hints(alone, dict(vars(module)) if module else {})["it"]
+    except Exception:  # an annotation may be any expression
+        return None

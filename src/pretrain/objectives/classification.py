@@ -6,7 +6,8 @@ Letters: N examples, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,12 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
+from pretrain.data.label_forms import read_several
 from pretrain.data.labelled import Role
-from pretrain.data.labels import LabelMap
+from pretrain.data.labels import LabelMap, blanks_note, flattened, make_tag_map
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.tasks import Learned, Task, sequence_labels
+from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -88,6 +91,9 @@ class Classification(Task):
         codes: class number of every spelling of a label in the column; by default the labels themselves.
         max_length, pack: see ``Task``.
 
+    Options for the rows: ``labels``, the names of the classes in order; ``label_separator``, what stands between
+    several labels in one cell of text, "" where nothing does.
+
     Raises:
         ConfigError: an option out of range.
     """
@@ -113,10 +119,12 @@ class Classification(Task):
             ),
             help="the class, or a list of classes",
             target=True,
+            many=True,
         ),
     )
     metric: ClassVar[str] = "accuracy"
     head_kind: ClassVar[str | None] = "sequence-classification"
+    row_options: ClassVar[Mapping[str, Any]] = {**Task.row_options, "label_separator": str | None}
 
     def __init__(
         self,
@@ -142,8 +150,7 @@ class Classification(Task):
             )
         self.labels: tuple[str, ...] = tuple(model.labels or ())
         self.problem, self.threshold = problem, threshold
-        spelled = {label: k for k, label in enumerate(self.labels)}
-        self._map = LabelMap(self.labels, spelled if codes is None else codes)
+        self._map = LabelMap(self.labels, _checked_codes(codes, self.labels))
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
         self._weights = given_weights(class_weights, self.labels)
         model.extra_config["problem_type"] = f"{problem}_classification"
@@ -155,35 +162,59 @@ class Classification(Task):
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
-        values, given = table.columns["label"], options.get("labels")
-        if any(isinstance(value, list | tuple | set | np.ndarray) for value in values):
-            return cls._learn_several(table, values, given)
-        names = table.label_names.get("label")
-        found = LabelMap.learn(values, given, names=names, where=table.where)
-        ids = found.ids(values, where=table.where)
-        return Learned(found.labels, ids, {"problem": _SINGLE, "codes": dict(found.codes)})
-
-    @staticmethod
-    def _learn_several(table: Table, values: Sequence[Any], given: Any) -> Learned:
-        for i, value in enumerate(values):
-            if not isinstance(value, list | tuple | set | np.ndarray):
-                raise DataError(
-                    f"{table.where(i)}: the label is {value!r}, but other rows have lists of labels. Give every row "
-                    "a list, [] where no class fits."
+        values, names = table.columns["label"], table.label_names.get("label")
+        given, checkpoint = options.get("labels"), options.get("checkpoint_labels")
+        problem = options.get("problem")
+        form = read_several(
+            values,
+            table.where,
+            names=names,
+            labels=checkpoint if given is None else list(given),
+            separator=options.get("label_separator", "" if problem == _SINGLE else None),
+            always=problem == _MULTI,
+        )
+        known: dict[str, Any] = {"names": form.names or names, "checkpoint": checkpoint}
+        notes = [*form.notes, *blanks_note(chain(*form.rows) if form.rows else values, "label")]
+        if form.rows is None or problem == _SINGLE:
+            lone = values if form.rows is None else _only(form.rows, table.where)
+            found = LabelMap.learn(lone, given, where=table.where, **known)
+            strata: Any = found.ids(lone, where=table.where)
+        else:
+            found, several = make_tag_map(
+                form.rows, given, where=table.where, column="label", **known
+            )
+            problem, sets = _MULTI, [sorted(set(row)) for row in several]
+            strata = [tuple(found.labels[k] for k in row) for row in sets]
+            if empty := sum(not row for row in sets):
+                notes.append(f"label: {empty:,} of {len(sets):,} rows have none of the labels")
+            if all(len(row) == 1 for row in sets):
+                notes.append(
+                    "label: every row has exactly one label; if there can be no more, "
+                    f"{option('problem', _SINGLE)} trains a choice between them"
                 )
-        found = {str(one) for value in values for one in value}
-        labels = tuple(str(one) for one in given) if given else tuple(sorted(found))
-        if unknown := sorted(found - set(labels)):
-            raise DataError(
-                f"The training rows hold the labels {', '.join(map(repr, unknown[:5]))}, which are not among those "
-                f"given: {', '.join(labels[:20])}."
-            )
-        if len(labels) < 2:
-            raise DataError(
-                f"The training rows name {len(labels)} classes; nothing can be told apart."
-            )
-        strata = [tuple(sorted(map(str, value))) for value in values]
-        return Learned(labels, strata=strata, options={"problem": _MULTI})
+        fixed = {"problem": problem or _SINGLE, "codes": dict(found.codes)}
+        return Learned(found.labels, strata, fixed, notes)
+
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """Rows whose labels are names, or lists of names, where the source has another form or blanks around them."""
+        if "label" not in table.names:
+            return table
+        labels = learned.labels or ()
+        known = LabelMap(labels, learned.options["codes"])
+        values, names = table.columns["label"], table.label_names.get("label")
+        single = learned.options["problem"] == _SINGLE
+        if single and not any(isinstance(v, list | Mapping) for v in values):
+            tidied = [value.strip() if isinstance(value, str) else value for value in values]
+        else:
+            separator = "" if single else options.get("label_separator")
+            rows = _class_numbers(table, known, single=single, separator=separator)
+            tidied = [labels[row[0]] if single else [labels[k] for k in row] for row in rows]
+            names = None
+        if tidied == values:
+            return table
+        kept = {} if names is None else {"label": names}
+        return table.with_columns({**table.columns, "label": tidied}, kept)
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows, kept = encode_texts(self, table)
@@ -203,27 +234,13 @@ class Classification(Task):
         Raises:
             DataError: a label that is not among those of the model.
         """
+        rows = _class_numbers(table, self._map, single=self.single)
         if self.single:
-            ids = self._map.ids(table.columns["label"], where=table.where)
-            return [np.asarray(i, dtype=np.int64) for i in ids]
-        places = {label: k for k, label in enumerate(self.labels)}
-        found = []
-        for i, value in enumerate(table.columns["label"]):
-            target = np.zeros(len(places), dtype=np.float32)
-            if not isinstance(value, list | tuple | set | np.ndarray):
-                raise DataError(
-                    f"{table.where(i)}: the label is {value!r}, but the training rows have lists of labels. Give "
-                    "every row a list, [] where no class fits."
-                )
-            for one in value:
-                if str(one) not in places:
-                    raise DataError(
-                        f"{table.where(i)}: the label {one!r} is not among those of the training rows: "
-                        f"{', '.join(self.labels[:20])}."
-                    )
-                target[places[str(one)]] = 1.0
-            found.append(target)
-        return found
+            return [np.asarray(row[0], dtype=np.int64) for row in rows]
+        targets = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
+        for target, row in zip(targets, rows, strict=True):
+            target[row] = 1.0
+        return list(targets)
 
     def truth(self, table: Table) -> list[Any]:
         """The right answers, in the form in which ``decode`` gives them."""
@@ -319,12 +336,71 @@ class Classification(Task):
         return {"label": list(named), "score": list(named.values())}
 
     def describe(self) -> dict[str, Any]:
+        codes = dict(self._map.codes)
         return super().describe() | {
             "task": self.name,
             "problem": self.problem,
             "max_length": self.max_length,
             "threshold": self.threshold,
+            **({} if codes.keys() == set(self.labels) else {"codes": codes}),
         }
+
+
+def _class_numbers(
+    table: Table, known: LabelMap, *, single: bool, separator: str | None = None
+) -> list[list[int]]:
+    """The classes of every row of the column of labels, in any form: one of each row, or any number of them.
+
+    Raises:
+        DataError: a label that is not known, a row without one where each must have one; names the row.
+    """
+    values, names = table.columns["label"], table.label_names.get("label")
+    if single and not any(isinstance(value, list | tuple | Mapping) for value in values):
+        return [[k] for k in known.ids(values, names=names, where=table.where)]
+    form = read_several(
+        values,
+        table.where,
+        names=names,
+        labels=known.labels,
+        spellings=known.codes,
+        separator=separator,
+        always=True,
+    )
+    assert form.rows is not None
+    numbered = form.names or names
+    if single:
+        lone = _only(form.rows, table.where)
+        return [[k] for k in known.ids(lone, names=numbered, where=table.where)]
+    flat, where = flattened(form.rows, table.where, "label")
+    ids = iter(known.ids(flat, names=numbered, where=where))
+    return [list(dict.fromkeys(next(ids) for _ in row)) for row in form.rows]
+
+
+def _only(rows: Sequence[Sequence[Any]], where: Callable[[int], str]) -> list[Any]:
+    """The one label of each row.
+
+    Raises:
+        DataError: a row with none or several.
+    """
+    for i, row in enumerate(rows):
+        if len(row) != 1:
+            raise DataError(
+                f"{where(i)} has {len(row)} labels, but every row must have one. "
+                f"{option('problem', _MULTI)} allows any number."
+            )
+    return [row[0] for row in rows]
+
+
+def _checked_codes(codes: Mapping[str, int] | None, labels: Sequence[str]) -> dict[str, int]:
+    """What may stand in the column for each class; a file may hold anything, so numbers that are none are refused."""
+    if codes is None:
+        return {label.strip(): k for k, label in enumerate(labels)}
+    for spelling, k in codes.items():
+        if type(k) is not int or not 0 <= k < len(labels):
+            raise ConfigError(
+                f"codes gives {spelling!r} the class {k!r}; there are the classes 0 to {len(labels) - 1}."
+            )
+    return dict(codes)
 
 
 def _f1(hit: float, extra: float, missed: float) -> float:

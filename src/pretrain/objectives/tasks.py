@@ -132,6 +132,7 @@ class Task(Objective):
         roles: the columns it reads, with the names by which they are recognised.
         metric: the figure that the best epoch is chosen by.
         head_kind: the head that the model gets; None keeps the one it has.
+        row_options: options that only `learn` and `tidy` read, with their types.
 
     Args:
         model: with the head of the task.
@@ -145,6 +146,7 @@ class Task(Objective):
     name: ClassVar[str]
     roles: ClassVar[tuple[Role, ...]]
     metric: ClassVar[str] = "loss"
+    row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:
         super().__init__(model)
@@ -187,12 +189,27 @@ class Task(Objective):
 
         Args:
             table: the training rows, columns named by role.
-            options: arguments of the task that the caller gave; ``labels`` is the order of the classes.
+            options: arguments of the task that the caller gave, those of ``row_options`` among them; ``labels`` is
+                the order of the classes, ``checkpoint_labels`` that of a checkpoint with the head of this task.
 
         Raises:
             DataError: the targets cannot be what this task trains on; names rows.
         """
         return Learned()
+
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """Rows with their targets in the one form in which the task trains, whatever form the source has.
+
+        Args:
+            table: training or held-out rows, columns named by role.
+            learned: what `learn` found in the training rows.
+            options: as `learn` got them.
+
+        Raises:
+            DataError: a target that training did not have; names the row.
+        """
+        return table
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         """Turn rows into examples.

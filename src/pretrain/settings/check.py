@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["check_run", "read_file", "read_sections", "write_text"]
+__all__ = ["check_run", "check_value", "read_file", "read_sections", "write_text"]
 
 _MERGED = ("model.overrides", "objective.init_args")
 _OPEN = {
@@ -308,6 +308,41 @@ class _Checker:
         return self.fail(key, f"{key} must be {expected}, found {_show(value)}.")
 
 
+_PLAIN = (int, float, bool, str, type(None))
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    """Hold a value against a type that is plain: numbers, words, and lists, mappings, choices or unions of them.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+
+    def plain(part: Any) -> bool:
+        if part in _PLAIN or part in (list, dict, tuple) or get_origin(part) is Literal:
+            return True
+        known = get_origin(part) in (Union, types.UnionType, list, dict)
+        return known and all(map(plain, get_args(part)))
+
+    if hint is None or not plain(hint):
+        return
+    checker, options = _Checker({}, "", {}), get_args(hint)
+    for part in options if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        whole = (list, tuple) if part is list else part
+        if part in (list, dict, tuple) and isinstance(value, whole):
+            return
+        if part is type(None) and value is None:
+            return
+        if part not in (list, dict, tuple, type(None)):
+            with contextlib.suppress(ConfigError):
+                checker.value(key, value, part)
+                return
+    names = [_name(part) for part in (options or (hint,)) if part is not type(None)]
+    if get_origin(hint) is Literal:
+        names = [f"one of {', '.join(map(str, options))}"]
+    raise checker.wrong(key, value, " or ".join(names))
+
+
 def check_run(built: Mapping[str, Any]) -> None:
     """What no field of a pre-training run can see alone."""
     from pretrain.config import parse_every, parse_limit
@@ -337,7 +372,14 @@ def _is_unicode(text: str) -> bool:
 
 
 def _name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
     return names.get(hint, str(hint))
 
 

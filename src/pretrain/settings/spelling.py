@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FINETUNE", "PREDICT", "TRAIN", "Interface", "column", "option", "using"]
+__all__ = ["FINETUNE", "PREDICT", "TRAIN", "Interface", "column", "option", "option_name", "using"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ def option(name: str, value: Any = ...) -> str:
         value: a word, a number, a list or a mapping; an ellipsis, also inside of these, stands for what the user knows.
     """
     return _current.spell(_current.places.get(name, _current.others + name), value)
+
+
+def option_name(name: str) -> str:
+    """An option without a value: ``format`` or ``--data.format``."""
+    path = _current.places.get(name, _current.others + name)
+    return f"--{path}" if _current.command else path
 
 
 def column(role: str, name: Any = ...) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
 from pretrain.storage import manifest
 from pretrain.storage.adapters import adapted_state, open_adapter
 from pretrain.storage.card import objective_name
@@ -40,6 +40,7 @@ __all__ = [
     "inspect",
     "is_finite",
     "load",
+    "named_classes",
     "open_described",
     "report_line",
     "state_of",
@@ -233,6 +234,29 @@ def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any
     elif getattr(model.head, "tied", False):
         parts.append("head tied")
     return ", ".join(parts)
+
+
+def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
+    """The kind of head of a checkpoint and the names of its classes, from its config.json alone.
+
+    Made-up names (``LABEL_0``) are none. What cannot be read is left to `load`, which says why.
+    """
+    from pretrain.models.heads import ARCHITECTURES, labels_named_by
+
+    try:
+        directory = manifest.checked_directory(path)
+        known = [directory / "config.json", directory / ADAPTER_CONFIG]
+        if not any(map(os.path.lexists, known)):
+            run = manifest.best_first(directory, manifest.candidates(directory))
+            directory = run[0] if run else directory
+        opened = ModelDirectory(directory, verify=False)
+        config = opened.model_config() if opened.is_adapter else opened.json("config.json")
+        architecture = str((config.get("architectures") or [""])[0])
+        labels = labels_named_by(config) if config.get("id2label") else ()
+    except (PretrainError, OSError, ValueError, TypeError, LookupError):
+        return None, ()
+    kind = next((k for ending, k in ARCHITECTURES.items() if architecture.endswith(ending)), None)
+    return kind, () if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

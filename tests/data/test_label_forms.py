@@ -1,0 +1,257 @@
+"""Labels in every form in which data sets publish them: one set of classes and one set of targets from all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pretrain.data.label_forms import printed_list, read_several
+from pretrain.data.labelled import choose_columns, roles_table
+from pretrain.data.tables import Table, read_table
+from pretrain.errors import DataError
+from pretrain.objectives.classification import Classification
+from pretrain.settings.spelling import FINETUNE, using
+
+NAMES = ("anger", "joy", "love")
+SETS = st.lists(st.sets(st.sampled_from(NAMES)), min_size=1, max_size=12)
+
+
+def where(i: int) -> str:
+    return f"row {i + 1}"
+
+
+def full(rows: list[set[str]]) -> list[set[str]]:
+    """With rows that show every name alone and in two combinations, so that all forms say what there is."""
+    return [{"anger"}, {"joy", "love"}, {"joy"}, {"anger", "love"}, {"love"}, *rows]
+
+
+def learned(source: Any, path: Path | None = None, names: Any = None, **options: Any) -> Any:
+    """Labels and the set of names of each row, as training finds them."""
+    source = source if isinstance(source, Table) else read_table(source)
+    columns: dict[str, Any] = {} if names is None else {"label": list(names)}
+    table = roles_table(source, choose_columns(source, Classification.roles, columns, quiet=True))
+    found = Classification.learn(table, options)
+    tidied = Classification.tidy(table, found, options)
+    assert Classification.learn(tidied, {"labels": found.labels}).strata == found.strata
+    return found.labels, [set(row) for row in tidied.columns["label"]], found
+
+
+def cells(rows: list[set[str]], form: str) -> list[Any]:
+    ordered = [sorted(row, reverse=True) for row in rows]
+    hot = [[n in row for n in NAMES] for row in rows]
+    return {
+        "names": ordered,
+        "padded names": [[f" {n}\t" for n in row] for row in ordered],
+        "names and nothing": [[*row, None, float("nan"), " "] for row in ordered],
+        "sets": [set(row) for row in ordered],
+        "vectors of int": [[int(x) for x in row] for row in hot],
+        "vectors of float": [[float(x) for x in row] for row in hot],
+        "vectors of bool": hot,
+        "arrays": [np.array(row, dtype=np.int8) for row in hot],
+        "class numbers": [[NAMES.index(n) for n in row] for row in ordered],
+        "mappings": [{n: float(n in row) for n in NAMES} for row in rows],
+        "printed by Python": [str(row) for row in ordered],
+        "printed as JSON": [json.dumps(row) for row in ordered],
+        "printed by NumPy": [str(np.array(row, dtype=object)) for row in ordered],
+        "printed arrays": [repr(np.array(row, dtype=object)) for row in ordered],
+        "printed scalars of NumPy": [repr([np.str_(n) for n in row]) for row in ordered],
+        "printed vectors": [str(np.array(row, dtype=int)) for row in hot],
+        "printed vectors of float": [str(np.array(row, dtype=float)) for row in hot],
+        "joined by commas": [",".join(row) for row in ordered],
+        "joined by commas and blanks": [", ".join(row) for row in ordered],
+        "joined by bars": ["|".join(row) for row in ordered],
+        "joined by semicolons": ["; ".join(row) for row in ordered],
+    }[form]
+
+
+FORMS = [
+    *("names", "padded names", "names and nothing", "sets", "vectors of int", "vectors of float"),
+    *("vectors of bool", "arrays", "class numbers", "mappings", "printed by Python"),
+    *("printed as JSON", "printed by NumPy", "printed arrays", "printed scalars of NumPy"),
+    *("printed vectors", "printed vectors of float", "joined by commas"),
+    *("joined by commas and blanks", "joined by bars", "joined by semicolons"),
+]
+NUMBERED = ("vectors", "arrays", "class numbers", "printed vectors")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(SETS)
+def test_every_form_of_a_list_gives_the_same(form: str, rows: list[set[str]]) -> None:
+    rows = full(rows)
+    options = {"labels": list(NAMES)} if form.startswith(NUMBERED) else {}
+    source = [{"text": f"t{i}", "label": cell} for i, cell in enumerate(cells(rows, form))]
+    labels, sets, found = learned(source, **options)
+    assert labels == NAMES and sets == rows, form
+    assert found.options["problem"] == "multi_label"
+    # The caller's order is kept, also for classes that do not occur.
+    if not form.startswith(NUMBERED) and form != "mappings":
+        wider = ["love", "anger", "fear", "joy"]
+        assert learned(source, labels=wider)[:2] == (tuple(wider), rows)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kind", ["csv", "tsv", "jsonl", "parquet", "datasets", "pandas", "columns"]
+)
+def test_every_form_in_every_source(form: str, kind: str, tmp_path: Path) -> None:
+    rows = full([set(), {"anger", "joy", "love"}])
+    values = cells(rows, form)
+    text = all(isinstance(value, str) for value in values)
+    options = {"labels": list(NAMES)} if form.startswith(NUMBERED) else {}
+    made = [{"text": f"t{i}", "label": value} for i, value in enumerate(values)]
+    plain = form not in ("sets", "arrays", "names and nothing")
+    path = tmp_path / f"rows.{kind}"
+    if kind in ("csv", "tsv"):
+        if not text:
+            pytest.skip("a text file holds texts")
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer.writerow(["text", "label"])
+            writer.writerows([[row["text"], row["label"]] for row in made])
+        source: Any = path
+    elif kind == "jsonl":
+        if not plain:
+            pytest.skip("not a form of JSON")
+        path.write_text("\n".join(map(json.dumps, made)) + "\n")
+        source = path
+    elif kind == "parquet":
+        if not plain:
+            pytest.skip("not a form of parquet")
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(made), path)
+        source = path
+    elif kind == "datasets":
+        if not plain:
+            pytest.skip("not a form of datasets")
+        source = pytest.importorskip("datasets").Dataset.from_list(made)
+    elif kind == "pandas":
+        pandas = pytest.importorskip("pandas")
+        source = pandas.DataFrame(made, index=[7] * len(made))
+    else:
+        source = {"text": [r["text"] for r in made], "label": values}
+    labels, sets, _ = learned(source, **options)
+    assert (labels, sets) == (NAMES, rows)
+
+
+@pytest.mark.parametrize("spell", [int, float, bool, str, lambda x: str(bool(x)).lower()])
+def test_one_column_for_each_label(spell: Any) -> None:
+    rows = full([])
+    source = [
+        {"text": f"t{i}", "id": i, **{n: spell(n in row) for n in NAMES}}
+        for i, row in enumerate(rows)
+    ]
+    for order in (NAMES, NAMES[::-1]):
+        assert learned(source, names=order)[:2] == (order, rows)
+    with using(FINETUNE), pytest.raises(DataError, match=r"write label=\['anger', 'joy', 'love'\]"):
+        learned(source)
+    source[2]["joy"] = -1
+    with pytest.raises(DataError, match=r"row 3 .*'joy' holds -1.*without a label"):
+        learned(source, names=NAMES)
+
+
+def test_lists_of_class_labels_keep_names_and_order() -> None:
+    datasets = pytest.importorskip("datasets")
+    names = ["zeal", "awe", "joy", "never"]
+    made = {"text": ["a", "b", "c"], "labels": [[0, 2], [], [1]]}
+    source = datasets.Dataset.from_dict(made).cast_column(
+        "labels", datasets.Sequence(datasets.ClassLabel(names=names))
+    )
+    assert learned(source)[:2] == (tuple(names), [{"zeal", "joy"}, set(), {"awe"}])
+    other = ["awe", "joy", "never", "zeal"]
+    assert learned(source, labels=other)[0] == tuple(other)
+    assert learned(source, labels=other)[1] == [{"zeal", "joy"}, set(), {"awe"}]
+    assert learned(source, labels=["w", "x", "y", "z"])[1] == [{"w", "y"}, set(), {"x"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([[0.3, 0.7], [1.0, 0.0]], "row 1.*0.3.*round"),
+        ([[1.0, 0.0], [1.0, 0.0, 0.0]], "row 1.*vector.*2 to 3 items"),
+        ([[0, 0, 1], [1, 0]], "row 1.*vector.*2 to 3 items"),
+        ([[True], [False]], "one place"),
+        (["['a', 'b']", "a"], "row 2.*printed list"),
+        ([["a"], "b"], "row 2.*lists of labels"),
+        ([["a"], None], "row 2.*lists of labels"),
+        ([{"a": 1, "b": 0.5}, {"a": 0, "b": 1}], "row 1.*'b'.*0.5"),
+        (
+            ["sport", "sport,news", "arts,film", "opera"],
+            r"label_separator=','.*problem='single_label'",
+        ),
+        (["2,5", "3", "1,0"], "decimal comma.*label_separator"),
+        ([["a", ["b"]], ["c"]], "must have"),
+    ],
+)
+def test_forms_that_are_refused(values: list[Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        learned([{"text": f"t{i}", "label": value} for i, value in enumerate(values)])
+
+
+def test_when_a_comma_stands_between_labels() -> None:
+    def read(values: list[str], **options: Any) -> Any:
+        return learned([{"text": str(i), "label": v} for i, v in enumerate(values)], **options)
+
+    garden = ["Home, Garden & Tools", "Toys", "Home, Garden & Tools", "Toys"]
+    labels, _, found = read(garden)
+    assert labels == ("Home, Garden & Tools", "Toys") and found.options["problem"] == "single_label"
+    assert "have ',' in their name" in found.notes[0] and "label_separator=','" in found.notes[0]
+    assert read(garden, label_separator=",")[0] == ("Garden & Tools", "Home", "Toys")
+    joined = ["a,b", "a", "b,c", "c", ""]
+    labels, sets, found = read(joined)
+    assert (labels, sets[-1]) == (("a", "b", "c"), set())
+    assert "',' stands between" in found.notes[0] and "1 of 5 rows" in found.notes[1]
+    assert read(joined[:-1], problem="single_label")[0] == ("a", "a,b", "b,c", "c")
+    assert read(["2,14,3", "27", "3,27", "2"])[0] == ("2", "3", "14", "27")
+    assert read(["<python><c#>", "<c#>", "<python>"])[0] == ("c#", "python")
+    assert read(["a b", "b", "a"], label_separator=" ")[0] == ("a", "b")
+    one_hot = [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    labels, _, found = learned(
+        [{"text": str(i), "label": v} for i, v in enumerate(one_hot)], problem="single_label"
+    )
+    assert labels == ("0", "1", "2") and found.strata == [0, 2, 1]
+    with pytest.raises(DataError, match="row 1 .*has 2 labels.*problem='multi_label'"):
+        learned([{"text": "a", "label": [0, 1, 1]}] * 2, problem="single_label")
+    assert read(["a", "b", "a"], problem="multi_label")[1] == [{"a"}, {"b"}, {"a"}]
+
+
+def test_printed_lists() -> None:
+    assert (
+        printed_list("[]")
+        == printed_list(" set() ")
+        == printed_list("array([], dtype=object)")
+        == []
+    )
+    assert printed_list("['it\\'s', \"x\"]") == ["it's", "x"]
+    assert printed_list("['a' 'b'\n 'c']") == ["a", "b", "c"]
+    assert printed_list("[1. 0. 1.]") == [1.0, 0.0, 1.0]
+    assert printed_list("[np.int64(1), None, nan, True]") == [1, None, None, True]
+    assert printed_list("[joy, love]") == ["joy", "love"]
+    for text in ("joy", "[music]", "a [b]", "[", "", "[a] and [b]", "{'a': 1}"):
+        assert printed_list(text) is None
+
+
+@given(st.lists(st.text(max_size=8), max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_what_python_and_json_print_is_read_back(items: list[str]) -> None:
+    assert printed_list(repr(items)) == items
+    assert printed_list(repr(tuple(items))) == items
+    encodable = [item.encode("utf-8", "replace").decode() for item in items]
+    assert printed_list(json.dumps(encodable, ensure_ascii=False)) == encodable
+
+
+@given(st.lists(st.text(max_size=12) | st.lists(st.integers(0, 1), max_size=3), max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_any_column_is_read_or_refused(values: list[Any]) -> None:
+    try:
+        found = read_several(values, where)
+    except DataError:
+        return
+    assert found.rows is None or len(found.rows) == len(values)
