@@ -54,6 +54,7 @@ class Model(nn.Module):
     Attributes:
         generation_config: content of generation_config.json.
         extra_config: keys of config.json that we do not use, kept for the next save; our own block is ``pretrain``.
+        remarks: keys of config.json that were read and have no effect; ``load`` prints them.
         fresh: parameters that no file has given a value yet: a new head on a pre-trained body.
         source: directory that the weights were read from, as it was named; None for a model built here.
         adapter: what ``pretrain.lora.apply_lora`` put on the model, or None.
@@ -81,6 +82,7 @@ class Model(nn.Module):
         self.labels = None if labels is None else tuple(labels)
         self.generation_config: dict[str, Any] = {}
         self.extra_config: dict[str, Any] = {}
+        self.remarks: tuple[str, ...] = ()
         self.fresh: frozenset[str] = frozenset()
         self.source: str | None = None
         self.adapter: Any = None
@@ -149,6 +151,10 @@ class Model(nn.Module):
         labels = labels_named_by(config) if kind in LABELLED else None
         model = cls.build(backbone_class, settings, head=kind, labels=labels)
         model.extra_config = reader.rest()
+        model.remarks = tuple(reader.remarks)
+        named = config.get("architectures") or [backbone_class.architectures.get(kind)]
+        if head is None and kind is None and named != [backbone_class.architectures.get(None)]:
+            model.remarks += (f"architectures {named} (that head is not implemented)",)
         ends = config.get("eos_token_id")
         if isinstance(ends, list):
             model.generation_config["eos_token_id"] = [end for end in ends if type(end) is int]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.mlp import ACTIVATIONS
+from pretrain.nn.positions import ROPE_TYPES, check_rope
 
 __all__ = ["SIZES", "BackboneConfig", "ConfigReader", "drop_code", "hf_activation", "round_up"]
 
@@ -267,6 +268,9 @@ class ConfigReader:
     Args:
         config: the parsed file.
         family: named in errors.
+
+    Attributes:
+        remarks: what was read and has no effect, each a short phrase for the line that is printed on loading.
     """
 
     # Read elsewhere, or without meaning for us.
@@ -283,11 +287,13 @@ class ConfigReader:
         self._config: dict[str, Any] = drop_code(config)
         self._family = family
         self._used: set[str] = set(self._KNOWN)
-        for key in ("quantization_config", "pruned_heads"):
-            if self._config.get(key):
-                raise ConfigError(
-                    f"config.json of this {family} model has {key!r}, which is not supported."
-                )
+        self.remarks: list[str] = []
+        if self._config.get("quantization_config"):
+            raise ConfigError(
+                f"config.json of this {family} model has 'quantization_config', which is not supported."
+            )
+        if self._config.get("pruned_heads"):
+            self.remarks.append("pruned_heads (the weights decide)")
 
     def _get(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
         self._used.add(key)
@@ -336,17 +342,29 @@ class ConfigReader:
         self._used.add(key)
         vocabulary = self._config.get("vocab_size")
         value = self._config.get(key, default)
-        if isinstance(value, list) and value:
-            value = value[0]
+        if isinstance(value, list):
+            value = value[0] if value else None
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ConfigError(f"config.json: {key!r} is {value!r}; it must be a token id.")
         if value is None or value < 0 or (isinstance(vocabulary, int) and value >= vocabulary):
             return None
         return value
 
-    def has(self, key: str) -> bool:
-        """The key is there, be it null."""
-        return key in self._config
+    def window(self) -> int | None:
+        """``sliding_window``: transformers takes 4096 where the key is absent, and full attention where it is null."""
+        window: int | None = self.integer("sliding_window", None)
+        return window if "sliding_window" in self._config else 4096
+
+    def rename(self, **spellings: str) -> None:
+        """Take a key from its other spelling where it is absent; ``n_embd="hidden_size"``."""
+        for key, other in spellings.items():
+            if key not in self._config and other in self._config:
+                self._config[key] = self._config.pop(other)
+
+    def no_effect(self, key: str, without: Any, why: str) -> None:
+        """Remark a key whose value is not ``without``: the outputs are the same, and it is kept as it is."""
+        if self._config.get(key) not in (None, without):
+            self.remarks.append(f"{key} ({why})")
 
     def refuse(self, key: str, *supported: Any) -> None:
         """Raise if the key is there with a value outside ``supported``: what we do not do must not pass unseen."""
@@ -356,6 +374,53 @@ class ConfigReader:
                 f"config.json: {key!r} is {self._config[key]!r}, which this package does not implement for "
                 f"{self._family}; supported: {', '.join(map(repr, supported))}."
             )
+
+    def rope(
+        self,
+        given: Mapping[str, Any],
+        where: str,
+        *,
+        theta: float,
+        max_positions: int,
+        original: int | None = None,
+    ) -> dict[str, Any]:
+        """Rotary parameters as transformers completes them: the lengths that a scaling leaves to other keys.
+
+        Args:
+            given: the mapping of config.json.
+            where: its key, for messages.
+            theta: where the mapping has none.
+            max_positions: ``max_position_embeddings``.
+            original: ``original_max_position_embeddings`` beside the mapping, which goes before the one inside.
+
+        Raises:
+            ConfigError: a type that is not implemented, a missing key, or a number out of range.
+        """
+        rope = {"rope_theta": theta} | {k: v for k, v in given.items() if k != "type"}
+        kind = rope.setdefault("rope_type", given.get("type") or "default") or "default"
+        if given.get("type") not in (None, kind):
+            self.remarks.append(f"{where}.type (rope_type goes before it)")
+        if kind not in ROPE_TYPES:
+            return check_rope(rope, f"config.json: {where}")  # raises, and names the known ones
+        length = "original_max_position_embeddings"
+        if kind in ("llama3", "yarn", "longrope"):
+            rope[length] = original or rope.get(length) or max_positions
+        if rope.get("factor") is None and (
+            kind == "longrope" or (kind == "yarn" and "factor" in rope)
+        ):
+            known = isinstance(rope[length], int) and rope[length] > 0
+            rope["factor"] = max_positions / rope[length] if known else None
+        if "truncate" in rope:
+            rope["truncate"] = bool(rope["truncate"])
+        if kind == "default" and rope.pop("partial_rotary_factor", None) not in (None, 1):
+            self.remarks.append(f"{where}.partial_rotary_factor (whole heads are rotated)")
+        required, optional = ROPE_TYPES[kind]
+        for key in sorted(rope.keys() - required - optional):
+            if key not in ("rope_type", "rope_theta", "partial_rotary_factor"):
+                if rope[key] is not None and kind != "default":
+                    self.remarks.append(f"{where}.{key}")
+                del rope[key]
+        return check_rope(rope, f"config.json: {where}")
 
     def rest(self) -> dict[str, Any]:
         """The keys that nobody asked for; kept as data and written back."""

@@ -123,7 +123,14 @@ class GPT2(Backbone):
     def config_from_hf(cls, reader: ConfigReader) -> GPT2Config:
         reader.refuse("scale_attn_weights", True)
         reader.refuse("scale_attn_by_inverse_layer_idx", False)
-        reader.refuse("add_cross_attention", False)
+        reader.refuse("is_causal", True, None)
+        reader.no_effect("add_cross_attention", False, "it acts only beside an encoder")
+        reader.rename(
+            n_embd="hidden_size",
+            n_layer="num_hidden_layers",
+            n_head="num_attention_heads",
+            n_positions="max_position_embeddings",
+        )
         reader.flag(
             "reorder_and_upcast_attn", False
         )  # the same function, computed in another order

@@ -20,7 +20,7 @@ from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig, with_bias
 from pretrain.nn.norm import RMSNorm
-from pretrain.nn.positions import RotaryTable, check_rope
+from pretrain.nn.positions import RotaryTable, check_rope, usable_positions
 
 __all__ = ["LAYER_TYPES", "Llama", "LlamaConfig", "Mistral", "MistralConfig"]
 
@@ -141,10 +141,8 @@ class Llama(Backbone):
 
     @property
     def max_length(self) -> int:
-        """Dynamic scaling stretches the positions by its factor."""
-        rope = self.config.rope
-        factor = rope["factor"] if rope["rope_type"] == "dynamic" else 1
-        return int(self.config.max_positions * factor)
+        """The positions of training, lengthened by a rotary scaling."""
+        return usable_positions(self.config.rope, self.config.max_positions)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         ids = batch["input_ids"]
@@ -205,6 +203,7 @@ class Llama(Backbone):
 
     @classmethod
     def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
+        reader.refuse("is_causal", True, None)
         heads = reader.integer("num_attention_heads")
         hidden = reader.integer("hidden_size")
         fields: dict[str, Any] = {
@@ -226,8 +225,8 @@ class Llama(Backbone):
             "pad_id": reader.token("pad_token_id"),
             "bos_id": reader.token("bos_token_id", cls.default_ids[0]),
             "eos_id": reader.token("eos_token_id", cls.default_ids[1]),
-            "rope": cls._rope_from_hf(reader),
         }
+        fields["rope"] = cls._rope_from_hf(reader, fields["max_positions"])
         fields |= cls._family_from_hf(reader, fields["num_layers"])
         return cls.config_class(**fields)
 
@@ -240,13 +239,19 @@ class Llama(Backbone):
         return hidden // heads if heads > 0 else None
 
     @staticmethod
-    def _rope_from_hf(reader: ConfigReader) -> dict[str, Any]:
-        """``rope_parameters`` (transformers 5), else ``rope_theta`` and ``rope_scaling`` (4); both may be there."""
+    def _rope_from_hf(reader: ConfigReader, max_positions: int) -> dict[str, Any]:
+        """``rope_scaling`` beside ``rope_theta`` (transformers 4) goes before ``rope_parameters`` (5), as there."""
         new, old = reader.mapping("rope_parameters"), reader.mapping("rope_scaling")
-        theta = reader.number("rope_theta", 10_000.0)
-        rope = {"rope_theta": theta} | (old or {}) | (new or {})
-        return check_rope(
-            rope, "config.json: rope_parameters" if new else "config.json: rope_scaling"
+        partial = reader.number("partial_rotary_factor", None)
+        rope = dict(old or new or {})
+        if partial is not None:
+            rope.setdefault("partial_rotary_factor", partial)
+        return reader.rope(
+            rope,
+            "rope_scaling" if old else "rope_parameters",
+            theta=reader.number("rope_theta", 10_000.0),
+            max_positions=max_positions,
+            original=reader.integer("original_max_position_embeddings", None),
         )
 
     @classmethod
@@ -319,9 +324,7 @@ class Mistral(Llama):
 
     @classmethod
     def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
-        # An absent key means 4096 to transformers; null means full attention.
-        window = reader.integer("sliding_window", None)
-        return {"sliding_window": window if reader.has("sliding_window") else 4096}
+        return {"sliding_window": reader.window()}
 
     def _family_to_hf(self) -> dict[str, Any]:
         return {"sliding_window": self.config.sliding_window}

@@ -17,7 +17,7 @@ from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig, with_bias
 from pretrain.nn.mlp import ACTIVATIONS
 from pretrain.nn.norm import LayerNorm
-from pretrain.nn.positions import RotaryTable, check_rope
+from pretrain.nn.positions import RotaryTable, check_rope, usable_positions
 
 __all__ = ["ModernBert", "ModernBertConfig"]
 
@@ -139,6 +139,12 @@ class ModernBert(Backbone):
             for kind in sorted(set(config.layer_types or ()))
         }
 
+    @property
+    def max_length(self) -> int:
+        """The positions of training, lengthened by the rotary scaling of the layers that see whole rows."""
+        kind = _FULL if _FULL in self.config.layer_types else _SLIDING
+        return usable_positions(self.config.rope[kind], self.config.max_positions)
+
     @staticmethod
     def _norm(config: ModernBertConfig) -> LayerNorm:
         return LayerNorm(config.hidden_size, config.norm_eps, config.norm_bias)
@@ -236,18 +242,19 @@ class ModernBert(Backbone):
     @classmethod
     def config_from_hf(cls, reader: ConfigReader) -> ModernBertConfig:
         for key in ("embedding_dropout", "mlp_dropout"):
-            reader.refuse(key, 0, 0.0, None)
+            reader.no_effect(key, 0, "that dropout is not applied in training")
         layers = reader.integer("num_hidden_layers")
         every = reader.integer("global_attn_every_n_layers", 3)
-        if every < 1:
-            raise ConfigError(
-                f"config.json: 'global_attn_every_n_layers' is {every}; it must be at least 1."
-            )
         types = reader.strings("layer_types")
         if types is None:
+            if every < 1:
+                raise ConfigError(
+                    f"config.json: 'global_attn_every_n_layers' is {every}; it must be at least 1."
+                )
             types = tuple(
                 _SLIDING if i % every else _FULL for i in range(max(0, min(layers, 1 << 12)))
             )
+        positions = reader.integer("max_position_embeddings", 8192)
         return ModernBertConfig(
             vocab_size=reader.integer("vocab_size"),
             hidden_size=reader.integer("hidden_size"),
@@ -255,7 +262,7 @@ class ModernBert(Backbone):
             num_layers=layers,
             num_heads=reader.integer("num_attention_heads"),
             activation=reader.text("hidden_activation", "gelu"),
-            max_positions=reader.integer("max_position_embeddings", 8192),
+            max_positions=positions,
             initializer_range=reader.number("initializer_range", 0.02),
             init_cutoff=reader.number("initializer_cutoff_factor", 2.0),
             norm_eps=reader.number("norm_eps", 1e-5),
@@ -271,7 +278,7 @@ class ModernBert(Backbone):
             attention_dropout=reader.number("attention_dropout", 0.0),
             local_attention=reader.integer("local_attention", 128),
             layer_types=types,
-            rope=_rope_from_hf(reader),
+            rope=_rope_from_hf(reader, positions),
             tie_embeddings=reader.flag("tie_word_embeddings", True),
             pad_id=reader.token("pad_token_id", 50283),
             bos_id=reader.token("cls_token_id", reader.token("bos_token_id", 50281)),
@@ -297,8 +304,6 @@ class ModernBert(Backbone):
             "classifier_pooling": config.classifier_pooling,
             "classifier_activation": hf_activation(config.classifier_activation),
             "classifier_dropout": config.classifier_dropout,
-            "embedding_dropout": 0.0,
-            "mlp_dropout": 0.0,
             "attention_dropout": config.attention_dropout,
             "local_attention": config.local_attention,
             "layer_types": list(config.layer_types),
@@ -319,17 +324,26 @@ class ModernBert(Backbone):
         return written
 
 
-def _rope_from_hf(reader: ConfigReader) -> dict[str, Any]:
-    """Nested ``rope_parameters`` (transformers 5), else two thetas and ``rope_scaling`` (4)."""
+def _rope_from_hf(reader: ConfigReader, max_positions: int) -> dict[str, Any]:
+    """Nested ``rope_parameters`` (transformers 5), else two thetas; ``rope_scaling`` (4) goes before both, as there."""
     scaling = reader.mapping("rope_scaling") or {}
-    old = {
-        _FULL: {"rope_theta": reader.number("global_rope_theta", _THETA[_FULL])} | scaling,
-        _SLIDING: {"rope_theta": reader.number("local_rope_theta", _THETA[_SLIDING])} | scaling,
-    }
-    new = reader.mapping("rope_parameters") or {}
-    for kind, value in new.items():
-        if kind not in old or not isinstance(value, dict | None):
-            raise ConfigError(
-                f"config.json: rope_parameters.{kind} must be {_FULL} or {_SLIDING} with a mapping."
-            )
-    return {kind: old[kind] | (new.get(kind) or {}) for kind in old}
+    nested = reader.mapping("rope_parameters")
+    if nested is None:
+        nested = {kind: {"rope_type": "default"} for kind in _THETA}
+    thetas = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}
+    for key in sorted(nested.keys() - thetas.keys()):
+        reader.remarks.append(f"rope_parameters.{key}")
+    ropes = {}
+    for kind, key in thetas.items():
+        given = nested.get(kind) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"config.json: rope_parameters.{kind} must be a mapping.")
+        # transformers looks for truncate beside the nested mappings, and so never finds it.
+        rope = {k: v for k, v in {**given, **scaling}.items() if k != "truncate"}
+        ropes[kind] = reader.rope(
+            rope,
+            f"rope_parameters.{kind}",
+            theta=reader.number(key, _THETA[kind]),
+            max_positions=max_positions,
+        )
+    return ropes

@@ -43,14 +43,15 @@ class Qwen2(Llama):
     @classmethod
     def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
         use = reader.flag("use_sliding_window", False)
-        window = reader.integer("sliding_window", 4096)
+        window = reader.window()
         first = reader.integer("max_window_layers", 28)
         types = reader.strings("layer_types")
-        if not use:
-            if types is not None and "sliding_attention" in types:
+        if not use or window is None:
+            # "attention" is an older name of full attention.
+            if other := set(types or ()) - {"full_attention", "attention"}:
                 raise ConfigError(
-                    "config.json: 'layer_types' has sliding layers, but 'use_sliding_window' is not true; one of "
-                    "them is wrong."
+                    f"config.json: 'layer_types' has {', '.join(sorted(other))}, but 'use_sliding_window' is not true "
+                    "or 'sliding_window' is null; one of them is wrong."
                 )
             return {}
         if types is None:

@@ -21,6 +21,10 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
@@ -37,6 +41,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": _relu2,
     "quick_gelu": _quick_gelu,
     "tanh": torch.tanh,
+    "gelu_python": F.gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "mish": F.mish,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "linear": _linear,
 }
 
 

@@ -1,6 +1,7 @@
 """Rotary positions (RoFormer, arXiv 2104.09864) in the half-split form of published checkpoints, and their scalings.
 
-Scalings: linear (positional interpolation, 2306.15595), dynamic NTK, llama3 (2407.21783) and YaRN (2309.00071).
+Scalings: linear (positional interpolation, 2306.15595), dynamic NTK, llama3 (2407.21783), YaRN (2309.00071) and
+LongRoPE (2402.13753).
 Angles are fp32 always; the tables take the type of the activations when they are applied.
 """
 
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["ROPE_TYPES", "Rope", "RotaryTable", "check_rope", "document_positions", "rotate"]
+__all__ = [
+    "ROPE_TYPES",
+    "Rope",
+    "RotaryTable",
+    "check_rope",
+    "document_positions",
+    "rotate",
+    "usable_positions",
+]
 
 _NUMBERS = (int, float)
 # Required and optional keys of each scaling, `rope_type` and `rope_theta` aside.
@@ -43,7 +52,15 @@ ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
             }
         ),
     ),
+    "longrope": (
+        frozenset({"short_factor", "long_factor", "original_max_position_embeddings", "factor"}),
+        frozenset({"attention_factor"}),
+    ),
 }
+_FACTOR_LISTS = ("short_factor", "long_factor")  # one number per pair of dimensions
+_ZERO_IS_ABSENT = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+_MOST_POSITIONS = 1 << 24
+_BY_LENGTH = ("dynamic", "longrope")  # frequencies that depend on the longest row of a batch
 
 
 class Rope:
@@ -107,8 +124,14 @@ def check_rope(parameters: Mapping[str, Any], where: str = "rope_parameters") ->
             raise ConfigError(f"{where}: the type {kind!r} needs {key!r}, and it is not there.")
     checked: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
     checked |= {k: v for k, v in given.items() if v is not None and k in required | optional}
+    for key in _ZERO_IS_ABSENT:
+        if checked.get(key) == 0:
+            del checked[key]
     for key, value in checked.items():
         if key in ("rope_type", "truncate"):
+            continue
+        if key in _FACTOR_LISTS:
+            _check_factors(value, f"{where}.{key}")
             continue
         number = (
             isinstance(value, _NUMBERS) and not isinstance(value, bool) and math.isfinite(value)
@@ -119,6 +142,30 @@ def check_rope(parameters: Mapping[str, Any], where: str = "rope_parameters") ->
     return checked
 
 
+def _check_factors(values: Any, where: str) -> None:
+    """Refuse what is no list of positive numbers; that there is one per pair is checked with the head."""
+    good = isinstance(values, list | tuple) and all(
+        isinstance(v, _NUMBERS) and not isinstance(v, bool) and math.isfinite(v) and v > 0
+        for v in values
+    )
+    if not good:
+        raise ConfigError(f"{where} must be a list of positive numbers, not {str(values)[:60]}.")
+
+
+def usable_positions(rope: Mapping[str, Any], max_positions: int) -> int:
+    """Tokens that a row may have: the length of training, lengthened by a scaling that is for this.
+
+    Linear and dynamic factors multiply ``max_position_embeddings``; a YaRN factor multiplies the length before
+    scaling, which ``original_max_position_embeddings`` names. The other scalings state the final length themselves.
+    """
+    kind, length = rope["rope_type"], max_positions
+    if kind == "yarn":
+        length = rope.get("original_max_position_embeddings") or max_positions
+    if kind in ("linear", "dynamic", "yarn"):
+        return max(max_positions, int(min(length * rope["factor"], _MOST_POSITIONS)))
+    return max_positions
+
+
 class RotaryTable:
     """Makes ``Rope`` tables from positions. It holds no tensors of the model: nothing to save, nothing to leave empty.
 
@@ -126,6 +173,9 @@ class RotaryTable:
         head_dim: d, even.
         parameters: as ``check_rope`` returns them.
         max_positions: the length that the model was built for; ``dynamic`` scaling starts behind it.
+
+    Raises:
+        ConfigError: a list of factors does not fit ``head_dim``.
     """
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any], max_positions: int) -> None:
@@ -134,15 +184,22 @@ class RotaryTable:
             dict(parameters),
             max_positions,
         )
+        for key in _FACTOR_LISTS:
+            if key in parameters and len(parameters[key]) != head_dim // 2:
+                raise ConfigError(
+                    f"rope.{key} has {len(parameters[key])} numbers; a head of {head_dim} needs {head_dim // 2}."
+                )
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
         self._recent: tuple[Any, Rope] | None = None
 
     def frequencies(self, length: int, device: torch.device) -> tuple[Tensor, float]:
         """Inverse frequencies (d/2,) in fp32 and the factor on the tables, for rows of ``length`` positions."""
-        key = (
-            device,
-            max(length, self.max_positions) if self.parameters["rope_type"] == "dynamic" else 0,
-        )
+        kind, depends = self.parameters["rope_type"], 0
+        if kind == "dynamic":
+            depends = max(length, self.max_positions)
+        elif kind == "longrope":
+            depends = length > self.parameters["original_max_position_embeddings"]
+        key = (device, depends)
         if key not in self._frequencies:
             # What is remembered must not be an inference tensor: a later training step may save it for backward.
             with torch.inference_mode(False), torch.no_grad():
@@ -165,8 +222,8 @@ class RotaryTable:
     def of(self, positions: Tensor, length: int | None = None) -> Rope:
         """Tables (B, T, 1, d) of the given positions (B, T), of which there are ``length`` in the longest row."""
         if length is None:
-            dynamic = self.parameters["rope_type"] == "dynamic"
-            length = int(positions.max()) + 1 if dynamic else 0
+            by_length = self.parameters["rope_type"] in _BY_LENGTH
+            length = int(positions.max()) + 1 if by_length else 0
         frequencies, factor = self.frequencies(length, positions.device)
         angles = positions[..., None].float() * frequencies  # (B, T, d/2)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
@@ -194,6 +251,8 @@ def _frequencies(
             return _llama3(plain, rope), 1.0
         if kind == "yarn":
             return _yarn(plain, dim, rope, max_positions)
+        if kind == "longrope":
+            return _longrope(plain, rope, length)
         return plain, 1.0
 
 
@@ -206,6 +265,17 @@ def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
     blend = ((length / waves - low) / (high - low)).clamp(0, 1)
     blended: Tensor = (1 - blend) * plain / rope["factor"] + blend * plain
     return blended
+
+
+def _longrope(plain: Tensor, rope: Mapping[str, Any], length: int) -> tuple[Tensor, float]:
+    """Each dimension has a factor of its own, and others in rows longer than the original length."""
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    factors = rope["long_factor" if length > original else "short_factor"]
+    magnitude = rope.get("attention_factor")
+    if magnitude is None:
+        longer = factor > 1
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if longer else 1.0
+    return plain / torch.tensor(factors, dtype=torch.float32), float(magnitude)
 
 
 def _yarn(

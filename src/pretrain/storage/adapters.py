@@ -196,6 +196,8 @@ def _line(model: Model, source: _Base, count: int, report: Any, unused: list[str
         f"{len(missing)} missing" + (f" (head, fresh: {', '.join(missing[:5])})" * bool(missing))
     )
     parts.append(f"{len(report.unexpected) + len(unused)} not used")
+    if model.remarks:
+        parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
     return ", ".join(parts)
 
 

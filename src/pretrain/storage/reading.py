@@ -233,6 +233,8 @@ def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any
         parts.append("head kept apart although the config ties it")
     elif getattr(model.head, "tied", False):
         parts.append("head tied")
+    if model.remarks:
+        parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
     return ", ".join(parts)
 
 
