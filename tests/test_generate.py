@@ -199,7 +199,7 @@ def test_chance_is_off_unless_something_asks_for_it() -> None:
         ("top_p", 1.5),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
-        ("repetition_penalty", None),
+        ("repetition_penalty", "1.2"),
         ("seed", -1),
         ("seed", True),
         ("max_new_tokens", -1),

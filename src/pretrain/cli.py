@@ -195,21 +195,32 @@ def _add_generate(parser: Any) -> None:
     add = parser.add_argument
     add("checkpoint", type=str, help="run or checkpoint directory")
     add("prompt", type=str, help='text to continue, or "-": one prompt per line of standard input')
-    add("--max_new_tokens", type=int, default=64, help="tokens to add at most")
+    add(
+        "--max_new_tokens",
+        type=int | None,
+        default=None,
+        help="tokens to add at most; not given, what generation_config.json says, or 64",
+    )
     add(
         "--temperature",
         type=float | None,
         default=None,
-        help="0 takes the likeliest token; not given, 1 with --top_k, --top_p, --min_p or --seed, else 0",
+        help="0 takes the likeliest token; not given, what generation_config.json says, or 1 with --top_k, --top_p, "
+        "--min_p or --seed, else 0",
     )
     add("--top_k", type=int | None, default=None, help="sample from the k likeliest tokens")
     add("--top_p", type=float | None, default=None, help="sample from the likeliest of this mass")
     add("--min_p", type=float | None, default=None, help="drop below this share of the likeliest")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: less of what was there")
+    add(
+        "--repetition_penalty",
+        type=float | None,
+        default=None,
+        help="above 1: less of what was there",
+    )
     add(
         "--stop",
-        type=list[str] | str,
-        default=[],
+        type=list[str] | str | None,
+        default=None,
         help="text, or [list, of, texts], at which to stop",
     )
     add("--seed", type=int | None, default=None, help="the same seed gives the same text")

@@ -19,13 +19,13 @@ from pretrain.generation.fill import embed, fill_mask
 from pretrain.generation.prompts import (
     Prompts,
     check_ids,
-    end_ids,
     evaluating,
     fill_id,
     pad,
     tokenizer_of,
 )
-from pretrain.generation.sampling import Sampler, banned
+from pretrain.generation.sampling import banned
+from pretrain.generation.settings import Settings
 from pretrain.nn.attention import KVCache
 
 if TYPE_CHECKING:
@@ -40,25 +40,31 @@ def generate(
     model: Model,
     prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop: str | Sequence[str] = (),
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     use_cache: bool = True,
     stream: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Any:
-    """Continue prompts.
+    """Continue prompts, as generation_config.json of the model asks where an argument is not given.
+
+    Without a file, and without an argument that asks for chance, the likeliest token is taken each time. A file with
+    ``do_sample: true`` is obeyed: texts are drawn with its temperature, top_k (50 where it names none), top_p and
+    min_p; ``temperature=0`` or ``do_sample=False`` takes the likeliest token all the same.
 
     Args:
         model: a causal model with a language-model head.
         prompts: a text, a list of texts, or ids: a list, a list of lists, a tensor (T,) or (B, T).
-        max_new_tokens: tokens to add at most; fewer if the model's positions end before.
-        temperature: 0 takes the likeliest token; not given, it is 0, or 1 if ``top_k``, ``top_p``, ``min_p`` or
-            ``seed`` ask for chance.
+        max_new_tokens: tokens to add at most; fewer if the model's positions end before. Not given, it is the
+            file's ``max_new_tokens`` or ``max_length``, or else 64.
+        temperature: 0 takes the likeliest token; not given, it is the file's, or 1, if ``top_k``, ``top_p``,
+            ``min_p``, ``seed`` or ``do_sample`` ask for chance, and else 0.
         top_k: draw from the k likeliest tokens.
         top_p: draw from the likeliest tokens that together hold this probability.
         min_p: draw from tokens with at least this share of the likeliest one's probability.
@@ -67,6 +73,9 @@ def generate(
         seed: of the draws; the global random state is neither read nor changed.
         use_cache: keep keys and values of earlier tokens; off, everything is computed again for every token.
         stream: called with each new piece of text (one prompt only).
+        **settings: further keys of generation_config.json: ``do_sample``, ``no_repeat_ngram_size``,
+            ``bad_words_ids``, ``sequence_bias``, ``suppress_tokens``, ``begin_suppress_tokens``, ``min_new_tokens``,
+            ``min_length``, ``max_length``, ``forced_bos_token_id``, ``forced_eos_token_id``, ``eos_token_id``.
 
     Returns:
         Prompt and continuation in the form of the prompts: text for text, ids for ids. A tensor is padded on the
@@ -82,20 +91,16 @@ def generate(
             f"This {model.backbone.model_type} model with the head {model.head_kind!r} cannot continue text; only a "
             "causal model with a language-model head can. A masked-language model has fill_mask."
         )
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 0
-    ):
-        raise ConfigError(
-            f"max_new_tokens must be a whole number from 0 on, found {max_new_tokens!r}."
-        )
-    sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    chance = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    others = {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
+    chosen = Settings.read(
+        model, {**chance, **others, "stop_strings": stop, "seed": seed, **settings}
+    )
     asked = Prompts.read(model, prompts)
     check_ids(model, asked.ids)
-    stops = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
+    stops = chosen.stop
     watch = _Watch(model, asked, stops, stream) if stops or stream is not None else None
-    added = _Decoder(model, asked, sampler, max_new_tokens, use_cache, watch).run()
+    added = _Decoder(model, asked, chosen, use_cache, watch).run()
     if asked.texts is not None:
         texts = [
             text + _continuation(model, ids, new, stops)
@@ -169,15 +174,15 @@ class _Decoder:
 
     model: Model
     asked: Prompts
-    sampler: Sampler
-    max_new_tokens: int
+    settings: Settings
     use_cache: bool
     watch: _Watch | None
 
     def run(self) -> list[list[int]]:
         """The new ids of every prompt."""
         prompts, room = self.asked.ids, self.model.backbone.max_length
-        budgets = [min(self.max_new_tokens, room - len(ids)) for ids in prompts]
+        wanted = [self.settings.budget(len(ids)) for ids in prompts]
+        budgets = [min(n, room - len(ids)) for n, ids in zip(wanted, prompts, strict=True)]
         groups = [list(range(len(prompts)))]
         if max(map(len, prompts)) + max(budgets) > room:
             # Padding takes columns that the longest answers need: rows of one length go together.
@@ -185,13 +190,13 @@ class _Decoder:
             groups = [[i for i, ids in enumerate(prompts) if len(ids) == n] for n in lengths]
         new: list[list[int]] = [[] for _ in prompts]
         with evaluating(self.model) as device:
-            generator = self.sampler.generator(device)
+            generator = self.settings.sampler.generator(device)
             for rows in groups:
                 steps = [budgets[i] for i in rows]
                 if max(steps) > 0:
                     for i, ids in zip(rows, self._loop(rows, steps, generator), strict=True):
                         new[i] = ids
-        full = [len(a) == b < self.max_new_tokens for a, b in zip(new, budgets, strict=True)]
+        full = [len(a) == b < n for a, b, n in zip(new, budgets, wanted, strict=True)]
         if any(full):
             text = f"{sum(full)} of {len(full)} texts ended early: the model has {room} positions."
             warnings.warn(text, stacklevel=3)
@@ -206,21 +211,28 @@ class _Decoder:
         ids, real = pad(prompts, fill, device, left=True)
         added = self._banned(device)
         seen = self._seen(prompts, device)
-        ends = torch.tensor(end_ids(model), dtype=torch.long, device=device)
+        rules, sampler = self.settings.rules, self.settings.sampler
+        ends = torch.tensor(rules.ends, dtype=torch.long, device=device)
         budgets = torch.tensor(budget, device=device)
         lengths, open_rows = torch.zeros_like(budgets), budgets > 0
         cache = KVCache(ids.shape[1] + steps) if self.use_cache else None
         every = 1 if device.type == "cpu" else _CHECK_EVERY
         columns, new = ids, []
+        history = None if rules.none else ids if real is None else ids.masked_fill(real == 0, -1)
+        lengths_in = [len(prompt) for prompt in prompts]
+        last_steps = [self.settings.budget(n) - 1 for n in lengths_in]
         for step in range(steps):
             scores = self._scores(columns, real, cache)
             if step == 0 and not bool(scores.isfinite().all()):
                 raise ModelError(
                     "The model's scores are not finite: its weights are damaged, or their type is too small."
                 )
-            token = self.sampler.choose(
-                scores if added is None else scores + added, seen, generator
-            )
+            scores = scores if added is None else scores + added
+            scores = scores if history is None else rules.before(scores, history)
+            scores = sampler.penalized(scores, seen)
+            if history is not None:
+                scores = rules.after(scores, history, lengths_in, step, last_steps)
+            token = sampler.choose(scores, generator)
             token = torch.where(open_rows, token, fill)
             new.append(token)
             lengths += open_rows
@@ -234,13 +246,14 @@ class _Decoder:
             if real is not None:
                 real = torch.cat((real, torch.ones_like(token)[:, None]), dim=1)
             last = token[:, None]
+            history = None if history is None else torch.cat((history, last), dim=1)
             columns = last if cache is not None else torch.cat((columns, last), dim=1)
         table = torch.stack(new, dim=1).tolist()
         return [row[:length] for row, length in zip(table, lengths.tolist(), strict=True)]
 
     def _seen(self, prompts: list[list[int]], device: torch.device) -> Tensor | None:
         """(B, V) the tokens that each row holds, if that matters."""
-        if self.sampler.repetition_penalty == 1.0:
+        if self.settings.sampler.repetition_penalty == 1.0:
             return None
         seen = torch.zeros(len(prompts), self.model.backbone.vocab_size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
@@ -248,14 +261,15 @@ class _Decoder:
         return seen.to(device)
 
     def _banned(self, device: torch.device) -> Tensor | None:
-        """Rows of the vocabulary that no token has; for text also what is no text."""
+        """Rows of the vocabulary that no token has; where text is drawn, also what is no text."""
         tokenizer, rows = self.model.tokenizer, self.model.backbone.vocab_size
         if tokenizer is None:
             return None
         roles = (tokenizer.pad_id, tokenizer.mask_id, tokenizer.bos_id)
-        ends = end_ids(self.model)
-        special = [i for i in roles if i is not None and i not in ends]
-        return banned(rows, len(tokenizer), special if self.asked.texts is not None else (), device)
+        ends = self.settings.rules.ends
+        drawn = self.asked.texts is not None and self.settings.sampler.heat > 0
+        special = [i for i in roles if i is not None and i not in ends] if drawn else []
+        return banned(rows, len(tokenizer), special, device)
 
     def _scores(self, columns: Tensor, real: Tensor | None, cache: KVCache | None) -> Tensor:
         """Scores of the next token, (B, V) in fp32; only the last column meets the head."""

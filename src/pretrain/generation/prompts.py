@@ -161,13 +161,14 @@ def check_ids(model: Model, ids: list[list[int]], what: str = "Prompt") -> None:
             )
 
 
-def end_ids(model: Model) -> list[int]:
-    """Ids that end a text: what the checkpoint says, else the tokenizer's eos."""
+def end_ids(model: Model, given: Any = None) -> list[int]:
+    """Ids that end a text: what the caller gives, else what the checkpoint says, else the tokenizer's eos."""
     tokenizer = model.tokenizer
     for found in (
+        given,
         model.generation_config.get("eos_token_id"),
-        None if tokenizer is None else tokenizer.eos_id,
         model.backbone.config.eos_id,
+        None if tokenizer is None else tokenizer.eos_id,
     ):
         # generation_config.json is a stranger's: what is no id is passed over
         ids = found if isinstance(found, list | tuple) else [found]

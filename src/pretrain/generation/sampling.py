@@ -122,15 +122,25 @@ class Sampler:
             generator.manual_seed(self.seed)
         return generator
 
-    def choose(self, scores: Tensor, seen: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The next token of every row, (B, V) -> (B,)."""
-        if seen is not None:
-            scores = penalize(scores, seen, self.repetition_penalty)
+    def penalized(self, scores: Tensor, seen: Tensor | None) -> Tensor:
+        """The scores (B, V), with those of the tokens ``seen`` (B, V) made less likely."""
+        return scores if seen is None else penalize(scores, seen, self.repetition_penalty)
+
+    def choose(self, scores: Tensor, generator: torch.Generator) -> Tensor:
+        """The next token of every row, (B, V) -> (B,).
+
+        Raises:
+            ConfigError: every token of a row is forbidden.
+        """
         if self.heat == 0.0:
             return scores.argmax(-1)
         scores = filter_scores(
             scores, temperature=self.heat, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
+        if scores.device.type == "cpu" and not bool((scores > -math.inf).any(-1).all()):
+            raise ConfigError(
+                "The settings of generation forbid every token. Suppress fewer tokens, or repeat longer n-grams."
+            )
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Instruction", "chat_template_of", "encode_conversation", "reply", "shifted_labels"]
 
 _NEW_TOKENS = 128
+# Options of generation that ask for chance; without one, answers that are measured are the likeliest ones.
+_CHANCE = {"temperature", "top_k", "top_p", "min_p", "seed", "do_sample"}
 _TYPED = "special tokens are typed into the text"
 _LONG = "the first answer does not fit"
 
@@ -253,7 +255,11 @@ class Instruction(Task, TokenObjective):
         if room < 1 or self.model.tokenizer is None:
             return []
         question = prompt or self.model.tokenizer.decode(start)[-200:]
-        return [f"{question} -> {_write(self.model, [start], room, {})[0]}".replace("\n", " ")]
+        return [
+            f"{question} -> {_write(self.model, [start], room, {'do_sample': False})[0]}".replace(
+                "\n", " "
+            )
+        ]
 
     def predict(
         self, table: Table, batch_rows: int = 16, max_new_tokens: int = _NEW_TOKENS, **options: Any
@@ -270,6 +276,8 @@ class Instruction(Task, TokenObjective):
             ``answer`` and ``messages``, the conversation with it, for each row; both None where there is no room for
             an answer, or special tokens were typed into the text.
         """
+        if not _CHANCE & options.keys():
+            options["do_sample"] = False
         for start in range(0, len(table), batch_rows):
             part = table.take(range(start, min(start + batch_rows, len(table))))
             rows = self.encode(part, targets=False)
