@@ -101,6 +101,13 @@ def generate(
     stops = chosen.stop
     watch = _Watch(model, asked, stops, stream) if stops or stream is not None else None
     added = _Decoder(model, asked, chosen, use_cache, watch).run()
+    return _answer(model, asked, added, stops, watch)
+
+
+def _answer(
+    model: Model, asked: Prompts, added: list[list[int]], stops: tuple[str, ...], watch: Any
+) -> Any:
+    """Prompts and continuations in the form of the prompts."""
     if asked.texts is not None:
         texts = [
             text + _continuation(model, ids, new, stops)
