@@ -39,7 +39,7 @@ class _Tokenizer:
     mask_id, special_ids = 4, frozenset(range(5))
 
     def __init__(self, size: int) -> None:
-        self.size, self.continues = size, np.zeros(size, bool)
+        self.size = size
 
     def __len__(self) -> int:
         return self.size

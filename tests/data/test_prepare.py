@@ -379,3 +379,31 @@ def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
             pretrain.prepare(sources, tmp_path / "out", quiet=True)
     with pytest.raises(TokenizerError):
         pretrain.prepare(source, tokenizer=3, quiet=True)  # type: ignore[arg-type]
+
+
+def test_entries_made_and_unknown_tokens_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rare = "".join(chr(0x4E00 + k) for k in range(300))
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 50 + rare * 2, encoding="utf-8")
+    options = {"row_length": 32, "valid": 0}
+    pretrain.prepare(
+        tmp_path / "a.txt", tmp_path / "a", tokenizer="wordpiece", vocab_size=2000, **options
+    )
+    said = capsys.readouterr().err
+    made = Prepared.open(tmp_path / "a")
+    assert (
+        f"{len(made.tokenizer):,} tokens (2,000 asked for)" in said
+        and "0.00 % of the tokens are [UNK]" in said
+    )
+    assert f"note: the vocabulary has {len(made.tokenizer)} of the 2,000 entries" in said
+    pretrain.prepare(
+        tmp_path / "a.txt", tmp_path / "b", tokenizer="wordpiece", vocab_size=64, **options
+    )
+    tokens = np.concatenate(
+        [row["input_ids"][row["document_ids"] > 0] for row in Prepared.open(tmp_path / "b").train]
+    )
+    share = float((tokens == Prepared.open(tmp_path / "b").tokenizer.unk_id).mean())
+    said = capsys.readouterr().err
+    assert share > 0.2 and f"{100 * share:.2f} % of the tokens are [UNK]" in said
+    assert f"note: {100 * share:.1f} % of the tokens are [UNK]" in said

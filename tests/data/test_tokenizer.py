@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.scripts import letters
 from pretrain.data.encoding import FastEncoder, _slow
 from pretrain.data.tokenizer import Tokenizer, train_from_texts, train_tokenizer
 from pretrain.data.tokenizer_build import KINDS, ROLES
@@ -131,26 +132,6 @@ def test_opens_what_transformers_saved_with_extra_tokens(tmp_path: Path) -> None
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "c")) == len(ours)
 
 
-def test_words_for_whole_word_masking() -> None:
-    bpe = train_from_texts(["walking talking walked"] * 3, "bpe", vocab_size=265)
-    ids = bpe.encode("walking, talked\nBig")
-    words = bpe.word_ids(ids)
-    groups: dict[int, list[int]] = {}
-    for word, index in zip(words.tolist(), ids, strict=True):
-        groups.setdefault(word, []).append(index)
-    assert [bpe.decode(group) for group in groups.values()] == [
-        "walking",
-        ",",
-        " talked",
-        "\n",
-        "Big",
-    ]
-    piece = train_from_texts(["walking talking walked"] * 3, "wordpiece", vocab_size=60)
-    assert set(piece.word_ids(piece.encode("walking walked")).tolist()) == {0, 1}
-    assert piece.continues.dtype == np.bool_ and len(piece.continues) == len(piece)
-    assert not piece.continues[list(piece.special_ids)].any()
-
-
 def test_wordpiece_keeps_case_unless_asked() -> None:
     assert _cached("wordpiece").decode(_cached("wordpiece").encode("The dog")) == "The dog"
     lower = train_from_texts(TEXTS, "wordpiece", vocab_size=400, lowercase=True)
@@ -217,3 +198,38 @@ def test_train_tokenizer_from_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXTS[0] * 5, encoding="utf-8")
     tokenizer = train_tokenizer(tmp_path, "bpe", vocab_size=300, sample_bytes=200)
     assert tokenizer.vocab_size <= 300
+
+
+@pytest.mark.parametrize("script", ["han", "kana and han", "korean", "thai", "arabic", "latin"])
+def test_wordpiece_knows_the_characters_of_every_script(script: str) -> None:
+    """Thousands of characters of falling frequency, in words with blanks between or in long runs without."""
+    rng = np.random.default_rng(3)
+    known = {
+        "han": [chr(0x4E00 + 5 * k) for k in range(4000)],
+        "kana and han": [chr(0x3041 + k) for k in range(86)] + [chr(0x4E00 + 7 * k) for k in range(2500)],
+        "korean": [chr(0xAC00 + 4 * k) for k in range(2700)],
+        "thai": letters("thai"), "arabic": letters("arabic"), "latin": letters("latin"),
+    }[script]  # fmt: skip
+    share = 1 / (np.arange(len(known)) + 5)
+    text = rng.choice(known, 150_000, p=share / share.sum())
+    if script in ("korean", "arabic", "latin"):
+        text[rng.random(len(text)) < 0.25] = " "
+    else:
+        text[:: 300 if script == "thai" else 30] = "。"
+    texts = ["".join(text[k : k + 2000]) for k in range(0, len(text), 2000)]
+    made = train_from_texts(texts, "wordpiece", vocab_size=8192)
+    ids = np.concatenate(made.encode_batch(texts, special=False))
+    assert float((ids == made.unk_id).mean()) < 0.01
+    assert len(made) <= 8192
+    again, _ = FastEncoder(made.plain).encode(texts)
+    assert np.array_equal(again, ids) and FastEncoder(made.plain).rule == "wordpiece"
+
+
+def test_long_words_are_cut_and_not_unknown(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    made = _cached("wordpiece")
+    text = "fox" * 90 + " the " + "http" * 60
+    assert made.unk_id not in made.encode(text)
+    made.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == made.encode(text)

@@ -26,7 +26,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.data.tokenizer_build import library_errors
+from pretrain.data.tokenizer_build import WORDPIECE_CUT, library_errors
 from pretrain.errors import DataError, TokenizerError
 
 __all__ = ["Encoder", "FastEncoder"]
@@ -187,9 +187,18 @@ def _rule(description: dict[str, Any]) -> str | None:
         if plain and cutter and all(cutter.get(key) == value for key, value in wanted.items()):
             return "bpe"
     bert = {"type": "BertNormalizer", "clean_text": True}
-    if kind == "WordPiece" and cutter == {"type": "BertPreTokenizer"} and normalizer:
+    if kind == "WordPiece" and _cuts_like_bert(cutter) and normalizer:
         return "wordpiece" if all(normalizer.get(key) == bert[key] for key in bert) else None
     return None
+
+
+def _cuts_like_bert(cutter: dict[str, Any] | None) -> bool:
+    """Whether words are BERT's, or parts of them as WordPiece is trained here."""
+    if cutter and cutter.get("type") == "Sequence":
+        first, *others = cutter.get("pretokenizers") or [None]
+        parts = [other.get("pattern") for other in others]
+        return _cuts_like_bert(first) and parts in ([], [{"Regex": WORDPIECE_CUT}])
+    return cutter == {"type": "BertPreTokenizer"}
 
 
 def _character_table(backend: tokenizers.Tokenizer) -> NDArray[np.int64]:

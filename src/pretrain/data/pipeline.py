@@ -27,7 +27,7 @@ from pretrain.data.sources import Source, sized_pieces
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import DataError
 
-__all__ = ["SPLITS", "pack_split", "tokenise", "unigram_baseline"]
+__all__ = ["SPLITS", "Progressed", "pack_split", "tokenise", "unigram_baseline"]
 
 SPLITS = ("train", "valid")
 _JOURNAL_SECONDS = 5.0
@@ -57,6 +57,7 @@ class Progressed:
     tallies: list[list[_Tally]] = field(default_factory=list)
     longest: list[int] = field(default_factory=lambda: [0, 0])
     open_tokens: list[int] = field(default_factory=lambda: [0, 0])
+    unknown: list[int] = field(default_factory=lambda: [0, 0])
     max_id: int = 0
 
     @classmethod
@@ -150,6 +151,7 @@ class _Writer:
     ) -> None:
         self.folder, self.journal = folder, journal
         self.vocab_size, self.dtype = tokenizer.vocab_size, token_dtype(tokenizer.vocab_size)
+        self.unk_id = tokenizer.unk_id
         self.prefix = np.array(tokenizer.prefix, dtype=np.int64)
         self.suffix = np.array(tokenizer.suffix, dtype=np.int64)
         self.totals = [journal.total(split).tokens for split in range(2)]
@@ -198,6 +200,8 @@ class _Writer:
                 continue
             part = out if chosen.all() else out[np.repeat(chosen, sizes)]
             self.tokens[number].write(part.tobytes())
+            if self.unk_id is not None:
+                journal.unknown[number] += int(np.count_nonzero(part == self.unk_id))
             ends = self.totals[number] + np.cumsum(sizes[chosen])[end[chosen]]
             self.documents[number].write(ends.astype("<i8").tobytes())
             opened = self.totals[number] - journal.open_tokens[number]

@@ -21,6 +21,7 @@ from pretrain.data.job import Job, understand
 from pretrain.data.paths import FileHashes, cache_home
 from pretrain.data.pipeline import (
     SPLITS,
+    Progressed,
     pack_split,
     tokenise,
     unigram_baseline,
@@ -240,6 +241,7 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
             **asdict(total),
             "targets": total.tokens - total.documents,
             "longest": done.longest[index],
+            "unknown": done.unknown[index],
             "rows": sum(rows),
             "padding": 1 - total.tokens / (sum(rows) * row_length) if sum(rows) else 0.0,
             "sources": [_source_entry(job, k, index, asdict(tallies[k]), rows) for k in listed],
@@ -248,6 +250,7 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
             notes.append(f"the {split} text fills less than one row of {row_length} tokens")
     if not splits["valid"]["documents"]:
         notes.append("no validation rows: a run on these data cannot measure a validation loss")
+    notes += _vocabulary_notes(job, tokenizer, done)
     names = sorted(
         p
         for p in work.rglob("*")
@@ -274,6 +277,26 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
         "files": files,
     }  # fmt: skip
     write_json(work / MANIFEST, manifest)
+
+
+def _vocabulary_notes(job: Job, tokenizer: Tokenizer, done: Progressed) -> list[str]:
+    """Say where the vocabulary does not fit the text: entries that were not made, and text that it does not know."""
+    notes = []
+    asked = job.options["vocab_size"]
+    if job.tokenizer is None and tokenizer.kind != "char" and tokenizer.vocab_size < 0.9 * asked:
+        notes.append(
+            f"the vocabulary has {tokenizer.vocab_size:,} of the {asked:,} entries asked for: the text holds no other "
+            "piece of a word that occurs twice"
+        )
+    tokens = sum(done.total(split).tokens for split in range(len(SPLITS)))
+    unknown = sum(done.unknown)
+    if unknown > 0.01 * tokens:
+        notes.append(
+            f"{100 * unknown / tokens:.1f} % of the tokens are {tokenizer.roles['unk']}: the vocabulary lacks these "
+            "characters or words, and nothing is learned of them. Take tokenizer 'bpe', which knows every text, or a "
+            "larger vocab_size"
+        )
+    return notes
 
 
 def _source_entry(

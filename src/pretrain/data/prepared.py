@@ -173,6 +173,22 @@ def _check(file: Path, where: str, value: Any, shape: dict[str, Any]) -> None:
             raise _damaged(file, f"{name} holds {type(value[key]).__name__}")
 
 
+def _tokenizer_line(prepared: Prepared) -> str:
+    manifest = prepared.manifest
+    tokenizer, splits = manifest["tokenizer"], manifest["splits"]
+    line = f"{tokenizer['kind']} tokenizer of {tokenizer['vocab_size']:,} tokens"
+    if trained := tokenizer["trained_on_bytes"]:
+        asked = manifest["options"].get("vocab_size", tokenizer["vocab_size"])
+        of = f" ({asked:,} asked for)" if tokenizer["kind"] != "char" else ""
+        line += f"{of}, trained on {trained / 1e6:,.1f} MB"
+    name = prepared.tokenizer.roles.get("unk")
+    if name and all("unknown" in splits[split] for split in SPLITS):
+        tokens = sum(splits[split]["tokens"] for split in SPLITS)
+        unknown = sum(splits[split]["unknown"] for split in SPLITS)
+        line += f"; {100 * unknown / max(1, tokens):.2f} % of the tokens are {name}"
+    return line
+
+
 def _table(prepared: Prepared) -> str:
     manifest = prepared.manifest
     lines = [f"prepared {prepared.path}", f"{'':<16}{'train':>16}{'valid':>16}"]
@@ -194,13 +210,7 @@ def _table(prepared: Prepared) -> str:
     if manifest["contaminated"]:
         dropped += f", {manifest['contaminated']:,} training documents that also occur in validation left out"
     lines.append(dropped)
-    tokenizer = manifest["tokenizer"]
-    trained = (
-        f", trained on {tokenizer['trained_on_bytes'] / 1e6:,.1f} MB"
-        if tokenizer["trained_on_bytes"]
-        else ""
-    )
-    lines.append(f"{tokenizer['kind']} tokenizer of {tokenizer['vocab_size']:,} tokens{trained}")
+    lines.append(_tokenizer_line(prepared))
     if manifest["unigram"]:
         lines.append(
             f"knowing only token counts: {manifest['unigram']['nats']:.4f} nats per validation token"

@@ -30,8 +30,8 @@ from pretrain.data.tokenizer_build import (
     read_config,
     sibling,
     train_backend,
-    word_edges,
 )
+from pretrain.data.word_boundaries import WordFinder, token_bytes
 from pretrain.errors import TokenizerError, did_you_mean
 
 __all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
@@ -92,7 +92,7 @@ class Tokenizer:
         )
         self.kind = kind_of(backend)
         self._siblings: dict[tuple[Any, ...], tokenizers.Tokenizer] = {}
-        self._tables: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None
+        self._words: WordFinder | None = None
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -307,34 +307,17 @@ class Tokenizer:
         """Ids after every document of pre-training: eos, if it exists."""
         return [self.eos_id] if self.eos_id is not None else []
 
-    @property
-    def continues(self) -> NDArray[np.bool_]:
-        """(V,) True where a token goes on with the word before it, if that one ended inside a word."""
-        return self._word_tables()[0]
-
-    @property
-    def ends_in_word(self) -> NDArray[np.bool_]:
-        """(V,) True where the last character of a token is a letter or a digit."""
-        return self._word_tables()[1]
+    def word_starts(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.bool_]:
+        """Return (T,) True where a token begins a word; see :mod:`pretrain.data.word_boundaries`."""
+        if self._words is None:
+            self._words = WordFinder(
+                token_bytes(self.backend, self.vocab, self.special_ids, self.vocab_size)
+            )
+        return self._words.starts(np.asarray(ids, dtype=np.int64))
 
     def word_ids(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:
-        """Return (T,) the number of the word of every token, counted from 0: what whole-word masking hides at once."""
-        tokens = np.asarray(ids, dtype=np.int64)
-        if not tokens.size:
-            return tokens
-        starts = np.ones(len(tokens), dtype=bool)
-        starts[1:] = ~(self.continues[tokens[1:]] & self.ends_in_word[tokens[:-1]])
-        return np.cumsum(starts) - 1
-
-    def _word_tables(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        if self._tables is None:
-            continues = np.zeros(self.vocab_size, dtype=bool)
-            ends = np.zeros(self.vocab_size, dtype=bool)
-            for name, index in self.vocab.items():
-                if index not in self.special_ids:
-                    continues[index], ends[index] = word_edges(name, self.kind)
-            self._tables = (continues, ends)
-        return self._tables
+        """Return (T,) the number of the word of every token, counted from 0."""
+        return np.cumsum(self.word_starts(ids)) - 1
 
     @property
     def fingerprint(self) -> str:

@@ -6,12 +6,14 @@ Everything here works on the backend of the ``tokenizers`` library.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import string
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -33,6 +35,8 @@ KNOWN = {
 }
 # A word of this many bytes is no word; longer tokens only memorise rulers and runs of blanks.
 _MAX_TOKEN = 32
+# The longest part of a word that WordPiece looks up: the limit of its model in the ``tokenizers`` library.
+WORDPIECE_CUT = ".{1,100}"
 
 
 @contextmanager
@@ -167,38 +171,6 @@ def _no_merges(backend: tokenizers.Tokenizer) -> bool:
     return not json.loads(backend.to_str())["model"].get("merges")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return which byte each printable stand-in of byte-level BPE means (the table of GPT-2)."""
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(kept)]
-    return {chr(byte): byte for byte in kept} | {
-        chr(256 + k): byte for k, byte in enumerate(others)
-    }
-
-
-_BYTES = _byte_alphabet()
-
-
-def word_edges(name: str, kind: str) -> tuple[bool, bool]:
-    """Return whether a token can go on with a word and whether it ends inside one."""
-    if not name:
-        return False, False
-    if kind == "wordpiece":
-        return name.startswith("##"), name[-1].isalnum()
-    if kind == "char":
-        return (name.isalnum(), name.isalnum()) if len(name) == 1 else (True, True)
-    if kind == "bpe" and all(char in _BYTES for char in name):
-        raw = bytes(_BYTES[char] for char in name)
-        text = raw.decode("utf-8", errors="replace")
-        # A torn multi-byte character is taken for a letter: it only occurs inside words of other scripts.
-        inside = [char.isalnum() or char == "\ufffd" for char in (text[0], text[-1])]
-        # A single blank is cut off from its word only where the vocabulary lacks the two together.
-        return inside[0], inside[1] or text == " "
-    if name.startswith("\u2581"):
-        return False, name[-1].isalnum()
-    return name[:1].isalnum(), name[-1:].isalnum()
-
-
 def _bpe_pipeline(
     backend: tokenizers.Tokenizer, prefix_space: bool = False
 ) -> tokenizers.Tokenizer:
@@ -269,18 +241,23 @@ def _train_wordpiece(
     the second is given them in sorted order.
     """
     unknown = special[ROLES.index("unk")]
-    empty = tokenizers.Tokenizer(models.WordPiece(unk_token=unknown))
-    normalize = _wordpiece_pipeline(empty, lowercase).normalizer.normalize_str
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(normalize(text))
-    common = sorted(counts, key=lambda char: (-counts[char], char))
-    alphabet = [char for char in common if not char.isspace()][: min(1000, vocab_size // 2)]
+
+    def pipeline(model: models.WordPiece) -> tokenizers.Tokenizer:
+        backend = _wordpiece_pipeline(tokenizers.Tokenizer(model), lowercase)
+        # What is longer becomes [UNK] as a whole: a web address, or a sentence in a script without blanks.
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.BertPreTokenizer(),
+                pre_tokenizers.Split(tokenizers.Regex(WORDPIECE_CUT), "isolated"),
+            ]
+        )
+        return backend
+
+    normalize = pipeline(models.WordPiece(unk_token=unknown)).normalizer.normalize_str
+    alphabet = _alphabet(texts, normalize, vocab_size - len(special))
 
     def train(size: int, first: list[str]) -> dict[str, int]:
-        backend = _wordpiece_pipeline(
-            tokenizers.Tokenizer(models.WordPiece(unk_token=unknown)), lowercase
-        )
+        backend = pipeline(models.WordPiece(unk_token=unknown))
         trainer = trainers.WordPieceTrainer(
             vocab_size=size,
             special_tokens=first,
@@ -294,11 +271,42 @@ def _train_wordpiece(
 
     inside = sorted(name for name in train(1, special) if len(name) == 3 and name[:2] == "##")
     vocab = train(vocab_size, special + inside)
-    model = models.WordPiece(vocab, unk_token=unknown)
-    backend = _wordpiece_pipeline(tokenizers.Tokenizer(model), lowercase)
+    backend = pipeline(models.WordPiece(vocab, unk_token=unknown))
     backend.add_special_tokens(special)
     _frame_pairs(backend, _BERT_TAGS["bos"], _BERT_TAGS["eos"])
     return backend
+
+
+def _alphabet(texts: list[str], normalize: Callable[[str], str], room: int) -> list[str]:
+    """Return the characters of a WordPiece vocabulary, the commonest first.
+
+    A word with a character that is left out becomes [UNK]. Half of the room is for characters, and more where it takes
+    more to leave out less than one in 2,000 of the text, as in scripts of thousands of characters. A character takes
+    one place, and one more if it occurs inside words, as those of Chinese do not.
+    """
+    counts, inside = np.zeros(0x110000, dtype=np.int64), np.zeros(0x110000, dtype=bool)
+    for start in range(0, len(texts), 64):
+        block = normalize("\n".join(texts[start : start + 64]))
+        codes = np.frombuffer(block.encode("utf-32-le"), dtype="<u4")
+        found = np.bincount(codes)
+        counts[: len(found)] += found
+        divides = np.zeros(len(found), dtype=bool)
+        for code in np.flatnonzero(found).tolist():
+            divides[code] = _divides_words(chr(code))
+        within = ~divides[codes]
+        inside[codes[1:][within[1:] & within[:-1]]] = True
+    counts[[code for code in np.flatnonzero(counts).tolist() if chr(code).isspace()]] = 0
+    known = np.flatnonzero(counts)
+    known = known[np.argsort(-counts[known], kind="stable")]
+    places = np.cumsum(1 + inside[known])
+    missed = 1 - (np.cumsum(counts[known]) - counts[known]) / max(1, int(counts.sum()))
+    taken = (places <= room // 2) | ((missed > 1 / 2000) & (places <= room))
+    return [chr(code) for code in known[taken].tolist()]
+
+
+def _divides_words(char: str) -> bool:
+    """Whether BERT's rule cuts at a character."""
+    return char.isspace() or char in string.punctuation or unicodedata.category(char)[0] == "P"
 
 
 def _begin(backend: tokenizers.Tokenizer, first: str) -> None:

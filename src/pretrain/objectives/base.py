@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.data.loader import Example
+from pretrain.data.loader import Example, Examples
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
 from pretrain.nn.parallel import Group, gather
@@ -167,6 +167,10 @@ class Objective(nn.Module):
         mean = total / count if count else math.nan
         sums = {key: value for key, value in metrics.items() if isinstance(value, float | int)}
         return {"loss": mean} | {key: value / count for key, value in sums.items() if count}
+
+    def survey(self, rows: Examples) -> list[str]:
+        """Check the training rows before the first step; return what the user should know of them, a line each."""
+        return []
 
     def expected_first_loss(self) -> float | None:
         """Loss of a model that has learned nothing, to hold the first step against; None if unknown."""

@@ -24,6 +24,7 @@ from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.tasks import Task, pack_examples
 
 if TYPE_CHECKING:
+    from pretrain.data.loader import Examples
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
@@ -166,6 +167,10 @@ class LanguageModelling(Task):
     ) -> dict[str, float]:
         """The figures of the objective of pre-training: loss, perplexity, accuracy."""
         return self.inner.summarize(total, count, metrics, stats)
+
+    def survey(self, rows: Examples) -> list[str]:
+        """What the objective of pre-training says of the rows."""
+        return self.inner.survey(rows)
 
     def expected_first_loss(self) -> float | None:
         """None: the model has learned something before."""

@@ -3,6 +3,9 @@
 The rate is 30 % by default, as in MosaicBERT and ModernBERT (the case for more than 15 % is made in arXiv
 2202.08005); evaluation is always at the conventional 15 % and always with the same masks, so that figures of
 different runs can be compared.
+
+With ``whole_word`` all tokens of a word are hidden together. A word is cut where it alone would exceed the share of its
+row, so the share that is hidden is the one asked for in every script.
 """
 
 from __future__ import annotations
@@ -13,14 +16,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from pretrain.errors import ConfigError, ModelError, TokenizerError
+from pretrain.errors import ConfigError, ModelError, TokenizerError, TrainingError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, TokenObjective, drop_plain_documents, stack
 
 if TYPE_CHECKING:
+    from pretrain.data.loader import Examples
     from pretrain.models.base import Model
 
 __all__ = ["MaskedLM"]
+
+# The share of hidden tokens may differ by this much from the one asked for.
+_TOLERANCE = 0.03
+# Rows that are masked on trial to measure it.
+_TRIAL_ROWS = 64
 
 
 class MaskedLM(TokenObjective):
@@ -82,7 +91,7 @@ class MaskedLM(TokenObjective):
         ordinary[sorted(tokenizer.special_ids)] = False
         self._maskable = ordinary
         self._ordinary_ids = np.flatnonzero(ordinary)
-        self._continues = np.asarray(tokenizer.continues, dtype=bool) if whole_word else None
+        self._word_starts = tokenizer.word_starts if whole_word else None
 
     def collate(
         self,
@@ -101,35 +110,65 @@ class MaskedLM(TokenObjective):
         real = np.ones(ids.shape, dtype=bool) if documents is None else documents.numpy() != 0
         labels = np.full(ids.shape, IGNORE, dtype=np.int64)
         rate = self.eval_rate if evaluation else self.rate
+        candidates, begins = self._is_maskable(ids) & real, self._begins(ids, documents)
         for row, rng in enumerate(rngs):
-            chosen = self._choose(ids[row], real[row], rate, rng)
+            words = None if begins is None else begins[row]
+            chosen = self._choose(np.flatnonzero(candidates[row]), words, rate, rng)
             labels[row, chosen] = ids[row, chosen]
             ids[row, chosen] = self._corrupt(ids[row, chosen], rng)
         batch["labels"] = torch.from_numpy(labels)
         batch["target_index"] = torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE))
         return drop_plain_documents(batch)
 
+    def _is_maskable(self, ids: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._maskable[np.clip(ids, 0, len(self._maskable) - 1)] & (ids >= 0)
+        return found
+
+    def _begins(self, ids: np.ndarray, documents: torch.Tensor | None) -> np.ndarray | None:
+        """(B, T) True where a token begins a word or a document; None where words do not matter."""
+        if self._word_starts is None:
+            return None
+        # An id that is no token stands between rows, so that no row depends on its neighbour.
+        apart = np.concatenate([np.full((len(ids), 1), -1), ids], axis=1)
+        begins: np.ndarray = self._word_starts(apart.reshape(-1)).reshape(apart.shape)[:, 1:]
+        if documents is not None:
+            begins[:, 1:] |= np.diff(documents.numpy()) != 0
+        return begins
+
     def _choose(
-        self, ids: np.ndarray, real: np.ndarray, rate: float, rng: np.random.Generator
+        self,
+        candidates: np.ndarray,
+        begins: np.ndarray | None,
+        rate: float,
+        rng: np.random.Generator,
     ) -> np.ndarray:
-        """Positions of the targets of one row, (T,) -> (n,)."""
-        candidates = np.flatnonzero(
-            self._maskable[np.clip(ids, 0, len(self._maskable) - 1)] & (ids >= 0) & real
-        )
+        """Positions of the targets of one row.
+
+        Args:
+            candidates: (n,) positions that may become targets.
+            begins: (T,) True where words begin; None to choose single tokens.
+            rate: share of the candidates, at least one of them.
+            rng: the row's own.
+
+        Returns:
+            (m,) positions in rising order.
+        """
         if candidates.size == 0:
             return candidates
-        wanted = max(1, round(rate * candidates.size))
-        if self._continues is None:
-            return np.sort(rng.choice(candidates, wanted, replace=False))
-        # A word starts where a piece does not continue the piece right before it.
-        follows = np.zeros(candidates.size, dtype=bool)
-        follows[1:] = np.diff(candidates) == 1
-        word = np.cumsum(~(follows & self._continues[ids[candidates]])) - 1
-        sizes = np.bincount(word)
-        order = rng.permutation(sizes.size)
-        # Words are taken while they fit, the first one always.
-        taken = order[np.maximum(np.cumsum(sizes[order]) <= wanted, np.arange(order.size) == 0)]
-        return candidates[np.isin(word, taken)]
+        wanted = max(1.0, rate * candidates.size)
+        if begins is None:
+            # In a short row the nearest whole number is too far from the rate, so chance rounds there.
+            near = _TOLERANCE * candidates.size >= 0.5
+            count = round(wanted) if near else int(wanted + rng.random())
+            return np.sort(rng.choice(candidates, count, replace=False))
+        first = begins[candidates]
+        first[1:] |= np.diff(candidates) != 1
+        words = _cut(first, _longest_word(candidates.size, wanted))
+        sizes = np.bincount(words)
+        hidden = np.zeros(sizes.size, dtype=bool)
+        hidden[_draw_words(sizes, wanted, candidates.size, rng)] = True
+        chosen: np.ndarray = candidates[hidden[words]]
+        return chosen
 
     def _corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Replace target ids by the mask token, a random ordinary token, or themselves, (n,) -> (n,)."""
@@ -138,6 +177,42 @@ class MaskedLM(TokenObjective):
         random_end = self.mask_share + self.random_share
         return np.where(
             draw < self.mask_share, self._mask_id, np.where(draw < random_end, noise, ids)
+        )
+
+    def survey(self, rows: Examples) -> list[str]:
+        """Mask some training rows on trial and say which share of the tokens is hidden.
+
+        Raises:
+            TrainingError: it is not the share asked for.
+        """
+        said = []
+        for name, rate in (("rate", self.rate), ("eval_rate", self.eval_rate)):
+            hidden = tokens = 0
+            for k in range(_TRIAL_ROWS):
+                row = rows[k * len(rows) // _TRIAL_ROWS]
+                rng = np.random.default_rng(k)
+                batch = self.collate([row], [rng], evaluation=name == "eval_rate")
+                real = np.asarray(row.get("document_ids", row.get("attention_mask", 1))) != 0
+                count = int((self._is_maskable(np.asarray(row["input_ids"])) & real).sum())
+                hidden, tokens = hidden + int(self.count(batch)), tokens + count
+            share = hidden / max(1, tokens)
+            if tokens and abs(share - rate) > _TOLERANCE:
+                raise TrainingError(self._why_off(name, rate, share, tokens / _TRIAL_ROWS))
+            said.append(f"{share:.1%} of the tokens ({name} {rate:g})")
+        what = "whole words" if self.whole_word else "tokens"
+        return [f"masks {what}: hides {said[0]}, in evaluations {said[1]}"]
+
+    def _why_off(self, name: str, rate: float, share: float, length: float) -> str:
+        text = f"MaskedLM hides {share:.1%} of the tokens, but {name} asks for {rate:.1%}: "
+        if length * rate < 1:
+            return (
+                f"{text}the rows have {length:.1f} tokens on average that can be hidden, and at least one of each row "
+                f"is. Use longer rows (pack texts, or a larger row_length), or set {name} to {1 / length:.2f} or more."
+            )
+        where = "the words of the tokenizer are not cut at the share" if self.whole_word else ""
+        return (
+            f"{text}{where or 'the choice of targets was changed'}. Use a tokenizer of this package or set "
+            "whole_word=False, or correct the subclass."
         )
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
@@ -171,3 +246,36 @@ class MaskedLM(TokenObjective):
             "random_share": self.random_share,
             "whole_word": self.whole_word,
         }
+
+
+def _longest_word(count: int, wanted: float) -> int:
+    """Tokens of one word that may be hidden together, so that with the last word drawn a row stays below half."""
+    return max(1, int(min(wanted, max(count / 2 - wanted, wanted / 4))))
+
+
+def _cut(begins: np.ndarray, most: int) -> np.ndarray:
+    """Number the words that begin where told, (n,) -> (n,), each cut into parts of at most ``most`` tokens."""
+    places = np.arange(begins.size)
+    begins = begins | (places == 0)
+    within = places - np.maximum.accumulate(np.where(begins, places, 0))
+    return np.cumsum(begins | (within % most == 0)) - 1
+
+
+def _draw_words(
+    sizes: np.ndarray, wanted: float, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Numbers of words, drawn until they have ``wanted`` of ``count`` tokens.
+
+    The word with which they would have more is taken with the probability that makes ``wanted`` the mean, for to leave
+    it out always would hide less, and longer words less often.
+    """
+    order = rng.permutation(sizes.size)
+    totals = np.cumsum(sizes[order])
+    whole = int(np.searchsorted(totals, wanted, side="right"))
+    chance = rng.random()
+    if whole < order.size:
+        before = int(totals[whole - 1]) if whole else 0
+        fits = wanted >= count / 2 or totals[whole] <= max(count // 2, 1)
+        if fits and chance * sizes[order[whole]] < wanted - before:
+            whole += 1
+    return order[:whole]

@@ -52,6 +52,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     if checkpoint is None:
         check_round_trip(trainer)
     lines = describe(trainer, checkpoint, parameters, seconds * len(batches))
+    lines += trainer.objective.survey(trainer.train_data)
     expected = trainer.objective.expected_first_loss()
     if checkpoint is None and expected is not None:
         verdict = ""
