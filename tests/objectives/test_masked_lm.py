@@ -174,9 +174,11 @@ def test_bad_arguments() -> None:
         MaskedLM(_model(tokenizer=without))
     with pytest.raises(ConfigError, match="whole_word"):
         build_objective("MaskedLM", {"whole_words": True}, _model())
-    with pytest.raises(ConfigError, match=r"objective.init_args.rate is '0.3'; .*float"):
+    with pytest.raises(
+        ConfigError, match=r"objective.init_args.rate must be a number, found '0.3'"
+    ):
         build_objective("MaskedLM", {"rate": "0.3"}, _model())
-    with pytest.raises(ConfigError, match=r"whole_word is 'no'; .*bool"):
+    with pytest.raises(ConfigError, match=r"whole_word must be .*, found 'no'"):
         build_objective("MaskedLM", {"whole_word": "no"}, _model())
     with pytest.raises(ConfigError, match="MaskedLM"):
         build_objective("MaskLM", {}, _model())
