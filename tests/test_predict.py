@@ -20,7 +20,7 @@ from pretrain.data.table_stream import RowWriter, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.predict import best_of, predict, predict_file, predict_with, task_of
+from pretrain.predict import predict, predict_file, predict_with, task_of
 
 HEADS: dict[str, dict[str, Any]] = {
     "classification": {"head": "sequence-classification", "labels": ["cat", "dog", "fox"]},
@@ -462,7 +462,8 @@ def test_memory_of_predictions_does_not_grow(model: Model, tmp_path: Path) -> No
 
 
 def test_the_best_checkpoint_of_a_run_is_taken(tmp_path: Path) -> None:
-    from pretrain.checkpoint import TrainingState, save_checkpoint
+    """Whoever opens a fine-tuned run gets the best so far, also before it has come to its end."""
+    from pretrain.checkpoint import TrainingState, load, save_checkpoint
 
     run = tmp_path / "run"
     for step, best in ((5, 5), (9, 5)):
@@ -470,13 +471,13 @@ def test_the_best_checkpoint_of_a_run_is_taken(tmp_path: Path) -> None:
             run, small(seed=step), step=step, tokens=1, pretrain_block={}, keep=2,
             training=TrainingState({}, {"run": {"best_step": best}}),
         )  # fmt: skip
-    assert best_of(run) == run / "checkpoint-5"
-    assert best_of(run / "checkpoint-9") == run / "checkpoint-9"
+    assert load(run, quiet=True).source == str(
+        run / "checkpoint-9"
+    )  # nothing says that it was fine-tuned
+    (run / "run.yaml").write_text("task:\n  name: classification\n")
+    assert load(run, quiet=True).source == str(run / "checkpoint-5")
     source = write_rows(tmp_path / "r.csv", [{"text": "the red cat"}])
     found = read_csv(predict_file(run, source, progress=False))[0]
     assert float(found["score"]) == pytest.approx(
         small(seed=5).predict("the red cat")["score"], abs=1e-5
     )
-    (run / "checkpoint-9" / "training" / "state.json").write_text("{}")
-    assert best_of(run).name in ("checkpoint-5", "checkpoint-9")
-    assert best_of(tmp_path / "nothing") == tmp_path / "nothing"

@@ -356,14 +356,14 @@ class RunConfig:
         return dump(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `to_yaml` to ``path``: a reader sees the whole old file or the whole new one.
+        """Write `to_yaml` with its digest to ``path``: a reader sees the whole old file or the whole new one.
 
         Raises:
             ConfigError: the file cannot be written.
         """
-        from pretrain.settings.check import write_text
+        from pretrain.settings.check import with_digest, write_text
 
-        return write_text(Path(path), self.to_yaml())
+        return write_text(Path(path), with_digest(self.to_yaml()))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,11 @@ __all__ = [
     "TrainingError",
     "did_you_mean",
     "named_error",
+    "out_of_memory",
 ]
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class PretrainError(Exception):
@@ -117,6 +121,14 @@ def named_error(name: str, text: str) -> PretrainError:
     plain = next(base for base in kind.__mro__ if "__init__" not in vars(base))
     error: PretrainError = plain(text)
     return error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, numpy or torch says that there is no memory left, on a host or a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ Which task a model answers is what its config.json records, or, in a directory o
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint import latest, load
+from pretrain.checkpoint import load
 from pretrain.data.archives import COMPRESSIONS
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.table_files import TABLE_FORMATS
@@ -31,7 +30,7 @@ from pretrain.training.precision import choose_device
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["best_of", "predict", "predict_file", "predict_with", "roles_read", "task_of"]
+__all__ = ["predict", "predict_file", "predict_with", "roles_read", "task_of"]
 
 _BATCH_ROWS = 64
 _CHUNK = 1024  # rows of a file that are in memory
@@ -329,7 +328,7 @@ def predict_file(
     first = next(chunks)  # a file that cannot be read is said before a model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)
-    task = task_of(load(best_of(checkpoint), quiet=not progress) if known else checkpoint)
+    task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
     task.to(choose_device(device))
     chosen = choose_columns(first.table, roles_read(task), dict(columns or {}), quiet=not progress)
     quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
@@ -343,19 +342,6 @@ def predict_file(
                 bar.update()
     _say_empty(empty, count)
     return target
-
-
-def best_of(checkpoint: str | os.PathLike[str]) -> Path:
-    """The best checkpoint of a run, where the newest one records which it is; anything else as it is."""
-    path = Path(checkpoint)
-    if (path / "config.json").exists() or (newest := latest(path)) is None:
-        return path
-    try:
-        state = json.loads((newest / "training" / "state.json").read_text(encoding="utf-8"))
-        best = path / f"checkpoint-{int(state['run']['best_step'])}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return newest
-    return best if (best / "manifest.json").is_file() else newest
 
 
 def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:

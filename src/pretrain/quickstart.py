@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.data.snippets import PythonWithout, Snippets, snippets
 from pretrain.errors import ConfigError
+from pretrain.storage.files import replace_file
 
 if TYPE_CHECKING:
     from pretrain.data.sources import Source
@@ -331,7 +332,7 @@ def write_rows(rows: Snippets, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "valid", "test"):
         text = "".join(json.dumps(row) + "\n" for row in getattr(rows, name))
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        replace_file(folder / f"{name}.jsonl", text.encode())
     return folder
 
 

@@ -54,6 +54,7 @@ def render(run_dir: str | os.PathLike[str]) -> str:
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<div class="soft">{escape(_subtitle(config))}</div>',
+        _damage(history),
         _tiles(history),
         _pictures(history),
         _evaluations(history),
@@ -68,10 +69,13 @@ def render(run_dir: str | os.PathLike[str]) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     from pretrain.errors import ConfigError
+    from pretrain.settings.check import name_change
     from pretrain.settings.strict_yaml import parse
 
     try:
-        parsed = parse((folder / "run.yaml").read_text(encoding="utf-8"), "run.yaml")
+        text = (folder / "run.yaml").read_text(encoding="utf-8")
+        name_change(folder / "run.yaml", text)
+        parsed = parse(text, "run.yaml")
     except (OSError, UnicodeDecodeError, ConfigError):
         return {}
     tree = parsed[0]
@@ -92,6 +96,14 @@ def _subtitle(config: Mapping[str, Any]) -> str:
         f"on {data['train']}" if "train" in data else "",
     ]
     return " · ".join(str(word) for word in words if word)
+
+
+def _damage(history: History) -> str:
+    if not history.damage:
+        return ""
+    return (
+        f'<div class="card">log.jsonl is damaged and shown in part: {escape(history.damage)}.</div>'
+    )
 
 
 def _tiles(history: History) -> str:

@@ -30,16 +30,15 @@ from pretrain.checkpoint import (
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, PretrainError
 from pretrain.models import build
+from pretrain.storage.manifest import BYSTANDERS
+from pretrain.storage.partial import latest_together
+from pretrain.storage.peers import ALONE
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_positions": 8}
 FILES = [
-    *("README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors"),
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "training/optimizer.safetensors",
-        "training/state.json",
-    ),
+    *("README.md", "chat_template.jinja", "config.json", "generation_config.json"),
+    *("manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("training/optimizer.safetensors", "training/state.json"),
 ]
 
 
@@ -48,6 +47,7 @@ def good(tmp_path_factory):
     """A run with checkpoints 1 and 2."""
     run = tmp_path_factory.mktemp("good")
     model = build("gpt2", tokenizer=train_from_texts(["abc"], "char"), **SIZES)
+    model.tokenizer.chat_template = "{{ messages }}"
     for step in (1, 2):
         training = TrainingState({"optimizer": {"exp_avg/w": torch.ones(3)}}, {"step": step})
         save_checkpoint(run, model, step=step, tokens=9, pretrain_block={}, training=training)
@@ -122,6 +122,17 @@ def test_damage_is_named_and_the_one_before_is_used(run, name, damage, capfd):
     assert caught.value.file.startswith(str(newest / name))
     assert caught.value.expected
     assert caught.value.found
+    if name in BYSTANDERS:
+        assert latest_together(run, ALONE) == newest
+        assert latest(run) == newest
+        said = capfd.readouterr().err.splitlines()
+        assert len(said) == 2 and said[0] == said[1] and name in said[0]
+        model = load(run, quiet=True)
+        assert model.source == str(newest) and model.tokenizer.chat_template == "{{ messages }}"
+        said = capfd.readouterr().err.splitlines()
+        assert len(said) == 1 and name in said[0]
+        assert inspect(newest)["manifest"].startswith("broken: ")
+        return
     assert latest(run) == run / "checkpoint-1"
     said = capfd.readouterr().err
     assert len(said.splitlines()) == 1
@@ -147,7 +158,7 @@ def test_damage_is_named_and_the_one_before_is_used(run, name, damage, capfd):
 
 @pytest.mark.parametrize(
     "name",
-    ["extra.safetensors", "chat_template.jinja", "pytorch_model.bin", "training/rng.pt", "x/y"],
+    ["extra.safetensors", "vocab.txt", "pytorch_model.bin", "training/rng.pt", "x/y"],
 )
 def test_extra_files_are_refused(run, name):
     newest = run / "checkpoint-2"
@@ -163,6 +174,16 @@ def test_hidden_files_of_file_managers_and_downloads_are_left_alone(run):
     (run / "checkpoint-2" / ".cache").mkdir()
     verify(run / "checkpoint-2")
     load(run / "checkpoint-2", quiet=True)
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_stops(run, capfd):
+    for step in (1, 2):
+        bit_flipped(run / f"checkpoint-{step}" / "training" / "optimizer.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 checkpoints and none is whole.*move the dir"
+    ):
+        latest_together(run, ALONE)
+    assert latest_together(run.parent / "another", ALONE) is None
 
 
 def test_no_flipped_bit_goes_unnoticed(run):
@@ -273,6 +294,9 @@ def test_all_broken(run):
 
 def test_a_change_on_purpose_can_be_loaded_without_verification(run, tmp_path):
     (run / "checkpoint-2" / "README.md").write_text("my own card")
+    load(run / "checkpoint-2", quiet=True)
+    config = run / "checkpoint-2" / "config.json"
+    config.write_text(config.read_text() + "\n")
     with pytest.raises(CheckpointCorrupt):
         load(run / "checkpoint-2")
     model = load(run / "checkpoint-2", verify=False, quiet=True)

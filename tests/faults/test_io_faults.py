@@ -304,7 +304,12 @@ def losses(log, acknowledged, root: Path, scratch: Path, *, draws: int, start: i
         due = max((step for length, step in acknowledged if length <= moment), default=-1)
         for choose in choices if moment >= start else ():
             disk.after_power_cut(scratch, choose)
-            found = step_of(latest(scratch / "run"))
+            newest = latest(scratch / "run")
+            try:
+                verify(newest or scratch)  # all of it, the model card as well
+                found = step_of(newest)
+            except CheckpointError:
+                found = -1
             shutil.rmtree(scratch)
             if found < due:
                 yield moment, found, due

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import pretrain
+from pretrain.data.tokenizer import train_from_texts
+from pretrain.errors import TrainingError
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
 from pretrain.training.logging import read_log
@@ -92,11 +97,116 @@ def test_an_evaluation_is_broken_off_and_made_up_for(
     assert figures[0] == figures[1] and len(figures[0]) >= 2
 
 
-def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
+def test_a_third_interrupt_acts_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, objective(), Rows(8), hooks=[_strike(2), _strike(2)]).fit()
+        trainer(tmp_path, objective(), Rows(8), hooks=[_strike(2)] * 3).fit()
     assert gc.isenabled()
     assert trainer(tmp_path, objective(), Rows(8)).fit().step == 12
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGINT")]
+)
+def test_two_signals_close_together_are_one_request(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    """A terminal and a scheduler, or a scheduler that repeats itself: the run saves all the same."""
+
+    def strike(record: Any) -> None:
+        if record["step"] == 2:
+            signal.raise_signal(getattr(signal, first))
+            signal.raise_signal(getattr(signal, second))
+
+    run = trainer(tmp_path, objective(), Rows(8), hooks=[strike]).fit()
+    assert (run.stopped, run.step) == (first, 2)
+    assert run.checkpoint == tmp_path / "checkpoint-2"
+
+
+def test_who_asks_again_after_a_while_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.training.state._SAME_REQUEST", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, objective(), Rows(8), hooks=[_strike(2)] * 2).fit()
+
+
+@pytest.mark.parametrize(
+    ("how", "background", "save_every"),
+    [
+        ("deleted", False, "0 steps"),
+        ("deleted", True, "1 steps"),
+        ("renamed", True, "0 steps"),
+        ("replaced", False, "1 steps"),
+    ],
+)
+def test_a_run_whose_directory_is_taken_away_is_saved_beside_it(
+    tmp_path: Path, how: str, background: bool, save_every: str
+) -> None:
+    out, away = tmp_path / "run", tmp_path / "away"
+    whole = trainer(tmp_path / "whole", objective(), Rows(8)).fit()
+
+    def take_away(record: Any) -> None:
+        if record["step"] == 5:
+            if how == "deleted":
+                shutil.rmtree(out, ignore_errors=True)  # a save may be going on in it
+            else:
+                out.rename(away)
+            if how == "replaced":
+                out.mkdir()
+
+    train = {"save_every": save_every, "async_save": background}
+    task = trainer(out, objective(), Rows(8), hooks=[take_away], **train)
+    with pytest.raises(TrainingError, match="was deleted|was renamed") as caught:
+        task.fit(lambda: (out / "run.yaml").write_text("settings"))
+    refuge = tmp_path / "run.rescued-1"
+    assert str(refuge) in str(caught.value)
+    assert (str(away) in str(caught.value)) == (how != "deleted")
+    assert (refuge / "run.yaml").read_text() == "settings"
+    shutil.rmtree(out, ignore_errors=True)
+    refuge.rename(out)
+    assert trainer(out, objective(), Rows(8)).fit().step == 12
+    assert losses(out) == losses(whole.path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+)
+@pytest.mark.parametrize("call", [1, 6])
+def test_a_full_memory_is_a_sentence_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int
+) -> None:
+    goal = objective()
+    plain, calls = goal.forward, itertools.count(1)
+
+    def forward(batch: Any) -> Loss:
+        if next(calls) == call:
+            raise error
+        return plain(batch)
+
+    monkeypatch.setattr(goal, "forward", forward)
+    with pytest.raises(TrainingError, match=r"memory.*Lower train\.micro_rows"):
+        trainer(tmp_path, goal, Rows(8)).fit()
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "dropout", "nothing"])
+def test_a_resumed_run_notices_another_base(tmp_path: Path, what: str) -> None:
+    trainer(tmp_path, objective(), Rows(8), limit="4 steps").fit()
+    goal = objective(dropout=0.3 if what == "dropout" else 0.0)
+    if what == "tokenizer":
+        goal.model.tokenizer = train_from_texts(["another"], "char")
+    task = trainer(tmp_path, goal, Rows(8), limit="6 steps")
+    if what == "nothing":
+        assert task.fit().step == 6
+    else:
+        with pytest.raises(TrainingError, match=rf"{what}.*was changed since"):
+            task.fit()
 
 
 def test_a_quiet_run_prints_nothing_and_logs_everything(

@@ -13,6 +13,7 @@ from typing import Any
 
 from pretrain.data.readers import COMPRESSIONS, FORMATS, found_in_folders
 from pretrain.errors import DataError
+from pretrain.storage.files import replace_file
 
 __all__ = ["FileHashes", "cache_home", "find_files"]
 
@@ -64,9 +65,7 @@ class FileHashes:
             return
         try:
             self.memory.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.memory.with_name(f"{self.memory.name}.{os.getpid()}")
-            fresh.write_text(json.dumps(self._known), encoding="utf-8")
-            fresh.replace(self.memory)
+            replace_file(self.memory, json.dumps(self._known).encode())
         except OSError:
             return
 

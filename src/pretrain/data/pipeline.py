@@ -26,6 +26,7 @@ from pretrain.data.shards import token_dtype, write_json
 from pretrain.data.sources import Source, sized_pieces
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import DataError
+from pretrain.storage.files import open_writable
 
 __all__ = ["SPLITS", "Progressed", "pack_split", "tokenise", "unigram_baseline"]
 
@@ -235,7 +236,7 @@ class _Writer:
 
 def _reopen(path: Path, size: int) -> Any:
     """Open a file for appending after its first ``size`` bytes; what a killed run wrote beyond them goes."""
-    stream = path.open("r+b" if path.exists() else "w+b")
+    stream = open_writable(path, keep=True)
     stream.truncate(size)
     stream.seek(size)
     return stream
@@ -306,8 +307,8 @@ def pack_split(folder: Path, split: str, documents: Sequence[int], row_length: i
     offsets = np.fromfile(folder / f"{split}.documents.bin", dtype="<i8")
     counts, segments, done = [], 0, 0
     with (
-        (folder / f"{split}.segments.bin").open("wb") as pieces,
-        (folder / f"{split}.rows.bin").open("wb") as rows,
+        open_writable(folder / f"{split}.segments.bin") as pieces,
+        open_writable(folder / f"{split}.rows.bin") as rows,
     ):
         rows.write(np.zeros(1, dtype="<i8").tobytes())
         for count in documents:

@@ -30,7 +30,15 @@ from pretrain.data.prepared import FORMAT, MANIFEST, Prepared, read_manifest
 from pretrain.data.scan import Sample, Scan, sample_filter, scan_sources
 from pretrain.data.shards import file_record, write_json
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_from_texts
-from pretrain.data.workdir import disk_errors, foreign, hold, publish, remove_unused, sweep
+from pretrain.data.workdir import (
+    disk_errors,
+    foreign,
+    hold,
+    publish,
+    remove_unused,
+    sweep,
+    unlink_links,
+)
 from pretrain.errors import DataError, TokenizerError
 
 __all__ = ["Prepared", "prepare"]
@@ -161,6 +169,7 @@ def _build(out: Path, job: Job) -> Prepared:
     for stale in target.parent.glob(glob.escape(f".{target.name}.preparing-") + "*"):
         if stale != work:
             remove_unused(stale)
+    unlink_links(work)
     work.mkdir(exist_ok=True)
     with hold(work, job.say):
         ready = _ready(target, job)

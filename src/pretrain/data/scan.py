@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pretrain.data.order import mix64
 from pretrain.data.shards import write_json
 from pretrain.data.sources import PIECE_CHARS, Source, sized_pieces
 from pretrain.errors import DataError
+from pretrain.storage.files import replace_file
 
 __all__ = ["Progress", "Sample", "Scan", "sample_filter", "scan_sources"]
 
@@ -95,10 +95,7 @@ class Scan:
 
     def save(self, folder: Path) -> None:
         """Write the result; the JSON file comes last and marks it complete."""
-        with (folder / "states.bin").open("wb") as out:
-            self.states.tofile(out)
-            out.flush()
-            os.fsync(out.fileno())
+        replace_file(folder / "states.bin", self.states.tobytes())
         kept = {name: value for name, value in self.__dict__.items() if name != "states"}
         write_json(folder / "scan.json", kept)
 

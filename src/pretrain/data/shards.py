@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.order import MixtureOrder, Order
 from pretrain.errors import DataError
+from pretrain.storage.files import replace_file
 
 __all__ = ["Example", "Rows", "check_files", "file_record", "token_dtype", "write_json"]
 
@@ -43,14 +44,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that after a crash the file is the old one or the new one, never a torn one."""
-    fresh = path.with_name(path.name + ".new")
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     # File names that are not UTF-8 hold lone surrogates; written as \\udcXX they are valid JSON.
-    with fresh.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        json.dump(value, out, indent=2, ensure_ascii=False, sort_keys=True)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    fresh.replace(path)
+    replace_file(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def sync_folder(path: Path) -> None:

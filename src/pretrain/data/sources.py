@@ -25,6 +25,7 @@ from pretrain.data.readers import (
     read_file,
 )
 from pretrain.errors import DataError
+from pretrain.storage.files import replacing
 
 __all__ = [
     "DatasetSource", "FileHashes", "FileSource", "HubSource", "PythonSource", "Source", "documents",
@@ -137,8 +138,7 @@ class HubSource:
             raise DataError(
                 f"{self.name} needs the datasets package: pip install datasets"
             ) from error
-        # Two processes may fetch the same data set; each writes its own copy, and the last rename stays.
-        fresh = self.file.with_suffix(f".{os.getpid()}.part")
+        # Two processes may fetch the same data set: each writes its own copy, and the last rename stays.
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -150,8 +150,7 @@ class HubSource:
             stream = datasets.load_dataset(
                 self.repository, self.config or None, split=self.split, streaming=True
             )
-            _spool(stream, self.text, self.name, fresh)
-            fresh.replace(self.file)
+            _spool(stream, self.text, self.name, self.file)
         except DataError:
             raise
         except (
@@ -161,17 +160,14 @@ class HubSource:
                 f"{self.name} cannot be streamed ({type(error).__name__}: {error}). Check the name, the config after "
                 "'@', the split after ':', and the network."
             ) from error
-        finally:
-            fresh.unlink(missing_ok=True)
 
 
 def _spool(stream: Any, column: str, name: str, target: Path) -> None:
     """Write the text column of an iterable of rows as JSON lines."""
-    with target.open("w", encoding="utf-8") as out:
+    with replacing(target) as out:
         for number, row in enumerate(stream):
-            out.write(json.dumps({"text": _cell(row, column, f"{name}, row {number}")}) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
+            text = _cell(row, column, f"{name}, row {number}")
+            out.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 class PythonSource:

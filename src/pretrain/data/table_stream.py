@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from pretrain.data.archives import COMPRESSIONS
 from pretrain.data.delimited import _written_with_quotes as written_with_quotes
@@ -21,11 +20,12 @@ from pretrain.data.readers import csv_rows, json_rows
 from pretrain.data.table_files import TABLE_FORMATS, unhalved
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
-from pretrain.storage.files import note
+from pretrain.storage.files import HashingFile, note, replacing
 
 __all__ = ["WRITABLE", "Chunk", "RowWriter", "stream_chunks", "table_kind"]
 
 WRITABLE = (".jsonl", ".csv", ".tsv")
+_BUFFER = 64 << 10  # bytes
 _MOST_WAITING = (
     100_000  # rows without an answer before the first with one, whose keys name the columns
 )
@@ -125,17 +125,17 @@ class RowWriter:
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, list(names)
         self.answers: dict[str, str] = {}  # key of an answer -> column
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._waiting: list[Mapping[str, Any]] = []  # rows before the first answer
-        self._file: IO[str] | None = None
+        self._stack = contextlib.ExitStack()
+        self._lines: _Lines | None = None
         self._csv: Any = None
 
     def __enter__(self) -> RowWriter:
         with self._saying():
-            self._file = open(self._temporary, "w", encoding="utf-8", newline="")
+            self._lines = _Lines(self._stack.enter_context(replacing(self.path, buffer=_BUFFER)))
         if self.path.suffix.lower() != ".jsonl":
             mark = "," if self.path.suffix.lower() == ".csv" else "\t"
-            self._csv = csv.writer(self._file, delimiter=mark, lineterminator="\n")
+            self._csv = csv.writer(self._lines, delimiter=mark, lineterminator="\n")
         return self
 
     def __exit__(
@@ -144,18 +144,10 @@ class RowWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._file is not None
-        try:
-            with self._saying():
-                if kind is None:
-                    self._begin({})
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                self._file.close()
-                if kind is None:
-                    os.replace(self._temporary, self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        with self._saying():
+            if kind is None:
+                self._begin({})
+            self._stack.__exit__(kind, error, trace)
 
     def write(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Append a row and its answer, {} for none."""
@@ -188,10 +180,10 @@ class RowWriter:
         self._waiting = []
 
     def _put(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        assert self._file is not None
+        assert self._lines is not None
         added = {column: answer.get(key) for key, column in self.answers.items()}
         if self._csv is None:
-            self._file.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+            self._lines.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
             return
         if unknown := [name for name in row if name not in self.names]:
             raise DataError(
@@ -207,6 +199,17 @@ class RowWriter:
             yield
         except OSError as error:
             raise DataError(f"Cannot write {self.path}: {error.strerror}.") from error
+
+
+class _Lines:
+    """Text into a file of bytes, as UTF-8."""
+
+    def __init__(self, file: HashingFile) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Append a text."""
+        self._file.write(text.encode("utf-8"))
 
 
 def _cell(value: Any) -> Any:

@@ -33,6 +33,7 @@ from pretrain.data.tokenizer_build import (
 )
 from pretrain.data.word_boundaries import WordFinder, token_bytes
 from pretrain.errors import TokenizerError, did_you_mean
+from pretrain.storage.files import replace_file
 
 __all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
 SAMPLE_BYTES = 32_000_000
@@ -362,11 +363,11 @@ class Tokenizer:
             config["model_max_length"] = max_length
         if self.chat_template is not None:  # older readers look for it here, newer ones in its file
             config["chat_template"] = self.chat_template
-            (folder / _TEMPLATE).write_text(self.chat_template, encoding="utf-8", newline="")
+            replace_file(folder / _TEMPLATE, self.chat_template.encode())
         # Written by Python so that the files get the mode that the umask asks for.
-        (folder / "tokenizer.json").write_text(self._stored().to_str(pretty=True), encoding="utf-8")
+        replace_file(folder / "tokenizer.json", self._stored().to_str(pretty=True).encode())
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        replace_file(folder / "tokenizer_config.json", f"{text}\n".encode())
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pretrain.data.shards import sync_folder
 from pretrain.errors import DataError
 
-__all__ = ["disk_errors", "foreign", "hold", "publish", "remove_unused", "sweep"]
+__all__ = ["disk_errors", "foreign", "hold", "publish", "remove_unused", "sweep", "unlink_links"]
 
 _KINDS = ("tokens", "documents", "segments", "rows")
 _OURS = {"manifest.json", "tokenizer"} | {
@@ -73,6 +73,16 @@ def sweep(target: Path, say: Callable[[str], None]) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def unlink_links(work: Path) -> None:
+    """Remove a link of the name of the work directory, and links inside of it: nothing is written through them."""
+    if work.is_symlink():
+        work.unlink()
+    if work.is_dir():
+        for entry in [*os.scandir(work)]:
+            if entry.is_symlink():
+                os.unlink(entry.path)
+
+
 def remove_unused(folder: Path) -> None:
     """Remove the leavings of a killed run, unless a live one is at work in them."""
     handle = _try_lock(folder / "lock", wait=False)
@@ -83,7 +93,7 @@ def remove_unused(folder: Path) -> None:
 
 def _try_lock(file: Path, *, wait: bool) -> int | None:
     try:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:
         return None
     try:

@@ -30,9 +30,8 @@ from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.parts import copy_whole
 from pretrain.parallel.world import current_world
-from pretrain.settings.check import write_text
+from pretrain.storage.chosen import BEST, SWEEP, swept_rate, write_choice
 from pretrain.storage.files import note
-from pretrain.storage.manifest import BEST
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.restore import load_weights
 from pretrain.training.run import check_same_run, has_begun
@@ -236,11 +235,10 @@ class Job:
         if len(data.valid):
             held_out = encode(task, data.valid, "validation", settings.data.max_cut, notes)
         lr = self.lr(task)
-        swept = out / "sweep.json"
         if settings.optim.lr == "sweep":
             # A run that goes on keeps the rate that it began with.
-            again = has_begun(out) and swept.is_file()
-            lr = float(json.loads(swept.read_text("utf-8"))["lr"]) if again else self.sweep(lr)
+            before = swept_rate(out) if has_begun(out) else None
+            lr = self.sweep(lr) if before is None else before
         said = [line for line in notes if "recur" not in line]
         for line in () if self.quiet else (*self.overview(rows, task), *said):
             note(line)
@@ -260,7 +258,7 @@ class Job:
             settings.save(out / "run.yaml")
             (out / BEST).unlink(missing_ok=True)  # what was best may not be so at the end
             if settings.optim.lr == "sweep":
-                write_text(swept, json.dumps({"lr": lr}))
+                write_choice(out / SWEEP, {"lr": lr})
 
         figures: list[dict[str, float]] = []
 
@@ -294,8 +292,7 @@ class Job:
         """
         chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
         if chosen is not None:
-            text = json.dumps({"checkpoint": chosen.name}) + "\n"
-            world.lead(lambda: write_text(run.path / BEST, text))
+            world.lead(lambda: write_choice(run.path / BEST, {"checkpoint": chosen.name}))
 
         def restored() -> Task:
             # Shared out among processes it cannot be used by itself: who asks for it gets a whole one.

@@ -214,10 +214,10 @@ class TuneConfig:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the settings as YAML that ``load`` reads back."""
-        from pretrain.settings.check import write_text
+        from pretrain.settings.check import with_digest, write_text
         from pretrain.settings.strict_yaml import dump
 
-        return write_text(Path(path), dump(self.to_dict()))
+        return write_text(Path(path), with_digest(dump(self.to_dict())))
 
 
 def from_keywords(

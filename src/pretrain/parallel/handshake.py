@@ -27,6 +27,7 @@ from pretrain import __version__
 from pretrain.errors import DistributedError
 from pretrain.parallel.board import get, put, wait
 from pretrain.parallel.fitting import misfit, ranks
+from pretrain.storage.files import write_file
 
 __all__ = ["bounded", "check_links", "fingerprint", "handshake", "introduce"]
 
@@ -149,7 +150,7 @@ def _receive(
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("rank 0 was here; safe to delete\n")
+            write_file(path, b"rank 0 was here; safe to delete\n")
         put(store, "hello/0", mine | {"nonce": nonce})
         if not wait(store, [f"hello/{rank}" for rank in others], timeout):
             missing = [rank for rank in others if not store.check([f"hello/{rank}"])]

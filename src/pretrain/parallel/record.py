@@ -18,8 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from pretrain.storage.directories import temporary_name
-from pretrain.storage.files import printable
+from pretrain.storage.files import printable, replace_file
 
 __all__ = [
     "FILE",
@@ -172,13 +171,8 @@ def write(run_dir: Path, record: Record, stacks: Mapping[int, str]) -> None:
         same[stack].append(rank)
     whole = record | {"stacks": [{"ranks": r, "stack": s.split("\n")} for s, r in same.items()]}
     text = json.dumps(_without_places(whole), indent=2, ensure_ascii=True)
-    temporary = temporary_name(path, "new")
     with contextlib.suppress(OSError):
-        try:
-            temporary.write_text(text + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, f"{text}\n".encode())
 
 
 def forget(run_dir: Path) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 
 from pretrain.errors import DataError
 from pretrain.reporting.curves import Series, curve_svg
-from pretrain.training.logging import read_log
+from pretrain.storage.chosen import run_state
+from pretrain.storage.files import note
+from pretrain.storage.manifest import candidates
+from pretrain.training.logging import open_log
 
 __all__ = ["History", "loss_svg", "number", "read_history", "sort_records"]
 
@@ -37,11 +40,13 @@ class History:
         train: records of optimizer steps, in order.
         evals: records of evaluations, each ``{"step", "eval": {...}}``.
         events: everything else: start, resume, save, skipped steps, end.
+        damage: what is wrong with the log, "" for nothing.
     """
 
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    damage: str = ""
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a figure of the training records."""
@@ -64,7 +69,7 @@ class History:
 
 
 def read_history(run_dir: str | os.PathLike[str]) -> History:
-    """Read ``run_dir/log.jsonl``; lines that are torn or not records are left out.
+    """Read ``run_dir/log.jsonl``; lines that are torn, damaged or not records are left out.
 
     Args:
         run_dir: directory of a run.
@@ -77,7 +82,13 @@ def read_history(run_dir: str | os.PathLike[str]) -> History:
         raise DataError(
             f"{run_dir} holds no log.jsonl, so it is not a run directory. Give the directory that train.out named."
         )
-    return sort_records(read_log(path))
+    last = next((run_state(checkpoint).get("log") for checkpoint in candidates(Path(run_dir))), "")
+    found = open_log(path, last if isinstance(last, str) else "")
+    history = sort_records(found.records)
+    history.damage = found.damage
+    if found.damage:
+        note(f"{path} is damaged and shown in part: {found.damage}.")
+    return history
 
 
 def sort_records(records: Iterable[Mapping[str, Any]]) -> History:

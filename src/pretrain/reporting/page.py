@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import DataError
+from pretrain.storage.files import replace_file
 
 __all__ = ["CSS", "page", "show", "table", "tile_row", "write_page"]
 
@@ -89,11 +89,10 @@ def write_page(path: Path, text: str) -> Path:
     Raises:
         DataError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
+        replace_file(path, text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"Cannot write the report {path}: {error.strerror}.") from error
+        raise DataError(
+            f"Cannot write the report {path}: {error.strerror or error}. Name another place, or make room there."
+        ) from error
     return path

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import math
 import os
+import re
 import stat
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["check_run", "check_value", "read_file", "read_sections", "write_text"]
+__all__ = [
+    "check_run",
+    "check_value",
+    "name_change",
+    "read_file",
+    "read_sections",
+    "with_digest",
+    "write_text",
+]
 
 _MERGED = ("model.overrides", "objective.init_args")
 _OPEN = {
@@ -52,6 +62,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"The config {path} cannot be read: {error}.") from None
+    name_change(path, text)
     value, lines = parse(text, str(path))
     if value is None:
         return {}, {}
@@ -402,23 +413,42 @@ def _show(value: Any) -> str:
     return f"{text[:60]}{'...' if len(text) > 60 else ''} ({kind})" if text else f"a {kind}"
 
 
+_DIGEST = re.compile(r"# digest ([0-9a-f]{16}) of the lines below\n")
+_named: set[tuple[str, str]] = set()
+
+
+def with_digest(text: str) -> str:
+    """YAML with a comment at its head by which `name_change` knows whether it is still what was written."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"# digest {digest} of the lines below\n{text}"
+
+
+def name_change(path: Path, text: str) -> None:
+    """Say once that a file written `with_digest` was changed since, by hand or by a fault; it counts as it stands."""
+    from pretrain.storage.files import note
+
+    match = _DIGEST.match(text)
+    if match is None or with_digest(text[match.end() :]) == text:
+        return
+    key = (str(path), hashlib.sha256(text.encode()).hexdigest())
+    if key not in _named:
+        _named.add(key)
+        note(
+            f"{path} is not as it was written (edited, or damaged); its settings are taken as they stand."
+        )
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a small file whole or not at all.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    from pretrain.storage.files import fsync_directory, write_file
+    from pretrain.storage.files import replace_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        write_file(temporary, text.encode())
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
+        replace_file(path, text.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from None
     return path

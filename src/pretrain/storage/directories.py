@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import shutil
 import stat
 import time
@@ -18,7 +17,13 @@ from pathlib import Path
 
 from pretrain.errors import CheckpointError
 from pretrain.storage import files
-from pretrain.storage.files import fsync_directory, note, write_file, writing
+from pretrain.storage.files import (
+    fsync_directory,
+    note,
+    temporary_name,
+    write_file,
+    writing,
+)
 
 __all__ = [
     "appears",
@@ -94,11 +99,6 @@ def appears(path: Path) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
-
-
-def temporary_name(target: Path, kind: str) -> Path:
-    """A sibling of `target` with a name that `sweep` knows as ours."""
-    return target.parent / f".pretrain-{kind}-{os.getpid()}-{secrets.token_hex(4)}-{target.name}"
 
 
 @contextlib.contextmanager

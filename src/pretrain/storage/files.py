@@ -12,12 +12,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import stat
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 
@@ -30,10 +32,14 @@ __all__ = [
     "muted",
     "note",
     "open_regular",
+    "open_writable",
     "printable",
     "read_bytes",
     "reading",
+    "replace_file",
+    "replacing",
     "sync_file",
+    "temporary_name",
     "write_file",
     "writing",
 ]
@@ -42,6 +48,7 @@ CHUNK = 4 << 20  # bytes per write, read and hash update
 SMALL = 64 << 20  # bytes of a file that is read whole
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NAME_BYTES = 255  # that a file system takes in a name
 
 
 class FileIO:
@@ -198,14 +205,15 @@ def hash_file(path: Path) -> Record:
 class HashingFile:
     """A new file that is hashed while it is written and on the disk once `finish` returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, buffer: int = CHUNK) -> None:
+        self._room = buffer  # small pieces are gathered up to so many bytes
         self.descriptor = IO.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
         self._digest, self._size, self._buffer = hashlib.sha256(), 0, bytearray()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`; small pieces are gathered, large ones go out without a copy."""
         view = memoryview(data).cast("B")
-        if len(view) + len(self._buffer) < CHUNK:
+        if len(view) + len(self._buffer) < self._room:
             self._buffer += view
             return
         self._flush()
@@ -248,6 +256,70 @@ def write_file(path: Path, data: bytes) -> Record:
     with HashingFile(path) as file:
         file.write(data)
         return file.finish()
+
+
+def temporary_name(target: Path, kind: str) -> Path:
+    """A sibling of `target` with a name that nobody can guess and that `sweep` knows as ours."""
+    prefix = f".pretrain-{kind}-{os.getpid()}-{secrets.token_hex(4)}-"
+    name = target.name
+    if kind == "new":  # of the other kinds the name is needed again
+        while len(os.fsencode(prefix + name)) > _NAME_BYTES:
+            name = name[:-1]
+    return target.parent / (prefix + name)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, buffer: int = CHUNK) -> Iterator[HashingFile]:
+    """Write a file under another name and rename it when the block ends; after an exception nothing is left.
+
+    Every file that is created or replaced outside of a directory of our own making goes through here: a link of that
+    name is replaced and what it points to is left alone, and a reader sees the old content or the new one.
+
+    Raises:
+        OSError: as the system says it, or because `path` is a directory, a device or a pipe.
+    """
+    refuse_irregular(path)
+    temporary = temporary_name(path, "new")
+    try:
+        with HashingFile(temporary, buffer=buffer) as file:
+            yield file
+            file.finish()
+        IO.rename(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    fsync_directory(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give a small file its content, whole or not at all; see `replacing`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def open_writable(path: Path, *, keep: bool = False) -> BinaryIO:
+    """Open a file of fixed name for writing, never through a link.
+
+    Args:
+        path: the file.
+        keep: open what is there, if anything, for reading and writing; else a new file takes its place.
+    """
+    if not keep:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (0 if keep else os.O_EXCL)
+    return os.fdopen(IO.open(path, flags), "r+b")
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise OSError if a file of that name cannot be replaced by another one: a directory, a device, a pipe."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing there, or a link to nothing
+        return
+    if not stat.S_ISREG(mode):
+        what = "it is a directory" if stat.S_ISDIR(mode) else "it is a device or a pipe, not a file"
+        raise OSError(errno.EINVAL, what, str(path))
 
 
 def sync_file(path: Path) -> Record:

@@ -8,12 +8,11 @@ This module imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,16 @@ from pretrain.storage.files import (
     reading,
     write_file,
 )
-from pretrain.storage.strict_json import parse_json, to_json
+from pretrain.storage.strict_json import sealed, unsealed
 
 __all__ = ["Manifest", "complete", "latest", "read_manifest", "rotate", "verify", "write_manifest"]
 
 NAME = "manifest.json"
 TRAINING = "training"
-BEST = "best.json"  # of a run: which checkpoint it chose
 SCHEMA = 1
 LIMIT = 16 << 20
+# What no run is resumed from and no weight is read with: damage of these files is named and costs nothing else.
+BYSTANDERS = frozenset({"README.md", "generation_config.json", "chat_template.jinja"})
 _FILE = re.compile(r"(?:training/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _ASIDE = re.compile(r"^\.pretrain-old-\d+-[0-9a-f]{8}-(.+)$")
@@ -68,6 +68,11 @@ class Manifest:
             if not name.startswith(f"{TRAINING}/")
         }
 
+    @property
+    def needed(self) -> dict[str, Record]:
+        """The required files without the `BYSTANDERS`."""
+        return {name: record for name, record in self.required.items() if name not in BYSTANDERS}
+
 
 def environment(threads: int, torch_version: str) -> dict[str, Any]:
     """What bit-identical resuming depends on besides the files."""
@@ -91,11 +96,7 @@ def write_manifest(
             "optional": name.startswith(f"{TRAINING}/"),
         }
     body = {"schema": SCHEMA, "step": step, "files": entries, "environment": about}
-    write_file(directory / NAME, to_json({**body, "digest": _digest(body)}))
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(to_json(body)).hexdigest()
+    write_file(directory / NAME, sealed(body))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -106,13 +107,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / NAME
     data = read_bytes(path, limit=LIMIT)
-    body = parse_json(data, path, limit=LIMIT)
-    if not isinstance(body, dict) or not isinstance(digest := body.pop("digest", None), str):
-        raise CheckpointCorrupt(path, "a manifest with its digest", "none")
-    if _digest(body) != digest or to_json({**body, "digest": digest}) != data:
-        raise CheckpointCorrupt(
-            path, f"content with digest {digest[:16]}...", "other content", _ON_PURPOSE
-        )
+    body = unsealed(data, path, limit=LIMIT, hint=_ON_PURPOSE)
     if body.get("schema") != SCHEMA:
         hint = "It was written by another version of pretrain; install that one."
         raise CheckpointCorrupt(path, f"schema {SCHEMA}", body.get("schema"), hint)
@@ -157,8 +152,16 @@ def looks_cut(directory: Path) -> bool:
     return (directory / TRAINING).is_dir() and not os.path.lexists(directory / NAME)
 
 
+Spare = Callable[[CheckpointCorrupt], None]
+
+
 def check_files(
-    directory: Path, manifest: Manifest, *, training: bool = True, hashes: bool = True
+    directory: Path,
+    manifest: Manifest,
+    *,
+    training: bool = True,
+    hashes: Collection[str] | None = None,
+    spare: Spare | None = None,
 ) -> None:
     """Compare a directory with its manifest: no file missing, none extra, each of its size and hash.
 
@@ -168,7 +171,8 @@ def check_files(
         directory: a checkpoint.
         manifest: read from it.
         training: also compare `training/`, which may be absent as a whole.
-        hashes: read all bytes; otherwise sizes only.
+        hashes: files of which all bytes are read, of the others the size alone; None is all files.
+        spare: takes what is wrong with one of the `BYSTANDERS`, instead of raising it.
     """
     present = _listing(directory)
     expected = dict(manifest.required)
@@ -177,24 +181,38 @@ def check_files(
         present = {name for name in present if not name.startswith(f"{TRAINING}/")}
     elif os.path.lexists(folder):
         expected |= manifest.training
-    for name in sorted(expected):
-        if name not in present:
-            raise CheckpointCorrupt(
-                directory / name, f"{expected[name].size:,} bytes", "no such file"
-            )
+    spared = set()
+    for name in sorted(set(expected) - present):
+        error = CheckpointCorrupt(
+            directory / name, f"{expected[name].size:,} bytes", "no such file"
+        )
+        if spare is None or name not in BYSTANDERS:
+            raise error
+        spared.add(name)
+        spare(error)
     if extra := sorted(present - set(expected)):
         raise CheckpointCorrupt(
             directory / extra[0], "no file of that name", "one", "The manifest does not list it."
         )
-    for name, record in sorted(expected.items()):
-        path = directory / name
-        info = os.lstat(path)
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointCorrupt(path, "a regular file", "a link, directory, pipe or device")
-        record.check(path, info.st_size)
-    if hashes:
+    for check in (_check_size, check_hash):
         for name, record in sorted(expected.items()):
-            check_hash(directory / name, record)
+            try:
+                if name not in spared and (
+                    check is _check_size or hashes is None or name in hashes
+                ):
+                    check(directory / name, record)
+            except CheckpointCorrupt as error:
+                if spare is None or name not in BYSTANDERS:
+                    raise
+                spared.add(name)
+                spare(error)
+
+
+def _check_size(path: Path, record: Record) -> None:
+    info = os.lstat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointCorrupt(path, "a regular file", "a link, directory, pipe or device")
+    record.check(path, info.st_size)
 
 
 def check_hash(path: Path, record: Record) -> None:
@@ -220,17 +238,17 @@ def _listing(directory: Path) -> set[str]:
     return found
 
 
-def verify(path: str | Path) -> None:
+def verify(path: str | Path, *, spare: Spare | None = None) -> None:
     """Check one checkpoint whole: manifest, every file's size and SHA-256, nothing missing, nothing extra.
 
-    A `training/` folder that is absent as a whole is accepted.
+    A `training/` folder that is absent as a whole is accepted. ``spare`` as in `check_files`.
 
     Raises:
         CheckpointCorrupt: with `file`, `expected` and `found`.
     """
     directory = checked_directory(path)
     with reading(directory):
-        check_files(directory, read_manifest(directory))
+        check_files(directory, read_manifest(directory), spare=spare)
 
 
 def checked_directory(path: str | Path) -> Path:
@@ -279,20 +297,10 @@ def candidates(run_dir: Path) -> list[Path]:
     ]
 
 
-def best_first(run_dir: Path, found: list[Path]) -> list[Path]:
-    """The checkpoint that a finished run chose (``best.json``) before all others; as they were where it chose none."""
-    try:
-        chosen = parse_json(read_bytes(run_dir / BEST, limit=4096), BEST)
-        name = chosen["checkpoint"] if isinstance(chosen, dict) else None
-    except (CheckpointError, OSError, KeyError):
-        return found
-    return sorted(found, key=lambda path: path.name != name)
-
-
 def latest(run_dir: str | Path) -> Path | None:
     """The checkpoint with the highest step that is whole; None if there is none.
 
-    Every byte is verified. A broken newer one is named on stderr.
+    Every byte is verified. A broken newer one is named on stderr, and so is damage to the `BYSTANDERS`.
 
     Raises:
         CheckpointError: the system refuses to look into the directory.
@@ -304,7 +312,7 @@ def latest(run_dir: str | Path) -> Path | None:
         found = candidates(directory)
     for path in found:
         try:
-            verify(path)
+            verify(path, spare=spared)
         except CheckpointError as error:
             skipped(path, error)
         else:
@@ -317,10 +325,17 @@ def skipped(path: Path, error: CheckpointError) -> None:
     note(f"{path.name} is broken and passed over; the one before it is used. {error}")
 
 
+def spared(error: CheckpointCorrupt) -> None:
+    """Name aloud a damaged file that nothing else depends on."""
+    note(
+        f"{error} The weights and the state of training do not need it, so the checkpoint is used."
+    )
+
+
 def complete(directory: Path) -> bool:
     """Whether manifest, names and sizes agree; the cheap half of `verify`."""
     try:
-        check_files(directory, read_manifest(directory), hashes=False)
+        check_files(directory, read_manifest(directory), hashes=(), spare=lambda error: None)
     except (CheckpointError, OSError):
         return False
     return True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.storage import manifest
-from pretrain.storage.files import Record, read_bytes
+from pretrain.storage.files import Record, note, read_bytes
 from pretrain.storage.manifest import Manifest
 from pretrain.storage.strict_json import parse_json
 from pretrain.storage.tensors import read_tensors
@@ -34,6 +34,11 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # config.json of an adapted model under another name: where it stands beside adapter_config.json, transformers expects
 # a whole model there and does not look for the base.
 ADAPTED_MODEL = "pretrain.json"
+_WITHOUT = {
+    "README.md": "No weight depends on it: the model is opened.",
+    "generation_config.json": "The model is opened without what it says of generating.",
+    "chat_template.jinja": "The model is opened with the template in tokenizer_config.json, if there is one.",
+}
 CONFIG_LIMIT = 16 << 20
 TOKENIZER_LIMIT = 64 << 20
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\.safetensors")
@@ -45,10 +50,27 @@ class ModelDirectory:
 
     def __init__(self, path: Path, *, verify: bool) -> None:
         self.path, self.verify = path, verify
+        self.damaged: set[str] = set()  # of the `manifest.BYSTANDERS`
         self.manifest: Manifest | None = None
         if verify and os.path.lexists(path / manifest.NAME):
             self.manifest = manifest.read_manifest(path)
-            manifest.check_files(path, self.manifest, training=False, hashes=False)
+            manifest.check_files(path, self.manifest, training=False, hashes=(), spare=self.spare)
+
+    def spare(self, error: CheckpointCorrupt) -> None:
+        """Name a damaged file without which a model can be opened, once."""
+        name = Path(error.file).name
+        if name not in self.damaged:
+            self.damaged.add(name)
+            note(f"{error} {_WITHOUT[name]}")
+
+    def intact(self, name: str) -> bool:
+        """Whether there is one of the `manifest.BYSTANDERS`, and it is what the manifest says."""
+        if self.has(name) and name not in self.damaged and (record := self.record(name)):
+            try:
+                manifest.check_hash(self.path / name, record)
+            except CheckpointCorrupt as error:
+                self.spare(error)
+        return self.has(name) and name not in self.damaged
 
     def record(self, name: str) -> Record | None:
         """What the manifest promises of a file; None without a manifest."""
@@ -171,7 +193,9 @@ def verify_rest(directory: ModelDirectory, weights: Mapping[str, Any]) -> None:
     """Hash what no verified read has covered: tokenizer, model card."""
     if directory.manifest is None:
         return
-    done = {"config.json", "generation_config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL, *weights}
+    done = {"config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL, *weights}
     for name, record in directory.manifest.required.items():
-        if name not in done:
+        if name in manifest.BYSTANDERS:
+            directory.intact(name)
+        elif name not in done:
             manifest.check_hash(directory.path / name, record)

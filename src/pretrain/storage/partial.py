@@ -25,6 +25,7 @@ from pretrain.parallel.regions import Layout, Region, local
 from pretrain.storage import files, manifest
 from pretrain.storage.adapters import adapted_values
 from pretrain.storage.boxes import StoredTensors, hash_together
+from pretrain.storage.chosen import best_first
 from pretrain.storage.files import note
 from pretrain.storage.opened import ModelDirectory, check_index, refuse_non_finite
 from pretrain.storage.peers import Peers, together
@@ -46,35 +47,52 @@ Put = Callable[[str, Tensor], None]
 
 
 def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
-    """The checkpoint with the highest step that is whole, the same on all processes; None if there is none.
+    """The checkpoint with the highest step that is whole, the same on all processes; None if the run has none at all.
 
     Every byte is verified, by one process each. A broken newer one is named on stderr.
 
     Raises:
-        CheckpointError: the system refuses to look into the directory.
+        CheckpointError: there are checkpoints and none is whole, or the system refuses to look into the directory.
     """
     directory = Path(os.path.realpath(run_dir))
     names: list[str] = []
     with together(peers), files.reading(run_dir):
         if peers.rank == 0 and directory.is_dir():
             names = [path.name for path in manifest.candidates(directory)]
+    failures: list[CheckpointError] = []
     for name in peers.gather(names)[0]:
         path = directory / str(name)
         try:
             _verify_together(path, peers)
         except CheckpointError as error:
-            if peers.rank == 0:
-                manifest.skipped(path, error)
+            failures.append(error)
         else:
+            for broken, failure in zip(names, failures, strict=False):
+                manifest.skipped(directory / broken, failure)  # `names` is empty but for process 0
             return path
+    if failures:
+        count = f"{len(failures)} checkpoint{'s' * (len(failures) > 1)}"
+        raise CheckpointError(
+            f"{run_dir} holds {count} and none is whole, so the run cannot go on, and it does not start over by "
+            f"itself. The newest: {failures[0]} Bring the files back from a copy; or take the weights alone, with a "
+            f"new train.out and model.checkpoint={run_dir}; or, to start over, move the directory away: "
+            f"mv {run_dir} {run_dir}.broken"
+        )
     return None
 
 
 def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None:
     with together(peers), files.reading(path):
         listed = manifest.read_manifest(path)
-        manifest.check_files(path, listed, training=training, hashes=False)
-    records = dict(listed.required)
+        leads = peers.rank == 0
+        manifest.check_files(
+            path,
+            listed,
+            training=training,
+            hashes=manifest.BYSTANDERS if leads else (),
+            spare=manifest.spared if leads else lambda error: None,
+        )
+    records = dict(listed.needed)
     if training and os.path.lexists(path / manifest.TRAINING):
         records |= listed.training
     hash_together(path, records, peers)
@@ -112,7 +130,7 @@ def open_empty(
         directory = manifest.checked_directory(path)
         run: list[Path] = []
         if not os.path.lexists(directory / "config.json"):
-            run = manifest.best_first(directory, manifest.candidates(directory))
+            run = best_first(directory)
     for name in peers.gather([candidate.name for candidate in run])[0]:
         try:
             if os.path.lexists(directory / name / manifest.NAME):
@@ -200,7 +218,7 @@ def load_slices(
             for name, expected in names.items():
                 check_index(directory, name, expected, stored.holds[name])
         if directory.manifest is not None and not verified:
-            hash_together(directory.path, directory.manifest.required, peers)
+            hash_together(directory.path, directory.manifest.needed, peers)
         apart = heads_apart(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         with together(peers), files.reading(path):
             if apart:

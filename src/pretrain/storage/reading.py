@@ -7,6 +7,8 @@ Hugging Face model. The training folder is never read here, and a pickle is neve
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
 from pretrain.storage import manifest
 from pretrain.storage.adapters import adapted_state, open_adapter
 from pretrain.storage.card import objective_name
+from pretrain.storage.chosen import best_first
 from pretrain.storage.files import note, read_bytes, reading
 from pretrain.storage.opened import (
     ADAPTER_CONFIG,
@@ -46,6 +49,7 @@ __all__ = [
     "state_of",
 ]
 
+_TEMPLATE = "chat_template.jinja"
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt"),
@@ -92,7 +96,7 @@ def load(
     with reading(path):
         known = [directory / "config.json", directory / ADAPTER_CONFIG]
         whole = any(map(os.path.lexists, known))
-        run = [] if whole else manifest.best_first(directory, manifest.candidates(directory))
+        run = [] if whole else best_first(directory)
         for candidate in run:
             try:
                 return _load(candidate, Path(path) / candidate.name, **options)
@@ -168,7 +172,7 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
     """Generation settings and tokenizer, where there are some."""
     from pretrain.models.config import drop_code
 
-    if directory.has("generation_config.json"):
+    if directory.intact("generation_config.json"):
         model.generation_config = drop_code(directory.json("generation_config.json"))
     if tokenizer:
         _open_tokenizer(model, directory)
@@ -199,6 +203,8 @@ def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
 
 def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
     present = [name for name in _TOKENIZER if directory.has(name)]
+    if _TEMPLATE in present and not directory.intact(_TEMPLATE):
+        present.remove(_TEMPLATE)
     for name in present:
         record = directory.record(name)
         read_bytes(directory.real(name), record, limit=TOKENIZER_LIMIT)
@@ -211,7 +217,14 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
         return
     from pretrain.data.tokenizer import Tokenizer
 
-    found = Tokenizer.from_directory(directory.path)
+    if directory.has(_TEMPLATE) and _TEMPLATE not in present:
+        # Its readers look for the template by themselves; in a copy of the directory it is not there.
+        with tempfile.TemporaryDirectory(prefix="pretrain-") as copy:
+            for name in present:
+                shutil.copyfile(directory.real(name), Path(copy) / name)
+            found = Tokenizer.from_directory(copy)
+    else:
+        found = Tokenizer.from_directory(directory.path)
     rows = model.backbone.vocab_size
     if found.vocab_size > rows:
         raise CheckpointError(
@@ -249,7 +262,7 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
         directory = manifest.checked_directory(path)
         known = [directory / "config.json", directory / ADAPTER_CONFIG]
         if not any(map(os.path.lexists, known)):
-            run = manifest.best_first(directory, manifest.candidates(directory))
+            run = best_first(directory)
             directory = run[0] if run else directory
         opened = ModelDirectory(directory, verify=False)
         config = opened.model_config() if opened.is_adapter else opened.json("config.json")

@@ -369,6 +369,6 @@ def _finish(temporary: Path, draft: Draft, records: dict[str, Record]) -> None:
     files.fsync_directory(temporary)
     listed = manifest.read_manifest(temporary)
     # The owner of a file of tensors has read it back already.
-    manifest.check_files(temporary, listed, hashes=False)
+    manifest.check_files(temporary, listed, hashes=())
     for name in small:
         manifest.check_hash(temporary / name, listed.files[name])

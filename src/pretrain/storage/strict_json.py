@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from pretrain.errors import CheckpointCorrupt
 
-__all__ = ["names_only", "parse_json", "to_json"]
+__all__ = ["names_only", "parse_json", "sealed", "to_json", "unsealed"]
 
 JSON_LIMIT = 64 << 20  # bytes
 JSON_DEPTH = 64
@@ -72,6 +73,33 @@ def to_json(value: Any) -> bytes:
     """Write JSON the way every file of a checkpoint has it: sorted keys, two spaces, strict numbers."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
+
+
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """Write an object with a digest of itself, which `unsealed` checks."""
+    return to_json({**body, "digest": _digest(body)})
+
+
+def unsealed(
+    data: bytes, name: object, *, limit: int = JSON_LIMIT, hint: str = ""
+) -> dict[str, Any]:
+    """Parse what `sealed` wrote, every byte of it checked, and return it without the digest.
+
+    Raises:
+        CheckpointCorrupt: naming the file and what is wrong; ``hint`` is added where the content was changed.
+    """
+    body = parse_json(data, name, limit=limit)
+    if not isinstance(body, dict) or not isinstance(digest := body.pop("digest", None), str):
+        raise CheckpointCorrupt(name, "an object with its digest", "none")
+    if _digest(body) != digest or to_json({**body, "digest": digest}) != data:
+        raise CheckpointCorrupt(
+            name, f"content with digest {digest[:16]}...", "other content", hint
+        )
+    return body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(to_json(body)).hexdigest()
 
 
 def names_only(value: Any) -> Any:

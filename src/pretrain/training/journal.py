@@ -43,11 +43,11 @@ class Journal:
         self._log: RunLog | None = None
         self.epoch_rows = 0
 
-    def open_log(self, keep_until: int | None) -> None:
-        """Start ``log.jsonl``, or go on with its lines up to step ``keep_until``."""
+    def open_log(self, keep_until: int | None, last: str = "") -> None:
+        """Start ``log.jsonl``, or go on with its lines up to step ``keep_until``; ``last`` as in ``RunLog``."""
         if not self._leads:
             return
-        self._log = RunLog(self._out / "log.jsonl", keep_until)
+        self._log = RunLog(self._out / "log.jsonl", keep_until, last)
         if self._progress is not None:
             self._progress.restore(self._log.records)
 
@@ -55,6 +55,11 @@ class Journal:
     def records(self) -> list[dict[str, Any]]:
         """Lines of the log so far."""
         return [] if self._log is None else self._log.records
+
+    @property
+    def last(self) -> str:
+        """Digest of the last line of the log."""
+        return "" if self._log is None else self._log.last
 
     def say(self, line: str) -> None:
         """Print a line where the user looks."""

@@ -80,7 +80,7 @@ def follow(
 ) -> Run:
     """Run ``pretrain`` with these words on several processes, show how it goes, and return the run.
 
-    The first SIGINT or SIGTERM lets the run save and stop; a second one ends it at once.
+    The first SIGINT or SIGTERM lets the run save and stop; see ``catch_signals`` for a second one.
 
     Args:
         words: of the command line after ``pretrain``.
@@ -102,7 +102,7 @@ def follow(
                     group.stop()
                     _say(
                         screen,
-                        f"{stop.name}: the run saves and stops; a second one ends it at once",
+                        f"{stop.name}: the run saves and stops; another one in a while ends it at once",
                     )
                 _pass_on(group, screen, out)
                 time.sleep(_PAUSE)

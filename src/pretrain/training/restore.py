@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from pretrain.training.state import RunState
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["identity", "load_weights", "other_tensors", "restore", "training_state"]
+__all__ = ["identity", "load_weights", "origin", "other_tensors", "restore", "training_state"]
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:
@@ -31,7 +33,17 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "rows of an epoch": trainer.plan.epoch_rows,
         "train.seed": trainer.train.seed,
         "train.batch_rows": trainer.train.batch_rows,
+        **trainer.origin,
     }
+
+
+def origin(objective: Objective) -> dict[str, Any]:
+    """What a run takes from the model it starts from besides the weights, which its checkpoints hold themselves."""
+    model = objective.model
+    config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
+    tokenizer = None if model.tokenizer is None else model.tokenizer.fingerprint
+    plain: dict[str, Any] = json.loads(json.dumps({"tokenizer": tokenizer, **config}, default=str))
+    return plain
 
 
 def training_state(trainer: Trainer) -> TrainingState:
@@ -63,7 +75,12 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     training = read_training_slices(checkpoint, layout, peers, verified=True)
     now, then = identity(trainer), training.state.get("identity", {})
     for key, value in now.items():
-        if then.get(key) != value:
+        if key in trainer.origin and then.get(key, value) != value:
+            raise TrainingError(
+                f"{checkpoint} was trained with {key} {_short(then[key])}, and the model that this run starts from has "
+                f"{_short(value)}: it was changed since. Restore it, or use a new train.out."
+            )
+        if key not in trainer.origin and then.get(key) != value:
             raise TrainingError(
                 f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
                 "repeat some rows and skip others. Restore what was changed, or use a new train.out."
@@ -83,6 +100,11 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     if trainer.average.decay:
         trainer.average.load(training.tensors["weights"])
     trainer.optimizers.load(training.tensors["optimizer"])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def other_tensors(objective: Objective) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from pretrain.parallel.turns import in_turn
 from pretrain.parallel.world import current_world
 from pretrain.settings.spelling import TRAIN, using
 from pretrain.storage.files import muted, note
-from pretrain.storage.manifest import candidates, complete
+from pretrain.storage.manifest import candidates
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launched import on_devices
 from pretrain.training.plan import row_length
@@ -179,8 +179,8 @@ def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
 
 
 def has_begun(out: Path) -> bool:
-    """Whether there is a checkpoint to go on from, by names and sizes: its bytes are verified when it is opened."""
-    return out.is_dir() and any(map(complete, candidates(out)))
+    """Whether there is a checkpoint, whole or not: what it holds is verified when it is opened."""
+    return out.is_dir() and bool(candidates(out))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ __all__ = ["SIGNALS", "Run", "RunState", "StopRequest", "catch_signals", "heap_a
 
 # That ask a run to save and to stop.
 SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_SAME_REQUEST = 2.0  # seconds after a signal in which a second one says nothing new
 # Seconds after the end of a run that was stopped or failed, in which a launcher may still ask again; then it kills.
 _LINGER = 30.0
 
@@ -41,6 +42,8 @@ class RunState:
         lowest: depth of the lowest layer that gradual unfreezing has released; None before the first step.
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
         seconds: wall time of all parts of the run.
+        lr: peak learning rate of the run.
+        log: digest of the last line of ``log.jsonl``.
     """
 
     step: int = 0
@@ -65,6 +68,8 @@ class RunState:
     scale: dict[str, float] = field(default_factory=dict)
     probe_loss: float | None = None
     limit: str = ""
+    lr: float | None = None
+    log: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an infinite best score becomes null."""
@@ -142,22 +147,27 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to save and stop; a second one acts at once.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to save and stop; who asks again is heard at once.
 
-    Under a launcher only a second SIGINT does: the launcher itself repeats the others, to every process that is left
-    when the first has ended, and what is to be saved may not be saved by then.
+    A second signal within `_SAME_REQUEST` seconds is the same request once more, as when a terminal and a scheduler
+    both send one: it changes nothing. A second one after that, or a third one at any time, ends the process.
+
+    Under a launcher only SIGINT does: the launcher itself repeats the others, to every process that is left when the
+    first has ended, and what is to be saved may not be saved by then.
 
     Outside the main thread Python allows no handlers, and the request just stays empty.
     """
-    request, several, received = StopRequest(), launched(), set[int]()
+    request, several, received = StopRequest(), launched(), list[tuple[float, int]]()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before: dict[int, Any] = {}
 
     def handle(number: int, frame: Any) -> None:
-        again = number in received if several else bool(received)
-        received.add(number)
+        now = time.monotonic()
+        before_it = [at for at, n in received if not several or n == number]
+        received.append((now, number))
+        again = len(before_it) > 1 or (before_it and now - before_it[0] > _SAME_REQUEST)
         if again and (number == signal.SIGINT or not several):
             signal.signal(number, before[number])
             signal.raise_signal(number)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pretrain.checkpoint import Saver
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples
-from pretrain.errors import PretrainError
+from pretrain.errors import PretrainError, TrainingError, out_of_memory
 from pretrain.objectives.base import Batch, Objective
 from pretrain.parallel.regions import local
 from pretrain.parallel.strategy import Strategy
@@ -38,7 +38,8 @@ from pretrain.training.logging import read_log
 from pretrain.training.optim import Optimizers
 from pretrain.training.plan import Plan
 from pretrain.training.precision import LossScale, Precision, peak_flops
-from pretrain.training.restore import training_state
+from pretrain.training.rescue import Home
+from pretrain.training.restore import origin, training_state
 from pretrain.training.schedule import lr_factor
 from pretrain.training.setup import set_up
 from pretrain.training.skips import count_skips
@@ -116,6 +117,8 @@ class Trainer:
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
+        self.home: Home | None = None  # of the process that writes the log
+        self.origin = origin(objective)
         self.peak = 0.0
 
     def fit(
@@ -139,10 +142,12 @@ class Trainer:
             self.journal = Journal(
                 self.out, self.train.loggers, self.about, self.quiet, leads=world.leads
             )
-            with contextlib.closing(self.journal):
+            with contextlib.closing(self.journal), self._memory():
                 resumed = set_up(self)
                 self._began = began - self.state.seconds
-                self.journal.open_log(self.state.step if resumed else None)
+                self.journal.open_log(self.state.step if resumed else None, self.state.log)
+                if world.leads:
+                    self.home = stack.enter_context(contextlib.closing(Home(self.out)))
                 evals = [r["eval"] for r in self._history() if "eval" in r]
                 # The log holds what is not finite as a string.
                 self.metrics = {key: float(value) for key, value in (evals or [{}])[-1].items()}
@@ -150,6 +155,22 @@ class Trainer:
                 if end is not None:
                     end(run)
                 return run
+
+    @contextlib.contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Say in a sentence that the memory is full, and what takes less of it."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            rows = f" with {self.micro_rows} rows at a time" if hasattr(self, "micro_rows") else ""
+            raise TrainingError(
+                f"There is not enough memory on {self.device} for step {self.state.step + 1:,}{rows}. Lower "
+                "train.micro_rows (the result stays the same), use shorter rows or a smaller model, or set "
+                "parallel.activation_checkpointing=full. Checkpoints are untouched: the same command goes on from the "
+                "newest."
+            ) from error
 
     def measure_peak(self) -> None:
         """On a busy machine the first measurement is too low; the best one seen is what the device can do."""
@@ -189,10 +210,14 @@ class Trainer:
                 mine[1] = float(sum(real_tokens(batch) for batch in batches))
         except PretrainError as error:
             failure = error
-        flags = [float(failure is not None), float(self.saver.failed), *self.stop.flags()]
-        count, tokens, failed, unsaved, *asked = self.world.total([*mine, *flags])
+        failing = self.saver.failed
+        lost = self.home is not None and self.home.lost(now=failing)
+        flags = [float(failure is not None), float(failing), float(lost), *self.stop.flags()]
+        count, tokens, failed, unsaved, homeless, *asked = self.world.total([*mine, *flags])
         if failed:
             self.world.agree(failure)
+        if homeless:
+            self._rescue()
         if unsaved:
             self.saver.wait()  # not all may have got to the end of it yet
         self.stop.settle(asked)
@@ -303,17 +328,27 @@ class Trainer:
         return probe_loss(self.objective, rows, self.precision, self.strategy)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step; what was there stays until the new one is durable."""
+        """Write a checkpoint of this step; what was there stays until the new one is durable.
+
+        Raises:
+            TrainingError: the run directory is gone; the checkpoint is written beside it.
+        """
+        if self.world.total([float(self.home is not None and self.home.lost(now=True))])[0]:
+            self._rescue()
+        return self._save(self.saver)
+
+    def _save(self, saver: Saver) -> Path:
         state = self.state
         self.world.mark("save", state.step)
         state.last_save = state.step
         state.scale = self.scaler.state()
         state.seconds = time.monotonic() - self._began
         self.journal.sync()
+        state.log, state.lr = self.journal.last, self.optim.lr
         with self.average.applied():
             state.probe_loss = self.probe()
             about = {"objective": self.objective.describe(), "metrics": self.metrics}
-            self.checkpoint = self.saver.save(
+            self.checkpoint = saver.save(
                 self.objective.model,
                 step=state.step,
                 tokens=state.tokens,
@@ -324,6 +359,27 @@ class Trainer:
             )
         gc.collect()  # cheap behind a freeze, and nothing else collects while training
         return self.checkpoint
+
+    def _rescue(self) -> None:
+        """Save beside the run directory, which is gone, and end the run.
+
+        Raises:
+            TrainingError: always; it names both places.
+        """
+        fate, refuge = self.world.tell(
+            ["", ""] if self.home is None else [self.home.fate(), str(self.home.refuge())]
+        )
+        with contextlib.suppress(PretrainError):
+            self.saver.wait()  # it may have tried to write to where nothing is
+        layout = self.strategy.layout if self.world.size > 1 else None
+        self._save(Saver(refuge, layout=layout, peers=self.world.peers()))
+        if self.home is not None:
+            self.home.furnish(Path(refuge), self.journal.records)
+        raise TrainingError(
+            f"The run directory {self.out} was {fate} while the run was going on, so it ends here. Step "
+            f"{self.state.step:,} is saved with settings and log in {refuge}. To go on, give it the old name and start "
+            f"the same command again: mv {refuge} {self.out}"
+        )
 
     def asked_to_stop(self) -> bool:
         """Whether any process has been asked; all must come along, and get the same answer."""
@@ -336,6 +392,8 @@ class Trainer:
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
         self.saver.wait()
+        if self.world.total([float(self.home is not None and self.home.lost(now=True))])[0]:
+            self._rescue()
         if self.asked_to_stop():  # a signal may have come while that was written
             stopped = self.stop.agreed or stopped
         best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint

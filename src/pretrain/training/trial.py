@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.errors import TrainingError
+from pretrain.errors import TrainingError, out_of_memory
 from pretrain.parallel.regions import local
 from pretrain.training.feed import hash_seed, to_device
 from pretrain.training.plan import row_length
@@ -55,7 +55,9 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
             loss, seconds = _run(trainer, usable)
             if trainer.parallel.compile:
                 check_compiled(trainer, usable)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             raise TrainingError(
                 f"A forward and backward pass of {trainer.micro_rows} rows of {row_length(trainer.train_data)} tokens "
                 f"does not fit into the memory of {trainer.device}. Lower train.micro_rows (the result stays the "
