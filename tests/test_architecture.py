@@ -42,10 +42,22 @@ ALLOWED: dict[str, set[str]] = {
         *("nn", "models", "objectives", "data", "checkpoint", "training", "report", "history"),
         *("lora", "predict", "parallel"),
     },
+    "evaluation": {
+        *(
+            "checkpoint",
+            "data",
+            "finetuning",
+            "models",
+            "objectives",
+            "parallel",
+            "predict",
+            "training",
+        ),
+    },
     "quickstart": {"training", "report", "checkpoint", "finetuning", "data"},
     "cli": {
         *("training", "finetuning", "report", "checkpoint", "generate", "data", "quickstart"),
-        *("predict", "lora", "parallel"),
+        *("predict", "lora", "parallel", "evaluation"),
     },
     "__main__": {"cli"},
     "__init__": {"data"},

@@ -451,7 +451,7 @@ def test_thin_commands_call_one_function(
     fake(monkeypatch, "pretrain.report", write=record("report", tmp_path / "report.html"))
     fake(
         monkeypatch,
-        "pretrain.training.run",
+        "pretrain.evaluation",
         evaluate=record("evaluate", {"loss": 1.25, "targets": 12345.0}),
     )
     prepared = types.SimpleNamespace(path=tmp_path / "data")
@@ -461,7 +461,8 @@ def test_thin_commands_call_one_function(
     assert cli.main(["report", "runs/x"]) == 0
     assert seen["report"][0] == (Path("runs/x"),)
     assert cli.main(["evaluate", "runs/x", "--data", "data/y"]) == 0
-    assert seen["evaluate"] == (("runs/x",), {"data": "data/y"})
+    given = {"data": "data/y", "columns": {}, "base": None, "batch_rows": None, "device": "auto"}
+    assert seen["evaluate"] == (("runs/x",), given)
     assert "1.2500" in capsys.readouterr().out
     assert cli.main(["evaluate", "runs/x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == 1.25

@@ -24,7 +24,7 @@ _PUBLIC = {
     "Tokenizer": "pretrain.data.tokenizer",
     "Trainer": "pretrain.training.trainer",
     "build": "pretrain.models",
-    "evaluate": "pretrain.training.run",
+    "evaluate": "pretrain.evaluation",
     "finetune": "pretrain.finetuning.run",
     "inspect": "pretrain.checkpoint",
     "load": "pretrain.checkpoint",

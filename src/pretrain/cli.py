@@ -274,15 +274,28 @@ def _add_evaluate(parser: Any) -> None:
         "--data",
         type=str | None,
         default=None,
-        help="prepared directory or source; not given, the run's held-out rows",
+        help="of a fine-tuned model a file of labelled rows, of a language model a prepared directory or source; "
+        "not given, the run's held-out rows",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        help="of labelled rows role: column, e.g. --columns.label stars; not given, those of the training rows",
+    )
+    add("--base", type=str | None, default=None, help="model before training, of an adapter")
+    add("--batch_rows", type=int | None, default=None, help="rows in one forward pass")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add("--json", action="store_true", help="print JSON")
 
 
 def _evaluate(args: Any) -> None:
-    from pretrain.training.run import evaluate
+    from pretrain.evaluation import evaluate
 
-    _show(evaluate(args.checkpoint, data=args.data), args.json)
+    options = args.as_dict()
+    as_json = options.pop("json")
+    _show(evaluate(options.pop("checkpoint"), **options), as_json)
 
 
 def _add_inspect(parser: Any) -> None:
@@ -381,8 +394,8 @@ COMMANDS = {
         _fill_mask,
     ),
     "evaluate": Command(
-        "Measure a checkpoint on held-out text.",
-        "pretrain evaluate runs/books-gpt --data data/books",
+        "Measure a checkpoint on the run's held-out rows, or on others.",
+        "pretrain evaluate runs/reviews --data more.csv",
         _add_evaluate,
         _evaluate,
     ),

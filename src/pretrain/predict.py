@@ -5,7 +5,6 @@ Which task a model answers is what its config.json records, or, in a directory o
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import sys
@@ -30,7 +29,17 @@ from pretrain.training.precision import choose_device
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["predict", "predict_file", "predict_with", "roles_read", "task_of"]
+__all__ = [
+    "columns_of",
+    "has_columns",
+    "predict",
+    "predict_file",
+    "predict_with",
+    "rebuilt",
+    "recorded_task",
+    "roles_read",
+    "task_of",
+]
 
 _BATCH_ROWS = 64
 _CHUNK = 1024  # rows of a file that are in memory
@@ -49,15 +58,29 @@ def task_of(model: Model) -> Task:
     Raises:
         ModelError: it answers nothing: a language model, or a body without a head; names what to call instead.
     """
+    name = recorded_task(model)
+    if name is not None:
+        return _build(model, name, _recorded(model))
+    return _build(model, *_by_head(model))
+
+
+def _recorded(model: Model) -> Mapping[str, Any]:
     block = model.extra_config.get("pretrain")
     recorded = block.get("objective") if isinstance(block, Mapping) else None
-    recorded = recorded if isinstance(recorded, Mapping) else {}
-    name = recorded.get("task")
-    if isinstance(name, str) and name in TASKS:
-        cls = task_class(name)
-        if cls.head_kind in (None, model.head_kind):
-            return _build(model, name, recorded)
-    return _build(model, *_by_head(model))
+    return recorded if isinstance(recorded, Mapping) else {}
+
+
+def recorded_task(model: Model) -> str | None:
+    """Name of the task that config.json records, where it is one of ours and the model has its head."""
+    name = _recorded(model).get("task")
+    if not isinstance(name, str) or name not in TASKS:
+        return None
+    return name if task_class(name).head_kind in (None, model.head_kind) else None
+
+
+def rebuilt(task: Task, model: Model) -> Task:
+    """The same task with the same options around another model."""
+    return _build(model, task.name, task.describe())
 
 
 def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
@@ -85,7 +108,7 @@ def _build(model: Model, name: str, options: Mapping[str, Any]) -> Task:
         raise ModelError(
             f"A model that was trained for {name} has no answers; use model.generate(...)."
         )
-    known = set(inspect.signature(cls.__init__).parameters) - {"self", "model", "name"}
+    known = cls.recorded_options(model)
     chosen = {key: value for key, value in options.items() if key in known}
     if model.fresh:
         note(
@@ -186,9 +209,38 @@ def _say_empty(empty: int, count: int) -> None:
         note(f"{empty:,} of {count:,} inputs hold no text and get no answer")
 
 
+def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Role -> column: what the caller names, else what the training rows had, where this table has it, too."""
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("columns") if isinstance(block, Mapping) else None
+    remembered = {
+        role: column
+        for role, column in (recorded.items() if isinstance(recorded, Mapping) else ())
+        if has_columns(table, column) and column not in given.values()
+    }
+    return {**remembered, **given}
+
+
+def has_columns(table: Table, column: Any) -> bool:
+    """Whether a table has a column, or all of a list of them."""
+    names = column if isinstance(column, list) else [column]
+    return all(isinstance(name, str) and name in table.columns for name in names)
+
+
 def roles_read(task: Task | type[Task]) -> list[Role]:
     """The roles of a task that are read, those that are learned left out."""
     return [role for role in task.roles if not role.target]
+
+
+def columns_read(
+    task: Task, table: Table, given: Mapping[str, Any], *, quiet: bool
+) -> dict[str, Any]:
+    """The columns of a table that the task reads: see ``columns_of``, then those that are recognised by name."""
+    roles = roles_read(task)
+    known = {role.name for role in roles}
+    wanted = columns_of(task.model, table, given)
+    wanted = {role: c for role, c in wanted.items() if role in known or role in given}
+    return choose_columns(table, roles, wanted, quiet=quiet)
 
 
 def _by_words(task: Task) -> bool:
@@ -224,8 +276,7 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
     if items is not None:
         return _table_of(task, items), single
     table = read_table(inputs, name="inputs")
-    chosen = choose_columns(table, roles_read(task), columns, quiet=True)
-    return roles_table(table, chosen), single
+    return roles_table(table, columns_read(task, table, columns, quiet=True)), single
 
 
 def _say_file_name(text: str) -> None:
@@ -330,7 +381,7 @@ def predict_file(
     known = isinstance(checkpoint, str | os.PathLike)
     task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
     task.to(choose_device(device))
-    chosen = choose_columns(first.table, roles_read(task), dict(columns or {}), quiet=not progress)
+    chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
     quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     count = empty = 0
     with RowWriter(target, first.table.names) as output, tqdm(unit="row", disable=quiet) as bar:

@@ -147,7 +147,7 @@ def test_rows_that_recur_are_left_out_and_counted(start: Path, tmp_path: Path) -
     rows = rows_of(40)
     held = [{"text": f"  {r['text'].upper()}!", "label": r["label"]} for r in rows[:6]]
     result = tune(start, tmp_path, rows, valid=held)
-    assert result.counts == {"train": 34, "valid": 6} and result.data.recurring == 6
+    assert result.counts == {"train": 34, "valid": 6} and result.data.left_out == 6
     assert any("6 training rows recur" in line for line in result.notes)
 
 

@@ -52,7 +52,8 @@ def test_rows_that_recur_are_dropped_from_training_alone() -> None:
     found = opened(
         rows, valid=[{**rows[0], "text": rows[0]["text"].upper() + " !"}], test=rows[5:8]
     )
-    assert found.counts == {"train": 36, "valid": 1, "test": 3} and found.recurring == 4
+    assert found.counts == {"train": 36, "valid": 1, "test": 3} and found.left_out == 4
+    assert found.recurring == {"valid": 1, "test": 3}
     left = set(found.train.columns["text"])
     assert not left & {rows[i]["text"] for i in (0, 5, 6, 7)}
     assert len([n for n in found.notes if "recur" in n]) == 2
@@ -61,7 +62,14 @@ def test_rows_that_recur_are_dropped_from_training_alone() -> None:
 def test_one_text_with_two_partners_does_not_recur() -> None:
     rows = [{"text": "a cat", "pair": f"b {i}", "label": ANIMALS[i % 3]} for i in range(12)]
     found = opened(rows, valid=[{"text": "a cat", "pair": "b 3", "label": "cat"}])
-    assert found.recurring == 1
+    assert found.recurring == {"valid": 1} and found.left_out == 1
+
+
+def test_a_row_that_recurs_in_two_parts_counts_in_each() -> None:
+    rows = rows_of(40)
+    found = opened(rows, valid=rows[2:8], test=rows[5:8])
+    assert found.recurring == {"valid": 6, "test": 3} and found.left_out == 6
+    assert "3 training rows recur in the test rows and were left out" in found.notes
 
 
 def test_held_out_rows_may_name_their_columns_otherwise() -> None:

@@ -187,7 +187,7 @@ def test_table_holds_what_the_protocol_asks_for():
     lines = text.splitlines()
     assert lines[0] == (
         "ag_news: accuracy in %, stratified subsets, 5 paired seeds, 1,000 test rows touched once, tuned on 200 "
-        "validation rows; dropped 12 training rows that recur in the test"
+        "validation rows; dropped 12 training rows that recur in the test rows"
     )
     head = [cell.strip() for cell in lines[2].split("|")]
     assert head[:4] == ["labels", "from scratch", "pre-trained", "gain [95 %]"]

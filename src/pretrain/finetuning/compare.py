@@ -81,10 +81,16 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             raise DataError("A comparison needs held-out rows to choose and to score by.")
         score = choose.take(range(1, len(choose), 2))
         choose = choose.take(range(0, len(choose), 2))
-    counts = _counts(label_counts, len(train), job.data.recurring)
+    counts = _counts(label_counts, len(train), job.data.left_out)
     strata = job.task.learn(train, job.settings.task.options).strata or [0] * len(train)
     arms: dict[str, dict[int, list[float]]] = {}
-    notes = Notes(data=job.data.names["train"], dropped=job.data.recurring, valid_rows=len(choose))
+    part = "valid" if job.data.test is None else "test"
+    notes = Notes(
+        data=job.data.names["train"],
+        dropped=job.data.recurring.get(part, 0),
+        scored_on="held-out" if job.data.test is None else "test",
+        valid_rows=len(choose),
+    )
     notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
     baselines = _Baselines.of(job)
     for count in counts:

@@ -220,6 +220,7 @@ class Job:
             "fingerprint": self.data.fingerprint,
             "sources": [{"name": Path(names["train"]).name, "rows": counts["train"], "share": 1.0}],
             "rows": counts,
+            "columns": self.data.columns,
             "parent": Path(parent).name if parent else None,
         }
 

@@ -1,21 +1,115 @@
-"""The figures of a fine-tuned model, on one process or by those that share it out."""
+"""The figures of a fine-tuned model: on further rows, and by the processes that share it out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pretrain.data.labelled import choose_columns, roles_table
+from pretrain.data.table_stream import table_kind
+from pretrain.data.tables import read_table
+from pretrain.finetuning.rows import encode
+from pretrain.objectives.tasks import Task
+from pretrain.predict import columns_of, has_columns
+from pretrain.storage.files import note
 from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.precision import (
+    Precision,
+    choose_device,
+    choose_precision,
+    evaluation_precision,
+)
 from pretrain.training.restore import load_weights
 
 if TYPE_CHECKING:
+    from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
+    from pretrain.finetuning.settings import TuneData, TuneTrain
     from pretrain.training.state import Run
     from pretrain.training.trainer import Trainer
 
-__all__ = ["EVAL_ROWS", "measure_in_parts"]
+__all__ = ["EVAL_ROWS", "labelled", "measure", "measure_in_parts", "reported_precision", "score"]
 
 EVAL_ROWS = 64  # in one forward pass
+
+
+def labelled(
+    source: Any, task: Task, columns: Mapping[str, Any], section: TuneData | None = None
+) -> Table:
+    """Further rows for a task, by role.
+
+    Args:
+        source: as ``read_table`` takes it.
+        task: around the model, which remembers the columns of its training rows.
+        columns: role -> column, named by the caller; other columns are those of the training rows, where these rows
+            have them, or recognised by name.
+        section: settings of the run, which may say how its files are read.
+
+    Raises:
+        DataError: as ``read_table``, or a column that the task needs is missing.
+    """
+    options: dict[str, Any] = {}
+    given = dict(columns)
+    if section is not None and isinstance(source, str | Path):
+        options["columns"] = section.names
+        options["format"] = None if table_kind(Path(source)) else section.format
+    table = read_table(source, name="data", **options)
+    if section is not None:
+        known = {role: c for role, c in section.columns.items() if has_columns(table, c)}
+        given = {**known, **given}
+    return roles_table(
+        table, choose_columns(table, task.roles, columns_of(task.model, table, given))
+    )
+
+
+def measure(
+    task: Task,
+    rows: TaskRows,
+    precision: Precision,
+    *,
+    batch_rows: int = EVAL_ROWS,
+    limit: int = 0,
+) -> dict[str, float]:
+    """The figures of a task on encoded rows, on one process."""
+    task.to(precision.device)
+    return evaluate_rows(task, rows, precision, batch_rows=batch_rows, limit=limit)
+
+
+def reported_precision(
+    train: TuneTrain | None, name: str = "auto", device: str = "auto"
+) -> Precision:
+    """The precision that figures are taken in: what is named, else that of the run, fp32 outside of one."""
+    chosen = choose_device(device)
+    if name != "auto" or train is None:
+        return choose_precision("fp32" if name == "auto" else name, chosen)
+    return evaluation_precision(train.eval_precision, choose_precision(train.precision, chosen))
+
+
+def score(
+    task: Task,
+    table: Table,
+    before_training: Callable[[], Task],
+    precision: Precision,
+    **options: Any,
+) -> dict[str, float]:
+    """The figures of a task on labelled rows; what is cut or left out is said.
+
+    Args:
+        task: around the fine-tuned model.
+        table: rows by role.
+        before_training: gives the task around the model that it was trained from, for tasks that compare with it.
+        precision: see ``reported_precision``.
+        **options: of ``measure``.
+    """
+    notes: list[str] = []
+    rows = encode(task, table, "evaluation", 1.0, notes)
+    for line in notes:
+        note(line)
+    # The texts of the model before training are asked for by few tasks, and its weights are on the disk.
+    if type(task).prepare_reference is not Task.prepare_reference:
+        before_training().prepare_reference(rows)
+    return measure(task, rows, precision, **options)
 
 
 def measure_in_parts(

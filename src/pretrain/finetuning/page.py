@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import DataError
 from pretrain.finetuning.card import example_input, model_card
+from pretrain.finetuning.settings import from_memory
 from pretrain.parallel.world import current_world
 from pretrain.reporting.curves import Series, curve_svg
 from pretrain.reporting.history import History, loss_svg, sort_records
@@ -238,7 +239,7 @@ def command(result: Finetuned) -> str:
     """What does it again: a command line, or a line of Python where something came from memory."""
     settings = result.settings
     sources = [settings.data.train, settings.data.valid, settings.data.test]
-    memory = [value for value in (settings.model.checkpoint, *sources) if _from_memory(value)]
+    memory = [value for value in (settings.model.checkpoint, *sources) if from_memory(value)]
     run: Any = result.run  # None of a trial
     config = None if run is None else run.path / "run.yaml"
     again = f"{f'runs/{result.task.name}' if run is None else run.path}-again"
@@ -246,25 +247,20 @@ def command(result: Finetuned) -> str:
         words = ["pretrain", "finetune", "--config", str(config), "--train.out", again]
         return shlex.join(words)
     arguments = ["model", "rows"]
-    if settings.model.checkpoint and not _from_memory(settings.model.checkpoint):
+    if settings.model.checkpoint and not from_memory(settings.model.checkpoint):
         arguments[0] = repr(settings.model.checkpoint)
-    if settings.data.train and not _from_memory(settings.data.train):
+    if settings.data.train and not from_memory(settings.data.train):
         arguments[1] = repr(settings.data.train)
     arguments += [
         f"{part}={part}_rows"
         for part, value in (("valid", settings.data.valid), ("test", settings.data.test))
-        if _from_memory(value)
+        if from_memory(value)
     ]
     if config is not None:
         arguments.append(f"config={str(config)!r}")
     else:
         arguments.append(f"task={result.task.name!r}")
     return f"pretrain.finetune({', '.join([*arguments, f'out={again!r}'])})"
-
-
-def _from_memory(value: Any) -> bool:
-    """Settings name what is no path by its kind: "a DataFrame", "a model"."""
-    return isinstance(value, str) and value.startswith("a ") and not os.path.exists(value)
 
 
 def _repeat(result: Finetuned) -> str:

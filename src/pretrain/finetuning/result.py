@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.errors import DataError
-from pretrain.finetuning.measure import EVAL_ROWS
-from pretrain.objectives.tasks import Task
-from pretrain.training.evaluate import evaluate_rows
-from pretrain.training.precision import choose_device, choose_precision, evaluation_precision
+from pretrain.finetuning.measure import labelled, measure, reported_precision, score
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -25,6 +22,8 @@ if TYPE_CHECKING:
     from pretrain.finetuning.transfer import Comparison
     from pretrain.finetuning.views import Confusion, Errors
     from pretrain.models.base import Model
+    from pretrain.objectives.tasks import Task
+    from pretrain.training.precision import Precision
     from pretrain.training.state import Run
 
 __all__ = ["Finetuned"]
@@ -102,26 +101,23 @@ class Finetuned:
 
     def measure(self, rows: TaskRows) -> dict[str, float]:
         """The figures of the task on encoded rows."""
-        train, device = self.settings.train, choose_device(self.settings.parallel.device)
-        precision = evaluation_precision(
-            train.eval_precision, choose_precision(train.precision, device)
-        )
-        self.task.to(precision.device)
-        return evaluate_rows(self.task, rows, precision, batch_rows=EVAL_ROWS)
+        return measure(self.task, rows, self._precision)
+
+    @property
+    def _precision(self) -> Precision:
+        return reported_precision(self.settings.train, device=self.settings.parallel.device)
 
     def evaluate(self, data: Any) -> dict[str, float]:
         """The figures of the task on further labelled rows: a file, a list, a frame or a data set."""
-        from pretrain.finetuning.rows import encode, labelled
-
-        table = labelled(data, self.task, self.settings)
-        rows = encode(self.task, table, "evaluation", 1.0, [])
-        # What the model said before it was trained: only some tasks ask, and the weights are on the disk.
-        if (
-            self._base is not None
-            and type(self.task).prepare_reference is not Task.prepare_reference
-        ):
-            self._base(seed=self.settings.train.seed).prepare_reference(rows)
-        return self.measure(rows)
+        settings, base = self.settings, self._base
+        if base is None:
+            raise DataError("A trial is measured once, on the rows that it was made for.")
+        return score(
+            self.task,
+            labelled(data, self.task, {}, settings.data),
+            lambda: base(seed=settings.train.seed),
+            self._precision,
+        )
 
     def predict(self, inputs: Any, **options: Any) -> Any:
         """Answer one input with a dict, or several with a list of dicts; see ``pretrain.predict.predict``."""

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pretrain.data.labelled import choose_columns, drop_duplicates, roles_table, split
 from pretrain.data.tables import read_table
 from pretrain.errors import DataError
+from pretrain.predict import has_columns
 from pretrain.settings.spelling import option
+from pretrain.storage.files import muted
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -36,7 +38,10 @@ class Data:
         names: where the rows came from.
         notes: lines worth printing.
         fingerprint: SHA-256 over the content of all rows, in order.
-        recurring: training rows that were left out because they stand among the held-out ones.
+        columns: role -> column of the training rows.
+        recurring: training rows whose text also stands among the rows of another part, by its name; they were left
+            out. A row that stands in both parts counts in each.
+        left_out: training rows that were left out because of it.
     """
 
     train: Table
@@ -46,7 +51,9 @@ class Data:
     names: dict[str, str]
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
-    recurring: int = 0
+    columns: dict[str, Any] = field(default_factory=dict)
+    recurring: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -101,15 +108,15 @@ def open_data(
         test = task.tidy(test, learned, options)
         names["test"] = test.name
     roles = [role.name for role in task.roles if role.name in train.names and not role.target]
-    recurring = 0
-    for other, what in ((valid, "validation"), (test, "test")):
+    given, recurring = train, {}
+    for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
         if other is not None and len(other):
-            train, dropped = drop_duplicates(train, other, roles, what)
-            recurring += dropped
-            if dropped:  # it has been said aloud, and the report repeats it
-                notes.append(
-                    f"{dropped:,} training rows recur in the {what} rows and were left out"
-                )
+            _, count = drop_duplicates(given, other, roles, what)
+            with muted():  # it has just been said, and the report repeats it
+                train, _ = drop_duplicates(train, other, roles, what)
+            if count:
+                recurring[part] = count
+                notes.append(f"{count:,} training rows recur in the {what} rows and were left out")
     if not len(train):
         raise DataError(
             "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
@@ -117,7 +124,16 @@ def open_data(
     if isinstance(wanted, int | float) and wanted > 0 and not len(valid):
         notes.append("too few rows for a validation split: nothing is held out")
     return Data(
-        train, valid, test, learned, names, notes, _fingerprint(train, valid, test), recurring
+        train,
+        valid,
+        test,
+        learned,
+        names,
+        notes,
+        _fingerprint(train, valid, test),
+        columns,
+        recurring,
+        len(given) - len(train),
     )
 
 
@@ -142,11 +158,7 @@ def _read(source: Any, section: Any, name: str) -> Table:
 
 def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:
     """Held-out rows: the columns of the training rows where they have them, else recognised ones."""
-    known = {
-        role: column
-        for role, column in columns.items()
-        if set(column if isinstance(column, list) else [column]) <= set(table.names)
-    }
+    known = {role: column for role, column in columns.items() if has_columns(table, column)}
     return roles_table(table, choose_columns(table, task.roles, known))
 
 
@@ -181,8 +193,3 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
             )
         notes.append(f"{text} and are cut")
     return rows
-
-
-def labelled(source: Any, task: Task, settings: TuneConfig) -> Table:
-    """Further rows for the same task: a source with the columns of the training rows, or recognised ones."""
-    return _by_role(_read(source, settings.data, "data"), type(task), settings.data.columns)

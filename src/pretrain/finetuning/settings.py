@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, within
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["TuneConfig", "from_keywords"]
+__all__ = ["TuneConfig", "from_keywords", "from_memory"]
 
 
 @dataclass
@@ -294,3 +294,8 @@ def from_keywords(
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, str | os.PathLike)
+
+
+def from_memory(value: Any) -> bool:
+    """Whether a setting stands for an object that was given instead of a path: "a DataFrame", "a model"."""
+    return isinstance(value, str) and value.startswith("a ") and not os.path.exists(value)

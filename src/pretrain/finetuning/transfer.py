@@ -58,7 +58,8 @@ class Notes:
     Args:
         data: name of the set.
         stratified: whether every subset holds the classes in the proportions of the whole.
-        dropped: training rows left out because their normalised text recurs in the test rows.
+        dropped: training rows left out because their normalised text recurs in the rows that are scored.
+        scored_on: what these rows are called: ``test``, or ``held-out`` where there are no test rows.
         valid_rows: rows on which every arm was tuned.
         settings: what was chosen per arm, as ``{"scratch": {"lr": 1e-3}, "tfidf": {"C": 10.0}}``; a list is one
             value per seed.
@@ -71,6 +72,7 @@ class Notes:
     data: str = ""
     stratified: bool = True
     dropped: int = 0
+    scored_on: str = "test"
     valid_rows: int = 0
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -314,9 +316,9 @@ class Comparison:
         unit = f"{self.metric} in %" if self._scale != 1 else self.metric
         return (
             f"{notes.data or 'this data'}: {unit}, {'stratified' if notes.stratified else 'random'} subsets, "
-            f"{len(self.seeds)} paired seeds, {self.test_rows:,} test rows touched once"
+            f"{len(self.seeds)} paired seeds, {self.test_rows:,} {notes.scored_on} rows touched once"
             + (f", tuned on {notes.valid_rows:,} validation rows" if notes.valid_rows else "")
-            + f"; dropped {notes.dropped:,} training rows that recur in the test"
+            + f"; dropped {notes.dropped:,} training rows that recur in the {notes.scored_on} rows"
         )
 
     def _cells(self) -> list[list[str]]:

@@ -6,6 +6,7 @@ Texts are framed as documents were, and packed into rows; a long text is cut int
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -63,13 +64,19 @@ class LanguageModelling(Task):
                 f"Language modelling needs a model with a language-model head, and this one has {model.head_kind!r}. "
                 'Open it with pretrain.load(PATH, head="causal-lm"), or "masked-lm" for an encoder.'
             )
-        kind: type[Objective] = NextToken if model.head_kind == "causal-lm" else MaskedLM
+        kind = _objective_of(model)
         try:
             inner = kind(model, **options)
         except TypeError as error:
             raise ModelError(f"{kind.__name__} takes no such option: {error}.") from error
         # In a tuple it is no child: every parameter has one owner and one name.
         self._inner = (inner,)
+
+    @classmethod
+    def recorded_options(cls, model: Model) -> set[str]:
+        """Those of the objective of pre-training as well."""
+        inner = set(inspect.signature(_objective_of(model).__init__).parameters) - {"self", "model"}
+        return (super().recorded_options(model) - {"options"}) | inner
 
     @property
     def inner(self) -> Objective:
@@ -219,3 +226,8 @@ class LanguageModelling(Task):
 
     def describe(self) -> dict[str, Any]:
         return self.inner.describe() | {"task": self.name, "max_length": self.max_length}
+
+
+def _objective_of(model: Model) -> type[Objective]:
+    """The objective that the model's head was pre-trained with."""
+    return NextToken if model.head_kind == "causal-lm" else MaskedLM

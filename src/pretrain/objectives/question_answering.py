@@ -333,6 +333,7 @@ class QuestionAnswering(Task):
             "n_best": self.n_best,
             "allow_no_answer": self.allow_no_answer,
             "null_threshold": self.null_threshold,
+            "bad_answers": self.bad_answers,
             "max_length": self.max_length,
         }
 

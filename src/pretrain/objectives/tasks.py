@@ -12,6 +12,7 @@ Letters: B rows of a batch, T tokens, N examples, C classes, D hidden.
 from __future__ import annotations
 
 import heapq
+import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -180,6 +181,11 @@ class Task(Objective):
         """What fills the ends of rows."""
         pad = self.model.backbone.config.pad_id
         return 0 if pad is None else int(pad)
+
+    @classmethod
+    def recorded_options(cls, model: Model) -> set[str]:
+        """Names of the arguments that a task around this model takes back from what ``describe`` recorded."""
+        return set(inspect.signature(cls.__init__).parameters) - {"self", "model", "name"}
 
     # ------------------------------------------------------------------ what a task writes
 

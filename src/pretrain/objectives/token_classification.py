@@ -358,6 +358,8 @@ class TokenClassification(Task):
             "all_pieces": self.all_pieces,
             "empty_tag": self.empty_tag,
             "max_length": self.max_length,
+            # Further rows may spell the tags as the training rows did.
+            "codes": self.codes,
         }
 
 

@@ -28,6 +28,7 @@ _OPEN = {
     "train": ("--model.overrides.", "--objective.init_args."),
     "finetune": ("--data.columns.", "--task.options."),
     "predict": ("--columns.",),
+    "evaluate": ("--columns.",),
 }
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
@@ -53,7 +54,9 @@ def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None
 def interface(name: str, short: Mapping[str, str]) -> Interface:
     """How messages spell the options of the command ``name``; see `make_parser` and `parse`."""
     if name not in _SETTINGS:
-        return Interface(command=True, columns="columns." if name == "predict" else "")
+        return Interface(
+            command=True, columns="columns." if name in ("predict", "evaluate") else ""
+        )
     sections = _settings(name).SECTIONS
     places = {
         spec.name: f"{section}.{spec.name}"

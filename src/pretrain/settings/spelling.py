@@ -14,7 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FINETUNE", "PREDICT", "TRAIN", "Interface", "column", "option", "option_name", "using"]
+__all__ = [
+    "EVALUATE",
+    "FINETUNE",
+    "PREDICT",
+    "TRAIN",
+    "Interface",
+    "column",
+    "option",
+    "option_name",
+    "using",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Interface:
 READ = Interface(places={"names": "columns"})
 FINETUNE = Interface()
 PREDICT = Interface(columns="columns.")
+EVALUATE = PREDICT
 TRAIN = Interface(columns="data.", others="data.")
 
 _current = READ

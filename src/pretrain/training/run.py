@@ -313,6 +313,7 @@ def about(settings: RunConfig, data: Prepared) -> dict[str, Any]:
         "sources": sources,
         "left_out": {key: manifest[key] for key in ("duplicates", "empty", "contaminated")},
         "unigram_nats": data.unigram_entropy,
+        "row_length": data.manifest["options"]["row_length"],
         "parent": Path(parent).name if parent else None,
     }
 
@@ -326,6 +327,7 @@ def evaluate(
     limit: int = 0,
     precision: str = "auto",
     device: str = "auto",
+    model: Model | None = None,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on held-out text with its own objective.
 
@@ -338,6 +340,7 @@ def evaluate(
         limit: rows at most; 0 takes all.
         precision: compute type; auto is what the run evaluates in (``train.eval_precision``), fp32 outside of one.
         device: where to run.
+        model: of the checkpoint, if it has been opened already.
 
     Returns:
         ``loss`` (nats per target), ``perplexity``, ``accuracy``, ``targets`` and, for next-token models,
@@ -347,7 +350,7 @@ def evaluate(
         PretrainError: no data, or data that do not fit the model.
     """
     path = Path(checkpoint)
-    model = load(path, quiet=True)
+    model = load(path, quiet=True) if model is None else model
     name, options = objective, {}
     if name is None:
         name = objective_for(model.head_kind)
@@ -370,15 +373,10 @@ def evaluate(
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
-def _run_of(path: Path) -> Path | None:
-    """The directory of the run that a checkpoint lies in, or None."""
-    return next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
-
-
 def _evaluation_precision(path: Path, name: str, device: torch.device) -> Precision:
     if name != "auto":
         return choose_precision(name, device)
-    home, train = _run_of(path), TrainConfig()
+    home, train = run_of(path), TrainConfig()
     if home is not None:
         with contextlib.suppress(ConfigError):  # a fine-tuning run has other sections
             train = RunConfig.load(home / "run.yaml").train
@@ -387,13 +385,10 @@ def _evaluation_precision(path: Path, name: str, device: torch.device) -> Precis
 
 def _held_out(path: Path, data: Any, model: Model) -> Examples:
     """Held-out rows for ``evaluate``, checked against the checkpoint's tokenizer."""
+    home = run_of(path)
     if data is None:
-        home = _run_of(path)
         if home is None:
-            raise DataError(
-                f"{path} lies in no run of pretrain, so it is not known what to evaluate it on. Name the data: "
-                f"pretrain evaluate {path} --data FILE"
-            )
+            raise DataError(no_run(path))
         prepared = open_data(RunConfig.load(home / "run.yaml"))
         rows: Examples = prepared.valid
     elif isinstance(data, str | os.PathLike) and (Path(data) / "manifest.json").is_file():
@@ -402,9 +397,10 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
     else:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
-        length = min(512, model.backbone.max_length or 512)
+        length = min(_row_length_of(home, model), model.backbone.max_length or 1 << 20)
         source = str(latest(path) or path) if (path / "run.yaml").is_file() else str(path)
-        prepared = prepare(data, tokenizer=source, row_length=length, valid=0.0)
+        # All of it is measured: what is said about data to train on (no validation rows) has no meaning here.
+        prepared = prepare(data, tokenizer=source, row_length=length, valid=0.0, quiet=True)
         rows = prepared.train
     mine = model.tokenizer
     if mine is not None and prepared.tokenizer.fingerprint != mine.fingerprint:
@@ -417,3 +413,30 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
             "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
     return rows
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a directory is, or lies in; None for any other directory."""
+    return next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
+
+
+def no_run(path: Path) -> str:
+    """The sentence for a checkpoint that is to be measured on the rows of its run, and lies in none."""
+    return (
+        f"{path} lies in no run of pretrain, so it is not known what to evaluate it on. Name the data: "
+        f"pretrain evaluate {path} --data FILE, in Python pretrain.evaluate({str(path)!r}, data)."
+    )
+
+
+def _row_length_of(home: Path | None, model: Model) -> int:
+    """Tokens of the rows that a model was trained on, as its config.json or the settings of its run say."""
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("row_length") if isinstance(block, Mapping) else None
+    if type(recorded) is int and recorded > 1:
+        return recorded
+    if home is None:
+        return DataConfig().row_length
+    data = RunConfig.load(home / "run.yaml").data
+    if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
+        return int(Prepared.open(Path(data.train)).manifest["options"]["row_length"])
+    return data.row_length

@@ -1,0 +1,159 @@
+"""Figures of any checkpoint: a language model on held-out text, a fine-tuned model on labelled rows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint import load
+from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError
+from pretrain.finetuning.measure import labelled, reported_precision, score
+from pretrain.finetuning.rows import open_data
+from pretrain.finetuning.settings import TuneConfig, from_memory
+from pretrain.finetuning.start import classes_of, starting_model
+from pretrain.objectives.tasks import Task
+from pretrain.parallel.slurm import is_task
+from pretrain.predict import rebuilt, recorded_task, task_of
+from pretrain.settings.spelling import EVALUATE, option, using
+from pretrain.storage.chosen import best_first
+from pretrain.storage.files import muted, note
+from pretrain.training import run as language
+
+if TYPE_CHECKING:
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["evaluate"]
+
+_LABELLED_HEADS = ("sequence-classification", "token-classification", "question-answering")
+
+
+@using(EVALUATE)
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    data: Any = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    base: Model | str | Path | None = None,
+    objective: str | None = None,
+    batch_rows: int | None = None,
+    limit: int = 0,
+    precision: str = "auto",
+    device: str = "auto",
+) -> dict[str, float]:
+    """Measure a checkpoint: a fine-tuned model by the figures of its task, a language model by its loss on text.
+
+    Args:
+        checkpoint: a run (of a fine-tuned one its best checkpoint is taken), a checkpoint, an adapter, or any Hugging
+            Face directory of a known family.
+        data: of a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
+            Of a language model a prepared directory, whose held-out rows are used, or sources, of which all text is
+            used, in rows of the length that it was trained on. None takes the held-out rows of the run.
+        columns: role -> column of labelled rows; by default those of the training rows, where these rows have them.
+        base: the model before training, which an adapter and the task ``preference`` need, where it is not found.
+        objective: name of the objective of a language model; None is the one that the head is for.
+        batch_rows: rows in one forward pass.
+        limit: rows at most, spread evenly over the data; 0 takes all.
+        precision: compute type: bf16, fp16, fp32, or auto: what the run takes its figures in, which is fp32 unless
+            ``train.eval_precision`` says otherwise.
+        device: auto, cpu, cuda or mps.
+
+    Returns:
+        The figures, ``loss`` and ``targets`` (how many answers or tokens were judged) among them: for the same rows
+        those of the run's summary.
+
+    Raises:
+        PretrainError: no rows, or rows that do not fit the model or are not those of the run any more.
+    """
+    path = Path(checkpoint)
+    model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
+    options: dict[str, Any] = {"limit": limit}
+    options |= {} if batch_rows is None else {"batch_rows": batch_rows}
+    fine_tuned = recorded_task(model) is not None or model.head_kind in _LABELLED_HEADS
+    if objective is not None or not fine_tuned:
+        if columns:
+            raise ConfigError(
+                f"{path} is a language model, which reads text and no columns of labelled rows. Leave "
+                f"{option('columns')} out."
+            )
+        options |= {"precision": precision, "device": device}
+        return language.evaluate(path, data, objective=objective, model=model, **options)
+    task, home = task_of(model), language.run_of(path)
+    settings = _settings_of(home)
+    if data is None:
+        table = _held_out(path, settings, task)
+    else:
+        table = labelled(data, task, columns or {}, None if settings is None else settings.data)
+    chosen = reported_precision(None if settings is None else settings.train, precision, device)
+    return score(
+        task, table, lambda: _before_training(path, task, settings, base), chosen, **options
+    )
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether ``load`` finds an adapter there, which stands on a base."""
+    known = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    run = [] if known else best_first(path)
+    return ModelDirectory(run[0] if run else path, verify=False).is_adapter
+
+
+def _settings_of(home: Path | None) -> TuneConfig | None:
+    """The settings of a fine-tuning run; None for what is none."""
+    if home is None or not is_task(home / "run.yaml"):
+        return None
+    return TuneConfig.load(home / "run.yaml")
+
+
+def _held_out(path: Path, settings: TuneConfig | None, task: Task) -> Table:
+    """The held-out rows of a run, read and split as the run did.
+
+    Raises:
+        DataError: there are none, they were in memory, or the source has changed since.
+    """
+    if settings is None:
+        raise DataError(language.no_run(path))
+    give = f"Give labelled rows: {option('data')}"
+    sources = (settings.data.train, settings.data.valid, settings.data.test)
+    if any(map(from_memory, sources)):
+        raise DataError(
+            f"The rows of {path} were objects in memory, so that they cannot be read again. {give}."
+        )
+    with muted():  # the run has said it all
+        source, labels = settings.model.checkpoint, None
+        if not from_memory(source):
+            with contextlib.suppress(CheckpointError):  # what it was trained from may be gone
+                labels = classes_of(source, type(task))
+        data = open_data(settings, {}, type(task), labels)
+    block = task.model.extra_config.get("pretrain")
+    recorded = block.get("fingerprint") if isinstance(block, Mapping) else None
+    if recorded != data.fingerprint:
+        raise DataError(
+            f"The rows of {', '.join(dict.fromkeys(data.names.values()))} are not those that {path} was trained and "
+            f"measured on: a file was changed since. Bring the old one back, or give labelled rows: {option('data')}."
+        )
+    if not len(data.valid):
+        raise DataError(f"The run {path} held no rows out. {give}.")
+    note(f"{len(data.valid):,} held-out rows of the run: {data.names['valid']}")
+    return data.valid
+
+
+def _before_training(path: Path, task: Task, settings: TuneConfig | None, base: Any) -> Task:
+    """The task around the model that it was trained from.
+
+    Raises:
+        ModelError: it is not known which that was.
+    """
+    source = base
+    if source is None and settings is not None and not from_memory(settings.model.checkpoint):
+        source = settings.model.checkpoint
+    if source is None and task.model.adapter is not None:
+        source = task.model.adapter.base
+    if source is None:
+        raise ModelError(
+            f"The figures of the task {task.name} compare {path} with the model before training, and it is not known "
+            f"which that was. Name it: {option('base')}."
+        )
+    return rebuilt(task, starting_model(source, type(task), None, quiet=True))

@@ -1,0 +1,284 @@
+"""Figures of saved models: for the same rows those of the run, and those that other libraries count on the answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+import pretrain
+import tiny
+from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of, texts
+from pretrain import metrics as own
+from pretrain.cli import main
+from pretrain.data.prepare import prepare
+from pretrain.errors import DataError, ModelError
+from pretrain.objectives import build_objective
+from pretrain.training.evaluate import evaluate_rows
+from pretrain.training.precision import choose_device, choose_precision
+
+Rows = list[dict[str, Any]]
+
+
+def classes(count: int, seed: int) -> Rows:
+    """Columns of unusual names, so that the run must say which is which."""
+    return [{"Said": r["text"], "note": "x", "Beast": r["label"]} for r in rows_of(count, seed)]
+
+
+def numbered(count: int, seed: int) -> Rows:
+    """Classes named by the caller and spelled as numbers in the rows."""
+    return [{"text": r["text"], "label": ANIMALS.index(r["label"])} for r in rows_of(count, seed)]
+
+
+def several(count: int, seed: int) -> Rows:
+    return [
+        {"text": text, "label": [w for w in ("cat", "red", "mat") if w in text.split()]}
+        for text, _ in texts(count, seed)
+    ]
+
+
+def numbers(count: int, seed: int) -> Rows:
+    return [{"text": text, "label": len(text) / 7} for text, _ in texts(count, seed)]
+
+
+def tags(count: int, seed: int) -> Rows:
+    return [
+        {
+            "tokens": text.split(),
+            "ner_tags": ["B-PET" if w in ANIMALS else "O" for w in text.split()],
+        }
+        for text, _ in texts(count, seed)
+    ]
+
+
+def questions(count: int, seed: int) -> Rows:
+    rows = [
+        {
+            "question": "which animal ?",
+            "context": text,
+            "answers": {"text": [animal], "answer_start": [text.index(animal)]},
+        }
+        for text, animal in texts(count, seed)
+    ]  # fmt: skip
+    for row in rows[::3]:
+        row["question"], row["answers"] = "which city ?", {"text": [], "answer_start": []}
+    return rows
+
+
+def pairs(count: int, seed: int) -> Rows:
+    return [{"anchor": text, "positive": f"{animal} {text}"} for text, animal in texts(count, seed)]
+
+
+def preferences(count: int, seed: int) -> Rows:
+    return [
+        {"prompt": text, "chosen": animal, "rejected": f"no {animal}"}
+        for text, animal in texts(count, seed)
+    ]
+
+
+def chats(count: int, seed: int) -> Rows:
+    return [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": animal}]}
+        for text, animal in texts(count, seed)
+    ]
+
+
+def plain(count: int, seed: int) -> Rows:
+    return [{"text": text} for text, _ in texts(count, seed)]
+
+
+# name -> task, rows, family, options of the run
+CASES: dict[str, tuple[str, Any, str, dict[str, Any]]] = {
+    "classes": ("classification", classes, "bert", {"text": "Said", "label": "Beast"}),
+    "numbered": ("classification", numbered, "modernbert", {"labels": list(ANIMALS)}),
+    "several": ("classification", several, "gpt2", {"threshold": 0.4}),
+    "numbers": ("regression", numbers, "bert", {}),
+    "tags": ("token-classification", tags, "bert", {}),
+    "questions": ("question-answering", questions, "bert", {}),
+    "pairs": ("embedding", pairs, "bert", {}),
+    "preferences": ("preference", preferences, "llama", {"beta": 0.5}),
+    "preferences-lora": ("preference", preferences, "llama", {"beta": 0.5, "lora": 2}),
+    "chat": ("chat", chats, "llama", {}),
+    "text": ("language-modelling", plain, "bert", {"config": {"task": {"options": {"rate": 0.3}}}}),
+    "text-causal": ("language-modelling", plain, "gpt2", {}),
+}
+
+
+def write(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(name, result, test rows, their file) of a small run over files."""
+    name = str(request.param)
+    task, rows, family, options = CASES[name]
+    place = tmp_path_factory.mktemp(name)
+    model = str(model_of(family, initializer_range=0.2).save(place / "start"))
+    test = rows(25, 8)
+    files = {
+        "data": str(write(place / "train.jsonl", rows(40, 0))),
+        "test": str(write(place / "test.jsonl", test)),
+    }
+    result = pretrain.finetune(
+        model, task=task, **(QUICK | files | options | {"out": place / "run"})
+    )
+    return name, result, test, place / "test.jsonl"
+
+
+def same(found: dict[str, float], wanted: dict[str, float]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize("run", list(CASES), indirect=True)
+def test_figures_are_those_of_the_summary(run: Any, tmp_path: Path) -> None:
+    name, result, test, file = run
+    same(pretrain.evaluate(result.path), result.metrics)  # the held-out rows of the run
+    same(pretrain.evaluate(result.run.best, file), result.test_metrics)
+    same(pretrain.evaluate(result.path, test), result.test_metrics)
+    same(result.evaluate(file), result.test_metrics)
+    saved = result.save(tmp_path / "saved")
+    if name == "preferences":  # what was likelier before training is in no saved directory
+        with pytest.raises(ModelError, match="base="):
+            pretrain.evaluate(saved, file)
+        base = result.settings.model.checkpoint
+        same(pretrain.evaluate(saved, file, base=base), result.test_metrics)
+        return
+    same(pretrain.evaluate(saved, file), result.test_metrics)
+    with pytest.raises(DataError, match="no run"):
+        pretrain.evaluate(saved)
+
+
+def counted(name: str, rows: Rows, answers: Rows) -> dict[str, float]:
+    """What other libraries count on the answers, by our names of the figures."""
+    if name in ("classes", "numbered"):
+        key = "Beast" if name == "classes" else "label"
+        true = [row[key] if name == "classes" else ANIMALS[row[key]] for row in rows]
+        said = [answer["label"] for answer in answers]
+        return {
+            "accuracy": sk.accuracy_score(true, said),
+            "macro_f1": sk.f1_score(true, said, average="macro", labels=ANIMALS, zero_division=0),
+            "mcc": sk.matthews_corrcoef(true, said),
+        }
+    if name == "several":
+        true, said = (
+            np.array([[label in row["label"] for label in ("cat", "mat", "red")] for row in part])
+            for part in (rows, answers)
+        )
+        return {
+            "accuracy": sk.accuracy_score(true, said),
+            "micro_f1": sk.f1_score(true, said, average="micro", zero_division=0),
+            "macro_f1": sk.f1_score(true, said, average="macro", zero_division=0),
+        }
+    if name == "numbers":
+        true, said = [row["label"] for row in rows], [answer["score"] for answer in answers]
+        return {
+            "mse": sk.mean_squared_error(true, said),
+            "pearson": float(np.corrcoef(true, said)[0, 1]),
+        }
+    if name == "tags":
+        seqeval = pytest.importorskip("seqeval.metrics")
+        true, said = [row["ner_tags"] for row in rows], [answer["tags"] for answer in answers]
+        return {
+            "f1": seqeval.f1_score(true, said, zero_division=0),
+            "accuracy": seqeval.accuracy_score(true, said),
+        }
+    if name == "questions":
+        marks = [
+            (answer["answer"], row["answers"]["text"] or [""])
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        return {"exact_match": float(np.mean([own.exact_match(*mark) for mark in marks]))}
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "run", ["classes", "numbered", "several", "numbers", "tags", "questions"], indirect=True
+)
+def test_figures_are_those_of_the_answers(run: Any) -> None:
+    name, result, test, file = run
+    for answers in (result.predict(test), pretrain.load(result.path, quiet=True).predict(file)):
+        for key, value in counted(name, test, answers).items():
+            assert result.test_metrics[key] == pytest.approx(value, abs=1e-5), key
+
+
+@pytest.mark.parametrize("run", ["classes"], indirect=True)
+def test_the_command(run: Any, capsys: Any) -> None:
+    _, result, _, file = run
+    assert main(["evaluate", str(result.path), "--json"]) == 0
+    same(json.loads(capsys.readouterr().out), result.metrics)
+    renamed = [{"a": row["Said"], "b": row["Beast"]} for row in classes(25, 8)]
+    other = write(file.with_name("renamed.jsonl"), renamed)
+    words = ["evaluate", str(result.path), "--data", str(other), "--batch_rows", "7", "--json"]
+    assert main([*words, "--columns.text", "a", "--columns.label", "b"]) == 0
+    same(json.loads(capsys.readouterr().out), result.test_metrics)
+    assert main(words) == 2
+    assert "renamed.jsonl has no column" in capsys.readouterr().err
+
+
+def test_rows_that_are_not_there_any_more(tmp_path: Path, capsys: Any) -> None:
+    model = str(model_of().save(tmp_path / "start"))
+    file = write(tmp_path / "train.jsonl", rows_of(30))
+    quick = QUICK | {"limit": "2 steps"}
+    of_file = pretrain.finetune(model, str(file), "classification", out=tmp_path / "file", **quick)
+    file.write_text(file.read_text().replace("cat", "dog"))
+    with pytest.raises(DataError, match=r"changed since.*data="):
+        pretrain.evaluate(of_file.path)
+    memory = pretrain.finetune(
+        model, rows_of(30), "classification", out=tmp_path / "memory", **quick
+    )
+    with pytest.raises(DataError, match="in memory"):
+        pretrain.evaluate(memory.path)
+    assert main(["evaluate", str(memory.path)]) == 2
+    assert "--data" in capsys.readouterr().err
+    nothing = pretrain.finetune(
+        model, str(file), "classification", out=tmp_path / "none", **(quick | {"valid": 0})
+    )
+    with pytest.raises(DataError, match="held no rows out"):
+        pretrain.evaluate(nothing.path)
+
+
+def test_text_is_measured_in_rows_of_the_length_of_the_run(tmp_path: Path, capsys: Any) -> None:
+    """Also by a copy of the checkpoint, which lies in no run; nothing is said of data to train on."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(tiny.TEXTS * 8))
+    settings: dict[str, Any] = {
+        "data": {"train": str(text), "valid": 0.2, "row_length": 24, "tokenizer": "char"},
+        "model": {
+            "family": "gpt2",
+            "overrides": {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 64},
+        },
+        "train": {
+            "out": str(tmp_path / "run"),
+            "limit": "2 steps",
+            "batch_rows": 4,
+            "precision": "fp32",
+        },
+        "parallel": {"device": "cpu"},
+    }
+    run = pretrain.train(settings)
+    model = pretrain.load(tmp_path / "run", quiet=True)
+    capsys.readouterr()
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(tiny.TEXTS[:9]))
+    found = pretrain.evaluate(tmp_path / "run", other, precision="fp32")
+    said = capsys.readouterr()
+    assert "cannot measure" not in said.out + said.err
+    assert model.extra_config["pretrain"]["row_length"] == 24
+    made = prepare(other, tokenizer=str(run.checkpoint), row_length=24, valid=0.0, quiet=True)
+    rows = evaluate_rows(
+        build_objective("NextToken", {}, model),
+        made.train,
+        choose_precision("fp32", choose_device("cpu")),
+        batch_rows=16,
+    )
+    assert found["loss"] == pytest.approx(rows["loss"], abs=1e-6)
+    copy = model.save(tmp_path / "copy")
+    assert pretrain.evaluate(copy, other, precision="fp32")["loss"] == pytest.approx(found["loss"])
