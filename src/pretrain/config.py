@@ -154,7 +154,8 @@ class TrainConfig:
     """Keep the checkpoint that is best on the held-out rows, by train.monitor."""
     monitor: str = "loss"
     """Held-out figure that decides which checkpoint is best, and patience: lower is better for loss,
-    perplexity, bits_per_byte, mse, rmse and mae, higher for all others."""
+    perplexity, bits_per_byte, mse, rmse and mae, higher for all others. Of equal figures the one with the
+    lower loss is the better."""
     patience: int = within(0, 0, 1 << 20)
     """Evaluations without improvement before stopping; 0 is off."""
     log_every: int = within(10, 1, 1 << 30)

@@ -20,6 +20,7 @@ from pretrain.predict import rebuilt, recorded_task, task_of
 from pretrain.settings.spelling import EVALUATE, option, using
 from pretrain.storage.chosen import best_first
 from pretrain.storage.files import muted, note
+from pretrain.storage.opened import ADAPTER_CONFIG, ModelDirectory
 from pretrain.training import run as language
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _is_adapter(path: Path) -> bool:
     """Whether ``load`` finds an adapter there, which stands on a base."""
     known = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     run = [] if known else best_first(path)
-    return ModelDirectory(run[0] if run else path, verify=False).is_adapter
+    return bool(ModelDirectory(run[0] if run else path, verify=False).is_adapter)
 
 
 def _settings_of(home: Path | None) -> TuneConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_the_best_checkpoint_is_that_of_the_figure(
 
 
 def test_patience_follows_the_figure(tmp_path: Path) -> None:
-    _, run = _run(tmp_path, [0.5, 0.4, NAN, 0.5, 0.9, 0.9], patience=3)
+    _, run = _run(tmp_path, [0.5, 0.4, NAN, 0.45, 0.9, 0.9], patience=3)
     assert run.stopped == "patience" and run.step == 4 and run.best.name == "checkpoint-1"
 
 
@@ -130,6 +131,24 @@ def test_a_state_reads_back_what_it_wrote(state: RunState) -> None:
     finite = math.isfinite(state.best_score)
     assert again.best_score == (state.best_score if finite else math.inf)
     assert (again.step, again.lowest, again.monitor) == (state.step, state.lowest, state.monitor)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.2, 0.5, NAN]), st.sampled_from([NAN, 1.0, 2.0, 3.0])), min_size=1)
+)  # fmt: skip
+def test_of_equal_figures_the_lower_loss_is_better(values: list[tuple[float, float]]) -> None:
+    """Also to patience, and across a save: the state that was written goes on."""
+    state = RunState(monitor="accuracy")
+    best: tuple[float, float, int] | None = None
+    for step, (accuracy, loss) in enumerate(values, 1):
+        state = RunState.from_json(json.loads(json.dumps(state.to_json())))
+        state.step = step
+        tie = best is not None and accuracy == best[0] and loss < best[1]
+        wanted = not math.isnan(accuracy) and (best is None or accuracy > best[0] or tie)
+        assert improves(state, {"accuracy": accuracy, "loss": loss}, "accuracy") is wanted
+        best = (accuracy, loss, step) if wanted else best
+        assert state.best_step == (0 if best is None else best[2])
+        assert state.evals_since_best == (step if best is None else step - best[2])
 
 
 @given(st.lists(st.floats(allow_infinity=False), min_size=1), st.sampled_from(["mae", "accuracy"]))

@@ -143,7 +143,8 @@ class TuneTrain:
     patience: int = within(0, 0, 1 << 20)
     """Evaluations without improvement before stopping; 0 is off. The best epoch is restored in any case."""
     monitor: str = ""
-    """Figure that decides which epoch is best; not given, the task's own."""
+    """Figure that decides which epoch is best; not given, the task's own. Of equal figures the one with
+    the lower loss is the better."""
     log_every: int = within(10, 1, 1 << 30)
     """Steps between two lines of the log."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)

@@ -39,6 +39,7 @@ class RunState:
         skipped: steps without an update because a number was not finite; ``skipped_in_row`` of them just now.
         owed: an evaluation was broken off by a request to stop.
         best_score: the monitored figure at its best, with the sign that makes lower better; ``monitor`` names it.
+        loss_at_best: loss of that evaluation, which decides between equal figures; None where it is not known.
         lowest: depth of the lowest layer that gradual unfreezing has released; None before the first step.
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
         seconds: wall time of all parts of the run.
@@ -57,6 +58,7 @@ class RunState:
     last_save: int = 0
     monitor: str = "loss"
     best_score: float = math.inf
+    loss_at_best: float | None = None
     best_step: int = 0
     evals_since_best: int = 0
     lowest: int | None = None
