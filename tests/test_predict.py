@@ -202,7 +202,7 @@ def test_words_and_questions() -> None:
 def test_empty_texts_are_answered_by_nothing_and_counted(model: Model, capsys: Any) -> None:
     found = predict(model, ["the cat", "", None, "  ", "the dog"])
     assert [bool(answer) for answer in found] == [True, False, False, False, True]
-    assert "3 of 5 inputs hold no text" in capsys.readouterr().err
+    assert "3 of 5 inputs get no answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_files_keep_order_and_columns(
 ) -> None:
     source = write_rows(tmp_path / f"rows{ending}", ROWS)
     target = predict_file(saved, source, tmp_path / f"answers{out}", progress=False)
-    assert "1 of 3 inputs hold no text" in capsys.readouterr().err
+    assert "1 of 3 inputs get no answer" in capsys.readouterr().err
     if out == ".jsonl":
         found = [json.loads(line) for line in target.read_text().splitlines()]
         assert found[1]["predicted_label"] is None and found[1]["score"] is None

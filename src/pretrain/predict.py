@@ -184,14 +184,17 @@ def predict_with(
     table, single = _as_table(task, inputs, dict(columns or {}))
     if table is None:
         return []
+    task.unanswered.clear()
     try:
         found = task.predict(table, batch_rows, **options)
     except TypeError as error:
         raise ConfigError(f"The task {task.name} has no such option: {error}.") from error
     answers = list(found)
     if single:
+        if _is_empty(answers[0]):
+            _say_unanswered(task, 1, 1)
         return answers[0]
-    _say_empty(sum(map(_is_empty, answers)), len(answers))
+    _say_unanswered(task, sum(map(_is_empty, answers)), len(answers))
     return answers
 
 
@@ -204,9 +207,14 @@ def _is_empty(answer: Mapping[str, Any]) -> bool:
     return all(value is None for value in answer.values())
 
 
-def _say_empty(empty: int, count: int) -> None:
+def _say_unanswered(task: Task, empty: int, count: int) -> None:
+    """Print how many inputs have no answer, and for what reasons."""
     if empty:
-        note(f"{empty:,} of {count:,} inputs hold no text and get no answer")
+        reasons = +task.unanswered
+        if (others := empty - reasons.total()) > 0:
+            reasons["no text"] += others
+        told = ", ".join(f"{reason} ({number:,})" for reason, number in reasons.most_common())
+        note(f"{empty:,} of {count:,} inputs get no answer: {told}")
 
 
 def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,6 +392,7 @@ def predict_file(
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
     quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     count = empty = 0
+    task.unanswered.clear()
     with RowWriter(target, first.table.names) as output, tqdm(unit="row", disable=quiet) as bar:
         for chunk in chain([first], chunks):
             table = roles_table(chunk.with_columns(chosen.values()), chosen)
@@ -391,7 +400,7 @@ def predict_file(
                 output.write(row, answer)
                 count, empty = count + 1, empty + _is_empty(answer)
                 bar.update()
-    _say_empty(empty, count)
+    _say_unanswered(task, empty, count)
     return target
 
 

@@ -18,7 +18,8 @@ import tiny
 from contract import check_objective_learns, check_objective_resumes, check_sums
 from pretrain.data.tables import Table, read_table
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.finetuning.rows import encode
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.instruction import Instruction, reply
 from pretrain.training.precision import Precision, choose_precision
@@ -193,6 +194,194 @@ def test_long_conversations_keep_whole_turns() -> None:
     rows = tight.encode(table([*conversations(1), {"messages": short}]))
     assert rows.cut == [0] and rows.dropped == {"the first answer does not fit": [0]}
     assert rows.owners == [1]
+
+
+def test_long_conversations_are_cut_or_split_by_choice() -> None:
+    made, system = model(max_positions=512), {"role": "system", "content": "the"}
+    texts = [t for a in ANIMALS[:4] for t in (f"is a {a} red?", f"the {a}")]
+    messages = [system, *chat(*texts)]
+    halves = [
+        {"messages": messages},
+        {"messages": messages[:5]},
+        {"messages": [system, *messages[5:]]},
+    ]
+    full, *parts = (example["input_ids"] for example in Instruction(made).encode(table(halves)))
+    room = max(map(len, parts))
+    short = {"messages": chat("hi", "ok")}
+
+    def texts_of(long: str, room: int = room, rows: Any = None) -> tuple[list[str], Any]:
+        task = Instruction(made, max_length=room, long=long)
+        rows = task.encode(table(rows or [{"messages": messages}, short]))
+        assert all(len(example["input_ids"]) <= room for example in rows)
+        return [tokenizer().decode(example["input_ids"]) for example in rows], rows
+
+    whole = tokenizer().decode(full)
+    assert whole.startswith("System: the\nUser: is a red cat red?\nAssistant: the red cat")
+    (first, hi), rows = texts_of("right")
+    assert whole.startswith(first) and rows.cut == [0] and first.count("User") == 2
+    (last, _), rows = texts_of("left")
+    assert rows.cut == [0] and last.startswith("System: the\nUser: is a ")
+    assert whole.endswith(last.removeprefix("System: the\n")) and last.count("User") == 2
+    parts, rows = texts_of("split")
+    assert parts == [first, last, hi] and rows.owners == [0, 0, 1] and rows.cut == [0]
+    (only,), rows = texts_of("drop")
+    assert only == hi and rows.dropped == {f"longer than {room} tokens": [0]} and not rows.cut
+    # No turn is ever cut within; one that does not fit by itself is left out, and named.
+    giant = {"messages": chat("hi", "ok", "the cat sat " * 20, "no", "hi", "red")}
+    parts, rows = texts_of("split", 30, [giant])
+    assert [part.rpartition(" ")[2] for part in parts] == ["ok", "red"]
+    assert rows.remarks == {"turns that alone exceed 30 tokens are left out": [0]}
+    assert len(texts_of("left", 30, [giant, short])[0]) == 2
+    with pytest.raises(ConfigError, match="long='leff': .*'left'"):
+        Instruction(made, long="leff")
+    assert "long" not in Instruction(made).describe()
+    assert Instruction(made, long="left").describe()["long"] == "left"
+
+
+def test_weight_and_train_choose_the_turns() -> None:
+    eos = tokenizer().eos_id
+    turns = chat("a?", "the red cat", "b?", "the old dog")
+
+    def learned(*others: dict[str, Any]) -> Any:
+        mine = [dict(m) for m in turns]
+        mine[1] |= others[0]
+        mine[3] |= others[1]
+        rows = Instruction(model()).encode(table([{"messages": mine}]))
+        if not len(rows):
+            return rows.dropped
+        labels = rows[0]["labels"]
+        kept = labels[labels != IGNORE]
+        assert not rows.remarks and int((kept == eos).sum()) == kept.tolist().count(eos)
+        return tokenizer().decode(kept).split()
+
+    assert learned({}, {"weight": 1}) == ["the", "red", "cat", "the", "old", "dog"]
+    for key, off in (("weight", 0), ("weight", 0.0), ("train", False)):
+        assert learned({key: off}, {}) == ["the", "old", "dog"]
+        assert learned({}, {key: off}) == ["the", "red", "cat"]
+        (reason,) = learned({key: off}, {key: off})
+        assert "no turn of the assistant is to be trained" in reason
+    assert learned({"weight": 1, "train": False}, {"train": True}) == ["the", "old", "dog"]
+
+
+def test_what_the_template_does_not_write_is_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+    rows = conversations(8)
+    for row in rows[:3]:
+        row["messages"][0]["name"] = "Ann"
+    rows[4]["messages"][1] |= {"tool_calls": [call], "content": None}
+    found = Instruction(model()).encode(table(rows))
+    assert found.remarks == {"the chat template does not read name": [0, 1, 2]}
+    assert found.dropped == {"the chat template does not write tool_calls": [4]}
+    notes: list[str] = []
+    encode(Instruction(model()), table(rows), "training", 0.01, notes)
+    assert "3 of 8 training rows: the chat template does not read name" in notes
+    assert any("1 training rows left out, the chat template does not write" in n for n in notes)
+    shown = pretrain.data(rows, "chat", model())
+    assert any("does not read name" in note for note in shown.notes)
+
+
+def test_rows_too_long_are_refused_with_advice_that_can_be_followed() -> None:
+    made = model(max_positions=20)
+    with pytest.raises(DataError) as error:
+        encode(
+            Instruction(made),
+            table([*conversations(4), {"messages": chat("a", "b")}]),
+            "x",
+            0.01,
+            [],
+        )
+    said = str(error.value)
+    assert "long='split'" in said and "max_length" not in said and "max_cut=0.8" in said
+    with pytest.raises(DataError, match=r"max_length=128, which this model has.*long='split'"):
+        encode(
+            Instruction(model(), max_length=16),
+            table([*conversations(4), {"messages": chat("a", "b")}]),
+            "x",
+            0.01,
+            [],
+        )
+    with pytest.raises(DataError, match=r"first answer does not fit: 4.*long='split'"):
+        encode(Instruction(made, max_length=8), table(conversations(4)), "x", 0.01, [])
+    for long in ("left", "split"):
+        notes: list[str] = []
+        lengths = Instruction(model()).encode(table(conversations(4))).lengths
+        task = Instruction(model(), max_length=max(lengths) - 1, long=long)
+        encode(task, table(conversations(4)), "training", 0.01, notes)
+        assert any(f"and are {task.beyond}" in note for note in notes)
+
+
+def test_why_an_answer_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    from pretrain.predict import predict_with
+
+    eos = tokenizer().roles["eos"]
+    task = Instruction(model(max_positions=48))
+    rows = [
+        {"messages": chat("hi")},
+        {"messages": chat("the cat " * 40)},
+        {"messages": chat("the cat " * 40)},
+        {"messages": [{"role": "assistant", "content": "hello"}]},
+        {"messages": chat(f"a {eos}")},
+        {"messages": chat("hi", "yes")},
+    ]
+    answers = predict_with(task, rows, max_new_tokens=2)
+    assert [a["answer"] is None for a in answers] == [False, True, True, True, True, False]
+    said = capsys.readouterr().err
+    assert "4 of 6 inputs get no answer: " in said and "no text" not in said
+    assert "the prompt leaves no room for an answer in 48 tokens (2)" in said
+    assert "no turn to answer (1)" in said
+    assert "special tokens are typed into the text (1)" in said
+    left = Instruction(model(max_positions=48), long="left")
+    long = [{"messages": chat("the cat " * 40, "no", "hi")}]
+    (answered,) = predict_with(left, long, max_new_tokens=2)
+    assert answered["answer"] is not None and len(answered["messages"]) == 4
+    refusing = Instruction(model(), chat_template="{{ raise_exception('only haiku') }}")
+    predict_with(refusing, rows[:1])
+    assert "the chat template refuses the conversation (1)" in capsys.readouterr().err
+
+
+def test_shown_tokens_are_those_that_are_trained_on() -> None:
+    task = Instruction(model())
+    for example in task.encode(table()):
+        shown = "".join(f"<{text}>" if on else text for text, on in task.show(example))
+        answers = [part.split("\nUser")[0] for part in shown.split("Assistant:")[1:]]
+        assert all(answer[0] == "<" and answer[-1] == ">" for answer in answers)
+        assert "<" not in shown.split("Assistant:")[0].removeprefix(tokenizer().roles["bos"])
+
+
+def test_trivial_baseline_is_the_frequencies_of_the_trained_tokens() -> None:
+    task = Instruction(model())
+    train, held_out = table(conversations(6)), table(conversations(8)[6:])
+    parts = []
+    for part in (train, held_out):
+        labels = np.concatenate([example["labels"] for example in task.encode(part)])
+        parts.append(labels[labels != IGNORE])
+    shares = (np.bincount(parts[0], minlength=len(tokenizer())) + 1) / (
+        len(parts[0]) + len(tokenizer())
+    )
+    wanted = float(-np.log(shares[parts[1]]).mean())
+    assert task.trivial(train, held_out)["loss"] == pytest.approx(wanted)
+    assert Instruction(model()).trivial(train, held_out)["loss"] == pytest.approx(wanted)
+
+
+def test_tools_reach_the_template() -> None:
+    source = (
+        "{% for t in tools or [] %}{{ t.name }} {% endfor %}{% for m in messages %}{{ m.role + ': ' }}"
+        "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+        "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    call = {"function": {"name": "look", "arguments": {}}}
+    messages = [*chat("hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = {"messages": messages, "tools": json.dumps([{"name": "look", "description": None}])}
+    task = Instruction(model(), chat_template=source)
+    rows = task.encode(table([row]))
+    labels = rows[0]["labels"]
+    assert tokenizer().decode(labels[labels != IGNORE]) == " look"  # a token holds the blank, too
+    assert tokenizer().decode(rows[0]["input_ids"]).startswith("look user: hi assistant: look")
+    prompt = next(iter(task.encode(table([row]), targets=False)))["input_ids"]
+    assert tokenizer().decode(prompt) == "look user: hi assistant: "
 
 
 def test_special_tokens_in_a_text_are_no_control_tokens() -> None:

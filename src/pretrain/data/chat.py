@@ -1,8 +1,9 @@
-"""Chat templates: conversations as text, the tokens of the assistant in it, and the ids of both.
+"""Chat templates: conversations as text, and the ids of that text.
 
 A template is the Jinja program that comes with a tokenizer (``chat_template.jinja``); it is a stranger's and runs in
-``template_sandbox``. A conversation is a list of ``{"role", "content"}``. A rendered text holds the special tokens that
-the model expects, so it is encoded in one place, ``encode_rendered``, and nothing is put around it there.
+``template_sandbox``. A conversation is a list of ``{"role", "content"}`` with further keys that the template may read.
+A rendered text holds the special tokens that the model expects, so it is encoded in one place, ``encode_rendered``,
+and nothing is put around it there. Which of its characters the assistant says, ``chat_spans`` finds out.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
 
 __all__ = [
+    "REASONING",
     "ChatTemplate",
     "Message",
-    "assistant_spans",
     "default_template",
     "encode_rendered",
+    "is_trained",
     "special_tokens",
     "typed_specials",
 ]
 
-Message = dict[str, str]
+Message = dict[str, Any]
+# The names under which the thoughts before an answer are published; transformers gives a template the first two.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 _SOURCE_LIMIT = 1 << 20  # characters of a template
 _DEFAULT = (
@@ -84,6 +88,8 @@ class ChatTemplate:
 
     Attributes:
         end: the special token that follows an answer, or None where a template ends it with plain text.
+        marks_answers: the template itself says what is trained on, in ``{% generation %}`` blocks.
+        constants: the strings that the template spells, which it may look for in a message.
 
     Raises:
         DataError: the source is no template.
@@ -109,6 +115,8 @@ class ChatTemplate:
                 f"The chat template cannot be used: {_said(error)}. Copy chat_template.jinja again from its origin, or "
                 "give your own with chat_template=."
             ) from error
+        self.marks_answers = self._sandbox.has_generation
+        self.constants = self._sandbox.constants
         self.end = self._find_end()
 
     @classmethod
@@ -137,13 +145,17 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
         where: str = "",
+        tools: Sequence[Any] | None = None,
+        marks: tuple[str, str] = ("", ""),
     ) -> str:
         """The text of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` gives it.
 
         Args:
-            messages: ``{"role", "content"}`` each.
+            messages: ``{"role", "content"}`` each, and what else the template reads.
             add_generation_prompt: end with what an answer begins after.
             where: the row, for the error.
+            tools: descriptions of the functions that the assistant may call.
+            marks: what to put before and behind every ``{% generation %}`` block.
 
         Raises:
             DataError: the template fails, refuses the conversation, or runs wild.
@@ -152,14 +164,14 @@ class ChatTemplate:
 
         values = {
             **self.tokens,
-            "messages": [dict(message) for message in messages],
-            "tools": None,
+            "messages": [_as_transformers(message) for message in messages],
+            "tools": None if tools is None else list(tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         place = f"{where}: the" if where else "The"
         try:
-            return self._sandbox.render(self._template, values)
+            return self._sandbox.render(self._template, values, marks)
         except (Runaway, RecursionError, MemoryError) as error:
             raise DataError(
                 f"{place} chat template runs wild: {_said(error)}. Use another template (chat_template=); this one is "
@@ -179,79 +191,18 @@ def _said(error: BaseException) -> str:
     return (text if line is None else f"line {line}: {text}")[:300].rstrip(".")
 
 
-def assistant_spans(
-    template: ChatTemplate, messages: Sequence[Message], where: str = ""
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and which characters of it the assistant says.
-
-    A turn of the assistant begins where the prompt for it ends, and includes the special token behind it. It is found
-    by rendering what comes before; where a template writes earlier turns differently later on (one that strips their
-    thoughts), each answer is looked for in the whole text.
-
-    Args:
-        template: renders the conversation.
-        messages: the conversation.
-        where: the row, for the error.
-
-    Returns:
-        The text, and (first, end) of each turn of the assistant.
-
-    Raises:
-        DataError: the template fails, or an answer is not in its text.
-    """
-    whole = template.render(messages, where=where)
-    spans: list[tuple[int, int]] = []
-    at = 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        span = _by_prefix(template, messages, i, whole)
-        if span is None or span[0] < at:
-            span = _by_content(template, message["content"], whole, at)
-        if span is None:
-            raise DataError(
-                f"{where + ': ' if where else ''}answer {len(spans) + 1} cannot be found in what the chat template "
-                f"makes of the conversation: {message['content'][:60]!r}. The template rewrites answers; give one that "
-                "prints them as they are (chat_template=)."
-            )
-        spans.append(span)
-        at = span[1]
-    return whole, spans
+def _as_transformers(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to a template: no key without a value, thoughts under both their names."""
+    given = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((given[key] for key in REASONING if key in given), None)
+    if thoughts is None:
+        return given
+    return {"thinking": thoughts, **given, "reasoning_content": thoughts}
 
 
-def _by_prefix(
-    template: ChatTemplate, messages: Sequence[Message], i: int, whole: str
-) -> tuple[int, int] | None:
-    """Where turn ``i`` stands, if the text only ever grows."""
-    try:
-        before = template.render(messages[:i], add_generation_prompt=True)
-        if not whole.startswith(before):  # the prompt is no part of the finished turn
-            before = template.render(messages[:i])
-        after = whole if i + 1 == len(messages) else template.render(messages[: i + 1])
-    except DataError:  # some templates refuse a part of a conversation
-        return None
-    text = messages[i]["content"].strip()
-    turn = after[len(before) :]
-    if not (whole.startswith(after) and after.startswith(before) and text in turn):
-        return None
-    # What follows the end-of-turn token, a line break mostly, is not said by the model.
-    behind = turn.rfind(text) + len(text) if text else 0
-    ends = [at + len(t) for t in template.specials if (at := turn.find(t, behind)) >= 0]
-    return len(before), len(before) + min(ends, default=len(turn))
-
-
-def _by_content(
-    template: ChatTemplate, content: str, whole: str, at: int
-) -> tuple[int, int] | None:
-    """Where an answer, or what follows its thoughts, stands in the text from ``at`` on."""
-    for text in (content.strip(), content.rpartition("</think>")[2].strip()):
-        first = whole.find(text, at) if text else -1
-        if first >= 0:
-            end = first + len(text)
-            blanks = len(whole) - end - len(whole[end:].lstrip())
-            follows = template.end and whole.startswith(template.end, end + blanks)
-            return first, end + blanks + len(template.end or "") if follows else end
-    return None
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether a turn of the assistant is trained on: not with ``weight`` 0 (OpenAI) or ``train`` false (Axolotl)."""
+    return message.get("weight") != 0 and message.get("train") is not False
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -291,10 +242,18 @@ def _bare(tokenizer: Tokenizer) -> Any:
     return copied
 
 
-def typed_specials(messages: Sequence[Message], specials: Sequence[str]) -> str | None:
-    """A special token that somebody typed into a conversation, or None: it would be read as the end of a turn."""
-    for message in messages:
-        for token in specials:
-            if token and token in message["content"]:
-                return token
-    return None
+def typed_specials(values: Any, specials: Sequence[str]) -> str | None:
+    """A special token that somebody typed into a conversation, or None: it would be read as the end of a turn.
+
+    Args:
+        values: messages, tools, or anything else of texts, lists and dictionaries.
+        specials: the special tokens.
+    """
+    if isinstance(values, str):
+        return next((token for token in specials if token and token in values), None)
+    if isinstance(values, Mapping):
+        values = [*values.keys(), *values.values()]
+    if not isinstance(values, Sequence):
+        return None
+    found = (typed_specials(value, specials) for value in values)
+    return next((token for token in found if token is not None), None)

@@ -1,11 +1,16 @@
-"""Conversations in whatever form they are published, as lists of ``{"role", "content"}``.
+"""Conversations in whatever form they are published, as lists of ``{"role", "content"}`` and what else stands there.
 
 Known: ``messages``; ShareGPT's ``conversations`` of ``from`` and ``value``; ``turns`` of ``speaker`` and ``utterance``;
 prompt and completion; question and answer; instruction, input and output, also as ``instances`` (Self-Instruct).
+
+Further keys of a message (``tool_calls``, ``reasoning_content``, ``name``) are kept for the template. ``weight``
+(OpenAI) and ``train`` (Axolotl) say whether a turn is trained on; see ``chat.is_trained``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +18,14 @@ from pretrain.data.chat import Message
 from pretrain.data.labelled import Role
 from pretrain.errors import DataError
 
-__all__ = ["CHAT_ROLES", "as_messages", "to_conversations"]
+__all__ = ["CHAT_ROLES", "TOOLS", "as_messages", "as_tools", "to_conversations"]
+
+TOOLS = Role(
+    "tools",
+    ("tools", "functions"),
+    required=False,
+    help="descriptions of the functions that the assistant may call",
+)
 
 CHAT_ROLES = (
     Role(
@@ -38,6 +50,7 @@ CHAT_ROLES = (
         target=True,
     ),
     Role("instances", ("instances",), required=False, help="a list of input and output"),
+    TOOLS,
 )
 _SPEAKERS = {
     "human": "user",
@@ -55,6 +68,7 @@ _SPEAKERS = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "function_call": "assistant",  # LLaMA-Factory's: the value is the call
 }
 _KEYS = (("role", "content"), ("from", "value"), ("speaker", "utterance"), ("speaker", "text"))
 
@@ -154,38 +168,112 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
     spoken = {str(m["speaker"]).lower() for m in value if isinstance(m, Mapping) and "speaker" in m}
     found: list[Message] = []
     for number, message in enumerate(value, start=1):
-        keys = next(
-            (
-                k
-                for k in _KEYS
-                if isinstance(message, Mapping) and k[0] in message and k[1] in message
-            ),
-            None,
-        )
+        at = f"{place}message {number}"
+        if not isinstance(message, Mapping):
+            raise DataError(f"{at} is {str(message)[:80]!r}; a message has a role and a content.")
+        keys = next((pair for pair in _KEYS if pair[0] in message and pair[1] in message), None)
+        if keys is None and "role" in message and message.get("tool_calls"):
+            keys = ("role", "content")
         if keys is None:
-            raise DataError(
-                f"{place}message {number} is {str(message)[:80]!r}; a message has a role and a content."
-            )
+            raise DataError(f"{at} is {str(message)[:80]!r}; a message has a role and a content.")
         name = str(message[keys[0]]).lower()
         role = _SPEAKERS.get(name)
         if keys[0] == "speaker" and spoken == {"user", "system"} and name == "system":
             role = "assistant"  # in dialogues of tasks the system is who answers
         if role is None:
             raise DataError(
-                f"{place}message {number} is spoken by {message[keys[0]]!r}; known are {', '.join(_SPEAKERS)}."
+                f"{at} is spoken by {message[keys[0]]!r}; known are {', '.join(_SPEAKERS)}."
             )
-        found.append({"role": role, "content": _content(message[keys[1]], number, place)})
+        others = {k: _plain(v) for k, v in message.items() if k not in keys and v is not None}
+        turn: Message = {"role": role, "content": message.get(keys[1]), **others}
+        if name == "function_call":
+            turn |= {"content": None, "tool_calls": [_call_in(turn["content"], at)]}
+        found.append(_checked(turn, at))
     return found
 
 
-def _content(value: Any, number: int, place: str) -> str:
-    if isinstance(value, list | tuple) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
-    ):
-        return "".join(part["text"] for part in value)
-    if not isinstance(value, str):
+def as_tools(value: Any, where: str = "") -> list[Any] | None:
+    """The functions that an assistant may call, as a list; they are published as JSON text, too.
+
+    Raises:
+        DataError: it is no list.
+    """
+    place = f"{where}: " if where else ""
+    given = value
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            given = json.loads(given) if given.strip() else None
+    given = _plain(given)
+    if given is not None and not isinstance(given, list):
         raise DataError(
-            f"{place}message {number} has the content {str(value)[:60]!r}, which is no text; calls of tools and "
-            "pictures cannot be trained on."
+            f"{place}tools are {str(value)[:60]!r}; they are a list of descriptions of functions, or JSON text of one."
         )
+    return given or None
+
+
+def _plain(value: Any) -> Any:
+    """A value of lists and dictionaries; tables give arrays for lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _call_in(value: Any, at: str) -> dict[str, Any]:
+    """A call of a function that is published as JSON text."""
+    try:
+        call = json.loads(value)
+        return {
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call["arguments"]},
+        }
+    except (TypeError, ValueError, KeyError):
+        raise DataError(
+            f"{at} is a call of a function, {str(value)[:60]!r}, but no JSON object with a name and arguments."
+        ) from None
+
+
+def _checked(message: Message, at: str) -> Message:
+    """A message whose further keys are what they are by their conventions.
+
+    Raises:
+        DataError: they are not.
+    """
+    calls, weight, train = (message.get(key) for key in ("tool_calls", "weight", "train"))
+    if calls and not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(f"{at} has the tool_calls {str(calls)[:60]!r}; they are a list of objects.")
+    if weight is not None and weight not in (0, 1):
+        raise DataError(f"{at} has the weight {weight!r}; it must be 0 (not trained on) or 1.")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{at} has train {train!r}; it must be true or false.")
+    if train and message["role"] != "assistant":
+        raise DataError(
+            f"{at} has train: true, but is spoken by the {message['role']}. Only turns of the assistant are trained "
+            "on; remove train from the others."
+        )
+    if message["content"] is None and calls:
+        return message
+    return message | {"content": _content(message["content"], at)}
+
+
+def _content(value: Any, at: str) -> str:
+    """A text, or the parts of one, joined as templates that read parts print them, behind each other."""
+    value = _plain(value)
+    if isinstance(value, list):
+        return "".join(_part(part, at) for part in value)
+    if not isinstance(value, str):
+        raise DataError(f"{at} has the content {str(value)[:60]!r}, which is no text.")
     return value
+
+
+def _part(part: Any, at: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        raise DataError(
+            f"{at} has a part of the type {kind!r}, which is no text; only texts can be trained on. Remove such rows."
+        )
+    return text

@@ -85,6 +85,7 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
         info: what is needed to turn outputs into answers (offsets, words), for each example; never trained on.
         cut: rows of which something did not fit.
         dropped: reason -> rows that gave no example.
+        remarks: what people should know -> rows that it holds for, which give examples all the same.
     """
 
     examples: list[dict[str, NDArray[Any]]] = field(default_factory=list)
@@ -92,6 +93,7 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
     info: list[Any] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
+    remarks: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, row: int, example: dict[str, NDArray[Any]], info: Any = None) -> None:
         """Append an example of a row."""
@@ -102,6 +104,10 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
     def drop(self, row: int, reason: str) -> None:
         """Note that a row gave no example."""
         self.dropped.setdefault(reason, []).append(row)
+
+    def remark(self, row: int, text: str) -> None:
+        """Note what people should know of a row that is used all the same."""
+        self.remarks.setdefault(text, []).append(row)
 
     def __len__(self) -> int:
         return len(self.examples)

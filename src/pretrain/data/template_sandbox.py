@@ -85,17 +85,21 @@ class _Metered(NodeTransformer):
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what the assistant says; it prints its content."""
+    """``{% generation %}`` marks what the assistant says; it prints its content, between the marks of the sandbox."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+        sandbox: Any = self.environment
+        sandbox.has_generation = True
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
-    def _said(self, caller: Callable[[], str]) -> str:
-        return caller()
+    def _marked(self, caller: Callable[[], str]) -> str:
+        sandbox: Any = self.environment
+        before, after = sandbox.marks
+        return f"{before}{caller()}{after}"
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -107,6 +111,11 @@ class _Namespace(jinja2.utils.Namespace):
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment that chat templates are rendered in; a template has it for itself.
+
+    Attributes:
+        marks: what ``render`` puts before and behind the content of every ``{% generation %}`` block.
+        has_generation: the template has such blocks.
+        constants: the strings that the template itself spells, which it may look for in a message.
 
     Raises:
         jinja2.TemplateError: from ``template`` and ``render``: a syntax error, what the template itself raises, or
@@ -124,6 +133,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=self.measured,
         )
         self._left, self._end, self._ticks = STEPS, time.monotonic() + SECONDS, 0
+        self.marks, self.has_generation = ("", ""), False
+        self.constants: frozenset[str] = frozenset()
         self.concat = self._concat  # type: ignore[method-assign]
         plain = self.filters
         self.filters = {name: self._counted(plain[name]) for name in _FILTERS if name in plain}
@@ -134,26 +145,38 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "indent": self._indent,
             "round": _round,
             "format": lambda text, *args, **named: self.call_binop(None, "%", str(text), named or args),
+            "sum": self._sum,
         }  # fmt: skip
         self.filters |= {name: self._counted(function) for name, function in own.items()}
         self.globals = {
             "range": self.globals["range"],
             "dict": dict,
             "namespace": _Namespace,
+            "cycler": jinja2.utils.Cycler,
+            "joiner": jinja2.utils.Joiner,
             "raise_exception": _raise,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         }
 
     def template(self, source: str) -> jinja2.Template:
         """Compile a template, with its meters."""
-        tree = _Metered().visit(self.parse(source))
+        parsed = self.parse(source)
+        found = (node.value for node in parsed.find_all(nodes.Const))
+        self.constants = frozenset(value for value in found if isinstance(value, str))
+        tree = _Metered().visit(parsed)
         tree.set_environment(self)
         self._start()
         return self.from_string(tree)
 
-    def render(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
+    def render(
+        self,
+        template: jinja2.Template,
+        values: Mapping[str, Any],
+        marks: tuple[str, str] = ("", ""),
+    ) -> str:
         """Render a template of this sandbox within the budget."""
         self._start()
+        self.marks = marks
         pieces, size = [], 0
         for piece in template.generate(values):
             size += len(piece)
@@ -232,6 +255,18 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         ]
         self._fits(sum(self.size(item) + len(d) for item in items))
         return str(d).join(map(str, items))
+
+    def _sum(
+        self, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0
+    ) -> Any:
+        total = start
+        for value in values:
+            item = value if attribute is None else self.getitem(value, attribute)
+            if not isinstance(item, int | float) or not isinstance(total, int | float):
+                # Lists would be copied once for every summand.
+                raise jinja2.TemplateError("sum is open to numbers only")
+            total = self.call_binop(None, "+", total, item)
+        return total
 
     def _replaced(self, text: str, old: str, new: str, count: int | None = None) -> str:
         found = text.count(old) if old else len(text) + 1

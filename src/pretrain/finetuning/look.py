@@ -87,8 +87,11 @@ def look(
         notes.append(
             f"{len(places):,} rows are left out: {reason} ({found.train.where(places[0])})"
         )
+    for remark, places in rows.remarks.items():
+        notes.append(f"{len(set(places)):,} rows: {remark} ({found.train.where(places[0])})")
     return Overview(
         **common,
+        beyond=made.beyond,
         tokenizer=os.path.basename(str(model)) if isinstance(model, str | os.PathLike) else "model",
         lengths=rows.lengths,
         max_length=made.max_length,

@@ -177,19 +177,24 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
     for reason, places in rows.dropped.items():
         shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
         notes.append(f"{len(places):,} {what} rows left out, {reason}: {shown}")
+    room = task.model.backbone.max_length
+    longer = f"set {option('max_length', room)}, which this model has positions for, "
+    cure = f"{longer if task.max_length < room else ''}{task.shorten}"
     if not len(rows):
         why = "; ".join(f"{reason}: {len(found)}" for reason, found in rows.dropped.items())
         raise DataError(
             f"None of the {len(table):,} {what} rows gives an example ({why or 'no reason'})."
+            + (f" {cure[0].upper()}{cure[1:]}." if rows.cut else "")
         )
+    for remark, places in rows.remarks.items():
+        notes.append(f"{len(set(places)):,} of {len(table):,} {what} rows: {remark}")
     if rows.cut:
         share = len(rows.cut) / len(table)
         text = f"{len(rows.cut):,} of {len(table):,} {what} rows ({share:.2%}) exceed {task.max_length} tokens"
-        if share > max_cut:
+        if share > max_cut and not task.beyond_chosen:
             raise DataError(
-                f"{text} and would be cut, the first is {table.where(rows.cut[0])}. Raise {option('max_length')} (this "
-                f"model has {task.model.backbone.max_length} positions), split the texts, or allow it with "
-                f"{option('max_cut', round(min(1.0, share + 0.005), 2))}."
+                f"{text} and would be cut, the first is {table.where(rows.cut[0])}. "
+                f"{cure[0].upper()}{cure[1:]}, or allow it with {option('max_cut', round(min(1.0, share + 0.005), 2))}."
             )
-        notes.append(f"{text} and are cut")
+        notes.append(f"{text} and are {task.beyond}")
     return rows

@@ -8,8 +8,11 @@ model learns to stop.
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,29 +20,40 @@ import numpy as np
 from pretrain.data.chat import (
     ChatTemplate,
     Message,
-    assistant_spans,
     encode_rendered,
+    is_trained,
     typed_specials,
 )
-from pretrain.data.conversations import CHAT_ROLES, to_conversations
+from pretrain.data.chat_spans import Unplaced, assistant_spans, readable, unread_keys
+from pretrain.data.conversations import CHAT_ROLES, as_messages, as_tools, to_conversations
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, TokenObjective
 from pretrain.objectives.tasks import Learned, Task
+from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["Instruction", "chat_template_of", "encode_conversation", "reply", "shifted_labels"]
+__all__ = [
+    "Instruction", "chat_template_of", "encode_conversation", "note_unread", "reply", "shifted_labels", "shown_shifted",
+]  # fmt: skip
 
 _NEW_TOKENS = 128
 # Options of generation that ask for chance; without one, answers that are measured are the likeliest ones.
 _CHANCE = {"temperature", "top_k", "top_p", "min_p", "seed", "do_sample"}
-_TYPED = "special tokens are typed into the text"
-_LONG = "the first answer does not fit"
+TYPED = "special tokens are typed into the text"
+_UNANSWERED = "no turn of the assistant"
+# What becomes of a conversation that is too long, and how that is said.
+_LONG = {
+    "right": "cut to their first turns",
+    "left": "cut to their last turns",
+    "split": "split between turns",
+    "drop": "left out",
+}
 
 
 def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
@@ -106,6 +120,7 @@ def encode_conversation(
     *,
     last_only: bool = False,
     where: str = "",
+    tools: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a conversation and the target at each of them, both (n,).
 
@@ -115,12 +130,44 @@ def encode_conversation(
         messages: the conversation.
         last_only: only the last turn of the assistant is trained on.
         where: the row, for errors.
+        tools: see ``ChatTemplate.render``.
+
+    Raises:
+        Unplaced: the text does not show what the assistant says.
     """
-    text, spans = assistant_spans(template, messages, where)
+    text, spans = assistant_spans(template, messages, where, tools)
     assert model.tokenizer is not None
     ids, offsets = encode_rendered(model.tokenizer, text)
-    labels = shifted_labels(ids, offsets, spans[-1:] if last_only else spans)
-    return np.asarray(ids, dtype=np.int64), labels
+    last = max((span.message for span in spans), default=-1)
+    trained = [
+        (span.first, span.end)
+        for span in spans
+        if is_trained(messages[span.message]) and (span.message == last or not last_only)
+    ]
+    return np.asarray(ids, dtype=np.int64), shifted_labels(ids, offsets, trained)
+
+
+def note_unread(
+    rows: TaskRows,
+    i: int,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+) -> bool:
+    """Remark what of a conversation the template does not write; False if it is left out for that."""
+    unread = unread_keys(template, messages, tools)
+    if "tool_calls" in unread:
+        rows.drop(i, "the chat template does not write tool_calls")
+        return False
+    for name in unread:
+        rows.remark(i, f"the chat template does not read {name}")
+    return True
+
+
+def shown_shifted(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Tokens with the marks of their targets, where the target at a place is the token that follows."""
+    marks = [False, *(mark for _, mark in pieces)]
+    return [(text, mark) for (text, _), mark in zip(pieces, marks, strict=False)]
 
 
 class Instruction(Task, TokenObjective):
@@ -130,9 +177,14 @@ class Instruction(Task, TokenObjective):
         model: causal, with a language-model head. Its tokenizer carries the chat template from now on.
         chat_template: a Jinja program instead of the tokenizer's own.
         drop_unanswered: leave out conversations in which the assistant says nothing, instead of refusing them.
-        max_length, pack: see ``Task``. A longer conversation keeps the turns from its start that fit.
+        long: what becomes of a conversation of more than ``max_length`` tokens. ``"right"`` keeps the turns from its
+            start that fit, ``"left"`` those at its end (from a turn of the user on), ``"split"`` makes several
+            conversations of it, each beginning with a turn of the user, ``"drop"`` leaves it out. What the system says
+            at the beginning stays in every part.
+        max_length, pack: see ``Task``.
 
     Raises:
+        ConfigError: ``long`` is something else.
         ModelError: another head.
         DataError: a template that cannot be used.
     """
@@ -148,12 +200,23 @@ class Instruction(Task, TokenObjective):
         *,
         chat_template: str | None = None,
         drop_unanswered: bool = False,
+        long: str = "right",
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
         super().__init__(model, max_length=max_length, pack=pack)
+        if long not in _LONG:
+            raise ConfigError(
+                f"{option('long', long)}: there is no such way.{did_you_mean(long, _LONG)}"
+            )
         self.template = chat_template_of(model, chat_template)
-        self.drop_unanswered = drop_unanswered
+        self.drop_unanswered, self.long = drop_unanswered, long
+        self.beyond, self.beyond_chosen = _LONG[long], long != "right"
+        self._encoded: list[tuple[Table, TaskRows]] = []  # what ``trivial`` is asked about
+
+    @property
+    def shorten(self) -> str:
+        return f"choose what becomes of them with {option('long', 'split')} (or left, drop)"
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
@@ -181,52 +244,155 @@ class Instruction(Task, TokenObjective):
         rows = TaskRows()
         for i, row in enumerate(table.rows()):
             where = table.where(i)
+            tools = as_tools(row.get("tools"), where)
             for messages in to_conversations(row, where, answers=targets):
-                if typed_specials(messages, self.template.specials) is not None:
-                    rows.drop(i, _TYPED)
-                elif targets:
-                    self._add(rows, i, messages, where)
+                if typed_specials([messages, tools or ()], self.template.specials) is not None:
+                    rows.drop(i, TYPED)
+                    continue
+                ready = readable(self.template, messages, tools)
+                if targets:
+                    self._add(rows, i, ready, tools, where)
                 else:
-                    self._ask(rows, i, messages, where)
+                    self._ask(rows, i, ready, tools)
+        if targets:
+            self._encoded = [*self._encoded[-2:], (table, rows)]
         return rows
 
-    def _add(self, rows: TaskRows, i: int, messages: list[Message], where: str) -> None:
+    def _add(
+        self, rows: TaskRows, i: int, messages: list[Message], tools: list[Any] | None, where: str
+    ) -> None:
+        """Add the examples of a conversation."""
         if not _answered(messages):
             if not self.drop_unanswered:
                 raise DataError(
                     f"{where}: the conversation has no turn of the assistant, so there is nothing to learn. Remove it, "
-                    "or leave such rows out with drop_unanswered=True."
+                    f"or leave such rows out with {option('drop_unanswered', True)}."
                 )
-            rows.drop(i, "no turn of the assistant")
+            rows.drop(i, _UNANSWERED)
             return
-        turns = [k + 1 for k, m in enumerate(messages) if m["role"] == "assistant"]
-        for kept in reversed(turns):  # what stands behind the last answer is never a target
-            ids, labels = encode_conversation(
-                self.model, self.template, messages[:kept], where=where
-            )
-            if len(ids) <= self.max_length:
-                break
-        else:
-            rows.cut.append(i)
-            rows.drop(i, _LONG)
+        if not any(is_trained(m) for m in messages if m["role"] == "assistant"):
+            rows.drop(i, "no turn of the assistant is to be trained on (weight 0, or train: false)")
             return
-        if kept < turns[-1]:
-            rows.cut.append(i)
-        if not (labels != IGNORE).any():
+        while (
+            messages[-1]["role"] != "assistant"
+        ):  # what stands behind the last answer is never a target
+            messages = messages[:-1]
+        if not note_unread(rows, i, self.template, messages, tools):
+            return
+        parts = self._fitting(rows, i, messages, tools, where)
+        try:
+            made = [
+                encode_conversation(self.model, self.template, part, where=where, tools=tools)
+                for part in parts
+            ]
+        except Unplaced as error:
+            rows.drop(i, error.reason)
+            return
+        learned = [(ids, labels) for ids, labels in made if (labels != IGNORE).any()]
+        if parts and not learned:
             rows.drop(i, "no token to learn")
-            return
-        rows.add(i, {"input_ids": ids, "labels": labels})
+        for ids, labels in learned:
+            rows.add(i, {"input_ids": ids, "labels": labels})
 
-    def _ask(self, rows: TaskRows, i: int, messages: list[Message], where: str) -> None:
+    def _fitting(
+        self,
+        rows: TaskRows,
+        i: int,
+        messages: list[Message],
+        tools: list[Any] | None,
+        where: str,
+    ) -> list[list[Message]]:
+        """The conversation in parts that fit, as ``long`` says; what does not fit is noted."""
+
+        def fits(part: Sequence[Message]) -> bool:
+            assert self.model.tokenizer is not None
+            text = self.template.render(part, where=where, tools=tools)
+            return len(encode_rendered(self.model.tokenizer, text)[0]) <= self.max_length
+
+        def fits_together(lead: list[Message], parts: list[list[Message]], count: int) -> bool:
+            return fits(_together(lead, parts[:count]))
+
+        if fits(messages):
+            return [messages]
+        if self.long == "drop":
+            rows.drop(i, f"longer than {self.max_length} tokens")
+            return []
+        rows.cut.append(i)
+        lead, exchanges = _exchanges(messages)
+        if self.long == "right":
+            ends = [k + 1 for k, message in enumerate(messages) if message["role"] == "assistant"]
+            count = _most(len(ends), lambda n: fits(messages[: ends[n - 1]]))
+            parts = [messages[: ends[count - 1]]] if count else []
+            missing = "the first answer does not fit"
+        elif self.long == "left":
+            count = _most(len(exchanges), lambda n: fits(_together(lead, exchanges[-n:])))
+            parts = [_together(lead, exchanges[-count:])] if count else []
+            missing = "the last answer does not fit"
+        else:
+            parts, missing = [], "no turn of the user fits with its answer"
+            at = 0
+            while at < len(exchanges):
+                rest = exchanges[at:]
+                count = _most(len(rest), functools.partial(fits_together, lead, rest))
+                if count:
+                    parts.append(_together(lead, rest[:count]))
+                else:
+                    rows.remark(i, f"turns that alone exceed {self.max_length} tokens are left out")
+                at += max(1, count)
+            parts = [part for part in parts if _answered(part)]
+        if not parts:
+            rows.drop(i, missing)
+        return parts
+
+    def _ask(
+        self, rows: TaskRows, i: int, messages: list[Message], tools: list[Any] | None
+    ) -> None:
         """The prompt for the answer to the last turn that is not the assistant's."""
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        ids = prompt_ids(self.model, self.template, messages, where)
+        if not messages:
+            rows.drop(i, "no turn to answer")
+            return
+
+        def prompt(part: Sequence[Message]) -> list[int]:
+            return prompt_ids(self.model, self.template, part, tools=tools)
+
+        try:
+            ids, asked = prompt(messages), messages
+            if len(ids) >= self.max_length and self.long == "left":
+                lead, exchanges = _exchanges(messages)
+                count = _most(
+                    len(exchanges),
+                    lambda n: len(prompt(_together(lead, exchanges[-n:]))) < self.max_length,
+                )
+                if count:
+                    asked = _together(lead, exchanges[-count:])
+                    ids = prompt(asked)
+        except DataError:
+            rows.drop(i, "the chat template refuses the conversation")
+            return
         if len(ids) >= self.max_length:
             rows.cut.append(i)
-            rows.drop(i, "the prompt leaves no room for an answer")
+            rows.drop(i, f"the prompt leaves no room for an answer in {self.max_length} tokens")
             return
         rows.add(i, {"input_ids": np.asarray(ids, dtype=np.int64)}, messages)
+
+    def show(self, example: Example) -> list[tuple[str, bool]]:
+        return shown_shifted(super().show(example))
+
+    def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
+        """Cross entropy of the held-out tokens of the assistant by their frequencies in training (plus one each)."""
+        parts = []
+        for table in (train, held_out):
+            known = next((rows for other, rows in self._encoded if other is table), None)
+            rows = self.encode(table) if known is None else known
+            parts.append([int(t) for row in rows for t in row["labels"] if t != IGNORE])
+        if not all(parts):
+            return {}
+        assert self.model.tokenizer is not None
+        counts, total = Counter(parts[0]), len(parts[0]) + len(self.model.tokenizer)
+        loss = -sum(math.log((counts[t] + 1) / total) for t in parts[1]) / len(parts[1])
+        return {"loss": loss, "perplexity": math.exp(loss)}
 
     def collate(
         self,
@@ -287,6 +453,7 @@ class Instruction(Task, TokenObjective):
             for row in range(len(part)):
                 messages, text = found.get(row, (None, None))
                 yield self.decode([text], [messages])
+            self.count_unanswered(rows)
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """``answer``, and ``messages`` with it."""
@@ -299,7 +466,9 @@ class Instruction(Task, TokenObjective):
         }
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"task": self.name, "max_length": self.max_length}
+        about = super().describe() | {"task": self.name, "max_length": self.max_length}
+        # Runs that began before there was a choice describe themselves without it.
+        return about | ({"long": self.long} if self.beyond_chosen else {})
 
 
 def token_batch(task: Task, examples: Sequence[Example]) -> Batch:
@@ -309,16 +478,51 @@ def token_batch(task: Task, examples: Sequence[Example]) -> Batch:
     return batch
 
 
+def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """What the system says at the beginning, and the rest cut before every turn of the user."""
+    start = next(
+        (k for k, m in enumerate(messages) if m["role"] not in ("system", "developer")),
+        len(messages),
+    )
+    exchanges: list[list[Message]] = []
+    for before, message in zip([None, *messages[start:]], messages[start:], strict=False):
+        begins = message["role"] == "user" and (before is None or before["role"] != "user")
+        if begins or not exchanges:
+            exchanges.append([])
+        exchanges[-1].append(message)
+    return list(messages[:start]), exchanges
+
+
+def _together(lead: Sequence[Message], exchanges: Sequence[Sequence[Message]]) -> list[Message]:
+    return [*lead, *(message for exchange in exchanges for message in exchange)]
+
+
+def _most(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to ``count`` that fits, if every smaller one does; 0 if none does."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _answered(messages: Sequence[Message]) -> bool:
     return any(message["role"] == "assistant" for message in messages)
 
 
 def prompt_ids(
-    model: Model, template: ChatTemplate, messages: Sequence[Message], where: str = ""
+    model: Model,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    where: str = "",
+    tools: Sequence[Any] | None = None,
 ) -> list[int]:
     """Ids of a conversation that waits for an answer."""
     assert model.tokenizer is not None
-    text = template.render(messages, add_generation_prompt=True, where=where)
+    text = template.render(messages, add_generation_prompt=True, where=where, tools=tools)
     return encode_rendered(model.tokenizer, text)[0]
 
 
@@ -347,6 +551,7 @@ def reply(
     model: Model,
     messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Any] | None = None,
     max_new_tokens: int = _NEW_TOKENS,
     **options: Any,
 ) -> str:
@@ -355,6 +560,7 @@ def reply(
     Args:
         model: causal; its tokenizer's chat template writes the conversation.
         messages: ``{"role", "content"}`` each, the last one the user's.
+        tools: descriptions of functions, for a template that writes them.
         max_new_tokens: tokens of the answer at most.
         options: see ``pretrain.generate``.
 
@@ -362,12 +568,13 @@ def reply(
         DataError: special tokens are typed into the text, or the template refuses the conversation.
     """
     template = chat_template_of(model)
-    asked = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
-    typed = typed_specials(asked, template.specials)
+    described = as_tools(tools)
+    asked = readable(template, as_messages(list(messages)), described)
+    typed = typed_specials([asked, described or ()], template.specials)
     if typed is not None:
         raise DataError(
             f"The conversation contains {typed!r}, which is a special token of this model and would be read as the "
             "end of a turn. Write it in another way."
         )
-    ids = prompt_ids(model, template, asked)
+    ids = prompt_ids(model, template, asked, tools=described)
     return _write(model, [ids], max_new_tokens, options)[0]

@@ -20,12 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.chat import Message, typed_specials
-from pretrain.data.conversations import as_messages
+from pretrain.data.chat_spans import Unplaced, readable
+from pretrain.data.conversations import TOOLS, as_messages, as_tools
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, Loss
-from pretrain.objectives.instruction import chat_template_of, encode_conversation, token_batch
+from pretrain.objectives.instruction import (
+    TYPED,
+    chat_template_of,
+    encode_conversation,
+    note_unread,
+    shown_shifted,
+    token_batch,
+)
 from pretrain.objectives.likelihood import target_log_probs
 from pretrain.objectives.tasks import Task
 
@@ -63,6 +71,7 @@ class Preference(Task):
         ),
         Role("chosen", ("chosen", "preferred", "accepted"), help="the better answer"),
         Role("rejected", ("rejected", "dispreferred"), help="the worse answer"),
+        TOOLS,
     )
     metric: ClassVar[str] = "loss"
     head_kind: ClassVar[str | None] = "causal-lm"
@@ -90,17 +99,30 @@ class Preference(Task):
         rows = TaskRows()
         for i, row in enumerate(table.rows()):
             where = table.where(i)
+            tools = as_tools(row.get("tools"), where)
             both = [_conversation(row, side, where) for side in ("chosen", "rejected")]
-            if any(typed_specials(m, self.template.specials) is not None for m in both):
-                rows.drop(i, "special tokens are typed into the text")
+            if typed_specials([both, tools or ()], self.template.specials) is not None:
+                rows.drop(i, TYPED)
                 continue
             if both[0] == both[1]:
                 rows.drop(i, "both answers are the same")
                 continue
-            sides = [
-                encode_conversation(self.model, self.template, m, last_only=True, where=where)
-                for m in both
-            ]
+            both = [readable(self.template, messages, tools) for messages in both]
+            if not note_unread(rows, i, self.template, both[0], tools):
+                continue
+            try:
+                sides = [
+                    encode_conversation(
+                        self.model, self.template, m, last_only=True, where=where, tools=tools
+                    )
+                    for m in both
+                ]
+            except Unplaced as error:
+                rows.drop(i, error.reason)
+                continue
+            if not all((labels >= 0).any() for _, labels in sides):
+                rows.drop(i, "no token to learn")
+                continue
             if max(len(ids) for ids, _ in sides) > self.max_length:
                 rows.cut.append(i)
                 rows.drop(i, "an answer does not fit")
@@ -114,6 +136,9 @@ class Preference(Task):
                 },
             )
         return rows
+
+    def show(self, example: Example) -> list[tuple[str, bool]]:
+        return shown_shifted(super().show(example))
 
     def collate(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -140,6 +141,11 @@ class Task(Objective):
         max_length: tokens of an example at most; the model's positions when None.
         pack: several examples in a row of a batch; the answers are the same without, only slower.
 
+    Attributes:
+        beyond: what becomes of rows that exceed ``max_length``: ``cut``.
+        beyond_chosen: the user asked for that, so that it is no error.
+        unanswered: reason -> inputs that got no answer for it in ``predict``.
+
     Raises:
         ModelError: the model has another head, or no tokenizer.
     """
@@ -167,6 +173,13 @@ class Task(Objective):
                 f"max_length is {max_length}; this model has {room} positions and a text needs at least 3."
             )
         self.max_length, self.pack = max_length or room, pack
+        self.beyond, self.beyond_chosen = "cut", False
+        self.unanswered: Counter[str] = Counter()
+
+    @property
+    def shorten(self) -> str:
+        """What to do about rows that are too long, besides a larger ``max_length``."""
+        return "split the texts"
 
     @cached_property
     def encoder(self) -> TaskEncoder:
@@ -304,8 +317,15 @@ class Task(Objective):
                 for row in range(len(part)):
                     mine = found.get(row)
                     yield self.decode(*mine) if mine else {}
+                self.count_unanswered(rows)
         finally:
             self.train(was_training)
+
+    def count_unanswered(self, rows: TaskRows) -> None:
+        """Add to ``unanswered`` why rows of an input gave no example."""
+        answered = set(rows.owners)
+        for reason, places in rows.dropped.items():
+            self.unanswered[reason] += len(set(places) - answered)
 
     def _answers(
         self, rows: TaskRows, batch_rows: int, device: torch.device

@@ -1,0 +1,505 @@
+"""The characters of a rendered conversation that the assistant says, which are those that are trained on.
+
+A template with ``{% generation %}`` blocks says itself what they are. For any other, the contents of the messages are
+rendered once more with probes in them, characters of a private use area that the conversation does not have, and the
+places of the probes in the text tell which message stands where. Only a rendering that is equal to the true one
+without the probes is believed, so that a template may trim, shorten, merge or reorder what it is given; a text is
+never searched for an answer, which could also stand in a question.
+
+A turn of the assistant begins where the prompt for it ends and includes the special token behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pretrain.data.chat import REASONING, ChatTemplate, Message, is_trained
+from pretrain.errors import DataError
+
+__all__ = ["Span", "Unplaced", "assistant_spans", "readable", "unread_keys"]
+
+_PROBED = ("content", *REASONING)
+_OWN_KEYS = frozenset(("role", "content", "weight", "train"))
+_PRIVATE = range(0xF0000, 0xFFFFE)  # code points of the supplementary private use area A
+
+
+class Span(NamedTuple):
+    """Characters from ``first`` to before ``end`` that the assistant says in message number ``message``."""
+
+    first: int
+    end: int
+    message: int
+
+
+class Unplaced(DataError):
+    """The text of a conversation does not show what the assistant says in it.
+
+    Args:
+        reason: half a sentence, under which such rows are counted.
+        where: the row.
+    """
+
+    def __init__(self, reason: str, where: str = "") -> None:
+        self.reason = reason
+        super().__init__(
+            f"{where + ': ' if where else ''}{reason}. Remove such rows, or give a template that prints every answer "
+            "(chat_template=)."
+        )
+
+
+class _Mark(NamedTuple):
+    """The place of a probe in the text without probes, and the message that it was put into."""
+
+    at: int
+    message: int
+
+
+@dataclass(frozen=True)
+class _Probing:
+    """Where probes are put: before and behind texts, into all messages or only the assistant's, into empty texts."""
+
+    before: bool
+    behind: bool
+    everywhere: bool
+    blanks: bool
+
+
+# From the most to the least: a template that looks at how an answer begins, at what a user says word for word, or at
+# whether there is a text at all, does not render the same with a probe there.
+_PROBINGS = [
+    _Probing(before, behind, everywhere, blanks)
+    for blanks in (True, False)
+    for before, behind in ((True, True), (False, True), (True, False))
+    for everywhere in (True, False)
+]
+
+
+def assistant_spans(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    where: str = "",
+    tools: Sequence[Any] | None = None,
+) -> tuple[str, list[Span]]:
+    """The text of a conversation, and which characters of it the assistant says.
+
+    Args:
+        template: renders the conversation.
+        messages: the conversation.
+        where: the row, for the error.
+        tools: see ``ChatTemplate.render``.
+
+    Returns:
+        The text, and the spans in the order of the text: one for each turn of the assistant, or one for each block of
+        a template that marks what is generated.
+
+    Raises:
+        DataError: the template fails.
+        Unplaced: the text does not show an answer, or not where it is.
+    """
+    text = template.render(messages, where=where, tools=tools)
+    if template.marks_answers:
+        return text, _blocks(template, messages, text, where, tools)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        return text, []
+    for probing in _PROBINGS:
+        reading = _Reading.of(template, messages, tools, text, probing)
+        spans = None if reading is None else reading.spans(answers, where)
+        if spans is not None:
+            return text, spans
+    raise Unplaced("the chat template rewrites an answer beyond recognition", where)
+
+
+def _blocks(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    text: str,
+    where: str,
+    tools: Sequence[Any] | None,
+) -> list[Span]:
+    """What lies in the ``{% generation %}`` blocks."""
+    free = _unused(messages, tools)
+    marks = (next(free), next(free))
+    marked = template.render(messages, tools=tools, marks=marks)
+    plain, places = _without(marked, dict.fromkeys(marks, 0))
+    if plain != text:
+        raise Unplaced("the chat template changes what it generates once it is marked", where)
+    edges = [mark.at for mark in places]
+    spans = [Span(a, b, -1) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(spans) == len(answers):
+        return [span._replace(message=i) for span, i in zip(spans, answers, strict=True)]
+    # A template may generate in several blocks, or not in all turns: the probes say whose a block is.
+    found = (_Reading.of(template, messages, tools, text, probing) for probing in _PROBINGS)
+    reading = next((r for r in found if r is not None), None)
+    marked_messages = [] if reading is None else reading.marks
+    owners = [
+        next((m.message for m in marked_messages if span.first <= m.at <= span.end), None)
+        for span in spans
+    ]
+    if all(is_trained(messages[i]) for i in answers):  # whose it is makes no difference
+        owners = [answers[-1] if i is None else i for i in owners]
+    if None in owners:
+        raise Unplaced("the chat template does not show which answer it generates where", where)
+    return [Span(a, b, i) for (a, b, _), i in zip(spans, owners, strict=True) if i is not None]
+
+
+# ------------------------------------------------------------------------------------------------ probes
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+def _unused(messages: Sequence[Message], tools: Sequence[Any] | None) -> Iterator[str]:
+    """Private characters that do not stand in the conversation."""
+    used = {c for text in _strings([messages, tools or ()]) for c in text if ord(c) in _PRIVATE}
+    return (chr(code) for code in _PRIVATE if chr(code) not in used)
+
+
+def _without(text: str, owners: Mapping[str, int]) -> tuple[str, list[_Mark]]:
+    """A text without its probes, and where they stood."""
+    pieces, marks, at = [], [], 0
+    for piece in re.split(f"([{''.join(owners)}])", text) if owners else [text]:
+        if piece in owners:
+            marks.append(_Mark(at, owners[piece]))
+        else:
+            pieces.append(piece)
+            at += len(piece)
+    return "".join(pieces), marks
+
+
+def _probed(
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    constants: re.Pattern[str] | None,
+    probing: _Probing,
+) -> tuple[list[Message], dict[str, int]]:
+    """The messages with probes in their texts, and the message of each probe.
+
+    Blanks at the ends of a text stay outside, since templates trim; so do the strings that the template spells, since
+    it may cut there and drop a part (``content.split("</think>")[-1]``).
+    """
+    free = _unused(messages, tools)
+    owners: dict[str, int] = {}
+
+    def probe(number: int) -> str:
+        character = next(free, "")
+        if character:
+            owners[character] = number
+        return character
+
+    def around(text: str, number: int) -> str:
+        core = text.strip()
+        if not core:
+            return text + (probe(number) if probing.blanks else "")
+        first = text.index(core)
+        before = probe(number) if probing.before else ""
+        behind = probe(number) if probing.behind else ""
+        return f"{text[:first]}{before}{core}{behind}{text[first + len(core) :]}"
+
+    found = []
+    for number, message in enumerate(messages):
+        changed = dict(message)
+        if probing.everywhere or message["role"] == "assistant":
+            for key in _PROBED:
+                text = message.get(key)
+                if not isinstance(text, str):
+                    continue
+                pieces = [text] if constants is None else constants.split(text)
+                # Every second piece is one of the template's own strings.
+                parts = [
+                    p if k % 2 or not p.strip() else around(p, number) for k, p in enumerate(pieces)
+                ]
+                # A text may consist of such strings, or be empty.
+                changed[key] = "".join(parts) if parts != pieces else around(text, number)
+        found.append(changed)
+    return found, owners
+
+
+def _splitter(template: ChatTemplate) -> re.Pattern[str] | None:
+    words = sorted((c for c in template.constants if len(c.strip()) > 1), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
+
+
+# ------------------------------------------------------------------------------------------------ spans
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A conversation as its probes show it.
+
+    Attributes:
+        marks: places of the probes in ``text``, in order.
+    """
+
+    template: ChatTemplate
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None
+    probing: _Probing
+    text: str
+    marks: list[_Mark]
+
+    @classmethod
+    def of(
+        cls,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        text: str | None,
+        probing: _Probing,
+        add_generation_prompt: bool = False,
+    ) -> _Reading | None:
+        """Render with probes; None if the template fails, or gives another text than ``text``, the true one."""
+        probed, owners = _probed(messages, tools, _splitter(template), probing)
+        try:
+            rendered = template.render(
+                probed, tools=tools, add_generation_prompt=add_generation_prompt
+            )
+            if text is None:
+                text = template.render(
+                    messages, tools=tools, add_generation_prompt=add_generation_prompt
+                )
+        except DataError:  # some templates refuse a part of a conversation
+            return None
+        plain, marks = _without(rendered, owners)
+        return cls(template, messages, tools, probing, text, marks) if plain == text else None
+
+    def part(self, count: int, add_generation_prompt: bool = False) -> _Reading | None:
+        """The first messages, read in the same way."""
+        return _Reading.of(
+            self.template, self.messages[:count], self.tools, None, self.probing, add_generation_prompt
+        )  # fmt: skip
+
+    def spans(self, answers: Sequence[int], where: str) -> list[Span] | None:
+        """The spans of these messages; None if the probes do not show one of them.
+
+        Raises:
+            Unplaced: the template leaves an answer out, or prints it twice.
+        """
+        spans: list[Span] = []
+        for i in answers:
+            places = [mark.at for mark in self.marks if mark.message == i]
+            if not places and not self.messages[i].get("tool_calls") and self._has_text(i):
+                raise Unplaced("the chat template leaves out an answer", where)
+            first = self._first(i, places, spans)
+            if first is None:
+                return None
+            span = Span(first, self._end(i, places, first), i)
+            if spans and span.first < spans[-1].end:
+                raise Unplaced("the chat template prints answers twice or in another order", where)
+            if any(span.first < m.at < span.end and m.message != i for m in self.marks):
+                raise Unplaced("the chat template prints an answer around another message", where)
+            spans.append(span)
+        return spans
+
+    def _has_text(self, i: int) -> bool:
+        texts = (self.messages[i].get(key) for key in _PROBED)
+        return any(isinstance(text, str) and text.strip() for text in texts)
+
+    def _edges(self, i: int, places: Sequence[int]) -> tuple[_Mark, int]:
+        """The last mark before message ``i`` (message -1 is the beginning), and the first place of a later one."""
+        before = [m for m in self.marks if m.message < i and (not places or m.at <= places[0])]
+        # A system prompt may be written behind later messages; those are no neighbours of a turn without a text.
+        nearest = (lambda m: m.at) if places else (lambda m: (m.message, m.at))
+        last = max(before, key=nearest, default=_Mark(0, -1))
+        ends = [m.at for m in self.marks if m.message > i and m.at >= max([last.at, *places[-1:]])]
+        return last, min(ends, default=len(self.text))
+
+    def _first(self, i: int, places: Sequence[int], spans: Sequence[Span]) -> int | None:
+        """Where turn ``i`` begins: behind the prompt for it, or where its text begins if it has none."""
+        last, ceiling = self._edges(i, places)
+        if places:
+            ceiling = places[0] if self.probing.before else places[-1]
+        floor = max([last.at, *(span.end for span in spans[-1:])])
+        waiting, asked = self.part(i), self.part(i, add_generation_prompt=True)
+        if waiting is not None and asked is not None:
+            # The text only ever grows, or does from the last message on, whatever became of the earlier ones.
+            at = self._behind(waiting.text, asked.text, 0)
+            if at is None and waiting.marks and waiting.marks[-1].message == last.message:
+                from_last = waiting.marks[-1].at
+                tails = waiting.text[from_last:], asked.text[from_last:]
+                at = self._behind(*tails, last.at)
+            if at is not None and floor <= at <= ceiling:
+                return at
+        # The prompt for an answer, as it is in any conversation, last before the answer.
+        prompt = asked.text.removeprefix(waiting.text) if asked and waiting else ""
+        at = self.text.rfind(prompt, floor, ceiling) if prompt.strip() else -1
+        if at >= 0 and (
+            self.probing.everywhere or not self.text[at + len(prompt) : ceiling].strip()
+        ):
+            return at + len(prompt)
+        if spans and i and spans[-1].message == i - 1:  # turns of one role are written as one
+            return spans[-1].end
+        return places[0] if places and self.probing.before else None
+
+    def _behind(self, waiting: str, asked: str, start: int) -> int | None:
+        """Where the prompt for an answer ends in the text, if the conversation before it stands at ``start``.
+
+        Args:
+            waiting: what stands before the prompt.
+            start: of what is compared, in the text.
+            asked: the same with the prompt. What a template puts at its end to set the model thinking may not be there
+                in a finished turn.
+        """
+        if not self.text.startswith(waiting, start):
+            return None
+        at = start + len(waiting)
+        if not asked.startswith(waiting):
+            return at
+        return at + self._common(asked[len(waiting) :], self.text[at:])
+
+    def _end(self, i: int, places: Sequence[int], first: int) -> int:
+        """Where turn ``i`` ends: behind the special token that closes it, or where what closes it ends."""
+        start = max([first, *places[-1:]])
+        tail = self.text[start : self._edges(i, places)[1]]
+        if i + 1 < len(self.messages):
+            tail = self._closing(i, start, tail)
+        end = self.template.end
+        if end is not None and end in tail:
+            return start + tail.index(end) + len(end)
+        specials = "|".join(map(re.escape, self.template.specials))
+        found = [match.end() for match in re.finditer(specials, tail)] if specials else []
+        if not found:
+            return start + len(tail)
+        # The tokens that frame a call of a tool are special ones, too.
+        return start + found[-1 if self.messages[i].get("tool_calls") else 0]
+
+    def _closing(self, i: int, start: int, tail: str) -> str:
+        """The part of ``tail``, from ``start`` on, that turn ``i`` also ends with when it is the last one."""
+        ended, end = self.part(i + 1), self.template.end or ""
+        if ended is not None and len(ended.text) >= start and self.text.startswith(ended.text):
+            return self.text[start : len(ended.text)]
+        places = [] if ended is None else [m.at for m in ended.marks if m.message == i]
+        if ended is None or not places:
+            return tail[: tail.index(end) + len(end)] if end and end in tail else ""
+        return tail[: self._common(ended.text[places[-1] :], tail)]
+
+    def _common(self, text: str, other: str) -> int:
+        """Characters that two texts begin with alike, in whole special tokens, words and blanks."""
+        specials = "|".join(map(re.escape, self.template.specials))
+        cut = re.split(f"({specials})", text) if specials else [text]
+        at = 0
+        for piece in (word for part in cut for word in re.split(r"(\s+|<[^<>\s]*>)", part)):
+            if not other.startswith(piece, at):
+                break
+            at += len(piece)
+        return at
+
+
+# ------------------------------------------------------------------------------------------------ what a template reads
+
+
+def readable(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None = None
+) -> list[Message]:
+    """The messages in the form in which the template reads the arguments of calls.
+
+    OpenAI publishes them as JSON text, while most templates write them as JSON themselves, and would make a string of
+    a string. They are parsed where the template would do that, or fails on them.
+    """
+    given, free = list(messages), _unused(messages, tools)
+    probed, texts = copy.deepcopy(given), []
+    for message in probed:
+        for function in _functions(message):
+            if isinstance(function.get("arguments"), str):
+                function["arguments"] = next(free) + function["arguments"]
+                texts.append(function["arguments"])
+    if not texts:
+        return given
+    try:
+        written = template.render(probed, tools=tools)
+    except DataError:
+        written = ""
+    if all(text.strip() in written for text in texts):
+        return given
+    return [_parsed(message) for message in given]
+
+
+def _functions(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The functions that a message calls, ``{"name", "arguments"}`` each."""
+    calls = message.get("tool_calls") or ()
+    return [call.get("function", call) for call in calls]
+
+
+def _parsed(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    copied = copy.deepcopy(message)
+    for function in _functions(copied):
+        if isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except ValueError:  # the template has the last word on it
+                return message
+    return copied
+
+
+def unread_keys(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None = None,
+) -> list[str]:
+    """What of a conversation does not reach its text: keys of messages, ``tools``, and messages of whole roles.
+
+    Args:
+        template: renders the conversation.
+        messages: the conversation.
+        tools: see ``ChatTemplate.render``.
+
+    Returns:
+        Names, such as ``name``, ``tools`` and ``messages of the role tool``.
+    """
+    probe = next(_unused(messages, tools))
+
+    @functools.cache
+    def text() -> str:
+        return template.render(messages, tools=tools)
+
+    def same(changed: Sequence[Message], given: Sequence[Any] | None = tools) -> bool:
+        try:
+            return template.render(changed, tools=given) == text()
+        except DataError:
+            return False
+
+    extra = dict.fromkeys(
+        key
+        for message in messages
+        for key, value in message.items()
+        if key not in _OWN_KEYS and value is not None and value != [] and value != ""
+    )
+    unread = [
+        key
+        for key in extra
+        # Without an eye for calls a template may fail on a message that has nothing else.
+        if (key == "tool_calls" and key not in template.source)
+        or same([{k: v for k, v in m.items() if k != key} for m in messages])
+    ]
+    if tools and same(messages, None):
+        unread.append("tools")
+    for role in dict.fromkeys(
+        m["role"] for m in messages if m["role"] not in ("user", "assistant")
+    ):
+        changed = [
+            {**m, "content": f"{m['content']}{probe}"}
+            if m["role"] == role and isinstance(m.get("content"), str)
+            else m
+            for m in messages
+        ]
+        if changed != list(messages) and same(changed):
+            unread.append(f"messages of the role {role}")
+    return unread
