@@ -12,7 +12,7 @@ from pretrain.checkpoint import load
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError
 from pretrain.finetuning.measure import labelled, reported_precision, score
 from pretrain.finetuning.rows import open_data
-from pretrain.finetuning.settings import TuneConfig, from_memory
+from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import classes_of, starting_model
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.slurm import is_task
@@ -88,9 +88,15 @@ def evaluate(
         table = _held_out(path, settings, task)
     else:
         table = labelled(data, task, columns or {}, None if settings is None else settings.data)
-    chosen = reported_precision(None if settings is None else settings.train, precision, device)
+    train = TuneTrain() if settings is None else settings.train
+    chosen = reported_precision(None if settings is None else train, precision, device)
     return score(
-        task, table, lambda: _before_training(path, task, settings, base), chosen, **options
+        task,
+        table,
+        lambda: _before_training(path, task, settings, base),
+        chosen,
+        coupled_rows=train.batch_rows,
+        **options,
     )
 
 

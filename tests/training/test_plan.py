@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pretrain.config import TrainConfig
+from pretrain.nn.device import TOKENS_AT_ONCE
 from pretrain.training import plan as planning
 from pretrain.training.plan import Plan, choose_micro_rows
 from pretrain.training.state import RunState
@@ -44,13 +45,13 @@ def test_minutes_follow_the_measured_pace(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_micro_rows_are_a_divisor_that_fits_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setitem(planning._MICRO_TOKENS, "cpu", 16 * 5)
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 16 * 5)
     found = choose_micro_rows(TrainConfig(batch_rows=12), ROWS, objective(), cpu)
     assert found == 4
-    monkeypatch.setitem(planning._MICRO_TOKENS, "cpu", 1)
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
     goal: Any = objective()
     assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu) == 1
-    monkeypatch.setitem(planning._MICRO_TOKENS, "cpu", 16 * 5)
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 16 * 5)
     for most, rows in ((0, 4), (3, 3), (5, 4), (1, 1)):
         assert choose_micro_rows(TrainConfig(batch_rows=12), ROWS, goal, cpu, most=most) == rows
     fixed = TrainConfig(batch_rows=12, micro_rows=6)

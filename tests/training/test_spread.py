@@ -15,6 +15,7 @@ from pretrain.lora import LoraConfig, apply_lora
 from pretrain.parallel.estimates import Sizes, memory
 from pretrain.parallel.sizes import USABLE
 from pretrain.parallel.world import World
+from pretrain.training import preflight
 from pretrain.training import spread as spreading
 from pretrain.training.optim import Muon, build_optimizers
 from pretrain.training.precision import Precision
@@ -211,20 +212,26 @@ def test_a_micro_batch_that_is_not_free_is_left_alone(
     assert "may not fit" in line and ("micro_rows=1" in line) == (why == "configured")
 
 
-def test_the_memory_that_is_printed_is_the_estimate_of_the_mesh(tmp_path: Path) -> None:
+def test_the_memory_that_is_printed_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest batch has run by then; what the optimizer will add is known."""
+    monkeypatch.setattr(preflight, "peak_memory", lambda device: 3.0 * (1 << 30))
     task = trainer(tmp_path, objective(), Rows(8), limit="1 steps")
     task.fit()
     choice = task.strategy.choice
     assert choice.memory is not None
     for advice, size in (("", 1), ("; that may not fit", 1), ("; that may not fit", 2)):
-        whole = replace(choice.memory, activations=3.0 * (1 << 30))
+        whole = replace(choice.memory, moments=0.5 * (1 << 30))
         task.strategy.choice = replace(choice, memory=whole, advice=advice)
         task.world.size, before = size, task.world.size
         try:
             lines = describe(task, None, 1, 1.0)
+            resumed = describe(task, tmp_path, 1, 1.0)
         finally:
             task.world.size = before
         line = next(line for line in lines if line.startswith("memory"))
-        assert line.startswith(f"memory about {whole.total / (1 << 30):.2f} GiB, ")
+        assert line.startswith("memory about 3.50 GiB at the peak, ")
+        assert any(line.startswith("memory about 3.00 GiB") for line in resumed)
         # Several processes have said it with the reason of their choice.
         assert line.endswith(advice if size == 1 else "free")

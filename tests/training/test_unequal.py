@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pretrain.config import TrainConfig, parse_every
 from pretrain.errors import DataError, TrainingError
+from pretrain.nn.device import TOKENS_AT_ONCE
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
-from pretrain.training import plan as planning
 from pretrain.training.feed import check_batch
 from pretrain.training.plan import choose_micro_rows, mean_length, row_length
 from tiny import Rows, objective, trainer
@@ -77,13 +77,13 @@ def test_lengths_of_equal_and_unequal_rows() -> None:
 def test_micro_batches_fit_on_average_and_at_worst(
     sizes: list[int], batch_rows: int, budget: int
 ) -> None:
-    before = planning._MICRO_TOKENS["cpu"]
-    planning._MICRO_TOKENS["cpu"] = budget
+    before = TOKENS_AT_ONCE["cpu"]
+    TOKENS_AT_ONCE["cpu"] = budget
     try:
         goal: Any = type("Goal", (), {"couples_examples": False})()
         rows = choose_micro_rows(TrainConfig(batch_rows=batch_rows), Ragged(sizes), goal, CPU)
     finally:
-        planning._MICRO_TOKENS["cpu"] = before
+        TOKENS_AT_ONCE["cpu"] = before
     assert batch_rows % rows == 0
     if rows > 1:
         assert rows * sum(sizes) / len(sizes) <= budget + 1e-6

@@ -144,6 +144,23 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
         lengths = self.lengths
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:count]
 
+    def batches(self, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+        """Indices of examples for one forward pass after another, similar lengths together.
+
+        Args:
+            max_rows: examples in a batch.
+            max_tokens: of a batch, counted as padded to its longest; a longer example stands alone.
+        """
+        lengths = self.lengths
+        batch: list[int] = []
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[i] > max_tokens):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
     def take(self, indices: Iterable[int]) -> TaskRows:
         """The examples at ``indices``; owners stay what they are."""
         chosen = list(indices)

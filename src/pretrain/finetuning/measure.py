@@ -10,6 +10,7 @@ from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.table_stream import table_kind
 from pretrain.data.tables import read_table
 from pretrain.finetuning.rows import encode
+from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.tasks import Task
 from pretrain.predict import columns_of, has_columns
 from pretrain.storage.files import note
@@ -23,15 +24,37 @@ from pretrain.training.precision import (
 from pretrain.training.restore import load_weights
 
 if TYPE_CHECKING:
+    import torch
+
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
     from pretrain.finetuning.settings import TuneData, TuneTrain
+    from pretrain.objectives.base import Objective
     from pretrain.training.state import Run
     from pretrain.training.trainer import Trainer
 
-__all__ = ["EVAL_ROWS", "labelled", "measure", "measure_in_parts", "reported_precision", "score"]
+__all__ = ["labelled", "measure", "measure_in_parts", "reported_precision", "score"]
 
-EVAL_ROWS = 64  # in one forward pass
+_ROWS = 64  # in one forward pass
+
+
+def evaluation_rows(
+    objective: Objective, rows: TaskRows, coupled_rows: int, device: torch.device
+) -> int:
+    """Examples in one forward pass of an evaluation.
+
+    A loss that compares the rows of a batch has the figure of batches of one size, that of training; else rows are only
+    limited by memory, so that an evaluation needs no more than training does.
+
+    Args:
+        objective: may couple its examples.
+        rows: whose longest counts.
+        coupled_rows: where examples are coupled.
+        device: has a token budget.
+    """
+    if objective.couples_examples:
+        return coupled_rows
+    return max(1, min(_ROWS, tokens_at_once(device) // max(1, rows.longest)))
 
 
 def labelled(
@@ -68,11 +91,13 @@ def measure(
     rows: TaskRows,
     precision: Precision,
     *,
-    batch_rows: int = EVAL_ROWS,
+    coupled_rows: int,
+    batch_rows: int | None = None,
     limit: int = 0,
 ) -> dict[str, float]:
-    """The figures of a task on encoded rows, on one process."""
+    """The figures of a task on encoded rows, on one process; see ``evaluation_rows`` for the size of a batch."""
     task.to(precision.device)
+    batch_rows = batch_rows or evaluation_rows(task, rows, coupled_rows, precision.device)
     return evaluate_rows(task, rows, precision, batch_rows=batch_rows, limit=limit)
 
 
@@ -137,7 +162,9 @@ def measure_in_parts(
                 trainer.objective,
                 rows,
                 trainer.eval_precision,
-                batch_rows=EVAL_ROWS,
+                batch_rows=evaluation_rows(
+                    trainer.objective, rows, trainer.train.batch_rows, trainer.device
+                ),
                 strategy=strategy,
             )
         found.append(figures)

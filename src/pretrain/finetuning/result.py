@@ -101,7 +101,9 @@ class Finetuned:
 
     def measure(self, rows: TaskRows) -> dict[str, float]:
         """The figures of the task on encoded rows."""
-        return measure(self.task, rows, self._precision)
+        return measure(
+            self.task, rows, self._precision, coupled_rows=self.settings.train.batch_rows
+        )
 
     @property
     def _precision(self) -> Precision:
@@ -117,6 +119,7 @@ class Finetuned:
             labelled(data, self.task, {}, settings.data),
             lambda: base(seed=settings.train.seed),
             self._precision,
+            coupled_rows=settings.train.batch_rows,
         )
 
     def predict(self, inputs: Any, **options: Any) -> Any:

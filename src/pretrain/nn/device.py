@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["has_matrix_tiles", "multiplies_bf16_fast"]
+__all__ = ["TOKENS_AT_ONCE", "has_matrix_tiles", "multiplies_bf16_fast", "tokens_at_once"]
+
+# Tokens in one forward pass: on a CPU about what its caches carry, on a GPU enough to fill it.
+TOKENS_AT_ONCE = {"cpu": 8192, "cuda": 65536, "mps": 8192}
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Tokens in one forward pass, where the caller leaves the number free."""
+    return TOKENS_AT_ONCE.get(device.type, 8192)
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ from pretrain.data.labelled import Role
 from pretrain.data.packing import pack
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError, ModelError
+from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.base import Batch, Example, Loss, Objective
 from pretrain.objectives.likelihood import target_log_probs
 from pretrain.objectives.masked_lm import MaskedLM
@@ -213,8 +214,7 @@ class LanguageModelling(Task):
     def _answers(self, rows: TaskRows, batch_rows: int, device: Any) -> Any:
         # One generator for each piece: draws must not depend on how pieces are put into batches.
         found: dict[int, tuple[list[Any], list[Any]]] = {}
-        for start in range(0, len(rows), batch_rows):
-            part = range(start, min(start + batch_rows, len(rows)))
+        for part in rows.batches(batch_rows, tokens_at_once(device)):
             rngs = [np.random.default_rng(0) for _ in part]
             batch = self.collate([rows[i] for i in part], rngs, evaluation=True)
             batch = {key: value.to(device) for key, value in batch.items()}

@@ -25,6 +25,7 @@ from pretrain.data.conversations import TOOLS, as_messages, as_tools
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
+from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.instruction import (
     TYPED,
@@ -214,9 +215,7 @@ class Preference(Task):
         was_training = self.training
         self.eval()
         try:
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-            for start in range(0, len(order), batch_rows):
-                chosen = order[start : start + batch_rows]
+            for chosen in rows.batches(batch_rows, tokens_at_once(device)):
                 rngs = [np.random.default_rng(0)] * len(chosen)
                 batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
                 with context():

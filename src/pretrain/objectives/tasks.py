@@ -25,6 +25,7 @@ import torch
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskEncoder, TaskRows
 from pretrain.errors import DataError, ModelError
+from pretrain.nn.device import tokens_at_once
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, Objective
 
@@ -331,11 +332,8 @@ class Task(Objective):
         self, rows: TaskRows, batch_rows: int, device: torch.device
     ) -> dict[int, tuple[list[Any], list[Any]]]:
         found: dict[int, tuple[list[Any], list[Any]]] = {}
-        # Long and short examples apart: a micro-batch is then one rectangle with little in vain.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         said: list[Any] = [None] * len(rows)
-        for start in range(0, len(order), batch_rows):
-            chosen = order[start : start + batch_rows]
+        for chosen in rows.batches(batch_rows, tokens_at_once(device)):
             rngs = [np.random.default_rng(0)] * len(chosen)
             batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
             batch = {key: value.to(device) for key, value in batch.items()}

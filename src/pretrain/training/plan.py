@@ -12,13 +12,11 @@ import torch
 from pretrain.config import TrainConfig, parse_limit
 from pretrain.data.loader import Examples
 from pretrain.errors import ConfigError
+from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
 
 __all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length"]
-
-# Tokens in one forward pass: on a CPU about what its caches carry, on a GPU enough to fill it.
-_MICRO_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 8192}
 
 
 def row_length(data: Examples) -> int:
@@ -65,7 +63,7 @@ def choose_micro_rows(
     rows = train.micro_rows
     if rows == 0:
         whole = math.gcd(train.batch_rows, 8) if even else 1
-        tokens = _MICRO_TOKENS.get(device.type, 8192)
+        tokens = tokens_at_once(device)
         budget = max(1, min(int(tokens / mean_length(data)), 4 * tokens // row_length(data)))
         budget = min(budget, most) if most and not even else budget
         cut = train.batch_rows // whole if even else share

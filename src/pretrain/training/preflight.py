@@ -17,10 +17,10 @@ from pretrain.checkpoint import check_writable, estimated_size, save_model
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
 from pretrain.parallel.regions import local
-from pretrain.parallel.sizes import host_memory
 from pretrain.storage.directories import temporary_name
 from pretrain.storage.partial import load_slices
 from pretrain.training.evaluate import NoTargets, evaluate_rows
+from pretrain.training.memory import free_memory, peak_memory
 from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
 from pretrain.training.trial import trial_step
@@ -46,6 +46,8 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     size = checkpoint_size(trainer) * (train.keep + 1)
     trainer.world.lead(lambda: check_writable(trainer.out, size))
     batches = trainer.feed.step_at(state.rows)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     first_loss, seconds = trial_step(trainer, batches)
     check_monitor(trainer)
     trainer.probe()  # what the first save will need must work now
@@ -184,7 +186,7 @@ def describe(
     tokens = getattr(data, "num_tokens", 0)
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
     choice = trainer.strategy.choice
-    sizes, needed = choice.sizes, 0.0 if choice.memory is None else choice.memory.total
+    sizes, needed = choice.sizes, memory_needed(trainer, resumed=checkpoint is not None)
     accumulation = train.batch_rows // (trainer.micro_rows * sizes.dp)
     config = trainer.objective.model.backbone.config
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data)}"
@@ -202,7 +204,7 @@ def describe(
         + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else "")
         + (f", unfreezing over {optim.unfreeze:.0%} of the steps" if optim.unfreeze else "")
         + (f", L2-SP {optim.l2_sp:g}" if optim.l2_sp else ""),
-        f"memory about {needed / 2**30:.2f} GiB, {free_memory(trainer.device) / 2**30:.1f} GiB free"
+        f"memory about {needed / 2**30:.2f} GiB at the peak, {free_memory(trainer.device) / 2**30:.1f} GiB free"
         # Several processes have said it with the reason of their choice.
         + (choice.advice if trainer.world.size == 1 else ""),
         f"output {trainer.out}",
@@ -218,12 +220,12 @@ def describe(
     return lines
 
 
-def free_memory(device: torch.device) -> float:
-    """Free bytes on the device, or of the machine, at most what a container may have; 0 where none is told."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return 0.0
-    return min(free, host_memory() or free)
+def memory_needed(trainer: Trainer, *, resumed: bool) -> float:
+    """Bytes that this process will hold at most: what the largest batch took, and what the optimizer adds to it.
+
+    An estimate from the sizes of the model alone knows neither the libraries nor the allocator, which hold more than a
+    small model does.
+    """
+    estimate = trainer.strategy.choice.memory
+    later = 0.0 if estimate is None or resumed else estimate.moments
+    return peak_memory(trainer.device) + later
