@@ -498,7 +498,7 @@ def test_mean_is_over_real_tokens() -> None:
     )
     assert embed(model, "a dog", normalize=True).norm().item() == pytest.approx(1.0)
     with pytest.raises(ConfigError, match="pooling"):
-        embed(model, "a", pooling="max")  # type: ignore[arg-type]
+        embed(model, "a", pooling="mex")
     with pytest.warns(UserWarning, match="1 of 2 texts"):
         embed(model, ["the " * 200, "a"])
 

@@ -218,7 +218,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(DataError, match=r"row 1 .*positive is int"):
         task.encode(read_table([{"anchor": "a", "positive": 3}]))
     with pytest.raises(ConfigError, match="pooling"):
-        Embedding(model(), pooling="max")
+        Embedding(model(), pooling="mex")
     with pytest.raises(ConfigError, match="first token of a causal model"):
         Embedding(model("gpt2"), pooling="first")
     with pytest.raises(ConfigError, match="scale"):

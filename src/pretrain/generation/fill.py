@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from pretrain.generation.prompts import (
     pad,
     tokenizer_of,
 )
+from pretrain.models.sentences import SentenceSettings, pool, pooling_named
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -121,41 +122,51 @@ def _answer(
 def embed(
     model: Model,
     texts: str | Sequence[str],
-    pooling: Literal["mean", "first"] = "mean",
+    pooling: str | Sequence[str] | None = None,
     batch_size: int = 32,
-    normalize: bool = False,
+    normalize: bool | None = None,
+    *,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
 ) -> Tensor:
     """Turn texts into vectors, (N, D) in fp32 on the CPU; a text's vector does not depend on its neighbours.
+
+    A directory of sentence-transformers says how (modules.json and the files beside it); an argument goes before it.
 
     Args:
         model: any model with a tokenizer; its head is not used.
         texts: one text or several.
-        pooling: ``mean`` over the real tokens, or the ``first`` token (bidirectional models only).
+        pooling: ``mean`` over the tokens, ``weightedmean``, ``mean_sqrt_len_tokens`` or ``max`` of them, the first
+            one, ``cls`` (also ``first``; bidirectional models only), or the last one, ``lasttoken`` (also ``last``);
+            several are joined. Not given, it is what the directory says, or ``mean``.
         batch_size: texts in one forward pass.
-        normalize: scale every vector to length one.
+        normalize: scale every vector to length one; not given, what the directory says, or not.
+        prompt: put before every text.
+        prompt_name: the same by its name in the directory. Neither given, it is the directory's default prompt.
 
     Raises:
-        ModelError: no tokenizer, a text without tokens, or ``first`` of a causal model.
-        ConfigError: an unknown pooling, or ``batch_size`` below 1.
+        ModelError: no tokenizer, a text without tokens, ``cls`` of a causal model, or a directory that asks for modules
+            which are not implemented.
+        ConfigError: an unknown pooling or prompt, or ``batch_size`` below 1.
     """
-    if pooling not in ("mean", "first"):
-        raise ConfigError(f"pooling is {pooling!r}; it must be 'mean' or 'first'.")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
-    if pooling == "first" and model.backbone.causal:
+    stored = model.sentences or SentenceSettings()
+    if pooling is None and stored.missing:
+        raise ModelError(
+            f"The directory of this model asks for {' and '.join(stored.missing)}, which is not implemented. Give "
+            "pooling= and normalize= for vectors of the model alone."
+        )
+    modes = stored.pooling if pooling is None else pooling_named(pooling)
+    if pooling is not None and "cls" in modes and model.backbone.causal:
         raise ModelError(
             "The first token of a causal model has seen none of the others; use pooling='mean'."
         )
-    limit = model.backbone.max_length
-    encodings = frame(model, as_texts(texts), limit)
-    rows = [encoding.ids for encoding in encodings]
-    long = sum(bool(encoding.overflowing) for encoding in encodings)
-    if long:
-        warnings.warn(
-            f"{long} of {len(rows)} texts have more than {limit} tokens and were cut.", stacklevel=2
-        )
-    check_ids(model, rows, "Text")
-    found = torch.empty(len(rows), model.backbone.config.hidden_size)
+    before = stored.prompt(prompt, prompt_name)
+    rows = _rows(model, [before + text for text in as_texts(texts)], stored)
+    skip = 0 if stored.include_prompt or not before else _prompt_length(model, before, stored)
+    width = model.backbone.config.hidden_size * len(modes)
+    vectors = torch.empty(len(rows), width)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     with evaluating(model) as device:
         for start in range(0, len(order), batch_size):
@@ -164,15 +175,30 @@ def embed(
             hidden = model.backbone(
                 {"input_ids": ids} | ({} if real is None else {"attention_mask": real})
             ).float()
-            found[chosen] = _pool(hidden, real, pooling).cpu()
-    return torch.nn.functional.normalize(found, dim=-1) if normalize else found
+            vectors[chosen] = pool(hidden, real, modes, skip).cpu()
+    scaled = stored.normalize and not stored.missing if normalize is None else normalize
+    return torch.nn.functional.normalize(vectors, dim=-1) if scaled else vectors
 
 
-def _pool(hidden: Tensor, real: Tensor | None, pooling: str) -> Tensor:
-    """(B, T, D) -> (B, D); padding counts for nothing."""
-    if pooling == "first":
-        return hidden[:, 0]
-    if real is None:
-        return hidden.mean(1)
-    weight = real.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1)
+def _rows(model: Model, texts: list[str], stored: SentenceSettings) -> list[list[int]]:
+    """Texts as ids, cut where the directory or the positions of the model end."""
+    tokenizer, limit = tokenizer_of(model, "read text"), model.backbone.max_length
+    if model.sentences is not None:
+        longest = stored.max_length or tokenizer.config.get("model_max_length")
+        limit = min(limit, longest) if type(longest) is int and longest > 0 else limit
+    texts = [stored.cased(text) for text in texts]
+    encodings = frame(model, texts, limit)
+    rows = [encoding.ids for encoding in encodings]
+    long = sum(bool(encoding.overflowing) for encoding in encodings)
+    if long:
+        warnings.warn(
+            f"{long} of {len(rows)} texts have more than {limit} tokens and were cut.", stacklevel=3
+        )
+    check_ids(model, rows, "Text")
+    return rows
+
+
+def _prompt_length(model: Model, prompt: str, stored: SentenceSettings) -> int:
+    """Tokens of a prompt with what stands before it, but without the special token behind it."""
+    ids = _rows(model, [prompt], stored)[0]
+    return len(ids) - (ids[-1] in model.tokenizer.special_ids if model.tokenizer else 0)

@@ -20,6 +20,7 @@ from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import SIZES, BackboneConfig, ConfigReader, drop_code
 from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
 from pretrain.models.names import Entry, LoadReport, Name
+from pretrain.models.sentences import SentenceSettings
 from pretrain.models.state import disk_state, disk_view, entries_of, load_disk_state
 from pretrain.parallel.regions import local
 
@@ -54,6 +55,7 @@ class Model(nn.Module):
     Attributes:
         generation_config: content of generation_config.json.
         extra_config: keys of config.json that we do not use, kept for the next save; our own block is ``pretrain``.
+        sentences: how ``embed`` makes vectors, from the files of a sentence-transformers directory; None without.
         remarks: keys of config.json that were read and have no effect; ``load`` prints them.
         fresh: parameters that no file has given a value yet: a new head on a pre-trained body.
         source: directory that the weights were read from, as it was named; None for a model built here.
@@ -82,6 +84,7 @@ class Model(nn.Module):
         self.labels = None if labels is None else tuple(labels)
         self.generation_config: dict[str, Any] = {}
         self.extra_config: dict[str, Any] = {}
+        self.sentences: SentenceSettings | None = None
         self.remarks: tuple[str, ...] = ()
         self.fresh: frozenset[str] = frozenset()
         self.source: str | None = None

@@ -212,18 +212,27 @@ def pool_documents(hidden: Tensor, batch: Mapping[str, Tensor], pool: str) -> Te
     Args:
         hidden: what the backbone says of each token.
         batch: with ``first_index`` and ``last_index`` (N,), the ends of the documents in the flattened rows.
-        pool: ``first``, ``mean`` or ``last``.
+        pool: ``first``, ``last``, or over the tokens ``mean``, ``mean_sqrt_len_tokens``, ``weightedmean`` (by their
+            places) or ``max``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     first, last = batch["first_index"], batch["last_index"]
-    if pool != "mean":
+    if pool in ("first", "last"):
         return flat[first if pool == "first" else last]
     lengths = last - first + 1
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
     begin = torch.cumsum(lengths, 0) - lengths
     place = first[owner] + torch.arange(len(owner), device=flat.device) - begin[owner]
-    sums = flat.new_zeros(len(lengths), flat.shape[-1]).index_add_(0, owner, flat[place])
-    return sums / lengths[:, None].to(flat.dtype)
+    if pool == "max":
+        largest = flat.new_full((len(lengths), flat.shape[-1]), -torch.inf)
+        places = owner[:, None].expand(-1, flat.shape[-1])
+        return largest.scatter_reduce(0, places, flat[place], "amax")
+    weight = lengths.new_ones(len(owner)) if pool != "weightedmean" else place - first[owner] + 1
+    weight = weight.to(flat.dtype)
+    sums = flat.new_zeros(len(lengths), flat.shape[-1])
+    sums = sums.index_add(0, owner, flat[place] * weight[:, None])
+    total = weight.new_zeros(len(lengths)).index_add(0, owner, weight)
+    return sums / (total.sqrt() if pool == "mean_sqrt_len_tokens" else total)[:, None]
 
 
 class TokenHead(nn.Module):

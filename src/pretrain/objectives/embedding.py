@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from pretrain.data.labels import finite_numbers
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.models.heads import pool_documents
+from pretrain.models.sentences import SentenceSettings, pooling_named
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.tasks import Learned, Task
 
@@ -45,7 +47,9 @@ class Embedding(Task):
 
     Args:
         model: any, with a tokenizer.
-        pooling: ``mean`` over the tokens, which is what ``model.embed`` does, ``first`` or ``last``.
+        pooling: as of ``model.embed``; not given, it is what the model's directory says, or ``mean``.
+        normalize: the vectors that the model gives are scaled to length one, as those that are compared always are;
+            not given, what the model's directory says, or not. Saved with the pooling for sentence-transformers.
         scale: what cosines are multiplied with before the softmax; the inverse of a temperature.
         symmetric: also look for the anchor of every positive.
         min_score: where rows have a score of similarity, those below are no pair: their texts are only negatives of
@@ -92,23 +96,40 @@ class Embedding(Task):
         self,
         model: Model,
         *,
-        pooling: str = "mean",
+        pooling: str | Sequence[str] | None = None,
+        normalize: bool | None = None,
         scale: float = 20.0,
         symmetric: bool = False,
         min_score: float | None = None,
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
+        stored = model.sentences or SentenceSettings()
+        if stored.max_length is not None and stored.max_length <= model.backbone.max_length:
+            max_length = max_length or stored.max_length
         super().__init__(model, max_length=max_length, pack=pack)
-        if pooling not in ("mean", "first", "last"):
-            raise ConfigError(f"pooling is {pooling!r}; it must be 'mean', 'first' or 'last'.")
-        if pooling == "first" and model.backbone.causal:
+        if pooling is None and stored.missing:
+            raise ConfigError(
+                f"The directory of this model asks for {' and '.join(stored.missing)}, which is not implemented. Give "
+                "pooling."
+            )
+        modes = stored.pooling if pooling is None else pooling_named(pooling)
+        if pooling is not None and "cls" in modes and model.backbone.causal:
             raise ConfigError(
                 "The first token of a causal model has seen none of the others; use pooling='mean' or 'last'."
             )
         if not (math.isfinite(scale) and scale > 0):
             raise ConfigError(f"scale is {scale}; it must be a positive number.")
-        self.pooling, self.scale, self.symmetric = pooling, scale, symmetric
+        # The model is trained without a prompt, so that its directory has no default one afterwards.
+        self.sentences = model.sentences = replace(
+            stored,
+            pooling=modes,
+            normalize=stored.normalize if normalize is None else normalize,
+            max_length=self.max_length,
+            config={**stored.config, "default_prompt_name": None} if stored.config else {},
+            missing=(),
+        )
+        self.scale, self.symmetric = scale, symmetric
         self.min_score = min_score
         if model.head is not None:
             for parameter in model.head.parameters():
@@ -147,7 +168,7 @@ class Embedding(Task):
                 continue
             kept.append(i)
             for part, value in zip(parts, values, strict=True):
-                texts[part].append(value)
+                texts[part].append(self.sentences.cased(value))
         encoded = {part: self.encoder.texts(texts[part]) if kept else [] for part in parts}
         scores = _scores(table) if targets and "label" in table.names else None
         for n, i in enumerate(kept):
@@ -199,7 +220,12 @@ class Embedding(Task):
         """One vector for each text, (texts, D) in fp32, of any length."""
         keys = ("input_ids", "document_ids", "position_ids", "token_type_ids")
         hidden = self.model.backbone({key: batch[key] for key in keys if key in batch})
-        return pool_documents(hidden.float(), batch, self.pooling)
+        names = {"cls": "first", "lasttoken": "last"}
+        vectors = [
+            pool_documents(hidden.float(), batch, names.get(mode, mode))
+            for mode in self.sentences.pooling
+        ]
+        return torch.cat(vectors, dim=-1)
 
     def forward(self, batch: Batch) -> Loss:
         texts, pairs = batch["texts"], self._pairs(batch)  # (n, parts), (n,)
@@ -251,16 +277,20 @@ class Embedding(Task):
         return 0
 
     def outputs(self, batch: Batch) -> list[Any]:
-        return list(self.vectors(batch).cpu().numpy())
+        vectors = self.vectors(batch)
+        return list((F.normalize(vectors, dim=-1) if self.sentences.normalize else vectors).cpu())
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``embedding``, D numbers, as ``model.embed`` gives them where the pooling is ``mean``."""
+        """``embedding``, D numbers, as ``model.embed`` gives them."""
         return {"embedding": [float(value) for value in outputs[0]]}
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {
             "task": self.name,
-            "pooling": self.pooling,
+            "pooling": self.sentences.pooling[0]
+            if len(self.sentences.pooling) == 1
+            else list(self.sentences.pooling),
+            "normalize": self.sentences.normalize,
             "scale": self.scale,
             "symmetric": self.symmetric,
             "min_score": self.min_score,

@@ -14,6 +14,7 @@ from pretrain.adapters.config import PeftSettings, from_peft
 from pretrain.adapters.layout import attach_stored, fill, head_of
 from pretrain.errors import CheckpointError, ModelError
 from pretrain.models.heads import LABELLED
+from pretrain.models.sentences import SentenceSettings
 from pretrain.storage import manifest
 from pretrain.storage.files import note, reading
 from pretrain.storage.opened import (
@@ -80,7 +81,7 @@ def open_adapter(
     report = model.load_disk_state(source.tensors())
     model.source = source.name
     model.generation_config = dict(source.generation_config)
-    model.tokenizer = source.tokenizer
+    model.tokenizer, model.sentences = source.tokenizer, source.sentences
     if facts and facts.get("base_sample") != base_sample(model):
         text = f"The base {source.name or 'given'} has other weights than the one that {path} was trained on"
         if base is None:
@@ -109,6 +110,7 @@ class _Base:
             self._model, self.name = base, base.source
             self.config: dict[str, Any] = base.hf_config()
             self.generation_config, self.tokenizer = base.generation_config, base.tokenizer
+            self.sentences = base.sentences
             return
         path = manifest.checked_directory(base)
         self.name = str(base)
@@ -125,6 +127,7 @@ class _Base:
                     f"{base}, the base of the adapter, has no config.json, so it is no Hugging Face model directory."
                 )
             self.config = self._directory.json("config.json")
+            self.sentences = SentenceSettings.read(self._directory)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Names on disk and weights."""

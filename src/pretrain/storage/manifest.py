@@ -38,7 +38,8 @@ SCHEMA = 1
 LIMIT = 16 << 20
 # What no run is resumed from and no weight is read with: damage of these files is named and costs nothing else.
 BYSTANDERS = frozenset({"README.md", "generation_config.json", "chat_template.jinja"})
-_FILE = re.compile(r"(?:training/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+POOLING = "1_Pooling"  # of sentence-transformers
+_FILE = re.compile(r"(?:(?:training|1_Pooling)/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _ASIDE = re.compile(r"^\.pretrain-old-\d+-[0-9a-f]{8}-(.+)$")
 _ON_PURPOSE = "If you changed it on purpose, open the directory with load(..., verify=False) and save it anew."
@@ -231,8 +232,8 @@ def _listing(directory: Path) -> set[str]:
     for entry in os.scandir(directory):
         if entry.name == NAME or entry.name.startswith("."):
             continue
-        if entry.name == TRAINING and entry.is_dir(follow_symlinks=False):
-            found |= {f"{TRAINING}/{inner}" for inner in os.listdir(entry.path)}
+        if entry.name in (TRAINING, POOLING) and entry.is_dir(follow_symlinks=False):
+            found |= {f"{entry.name}/{inner}" for inner in os.listdir(entry.path)}
         else:
             found.add(entry.name)
     return found

@@ -91,10 +91,20 @@ class ModelDirectory:
 
     def json(self, name: str, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
         """The object in a JSON file of at most ``limit`` bytes."""
-        path = self.real(name)
-        value = parse_json(read_bytes(path, self.record(name), limit=limit), path, limit=limit)
+        value = self._parsed(name, limit)
         if not isinstance(value, dict):
-            raise CheckpointCorrupt(path, "a JSON object", type(value).__name__)
+            raise CheckpointCorrupt(self.real(name), "a JSON object", type(value).__name__)
+        return value
+
+    def _parsed(self, name: str, limit: int) -> Any:
+        path = self.real(name)
+        return parse_json(read_bytes(path, self.record(name), limit=limit), path, limit=limit)
+
+    def json_list(self, name: str, limit: int = CONFIG_LIMIT) -> list[Any]:
+        """The list in a JSON file of at most ``limit`` bytes."""
+        value = self._parsed(name, limit)
+        if not isinstance(value, list):
+            raise CheckpointCorrupt(self.real(name), "a JSON list", type(value).__name__)
         return value
 
     def model_config(self) -> dict[str, Any]:

@@ -169,11 +169,13 @@ def open_described(
 
 
 def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> None:
-    """Generation settings and tokenizer, where there are some."""
+    """Settings of generation and of sentence vectors, and tokenizer, where there are some."""
     from pretrain.models.config import drop_code
+    from pretrain.models.sentences import SentenceSettings
 
     if directory.intact("generation_config.json"):
         model.generation_config = drop_code(directory.json("generation_config.json"))
+    model.sentences = SentenceSettings.read(directory) or model.sentences
     if tokenizer:
         _open_tokenizer(model, directory)
 

@@ -353,6 +353,8 @@ def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path
 def _finish(temporary: Path, draft: Draft, records: dict[str, Record]) -> None:
     """What process 0 alone writes: the small files and, last of all, the manifest."""
     small = []
+    for folder in {os.path.dirname(name) for name in draft.texts} - {""}:
+        files.IO.mkdir(temporary / folder)
     for name, data in draft.texts.items():
         records[name] = files.write_file(temporary / name, data)
         small.append(name)
@@ -365,6 +367,8 @@ def _finish(temporary: Path, draft: Draft, records: dict[str, Record]) -> None:
         records[STATE] = files.write_file(temporary / STATE, draft.state)
         small.append(STATE)
         files.fsync_directory(temporary / manifest.TRAINING)
+    for folder in {os.path.dirname(name) for name in draft.texts} - {""}:
+        files.fsync_directory(temporary / folder)
     manifest.write_manifest(temporary, draft.step, records, dict(draft.about))
     files.fsync_directory(temporary)
     listed = manifest.read_manifest(temporary)

@@ -88,6 +88,9 @@ def model_texts(
         texts[opened.ADAPTER_CONFIG] = to_json(adapter_config(model))
     if model.head_kind == "causal-lm":
         texts["generation_config.json"] = to_json(_generation_config(model, config))
+    if model.sentences is not None and model.head_kind in (None, "masked-lm", "causal-lm"):
+        contents = model.sentences.files(model.backbone.config.hidden_size)
+        texts |= {name: to_json(content) for name, content in contents.items()}
     texts["README.md"] = readme(config, model.head_kind, count, model.card)
     return texts
 

@@ -1,0 +1,208 @@
+"""How a model turns a text into one vector: what the files of a sentence-transformers directory say.
+
+Pooling of token vectors, normalisation, length, case and prompts (Sentence-BERT, arXiv 1908.10084; the weighted mean is
+that of SGPT, 2202.08904). Letters: B texts, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import ConfigError, did_you_mean
+from pretrain.models.config import drop_code
+
+if TYPE_CHECKING:
+    from pretrain.storage.opened import ModelDirectory
+
+__all__ = ["POOLINGS", "SentenceSettings", "pool", "pooling_named"]
+
+# Names in 1_Pooling/config.json, in the order in which several are joined, and what older files call them.
+POOLINGS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+_OTHER_NAMES = {"first": "cls", "last": "lasttoken", "mean_sqrt_len": "mean_sqrt_len_tokens"}
+_MODULE = "sentence_transformers.models."
+
+
+def pooling_named(value: Any) -> tuple[str, ...]:
+    """Poolings by their names here (``first``, ``last``) or in sentence-transformers; several are joined.
+
+    Raises:
+        ConfigError: there is no such pooling.
+    """
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ConfigError(f"pooling is {value!r}; it must be one of {', '.join(POOLINGS)}.")
+    modes = tuple(_OTHER_NAMES.get(name, name) if isinstance(name, str) else "" for name in names)
+    for name, mode in zip(names, modes, strict=True):
+        if mode not in POOLINGS:
+            known = [*POOLINGS, *_OTHER_NAMES]
+            raise ConfigError(
+                f"pooling is {name!r}, which is not known." + did_you_mean(str(name), known)
+            )
+    return modes
+
+
+def pool(hidden: Tensor, real: Tensor | None, modes: Sequence[str], skip: int = 0) -> Tensor:
+    """Vectors of texts from those of their tokens.
+
+    Args:
+        hidden: (B, T, D); texts begin in the first column.
+        real: (B, T) 1 for tokens and 0 for padding behind them, or None: there is none.
+        modes: names of ``POOLINGS``.
+        skip: tokens at the start, those of a prompt, that count for nothing.
+
+    Returns:
+        (B, D times the number of modes).
+    """
+    if real is None:
+        real = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    places = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+    weight = (real.bool() & (places > skip)).to(hidden.dtype)  # (B, T)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    makers: dict[str, Callable[[], Tensor]] = {
+        "cls": lambda: hidden[rows, weight.argmax(1)],
+        "max": lambda: hidden.masked_fill(weight[..., None] == 0, -torch.inf).amax(1),
+        "mean": lambda: _mean(hidden, weight),
+        "mean_sqrt_len_tokens": lambda: _mean(hidden, weight) * weight.sum(1, keepdim=True).sqrt(),
+        "weightedmean": lambda: _mean(hidden, weight * places),
+        "lasttoken": lambda: hidden[rows, real.sum(1) - 1],
+    }
+    return torch.cat([makers[mode]() for mode in modes], dim=-1)
+
+
+def _mean(hidden: Tensor, weight: Tensor) -> Tensor:
+    total = (hidden * weight[..., None]).sum(1)
+    return total / weight.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What modules.json and the files beside it say.
+
+    Attributes:
+        pooling: names of ``POOLINGS``.
+        include_prompt: the tokens of a prompt are pooled as well.
+        normalize: vectors are scaled to length one.
+        max_length: tokens of a text at most; None is the tokenizer's limit.
+        lower_case: texts are lower-cased before the tokenizer reads them.
+        config: content of config_sentence_transformers.json, with ``prompts`` and ``default_prompt_name``.
+        missing: what the directory asks for and is not implemented; ``embed`` refuses it by these names.
+    """
+
+    pooling: tuple[str, ...] = ("mean",)
+    include_prompt: bool = True
+    normalize: bool = False
+    max_length: int | None = None
+    lower_case: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    def cased(self, text: str) -> str:
+        """A text as the tokenizer is to read it."""
+        return text.lower() if self.lower_case else text
+
+    def prompt(self, prompt: str | None, name: str | None) -> str:
+        """The text that is put before a text: the one given, the one of that name, or the default of the directory.
+
+        Raises:
+            ConfigError: there is no prompt of that name.
+        """
+        if prompt is not None:
+            return prompt
+        stored = self.config.get("prompts")
+        prompts: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+        if name is not None and name not in prompts:
+            raise ConfigError(
+                f"There is no prompt {name!r}; the prompts of this model: {', '.join(prompts) or 'none'}."
+            )
+        default = self.config.get("default_prompt_name")
+        name = default if name is None and isinstance(default, str) else name
+        return str(prompts.get(name) or "") if name is not None else ""
+
+    @classmethod
+    def read(cls, directory: ModelDirectory) -> SentenceSettings | None:
+        """Understand a directory; None where it has no modules.json."""
+        if not directory.has("modules.json"):
+            return None
+        modules = directory.json_list("modules.json")
+
+        def read(name: str) -> dict[str, Any] | None:
+            return drop_code(directory.json(name)) if directory.has(name) else None
+
+        missing: list[str] = []
+        chain = [_module(item, missing) for item in modules if isinstance(item, Mapping)]
+        names = [name for name, _ in chain]
+        if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
+            missing.append(f"the modules {', '.join(names) or 'none'}")
+        transformer = (
+            read("sentence_bert_config.json") or read("sentence_roberta_config.json") or {}
+        )
+        path = next((path for name, path in chain if name == "Pooling"), "")
+        pooling = read(f"{path}/config.json") if path else {}
+        if pooling is None:
+            missing.append(f"{path}/config.json, which is not there")
+        modes: Any = (pooling or {}).get("pooling_mode")
+        if modes is None:
+            modes = [mode for mode, key in POOLINGS.items() if (pooling or {}).get(key) is True]
+        try:
+            modes = pooling_named(modes or "mean")
+        except ConfigError:
+            missing.append(f"the pooling {modes!r}")
+            modes = ("mean",)
+        length = transformer.get("max_seq_length")
+        return cls(
+            modes,
+            (pooling or {}).get("include_prompt") is not False,
+            "Normalize" in names,
+            length if type(length) is int and length > 0 else None,
+            transformer.get("do_lower_case") is True,
+            dict(read("config_sentence_transformers.json") or {}),
+            tuple(missing),
+        )
+
+    def files(self, hidden_size: int) -> dict[str, Any]:
+        """Name -> content of the files that sentence-transformers reads beside the model; none where it is refused."""
+        if self.missing:
+            return {}
+        paths = {"Transformer": "", "Pooling": "1_Pooling"}
+        paths |= {"Normalize": "2_Normalize"} if self.normalize else {}
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": _MODULE + kind}
+            for i, (kind, path) in enumerate(paths.items())
+        ]
+        flags = {key: mode in self.pooling for mode, key in POOLINGS.items()}
+        pooling = {"word_embedding_dimension": hidden_size} | flags
+        defaults: dict[str, Any] = {
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        }
+        return {
+            "modules.json": modules,
+            "1_Pooling/config.json": pooling | {"include_prompt": self.include_prompt},
+            "sentence_bert_config.json": {
+                "max_seq_length": self.max_length,
+                "do_lower_case": self.lower_case,
+            },
+            "config_sentence_transformers.json": {**defaults, **self.config},
+        }
+
+
+def _module(item: Mapping[str, Any], missing: list[str]) -> tuple[str, str]:
+    """Class and folder of an entry of modules.json; only plain folders beside the file are entered."""
+    name, path = str(item.get("type")).rpartition(".")[2], item.get("path")
+    plain = isinstance(path, str) and path.replace("_", "").replace("-", "").isalnum()
+    if name == "Pooling" and not plain:
+        missing.append(f"the folder {path!r} of {name}")
+    return name, path if isinstance(path, str) and plain else ""

@@ -1,0 +1,223 @@
+"""Directories of sentence-transformers: the files beside the model decide what ``embed`` returns, and are written."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+import tiny
+from pretrain.checkpoint import load
+from pretrain.errors import CheckpointCorrupt, ConfigError, ModelError
+from pretrain.models import build
+from pretrain.models.base import Model
+from pretrain.models.sentences import POOLINGS
+from pretrain.objectives.embedding import Embedding
+from pretrain.storage.manifest import verify
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+TEXTS = ["the red cat sat on the mat", "a dog", "the old fox looked at the log and sat on the box"]
+MODULE = "sentence_transformers.models."
+
+
+@cache
+def made(family: str) -> Model:
+    sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 16, "num_heads": 2}
+    return build(
+        family, None, tokenizer=tiny.tokenizer(), head=None, seed=4, max_positions=48, initializer_range=0.4,
+        **sizes,
+    )  # fmt: skip
+
+
+def directory(folder: Path, family: str = "bert", **files: Any) -> Path:
+    """A model as transformers has it, with the files of sentence-transformers beside it and no manifest."""
+    made(family).save(folder)
+    (folder / "manifest.json").unlink()
+    modules = ["Transformer", "Pooling", *files.pop("more", [])]
+    paths = ["", "1_Pooling", "2_Normalize", "3_More"]
+    listed = [
+        {"idx": i, "name": str(i), "path": paths[i], "type": MODULE + kind}
+        for i, kind in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(files.pop("pooling", {})))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def reference(folder: Path, texts: list[str], mode: str, *, limit: int = 48, skip: int = 0) -> Any:
+    """Pooling by hand over what transformers computes for each text alone."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    rows = []
+    for text in texts:
+        batch = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state[0].numpy()
+        kept = hidden[skip:]
+        places = np.arange(skip + 1, len(hidden) + 1)[:, None]
+        rows.append(
+            {
+                "cls": lambda kept=kept: kept[0],
+                "max": lambda kept=kept: kept.max(0),
+                "mean": lambda kept=kept: kept.mean(0),
+                "mean_sqrt_len_tokens": lambda kept=kept: kept.sum(0) / len(kept) ** 0.5,
+                "weightedmean": lambda kept=kept, places=places: (
+                    (kept * places).sum(0) / places.sum()
+                ),
+                "lasttoken": lambda kept=kept: kept[-1],
+            }[mode]()
+        )
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_pooling_and_normalisation_come_from_the_directory(
+    mode: str, family: str, tmp_path: Path
+) -> None:
+    old = {key: name == mode for name, key in POOLINGS.items()}
+    folder = directory(tmp_path / "old", family, pooling=old, more=["Normalize"])
+    model, wanted = load(folder, quiet=True), reference(folder, TEXTS, mode)
+    close(model.embed(TEXTS), F.normalize(wanted, dim=-1))
+    close(torch.cat([model.embed(text) for text in TEXTS]), model.embed(TEXTS, batch_size=2))
+    close(model.embed(TEXTS, normalize=False), wanted)
+    close(model.embed(TEXTS, pooling="mean", normalize=False), reference(folder, TEXTS, "mean"))
+    new = directory(tmp_path / "new", family, pooling={"pooling_mode": mode})
+    close(load(new, quiet=True).embed(TEXTS), wanted)
+    # What was opened is written again, verified, and opens to the same vectors.
+    model.save(tmp_path / "saved")
+    verify(tmp_path / "saved")
+    again = load(tmp_path / "saved", quiet=True)
+    assert again.sentences == model.sentences or again.sentences.pooling == (mode,)
+    close(again.embed(TEXTS), model.embed(TEXTS))
+
+
+def test_several_poolings_are_joined_and_none_is_the_mean(tmp_path: Path) -> None:
+    both = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
+    folder = directory(tmp_path / "both", pooling=both)
+    parts = [reference(folder, TEXTS, mode) for mode in ("cls", "mean")]
+    close(load(folder, quiet=True).embed(TEXTS), torch.cat(parts, dim=-1))
+    folder = directory(tmp_path / "list", pooling={"pooling_mode": ["mean", "cls"]})
+    close(load(folder, quiet=True).embed(TEXTS), torch.cat(parts[::-1], dim=-1))
+    close(load(directory(tmp_path / "none"), quiet=True).embed(TEXTS), parts[1])
+    plain = made("bert").embed(TEXTS)
+    close(plain, parts[1])
+
+
+def test_length_case_and_prompts(tmp_path: Path) -> None:
+    prompts = {"prompts": {"query": "the big dog: ", "empty": ""}, "default_prompt_name": "query"}
+    folder = directory(
+        tmp_path / "m",
+        pooling={"pooling_mode_mean_tokens": True, "include_prompt": False},
+        sentence_bert_config={"max_seq_length": 9, "do_lower_case": True},
+        config_sentence_transformers=prompts,
+    )
+    model = load(folder, quiet=True)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)("the big dog: ")["input_ids"]
+    lowered = [("the big dog: " + text).lower() for text in ("A CAT", "a dog on the mat")]
+    wanted = reference(folder, lowered, "mean", limit=9, skip=len(tokens) - 1)
+    with pytest.warns(UserWarning, match="more than 9 tokens"):
+        close(model.embed(["A CAT", "a dog on the mat"]), wanted)
+    close(model.embed("A CAT", prompt_name="empty"), reference(folder, ["a cat"], "mean"))
+    close(model.embed("A CAT", prompt=""), reference(folder, ["a cat"], "mean"))
+    with pytest.raises(ConfigError, match=r"no prompt 'querry'.*query, empty"):
+        model.embed("a", prompt_name="querry")
+    model.save(tmp_path / "saved")
+    again = load(tmp_path / "saved", quiet=True)
+    assert again.sentences.config["prompts"] == prompts["prompts"]
+    close(again.embed("A CAT"), model.embed("A CAT"))
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"more": ["Dense"]}, "Dense"),
+        ({"more": ["Normalize", "Dense"]}, "Dense"),
+        ({"more": ["LayerNorm", "Normalize"]}, "LayerNorm"),
+        ({"pooling": {"pooling_mode": "attention"}}, "attention"),
+        ({"modules": [{"type": MODULE + "Transformer", "path": ""}]}, "Transformer"),
+        ({"modules": []}, "modules none"),
+        (
+            {
+                "modules": [
+                    {"type": MODULE + "Transformer", "path": ""},
+                    {"type": MODULE + "Pooling", "path": "../other"},
+                ]
+            },
+            "other",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_not_implemented_is_refused_by_name(
+    files: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    folder = directory(tmp_path / "m", **files)
+    model = load(folder, quiet=True)
+    with pytest.raises(ModelError, match=named):
+        model.embed(TEXTS)
+    with pytest.raises(ConfigError, match=named):
+        Embedding(model)
+    close(model.embed(TEXTS, pooling="mean"), reference(folder, TEXTS, "mean"))
+    model.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "modules.json").exists()
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    folder = directory(tmp_path / "m", modules={"a": 1})
+    with pytest.raises(CheckpointCorrupt, match=r"modules\.json"):
+        load(folder, quiet=True)
+    model = load(directory(tmp_path / "n", pooling={"pooling_mode_cls_token": True}), quiet=True)
+    saved = model.save(tmp_path / "saved")
+    config = saved / "1_Pooling" / "config.json"
+    config.write_text(config.read_text().replace("true", "null", 1))
+    with pytest.raises(CheckpointCorrupt, match="1_Pooling"):
+        load(saved, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "mode", ["mean", "lasttoken", "weightedmean", "max", "mean_sqrt_len_tokens"]
+)
+def test_the_task_writes_what_it_trained(mode: str, tmp_path: Path) -> None:
+    model = build(
+        "llama", None, tokenizer=tiny.tokenizer(), num_layers=2, hidden_size=16, num_heads=2, max_positions=48
+    )  # fmt: skip
+    task = Embedding(model, pooling=mode, normalize=True, max_length=20)
+    from pretrain.data.tables import read_table
+
+    table = read_table([{"anchor": text, "positive": text[::-1]} for text in TEXTS])
+    found = torch.tensor([answer["embedding"] for answer in task.predict(table)])
+    saved = model.save(tmp_path / "m")
+    again = load(saved, quiet=True)
+    assert again.sentences.normalize and again.sentences.max_length == 20
+    close(again.embed(TEXTS), found)
+    close(found, F.normalize(reference(saved, TEXTS, mode), dim=-1))
+    # A task on top of it goes on as the directory says.
+    assert Embedding(again).sentences.pooling == (mode,) and Embedding(again).max_length == 20
+
+
+def test_sentence_transformers_opens_what_is_written(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    model = build(
+        "bert", None, tokenizer=tiny.tokenizer(), num_layers=2, hidden_size=16, num_heads=2
+    )
+    Embedding(model, pooling="cls", normalize=True, max_length=20)
+    theirs = library.SentenceTransformer(str(model.save(tmp_path / "m")), device="cpu")
+    assert theirs.max_seq_length == 20
+    close(torch.from_numpy(theirs.encode(TEXTS)), model.embed(TEXTS))
