@@ -185,3 +185,90 @@ def test_mutated_tokenizer_file_is_one_of_our_errors(tmp_path: Path) -> None:
         except PretrainError:
             refused += 1
     assert refused > 30
+
+
+def _file_of(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    train_from_texts(TEXTS, "wordpiece", vocab_size=60).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    return file, json.loads(file.read_text())
+
+
+_REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+_PADDING = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+_LONG = {"type": "TemplateProcessing", "special_tokens": {}, "pair": []}
+_MANY = {"[SEP]": {"id": "[SEP]", "ids": [2] * 100_000, "tokens": ["[SEP]"] * 100_000}}
+HOSTILE: dict[str, dict[str, Any]] = {
+    "padding": {"padding": {**_PADDING, "strategy": {"Fixed": 1 << 40}, "pad_to_multiple_of": None}},
+    "padding multiple": {
+        "padding": {**_PADDING, "strategy": "BatchLongest", "pad_to_multiple_of": 1 << 40}
+    },
+    "prepend": {"normalizer": {"type": "Prepend", "prepend": "x" * 1_000_000}},
+    "replace with much": {"normalizer": {**_REPLACE, "content": "x" * 1_000_000}},
+    "replace of nothing": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{**_REPLACE, "pattern": {"String": ""}, "content": "x" * 60}] * 4,
+        }
+    },
+    "replace of anything": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{**_REPLACE, "pattern": {"Regex": "."}, "content": "abc"}] * 40,
+        }
+    },
+    "doubling": {"normalizer": {"type": "Sequence", "normalizers": [_REPLACE] * 40}},
+    "doubling in sequences": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Sequence", "normalizers": [_REPLACE] * 6}] * 6,
+        }
+    },
+    "decoder": {"decoder": {"type": "Sequence", "decoders": [_REPLACE] * 40}},
+    "template": {
+        "post_processor": {**_LONG, "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 100_000}
+    },
+    "template ids": {
+        "post_processor": {
+            **_LONG, "single": [{"SpecialToken": {"id": "[SEP]", "type_id": 0}}],
+            "special_tokens": _MANY,
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_rules_that_fill_the_memory_are_refused_where_they_are_opened(
+    tmp_path: Path, name: str
+) -> None:
+    file, content = _file_of(tmp_path)
+    file.write_text(json.dumps({**content, **HOSTILE[name]}))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .* no text needs that"):
+        Tokenizer.open(tmp_path)
+
+
+def test_rules_of_published_tokenizers_are_not_refused(tmp_path: Path) -> None:
+    file, content = _file_of(tmp_path)
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    quotes = [
+        {"type": "Replace", "pattern": {"String": a}, "content": '"'} for a in ("``", "''")
+    ] * 4
+    blank = {"type": "Prepend", "prepend": "\u2581"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [blank, spaces, *quotes]}
+    content["padding"] = {**_PADDING, "strategy": {"Fixed": 8192}, "pad_to_multiple_of": 8}
+    file.write_text(json.dumps(content))
+    assert Tokenizer.open(tmp_path).encode("a b")
+
+
+def test_class_whose_rules_stand_in_no_file_is_named(tmp_path: Path) -> None:
+    file, _ = _file_of(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"tokenizer_class": "PhobertTokenizer"}')
+    with pytest.raises(TokenizerError, match="PhobertTokenizer.*remove tokenizer_class"):
+        Tokenizer.open(tmp_path)
+    file.unlink()
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"\0")
+    config.write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    with pytest.raises(
+        TokenizerError, match=r"XLMRobertaTokenizer .* sentencepiece\.bpe\.model here.*transformers"
+    ):
+        Tokenizer.open(tmp_path)

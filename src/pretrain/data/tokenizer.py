@@ -20,17 +20,13 @@ from numpy.typing import NDArray
 from pretrain.data.tokenizer_build import (
     KINDS,
     KNOWN,
-    ROLES,
-    TRAINED,
-    from_merges,
-    from_vocab_txt,
     kind_of,
     library_errors,
-    open_backend,
-    read_config,
     sibling,
     train_backend,
+    trained_here,
 )
+from pretrain.data.tokenizer_files import open_directory, open_file
 from pretrain.data.word_boundaries import WordFinder, token_bytes
 from pretrain.errors import TokenizerError, did_you_mean
 from pretrain.storage.files import replace_file
@@ -42,6 +38,9 @@ _UNENCODABLE = (
     "Give strings without halves of surrogate pairs, and a vocabulary with an unknown token."
 )
 _ROOM = " Choose a max_length that leaves room for text beside the special tokens, and more than the overlap."
+# How transformers joins what WordPiece has cut apart, where the files ask for it.
+_JOINED = [(f" {mark}", mark) for mark in (".", "?", "!", ",")] + [(" ' ", "'")]
+_JOINED += [(f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")]
 _BATCH = 1024  # texts that are encoded at once
 _SIBLINGS = 16  # ways of reading and cutting that a tokenizer keeps ready
 
@@ -141,7 +140,9 @@ class Tokenizer:
         key = (special, *sorted(cut.items()))
         if key not in self._siblings:
             made = sibling(self.backend)
-            made.encode_special_tokens = not special
+            made.encode_special_tokens = (
+                not special or self.config.get("split_special_tokens") is True
+            )
             if cut:
                 with library_errors(f"texts cannot be cut to {cut['max_length']} tokens", _ROOM):
                     made.enable_truncation(direction=self.truncation_side, **cut)
@@ -149,6 +150,12 @@ class Tokenizer:
                 self._siblings.clear()
             self._siblings[key] = made
         return self._siblings[key]
+
+    @property
+    def segments(self) -> bool:
+        """Whether the model is told which text of a pair a token belongs to, as the tokenizer's files say."""
+        names = self.config.get("model_input_names")
+        return not isinstance(names, list) or "token_type_ids" in names
 
     @property
     def truncation_side(self) -> str:
@@ -252,6 +259,10 @@ class Tokenizer:
                 "tokenizer, or from the padded rows of an embedding that must be masked when sampling."
             )
         text: str = self.backend.decode(numbers, skip_special_tokens=skip_special)
+        cleaned = self.config.get("clean_up_tokenization_spaces") is True
+        if cleaned and self.kind not in ("bpe", "char"):
+            for apart, joined in _JOINED:
+                text = text.replace(apart, joined)
         return text
 
     def frame_prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -271,9 +282,8 @@ class Tokenizer:
 
     @property
     def trained_here(self) -> bool:
-        """Whether the tokenizer was trained by this package: its first tokens are the five roles in their order."""
-        first = [self.vocab.get(self.roles.get(role, "")) for role in ROLES]
-        return first == list(range(len(ROLES))) and [self.roles[r] for r in ROLES] in TRAINED
+        """Whether the tokenizer was trained by this package: its first tokens are the roles in their order."""
+        return trained_here(self.vocab)
 
     def frame(self, ids: Sequence[int]) -> list[int]:
         """Return a whole document, its beginning and its end around ``ids``.
@@ -371,32 +381,26 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Open a ``tokenizer.json`` (roles come from ``tokenizer_config.json`` beside it, if there is one)."""
+        """Open a file of the ``tokenizers`` library; a ``tokenizer.json`` with the small files beside it."""
         file = Path(path)
-        backend = open_backend(file)
-        return cls(backend, *_read_beside(file.parent))
+        return (
+            cls.from_directory(file.parent)
+            if file.name == "tokenizer.json"
+            else cls(open_file(file))
+        )
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Open the tokenizer of a directory: ``tokenizer.json``, or a BERT ``vocab.txt``, or GPT-2's pair of files."""
+        """Open the tokenizer of a directory as ``AutoTokenizer`` of transformers 5 does.
+
+        That is ``tokenizer.json``, or BERT's ``vocab.txt``, or ``vocab.json`` with ``merges.txt``, with the class and
+        the tokens that the small files beside them name.
+        """
         folder = Path(path)
-        if (folder / "tokenizer.json").is_file():
-            return cls.from_file(folder / "tokenizer.json")
-        roles, config = _read_beside(folder)
-        if (folder / "vocab.txt").is_file():
-            return cls(
-                from_vocab_txt(folder / "vocab.txt", bool(config.get("do_lower_case", True))),
-                roles,
-                config,
-            )
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return cls(
-                from_merges(folder, bool(config.get("add_prefix_space", False))), roles, config
-            )
-        raise TokenizerError(
-            f"no tokenizer in {folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt. "
-            "Give the directory of a tokenizer or of a checkpoint, or a kind to train: bpe, wordpiece, char."
-        )
+        backend, roles, config = open_directory(folder)
+        if (template := _read_template(folder)) is not None:
+            config["chat_template"] = template
+        return cls(backend, roles, config)
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
@@ -424,24 +428,23 @@ def _template_in(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
-def _read_beside(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Roles and other keys of a tokenizer directory; the template in its own file goes before the one in JSON."""
-    roles, config = read_config(folder)
+def _read_template(folder: Path) -> str | None:
+    """The chat template in its own file, which goes before the one in tokenizer_config.json."""
     file = folder / _TEMPLATE
-    if file.is_file():
-        try:
-            with open(file, "rb") as opened:
-                data = opened.read(_TEMPLATE_BYTES + 1)
-            if len(data) > _TEMPLATE_BYTES:
-                raise TokenizerError(
-                    f"{file} has more than {_TEMPLATE_BYTES:,} bytes; no chat template has. Replace or remove it."
-                )
-            config["chat_template"] = data.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+    if not file.is_file():
+        return None
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(_TEMPLATE_BYTES + 1)
+        if len(data) > _TEMPLATE_BYTES:
             raise TokenizerError(
-                f"{file} cannot be read: {error}. Copy it again from its origin, or remove it."
-            ) from error
-    return roles, config
+                f"{file} has more than {_TEMPLATE_BYTES:,} bytes; no chat template has. Replace or remove it."
+            )
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(
+            f"{file} cannot be read: {error}. Copy it again from its origin, or remove it."
+        ) from error
 
 
 def train_from_texts(

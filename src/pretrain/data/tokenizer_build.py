@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import string
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -53,27 +51,6 @@ def library_errors(what: str, fix: str = "") -> Iterator[None]:
         raise TokenizerError(f"{what} ({type(error).__name__}: {error}). {fix}".rstrip()) from error
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(
-            f"{file} cannot be read: it is not UTF-8 text (byte {error.start}). It is damaged or another file."
-        ) from error
-    except OSError as error:
-        raise TokenizerError(f"{file} cannot be read: {error.strerror or error}.") from error
-
-
-def open_backend(file: Path) -> tokenizers.Tokenizer:
-    """Open a ``tokenizer.json``; TokenizerError if it cannot be read."""
-    text = _read(file)
-    fix = "The file is damaged or was written by a newer release; copy it again, or write it once more with its save()."
-    with library_errors(f"{file} is not a tokenizer of the 'tokenizers' library", fix):
-        backend = tokenizers.Tokenizer.from_str(text)
-        backend.get_vocab_size()
-        return backend
-
-
 def sibling(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A tokenizer with the same rules and added tokens, without padding and truncation; both share one vocabulary."""
     made = tokenizers.Tokenizer(backend.model)
@@ -86,71 +63,9 @@ def sibling(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return made
 
 
-def read_config(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the roles and the other keys found in the configuration files of a tokenizer directory."""
-    roles: dict[str, str] = {}
-    kept: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            config = json.loads(_read(file))
-        except (ValueError, RecursionError) as error:
-            raise TokenizerError(
-                f"{file} is not valid JSON: {error}. Copy it again from its origin."
-            ) from error
-        if not isinstance(config, dict):
-            raise TokenizerError(f"{file} must hold a JSON object, found {type(config).__name__}.")
-        named = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token")
-            and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
-        }
-        for role, keys in {
-            "pad": ("pad",),
-            "bos": ("cls", "bos"),
-            "eos": ("sep", "eos"),
-            "mask": ("mask",),
-            "unk": ("unk",),
-        }.items():
-            for key in keys:
-                if isinstance(named.get(f"{key}_token"), str):
-                    roles[role] = named[f"{key}_token"]
-        if name == "tokenizer_config.json":
-            kept = {key: value for key, value in config.items() if key != "added_tokens_decoder"}
-            kept.update(named)
-    return roles, kept
-
-
-def from_vocab_txt(file: Path, lowercase: bool) -> tokenizers.Tokenizer:
-    """Build BERT's WordPiece from its list of pieces."""
-    names = _read(file).split("\n")
-    vocab = {name: index for index, name in enumerate(names) if name or index < len(names) - 1}
-    if "[UNK]" not in vocab:
-        raise TokenizerError(
-            f"{file} has no [UNK], so it cannot encode what it does not know; it is cut, or no vocabulary of BERT."
-        )
-    with library_errors(f"{file} is not a vocabulary of BERT", "Copy it again from its origin."):
-        backend = _wordpiece_pipeline(
-            tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")), lowercase
-        )
-        backend.add_special_tokens([name for name in _BERT_TAGS.values() if name in vocab])
-        _frame_pairs(backend, "[CLS]", "[SEP]")
-    return backend
-
-
-def from_merges(folder: Path, prefix_space: bool) -> tokenizers.Tokenizer:
-    """Build GPT-2's byte-level BPE from ``vocab.json`` and ``merges.txt``."""
-    with library_errors(f"{folder}/vocab.json and merges.txt do not form a BPE tokenizer"):
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    backend = _bpe_pipeline(tokenizers.Tokenizer(model), prefix_space)
-    known = backend.get_vocab()
-    backend.add_special_tokens(
-        [name for names in KNOWN.values() for name in names if name in known]
-    )
-    return backend
+def trained_here(vocab: Mapping[str, int]) -> bool:
+    """Whether a vocabulary begins as those that are trained here do."""
+    return any(all(vocab.get(name) == i for i, name in enumerate(names)) for names in TRAINED)
 
 
 def kind_of(backend: tokenizers.Tokenizer) -> str:

@@ -86,8 +86,9 @@ def _fill_one(model: Model, encoding: Any, top_k: int, device: torch.device) -> 
     places = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
     hidden = model.backbone({"input_ids": torch.tensor([row], device=device)})
     head: Any = model.head
-    scores = head(hidden[0, places]).float()[:, : len(tokenizer)]  # (masks, V)
-    best = scores.softmax(-1).topk(min(top_k, scores.shape[-1]))
+    # Rows of the vocabulary that no token has share the probability, as elsewhere, but are no candidates.
+    scores = head(hidden[0, places]).float().softmax(-1)[:, : len(tokenizer)]  # (masks, V)
+    best = scores.topk(min(top_k, scores.shape[-1]))
     answers = []
     for place, values, ids in zip(places, best.values.tolist(), best.indices.tolist(), strict=True):
         answers.append(

@@ -187,7 +187,8 @@ class Task(Objective):
         """Encodes texts for this model."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
-        segments = getattr(self.model.backbone.config, "type_vocab_size", 1) > 1
+        several = getattr(self.model.backbone.config, "type_vocab_size", 1) > 1
+        segments = several and tokenizer.segments
         return TaskEncoder(tokenizer, self.max_length, segments=segments)
 
     @property

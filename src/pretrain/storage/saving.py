@@ -172,7 +172,8 @@ def draft_of(
     texts = model_texts(model, config, count, in_run=step is not None)
     if len(shards) > 1:
         texts = {opened.INDEX: index_json(shards, weights), **texts}
-    segments = getattr(model.backbone.config, "type_vocab_size", 1) > 1
+    several = getattr(model.backbone.config, "type_vocab_size", 1) > 1
+    segments = several and model.tokenizer is not None and model.tokenizer.segments
     return Draft(
         step=step,
         texts=texts,

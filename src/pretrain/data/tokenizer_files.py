@@ -1,0 +1,827 @@
+"""Directories of tokenizers, opened with the rules that ``AutoTokenizer`` of transformers 5 applies to their files.
+
+A directory holds ``tokenizer.json``, or the vocabulary of an older tokenizer, and small files beside it. Which of them
+counts depends on the class of the tokenizer: transformers builds the rules of many classes anew from the vocabulary and
+``tokenizer_config.json``, and takes the rules of all others from ``tokenizer.json`` as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from pretrain.data.tokenizer_build import library_errors, trained_here
+from pretrain.errors import TokenizerError
+
+__all__ = ["open_directory", "open_file"]
+
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # roles that transformers knows
+_JSON = "tokenizer.json"
+_DAMAGED = (
+    "The file is damaged or was written by a newer release; copy it again, or write it once more with "
+    "its save()."
+)
+_CONVERT = (
+    "Open it once with transformers and write it again, which makes a tokenizer.json: "
+    "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+)
+
+# ---------------------------------------------------------------------------- which class opens a directory
+
+# The class that transformers registers for a type of model, where tokenizer_config.json names none.
+_MODELS = {
+    "BertTokenizer": "align bark bert blip bros chinese_clip convbert distilbert electra ernie flava git "
+    "grounding-dino layoutlm lxmert megatron-bert mobilebert nezha nomic_bert qdqbert realm retribert squeezebert tvp "
+    "vilt visual_bert",
+    "RobertaTokenizer": "bart bridgetower clap data2vec-text ibert led lilt longformer mega mra mvp roberta "
+    "roberta-prelayernorm",
+    "GPT2Tokenizer": "blip-2 codegen dbrx emu3 gpt2 gpt_neo gptj instructblip jais2 opt phi starcoder2",
+    "Qwen2Tokenizer": "audioflamingo3 colqwen2 internvl ovis2 qwen2 qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_moe "
+    "qwen2_vl qwen3 qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl qwen3_vl_moe",
+    "Qwen3_5Tokenizer": "qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen4_exp",
+    "GPTNeoXTokenizer": "falcon_mamba gpt_neox mamba mamba2 mpt olmo olmoe rwkv xlstm",
+    "MPNetTokenizer": "mpnet",
+    "GemmaTokenizer": "gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text recurrent_gemma t5gemma",
+    "AlbertTokenizer": "albert yoso",
+    "CamembertTokenizer": "camembert",
+    "CohereTokenizer": "cohere cohere2",
+    "DebertaTokenizer": "deberta",
+    "DebertaV2Tokenizer": "deberta-v2",
+    "T5Tokenizer": "mt5 switch_transformers t5",
+    "XLMRobertaTokenizer": "gte jina_embeddings_v3 xlm-roberta xmod",
+    "XLNetTokenizer": "xlnet",
+    "BertJapaneseTokenizer": "bert-japanese",
+    "BertweetTokenizer": "bertweet",
+    "BioGptTokenizer": "biogpt",
+    "ByT5Tokenizer": "byt5",
+    "CanineTokenizer": "canine",
+    "CTRLTokenizer": "ctrl",
+    "EsmTokenizer": "esm",
+    "FlaubertTokenizer": "flaubert",
+    "PhobertTokenizer": "phobert",
+    "RoCBertTokenizer": "roc_bert",
+    "XLMTokenizer": "xlm",
+    "TokenizersBackend": "aria bigbird_pegasus exaone4 flex_olmo glm glm4 glm4_moe gpt_bigcode granite granitemoe "
+    "granitemoehybrid granitemoeshared ministral ministral3 mistral mistral3 mixtral nystromformer olmo2 olmo3 "
+    "olmo_hybrid persimmon stablelm umt5 xlm-roberta-xl",
+}
+_CLASS_OF_MODEL = {model: name for name, types in _MODELS.items() for model in types.split()}
+# Types of models whose published files name a wrong class; the registered class, or the file, counts for them.
+_MISNAMED_TYPES = (
+    "arctic chatlm cohere_asr ernie4_5 ernie4_5_moe fuyu hyperclovax internlm2 internlm3 jamba llava llava_next "
+    "minicpm3 minicpmv minimax_m2 modernbert modernbert-decoder molmo molmo2 nemotron phi3 phi3_v phimoe qwen2 qwen3_5 "
+    "qwen3_5_moe qwen3_5_moe_text qwen4_exp smolvlm vipllava"
+)
+_MISNAMED = set(_MISNAMED_TYPES.split())
+# Other names of the classes that are built here.
+_ALIASES = {
+    "BertTokenizer": "ConvBert DistilBert DPRContextEncoder DPRQuestionEncoder DPRReader Electra LayoutLM Lxmert "
+    "MobileBert Retribert SqueezeBert",
+    "RobertaTokenizer": "Bart LED Longformer Mvp",
+}
+_ALIAS_OF = {f"{a}Tokenizer": name for name, known in _ALIASES.items() for a in known.split()}
+# Classes that tell the texts of a pair apart by token_type_ids where model_input_names does not say it.
+_SEGMENTS = {"BertTokenizer", "DebertaTokenizer", "DebertaV2Tokenizer", "FNetTokenizer"}
+# Classes whose rules are a Python program of transformers: what they do stands in no file.
+_PROGRAM_NAMES = (
+    "Bartpho BertJapanese Bertweet BioGpt BlenderbotSmall ByT5 CTRL Canine Cpm CpmAnt Esm FSMT Flaubert "
+    "GPTNeoXJapanese MyT5 PLBart Perceiver Phobert ProphetNet Rag RoCBert Tapas XLM"
+)
+_PROGRAMS = {f"{name}Tokenizer" for name in _PROGRAM_NAMES.split()}
+
+
+def _class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: bool) -> str:
+    """The class that AutoTokenizer takes; ``TokenizersBackend`` where the file itself is the tokenizer.
+
+    Args:
+        config: tokenizer_config.json.
+        model: config.json.
+        byte_level: ``tokenizer.json`` is byte-level BPE.
+    """
+    family = model.get("model_type")
+    registered = _CLASS_OF_MODEL.get(family) if isinstance(family, str) else None
+    if family in _MISNAMED:
+        return registered or "TokenizersBackend"
+    declared = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if not isinstance(declared, str):
+        return registered or ("TokenizersBackend" if family else "")
+    declared = declared.removesuffix("Fast")
+    if registered == "TokenizersBackend" or (declared == "LlamaTokenizer" and byte_level):
+        return "TokenizersBackend"
+    if declared in ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"):
+        return "TokenizersBackend"
+    return _ALIAS_OF.get(declared, declared)
+
+
+# ---------------------------------------------------------------------------- the rules of the classes
+
+_SPLIT = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?{letters}+|\p{N}| ?[^\s{others}\p{N}]+[\r\n]*|\s*[\r\n]+"""
+    r"""|\s+(?!\S)|\s+"""
+)
+_BYTE_LEVEL = {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+
+
+@dataclass
+class _Rules:
+    """What a class makes of a vocabulary.
+
+    Attributes:
+        model: parameters of the model beside the vocabulary.
+        frame: makes the post-processor of the ids of the named tokens; None where that of the file stays.
+        defaults: named tokens that the class has by itself.
+    """
+
+    model: dict[str, Any]
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+    decoder: Any = None
+    frame: Callable[[dict[str, tuple[str, int]]], Any] | None = None
+    defaults: dict[str, str] = field(default_factory=dict)
+
+
+def _flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key, default)
+    return value if isinstance(value, bool) else default
+
+
+def _wordpiece(config: Mapping[str, Any], defaults: dict[str, str], frame: Any) -> _Rules:
+    strip = config.get("strip_accents")
+    unknown = _content(config.get("unk_token")) or defaults["unk"]
+    return _Rules(
+        {"type": "WordPiece", "unk_token": unknown, "continuing_subword_prefix": "##"}
+        | {"max_input_chars_per_word": 100},
+        normalizers.BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=_flag(config, "tokenize_chinese_chars", True),
+            strip_accents=strip if isinstance(strip, bool) else None,
+            lowercase=_flag(config, "do_lower_case", True),
+        ),
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(prefix="##"),
+        frame,
+        defaults,
+    )
+
+
+def _bert(config: Mapping[str, Any]) -> _Rules:
+    def frame(named: dict[str, tuple[str, int]]) -> Any:
+        (cls, _), (sep, _) = named["cls"], named["sep"]
+        return processors.TemplateProcessing(
+            single=f"{cls}:0 $A:0 {sep}:0",
+            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+            special_tokens=[named["cls"], named["sep"]],
+        )
+
+    names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+    return _wordpiece(config, names, frame)
+
+
+_ROBERTA = {
+    "bos": "<s>",
+    "eos": "</s>",
+    "sep": "</s>",
+    "cls": "<s>",
+    "pad": "<pad>",
+    "mask": "<mask>",
+}
+
+
+def _mpnet(config: Mapping[str, Any]) -> _Rules:
+    def frame(named: dict[str, tuple[str, int]]) -> Any:
+        return processors.RobertaProcessing(
+            named["sep"], named["cls"], trim_offsets=True, add_prefix_space=False
+        )
+
+    return _wordpiece(config, {**_ROBERTA, "unk": "[UNK]"}, frame)
+
+
+def _byte_level(config: Mapping[str, Any], **rules: Any) -> _Rules:
+    """Byte-level BPE in the way of GPT-2."""
+    blank = _flag(config, "add_prefix_space", False)
+    rules.setdefault("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=blank))
+    return _Rules({"type": "BPE", **_BYTE_LEVEL}, decoder=decoders.ByteLevel(), **rules)
+
+
+def _roberta(config: Mapping[str, Any]) -> _Rules:
+    def frame(named: dict[str, tuple[str, int]]) -> Any:
+        return processors.RobertaProcessing(
+            named["sep"],
+            named["cls"],
+            trim_offsets=_flag(config, "trim_offsets", True),
+            add_prefix_space=_flag(config, "add_prefix_space", False),
+        )
+
+    return _byte_level(config, frame=frame, defaults={**_ROBERTA, "unk": "<unk>"})
+
+
+def _gpt2(config: Mapping[str, Any]) -> _Rules:
+    return _byte_level(config, defaults=dict.fromkeys(("unk", "bos", "eos"), "<|endoftext|>"))
+
+
+def _gpt_neox(config: Mapping[str, Any]) -> _Rules:
+    names = dict.fromkeys(("unk", "bos", "eos"), "<|endoftext|>") | {"pad": "<|padding|>"}
+    return _byte_level(
+        config,
+        normalizer=normalizers.NFC(),
+        frame=lambda named: _ends(named, config),
+        defaults=names,
+    )
+
+
+def _qwen(config: Mapping[str, Any], letters: str, others: str) -> _Rules:
+    pattern = tokenizers.Regex(_SPLIT.replace("{letters}", letters).replace("{others}", others))
+    blank = _flag(config, "add_prefix_space", False)
+    steps = [
+        pre_tokenizers.Split(pattern, behavior="isolated", invert=False),
+        pre_tokenizers.ByteLevel(add_prefix_space=blank, use_regex=False),
+    ]
+    return _byte_level(
+        config,
+        normalizer=normalizers.NFC(),
+        pre_tokenizer=pre_tokenizers.Sequence(steps),
+        defaults=dict.fromkeys(("unk", "eos", "pad"), "<|endoftext|>"),
+    )
+
+
+def _llama(config: Mapping[str, Any]) -> _Rules:
+    blank = config.get("add_prefix_space")
+    blank = blank if isinstance(blank, bool) else True
+    scheme = "never" if not blank else "always" if config.get("legacy", False) else "first"
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    return _Rules(
+        {"type": "BPE", **_BYTE_LEVEL, "fuse_unk": True, "byte_fallback": True},
+        pre_tokenizer=pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False),
+        decoder=decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * blank),
+        defaults={"unk": "<unk>", "bos": "<s>", "eos": "</s>"},
+    )
+
+
+_BUILT: dict[str, Callable[[Mapping[str, Any]], _Rules]] = {
+    "BertTokenizer": _bert,
+    "RobertaTokenizer": _roberta,
+    "MPNetTokenizer": _mpnet,
+    "GPT2Tokenizer": _gpt2,
+    "GPTNeoXTokenizer": _gpt_neox,
+    "Qwen2Tokenizer": lambda config: _qwen(config, r"\p{L}", r"\p{L}"),
+    "Qwen3_5Tokenizer": lambda config: _qwen(config, r"[\p{L}\p{M}]", r"\p{L}\p{M}"),
+    "LlamaTokenizer": _llama,
+}
+
+
+def _ends(named: Mapping[str, tuple[str, int]], config: Mapping[str, Any]) -> Any:
+    """The post-processor that ``add_bos_token`` and ``add_eos_token`` ask for."""
+    bos = named.get("bos") if config.get("add_bos_token") else None
+    eos = named.get("eos") if config.get("add_eos_token") else None
+    start, end = (f"{bos[0]}:%d " if bos else "", f" {eos[0]}:%d" if eos else "")
+    single = f"{start}$A:0{end}".replace("%d", "0")
+    return processors.TemplateProcessing(
+        single=single,
+        pair=f"{single} " + f"{start}$B:1{end}".replace("%d", "1"),
+        special_tokens=[token for token in (bos, eos) if token],
+    )
+
+
+# ---------------------------------------------------------------------------- the small files
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(
+            f"{file} cannot be read: it is not UTF-8 text (byte {error.start}). It is damaged or another file."
+        ) from error
+    except OSError as error:
+        raise TokenizerError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object of a small file; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(_read(file))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(
+            f"{file} is not valid JSON: {error}. Copy it again from its origin."
+        ) from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} must hold a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def _content(value: Any) -> str | None:
+    """The spelling of a token that stands in JSON as a text or as an object."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _added(value: Any, **options: Any) -> AddedToken | None:
+    """A token of a small file as the library has it; None where the value is no token."""
+    text = _content(value)
+    if not text:
+        return None
+    if isinstance(value, dict):
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        options = {k: v for k, v in value.items() if k in flags and isinstance(v, bool)} | options
+    return AddedToken(text, **options)
+
+
+@dataclass
+class _Beside:
+    """What the small files beside a tokenizer say, in the order in which transformers reads them.
+
+    Attributes:
+        config: tokenizer_config.json, tokens as texts.
+        named: key -> token of every ``*_token``.
+        extra: further special tokens.
+        added: id -> token; the ids only give the order.
+    """
+
+    config: dict[str, Any]
+    named: dict[str, AddedToken | str]
+    extra: list[AddedToken]
+    added: dict[int, AddedToken]
+
+    @classmethod
+    def read(cls, folder: Path, stored: Mapping[str, Any]) -> _Beside:
+        """Read the files of a folder.
+
+        Args:
+            folder: of the tokenizer.
+            stored: the content of ``tokenizer.json``, if there is one.
+        """
+        config = _object(folder / "tokenizer_config.json")
+        decoder = config.pop("added_tokens_decoder", None)
+        found = {k: v for k, v in config.items() if k.endswith("_token") and _content(v)}
+        listed = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+        added: dict[int, AddedToken] = {}
+        if isinstance(decoder, dict):
+            for index, value in decoder.items():
+                _place(added, index, _added(value))
+        else:
+            # Only directories without added_tokens_decoder have these files read: they are older than it.
+            special = _object(folder / "special_tokens_map.json")
+            found |= {k: v for k, v in special.items() if k.endswith("_token") and _content(v)}
+            listed = listed or special.get("additional_special_tokens")
+            names = {_content(v) for v in [*found.values(), *_values(listed)]}
+            for text, index in _object(folder / "added_tokens.json").items():
+                known = text in names
+                _place(added, index, _added(text, normalized=not known, special=known))
+            for value in _values(stored.get("added_tokens")):
+                if isinstance(value, dict):
+                    _place(added, value.get("id"), _added(value))
+        if isinstance(listed, dict):
+            found |= {k: v for k, v in listed.items() if _content(v)}
+        tokens = {token.content: token for token in added.values()}
+        named: dict[str, AddedToken | str] = {}
+        for key, value in found.items():
+            text = _content(value) or ""
+            whole = _added(value, special=True) if isinstance(value, dict) else text
+            named[key] = tokens.get(text) or whole or text
+        extra = [_added(v, special=True) for v in _values(listed)] if listed else []
+        texts = {key: _content(value) for key, value in found.items()}
+        return cls({**config, **texts}, named, [t for t in extra if t is not None], added)
+
+    def roles(self, defaults: Mapping[str, str]) -> dict[str, str]:
+        """Role -> token, as this package calls them.
+
+        Args:
+            defaults: named tokens of the class; the end of a text plays no other role by default.
+        """
+        end = defaults.get("eos")
+        texts = {f"{r}_token": text for r, text in defaults.items() if r == "eos" or text != end}
+        texts |= {key: text for key, text in self.config.items() if key in self.named}
+        roles = {}
+        for role, keys in {
+            "pad": ("pad",),
+            "bos": ("cls", "bos"),
+            "eos": ("sep", "eos"),
+            "mask": ("mask",),
+            "unk": ("unk",),
+        }.items():
+            for key in keys:
+                if text := texts.get(f"{key}_token"):
+                    roles[role] = text
+        return roles
+
+    def tokens(self, defaults: Mapping[str, str], vocab: Mapping[str, int]) -> list[AddedToken]:
+        """The tokens that transformers adds to a tokenizer when it opens it, in its order.
+
+        Args:
+            defaults: named tokens of the class; one that the vocabulary lacks is not added, as no model has read it.
+            vocab: the vocabulary.
+        """
+        tokens = [token for _, token in sorted(self.added.items())]
+        known = {token.content for token in tokens}
+        named = dict(self.named)
+        for role, text in defaults.items():
+            if text in vocab:
+                named.setdefault(f"{role}_token", text)
+        for value in [*named.values(), *self.extra]:
+            token = AddedToken(value, special=True) if isinstance(value, str) else value
+            if token.content not in known:
+                token.special = True
+                known.add(token.content)
+                tokens.append(token)
+        return tokens
+
+
+def _values(listed: Any) -> list[Any]:
+    return listed if isinstance(listed, list) else []
+
+
+def _place(added: dict[int, AddedToken], index: Any, token: AddedToken | None) -> None:
+    """Note a token at its id, if both are what they should be."""
+    try:
+        place = int(index)
+    except (TypeError, ValueError):
+        return
+    if token is not None:
+        added[place] = token
+
+
+# ---------------------------------------------------------------------------- opening
+
+
+def open_file(file: Path) -> tokenizers.Tokenizer:
+    """Open a file of the ``tokenizers`` library as it is.
+
+    Raises:
+        TokenizerError: it cannot be read, or asks for more memory than any text needs.
+    """
+    return _from_content(file, _stored(file))
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    text = _read(file)
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(
+            f"{file} is not a tokenizer of the 'tokenizers' library ({error}). {_DAMAGED}"
+        ) from error
+    check_harmless(content, file)
+    return content
+
+
+def _from_content(file: Path, content: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    with library_errors(f"{file} is not a tokenizer of the 'tokenizers' library", _DAMAGED):
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        backend.get_vocab_size()
+        return backend
+
+
+def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, Any]]:
+    """Open the tokenizer of a directory as ``AutoTokenizer`` of transformers 5 does.
+
+    Returns:
+        The tokenizer; role -> token, as far as the files say; the other keys of tokenizer_config.json.
+
+    Raises:
+        TokenizerError: there is none, it is damaged, or its class cannot be built here.
+    """
+    file = folder / _JSON
+    stored = _stored(file) if file.is_file() else {}
+    beside = _Beside.read(folder, stored)
+    config, model = beside.config, _model_config(folder)
+    name = _class_name(config, model, _has_byte_level(stored)) or _guess(folder)
+    if name in _PROGRAMS:
+        keep = " To use the tokenizer.json as it is, remove tokenizer_class." if stored else ""
+        raise TokenizerError(
+            f"{folder} needs the tokenizer class {name}, whose rules are a program of transformers and stand in no "
+            f"file. Use a model with a tokenizer.json.{keep}"
+        )
+    rules = _BUILT[name](config) if name in _BUILT else None
+    if stored:
+        if rules is not None and not (model.get("model_type") in _MISNAMED and _made_here(stored)):
+            backend = _rebuilt(file, stored, rules)
+        else:
+            rules, backend = None, _from_content(file, stored)
+    else:
+        rules, backend = _from_vocabulary(folder, name, config)
+    _add(backend, beside, rules, model.get("vocab_size"))
+    if rules is not None:
+        _reframe(backend, beside, rules, explicit=not stored)
+    if not isinstance(config.get("model_input_names"), list):
+        told = name in _SEGMENTS or trained_here(backend.get_vocab())
+        segments = ["token_type_ids"] * told
+        config["model_input_names"] = ["input_ids", *segments, "attention_mask"]
+    return backend, beside.roles({} if rules is None else rules.defaults), config
+
+
+def _guess(folder: Path) -> str:
+    """The class where no file says anything of it."""
+    if (folder / _JSON).is_file():
+        return "TokenizersBackend"
+    return "BertTokenizer" if (folder / "vocab.txt").is_file() else "GPT2Tokenizer"
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """config.json of the model beside the tokenizer; what is wrong in it is told where the model is opened."""
+    try:
+        return _object(folder / "config.json")
+    except TokenizerError:
+        return {}
+
+
+def _has_byte_level(stored: Mapping[str, Any]) -> bool:
+    return any(
+        part.get("type") == "ByteLevel"
+        for key in ("pre_tokenizer", "decoder")
+        for part in _parts(stored.get(key))
+    )
+
+
+def _made_here(stored: Mapping[str, Any]) -> bool:
+    """Whether this package has written rules into a file that the class of its model would overwrite.
+
+    Those are its own tokenizers, and the blank before words that come in lists.
+    """
+    vocab = stored.get("model", {}).get("vocab")
+    blank = any(
+        part.get("type") == "Prepend" and part.get("prepend") == " "
+        for part in _parts(stored.get("normalizer"))
+    )
+    return blank or (isinstance(vocab, dict) and trained_here(vocab))
+
+
+def _rebuilt(file: Path, stored: dict[str, Any], rules: _Rules) -> tokenizers.Tokenizer:
+    """The vocabulary of a file with the rules of a class; parts that say the same stay as they are written."""
+    model = stored.get("model")
+    if not isinstance(model, dict):
+        return _from_content(file, stored)
+    kind = rules.model["type"]
+    empty = {"type": kind, "vocab": {}} | ({"merges": []} if kind == "BPE" else {})
+    wanted = _canonical({"model": rules.model | empty} | dict.fromkeys(_PARTS))
+    given = (
+        _canonical({**stored, "model": {**model, **empty}, "added_tokens": []})
+        if (model.get("type", kind) == kind)
+        else {}
+    )
+    for key in _PARTS:
+        rule = getattr(rules, key)
+        if rule is not None or key != "decoder":
+            wanted[key] = _written(key, rule)
+    changed = {key: wanted[key] for key in _PARTS if wanted[key] != given.get(key, "")}
+    if _plain(given.get("model", {})) != _plain(wanted["model"]):
+        vocab = model.get("vocab")
+        if isinstance(vocab, list):
+            vocab = {str(v[0] if isinstance(v, list) and v else v): i for i, v in enumerate(vocab)}
+        content = {"vocab": vocab} | ({"merges": model.get("merges", [])} if kind == "BPE" else {})
+        changed["model"] = wanted["model"] | content
+    return _from_content(file, {**stored, **changed} if changed else stored)
+
+
+_PARTS = ("normalizer", "pre_tokenizer", "decoder")
+
+
+def _canonical(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer file as the library of today writes it; empty where it cannot be read."""
+    base: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+    }
+    base |= {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    try:
+        text = tokenizers.Tokenizer.from_str(json.dumps(base | dict(content))).to_str()
+    except Exception:  # the library raises plain Exception; the file is read as a whole later on
+        return {}
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _written(key: str, rule: Any) -> Any:
+    """A rule as the library writes it into a file."""
+    if rule is None:
+        return None
+    made = tokenizers.Tokenizer(models.BPE())
+    setattr(made, key, rule)
+    return json.loads(made.to_str())[key]
+
+
+def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a model beside its vocabulary; an empty prefix is none."""
+    return {k: v or None for k, v in model.items() if k not in ("vocab", "merges")}
+
+
+def _from_vocabulary(
+    folder: Path, name: str, config: Mapping[str, Any]
+) -> tuple[_Rules, tokenizers.Tokenizer]:
+    """Build a tokenizer from ``vocab.txt``, or ``vocab.json`` and ``merges.txt``."""
+    pieces = (folder / "vocab.txt").is_file()
+    pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    rules = _BUILT[name](config) if name in _BUILT else None
+    kind = rules.model["type"] if rules is not None else ""
+    if rules is not None and kind == "WordPiece" and pieces:
+        return rules, _pieces(folder / "vocab.txt", rules)
+    if rules is not None and kind == "BPE" and pairs and name != "LlamaTokenizer":
+        with library_errors(f"{folder}/vocab.json and merges.txt do not form a BPE tokenizer"):
+            model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            return rules, _dressed(model, rules)
+    found = sorted(p.name for p in folder.iterdir() if p.suffix == ".model" or p.name in _OTHERS)
+    if not (pieces or pairs or found):
+        raise TokenizerError(
+            f"no tokenizer in {folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt. "
+            "Give the directory of a tokenizer or of a checkpoint, or a kind to train: bpe, wordpiece, char."
+        )
+    found += ["vocab.txt"] * pieces + ["vocab.json and merges.txt"] * pairs
+    raise TokenizerError(
+        f"{folder} has no tokenizer.json, and a tokenizer of the class {name} cannot be built from "
+        f"{', '.join(found)} here. {_CONVERT}"
+    )
+
+
+_OTHERS = ("bpe.codes", "tekken.json", "vocab.bpe", "spiece.vocab")
+
+
+def _pieces(file: Path, rules: _Rules) -> tokenizers.Tokenizer:
+    """Build BERT's WordPiece from its list of pieces."""
+    _read(file)  # names a file that is not UTF-8
+    fix = "Copy it again from its origin."
+    with library_errors(f"{file} is not a vocabulary of BERT", fix):
+        vocab = models.WordPiece.read_file(str(file))
+        unknown = rules.model["unk_token"]
+        if unknown not in vocab:
+            raise TokenizerError(
+                f"{file} has no {unknown}, so it cannot encode what it does not know; it is cut, or no vocabulary of "
+                "BERT."
+            )
+        return _dressed(models.WordPiece(vocab, unk_token=unknown), rules)
+
+
+def _dressed(model: Any, rules: _Rules) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    for key in _PARTS:
+        if (rule := getattr(rules, key)) is not None:
+            setattr(backend, key, rule)
+    return backend
+
+
+def _add(backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules | None, rows: Any) -> None:
+    """Add the tokens of the small files; one whose id would be behind the rows of the model's embedding is left out."""
+    vocab = backend.get_vocab(with_added_tokens=True)
+    room = (
+        rows - (max(vocab.values(), default=-1) + 1) if isinstance(rows, int) else len(vocab) + 1024
+    )
+    for token in beside.tokens({} if rules is None else rules.defaults, vocab):
+        if token.content not in vocab:
+            room -= 1
+            if room < 0:
+                continue
+        backend.add_tokens([token])
+
+
+def _reframe(
+    backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules, *, explicit: bool
+) -> None:
+    """Give a built tokenizer the post-processor of its class.
+
+    Args:
+        backend: the tokenizer.
+        beside: its small files.
+        rules: of its class.
+        explicit: there is no tokenizer.json, so ``add_bos_token`` and ``add_eos_token`` of the config count.
+    """
+    config = {} if not explicit else beside.config
+    texts = dict(rules.defaults)
+    for role in _NAMED:
+        if text := beside.config.get(f"{role}_token"):
+            texts[role] = text
+    named = {
+        role: (text, index)
+        for role, text in texts.items()
+        if (index := backend.token_to_id(text)) is not None
+    }
+    asked = any(key in config for key in ("add_bos_token", "add_eos_token"))
+    if rules.frame is None:
+        if asked:
+            backend.post_processor = _ends(named, config)
+        return
+    try:
+        wanted = rules.frame(named)
+    except KeyError:  # the vocabulary has no token to frame with
+        return
+    if not explicit and _frames_alike(backend, wanted):
+        return
+    backend.post_processor = wanted
+
+
+def _frames_alike(backend: tokenizers.Tokenizer, frame: Any) -> bool:
+    """Whether another post-processor does to a text and to a pair what that of the tokenizer does."""
+    probe = tokenizers.Tokenizer(backend.model)
+    made = []
+    for processor in (backend.post_processor, frame):
+        if processor is None:
+            return False
+        probe.post_processor = processor
+        text, pair = (probe.encode(*texts) for texts in (("a",), ("a", "a")))
+        made.append((text.ids, text.type_ids, pair.ids, pair.type_ids, _trims(processor)))
+    return made[0] == made[1]
+
+
+def _trims(processor: Any) -> list[Any]:
+    """How a post-processor takes blanks out of the offsets of tokens."""
+    return [
+        part.get("trim_offsets") and (True, part.get("add_prefix_space"))
+        for part in _parts(_written("post_processor", processor))
+        if part.get("type") in ("ByteLevel", "RobertaProcessing")
+    ]
+
+
+# ---------------------------------------------------------------------------- files that nobody has written in earnest
+
+_MOST_ADDED = (
+    64  # tokens that a frame puts around a text, and characters that a rule puts in one place
+)
+_MOST_GROWTH = 1024  # times that the rules may lengthen a text
+_MOST_STEPS = 256
+_MOST_PADDING = 1 << 20
+
+
+def check_harmless(content: Mapping[str, Any], file: Path) -> None:
+    """Refuse a tokenizer file whose rules make of a short text one that fills the memory.
+
+    Raises:
+        TokenizerError: names the rule.
+    """
+
+    def refuse(what: str) -> None:
+        raise TokenizerError(
+            f"{file}: {what}; no text needs that, and it would fill the memory. Copy the file again from its origin."
+        )
+
+    padding = content.get("padding")
+    if isinstance(padding, dict):
+        strategy = padding.get("strategy")
+        length = strategy.get("Fixed") if isinstance(strategy, dict) else 0
+        for value in (length, padding.get("pad_to_multiple_of")):
+            if isinstance(value, int | float) and value > _MOST_PADDING:
+                refuse(f"padding asks for {value:,} tokens")
+    for key in ("normalizer", "decoder"):
+        growth = 1.0
+        for step, part in enumerate(_parts(content.get(key))):
+            growth *= _growth(part)
+            if _longest(part) > _MOST_ADDED or growth > _MOST_GROWTH or step >= _MOST_STEPS:
+                refuse(
+                    f"the rule {step + 1} of the {key}, {part.get('type')!r}, lengthens every text"
+                )
+    for part in _parts(content.get("post_processor")):
+        for key in ("single", "pair"):
+            pieces = part.get(key)
+            if isinstance(pieces, list) and len(pieces) > _MOST_ADDED:
+                refuse(f"the template {key!r} of the post_processor has {len(pieces):,} pieces")
+        special = part.get("special_tokens")
+        for name, token in special.items() if isinstance(special, dict) else ():
+            ids = token.get("ids") if isinstance(token, dict) else None
+            if isinstance(ids, list) and len(ids) > _MOST_ADDED:
+                refuse(
+                    f"the special token {name[:40]!r} of the post_processor has {len(ids):,} ids"
+                )
+
+
+def _parts(rule: Any) -> Iterator[dict[str, Any]]:
+    """The rules of a part of a tokenizer file, those in sequences one after another."""
+    waiting = [rule]
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, dict):
+            continue
+        inner = [
+            child
+            for key in ("normalizers", "pretokenizers", "processors", "decoders")
+            if isinstance(item.get(key), list)
+            for child in item[key]
+        ]
+        if inner:
+            waiting += reversed(inner)
+        else:
+            yield item
+
+
+def _longest(part: Mapping[str, Any]) -> int:
+    """Characters that a rule writes in one place."""
+    return max(
+        (len(v) for k in ("content", "prepend") if isinstance(v := part.get(k), str)), default=0
+    )
+
+
+def _growth(part: Mapping[str, Any]) -> float:
+    """Times that a rule may lengthen a text."""
+    if part.get("type") != "Replace":
+        return 1.0
+    pattern, content = part.get("pattern"), part.get("content")
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    size = len(text) if isinstance(text, str) else 1
+    return max(1.0, (_longest(part) if size and content else 1 + _longest(part)) / max(1, size))
