@@ -33,6 +33,7 @@ SURFACE = [
     "data.valid",
     "data.text",
     "data.separator",
+    "data.encoding",
     "data.tokenizer",
     "data.vocab_size",
     "data.row_length",

@@ -137,8 +137,14 @@ def _add_prepare(parser: Any) -> None:
     add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
     add("--row_length", type=int, default=512, help="tokens in one row")
     add("--valid", type=float | str, default=0.01, help='held-out fraction, source, or "last:0.1"')
-    add("--text", type=str, default="text", help="column of .jsonl, .csv and .parquet files")
+    add(
+        "--text",
+        type=str | dict[str, str],
+        default="text",
+        help="column of .jsonl, .csv, .tsv and .parquet files, or {file: column, ...}",
+    )
     add("--separator", type=str | None, default=None, help="text between the documents of a file")
+    add("--encoding", type=str | None, default=None, help="of text files; not given, UTF-8")
     add("--seed", type=int, default=0, help="seed of the order")
     add("--workers", type=int | None, default=None, help="processes; not given, all cores")
     add("--lowercase", action="store_true", help="wordpiece only: forget case and accents")

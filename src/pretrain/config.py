@@ -51,10 +51,12 @@ class DataConfig:
     valid: float | str = 0.01
     """Held-out text: a fraction of the documents, a source, or "last:0.1" (the last tenth of a
     single text)."""
-    text: str = "text"
-    """Column that holds the text in .jsonl, .csv and .parquet files."""
+    text: str | dict[str, str] = "text"
+    """Column that holds the text in .jsonl, .csv, .tsv and .parquet files; {file: column} where they differ."""
     separator: str | None = None
     """Text between the documents of one file; not given, one file or one row is one document."""
+    encoding: str | None = None
+    """Encoding of text files and tables; not given, UTF-8."""
     tokenizer: str = "bpe"
     """bpe, wordpiece or char (trained on the data), or the path of a tokenizer or a checkpoint."""
     vocab_size: int = within(8192, 8, 1 << 22)

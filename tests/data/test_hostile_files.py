@@ -16,7 +16,7 @@ import pytest
 import pretrain
 from pretrain.data.paths import FileHashes, find_files
 from pretrain.data.prepare import Prepared
-from pretrain.data.readers import read_file
+from pretrain.data.readers import Reading, read_file
 from pretrain.data.scan import Sample, sample_filter, scan_sources
 from pretrain.data.sources import FileSource, HubSource, PythonSource, resolve_sources
 from pretrain.errors import DataError, PretrainError
@@ -32,7 +32,7 @@ def prepare(source: object, out: Path | None = None, **options: Any) -> Prepared
 
 def texts(path: Path, separator: str | None = None) -> list[str]:
     found, parts = [], []
-    for text, end in read_file(path, text="text", separator=separator, notes=lambda note: None):
+    for text, end in read_file(path, Reading(separator=separator)):
         parts.append(text)
         if end:
             found.append("".join(parts))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import pretrain
+from pretrain.data.loader import Loader
 from pretrain.data.packing import pack
 from pretrain.data.paths import FileHashes
 from pretrain.data.prepare import Prepared
@@ -224,7 +225,7 @@ def test_mixture_is_realised_and_told(tmp_path: Path) -> None:
     b = write_jsonl(tmp_path / "b.jsonl", [paragraph(k) for k in range(1000, 1100)])
     data = pretrain.prepare({a: 1, b: 3}, tokenizer="char", row_length=64, quiet=True)
     assert [source["share"] for source in data.sources] == [0.25, 0.75]
-    loader = pretrain.data.loader.Loader(data.train, 0)
+    loader = Loader(data.train, 0)
     rows = loader.indices(0, loader.epoch_length)
     first = data.train.source_rows[0]
     assert (rows < first).mean() == pytest.approx(0.25, abs=0.001)

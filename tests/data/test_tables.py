@@ -249,7 +249,7 @@ def test_quotes_of_tsv_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert read_table(returns).row(0) == {"text": "a\rb", "label": "c"}
     refused(write(tmp_path, "a.csv", 'text,label\n"open,b\n'), "a.csv:2", "quoting=False")
     semicolons = write(tmp_path, "semi.csv", "text;label\na;b\n")
-    assert "delimiter=';'" in read_table(semicolons).hint
+    assert read_table(semicolons).row(0) == {"text": "a", "label": "b"}
     assert read_table(semicolons, delimiter=";").row(0) == {"text": "a", "label": "b"}
     refused(semicolons, "one character", delimiter=";;")
 

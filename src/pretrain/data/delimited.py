@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.readers import csv_rows, decode_line, lines
+from pretrain.data.readers import csv_rows, delimiter_of, lines
 from pretrain.errors import DataError
 from pretrain.storage.files import note
 
@@ -43,7 +43,7 @@ def read_delimited(
     """Read a file of rows of cells; see :func:`pretrain.data.tables.read_table` for the arguments."""
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
         raise DataError(f"delimiter={delimiter!r} must be one character, such as ';'.")
-    between = delimiter or ("," if kind == "csv" else "\t")
+    between = delimiter or delimiter_of(path, kind)
     if quoting is None:
         quoting = kind == "csv" or _written_with_quotes(path, between)
         if kind == "tsv" and quoting:
@@ -120,7 +120,7 @@ def _header_hint(path: Path, top: list[str], delimiter: str) -> str:
     return f"{text} If it is a row, name the columns instead, for example columns=[{names}]."
 
 
-def _written_with_quotes(path: Path, delimiter: str) -> bool:
+def _written_with_quotes(path: Path, delimiter: str, encoding: str | None = None) -> bool:
     """Whether quotes enclose cells, as CSV writers do it, or are ordinary characters.
 
     They enclose cells if every cell with a quote is wholly quoted with the quotes inside doubled, and either all cells
@@ -130,8 +130,8 @@ def _written_with_quotes(path: Path, delimiter: str) -> bool:
     needed, needless, all_quoted, seen = False, False, True, False
     pending: list[str] = []
     odd = False
-    for number, raw in lines(path):
-        line = decode_line(path, number, raw)
+    for _, raw in lines(path, encoding):
+        line = raw.decode("utf-8", "surrogateescape")
         seen = True
         if not pending and '"' not in line:
             all_quoted = all_quoted and not line.strip()

@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.encodings import check_encoding
 from pretrain.data.paths import FileHashes
 from pretrain.data.prepared import FORMAT
-from pretrain.data.sources import Source, resolve_sources
+from pretrain.data.sources import Source, check_columns, resolve_sources
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
 from pretrain.data.tokenizer_build import KINDS
 from pretrain.errors import DataError, TokenizerError
@@ -39,15 +41,20 @@ class Job:
 
 
 def understand(
-    sources: Any, tokenizer: Any, vocab_size: int, row_length: int, valid: Any, text: str, separator: str | None,
+    sources: Any, tokenizer: Any, vocab_size: int, row_length: int, valid: Any, text: Any, separator: str | None,
     seed: int, workers: int | None, cache: Path, hashes: FileHashes, quiet: bool, lowercase: bool = False,
+    encoding: str | None = None,
 ) -> Job:  # fmt: skip
     """Check the arguments, find the sources and compute the fingerprint."""
     if row_length < 2:
         raise DataError(f"row_length must be at least 2, found {row_length}.")
     spool = cache / "hub"
-    train, weights = resolve_sources(sources, text=text, separator=separator, spool=spool)
-    share, last, held = _understand_valid(valid, text, separator, spool)
+    resolve = partial(
+        resolve_sources, text=text, separator=separator, encoding=encoding, spool=spool
+    )
+    train, weights = resolve(sources)
+    share, last, held = _understand_valid(valid, resolve)
+    check_columns(text, [*train, *held])
     given = _understand_tokenizer(tokenizer)
     if lowercase and tokenizer != "wordpiece":
         raise TokenizerError(
@@ -65,8 +72,11 @@ def understand(
         "weights": weights,
         "sources": [source.name for source in train],
     }
-    if lowercase:  # named only where it is chosen, so that older data keep their fingerprint
+    # Named only where they are chosen, so that older data keep their fingerprint.
+    if lowercase:
         options["lowercase"] = True
+    if (encoding := check_encoding(encoding)) is not None:
+        options["encoding"] = encoding
     content = {
         "format": FORMAT,
         "options": {
@@ -90,7 +100,7 @@ def understand(
 
 
 def _understand_valid(
-    valid: Any, text: str, separator: str | None, spool: Path
+    valid: Any, resolve: Callable[[Any], tuple[list[Source], list[float] | None]]
 ) -> tuple[float, bool, list[Source]]:
     last = isinstance(valid, str) and valid.startswith("last:")
     number = valid.removeprefix("last:") if last else valid
@@ -98,11 +108,7 @@ def _understand_valid(
         try:
             number = float(number)
         except ValueError:
-            return (
-                0.0,
-                False,
-                resolve_sources(valid, text=text, separator=separator, spool=spool)[0],
-            )
+            return 0.0, False, resolve(valid)[0]
     if isinstance(number, int | float | str) and not isinstance(number, bool):
         try:
             share = float(number)
@@ -115,7 +121,7 @@ def _understand_valid(
         return share, last and share > 0, []
     if valid is None or isinstance(valid, bool):
         return 0.0, False, []
-    return 0.0, False, resolve_sources(valid, text=text, separator=separator, spool=spool)[0]
+    return 0.0, False, resolve(valid)[0]
 
 
 def _understand_tokenizer(tokenizer: Any) -> Tokenizer | None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pretrain.data.readers import COMPRESSIONS, FORMATS, found_in_folders
 from pretrain.errors import DataError
 from pretrain.storage.files import replace_file
 
-__all__ = ["FileHashes", "cache_home", "find_files"]
+__all__ = ["FileHashes", "cache_home", "find_files", "passed_over"]
 
 _GLOB = "*?["
 
@@ -94,6 +95,28 @@ def _walk(folder: Path) -> list[Path]:
         paths = (Path(place) / name for name in names if not name.startswith("."))
         found += [path for path in paths if found_in_folders(path) and path.is_file()]
     return sorted(found)
+
+
+def passed_over(name: str) -> str:
+    """Return a sentence that counts, by suffix, the files of a folder that :func:`find_files` leaves; or nothing."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return ""
+    counts: Counter[str] = Counter()
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others = (Path(name) for name in names if not name.startswith("."))
+        counts.update(
+            path.suffix.lower() or "without a suffix"
+            for path in others
+            if not found_in_folders(path)
+        )
+    if not counts:
+        return ""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in ranked[:8])
+    more = ", ..." if len(counts) > 8 else ""
+    return f"{counts.total():,} files of {name} are no text and passed over: {kinds}{more}"
 
 
 def _find(name: str) -> list[Path]:

@@ -11,7 +11,7 @@ import glob
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +40,7 @@ from pretrain.data.workdir import (
     unlink_links,
 )
 from pretrain.errors import DataError, TokenizerError
+from pretrain.settings.spelling import option
 
 __all__ = ["Prepared", "prepare"]
 
@@ -52,8 +53,9 @@ def prepare(
     vocab_size: int = 8192,
     row_length: int = 512,
     valid: Any = 0.01,
-    text: str = "text",
+    text: str | Mapping[str, str] = "text",
     separator: str | None = None,
+    encoding: str | None = None,
     seed: int = 0,
     workers: int | None = None,
     cache_dir: str | Path | None = None,
@@ -71,8 +73,9 @@ def prepare(
         row_length: tokens in a row.
         valid: share of documents held out, chosen by a hash of their content; or ``"last:0.1"`` for the last tenth
             of the text by characters; or a source; or 0.
-        text: column of the text in tables.
-        separator: what stands between documents in plain text files.
+        text: column of the text in tables; a mapping gives files (by name, path or pattern) columns of their own.
+        separator: what stands between documents in plain text files, whose lines all end with a line feed.
+        encoding: of text files and tables; default UTF-8, or what a byte order mark says.
         seed: chooses which documents are held out.
         workers: processes that encode; default: one for each core.
         cache_dir: default ``$PRETRAIN_CACHE``, else ``~/.cache/pretrain``.
@@ -88,7 +91,7 @@ def prepare(
         hashes = FileHashes(cache / "files.json")
         job = understand(
             sources, tokenizer, vocab_size, row_length, valid, text, separator, seed, workers, cache, hashes,
-            quiet, lowercase,
+            quiet, lowercase, encoding,
         )  # fmt: skip
         hashes.save()
     target = _place(out) if out is not None else cache / "prepared" / job.fingerprint[:20]
@@ -213,7 +216,8 @@ def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
         names = ", ".join(source.name for source in job.sources[: job.training])
         raise DataError(
             f"there is nothing to learn from in {names}: {scan.documents} documents, {scan.empty} of them empty, "
-            f"{scan.contaminated} also in the validation source. Check the path, and text={job.options['text']!r}."
+            f"{scan.contaminated} also in the validation source. Check the path, and "
+            f"{option('text', job.options['text'])}."
         )
     if sample is not None:
         texts = sample.texts(sample_filter(scan)) or sample.texts()

@@ -10,34 +10,56 @@ import codecs
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from pretrain.data.archives import COMPRESSIONS, open_packed
+from pretrain.data.archives import COMPRESSIONS
+from pretrain.data.encodings import check_encoding, not_decodable, open_text
 from pretrain.errors import DataError, did_you_mean
 from pretrain.settings.spelling import column as column_option
 
 __all__ = [
-    "COMPRESSIONS", "FORMATS", "Piece", "csv_rows", "decode_line", "file_format", "found_in_folders", "import_parquet",
-    "json_rows", "lines", "parse_json", "read_file", "whole_characters",
+    "COMPRESSIONS", "FORMATS", "Piece", "Reading", "csv_rows", "decode_line", "delimiter_of", "file_format",
+    "found_in_folders", "import_parquet", "json_rows", "lines", "parse_json", "read_file", "whole_characters",
 ]  # fmt: skip
 
 Piece = tuple[str, bool]
 
 FORMATS = {
     ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv",
-    ".parquet": "parquet",
+    ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".html": "html", ".htm": "html",
 }  # fmt: skip
 _BLOCK = 1 << 20
 _MAX_LINE = 512 << 20
-_MAGIC = {b"\x1f\x8b": "gzip data (name it .gz)", b"(\xb5/\xfd": "zstandard data (name it .zst)",
-          b"PAR1": "parquet data (name it .parquet)", b"PK\x03\x04": "a zip archive (unpack it)"}  # fmt: skip
+_MAX_WHOLE = 1 << 30  # bytes of a file that cannot be read in pieces
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files of documents are read.
+
+    Args:
+        text: column of the text in tables.
+        separator: what stands between documents in plain text; None: a file is one document.
+        encoding: of text and tables; None is UTF-8, or what a byte order mark says.
+        notes: told in one sentence about anything that was left out.
+        undecodable: told of a document that the encoding does not know, which is then left out; None: it is an error.
+    """
+
+    text: str = "text"
+    separator: str | None = None
+    encoding: str | None = None
+    notes: Callable[[str], None] = lambda note: None
+    undecodable: Callable[[Callable[[], DataError]], None] | None = None
 
 
 def file_format(path: Path) -> str | None:
-    """Return ``text``, ``jsonl``, ``csv``, ``parquet``, or None for a name that says nothing."""
+    """Return the format that the name of a file says, None if it says none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -49,117 +71,156 @@ def found_in_folders(path: Path) -> bool:
     return bool(file_format(path)) and ".json" not in [s.lower() for s in path.suffixes[-2:]]
 
 
-def read_file(
-    path: Path, *, text: str, separator: str | None, notes: Callable[[str], None]
-) -> Iterator[Piece]:
+def read_file(path: Path, how: Reading) -> Iterator[Piece]:
     """Yield the documents of a file in pieces.
-
-    Args:
-        path: the file.
-        text: column of the text in tables.
-        separator: what stands between documents in plain text; None: the file is one document.
-        notes: told in one sentence about anything that was left out.
 
     Raises:
         DataError: with file, line and byte or column.
     """
     kind = file_format(path) or "text"
     if kind == "text":
-        blocks = _decoded(path)
-        return _whole(blocks) if separator is None else _separated(blocks, separator)
+        blocks = _decoded(path, how)
+        if how.separator is None:
+            return _whole(blocks, how)
+        return _separated(blocks, _line_feeds(how.separator), how)
+    if kind == "html":
+        return _html(path, how)
     if kind == "jsonl":
-        return _jsonl(path, text, notes)
-    if kind == "csv":
-        return _csv(path, text)
-    return _parquet(path, text)
+        return _jsonl(path, how)
+    if kind in ("csv", "tsv"):
+        return _delimited(path, kind, how)
+    return _parquet(path, how.text)
 
 
-def _refuse_binary(path: Path, head: bytes) -> None:
-    for magic, meaning in _MAGIC.items():
-        if head.startswith(magic):
-            raise DataError(f"{path} is not text: it holds {meaning}.")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path} is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8.")
-    place = head.find(b"\0")
-    if place >= 0:
-        raise DataError(
-            f"{path} is a binary file: byte {place} is NUL. Give text files, or convert this one to UTF-8 text."
-        )
+# --------------------------------------------------------------------------------------------------- plain text
+
+# A byte that is no UTF-8 becomes one of these on the way to the place where its document is left out.
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
-def _bad_utf8(path: Path, line: int, byte: int, offset: int, value: int) -> DataError:
-    return DataError(
-        f"{path}:{line}:{byte} is not UTF-8: byte 0x{value:02x} (byte {byte} of line {line}, offset {offset} of the "
-        "file). The file has another encoding or is damaged; convert it, for example: iconv -f LATIN1 -t UTF-8."
-    )
+def _line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _decoded(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks; a byte order mark is dropped, everything else is kept as it is."""
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+def _decoded(path: Path, how: Reading) -> Iterator[tuple[str, _Fault | None]]:
+    """Yield the text of a file in blocks; a byte order mark is dropped, and every line ends with a line feed.
+
+    A block with bytes that are no text is yielded with them escaped, and with the first of them, if documents may be
+    left out.
+    """
+    decoder: Any = codecs.getincrementaldecoder("utf-8")("strict")
+    ends = io.IncrementalNewlineDecoder(None, translate=True)
     offset = line_start = 0
     line = 1
-    with open_packed(path, _BLOCK) as stream:
+    with open_text(path, how.encoding) as stream:
         while True:
             block = stream.read(_BLOCK)
-            pending = decoder.getstate()[0]
-            if offset == 0:
-                _refuse_binary(path, block[:8192])
-                if block.startswith(codecs.BOM_UTF8):
-                    block, offset, line_start = block[3:], 3, 3
+            state = decoder.getstate()
+            pending = state[0]
+            if offset == 0 and block.startswith(codecs.BOM_UTF8):
+                block, offset, line_start = block[3:], 3, 3
+            fault = None
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 data = pending + block
                 place = offset - len(pending) + error.start
-                line += data.count(b"\n", 0, error.start)
+                at = line + data.count(b"\n", 0, error.start)
                 newline = data.rfind(b"\n", 0, error.start)
                 start = offset - len(pending) + newline + 1 if newline >= 0 else line_start
-                raise _bad_utf8(path, line, place - start + 1, place, data[error.start]) from error
+                fault = _Fault(path, at, place - start + 1, data[error.start], how.encoding, place)
+                if how.undecodable is None:
+                    raise fault() from error
+                decoder.setstate(state)
+                decoder.errors = "surrogateescape"
+                text = decoder.decode(block, final=not block)
+                decoder.errors = "strict"
             line += block.count(b"\n")
             newline = block.rfind(b"\n")
             if newline >= 0:
                 line_start = offset + newline + 1
             offset += len(block)
-            if text:
-                yield text
+            text = ends.decode(text, final=not block)
+            if text or fault:
+                yield text, fault
             if not block:
                 return
 
 
-def _whole(blocks: Iterator[str]) -> Iterator[Piece]:
-    previous = ""
-    for block in blocks:
+@dataclass(frozen=True)
+class _Fault:
+    """A byte that cannot be decoded; called, it is the error, for which the encoding of the file is guessed."""
+
+    path: Path
+    line: int
+    byte: int
+    value: int
+    encoding: str | None
+    offset: int | None = None
+
+    def __call__(self) -> DataError:
+        return not_decodable(
+            self.path, self.line, self.byte, self.value, self.encoding, offset=self.offset
+        )
+
+
+def _whole(blocks: Iterator[tuple[str, _Fault | None]], how: Reading) -> Iterator[Piece]:
+    previous: str | None = None
+    for block, fault in blocks:
+        if fault is not None:
+            if previous is not None or how.undecodable is None:
+                raise fault()  # pieces of a document of more than a block are on their way already
+            how.undecodable(fault)
+            return
         if previous:
             yield previous, False
         previous = block
-    yield previous, True
+    yield previous or "", True
 
 
-def _separated(blocks: Iterator[str], separator: str) -> Iterator[Piece]:
+def _separated(
+    blocks: Iterator[tuple[str, _Fault | None]], separator: str, how: Reading
+) -> Iterator[Piece]:
     """Cut a stream of text at ``separator``; a document longer than a block comes in several pieces."""
-    rest, begun = "", False
+    rest, begun, whole = "", False, True
     keep = len(separator) - 1
-    for block in blocks:
+    last: _Fault | None = None
+
+    def left_out(part: str) -> bool:
+        """Whether a document is left out because it is no text; pieces of a long one cannot be taken back."""
+        if last is None or not _ESCAPED.search(part):
+            return False
+        if not whole or how.undecodable is None:
+            raise last()
+        how.undecodable(last)
+        return True
+
+    for block, fault in blocks:
+        last = fault or last
         *parts, rest = (rest + block).split(separator)
         for part in parts:
-            yield part, True
             begun = True
+            if not left_out(part):
+                yield part, True
+            whole = True
         if len(rest) > _BLOCK:
             cut = len(rest) - keep
+            whole = False
+            left_out(rest)
             yield rest[:cut], False
             rest, begun = rest[cut:], False
-    if (
-        rest or not begun
-    ):  # a separator at the very end closes the last document and opens no new one
+    # A separator at the very end closes the last document and opens no new one.
+    if (rest or not begun) and not left_out(rest):
         yield rest, True
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) with the line's end still on it; no line is held that is too long for one row."""
+# -------------------------------------------------------------------------------------------------------- lines
+
+
+def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) in UTF-8 with the line's end still on it; no line is held that is too long for one row."""
     number = 0
-    with open_packed(path, _BLOCK) as stream:
-        _refuse_binary(path, cast(io.BufferedReader, stream).peek(8192)[:8192])
+    with open_text(path, encoding) as stream:
         while True:
             line = stream.readline(_MAX_LINE + 1)
             if not line:
@@ -175,15 +236,139 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def decode_line(path: Path, number: int, line: bytes) -> str:
-    """Return the text of a line; raise DataError with line and byte unless it is UTF-8."""
+def decode_line(path: Path, number: int, line: bytes, encoding: str | None = None) -> str:
+    """Return the text of a line; raise DataError with line and byte unless it is in the encoding."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{number}:{error.start + 1} is not UTF-8: byte 0x{line[error.start]:02x} (byte {error.start + 1} "
-            f"of line {number}). The file has another encoding or is damaged; convert it to UTF-8."
-        ) from error
+        raise _Fault(path, number, error.start + 1, line[error.start], encoding)() from error
+
+
+def _text_of(path: Path, encoding: str | None) -> str:
+    """Return the text of a file that cannot be read in pieces."""
+    parts, size = [], 0
+    for number, line in lines(path, encoding):
+        size += len(line)
+        if size > _MAX_WHOLE:
+            raise DataError(
+                f"{path} is longer than {_MAX_WHOLE >> 20} MiB, too long to be read as a whole. Write it as JSON lines "
+                "(.jsonl) or plain text, which are read in pieces."
+            )
+        parts.append(decode_line(path, number, line, encoding))
+    return "".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------------- HTML
+
+_UNSEEN = frozenset({"script", "style", "template"})
+_INLINE = frozenset(
+    {
+        *(
+            "a",
+            "abbr",
+            "b",
+            "bdi",
+            "bdo",
+            "cite",
+            "code",
+            "data",
+            "del",
+            "dfn",
+            "em",
+            "font",
+            "i",
+            "ins",
+            "kbd",
+        ),
+        *(
+            "label",
+            "mark",
+            "q",
+            "s",
+            "samp",
+            "small",
+            "span",
+            "strong",
+            "sub",
+            "sup",
+            "time",
+            "tt",
+            "u",
+            "var",
+            "wbr",
+        ),
+    }
+)
+
+
+class _HtmlText(HTMLParser):
+    """The text between tags: blocks on lines of their own, blanks as a browser shows them."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self._parts: list[str] = []
+        self._unseen = self._kept = 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self._unseen += tag in _UNSEEN
+        self._kept += tag == "pre"
+        if tag not in _INLINE:
+            self._parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in _UNSEEN:
+            self._unseen = max(0, self._unseen - 1)
+        if tag == "pre":
+            self._kept = max(0, self._kept - 1)
+        if tag not in _INLINE:
+            self._parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._unseen:
+            self._parts.append(data if self._kept else re.sub(r"[ \t\n\r\f]+", " ", data))
+
+    def text(self) -> str:
+        """What was seen so far."""
+        text = re.sub(
+            r" *\n *| {2,}", lambda m: "\n" if "\n" in m[0] else " ", "".join(self._parts)
+        )
+        return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _html(path: Path, how: Reading) -> Iterator[Piece]:
+    encoding = how.encoding
+    if encoding is None:
+        encoding = _charset(path)
+    try:
+        page = _text_of(path, encoding)
+    except DataError as error:
+        if how.undecodable is None or not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        fault = error
+        how.undecodable(lambda: fault)
+        return
+    parser = _HtmlText()
+    try:
+        parser.feed(page)
+        parser.close()
+    except (AssertionError, ValueError) as error:
+        raise DataError(f"{path} is no HTML that can be read: {error}.") from error
+    yield parser.text(), True
+
+
+def _charset(path: Path) -> str | None:
+    """Return the encoding that a page of HTML says it has, if Python knows it."""
+    head = b"".join(
+        line for _, line in zip(range(40), (line for _, line in lines(path)), strict=False)
+    )
+    found = re.search(rb"<meta[^>]{0,200}charset=[\"']?([\w-]{2,40})", head, re.IGNORECASE)
+    try:
+        return check_encoding(found[1].decode()) if found else None
+    except DataError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------- JSON
 
 
 def _no_constant(name: str) -> None:
@@ -206,18 +391,37 @@ def parse_json(text: str) -> Any:
     return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
 
 
-def json_rows(path: Path, notes: Callable[[str], None], example: str) -> Iterator[tuple[int, Any]]:
+def json_rows(
+    path: Path,
+    notes: Callable[[str], None],
+    example: str,
+    encoding: str | None = None,
+    undecodable: Callable[[Callable[[], DataError]], None] | None = None,
+) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of a file of JSON lines; blank lines are passed over, a torn last line is told to `notes`.
 
+    Args:
+        path: the file.
+        notes: told what is left out.
+        example: shows in errors how a line should look.
+        encoding: None is UTF-8.
+        undecodable: told of lines that the encoding does not know, which are then left out; None: it is an error.
+
     Raises:
-        DataError: with line and column; `example` shows how a line should look.
+        DataError: with line and column.
     """
-    for number, line in lines(path):
-        content = (
-            decode_line(path, number, line)
-            if line.endswith(b"\n")
-            else line.decode("utf-8", "replace")
-        )
+    for number, line in lines(path, encoding):
+        complete = line.endswith(b"\n")
+        try:
+            content = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if complete:
+                fault = _Fault(path, number, error.start + 1, line[error.start], encoding)
+                if undecodable is None:
+                    raise fault() from error
+                undecodable(fault)
+                continue
+            content = line.decode("utf-8", "replace")
         if not content.strip():
             continue
         try:
@@ -225,24 +429,80 @@ def json_rows(path: Path, notes: Callable[[str], None], example: str) -> Iterato
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}. Correct or remove this line.") from error
         except (ValueError, RecursionError) as error:
-            if not line.endswith(b"\n") and number > 1:
+            if not complete and number > 1:
                 notes(
                     f"{path}:{number}: the last line is torn (the file was cut while being written); left out"
                 )
                 return
             where = f":{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(
-                f"{path}:{number}{where} is not valid JSON: {error}. Expected one JSON object on each line, such as "
-                f"{example}."
+                f"{path}:{number}{where} is not valid JSON: {_json_cause(content, error)}. Expected one JSON object "
+                f"on each line, such as {example}."
             ) from error
-        if not line.endswith(b"\n"):
-            decode_line(path, number, line)
+        if not complete:
+            decode_line(path, number, line, encoding)
         yield number, row
 
 
-def _jsonl(path: Path, column: str, notes: Callable[[str], None]) -> Iterator[Piece]:
-    for number, row in json_rows(path, notes, f'{{"{column}": "..."}}'):
-        yield _cell(row, column, f"{path}:{number}"), True
+def _json_cause(content: str, error: Exception) -> str:
+    """What is wrong with a line of JSON in words of its own, where that can be seen."""
+    text = content.strip()
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    assert isinstance(error, ValueError)
+    place = getattr(error, "pos", 0)
+    if re.match(r"[\[{]\s*u?'", text):
+        return "names and texts stand in single quotes, as Python prints them, where JSON has double quotes"
+    if place < len(content) and content[place] < " ":
+        return "a tab, a line end or another control character stands in a text and must be written \\t, \\n"
+    if text in ("{", "[") or (text[:1] in ("{", "[") and place >= len(content.rstrip())):
+        return "the object goes on in the next line, or is cut off"
+    if text[:1] not in ("{", "[", '"') and ("," in text or "\t" in text):
+        return "the line looks like a row of a table (name the file .csv or .tsv)"
+    return str(error)
+
+
+def _jsonl(path: Path, how: Reading) -> Iterator[Piece]:
+    if _is_one_value(path, how.encoding):
+        yield from _json_value(path, how)
+        return
+    rows = json_rows(path, how.notes, f'{{"{how.text}": "..."}}', how.encoding, how.undecodable)
+    for number, row in rows:
+        yield _cell(row, how.text, f"{path}:{number}"), True
+
+
+def _is_one_value(path: Path, encoding: str | None) -> bool:
+    """Whether a file holds one JSON value over all its lines, an array above all, instead of one object a line."""
+    first = next((line.strip() for _, line in lines(path, encoding) if line.strip()), b"")
+    if first.startswith(b"["):
+        return True
+    return (
+        first == b"{" and path.with_suffix("").name != path.name and ".json" in path.suffixes[-2:]
+    )
+
+
+def _json_value(path: Path, how: Reading) -> Iterator[Piece]:
+    """Yield the texts of an array of objects, of an object with one in ``data``, or of an object of columns."""
+    text = _text_of(path, how.encoding)
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}:{error.colno} is not valid JSON: {_json_cause(text, error)}. Often a comma or a "
+            "bracket is missing there, or the file was cut while being written."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {_json_cause(text, error)}.") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}. Correct the file.") from error
+    if isinstance(value, dict) and how.text not in value and isinstance(value.get("data"), list):
+        value = value["data"]
+    if isinstance(value, dict) and isinstance(value.get(how.text), list):
+        value = [{how.text: item} for item in value[how.text]]
+    rows = value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        yield whole_characters(row) if isinstance(row, str) else _cell(row, how.text, where), True
 
 
 def _cell(row: Any, column: str, where: str) -> str:
@@ -277,8 +537,36 @@ def _no_column(where: str, column: str, present: list[str]) -> DataError:
     )
 
 
+# ------------------------------------------------------------------------------------------------- CSV and TSV
+
+_DELIMITERS = ",;\t|"
+
+
+def delimiter_of(path: Path, kind: str, encoding: str | None = None) -> str:
+    """Return what stands between the cells of a file: of its first line, the mark of its kind, or else another one.
+
+    Args:
+        path: the file.
+        kind: ``csv`` or ``tsv``.
+        encoding: None is UTF-8.
+    """
+    usual = "\t" if kind == "tsv" else ","
+    for _, line in lines(path, encoding):
+        bare = re.sub(r'"[^"]*"', "", line.decode("utf-8", "replace")).strip("\r\n")
+        if bare:
+            found = [usual, *_DELIMITERS]
+            return next((mark for mark in found if mark in bare), usual)
+    return usual
+
+
 def csv_rows(
-    path: Path, *, delimiter: str = ",", quoting: bool = True, first: str = "the header"
+    path: Path,
+    *,
+    delimiter: str = ",",
+    quoting: bool = True,
+    first: str = "the header",
+    encoding: str | None = None,
+    escaped: bool = False,
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield (line on which it begins, cells) of every row, the first one included; blank lines are passed over.
 
@@ -287,16 +575,23 @@ def csv_rows(
         delimiter: the character between cells.
         quoting: whether double quotes enclose cells; if not, every line is a row and quotes are ordinary characters.
         first: what an error calls the first row, to which the others must be equal in width.
+        encoding: None is UTF-8.
+        escaped: return bytes that the encoding does not know as halves of surrogate pairs instead of raising.
 
     Raises:
         DataError: a row of another width, or quotes that do not close, with the line.
     """
-    decoded = (decode_line(path, number, line) for number, line in lines(path))
+    decoded = (
+        line.decode("utf-8", "surrogateescape")
+        if escaped
+        else decode_line(path, number, line, encoding)
+        for number, line in lines(path, encoding)
+    )
     rows = _quoted_rows(path, decoded, delimiter) if quoting else _plain_rows(decoded, delimiter)
     width = 0
     for number, row in rows:
         if width and len(row) != width:
-            what = {",": "comma", "\t": "tab"}.get(delimiter, repr(delimiter))
+            what = {",": "comma", "\t": "tab", ";": "semicolon"}.get(delimiter, repr(delimiter))
             cure = (
                 f"A text that holds a {what}, a quote or a line end must stand in double quotes; correct the quoting "
                 "of this row."
@@ -318,6 +613,16 @@ def _plain_rows(decoded: Iterator[str], delimiter: str) -> Iterator[tuple[int, l
             yield number, content.split(delimiter)
 
 
+# What the csv module says -> what the user can see.
+_CSV_CAUSES = {
+    "unexpected end of data": "a double quote that is opened in it is never closed",
+    "expected after": "a double quote stands inside a quoted text and is not doubled",
+    "new-line character": "a carriage return stands inside a line, outside of quotes: the line ends are mixed",
+    "field larger": "a cell is larger than 2 GiB; probably a double quote is not closed",
+    "line contains NUL": "it holds a NUL character",
+}
+
+
 def _quoted_rows(
     path: Path, decoded: Iterator[str], delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
@@ -333,22 +638,35 @@ def _quoted_rows(
             if row:
                 yield first, row
     except csv.Error as error:
+        said = str(error)
+        cause = next((cause for part, cause in _CSV_CAUSES.items() if part in said), said)
         raise DataError(
-            f"{path}:{first} begins a row that is not valid CSV: {error} (found at line {reader.line_num}). Often a "
-            "double quote is not closed, or one inside a quoted text is not doubled."
+            f"{path}:{first} begins a row that is not valid CSV: {cause} (found at line {reader.line_num})."
         ) from error
 
 
-def _csv(path: Path, column: str) -> Iterator[Piece]:
-    rows = csv_rows(path)
+def _delimited(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
+    from pretrain.data.delimited import _written_with_quotes
+
+    delimiter = delimiter_of(path, kind, how.encoding)
+    quoting = kind == "csv" or _written_with_quotes(path, delimiter, how.encoding)
+    rows = csv_rows(
+        path, delimiter=delimiter, quoting=quoting, encoding=how.encoding, escaped=how.undecodable is not None
+    )  # fmt: skip
     _, header = next(rows, (1, []))
     if not header:
         return
-    if column not in header:
-        raise _no_column(f"{path}:1", column, header)
-    place = header.index(column)
-    for _, row in rows:
-        yield row[place], True
+    header = [cell.strip() for cell in header]
+    if how.text not in header:
+        raise _no_column(f"{path}:1", how.text, [whole_characters(name) for name in header])
+    place = header.index(how.text)
+    for number, row in rows:
+        cell = row[place]
+        if how.undecodable is not None and (found := _ESCAPED.search(cell)):
+            byte = len(cell[: found.start()].encode("utf-8", "surrogateescape")) + 1
+            how.undecodable(_Fault(path, number, byte, ord(found[0]) - 0xDC00, how.encoding))
+            continue
+        yield cell, True
 
 
 def import_parquet() -> tuple[Any, Any]:

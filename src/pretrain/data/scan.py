@@ -21,6 +21,7 @@ from pretrain.data.order import mix64
 from pretrain.data.shards import write_json
 from pretrain.data.sources import PIECE_CHARS, Source, sized_pieces
 from pretrain.errors import DataError
+from pretrain.settings.spelling import option
 from pretrain.storage.files import replace_file
 
 __all__ = ["Progress", "Sample", "Scan", "sample_filter", "scan_sources"]
@@ -210,7 +211,8 @@ def _split(
     if len(kept) == 1 and not last:
         scan.notes.append(
             f"there is one document only, so its last {valid:.3g} (by characters) is held out, as with "
-            f"valid='last:{valid:.3g}'; give separator=... if it holds several documents"
+            f"{option('valid', f'last:{valid:.3g}')}; if it holds several documents, say what stands between them: "
+            f"{option('separator')}"
         )
         last = True
     if last:

@@ -6,25 +6,29 @@ a block of text in memory, and has a fingerprint that changes with its content.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from pretrain.data.paths import FileHashes, cache_home, find_files
+from pretrain.data.encodings import check_encoding
+from pretrain.data.paths import FileHashes, cache_home, find_files, passed_over
 from pretrain.data.readers import (
     Piece,
+    Reading,
     _cell,
     _no_column,
     file_format,
     read_file,
 )
 from pretrain.errors import DataError
+from pretrain.settings.spelling import option, option_name
 from pretrain.storage.files import replacing
 
 __all__ = [
@@ -51,29 +55,119 @@ class Source(Protocol):
         ...
 
 
+# A source of which more than this share of the documents cannot be decoded is an error.
+_FEW = 0.05
+
+
 class FileSource:
-    """Files read one behind the other; see :func:`pretrain.data.readers.read_file`."""
+    """Files read one behind the other; see :func:`pretrain.data.readers.read_file`.
+
+    Args:
+        name: as the user wrote it.
+        files: in the order in which they are read.
+        text: column of the text in tables, or columns by file; see :func:`column_of`.
+        separator, encoding: see :class:`pretrain.data.readers.Reading`.
+        remark: a sentence about what was not read, kept in ``notes``.
+    """
 
     def __init__(
-        self, name: str, files: Sequence[Path], text: str = "text", separator: str | None = None
+        self,
+        name: str,
+        files: Sequence[Path],
+        text: str | Mapping[str, str] = "text",
+        separator: str | None = None,
+        encoding: str | None = None,
+        remark: str = "",
     ) -> None:
         self.name = name
         self.files = list(files)
         self.text = text
         self.separator = separator
+        self.encoding = check_encoding(encoding)
+        self._remark = remark
         self.notes: list[str] = []
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the documents of all files in pieces."""
-        self.notes.clear()
+        """Yield the documents of all files in pieces; the few that cannot be decoded are left out and counted.
+
+        Raises:
+            DataError: a file cannot be read, or many documents cannot be decoded.
+        """
+        self.notes[:] = [self._remark] if self._remark else []
+        left_out: list[Callable[[], DataError]] = []
+        count = plain = 0
         for file in self.files:
-            yield from read_file(
-                file, text=self.text, separator=self.separator, notes=self.notes.append
+            how = Reading(
+                column_of(self.text, file, self.name), self.separator, self.encoding, self.notes.append,
+                left_out.append,
+            )  # fmt: skip
+            before = count
+            for piece, end in read_file(file, how):
+                count += end
+                yield piece, end
+            plain += file_format(file) in ("text", None) and count == before + 1
+        if left_out:
+            error = left_out[0]()
+            if len(left_out) > _FEW * (count + len(left_out)):
+                total = count + len(left_out)
+                raise DataError(f"{error} {len(left_out):,} of {total:,} documents are like this.")
+            self.notes.append(
+                f"{len(left_out):,} documents cannot be decoded and are left out: {error}"
+            )
+        if self.separator is not None and plain and plain == len(self.files):
+            self.notes.append(
+                f"{option('separator', self.separator)} occurs in no file of {self.name}: each file is one document"
+                + (
+                    "; backslashes are ordinary characters (a shell writes $'\\n\\n')"
+                    * ("\\" in self.separator)
+                )
             )
 
     def fingerprint(self, hashes: FileHashes) -> str:
         """Hash contents and formats; names and places do not matter, the order of the files does."""
         return "files:" + ",".join(f"{file_format(file)}={hashes.of(file)}" for file in self.files)
+
+
+def column_of(text: str | Mapping[str, str], file: Path | str, source: str = "") -> str:
+    """Return the column of the text in a file.
+
+    Args:
+        text: one column for all, or a mapping from a file, a pattern of files (``"news/*.csv"``) or a source to its
+            column; the first key that fits counts, and ``text`` is the column where none does.
+        file: its path.
+        source: the name of the source to which it belongs.
+    """
+    if isinstance(text, str):
+        return text
+    path = str(file)
+    for key, name in text.items():
+        if key == source or fnmatch.fnmatchcase(path, key) or fnmatch.fnmatchcase(path, f"*/{key}"):
+            return name
+    return "text"
+
+
+def check_columns(text: Any, sources: Sequence[Source]) -> None:
+    """Raise DataError unless ``text`` is a column or a mapping of which every key fits something."""
+    if isinstance(text, str):
+        return
+    if not isinstance(text, Mapping) or not all(
+        isinstance(key, str) and isinstance(name, str) for key, name in text.items()
+    ):
+        raise DataError(
+            f"{option_name('text')} must be the name of a column, or a mapping from files to names, as in "
+            f"{option('text', {'a.csv': 'body'})}; found {text!r}."
+        )
+    named = [
+        (str(file), source.name) for source in sources for file in getattr(source, "files", [""])
+    ]
+    for key in text:
+        if not any(column_of({key: "\0"}, file, source) == "\0" for file, source in named):
+            files = [Path(file).name for file, _ in named[:5] if file]
+            raise DataError(
+                f"{option_name('text')} gives a column for {key!r}, but no file or source is called so; there are "
+                f"{', '.join(files or [name for _, name in named[:5]])}. Give a name, a path or a pattern such as "
+                "'*.csv'."
+            )
 
 
 class DatasetSource:
@@ -122,7 +216,7 @@ class HubSource:
     def pieces(self) -> Iterator[Piece]:
         """Yield the rows of the local copy, fetching it first if there is none."""
         self._fetch()
-        yield from read_file(self.file, text="text", separator=None, notes=self.notes.append)
+        yield from read_file(self.file, Reading(notes=self.notes.append))
 
     def fingerprint(self, hashes: FileHashes) -> str:
         """Hash the local copy; delete that file to fetch anew."""
@@ -276,15 +370,21 @@ def _boundary(text: str, first: int, last: int) -> int:
 
 
 def resolve_sources(
-    sources: Any, *, text: str = "text", separator: str | None = None, spool: Path | None = None
+    sources: Any,
+    *,
+    text: str | Mapping[str, str] = "text",
+    separator: str | None = None,
+    encoding: str | None = None,
+    spool: Path | None = None,
 ) -> tuple[list[Source], list[float] | None]:
     """Turn what the user wrote into sources and, for a mapping, their shares.
 
     Args:
         sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, ``datasets.Dataset``, a source object, a list of
             these, or a mapping from these to their share of the rows.
-        text: column of the text in tables.
+        text: column of the text in tables, or columns by file; see :func:`column_of`.
         separator: what stands between documents in plain text files.
+        encoding: of text files and tables; None is UTF-8.
         spool: where data sets of the hub are copied to.
 
     Raises:
@@ -292,7 +392,7 @@ def resolve_sources(
     """
     if separator == "":
         raise DataError(
-            'separator is empty; give the text between documents, for example "\\n\\n".'
+            f"separator is empty; give the text between documents, for example {option('separator', chr(10) * 2)}."
         )
     spool = spool or cache_home() / "hub"
     weights: list[float] | None = None
@@ -317,21 +417,27 @@ def resolve_sources(
         items = [sources]
     if not items:
         raise DataError("no source given; name files, a folder, a data set or 'python'.")
-    return [_resolve(item, text, separator, spool) for item in items], weights
+    return [_resolve(item, text, separator, encoding, spool) for item in items], weights
 
 
-def _resolve(item: Any, text: str, separator: str | None, spool: Path) -> Source:
+def _resolve(
+    item: Any,
+    text: str | Mapping[str, str],
+    separator: str | None,
+    encoding: str | None,
+    spool: Path,
+) -> Source:
     if isinstance(item, str | Path):
         name = str(item)
         # The word means the corpus whatever lies in the current folder; "./python" names a folder or file.
         if name == "python" and (isinstance(item, str) or not item.exists()):
             return PythonSource()
         if name.startswith("hub:"):
-            return HubSource(name.removeprefix("hub:"), text, spool)
-        return FileSource(name, find_files(name), text, separator)
+            return HubSource(name.removeprefix("hub:"), column_of(text, name), spool)
+        return FileSource(name, find_files(name), text, separator, encoding, passed_over(name))
     if hasattr(item, "column_names") and hasattr(item, "select_columns"):
         if hasattr(item, "__len__"):
-            return DatasetSource(item, text)
+            return DatasetSource(item, column_of(text, "dataset"))
         raise DataError(
             "a streamed datasets.IterableDataset can be read only once; give the name as 'hub:NAME' (it is copied to "
             "a local file first) or load it without streaming."

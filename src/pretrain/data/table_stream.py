@@ -16,7 +16,7 @@ from pretrain.data.archives import COMPRESSIONS
 from pretrain.data.delimited import _written_with_quotes as written_with_quotes
 from pretrain.data.delimited import distinct, numbered_names
 from pretrain.data.paths import find_files
-from pretrain.data.readers import csv_rows, json_rows
+from pretrain.data.readers import csv_rows, delimiter_of, json_rows
 from pretrain.data.table_files import TABLE_FORMATS, unhalved
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
@@ -98,7 +98,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _delimited(path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    delimiter = "," if kind == "csv" else "\t"
+    delimiter = delimiter_of(path, kind)
     quoting = kind == "csv" or written_with_quotes(path, delimiter)
     rows = csv_rows(path, delimiter=delimiter, quoting=quoting)
     number, top = next(rows, (1, []))

@@ -461,8 +461,9 @@ def train_tokenizer(
     *,
     vocab_size: int = 8192,
     lowercase: bool = False,
-    text: str = "text",
+    text: str | Mapping[str, str] = "text",
     separator: str | None = None,
+    encoding: str | None = None,
     sample_bytes: int = SAMPLE_BYTES,
 ) -> Tokenizer:
     """Train a tokenizer with distinct pad, eos, bos, mask and unk tokens.
@@ -474,6 +475,7 @@ def train_tokenizer(
         lowercase: WordPiece only: forget the case and the accents.
         text: column of the text in tables.
         separator: what stands between documents in plain text files.
+        encoding: of text files and tables; default UTF-8.
         sample_bytes: the tokenizer sees at most this much text, drawn evenly from all sources.
 
     Raises:
@@ -487,7 +489,9 @@ def train_tokenizer(
     sample = Sample(sample_bytes)
 
     def read() -> Iterator[None]:
-        for source in resolve_sources(sources, text=text, separator=separator)[0]:
+        for source in resolve_sources(sources, text=text, separator=separator, encoding=encoding)[
+            0
+        ]:
             for piece, _ in sized_pieces(source.pieces()):
                 sample.add(piece, 0, 0)
                 yield

@@ -211,6 +211,7 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
         valid=data.valid,
         text=data.text,
         separator=data.separator,
+        encoding=data.encoding,
         workers=data.workers,
         cache_dir=data.cache,
         quiet=quiet,

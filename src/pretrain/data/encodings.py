@@ -1,0 +1,199 @@
+"""Text files as bytes of UTF-8 with line feeds, whatever their encoding and their line ends."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from pretrain.data.archives import open_packed
+from pretrain.errors import DataError
+from pretrain.settings.spelling import option
+
+__all__ = ["check_encoding", "likely_encoding", "not_decodable", "open_text"]
+
+_BLOCK = 1 << 20
+_HEAD = 8192
+_MAGIC = {b"\x1f\x8b": "gzip data (name it .gz)", b"(\xb5/\xfd": "zstandard data (name it .zst)",
+          b"PAR1": "parquet data (name it .parquet)", b"PK\x03\x04": "a zip archive (unpack it)"}  # fmt: skip
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+          codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+# Written for bytes that an encoding does not know; in UTF-8 it stands nowhere, so the readers find it.
+_UNKNOWN = "\udcff"
+
+codecs.register_error("pretrain-unknown", lambda error: (_UNKNOWN, cast(Any, error).end))
+
+
+class _Translated(io.RawIOBase):
+    """The bytes of another stream after a function that is given them block by block, the last time b""."""
+
+    def __init__(self, raw: BinaryIO, translate: Callable[[bytes], bytes]) -> None:
+        self._raw, self._translate = raw, translate
+        self._ready, self._ended = memoryview(b""), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            block = self._raw.read(_BLOCK)
+            self._ended = not block
+            self._ready = memoryview(self._translate(block))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+
+def check_encoding(name: str | None) -> str | None:
+    """Return the usual name of an encoding, None for UTF-8.
+
+    Raises:
+        DataError: Python knows no such encoding of text.
+    """
+    if name is None:
+        return None
+    try:
+        found = codecs.lookup(name)
+        "".encode(name)
+    except (LookupError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{option('encoding', name)} is no encoding of text that Python knows; examples are utf-8, cp1252, "
+            "utf-16, shift_jis, gb18030."
+        ) from error
+    return None if found.name in ("utf-8", "utf-8-sig") else found.name
+
+
+@contextmanager
+def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedReader]:
+    """Open a text file, unpacked if need be, as bytes of UTF-8.
+
+    A byte order mark of UTF-16 or UTF-32 is obeyed. Where no line feed but a carriage return ends lines, as on old Macs
+    and in some exports of spreadsheets, it is read as a line feed. Bytes that the encoding does not know become 0xff.
+
+    Args:
+        path: the file.
+        encoding: see :func:`check_encoding`.
+
+    Raises:
+        DataError: the file is binary, or cannot be read.
+    """
+    with open_packed(path, _BLOCK) as opened:
+        stream = cast(io.BufferedReader, opened)
+        head = stream.peek(_HEAD)[:_HEAD]
+        for magic, meaning in _MAGIC.items():
+            if head.startswith(magic):
+                raise DataError(f"{path} is not text: it holds {meaning}.")
+        encoding = encoding or next(
+            (name for mark, name in _MARKS.items() if head.startswith(mark)), None
+        )
+        if encoding is not None:
+            decoder = codecs.getincrementaldecoder(encoding)("pretrain-unknown")
+
+            def recode(block: bytes) -> bytes:
+                return decoder.decode(block, final=not block).encode("utf-8", "surrogateescape")
+
+            stream = io.BufferedReader(_Translated(stream, recode), _BLOCK)
+            head = stream.peek(_HEAD)[:_HEAD]
+        place = head.find(b"\0")
+        if place >= 0:
+            raise DataError(
+                f"{path} is a binary file: byte {place} is NUL. Give text files, or convert this one to UTF-8 text."
+            )
+        if b"\n" not in head and b"\r" in head[:-1]:
+            stream = io.BufferedReader(
+                _Translated(stream, lambda block: block.replace(b"\r", b"\n")), _BLOCK
+            )
+        yield stream
+
+
+def not_decodable(
+    path: Path, line: int, byte: int, value: int, encoding: str | None, *, offset: int | None = None
+) -> DataError:
+    """The error for a byte that is no text in the encoding of its file, with what the encoding may be.
+
+    Args:
+        path: the file.
+        line: its number, from 1.
+        byte: the place in the line, from 1.
+        value: of the byte.
+        encoding: that was asked for; None is UTF-8.
+        offset: of the byte in the file, where it is known.
+    """
+    if encoding is not None:
+        return DataError(
+            f"{path}:{line} is not {encoding}: a byte of this line stands for no character. Choose another "
+            f"{option('encoding')}, or correct the file."
+        )
+    of = f", offset {offset} of the file" if offset is not None else ""
+    likely = likely_encoding(path)
+    cause = (
+        f"It looks like {likely}: {option('encoding', likely)}, or convert it: iconv -f {likely} -t UTF-8."
+        if likely
+        else "The file is damaged or no text."
+    )
+    return DataError(
+        f"{path}:{line}:{byte} is not UTF-8: byte 0x{value:02x} (byte {byte} of line {line}{of}). {cause}"
+    )
+
+
+_SCRIPTS = {
+    "shift_jis": "\u3040-\u30ff", "euc_jp": "\u3040-\u30ff", "euc_kr": "\uac00-\ud7a3", "gb18030": "\u4e00-\u9fa5",
+    "big5": "\u4e00-\u9fa5",
+}  # fmt: skip
+# In each the letters of running text, which are mostly small, lie elsewhere.
+_CYRILLIC = ("cp1251", "koi8_r", "cp866")
+
+
+def likely_encoding(path: Path) -> str | None:
+    """Guess in what a file is written that is not UTF-8; None where nothing fits."""
+    with open_packed(path, _BLOCK) as stream:
+        data = stream.read(_BLOCK >> 2)
+        if stream.read(1):  # no character is cut at the end
+            data = data[: data.rfind(b"\n") + 1] or data
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", data)]
+    if not runs or data.count(b"\0"):
+        return None
+    if data.decode("utf-8", "replace").count("\ufffd") * 4 < sum(runs):
+        return None  # nearly all is UTF-8, so the file is damaged
+    best, score = None, 0.0
+    for name, script in _SCRIPTS.items():
+        try:
+            text = data.decode(name)
+        except UnicodeDecodeError:
+            continue
+        foreign = [char for char in text if char > "\x7f"]
+        share = len(re.findall(f"[{script}]", "".join(foreign))) / max(1, len(foreign))
+        if name in ("gb18030", "big5"):
+            # Any bytes make Chinese characters, but only the right encoding makes many of the frequent ones; kana lie
+            # where Japanese encodings have them.
+            kana = len(re.findall("[\u3040-\u30ff]", text)) * 5 > len(foreign)
+            share *= (
+                0.0 if kana else min(1.0, 4 * sum(c in _FREQUENT for c in foreign) / len(foreign))
+            )
+        if share > max(score, 0.3):
+            best, score = name, share
+    # Two bytes a character, the second of which may be ASCII in these two.
+    if best is not None and (best in ("shift_jis", "big5") or sum(runs) / len(runs) >= 2):
+        return best
+    if sum(runs) / len(runs) >= 3:
+        small = {
+            name: sum(c.islower() and c > "\x7f" for c in data.decode(name, "replace"))
+            for name in _CYRILLIC
+        }
+        return max(small, key=small.__getitem__)
+    try:
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "cp1252"
+
+
+_FREQUENT = set(
+    "的一是不了在人有我他这這个個们們中来來上大为為和国國地到以说說时時要就出"
+    "会會可也你对對生能而子那得于於着著下自之年"
+)
