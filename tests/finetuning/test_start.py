@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,12 +103,21 @@ def test_what_is_frozen_is_counted(checkpoint: str) -> None:
             freeze(starting_model(checkpoint, TASK, ANIMALS, quiet=True), wrong)
 
 
-def test_the_automatic_rate_falls_with_the_width() -> None:
-    rates = [automatic_lr(model_of(hidden_size=size)) for size in (16, 64, 256)]
-    assert rates == sorted(rates, reverse=True)
-    assert automatic_lr(model_of(hidden_size=768)) == pytest.approx(3e-5)
-    model = model_of(hidden_size=64)
-    assert automatic_lr(model, adapter=True) == pytest.approx(10 * automatic_lr(model), rel=0.05)
+def test_the_automatic_rate_falls_with_width_and_depth() -> None:
+    def lr(size: int, layers: int, **options: Any) -> float:
+        config = SimpleNamespace(hidden_size=size)
+        backbone: Any = SimpleNamespace(config=config, blocks=lambda: [None] * layers)
+        return automatic_lr(SimpleNamespace(backbone=backbone), **options)  # type: ignore[arg-type]
+
+    sizes = [(64, 2), (128, 2), (256, 4), (384, 6), (768, 12), (1024, 24)]
+    rates = [lr(*size) for size in sizes]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
+    # What the papers of BERT and of its small relatives use.
+    assert 2e-5 <= lr(768, 12) <= 6e-5 and 1e-5 <= lr(1024, 24) <= 5e-5
+    assert lr(16, 1) == lr(32, 1) and lr(4096, 32) == lr(8192, 80), "a rate without a bound"
+    assert lr(64, 4, adapter=True) == pytest.approx(10 * lr(64, 4), rel=0.05)
+    model = model_of(hidden_size=256, num_layers=2)
+    assert automatic_lr(model) == lr(256, 2)
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Classical baselines: what a task yields without a transformer, at the same labels and tuned on the same rows.
+"""Baselines under a linear model: what a task yields without fine-tuning, at the same labels, tuned on the same rows.
 
-Two of them. TF-IDF of words and pairs of words under a linear model (Joachims, 1998; Wang and Manning, 2012) sees
-the labelled rows alone, like a model trained from scratch. Latent semantic analysis (Deerwester et al., 1990) first
-reads unlabelled text, as pre-training does, so that it is the honest opponent of a model that was pre-trained on the
-text of the task. Strength of the penalty and stop words are chosen on the validation rows; the test rows are used
-once, after the choice. Both need scikit-learn, the extra ``eval``.
+Two of them do without a transformer. TF-IDF of words and pairs of words under a linear model (Joachims, 1998; Wang and
+Manning, 2012) sees the labelled rows alone, like a model trained from scratch. Latent semantic analysis (Deerwester et
+al., 1990) first reads unlabelled text, as pre-training does, so that it is the honest opponent of a model that was
+pre-trained on the text of the task. The third is a linear probe (Alain and Bengio, 2016): the same linear model on the
+checkpoint's own embeddings, which stay as they are. Strength of the penalty and stop words are chosen on the validation
+rows; the test rows are used once, after the choice. All need scikit-learn, the extra ``eval``.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pretrain import metrics
 from pretrain.errors import ConfigError, DataError
 
-__all__ = ["METRICS", "Lsa", "lsa_baseline", "tfidf_baseline"]
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["METRICS", "Lsa", "lsa_baseline", "probe_baseline", "tfidf_baseline"]
 
 Text = str | tuple[str, str]
 Features = Callable[[Sequence[Text]], Any]
 
 GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
+PROBE_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # embeddings of variance 1 need a stronger penalty
 
 # What a baseline can be tuned for and scored by; higher is better for every one of them.
 _OF_CLASSES: dict[str, Callable[[Any], float]] = {
@@ -185,6 +190,56 @@ def lsa_baseline(
         for words, transform in space.spaces
     )
     return _tuned(variants, rows, grid, metric, seed)
+
+
+def probe_baseline(
+    model: Model,
+    train_texts: Sequence[Text],
+    train_labels: Sequence[Any],
+    valid_texts: Sequence[Text],
+    valid_labels: Sequence[Any],
+    test_texts: Sequence[Text],
+    test_labels: Sequence[Any],
+    *,
+    grid: Sequence[float] = PROBE_GRID,
+    metric: str = "accuracy",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A linear probe: the mean of the model's last hidden states, under logistic or ridge regression.
+
+    Args:
+        model: with a tokenizer; it is not changed.
+        train_texts: texts or pairs of texts, as for ``tfidf_baseline``.
+        train_labels: classes, or numbers if ``metric`` is a correlation.
+        valid_texts: rows on which ``C`` is chosen.
+        valid_labels: their labels.
+        test_texts: rows that only the chosen model sees, once.
+        test_labels: their labels.
+        grid: values of C to choose from.
+        metric: one of ``METRICS``.
+        seed: of the solver.
+
+    Returns:
+        The same as ``tfidf_baseline``, and the same errors are raised.
+    """
+    from pretrain.generate import embed
+
+    rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
+    pairs = _checked(rows, grid, STOP_WORDS, metric)
+    raw = _features(lambda texts: embed(model, texts).numpy(), pairs)
+    scale: list[Any] = []
+
+    def features(texts: Sequence[Text]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # long texts are cut, as in fine-tuning
+            x = raw(texts)
+        # The training rows come first: all parts are scaled as they need.
+        if not scale:
+            scale.extend((x.mean(0), x.std(0) + 1e-6))
+        return (x - scale[0]) / scale[1]
+
+    settings = {"features": "means of the last hidden states", "stop_words": None}
+    return _tuned([(settings, features)], rows, grid, metric, seed)
 
 
 def _tuned(

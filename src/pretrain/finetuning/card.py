@@ -103,6 +103,8 @@ def model_card(result: Finetuned) -> str:
         "",
         *_figures(result),
         "",
+        *(f"- {one_line(line)}" for line in result.remarks),
+        *([""] if result.remarks else []),
         *_labels(result),
         "## Data",
         "",

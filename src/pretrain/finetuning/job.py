@@ -21,6 +21,7 @@ from pretrain.finetuning.settings import TuneConfig
 from pretrain.finetuning.start import (
     automatic_lr,
     classes_of,
+    earlier_lr,
     freeze,
     starting_model,
     touched_early,
@@ -30,8 +31,9 @@ from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.parts import copy_whole
 from pretrain.parallel.world import current_world
-from pretrain.storage.chosen import BEST, SWEEP, swept_rate, write_choice
+from pretrain.storage.chosen import BEST, SWEEP, run_state, swept_rate, write_choice
 from pretrain.storage.files import note
+from pretrain.storage.manifest import candidates
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.restore import load_weights
 from pretrain.training.run import check_same_run, has_begun
@@ -44,8 +46,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Job"]
 
-_LEAST_STEPS, _EPOCHS, _MOST_EVALS = 250, 3.0, 20
+_MOST_EVALS = 20
+# A run takes three epochs, and more where that is fewer than 500 steps: at most twenty, but at least 100 steps.
+_EPOCHS, _FEW_STEPS, _EPOCHS_OF_FEW, _LEAST_STEPS = 3.0, 500, 20, 100
+_SWEEP_STEPS = 250
 _SWEEP = (1 / 3, 1.0, 3.0)
+
+
+def automatic_steps(epoch: int) -> int:
+    """Steps of a run whose length nobody has set; ``epoch`` is the steps of one pass over its rows."""
+    few = min(_FEW_STEPS, max(_EPOCHS_OF_FEW * epoch, _LEAST_STEPS))
+    return max(round(_EPOCHS * epoch), few)
 
 
 def grid(middle: float) -> list[float]:
@@ -169,7 +180,25 @@ class Job:
             return train.limit, epoch
         if train.epochs:
             return f"{max(1, round(train.epochs * epoch))} steps", epoch
-        return f"{max(_LEAST_STEPS, round(_EPOCHS * epoch))} steps", epoch
+        return f"{automatic_steps(epoch)} steps", epoch
+
+    def settle(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
+        """Learning rate and length of the run: those given, else those it began with, else those of sweep and rules."""
+        settings, begun = self.settings, has_begun(out)
+        lr, (limit, _) = self.lr(task), self.steps(examples)
+        if isinstance(settings.optim.lr, str):
+            before = swept_rate(out) if begun else None
+            if before is not None:
+                lr = before
+            elif settings.optim.lr == "sweep":
+                lr = self.sweep(lr)
+            elif begun:
+                lr = earlier_lr(task.model, adapter=bool(settings.method.lora))
+        if begun and not settings.train.limit and not settings.train.epochs:
+            states = map(run_state, candidates(out))
+            known = [state["total_steps"] for state in states if state.get("total_steps")]
+            limit = f"{known[0]} steps" if known else limit
+        return lr, limit
 
     def trainer(
         self,
@@ -235,11 +264,7 @@ class Job:
         held_out = None
         if len(data.valid):
             held_out = encode(task, data.valid, "validation", settings.data.max_cut, notes)
-        lr = self.lr(task)
-        if settings.optim.lr == "sweep":
-            # A run that goes on keeps the rate that it began with.
-            before = swept_rate(out) if has_begun(out) else None
-            lr = self.sweep(lr) if before is None else before
+        lr, limit = self.settle(task, len(rows), out)
         said = [line for line in notes if "recur" not in line]
         for line in () if self.quiet else (*self.overview(rows, task), *said):
             note(line)
@@ -249,7 +274,6 @@ class Job:
         for part in (rows, held_out, tested):
             if part is not None:
                 task.prepare_reference(part)
-        limit, _ = self.steps(len(rows))
         trainer = self.trainer(
             task, rows, held_out, out=out, lr=lr, limit=limit, seed=seed, hooks=hooks
         )
@@ -349,7 +373,7 @@ class Job:
         if not len(valid):
             raise DataError('lr="sweep" chooses by held-out rows, and there are none. Set valid.')
         _, epoch = self.steps(len(train))
-        limit = f"{max(50, min(4 * epoch, _LEAST_STEPS))} steps"
+        limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed
         found = {
             lr: self.score(train, valid, lr=lr, limit=limit, seed=seed)[0]

@@ -90,14 +90,9 @@ def _subtitle(result: Finetuned) -> str:
     return " · ".join(words)
 
 
-def monitor(result: Finetuned) -> str:
-    """Name of the figure by which the best evaluation was chosen."""
-    return str(result.settings.train.monitor or result.task.metric)
-
-
 def _tiles(result: Finetuned) -> str:
     tiles = []
-    main = monitor(result)
+    main = result.monitor
     for part, figures in (("test", result.test_metrics or {}), ("held-out", result.metrics)):
         keys = [main, *(key for key in figures if key not in (main, *_COUNTS))]
         tiles += [
@@ -126,7 +121,7 @@ def _comparison(result: Finetuned) -> str:
 def _curves(result: Finetuned, history: History) -> str:
     if not history.train and not history.evals:
         return ""
-    main = monitor(result)
+    main = result.monitor
     keys = [main, *(key for record in history.evals for key in record["eval"])]
     keys = [key for key in dict.fromkeys(keys) if key != "loss" and key not in _COUNTS]
     drawn: list[str] = []
@@ -159,7 +154,14 @@ def _figures(result: Finetuned) -> str:
         parts.append(("guessing", result.trivial))
     keys = list(dict.fromkeys(key for _, figures in parts for key in figures))
     rows = [[key.replace("_", " "), *(_number(f.get(key)) for _, f in parts)] for key in keys]
-    return "<h2>Figures</h2>" + table(["", *(name for name, _ in parts)], rows) if rows else ""
+    if not rows:
+        return ""
+    said = "".join(f"<li>{escape(line)}</li>" for line in result.remarks)
+    return (
+        "<h2>Figures</h2>"
+        + table(["", *(name for name, _ in parts)], rows)
+        + (f'<div class="card"><ul>{said}</ul></div>' if said else "")
+    )
 
 
 def _number(value: Any) -> Any:

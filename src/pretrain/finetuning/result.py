@@ -95,6 +95,18 @@ class Finetuned:
         return self.data.fingerprint
 
     @property
+    def monitor(self) -> str:
+        """The figure that the best evaluation was chosen by."""
+        return self.settings.train.monitor or self.task.metric
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """Sentences on the run: that it ended too early, overfitted, learnt nothing, or is below a baseline."""
+        from pretrain.finetuning.remarks import remarks
+
+        return remarks(self)
+
+    @property
     def path(self) -> Path:
         """Directory of the run."""
         return self.run.path
@@ -225,6 +237,7 @@ class Finetuned:
         for name, figures in self._figures():
             shown = [f"{k} {v:.4f}" for k, v in figures.items() if k != "targets"]
             lines.append(f"  {name}: {', '.join(shown)}")
+        lines += [f"  note: {line}" for line in self.remarks]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -238,7 +251,9 @@ class Finetuned:
         )
         picture = loss_svg(sort_records(self.run.history)) if self.run is not None else ""
         title = html.escape(repr(self).splitlines()[0])
-        return f"<p>{title}</p><table><tr><th></th>{head}</tr>{body}</table>{picture}"
+        said = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks)
+        said = f"<ul>{said}</ul>" if said else ""
+        return f"<p>{title}</p><table><tr><th></th>{head}</tr>{body}</table>{said}{picture}"
 
 
 def _cells(names: Sequence[str], figures: Mapping[str, float]) -> str:

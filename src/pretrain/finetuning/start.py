@@ -18,7 +18,18 @@ from pretrain.training.source import open_source
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
 
-__all__ = ["automatic_lr", "classes_of", "freeze", "starting_model", "touched_early", "versions"]
+__all__ = [
+    "automatic_lr",
+    "classes_of",
+    "earlier_lr",
+    "freeze",
+    "starting_model",
+    "touched_early",
+    "versions",
+]
+
+# Of a model of as many layers of that width, the power by which it falls with their product, and its bounds.
+_LR, _SIZE, _POWER, _LR_BOUNDS = 3e-5, 768 * 12, 7 / 6, (1e-5, 4e-3)
 
 
 def starting_model(
@@ -202,10 +213,21 @@ def freeze(model: Model, what: str | int) -> int:
 
 
 def automatic_lr(model: Model, *, adapter: bool = False) -> float:
-    """Peak learning rate of AdamW by the width of the model.
+    """Peak learning rate of AdamW by the size of the model: 3e-5 * (9216 / (width * layers)) ** (7 / 6).
 
-    3e-5 at the width of BERT-base, as in its paper's appendix A.3, and more for narrower models by the power 1.5,
-    which meets the rates that models of width 128 are fine-tuned with best; ten times as much for an adapter.
+    A step of Adam moves every weight by the learning rate, so that the output of a matrix moves with its width, and
+    what the blocks add to the residual stream with their number. The curve goes through the rate of BERT-base (appendix
+    A.3 of its paper) and 2e-3 for two layers of 128; docs/lab-log.md has the measurements. It is cut at 4e-3, from
+    where small models no longer gain, and at 1e-5, which larger ones are fine-tuned with. An adapter gets ten times as
+    much.
     """
+    size = int(model.backbone.config.hidden_size) * len(model.backbone.blocks())
+    low, high = _LR_BOUNDS
+    lr = min(max(_LR * (_SIZE / size) ** _POWER, low), high)
+    return float(f"{lr * (10 if adapter else 1):.2g}")
+
+
+def earlier_lr(model: Model, *, adapter: bool = False) -> float:
+    """The automatic rate of runs that were begun before ``automatic_lr`` counted layers, for going on with them."""
     lr = 3e-5 * (768 / int(model.backbone.config.hidden_size)) ** 1.5
     return float(f"{lr * (10 if adapter else 1):.2g}")

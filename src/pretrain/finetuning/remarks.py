@@ -1,0 +1,159 @@
+"""What the figures of a fine-tuned model say about how it was trained, in sentences for the summary and the report.
+
+A run that ended too early, one that overfitted, a model that gives the same answer to everything, and one that is worse
+than a linear model on counts of words all end without an error. Each of them is said in one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pretrain.errors import DataError
+from pretrain.metrics import LOWER_IS_BETTER
+
+if TYPE_CHECKING:
+    from pretrain.finetuning.result import Finetuned
+    from pretrain.training.state import Run
+
+__all__ = ["remarks", "texts_of"]
+
+# An improvement at the end that is worth a line: of a figure between 0 and 1, and of any other one as a share of it.
+_RISE, _RELATIVE_RISE = 0.005, 0.01
+# The held-out loss of an overfitted run ends so many times its lowest value.
+_OVERFIT = 1.15
+# The classical baseline is only computed where it takes about a second: rows times classes, and characters.
+_CELLS, _CHARACTERS = 12_000, 2_000_000
+
+
+def remarks(result: Finetuned) -> list[str]:
+    """One sentence for each of the four that applies; none for a trial that kept nothing."""
+    run: Run | None = result.run
+    if run is None:
+        return []
+    found = [
+        still_improving(run.history, result.monitor),
+        overfitted(run.history),
+        _constant(result),
+        _classical(result),
+    ]
+    return [line for line in found if line]
+
+
+def still_improving(history: Sequence[Mapping[str, Any]], monitor: str) -> str | None:
+    """The last evaluation is the best, and clearly better than all but the last fifth of the evaluations."""
+    curve = _curve(history, monitor)
+    if len(curve) < 3:
+        return None
+    sign = -1.0 if monitor in LOWER_IS_BETTER else 1.0
+    last_step, last = curve[-1]
+    before = curve[: -max(1, len(curve) // 5)]
+    step, best = max(before, key=lambda point: sign * point[1])
+    rise = sign * (last - best)
+    enough = _RISE if 0 <= last <= 1 and sign > 0 else _RELATIVE_RISE * abs(best)
+    if rise <= enough or any(sign * value > sign * last for _, value in curve):
+        return None
+    return (
+        f"the held-out {monitor} still {'rose' if sign > 0 else 'fell'} when the run ended ({best:.4g} after step "
+        f"{step:,}, {last:.4g} after step {last_step:,}): more epochs may help"
+    )
+
+
+def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """The held-out loss ended well above its lowest value while the training loss fell."""
+    held_out = _curve(history, "loss")
+    training = [(int(r["step"]), float(r["loss"])) for r in history if "loss" in r]
+    if len(held_out) < 2 or len(training) < 2:
+        return None
+    (low_step, low), (last_step, last) = min(held_out, key=lambda p: p[1]), held_out[-1]
+    then = min(training, key=lambda point: abs(point[0] - low_step))[1]
+    now = training[-1][1]
+    if last < _OVERFIT * low or not now < then:
+        return None
+    return (
+        f"the run overfitted: the held-out loss rose from {low:.4g} (step {low_step:,}) to {last:.4g} (step "
+        f"{last_step:,}) while the training loss fell from {then:.4g} to {now:.4g}. More rows, fewer epochs or a "
+        f"lower learning rate may help"
+    )
+
+
+def _constant(result: Finetuned) -> str | None:
+    """All held-out rows get one answer, though they have several."""
+    figures, table = result.metrics, result.data.valid
+    # These figures are 0, or no number, wherever the answers are all alike; only then is it worth predicting.
+    suspect = [figures[name] for name in ("mcc", "micro_f1", "f1", "pearson") if name in figures]
+    if not len(table) or not suspect or (suspect[0] != 0.0 and not math.isnan(suspect[0])):
+        return None
+    answers = list(result.task.predict(table))
+    said = {
+        repr(answer.get("label", answer.get("answer", answer.get("score")))) for answer in answers
+    }
+    if len(said) != 1:
+        return None
+    return (
+        f"the model gives the same answer to all {len(answers):,} held-out rows ({said.pop()[:60]}): it has learnt "
+        f"nothing that tells them apart"
+    )
+
+
+def _classical(result: Finetuned) -> str | None:
+    """TF-IDF under a linear model does better on the same rows."""
+    found = classical_baseline(result)
+    if found is None:
+        return None
+    metric, theirs, ours, where = found
+    if not theirs > ours:
+        return None
+    linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
+    return (
+        f"a classical baseline is better: TF-IDF with {linear} on the same rows has {metric} {theirs:.4f} on the "
+        f"{where} rows, this model {ours:.4f}"
+    )
+
+
+def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | None:
+    """Metric, the figure of TF-IDF, that of the model, and the rows they were taken on.
+
+    None where there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
+    are so many rows that it would take more than a moment.
+    """
+    from pretrain.finetuning.baseline import METRICS, tfidf_baseline
+
+    data, metric = result.data, result.monitor
+    held, where = (data.test, "test") if data.test is not None else (data.valid, "held-out")
+    ours = (result.test_metrics or {}) if data.test is not None else result.metrics
+    if result.task.name not in ("classification", "regression") or metric not in METRICS:
+        return None
+    if not len(data.valid) or metric not in ours or importlib.util.find_spec("sklearn") is None:
+        return None
+    parts = [(texts_of(table), table.columns["label"]) for table in (data.train, data.valid, held)]
+    size = sum(len(str(text)) for texts, _ in parts for text in texts)
+    classes = len(result.labels or ()) or 2
+    if len(data.train) * classes > _CELLS * 2 or size > _CHARACTERS:
+        return None
+    try:
+        found = tfidf_baseline(
+            *(column for part in parts for column in part),
+            grid=(1.0, 10.0),
+            stop_words=(None,),
+            metric=metric,
+        )
+    except DataError:
+        return None
+    return metric, found["score_test"], ours[metric], where
+
+
+def texts_of(table: Any) -> list[Any]:
+    """The texts of a table by role: single ones, or pairs."""
+    columns = table.columns
+    if "pair" in columns:
+        return list(zip(columns["text"], columns["pair"], strict=True))
+    return list(columns["text"])
+
+
+def _curve(history: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[int, float]]:
+    """(step, figure) of every evaluation that has a number there."""
+    points = [(int(r["step"]), r["eval"].get(figure, math.nan)) for r in history if "eval" in r]
+    return [(step, float(value)) for step, value in points if math.isfinite(value)]

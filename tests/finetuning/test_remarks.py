@@ -1,0 +1,96 @@
+"""What a run says about itself: each remark where it applies, and none where it does not."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetuning.conftest import QUICK, rows_of
+from pretrain import finetune
+from pretrain.finetuning.remarks import overfitted, remarks, still_improving
+
+
+def history(evals: list[float], figure: str, training: list[float] | None = None) -> list[Any]:
+    """Evaluations after 10, 20, ... steps, and the training losses logged beside them."""
+    records: list[Any] = [
+        {"step": 10 * (i + 1), "eval": {figure: value}} for i, value in enumerate(evals)
+    ]
+    return records + [
+        {"step": 10 * (i + 1), "loss": loss, "lr": 1.0} for i, loss in enumerate(training or [])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("figure", "values", "said"),
+    [
+        ("accuracy", [0.3, 0.4, 0.5, 0.6, 0.7], True),
+        ("accuracy", [0.3, 0.4, 0.7, 0.7, 0.7], False),
+        ("accuracy", [0.3, 0.4, 0.5, 0.8, 0.7], False),
+        ("accuracy", [0.700, 0.701, 0.701, 0.702], False),
+        ("accuracy", [0.3, 0.9], False),
+        ("loss", [3.0, 2.5, 2.2, 2.0], True),
+        ("loss", [3.0, 2.5, 2.2, 2.3], False),
+        ("pearson", [math.nan, 0.1, 0.2, 0.3], True),
+        ("mse", [9.0, 8.0, 7.0, 6.0], True),
+    ],
+)
+def test_a_run_that_ended_while_it_still_improved(
+    figure: str, values: list[float], said: bool
+) -> None:
+    line = still_improving(history(values, figure), figure)
+    assert (line is not None) == said
+    assert line is None or figure in line
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=30))
+def test_only_a_best_last_evaluation_still_improves(values: list[float]) -> None:
+    """For a figure that rises and its mirror image that falls."""
+    best_is_last = values[-1] >= max(values)
+    for figure, curve in (("accuracy", values), ("loss", [2 - v for v in values])):
+        if still_improving(history(curve, figure), figure):
+            assert best_is_last
+
+
+@pytest.mark.parametrize(
+    ("evals", "training", "said"),
+    [
+        ([1.2, 1.0, 1.5], [1.1, 0.8, 0.2], True),
+        ([1.2, 1.0, 1.05], [1.1, 0.8, 0.2], False),  # hardly rose
+        ([1.2, 1.0, 1.5], [1.1, 0.8, 1.3], False),  # the training loss rose as well: it diverged
+        ([1.5, 1.2, 1.0], [1.1, 0.8, 0.2], False),
+        ([1.0], [1.0], False),
+    ],
+)
+def test_a_run_that_overfitted(evals: list[float], training: list[float], said: bool) -> None:
+    line = overfitted(history(evals, "loss", training))
+    assert (line is not None) == said
+
+
+def test_one_answer_to_everything_is_said_in_summary_page_and_card(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    """A step of nearly nothing leaves a model that names one class; its labels are drawn by lot besides."""
+    rows = [{**row, "label": "cat" if i % 4 else "dog"} for i, row in enumerate(rows_of(48))]
+    given = {**QUICK, "lr": 1e-9, "limit": "1 steps"}
+    result = finetune(checkpoint, rows, task="classification", out=tmp_path / "run", **given)
+    answers = {answer["label"] for answer in result.predict([row["text"] for row in rows])}
+    said = [line for line in result.remarks if "same answer" in line]
+    assert bool(said) == (len(answers) == 1)
+    page = result.report().read_text("utf-8")
+    card = (tmp_path / "run" / "README.md").read_text("utf-8")
+    for line in result.remarks:
+        assert line in repr(result) and line[:40] in page and line[:40] in card
+
+
+def test_a_better_classical_baseline_is_said(checkpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    given = {**QUICK, "lr": 1e-9, "limit": "1 steps"}
+    result = finetune(checkpoint, rows_of(96), task="classification", out=tmp_path / "run", **given)
+    assert any("TF-IDF" in line for line in result.remarks)
+    result.metrics["accuracy"] = 1.0
+    assert not any("TF-IDF" in line for line in remarks(result))
