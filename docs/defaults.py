@@ -398,7 +398,7 @@ SWEEP = (3.0, 1 / 3, 9.0, 1 / 9)
 def _final(model: str) -> Iterator[dict[str, Any]]:
     """Default, sweep and scratch of one seed, the baselines, then two more seeds of the default and of scratch."""
     # The rate of the default is the same for all tasks of a checkpoint.
-    middle = {"mb64": 4e-3, "mb128": 2e-3, "bert128": 2e-3, "minilm": 1.5e-4}[model]
+    middle = {"mb64": 2.6e-3, "mb128": 1.3e-3, "bert128": 1.3e-3, "minilm": 1.4e-4}[model]
     for task in TABLE:
         yield _tune(task, model)
         yield _tune(task, model, scratch=True)

@@ -46,6 +46,11 @@ class Result:
     comparison: Any = None
     matrix: Any = None
     mistakes: list[dict[str, Any]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def monitor(self) -> str:
+        return self.settings.train.monitor or str(self.task.metric)
 
     @property
     def model(self) -> Any:
