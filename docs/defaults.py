@@ -305,9 +305,9 @@ def classical(spec: dict[str, Any], model: str, out: Path) -> dict[str, Any]:
     if spec["kind"] == "tfidf":
         found = tfidf_baseline(*args, metric=metric)
     else:
-        from pretrain.finetuning.baseline import probe_baseline
+        from pretrain.finetuning.baseline import embeddings, probe_baseline
 
-        found = probe_baseline(pretrain.load(model), *args, metric=metric)
+        found = probe_baseline(embeddings(pretrain.load(model)), *args, metric=metric)
     return {"valid": found["score_valid"], "test": found["score_test"]}
 
 

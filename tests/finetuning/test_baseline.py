@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning import baseline
-from pretrain.finetuning.baseline import Lsa, lsa_baseline, tfidf_baseline
+from pretrain.finetuning.baseline import Lsa, lsa_baseline, probe_baseline, tfidf_baseline
 
 pytest.importorskip("sklearn")
 
@@ -191,6 +191,26 @@ def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
     for call in (lambda: tfidf_baseline(*rows()), lambda: Lsa(["a b", "c d"])):
         with pytest.raises(ConfigError, match=r'pip install "pretrain\[eval\]"'):
             call()
+
+
+def test_the_probe_is_the_linear_model_of_sklearn_on_scaled_embeddings() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    vectors = {f"t{i}": rng.normal(size=6) * [1, 5, 1, 1, 1, 1] + 3 for i in range(90)}
+    texts, labels = list(vectors), [int(v[0] > 3) for v in vectors.values()]
+
+    def embed(some):
+        return np.stack([vectors[text] for text in some])
+
+    parts = [slice(0, 40), slice(40, 60), slice(60, 90)]
+    args = [column for part in parts for column in (texts[part], labels[part])]
+    found = probe_baseline(embed, *args, grid=(1.0,))
+    x = embed(texts)
+    x = (x - x[:40].mean(0)) / (x[:40].std(0) + 1e-6)
+    model = LogisticRegression(C=1.0, max_iter=1000).fit(x[:40], labels[:40])
+    assert found["score_test"] == pytest.approx(model.score(x[60:], labels[60:]))
+    assert found["score_valid"] == pytest.approx(model.score(x[40:60], labels[40:60]))
 
 
 def test_published_figures_on_ag_news(data_sets):

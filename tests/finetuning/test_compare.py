@@ -57,7 +57,7 @@ def test_both_arms_and_the_baselines(checkpoint: str, tmp_path: Path, tested: bo
     result = compared(checkpoint, tmp_path / "run", label_counts=[12, 30], **more)
     found = result.comparison
     assert found.metric == "accuracy" and list(found.counts) == [12, 30]
-    assert set(found.arms) == {"pretrained", "scratch", "tfidf", "lsa"}
+    assert set(found.arms) == {"pretrained", "scratch", "tfidf", "lsa", "probe"}
     for by_count in found.arms.values():
         assert all(
             len(scores) == 2 and all(0 <= x <= 1 for x in scores) for scores in by_count.values()

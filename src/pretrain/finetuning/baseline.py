@@ -24,10 +24,11 @@ from pretrain.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["METRICS", "Lsa", "lsa_baseline", "probe_baseline", "tfidf_baseline"]
+__all__ = ["METRICS", "Lsa", "embeddings", "lsa_baseline", "probe_baseline", "tfidf_baseline"]
 
 Text = str | tuple[str, str]
 Features = Callable[[Sequence[Text]], Any]
+Vectors = Callable[[Sequence[str]], Any]
 
 GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
@@ -192,8 +193,20 @@ def lsa_baseline(
     return _tuned(variants, rows, grid, metric, seed)
 
 
+def embeddings(model: Model) -> Vectors:
+    """The mean of the last hidden states of each text; long texts are cut without a word, as all arms cut them."""
+    from pretrain.generate import embed
+
+    def transform(texts: Sequence[str]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return embed(model, texts).numpy()
+
+    return transform
+
+
 def probe_baseline(
-    model: Model,
+    embed: Vectors,
     train_texts: Sequence[Text],
     train_labels: Sequence[Any],
     valid_texts: Sequence[Text],
@@ -205,10 +218,10 @@ def probe_baseline(
     metric: str = "accuracy",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A linear probe: the mean of the model's last hidden states, under logistic or ridge regression.
+    """A linear probe: what a frozen model makes of the texts, under logistic or ridge regression.
 
     Args:
-        model: with a tokenizer; it is not changed.
+        embed: a vector of each text, such as ``embeddings(model)``.
         train_texts: texts or pairs of texts, as for ``tfidf_baseline``.
         train_labels: classes, or numbers if ``metric`` is a correlation.
         valid_texts: rows on which ``C`` is chosen.
@@ -222,23 +235,18 @@ def probe_baseline(
     Returns:
         The same as ``tfidf_baseline``, and the same errors are raised.
     """
-    from pretrain.generate import embed
-
     rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
-    pairs = _checked(rows, grid, STOP_WORDS, metric)
-    raw = _features(lambda texts: embed(model, texts).numpy(), pairs)
+    raw = _features(embed, _checked(rows, grid, STOP_WORDS, metric))
     scale: list[Any] = []
 
     def features(texts: Sequence[Text]) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # long texts are cut, as in fine-tuning
-            x = raw(texts)
+        x = raw(texts)
         # The training rows come first: all parts are scaled as they need.
         if not scale:
             scale.extend((x.mean(0), x.std(0) + 1e-6))
         return (x - scale[0]) / scale[1]
 
-    settings = {"features": "means of the last hidden states", "stop_words": None}
+    settings = {"features": "embeddings of the checkpoint", "stop_words": None}
     return _tuned([(settings, features)], rows, grid, metric, seed)
 
 

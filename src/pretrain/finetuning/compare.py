@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.remarks import texts_of
 from pretrain.finetuning.transfer import Comparison, Notes
 from pretrain.metrics import LOWER_IS_BETTER
 from pretrain.reporting.history import read_history
@@ -147,14 +148,25 @@ def _arm(
 
 
 class _Baselines:
-    """TF-IDF and LSA with a linear model, tuned on the same rows."""
+    """TF-IDF, LSA and the checkpoint's own embeddings under a linear model, tuned on the same rows."""
 
     def __init__(self, job: Job) -> None:
         from pretrain.finetuning.baseline import Lsa
 
         self.metric = job.monitor
         # Pre-training may have read the task's own text, so one classical model reads all of it, too.
-        self.lsa = Lsa(_texts(job.data.train))
+        self.lsa = Lsa(texts_of(job.data.train))
+        self.model = job.build(seed=0).model
+        self.vectors: dict[str, Any] = {}
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """A vector of each text; rows that several seeds share are read once."""
+        from pretrain.finetuning.baseline import embeddings
+
+        new = list(dict.fromkeys(text for text in texts if text not in self.vectors))
+        if new:
+            self.vectors.update(zip(new, embeddings(self.model)(new), strict=True))
+        return np.stack([self.vectors[text] for text in texts])
 
     @classmethod
     def of(cls, job: Job) -> _Baselines | None:
@@ -175,22 +187,16 @@ class _Baselines:
         self, subsets: Sequence[Table], choose: Table, score: Table
     ) -> dict[str, list[dict[str, Any]]]:
         """What each reaches with each subset."""
-        from pretrain.finetuning.baseline import lsa_baseline, tfidf_baseline
+        from pretrain.finetuning.baseline import lsa_baseline, probe_baseline, tfidf_baseline
 
-        held = (_texts(choose), choose.columns["label"], _texts(score), score.columns["label"])
-        found: dict[str, list[dict[str, Any]]] = {"tfidf": [], "lsa": []}
+        held = (texts_of(choose), choose.columns["label"], texts_of(score), score.columns["label"])
+        found: dict[str, list[dict[str, Any]]] = {"tfidf": [], "lsa": [], "probe": []}
         for seed, rows in enumerate(subsets):
-            args: Any = (_texts(rows), rows.columns["label"], *held)
+            args: Any = (texts_of(rows), rows.columns["label"], *held)
             found["tfidf"].append(tfidf_baseline(*args, metric=self.metric, seed=seed))
             found["lsa"].append(lsa_baseline(self.lsa, *args, metric=self.metric, seed=seed))
+            found["probe"].append(probe_baseline(self.embed, *args, metric=self.metric, seed=seed))
         return found
-
-
-def _texts(table: Table) -> list[Any]:
-    columns = table.columns
-    if "pair" in columns:
-        return list(zip(columns["text"], columns["pair"], strict=True))
-    return list(columns["text"])
 
 
 def _pretraining(job: Job) -> tuple[int, float]:

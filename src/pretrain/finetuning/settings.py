@@ -86,7 +86,7 @@ class TuneOptim:
     """How the weights move."""
 
     lr: float | str = "auto"
-    """Peak learning rate; "auto" goes by the width of the model, "sweep" tries a grid in short runs."""
+    """Peak learning rate; "auto" goes by width and layers of the model, "sweep" tries a grid in short runs."""
     lrs: list[float] = field(default_factory=list)
     """Grid of the sweep, and of either arm of a comparison; not given, a third, once and three times the automatic
     one, in a comparison once and three times."""
@@ -130,7 +130,7 @@ class TuneTrain:
     out: str = ""
     """Directory of the run; the same command again resumes it. Not given, runs/TASK-FINGERPRINT."""
     epochs: float = within(0.0, 0.0, 1e6)
-    """Passes over the training rows; 0 is three, or more where that is fewer than 250 steps."""
+    """Passes over the training rows; 0 is three, or more (at most twenty) where that is fewer than 500 steps."""
     limit: str = ""
     """When to stop, if not by epochs: "500 steps", "1e6 tokens" or "10 minutes"."""
     batch_rows: int = within(32, 1, 1 << 24)

@@ -26,7 +26,13 @@ from pretrain.storage.strict_json import parse_json
 __all__ = ["PRETRAINED", "SCRATCH", "Arm", "Comparison", "Gain", "Notes", "steps_to_best"]
 
 PRETRAINED, SCRATCH = "pretrained", "scratch"
-_SHORT = {PRETRAINED: "pre-trained", SCRATCH: "from scratch", "tfidf": "TF-IDF", "lsa": "LSA"}
+_SHORT = {
+    PRETRAINED: "pre-trained",
+    SCRATCH: "from scratch",
+    "tfidf": "TF-IDF",
+    "lsa": "LSA",
+    "probe": "frozen",
+}
 _HINTS = (
     "try a lower learning rate, optim.layer_decay or optim.l2_sp, go on pre-training on this text "
     '(task="language-modelling") before fine-tuning, and look whether the tokenizer fits the text (tokens per word)'
@@ -297,7 +303,7 @@ class Comparison:
         linear = (
             "ridge regression" if self.metric in ("pearson", "spearman") else "logistic regression"
         )
-        return f"{_SHORT[name]} + {linear}" if name in ("tfidf", "lsa") else name
+        return f"{_SHORT[name]} + {linear}" if name in ("tfidf", "lsa", "probe") else name
 
     def _differences(self, one: str, other: str, count: int) -> list[float]:
         if count not in self.counts:
@@ -307,7 +313,7 @@ class Comparison:
         return [sign * (a - b) for a, b in pairs]
 
     def _ordered(self) -> list[tuple[str, dict[int, list[float]]]]:
-        order = [PRETRAINED, SCRATCH, "tfidf", "lsa"]
+        order = [PRETRAINED, SCRATCH, "tfidf", "lsa", "probe"]
         names = [n for n in order if n in self.arms] + [n for n in self.arms if n not in order]
         return [(name, self.arms[name]) for name in names]
 
@@ -324,7 +330,7 @@ class Comparison:
     def _cells(self) -> list[list[str]]:
         names = [SCRATCH, PRETRAINED]
         others = [name for name, _ in self._ordered() if name not in names]
-        titles = [f"{_SHORT[n]} + linear" if n in ("tfidf", "lsa") else n for n in others]
+        titles = [f"{_SHORT[n]} + linear" if n in ("tfidf", "lsa", "probe") else n for n in others]
         rows = [["labels", *(_SHORT[n] for n in names), "gain [95 %]", "seeds better", *titles]]
         for count in self.counts:
             gain = self.gain(count)
