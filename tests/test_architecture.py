@@ -79,7 +79,7 @@ PARTS_OF = {
     "reporting.history": "history",
 }
 # Shared ground imports nothing of the package but other ground, and every part may import it.
-GROUND = {"errors", "config", "settings", "storage", "reporting", "metrics", "regions"}
+GROUND = {"errors", "printing", "config", "settings", "storage", "reporting", "metrics", "regions"}
 
 
 def sources() -> list[Path]:

@@ -430,7 +430,7 @@ def test_terminals_are_not_driven_by_a_checkpoint(folder: str, capsys: Any, tmp_
     (path / "config.json").write_text(json.dumps(config))
     cli.main(["inspect", str(path)])
     shown = capsys.readouterr().out
-    assert "evil?[2J? fake" in shown and "\033" not in shown and "\u202e" not in shown
+    assert "evil\\x1b[2J\\u202e fake" in shown and "\033" not in shown and "\u202e" not in shown
     cli.main(["inspect", str(path), "--json"])
     assert "\033" not in capsys.readouterr().out
 

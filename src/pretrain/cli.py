@@ -20,6 +20,7 @@ from pretrain.finetuning import commands
 from pretrain.parallel.commands import add_doctor, doctor
 from pretrain.parallel.slurm import add_slurm
 from pretrain.parallel.voices import ours_to_say
+from pretrain.printing import printable
 from pretrain.settings.arguments import add_settings, interface, make_parser, parse
 from pretrain.settings.spelling import using
 
@@ -101,11 +102,10 @@ def _overview() -> str:
 
 def _complain(message: str, label: str = "error: ") -> None:
     """One paragraph on stderr; characters that could drive the terminal are shown, not sent."""
-    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     if label and sys.stderr.isatty() and not plain:
         label = f"\033[31m{label}\033[0m"
-    print(f"{label}{shown}", file=sys.stderr)
+    print(f"{label}{printable(message, lines=True)}", file=sys.stderr)
 
 
 def _note(message: Warning | str, *place: Any, **options: Any) -> None:
@@ -165,7 +165,7 @@ def _prepare(args: Any) -> None:
 
         sources = args.sources if len(args.sources) > 1 else args.sources[0]
         prepared = prepare(sources, **options)
-    print(prepared.path)
+    print(printable(str(prepared.path)))
 
 
 def _add_train(parser: Any) -> None:
@@ -230,6 +230,11 @@ def _add_generate(parser: Any) -> None:
         help="text, or [list, of, texts], at which to stop",
     )
     add("--seed", type=int | None, default=None, help="the same seed gives the same text")
+    add(
+        "--chat",
+        action="store_true",
+        help="answer the prompt as a turn of the user, through the chat template",
+    )
 
 
 def _generate(args: Any) -> None:
@@ -239,8 +244,15 @@ def _generate(args: Any) -> None:
     options = {k: v for k, v in args.as_dict().items() if k not in ("checkpoint", "prompt")}
     prompts = _prompts(args.prompt)
     model = load(args.checkpoint)
-    for text in generate(model, prompts, **options):
-        print(text)
+    if options.pop("chat"):
+        from pretrain.predict import chat
+
+        given = {key: value for key, value in options.items() if value not in (None, [])}
+        texts = [chat(model, prompt, **given) for prompt in prompts]
+    else:
+        texts = generate(model, prompts, **options)
+    for text in texts:
+        print(printable(text, lines=True))
 
 
 def _prompts(text: str) -> list[str]:
@@ -271,7 +283,7 @@ def _fill_mask(args: Any) -> None:
         blocks = found if isinstance(found[0], list) else [found]
         for block in blocks:
             for item in block:
-                print(f"{item['score']:.4f}  {item['token']!r:<16}  {item['sequence']}")
+                print(f"{item['score']:.4f}  {item['token']!r:<16}  {printable(item['sequence'])}")
 
 
 def _add_evaluate(parser: Any) -> None:
@@ -324,13 +336,11 @@ def _add_report(parser: Any) -> None:
 def _report(args: Any) -> None:
     from pretrain.report import write
 
-    print(write(Path(args.run)))
+    print(printable(str(write(Path(args.run)))))
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
     """Print a flat mapping, aligned, or as JSON; a stranger's names cannot drive the terminal."""
-    from pretrain.storage.files import printable
-
     if as_json:
         import json
 

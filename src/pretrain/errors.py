@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from pretrain.printing import printable
+
 __all__ = [
     "AdapterFound",
     "CheckpointCorrupt",
@@ -39,6 +41,10 @@ class PretrainError(Exception):
     """
 
     everywhere = False
+
+    def __str__(self) -> str:
+        # Whoever prints it, a traceback too, must not be driven by what a message quotes.
+        return printable(super().__str__(), lines=True)
 
 
 class ConfigError(PretrainError):

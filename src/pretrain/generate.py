@@ -7,7 +7,8 @@ a batch as alone. Letters: B prompts, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from pretrain.generation.prompts import (
 from pretrain.generation.sampling import banned
 from pretrain.generation.settings import Settings
 from pretrain.nn.attention import KVCache
+from pretrain.storage.files import note
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -97,11 +99,34 @@ def generate(
         model, {**chance, **others, "stop_strings": stop, "seed": seed, **settings}
     )
     asked = Prompts.read(model, prompts)
+    if asked.texts is not None:
+        _remark_chat(model, asked.texts)
     check_ids(model, asked.ids)
     stops = chosen.stop
     watch = _Watch(model, asked, stops, stream) if stops or stream is not None else None
     added = _Decoder(model, asked, chosen, use_cache, watch).run()
     return _answer(model, asked, added, stops, watch)
+
+
+_REMARKED: weakref.WeakSet[Any] = weakref.WeakSet()  # models of which it has been said
+
+
+def _remark_chat(model: Model, texts: Sequence[str]) -> None:
+    """Say once that a model that was trained on conversations is not asked through its chat template here."""
+    block = model.extra_config.get("pretrain")
+    objective = block.get("objective") if isinstance(block, Mapping) else None
+    task = objective.get("task") if isinstance(objective, Mapping) else None
+    tokenizer = model.tokenizer
+    if task not in ("chat", "preference") or tokenizer is None or tokenizer.chat_template is None:
+        return
+    specials = [name for name, i in tokenizer.vocab.items() if i in tokenizer.special_ids]
+    written = any(token in text for text in texts for token in specials if token)
+    if model not in _REMARKED and not written:  # who writes special tokens writes the template
+        _REMARKED.add(model)
+        note(
+            "this model was trained on conversations, and generate continues the text as it stands, without the chat "
+            "template; model.chat(...), or pretrain generate --chat, answers it"
+        )
 
 
 def _answer(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.data.snippets import PythonWithout, Snippets, snippets
 from pretrain.errors import ConfigError
+from pretrain.printing import printable
 from pretrain.storage.files import replace_file
 
 if TYPE_CHECKING:
@@ -347,7 +348,7 @@ def _corpus(rows: Snippets) -> Source | str:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text, lines=True), flush=True)
 
 
 def _budget(minutes: float | None) -> float:

@@ -195,6 +195,9 @@ def test_template_is_carried(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
     file.write_text(json.dumps(config | {"chat_template": named}))
     assert Tokenizer.open(tmp_path / "a").chat_template == "y"
+    many = [{"name": str(k), "template": "x" * 100} for k in range(50_000)]
+    file.write_text(json.dumps(config | {"chat_template": [*many, *named]}))
+    assert Tokenizer.open(tmp_path / "a").chat_template == "y"
     file.write_text(json.dumps(config | {"chat_template": 7}))
     assert Tokenizer.open(tmp_path / "a").chat_template is None
     (tmp_path / "a" / "chat_template.jinja").write_text(CHATML)

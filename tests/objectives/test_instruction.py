@@ -22,6 +22,7 @@ from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.rows import encode
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.instruction import Instruction, reply
+from pretrain.printing import printable
 from pretrain.training.precision import Precision, choose_precision
 
 ANIMALS = ["red cat", "old dog", "big fox", "sly hen", "wet pig", "fat cow", "shy owl", "odd elk"]
@@ -148,6 +149,33 @@ def test_learns_answers_and_stops(tmp_path: Path) -> None:
     out = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
     assert tok.decode(out, skip_special_tokens=True).strip() == wanted[1]
     assert int(out[-1]) == tok.eos_token_id  # it stopped by itself
+
+
+def test_generate_says_once_that_it_uses_no_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain import cli
+
+    task = Instruction(model())
+    made = task.model
+    made.generate("who is the red cat?", max_new_tokens=2)
+    assert "conversations" not in capsys.readouterr().err  # it was not trained yet
+    made.extra_config["pretrain"] = {"objective": task.describe()}
+    made.generate("<eos>hello", max_new_tokens=2)  # a template written by hand
+    assert "conversations" not in capsys.readouterr().err
+    for _ in range(2):
+        made.generate("who is the red cat?", max_new_tokens=2)
+    said = capsys.readouterr().err
+    assert said.count("generate continues the text as it stands, without the chat template") == 1
+    made.save(tmp_path / "m")
+    words = ["generate", str(tmp_path / "m"), "who is the red cat?", "--max_new_tokens", "4"]
+    assert cli.main([*words, "--chat"]) == 0
+    shown = capsys.readouterr()
+    wanted = reply(made, chat("who is the red cat?"), max_new_tokens=4)
+    assert shown.out == printable(wanted, lines=True) + "\n" and "conversations" not in shown.err
+    assert cli.main(words) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("who is the red cat?") and "conversations" in shown.err
 
 
 def test_figures_equal_those_by_hand() -> None:

@@ -19,6 +19,7 @@ from pretrain.data.sources import Source, check_columns, resolve_sources
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
 from pretrain.data.tokenizer_build import KINDS
 from pretrain.errors import DataError, TokenizerError
+from pretrain.printing import printable
 
 __all__ = ["Job", "understand"]
 
@@ -91,7 +92,7 @@ def understand(
 
     def say(line: str) -> None:
         if not quiet:
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)
 
     return Job(
         sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,

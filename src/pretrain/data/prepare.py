@@ -40,6 +40,7 @@ from pretrain.data.workdir import (
     unlink_links,
 )
 from pretrain.errors import DataError, TokenizerError
+from pretrain.printing import printable
 from pretrain.settings.spelling import option
 
 __all__ = ["Prepared", "prepare"]
@@ -104,7 +105,7 @@ def prepare(
     with disk_errors(target):
         prepared = _build(target, job)
     if not quiet:
-        print(prepared.table(), file=sys.stderr)
+        print(printable(prepared.table(), lines=True), file=sys.stderr)
     return prepared
 
 

@@ -250,7 +250,7 @@ def _figures(result: Finetuned) -> list[str]:
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
     if result.trivial:
-        parts.append(("knowing only the labels", result.trivial))
+        parts.append((result.task.trivial_name, result.trivial))
     keys = [k for k in dict.fromkeys(k for _, f in parts for k in f) if k not in _COUNTS]
     if not keys:
         return ["None were measured: no rows were held out."]

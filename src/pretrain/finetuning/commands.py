@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pretrain.printing import printable
 from pretrain.settings.arguments import add_settings
 
 __all__ = ["SHORT", "add_devices", "add_finetune", "add_predict", "finetune", "predict"]
@@ -56,7 +57,7 @@ def finetune(args: Any) -> int:
 
     result = run.finetune(config=settings, **options)
     if not result.run.exit_code and current_world().leads:
-        print(result.report())
+        print(printable(str(result.report())))
     return int(result.run.exit_code)
 
 
@@ -83,4 +84,5 @@ def predict(args: Any) -> None:
 
     options = args.as_dict()
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
-    print(predict_file(*places, progress=not options.pop("quiet"), **options))
+    out = predict_file(*places, progress=not options.pop("quiet"), **options)
+    print(printable(str(out)))

@@ -13,6 +13,7 @@ import numpy as np
 
 from pretrain.errors import DataError
 from pretrain.finetuning.measure import labelled, measure, reported_precision, score
+from pretrain.printing import printable
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -229,7 +230,7 @@ class Finetuned:
         if self.test_metrics is not None:
             found.append(("test", self.test_metrics))
         if self.trivial:
-            found.append(("knowing only the labels", self.trivial))
+            found.append((self.task.trivial_name, self.trivial))
         return [(name, figures) for name, figures in found if figures]
 
     def __repr__(self) -> str:
@@ -238,7 +239,7 @@ class Finetuned:
             shown = [f"{k} {v:.4f}" for k, v in figures.items() if k != "targets"]
             lines.append(f"  {name}: {', '.join(shown)}")
         lines += [f"  note: {line}" for line in self.remarks]
-        return "\n".join(lines)
+        return printable("\n".join(lines), lines=True)
 
     def _repr_html_(self) -> str:
         from pretrain.reporting.history import loss_svg, sort_records

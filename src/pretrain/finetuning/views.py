@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import DataError
+from pretrain.printing import printable
 
 __all__ = ["Confusion", "Errors"]
 
@@ -183,7 +184,7 @@ def _line(value: Any, limit: int) -> str:
     """A value on one line that cannot drive a terminal, cut where it is long."""
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         value = ", ".join(value) or "none"
-    text = "".join(c if c.isprintable() else " " for c in str(value)).strip()
+    text = printable(str(value)).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

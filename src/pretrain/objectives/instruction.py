@@ -192,6 +192,7 @@ class Instruction(Task, TokenObjective):
     name: ClassVar[str] = "chat"
     roles: ClassVar[tuple[Role, ...]] = CHAT_ROLES
     metric: ClassVar[str] = "loss"
+    trivial_name: ClassVar[str] = "knowing only the frequencies of tokens"
     head_kind: ClassVar[str | None] = "causal-lm"
 
     def __init__(

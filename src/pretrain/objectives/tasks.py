@@ -134,6 +134,7 @@ class Task(Objective):
         name: what users type.
         roles: the columns it reads, with the names by which they are recognised.
         metric: the figure that the best epoch is chosen by.
+        trivial_name: what the baseline of ``trivial`` is called.
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read, with their types.
 
@@ -154,6 +155,7 @@ class Task(Objective):
     name: ClassVar[str]
     roles: ClassVar[tuple[Role, ...]]
     metric: ClassVar[str] = "loss"
+    trivial_name: ClassVar[str] = "knowing only the labels"
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.printing import printable
 
 __all__ = [
     "FileIO",
@@ -89,11 +90,6 @@ class FileIO:
 
 
 IO = FileIO()
-
-
-def printable(text: str) -> str:
-    """One line without the control and direction characters that a stranger's name may carry."""
-    return "".join(c if c.isprintable() else "?" for c in text.replace("\n", " "))
 
 
 _MUTED: ContextVar[bool] = ContextVar("muted", default=False)

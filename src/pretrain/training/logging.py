@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
+from pretrain.printing import printable
 from pretrain.storage import files
 from pretrain.storage.files import note, open_regular, replace_file, writing
 from pretrain.training.state import RunState
@@ -236,7 +237,7 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=True)
         elif time.monotonic() - self._last_print > 30:
             self._last_print = time.monotonic()
-            print(f"step {step:,} of {total:,} | {text}", file=sys.stderr, flush=True)
+            print(f"step {step:,} of {total:,} | {printable(text)}", file=sys.stderr, flush=True)
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Take over what an earlier part of the run logged; a bar needs none of it."""
@@ -251,6 +252,7 @@ class Progress:
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""
+        line = printable(line, lines=True)
         if self._live:
             self._bar.write(line, file=sys.stderr)
         else:

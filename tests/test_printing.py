@@ -1,0 +1,49 @@
+"""What is printed cannot drive a terminal: every code point, and every place that prints a stranger's text."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+import pytest
+
+from pretrain import errors
+from pretrain.printing import printable
+from pretrain.storage.files import note
+from pretrain.training.logging import Progress
+
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+EVIL = "a\x1b[2J\x9b\r\x00 b\u202e\u200b\u2066\ufeff\u2028\ud800 c"
+
+
+def hidden(text: str) -> list[str]:
+    return [c for c in text if unicodedata.category(c) in HIDDEN]
+
+
+def test_no_code_point_is_printed_that_cannot_be_seen() -> None:
+    whole = "".join(map(chr, range(sys.maxunicode + 1)))
+    for lines in (False, True):
+        shown = printable(whole, lines=lines)
+        assert hidden(shown.replace("\n", "") if lines else shown) == []
+        kept = [c for c in whole if unicodedata.category(c) not in HIDDEN]
+        assert set(kept) <= set(shown)
+    assert printable("a\r\nb\tc\u3000d\xa0é\n", lines=True) == "a\nb       c\u3000d\xa0é\n"
+    assert printable("a\nb\tc\x1b\u202e") == "a b c\\x1b\\u202e"
+    assert printable(printable(EVIL)) == printable(EVIL)
+
+
+def test_what_prints_texts_of_others_prints_them_harmless(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    note(EVIL)
+    screen = Progress()
+    screen.write(EVIL)
+    screen.close()
+    shown = capsys.readouterr()
+    said = shown.out + shown.err
+    assert said.count("\\x1b[2J") == 2 and hidden(said.replace("\n", "")) == []
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        if isinstance(kind, type) and kind not in (errors.CheckpointCorrupt, errors.RunLocked):
+            assert str(kind(EVIL)) == printable(EVIL, lines=True)
+    assert hidden(str(errors.CheckpointCorrupt(EVIL, EVIL, EVIL))) == []
