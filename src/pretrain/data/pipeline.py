@@ -5,7 +5,7 @@ Tokenising appends to flat files and writes a journal from time to time, to whic
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import time
 from collections import deque
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pretrain.data.encoding import Encoder
 from pretrain.data.packing import pack
 from pretrain.data.scan import Progress, Scan
-from pretrain.data.shards import token_dtype, write_json
+from pretrain.data.shards import read_sealed, token_dtype, write_sealed
 from pretrain.data.sources import Source, sized_pieces
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import DataError
@@ -60,14 +60,18 @@ class Progressed:
     open_tokens: list[int] = field(default_factory=lambda: [0, 0])
     unknown: list[int] = field(default_factory=lambda: [0, 0])
     max_id: int = 0
+    written: dict[str, list[Any]] = field(default_factory=dict)  # file -> bytes and their SHA-256
 
     @classmethod
     def load(cls, path: Path, sources: int) -> Progressed:
-        """Return the journal, or a new one."""
+        """Return the journal, or a new one where there is none or what it says is on disk is not."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_sealed(path)
             journal = cls(**raw)
             journal.tallies = [[_Tally(**entry) for entry in split] for split in raw["tallies"]]
+            for name, (size, digest) in journal.written.items():
+                if _hash_of(path.with_name(name), size).hexdigest() != digest:
+                    raise ValueError(name)
         except (OSError, ValueError, TypeError, KeyError):
             journal = cls()
             journal.tallies = [[_Tally() for _ in range(sources)] for _ in SPLITS]
@@ -161,12 +165,14 @@ class _Writer:
             count = journal.total(split).documents
             self.tokens.append(
                 stack.enter_context(
-                    _reopen(folder / f"{name}.tokens.bin", self.totals[split] * self.dtype.itemsize)
+                    _Appended(
+                        folder / f"{name}.tokens.bin", self.totals[split] * self.dtype.itemsize
+                    )
                 )
             )
             self.documents.append(
                 stack.enter_context(
-                    _reopen(folder / f"{name}.documents.bin", (count + 1) * 8 if count else 0)
+                    _Appended(folder / f"{name}.documents.bin", (count + 1) * 8 if count else 0)
                 )
             )
             if not count:
@@ -231,15 +237,44 @@ class _Writer:
         for stream in (*self.tokens, *self.documents):
             stream.flush()
             os.fsync(stream.fileno())
-        write_json(self.folder / "journal.json", asdict(self.journal))
+        self.journal.written = {
+            stream.path.name: [stream.size, stream.digest.hexdigest()]
+            for stream in (*self.tokens, *self.documents)
+        }
+        write_sealed(self.folder / "journal.json", asdict(self.journal))
 
 
-def _reopen(path: Path, size: int) -> Any:
-    """Open a file for appending after its first ``size`` bytes; what a killed run wrote beyond them goes."""
-    stream = open_writable(path, keep=True)
-    stream.truncate(size)
-    stream.seek(size)
-    return stream
+class _Appended:
+    """A file that is appended to after its first ``size`` bytes, hashed; what a killed run wrote beyond them goes."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size, self.digest = path, size, _hash_of(path, size)
+        self._stream = open_writable(path, keep=True)
+        self._stream.truncate(size)
+        self._stream.seek(size)
+        self.flush, self.fileno = self._stream.flush, self._stream.fileno
+
+    def write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def __enter__(self) -> _Appended:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def _hash_of(path: Path, size: int) -> Any:
+    """SHA-256 over the first ``size`` bytes of a file."""
+    digest = hashlib.sha256()
+    if size:
+        with path.open("rb") as stream:
+            while size and (block := stream.read(min(size, 1 << 20))):
+                digest.update(block)
+                size -= len(block)
+    return digest
 
 
 def tokenise(

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,10 @@ def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
     """Return the result of the first pass and the tokenizer, from an earlier run if it got so far."""
     scan = Scan.load(work)
     if scan is not None:
-        return scan, Tokenizer.from_directory(work / "tokenizer")
+        with suppress(TokenizerError):
+            tokenizer = Tokenizer.from_directory(work / "tokenizer")
+            if tokenizer.fingerprint == scan.tokenizer:
+                return scan, tokenizer
     for name in ("journal.json", "scan.json"):
         (work / name).unlink(missing_ok=True)
     sample = Sample(SAMPLE_BYTES) if job.tokenizer is None else None
@@ -234,6 +237,8 @@ def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
         assert job.tokenizer is not None
         tokenizer = job.tokenizer
     tokenizer.save(work / "tokenizer")
+    # As it is opened again: what a file does not hold is lost.
+    scan.tokenizer = Tokenizer.from_directory(work / "tokenizer").fingerprint
     scan.save(work)
     return scan, tokenizer
 

@@ -6,7 +6,6 @@ It keeps eight bytes of hash and eight of length for each document, and a bounde
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.order import mix64
-from pretrain.data.shards import write_json
+from pretrain.data.shards import read_sealed, write_sealed
 from pretrain.data.sources import PIECE_CHARS, Source, sized_pieces
 from pretrain.errors import DataError
 from pretrain.settings.spelling import option
@@ -91,6 +90,7 @@ class Scan:
     cut_document: int = -1
     cut_inside: int = 0
     sampled: int = 0
+    tokenizer: str = ""  # fingerprint of the one that the second pass encodes with
     notes: list[str] = field(default_factory=list)
     states: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
 
@@ -98,15 +98,20 @@ class Scan:
         """Write the result; the JSON file comes last and marks it complete."""
         replace_file(folder / "states.bin", self.states.tobytes())
         kept = {name: value for name, value in self.__dict__.items() if name != "states"}
-        write_json(folder / "scan.json", kept)
+        kept["states_sha256"] = hashlib.sha256(self.states.tobytes()).hexdigest()
+        write_sealed(folder / "scan.json", kept)
 
     @classmethod
     def load(cls, folder: Path) -> Scan | None:
         """Return a complete earlier result, or None."""
         try:
-            scan = cls(**json.loads((folder / "scan.json").read_text(encoding="utf-8")))
+            kept = read_sealed(folder / "scan.json")
+            wanted = kept.pop("states_sha256")
+            scan = cls(**kept)
             scan.states = np.fromfile(folder / "states.bin", dtype=np.uint8)
-        except (OSError, ValueError, TypeError):
+            if hashlib.sha256(scan.states.tobytes()).hexdigest() != wanted:
+                return None
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         return scan if len(scan.states) == scan.documents else None
 

@@ -49,6 +49,30 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, text.encode("utf-8", errors="backslashreplace"))
 
 
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write an object with a digest of itself; see ``read_sealed``."""
+    write_json(path, {**value, "digest": _digest(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return what ``write_sealed`` wrote.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is damaged.
+    """
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict) or value.pop("digest", None) != _digest(value):
+        raise ValueError("the content does not agree with its digest")
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    # As it is read back: JSON knows no tuples, and has texts for keys.
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sync_folder(path: Path) -> None:
     """Make renames within a folder durable, where the system can."""
     if os.name == "nt":
