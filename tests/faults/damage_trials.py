@@ -272,12 +272,10 @@ def make(work: Path, *, large: bool) -> dict[str, Product]:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         made = products.make(work)
         left, name = killed_preparation(work)
-    found = {
-        f"run of {key}": Product(
-            made[key], lambda p=made[key], s=kind.load(made[key] / "run.yaml"): of_run(p, s)
-        )
-        for key, kind in (("pretrained", RunConfig), ("tuned", TuneConfig), ("adapted", TuneConfig))
-    }
+    found = {}
+    for key, kind in (("pretrained", RunConfig), ("tuned", TuneConfig), ("adapted", TuneConfig)):
+        settings = kind.load(made[key] / "run.yaml")
+        found[f"run of {key}"] = Product(made[key], lambda p=made[key], s=settings: of_run(p, s))
     for key in ("saved", "chat", "classifier", "adapter"):
         found[f"model directory: {key}"] = Product(made[key], lambda p=made[key]: of_model(p))
     found["prepared data"] = Product(made["data"], lambda: of_data(made["data"]))
