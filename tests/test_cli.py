@@ -512,3 +512,44 @@ def test_a_reader_that_leaves_is_no_error(folder: str) -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.wait(timeout=30) == 0 and process.stderr.read() == b""
+
+
+def test_a_full_device_and_a_full_memory_are_sentences(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pretrain", "--version"],
+            env=ENV, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: The output cannot be written")
+    assert done.stderr.count("\n") == 1
+
+    def fail(arguments: Any) -> int:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert "not enough memory" in fails(capsys, "predict")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_command_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, code: int
+) -> None:
+    """What a command has begun is cleared away: here the temporary file of its answers."""
+    import signal
+
+    from pretrain.data.table_stream import RowWriter
+
+    def answer(arguments: Any) -> int:
+        with RowWriter(tmp_path / "answers.csv", ["text"]) as output:
+            output.write({"text": "a"}, {"label": "b"})
+            assert len(list(tmp_path.iterdir())) == 1
+            signal.raise_signal(getattr(signal, name))
+        return 0
+
+    before = signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(cli, "_dispatch", answer)
+    assert cli.main(["predict"]) == code
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(getattr(signal, name)) is before

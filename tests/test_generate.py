@@ -514,3 +514,20 @@ def test_a_mask_stands_for_a_word_with_its_blank() -> None:
     found = fill_mask(model, "the red [MASK] sat", top_k=len(tokenizer))
     sequence = next(item["sequence"] for item in found if item["token_id"] == word[0])
     assert sequence == "the red cat sat"
+
+
+def test_compiled_blocks_make_no_graph_for_every_length() -> None:
+    """The compiler would meet another shape and another cache at each step, and give up after eight."""
+    from torch._dynamo.utils import counters
+
+    from tiny import objective
+
+    model = objective().model
+    plain = model.generate("a", max_new_tokens=20)
+    model.backbone.compile_blocks(backend="eager")
+    counters.clear()
+    assert model.generate("a", max_new_tokens=20) == plain
+    assert not counters["frames"]
+    model.backbone({"input_ids": torch.zeros(1, 4, dtype=torch.long)})
+    assert counters["frames"]["ok"] > 0, "the blocks are not compiled at all"
+    model.backbone.plain_blocks()

@@ -7,17 +7,27 @@ understood, so that help is instant.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import ConfigError, PretrainError, did_you_mean
+from pretrain.errors import (
+    ConfigError,
+    Interrupted,
+    PretrainError,
+    did_you_mean,
+    out_of_memory,
+)
 from pretrain.finetuning import commands
 from pretrain.parallel.commands import add_doctor, doctor
+from pretrain.parallel.launched import launched
 from pretrain.parallel.slurm import add_slurm
 from pretrain.parallel.voices import ours_to_say
 from pretrain.printing import printable
@@ -45,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 when `inspect` finds a broken checkpoint; 2 for an error in the input, which is said in one paragraph
-        (PRETRAIN_DEBUG=1 shows where it was raised); 130 after Ctrl-C and 143 after SIGTERM, when a training run has
-        been saved.
+        (PRETRAIN_DEBUG=1 shows where it was raised); 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, when a
+        training run has been saved and temporary files are gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _signals_raise():
             warnings.showwarning = _note
             code = _dispatch(arguments)
             sys.stdout.flush()
@@ -61,12 +71,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ours_to_say(error):
             _complain(str(error))
         return EXIT_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _complain("interrupted.", "")
-        return EXIT_INTERRUPTED
+        return error.code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (
+        OSError
+    ) as error:  # of a file one of us has made a sentence; what has no name is standard output
+        if os.environ.get("PRETRAIN_DEBUG") == "1" or error.filename is not None:
+            raise
+        # What is left in its buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _complain(f"The output cannot be written: {error.strerror or error}. Make room there.")
+        return EXIT_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("PRETRAIN_DEBUG") == "1" or not out_of_memory(error):
+            raise
+        _complain(
+            "There is not enough memory. Use fewer rows at a time (--batch_rows, --train.micro_rows), shorter texts "
+            "or a smaller model."
+        )
+        return EXIT_ERROR
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it has begun is cleared away; a second one at once.
+
+    Processes of a launcher, which repeats its signals, and what nohup ignores are left alone.
+    """
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(128 + number)
+
+    if not launched() and threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DistributedError",
+    "Interrupted",
     "ModelError",
     "NoTargets",
     "PretrainError",
@@ -114,6 +115,18 @@ class TrainingError(PretrainError):
 
 class DistributedError(PretrainError):
     """The processes of a run cannot find each other, do not fit together, or lost one of them."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end.
+
+    Args:
+        code: of the exit, 128 and the signal's number.
+    """
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        super().__init__()
 
 
 def named_error(name: str, text: str) -> PretrainError:

@@ -221,7 +221,7 @@ class _Decoder:
             lengths = sorted({len(ids) for ids in prompts})
             groups = [[i for i, ids in enumerate(prompts) if len(ids) == n] for n in lengths]
         new: list[list[int]] = [[] for _ in prompts]
-        with evaluating(self.model) as device:
+        with self.model.backbone.uncompiled(), evaluating(self.model) as device:
             generator = self.settings.sampler.generator(device)
             for rows in groups:
                 steps = [budgets[i] for i in rows]

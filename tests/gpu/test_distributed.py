@@ -52,6 +52,16 @@ def test_one_device_alone_trains_as_it_does_unwrapped(tmp_path: Path, more: dict
     assert wrapped == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_sample_is_made_while_blocks_wait_on_the_cpu_or_are_compiled(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The first evaluation; no graph is made for the lengths of the sample, and nothing is said of TF32."""
+    _losses(tmp_path / "offloaded", strategy="fsdp", cpu_offload=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        _losses(tmp_path / "compiled", compile=True)
+    assert not [w for w in recwarn if "TF32" in str(w.message) or "TensorFloat32" in str(w.message)]
+
+
 @pytest.mark.parametrize("mode", ["off", "selective", "full"])
 def test_compiled_blocks_compute_again_inside_of_their_graph(tmp_path: Path, mode: str) -> None:
     plain = _losses(tmp_path / "plain")

@@ -306,7 +306,7 @@ def probe(model: Model) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     length = min(32, model.backbone.max_length)
     ids = torch.randint(model.backbone.vocab_size, (2, length), generator=generator)
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(model.device)
     training = model.training
     model.eval()
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import parse_limit
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, Interrupted
 from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
@@ -395,7 +395,7 @@ class Job:
             The monitored figure on each of the others, with the sign that makes higher better.
 
         Raises:
-            KeyboardInterrupt: a signal asked the run to stop.
+            Interrupted: a signal asked the run to stop.
         """
         task = self.build(seed=seed, scratch=scratch)
         rows, *others = (encode(task, part, "trial", 1.0, []) for part in parts)
@@ -409,7 +409,7 @@ class Job:
             ).fit()
             # A trial that was cut short says nothing, and whoever cut it means all of them.
             if run.exit_code:
-                raise KeyboardInterrupt
+                raise Interrupted(run.exit_code)
         finally:
             if world.leads:
                 shutil.rmtree(out, ignore_errors=True)

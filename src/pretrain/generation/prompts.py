@@ -41,7 +41,7 @@ def evaluating(model: Model) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.inference_mode():
-            yield next(model.parameters()).device
+            yield model.device
     finally:
         for module, mode in modes:
             module.training = mode

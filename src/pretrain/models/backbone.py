@@ -6,8 +6,10 @@ Letters: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +28,8 @@ from pretrain.nn.positions import Rope, document_positions
 from pretrain.nn.recompute import set_recompute
 
 __all__ = ["Backbone", "Batch"]
+
+_TF32 = "TensorFloat32 tensor cores|Please use the new API settings to control TF32"
 
 Batch = Mapping[str, Tensor]
 
@@ -114,9 +118,21 @@ class Backbone(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile block by block, which all share one graph; what is computed again is a part of it."""
+        # fp32 is computed as fp32 here, and torch says with every compilation that it could be less.
+        warnings.filterwarnings("ignore", message=_TF32)
         for block in self.blocks():
             block.compile(**options)
         self.compiled = True
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        """Within the context compiled blocks run as they were written.
+
+        A text that grows has another shape at every step, and a cache that fills another content: for each of them the
+        compiler would make a graph, until it gives up.
+        """
+        return (
+            torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+        )
 
     def plain_blocks(self) -> None:
         """Take ``recompute`` and ``compile_blocks`` back."""

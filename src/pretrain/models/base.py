@@ -64,6 +64,8 @@ class Model(nn.Module):
         merge_gap: largest difference of the outputs that the last ``merge`` made, or None.
         tp: how the parameters are cut over several processes (``pretrain.parallel.tensor``), or None.
         layout: which part of every parameter lies in this process (``pretrain.parallel.regions``), or None: all.
+        computes_on: device on which the model computes while its parameters wait on another one (``cpu_offload``), or
+            None: where they lie.
         start: gives weights to a model that was left on the meta device, once its parts have their places.
     """
 
@@ -93,7 +95,13 @@ class Model(nn.Module):
         self.card: str | None = None
         self.tp: Any = None
         self.layout: Any = None
+        self.computes_on: torch.device | None = None
         self.start: Callable[[Model], object] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must lie."""
+        return self.computes_on or next(self.parameters()).device
 
     @classmethod
     def build(

@@ -220,7 +220,7 @@ class MaskedLM(TokenObjective):
         model: Any = self.model
         rng = np.random.Generator(np.random.Philox(seed))
         batch = self.collate(examples[:1], [rng], evaluation=True)
-        device = next(model.parameters()).device
+        device = model.device
         inputs = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "target_index")}
         training = model.training
         model.eval()

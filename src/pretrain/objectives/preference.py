@@ -211,7 +211,7 @@ class Preference(Task):
             batch_rows: pairs in one forward pass.
             context: what the passes run in, such as autocast.
         """
-        device = next(self.model.parameters()).device
+        device = self.model.device
         was_training = self.training
         self.eval()
         try:

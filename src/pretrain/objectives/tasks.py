@@ -309,7 +309,7 @@ class Task(Objective):
 
         Rows that give no example (an empty text) get an answer whose values are None.
         """
-        device = next(self.model.parameters()).device
+        device = self.model.device
         was_training = self.training
         self.eval()
         try:

@@ -91,6 +91,8 @@ class Strategy:
             self.tp = shard_model(model, group)
         if objective.couples_examples and choice.sizes.dp > 1:
             objective.batch_group = Group(world.batch_group(), world.dp_rank, choice.sizes.dp)
+        # A parameter of a block lies on the CPU between the block's passes, though its embeddings do not.
+        model.computes_on = device if settings.cpu_offload else None
         self.sharded, self._gather = choice.strategy == "fsdp", gather
         self.layout = self._layout(shapes)
         self.cut = self.layout.dp_shard * self.layout.tp > 1
@@ -386,6 +388,7 @@ class Strategy:
         """Take back what training wrapped around the objective."""
         self._ddp = self.objective.batch_group = None
         self.objective.model.backbone.plain_blocks()
+        self.objective.model.computes_on = None
 
 
 def _shapes(objective: Objective) -> dict[str, tuple[int, ...]]:

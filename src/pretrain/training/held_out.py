@@ -38,7 +38,8 @@ def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
     samples: list[str] = []
     trainer.world.mark("evaluate", state.step)
     if strategy.speaks:
-        with trainer.average.applied(), strategy.whole():
+        plain = trainer.objective.model.backbone.uncompiled()
+        with trainer.average.applied(), strategy.whole(), plain:
             samples = trainer.objective.preview(
                 [trainer.eval_data[0]], trainer.train.sample, trainer.train.seed
             )
