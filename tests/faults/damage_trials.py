@@ -266,11 +266,11 @@ def looked_at(product: Product) -> tuple[str, str]:
     return view, said.getvalue()
 
 
-def make(work: Path, *, large: bool) -> dict[str, Product]:
-    """All products with their views."""
+def make(work: Path, *, large: bool, made: dict[str, Path] | None = None) -> dict[str, Product]:
+    """All products with their views; ``made`` are those of ``products.make``, if they are there already."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        made = products.make(work)
+        made = made or products.make(work)
         left, name = killed_preparation(work)
     found = {}
     for key, kind in (("pretrained", RunConfig), ("tuned", TuneConfig), ("adapted", TuneConfig)):
@@ -289,12 +289,14 @@ def make(work: Path, *, large: bool) -> dict[str, Product]:
     return found
 
 
-def trials(count: int, seed: int, work: Path, *, large: bool = False) -> dict[str, Counter[str]]:
+def trials(
+    count: int, seed: int, work: Path, *, large: bool = False, made: dict[str, Path] | None = None
+) -> dict[str, Counter[str]]:
     """Damage at random; product -> outcome -> number. Whatever is silent or crashes is printed."""
-    made = make(work, large=large)
-    rng, table = random.Random(seed), {name: Counter[str]() for name in made}
-    whole = sum(product.share for product in made.values())
-    for name, product in made.items():
+    found = make(work, large=large, made=made)
+    rng, table = random.Random(seed), {name: Counter[str]() for name in found}
+    whole = sum(product.share for product in found.values())
+    for name, product in found.items():
         first, noise = looked_at(product)
         assert not first.startswith(("error", "CRASH")) and not noise, (name, first, noise)
         listed = sorted(

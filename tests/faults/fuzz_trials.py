@@ -3,7 +3,8 @@
     python tests/faults/fuzz_trials.py --count 50000
 
 Each reader has a few valid inputs. They are changed as bytes (bits, cuts, copies, odd words spliced in) or as JSON (a
-value anywhere becomes an odd one), and read. A failure prints its seed: ``--only READER --seed S --count 1`` repeats it.
+value anywhere becomes an odd one), and read. A failure prints its seed; ``--only READER --seed S --count 1`` does it
+once more.
 """
 
 from __future__ import annotations

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,42 +14,11 @@ from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import PretrainError
 from pretrain.storage.files import open_writable, replace_file
 
-WATCHED: list[tuple[str, bool]] | None = None  # (path, through links) of what is opened for writing
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-
-
-def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if WATCHED is not None and event == "open" and isinstance(arguments[0], str | os.PathLike):
-        path, _, flags = arguments
-        if flags & _WRITES:
-            WATCHED.append((os.fspath(path), not flags & (os.O_NOFOLLOW | os.O_EXCL)))
-
-
-sys.addaudithook(_watch)
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[list[tuple[str, bool]]]:
-    global WATCHED
-    WATCHED = found = []
-    try:
-        yield found
-    finally:
-        WATCHED = None
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, bool]]]:
-    work = tmp_path_factory.mktemp("products")
-    with watching() as opened:
-        products.make(work)
-    return work, opened
-
 
 def test_everything_is_written_without_following_links(
-    made: tuple[Path, list[tuple[str, bool]]],
+    made: tuple[Path, dict[str, Path], list[tuple[str, bool]]],
 ) -> None:
-    work, opened = made
+    work, _, opened = made
     inside = [(path, through) for path, through in opened if path.startswith(str(work))]
     own = {str(work / "text.txt"), str(work / "table.jsonl")}  # the test's
     assert {path for path, through in inside if through} == own
@@ -62,10 +27,10 @@ def test_everything_is_written_without_following_links(
 
 
 def test_links_of_every_name_that_a_run_has_lead_nowhere(
-    made: tuple[Path, list[tuple[str, bool]]], tmp_path: Path
+    made: tuple[Path, dict[str, Path], list[tuple[str, bool]]], tmp_path: Path
 ) -> None:
     """Also of temporary names that an observer has seen."""
-    work, opened = made
+    work, _, opened = made
     victims = tmp_path / "victims"
     victims.mkdir()
     count = 0

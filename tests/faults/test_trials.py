@@ -10,8 +10,10 @@ import pytest
 from faults import damage_trials, fuzz_trials
 
 
-def test_no_damage_is_silent(tmp_path: Path) -> None:
-    table = damage_trials.trials(60, 0, tmp_path)
+def test_no_damage_is_silent(
+    made: tuple[Path, dict[str, Path], list[tuple[str, bool]]],
+) -> None:
+    table = damage_trials.trials(60, 0, made[0], made=made[1])
     total = sum(table.values(), Counter())
     assert not total["SILENT"] and not total["CRASH"], damage_trials.show(table)
     assert total["error"] > 10 and total["named, same result"] > 2, damage_trials.show(table)
