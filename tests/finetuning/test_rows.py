@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetuning.conftest import ANIMALS, model_of, rows_of
 from pretrain.data.tables import read_table
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import from_keywords
+from pretrain.objectives import check_options
 from pretrain.objectives.classification import Classification
+from pretrain.settings.spelling import FINETUNE, Interface, using
 
 
-def opened(rows: Any, task: type = Classification, **given: Any) -> Data:
-    settings, objects = from_keywords(None, "m", "classification", {"train": rows, **given})
-    return open_data(settings, objects, task)
+@using(FINETUNE)
+def opened(rows: Any, task: type = Classification, **options: Any) -> Data:
+    tuned, objects = from_keywords(None, "m", "classification", {"train": rows, **options})
+    return open_data(tuned, objects, task)
 
 
 def test_a_tenth_of_every_class_is_held_out() -> None:
@@ -136,3 +141,236 @@ def test_empty_texts_are_left_out_and_said() -> None:
     ]
     with pytest.raises(DataError, match="None of the 5"):
         encode(task_of(), read_table(rows[4:]), "training", 0.01, notes)
+
+
+# ------------------------------------------------------------------------------------------- splits and groups
+
+SPLITS = {
+    "of lists": lambda parts: parts,
+    "of columns": lambda parts: {
+        name: {key: [row[key] for row in rows] for key in rows[0]} for name, rows in parts.items()
+    },
+    "of tuples": lambda parts: {
+        name: [(row["text"], row["label"]) for row in rows] for name, rows in parts.items()
+    },
+    "of frames": lambda parts: {
+        name: pytest.importorskip("pandas").DataFrame(rows, index=["x"] * len(rows))
+        for name, rows in parts.items()
+    },
+    "of arrow tables": lambda parts: {
+        name: pytest.importorskip("pyarrow").Table.from_pylist(rows) for name, rows in parts.items()
+    },
+    "DatasetDict": lambda parts: pytest.importorskip("datasets").DatasetDict(
+        {
+            name: pytest.importorskip("datasets").Dataset.from_list(rows)
+            for name, rows in parts.items()
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("form", SPLITS)
+@pytest.mark.parametrize("held", ["validation", "dev", None])
+def test_the_splits_of_one_object_are_used(form: str, held: str | None) -> None:
+    rows = rows_of(60)
+    parts = {"train": rows[:40], "test": rows[50:]} | ({held: rows[40:50]} if held else {})
+    found, plain = opened(SPLITS[form](parts)), opened(rows[:40], test=rows[50:])
+    if held:
+        plain = opened(rows[:40], valid=rows[40:50], test=rows[50:])
+    assert found.counts == plain.counts and found.learned.labels == plain.learned.labels
+    for name in found.counts:
+        assert getattr(found, name).columns == getattr(plain, name).columns
+    # What the caller names goes before.
+    assert opened(SPLITS[form](parts), test=rows[:3], valid=0.5).counts["test"] == 3
+
+
+def test_a_test_split_without_labels_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(60)
+    hidden = [{**row, "label": "-1"} for row in rows[50:]]
+    found = opened({"train": rows[:50], "test": hidden})
+    assert found.test is None and "test split is not used" in found.notes[-1]
+    with pytest.raises(DataError, match="-1 marks a row without"):
+        opened(rows[:50], test=hidden)
+
+
+def grouped(groups: list[int], seed: int = 0) -> list[dict[str, Any]]:
+    rows = rows_of(len(groups), seed)
+    return [
+        {"text": f"{row['text']} {i}", "label": row["label"], "author": g}
+        for i, (row, g) in enumerate(zip(rows, groups, strict=True))
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 30), min_size=60, max_size=150),
+    st.floats(0.05, 0.5),
+    st.integers(0, 5),
+)
+def test_rows_of_one_group_stand_on_one_side(groups: list[int], share: float, seed: int) -> None:
+    rows = grouped(groups)
+    if len(set(groups)) < 10:  # so few may hold a class whole
+        return
+    found = opened(rows, valid=share, group="author", seed=seed)
+    author = {row["text"]: row["author"] for row in rows}
+    train, valid = (
+        {author[t] for t in part.columns["text"]} for part in (found.train, found.valid)
+    )
+    assert not train & valid and len(found.valid)
+    assert set(found.train.columns["label"]) == set(ANIMALS)
+    largest = max(groups.count(g) for g in groups)
+    assert len(found.valid) <= share * len(rows) + largest
+    again = opened(rows, valid=share, group="author", seed=seed)
+    assert again.valid.columns == found.valid.columns
+
+
+def test_groups_meet_the_shares_where_they_can() -> None:
+    rows = grouped([i // 4 for i in range(600)])
+    found = opened(rows, valid=0.2, group="author")
+    held = [found.valid.columns["label"].count(label) for label in ANIMALS]
+    assert len(found.valid) == pytest.approx(120, abs=8) and max(held) - min(held) <= 6
+    assert "whole groups by 'author' (150 in all)" in found.notes[0]
+
+
+def test_groups_of_given_splits_are_compared() -> None:
+    rows = grouped([i // 4 for i in range(80)])
+    found = opened(rows[:60], valid=rows[58:], test=rows[70:], group="author")
+    lines = [line for line in found.notes if "groups by" in line]
+    assert lines == [
+        "1 groups by 'author' stand both in 4 training rows and in the validation rows, so the validation figure is "
+        "not one of unseen groups"
+    ]
+    with pytest.raises(DataError, match="no column 'autor' for group='autor'.*'author'"):
+        opened(rows, group="autor")
+    lone = [{**row, "author": None} for row in rows]
+    assert 6 <= len(opened(lone, group="author").valid) <= 10
+
+
+# ------------------------------------------------------------------------------- labels of a checkpoint, options
+
+
+def test_labels_of_a_checkpoint_are_kept() -> None:
+    rows, known = rows_of(30), ("fox", "cat", "dog")
+
+    def read(values: list[Any], **given: Any) -> Any:
+        made = [{"text": row["text"], "label": v} for row, v in zip(rows, values, strict=False)]
+        table, objects = from_keywords(None, "m", "classification", {"train": made, **given})
+        return open_data(table, objects, Classification, known)
+
+    names = [row["label"] for row in rows]
+    for values in (
+        names,
+        [name.upper() for name in names],
+        [f" {name}" for name in names],
+        [known.index(name) for name in names],
+        [str(known.index(name)) for name in names],
+        [[float(name == label) for label in known] for name in names],
+        [[known.index(name)] for name in names],
+    ):
+        found = read(values)
+        assert found.learned.labels == known
+        truth = {r["text"]: r["label"] for r in rows}
+        for table in (found.train, found.valid):
+            strata = Classification.learn(table, {"checkpoint_labels": known}).strata
+            plain = [known[k] if isinstance(k, int) else k[0] for k in strata]
+            assert plain == [truth[t] for t in table.columns["text"]]
+    assert read(["cat", "fox"] * 15).learned.labels == known
+    for values, words in (
+        (["0", "cat", "1"] * 10, "mixes names and numbers"),
+        (["neg", "pos"] * 15, r"'neg' is not among the classes of the checkpoint.*labels=\["),
+        (["cat", "cow"] * 15, "'cow' is not among"),
+        ([0, 3] * 15, "'0' is not among"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read(values)
+    assert read(["neg", "pos"] * 15, labels=["pos", "neg"]).learned.labels == ("pos", "neg")
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["cat", "dog", "fox"]),
+        }
+    )
+    made = datasets.Dataset.from_list(rows, features=features)
+    table, objects = from_keywords(None, "m", "classification", {"train": made})
+    found = open_data(table, objects, Classification, known)
+    assert found.learned.labels == known
+    assert [known[k] for k in found.learned.strata] == [row["label"] for row in rows]
+
+
+def test_held_out_class_labels_may_have_another_order() -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def part(rows: list[Any], names: list[str]) -> Any:
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        )
+        return datasets.Dataset.from_list(rows, features=features)
+
+    rows = rows_of(40)
+    found = opened(
+        part(rows[:30], ["cat", "dog", "fox"]), valid=part(rows[30:], ["fox", "dog", "cat"])
+    )
+    model = model_of("bert", head="sequence-classification", labels=found.learned.labels)
+    task = Classification(model, **found.learned.options)
+    assert task.truth(found.valid) == [row["label"] for row in rows[30:]]
+
+
+class Own(Classification):
+    """A task of one's own."""
+
+    def __init__(self, model: Any, *, sharpness: float = 1.0, **others: Any) -> None:
+        super().__init__(model, **others)
+
+
+class Strict(Classification):
+    """Another, without further arguments."""
+
+    def __init__(
+        self, model: Any, *, sharpness: float = 1.0, mode: Literal["a", "b"] = "a"
+    ) -> None:
+        super().__init__(model)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "words"),
+    [
+        (
+            Classification,
+            {"label_smooting": 0.1},
+            "label_smooting: .*Did you mean 'label_smoothing'",
+        ),
+        (
+            Classification,
+            {"label_smoothing": "much"},
+            "label_smoothing must be a number, found 'much'",
+        ),
+        (Classification, {"label_separator": 3}, "label_separator must be text"),
+        (Classification, {"labels": "a"}, "labels must be a list or a mapping"),
+        (Classification, {"max_length": 12}, "no option of the task"),
+        (Strict, {"sharpnes": 1.0}, "Did you mean 'sharpness'"),
+        (Strict, {"sharpness": True}, "sharpness must be a number"),
+        (Strict, {"mode": "c"}, "mode must be one of a, b"),
+        (Own, {"sharpness": [1]}, "sharpness must be a number"),
+    ],
+)
+def test_options_that_the_task_does_not_have(task: Any, options: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_options(task, options)
+    with (
+        using(Interface(command=True, others="task.options.")),
+        pytest.raises(ConfigError) as caught,
+    ):
+        check_options(task, options)
+    assert f"--task.options.{next(iter(options))}" in str(caught.value) or "max_length" in options
+
+
+def test_options_that_a_task_takes() -> None:
+    check_options(
+        Classification, {"labels": ["a", "b"], "class_weights": "balanced", "codes": None}
+    )
+    check_options(
+        Classification, {"labels": {1: "a"}, "label_smoothing": 0, "label_separator": None}
+    )
+    check_options(Own, {"sharpness": 2, "threshold": 0.4})
+    check_options(Strict, {"mode": "b"})

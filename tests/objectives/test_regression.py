@@ -14,7 +14,8 @@ from contract import check_objective
 from finetuning.conftest import ANIMALS, model_of, rows_of
 from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table, read_table
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.objectives.classification import Classification
 from pretrain.objectives.regression import Regression
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_precision
@@ -120,6 +121,49 @@ def test_targets_that_are_no_numbers(value: Any) -> None:
     ]
     with pytest.raises(DataError, match=r"row 4.*classification"):
         Regression.learn(read_table(rows), {})
+
+
+@pytest.mark.parametrize("value", [1e300, -1e38, "1e39", 10**400])
+def test_targets_that_single_precision_cannot_hold(value: Any) -> None:
+    rows = [{"text": f"the {i}", "label": i} for i in range(3)] + [{"text": "a", "label": value}]
+    with pytest.raises(DataError, match=r"1 targets are (larger than single|no finite).*row 4"):
+        Regression.learn(read_table(rows), {})
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        (["3,5", "-1,25", "4", "1.234,5"], [3.5, -1.25, 4, 1234.5]),
+        (["1,234.5", "2.5", "12,345,678"], [1234.5, 2.5, 12345678]),
+        (["0,5", "1,5e3"], [0.5, 1500]),
+        ([1, "2,5"], [1, 2.5]),
+    ],
+)
+def test_decimal_commas(texts: list[Any], numbers: list[float]) -> None:
+    table = read_table([{"text": f"a {i}", "label": text} for i, text in enumerate(texts)])
+    found = Regression.learn(table, {})
+    assert found.options["center"] == pytest.approx(np.mean(numbers))
+    assert Regression.tidy(table, found, {}).columns["label"] == numbers
+    for wrong in (["1,234", "2,345"], ["3,5", "1.234"], ["3,5", "x"]):
+        table = read_table([{"text": f"a {i}", "label": text} for i, text in enumerate(wrong)])
+        with pytest.raises(DataError, match="decimal comma|no finite numbers"):
+            Regression.learn(table, {})
+
+
+def test_an_answer_that_is_no_number_names_its_row() -> None:
+    task = task_of()
+    with torch.no_grad():
+        task.model.head.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"row 1 of a list.*not a number"):
+        list(task.predict(read_table(rows_of(3))))
+    table = read_table([{"text": "the cat"}])
+    several = Classification(
+        model_of(head="sequence-classification", labels=ANIMALS), problem="multi_label"
+    )
+    with torch.no_grad():
+        several.model.head.classifier.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="row 1"):
+        list(several.predict(table))
 
 
 def test_targets_that_are_all_alike() -> None:

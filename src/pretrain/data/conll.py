@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pretrain.data.readers import decode_line, lines
 from pretrain.errors import DataError
+from pretrain.settings.spelling import option
 
 __all__ = ["Sentence", "conll_sentences", "conllu_sentences"]
 
@@ -74,7 +75,7 @@ def conllu_sentences(path: Path) -> Iterator[Sentence]:
             if len(cells) != _CONLLU_COLUMNS:
                 raise DataError(
                     f"{path}:{number} has {len(cells)} columns, but CoNLL-U has {_CONLLU_COLUMNS}, with tabs between: "
-                    f"{line[:60]!r}. Files of two columns are read with format='conll'."
+                    f"{line[:60]!r}. Files of two columns are read with {option('format', 'conll')}."
                 )
             if "-" in cells[0] or "." in cells[0]:
                 continue

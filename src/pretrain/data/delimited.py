@@ -95,7 +95,8 @@ def _header(
 
 def distinct(where: str, names: list[str]) -> list[str]:
     """Return `names`; raise DataError if one stands twice."""
-    twice = [name for k, name in enumerate(names) if name in names[:k]]
+    seen: set[str] = set()
+    twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
     if twice:
         raise DataError(
             f"{where} names the column {twice[0]!r} twice: {shown(names)}. Names must differ; if this line is a row "

@@ -22,8 +22,8 @@ from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
 __all__ = [
-    "LabelMap", "Role", "choose_columns", "drop_duplicates", "is_missing", "label_strata", "make_label_map",
-    "make_tag_map", "normalised", "number_in", "roles_table", "single_classes", "split",
+    "LabelMap", "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata",
+    "make_label_map", "make_tag_map", "normalised", "number_in", "roles_table", "single_classes", "split",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a quantity
@@ -112,7 +112,7 @@ def choose_columns(
         used = ", ".join(
             c if c == r else f"{', '.join(_listed(c))} as {r}" for r, c in chosen.items()
         )
-        note(f"{table.name}: used {used}; columns not used: {_names(unused)}")
+        note(f"{table.name}: used {used}; columns not used: {column_names(unused)}")
     return {role.name: chosen[role.name] for role in roles if role.name in chosen}
 
 
@@ -140,7 +140,8 @@ def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
     return None
 
 
-def _names(names: Sequence[str]) -> str:
+def column_names(names: Sequence[str]) -> str:
+    """The first names of columns, long ones cut, for a message."""
     short = [repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN]]
     more = f", ... ({len(names):,} in all)" if len(names) > _SHOWN else ""
     return ", ".join(short) + more
@@ -157,7 +158,7 @@ def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
         )
     return (
         f"{table.name} has no column {column!r} for {column_option(role, column)}; columns present: "
-        f"{_names(table.names)}.{near}"
+        f"{column_names(table.names)}.{near}"
     )
 
 
@@ -176,7 +177,7 @@ def _missing(
     elif missing[0].many and len(marks := _marked(table, left)) > 1:
         shown = marks if len(marks) <= _SHOWN else [*marks[:3], ...]
         cure = (
-            f"If each of {_names(marks)}, which hold 0 and 1, is a label, write "
+            f"If each of {column_names(marks)}, which hold 0 and 1, is a label, write "
             f"{column_option(missing[0].name, shown)}."
         )
     else:
@@ -192,7 +193,7 @@ def _missing(
         )
         cure = f"{lead} {' '.join(calls) if calls[0].startswith('--') else ', '.join(calls)}."
     return (
-        f"{table.name} has no column for {wanted}; columns present: {_names(table.names)}. Recognised names are "
+        f"{table.name} has no column for {wanted}; columns present: {column_names(table.names)}. Recognised names are "
         f"{looked}. {cure}"
     )
 
@@ -289,19 +290,25 @@ def single_classes(keys: Sequence[Hashable]) -> list[Hashable]:
 
 
 def split(
-    table: Table, keys: Sequence[Hashable] | None, fraction: float, seed: int
+    table: Table,
+    keys: Sequence[Hashable] | None,
+    fraction: float,
+    seed: int,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[Table, Table]:
     """Hold out `fraction` of the rows, of every class as nearly its share as whole rows allow.
 
-    Of a class of n rows, n x fraction are held out, rounded down or up so that the sum is right; one row at least of
-    each class stays in training, and one row at least is held out. Which rows depends on `seed` and their places
-    alone; both parts keep the order of the rows.
+    Of a class of n rows, where rows are not in groups, n x fraction are held out, rounded down or up so that the sum is
+    right; one row at least of each class stays in training, and one row at least is held out. Which rows depends on
+    `seed` and their places alone; both parts keep the order of the rows.
 
     Args:
         table: the rows.
         keys: the class of each row; None: all are of one kind.
         fraction: share of the rows that is held out, from 0 to less than 1.
         seed: chooses the rows.
+        groups: the group of each row. Rows of one group stay together, so that the shares are met as well as whole
+            groups allow.
 
     Returns:
         (training rows, held-out rows)
@@ -319,13 +326,21 @@ def split(
         raise DataError(f"{len(keys)} keys for the {len(table)} rows of {table.name}.")
     if fraction == 0:
         return table, table.take([])
-    groups: dict[Hashable, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    counts = _shares([len(rows) for rows in groups.values()], fraction, seed)
     held: set[int] = set()
-    for count, rows in zip(counts, groups.values(), strict=True):
-        held.update(sorted(rows, key=lambda i: _rank(seed, "row", i))[:count])
+    if groups is not None:
+        held = _whole_groups(keys, groups, fraction, seed)
+    else:
+        classes: dict[Hashable, list[int]] = {}
+        for i, key in enumerate(keys):
+            classes.setdefault(key, []).append(i)
+        counts = _shares([len(rows) for rows in classes.values()], fraction, seed)
+        for count, rows in zip(counts, classes.values(), strict=True):
+            held.update(sorted(rows, key=lambda i: _rank(seed, "row", i))[:count])
+    if not held and groups is not None:
+        raise DataError(
+            f"{table.name}: none of the {len(set(groups)):,} groups can be held out without taking all rows of a "
+            f"class. Give more groups, or the held-out rows themselves: {option('valid')}."
+        )
     if not held:
         raise DataError(
             f"{table.name}: no row of {len(table)} can be held out, since every class needs one for training and none "
@@ -334,6 +349,45 @@ def split(
         )
     train = table.take([i for i in range(len(table)) if i not in held])
     return train, table.take(sorted(held))
+
+
+def _whole_groups(
+    keys: Sequence[Hashable], groups: Sequence[Hashable], fraction: float, seed: int
+) -> set[int]:
+    """Choose groups whose rows come nearest to the share of every class; each class keeps rows in training.
+
+    The largest groups are decided on first, equal ones by lot, each by whether it brings the counts of the classes
+    nearer to their shares; the smaller ones then fill what is left.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    whole = Counter(keys)
+    taken: Counter[Hashable] = Counter()
+    held: set[int] = set()
+    places = {group: k for k, group in enumerate(members)}
+    order = sorted(members, key=lambda g: (-len(members[g]), _rank(seed, "group", places[g])))
+    nearest: tuple[float, Hashable] | None = None
+
+    def further(now: int, more: int, all_rows: int) -> float:
+        wanted = all_rows * fraction
+        return ((now + more - wanted) ** 2 - (now - wanted) ** 2) / all_rows
+
+    for group in order:
+        own = Counter(keys[i] for i in members[group])
+        if any(taken[key] + count >= whole[key] for key, count in own.items()):
+            continue
+        # The change of the squared distances from the shares: of each class, and, weighing as much, of all rows.
+        change = len(whole) * further(len(held), len(members[group]), len(keys))
+        change += sum(further(taken[key], count, whole[key]) for key, count in own.items())
+        if change < 0:
+            held.update(members[group])
+            taken.update(own)
+        elif nearest is None or change < nearest[0]:
+            nearest = (change, group)
+    if not held and nearest is not None:  # even the best group holds more than the share
+        held.update(members[nearest[1]])
+    return held
 
 
 def _rank(seed: int, what: str, i: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ __all__ = [
 _SHOWN = 3
 _MANY = 1000
 _FEW_ROWS = 20
+LARGEST = 1e37  # a number whose differences and sums over a batch stay within single precision
 
 Where = Callable[[int], str]
 
@@ -312,19 +314,63 @@ def finite_numbers(
     Raises:
         DataError: names the first rows whose value is no finite number.
     """
-    found, wrong = [], []
-    for i, value in enumerate(values):
+    found, wrong, large = [], [], []
+    for i, value in enumerate(_decimal_points(values, where, what)):
         try:
             number = math.nan if isinstance(value, bool) and not bools else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         found.append(number)
         if not math.isfinite(number):
-            wrong.append(f"{where(i)}: {value!r}")
-    if wrong:
-        shown = "; ".join(wrong[:_SHOWN]) + "; ..." * (len(wrong) > _SHOWN)
-        raise DataError(f"{len(wrong)} {what} are no finite numbers: {shown}. {cure}")
+            wrong.append(f"{where(i)}: {_short(repr(values[i]))}")
+        elif abs(number) > LARGEST:
+            large.append(f"{where(i)}: {number:g}")
+    for places, fault in (
+        (wrong, "are no finite numbers"),
+        (large, f"are larger than single precision can train on ({LARGEST:g})"),
+    ):
+        if places:
+            shown = "; ".join(places[:_SHOWN]) + "; ..." * (len(places) > _SHOWN)
+            raise DataError(f"{len(places):,} {what} {fault}: {shown}. {cure}")
     return found
+
+
+# Digits with a comma for the point, and points or nothing between thousands; and the same the other way round.
+_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?([eE][+-]?\d+)?")
+_POINT = re.compile(r"[+-]?\d{1,3}(,\d{3})*(\.\d+)?([eE][+-]?\d+)?")
+
+
+def _decimal_points(values: Sequence[Any], where: Where, what: str) -> Sequence[Any]:
+    """Texts of numbers as Python spells them: with a point for a decimal comma, without commas between thousands.
+
+    Raises:
+        DataError: every comma could be either, as in ``1,234``.
+    """
+    texts = {
+        i: v.strip() for i, v in enumerate(values) if isinstance(v, str) and "," in v and v.strip()
+    }
+    if not texts:
+        return values
+    every = [v.strip() for v in values if isinstance(v, str) and v.strip()]
+    # Among decimal commas a lone point would stand between thousands, which no writer leaves to the reader.
+    comma = all(_COMMA.fullmatch(text) and ("," in text or "." not in text) for text in every)
+    point = all(_POINT.fullmatch(text) or number_in(text) is not None for text in every)
+    if comma and point:
+        i = next(iter(texts))
+        raise DataError(
+            f"{where(i)}: {values[i]!r} can be a number with a decimal comma or with a comma between thousands, and "
+            f"nothing in the {what} says which. Write a decimal point, and no commas between thousands."
+        )
+    if comma:
+        note(
+            f"{what}: {len(texts):,} numbers are read with a decimal comma, such as {next(iter(texts.values()))}"
+        )
+        return [
+            v.replace(".", "").replace(",", ".") if i in texts else v for i, v in enumerate(values)
+        ]
+    if point:
+        return [v.replace(",", "") if i in texts else v for i, v in enumerate(values)]
+    return values
 
 
 def _sorted_labels(

@@ -24,6 +24,7 @@ from pretrain.data.readers import (
     whole_characters,
 )
 from pretrain.errors import DataError, did_you_mean
+from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
 __all__ = ["TABLE_FORMATS", "columns_of_rows", "read_table_file", "unhalved"]
@@ -76,7 +77,7 @@ def _kind(path: Path, format: str | None) -> str:
     if format is not None:
         kind = format.lower().removeprefix(".")
         if kind not in known:
-            raise DataError(f"format={format!r} is not known.{did_you_mean(kind, known)}")
+            raise DataError(f"{option('format', format)} is not known.{did_you_mean(kind, known)}")
         return kind
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
@@ -85,7 +86,7 @@ def _kind(path: Path, format: str | None) -> str:
     if not kind:
         raise DataError(
             f"the name of {path} does not say how its rows are written. Name it {' '.join(TABLE_FORMATS)} (plain or "
-            f"{' '.join(COMPRESSIONS)}), or say it: format='tsv', one of {', '.join(known)}."
+            f"{' '.join(COMPRESSIONS)}), or say it: {option('format', 'tsv')}, one of {', '.join(known)}."
         )
     return kind
 

@@ -15,11 +15,16 @@ from pretrain.data.delimited import Content, distinct, numbered_names
 from pretrain.data.paths import find_files
 from pretrain.data.table_files import columns_of_rows, read_table_file, unhalved
 from pretrain.errors import DataError
+from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
-__all__ = ["Table", "read_table", "splits"]
+__all__ = ["Table", "held_out_splits", "read_table", "splits"]
 
 _TRAIN = ("train", "training")
+HELD_OUT = {
+    "valid": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,13 +172,36 @@ def splits(source: Any) -> dict[str, Any]:
         return {}
     named = any(part in _TRAIN for part in source)  # else {"text": "a.b"} would be taken for a file
     kinds = (str, Path, Table) if named else (Path, Table)
-    if all(isinstance(value, kinds) or _is_data(value) for value in source.values()):
+    if all(
+        isinstance(value, kinds) or _is_data(value) or (named and _is_rows(value))
+        for value in source.values()
+    ):
         return {str(part): value for part, value in source.items()}
     return {}
 
 
+def held_out_splits(source: Any) -> dict[str, tuple[str, Any]]:
+    """Return the names and the sources of the splits for ``valid`` and ``test``, where a dict of splits has them."""
+    parts, found = splits(source), {}
+    if not any(part in _TRAIN for part in parts):
+        return {}
+    for use, names in HELD_OUT.items():
+        name = next((name for name in names if name in parts), None)
+        if name is not None:
+            found[use] = (name, parts[name])
+    return found
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is rows with names, or columns of them, and not a column itself."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(column, list | tuple) for column in value.values())
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping | tuple)
+
+
 def _is_data(value: Any) -> bool:
-    return hasattr(value, "column_names") or (hasattr(value, "iloc") and hasattr(value, "columns"))
+    frame = hasattr(value, "columns") and (hasattr(value, "iloc") or hasattr(value, "to_dicts"))
+    return hasattr(value, "column_names") or frame
 
 
 def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
@@ -189,9 +217,13 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
                 f"{name} has the splits {', '.join(parts)} and none called 'train'; give one of them, as "
                 f"data[{next(iter(parts))!r}]."
             )
-        if len(parts) > 1:
-            rest = ", ".join(p for p in parts if p != part)
-            note(f"{name}: the split {part!r} is taken of {len(parts)} ({rest} left)")
+        used = (
+            [part, *(of for of, _ in held_out_splits(source).values())]
+            if name == "train"
+            else [part]
+        )
+        if rest := [p for p in parts if p not in used]:
+            note(f"{name}: the split {part!r} is taken of {len(parts)} ({', '.join(rest)} left)")
         return _resolve(parts[part], name, options)
     if isinstance(source, str | Path):
         return _file(source, options)
@@ -200,7 +232,7 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     if extra or (options["columns"] is not None and not tuples):
         key = extra[0] if extra else "columns"
         raise DataError(
-            f"{key}=... is for files, but {name} is a {type(source).__name__}; leave it out."
+            f"{option(key)} is for files, but {name} is a {type(source).__name__}; leave it out."
         )
     if isinstance(source, Mapping):
         return _columns(source, name)
@@ -208,6 +240,12 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
         return _rows(source, name, options["columns"])
     if hasattr(source, "iloc") and hasattr(source, "columns"):
         return _frame(source)
+    if hasattr(source, "to_dicts") and hasattr(source, "columns"):
+        return _made(source.to_dict(as_series=False), len(source), "a polars frame")
+    if hasattr(source, "column_names") and hasattr(source, "to_pylist"):
+        names = distinct("the arrow table", list(source.column_names))
+        columns = [column.to_pylist() for column in source.columns]
+        return _made(dict(zip(names, columns, strict=True)), source.num_rows, "an arrow table")
     if hasattr(source, "column_names"):
         return _dataset(source, name)
     raise DataError(
@@ -280,8 +318,8 @@ def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Ta
             if not isinstance(row, list | tuple) or len(row) != len(names):
                 size = f" of {len(row)} values" if isinstance(row, list | tuple) else ""
                 raise DataError(
-                    f"row {k + 1} of {name} (index {k}) is a {type(row).__name__}{size}, but columns={names} names "
-                    f"{len(names)}."
+                    f"row {k + 1} of {name} (index {k}) is a {type(row).__name__}{size}, but "
+                    f"{option('names', names)} names {len(names)}."
                 )
         source = [dict(zip(names, row, strict=True)) for row in source]
     for k, row in enumerate(source):
@@ -291,7 +329,7 @@ def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Ta
             cure = "Several files are not joined here: give one path."
         elif isinstance(row, list | tuple):
             names = numbered_names(len(row))
-            cure = f"Name the columns: columns={names}, or give dicts."
+            cure = f"Name the columns: {option('names', names)}, or give dicts."
         else:
             cure = 'Give dicts: [{"text": "...", "label": "..."}, ...].'
         raise DataError(
@@ -340,6 +378,11 @@ def _frame(frame: Any) -> Table:
     return Table(
         f"a pandas frame of {len(frame):,} rows", made, origin="a pandas frame", unit="position"
     )
+
+
+def _made(columns: dict[str, list[Any]], count: int, what: str) -> Table:
+    plain = {name: [_plain(value) for value in column] for name, column in columns.items()}
+    return Table(f"{what} of {count:,} rows", plain, origin=what, unit="index")
 
 
 def _dataset(dataset: Any, name: str) -> Table:

@@ -51,6 +51,8 @@ _MOST_EVALS = 20
 _EPOCHS, _FEW_STEPS, _EPOCHS_OF_FEW, _LEAST_STEPS = 3.0, 500, 20, 100
 _SWEEP_STEPS = 250
 _SWEEP = (1 / 3, 1.0, 3.0)
+# Settings that runs of earlier versions did not have, whose directories keep their names while they are not given.
+_LATER = ("delimiter", "quoting", "group")
 
 
 def automatic_steps(epoch: int) -> int:
@@ -104,6 +106,9 @@ class Job:
         """Eight hexadecimal digits of settings and rows."""
         plain = self.settings.to_dict()
         plain["train"].pop("out")
+        for name in _LATER:
+            if plain["data"][name] is None:
+                del plain["data"][name]
         text = json.dumps([plain, self.data.fingerprint], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -12,8 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pretrain.data.labelled import choose_columns, drop_duplicates, roles_table, split
-from pretrain.data.tables import read_table
+from pretrain.data.labelled import (
+    choose_columns,
+    column_names,
+    drop_duplicates,
+    is_missing,
+    roles_table,
+    split,
+)
+from pretrain.data.tables import read_table, splits
 from pretrain.errors import DataError
 from pretrain.predict import has_columns
 from pretrain.settings.spelling import option
@@ -83,29 +90,50 @@ def open_data(
     source = objects.get("train", section.train)
     if source is None:
         raise DataError("There are no rows to learn from: name a file, or give a list of dicts.")
-    whole = _read(source, section, "train")
+    whole = _read(source, section, "train", task)
     columns = choose_columns(whole, task.roles, _named_columns(whole, task, settings))
     train = roles_table(whole, columns)
-    if not len(train):
-        raise DataError(f"{whole.name} has columns but no rows.")
     options = dict(settings.task.options)
     if labels is not None and "labels" not in options:
         options["checkpoint_labels"] = labels
     learned = task.learn(train, options)
     train = task.tidy(train, learned, options)
     notes, names = list(learned.notes), {"train": whole.name}
+    groups = _groups(whole, section.group)
+    if section.group is not None and groups is None:
+        raise DataError(
+            f"{whole.name} has no column {section.group!r} for {option('group', section.group)}; columns present: "
+            f"{column_names(whole.names)}."
+        )
+
+    def held_out(source: Any, what: str) -> Table:
+        read = _read(source, section, what, task)
+        if groups is not None:
+            notes.extend(_shared_groups(groups, _groups(read, section.group), section.group, what))
+        return task.tidy(_by_role(read, task, columns), learned, options)
+
     wanted = objects.get("valid", section.valid)
     if isinstance(wanted, int | float):
-        train, valid = split(train, learned.strata, float(wanted), settings.train.seed)
-        names["valid"] = f"{float(wanted):.0%} of {whole.name}"
+        share = float(wanted)
+        train, valid = split(train, learned.strata, share, settings.train.seed, groups)
+        names["valid"] = f"{share:.0%} of {whole.name}"
+        if groups is not None and len(valid):
+            notes.append(
+                f"{len(valid) / (len(train) + len(valid)):.1%} of the rows are held out, as whole groups by "
+                f"{section.group!r} ({len(set(groups)):,} in all)"
+            )
     else:
-        valid = _by_role(_read(wanted, section, "valid"), task, columns)
-        valid = task.tidy(valid, learned, options)
+        valid = held_out(wanted, "validation")
         names["valid"] = valid.name
     test = None
     if (tested := objects.get("test", section.test)) is not None:
-        test = _by_role(_read(tested, section, "test"), task, columns)
-        test = task.tidy(test, learned, options)
+        test = held_out(tested, "test")
+    elif (tested := objects.get("spare_test")) is not None:
+        try:  # the test split of a public data set often has no labels
+            test = held_out(tested, "test")
+        except DataError as error:
+            notes.append(f"the test split is not used: {error}")
+    if test is not None:
         names["test"] = test.name
     roles = [role.name for role in task.roles if role.name in train.names and not role.target]
     given, recurring = train, {}
@@ -137,6 +165,16 @@ def open_data(
     )
 
 
+def _groups(table: Table, column: str | None) -> list[str] | None:
+    """The group of every row; a row without one is a group of its own. None where there is no such column."""
+    if column is None or column not in table.columns:
+        return None
+    return [
+        f"{table.name} {i}" if is_missing(value) else json.dumps(value, default=str)
+        for i, value in enumerate(table.columns[column])
+    ]
+
+
 def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:
     """Columns that the settings name; labels that are all names of columns are one column each."""
     given, labels = dict(settings.data.columns), settings.task.options.get("labels")
@@ -152,8 +190,41 @@ def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict
     return given
 
 
-def _read(source: Any, section: Any, name: str) -> Table:
-    return read_table(source, name=name, columns=section.names, format=section.format)
+def _shared_groups(
+    groups: Sequence[str], others: Sequence[str] | None, column: str | None, what: str
+) -> list[str]:
+    """A line on the groups that stand both in the training rows and in others."""
+    if not (both := set(groups) & set(others or ())):
+        return []
+    count = sum(group in both for group in groups)
+    return [
+        f"{len(both):,} groups by {column!r} stand both in {count:,} training rows and in the {what} rows, so the "
+        f"{what} figure is not one of unseen groups"
+    ]
+
+
+def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
+    names = section.names
+    rows = splits(source).get("train", source)
+    if names is None and isinstance(rows, list | tuple) and rows:
+        names = _tuple_names(rows[0], task)
+    return read_table(
+        source,
+        name=name,
+        columns=names,
+        format=section.format,
+        delimiter=section.delimiter,
+        quoting=section.quoting,
+    )
+
+
+def _tuple_names(row: Any, task: type[Task]) -> list[str] | None:
+    """Names for rows that are tuples: the roles that the task needs, or all of its roles, by their number."""
+    if not isinstance(row, list | tuple):
+        return None
+    every = [role.name for role in task.roles if role.name in role.known]
+    needed = [role.name for role in task.roles if role.required and role.name in role.known]
+    return next((names for names in (needed, every) if len(names) == len(row)), None)
 
 
 def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:

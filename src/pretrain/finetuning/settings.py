@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, within
+from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
 
 __all__ = ["TuneConfig", "from_keywords", "from_memory"]
@@ -35,9 +36,15 @@ class TuneData:
     """Which column plays which part, e.g. {text: review, label: stars}, or {label: [toxic, obscene]} for one column per
     label; others are recognised by name."""
     names: list[str] | None = None
-    """Names of the columns of a file without a header line."""
+    """Names of the columns of a file without a header line, or of rows that are tuples."""
     format: str | None = None
     """Format of a file whose name does not tell: csv, tsv, jsonl, json, parquet, conll, conllu."""
+    delimiter: str | None = None
+    """What stands between the cells of a .csv or .tsv file, e.g. ";"; not given, a comma or a tab."""
+    quoting: bool | None = None
+    """Whether double quotes enclose cells of a .csv or .tsv file; not given, the file tells."""
+    group: str | None = None
+    """Column whose rows of one value never stand on both sides of a split: patient, author, template."""
     max_length: int | None = within(None, 3, 1 << 20)
     """Tokens of an example at most; not given, the model's positions."""
     max_cut: float = within(0.01, 0.0, 1.0)
@@ -264,11 +271,23 @@ def from_keywords(
     }
     columns, given = dict(base.data.columns), dict(base.task.options)
     objects: dict[str, Any] = {}
+    keywords = {**keywords}
+    for key, (_, part) in held_out_splits(keywords.get("train")).items():
+        if keywords.get(key) is None:
+            keywords["spare_test" if key == "test" else key] = part
     for key, value in keywords.items():
         if value is None:
             continue
-        if key in TuneConfig.SECTIONS and isinstance(value, Mapping):
+        # Rows may be a mapping too: of columns, or of splits.
+        rows = (
+            key == "train"
+            and isinstance(value, Mapping)
+            and not set(value) <= {f.name for f in dataclasses.fields(TuneTrain)}
+        )
+        if key in TuneConfig.SECTIONS and isinstance(value, Mapping) and not rows:
             sections.setdefault(key, {}).update(value)
+        elif key == "spare_test":
+            objects[key] = value
         elif key in ("train", "valid", "test") and not isinstance(value, str | int | float):
             objects[key] = os.fspath(value) if _is_path(value) else value
         elif key in roles:
@@ -287,9 +306,11 @@ def from_keywords(
     section = sections.setdefault("data", {})
     section["columns"] = {**columns, **section.get("columns", {})}
     for key, value in objects.items():
+        if key == "spare_test":
+            continue
         sections["data"][key] = value if isinstance(value, str) else f"a {type(value).__name__}"
     return TuneConfig.load(base, sections), {
-        k: v for k, v in objects.items() if not isinstance(v, str)
+        k: v for k, v in objects.items() if not isinstance(v, str) or k == "spare_test"
     }
 
 

@@ -205,6 +205,7 @@ class Classification(Task):
         values, names = table.columns["label"], table.label_names.get("label")
         single = learned.options["problem"] == _SINGLE
         if single and not any(isinstance(v, list | Mapping) for v in values):
+            known.ids(values, names=names, where=table.where)
             tidied = [value.strip() if isinstance(value, str) else value for value in values]
         else:
             separator = "" if single else options.get("label_separator")

@@ -18,6 +18,7 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.classification import PAIR, TEXT, encode_texts
 from pretrain.objectives.tasks import Learned, Task, sequence_labels
+from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -92,6 +93,14 @@ class Regression(Task):
         middle = float(values.mean())
         return Learned(("LABEL_0",), options={"center": middle, "scale": spread})
 
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """Rows with numbers where a text file has decimal commas."""
+        tidied = numbers(table).tolist()
+        if not any(isinstance(value, str) and "," in value for value in table.columns["label"]):
+            return table
+        return table.with_columns({**table.columns, "label": tidied}, {})
+
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows, kept = encode_texts(self, table)
         if targets:
@@ -161,6 +170,7 @@ def numbers(table: Table) -> np.ndarray:
     Raises:
         DataError: names the first rows whose target is none.
     """
-    cure = 'Remove these rows or fill them in; for named classes use task="classification".'
+    named = option("task", "classification")
+    cure = f"Remove, correct or rescale these rows; for named classes use {named}."
     values = finite_numbers(table.columns["label"], table.where, what="targets", cure=cure)
     return np.asarray(values, dtype=np.float64)

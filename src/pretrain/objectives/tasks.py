@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,21 @@ class Learned:
     strata: Sequence[Hashable] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def _is_finite(value: Any, *, infinite: bool = False) -> bool:
+    """Whether all floats in arrays, lists and mappings are numbers; infinite ones are allowed where scores mask."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind != "f":
+            return True
+        return not bool((np.isnan(value) if infinite else ~np.isfinite(value)).any())
+    if isinstance(value, Mapping):
+        return all(_is_finite(item, infinite=infinite) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(item, infinite=infinite) for item in value)
+    if isinstance(value, float | np.floating):
+        return not math.isnan(value) if infinite else math.isfinite(value)
+    return True
 
 
 def balanced(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -319,8 +335,17 @@ class Task(Objective):
                 with torch.inference_mode():
                     found = self._answers(rows, batch_rows, device)
                 for row in range(len(part)):
-                    mine = found.get(row)
-                    yield self.decode(*mine) if mine else {}
+                    if (of_row := found.get(row)) is None:
+                        yield {}
+                        continue
+                    answer = self.decode(*of_row)
+                    if not (_is_finite(of_row[0], infinite=True) and _is_finite(answer)):
+                        raise ModelError(
+                            f"{part.where(row)}: the answer is not a number (NaN or infinite). The weights of the "
+                            "model hold NaN, or its values overflow: check the run that made it, or take an earlier "
+                            "checkpoint."
+                        )
+                    yield answer
                 self.count_unanswered(rows)
         finally:
             self.train(was_training)
