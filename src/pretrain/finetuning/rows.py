@@ -135,20 +135,8 @@ def open_data(
             notes.append(f"the test split is not used: {error}")
     if test is not None:
         names["test"] = test.name
-    roles = [role.name for role in task.roles if role.name in train.names and not role.target]
-    given, recurring = train, {}
-    for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
-        if other is not None and len(other):
-            _, count = drop_duplicates(given, other, roles, what)
-            with muted():  # it has just been said, and the report repeats it
-                train, _ = drop_duplicates(train, other, roles, what)
-            if count:
-                recurring[part] = count
-                notes.append(f"{count:,} training rows recur in the {what} rows and were left out")
-    if not len(train):
-        raise DataError(
-            "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
-        )
+    given = train
+    train, recurring = _without_recurring(train, valid, test, task, notes)
     if isinstance(wanted, int | float) and wanted > 0 and not len(valid):
         notes.append("too few rows for a validation split: nothing is held out")
     return Data(
@@ -163,6 +151,27 @@ def open_data(
         recurring,
         len(given) - len(train),
     )
+
+
+def _without_recurring(
+    train: Table, valid: Table, test: Table | None, task: type[Task], notes: list[str]
+) -> tuple[Table, dict[str, int]]:
+    """The training rows whose text does not stand among the held-out ones, and how many did, by part."""
+    roles = [role.name for role in task.roles if role.name in train.names and not role.target]
+    given, recurring = train, {}
+    for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
+        if other is not None and len(other):
+            _, count = drop_duplicates(given, other, roles, what)
+            with muted():  # it has just been said, and the report repeats it
+                train, _ = drop_duplicates(train, other, roles, what)
+            if count:
+                recurring[part] = count
+                notes.append(f"{count:,} training rows recur in the {what} rows and were left out")
+    if not len(train):
+        raise DataError(
+            "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
+        )
+    return train, recurring
 
 
 def _groups(table: Table, column: str | None) -> list[str] | None:
