@@ -99,12 +99,7 @@ def open_data(
     learned = task.learn(train, options)
     train = task.tidy(train, learned, options)
     notes, names = list(learned.notes), {"train": whole.name}
-    groups = _groups(whole, section.group)
-    if section.group is not None and groups is None:
-        raise DataError(
-            f"{whole.name} has no column {section.group!r} for {option('group', section.group)}; columns present: "
-            f"{column_names(whole.names)}."
-        )
+    groups = _groups(whole, section.group, required=True)
 
     def held_out(source: Any, what: str) -> Table:
         read = _read(source, section, what, task)
@@ -174,9 +169,18 @@ def _without_recurring(
     return train, recurring
 
 
-def _groups(table: Table, column: str | None) -> list[str] | None:
-    """The group of every row; a row without one is a group of its own. None where there is no such column."""
+def _groups(table: Table, column: str | None, *, required: bool = False) -> list[str] | None:
+    """The group of every row; a row without one is a group of its own. None where there is no such column.
+
+    Raises:
+        DataError: there is no such column, and it is required.
+    """
     if column is None or column not in table.columns:
+        if column is not None and required:
+            raise DataError(
+                f"{table.name} has no column {column!r} for {option('group', column)}; columns present: "
+                f"{column_names(table.names)}."
+            )
         return None
     return [
         f"{table.name} {i}" if is_missing(value) else json.dumps(value, default=str)

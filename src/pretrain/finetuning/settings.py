@@ -271,20 +271,10 @@ def from_keywords(
     }
     columns, given = dict(base.data.columns), dict(base.task.options)
     objects: dict[str, Any] = {}
-    keywords = {**keywords}
-    for key, (_, part) in held_out_splits(keywords.get("train")).items():
-        if keywords.get(key) is None:
-            keywords["spare_test" if key == "test" else key] = part
-    for key, value in keywords.items():
+    for key, value in _with_held_out_splits(keywords).items():
         if value is None:
             continue
-        # Rows may be a mapping too: of columns, or of splits.
-        rows = (
-            key == "train"
-            and isinstance(value, Mapping)
-            and not set(value) <= {f.name for f in dataclasses.fields(TuneTrain)}
-        )
-        if key in TuneConfig.SECTIONS and isinstance(value, Mapping) and not rows:
+        if _is_section(key, value):
             sections.setdefault(key, {}).update(value)
         elif key == "spare_test":
             objects[key] = value
@@ -321,3 +311,19 @@ def _is_path(value: Any) -> bool:
 def from_memory(value: Any) -> bool:
     """Whether a setting stands for an object that was given instead of a path: "a DataFrame", "a model"."""
     return isinstance(value, str) and value.startswith("a ") and not os.path.exists(value)
+
+
+def _is_section(key: str, value: Any) -> bool:
+    """Whether a keyword is a section of settings; rows, whose keyword is ``train``, may be a mapping too."""
+    if key not in TuneConfig.SECTIONS or not isinstance(value, Mapping):
+        return False
+    return key != "train" or set(value) <= {f.name for f in dataclasses.fields(TuneTrain)}
+
+
+def _with_held_out_splits(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords with the splits of the rows as ``valid`` and, to be used if it has labels, ``spare_test``."""
+    found = dict(keywords)
+    for key, (_, part) in held_out_splits(found.get("train")).items():
+        if found.get(key) is None:
+            found["spare_test" if key == "test" else key] = part
+    return found
