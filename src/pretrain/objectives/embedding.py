@@ -114,7 +114,7 @@ class Embedding(Task):
                 "pooling."
             )
         modes = stored.pooling if pooling is None else pooling_named(pooling)
-        if pooling is not None and "cls" in modes and model.backbone.causal:
+        if modes != stored.pooling and "cls" in modes and model.backbone.causal:
             raise ConfigError(
                 "The first token of a causal model has seen none of the others; use pooling='mean' or 'last'."
             )
