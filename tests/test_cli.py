@@ -37,6 +37,7 @@ COMMANDS = [
     "generate",
     "fill-mask",
     "evaluate",
+    "merge",
     "inspect",
     "report",
 ]

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pretrain import cli
 from pretrain.adapters.config import from_peft
 from pretrain.adapters.layer import LoraLinear
 from pretrain.checkpoint import inspect, latest, load, save_model, verify
@@ -327,6 +328,8 @@ def test_the_adapter_is_small_and_named(tmp_path: Path) -> None:
     assert found["adapter"] == "LORA, rank 4" and found["base"] == str(tmp_path / "base")
     assert found["manifest"] == "holds" and found["family"] == "gpt2"
     assert found["parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["trainable_parameters"] == found["parameters"]
+    assert found["total_parameters"] == model.num_parameters()
     assert "LoRA r=4" in repr(model)
     again = load(path, quiet=True)
     unload(again)
@@ -351,6 +354,42 @@ def test_a_base_beside_the_adapter_is_found(
     with pytest.raises(CheckpointError, match="does not say which base"):
         load(tmp_path / "adapter")
     assert load("adapter", base="base", quiet=True).adapter is not None
+
+
+def test_a_base_named_from_here_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its absolute path, and by the end of it where both were moved."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny("gpt2"), Path("home/base"))
+    model = shake(apply_lora(load("home/base", quiet=True), LoraConfig(r=4)))
+    save_adapter(model, "home/adapter")
+    config = json.loads(Path("home/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "home" / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    same_state(load("../home/adapter", quiet=True), model)
+    (tmp_path / "home").rename(tmp_path / "moved")
+    same_state(load("../moved/adapter", quiet=True), model)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_writes_a_whole_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dora: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = on_disk(tmp_path, dora=dora).eval()
+    words = ["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "whole")]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "whole") and "outputs differ by at most" in said.err
+    assert not list((tmp_path / "whole").glob("adapter*"))
+    assert "library_name: transformers" in (tmp_path / "whole" / "README.md").read_text()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        assert (theirs(**BATCH).logits - model(BATCH)).abs().max() < 1e-4
+    assert inspect(tmp_path / "whole")["parameters"] == load(tmp_path / "base").num_parameters()
+    assert cli.main(["merge", str(tmp_path / "base"), "--out", str(tmp_path / "x")]) == 2
 
 
 def test_another_head_on_a_stored_adapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import pretrain
 import tiny
+from pretrain import cli
 from pretrain.data.table_stream import RowWriter, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.models import build
@@ -163,11 +165,12 @@ def test_forms_of_input_agree(model: Model, tmp_path: Path) -> None:
     ]  # fmt: skip
     for form in forms:
         found = predict(model, form, batch_rows=2)
+        found = found.to_dict("records") if isinstance(form, pandas.DataFrame) else found
         assert len(found) == 5 and all(map(same, found, wanted)), type(form)
     assert same(predict(model, rows[0]), wanted[0])
     odd = [{"verdict": "x", "said": text} for text in texts]
     assert same(predict(model, odd, columns={"text": "said"})[4], wanted[4])
-    with pytest.raises(DataError, match=r"'said'.*text="):
+    with pytest.raises(DataError, match=r"'said'.*columns=\{'text'"):
         predict(model, odd)
 
 
@@ -481,3 +484,87 @@ def test_the_best_checkpoint_of_a_run_is_taken(tmp_path: Path) -> None:
     assert float(found["score"]) == pytest.approx(
         small(seed=5).predict("the red cat")["score"], abs=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi_label"])
+def test_all_probabilities_and_the_likeliest(kind: str, tmp_path: Path) -> None:
+    """In memory, as a frame with its index, and in files; asked for nothing, the answer is as ever."""
+    import pandas
+
+    model = small(kind)
+    texts = tiny.TEXTS[:4]
+    usual, every = model.predict(texts), model.predict(texts, top_k=None)
+    for one, answer in zip(usual, every, strict=True):
+        assert sorted(answer["label"]) == ["cat", "dog", "fox"]
+        assert answer["score"] == sorted(answer["score"], reverse=True)
+        chances = dict(zip(answer["label"], answer["score"], strict=True))
+        if kind == "classification":
+            assert sum(answer["score"]) == pytest.approx(1, abs=1e-5)
+            assert one["label"] == answer["label"][0]
+        else:
+            assert set(one["label"]) == {k for k, v in chances.items() if v > 0.5}
+    two = model.predict(texts, top_k=2)
+    assert [a["label"] for a in two] == [a["label"][:2] for a in every]
+    frame = pandas.DataFrame({"text": [*texts[:3], ""]}, index=["w", "x", "y", "z"])
+    found = model.predict(frame, top_k=2)
+    assert list(found.index) == list(frame.index) and list(found.columns) == ["label", "score"]
+    assert (
+        found["label"].tolist()[:3] == [a["label"] for a in two][:3] and found["label"]["z"] is None
+    )
+    saved = model.save(tmp_path / "model")
+    frame.to_parquet(tmp_path / "rows.parquet")
+    for source in (
+        tmp_path / "rows.parquet",
+        write_rows(tmp_path / "r.csv", [{"text": t} for t in texts]),
+    ):
+        out = tmp_path / "out.jsonl"
+        assert (
+            cli.main(
+                ["predict", str(saved), str(source), "--out", str(out), "--quiet", "--top_k", "all"]
+            )
+            == 0
+        )
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["predicted_label"] for row in rows][:3] == [a["label"] for a in every][:3]
+    for wrong in (0, -1, "all", 1.5, True):
+        with pytest.raises(ConfigError, match="top_k"):
+            model.predict(texts, top_k=wrong)
+    with pytest.raises(ConfigError, match="top_k"):
+        small("regression").predict(texts, top_k=2)
+
+
+def test_what_goes_wrong_leaves_no_file_and_is_one_sentence(
+    saved: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Ctrl-C, a signal, too little memory, and an error that shows only when all rows are written."""
+    source = write_rows(tmp_path / "r.csv", [{"text": "the cat"}] * 3)
+    words = ["predict", str(saved), str(source), "--quiet", "--batch_rows", "8"]
+    stops: list[tuple[Any, int, str]] = [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (signal.SIGTERM, 143, "interrupted"),
+        (signal.SIGHUP, 129, "interrupted"),
+        (MemoryError(), 2, "--batch_rows 2"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "--batch_rows 2"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--batch_rows 2"),
+    ]  # fmt: skip
+    for stop, code, said in stops:
+
+        def decode(self: Any, *args: Any, stop: Any = stop) -> Any:
+            if isinstance(stop, signal.Signals):
+                signal.raise_signal(stop)
+            raise stop
+
+        monkeypatch.setattr("pretrain.objectives.classification.Classification.decode", decode)
+        assert cli.main(words) == code
+        error = capsys.readouterr().err
+        assert said in error and len(error.strip().splitlines()) == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
+    monkeypatch.undo()
+    empty = write_rows(tmp_path / "r.csv", [{"text": "", "predicted_label": "cat"}] * 3)
+    with pytest.raises(DataError), RowWriter(tmp_path / "out.csv", ["text"]) as writer:
+        monkeypatch.setattr(writer, "_begin", _disk_full)
+    assert [p.name for p in tmp_path.iterdir()] == [empty.name]
+
+
+def _disk_full(answer: Any) -> None:
+    raise OSError(28, "No space left on device")

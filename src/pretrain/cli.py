@@ -367,6 +367,19 @@ def _evaluate(args: Any) -> None:
     _show(evaluate(options.pop("checkpoint"), **options), as_json)
 
 
+def _add_merge(parser: Any) -> None:
+    add = parser.add_argument
+    add("adapter", type=str, help="directory of an adapter, or a run that trained one")
+    add("--out", type=str, help="directory to write the whole model to")
+    add("--base", type=str | None, default=None, help="its base; not given, the one that it names")
+
+
+def _merge(args: Any) -> None:
+    from pretrain.lora import merge_to
+
+    print(printable(str(merge_to(args.adapter, args.out, args.base))))
+
+
 def _add_inspect(parser: Any) -> None:
     parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -465,6 +478,12 @@ COMMANDS = {
         "pretrain evaluate runs/reviews --data more.csv",
         _add_evaluate,
         _evaluate,
+    ),
+    "merge": Command(
+        "Fold an adapter into its base: a whole model that transformers opens.",
+        "pretrain merge runs/reviews-lora --out models/reviews",
+        _add_merge,
+        _merge,
     ),
     "inspect": Command(
         "Say what a checkpoint holds and whether it is whole.",

@@ -6,8 +6,9 @@ escapes from the package is a bug in the package.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from pretrain.printing import printable
 
@@ -27,6 +28,7 @@ __all__ = [
     "TrainingError",
     "did_you_mean",
     "named_error",
+    "naming_memory",
     "out_of_memory",
 ]
 
@@ -157,3 +159,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Known: {', '.join(options)}." if options else ""
+
+
+@contextlib.contextmanager
+def naming_memory(what: str, fix: Callable[[], str]) -> Iterator[None]:
+    """Turn running out of memory into one sentence.
+
+    Args:
+        what: was done: ``"predicting"``.
+        fix: gives the end of the sentence: the setting that needs less memory, as the user writes it.
+
+    Raises:
+        TrainingError: instead of the error of torch or Python.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(f"The memory is too small for {what}. {fix()}") from error

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
-from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError
+from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
 from pretrain.finetuning.measure import labelled, reported_precision, score
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import classes_of, starting_model
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.slurm import is_task
-from pretrain.predict import rebuilt, recorded_task, task_of
+from pretrain.predict import rebuilt, recorded_task, smaller_batch, task_of
 from pretrain.settings.spelling import EVALUATE, option, using
 from pretrain.storage.chosen import best_first
 from pretrain.storage.files import muted, note
@@ -81,7 +81,8 @@ def evaluate(
                 f"{option('columns')} out."
             )
         options |= {"precision": precision, "device": device}
-        return language.evaluate(path, data, objective=objective, model=model, **options)
+        with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
+            return language.evaluate(path, data, objective=objective, model=model, **options)
     task, home = task_of(model), language.run_of(path)
     settings = _settings_of(home)
     if data is None:

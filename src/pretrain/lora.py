@@ -21,7 +21,15 @@ from pretrain.errors import ModelError
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["LoraConfig", "apply_lora", "load_adapter", "merge", "save_adapter", "unload"]
+__all__ = [
+    "LoraConfig",
+    "apply_lora",
+    "load_adapter",
+    "merge",
+    "merge_to",
+    "save_adapter",
+    "unload",
+]
 
 
 def apply_lora(model: Model, config: LoraConfig | None = None, seed: int = 0) -> Model:
@@ -64,6 +72,23 @@ def save_adapter(model: Model, directory: str | Path) -> Path:
     if model.adapter is None:
         raise ModelError("The model has no adapter to save. Add one with apply_lora.")
     return save_model(model, directory)
+
+
+def merge_to(adapter: str | Path, out: str | Path, base: Model | str | Path | None = None) -> Path:
+    """Fold an adapter into its base and write the whole model, which transformers opens without peft.
+
+    The largest difference that this makes to the outputs of a probe batch is printed.
+
+    Args:
+        adapter: directory of an adapter, or a run that trained one.
+        out: directory to write.
+        base: see ``load_adapter``.
+
+    Raises:
+        ModelError: no adapter there, or a merged weight is not finite.
+        CheckpointError: as ``load_adapter``, or ``out`` cannot be written.
+    """
+    return save_model(merge(load_adapter(adapter, base)), out)
 
 
 def load_adapter(directory: str | Path, base: Model | str | Path | None = None) -> Model:

@@ -19,10 +19,10 @@ from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.table_files import TABLE_FORMATS
 from pretrain.data.table_stream import WRITABLE, RowWriter, stream_chunks, table_kind
 from pretrain.data.tables import Table, read_table, splits
-from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import TASKS, build_objective, task_class
 from pretrain.objectives.tasks import Task
-from pretrain.settings.spelling import PREDICT, using
+from pretrain.settings.spelling import PREDICT, option, using
 from pretrain.storage.files import note
 from pretrain.training.precision import choose_device
 
@@ -38,6 +38,7 @@ __all__ = [
     "rebuilt",
     "recorded_task",
     "roles_read",
+    "smaller_batch",
     "task_of",
 ]
 
@@ -147,11 +148,13 @@ def predict(
             A ``str`` is always a text, never the name of a file.
         columns: role -> column, where a column has no conventional name.
         batch_rows: examples in one forward pass; the answers are the same with any.
-        **options: of the task's own ``predict``, such as ``max_new_tokens`` of a chat.
+        **options: of the task's own ``predict`` and ``decode``: ``max_new_tokens`` of a chat; ``top_k`` of a
+            classifier, a number of classes or None for all, which gives lists of labels and their probabilities.
 
     Returns:
         A dict, or a list of dicts in the order of the inputs: ``label`` and ``score`` of a classifier; see
-        ``decode`` of the task. An input without text gets an empty dict.
+        ``decode`` of the task. An input without text gets an empty dict. A pandas frame gives a frame of the answers
+        with its index.
 
     Raises:
         ModelError: the model answers nothing.
@@ -185,17 +188,42 @@ def predict_with(
     if table is None:
         return []
     task.unanswered.clear()
-    try:
-        found = task.predict(table, batch_rows, **options)
-    except TypeError as error:
-        raise ConfigError(f"The task {task.name} has no such option: {error}.") from error
-    answers = list(found)
+    found = _answers(task, table, batch_rows, options)
+    with naming_memory("predicting", lambda: smaller_batch(batch_rows)):
+        answers = list(found)
     if single:
         if _is_empty(answers[0]):
             _say_unanswered(task, 1, 1)
         return answers[0]
     _say_unanswered(task, sum(map(_is_empty, answers)), len(answers))
-    return answers
+    return _frame_of(inputs, answers) if _is_frame(inputs) else answers
+
+
+def _is_frame(inputs: Any) -> bool:
+    return hasattr(inputs, "iloc") and hasattr(inputs, "columns")
+
+
+def _frame_of(frame: Any, answers: Sequence[Mapping[str, Any]]) -> Any:
+    """Answers as a pandas frame with the index of the rows; what an answer lacks is missing."""
+    names = list(dict.fromkeys(name for answer in answers for name in answer))
+    columns = {name: [answer.get(name) for answer in answers] for name in names}
+    return type(frame)(columns, index=frame.index)
+
+
+def _answers(
+    task: Task, table: Table, batch_rows: int, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    try:
+        return task.predict(table, batch_rows, **options)
+    except TypeError as error:
+        raise ConfigError(f"The task {task.name} has no such option: {error}.") from error
+
+
+def smaller_batch(batch_rows: int) -> str:
+    """The sentence for a batch that does not fit into memory."""
+    if batch_rows == 1:
+        return "One row alone does not fit: use a machine with more memory, or shorter texts."
+    return f"Take fewer rows at a time: {option('batch_rows', max(1, batch_rows // 4))}."
 
 
 def _check_batch(batch_rows: int) -> None:
@@ -355,6 +383,7 @@ def predict_file(
     batch_rows: int = _BATCH_ROWS,
     device: str = "auto",
     progress: bool = True,
+    **options: Any,
 ) -> Path:
     """Answer every row of a file into another, in order; files of lines are streamed, whatever their length.
 
@@ -370,6 +399,7 @@ def predict_file(
         batch_rows: examples in one forward pass.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
         progress: show a bar where somebody can see it.
+        **options: see ``predict``.
 
     Returns:
         Path of the output.
@@ -378,6 +408,8 @@ def predict_file(
         DataError: a broken row (with its line), a missing column, predictions already in the file, an output that
             cannot be written.
         ModelError: the model answers nothing.
+        ConfigError: an option that the task does not have.
+        TrainingError: too little memory.
     """
     from tqdm.auto import tqdm
 
@@ -393,10 +425,15 @@ def predict_file(
     quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     count = empty = 0
     task.unanswered.clear()
-    with RowWriter(target, first.table.names) as output, tqdm(unit="row", disable=quiet) as bar:
+    with (
+        naming_memory("predicting", lambda: smaller_batch(batch_rows)),
+        RowWriter(target, first.table.names) as output,
+        tqdm(unit="row", disable=quiet) as bar,
+    ):
         for chunk in chain([first], chunks):
             table = roles_table(chunk.with_columns(chosen.values()), chosen)
-            for row, answer in zip(chunk.rows, task.predict(table, batch_rows), strict=True):
+            answers = _answers(task, table, batch_rows, options)
+            for row, answer in zip(chunk.rows, answers, strict=True):
                 output.write(row, answer)
                 count, empty = count + 1, empty + _is_empty(answer)
                 bar.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 import pretrain
 from finetuning.conftest import QUICK, rows_of
+from pretrain.cli import main
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.compare import stratified_subset
+from pretrain.training.state import Run
 
 
 @settings(max_examples=150, deadline=None)
@@ -91,3 +94,51 @@ def test_asking_for_all_rows_allows_for_those_that_recur():
     assert _counts(None, 511, 1) == [511]
     assert _counts([128, 512], 511, 1) == [128, 511]
     assert _counts([513, 128], 511, 1) == [128, 513]  # refused later: there are not so many
+
+
+def test_the_model_that_is_saved_has_the_rate_that_was_compared(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    """A rate that learns nothing and one that learns: the run, its card and the comparison agree on the second."""
+    options = {"lr": "auto", "lrs": [1e-9, 2e-2], "limit": "30 steps", "test": rows_of(20, 7)}
+    result = compared(checkpoint, tmp_path / "run", rows_of(90), **options)
+    rate, count = max(r["lr"] for r in result.run.history if "lr" in r), result.counts["train"]
+    chosen = f"lr at {count}"
+    assert result.comparison.notes.settings["pretrained"][chosen] == 2e-2
+    assert rate == pytest.approx(2e-2, rel=0.2)
+    assert f"lr 0.02 on all {count} rows" in result.comparison.table()
+    assert "learning rate is 0.02" in (result.save(tmp_path / "saved") / "README.md").read_text()
+    # The run goes on with its rate, with and without a comparison, which then compares no other.
+    alone = compared(checkpoint, tmp_path / "run", rows_of(90), **options, compare=None)
+    assert alone.run.metrics == result.run.metrics
+    again = compared(checkpoint, tmp_path / "run", rows_of(90), **options)
+    assert again.comparison.notes.settings["pretrained"][chosen] == 2e-2
+    # A rate that the user names is the one that is compared.
+    named = compared(
+        checkpoint, tmp_path / "named", rows_of(90), **(options | {"lr": 1e-3, "limit": "3 steps"})
+    )
+    assert named.comparison.notes.settings["pretrained"][chosen] == 1e-3
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_sweep_that_is_stopped_exits_as_every_command(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(30)))
+
+    def fit(self: Any, *hooks: Any) -> Run:
+        return Run(self.out, 1, name, {}, [])
+
+    monkeypatch.setattr("pretrain.training.trainer.Trainer.fit", fit)
+    words = ["finetune", "--model", checkpoint, "--data", str(rows), "--task", "classification"]
+    options = [
+        "--optim.lr",
+        "sweep",
+        "--train.out",
+        str(tmp_path / "run"),
+        "--parallel.device",
+        "cpu",
+    ]
+    assert main([*words, *options]) == code
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]

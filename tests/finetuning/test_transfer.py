@@ -313,3 +313,31 @@ def test_steps_to_the_best_of_scratch():
     losses = [(0, 2.0), (50, 1.0), (100, 1.5)]
     assert steps_to_best([(0, 1.5), (10, 0.9)], losses, lower=True) == (0.2, 0.2)
     assert steps_to_best([(0, math.nan), (50, 0.7)], [(10, math.nan), (100, 0.6)]) == (0.5, 0.5)
+
+
+def test_few_seeds_cannot_tell():
+    """Two seeds with large gains are no evidence of no difference; the words say how many would do."""
+    text = compared([0.089, 0.138]).verdict(100)
+    assert text.startswith(
+        "2 seeds cannot tell (+11.3 points, 95 % interval -19.8 to +42.5, 2 of 2 "
+    )
+    assert text.endswith("about 3 seeds would show it")
+    assert compared([0.01, -0.01]).verdict(100).endswith("run at least 5")
+    assert "cannot tell" in compared([0.06, 0.02, 0.09]).verdict(100)
+    assert "no difference seen" in compared([0.01, -0.012, 0.004, -0.003, 0.002]).verdict(100)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-0.3, 0.3).map(lambda g: round(g, 3)), min_size=2, max_size=5))
+def test_the_seeds_needed_would_do(gains):
+    """With the same mean and spread over so many seeds the interval leaves 0."""
+    stats = pytest.importorskip("scipy.stats")
+    points = 100 * np.array(gains)
+    needed, spread = compared(gains).seeds_needed(100), points.std(ddof=1)
+    if needed is None:
+        return
+
+    def leaves(n):
+        return abs(points.mean()) > stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) - 1e-9
+
+    assert leaves(needed)

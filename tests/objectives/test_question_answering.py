@@ -525,3 +525,21 @@ class Placeless(QuestionAnswering):
         if len(examples) == 1:
             del batch["window_index"]
         return batch
+
+
+def test_the_most_frequent_answer_is_the_trivial_one() -> None:
+    """Where most questions have no answer, saying nothing scores their share."""
+    rows = [
+        {"question": "q", "context": "the red cat", "answers": {"text": [], "answer_start": []}}
+    ]
+    one = {
+        "question": "q",
+        "context": "the red cat",
+        "answers": {"text": ["red cat"], "answer_start": [4]},
+    }
+    table = read_table([*rows * 3, one])
+    task = QuestionAnswering.trivial
+    assert task(None, table, table) == {"exact_match": 0.75, "f1": 0.75}  # type: ignore[arg-type]
+    answered = read_table([one, one, {**one, "answers": {"text": ["cat"], "answer_start": [8]}}])
+    found = task(None, answered, answered)  # type: ignore[arg-type]
+    assert found["exact_match"] == pytest.approx(2 / 3) and found["f1"] == pytest.approx(8 / 9)

@@ -549,3 +549,19 @@ def test_real_sentences_align_with_transformers(data_sets: Path, tmp_path: Path)
             wanted.append(goal.labels.index(source.columns["label"][row][word]) if new else IGNORE)
             before = word
         assert example["labels"].tolist() == wanted
+
+
+def test_the_trivial_answer_is_a_look_up_of_words() -> None:
+    from seqeval.metrics import accuracy_score, f1_score
+
+    train = read_table([
+        {"tokens": ["Ann", "sat"], "label": ["B-PER", "O"]}, {"tokens": ["Bob", "sat"], "label": ["B-PER", "O"]},
+        {"tokens": ["Ann", "ran", "off"], "label": ["O", "O", "O"]}, {"tokens": ["Ann"], "label": ["B-PER"]},
+    ])  # fmt: skip
+    held = read_table([
+        {"tokens": ["Ann", "ran"], "label": ["B-PER", "O"]}, {"tokens": ["Eve", "sat"], "label": ["B-PER", "O"]},
+    ])  # fmt: skip
+    found = task(tags=("B-PER", "O")).trivial(train, held)
+    true, said = [["B-PER", "O"]] * 2, [["B-PER", "O"], ["O", "O"]]
+    assert found["f1"] == pytest.approx(f1_score(true, said))
+    assert found["accuracy"] == pytest.approx(accuracy_score(true, said))

@@ -226,6 +226,21 @@ def test_auto_classes_find_base_and_tokenizer(tmp_path: Path) -> None:
     )
 
 
+def test_peft_finds_the_base_of_any_head_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that was named by a relative path; a masked-language model has no task of PEFT's."""
+    monkeypatch.chdir(tmp_path)
+    case = PLAIN["bert/masked-lm"]
+    build_theirs(case).save_pretrained("base")
+    model = shake(apply_lora(load("base", quiet=True), LoraConfig(r=4)))
+    path = save_adapter(model, "adapter").absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    theirs = peft.AutoPeftModel.from_pretrained(path).eval()
+    assert gap(theirs, model, batch_of(case)) < TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert", "roberta", "llama"])
 def test_a_classifier_on_a_language_model(family: str, tmp_path: Path) -> None:
     """The base has no such head: pooler, dense layer and classifier all travel with the adapter."""

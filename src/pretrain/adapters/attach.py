@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ class Adapter:
         config: settings.
         sites: module on disk -> site, rank and alpha.
         full: tensors on disk that are trained whole.
-        base: directory of the base, as it was named; None if it came from none.
+        base: directory of the base, by its absolute path, or its name on the hub; None if it came from none.
         base_sample: hash of a few values of every base tensor, see ``base_sample``.
     """
 
@@ -189,7 +190,7 @@ def attach(
     # Where the base still lies on the disk, whoever reads it looks at its values.
     later = any(parameter.is_meta for parameter in model.parameters())
     sample = "" if later else base_sample(model)
-    adapter = Adapter(config, dict(sites), base=model.source, base_sample=sample)
+    adapter = Adapter(config, dict(sites), base=_found_anywhere(model.source), base_sample=sample)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -215,6 +216,11 @@ def attach(
             _put(model, name, layer)
     model.adapter = adapter
     return model
+
+
+def _found_anywhere(base: str | None) -> str | None:
+    """The name of a base as it is found from any working directory: an absolute path, or a name of the hub."""
+    return os.path.abspath(base) if base is not None and os.path.isdir(base) else base
 
 
 def draw(model: Model, seed: int) -> None:
@@ -243,7 +249,10 @@ def _restore(model: Model, adapter: Adapter) -> None:
                 _put(model, name, layer.plain())
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model.adapter = None
+    model.adapter = model.card = None  # the card was that of an adapter
+    block = model.extra_config.get("pretrain")
+    if isinstance(block, dict):
+        model.extra_config["pretrain"] = {k: v for k, v in block.items() if k != "adapter"}
 
 
 def unload(model: Model) -> Model:

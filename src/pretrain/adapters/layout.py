@@ -75,7 +75,7 @@ def _full_entries(model: Model) -> list[Entry]:
 
 
 def adapter_config(model: Model) -> dict[str, Any]:
-    """Content of adapter_config.json. The base is named as the user named it, or peft could not find it."""
+    """Content of adapter_config.json. The base is named so that peft finds it from any working directory."""
     adapter: Adapter = model.adapter
     config = adapter.config
     ranks, alphas = {}, {}
@@ -87,11 +87,21 @@ def adapter_config(model: Model) -> dict[str, Any]:
     return config.to_peft() | {
         "base_model_name_or_path": adapter.base,
         "task_type": TASKS.get(model.head_kind),
+        "auto_mapping": _class_of(model) if model.head_kind not in TASKS else None,
         "target_modules": target_names(set(adapter.sites), model),
         "modules_to_save": saved_names(model) or None,
         "fan_in_fan_out": any(site.transpose for site, _, _ in adapter.sites.values()),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
+    }
+
+
+def _class_of(model: Model) -> dict[str, str]:
+    """The class of transformers that an adapter without a task of PEFT's stands on, by which peft opens it."""
+    family = model.backbone.model_type
+    return {
+        "base_model_class": str(model.backbone.architectures[model.head_kind]),
+        "parent_library": f"transformers.models.{family}.modeling_{family}",
     }
 
 

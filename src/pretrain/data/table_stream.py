@@ -145,9 +145,11 @@ class RowWriter:
         trace: TracebackType | None,
     ) -> None:
         with self._saying():
-            if kind is None:
+            if kind is not None:
+                self._stack.__exit__(kind, error, trace)
+                return
+            with self._stack:  # what goes wrong in the end leaves no file either
                 self._begin({})
-            self._stack.__exit__(kind, error, trace)
 
     def write(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Append a row and its answer, {} for none."""

@@ -249,8 +249,7 @@ def _figures(result: Finetuned) -> list[str]:
     parts: list[tuple[str, Mapping[str, float]]] = [("held out", result.metrics)]
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
-    if result.trivial:
-        parts.append((result.task.trivial_name, result.trivial))
+    parts += result.baselines()
     keys = [k for k in dict.fromkeys(k for _, f in parts for k in f) if k not in _COUNTS]
     if not keys:
         return ["None were measured: no rows were held out."]

@@ -74,6 +74,13 @@ def add_predict(parser: Any) -> None:
         help="role: column, e.g. --columns.text review",
     )
     add("--batch_rows", type=int, default=64, help="examples in one forward pass")
+    add(
+        "--top_k",
+        type=int | str | None,
+        default=None,
+        help="of a classifier the likeliest K classes with their probabilities, or all; not given, the likeliest "
+        "class, or those above the threshold",
+    )
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -84,5 +91,7 @@ def predict(args: Any) -> None:
 
     options = args.as_dict()
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
+    if (top_k := options.pop("top_k")) is not None:
+        options["top_k"] = None if top_k == "all" else top_k
     out = predict_file(*places, progress=not options.pop("quiet"), **options)
     print(printable(str(out)))

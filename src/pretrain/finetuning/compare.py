@@ -2,7 +2,9 @@
 
 Each arm is tuned alone: all of its learning rates run with all seeds, the one with the best mean on the held-out
 rows is taken, and its scores on the test rows are what is compared, seed by seed. Without test rows the held-out
-rows are halved, one half to choose by and one to score. Arms have the same number of optimizer steps.
+rows are halved, one half to choose by and one to score. Arms have the same number of optimizer steps. The model that
+is saved is trained at the rate that was chosen for the pre-trained arm; where that was settled before, by the user or
+because the run has begun, the arm is trained at it and no other.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) ->
 
 
 def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Comparison:
-    """Train both arms and the baselines at every number of labels.
+    """Train both arms and the baselines at every number of labels, and let the job take the rate that was chosen.
 
     Args:
         job: of the run that the user asked for.
@@ -101,6 +103,10 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             lr, scores = _arm(job, arm, subsets, choose, score)
             arms.setdefault(arm, {})[count] = scores
             notes.settings.setdefault(arm, {})[f"lr at {count}"] = lr
+            if (
+                arm == "pretrained"
+            ):  # at the most labels in the end: what the user gets is trained on all
+                job.compared_lr = lr
             notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
             if not job.quiet:
                 shown = " ".join(f"{abs(x):.3f}" for x in scores)
@@ -108,6 +114,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         for name, found in (baselines.scores(subsets, choose, score) if baselines else {}).items():
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
+    notes.saved = f"lr {job.compared_lr:g} on all {len(train):,} rows"
     lower = job.monitor in LOWER_IS_BETTER
     for by_count in arms.values() if lower else ():
         by_count.update({n: [-x for x in scores] for n, scores in by_count.items()})
@@ -127,9 +134,12 @@ def _arm(
     job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table
 ) -> tuple[float, list[float]]:
     """The learning rate that is best on ``choose``, and what it reaches on ``score``, for every seed."""
-    lrs = job.settings.optim.lrs
-    if not lrs:
-        middle = job.lr(job.build(seed=0))
+    lrs, task = job.settings.optim.lrs, job.build(seed=0)
+    settled = job.settled_lr(task)
+    if arm == "pretrained" and settled is not None:
+        lrs = [settled]  # what is reported is what the user gets
+    elif not lrs:
+        middle = job.lr(task)
         lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
     limit, _ = job.steps(len(subsets[0]))
     found: dict[float, list[list[float]]] = {}

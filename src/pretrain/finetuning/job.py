@@ -77,6 +77,7 @@ class Job:
         task: class of the task.
         quiet: print nothing.
         metric: of the task as it was built for these labels.
+        compared_lr: learning rate that a comparison chose for the run, or None.
     """
 
     source: Any
@@ -85,6 +86,7 @@ class Job:
     task: type[Task]
     quiet: bool = False
     metric: str = ""
+    compared_lr: float | None = None
 
     @classmethod
     def open(
@@ -177,6 +179,16 @@ class Job:
             raise ConfigError(f"optim.lr is {lr}; it must be above 0.")
         return lr
 
+    def settled_lr(self, task: Task) -> float | None:
+        """The rate of the run where it can be chosen no more: the settings name it, or the run began with it."""
+        lr, out = self.settings.optim.lr, Path(self.settings.train.out)
+        if not isinstance(lr, str):
+            return lr
+        before = swept_rate(out) if has_begun(out) else None
+        if before is None and has_begun(out) and lr != "sweep":
+            return earlier_lr(task.model, adapter=bool(self.settings.method.lora))
+        return before
+
     def steps(self, examples: int) -> tuple[str, int]:
         """When a run over so many examples ends, and the steps of one epoch."""
         train = self.settings.train
@@ -192,13 +204,13 @@ class Job:
         settings, begun = self.settings, has_begun(out)
         lr, (limit, _) = self.lr(task), self.steps(examples)
         if isinstance(settings.optim.lr, str):
-            before = swept_rate(out) if begun else None
+            before = self.settled_lr(task)
             if before is not None:
                 lr = before
+            elif self.compared_lr is not None:
+                lr = self.compared_lr
             elif settings.optim.lr == "sweep":
                 lr = self.sweep(lr)
-            elif begun:
-                lr = earlier_lr(task.model, adapter=bool(settings.method.lora))
         if begun and not settings.train.limit and not settings.train.epochs:
             states = map(run_state, candidates(out))
             known = [state["total_steps"] for state in states if state.get("total_steps")]
@@ -270,6 +282,9 @@ class Job:
         if len(data.valid):
             held_out = encode(task, data.valid, "validation", settings.data.max_cut, notes)
         lr, limit = self.settle(task, len(rows), out)
+        chosen = self.compared_lr is not None or settings.optim.lr == "sweep"
+        if chosen:
+            notes.append(f"the learning rate is {lr:g}, chosen on the held-out rows")
         said = [line for line in notes if "recur" not in line]
         for line in () if self.quiet else (*self.overview(rows, task), *said):
             note(line)
@@ -287,7 +302,7 @@ class Job:
             check_same_run(settings, out)
             settings.save(out / "run.yaml")
             (out / BEST).unlink(missing_ok=True)  # what was best may not be so at the end
-            if settings.optim.lr == "sweep":
+            if chosen:
                 write_choice(out / SWEEP, {"lr": lr})
 
         figures: list[dict[str, float]] = []
@@ -343,6 +358,9 @@ class Job:
         elif figures:
             result.metrics, result.test_metrics = figures[0] or result.metrics, figures[1] or None
         result.trivial = task.trivial(self.data.train, self.data.valid)
+        if self.data.test is not None:
+            result.trivial_test = task.trivial(self.data.train, self.data.test)
+        result.describe()
         for line in () if self.quiet else repr(result).splitlines():
             note(line)
         return result

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.table_stream import table_kind
 from pretrain.data.tables import read_table
+from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
 from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.tasks import Task
-from pretrain.predict import columns_of, has_columns
+from pretrain.predict import columns_of, has_columns, smaller_batch
 from pretrain.storage.files import note
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import (
@@ -98,7 +99,8 @@ def measure(
     """The figures of a task on encoded rows, on one process; see ``evaluation_rows`` for the size of a batch."""
     task.to(precision.device)
     batch_rows = batch_rows or evaluation_rows(task, rows, coupled_rows, precision.device)
-    return evaluate_rows(task, rows, precision, batch_rows=batch_rows, limit=limit)
+    with naming_memory("the evaluation", lambda: smaller_batch(batch_rows)):
+        return evaluate_rows(task, rows, precision, batch_rows=batch_rows, limit=limit)
 
 
 def reported_precision(

@@ -39,8 +39,7 @@ _COUNTS = ("targets", "examples", "rows", "tokens")  # figures that count, and a
 def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -> Path:
     """Write the page, and the model card as README.md of the run; returns the path of the page.
 
-    The card is also given to the model (``model.card``), so that ``result.save`` puts it beside the weights. Of several
-    processes that call it only the first writes.
+    Of several processes that call it only the first writes.
 
     Args:
         result: what ``pretrain.finetune`` returned.
@@ -56,7 +55,6 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
         return place
     text = render(result)
     card = model_card(result)
-    result.model.card = card
     if result.run is not None:
         write_page(result.run.path / "README.md", card)
     return write_page(place, text)
@@ -150,8 +148,7 @@ def _figures(result: Finetuned) -> str:
     parts: list[tuple[str, Mapping[str, float]]] = [("held out", result.metrics)]
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
-    if result.trivial:
-        parts.append(("guessing", result.trivial))
+    parts += result.baselines()
     keys = list(dict.fromkeys(key for _, figures in parts for key in figures))
     rows = [[key.replace("_", " "), *(_number(f.get(key)) for _, f in parts)] for key in keys]
     if not rows:

@@ -40,7 +40,8 @@ class Finetuned:
         notes: what was cut, dropped or found twice.
         metrics: of the best evaluation, on the held-out rows.
         test_metrics: on the test rows, or None.
-        trivial: figures of a baseline that knows the labels of the training rows alone.
+        trivial: figures of a baseline that knows the labels of the training rows alone, on the held-out rows.
+        trivial_test: the same on the test rows; empty without any.
         comparison: the other arms, if they were asked for.
     """
 
@@ -55,20 +56,37 @@ class Finetuned:
     ) -> None:
         self._base = base
         self._opened = opened
+        self._task: Task | None = None
         self.settings, self.data, self.notes = settings, data, notes
         self.run: Run = run
         self.metrics: dict[str, float] = dict(run.metrics) if run is not None else {}
         self.test_metrics: dict[str, float] | None = None
         self.trivial: dict[str, float] = {}
+        self.trivial_test: dict[str, float] = {}
         self.comparison: Comparison | None = None
 
-    @cached_property
+    @property
     def task(self) -> Task:
         """The objective, which also predicts.
 
         Where the processes that trained it shared it out, it is read from the disk when it is first asked for.
         """
-        return self._opened()
+        if self._task is None:
+            self._task = self._opened()
+            self.describe()
+        return self._task
+
+    def describe(self) -> None:
+        """Give the model the card of this run and its figures on the test rows, which are then saved with it."""
+        if self._task is None or self.run is None:
+            return
+        from pretrain.finetuning.card import model_card
+
+        model = self._task.model
+        block = model.extra_config.get("pretrain")
+        if self.test_metrics is not None and isinstance(block, dict):
+            model.extra_config["pretrain"] = {**block, "test_metrics": self.test_metrics}
+        model.card = model_card(self)
 
     @property
     def model(self) -> Model:
@@ -217,7 +235,9 @@ class Finetuned:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the model as a Hugging Face directory (an adapter as a PEFT directory)."""
-        return self.model.save(Path(directory))
+        model = self.model
+        self.describe()  # with all that is known by now
+        return model.save(Path(directory))
 
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Write the model card and an HTML page with curves, mistakes and how to repeat it; returns the page."""
@@ -225,12 +245,21 @@ class Finetuned:
 
         return write_report(self, out)
 
+    def baselines(self) -> list[tuple[str, Mapping[str, float]]]:
+        """The figures of the trivial baseline, with what it is called, on the held-out rows and on the test rows."""
+        name, parts = (
+            self.task.trivial_name,
+            [("held out", self.trivial), ("test", self.trivial_test)],
+        )
+        if not self.trivial_test:
+            return [(name, self.trivial)] if self.trivial else []
+        return [(f"{name}, {part}", figures) for part, figures in parts if figures]
+
     def _figures(self) -> list[tuple[str, Mapping[str, float]]]:
         found: list[tuple[str, Mapping[str, float]]] = [("held out", self.metrics)]
         if self.test_metrics is not None:
             found.append(("test", self.test_metrics))
-        if self.trivial:
-            found.append((self.task.trivial_name, self.trivial))
+        found += self.baselines()
         return [(name, figures) for name, figures in found if figures]
 
     def __repr__(self) -> str:

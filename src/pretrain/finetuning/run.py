@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import ConfigError
@@ -17,6 +18,7 @@ from pretrain.finetuning.settings import TuneConfig, from_keywords
 from pretrain.parallel.world import current_world
 from pretrain.settings.spelling import FINETUNE, option, using
 from pretrain.storage.files import muted, note
+from pretrain.training.run import check_same_run
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
@@ -84,13 +86,18 @@ def finetune(
         check_spread(model, objects, compare)
     with muted(quiet):
         job = Job.open(model, settings, objects, quiet=quiet)
+        comparison = None
+        if compare is not None:
+            from pretrain.finetuning.compare import compare_arms
+
+            # First, because the run takes the learning rate that it chooses.
+            check_same_run(settings, Path(settings.train.out), say=False)
+            comparison = compare_arms(job, label_counts, seeds)
         result = train_on(job, devices, hooks) if devices != 1 else None
         if result is None:
             result = job.train(hooks)
-        if compare is not None and not result.run.exit_code:
-            from pretrain.finetuning.compare import compare_arms
-
-            result.comparison = compare_arms(job, label_counts, seeds)
-            for line in result.comparison.table().splitlines():
+        if comparison is not None:
+            result.comparison = comparison
+            for line in comparison.table().splitlines():
                 note(line)
     return result

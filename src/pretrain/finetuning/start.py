@@ -131,7 +131,7 @@ def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Mo
         labels=labels,
         tokenizer=copy.deepcopy(source.tokenizer),
     )
-    model.backbone = backbone
+    model.backbone, model.source = backbone, source.source
     if model.head is not None:
         model.head.to_empty(device="cpu")
     fresh = {name for name, _ in model.named_parameters() if name.startswith("head.")}

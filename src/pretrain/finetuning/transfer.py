@@ -20,7 +20,7 @@ from pretrain.errors import DataError, PretrainError
 from pretrain.finetuning.cost import steps_to_best
 from pretrain.metrics import LOWER_IS_BETTER
 from pretrain.reporting.curves import Series, curve_svg
-from pretrain.reporting.intervals import mean_interval
+from pretrain.reporting.intervals import mean_interval, student_t
 from pretrain.storage.strict_json import parse_json
 
 __all__ = ["PRETRAINED", "SCRATCH", "Arm", "Comparison", "Gain", "Notes", "steps_to_best"]
@@ -33,6 +33,11 @@ _SHORT = {
     "lsa": "LSA",
     "probe": "frozen",
 }
+_FEW_SEEDS = 3  # with fewer, an interval of any real spread holds 0
+_WORTH_TRYING = (
+    4  # times the seeds: a gain that would show with so many is not called no difference
+)
+_MOST_SEEDS = 100
 _HINTS = (
     "try a lower learning rate, optim.layer_decay or optim.l2_sp, go on pre-training on this text "
     '(task="language-modelling") before fine-tuning, and look whether the tokenizer fits the text (tokens per word)'
@@ -73,6 +78,7 @@ class Notes:
         tokens: read by pre-training.
         steps: share of scratch's steps to its best score that the pre-trained model needs for the same score, and
             that share with pre-training counted in; see ``steps_to_best``.
+        saved: how the model that is saved is trained, in the terms of ``settings``.
     """
 
     data: str = ""
@@ -84,6 +90,7 @@ class Notes:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     steps: tuple[float, float] | None = None
+    saved: str = ""
 
 
 @dataclass(repr=False)
@@ -196,12 +203,42 @@ class Comparison:
         elif outcome == "hurts":
             text = f"pre-training hurts here by {size}; {_HINTS}"
         else:
-            text = (
-                f"no difference seen ({self._signed(gain.mean)}{self._unit}, 95 % interval "
-                f"{self._signed(gain.low)} to {self._signed(gain.high)}, {gain.positive} of {len(self.seeds)} seeds "
-                f"better)"
-            )
+            text = self._open_verdict(count, gain)
         return f"{text}; and {other}" if worse else text
+
+    def seeds_needed(self, count: int) -> int | None:
+        """The fewest seeds at which this gain, with this spread over the seeds, has an interval on one side of 0.
+
+        None where it takes more than `_MOST_SEEDS`, or a score is missing.
+        """
+        values = self._differences(PRETRAINED, SCRATCH, count)
+        if len(values) < 2 or not all(map(math.isfinite, values)):
+            return None
+        mean, spread = abs(statistics.fmean(values)), statistics.stdev(values)
+        return next(
+            (
+                n
+                for n in range(2, _MOST_SEEDS + 1)
+                if mean > student_t(0.975, n - 1) * spread / math.sqrt(n)
+            ),
+            None,
+        )
+
+    def _open_verdict(self, count: int, gain: Gain) -> str:
+        """The words for an interval that holds 0: there is no difference to be seen, or too few seeds to see one.
+
+        Few seeds have intervals so wide that they say nothing about a difference; only more of them do.
+        """
+        seeds, needed = len(self.seeds), self.seeds_needed(count)
+        facts = (
+            f"{self._signed(gain.mean)}{self._unit}, 95 % interval {self._signed(gain.low)} to "
+            f"{self._signed(gain.high)}, {gain.positive} of {seeds} seeds better"
+        )
+        if needed is not None and seeds < needed <= _WORTH_TRYING * seeds:
+            return f"{seeds} seeds cannot tell ({facts}): if the gain is real, about {needed} seeds would show it"
+        if seeds < _FEW_SEEDS:
+            return f"{seeds} seeds cannot tell ({facts}): run at least 5"
+        return f"no difference seen ({facts})"
 
     # How it is shown
 
@@ -362,6 +399,8 @@ class Comparison:
         ]
         if chosen:
             lines.append("chosen on validation: " + " | ".join(chosen))
+        if notes.saved:
+            lines.append(f"the saved model: {notes.saved}")
         seconds = [
             f"{_SHORT.get(name, name)} {value:,.0f} s" for name, value in notes.seconds.items()
         ]

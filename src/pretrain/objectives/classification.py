@@ -326,15 +326,36 @@ class Classification(Task):
         chances = logits.softmax(-1) if self.single else logits.sigmoid()
         return list(chances.cpu().numpy())
 
-    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``label`` and ``score``, or ``labels`` and their ``scores``."""
+    def decode(
+        self, outputs: Sequence[Any], infos: Sequence[Any], *, top_k: int | str | None = "best"
+    ) -> dict[str, Any]:
+        """``label`` and ``score``; lists of both where a text may have several classes.
+
+        Args:
+            outputs: probabilities of the classes.
+            infos: see ``Task.decode``.
+            top_k: ``"best"`` is the likeliest class, or the classes above the threshold. A number gives lists of so
+                many classes and their probabilities, the likeliest first, None those of all classes.
+
+        Raises:
+            ConfigError: none of these.
+        """
         chances = outputs[0]
-        if self.single:
-            best = int(chances.argmax())
-            return {"label": self.labels[best], "score": float(chances[best])}
-        pairs = zip(self.labels, chances, strict=True)
-        named = {label: float(chance) for label, chance in pairs if chance > self.threshold}
-        return {"label": list(named), "score": list(named.values())}
+        if top_k == "best":
+            if self.single:
+                best = int(chances.argmax())
+                return {"label": self.labels[best], "score": float(chances[best])}
+            order = [k for k, chance in enumerate(chances) if chance > self.threshold]
+        elif top_k is None or (type(top_k) is int and top_k >= 1):
+            order = np.argsort(-chances, kind="stable")[:top_k].tolist()
+        else:
+            raise ConfigError(
+                f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all classes."
+            )
+        return {
+            "label": [self.labels[k] for k in order],
+            "score": [float(chances[k]) for k in order],
+        }
 
     def describe(self) -> dict[str, Any]:
         codes = dict(self._map.codes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,6 +65,7 @@ class QuestionAnswering(Task):
         Role("id", ("id",), required=False, help="the name of the row", target=True),
     )
     metric: ClassVar[str] = "f1"
+    trivial_name: ClassVar[str] = "always the most frequent answer"
     head_kind: ClassVar[str | None] = "question-answering"
 
     def __init__(
@@ -198,6 +200,25 @@ class QuestionAnswering(Task):
     def truth(self, table: Table) -> list[Any]:
         """The first answer of every row, "" where there is none: what ``decode`` calls ``answer``."""
         return [texts[0] if texts else "" for texts in find_answers(table).texts]
+
+    def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
+        """What the most frequent answer of the training rows reaches, which may be that there is none.
+
+        Where every third question has no answer, a third of the score is to be had without reading.
+        """
+        if not len(held_out):
+            return {}
+        known = Counter(texts[0] if texts else "" for texts in find_answers(train).texts)
+        said = known.most_common(1)[0][0]
+        wanted = find_answers(held_out)
+        bad = set(wanted.bad)
+        rows = [texts for i, texts in enumerate(wanted.texts) if i not in bad]
+        if not rows:
+            return {}
+        return {
+            "exact_match": float(np.mean([figures_of.exact_match(said, texts) for texts in rows])),
+            "f1": float(np.mean([figures_of.token_f1(said, texts) for texts in rows])),
+        }
 
     def show(self, example: Example) -> list[tuple[str, bool]]:
         """The tokens of a window as text, and whether each belongs to the answer that is trained on."""

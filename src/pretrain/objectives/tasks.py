@@ -320,11 +320,30 @@ class Task(Objective):
             batch["keep_index"] = batch[f"{pool}_index"]
         return batch
 
-    def predict(self, table: Table, batch_rows: int = _PREDICT_ROWS) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, table: Table, batch_rows: int = _PREDICT_ROWS, **options: Any
+    ) -> Iterator[dict[str, Any]]:
         """Answer every row of a table, in order; one chunk of rows is in memory at a time.
 
-        Rows that give no example (an empty text) get an answer whose values are None.
+        Args:
+            table: columns named by role.
+            batch_rows: rows in one forward pass.
+            **options: keyword arguments of the task's ``decode``.
+
+        Returns:
+            The answers; a row that gives no example (an empty text) has an empty one.
+
+        Raises:
+            TypeError: an option that ``decode`` does not have.
         """
+        known = inspect.signature(self.decode).parameters
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"{unknown[0]!r}")
+        return self._predictions(table, batch_rows, options)
+
+    def _predictions(
+        self, table: Table, batch_rows: int, options: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
         device = self.model.device
         was_training = self.training
         self.eval()
@@ -338,7 +357,7 @@ class Task(Objective):
                     if (of_row := found.get(row)) is None:
                         yield {}
                         continue
-                    answer = self.decode(*of_row)
+                    answer = self.decode(*of_row, **options)
                     if not (_is_finite(of_row[0], infinite=True) and _is_finite(answer)):
                         raise ModelError(
                             f"{part.where(row)}: the answer is not a number (NaN or infinite). The weights of the "

@@ -72,6 +72,7 @@ class TokenClassification(Task):
         ),
     )
     metric: ClassVar[str] = "f1"
+    trivial_name: ClassVar[str] = "each word's most frequent tag"
     head_kind: ClassVar[str | None] = "token-classification"
 
     def __init__(
@@ -233,6 +234,25 @@ class TokenClassification(Task):
         """The right tags of every row, in the form in which ``decode`` gives them."""
         return [[self.labels[k] for k in row] for row in self.targets(table)]
 
+    def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
+        """What a look-up reaches: of each word its most frequent tag in the training rows, of others that of all."""
+        if not len(held_out):
+            return {}
+        known: dict[str, Counter[int]] = {}
+        every: Counter[int] = Counter()
+        for words, tags in zip(read_words(train), self.targets(train), strict=True):
+            for word, tag in zip(words, tags.tolist(), strict=True):
+                known.setdefault(word, Counter())[tag] += 1
+                every[tag] += 1
+        tag_of = {word: tags.most_common(1)[0][0] for word, tags in known.items()}
+        usual = every.most_common(1)[0][0]
+        pairs = [
+            (tags, np.asarray([tag_of.get(word, usual) for word in words], dtype=np.int64))
+            for words, tags in zip(read_words(held_out), self.targets(held_out), strict=True)
+            if words
+        ]
+        return self._scores(pairs) if pairs else {}
+
     # ------------------------------------------------------------------ batches and loss
 
     def collate(
@@ -303,15 +323,18 @@ class TokenClassification(Task):
         for row, words, classes, tags in metrics["sentences"]:
             blank = np.full(len(tags), self.labels.index(self.empty_tag))
             found.setdefault(row, (tags, blank))[1][words] = classes
-        true = np.concatenate([tags for tags, _ in found.values()])
-        said = np.concatenate([classes for _, classes in found.values()])
+        return {"loss": total / count if count else math.nan} | self._scores(list(found.values()))
+
+    def _scores(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+        """The figures of sentences, each the right classes of its words and those that were named."""
+        true = np.concatenate([tags for tags, _ in pairs])
+        said = np.concatenate([classes for _, classes in pairs])
         matrix = figures_of.confusion_matrix(true, said, len(self.labels))
-        figures = {"loss": total / count if count else math.nan}
-        figures["accuracy"] = figures_of.accuracy(matrix)
+        figures = {"accuracy": figures_of.accuracy(matrix)}
         if not self.bio:
             # Micro-averaged over words, F1 and accuracy are one number.
             return figures | {"f1": figures["accuracy"], "macro_f1": figures_of.macro_f1(matrix)}
-        named = [[[self.labels[k] for k in row] for row in pair] for pair in found.values()]
+        named = [[[self.labels[k] for k in row] for row in pair] for pair in pairs]
         scores = figures_of.entity_f1(
             figures_of.entity_counts([pair[0] for pair in named], [pair[1] for pair in named])
         )

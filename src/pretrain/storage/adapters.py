@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pretrain.adapters.attach import base_sample, body_shapes, fingerprint
 from pretrain.adapters.config import PeftSettings, from_peft
 from pretrain.adapters.layout import attach_stored, fill, head_of
-from pretrain.errors import CheckpointError, ModelError
+from pretrain.errors import CheckpointError, ConfigError, ModelError
 from pretrain.models.heads import LABELLED
 from pretrain.models.sentences import SentenceSettings
 from pretrain.storage import manifest
@@ -24,11 +25,12 @@ from pretrain.storage.opened import (
     read_weights,
     verify_rest,
 )
+from pretrain.storage.tensors import read_header
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["adapted_state", "adapted_values", "adapter_facts", "open_adapter"]
+__all__ = ["adapted_state", "adapted_values", "adapter_facts", "adapter_sizes", "open_adapter"]
 
 _PARENTS = 3  # how far above the adapter a base named by a relative path is looked for
 
@@ -147,16 +149,46 @@ def _find(name: str | None, adapter: Path) -> Path:
         raise CheckpointError(
             f"{adapter} does not say which base it was trained on. Give it: load({adapter.name!r}, base=...)."
         )
+    parts = Path(name).parts
+    # A directory that was moved together with its base is found by the end of the old path.
+    ends = [Path(*parts[k:]) for k in range(1, len(parts))] if Path(name).is_absolute() else []
     try:
-        for start in (Path(), adapter, *adapter.parents[:_PARENTS]):
-            if (start / name).is_dir():
-                return start / name
+        for end in (Path(name), *ends):
+            for start in (Path(), adapter, *adapter.parents[:_PARENTS]):
+                if (start / end).is_dir():
+                    return start / end
     except (ValueError, OSError):  # a zero byte, a name too long
         pass
     raise CheckpointError(
         f"{adapter} is an adapter for {name[:200]!r}, and there is no such directory here. Download or move the "
         f"base, and give it: load({adapter.name!r}, base=...)."
     )
+
+
+def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
+    """Parameters that an adapter trained, and those of the model that it makes with its base; no weight is read.
+
+    The second is None where the file leaves the model to a base that is not found.
+    """
+    path = directory.path
+    tensors = read_header(directory.real(ADAPTER_WEIGHTS))
+    trained = sum(info.numel for info in tensors.values() if info.dtype.is_floating_point)
+    added = sum(info.numel for name, info in tensors.items() if ".lora_" in name)
+    settings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
+    config, kind = directory.model_config(), None
+    try:
+        if not _facts(config):
+            config = dict(_Base(_find(settings.base, path), verify=False).config)
+            heads = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
+            kind, classes = head_of(settings, heads, path / ADAPTER_CONFIG)
+            if kind in LABELLED and classes:
+                config = _with_labels(config, classes)
+        from pretrain.models.base import Model
+
+        whole = Model.from_hf_config(config, head=kind).num_parameters() + added
+    except (CheckpointError, ConfigError, ModelError):
+        return {"trainable_parameters": trained, "total_parameters": None}
+    return {"trainable_parameters": trained, "total_parameters": whole}
 
 
 def _with_labels(config: dict[str, Any], classes: int) -> dict[str, Any]:

@@ -99,10 +99,11 @@ def _facts(block: Mapping[str, Any]) -> dict[str, Any]:
     for key, label in (("tokens_seen", "tokens seen"), ("step", "optimizer steps")):
         if isinstance(block.get(key), int):
             facts[label] = f"{block[key]:,}"
-    metrics = block.get("metrics")
-    for key, value in (metrics if isinstance(metrics, Mapping) else {}).items():
-        if isinstance(value, int | float):
-            facts[f"held-out {key}"] = f"{value:.4g}"
+    for part, name in (("metrics", "held-out"), ("test_metrics", "test")):
+        metrics = block.get(part)
+        for key, value in (metrics if isinstance(metrics, Mapping) else {}).items():
+            if isinstance(value, int | float):
+                facts[f"{name} {key}"] = f"{value:.4g}"
     if block.get("parent"):
         facts["started from"] = block["parent"]
     return facts

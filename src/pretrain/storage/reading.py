@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
 from pretrain.storage import manifest
-from pretrain.storage.adapters import adapted_state, open_adapter
+from pretrain.storage.adapters import adapted_state, adapter_sizes, open_adapter
 from pretrain.storage.card import objective_name
 from pretrain.storage.chosen import best_first
 from pretrain.storage.files import note, read_bytes, reading
@@ -284,8 +284,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     Returns:
         path, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest ("holds",
-        "absent" or "broken: ..."), resumable, files and bytes; for an adapter also its kind and its base, and
-        the parameters are its own.
+        "absent" or "broken: ..."), resumable, files and bytes; for an adapter also its kind and its base,
+        how many parameters were trained (its own, as ``parameters`` are) and how many it has with its base.
 
     Raises:
         CheckpointError: no such directory, one that cannot be read, or no model in it.
@@ -354,6 +354,7 @@ def _contents(directory: ModelDirectory) -> dict[str, Any]:
         about = {
             "adapter": f"{kind}, rank {settings.get('r')}",
             "base": settings.get("base_model_name_or_path"),
+            **adapter_sizes(directory),
         }
     return {
         "family": config.get("model_type"),
