@@ -16,7 +16,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pretrain.data.chat import REASONING, ChatTemplate, Message, is_trained
@@ -27,6 +27,7 @@ __all__ = ["Span", "Unplaced", "assistant_spans", "readable", "unread_keys"]
 _PROBED = ("content", *REASONING)
 _OWN_KEYS = frozenset(("role", "content", "weight", "train"))
 _PRIVATE = range(0xF0000, 0xFFFFE)  # code points of the supplementary private use area A
+_PRIVATE_ONES = re.compile(f"[{chr(_PRIVATE[0])}-{chr(_PRIVATE[-1])}]")
 
 
 class Span(NamedTuple):
@@ -124,7 +125,7 @@ def _blocks(
     tools: Sequence[Any] | None,
 ) -> list[Span]:
     """What lies in the ``{% generation %}`` blocks."""
-    free = _unused(messages, tools)
+    free = _unused(text)
     marks = (next(free), next(free))
     marked = template.render(messages, tools=tools, marks=marks)
     plain, places = _without(marked, dict.fromkeys(marks, 0))
@@ -153,21 +154,9 @@ def _blocks(
 # ------------------------------------------------------------------------------------------------ probes
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _strings(item)
-
-
-def _unused(messages: Sequence[Message], tools: Sequence[Any] | None) -> Iterator[str]:
-    """Private characters that do not stand in the conversation."""
-    used = {c for text in _strings([messages, tools or ()]) for c in text if ord(c) in _PRIVATE}
+def _unused(text: str) -> Iterator[str]:
+    """Private characters that do not stand in the text of a conversation: there they come from probes alone."""
+    used = set(_PRIVATE_ONES.findall(text))
     return (chr(code) for code in _PRIVATE if chr(code) not in used)
 
 
@@ -185,16 +174,16 @@ def _without(text: str, owners: Mapping[str, int]) -> tuple[str, list[_Mark]]:
 
 def _probed(
     messages: Sequence[Message],
-    tools: Sequence[Any] | None,
+    text: str,
     constants: re.Pattern[str] | None,
     probing: _Probing,
 ) -> tuple[list[Message], dict[str, int]]:
-    """The messages with probes in their texts, and the message of each probe.
+    """The messages of a text with probes in theirs, and the message of each probe.
 
     Blanks at the ends of a text stay outside, since templates trim; so do the strings that the template spells, since
     it may cut there and drop a part (``content.split("</think>")[-1]``).
     """
-    free = _unused(messages, tools)
+    free = _unused(text)
     owners: dict[str, int] = {}
 
     def probe(number: int) -> str:
@@ -217,22 +206,27 @@ def _probed(
         changed = dict(message)
         if probing.everywhere or message["role"] == "assistant":
             for key in _PROBED:
-                text = message.get(key)
-                if not isinstance(text, str):
+                given = message.get(key)
+                if not isinstance(given, str):
                     continue
-                pieces = [text] if constants is None else constants.split(text)
+                pieces = [given] if constants is None else constants.split(given)
                 # Every second piece is one of the template's own strings.
                 parts = [
                     p if k % 2 or not p.strip() else around(p, number) for k, p in enumerate(pieces)
                 ]
                 # A text may consist of such strings, or be empty.
-                changed[key] = "".join(parts) if parts != pieces else around(text, number)
+                changed[key] = "".join(parts) if parts != pieces else around(given, number)
         found.append(changed)
     return found, owners
 
 
 def _splitter(template: ChatTemplate) -> re.Pattern[str] | None:
-    words = sorted((c for c in template.constants if len(c.strip()) > 1), key=len, reverse=True)
+    return _splitting(template.constants)
+
+
+@functools.lru_cache(maxsize=16)
+def _splitting(constants: frozenset[str]) -> re.Pattern[str] | None:
+    words = sorted((c for c in constants if len(c.strip()) > 1), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
 
 
@@ -245,6 +239,7 @@ class _Reading:
 
     Attributes:
         marks: places of the probes in ``text``, in order.
+        seen: where a turn begins or ends in the text between two others, which mostly is the same for all.
     """
 
     template: ChatTemplate
@@ -253,6 +248,7 @@ class _Reading:
     probing: _Probing
     text: str
     marks: list[_Mark]
+    seen: dict[Any, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -265,15 +261,11 @@ class _Reading:
         add_generation_prompt: bool = False,
     ) -> _Reading | None:
         """Render with probes; None if the template fails, or gives another text than ``text``, the true one."""
-        probed, owners = _probed(messages, tools, _splitter(template), probing)
+        asking: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            rendered = template.render(
-                probed, tools=tools, add_generation_prompt=add_generation_prompt
-            )
-            if text is None:
-                text = template.render(
-                    messages, tools=tools, add_generation_prompt=add_generation_prompt
-                )
+            text = template.render(messages, **asking) if text is None else text
+            probed, owners = _probed(messages, text, _splitter(template), probing)
+            rendered = template.render(probed, **asking)
         except DataError:  # some templates refuse a part of a conversation
             return None
         plain, marks = _without(rendered, owners)
@@ -284,6 +276,15 @@ class _Reading:
         return _Reading.of(
             self.template, self.messages[:count], self.tools, None, self.probing, add_generation_prompt
         )  # fmt: skip
+
+    def plain(self, count: int, add_generation_prompt: bool = False) -> str | None:
+        """The text of the first messages; None where the template refuses them."""
+        try:
+            return self.template.render(
+                self.messages[:count], tools=self.tools, add_generation_prompt=add_generation_prompt
+            )
+        except DataError:
+            return None
 
     def spans(self, answers: Sequence[int], where: str) -> list[Span] | None:
         """The spans of these messages; None if the probes do not show one of them.
@@ -326,26 +327,40 @@ class _Reading:
         if places:
             ceiling = places[0] if self.probing.before else places[-1]
         floor = max([last.at, *(span.end for span in spans[-1:])])
-        waiting, asked = self.part(i), self.part(i, add_generation_prompt=True)
-        if waiting is not None and asked is not None:
-            # The text only ever grows, or does from the last message on, whatever became of the earlier ones.
-            at = self._behind(waiting.text, asked.text, 0)
-            if at is None and waiting.marks and waiting.marks[-1].message == last.message:
-                from_last = waiting.marks[-1].at
-                tails = waiting.text[from_last:], asked.text[from_last:]
-                at = self._behind(*tails, last.at)
-            if at is not None and floor <= at <= ceiling:
-                return at
-        # The prompt for an answer, as it is in any conversation, last before the answer.
-        prompt = asked.text.removeprefix(waiting.text) if asked and waiting else ""
-        at = self.text.rfind(prompt, floor, ceiling) if prompt.strip() else -1
-        if at >= 0 and (
-            self.probing.everywhere or not self.text[at + len(prompt) : ceiling].strip()
-        ):
-            return at + len(prompt)
+        at = self._behind_prompt(i, last, floor, ceiling)
+        if at is not None:
+            return at
         if spans and i and spans[-1].message == i - 1:  # turns of one role are written as one
             return spans[-1].end
         return places[0] if places and self.probing.before else None
+
+    def _behind_prompt(self, i: int, last: _Mark, floor: int, ceiling: int) -> int | None:
+        """Where the prompt for answer ``i`` ends, if it stands between ``floor`` and ``ceiling``."""
+        role = self.messages[last.message]["role"] if last.message >= 0 else ""
+        key = (role, last.message == i - 1, floor - last.at, self.text[last.at : ceiling])
+        if key in self.seen:  # the same text between turns as before
+            return last.at + self.seen[key]
+        waiting, asked = self.plain(i), self.plain(i, add_generation_prompt=True)
+        at = None
+        if waiting is not None and asked is not None:
+            # The text only ever grows, or does from the last message on, whatever became of the earlier ones.
+            at = self._behind(waiting, asked, 0)
+            part, whole = (self.part(i), self.part(i, True)) if at is None else (None, None)
+            if part and whole and part.marks and part.marks[-1].message == last.message:
+                from_last = part.marks[-1].at
+                at = self._behind(part.text[from_last:], whole.text[from_last:], last.at)
+            if at is not None and not floor <= at <= ceiling:
+                at = None
+            prompt = asked.removeprefix(waiting)
+            if at is None and prompt.strip():
+                # The prompt for an answer, as it is in any conversation, last before the answer.
+                found = self.text.rfind(prompt, floor, ceiling)
+                rest = self.text[found + len(prompt) : ceiling]
+                if found >= 0 and (self.probing.everywhere or not rest.strip()):
+                    at = found + len(prompt)
+        if at is not None:
+            self.seen[key] = at - last.at
+        return at
 
     def _behind(self, waiting: str, asked: str, start: int) -> int | None:
         """Where the prompt for an answer ends in the text, if the conversation before it stands at ``start``.
@@ -368,7 +383,10 @@ class _Reading:
         start = max([first, *places[-1:]])
         tail = self.text[start : self._edges(i, places)[1]]
         if i + 1 < len(self.messages):
-            tail = self._closing(i, start, tail)
+            key = ("", tail)
+            if places and key not in self.seen:
+                self.seen[key] = len(self._closing(i, start, tail))
+            tail = tail[: self.seen[key]] if places else self._closing(i, start, tail)
         end = self.template.end
         if end is not None and end in tail:
             return start + tail.index(end) + len(end)
@@ -381,9 +399,14 @@ class _Reading:
 
     def _closing(self, i: int, start: int, tail: str) -> str:
         """The part of ``tail``, from ``start`` on, that turn ``i`` also ends with when it is the last one."""
-        ended, end = self.part(i + 1), self.template.end or ""
-        if ended is not None and len(ended.text) >= start and self.text.startswith(ended.text):
-            return self.text[start : len(ended.text)]
+        text, end = self.plain(i + 1), self.template.end or ""
+        if (
+            text is not None
+            and start <= len(text) <= start + len(tail)
+            and self.text.startswith(text)
+        ):
+            return self.text[start : len(text)]
+        ended = None if text is None else self.part(i + 1)
         places = [] if ended is None else [m.at for m in ended.marks if m.message == i]
         if ended is None or not places:
             return tail[: tail.index(end) + len(end)] if end and end in tail else ""
@@ -412,15 +435,16 @@ def readable(
     OpenAI publishes them as JSON text, while most templates write them as JSON themselves, and would make a string of
     a string. They are parsed where the template would do that, or fails on them.
     """
-    given, free = list(messages), _unused(messages, tools)
+    given = list(messages)
+    if not any(isinstance(f.get("arguments"), str) for m in given for f in _functions(m)):
+        return given
+    free = map(chr, _PRIVATE)
     probed, texts = copy.deepcopy(given), []
     for message in probed:
         for function in _functions(message):
             if isinstance(function.get("arguments"), str):
                 function["arguments"] = next(free) + function["arguments"]
                 texts.append(function["arguments"])
-    if not texts:
-        return given
     try:
         written = template.render(probed, tools=tools)
     except DataError:
@@ -464,7 +488,7 @@ def unread_keys(
     Returns:
         Names, such as ``name``, ``tools`` and ``messages of the role tool``.
     """
-    probe = next(_unused(messages, tools))
+    probe = chr(_PRIVATE[0])
 
     @functools.cache
     def text() -> str:
