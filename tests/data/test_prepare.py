@@ -408,3 +408,50 @@ def test_entries_made_and_unknown_tokens_are_told(
     said = capsys.readouterr().err
     assert share > 0.2 and f"{100 * share:.2f} % of the tokens are [UNK]" in said
     assert f"note: {100 * share:.1f} % of the tokens are [UNK]" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_a_tokenizer_is_trained_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """The library does not return before it has finished, which on this text takes several seconds."""
+    rng = random.Random(0)
+    words = [
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(4, 14)))
+        for _ in range(400_000)
+    ]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    command = [
+        sys.executable,
+        "-m",
+        "pretrain",
+        "prepare",
+        str(tmp_path / "a.txt"),
+        "--out",
+        str(tmp_path / "b" / "out"),
+    ]
+    source = str(Path(pretrain.__file__).parents[1])
+    environment = {**os.environ, "PRETRAIN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": source}
+    process = subprocess.Popen(
+        [*command, "--vocab_size", "30000"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stderr is not None
+    assert any("training a bpe tokenizer" in line for line in process.stderr)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "cache"]
+    process.stderr.close()
+
+
+def test_a_tokenizer_trained_apart_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pretrain.data.training_process as apart
+
+    texts = [paragraph(k) for k in range(30)]
+    for kind in ("bpe", "wordpiece"):
+        here = apart.train_apart(texts, kind, vocab_size=300, lowercase=False)
+        monkeypatch.setattr(apart, "_SMALL_CHARS", 0)
+        there = apart.train_apart(texts, kind, vocab_size=300, lowercase=False)
+        assert here.fingerprint == there.fingerprint and here.roles == there.roles
+        with pytest.raises(TokenizerError, match="vocab_size 3 is too small"):
+            apart.train_apart(texts, kind, vocab_size=3, lowercase=False)
+        monkeypatch.undo()

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.flat_files import write_sums
 from pretrain.data.job import Job, understand
 from pretrain.data.paths import FileHashes, cache_home
 from pretrain.data.pipeline import (
@@ -29,7 +30,8 @@ from pretrain.data.pipeline import (
 from pretrain.data.prepared import FORMAT, MANIFEST, Prepared, read_manifest
 from pretrain.data.scan import Sample, Scan, sample_filter, scan_sources
 from pretrain.data.shards import file_record, write_json
-from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_from_texts
+from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
+from pretrain.data.training_process import stoppable, train_apart
 from pretrain.data.workdir import (
     disk_errors,
     foreign,
@@ -102,7 +104,7 @@ def prepare(
     if found is not None:
         job.say(f"prepared data found in {target}: nothing to do")
         return found
-    with disk_errors(target):
+    with disk_errors(target), stoppable():
         prepared = _build(target, job)
     if not quiet:
         print(printable(prepared.table(), lines=True), file=sys.stderr)
@@ -168,6 +170,7 @@ def _build(out: Path, job: Job) -> Prepared:
     target = Path(
         os.path.realpath(out)
     )  # behind a link the folder itself is replaced, and "." has a name
+    made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.preparing-{job.fingerprint[:12]}"
     for stale in target.parent.glob(glob.escape(f".{target.name}.preparing-") + "*"):
@@ -181,7 +184,15 @@ def _build(out: Path, job: Job) -> Prepared:
             shutil.rmtree(work, ignore_errors=True)
             return ready
         work.mkdir(exist_ok=True)
-        scan, tokenizer = _scan(work, job)
+        try:
+            scan, tokenizer = _scan(work, job)
+        except BaseException:
+            # Nothing of it is of use to a later run.
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+            raise
         _fill(work, job, scan, tokenizer)
         publish(work, target)
     # Where `out` is the current folder, that folder is gone with its old content; the full name is not.
@@ -229,7 +240,7 @@ def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
         job.say(
             f"training a {job.options['tokenizer']} tokenizer on {scan.sampled / 1e6:,.1f} MB of the text"
         )
-        tokenizer = train_from_texts(
+        tokenizer = train_apart(
             texts, job.options["tokenizer"], vocab_size=job.options["vocab_size"],
             lowercase=job.options.get("lowercase", False),
         )  # fmt: skip
@@ -270,6 +281,9 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
     if not splits["valid"]["documents"]:
         notes.append("no validation rows: a run on these data cannot measure a validation loss")
     notes += _vocabulary_notes(job, tokenizer, done)
+    for kind in ("tokens", "segments", "rows"):  # what training reads
+        for split in SPLITS:
+            write_sums(work / f"{split}.{kind}.bin")
     names = sorted(
         p
         for p in work.rglob("*")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pretrain.data.pipeline import SPLITS
 from pretrain.data.shards import Rows, check_files
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import DataError
+from pretrain.errors import CheckpointCorrupt, DataError
+from pretrain.storage.files import printable
+from pretrain.storage.strict_json import JSON_LIMIT, parse_json, unsealed
 
 __all__ = ["FORMAT", "MANIFEST", "Prepared", "read_manifest"]
 
@@ -44,8 +46,8 @@ class Prepared:
 
         Args:
             path: what :func:`prepare` wrote.
-            verify: hash files over 64 MB as well; without it only their size is checked, so a flipped bit in them
-                is not noticed. Smaller files are always hashed.
+            verify: hash files over 64 MB as a whole now; without it they are verified block by block, when each
+                is first read. Smaller files are always hashed.
 
         Raises:
             DataError: no prepared data there, or a file is missing, cut or changed.
@@ -59,6 +61,12 @@ class Prepared:
             )
         check_files(folder, manifest["files"], full=verify)
         tokenizer = Tokenizer.from_directory(folder / "tokenizer")
+        if tokenizer.vocab_size != manifest["tokenizer"]["vocab_size"]:
+            raise _damaged(
+                folder / MANIFEST,
+                f"tokenizer.vocab_size is {manifest['tokenizer']['vocab_size']}, but the tokenizer beside it has "
+                f"{tokenizer.vocab_size} tokens",
+            )
         try:
             return cls(folder, manifest, tokenizer)
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
@@ -89,8 +97,9 @@ class Prepared:
 
     def table(self) -> str:
         """Return the closing table of ``prepare`` as text."""
-        # Names of files need not be UTF-8; what cannot be printed is spelt out.
-        return _table(self).encode("utf-8", "backslashreplace").decode("utf-8")
+        # Names of files need not be UTF-8; what cannot be printed is spelt out, and no name drives a terminal.
+        text = _table(self).encode("utf-8", "backslashreplace").decode("utf-8")
+        return "\n".join(map(printable, text.split("\n")))
 
     def __repr__(self) -> str:
         return (
@@ -108,13 +117,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a prepared directory, or None where there is none; DataError if it is damaged."""
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            data = stream.read(JSON_LIMIT + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, str(error)) from error
+    try:
+        manifest = parse_json(data, file)
+        if isinstance(manifest, dict) and "digest" in manifest and "format" in manifest:
+            manifest = unsealed(data, file)
+    except CheckpointCorrupt as error:
+        raise _damaged(file, f"expected {error.expected}, found {error.found}") from error
     if not isinstance(manifest, dict) or "format" not in manifest or "schema" in manifest:
         what = (
             "a checkpoint"
@@ -127,32 +141,67 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         )
     if manifest["format"] != FORMAT:
         raise DataError(
-            f"{file} has format {manifest['format']}, this release reads {FORMAT}; prepare the data again."
+            f"{file} has format {manifest['format']!r}, this release reads {FORMAT}; prepare the data again."
         )
-    _check(file, "", manifest, _SHAPE)
-    for split in SPLITS:
-        _check(file, f"splits.{split}", manifest["splits"].get(split), _SPLIT_SHAPE)
-        for entry in manifest["splits"][split]["sources"]:
-            _check(file, f"splits.{split}.sources", entry, _SOURCE_SHAPE)
-    _check(file, "options", manifest["options"], {"row_length": int})
-    _check(file, "tokenizer", manifest["tokenizer"], _TOKENIZER_SHAPE)
-    if manifest["options"]["row_length"] < 2:
-        raise _damaged(file, f"options.row_length is {manifest['options']['row_length']}")
-    if manifest["unigram"]:
-        _check(file, "unigram", manifest["unigram"], {"nats": (int, float)})
+    _check_manifest(file, manifest)
     return manifest
 
 
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Check types and ranges of all that is read from a manifest: it may come from anywhere."""
+    _check(file, "", manifest, _SHAPE)
+    for split in SPLITS:
+        stats = manifest["splits"].get(split)
+        _check(file, f"splits.{split}", stats, _SPLIT_SHAPE)
+        if "unknown" in stats:  # older data do not tell it
+            _check(file, f"splits.{split}", stats, {"unknown": _COUNT})
+        for entry in stats["sources"]:
+            _check(file, f"splits.{split}.sources", entry, _SOURCE_SHAPE)
+            if entry.get("weight") is not None:
+                _check(
+                    file, f"splits.{split}.sources", entry, {"weight": _Range(float, 1e-300, 1e300)}
+                )
+        if sum(entry["rows"] for entry in stats["sources"]) != stats["rows"]:
+            raise _damaged(file, f"the sources of splits.{split} do not have {stats['rows']} rows")
+    _check(file, "options", manifest["options"], {"row_length": _Range(int, 2, 1 << 24)})
+    if "vocab_size" in manifest["options"]:
+        _check(file, "options", manifest["options"], {"vocab_size": _Range(int, 1, 1 << 32)})
+    _check(file, "tokenizer", manifest["tokenizer"], _TOKENIZER_SHAPE)
+    if manifest["unigram"]:
+        _check(file, "unigram", manifest["unigram"], {"nats": _Range(float, 0, 1e6)})
+    for name, record in manifest["files"].items():
+        _check(file, f"files.{name[:80]}", record, {"size": _COUNT, "sha256": str})
+    if any(not isinstance(note, str) for note in manifest["notes"]):
+        raise _damaged(file, "notes holds something that is no text")
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A number between two others, both allowed."""
+
+    kind: type
+    low: float
+    high: float
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number lies between the two."""
+        return bool(self.low <= value <= self.high)
+
+
+_COUNT = _Range(int, 0, 1 << 60)
+_SHARE = _Range(float, 0, 1)
 _SHAPE: dict[str, Any] = {
     "fingerprint": str, "options": dict, "splits": dict, "files": dict, "unigram": dict, "tokenizer": dict,
-    "notes": list, "duplicates": int, "empty": int, "contaminated": int,
+    "notes": list, "duplicates": _COUNT, "empty": _COUNT, "contaminated": _COUNT,
 }  # fmt: skip
 _SPLIT_SHAPE: dict[str, Any] = {
-    "documents": int, "bytes": int, "tokens": int, "characters": int, "targets": int, "longest": int, "rows": int,
-    "padding": (int, float), "sources": list,
+    "documents": _COUNT, "bytes": _COUNT, "tokens": _COUNT, "characters": _COUNT, "targets": _COUNT,
+    "longest": _COUNT, "rows": _COUNT, "padding": _SHARE, "sources": list,
 }  # fmt: skip
-_SOURCE_SHAPE: dict[str, Any] = {"name": str, "share": (int, float), "rows": int}
-_TOKENIZER_SHAPE: dict[str, Any] = {"kind": str, "vocab_size": int, "trained_on_bytes": int}
+_SOURCE_SHAPE: dict[str, Any] = {"name": str, "share": _SHARE, "rows": _COUNT}
+_TOKENIZER_SHAPE: dict[str, Any] = {
+    "kind": str, "vocab_size": _Range(int, 1, 1 << 32), "trained_on_bytes": _COUNT,
+}  # fmt: skip
 
 
 def _damaged(file: Path, fault: str) -> DataError:
@@ -162,15 +211,20 @@ def _damaged(file: Path, fault: str) -> DataError:
 
 
 def _check(file: Path, where: str, value: Any, shape: dict[str, Any]) -> None:
-    """Compare a part of the manifest with the keys and types it must have."""
+    """Compare a part of the manifest with the keys, types and ranges it must have."""
     if not isinstance(value, dict):
         raise _damaged(file, f"{where} is missing or not an object")
     for key, kind in shape.items():
         name = f"{where}.{key}".lstrip(".")
         if key not in value:
             raise _damaged(file, f"{name} is missing")
-        if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise _damaged(file, f"{name} holds {type(value[key]).__name__}")
+        found: Any = value[key]
+        types = (int, kind.kind) if isinstance(kind, _Range) else kind
+        if not isinstance(found, types) or isinstance(found, bool):
+            raise _damaged(file, f"{name} holds {type(found).__name__}")
+        if isinstance(kind, _Range) and not kind.holds(found):
+            allowed = f"{kind.low:g} to {kind.high:g}"
+            raise _damaged(file, f"{name} is {str(found)[:40]}, outside {allowed}")
 
 
 def _tokenizer_line(prepared: Prepared) -> str:

@@ -1,4 +1,4 @@
-"""Prepared rows on disk: flat files of tokens, documents, pieces and rows, opened as memory maps.
+"""Prepared rows on disk: flat files of tokens, documents, pieces and rows.
 
 For each split there are four files: ``tokens`` (uint16 or uint32, all documents one behind the other with their
 framing), ``documents`` (int64 token offsets), ``segments`` (int64 pairs: first token and length of every piece of
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data import flat_files
+from pretrain.data.flat_files import FlatFile
 from pretrain.data.order import MixtureOrder, Order
 from pretrain.errors import DataError
 from pretrain.storage.files import replace_file
@@ -27,11 +29,9 @@ __all__ = ["Example", "Rows", "check_files", "file_record", "token_dtype", "writ
 Ints = NDArray[np.int64]
 Example = Mapping[str, NDArray[Any]]  # one row
 
-# Files up to this size are hashed whenever prepared data are opened, larger ones on request.
-_HASHED = 64 << 20
 # The names a manifest may list: a manifest of unknown origin must not make us read files elsewhere.
 _NAMES = re.compile(
-    r"(train|valid)\.(tokens|documents|segments|rows)\.bin|tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*"
+    r"(train|valid)\.(tokens|documents|segments|rows)(\.blocks)?\.bin|tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*"
 )
 
 
@@ -127,16 +127,10 @@ def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> N
             raise DataError(
                 f"{path} has {size} bytes, its manifest says {record['size']}; it was cut or changed. {again}"
             )
-        if (full or size <= _HASHED) and _sha256(path) != record["sha256"]:
+        if (full or size <= flat_files.IN_MEMORY) and _sha256(path) != record["sha256"]:
             raise DataError(
                 f"{path} does not have the SHA-256 of its manifest; it was changed or damaged. {again}"
             )
-
-
-def _map(path: Path, dtype: Any) -> NDArray[Any]:
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 class Rows:
@@ -166,12 +160,17 @@ class Rows:
     ) -> None:
         self.folder, self.split, self.stats = folder, split, stats
         self.row_length, self.vocab_size, self.pad_id = row_length, vocab_size, pad_id
-        self._tokens = _map(folder / f"{split}.tokens.bin", token_dtype(vocab_size))
-        self._segments = _map(folder / f"{split}.segments.bin", np.dtype("<i8")).reshape(-1, 2)
-        self._rows = _map(folder / f"{split}.rows.bin", np.dtype("<i8"))
-        if len(self._segments) and int(self._segments.sum(axis=1).max()) > len(self._tokens):
+        self._tokens = FlatFile(folder / f"{split}.tokens.bin", token_dtype(vocab_size))
+        self._segments = FlatFile(folder / f"{split}.segments.bin", np.dtype("<i8"))
+        self._rows = FlatFile(folder / f"{split}.rows.bin", np.dtype("<i8"))
+        found = {
+            "tokens": len(self._tokens), "rows": len(self._rows) - 1, "segments": len(self._segments) // 2,
+        }  # fmt: skip
+        told = {"tokens": int(stats["tokens"]), "rows": int(stats["rows"])}
+        if any(found[name] != count for name, count in told.items()) or len(self._segments) % 2:
             raise DataError(
-                f"{folder}/{split}.segments.bin points beyond {split}.tokens.bin; prepare the data again."
+                f"{folder} holds {found} in its {split} split, but its manifest says {told}; they do not belong "
+                "together. Prepare the data again."
             )
 
     def __len__(self) -> int:
@@ -243,17 +242,43 @@ class Rows:
 
     def tokens_in(self, index: int) -> int:
         """Return the tokens in a row, padding not counted."""
-        first, last = self._bounds(index)
-        return int(self._segments[first:last, 1].sum())
+        self._check(index)
+        return int(self._pieces(np.array([index % len(self)]))[1][:, 1].sum())
 
-    def _bounds(self, index: int) -> tuple[int, int]:
+    def _check(self, index: int) -> None:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        index %= len(self)
-        return int(self._rows[index]), int(self._rows[index + 1])
+
+    def _pieces(self, chosen: Ints) -> tuple[Ints, Ints]:
+        """Return (B,) the number of pieces of each row, and (N, 2) first token and length of all of them.
+
+        Raises:
+            DataError: the files point beyond each other, or at more tokens than a row has.
+        """
+        pairs = self._rows.read(chosen, np.full(len(chosen), 2), chosen).reshape(-1, 2)
+        counts = np.diff(pairs, axis=1)[:, 0]
+        wrong = (pairs[:, 0] < 0) | (counts < 0) | (2 * pairs[:, 1] > len(self._segments))
+        if wrong.any():
+            raise self._inconsistent("rows", int(chosen[wrong.argmax()]))
+        pieces = self._segments.read(2 * pairs[:, 0], 2 * counts, chosen).reshape(-1, 2)
+        row = np.repeat(np.arange(len(chosen)), counts)
+        outside = (pieces < 0).any(axis=1) | (pieces > len(self._tokens)).any(axis=1)
+        outside |= pieces.sum(axis=1) > len(self._tokens)
+        if not outside.any():
+            used = np.bincount(row, weights=pieces[:, 1], minlength=len(chosen))
+            outside = (used > self.row_length)[row]
+        if outside.any():
+            raise self._inconsistent("segments", int(chosen[row[outside.argmax()]]))
+        return counts, pieces
+
+    def _inconsistent(self, kind: str, row: int) -> DataError:
+        return DataError(
+            f"{self.folder}/{self.split}.{kind}.bin is damaged: for row {row} it points at what is not there. Prepare "
+            "the data again (delete the directory first)."
+        )
 
     def __getitem__(self, index: int) -> Example:
-        self._bounds(index)
+        self._check(index)
         return {name: values[0] for name, values in self.gather([index % len(self)]).items()}
 
     def gather(self, indices: Sequence[int] | Ints) -> dict[str, Ints]:
@@ -266,12 +291,10 @@ class Rows:
             ``input_ids``, ``document_ids`` and ``position_ids``, each (B, T) int64.
         """
         chosen = np.asarray(indices, dtype=np.int64)
-        first, last = self._rows[chosen], self._rows[chosen + 1]
-        counts = last - first
+        counts, pieces = self._pieces(chosen)
         row = np.repeat(np.arange(len(chosen)), counts)
         before = np.cumsum(counts) - counts
         rank = np.arange(len(row)) - before[row]
-        pieces = self._segments[first[row] + rank]
         starts, lengths = pieces[:, 0], pieces[:, 1]
         ends = np.cumsum(lengths)
         position = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
@@ -285,7 +308,7 @@ class Rows:
             "document_ids": np.zeros(shape, dtype=np.int64),
             "position_ids": np.zeros(shape, dtype=np.int64),
         }
-        batch["input_ids"].reshape(-1)[place] = self._tokens[np.repeat(starts, lengths) + position]
+        batch["input_ids"].reshape(-1)[place] = self._tokens.read(starts, lengths, chosen[row])
         batch["document_ids"].reshape(-1)[place] = np.repeat(rank + 1, lengths)
         batch["position_ids"].reshape(-1)[place] = position
         return batch

@@ -17,7 +17,10 @@ __all__ = ["disk_errors", "foreign", "hold", "publish", "remove_unused", "sweep"
 
 _KINDS = ("tokens", "documents", "segments", "rows")
 _OURS = {"manifest.json", "tokenizer"} | {
-    f"{split}.{kind}.bin" for split in ("train", "valid") for kind in _KINDS
+    f"{split}.{kind}{sums}.bin"
+    for split in ("train", "valid")
+    for kind in _KINDS
+    for sums in ("", ".blocks")
 }
 _OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json"}
 
