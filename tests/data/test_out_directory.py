@@ -171,6 +171,7 @@ def test_sweep_leaves_what_is_not_ours(source: Path, tmp_path: Path) -> None:
 def test_manifest_with_holes(source: Path, tmp_path: Path, where: list[str], value: Any) -> None:
     data = prepare(source, tmp_path / "out")
     manifest = json.loads((data.path / "manifest.json").read_text())
+    del manifest["digest"]
     place = manifest
     for key in where[:-1]:
         place = place[key]
@@ -192,6 +193,7 @@ def test_manifest_that_names_files_elsewhere(source: Path, tmp_path: Path, name:
     (tmp_path / "secret").write_text("s")
     data = prepare(source, tmp_path / "out")
     manifest = json.loads((data.path / "manifest.json").read_text())
+    del manifest["digest"]
     manifest["files"] = {name: {"size": 1, "sha256": "0"}, **manifest["files"]}
     (data.path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="is no file of prepared data"):
@@ -202,6 +204,10 @@ def test_mutated_manifest_is_one_of_our_errors(source: Path, tmp_path: Path) -> 
     data = prepare(source, tmp_path / "out")
     file = data.path / "manifest.json"
     whole = json.loads(file.read_text())
+    file.write_text(file.read_text().replace('"duplicates": 0', '"duplicates": 1'))
+    with pytest.raises(DataError, match="does not agree with its digest"):
+        Prepared.open(data.path)
+    del whole["digest"]
 
     def mutate(node: Any) -> None:
         for key in list(node) if isinstance(node, dict) else range(len(node)):

@@ -29,7 +29,7 @@ from pretrain.data.pipeline import (
 )
 from pretrain.data.prepared import FORMAT, MANIFEST, Prepared, read_manifest
 from pretrain.data.scan import Sample, Scan, sample_filter, scan_sources
-from pretrain.data.shards import file_record, write_json
+from pretrain.data.shards import file_record, write_sealed
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
 from pretrain.data.training_process import stoppable, train_apart
 from pretrain.data.workdir import (
@@ -309,7 +309,7 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
         "notes": notes,
         "files": files,
     }  # fmt: skip
-    write_json(work / MANIFEST, manifest)
+    write_sealed(work / MANIFEST, manifest)
 
 
 def _vocabulary_notes(job: Job, tokenizer: Tokenizer, done: Progressed) -> list[str]:

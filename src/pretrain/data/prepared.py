@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.pipeline import SPLITS
-from pretrain.data.shards import Rows, check_files
+from pretrain.data.shards import Rows, check_files, unsealed
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.storage.files import printable
-from pretrain.storage.strict_json import JSON_LIMIT, parse_json, unsealed
+from pretrain.storage.strict_json import JSON_LIMIT, parse_json
 
 __all__ = ["FORMAT", "MANIFEST", "Prepared", "read_manifest"]
 
@@ -126,9 +126,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = parse_json(data, file)
         if isinstance(manifest, dict) and "digest" in manifest and "format" in manifest:
-            manifest = unsealed(data, file)
+            manifest = unsealed(manifest)
     except CheckpointCorrupt as error:
         raise _damaged(file, f"expected {error.expected}, found {error.found}") from error
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
     if not isinstance(manifest, dict) or "format" not in manifest or "schema" in manifest:
         what = (
             "a checkpoint"

@@ -61,7 +61,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: there is no such file.
         ValueError: it is damaged.
     """
-    value = json.loads(path.read_text(encoding="utf-8"))
+    return unsealed(json.loads(path.read_text(encoding="utf-8")))
+
+
+def unsealed(value: Any) -> dict[str, Any]:
+    """Return what ``write_sealed`` was given from what is read of its file; ValueError if it is damaged."""
     if not isinstance(value, dict) or value.pop("digest", None) != _digest(value):
         raise ValueError("the content does not agree with its digest")
     return value
