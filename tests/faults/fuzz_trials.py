@@ -73,13 +73,20 @@ class Hang(BaseException):
 def in_time() -> Iterator[None]:
     """Raise ``Hang`` inside when the time is up."""
 
+    fired = []
+
     def late(number: int, frame: Any) -> None:
+        fired.append(True)
         raise Hang
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
         yield
+    except BaseException:
+        if fired:  # whatever a reader has made of it
+            raise Hang from None
+        raise
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

@@ -492,7 +492,9 @@ def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
     """
     file = folder / _JSON
     stored = _stored(file) if file.is_file() else {}
-    beside = _Beside.read(folder, stored)
+    odd = f"the files beside the tokenizer in {folder} hold what is no name of a token"
+    with library_errors(odd, _DAMAGED):
+        beside = _Beside.read(folder, stored)
     config, model = beside.config, _model_config(folder)
     name = _class_name(config, model, _has_byte_level(stored)) or _guess(folder)
     if name in _PROGRAMS:
@@ -509,9 +511,10 @@ def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
             rules, backend = None, _from_content(file, stored)
     else:
         rules, backend = _from_vocabulary(folder, name, config)
-    _add(backend, beside, rules, model.get("vocab_size"))
-    if rules is not None:
-        _reframe(backend, beside, rules, explicit=not stored)
+    with library_errors(odd, _DAMAGED):
+        _add(backend, beside, rules, model.get("vocab_size"))
+        if rules is not None:
+            _reframe(backend, beside, rules, explicit=not stored)
     if not isinstance(config.get("model_input_names"), list):
         told = name in _SEGMENTS or trained_here(backend.get_vocab())
         segments = ["token_type_ids"] * told
