@@ -77,8 +77,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     for key, value in now.items():
         if key in trainer.origin and then.get(key, value) != value:
             raise TrainingError(
-                f"{checkpoint} was trained with {key} {_short(then[key])}, and the model that this run starts from has "
-                f"{_short(value)}: it was changed since. Restore it, or use a new train.out."
+                f"{checkpoint} holds another model: it was trained with {key} {_short(then[key])}, and the model that "
+                f"this run starts from has {_short(value)}: it was changed since. Restore it, or use a new train.out."
             )
         if key not in trainer.origin and then.get(key) != value:
             raise TrainingError(
