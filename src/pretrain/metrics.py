@@ -218,11 +218,18 @@ def r2(true: ArrayLike, predicted: ArrayLike) -> float:
 
 
 def is_bio(labels: Iterable[str]) -> bool:
-    """Whether these are tags of spans: O, and B- or I- (also E- or S-) with a type, with at least one span tag."""
+    """Whether these are tags of spans: O, and B- or I- (also E- or S-) with a type, with at least one span tag.
+
+    L- and U-, and W- in place of S-, M- in place of I-, are other letters for the same places of a span.
+    """
     found = set(labels)
     return len(found - {"O"}) > 0 and all(
-        tag == "O" or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2) for tag in found
+        tag == "O" or (tag[:1] in "BIESLUMW" and tag[1:2] == "-" and len(tag) > 2) for tag in found
     )
+
+
+# The last and the only word of a span in BILOU, the middle and the only one in BMES and BMEW.
+_OTHER_LETTERS = {"L": "E", "U": "S", "M": "I", "W": "S"}
 
 
 def entities(tags: Sequence[str]) -> list[Span]:
@@ -238,7 +245,7 @@ def entities(tags: Sequence[str]) -> list[Span]:
     spans: list[Span] = []
     kind, first = "", -1  # first < 0: no span is open
     for place, tag in enumerate(tags):
-        prefix, own = tag[:1], tag[1:].split("-", 1)[-1] or "_"
+        prefix, own = _OTHER_LETTERS.get(tag[:1], tag[:1]), tag[1:].split("-", 1)[-1] or "_"
         if prefix not in ("O", "B", "I", "E", "S") or tag[1:2] not in ("", "-"):
             raise DataError(
                 f"Tag {tag!r} at place {place} is not a tag of a span: expected O, B-TYPE or I-TYPE. For tags of "

@@ -234,7 +234,7 @@ def test_printed_lists() -> None:
     assert printed_list("[1. 0. 1.]") == [1.0, 0.0, 1.0]
     assert printed_list("[np.int64(1), None, nan, True]") == [1, None, None, True]
     assert printed_list("[joy, love]") == ["joy", "love"]
-    for text in ("joy", "[music]", "a [b]", "[", "", "[a] and [b]", "{'a': 1}"):
+    for text in ("joy", "[music]", "a [b]", "[", "", "(a, b)", "[a] and [b]", "{'a': 1}"):
         assert printed_list(text) is None
 
 

@@ -526,3 +526,22 @@ def test_content_of_real_files(data_sets: Path) -> None:
     tagged = read_table(data_sets / "ud_english_ewt/dev.conllu").columns
     assert tagged["tokens"][0] == ["From", "the", "AP", "comes", "this", "story", ":"]
     assert len({tag for tags in tagged["pos_tags"] for tag in tags}) == 17
+
+
+def test_many_columns_give_a_short_message(tmp_path: Path) -> None:
+    from pretrain.data.labelled import choose_columns
+    from pretrain.objectives.classification import Classification
+
+    names = [f"feature_{k}" for k in range(50_000)]
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(names) + "\n" + ",".join("0" * len(names)) + "\n")
+    table = read_table(path)
+    assert len(table.names) == 50_000
+    for source in (table, read_table([dict.fromkeys(names, 0.5)])):
+        with pytest.raises(DataError) as caught:
+            choose_columns(source, Classification.roles, {})
+        assert len(str(caught.value)) < 2_000
+    assert "50,000 in all" in str(caught.value)
+    path.write_text(",".join([*names, "feature_7"]) + "\n")
+    with pytest.raises(DataError, match="'feature_7' twice"):
+        read_table(path)

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetuning.conftest import QUICK, rows_of
 from pretrain import finetune
-from pretrain.finetuning.remarks import overfitted, remarks, still_improving
+from pretrain.finetuning.remarks import beyond_chance, overfitted, remarks, still_improving
 
 
 def history(evals: list[float], figure: str, training: list[float] | None = None) -> list[Any]:
@@ -94,3 +95,42 @@ def test_a_better_classical_baseline_is_said(checkpoint: str, tmp_path: Path) ->
     assert any("TF-IDF" in line for line in result.remarks)
     result.metrics["accuracy"] = 1.0
     assert not any("TF-IDF" in line for line in remarks(result))
+
+
+@pytest.mark.parametrize(
+    ("name", "valid", "test", "rows", "said"),
+    [
+        ("accuracy", 0.913, 0.718, (150, 600), True),
+        ("accuracy", 0.718, 0.913, (150, 600), True),
+        ("accuracy", 0.80, 0.75, (150, 600), False),
+        ("accuracy", 1.0, 0.5, (10, 600), False),
+        ("accuracy", 1.0, 1.0, (100, 100), False),
+        ("exact_match", 60.0 / 100, 30.0 / 100, (100, 100), True),
+        ("pearson", 0.9, 0.7, (200, 200), True),
+        ("pearson", 0.9, 0.87, (200, 200), False),
+        ("pearson", math.nan, 0.87, (200, 200), False),
+        ("loss", 0.1, 0.9, (200, 200), False),
+    ],
+)
+def test_held_out_and_test_rows_of_different_kinds(
+    name: str, valid: float, test: float, rows: tuple[int, int], said: bool
+) -> None:
+    line = beyond_chance({name: valid}, {name: test}, {"valid": rows[0], "test": rows[1]})
+    assert (line is not None) == said
+    assert line is None or "group" in line
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95), st.integers(20, 400), st.integers(20, 400))
+def test_chance_is_that_of_two_proportions(seed: int, p: float, first: int, second: int) -> None:
+    """The line stands where scipy's normal distribution puts the difference beyond one in a hundred."""
+    from scipy import stats
+
+    rng = np.random.default_rng(seed)
+    a, b = rng.binomial(first, p), rng.binomial(second, p)
+    line = beyond_chance(
+        {"accuracy": a / first}, {"accuracy": b / second}, {"valid": first, "test": second}
+    )
+    common = (a + b) / (first + second)
+    error = (common * (1 - common) * (1 / first + 1 / second)) ** 0.5
+    value = 1.0 if error == 0 else 2 * stats.norm.sf(abs(a / first - b / second) / error)
+    assert (line is not None) == (value < 0.01) or abs(value - 0.01) < 1e-4

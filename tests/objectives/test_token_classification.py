@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -482,10 +483,28 @@ def test_words_and_tags_may_be_texts() -> None:
     row = {"tokens": "Anna in Oslo", "label": "B-PER O B-CITY"}
     assert TokenClassification.learn(table([row]), {}).labels == ("B-CITY", "B-PER", "O")
     assert task().truth(table([row])) == [["B-PER", "O", "B-CITY"]]
+    words, tags = row["tokens"].split(), row["label"].split()
+    for spell in (repr, json.dumps, lambda items: str(np.array(items))):
+        printed = {"tokens": spell(words), "label": spell([f" {t}" for t in tags])}
+        assert task().truth(table([printed])) == [tags]
+        assert [w for r in task().encode(table([printed])).info for w in r] == words
+    numbers = {"tokens": row["tokens"], "label": str([TAGS.index(t) for t in tags])}
+    assert task().truth(table([numbers])) == [tags]
+
+
+def test_tags_of_a_checkpoint_are_kept() -> None:
+    row = {"tokens": "Anna in Oslo", "label": [1, 0, 3]}
+    known = ("O", "B-PER", "I-PER", "B-CITY", "I-CITY")
+    learned = TokenClassification.learn(table([row]), {"checkpoint_labels": known})
+    assert learned.labels == known
+    with pytest.raises(DataError, match="'B-ORG' is not among the classes of the checkpoint"):
+        TokenClassification.learn(
+            table([{"tokens": "Acme in", "label": "B-ORG O"}]), {"checkpoint_labels": known}
+        )
 
 
 def test_other_schemes_than_bio_are_told() -> None:
-    row = {"tokens": ["Anna", "Maria", "in"], "label": ["B-PER", "L-PER", "O"]}
+    row = {"tokens": ["Anna", "Maria", "in"], "label": ["B-PER", "X-PER", "O"]}
     assert "accuracy" in TokenClassification.learn(table([row]), {}).notes[0]
 
 
@@ -495,7 +514,7 @@ def test_other_schemes_than_bio_are_told() -> None:
         ({"tokens": ["a", "b"], "label": ["O"]}, "row 2 .*2 words, 1 tags"),
         ({"tokens": ["a", None], "label": ["O", "O"]}, "row 2 .*NoneType"),
         ({"tokens": 7, "label": ["O"]}, "row 2 .*the words are int"),
-        ({"tokens": "['a', 'b']", "label": "['O', 'O']"}, "printed form of a list"),
+        ({"tokens": "['a', 'b']", "label": "['O']"}, "row 2 .*2 words, 1 tags"),
         ({"tokens": ["a"], "label": None}, "row 2 .*the tags are NoneType"),
         ({"tokens": ["a"], "label": [None]}, "no tags"),
         ({"tokens": ["a"], "label": ["B-ANIMAL"]}, "'B-ANIMAL' is not among"),

@@ -227,11 +227,11 @@ def printed_list(text: str) -> list[Any] | None:
     while place < len(inside):
         match = _ITEM.match(inside, place)
         if match is None:
-            return _bare_words(inside)
+            return _bare_words(inside) if text[0] == "[" else None
         items.append(_item(match[1] or match[2]))
         between = _BETWEEN.match(inside, match.end())
         if between is None and match.end() < len(inside):
-            return _bare_words(inside)
+            return _bare_words(inside) if text[0] == "[" else None
         place = between.end() if between else match.end()
     return items
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pretrain.data.label_forms import printed_list
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import DataError
 
@@ -15,7 +16,7 @@ __all__ = ["blanks_before_words", "read_tags", "read_words", "word_windows"]
 
 
 def read_words(table: Table) -> list[list[str]]:
-    """The words of every row of the column ``tokens``; a text is cut at its blanks.
+    """The words of every row of the column ``tokens``; a printed list is read, another text cut at its blanks.
 
     Raises:
         DataError: a cell that is no list of texts.
@@ -56,12 +57,10 @@ def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any
 def _listed(table: Table, i: int, role: str, what: str) -> list[Any]:
     value = table.columns[role][i]
     if isinstance(value, str):
-        if value.startswith("[") and value.endswith("]"):
-            raise DataError(
-                f"{table.where(i)}: the {what} are the printed form of a list, {value[:40]!r}. Store lists in JSON "
-                "lines or parquet, or words with blanks between."
-            )
-        return value.split()
+        text = value.strip()
+        listed = text.startswith(("['", '["')) or (role == "label" and text.startswith("["))
+        parsed = printed_list(text) if listed else None
+        return value.split() if parsed is None else parsed
     if not isinstance(value, list | tuple):
         raise DataError(
             f"{table.where(i)}: the {what} are {type(value).__name__} {str(value)[:40]!r}. Give a list with one for "

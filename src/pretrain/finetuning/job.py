@@ -31,6 +31,7 @@ from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.parts import copy_whole
 from pretrain.parallel.world import current_world
+from pretrain.settings.spelling import option, option_name
 from pretrain.storage.chosen import BEST, SWEEP, run_state, swept_rate, write_choice
 from pretrain.storage.files import note
 from pretrain.storage.manifest import candidates
@@ -173,10 +174,12 @@ class Job:
         lr = self.settings.optim.lr
         if isinstance(lr, str):
             if lr not in ("auto", "sweep"):
-                raise ConfigError(f'optim.lr is {lr!r}; it must be a number, "auto" or "sweep".')
+                raise ConfigError(
+                    f'{option_name("lr")} is {lr!r}; it must be a number, "auto" or "sweep".'
+                )
             return automatic_lr(task.model, adapter=bool(self.settings.method.lora))
         if not 0 < lr < math.inf:
-            raise ConfigError(f"optim.lr is {lr}; it must be above 0.")
+            raise ConfigError(f"{option_name('lr')} is {lr}; it must be above 0.")
         return lr
 
     def settled_lr(self, task: Task) -> float | None:
@@ -394,7 +397,10 @@ class Job:
         """
         train, valid = self.data.train, self.data.valid
         if not len(valid):
-            raise DataError('lr="sweep" chooses by held-out rows, and there are none. Set valid.')
+            raise DataError(
+                f"{option('lr', 'sweep')} chooses by held-out rows, and there are none. "
+                f"Give some: {option('valid', 0.1)}."
+            )
         _, epoch = self.steps(len(train))
         limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed

@@ -1,7 +1,8 @@
 """What the figures of a fine-tuned model say about how it was trained, in sentences for the summary and the report.
 
-A run that ended too early, one that overfitted, a model that gives the same answer to everything, and one that is worse
-than a linear model on counts of words all end without an error. Each of them is said in one line.
+A run that ended too early, one that overfitted, a model that gives the same answer to everything, one that is worse
+than a linear model on counts of words, and held-out rows of another kind than the test rows all end without an error.
+Each of them is said in one line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import DataError
 from pretrain.metrics import LOWER_IS_BETTER
+from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
@@ -26,10 +28,13 @@ _RISE, _RELATIVE_RISE = 0.005, 0.01
 _OVERFIT = 1.15
 # The classical baseline is only computed where it takes about a second: rows times classes, and characters.
 _CELLS, _CHARACTERS = 12_000, 2_000_000
+# Figures that are means over rows, those that are correlations, and the standard errors that one in a hundred exceeds.
+_SHARES, _CORRELATIONS = ("accuracy", "exact_match", "exact"), ("pearson", "spearman")
+_ONE_IN_A_HUNDRED, _FEWEST = 2.576, 20
 
 
 def remarks(result: Finetuned) -> list[str]:
-    """One sentence for each of the four that applies; none for a trial that kept nothing."""
+    """One sentence for each of them that applies; none for a trial that kept nothing."""
     run: Run | None = result.run
     if run is None:
         return []
@@ -38,6 +43,7 @@ def remarks(result: Finetuned) -> list[str]:
         overfitted(run.history),
         _constant(result),
         _classical(result),
+        beyond_chance(result.metrics, result.test_metrics or {}, result.counts),
     ]
     return [line for line in found if line]
 
@@ -76,6 +82,37 @@ def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
         f"the run overfitted: the held-out loss rose from {low:.4g} (step {low_step:,}) to {last:.4g} (step "
         f"{last_step:,}) while the training loss fell from {then:.4g} to {now:.4g}. More rows, fewer epochs or a "
         f"lower learning rate may help"
+    )
+
+
+def beyond_chance(
+    held_out: Mapping[str, float], test: Mapping[str, float], rows: Mapping[str, int]
+) -> str | None:
+    """The held-out figure and the test figure differ by more than two samples of one kind of rows would.
+
+    Shares of right rows are compared by the test of two proportions, correlations by Fisher's transformation; figures
+    of words count as many independent observations as there are rows.
+    """
+    name = next((n for n in (*_SHARES, *_CORRELATIONS) if n in held_out and n in test), None)
+    counts = (rows.get("valid", 0), rows.get("test", 0))
+    if name is None or min(counts) < _FEWEST:
+        return None
+    first, second = held_out[name], test[name]
+    if name in _SHARES:
+        common = (first * counts[0] + second * counts[1]) / sum(counts)
+        error = math.sqrt(common * (1 - common) * (1 / counts[0] + 1 / counts[1]))
+        distance = first - second
+    else:
+        if not (abs(first) < 1 and abs(second) < 1):
+            return None
+        error = math.sqrt(1 / (counts[0] - 3) + 1 / (counts[1] - 3))
+        distance = math.atanh(first) - math.atanh(second)
+    if not abs(distance) > _ONE_IN_A_HUNDRED * error:
+        return None
+    return (
+        f"the {name} on the held-out rows ({first:.4g}) and on the test rows ({second:.4g}) differ by more than "
+        f"chance: they are rows of different kinds, or the held-out rows resemble training rows (pieces of one document, "
+        f"one author or template: {option('group', 'COLUMN')} keeps those together)"
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, within
 from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
+from pretrain.settings.spelling import option
 
 __all__ = ["TuneConfig", "from_keywords", "from_memory"]
 
@@ -246,20 +247,20 @@ def from_keywords(
     Raises:
         ConfigError: no model, no task, or a keyword that nothing knows; the nearest is named.
     """
+    from pretrain.objectives import TASKS, task_class
+
     base = TuneConfig.load(config)
     sections: dict[str, dict[str, Any]] = {}
     name = task or base.task.name
     if not name:
         raise ConfigError(
-            'Say what the model shall learn: task="classification" (or another of pretrain.objectives.TASKS).'
+            f"Say what the model shall learn: {option('task', 'classification')}, or another of {', '.join(TASKS)}."
         )
     sections["task"] = {"name": name}
     if model is not None:
         sections["model"] = {"checkpoint": os.fspath(model) if _is_path(model) else "a model"}
     elif not base.model.checkpoint:
-        raise ConfigError("Name the checkpoint to fine-tune: model=DIRECTORY.")
-    from pretrain.objectives import task_class
-
+        raise ConfigError(f"Name the checkpoint to fine-tune: {option('model', 'DIRECTORY')}.")
     cls = task_class(name)
     roles = {role.name for role in cls.roles}
     options = set(inspect.signature(cls.__init__).parameters) - {"self", "model", "max_length"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
+from pretrain.settings.spelling import option_name
 from pretrain.storage.files import note
 from pretrain.storage.reading import named_classes
 from pretrain.training.source import open_source
@@ -202,7 +203,7 @@ def freeze(model: Model, what: str | int) -> int:
         modules = [*backbone.embeddings(), *blocks[: int(what)]]  # type: ignore[list-item]
     else:
         raise ConfigError(
-            f'method.freeze is {what!r}; it must be "backbone", "embeddings" or a number of blocks up to '
+            f'{option_name("freeze")} is {what!r}; it must be "backbone", "embeddings" or a number of blocks up to '
             f"{len(blocks)}."
         )
     for module in modules:

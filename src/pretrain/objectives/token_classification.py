@@ -27,6 +27,7 @@ from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.classification import given_weights
 from pretrain.objectives.tasks import Learned, Task
+from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -115,6 +116,7 @@ class TokenClassification(Task):
             tags,
             options.get("labels"),
             names=table.label_names.get("label"),
+            checkpoint=options.get("checkpoint_labels"),
             where=table.where,
             column="tags",
         )
@@ -129,8 +131,13 @@ class TokenClassification(Task):
         }
         if outside and not figures_of.is_bio(known.labels):
             learned.notes.append(
-                "there is a tag O, but the others are not B-, I-, E- or S- with a type: accuracy over words is "
-                "measured, not entities"
+                "there is a tag O, but the others are not B-, I-, E- or S- (or L-, U-) with a type: accuracy over "
+                "words is measured, not entities"
+            )
+        elif all(label.isdecimal() for label in known.labels):
+            learned.notes.append(
+                "the tags are numbers without names, so accuracy over words is measured, not entities; "
+                f"{option('labels', ['O', 'B-PER', ...])} names them"
             )
         return learned
 

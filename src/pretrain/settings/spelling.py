@@ -58,7 +58,7 @@ READ = Interface(places={"names": "columns"})
 FINETUNE = Interface()
 PREDICT = Interface(columns="columns.")
 EVALUATE = PREDICT
-TRAIN = Interface(columns="data.", others="data.")
+TRAIN = Interface(places={"out": "train.out"}, columns="data.", others="data.")
 
 _current = READ
 

@@ -24,7 +24,7 @@ from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
 from pretrain.parallel.turns import in_turn
 from pretrain.parallel.world import current_world
-from pretrain.settings.spelling import TRAIN, using
+from pretrain.settings.spelling import TRAIN, option, using
 from pretrain.storage.files import muted, note
 from pretrain.storage.manifest import candidates
 from pretrain.training.evaluate import evaluate_rows
@@ -157,7 +157,7 @@ def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
         before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())
     except ConfigError as error:
         raise ConfigError(
-            f"{out} holds a run of another kind ({error}). Set train.out to a new directory."
+            f"{out} holds a run of another kind ({error}). Name a new directory: {option('out')}."
         ) from error
     changed = {
         key: (before.get(key), now.get(key))
@@ -174,7 +174,7 @@ def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
         )
         raise ConfigError(
             f"{out} holds a run with other settings, so resuming it would not give what either command says: "
-            f"{text}. Set train.out to a new directory, or take the old settings back from {written}."
+            f"{text}. Name a new directory with {option('out')}, or take the old settings back from {written}."
         )
 
 
