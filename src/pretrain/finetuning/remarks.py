@@ -111,8 +111,8 @@ def beyond_chance(
         return None
     return (
         f"the {name} on the held-out rows ({first:.4g}) and on the test rows ({second:.4g}) differ by more than "
-        f"chance: they are rows of different kinds, or the held-out rows resemble training rows (pieces of one document, "
-        f"one author or template: {option('group', 'COLUMN')} keeps those together)"
+        f"chance: they are rows of different kinds, or the held-out rows resemble training rows (pieces of one "
+        f"document, one author or template: {option('group', 'COLUMN')} keeps those together)"
     )
 
 
