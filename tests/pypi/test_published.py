@@ -128,7 +128,7 @@ def test_similarities_of_published_sets(
         figures.append(spearman(scores, (first * second).sum(-1).double().numpy()))
     print(f"{name}: {figures[0]:.4f}, transformers {figures[1]:.4f}, {len(rows)} pairs")
     assert figures[0] == pytest.approx(figures[1], abs=1e-4)
-    assert figures[0] > (0.7 if "minilm" in str(published) else 0.4)
+    assert figures[0] > 0.6
 
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
