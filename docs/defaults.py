@@ -377,11 +377,20 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
             for steps, lr in ((250, 2e-3), (750, 2e-3), (250, 4e-3), (750, 1e-3)):
                 yield _tune(task, model, lr=lr, limit=f"{steps} steps")
     if part == "final":
-        yield from _final(model)
+        yield from _final(model, QUICK)
+        yield from _final(model, TABLE[len(QUICK) :])
+    if part == "lora":
+        for factor in (1, 1 / 3, 1 / 10):
+            yield _tune("banking77 1000", model, lora=8, lr=float(f"{1.3e-2 * factor:.2g}"))
+    if part == "family":
+        for task in ("banking77 1000", "pros_cons 200"):
+            yield _tune(task, model)
+            yield _tune(task, model, scratch=True)
+            yield _tune(task, model, lr=4.3e-4)
 
 
 # The tasks of the table; the rate of the default times these is the sweep of five.
-TABLE = (
+QUICK = (
     *(
         "banking77 1000",
         "ag_news 200",
@@ -390,53 +399,68 @@ TABLE = (
         "wnut17",
         "sms_spam 500",
     ),
-    *("acts (several)", "ud_tags 500", "cad_nli", "wellformedness", "movie_reviews", "xquad"),
+    *("acts (several)", "ud_tags 500", "cad_nli", "wellformedness"),
 )
+TABLE = (*QUICK, "movie_reviews", "xquad")
 SWEEP = (3.0, 1 / 3, 9.0, 1 / 9)
 
 
-def _final(model: str) -> Iterator[dict[str, Any]]:
-    """Default, sweep and scratch of one seed, the baselines, then two more seeds of the default and of scratch."""
+def _final(model: str, tasks: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Default, scratch and sweep of one seed, the baselines, then two more seeds of the default and of scratch."""
     # The rate of the default is the same for all tasks of a checkpoint.
     middle = {"mb64": 2.6e-3, "mb128": 1.3e-3, "bert128": 1.3e-3, "minilm": 1.4e-4}[model]
-    for task in TABLE:
+    for task in tasks:
         yield _tune(task, model)
         yield _tune(task, model, scratch=True)
         for factor in SWEEP:
             yield _tune(task, model, lr=float(f"{middle * factor:.2g}"))
-    for task in TABLE:
+    for task in tasks:
         if TASKS[task][0] in ("classification", "regression") and "several" not in task:
             for kind in ("tfidf", "probe"):
                 yield {"kind": kind, "task": task, "model": model, "seed": 0}
     for seed in (1, 2):
-        for task in TABLE:
+        for task in tasks:
             yield _tune(task, model, seed)
             yield _tune(task, model, seed, scratch=True)
 
 
 def table(model: str, out: Path) -> str:
-    """task x default x best of the sweep x scratch x TF-IDF x linear probe, in % of the figure on the test rows."""
+    """task x default x sweep x scratch x TF-IDF x linear probe, in % of the figure on the test rows.
+
+    Of the sweep there are two figures: of the rate that is best on the held-out rows, which is what a user gets, and of
+    the one that is best on the test rows, which nobody can know.
+    """
     with open(out / "results.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    rows = ["| task | figure | default | seeds | best of five | scratch | TF-IDF | linear probe |"]
-    rows.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    middle = {"mb64": 2.6e-3, "mb128": 1.3e-3, "bert128": 1.3e-3, "minilm": 1.4e-4}[model]
+    rates = {float(f"{middle * factor:.2g}") for factor in SWEEP}
+    rows = [
+        "| task | figure | default | seeds | default, seed 0 | sweep | best rate | scratch | TF-IDF | probe |"
+    ]
+    rows.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for task in TABLE:
         groups: dict[str, list[float]] = {}
+        sweep: list[tuple[float, float]] = []
         for line in lines:
             spec = line["spec"]
             if spec["task"] != task or spec["model"] != model or "test" not in line:
                 continue
             if set(spec) - {"kind", "task", "model", "seed", "lr", "scratch"}:
                 continue  # of the screening
+            if "lr" in spec and spec["lr"] not in rates:
+                continue
             name = "scratch" if spec.get("scratch") else spec["kind"]
-            name = "sweep" if "lr" in spec else name
-            groups.setdefault(name, []).append(100 * line["test"])
             if name == "tune" and spec["seed"] == 0:
-                groups.setdefault("sweep", []).append(100 * line["test"])
+                sweep.append((line["valid"], 100 * line["test"]))
+            if "lr" not in spec:
+                groups.setdefault(name, []).append(100 * line["test"])
         if "tune" not in groups:
             continue
         cells = [task, TASKS[task][2], _mean(groups["tune"]), str(len(groups["tune"]))]
-        cells.append(f"{max(groups['sweep']):.1f} of {len(groups['sweep'])}")
+        complete = len(sweep) == 1 + len(SWEEP)
+        cells.append(f"{groups['tune'][0]:.1f}")
+        cells.append(f"{max(sweep)[1]:.1f}" if complete else "–")
+        cells.append(f"{max(test for _, test in sweep):.1f}" if complete else "–")
         cells += [_mean(groups.get(name, [])) for name in ("scratch", "tfidf", "probe")]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)

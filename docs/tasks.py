@@ -1,4 +1,4 @@
-"""Every task once on real data, beside a trivial baseline: the figures behind docs/results.md.
+"""Every task once on real data with the defaults, beside a trivial baseline: the figures behind docs/results.md.
 
     python docs/tasks.py entities --model runs/transfer/ag_news-wide
     python docs/tasks.py chat                       # pre-trains a small decoder on general text first
@@ -35,8 +35,6 @@ def entities(model: str, out: Path) -> tuple[Figures, Figures]:
         valid=files[1],
         test=files[2],
         out=out,
-        epochs=12,
-        lr=1e-3,
         threads=1,
     )
     assert result.test_metrics is not None
@@ -59,8 +57,6 @@ def on_sick(model: str, out: Path, task: str, label: str) -> Figures:
         pair="sentence_B",
         label=label,
         out=out,
-        epochs=8,
-        lr=6e-4,
         threads=1,
     )
     assert result.test_metrics is not None
@@ -101,8 +97,6 @@ def answers(model: str, out: Path) -> tuple[Figures, Figures]:
         valid=valid,
         test=test,
         out=out,
-        epochs=20,
-        lr=6e-4,
         max_length=256,
         threads=1,
     )
@@ -159,7 +153,7 @@ def chat(model: str, out: Path) -> tuple[Figures, Figures]:
     rows = dialogues()
     train, valid, test = rows[:300], rows[300:340], rows[340:]
     result = pretrain.finetune(
-        model, train, task="chat", valid=valid, test=test, out=out, epochs=6, lr=6e-4, threads=1
+        model, train, task="chat", valid=valid, test=test, out=out, threads=1
     )
     tokenizer = result.model.tokenizer
     assert tokenizer is not None and result.test_metrics is not None
