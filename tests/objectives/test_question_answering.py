@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from contract import check_objective
 from pretrain import metrics
@@ -195,6 +197,37 @@ def test_offsets_leave_blanks_out_and_show_marks_the_answer() -> None:
         assert "".join(pieces).startswith(context.replace(" ", "")[:4])
         marked = "".join(text for text, mark in goal.show(example) if mark)
         assert marked.strip() == row["answers"]["text"][0]
+
+
+@pytest.mark.parametrize("rule", [None, "NFC", "NFD", "NFKC", "Bert"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_offsets_count_the_characters_of_the_text_whatever_a_tokenizer_normalizes(
+    rule: str | None, form: str
+) -> None:
+    """Composed and decomposed accents, half-width kana, ligatures, characters of two code units."""
+    rows = []
+    for answer in ("café", "Zürich", "ｶﾞ東京", "oﬃce", "né😀"):
+        context = unicodedata.normalize(form, f"À Malmö 😀 est {answer} où l'été ﬁnit.")
+        text = unicodedata.normalize(form, answer)
+        answers = {"text": [text], "answer_start": [context.index(text)]}
+        rows.append({"question": "Où?", "context": context, "answers": answers})
+    kind = "wordpiece" if rule == "Bert" else "bpe"
+    texts = [row["context"] for row in rows] * 3
+    made = train_from_texts(texts, kind, vocab_size=400, lowercase=rule == "Bert")
+    if rule not in (None, "Bert"):
+        made.backend.normalizer = getattr(normalizers, rule)()
+        made = Tokenizer(made.backend, made.roles)
+    goal = task("bert", kind)
+    goal.model.tokenizer = made
+    encoded = goal.encode(table(rows))
+    assert not encoded.dropped and len(encoded) == len(rows)
+    for example, (context, starts, ends), row in zip(encoded, encoded.info, rows, strict=True):
+        assert context == row["context"]
+        first, last = example["labels"].reshape(-1).tolist()
+        found = context[starts[first] : ends[last]]
+        # A token of bytes may hold a part of a neighbouring character, and then reaches to its end.
+        answer = row["answers"]["text"][0]
+        assert answer in found and len(found) <= len(answer) + 2, (found, answer)
 
 
 def test_long_questions_are_cut_and_told() -> None:
