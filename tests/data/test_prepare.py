@@ -439,7 +439,7 @@ def test_an_interrupt_while_a_tokenizer_is_trained_leaves_nothing(
     assert any("training a bpe tokenizer" in line for line in process.stderr)
     process.send_signal(number)
     assert process.wait(timeout=60) == 128 + number
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "cache"]
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"a.txt"}
     process.stderr.close()
 
 
