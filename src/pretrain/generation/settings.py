@@ -349,6 +349,10 @@ class _Reader:
         return (DEFAULT_NEW_TOKENS if new is None and length is None else new), length
 
     def rules(self, ends: tuple[int, ...]) -> Rules:
+        for key in ("forced_bos_token_id", "forced_eos_token_id"):
+            forced = set(self.ids(key))
+            if forced and forced <= set(self.ids("suppress_tokens")):
+                raise self._wrong(key, "a token that suppress_tokens does not forbid")
         first = self.whole("forced_bos_token_id", None)
         return Rules(
             self.biases(),
