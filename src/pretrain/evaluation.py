@@ -96,9 +96,16 @@ def evaluate(
         table,
         lambda: _before_training(path, task, settings, base),
         chosen,
-        coupled_rows=train.batch_rows,
+        coupled_rows=train.batch_rows if settings is not None else _batch_rows_of(model),
         **options,
     )
+
+
+def _batch_rows_of(model: Model) -> int:
+    """Rows of a batch that a model was fine-tuned with, as its config.json says."""
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("batch_rows") if isinstance(block, Mapping) else None
+    return recorded if type(recorded) is int and recorded > 0 else TuneTrain().batch_rows
 
 
 def _is_adapter(path: Path) -> bool:

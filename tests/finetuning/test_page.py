@@ -39,6 +39,7 @@ class Result:
     metrics: dict[str, float]
     test_metrics: dict[str, float] | None = None
     trivial: dict[str, float] = field(default_factory=dict)
+    trivial_test: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)

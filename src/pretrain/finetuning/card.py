@@ -17,7 +17,7 @@ from pretrain.storage.card import PIPELINES, one_line, yaml_scalar
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
 
-__all__ = ["example_input", "model_card"]
+__all__ = ["baselines", "example_input", "model_card"]
 
 # Tasks whose pipeline is not that of their head.
 _PIPELINES = {"embedding": "sentence-similarity", "chat": "text-generation"}
@@ -245,11 +245,22 @@ def _use(result: Finetuned) -> str:
     )
 
 
+def baselines(result: Finetuned) -> list[tuple[str, Mapping[str, float]]]:
+    """The figures of the trivial baseline, with what it is called, on the held-out rows and on the test rows."""
+    name, parts = (
+        result.task.trivial_name,
+        (("held out", result.trivial), ("test", result.trivial_test)),
+    )
+    if not result.trivial_test:
+        return [(name, result.trivial)] if result.trivial else []
+    return [(f"{name}, {part}", figures) for part, figures in parts if figures]
+
+
 def _figures(result: Finetuned) -> list[str]:
     parts: list[tuple[str, Mapping[str, float]]] = [("held out", result.metrics)]
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
-    parts += result.baselines()
+    parts += baselines(result)
     keys = [k for k in dict.fromkeys(k for _, f in parts for k in f) if k not in _COUNTS]
     if not keys:
         return ["None were measured: no rows were held out."]

@@ -135,7 +135,7 @@ def _arm(
 ) -> tuple[float, list[float]]:
     """The learning rate that is best on ``choose``, and what it reaches on ``score``, for every seed."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
-    settled = job.settled_lr(task)
+    settled = job.settled_lr(task, Path(job.settings.train.out))
     if arm == "pretrained" and settled is not None:
         lrs = [settled]  # what is reported is what the user gets
     elif not lrs:

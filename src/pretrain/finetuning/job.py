@@ -182,9 +182,9 @@ class Job:
             raise ConfigError(f"{option_name('lr')} is {lr}; it must be above 0.")
         return lr
 
-    def settled_lr(self, task: Task) -> float | None:
-        """The rate of the run where it can be chosen no more: the settings name it, or the run began with it."""
-        lr, out = self.settings.optim.lr, Path(self.settings.train.out)
+    def settled_lr(self, task: Task, out: Path) -> float | None:
+        """The rate of a run where it can be chosen no more: the settings name it, or the run began with it."""
+        lr = self.settings.optim.lr
         if not isinstance(lr, str):
             return lr
         before = swept_rate(out) if has_begun(out) else None
@@ -207,7 +207,7 @@ class Job:
         settings, begun = self.settings, has_begun(out)
         lr, (limit, _) = self.lr(task), self.steps(examples)
         if isinstance(settings.optim.lr, str):
-            before = self.settled_lr(task)
+            before = self.settled_lr(task, out)
             if before is not None:
                 lr = before
             elif self.compared_lr is not None:
@@ -270,6 +270,8 @@ class Job:
             "sources": [{"name": Path(names["train"]).name, "rows": counts["train"], "share": 1.0}],
             "rows": counts,
             "columns": self.data.columns,
+            # Figures of examples that are compared with each other depend on it.
+            "batch_rows": self.settings.train.batch_rows,
             "parent": Path(parent).name if parent else None,
         }
 

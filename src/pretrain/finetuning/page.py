@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import DataError
-from pretrain.finetuning.card import example_input, model_card
+from pretrain.finetuning.card import baselines, example_input, model_card
 from pretrain.finetuning.settings import from_memory
 from pretrain.parallel.world import current_world
 from pretrain.reporting.curves import Series, curve_svg
@@ -54,7 +54,7 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
     if not current_world().leads:
         return place
     text = render(result)
-    card = model_card(result)
+    card = result.model.card = model_card(result)
     if result.run is not None:
         write_page(result.run.path / "README.md", card)
     return write_page(place, text)
@@ -148,7 +148,7 @@ def _figures(result: Finetuned) -> str:
     parts: list[tuple[str, Mapping[str, float]]] = [("held out", result.metrics)]
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
-    parts += result.baselines()
+    parts += baselines(result)
     keys = list(dict.fromkeys(key for _, figures in parts for key in figures))
     rows = [[key.replace("_", " "), *(_number(f.get(key)) for _, f in parts)] for key in keys]
     if not rows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.finetuning.card import baselines, model_card
 from pretrain.finetuning.measure import labelled, measure, reported_precision, score
 from pretrain.printing import printable
 
@@ -80,8 +81,6 @@ class Finetuned:
         """Give the model the card of this run and its figures on the test rows, which are then saved with it."""
         if self._task is None or self.run is None:
             return
-        from pretrain.finetuning.card import model_card
-
         model = self._task.model
         block = model.extra_config.get("pretrain")
         if self.test_metrics is not None and isinstance(block, dict):
@@ -245,21 +244,11 @@ class Finetuned:
 
         return write_report(self, out)
 
-    def baselines(self) -> list[tuple[str, Mapping[str, float]]]:
-        """The figures of the trivial baseline, with what it is called, on the held-out rows and on the test rows."""
-        name, parts = (
-            self.task.trivial_name,
-            [("held out", self.trivial), ("test", self.trivial_test)],
-        )
-        if not self.trivial_test:
-            return [(name, self.trivial)] if self.trivial else []
-        return [(f"{name}, {part}", figures) for part, figures in parts if figures]
-
     def _figures(self) -> list[tuple[str, Mapping[str, float]]]:
         found: list[tuple[str, Mapping[str, float]]] = [("held out", self.metrics)]
         if self.test_metrics is not None:
             found.append(("test", self.test_metrics))
-        found += self.baselines()
+        found += baselines(self)
         return [(name, figures) for name, figures in found if figures]
 
     def __repr__(self) -> str:
