@@ -290,10 +290,17 @@ def make(work: Path, *, large: bool, made: dict[str, Path] | None = None) -> dic
 
 
 def trials(
-    count: int, seed: int, work: Path, *, large: bool = False, made: dict[str, Path] | None = None
+    count: int,
+    seed: int,
+    work: Path,
+    *,
+    large: bool = False,
+    made: dict[str, Path] | None = None,
+    only: str = "",
 ) -> dict[str, Counter[str]]:
     """Damage at random; product -> outcome -> number. Whatever is silent or crashes is printed."""
     found = make(work, large=large, made=made)
+    found = {name: product for name, product in found.items() if only in name}
     rng, table = random.Random(seed), {name: Counter[str]() for name in found}
     whole = sum(product.share for product in found.values())
     for name, product in found.items():
@@ -346,10 +353,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--large", action="store_true", help="with prepared data above 64 MB")
+    parser.add_argument("--only", default="", help="products whose name has this in it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         os.environ["PRETRAIN_CACHE"] = f"{work}/cache"
-        table = trials(args.count, args.seed, Path(work), large=args.large)
+        table = trials(args.count, args.seed, Path(work), large=args.large, only=args.only)
     print(show(table))
     total = sum(table.values(), Counter())
     raise SystemExit(bool(total["SILENT"] + total["CRASH"]))
