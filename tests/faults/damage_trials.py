@@ -1,6 +1,6 @@
 """Damage to every file that the product writes, one at a time: is it named, or is it provably not read?
 
-    python tests/faults/damage_trials.py --count 5000 --large
+    cd tests && python -m faults.damage_trials --count 5000 --large
 
 A product is written once, and a reader's view of it is hashed: weights, settings, ids, rows, state, history. Then one
 file is damaged (a bit flipped, cut, zeroed, bytes swapped or appended, removed, replaced by a file of the same name),

@@ -1,6 +1,6 @@
 """Input of unknown origin, mutated, through every reader: only a PretrainError may come out, and in bounded time.
 
-    python tests/faults/fuzz_trials.py --count 50000
+    cd tests && python -m faults.fuzz_trials --count 50000
 
 Each reader has a few valid inputs. They are changed as bytes (bits, cuts, copies, odd words spliced in) or as JSON (a
 value anywhere becomes an odd one), and read. A failure prints its seed; ``--only READER --seed S --count 1`` does it
