@@ -545,3 +545,7 @@ def test_many_columns_give_a_short_message(tmp_path: Path) -> None:
     path.write_text(",".join([*names, "feature_7"]) + "\n")
     with pytest.raises(DataError, match="'feature_7' twice"):
         read_table(path)
+
+
+def test_a_line_of_odd_blanks_in_conll_is_named(tmp_path: Path) -> None:
+    refused(write(tmp_path, "b.conll", "sea NN\n\u2003\u2003\nship NN\n"), "b.conll:2")

@@ -33,7 +33,7 @@ def conll_sentences(path: Path) -> Iterator[Sentence]:
             if not width:
                 tabs = "\t" in line
             cells = line.split("\t") if tabs else line.split()
-            if cells[0] == "-DOCSTART-":
+            if cells[:1] == ["-DOCSTART-"]:
                 continue
             if len(cells) < 2:
                 raise DataError(
