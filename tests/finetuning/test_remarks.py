@@ -97,6 +97,23 @@ def test_a_better_classical_baseline_is_said(checkpoint: str, tmp_path: Path) ->
     assert not any("TF-IDF" in line for line in remarks(result))
 
 
+def test_remarks_go_by_the_figures_of_the_end(checkpoint: str, tmp_path: Path) -> None:
+    """The card is written when the model is opened, before the test rows are measured."""
+    rows = rows_of(120)
+    held = [
+        [{**row, "label": label} for row in rows[a : a + 30]]
+        for a, label in ((60, "cat"), (90, "dog"))
+    ]
+    given = {**QUICK, "lr": 1e-9, "limit": "1 steps"} | {"valid": held[0], "test": held[1]}
+    result = finetune(checkpoint, rows[:60], "classification", out=tmp_path / "run", **given)
+    assert result.remarks == remarks(result)
+    # Whatever the model answers, it is right on one kind of rows at the expense of the other.
+    share = [result.metrics["accuracy"], (result.test_metrics or {})["accuracy"]]
+    line = beyond_chance(result.metrics, result.test_metrics or {}, result.counts)
+    assert (line is not None) == (abs(share[0] - share[1]) > 0.34)
+    assert line is None or line in repr(result)
+
+
 @pytest.mark.parametrize(
     ("name", "valid", "test", "rows", "said"),
     [

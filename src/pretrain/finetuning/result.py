@@ -81,6 +81,8 @@ class Finetuned:
         """Give the model the card of this run and its figures on the test rows, which are then saved with it."""
         if self._task is None or self.run is None:
             return
+        # They go by figures that are new, where this is called again.
+        vars(self).pop("remarks", None)
         model = self._task.model
         block = model.extra_config.get("pretrain")
         if self.test_metrics is not None and isinstance(block, dict):
