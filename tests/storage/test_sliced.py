@@ -486,7 +486,7 @@ def flip(path: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "training/optimizer.safetensors", "README.md"]
+    "name", ["model.safetensors", "training/optimizer.safetensors", "config.json"]
 )
 def test_a_flipped_bit_is_an_error_on_all(name, tmp_path, capfd):
     model = tiny()
