@@ -62,18 +62,12 @@ def fails(capsys: Any, *words: str) -> str:
 # ----------------------------------------------------------------------------------------------- help
 
 
-def test_help_is_instant_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
+    """So that it is there at once: torch alone takes seconds to import."""
     assert list(cli.COMMANDS) == COMMANDS
     for words in (["--help"], ["train", "--help"], ["generate", "-h"]):
-        seconds = []
-        for _ in range(3):  # the best of three: a machine with other work must not fail
-            start = time.monotonic()
-            done = shell(*words)
-            seconds.append(time.monotonic() - start)
-            assert done.returncode == 0 and "usage: pretrain" in done.stdout and not done.stderr
-            if seconds[-1] < 1.0:
-                break
-        assert min(seconds) < 1.0
+        done = shell(*words)
+        assert done.returncode == 0 and "usage: pretrain" in done.stdout and not done.stderr
     code = (
         "import sys; from pretrain.cli import main\n"
         f"for c in {COMMANDS!r}: main([c, '--help'])\n"
