@@ -24,6 +24,7 @@ from pretrain.objectives import TASKS, build_objective, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.settings.spelling import PREDICT, option, using
 from pretrain.storage.files import note
+from pretrain.training.memory import peak_memory
 from pretrain.training.precision import choose_device
 
 if TYPE_CHECKING:
@@ -420,7 +421,8 @@ def predict_file(
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)
     task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
-    task.to(choose_device(device))
+    where = choose_device(device)
+    task.to(where)
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
     quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     count = empty = 0
@@ -437,6 +439,9 @@ def predict_file(
                 output.write(row, answer)
                 count, empty = count + 1, empty + _is_empty(answer)
                 bar.update()
+            if chunk is first and progress:
+                # A forward pass holds so many tokens at most, whatever the file: the first chunk tells what all take.
+                note(f"memory about {peak_memory(where) / 2**30:.2f} GiB at the peak")
     _say_unanswered(task, empty, count)
     return target
 
