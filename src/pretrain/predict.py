@@ -383,6 +383,7 @@ def predict_file(
     columns: Mapping[str, str] | None = None,
     batch_rows: int = _BATCH_ROWS,
     device: str = "auto",
+    encoding: str | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Path:
@@ -399,6 +400,7 @@ def predict_file(
         columns: role -> column, where a column has no conventional name.
         batch_rows: examples in one forward pass.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
+        encoding: of a file of text; None: UTF-8, or what a byte order mark says.
         progress: show a bar where somebody can see it.
         **options: see ``predict``.
 
@@ -416,7 +418,7 @@ def predict_file(
 
     _check_batch(batch_rows)
     source = Path(file)
-    chunks = stream_chunks(source, _CHUNK)
+    chunks = stream_chunks(source, _CHUNK, encoding)
     first = next(chunks)  # a file that cannot be read is said before a model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)

@@ -549,3 +549,28 @@ def test_many_columns_give_a_short_message(tmp_path: Path) -> None:
 
 def test_a_line_of_odd_blanks_in_conll_is_named(tmp_path: Path) -> None:
     refused(write(tmp_path, "b.conll", "sea NN\n\u2003\u2003\nship NN\n"), "b.conll:2")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "conll"])
+def test_files_in_another_encoding(encoding: str, kind: str, tmp_path: Path) -> None:
+    rows = [{"text": "café über", "label": "naïf"}, {"text": "b", "label": "ç"}]
+    mark = "," if kind == "csv" else "\t"
+    lines = [mark.join(row.values()) for row in rows]
+    content = {
+        "jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n",
+        "json": json.dumps(rows, ensure_ascii=False),
+        "conll": "\n".join(lines) + "\n",
+    }.get(kind, "\n".join([mark.join(rows[0]), *lines]) + "\n")
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(content.encode(encoding))
+    table = read_table(path, encoding=encoding)
+    if kind == "conll":
+        assert table.columns["tokens"] == [[row["text"] for row in rows]]
+    else:
+        assert list(table.rows()) == rows
+    if encoding == "cp1252":
+        with pytest.raises(DataError, match="encoding='cp1252'"):
+            read_table(path)
+    with pytest.raises(DataError, match="encoding"):
+        read_table(rows, encoding=encoding)

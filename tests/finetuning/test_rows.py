@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -374,3 +375,26 @@ def test_options_that_a_task_takes() -> None:
     )
     check_options(Own, {"sharpness": 2, "threshold": 0.4})
     check_options(Strict, {"mode": "b"})
+
+
+def test_how_files_are_read_is_said_once(tmp_path: Path) -> None:
+    rows = rows_of(40)
+    path = tmp_path / "rows.dat"
+    text = "\n".join(f"é {row['text']}\x1f{row['label']}" for row in rows)
+    path.write_bytes(text.encode("cp1252"))
+    options = {
+        "format": "csv",
+        "names": ["text", "label"],
+        "delimiter": "\x1f",
+        "encoding": "cp1252",
+    }
+    held = tmp_path / "held.jsonl"
+    held.write_bytes(
+        json.dumps({**rows[0], "text": "ça"}, ensure_ascii=False).encode("cp1252") + b"\n"
+    )
+    named = path.rename(path.with_suffix(".json"))  # the format goes before the name
+    assert len(opened(str(named), **options).train) == 36
+    named.rename(path)
+    for valid, count in ((0.1, 4), (rows[:3], 3), (str(held), 1)):
+        found = opened(str(path), valid=valid, **options)
+        assert len(found.valid) == count and found.train.columns["text"][0].startswith("é ")

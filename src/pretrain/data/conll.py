@@ -16,7 +16,7 @@ Sentence = tuple[int, list[str], list[str]]  # line on which it begins, words, t
 _CONLLU_COLUMNS = 10
 
 
-def conll_sentences(path: Path) -> Iterator[Sentence]:
+def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentence]:
     """Yield the sentences of a file with one word and its tag on each line, a blank line between sentences.
 
     Columns stand apart by a tab, or by blanks where no line has a tab; the first is the word, the last its tag, and
@@ -26,7 +26,7 @@ def conll_sentences(path: Path) -> Iterator[Sentence]:
         DataError: a line with fewer or more columns than the first one, with its line.
     """
     width, tabs = 0, True
-    for start, rows in _blocks(path):
+    for start, rows in _blocks(path, encoding):
         words: list[str] = []
         tags: list[str] = []
         for number, line in rows:
@@ -57,7 +57,7 @@ def conll_sentences(path: Path) -> Iterator[Sentence]:
             yield start, words, tags
 
 
-def conllu_sentences(path: Path) -> Iterator[Sentence]:
+def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentence]:
     """Yield the sentences of a CoNLL-U file: word forms and universal part-of-speech tags (column UPOS).
 
     Comment lines, the lines of contracted words (``1-2``) and empty nodes (``8.1``) are no words.
@@ -65,7 +65,7 @@ def conllu_sentences(path: Path) -> Iterator[Sentence]:
     Raises:
         DataError: a line that has not ten columns, with its line.
     """
-    for start, rows in _blocks(path):
+    for start, rows in _blocks(path, encoding):
         words: list[str] = []
         tags: list[str] = []
         for number, line in rows:
@@ -85,11 +85,11 @@ def conllu_sentences(path: Path) -> Iterator[Sentence]:
             yield start, words, tags
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+def _blocks(path: Path, encoding: str | None) -> Iterator[tuple[int, list[tuple[int, str]]]]:
     """Yield (first line, lines with their numbers) of each block between lines that hold nothing but white space."""
     rows: list[tuple[int, str]] = []
-    for number, raw in lines(path):
-        line = decode_line(path, number, raw).removesuffix("\n").removesuffix("\r")
+    for number, raw in lines(path, encoding):
+        line = decode_line(path, number, raw, encoding).removesuffix("\n").removesuffix("\r")
         if line.strip(" \t"):
             rows.append((number, line))
         elif rows:

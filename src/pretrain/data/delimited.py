@@ -10,6 +10,7 @@ from typing import Any
 
 from pretrain.data.readers import csv_rows, delimiter_of, lines
 from pretrain.errors import DataError
+from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
 __all__ = ["Content", "distinct", "numbered_names", "read_delimited", "shown"]
@@ -39,21 +40,22 @@ def read_delimited(
     header: bool | None,
     delimiter: str | None,
     quoting: bool | None,
+    encoding: str | None = None,
 ) -> Content:
     """Read a file of rows of cells; see :func:`pretrain.data.tables.read_table` for the arguments."""
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
-        raise DataError(f"delimiter={delimiter!r} must be one character, such as ';'.")
-    between = delimiter or delimiter_of(path, kind)
+        raise DataError(f"{option('delimiter', delimiter)}: it must be one character, such as ';'.")
+    between = delimiter or delimiter_of(path, kind, encoding)
     if quoting is None:
-        quoting = kind == "csv" or _written_with_quotes(path, between)
+        quoting = kind == "csv" or _written_with_quotes(path, between, encoding)
         if kind == "tsv" and quoting:
             note(
                 f"{path}: cells are enclosed in double quotes where needed, as a CSV writer does, and read so; "
-                "quoting=False keeps the quotes"
+                f"{option('quoting', False)} keeps the quotes"
             )
     headless = header is False or (columns is not None and not header)
     first = "the first row" if headless else "the header"
-    rows = csv_rows(path, delimiter=between, quoting=quoting, first=first)
+    rows = csv_rows(path, delimiter=between, quoting=quoting, first=first, encoding=encoding)
     try:
         number, top = next(rows, (1, []))
         if not top:
@@ -66,7 +68,7 @@ def read_delimited(
     except DataError as error:
         if quoting and isinstance(error.__cause__, Exception) and "not valid CSV" in str(error):
             raise DataError(
-                f"{error} If quotes are ordinary characters in this file: quoting=False."
+                f"{error} If quotes are ordinary characters in this file: {option('quoting', False)}."
             ) from error
         raise
     table = [list(column) for column in zip(*cells, strict=True)] if cells else [[] for _ in names]
@@ -86,8 +88,8 @@ def _header(
     names = distinct("columns", list(columns))
     if len(names) != len(top):
         raise DataError(
-            f"columns={names} names {len(names)} columns, but the rows of {path} have {len(top)}: {shown(top)}. "
-            "Give a name for every column."
+            f"{option('names', names)} names {len(names)} columns, but the rows of {path} have {len(top)}: "
+            f"{shown(top)}. Give a name for every column."
         )
     same = [cell.strip().casefold() for cell in top] == [name.casefold() for name in names]
     return names, not (same if header is None else header)
@@ -100,7 +102,7 @@ def distinct(where: str, names: list[str]) -> list[str]:
     if twice:
         raise DataError(
             f"{where} names the column {twice[0]!r} twice: {shown(names)}. Names must differ; if this line is a row "
-            "and not a header, give the names: columns=[...]."
+            f"and not a header, give the names: {option('names', [...])}."
         )
     return names
 
@@ -116,9 +118,12 @@ def _header_hint(path: Path, top: list[str], delimiter: str) -> str:
     if len(top) == 1:
         other = next((mark for mark in ("\t", ";", "|", ",") if mark in top[0]), None)
         if other and other != delimiter:
-            return f"{text} If {other!r} stands between columns, say so: delimiter={other!r}."
-    names = ", ".join(repr(name) for name in ("label", "text", *numbered_names(9)[2:])[: len(top)])
-    return f"{text} If it is a row, name the columns instead, for example columns=[{names}]."
+            return (
+                f"{text} If {other!r} stands between columns, say so: {option('delimiter', other)}."
+            )
+    names = ["label", "text", *numbered_names(9)[2:]][: len(top)]
+    names += [...] if len(top) > len(names) else []  # type: ignore[list-item]
+    return f"{text} If it is a row, name the columns instead, for example {option('names', names)}."
 
 
 def _written_with_quotes(path: Path, delimiter: str, encoding: str | None = None) -> bool:

@@ -44,6 +44,7 @@ def read_table_file(
     header: bool | None = None,
     delimiter: str | None = None,
     quoting: bool | None = None,
+    encoding: str | None = None,
 ) -> Content:
     """Read a file; see :func:`pretrain.data.tables.read_table` for the arguments.
 
@@ -52,19 +53,21 @@ def read_table_file(
     """
     kind = _kind(path, format)
     if kind in ("csv", "tsv"):
-        return read_delimited(path, kind, columns, header, delimiter, quoting)
+        return read_delimited(path, kind, columns, header, delimiter, quoting, encoding)
     if columns is not None or header is not None or delimiter is not None or quoting is not None:
         raise DataError(
             f"columns, header, delimiter and quoting are for CSV and TSV files; {path} is read as {kind}, which has "
             "names for its columns."
         )
     if kind == "jsonl":
-        return _json_lines(path)
+        return _json_lines(path, encoding)
     if kind == "json":
-        return _json(path)
+        return _json(path, encoding)
     if kind == "parquet":
         return _parquet(path)
-    sentences = list(conll_sentences(path) if kind == "conll" else conllu_sentences(path))
+    sentences = list(
+        conll_sentences(path, encoding) if kind == "conll" else conllu_sentences(path, encoding)
+    )
     tag = "ner_tags" if kind == "conll" else "pos_tags"
     return Content(
         {"tokens": [words for _, words, _ in sentences], tag: [tags for _, _, tags in sentences]},
@@ -148,11 +151,11 @@ def unhalved(value: Any) -> Any:
     return value
 
 
-def _json_lines(path: Path) -> Content:
+def _json_lines(path: Path, encoding: str | None = None) -> Content:
     places: list[int] = []
 
     def rows() -> Iterator[tuple[str, Any]]:
-        for number, row in json_rows(path, note, '{"text": "...", "label": "..."}'):
+        for number, row in json_rows(path, note, '{"text": "...", "label": "..."}', encoding):
             places.append(number)
             yield f"{path}:{number}", unhalved(row)
 
@@ -171,15 +174,17 @@ def _read_whole(path: Path) -> bytes:
     return data
 
 
-def _json(path: Path) -> Content:
-    text = "".join(decode_line(path, number, line) for number, line in lines(path))
+def _json(path: Path, encoding: str | None = None) -> Content:
+    text = "".join(
+        decode_line(path, number, line, encoding) for number, line in lines(path, encoding)
+    )
     if not text.strip():
         raise DataError(f"{path} is empty.")
     try:
         value = unhalved(parse_json(text))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object behind the other: JSON lines by another name
-            return _json_lines(path)
+            return _json_lines(path, encoding)
         raise DataError(
             f"{path}:{error.lineno}:{error.colno} is not valid JSON: {error.msg}. Often a comma or a bracket is "
             "missing there, or the file was cut while being written."

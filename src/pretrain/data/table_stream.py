@@ -58,7 +58,7 @@ class Chunk:
         return self.table.with_columns({**columns, **missing}, self.table.label_names)
 
 
-def stream_chunks(path: Path, size: int) -> Iterator[Chunk]:
+def stream_chunks(path: Path, size: int, encoding: str | None = None) -> Iterator[Chunk]:
     """The rows of a file, ``size`` at a time: CSV, TSV and JSON lines from the disk, other formats from memory.
 
     Raises:
@@ -66,7 +66,7 @@ def stream_chunks(path: Path, size: int) -> Iterator[Chunk]:
     """
     kind = table_kind(path)
     if kind not in ("csv", "tsv", "jsonl"):
-        whole = read_table(path)
+        whole = read_table(path, encoding=encoding)
         for start in range(0, len(whole), size):
             part = whole.take(range(start, min(start + size, len(whole))))
             yield Chunk(list(part.rows()), part)
@@ -74,7 +74,9 @@ def stream_chunks(path: Path, size: int) -> Iterator[Chunk]:
     found = find_files(str(path))
     if len(found) != 1:
         raise DataError(f"{path} matches {len(found)} files. Give one.")
-    rows = _json_lines(found[0]) if kind == "jsonl" else _delimited(found[0], kind)
+    rows = (
+        _json_lines(found[0], encoding) if kind == "jsonl" else _delimited(found[0], kind, encoding)
+    )
     any_rows = False
     while some := list(islice(rows, size)):
         any_rows = True
@@ -87,8 +89,8 @@ def stream_chunks(path: Path, size: int) -> Iterator[Chunk]:
         raise DataError(f"{path} holds no rows. Check that it is the right file.")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, row in json_rows(path, note, '{"text": "..."}'):
+def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in json_rows(path, note, '{"text": "..."}', encoding):
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{number} holds {type(row).__name__}, not an object with named columns. Write each row as "
@@ -97,10 +99,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, unhalved(row)
 
 
-def _delimited(path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    delimiter = delimiter_of(path, kind)
-    quoting = kind == "csv" or written_with_quotes(path, delimiter)
-    rows = csv_rows(path, delimiter=delimiter, quoting=quoting)
+def _delimited(path: Path, kind: str, encoding: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    delimiter = delimiter_of(path, kind, encoding)
+    quoting = kind == "csv" or written_with_quotes(path, delimiter, encoding)
+    rows = csv_rows(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
     number, top = next(rows, (1, []))
     named = zip((cell.strip() for cell in top), numbered_names(len(top)), strict=True)
     names = distinct(f"{path}:{number}", [name or spare for name, spare in named])

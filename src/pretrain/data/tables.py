@@ -129,6 +129,7 @@ def read_table(
     header: bool | None = None,
     delimiter: str | None = None,
     quoting: bool | None = None,
+    encoding: str | None = None,
 ) -> Table:
     """Read labelled rows; all of them are held in memory.
 
@@ -141,10 +142,11 @@ def read_table(
         columns: names of the columns of a CSV or TSV file without a header, or of a list of tuples. A first line that
             spells just these names is still taken for the header.
         header: whether the first line of a CSV or TSV file holds names; None: it does unless `columns` are given.
-        delimiter: what stands between the cells of a line; None: comma in CSV, tab in TSV.
+        delimiter: what stands between the cells of a line; None: comma in CSV and tab in TSV, or what the header shows.
         quoting: whether double quotes enclose cells; None: in CSV they do. In TSV they do if the whole file is quoted
             as a CSV writer would (quotes around cells that hold a tab, comma, quote or line end and no others, quotes
             inside doubled, or quotes around every cell); otherwise each line is a row and quotes are characters.
+        encoding: of a file of text, such as ``cp1252``; None: UTF-8, or what a byte order mark says.
 
     Returns:
         At least one row. JSON in the layout of SQuAD gives ``id, context, question, answers``; ``.conll`` gives
@@ -156,6 +158,7 @@ def read_table(
     """
     options = {
         "format": format, "columns": columns, "header": header, "delimiter": delimiter, "quoting": quoting,
+        "encoding": encoding,
     }  # fmt: skip
     table = _resolve(source, name, options)
     if not table.columns or not len(table):

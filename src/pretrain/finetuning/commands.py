@@ -82,6 +82,12 @@ def add_predict(parser: Any) -> None:
         "class, or those above the threshold",
     )
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add(
+        "--encoding",
+        type=str | None,
+        default=None,
+        help="of the file, e.g. cp1252; not given, UTF-8",
+    )
     add("--quiet", action="store_true", help="no progress bar")
 
 

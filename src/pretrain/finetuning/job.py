@@ -53,7 +53,7 @@ _EPOCHS, _FEW_STEPS, _EPOCHS_OF_FEW, _LEAST_STEPS = 3.0, 500, 20, 100
 _SWEEP_STEPS = 250
 _SWEEP = (1 / 3, 1.0, 3.0)
 # Settings that runs of earlier versions did not have, whose directories keep their names while they are not given.
-_LATER = ("delimiter", "quoting", "group")
+_LATER = ("delimiter", "quoting", "encoding", "group")
 
 
 def automatic_steps(epoch: int) -> int:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.data.labelled import choose_columns, roles_table
-from pretrain.data.table_stream import table_kind
 from pretrain.data.tables import read_table
 from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
@@ -73,11 +71,8 @@ def labelled(
     Raises:
         DataError: as ``read_table``, or a column that the task needs is missing.
     """
-    options: dict[str, Any] = {}
     given = dict(columns)
-    if section is not None and isinstance(source, str | Path):
-        options["columns"] = section.names
-        options["format"] = None if table_kind(Path(source)) else section.format
+    options = {} if section is None else section.reading(source)
     table = read_table(source, name="data", **options)
     if section is not None:
         known = {role: c for role, c in section.columns.items() if has_columns(table, c)}

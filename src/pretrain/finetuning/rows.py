@@ -217,24 +217,15 @@ def _shared_groups(
 
 
 def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
-    names = section.names
+    options = section.reading(source)
     rows = splits(source).get("train", source)
-    if names is None and isinstance(rows, list | tuple) and rows:
-        names = _tuple_names(rows[0], task)
-    return read_table(
-        source,
-        name=name,
-        columns=names,
-        format=section.format,
-        delimiter=section.delimiter,
-        quoting=section.quoting,
-    )
+    if isinstance(rows, list | tuple) and rows and isinstance(rows[0], list | tuple):
+        options["columns"] = section.names or _tuple_names(rows[0], task)
+    return read_table(source, name=name, **options)
 
 
-def _tuple_names(row: Any, task: type[Task]) -> list[str] | None:
+def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
     """Names for rows that are tuples: the roles that the task needs, or all of its roles, by their number."""
-    if not isinstance(row, list | tuple):
-        return None
     every = [role.name for role in task.roles if role.name in role.known]
     needed = [role.name for role in task.roles if role.required and role.name in role.known]
     return next((names for names in (needed, every) if len(names) == len(row)), None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, within
+from pretrain.data.table_stream import table_kind
 from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.settings.spelling import option
@@ -44,12 +45,27 @@ class TuneData:
     """What stands between the cells of a .csv or .tsv file, e.g. ";"; not given, a comma or a tab."""
     quoting: bool | None = None
     """Whether double quotes enclose cells of a .csv or .tsv file; not given, the file tells."""
+    encoding: str | None = None
+    """Encoding of files of text, e.g. cp1252; not given, UTF-8 or what a byte order mark says."""
     group: str | None = None
     """Column whose rows of one value never stand on both sides of a split: patient, author, template."""
     max_length: int | None = within(None, 3, 1 << 20)
     """Tokens of an example at most; not given, the model's positions."""
     max_cut: float = within(0.01, 0.0, 1.0)
     """Share of the rows that may be cut to max_length before it is an error."""
+
+    def reading(self, source: Any) -> dict[str, Any]:
+        """Arguments of ``read_table`` for one of the sources: what these settings say of files of its kind."""
+        if not isinstance(source, str | os.PathLike):
+            return {}
+        kind = table_kind(Path(source))
+        # A file whose name says another format than that of the training rows is what its name says.
+        other = kind and kind != table_kind(Path(self.train or ""))
+        options: dict[str, Any] = {"encoding": self.encoding}
+        options["format"] = None if other else self.format
+        if (options["format"] or kind or "csv") in ("csv", "tsv"):
+            options |= {"columns": self.names, "delimiter": self.delimiter, "quoting": self.quoting}
+        return options
 
 
 @dataclass
