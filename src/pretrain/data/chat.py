@@ -8,7 +8,6 @@ and nothing is put around it there. Which of its characters the assistant says, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -213,33 +212,15 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tu
     Raises:
         TokenizerError: the text cannot be encoded, or begins with the begin-of-text token twice.
     """
-    try:
-        # Truncation or padding that a tokenizer.json asks for is not meant for training.
-        found = _bare(tokenizer).encode(text, add_special_tokens=False)
-    except Exception as error:  # the library raises plain Exception, and panics as another class
-        raise TokenizerError(
-            f"A conversation cannot be encoded: {error}. Give strings without halves of surrogate pairs."
-        ) from error
-    ids = list(found.ids)
+    # One text in a batch of one: the tokenizer's own function reads it, without the frame that texts get.
+    encoding = tokenizer.frame_texts([text], framed=False)[0]
+    ids = list(encoding.ids)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
         raise TokenizerError(
             f"The chat template begins a conversation with {tokenizer.roles['bos']!r} twice. Remove one of them from "
             "chat_template.jinja; a model knows only texts that begin once."
         )
-    return ids, list(found.offsets)
-
-
-@functools.lru_cache(maxsize=4)
-def _bare(tokenizer: Tokenizer) -> Any:
-    backend = tokenizer.backend
-    if backend.truncation is None and backend.padding is None:
-        return backend
-    import tokenizers
-
-    copied = tokenizers.Tokenizer.from_str(backend.to_str())
-    copied.no_truncation()
-    copied.no_padding()
-    return copied
+    return ids, list(encoding.offsets)
 
 
 def typed_specials(values: Any, specials: Sequence[str]) -> str | None:
