@@ -12,6 +12,7 @@ import transformers
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.data.tables import read_table
+from pretrain.errors import DataError
 
 FAMILIES = ("bert", "roberta", "modernbert", "gpt2", "llama", "qwen3")
 TEXTS = ["the red cat", "a dog", "and the old sly fox looked at the box on the log", "cat"]
@@ -127,7 +128,12 @@ def test_a_classifier_of_theirs_with_other_labels_gets_a_new_last_layer(
     tmp_path: Path, capfd: Any
 ) -> None:
     path = saved_by_transformers(tmp_path / "theirs", ("good", "bad", "ugly", "other"))
-    result = tune(str(path), rows_of(24), tmp_path / "run", lr=1e-12, limit="1 steps", quiet=False)
+    options: dict[str, Any] = {"lr": 1e-12, "limit": "1 steps", "quiet": False}
+    with pytest.raises(
+        DataError, match=r"'cat' is not among the classes of the checkpoint.*labels=\["
+    ):
+        tune(str(path), rows_of(24), tmp_path / "refused", **options)
+    result = tune(str(path), rows_of(24), tmp_path / "run", labels=list(ANIMALS), **options)
     said = "".join(capfd.readouterr())
     assert (
         "new: head.classifier.bias, head.classifier.weight" in said and "head.transform" not in said
