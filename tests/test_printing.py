@@ -44,6 +44,8 @@ def test_what_prints_texts_of_others_prints_them_harmless(
     assert said.count("\\x1b[2J") == 2 and hidden(said.replace("\n", "")) == []
     for name in errors.__all__:
         kind = getattr(errors, name)
-        if isinstance(kind, type) and kind not in (errors.CheckpointCorrupt, errors.RunLocked):
+        if not isinstance(kind, type) or not issubclass(kind, errors.PretrainError):
+            continue  # a function, or the signal that ends a command, which has no text
+        if kind not in (errors.CheckpointCorrupt, errors.RunLocked):
             assert str(kind(EVIL)) == printable(EVIL, lines=True)
     assert hidden(str(errors.CheckpointCorrupt(EVIL, EVIL, EVIL))) == []
