@@ -43,7 +43,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    seen = _seen(folder / "meshes", _curves)
+    seen = _seen(folder / "meshes", lambda place: _curves(place, ()))
     rows = []
     for family in FAMILIES:
         for accumulate in (1, 3):
@@ -61,7 +61,7 @@ def main() -> None:
         for before in MESHES
     ]
     print(_table(["", *MESHES], rows), end="\n\n")
-    more = _seen(folder / "extras", _extras)
+    more = _seen(folder / "extras", lambda place: _extras(place, ()))
     rows = [
         [
             WHAT[name],

@@ -137,13 +137,15 @@ def digest(trainer: Trainer) -> str:
     return found.hexdigest()
 
 
-def curves(folder: Path) -> dict[str, Any]:
+def curves(folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
     for mesh, (size, parallel) in MESHES.items():
         if size != WORLD.size:
             continue
         for family in FAMILIES:
             for accumulate in (1, 3):
+                if names and f"{family}|{accumulate}" not in names:
+                    continue
                 key = f"{mesh}|{family}|{accumulate}"
                 out = folder / "curves" / key.replace(" ", "_")
                 found[key] = train(out, family, parallel, accumulate=accumulate)[1]
@@ -167,12 +169,13 @@ EXTRAS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def extras(folder: Path) -> dict[str, Any]:
+def extras(folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
     for mesh, (size, parallel) in MESHES.items():
         if size != WORLD.size:
             continue
-        for name, (optim, more, settings) in EXTRAS.items():
+        for name in names or EXTRAS:
+            optim, more, settings = EXTRAS[name]
             key = f"{mesh}|{name}"
             out = folder / "extras" / key.replace(" ", "_")
             found[key] = train(
@@ -184,12 +187,12 @@ def extras(folder: Path) -> dict[str, Any]:
     return found
 
 
-def resume(folder: Path) -> dict[str, Any]:
+def resume(folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
     for mesh, (size, parallel) in MESHES.items():
         if size != WORLD.size:
             continue
-        for before in MESHES:
+        for before in names or MESHES:
             source = folder / "cut" / before.replace(" ", "_")
             out = folder / "resumed" / f"{before}-{mesh}".replace(" ", "_")
             WORLD.lead(lambda source=source, out=out: shutil.copytree(source, out))
@@ -234,7 +237,8 @@ def main() -> None:
     if what == "bits":
         found = bits(folder, int(sys.argv[4]))
     else:
-        found = {"curves": curves, "extras": extras, "resume": resume}[what](folder)
+        make = {"curves": curves, "extras": extras, "resume": resume}[what]
+        found = make(folder, sys.argv[4:])
     if WORLD.leads:
         out.write_text(json.dumps(found), encoding="utf-8")
     WORLD.leave()

@@ -15,18 +15,28 @@ FAMILIES = ("gpt2", "llama", "bert", "modernbert")
 WITHIN = 1e-6  # of the loss, relative
 
 
-def _curves(folder: Path) -> None:
+# One family of each kind of mask and norm, with and without accumulation; llama's curve is what resumed runs go along.
+QUICK_CURVES = ("gpt2|3", "llama|1", "bert|1", "modernbert|3")
+QUICK_STARTS = ("1", "FSDP2 x TP 4")  # whose checkpoints every mesh goes on from
+
+
+def _curves(folder: Path, names: tuple[str, ...], starts: tuple[str, ...] = ()) -> None:
     parts = []
-    for what in ("curves", "resume"):
+    for what, chosen in (("curves", names), ("resume", starts)):
         for size in (1, 2, 4):
             parts.append(folder / f"{what}-{size}.json")
-            launch(HERE / "runs.py", size, what, str(parts[-1]), str(folder))
+            launch(HERE / "runs.py", size, what, str(parts[-1]), str(folder), *chosen)
     merged(folder, parts)
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = once(tmp_path_factory, "meshes", _curves)
+@pytest.fixture
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the quick runs gave, or, for a slow test, all of them."""
+    slow = request.node.get_closest_marker("slow") is not None
+    name, *chosen = ("meshes-all", (), ()) if slow else ("meshes", QUICK_CURVES, QUICK_STARTS)
+    found: dict[str, Any] = once(tmp_path_factory, name, lambda folder: _curves(folder, *chosen))
     return found
 
 
@@ -35,8 +45,18 @@ def _worst(one: list[float], two: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "accumulate"),
+    [
+        pytest.param(
+            family,
+            accumulate,
+            marks=() if f"{family}|{accumulate}" in QUICK_CURVES else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for accumulate in (1, 3)
+    ],
+)
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_every_mesh_has_the_curve_of_one_device(
     seen: dict[str, Any], mesh: str, family: str, accumulate: int
@@ -55,7 +75,10 @@ def test_every_mesh_has_the_curve_of_one_device(
 
 
 @pytest.mark.parametrize("after", MESHES)
-@pytest.mark.parametrize("before", MESHES)
+@pytest.mark.parametrize(
+    "before",
+    [pytest.param(mesh, marks=() if mesh in QUICK_STARTS else pytest.mark.slow) for mesh in MESHES],
+)
 def test_every_mesh_goes_on_from_every_other(seen: dict[str, Any], before: str, after: str) -> None:
     whole, part = seen["1|llama|1"], seen[f"cut|{before}"]
     resumed = seen[f"{before}|{after}"]
@@ -71,10 +94,13 @@ def test_every_mesh_goes_on_from_every_other(seen: dict[str, Any], before: str, 
     assert _worst([resumed["held_out"]], [whole["held_out"]]) < WITHIN
 
 
-def _extras(folder: Path) -> None:
+QUICK = ("layers", "bf16", "full")  # what goes on from a checkpoint starts from the last
+
+
+def _extras(folder: Path, names: tuple[str, ...]) -> None:
     parts = [folder / f"extras-{size}.json" for size in (1, 2, 4)]
     for size, part in zip((1, 2, 4), parts, strict=True):
-        launch(HERE / "runs.py", size, "extras", str(part), str(folder))
+        launch(HERE / "runs.py", size, "extras", str(part), str(folder), *names)
     merged(folder, parts)
 
 
@@ -82,22 +108,24 @@ def _extras(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "within"),
     [
-        ("muon", 1e-4),
-        ("ema", WITHIN),
         ("layers", WITHIN),
         ("bf16", 1e-3),
         ("full", WITHIN),
-        ("selective", WITHIN),
-        ("compiled", WITHIN),
-        ("async", WITHIN),
         ("from", WITHIN),
+        pytest.param("muon", 1e-4, marks=pytest.mark.slow),
+        pytest.param("ema", WITHIN, marks=pytest.mark.slow),
+        pytest.param("selective", WITHIN, marks=pytest.mark.slow),
+        pytest.param("compiled", WITHIN, marks=pytest.mark.slow),
+        pytest.param("async", WITHIN, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_settings_mean_the_same_on_every_mesh(
     tmp_path_factory: pytest.TempPathFactory, mesh: str, name: str, within: float
 ) -> None:
-    seen = once(tmp_path_factory, "extras", _extras)
+    quick = name in (*QUICK, "from")
+    folder, names = ("extras", QUICK) if quick else ("extras-all", ())
+    seen = once(tmp_path_factory, folder, lambda place: _extras(place, names))
     # What is compiled is held against what is not.
     one, other = seen[f"1|{name.replace('compiled', 'selective')}"], seen[f"{mesh}|{name}"]
     assert len(other["losses"]) == (3 if name == "from" else 6)
@@ -112,7 +140,7 @@ def _bits(folder: Path, count: int) -> None:
     merged(folder, parts)
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_reproducible_runs_have_the_same_bits_on_1_2_and_4_processes(
     tmp_path_factory: pytest.TempPathFactory, count: int
 ) -> None:

@@ -21,9 +21,16 @@ CASES = (
     *ADAPTED,
 )
 COUPLED = ("pairs", "both ways", "scored")
+QUICK = ("classification", "tokens", "lora", "chat", "pairs")  # and what is made of them
 
 
-def _tuned(folder: Path) -> None:
+def slow_but(names: tuple[str, ...]) -> list[Any]:
+    """The names as parameters, those that only -m slow runs marked so."""
+    marks = {name: () if name in (*QUICK, "resumed") else (pytest.mark.slow,) for name in names}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+
+
+def _tuned(folder: Path, cases: tuple[str, ...]) -> None:
     words = ["User: Assistant: who is it and looked at red old big sly no", *tiny.TEXTS]
     talk = train_from_texts(words, "bpe", vocab_size=330)
     for name, tokenizer in (("gpt2", tiny.tokenizer()), ("bert", tiny.tokenizer()), ("talk", talk)):
@@ -42,17 +49,22 @@ def _tuned(folder: Path) -> None:
         model.save(folder / name)
     parts = [folder / "1.json", folder / "2.json", folder / "4.json"]
     for size, part in zip((1, 2, 4), parts, strict=True):
-        launch(HERE / "tuning.py", size, str(part), str(folder))
+        launch(HERE / "tuning.py", size, str(part), str(folder), *cases)
     merged(folder, parts)
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = once(tmp_path_factory, "tuning", _tuned)
+@pytest.fixture
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the quick cases gave, or, for a slow test, all of them."""
+    slow = request.node.get_closest_marker("slow") is not None
+    name, cases = ("tuning-all", ()) if slow else ("tuning", QUICK)
+    found: dict[str, Any] = once(tmp_path_factory, name, lambda folder: _tuned(folder, cases))
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES))
 @pytest.mark.parametrize("mesh", MESHES)
 def test_tasks_and_adapters_run_on_every_mesh(seen: dict[str, Any], mesh: str, case: str) -> None:
     one, other = seen[f"1|{case}"], seen[f"{mesh}|{case}"]
@@ -64,6 +76,7 @@ def test_tasks_and_adapters_run_on_every_mesh(seen: dict[str, Any], mesh: str, c
     assert (opened.adapter is not None) == (case in ADAPTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora in bf16", "dora in bf16"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_adapters_in_half_precision_have_the_curve_of_one_device(
@@ -77,7 +90,7 @@ def test_adapters_in_half_precision_have_the_curve_of_one_device(
     assert other["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("case", COUPLED)
+@pytest.mark.parametrize("case", slow_but(COUPLED))
 @pytest.mark.parametrize("mesh", [*MESHES, "FSDP2 x TP 4", "2 copies x TP 4"])
 def test_rows_are_compared_with_those_of_all_processes(
     seen: dict[str, Any], mesh: str, case: str

@@ -1,9 +1,9 @@
 """Fine-tuning on meshes; started by `test_tuning.py`, in one process or by torchrun in several.
 
-    tuning.py OUT.json FOLDER
+    tuning.py OUT.json FOLDER [CASE ...]
 
 FOLDER holds the checkpoints to start from, ``gpt2``, ``bert`` and ``talk``. Rank 0 writes what was seen as JSON. In
-four processes it runs the tasks that compare the rows of a batch, and no others.
+four processes it runs the tasks that compare the rows of a batch, and no others. Without a CASE it runs all of them.
 """
 
 from __future__ import annotations
@@ -218,11 +218,12 @@ def refused(folder: Path, mesh: str, parallel: dict[str, Any]) -> str:
 
 def main() -> None:
     out, folder, world = Path(sys.argv[1]), Path(sys.argv[2]), current_world()
+    chosen = sys.argv[3:] or [*CASES, *COUPLED]
     found: dict[str, Any] = {}
     for mesh, (size, parallel) in MESHES.items():
         if size != world.size:
             continue
-        for name in COUPLED if size == 4 else CASES | COUPLED:
+        for name in chosen if size < 4 else [name for name in chosen if name in COUPLED]:
             found[f"{mesh}|{name}"] = tune(folder, mesh, name, parallel)
         if size < 4:
             tune(folder, mesh, "resumed", parallel, limit="4 steps")
