@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import numpy as np
@@ -70,4 +71,7 @@ def tokenizer(kind: str, script: str, vocab_size: int = 400) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
+    # The trainer takes the bytes as special tokens only; in Llama 2 they are ordinary tokens of the vocabulary.
+    file = json.loads(backend.to_str())
+    file["added_tokens"] = [t for t in file["added_tokens"] if not t["content"].startswith("<0x")]
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(file)))
