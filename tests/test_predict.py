@@ -429,6 +429,18 @@ def test_places_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
         predict_file(model, tmp_path / "nothing.csv", progress=False)
 
 
+def test_the_form_of_the_file_can_be_given(model: Model, tmp_path: Path) -> None:
+    """A form that is given is taken where the header shows none, and where it shows another."""
+    source = tmp_path / "r.csv"
+    source.write_bytes('text|id\n"the cat|7\nthe caf\xe9|8\n'.encode("cp1252"))
+    given = {"delimiter": "|", "quoting": False, "encoding": "cp1252"}
+    target = predict_file(model, source, tmp_path / "o.jsonl", progress=False, **given)
+    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert [(row["text"], row["id"]) for row in rows] == [('"the cat', "7"), ("the caf\xe9", "8")]
+    with pytest.raises(DataError, match="delimiter='::': it must be one character"):
+        predict_file(model, source, tmp_path / "o.jsonl", progress=False, delimiter="::")
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Reading and writing, with answers that cost nothing: ten times the rows, the same memory."""
     peaks = []

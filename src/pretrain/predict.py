@@ -383,6 +383,8 @@ def predict_file(
     columns: Mapping[str, str] | None = None,
     batch_rows: int = _BATCH_ROWS,
     device: str = "auto",
+    delimiter: str | None = None,
+    quoting: bool | None = None,
     encoding: str | None = None,
     progress: bool = True,
     **options: Any,
@@ -400,6 +402,8 @@ def predict_file(
         columns: role -> column, where a column has no conventional name.
         batch_rows: examples in one forward pass.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
+        delimiter: between the cells of a line of .csv or .tsv; None: comma or tab, or what the header shows.
+        quoting: whether double quotes enclose cells of .csv or .tsv; None: see :func:`pretrain.data.tables.read_table`.
         encoding: of a file of text; None: UTF-8, or what a byte order mark says.
         progress: show a bar where somebody can see it.
         **options: see ``predict``.
@@ -418,7 +422,7 @@ def predict_file(
 
     _check_batch(batch_rows)
     source = Path(file)
-    chunks = stream_chunks(source, _CHUNK, encoding)
+    chunks = stream_chunks(source, _CHUNK, delimiter=delimiter, quoting=quoting, encoding=encoding)
     first = next(chunks)  # a file that cannot be read is said before a model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -543,7 +544,7 @@ def model(family: str, use: str) -> Any:
 
 @functools.cache
 def saved(family: str, use: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="conformance-"))
+    folder = Path(tempfile.mkdtemp(prefix="conformance-", dir=os.environ["PRETRAIN_CACHE"]))
     model(family, use).save_pretrained(folder)
     return folder
 

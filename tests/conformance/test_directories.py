@@ -6,6 +6,7 @@ Directories (families, with and without tokenizer.json, side files, frames) time
 from __future__ import annotations
 
 import functools
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -44,7 +45,9 @@ class Case:
     def __init__(self, name: str) -> None:
         self.name, self.family = name, DIRECTORIES[name][0]
         self.causal = self.family in CAUSAL
-        self.folder = Path(tempfile.mkdtemp(prefix="conformance-"))
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="conformance-", dir=os.environ["PRETRAIN_CACHE"])
+        )
         self.path = build(name, "language", self.folder / "language")
         self.theirs = transformers.AutoTokenizer.from_pretrained(self.path)
         self.ours = Tokenizer.open(self.path)

@@ -13,7 +13,7 @@ from pretrain.errors import DataError
 from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
-__all__ = ["Content", "distinct", "numbered_names", "read_delimited", "shown"]
+__all__ = ["Content", "checked_delimiter", "distinct", "numbered_names", "read_delimited", "shown"]
 
 _CELL = re.compile(r'"([^"]*(?:""[^"]*)*)"(?=\t|\Z)|([^"\t]*)(?=\t|\Z)')
 
@@ -43,9 +43,7 @@ def read_delimited(
     encoding: str | None = None,
 ) -> Content:
     """Read a file of rows of cells; see :func:`pretrain.data.tables.read_table` for the arguments."""
-    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
-        raise DataError(f"{option('delimiter', delimiter)}: it must be one character, such as ';'.")
-    between = delimiter or delimiter_of(path, kind, encoding)
+    between = checked_delimiter(delimiter) or delimiter_of(path, kind, encoding)
     if quoting is None:
         quoting = kind == "csv" or _written_with_quotes(path, between, encoding)
         if kind == "tsv" and quoting:
@@ -74,6 +72,13 @@ def read_delimited(
     table = [list(column) for column in zip(*cells, strict=True)] if cells else [[] for _ in names]
     hint = "" if top_is_row or header else _header_hint(path, top, between)
     return Content(dict(zip(names, table, strict=True)), numbers, hint=hint)
+
+
+def checked_delimiter(delimiter: str | None) -> str | None:
+    """Return what stands between cells; raise DataError unless it is one character that can stand there."""
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise DataError(f"{option('delimiter', delimiter)}: it must be one character, such as ';'.")
+    return delimiter
 
 
 def _header(

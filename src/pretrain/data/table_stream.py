@@ -14,7 +14,7 @@ from typing import Any
 
 from pretrain.data.archives import COMPRESSIONS
 from pretrain.data.delimited import _written_with_quotes as written_with_quotes
-from pretrain.data.delimited import distinct, numbered_names
+from pretrain.data.delimited import checked_delimiter, distinct, numbered_names
 from pretrain.data.paths import find_files
 from pretrain.data.readers import csv_rows, delimiter_of, json_rows
 from pretrain.data.table_files import TABLE_FORMATS, unhalved
@@ -58,15 +58,24 @@ class Chunk:
         return self.table.with_columns({**columns, **missing}, self.table.label_names)
 
 
-def stream_chunks(path: Path, size: int, encoding: str | None = None) -> Iterator[Chunk]:
+def stream_chunks(
+    path: Path,
+    size: int,
+    *,
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
+) -> Iterator[Chunk]:
     """The rows of a file, ``size`` at a time: CSV, TSV and JSON lines from the disk, other formats from memory.
+
+    ``delimiter``, ``quoting`` and ``encoding`` are those of :func:`pretrain.data.tables.read_table`.
 
     Raises:
         DataError: no such file, no rows, or a broken row, with its line.
     """
     kind = table_kind(path)
     if kind not in ("csv", "tsv", "jsonl"):
-        whole = read_table(path, encoding=encoding)
+        whole = read_table(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
         for start in range(0, len(whole), size):
             part = whole.take(range(start, min(start + size, len(whole))))
             yield Chunk(list(part.rows()), part)
@@ -74,9 +83,10 @@ def stream_chunks(path: Path, size: int, encoding: str | None = None) -> Iterato
     found = find_files(str(path))
     if len(found) != 1:
         raise DataError(f"{path} matches {len(found)} files. Give one.")
-    rows = (
-        _json_lines(found[0], encoding) if kind == "jsonl" else _delimited(found[0], kind, encoding)
-    )
+    if kind == "jsonl":
+        rows = _json_lines(found[0], encoding)
+    else:
+        rows = _delimited(found[0], kind, delimiter, quoting, encoding)
     any_rows = False
     while some := list(islice(rows, size)):
         any_rows = True
@@ -99,9 +109,12 @@ def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, dict[st
         yield number, unhalved(row)
 
 
-def _delimited(path: Path, kind: str, encoding: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    delimiter = delimiter_of(path, kind, encoding)
-    quoting = kind == "csv" or written_with_quotes(path, delimiter, encoding)
+def _delimited(
+    path: Path, kind: str, delimiter: str | None, quoting: bool | None, encoding: str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    delimiter = checked_delimiter(delimiter) or delimiter_of(path, kind, encoding)
+    if quoting is None:
+        quoting = kind == "csv" or written_with_quotes(path, delimiter, encoding)
     rows = csv_rows(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
     number, top = next(rows, (1, []))
     named = zip((cell.strip() for cell in top), numbered_names(len(top)), strict=True)

@@ -83,6 +83,18 @@ def add_predict(parser: Any) -> None:
     )
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     add(
+        "--delimiter",
+        type=str | None,
+        default=None,
+        help="between the cells of .csv or .tsv; not given, comma or tab, or what the header shows",
+    )
+    add(
+        "--quoting",
+        type=bool | None,
+        default=None,
+        help="whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do",
+    )
+    add(
         "--encoding",
         type=str | None,
         default=None,
