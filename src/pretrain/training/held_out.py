@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from pretrain.training.evaluate import EvaluationStopped, evaluate_rows
 from pretrain.training.monitor import improves
+from pretrain.training.precision import peak_flops
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
 __all__ = ["evaluate"]
-
-_PEAK_SECONDS = 60.0  # between two measurements of what the device can do, which take 0.1 s
 
 
 def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
@@ -44,8 +43,7 @@ def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
                 [trainer.eval_data[0]], trainer.train.sample, trainer.train.seed
             )
     trainer.metrics = figures
-    if time.monotonic() - trainer.peak_measured > _PEAK_SECONDS:
-        trainer.measure_peak()
+    trainer.peak = peak_flops(trainer.precision)
     trainer.journal.evaluation(state, figures, samples, note)
     return improved and trainer.train.best
 

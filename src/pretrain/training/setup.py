@@ -16,7 +16,13 @@ from pretrain.training.feed import Feed
 from pretrain.training.layers import Layers
 from pretrain.training.optim import build_optimizers
 from pretrain.training.plan import Plan, choose_micro_rows, mean_length
-from pretrain.training.precision import LossScale, Precision, choose_precision, evaluation_precision
+from pretrain.training.precision import (
+    LossScale,
+    Precision,
+    choose_precision,
+    evaluation_precision,
+    peak_flops,
+)
 from pretrain.training.preflight import check_rows, preflight
 from pretrain.training.restore import restore
 from pretrain.training.spread import spread
@@ -101,7 +107,7 @@ def set_up(trainer: Trainer) -> bool:
         trainer.release()  # DDP must not wait for layers whose turn has not come
     trainer.strategy.wrap()
     trainer.state.limit = train.limit
-    trainer.measure_peak()
+    trainer.peak = peak_flops(trainer.precision)
     return checkpoint is not None
 
 

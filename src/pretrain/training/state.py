@@ -213,14 +213,19 @@ def _turn_deaf(number: int, then: Any) -> None:
 
 @contextlib.contextmanager
 def heap_at_rest() -> Iterator[None]:
-    """Switch garbage collection off: one in the middle of a step costs up to half a second on large heaps."""
-    collecting = gc.isenabled()
+    """Switch garbage collection off: one in the middle of a step costs up to half a second on large heaps.
+
+    A caller that has frozen its own heap keeps it so.
+    """
+    collecting, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         if collecting:
             gc.enable()
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()

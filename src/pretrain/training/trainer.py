@@ -37,7 +37,7 @@ from pretrain.training.layers import Layers
 from pretrain.training.logging import read_log
 from pretrain.training.optim import Optimizers
 from pretrain.training.plan import Plan
-from pretrain.training.precision import LossScale, Precision, peak_flops
+from pretrain.training.precision import LossScale, Precision
 from pretrain.training.rescue import Home
 from pretrain.training.restore import origin, training_state
 from pretrain.training.schedule import lr_factor
@@ -171,11 +171,6 @@ class Trainer:
                 "parallel.activation_checkpointing=full. Checkpoints are untouched: the same command goes on from the "
                 "newest."
             ) from error
-
-    def measure_peak(self) -> None:
-        """On a busy machine the first measurement is too low; the best one seen is what the device can do."""
-        self.peak = max(self.peak, peak_flops(self.precision))
-        self.peak_measured = time.monotonic()
 
     def _loop(self) -> Run:
         state, stop, stopped = self.state, self.stop, "limit"
