@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distributed.test_meshes import FAMILIES, MESHES, _curves, _extras, _worst
+from distributed.test_meshes import EVERYTHING, FAMILIES, MESHES, _worst, run_all
 
 EXTRAS = ("bf16", "muon", "ema", "layers", "full", "selective", "compiled", "async", "from")
 WHAT = {
@@ -28,10 +28,10 @@ WHAT = {
 }
 
 
-def _seen(folder: Path, make: Any) -> dict[str, Any]:
+def _seen(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "result.json").exists():
-        make(folder)
+        run_all(folder, *EVERYTHING)
     found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return found
 
@@ -42,8 +42,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    seen = _seen(folder / "meshes", lambda place: _curves(place, ()))
+    seen = _seen(Path(sys.argv[1]))
     rows = []
     for family in FAMILIES:
         for accumulate in (1, 3):
@@ -61,12 +60,11 @@ def main() -> None:
         for before in MESHES
     ]
     print(_table(["", *MESHES], rows), end="\n\n")
-    more = _seen(folder / "extras", lambda place: _extras(place, ()))
     rows = [
         [
             WHAT[name],
             *(
-                f"{_worst(more[f'1|{name}']['losses'], more[f'{mesh}|{name}']['losses']):.1e}"
+                f"{_worst(seen[f'1|{name}']['losses'], seen[f'{mesh}|{name}']['losses']):.1e}"
                 for mesh in MESHES[1:]
             ),
         ]

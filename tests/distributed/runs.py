@@ -1,9 +1,10 @@
 """The same run on different meshes; started by the tests beside it, in one process or by torchrun in several.
 
-    runs.py curves|resume|extras|bits OUT.json FOLDER [COUNT]
+    runs.py OUT.json FOLDER curves= extras=layers,full bits=3
 
 ``curves`` trains every case from the start, and leaves checkpoints of one of them in FOLDER for ``resume``, which goes
-on from each of them. ``bits`` trains random configurations reproducibly. What was seen is written as JSON by rank 0.
+on from each of them. ``extras`` trains with other settings, ``bits`` so many random configurations reproducibly. Behind
+the sign stand the names of some cases, or nothing for all. What was seen is written as JSON by rank 0.
 """
 
 from __future__ import annotations
@@ -200,9 +201,9 @@ def resume(folder: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def bits(folder: Path, count: int) -> dict[str, Any]:
+def bits(folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
-    for seed in range(count):
+    for seed in range(int(names[0])):
         draw = random.Random(seed)
         family = draw.choice(sorted(FAMILIES))
         rows = draw.choice([4, 8, 12, 16])
@@ -222,7 +223,7 @@ def bits(folder: Path, count: int) -> dict[str, Any]:
             num_layers=draw.choice([1, 2, 3]),
             hidden_size=draw.choice([16, 32]),
         )
-        found[f"{WORLD.size}|{seed}"] = {
+        found[f"bits {WORLD.size}|{seed}"] = {
             "weights": digest(trainer),
             "losses": [loss.hex() for loss in seen["losses"]],
             "held_out": seen["held_out"].hex(),
@@ -231,14 +232,14 @@ def bits(folder: Path, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    what, out, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    out, folder = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     WORLD.join(torch.device("cpu"))
-    if what == "bits":
-        found = bits(folder, int(sys.argv[4]))
-    else:
-        make = {"curves": curves, "extras": extras, "resume": resume}[what]
-        found = make(folder, sys.argv[4:])
+    found: dict[str, Any] = {}
+    for part in sys.argv[3:]:
+        what, _, names = part.partition("=")
+        make = {"curves": curves, "extras": extras, "resume": resume, "bits": bits}[what]
+        found |= make(folder, names.split(",") if names else [])
     if WORLD.leads:
         out.write_text(json.dumps(found), encoding="utf-8")
     WORLD.leave()

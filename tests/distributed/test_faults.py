@@ -32,7 +32,6 @@ FAST = {
     ("ddp", "SIGKILL", "backward", 1),
     ("ddp", "SIGSTOP", "forward", 0),
     ("fsdp", "SIGKILL", "start", 0),
-    ("fsdp", "SIGTERM", "save", 1),
 }
 CELLS = [
     pytest.param(*cell, marks=() if cell in FAST else pytest.mark.slow)
@@ -74,6 +73,7 @@ def _again(stage: Stage, out: Path, strategy: str = "ddp", processes: int = 2) -
     return result(out)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_asked_again_and_again_saves_all_the_same(stage: Stage) -> None:
     """As by SLURM and by torchrun: SIGTERM to all at once, and more of them while the run saves."""
     again = [0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8]
@@ -118,6 +118,7 @@ def test_torchrun_that_is_asked_to_stop_waits_for_the_checkpoint(stage: Stage) -
     assert _again(stage, out) == stage.wanted("ddp")
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_again_as_often_as_it_takes(stage: Stage) -> None:
     faults = [
         {"rank": 1, "phase": "forward", "step": 3, "signal": 9, "attempt": 0},

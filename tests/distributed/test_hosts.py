@@ -59,7 +59,7 @@ def crews(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
         crew.close()
 
 
-@pytest.mark.parametrize("how", ["cut", "unplug"])
+@pytest.mark.parametrize("how", ["cut", pytest.param("unplug", marks=pytest.mark.slow)])
 def test_both_sides_of_a_cut_link_name_whom_they_lost(
     how: str, hosts: Hosts, port: int, crews: list[Crew]
 ) -> None:

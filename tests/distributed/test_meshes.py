@@ -15,18 +15,33 @@ FAMILIES = ("gpt2", "llama", "bert", "modernbert")
 WITHIN = 1e-6  # of the loss, relative
 
 
-# One family of each kind of mask and norm, with and without accumulation; llama's curve is what resumed runs go along.
-QUICK_CURVES = ("gpt2|3", "llama|1", "bert|1", "modernbert|3")
-QUICK_STARTS = ("1", "FSDP2 x TP 4")  # whose checkpoints every mesh goes on from
+# A causal family whose curve resumed runs go along, and one of both kinds of mask with accumulation.
+QUICK_CURVES = ("llama|1", "modernbert|3")
+QUICK_STARTS = ("FSDP2 x TP 4",)  # whose checkpoints every mesh goes on from
+QUICK_EXTRAS = ("layers", "bf16", "full")  # what goes on from a checkpoint starts from the last
+BITS = 3  # random configurations that are run on 1, 2 and 4 processes
 
 
-def _curves(folder: Path, names: tuple[str, ...], starts: tuple[str, ...] = ()) -> None:
-    parts = []
-    for what, chosen in (("curves", names), ("resume", starts)):
-        for size in (1, 2, 4):
-            parts.append(folder / f"{what}-{size}.json")
-            launch(HERE / "runs.py", size, what, str(parts[-1]), str(folder), *chosen)
-    merged(folder, parts)
+def run_all(folder: Path, *phases: tuple[str, ...]) -> None:
+    """Start ``runs.py`` on every number of processes, the largest first, once for each phase."""
+    files = []
+    for k, parts in enumerate(phases):
+        for size in (4, 2, 1):
+            files.append(folder / f"{k}-{size}.json")
+            launch(HERE / "runs.py", size, str(files[-1]), str(folder), *parts, timeout=900)
+    merged(folder, files)
+
+
+EVERYTHING = (("curves=", "extras=", "bits=50"), ("resume=",))
+# What goes on from a checkpoint of four processes finds it in the same phase.
+SOME = (
+    (
+        f"curves={','.join(QUICK_CURVES)}",
+        f"extras={','.join(QUICK_EXTRAS)}",
+        f"bits={BITS}",
+        f"resume={','.join(QUICK_STARTS)}",
+    ),
+)
 
 
 @pytest.fixture
@@ -35,8 +50,8 @@ def seen(
 ) -> dict[str, Any]:
     """What the quick runs gave, or, for a slow test, all of them."""
     slow = request.node.get_closest_marker("slow") is not None
-    name, *chosen = ("meshes-all", (), ()) if slow else ("meshes", QUICK_CURVES, QUICK_STARTS)
-    found: dict[str, Any] = once(tmp_path_factory, name, lambda folder: _curves(folder, *chosen))
+    name, chosen = ("meshes-all", EVERYTHING) if slow else ("meshes", SOME)
+    found: dict[str, Any] = once(tmp_path_factory, name, lambda folder: run_all(folder, *chosen))
     return found
 
 
@@ -94,16 +109,6 @@ def test_every_mesh_goes_on_from_every_other(seen: dict[str, Any], before: str, 
     assert _worst([resumed["held_out"]], [whole["held_out"]]) < WITHIN
 
 
-QUICK = ("layers", "bf16", "full")  # what goes on from a checkpoint starts from the last
-
-
-def _extras(folder: Path, names: tuple[str, ...]) -> None:
-    parts = [folder / f"extras-{size}.json" for size in (1, 2, 4)]
-    for size, part in zip((1, 2, 4), parts, strict=True):
-        launch(HERE / "runs.py", size, "extras", str(part), str(folder), *names)
-    merged(folder, parts)
-
-
 # Half precision rounds where a sum is cut; Muon makes much of the directions in which a gradient is almost nothing.
 @pytest.mark.parametrize(
     ("name", "within"),
@@ -121,11 +126,8 @@ def _extras(folder: Path, names: tuple[str, ...]) -> None:
 )
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_settings_mean_the_same_on_every_mesh(
-    tmp_path_factory: pytest.TempPathFactory, mesh: str, name: str, within: float
+    seen: dict[str, Any], mesh: str, name: str, within: float
 ) -> None:
-    quick = name in (*QUICK, "from")
-    folder, names = ("extras", QUICK) if quick else ("extras-all", ())
-    seen = once(tmp_path_factory, folder, lambda place: _extras(place, names))
     # What is compiled is held against what is not.
     one, other = seen[f"1|{name.replace('compiled', 'selective')}"], seen[f"{mesh}|{name}"]
     assert len(other["losses"]) == (3 if name == "from" else 6)
@@ -133,22 +135,11 @@ def test_settings_mean_the_same_on_every_mesh(
     assert _worst([one["held_out"]], [other["held_out"]]) < within
 
 
-def _bits(folder: Path, count: int) -> None:
-    parts = [folder / f"bits-{size}.json" for size in (1, 2, 4)]
-    for size, part in zip((1, 2, 4), parts, strict=True):
-        launch(HERE / "runs.py", size, "bits", str(part), str(folder), str(count), timeout=600)
-    merged(folder, parts)
-
-
-@pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [BITS, pytest.param(50, marks=pytest.mark.slow)])
 def test_reproducible_runs_have_the_same_bits_on_1_2_and_4_processes(
-    tmp_path_factory: pytest.TempPathFactory, count: int
+    seen: dict[str, Any], count: int
 ) -> None:
-    seen = once(tmp_path_factory, f"bits-{count}", lambda folder: _bits(folder, count))
-    differing = [
-        seed
-        for seed in range(count)
-        if not seen[f"1|{seed}"] == seen[f"2|{seed}"] == seen[f"4|{seed}"]
-    ]
+    runs = [[seen[f"bits {size}|{seed}"] for size in (1, 2, 4)] for seed in range(count)]
+    differing = [seed for seed, (one, two, four) in enumerate(runs) if not one == two == four]
     assert not differing
-    assert len({seen[f"1|{seed}"]["weights"] for seed in range(count)}) == count
+    assert len({one["weights"] for one, _, _ in runs}) == count

@@ -26,7 +26,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_files_do_not_show_who_wrote_them(processes, tmp_path):
     """24 and 61 rows over 3 processes are cut unevenly."""
     launch(WORKER, processes, "same", str(tmp_path))

@@ -133,7 +133,9 @@ def test_killed_while_a_model_directory_is_replaced(model, tmp_path, monkeypatch
         shutil.rmtree(place)
 
 
-@pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EACCES"])
+@pytest.mark.parametrize(
+    "code", ["ENOSPC", *(pytest.param(code, marks=pytest.mark.slow) for code in ("EIO", "EACCES"))]
+)
 def test_every_call_may_fail(model, tmp_path, monkeypatch, capfd, code):
     """Before the new checkpoint is durable that is an error; what then cannot be deleted is named and stays."""
     for step in (1, 2):

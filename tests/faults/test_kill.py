@@ -27,7 +27,9 @@ def _run(objective: str, count: int) -> None:
     assert f"{count} of {count} bit-identical" in done.stdout
 
 
-@pytest.mark.parametrize("objective", ["NextToken", "MaskedLM"])
+@pytest.mark.parametrize(
+    "objective", ["NextToken", pytest.param("MaskedLM", marks=pytest.mark.slow)]
+)
 def test_killed_runs_are_bit_identical(objective: str) -> None:
     _run(objective, 3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -48,9 +49,17 @@ def run(model: Model, *, packed: bool, low: bool) -> tuple[list[float], dict[str
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("mode", ["off", "selective", "full"])
+# Each mode once, with and without packing and half precision.
+QUICK = (("off", True, False), ("selective", True, True), ("full", False, True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "packed", "low"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(("off", "selective", "full"), (False, True), (False, True))
+    ],
+)
 def test_compiled_blocks_compute_the_same(mode: str, packed: bool, low: bool) -> None:
     wanted, gradients = run(made("llama"), packed=packed, low=low)
     torch._dynamo.reset()

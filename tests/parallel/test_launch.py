@@ -162,7 +162,11 @@ def test_an_error_of_a_process_is_raised_as_it_was(
     ("what", "said"),
     [
         ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
-        ("raise ZeroDivisionError('by hand')", "ZeroDivisionError: by hand"),
+        pytest.param(
+            "raise ZeroDivisionError('by hand')",
+            "ZeroDivisionError: by hand",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_process_that_breaks_is_named_with_its_last_lines(
@@ -189,6 +193,7 @@ def test_an_interrupt_saves_the_run(place: Path, capfd: pytest.CaptureFixture[st
     assert read_run(run.path, "SIGINT").history == run.history
 
 
+@pytest.mark.slow
 def test_an_interrupt_does_not_hide_that_nothing_was_saved(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +207,7 @@ def test_an_interrupt_does_not_hide_that_nothing_was_saved(
         pretrain.train(devices=2, **sections(limit="100000 steps"), objective=objective)
 
 
+@pytest.mark.slow
 def test_where_the_name_of_the_host_leads_does_not_matter(place: Path) -> None:
     """As on a laptop in a foreign network: no packet gets to the address that the name has."""
     inside = ["unshare", "-r", "-u", "-m", "sh", "-ec"]

@@ -61,7 +61,7 @@ def _same(a: Path, b: Path) -> None:
     schedule=st.sampled_from(["cosine", "wsd"]),
 )
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_chain_of_crashes_is_bit_identical(
     tmp_path_factory: Any,

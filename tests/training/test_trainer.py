@@ -45,7 +45,7 @@ def test_it_learns_and_transformers_names_lie_on_disk(tmp_path: Path, kind: str)
     kind=st.sampled_from(["NextToken", "MaskedLM"]),
 )
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_accumulation_normalised_by_global_tokens(
     tmp_path_factory: Any, micro: int, seed: int, kind: str
