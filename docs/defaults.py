@@ -250,6 +250,8 @@ def fine_tuned(spec: dict[str, Any], model: str, out: Path) -> dict[str, Any]:
     train, valid, test = rows_of(spec["task"], spec["seed"])
     given = {k: v for k, v in spec.items() if k not in ("task", "model", "kind")}
     scratch = given.pop("scratch", False)
+    if given.pop("watch", None) == "test":  # which of the evaluations was the best one
+        valid = test
     source: Any = model
     if scratch:
         source = pretrain.load(model)
@@ -377,6 +379,10 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
         for task in FEW[1:4]:
             for steps, lr in ((250, 2e-3), (750, 2e-3), (250, 4e-3), (750, 1e-3)):
                 yield _tune(task, model, lr=lr, limit=f"{steps} steps")
+    if part == "selection":
+        for task in TABLE[:-2]:
+            yield _tune(task, model)
+            yield _tune(task, model, watch="test")
     if part == "final":
         yield from _final(model, TABLE)
     if part == "lora":
@@ -465,6 +471,41 @@ def table(model: str, out: Path) -> str:
     return "\n".join(rows)
 
 
+def selection(model: str, out: Path) -> str:
+    """What other choices among the evaluations of a run would have reached on the test rows, in %.
+
+    ``best`` is the evaluation with the best held-out figure, of equal ones that with the lower loss; ``last`` the last
+    one; ``within K`` the one with the lowest loss among those whose figure is at most K points below the best; ``any``
+    the one that is best on the test rows.
+    """
+    curves: dict[tuple[str, int], dict[str, list[list[float]]]] = {}
+    with open(out / "results.jsonl", encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            spec = line["spec"]
+            if spec["model"] != model or set(spec) - {"kind", "task", "model", "seed", "watch"}:
+                continue
+            if "curve" in line:
+                of = curves.setdefault((spec["task"], spec["seed"]), {})
+                of["test" if "watch" in spec else "valid"] = line["curve"]
+    names = ["best", "last", *(f"within {k}" for k in (0.5, 1, 2)), "any"]
+    rows = ["| task | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    for (task, _), both in curves.items():
+        if len(both) < 2:
+            continue
+        valid, test = both["valid"], [100 * one[2] for one in both["test"]]
+        top = max(one[2] for one in valid)
+        places = [max(range(len(valid)), key=lambda i: (valid[i][2], -valid[i][1])), -1]
+        for k in (0.5, 1, 2):
+            near = [i for i, one in enumerate(valid) if one[2] >= top - k / 100]
+            places.append(min(near, key=lambda i: valid[i][1]))
+        rows.append(
+            f"| {task} | "
+            + " | ".join(f"{x:.1f}" for x in [*(test[i] for i in places), max(test)])
+            + " |"
+        )
+    return "\n".join(rows)
+
+
 def _mean(values: list[float]) -> str:
     if not values:
         return "–"
@@ -474,7 +515,7 @@ def _mean(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("pretrain", "run", "show"))
+    parser.add_argument("what", choices=("pretrain", "run", "show", "selection"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
     parser.add_argument("--minilm", default="")
@@ -489,7 +530,7 @@ def main() -> None:
                 run(spec, args.out, args.minilm)
     else:
         for model in args.names or ("mb128",):
-            print(table(model, args.out))
+            print((table if args.what == "show" else selection)(model, args.out))
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def test_four_processes_resume_bit_for_bit(stage: Stage, strategy: str) -> None:
     assert result(out) == stage.wanted(strategy, 4)
 
 
+@pytest.mark.slow
 def test_with_the_command_line_of_torchrun(stage: Stage) -> None:
     """Nothing is forked here: the whole way out of a process of its own, which a launcher hurries."""
     out = stage.folder / "plain"

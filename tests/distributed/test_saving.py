@@ -65,6 +65,7 @@ def test_a_process_that_is_killed_while_it_saves(tmp_path):
     assert len(list((tmp_path / "run" / "checkpoint-1").glob("model-*"))) > 1
 
 
+@pytest.mark.slow
 def test_a_slow_disk_in_the_background_is_no_hang(tmp_path):
     """All wait for a file that takes longer than the limit, and every tensor of it is a sign of life."""
     assert in_two_processes("slow", tmp_path) == [0, 0]

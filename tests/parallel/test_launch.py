@@ -134,6 +134,7 @@ def test_two_processes_give_what_one_gives(place: Path, capfd: pytest.CaptureFix
     assert again.step == 6 and again.history == run.history
 
 
+@pytest.mark.slow
 def test_a_task_is_tuned_on_two_and_opened_here(place: Path) -> None:
     rows = [f"{'good' if i % 2 else 'bad'} film {i},{'yes' if i % 2 else 'no'}" for i in range(60)]
     Path("films.csv").write_text("\n".join(["text,label", *rows]))

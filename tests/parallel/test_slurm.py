@@ -266,6 +266,7 @@ def test_two_hosts_train_one_model(place: Path) -> None:
     assert not (place / "scontrol.txt").exists()
 
 
+@pytest.mark.slow
 def test_before_the_time_is_up_the_run_is_saved_and_queued_again(place: Path) -> None:
     (place / "a run.yaml").write_text(CONFIG.format(limit="100000 steps"))
     log = place / "runs" / "one" / "log.jsonl"

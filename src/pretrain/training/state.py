@@ -219,8 +219,7 @@ def heap_at_rest() -> Iterator[None]:
     """
     collecting, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
-    if not frozen:
-        gc.freeze()
+    gc.freeze()
     gc.disable()
     try:
         yield
