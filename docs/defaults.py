@@ -381,10 +381,9 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
                 yield _tune(task, model, lr=lr, limit=f"{steps} steps")
     if part == "selection":
         for task in TABLE[:-2]:
-            yield _tune(task, model)
             yield _tune(task, model, watch="test")
-    if part == "final":
-        yield from _final(model, TABLE)
+    if part.startswith("final"):  # final, or final1 and final2 for two processes
+        yield from _final(model, {"final1": TABLE[::2], "final2": TABLE[1::2]}.get(part, TABLE))
     if part == "lora":
         for factor in (1, 1 / 3, 1 / 10):
             yield _tune("banking77 1000", model, lora=8, lr=float(f"{1.3e-2 * factor:.2g}"))

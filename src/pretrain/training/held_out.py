@@ -26,7 +26,7 @@ def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
     try:
         figures = _figures(trainer, limit)
         state.last_eval, state.owed = state.step, False
-        improved = improves(state, figures, trainer.train.monitor)
+        improved = improves(state, figures, trainer.train.monitor, last=last)
         note = " (best)" if improved else ""
         if last and 0 < limit < len(trainer.eval_data):
             figures, note = _figures(trainer, 0), " on all rows"

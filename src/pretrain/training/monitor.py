@@ -27,12 +27,19 @@ def score(figures: Mapping[str, float], monitor: str) -> float:
     return value if monitor in LOWER_IS_BETTER else -value
 
 
-def improves(state: RunState, figures: Mapping[str, float], monitor: str) -> bool:
+def improves(
+    state: RunState, figures: Mapping[str, float], monitor: str, *, last: bool = False
+) -> bool:
     """Whether an evaluation at ``state.step`` is the best so far; the state remembers what the next must beat.
 
     Of evaluations with the same figure the one with the lower loss is better: a small held-out set has few different
     accuracies, and the first model that reaches one is seldom the best of them. A figure that is not a number (a
     correlation of constants) is never the best.
+
+    The best of many evaluations on few rows is so in part by chance, above all of those at a high learning rate, which
+    scatter. At the end of the schedule the rate has come down, so the last evaluation is taken for the best one unless
+    the best figure is above its own by more than a standard error of a share of so many targets (docs/lab-log.md). A
+    loss, which scatters less, is taken as it is.
 
     Raises:
         TrainingError: as `score`.
@@ -48,5 +55,13 @@ def improves(state: RunState, figures: Mapping[str, float], monitor: str) -> boo
     if better:
         state.best_score, state.best_step = value, state.step
         state.loss_at_best = loss if loss is not None and math.isfinite(loss) else None
+    elif last and value - state.best_score <= (_chance(state, figures) or -1.0):
+        better, state.best_step = True, state.step
     state.evals_since_best = 0 if better else state.evals_since_best + 1
     return better
+
+
+def _chance(state: RunState, figures: Mapping[str, float]) -> float:
+    """Standard error of the best figure as a share of the targets; 0 for what is no share, such as a loss."""
+    share, targets = -state.best_score, figures.get("targets", 0.0)
+    return math.sqrt(share * (1.0 - share) / targets) if targets and 0.0 < share < 1.0 else 0.0
