@@ -157,7 +157,8 @@ class TrainConfig:
     monitor: str = "loss"
     """Held-out figure that decides which checkpoint is best, and patience: lower is better for loss,
     perplexity, bits_per_byte, mse, rmse and mae, higher for all others. Of equal figures the one with the
-    lower loss is the better."""
+    lower loss is the better. The last evaluation is taken for the best one unless another figure is higher
+    by more than chance, a standard error of a share of the targets; a loss is taken as it is."""
     patience: int = within(0, 0, 1 << 20)
     """Evaluations without improvement before stopping; 0 is off."""
     log_every: int = within(10, 1, 1 << 30)

@@ -151,6 +151,38 @@ def test_of_equal_figures_the_lower_loss_is_better(values: list[tuple[float, flo
         assert state.evals_since_best == (step if best is None else step - best[2])
 
 
+@pytest.mark.parametrize(
+    ("name", "best", "last", "targets", "chosen"),
+    [
+        ("accuracy", 0.80, 0.77, 100, True),  # the standard error is 0.04
+        ("accuracy", 0.80, 0.80, 100, True),
+        ("accuracy", 0.80, 0.75, 100, False),
+        ("accuracy", 0.80, 0.79, 10_000, False),  # 0.004
+        ("accuracy", 1.00, 1.00, 100, False),  # no chance in it, so the lower loss decides
+        ("accuracy", 0.80, NAN, 100, False),
+        ("mcc", -0.1, -0.1, 100, False),
+        ("loss", 0.80, 0.81, 100, False),
+        ("mae", 0.80, 0.80, 100, False),
+    ],
+)
+def test_the_last_evaluation_is_the_best_but_for_chance(
+    name: str, best: float, last: float, targets: float, chosen: bool
+) -> None:
+    """Its loss may be higher: a model grows too sure of itself before it grows worse."""
+    state = RunState(monitor=name, step=1)
+    assert improves(state, {name: best, "loss": best, "targets": targets}, name)
+    state.step = 2
+    figures = {"loss": 2.0, name: last, "targets": targets}
+    assert improves(state, figures, name, last=True) is chosen
+    assert state.best_step == (2 if chosen else 1)
+    # A run that goes on has to beat the best figure, and not the last one.
+    assert state.best_score == score({name: best}, name)
+    again = RunState(monitor=name, step=1)
+    improves(again, {name: best, "loss": best, "targets": targets}, name)
+    again.step = 2
+    assert not improves(again, figures, name), "only at the end of the schedule"
+
+
 @given(st.lists(st.floats(allow_infinity=False), min_size=1), st.sampled_from(["mae", "accuracy"]))
 def test_the_best_of_a_sequence(values: list[float], name: str) -> None:
     state = RunState(monitor=name)

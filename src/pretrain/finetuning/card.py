@@ -293,8 +293,8 @@ def _limits(result: Finetuned) -> list[str]:
         )
     elif result.metrics:
         lines.append(
-            f"- The best epoch was chosen by {one_line(monitor)} on the same {counts.get('valid', 0):,} rows that the "
-            "figures come from, so they are a little too good."
+            f"- The best evaluation was chosen by {one_line(monitor)} on the same {counts.get('valid', 0):,} rows that "
+            "the figures come from, so they are a little too good."
         )
     lines.append(f"- A text is cut after {result.task.max_length:,} tokens.")
     if len(result.labels or ()) > 1:

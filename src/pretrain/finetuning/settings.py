@@ -165,10 +165,10 @@ class TuneTrain:
     """Evaluate every "1 epochs", "200 steps" or "5%" of the run; "1 epochs" is at most
     twenty times in a run of steps."""
     patience: int = within(0, 0, 1 << 20)
-    """Evaluations without improvement before stopping; 0 is off. The best epoch is restored in any case."""
+    """Evaluations without improvement before stopping; 0 is off. The best evaluation is restored in any case."""
     monitor: str = ""
-    """Figure that decides which epoch is best; not given, the task's own. Of equal figures the one with
-    the lower loss is the better."""
+    """Figure that decides which evaluation is best; not given, the task's own. Of equal figures the one with
+    the lower loss is the better; the last one is taken unless another is better by more than chance."""
     log_every: int = within(10, 1, 1 << 30)
     """Steps between two lines of the log."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)

@@ -149,7 +149,7 @@ class Task(Objective):
     Class attributes:
         name: what users type.
         roles: the columns it reads, with the names by which they are recognised.
-        metric: the figure that the best epoch is chosen by.
+        metric: the figure that the best evaluation is chosen by.
         trivial_name: what the baseline of ``trivial`` is called.
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read, with their types.
