@@ -135,6 +135,7 @@ print("stopped by", clf.run.stopped, "best", clf.run.best.name, "accuracy" in cl
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_kernel_keeps_the_best_checkpoint(tmp_path, monkeypatch):
     """Kernel → Interrupt in the middle of training: the call returns with the best evaluation so far."""
     manager_of = pytest.importorskip("jupyter_client").manager

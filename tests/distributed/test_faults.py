@@ -29,7 +29,6 @@ pytestmark = pytest.mark.skipif(
 
 LATE = 5.0  # seconds from a death to the end of the last survivor
 FAST = {
-    ("ddp", "SIGKILL", "backward", 1),
     ("ddp", "SIGSTOP", "forward", 0),
     ("fsdp", "SIGKILL", "start", 0),
 }
@@ -94,6 +93,7 @@ def test_all_stop_by_one_signal_though_each_got_another(stage: Stage) -> None:
     assert _again(stage, out, "fsdp") == stage.wanted("fsdp")
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_of_one_process_ends_all_at_once(stage: Stage) -> None:
     fault = {"rank": 1, "phase": "save", "step": 6, "signal": 2, "into": 0, "again": [0.05, 0.1]}
     slow = {"rank": 0, "phase": "save", "step": 6, "signal": 0, "into": 2.0}

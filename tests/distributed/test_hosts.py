@@ -102,6 +102,7 @@ def _ended(pid: int) -> bool:
     return text.rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_a_training_run_on_two_hosts_outlives_a_cut_link(
     hosts: Hosts, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -19,7 +19,7 @@ WITHIN = 1e-6  # of the loss, relative
 QUICK_CURVES = ("llama|1", "modernbert|3")
 QUICK_STARTS = ("FSDP2 x TP 4",)  # whose checkpoints every mesh goes on from
 QUICK_EXTRAS = ("layers", "bf16", "full")  # what goes on from a checkpoint starts from the last
-BITS = 3  # random configurations that are run on 1, 2 and 4 processes
+BITS = 2  # random configurations that are run on 1, 2 and 4 processes
 
 
 def run_all(folder: Path, *phases: tuple[str, ...]) -> None:

@@ -65,8 +65,14 @@ def no_share(rank: int, plain: Settings) -> None:
     ("change", "words"),
     [
         (other_rate, ["Rank 1", "settings.optim.lr is 0.02 there, and 0.01 on rank 0"]),
-        (other_data, ["Rank 1", "data.fingerprint", "same prepared data"]),
-        (other_model, ["Rank 1", "model", "same checkpoint and configuration"]),
+        pytest.param(
+            other_data, ["Rank 1", "data.fingerprint", "same prepared data"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            other_model,
+            ["Rank 1", "model", "same checkpoint and configuration"],
+            marks=pytest.mark.slow,
+        ),
         (own_directory, ["Rank 1", "does not see the run directory", "all hosts share"]),
         # The same for all, found before they meet, while they do, and after.
         (misspelt, ["'optim.lrr' is not a setting. Did you mean 'optim.lr'?"]),

@@ -75,6 +75,7 @@ def test_a_slow_disk_in_the_background_is_no_hang(tmp_path):
     assert not (tmp_path / "run" / FILE).exists()
 
 
+@pytest.mark.slow
 def test_the_process_whose_writer_is_stuck_is_named(tmp_path):
     """Both main threads wait for their writers, and one writer for the other."""
     assert in_two_processes("stuck", tmp_path) == [EXIT_LOST, EXIT_LOST]

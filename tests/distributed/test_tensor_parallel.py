@@ -72,6 +72,7 @@ def test_two_processes(name: str, two: list[dict[str, dict[str, Any]]]) -> None:
         check(process[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes(name: str, four: list[dict[str, dict[str, Any]]]) -> None:
     for process in four:

@@ -227,6 +227,7 @@ def test_where_the_name_of_the_host_leads_does_not_matter(place: Path) -> None:
             caller.kill()  # the rest ends with it
 
 
+@pytest.mark.slow
 def test_nobody_outlives_the_caller(place: Path) -> None:
     """Killed without a chance to clean up, it leaves no process behind, and a run that is saved."""
     code = f"import pretrain\npretrain.train(devices=2, **{sections(limit='100000 steps')!r})"
