@@ -268,9 +268,8 @@ def fine_tuned(spec: dict[str, Any], model: str, out: Path) -> dict[str, Any]:
         threads=1,
         quiet=True,
         max_cut=1.0,
-        max_length=64,
         monitor=metric,
-        **{**keywords, **given},
+        **{"max_length": 64, **keywords, **given},
     )
     if result.run.exit_code:
         raise SystemExit(result.run.exit_code)
