@@ -88,6 +88,7 @@ def test_the_process_whose_writer_is_stuck_is_named(tmp_path):
     assert "torch/distributed/" in stacks[0][-1], "the other one's writer waits for it"
 
 
+@pytest.mark.slow
 def test_a_writer_at_work_does_not_hide_a_process_that_hangs(tmp_path):
     assert in_two_processes("hung", tmp_path) == [EXIT_LOST, EXIT_LOST]
     found = json.loads((tmp_path / "run" / FILE).read_text())

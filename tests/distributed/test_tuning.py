@@ -21,7 +21,7 @@ CASES = (
     *ADAPTED,
 )
 COUPLED = ("pairs", "both ways", "scored")
-QUICK = ("classification", "lora", "chat", "pairs")  # and what is made of them
+QUICK = ("classification", "lora", "pairs")  # and what is made of them
 
 
 def slow_but(names: tuple[str, ...]) -> list[Any]:

@@ -185,6 +185,7 @@ def test_a_process_that_breaks_is_named_with_its_last_lines(
     assert sorted(p.parent.name for p in kept.glob("**/stderr.log")) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_the_run(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     strike(Path("runs/one"))
     run = pretrain.train(devices=2, **sections(limit="100000 steps"))
