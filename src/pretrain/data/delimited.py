@@ -13,7 +13,7 @@ from pretrain.errors import DataError
 from pretrain.settings.spelling import option
 from pretrain.storage.files import note
 
-__all__ = ["Content", "checked_delimiter", "distinct", "numbered_names", "read_delimited", "shown"]
+__all__ = ["Content", "cell_form", "distinct", "numbered_names", "read_delimited", "shown"]
 
 _CELL = re.compile(r'"([^"]*(?:""[^"]*)*)"(?=\t|\Z)|([^"\t]*)(?=\t|\Z)')
 
@@ -43,14 +43,13 @@ def read_delimited(
     encoding: str | None = None,
 ) -> Content:
     """Read a file of rows of cells; see :func:`pretrain.data.tables.read_table` for the arguments."""
-    between = checked_delimiter(delimiter) or delimiter_of(path, kind, encoding)
-    if quoting is None:
-        quoting = kind == "csv" or _written_with_quotes(path, between, encoding)
-        if kind == "tsv" and quoting:
-            note(
-                f"{path}: cells are enclosed in double quotes where needed, as a CSV writer does, and read so; "
-                f"{option('quoting', False)} keeps the quotes"
-            )
+    given = quoting
+    between, quoting = cell_form(path, kind, delimiter, quoting, encoding)
+    if kind == "tsv" and given is None and quoting:
+        note(
+            f"{path}: cells are enclosed in double quotes where needed, as a CSV writer does, and read so; "
+            f"{option('quoting', False)} keeps the quotes"
+        )
     headless = header is False or (columns is not None and not header)
     first = "the first row" if headless else "the header"
     rows = csv_rows(path, delimiter=between, quoting=quoting, first=first, encoding=encoding)
@@ -74,11 +73,20 @@ def read_delimited(
     return Content(dict(zip(names, table, strict=True)), numbers, hint=hint)
 
 
-def checked_delimiter(delimiter: str | None) -> str | None:
-    """Return what stands between cells; raise DataError unless it is one character that can stand there."""
+def cell_form(
+    path: Path, kind: str, delimiter: str | None, quoting: bool | None, encoding: str | None
+) -> tuple[str, bool]:
+    """Return what stands between the cells of a file and whether quotes enclose them; None is looked up in the file.
+
+    Raises:
+        DataError: the delimiter is not one character that can stand there.
+    """
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
         raise DataError(f"{option('delimiter', delimiter)}: it must be one character, such as ';'.")
-    return delimiter
+    between = delimiter or delimiter_of(path, kind, encoding)
+    if quoting is None:
+        quoting = kind == "csv" or _written_with_quotes(path, between, encoding)
+    return between, quoting
 
 
 def _header(

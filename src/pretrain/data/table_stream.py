@@ -13,10 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from pretrain.data.archives import COMPRESSIONS
-from pretrain.data.delimited import _written_with_quotes as written_with_quotes
-from pretrain.data.delimited import checked_delimiter, distinct, numbered_names
+from pretrain.data.delimited import cell_form, distinct, numbered_names
 from pretrain.data.paths import find_files
-from pretrain.data.readers import csv_rows, delimiter_of, json_rows
+from pretrain.data.readers import csv_rows, json_rows
 from pretrain.data.table_files import TABLE_FORMATS, unhalved
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
@@ -112,10 +111,8 @@ def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, dict[st
 def _delimited(
     path: Path, kind: str, delimiter: str | None, quoting: bool | None, encoding: str | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    delimiter = checked_delimiter(delimiter) or delimiter_of(path, kind, encoding)
-    if quoting is None:
-        quoting = kind == "csv" or written_with_quotes(path, delimiter, encoding)
-    rows = csv_rows(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
+    between, quoted = cell_form(path, kind, delimiter, quoting, encoding)
+    rows = csv_rows(path, delimiter=between, quoting=quoted, encoding=encoding)
     number, top = next(rows, (1, []))
     named = zip((cell.strip() for cell in top), numbered_names(len(top)), strict=True)
     names = distinct(f"{path}:{number}", [name or spare for name, spare in named])

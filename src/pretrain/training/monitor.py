@@ -55,7 +55,7 @@ def improves(
     if better:
         state.best_score, state.best_step = value, state.step
         state.loss_at_best = loss if loss is not None and math.isfinite(loss) else None
-    elif last and value - state.best_score <= (_chance(state, figures) or -1.0):
+    elif last and (chance := _chance(state, figures)) and value - state.best_score <= chance:
         better, state.best_step = True, state.step
     state.evals_since_best = 0 if better else state.evals_since_best + 1
     return better

@@ -179,6 +179,11 @@ def peak_flops(precision: Precision) -> float:
     On a busy machine a measurement is too low, so it is taken again from time to time, and the best one of this
     process is what the device can do.
     """
+    if precision.device.type == "cuda" and precision.name != "fp32":
+        name = torch.cuda.get_device_name(precision.device)
+        for known, value in _PEAKS.items():
+            if known in name:
+                return value
     key = (str(precision.device), precision.name, torch.get_num_threads())
     best, when = _peaks_seen.get(key, (0.0, -math.inf))
     if time.monotonic() - when > _PEAK_SECONDS:
@@ -189,11 +194,6 @@ def peak_flops(precision: Precision) -> float:
 
 def _measured_flops(precision: Precision) -> float:
     """One square product per try, best of five; it takes a few milliseconds."""
-    if precision.device.type == "cuda" and precision.name != "fp32":
-        name = torch.cuda.get_device_name(precision.device)
-        for key, value in _PEAKS.items():
-            if key in name:
-                return value
     size = 1024 if precision.device.type == "cpu" else 4096
     # Its own generator: measuring a machine must not move the global random stream.
     draw = torch.Generator().manual_seed(0)
