@@ -1,12 +1,10 @@
-"""Starting several processes of a test, once for all tests that look at what they found."""
+"""The environment of processes that a test starts, and what they find, once for all tests that look at it."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,29 +22,6 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
     }
-
-
-def launch(script: Path, processes: int, *args: str, timeout: float = 480.0) -> str:
-    """Run a script in so many processes that know of each other; what they printed, or a failed test."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, str(script), *args],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if done.returncode:
-        # What torchrun adds says only that it happened.
-        own = (
-            done.stdout
-            + done.stderr.partition('Traceback (most recent call last):\n  File "<frozen runpy>')[0]
-        )
-        pytest.fail(f"{script.name} in {processes} processes: {own[-6000:]}", pytrace=False)
-    return done.stdout
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Any:

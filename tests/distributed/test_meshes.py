@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from distributed.cluster import launch, merged, once
+from distributed.cluster import merged, once
+from distributed.torchrun import launch
 
 HERE = Path(__file__).parent
 MESHES = ("1", "DDP 2", "FSDP2 2", "TP 2", "FSDP2 x TP 4")

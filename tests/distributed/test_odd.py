@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distributed.cluster import launch, once
+from distributed.cluster import once
+from distributed.torchrun import launch
 from pretrain.config import ParallelConfig
 from pretrain.parallel.reach import reached_parameters
 from pretrain.parallel.world import World

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from distributed.cluster import environment, launch
+from distributed.cluster import environment
 from distributed.saving_worker import LIMIT
+from distributed.torchrun import launch
 from pretrain.checkpoint import latest, verify
 from pretrain.parallel.lifeline import EXIT_LOST, SLOW
 from pretrain.parallel.record import FILE

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distributed.torchrun import launch
 from distributed.tp_worker import CASES, CAUSAL, FAMILIES, FOUR
 
 WORKER = Path(__file__).with_name("tp_worker.py")
@@ -19,41 +17,20 @@ LOSS, GRADIENT = 1e-6, 1e-5
 EXACT = ("apart", "accuracy", "generated", "wrong")
 
 
-def launch(world: int, folder: Path) -> list[dict[str, dict[str, Any]]]:
-    """Run the worker ``world`` times; the figures of every process."""
-    outs = [folder / f"{rank}.json" for rank in range(world)]
-    logs = [folder / f"{rank}.log" for rank in range(world)]
-    root = WORKER.parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")}
-    running = []
-    for rank in range(world):
-        command = [sys.executable, str(WORKER), str(rank), str(world)]
-        with logs[rank].open("w") as log:
-            running.append(
-                subprocess.Popen(
-                    [*command, str(folder / "store"), str(outs[rank])],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                )
-            )
-    try:
-        codes = [process.wait(timeout=240) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
-    return [json.loads(out.read_text()) for out in outs]
+def figures_of(world: int, folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Run the worker in so many processes; the figures of every process."""
+    launch(WORKER, world, str(folder), timeout=240)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return launch(2, tmp_path_factory.mktemp("two"))
+    return figures_of(2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return launch(4, tmp_path_factory.mktemp("four"))
+    return figures_of(4, tmp_path_factory.mktemp("four"))
 
 
 def check(figures: dict[str, Any]) -> None:

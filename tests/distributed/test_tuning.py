@@ -9,7 +9,8 @@ import pytest
 
 import pretrain
 import tiny
-from distributed.cluster import launch, merged, once
+from distributed.cluster import merged, once
+from distributed.torchrun import launch
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.models import build
 

@@ -4,6 +4,8 @@
         launcher.start(["--nproc-per-node", "2", "worker.py"], EVENTS=...)
         code = launcher.wait(60)
 
+    printed = launch(Path("worker.py"), 2, "argument")  # by a launcher that all tests of this process share
+
 A process of its own serves, imports torch once, and forks an agent for every start; the agent has forked its future
 workers before it has any threads. Started by a prefix (``ip netns exec ...``) all of that happens there. When the
 server ends, however it does, everything it started is killed.
@@ -11,14 +13,19 @@ server ends, however it does, everything it started is killed.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import json
 import os
+import random
 import runpy
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +41,8 @@ if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 else:
+    import pytest
+
     from distributed.cluster import environment
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -114,17 +123,28 @@ def _work(reads: int) -> None:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         script = next(i for i, word in enumerate(told["args"]) if word.endswith(".py"))
-        sys.argv = told["args"][script:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
+        code = _run(told["args"][script:])
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
+        os._exit(code)
+
+
+def _run(words: list[str]) -> int:
+    """Be ``python script args`` in this process; the exit code."""
+    random.seed()
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+        return 0
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
 
 
 # ------------------------------------------------------------------------------------------ the server
@@ -144,6 +164,8 @@ def _agent(told: dict[str, Any]) -> None:
         _redirect(number, f"{told['out']}.{number}")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(told["env"])
+    if not told["workers"]:
+        os._exit(_run(told["words"]))
     for _ in range(told["workers"]):
         Forked.ready.append(Forked())
 
@@ -227,7 +249,8 @@ class Torchrun:
 
         Args:
             words: of its command line.
-            workers: how many processes it may start in all.
+            workers: how many processes it may start in all; none if the words are a script and its arguments, which
+                then runs alone, without torchrun.
             grace: seconds after which it kills those that do not end by SIGTERM.
             env: added to the environment.
         """
@@ -250,10 +273,12 @@ class Torchrun:
         return self._code
 
     def said(self) -> str:
-        """What torchrun itself has printed."""
-        return "".join(
-            Path(f"{self._out}.{number}").read_text(errors="replace") for number in (1, 2)
-        )
+        """What torchrun, and what has no file of its own, has printed: to stdout, then to stderr."""
+        return "".join(self.printed(number) for number in (1, 2))
+
+    def printed(self, number: int) -> str:
+        """The same, to file descriptor 1 or 2."""
+        return Path(f"{self._out}.{number}").read_text(errors="replace")
 
     def kill(self) -> None:
         """End what runs, at once."""
@@ -297,6 +322,32 @@ class Torchrun:
             if not data:
                 raise RuntimeError("the server has ended")
             self._lines += data
+
+
+@functools.cache
+def _shared() -> Torchrun:
+    folder = Path(tempfile.mkdtemp(prefix="pretrain-tests-"))
+    launcher = Torchrun(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(launcher.close)
+    return launcher
+
+
+def launch(script: Path, processes: int, *args: str, timeout: float = 480.0) -> str:
+    """Run a script in so many processes that know of each other; what they printed, or a failed test."""
+    launcher, words = _shared(), [str(script), *args]
+    if processes > 1:
+        words = ["--standalone", f"--nproc-per-node={processes}", *words]
+    launcher.start(words, workers=processes if processes > 1 else 0)
+    try:
+        code = launcher.wait(timeout)
+    except BaseException:
+        launcher.kill()
+        raise
+    if code:
+        said = launcher.said()[-6000:]
+        pytest.fail(f"{script.name} in {processes} processes: {said}", pytrace=False)
+    return launcher.printed(1)
 
 
 if __name__ == "__main__":

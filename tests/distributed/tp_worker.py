@@ -1,6 +1,6 @@
 """One of several processes that share a model by tensor parallelism, held against the whole model; see the test.
 
-Run as ``python tp_worker.py RANK WORLD STORE OUT``: every case writes its figures, and OUT gets them as JSON.
+Run by torchrun as ``tp_worker.py FOLDER``: every process writes the figures of all cases to FOLDER/RANK.json.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ModelError
@@ -371,12 +369,12 @@ FOUR = ("collectives", "gpt2", "bert", "lora_gpt2", "ties", "whole_logits")
 
 
 def main() -> None:
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group("gloo")
     # Several chunks and pieces, whose size would differ between processes if each took its own rows for it.
     loss_module._CHUNK_ELEMENTS["cpu"] = likelihood._LOGITS = 46 * 45
-    names = FOUR if world == 4 else CASES
+    names = FOUR if dist.get_world_size() == 4 else CASES
+    out = Path(sys.argv[1]) / f"{dist.get_rank()}.json"
     out.write_text(json.dumps({name: CASES[name]() for name in names}))
     dist.destroy_process_group()
 
