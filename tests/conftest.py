@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# Collecting imports and builds much and throws little away.
+gc.disable()
+
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and their children, too; some are about it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,6 +47,7 @@ def pytest_collection_finish() -> None:
     ):  # many tests: what most of them import at last is imported at once
         for name in ("pandas", "sklearn.linear_model", "torch._dynamo", "torch.distributed.fsdp"):
             importlib.import_module(name)
+    gc.enable()
     gc.collect()
     gc.freeze()
 
