@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 
 from pretrain.errors import PretrainError
-from pretrain.report import History, read_history
-from pretrain.reporting.curves import Series, curve_svg
+from pretrain.report.history import History, read_history
+from pretrain.utils.curves import Series, curve_svg
 
 NAMES = {"step": "optimizer step", "tokens": "tokens seen", "minutes": "minutes"}
 

@@ -20,67 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "pretrain"
 MAX_FUNCTION_LINES = 80
 
-# A layer imports only what stands to the left of it. `data` stands beside this line: it imports no model.
-LAYERS = ["nn", "models", "objectives", "parallel", "training", "finetuning", "cli"]
-
-# What each part may import when the module is loaded, besides the ground and itself.
-ALLOWED: dict[str, set[str]] = {
-    "nn": set(),
-    "data": set(),
-    "models": {"nn"},
-    "objectives": {"nn", "models", "data"},
-    "adapters": {"nn", "models"},
-    "checkpoint": {"models", "adapters", "data.tokenizer"},
-    "lora": {"models", "adapters", "checkpoint"},
-    "generate": {"nn", "models", "data.tokenizer"},
-    "parallel": {"nn", "models", "objectives"},
-    "training": {"nn", "models", "objectives", "data", "checkpoint", "parallel"},
-    "history": {"training.logging"},
-    "report": {"history"},
-    "predict": {"objectives", "data", "models", "checkpoint", "training"},
-    "finetuning": {
-        *("nn", "models", "objectives", "data", "checkpoint", "training", "report", "history"),
-        *("lora", "predict", "parallel"),
-    },
-    "evaluation": {
-        *(
-            "checkpoint",
-            "data",
-            "finetuning",
-            "models",
-            "objectives",
-            "parallel",
-            "predict",
-            "training",
-        ),
-    },
-    "quickstart": {"training", "report", "checkpoint", "finetuning", "data"},
-    "cli": {
-        *("training", "finetuning", "report", "checkpoint", "generate", "data", "quickstart"),
-        *("predict", "lora", "parallel", "evaluation"),
-    },
-    "__main__": {"cli"},
-    "__init__": {"data"},
-}
-# Modules that belong to a part although they lie in a folder beside it.
-PARTS_OF = {
-    "generation": "generate",
-    "storage.reading": "checkpoint",
-    "storage.card": "checkpoint",
-    "storage.adapters": "checkpoint",
-    "storage.writing": "checkpoint",
-    "storage.saving": "checkpoint",
-    "storage.background": "checkpoint",
-    "storage.partial": "checkpoint",
-    # Which part lies where is arithmetic that files need as much as processes.
-    "parallel.regions": "regions",
-    # What the command line shows of it.
-    "parallel.commands": "cli",
-    "reporting.history": "history",
-}
-# Shared ground imports nothing of the package but other ground, and every part may import it.
-GROUND = {"errors", "printing", "config", "settings", "storage", "reporting", "metrics", "regions"}
-
 
 def sources() -> list[Path]:
     return sorted(SRC.rglob("*.py"))
@@ -99,29 +38,24 @@ def module_name(path: Path) -> str:
     return ".".join(parts)
 
 
-def part(name: str) -> str:
-    """The part of the package that a module belongs to."""
-    first = name.split(".")[0]
-    return PARTS_OF.get(name, PARTS_OF.get(first, first))
+def folder(name: str) -> str:
+    """The folder of a module, or the module itself where it lies in none: models.gpt2 -> models; errors -> errors."""
+    return name.split(".")[0]
 
 
 def imports(path: Path, *, everywhere: bool) -> Iterator[tuple[str, int]]:
-    """(module inside the package, line) of the imports of a file.
+    """(module, line) of the imports of a file: those that run when it is loaded, or ``everywhere``.
 
-    With ``everywhere`` also those inside functions; never those under ``if TYPE_CHECKING``.
+    With ``everywhere`` also those inside functions and those for types only.
     """
-    package = ["pretrain", *path.relative_to(SRC).parent.parts]
 
     def visit(node: ast.AST) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.relative_to(ROOT)}:{node.lineno}: a relative import"
             base = node.module or ""
-            if node.level:
-                base = ".".join(
-                    [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
-                )
             for alias in node.names:
                 inside = SRC.joinpath(*f"{base}.{alias.name}".split(".")[1:])
                 is_module = inside.is_dir() or inside.with_suffix(".py").is_file()
@@ -130,7 +64,7 @@ def imports(path: Path, *, everywhere: bool) -> Iterator[tuple[str, int]]:
                     node.lineno,
                 )
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            for child in node.orelse:
+            for child in node.body if everywhere else node.orelse:
                 yield from visit(child)
         elif everywhere or not isinstance(
             node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -146,68 +80,70 @@ def inner(name: str) -> str | None:
     return name.removeprefix("pretrain.") if name.startswith("pretrain.") else None
 
 
-def allowed(name: str, target: str) -> bool:
-    own = part(name)
-    if part(target) in GROUND or part(target) == own:
-        return True
-    return any(
-        target == ok or target.startswith(ok + ".") or part(target) == ok for ok in ALLOWED[own]
-    )
-
-
-def test_every_part_has_a_place():
-    unknown = {part(module_name(p)) for p in sources()} - set(ALLOWED) - GROUND
-    assert not unknown, f"say in tests/test_architecture.py what {sorted(unknown)} may import"
-
-
-def test_imports_point_one_way():
-    wrong = []
+@cache
+def folder_graph() -> dict[str, dict[str, str]]:
+    """Folder -> folders that it imports -> one line that does so; delayed and type-only imports count."""
+    graph: dict[str, dict[str, str]] = {}
     for path in sources():
-        name = module_name(path)
-        for full, line in imports(path, everywhere=False):
-            target = inner(full)
-            if target is None:
-                continue
-            if part(name) in GROUND:
-                if part(target) not in GROUND:
-                    wrong.append(
-                        f"{path.relative_to(ROOT)}:{line} (shared ground) imports {target}"
-                    )
-            elif not allowed(name, target):
-                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
-    assert not wrong, "imports against the direction:\n" + "\n".join(wrong)
-
-
-def test_layers_never_reach_upwards_even_inside_functions():
-    """A delayed import is still an import. Named exceptions: methods of Model that are one call of a function above."""
-    exceptions = {("models", "generate"), ("models", "checkpoint"), ("models", "data")}
-    wrong = []
-    for path in sources():
-        own = part(module_name(path))
+        own = folder(module_name(path))
+        edges = graph.setdefault(own, {})
         for full, line in imports(path, everywhere=True):
-            target = part(inner(full) or "")
-            upwards = (
-                own in LAYERS and target in LAYERS and LAYERS.index(target) > LAYERS.index(own)
-            )
-            sideways = own == "data" and target in {*LAYERS, "checkpoint", "generate"}
-            if (upwards or sideways) and (own, target) not in exceptions:
-                wrong.append(f"{path.relative_to(ROOT)}:{line} reaches up to {inner(full)}")
-    assert not wrong, "\n".join(wrong)
+            target = inner(full)
+            if target is not None and folder(target) != own:
+                edges.setdefault(folder(target), f"{path.relative_to(ROOT)}:{line}")
+    return graph
 
 
-def test_data_imports_no_model_and_checkpoint_only_models():
+def test_folders_import_each_other_in_one_direction():
+    """What imports a folder is imported by none of its imports: delayed and type-only imports are imports."""
+    graph = {name: dict(edges) for name, edges in folder_graph().items()}
+    order = []
+    while leaves := sorted(name for name, edges in graph.items() if not set(edges) & set(graph)):
+        order += leaves
+        for name in leaves:
+            del graph[name]
+    print("from the ground up:", ", ".join(order))
+    knot = [
+        f"{name} -> {target} ({where})"
+        for name, edges in graph.items()
+        for target, where in edges.items()
+        if target in graph
+    ]
+    assert not knot, "these folders import each other in a circle:\n" + "\n".join(knot)
+
+
+def test_the_ground_stays_small():
+    """Whatever everybody imports imports almost nothing itself."""
+    graph = folder_graph()
+    assert not graph["printing"]
+    assert set(graph["errors"]) <= {"printing"}
+    assert set(graph["utils"]) <= {"errors", "printing"}
+    assert set(graph["nn"]) <= {"errors"}
+    assert set(graph["config"]) <= {"errors", "printing", "utils"}
+    assert not set(graph["data"]) & {"nn", "models", "objectives", "training"}
+
+
+def test_only_the_hub_finds_our_modules_by_name():
+    """A path in a string is an import too: of families, objectives and public names, and of the methods of a model."""
+    tables = {"__init__", "hub", "models", "objectives", "checkpoint"}
+    wrong = []
     for path in sources():
         name = module_name(path)
-        targets = {inner(full) for full, _ in imports(path, everywhere=True)} - {None}
-        if part(name) == "data":
-            assert not {
-                t for t in targets if part(t) in {"nn", "models", "objectives", "training"}
-            }, path
-        if part(name) == "checkpoint":
-            others = {
-                t for t in targets if part(t) not in GROUND | {"checkpoint", "models", "adapters"}
-            }
-            assert others <= {"data.tokenizer"}, (path, others)
+        docs = {id(d) for d in docstrings(tree(path))}
+        for node in ast.walk(tree(path)):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in docs
+                and re.fullmatch(r"pretrain(\.\w+)+(:\w+)?", node.value)
+                and SRC.joinpath(*node.value.split(":")[0].split(".")[1:])
+                .with_suffix(".py")
+                .is_file()
+                and name not in tables
+                and folder(node.value.removeprefix("pretrain.")) != folder(name)
+            ):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} names {node.value}")
+    assert not wrong, "\n".join(wrong)
 
 
 def family_names() -> set[str]:
@@ -454,8 +390,8 @@ def python(code: str) -> str:
     [
         "import pretrain",
         "import pretrain; pretrain.PretrainError; pretrain.RunConfig",
-        "from pretrain.cli import main; main(['--help'])",
-        "import pretrain.report",
+        "from pretrain.cli.main import main; main(['--help'])",
+        "import pretrain.report.run_report",
     ],
 )
 def test_light_imports_stay_light(code):

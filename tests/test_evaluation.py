@@ -14,7 +14,7 @@ import pretrain
 import tiny
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of, texts
 from pretrain import metrics as own
-from pretrain.cli import main
+from pretrain.cli.main import main
 from pretrain.data.prepare import prepare
 from pretrain.errors import DataError, ModelError
 from pretrain.objectives import build_objective

@@ -10,8 +10,8 @@ import pytest
 
 from pretrain import errors
 from pretrain.printing import printable
-from pretrain.storage.files import note
 from pretrain.training.logging import Progress
+from pretrain.utils.files import note
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 EVIL = "a\x1b[2J\x9b\r\x00 b\u202e\u200b\u2066\ufeff\u2028\ud800 c"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import pretrain
-from pretrain import cli
+from pretrain.cli import main as cli
 from pretrain.finetuning.settings import TuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]

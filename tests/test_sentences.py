@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 import tiny
 from pretrain.checkpoint import load
+from pretrain.checkpoint.manifest import verify
 from pretrain.errors import CheckpointCorrupt, ConfigError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.models.sentences import POOLINGS
 from pretrain.objectives.embedding import Embedding
-from pretrain.storage.manifest import verify
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

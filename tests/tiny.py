@@ -103,7 +103,7 @@ def trainer(
 
 def losses(path: Path) -> list[tuple[int, float, float]]:
     """(step, loss, grad_norm) of every training line of a run's log."""
-    from pretrain.training.logging import read_log
+    from pretrain.utils.run_log import read_log
 
     return [
         (r["step"], r["loss"], r["grad_norm"])

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pretrain.errors import DataError
-from pretrain.reporting.intervals import mean_interval, student_t
+from pretrain.utils.intervals import mean_interval, student_t
 
 __all__ = [
     "LOWER_IS_BETTER",

@@ -22,7 +22,7 @@ from conformance.directories import CAUSAL, DIRECTORIES, build, model
 from pretrain.data.tables import read_table
 from pretrain.data.task_rows import TaskEncoder
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.predict import task_of
+from pretrain.inference.predict import task_of
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_precision
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pretrain.config.spelling import FINETUNE, using
 from pretrain.data.label_forms import printed_list, read_several
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
 from pretrain.objectives.classification import Classification
-from pretrain.settings.spelling import FINETUNE, using
 
 NAMES = ("anger", "joy", "love")
 SETS = st.lists(st.sets(st.sampled_from(NAMES)), min_size=1, max_size=12)

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pretrain
-from pretrain.cli import main
+from pretrain.cli.main import main
 from pretrain.data.encodings import likely_encoding
 from pretrain.data.readers import Reading, delimiter_of, read_file
 from pretrain.data.sources import documents, resolve_sources

@@ -32,7 +32,7 @@ from distributed.torchrun import Torchrun
 from pretrain.checkpoint import latest
 from pretrain.data.prepare import prepare
 from pretrain.parallel.record import FILE
-from pretrain.training.logging import read_log
+from pretrain.utils.run_log import read_log
 from tiny import TEXTS
 
 WORKER = Path(__file__).parent / "fault_worker.py"

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.cli import main
+from pretrain.cli.main import main
 from pretrain.parallel.world import World
 from pretrain.training import trainer as training
 

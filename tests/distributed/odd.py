@@ -16,9 +16,9 @@ from torch import nn
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.models import build
+from pretrain.nn.layout import local
 from pretrain.objectives.base import Loss
 from pretrain.objectives.next_token import NextToken
-from pretrain.parallel.regions import local
 from pretrain.parallel.world import current_world
 from pretrain.training.trainer import Trainer
 from tiny import Rows, tokenizer

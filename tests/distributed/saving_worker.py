@@ -17,14 +17,14 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from pretrain.checkpoint import Saver, TrainingState, save_checkpoint
+from pretrain.checkpoint.sharded_loading import latest_together, load_slices, read_training_slices
 from pretrain.errors import CheckpointError
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.parallel.regions import Layout, local
+from pretrain.nn.layout import Layout, local
 from pretrain.parallel.world import World
-from pretrain.storage import files
-from pretrain.storage.partial import latest_together, load_slices, read_training_slices
-from pretrain.storage.tensors import TensorFile
+from pretrain.utils import files
+from pretrain.utils.tensors import TensorFile
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_positions": 16, "vocab_size": 61}
 LIMIT = 1.0  # seconds without progress; four times as many while a checkpoint is written

@@ -25,10 +25,10 @@ from pretrain.models.base import Model
 from pretrain.nn import loss as loss_module
 from pretrain.nn.attention import AttentionMask
 from pretrain.nn.block import Block, BlockConfig
+from pretrain.nn.layout import piece
 from pretrain.nn.loss import chunked_cross_entropy
 from pretrain.nn.parallel import Group, VocabShard, all_reduce, enter, gather, leave
 from pretrain.objectives import build_objective, likelihood
-from pretrain.parallel.regions import piece
 from pretrain.parallel.tensor import reduce_partial_gradients, shard_model
 from tiny import Rows, tokenizer
 

@@ -30,15 +30,14 @@ import numpy as np
 import pretrain
 from faults import products
 from pretrain.checkpoint import load, read_training
-from pretrain.config import RunConfig
+from pretrain.checkpoint.best import best_first, swept_rate
+from pretrain.checkpoint.peers import ALONE
+from pretrain.checkpoint.sharded_loading import latest_together
+from pretrain.config import RunConfig, check
 from pretrain.data.prepared import Prepared
 from pretrain.errors import PretrainError
 from pretrain.finetuning.settings import TuneConfig
-from pretrain.reporting.history import read_history
-from pretrain.settings import check
-from pretrain.storage.chosen import best_first, swept_rate
-from pretrain.storage.partial import latest_together
-from pretrain.storage.peers import ALONE
+from pretrain.report.history import read_history
 from pretrain.training.run import check_same_run
 
 OUTCOMES = (

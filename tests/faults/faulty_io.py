@@ -1,4 +1,4 @@
-"""Stand-ins for `pretrain.storage.files.IO` that kill the process at a call, make it fail, or remember every call."""
+"""Stand-ins for `pretrain.utils.files.IO` that kill the process at a call, make it fail, or remember every call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.storage.files import FileIO
+from pretrain.utils.files import FileIO
 
 
 class FaultyIO(FileIO):

@@ -31,7 +31,9 @@ from typing import Any
 import pretrain
 from faults import products
 from pretrain.checkpoint import load
-from pretrain.cli import COMMANDS
+from pretrain.checkpoint.manifest import read_manifest
+from pretrain.cli.arguments import make_parser, parse
+from pretrain.cli.main import COMMANDS
 from pretrain.config import RunConfig
 from pretrain.data.chat import ChatTemplate
 from pretrain.data.conversations import to_conversations
@@ -44,11 +46,9 @@ from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.objectives import task_class
-from pretrain.report import render
-from pretrain.settings.arguments import make_parser, parse
-from pretrain.storage.manifest import read_manifest
-from pretrain.storage.tensors import read_tensors
+from pretrain.report.run_report import render
 from pretrain.training.logging import RunLog
+from pretrain.utils.tensors import read_tensors
 
 SECONDS = 20  # for one input, on a busy machine
 ODD: list[Any] = [

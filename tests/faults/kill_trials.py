@@ -26,7 +26,7 @@ import torch
 
 import pretrain
 from pretrain.checkpoint import latest
-from pretrain.training.logging import read_log
+from pretrain.utils.run_log import read_log
 
 
 def config(out: Path, text: Path, cache: Path, objective: str) -> dict[str, Any]:

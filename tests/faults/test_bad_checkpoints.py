@@ -27,12 +27,12 @@ from pretrain.checkpoint import (
     save_model,
     verify,
 )
+from pretrain.checkpoint.manifest import BYSTANDERS
+from pretrain.checkpoint.peers import ALONE
+from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, PretrainError
 from pretrain.models import build
-from pretrain.storage.manifest import BYSTANDERS
-from pretrain.storage.partial import latest_together
-from pretrain.storage.peers import ALONE
 
 SIZES = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_positions": 8}
 FILES = [
@@ -219,7 +219,7 @@ def test_files_of_another_checkpoint_are_noticed(run):
 
 def sealed(body):
     """A manifest with a digest that is right: what a forger writes."""
-    from pretrain.storage.strict_json import to_json
+    from pretrain.utils.strict_json import to_json
 
     body.pop("digest", None)
     return to_json({**body, "digest": hashlib.sha256(to_json(body)).hexdigest()})
@@ -592,17 +592,17 @@ def test_saving_under_an_impossible_name_is_a_sentence(tmp_path):
 
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
     """What was verified is what is used: the file is read once."""
-    from pretrain.storage import opened as checkpoint_read
+    from pretrain.checkpoint import model_directory
 
     save_model(build("gpt2", vocab_size=9, **SIZES), tmp_path / "m")
     wanted = load(tmp_path / "m", quiet=True).state_dict()
-    original = checkpoint_read.read_tensors
+    original = model_directory.read_tensors
 
     def then_cut(path, *arguments, **options):
         found = original(path, *arguments, **options)
         os.truncate(path, 0)
         return found
 
-    monkeypatch.setattr(checkpoint_read, "read_tensors", then_cut)
+    monkeypatch.setattr(model_directory, "read_tensors", then_cut)
     found = load(tmp_path / "m", quiet=True).state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import RunConfig
+from pretrain.config.strict_yaml import parse
 from pretrain.errors import ConfigError, PretrainError
-from pretrain.settings.strict_yaml import parse
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)

@@ -23,7 +23,7 @@ from pretrain.errors import (
     PretrainError,
     RunLocked,
 )
-from pretrain.storage import files
+from pretrain.utils import files
 
 NAN = float("nan")
 

@@ -28,7 +28,7 @@ from pretrain.checkpoint import (
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointError
 from pretrain.models import build
-from pretrain.storage import files
+from pretrain.utils import files
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import pytest
 
 import pretrain
 from faults import products
-from pretrain import cli, report
+from pretrain.cli import main as cli
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import PretrainError
-from pretrain.storage.files import open_writable, replace_file
+from pretrain.report import run_report as report
+from pretrain.utils.files import open_writable, replace_file
 
 
 def test_everything_is_written_without_following_links(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pretrain
 from finetuning.conftest import QUICK, rows_of
-from pretrain.cli import main
+from pretrain.cli.main import main
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.compare import stratified_subset
 from pretrain.training.state import Run

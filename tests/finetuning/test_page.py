@@ -21,8 +21,8 @@ from pretrain.finetuning.card import base_model, model_card
 from pretrain.finetuning.page import command, render, write_report
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.finetuning.views import Confusion, Errors
+from pretrain.inference.predict import task_of
 from pretrain.models import build
-from pretrain.predict import task_of
 from pretrain.training.state import Run
 
 EVIL = "</pre></td></style><script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;`|*[a](b)\n# x\x00\ud800"

@@ -54,7 +54,7 @@ def test_further_rows(result: Any, tmp_path: Path) -> None:
 def test_saved_and_opened_it_answers_the_same(result: Any, tmp_path: Path) -> None:
     texts = [r["text"] for r in rows_of(9, 2)]
     model = pretrain.load(result.save(tmp_path / "saved"), quiet=True)
-    from pretrain.predict import predict
+    from pretrain.inference.predict import predict
 
     assert predict(model, texts) == result.predict(texts)
     figure = f"{result.test_metrics['accuracy']:.4g}"

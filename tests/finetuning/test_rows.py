@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuning.conftest import ANIMALS, model_of, rows_of
+from pretrain.config.spelling import FINETUNE, Interface, using
 from pretrain.data.tables import read_table
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.objectives import check_options
 from pretrain.objectives.classification import Classification
-from pretrain.settings.spelling import FINETUNE, Interface, using
 
 
 @using(FINETUNE)

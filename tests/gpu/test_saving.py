@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pretrain.checkpoint import Saver, TrainingState, save_checkpoint
+from pretrain.checkpoint.async_saving import Staging
 from pretrain.models import build
-from pretrain.storage.background import Staging
 
 pytestmark = [
     pytest.mark.gpu,

@@ -154,7 +154,7 @@ def test_learns_answers_and_stops(tmp_path: Path) -> None:
 def test_generate_says_once_that_it_uses_no_template(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pretrain import cli
+    from pretrain.cli import main as cli
 
     task = Instruction(model())
     made = task.model
@@ -341,7 +341,7 @@ def test_rows_too_long_are_refused_with_advice_that_can_be_followed() -> None:
 
 
 def test_why_an_answer_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    from pretrain.predict import predict_with
+    from pretrain.inference.predict import predict_with
 
     eos = tokenizer().roles["eos"]
     task = Instruction(model(max_positions=48))

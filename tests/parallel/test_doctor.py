@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pretrain import cli
+from pretrain.cli import main as cli
 from pretrain.errors import DistributedError
 from pretrain.parallel import doctor, machine, network
 

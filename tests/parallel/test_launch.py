@@ -21,7 +21,7 @@ from pretrain.errors import CheckpointError, ConfigError, DataError, Distributed
 from pretrain.parallel import launch
 from pretrain.parallel.launch import Launched
 from pretrain.training.launched import on_devices, read_run
-from pretrain.training.logging import read_log
+from pretrain.utils.run_log import read_log
 
 # An objective of the user's own, on the caller's path of modules, in which the second process comes to grief.
 BROKEN = """
@@ -40,7 +40,7 @@ class Broken(NextToken):
 FULL = """
 import errno, os
 from pretrain import NextToken
-from pretrain.storage import files
+from pretrain.utils import files
 def write(descriptor, data):
     raise OSError(errno.ENOSPC, "by hand")
 class Full(NextToken):

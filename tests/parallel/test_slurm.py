@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
 
-from pretrain import cli
 from pretrain.checkpoint import latest, verify
+from pretrain.cli import main as cli
 from pretrain.errors import ConfigError
 from pretrain.parallel.slurm import Job, script
 

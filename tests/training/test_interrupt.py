@@ -18,9 +18,9 @@ from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import TrainingError
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
-from pretrain.training.logging import read_log
 from pretrain.training.setup import set_up
 from pretrain.training.trainer import Hook
+from pretrain.utils.run_log import read_log
 from tiny import Rows, losses, objective, trainer
 
 

@@ -19,8 +19,9 @@ from pretrain.errors import ConfigError
 from pretrain.training import live
 from pretrain.training.journal import Journal
 from pretrain.training.live import LiveView
-from pretrain.training.logging import Progress, RunLog, make_loggers, read_log
+from pretrain.training.logging import Progress, RunLog, make_loggers
 from pretrain.training.state import RunState
+from pretrain.utils.run_log import read_log
 from tiny import Rows, objective, trainer
 
 

@@ -21,7 +21,7 @@ from pretrain.adapters.layer import LoraLinear
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.models.heads import LABELLED, LanguageHead
 from pretrain.models.names import Entry, pack
-from pretrain.storage.files import note
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pretrain.config.spelling import option
 from pretrain.data.readers import decode_line, lines
 from pretrain.errors import DataError
-from pretrain.settings.spelling import option
 
 __all__ = ["Sentence", "conll_sentences", "conllu_sentences"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.spelling import option
 from pretrain.data.readers import csv_rows, delimiter_of, lines
 from pretrain.errors import DataError
-from pretrain.settings.spelling import option
-from pretrain.storage.files import note
+from pretrain.utils.files import note
 
 __all__ = ["Content", "cell_form", "distinct", "numbered_names", "read_delimited", "shown"]
 

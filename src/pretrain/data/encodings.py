@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from pretrain.config.spelling import option
 from pretrain.data.archives import open_packed
 from pretrain.errors import DataError
-from pretrain.settings.spelling import option
 
 __all__ = ["check_encoding", "likely_encoding", "not_decodable", "open_text"]
 

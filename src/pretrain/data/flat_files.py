@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import DataError
-from pretrain.storage.files import replace_file
+from pretrain.utils.files import replace_file
 
 __all__ = ["IN_MEMORY", "FlatFile", "sums_name", "write_sums"]
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pretrain.config.spelling import option
 from pretrain.data.labels import is_missing, number_in
 from pretrain.errors import DataError
-from pretrain.settings.spelling import option
 
 __all__ = ["Several", "is_on", "printed_list", "read_several"]
 

@@ -13,13 +13,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.config.spelling import column as column_option
+from pretrain.config.spelling import option
 from pretrain.data.label_forms import is_on
 from pretrain.data.labels import LabelMap, is_missing, make_label_map, make_tag_map, number_in
 from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError, did_you_mean
-from pretrain.settings.spelling import column as column_option
-from pretrain.settings.spelling import option
-from pretrain.storage.files import note
+from pretrain.utils.files import note
 
 __all__ = [
     "LabelMap", "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata",

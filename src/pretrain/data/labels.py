@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.config.spelling import column as column_option
+from pretrain.config.spelling import option
 from pretrain.errors import DataError, did_you_mean
-from pretrain.settings.spelling import column as column_option
-from pretrain.settings.spelling import option
-from pretrain.storage.files import note
+from pretrain.utils.files import note
 
 __all__ = [
     "LabelMap",

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from pretrain.reporting.curves import nice_ticks
-from pretrain.storage.files import printable
+from pretrain.utils.curves import nice_ticks
+from pretrain.utils.files import printable
 
 __all__ = ["Overview"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pretrain.data.readers import COMPRESSIONS, FORMATS, found_in_folders
 from pretrain.errors import DataError
-from pretrain.storage.files import replace_file
+from pretrain.utils.files import replace_file
 
 __all__ = ["FileHashes", "cache_home", "find_files", "passed_over"]
 

@@ -26,7 +26,7 @@ from pretrain.data.shards import read_sealed, token_dtype, write_sealed
 from pretrain.data.sources import Source, sized_pieces
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import DataError
-from pretrain.storage.files import open_writable
+from pretrain.utils.files import open_writable
 
 __all__ = ["SPLITS", "Progressed", "pack_split", "tokenise", "unigram_baseline"]
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.spelling import option
 from pretrain.data.flat_files import write_sums
 from pretrain.data.job import Job, understand
 from pretrain.data.paths import FileHashes, cache_home
@@ -43,7 +44,6 @@ from pretrain.data.workdir import (
 )
 from pretrain.errors import DataError, TokenizerError
 from pretrain.printing import printable
-from pretrain.settings.spelling import option
 
 __all__ = ["Prepared", "prepare"]
 

@@ -11,8 +11,8 @@ from pretrain.data.pipeline import SPLITS
 from pretrain.data.shards import Rows, check_files, unsealed
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, DataError
-from pretrain.storage.files import printable
-from pretrain.storage.strict_json import JSON_LIMIT, parse_json
+from pretrain.utils.files import printable
+from pretrain.utils.strict_json import JSON_LIMIT, parse_json
 
 __all__ = ["FORMAT", "MANIFEST", "Prepared", "read_manifest"]
 

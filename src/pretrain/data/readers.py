@@ -18,10 +18,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.spelling import column as column_option
 from pretrain.data.archives import COMPRESSIONS
 from pretrain.data.encodings import check_encoding, not_decodable, open_text
 from pretrain.errors import DataError, did_you_mean
-from pretrain.settings.spelling import column as column_option
 
 __all__ = [
     "COMPRESSIONS", "FORMATS", "Piece", "Reading", "csv_rows", "decode_line", "delimiter_of", "file_format",

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.config.spelling import option
 from pretrain.data.order import mix64
 from pretrain.data.shards import read_sealed, write_sealed
 from pretrain.data.sources import PIECE_CHARS, Source, sized_pieces
 from pretrain.errors import DataError
-from pretrain.settings.spelling import option
-from pretrain.storage.files import replace_file
+from pretrain.utils.files import replace_file
 
 __all__ = ["Progress", "Sample", "Scan", "sample_filter", "scan_sources"]
 

@@ -22,7 +22,7 @@ from pretrain.data import flat_files
 from pretrain.data.flat_files import FlatFile
 from pretrain.data.order import MixtureOrder, Order
 from pretrain.errors import DataError
-from pretrain.storage.files import replace_file
+from pretrain.utils.files import replace_file
 
 __all__ = ["Example", "Rows", "check_files", "file_record", "token_dtype", "write_json"]
 

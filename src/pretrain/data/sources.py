@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from pretrain.config.spelling import option, option_name
 from pretrain.data.encodings import check_encoding
 from pretrain.data.paths import FileHashes, cache_home, find_files, passed_over
 from pretrain.data.readers import (
@@ -28,8 +29,7 @@ from pretrain.data.readers import (
     read_file,
 )
 from pretrain.errors import DataError
-from pretrain.settings.spelling import option, option_name
-from pretrain.storage.files import replacing
+from pretrain.utils.files import replacing
 
 __all__ = [
     "DatasetSource", "FileHashes", "FileSource", "HubSource", "PythonSource", "Source", "documents",

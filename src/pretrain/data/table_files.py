@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.spelling import option
 from pretrain.data.archives import COMPRESSIONS, open_packed
 from pretrain.data.conll import conll_sentences, conllu_sentences
 from pretrain.data.delimited import Content, distinct, read_delimited, shown
@@ -24,8 +25,7 @@ from pretrain.data.readers import (
     whole_characters,
 )
 from pretrain.errors import DataError, did_you_mean
-from pretrain.settings.spelling import option
-from pretrain.storage.files import note
+from pretrain.utils.files import note
 
 __all__ = ["TABLE_FORMATS", "columns_of_rows", "read_table_file", "unhalved"]
 

@@ -19,7 +19,7 @@ from pretrain.data.readers import csv_rows, json_rows
 from pretrain.data.table_files import TABLE_FORMATS, unhalved
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
-from pretrain.storage.files import HashingFile, note, replacing
+from pretrain.utils.files import HashingFile, note, replacing
 
 __all__ = ["WRITABLE", "Chunk", "RowWriter", "stream_chunks", "table_kind"]
 

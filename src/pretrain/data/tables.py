@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.spelling import option
 from pretrain.data.delimited import Content, distinct, numbered_names
 from pretrain.data.paths import find_files
 from pretrain.data.table_files import columns_of_rows, read_table_file, unhalved
 from pretrain.errors import DataError
-from pretrain.settings.spelling import option
-from pretrain.storage.files import note
+from pretrain.utils.files import note
 
 __all__ = ["Table", "held_out_splits", "read_table", "splits"]
 

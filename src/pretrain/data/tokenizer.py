@@ -29,7 +29,7 @@ from pretrain.data.tokenizer_build import (
 from pretrain.data.tokenizer_files import open_directory, open_file
 from pretrain.data.word_boundaries import WordFinder, token_bytes
 from pretrain.errors import TokenizerError, did_you_mean
-from pretrain.storage.files import replace_file
+from pretrain.utils.files import replace_file
 
 __all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
 SAMPLE_BYTES = 32_000_000

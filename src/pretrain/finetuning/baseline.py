@@ -195,7 +195,7 @@ def lsa_baseline(
 
 def embeddings(model: Model) -> Vectors:
     """The mean of the last hidden states of each text; long texts are cut without a word, as all arms cut them."""
-    from pretrain.generate import embed
+    from pretrain.inference.generate import embed
 
     def transform(texts: Sequence[str]) -> Any:
         with warnings.catch_warnings():

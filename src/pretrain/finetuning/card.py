@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.storage.card import PIPELINES, one_line, yaml_scalar
+from pretrain.checkpoint.model_card import PIPELINES, one_line, yaml_scalar
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
@@ -212,7 +212,7 @@ def example_input(result: Finetuned) -> str:
 
 def _read(result: Finetuned) -> list[str]:
     """The roles that the rows of this run have, those that are learned aside."""
-    from pretrain.predict import roles_read
+    from pretrain.inference.predict import roles_read
 
     data: Any = getattr(result, "data", None)
     present = data.train.names if data is not None else None

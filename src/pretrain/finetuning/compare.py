@@ -22,8 +22,8 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.remarks import texts_of
 from pretrain.finetuning.transfer import Comparison, Notes
 from pretrain.metrics import LOWER_IS_BETTER
-from pretrain.reporting.history import read_history
-from pretrain.storage.files import note
+from pretrain.report.history import read_history
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

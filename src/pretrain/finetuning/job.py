@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_choice
+from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
+from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, DataError, Interrupted
 from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
@@ -31,14 +34,11 @@ from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.parallel.parts import copy_whole
 from pretrain.parallel.world import current_world
-from pretrain.settings.spelling import option, option_name
-from pretrain.storage.chosen import BEST, SWEEP, run_state, swept_rate, write_choice
-from pretrain.storage.files import note
-from pretrain.storage.manifest import candidates
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.restore import load_weights
 from pretrain.training.run import check_same_run, has_begun
 from pretrain.training.trainer import Trainer
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.spelling import FINETUNE, using
 from pretrain.data.overview import Overview
 from pretrain.finetuning.rows import Data, open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.finetuning.start import classes_of, starting_model
 from pretrain.objectives import check_options, task_class
-from pretrain.settings.spelling import FINETUNE, using
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

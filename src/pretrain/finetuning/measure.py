@@ -9,10 +9,9 @@ from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.tables import read_table
 from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
+from pretrain.inference.predict import columns_of, has_columns, smaller_batch
 from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.tasks import Task
-from pretrain.predict import columns_of, has_columns, smaller_batch
-from pretrain.storage.files import note
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import (
     Precision,
@@ -21,6 +20,7 @@ from pretrain.training.precision import (
     evaluation_precision,
 )
 from pretrain.training.restore import load_weights
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     import torch

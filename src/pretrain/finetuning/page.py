@@ -18,9 +18,9 @@ from pretrain.errors import DataError
 from pretrain.finetuning.card import baselines, example_input, model_card
 from pretrain.finetuning.settings import from_memory
 from pretrain.parallel.world import current_world
-from pretrain.reporting.curves import Series, curve_svg
-from pretrain.reporting.history import History, loss_svg, sort_records
-from pretrain.reporting.page import page, show, table, tile_row, write_page
+from pretrain.report.history import History, loss_svg, sort_records
+from pretrain.report.page import page, show, table, tile_row, write_page
+from pretrain.utils.curves import Series, curve_svg
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
@@ -263,7 +263,7 @@ def command(result: Finetuned) -> str:
 
 
 def _repeat(result: Finetuned) -> str:
-    from pretrain.settings.strict_yaml import dump
+    from pretrain.config.strict_yaml import dump
 
     use = [_USE.format(path=str(_model_path(result)), example=example_input(result))]
     return (

@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.spelling import option
 from pretrain.errors import DataError
 from pretrain.metrics import LOWER_IS_BETTER
-from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned

@@ -155,8 +155,8 @@ class Finetuned:
         )
 
     def predict(self, inputs: Any, **options: Any) -> Any:
-        """Answer one input with a dict, or several with a list of dicts; see ``pretrain.predict.predict``."""
-        from pretrain.predict import predict_with
+        """Answer one input with a dict, or several with a list of dicts; see ``pretrain.inference.predict.predict``."""
+        from pretrain.inference.predict import predict_with
 
         return predict_with(self.task, inputs, **options)
 
@@ -262,7 +262,7 @@ class Finetuned:
         return printable("\n".join(lines), lines=True)
 
     def _repr_html_(self) -> str:
-        from pretrain.reporting.history import loss_svg, sort_records
+        from pretrain.report.history import loss_svg, sort_records
 
         names = list(dict.fromkeys(k for _, f in self._figures() for k in f if k != "targets"))
         head = "".join(f"<th>{html.escape(name)}</th>" for name in names)

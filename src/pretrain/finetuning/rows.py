@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.spelling import option
 from pretrain.data.labelled import (
     choose_columns,
     column_names,
@@ -22,9 +23,8 @@ from pretrain.data.labelled import (
 )
 from pretrain.data.tables import read_table, splits
 from pretrain.errors import DataError
-from pretrain.predict import has_columns
-from pretrain.settings.spelling import option
-from pretrain.storage.files import muted
+from pretrain.inference.predict import has_columns
+from pretrain.utils.files import muted
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

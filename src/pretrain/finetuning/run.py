@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.spelling import FINETUNE, option, using
 from pretrain.errors import ConfigError
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.launched import check_spread, train_on
 from pretrain.finetuning.settings import TuneConfig, from_keywords
 from pretrain.parallel.world import current_world
-from pretrain.settings.spelling import FINETUNE, option, using
-from pretrain.storage.files import muted, note
 from pretrain.training.run import check_same_run
+from pretrain.utils.files import muted, note
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned

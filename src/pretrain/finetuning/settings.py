@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, within
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.config.run import within
+from pretrain.config.spelling import option
 from pretrain.data.table_stream import table_kind
 from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
-from pretrain.settings.spelling import option
 
 __all__ = ["TuneConfig", "from_keywords", "from_memory"]
 
@@ -223,7 +224,7 @@ class TuneConfig:
     @classmethod
     def load(cls, source: Any = None, overrides: Mapping[str, Any] | None = None) -> TuneConfig:
         """Read settings and check every one of them; see ``RunConfig.load``."""
-        from pretrain.settings.check import read_sections
+        from pretrain.config.check import read_sections
 
         return cls(**read_sections(cls.SECTIONS, source, overrides))
 
@@ -239,8 +240,8 @@ class TuneConfig:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the settings as YAML that ``load`` reads back."""
-        from pretrain.settings.check import with_digest, write_text
-        from pretrain.settings.strict_yaml import dump
+        from pretrain.config.check import with_digest, write_text
+        from pretrain.config.strict_yaml import dump
 
         return write_text(Path(path), with_digest(dump(self.to_dict())))
 

@@ -8,13 +8,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pretrain.checkpoint.loading import named_classes
+from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
-from pretrain.settings.spelling import option_name
-from pretrain.storage.files import note
-from pretrain.storage.reading import named_classes
 from pretrain.training.source import open_source
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task

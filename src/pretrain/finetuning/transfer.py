@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from pretrain.errors import DataError, PretrainError
 from pretrain.finetuning.cost import steps_to_best
 from pretrain.metrics import LOWER_IS_BETTER
-from pretrain.reporting.curves import Series, curve_svg
-from pretrain.reporting.intervals import mean_interval, student_t
-from pretrain.storage.strict_json import parse_json
+from pretrain.utils.curves import Series, curve_svg
+from pretrain.utils.intervals import mean_interval, student_t
+from pretrain.utils.strict_json import parse_json
 
 __all__ = ["PRETRAINED", "SCRATCH", "Arm", "Comparison", "Gain", "Notes", "steps_to_best"]
 

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, ModelError, did_you_mean
+from pretrain.hub import ModelMethods
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import SIZES, BackboneConfig, ConfigReader, drop_code
 from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
 from pretrain.models.names import Entry, LoadReport, Name
 from pretrain.models.sentences import SentenceSettings
 from pretrain.models.state import disk_state, disk_view, entries_of, load_disk_state
-from pretrain.parallel.regions import local
+from pretrain.nn.layout import local
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pretrain.data.tokenizer import Tokenizer
-    from pretrain.storage.tensors import LazyTensors
+    from pretrain.utils.tensors import LazyTensors
 
 __all__ = [
     "HEAD_KINDS",
@@ -42,7 +41,7 @@ __all__ = [
 ]
 
 
-class Model(nn.Module):
+class Model(ModelMethods, nn.Module):
     """Backbone, head and tokenizer: what ``pretrain.load`` returns.
 
     Args:
@@ -63,7 +62,7 @@ class Model(nn.Module):
         card: README.md of the directories that the model is saved to; None writes one from config.json.
         merge_gap: largest difference of the outputs that the last ``merge`` made, or None.
         tp: how the parameters are cut over several processes (``pretrain.parallel.tensor``), or None.
-        layout: which part of every parameter lies in this process (``pretrain.parallel.regions``), or None: all.
+        layout: which part of every parameter lies in this process (``pretrain.nn.layout``), or None: all.
         computes_on: device on which the model computes while its parameters wait on another one (``cpu_offload``), or
             None: where they lie.
         start: gives weights to a model that was left on the meta device, once its parts have their places.
@@ -241,63 +240,6 @@ class Model(nn.Module):
             config["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
             config["label2id"] = {label: i for i, label in enumerate(self.labels)}
         return config
-
-    # ------------------------------------------------------------------ use
-
-    def generate(self, prompts: Any, **options: Any) -> Any:
-        """Continue prompts; see ``pretrain.generate.generate``."""
-        from pretrain.generate import generate
-
-        return generate(self, prompts, **options)
-
-    def fill_mask(self, text: Any, **options: Any) -> Any:
-        """Fill mask tokens; see ``pretrain.generate.fill_mask``."""
-        from pretrain.generate import fill_mask
-
-        return fill_mask(self, text, **options)
-
-    def embed(self, texts: Any, **options: Any) -> Any:
-        """One vector per text; see ``pretrain.generate.embed``."""
-        from pretrain.generate import embed
-
-        return embed(self, texts, **options)
-
-    def predict(self, inputs: Any, **options: Any) -> Any:
-        """Answer texts, pairs or rows with the task the model was fine-tuned for; see ``pretrain.predict.predict``."""
-        from pretrain.predict import predict
-
-        return predict(self, inputs, **options)
-
-    def chat(self, messages: Any, **options: Any) -> str:
-        """Answer a conversation; see ``pretrain.predict.chat``."""
-        from pretrain.predict import chat
-
-        return chat(self, messages, **options)
-
-    def save(self, directory: str | Path) -> Path:
-        """Write a directory that transformers opens; see ``pretrain.checkpoint.save_model``."""
-        from pathlib import Path
-
-        from pretrain.checkpoint import save_model
-
-        save_model(self, directory)
-        return Path(directory)
-
-    save_pretrained = save
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Model:
-        """Open a directory; see ``pretrain.checkpoint.load``."""
-        from pretrain.checkpoint import load
-
-        model: Model = load(directory)
-        return model
-
-    def merge_adapter(self, check: bool = True) -> Model:
-        """Fold the adapter into the weights; see ``pretrain.adapters.attach.merge``."""
-        from pretrain.adapters.attach import merge
-
-        return merge(self, check)
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Parameters, tied ones once; without those of the embeddings if asked."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError
-from pretrain.parallel.regions import Region
-from pretrain.storage.tensors import LazyTensors
+from pretrain.nn.layout import Region
+from pretrain.utils.tensors import LazyTensors
 
 __all__ = [
     "ADAPTER_PREFIX",

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.models.config import drop_code
-
-if TYPE_CHECKING:
-    from pretrain.storage.opened import ModelDirectory
 
 __all__ = ["POOLINGS", "SentenceSettings", "pool", "pooling_named"]
 
@@ -86,6 +83,22 @@ def _mean(hidden: Tensor, weight: Tensor) -> Tensor:
     return total / weight.sum(1, keepdim=True).clamp(min=1e-9)
 
 
+class JsonFiles(Protocol):
+    """A directory of JSON files, such as ``pretrain.checkpoint.model_directory.ModelDirectory``."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        ...
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a file."""
+        ...
+
+    def json_list(self, name: str) -> list[Any]:
+        """The list in a file."""
+        ...
+
+
 @dataclass(frozen=True)
 class SentenceSettings:
     """What modules.json and the files beside it say.
@@ -131,7 +144,7 @@ class SentenceSettings:
         return str(prompts.get(name) or "") if name is not None else ""
 
     @classmethod
-    def read(cls, directory: ModelDirectory) -> SentenceSettings | None:
+    def read(cls, directory: JsonFiles) -> SentenceSettings | None:
         """Understand a directory; None where it has no modules.json."""
         if not directory.has("modules.json"):
             return None

@@ -25,7 +25,7 @@ from pretrain.models.names import (
     pack,
     unpack,
 )
-from pretrain.storage.tensors import LazyTensors
+from pretrain.utils.tensors import LazyTensors
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

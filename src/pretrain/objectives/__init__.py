@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from pretrain.config.check import check_value
+from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.objectives.base import Loss, Objective
-from pretrain.settings.check import check_value
-from pretrain.settings.spelling import option, option_name
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task

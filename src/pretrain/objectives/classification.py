@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
+from pretrain.config.spelling import option
 from pretrain.data.label_forms import read_several
 from pretrain.data.labelled import Role
 from pretrain.data.labels import LabelMap, blanks_note, flattened, make_tag_map
@@ -23,7 +24,6 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.tasks import Learned, Task, sequence_labels
-from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

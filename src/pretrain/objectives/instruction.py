@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from pretrain.config.spelling import option
 from pretrain.data.chat import (
     ChatTemplate,
     Message,
@@ -32,7 +33,6 @@ from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, TokenObjective
 from pretrain.objectives.tasks import Learned, Task
-from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -437,7 +437,7 @@ class Instruction(Task, TokenObjective):
             table: conversations, columns named by role.
             batch_rows: answers that are written at once.
             max_new_tokens: tokens of an answer at most.
-            options: see ``pretrain.generate``; without any the likeliest token is taken each time.
+            options: see ``pretrain.inference.generate``; without any the likeliest token is taken each time.
 
         Returns:
             ``answer`` and ``messages``, the conversation with it, for each row; both None where there is no room for
@@ -563,7 +563,7 @@ def reply(
         messages: ``{"role", "content"}`` each, the last one the user's.
         tools: descriptions of functions, for a template that writes them.
         max_new_tokens: tokens of the answer at most.
-        options: see ``pretrain.generate``.
+        options: see ``pretrain.inference.generate``.
 
     Raises:
         DataError: special tokens are typed into the text, or the template refuses the conversation.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain import metrics as figures_of
+from pretrain.config.spelling import option
 from pretrain.data.labelled import Role
 from pretrain.data.labels import finite_numbers
 from pretrain.data.task_rows import TaskRows
@@ -18,7 +19,6 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.classification import PAIR, TEXT, encode_texts
 from pretrain.objectives.tasks import Learned, Task, sequence_labels
-from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
+from pretrain.config.spelling import option
 from pretrain.data.labelled import Role, label_strata, make_tag_map
 from pretrain.data.task_rows import TaskRows
 from pretrain.data.words import blanks_before_words, read_tags, read_words, word_windows
@@ -27,7 +28,6 @@ from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, Loss
 from pretrain.objectives.classification import given_weights
 from pretrain.objectives.tasks import Learned, Task
-from pretrain.settings.spelling import option
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

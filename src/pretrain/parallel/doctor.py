@@ -31,7 +31,7 @@ from pretrain.parallel.machine import (
     problems_of,
 )
 from pretrain.parallel.world import World
-from pretrain.storage.files import printable
+from pretrain.utils.files import printable
 
 __all__ = ["doctor"]
 

@@ -27,7 +27,7 @@ from pretrain import __version__
 from pretrain.errors import DistributedError
 from pretrain.parallel.board import get, put, wait
 from pretrain.parallel.fitting import misfit, ranks
-from pretrain.storage.files import write_file
+from pretrain.utils.files import write_file
 
 __all__ = ["bounded", "check_links", "fingerprint", "handshake", "introduce"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.parallel.regions import Layout, local
+from pretrain.nn.layout import Layout, local
 from pretrain.parallel.world import World
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ModelError, TrainingError
-from pretrain.parallel.regions import local
+from pretrain.nn.layout import local
 from pretrain.parallel.world import World
 
 __all__ = ["drop_zeros", "fill_gaps", "reached_parameters", "refuse_lost"]

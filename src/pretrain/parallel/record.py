@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from pretrain.storage.files import printable, replace_file
+from pretrain.utils.files import printable, replace_file
 
 __all__ = [
     "FILE",

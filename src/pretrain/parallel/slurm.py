@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.check import read_file, write_text
 from pretrain.errors import ConfigError
 from pretrain.parallel.sizes import check_batch
-from pretrain.settings.check import read_file, write_text
 
 __all__ = ["Job", "add_slurm", "is_task", "script", "write"]
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ParallelConfig
+from pretrain.nn.layout import Layout, local
 from pretrain.nn.parallel import Group
 from pretrain.objectives.base import Batch, Loss, Objective
 from pretrain.parallel.reach import drop_zeros, fill_gaps, reached_parameters, refuse_lost
-from pretrain.parallel.regions import Layout, local
 from pretrain.parallel.replicas import replicated
 from pretrain.parallel.sizes import Choice
 from pretrain.parallel.tensor import TensorParallel, reduce_partial_gradients, shard_model

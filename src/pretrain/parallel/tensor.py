@@ -19,8 +19,8 @@ from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
 from pretrain.models.config import BackboneConfig
 from pretrain.models.heads import LanguageHead
+from pretrain.nn.layout import piece
 from pretrain.nn.parallel import Group, VocabShard, all_reduce
-from pretrain.parallel.regions import piece
 
 __all__ = [
     "TensorParallel",

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from pretrain.checkpoint.peers import agree, together
 from pretrain.errors import DistributedError, PretrainError
 from pretrain.parallel.board import all_here, put, wait
 from pretrain.parallel.estimates import Sizes
@@ -30,9 +31,8 @@ from pretrain.parallel.handshake import check_links, handshake, introduce
 from pretrain.parallel.launched import launched
 from pretrain.parallel.lifeline import SLOW, Lifeline, WriterPeers
 from pretrain.parallel.starts import of_this_start
-from pretrain.storage.directories import make_directories
-from pretrain.storage.files import note, writing
-from pretrain.storage.peers import agree, together
+from pretrain.utils.directories import make_directories
+from pretrain.utils.files import note, writing
 
 __all__ = ["World", "current_world", "found"]
 

@@ -17,10 +17,11 @@ from typing import Any
 from pretrain.checkpoint import latest
 from pretrain.errors import ConfigError
 from pretrain.parallel.launch import Launched, count_devices
-from pretrain.storage.files import printable
 from pretrain.training.live import open_screen
-from pretrain.training.logging import Progress, read_log
+from pretrain.training.logging import Progress
 from pretrain.training.state import Run, RunState, catch_signals
+from pretrain.utils.files import printable
+from pretrain.utils.run_log import read_log
 
 __all__ = ["follow", "on_devices", "read_run"]
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pretrain.reporting.curves import Series, curve_svg
-from pretrain.storage.files import printable
 from pretrain.training.logging import Progress
 from pretrain.training.relay import relay
 from pretrain.training.state import RunState
+from pretrain.utils.curves import Series, curve_svg
+from pretrain.utils.files import printable
 
 __all__ = ["LiveView", "open_screen"]
 

@@ -1,148 +1,28 @@
 """Where the figures of a run go: ``log.jsonl`` always, a progress bar, and the loggers that are asked for.
 
-``log.jsonl`` has one JSON object a line: ``{"step", "loss", "lr", ...}`` for training, ``{"step", "eval": {...}}``
-for evaluations, ``{"event": ...}`` for the rest; ``"chain"`` is a digest over all lines up to this one. Nothing is sent
-anywhere unless a logger is named.
+Nothing is sent anywhere unless a logger is named.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pretrain.errors import CheckpointError, ConfigError, did_you_mean
+from pretrain.errors import ConfigError, did_you_mean
 from pretrain.printing import printable
-from pretrain.storage import files
-from pretrain.storage.files import note, open_regular, replace_file, writing
 from pretrain.training.state import RunState
+from pretrain.utils import files
+from pretrain.utils.files import note, replace_file, writing
+from pretrain.utils.run_log import LogFile, line_digest, open_log
 
-__all__ = ["LOGGERS", "LogFile", "Progress", "RunLog", "make_loggers", "open_log", "read_log"]
-
-
-_CHAINED = re.compile(rb'(\{.+), "chain": "([0-9a-f]{12})"\}\n?')
-_LINE = 4 << 20  # bytes of one line
-_STEPS = 2**53
-_FIGURES = (
-    *("loss", "lr", "grad_norm", "tokens", "rows", "tokens_per_second", "mfu", "seconds", "epoch"),
-)
-
-
-@dataclass
-class LogFile:
-    """What is left of a ``log.jsonl``.
-
-    Attributes:
-        records: of the lines that hold, in order.
-        chains: their digests; empty where the log is from before there were any.
-        damage: what is wrong with the other lines, "" for nothing. A last line that was cut by a kill is no damage.
-    """
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    chains: list[str] = field(default_factory=list)
-    damage: str = ""
-
-
-def open_log(path: Path, last: str = "") -> LogFile:
-    """Read a ``log.jsonl`` as a file of unknown origin: no line of it is an error.
-
-    Every line ends with a digest of itself and of the digest before it, so that a line which was changed, lost or moved
-    is noticed. Logs without digests are read as well; a line that is no record of a run is damage there.
-
-    Args:
-        path: the file; none is an empty log.
-        last: a digest that must be in it, as a checkpoint remembers it.
-    """
-    found, before, chained = LogFile(), "", False
-    unchained: list[tuple[int, dict[str, Any]]] = []
-    wrong: list[int] = []
-    total = 0
-    try:
-        for total, line in enumerate(_lines(path), start=1):
-            match = _CHAINED.fullmatch(line)
-            body, chain = (line, "") if match is None else (match[1] + b"}", match[2].decode())
-            record = _record(body)
-            if match is None:
-                if record is not None:
-                    unchained.append((total, record))
-                elif line.strip() and line.endswith(b"\n"):
-                    wrong.append(total)
-                continue
-            if record is not None and chain == _chain(before, body):
-                found.records.append(record)
-                found.chains.append(chain)
-            else:
-                wrong.append(total)
-            before, chained = chain, True
-    except CheckpointError as error:
-        return LogFile(damage=str(error))
-    if chained:
-        wrong = sorted([*wrong, *(number for number, _ in unchained)])
-    else:
-        found.records = [record for _, record in unchained]
-    if wrong:
-        shown = ", ".join(map(str, wrong[:5])) + ", ..." * (len(wrong) > 5)
-        found.damage = f"{len(wrong)} of {total} lines are not as they were written (line {shown})"
-    elif last and last not in found.chains:
-        found.damage = "lines that were there when the newest checkpoint was written are missing"
-    return found
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file; one that is too long comes in pieces, none of which is a record."""
-    if not os.path.lexists(path):
-        return
-    descriptor, _ = open_regular(Path(os.path.realpath(path)))
-    with open(descriptor, "rb") as file:
-        while line := file.readline(_LINE):
-            yield line
-
-
-def _chain(before: str, line: bytes) -> str:
-    return hashlib.sha256(before.encode() + line).hexdigest()[:12]
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, with figures that are numbers or spell one; None if it is no record of a run."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    step = record.get("step", 0)
-    if type(step) is not int or not 0 <= step < _STEPS:
-        return None
-    if "eval" in record and not isinstance(record["eval"], dict):
-        return None
-    kept = {key: value for key, value in record.items() if key not in _FIGURES or _is_figure(value)}
-    if "eval" in kept:
-        kept["eval"] = {key: value for key, value in kept["eval"].items() if _is_figure(value)}
-    if "samples" in kept:
-        samples = kept["samples"]
-        kept["samples"] = [str(text) for text in samples] if isinstance(samples, list) else []
-    return kept
-
-
-def _is_figure(value: object) -> bool:
-    try:
-        return isinstance(value, int | float | str) and (float(value), True)[1]
-    except (ValueError, OverflowError):
-        return False
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``log.jsonl``; see ``open_log``."""
-    return open_log(path).records
+__all__ = ["LOGGERS", "Progress", "RunLog", "make_loggers"]
 
 
 class RunLog:
@@ -187,7 +67,7 @@ class RunLog:
     def _line(self, record: dict[str, Any]) -> bytes:
         text = json.dumps(record).encode()
         self.records.append(record)
-        self.last = _chain(self.last, text)
+        self.last = line_digest(self.last, text)
         return text[:-1] + f', "chain": "{self.last}"}}\n'.encode()
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import check_writable, estimated_size, save_model
+from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
-from pretrain.parallel.regions import local
-from pretrain.storage.directories import temporary_name
-from pretrain.storage.partial import load_slices
+from pretrain.nn.layout import local
 from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.memory import free_memory, peak_memory
 from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
 from pretrain.training.trial import trial_step
+from pretrain.utils.directories import temporary_name
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer

@@ -10,11 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pretrain.storage import runlock
-from pretrain.storage.chosen import SWEEP
-from pretrain.storage.directories import make_directories
-from pretrain.storage.files import replace_file, writing
+from pretrain.checkpoint.best import SWEEP
 from pretrain.training.logging import RunLog
+from pretrain.utils import runlock
+from pretrain.utils.directories import make_directories
+from pretrain.utils.files import replace_file, writing
 
 __all__ = ["Home"]
 

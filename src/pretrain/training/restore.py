@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint.peers import ALONE, Peers
+from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
+from pretrain.nn.layout import Layout, local
 from pretrain.objectives.base import Objective
-from pretrain.parallel.regions import Layout, local
-from pretrain.storage.partial import load_slices, read_training_slices
-from pretrain.storage.peers import ALONE, Peers
 from pretrain.training.state import RunState
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from pretrain.checkpoint import latest, load
+from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, RunConfig, TrainConfig
+from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.errors import ConfigError, DataError, TokenizerError
@@ -24,9 +26,6 @@ from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
 from pretrain.parallel.turns import in_turn
 from pretrain.parallel.world import current_world
-from pretrain.settings.spelling import TRAIN, option, using
-from pretrain.storage.files import muted, note
-from pretrain.storage.manifest import candidates
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launched import on_devices
 from pretrain.training.plan import row_length
@@ -39,6 +38,7 @@ from pretrain.training.precision import (
 from pretrain.training.source import open_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
+from pretrain.utils.files import muted, note
 
 __all__ = ["evaluate", "train"]
 

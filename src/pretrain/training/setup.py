@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from pretrain.checkpoint import Saver
+from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.data.loader import Loader
 from pretrain.errors import ConfigError
 from pretrain.parallel.parts import Parts, align
-from pretrain.storage.partial import latest_together
 from pretrain.training.ema import WeightAverage
 from pretrain.training.feed import Feed
 from pretrain.training.layers import Layers

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pretrain.checkpoint import load
+from pretrain.checkpoint.sharded_loading import load_slices, open_empty
 from pretrain.errors import AdapterFound
 from pretrain.models.base import Model
 from pretrain.models.state import make_fresh
 from pretrain.parallel.world import World, current_world
-from pretrain.storage.partial import load_slices, open_empty
 
 __all__ = ["open_source"]
 

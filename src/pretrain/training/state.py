@@ -120,7 +120,7 @@ class Run:
         return f"Run({str(self.path)!r}, step {self.step:,}, stopped by {self.stopped}, {figures})"
 
     def _repr_html_(self) -> str:
-        from pretrain.report import loss_svg, sort_records
+        from pretrain.report.history import loss_svg, sort_records
 
         return f"<p>{html.escape(repr(self))}</p>{loss_svg(sort_records(self.history))}"
 

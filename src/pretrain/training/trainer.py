@@ -24,8 +24,8 @@ from pretrain.checkpoint import Saver
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples
 from pretrain.errors import PretrainError, TrainingError, out_of_memory
+from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
-from pretrain.parallel.regions import local
 from pretrain.parallel.strategy import Strategy
 from pretrain.parallel.world import World, current_world
 from pretrain.training.ema import WeightAverage
@@ -34,7 +34,6 @@ from pretrain.training.feed import Feed, check_targets, hash_seed, real_tokens, 
 from pretrain.training.held_out import evaluate
 from pretrain.training.journal import Journal
 from pretrain.training.layers import Layers
-from pretrain.training.logging import read_log
 from pretrain.training.optim import Optimizers
 from pretrain.training.plan import Plan
 from pretrain.training.precision import LossScale, Precision
@@ -45,6 +44,7 @@ from pretrain.training.setup import set_up
 from pretrain.training.skips import count_skips
 from pretrain.training.spread import enter_world, run_lock
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
+from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pretrain.errors import TrainingError, out_of_memory
-from pretrain.parallel.regions import local
+from pretrain.nn.layout import local
 from pretrain.training.feed import hash_seed, to_device
 from pretrain.training.plan import row_length
 

@@ -1,0 +1,67 @@
+"""The one directory format: a Hugging Face directory with a manifest, and a training folder to resume from.
+
+    checkpoint-1200/
+      config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json  README.md
+                       or adapter_config.json and adapter_model.safetensors, as peft writes them
+      training/        optimizer.safetensors, state.json: may be deleted, never read by `load`
+      manifest.json    size and SHA-256 of every file, written last
+
+It is written into a temporary sibling, flushed, verified and renamed; the checkpoint before it stays until then.
+Nothing is pickled, and no pickle is ever opened. Every file is treated as a stranger's.
+
+The names below are imported on first use: who reads a manifest loads no model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.async_saving import Saver
+    from pretrain.checkpoint.loading import inspect, load, state_of
+    from pretrain.checkpoint.manifest import latest, rotate, verify
+    from pretrain.checkpoint.saving import estimated_size, save_checkpoint, save_model
+    from pretrain.checkpoint.training_state import TrainingState, read_training
+    from pretrain.utils.directories import check_writable
+    from pretrain.utils.runlock import RunLock
+
+__all__ = [
+    "RunLock",
+    "Saver",
+    "TrainingState",
+    "check_writable",
+    "estimated_size",
+    "inspect",
+    "latest",
+    "load",
+    "read_training",
+    "rotate",
+    "save_checkpoint",
+    "save_model",
+    "state_of",
+    "verify",
+]
+
+_PLACES = {
+    "RunLock": "pretrain.utils.runlock",
+    "Saver": "pretrain.checkpoint.async_saving",
+    "TrainingState": "pretrain.checkpoint.training_state",
+    "check_writable": "pretrain.utils.directories",
+    "estimated_size": "pretrain.checkpoint.saving",
+    "inspect": "pretrain.checkpoint.loading",
+    "latest": "pretrain.checkpoint.manifest",
+    "load": "pretrain.checkpoint.loading",
+    "read_training": "pretrain.checkpoint.training_state",
+    "rotate": "pretrain.checkpoint.manifest",
+    "save_checkpoint": "pretrain.checkpoint.saving",
+    "save_model": "pretrain.checkpoint.saving",
+    "state_of": "pretrain.checkpoint.loading",
+    "verify": "pretrain.checkpoint.manifest",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'pretrain.checkpoint' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)

@@ -1,0 +1,271 @@
+"""Open the directory of an adapter, ours or peft's, on its base, as files of unknown origin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.adapters.attach import base_sample, body_shapes, fingerprint
+from pretrain.adapters.config import PeftSettings, from_peft
+from pretrain.adapters.layout import attach_stored, fill, head_of
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.model_directory import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ModelDirectory,
+    read_weights,
+    verify_rest,
+)
+from pretrain.errors import CheckpointError, ConfigError, ModelError
+from pretrain.models.heads import LABELLED
+from pretrain.models.sentences import SentenceSettings
+from pretrain.utils.files import note, reading
+from pretrain.utils.tensors import read_header
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["adapted_state", "adapted_values", "adapter_facts", "adapter_sizes", "open_adapter"]
+
+_PARENTS = 3  # how far above the adapter a base named by a relative path is looked for
+
+
+def adapter_facts(model: Model, full: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What our block in config.json says of the base: names and shapes, and a hash of a few values.
+
+    ``full`` are the whole parameters, on the meta device too, where the model itself holds parts of them.
+    """
+    return {"base_fingerprint": fingerprint(model, full), "base_sample": model.adapter.base_sample}
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    block = config.get("pretrain")
+    facts = block.get("adapter") if isinstance(block, dict) else None
+    return facts if isinstance(facts, dict) else {}
+
+
+def open_adapter(
+    directory: ModelDirectory,
+    *,
+    head: str | None,
+    base: Model | str | Path | None,
+    verify: bool,
+    quiet: bool,
+) -> Model:
+    """The base with its adapter; see ``pretrain.checkpoint.load``."""
+    from pretrain.models.base import Model
+
+    path = directory.path
+    settings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
+    tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
+    config = directory.model_config()
+    facts = _facts(config)
+    source = _Base(base if base is not None else _find(settings.base, path), verify=verify)
+    kind = head
+    if not facts:  # peft's: what it lacks, the base has
+        config = dict(source.config)
+        if kind is None:
+            kind, classes = head_of(settings, tensors, path / ADAPTER_CONFIG)
+            if kind in LABELLED and classes:
+                config = _with_labels(config, classes)
+    try:
+        model = Model.from_hf_config(config, head=kind)
+    except ModelError as error:
+        if head is not None:
+            raise
+        raise CheckpointError(f"{path} is an adapter for another base. {error}") from None
+    _refuse_other_base(model, source, facts, path)
+    report = model.load_disk_state(source.tensors())
+    model.source = source.name
+    model.generation_config = dict(source.generation_config)
+    model.tokenizer, model.sentences = source.tokenizer, source.sentences
+    if facts and facts.get("base_sample") != base_sample(model):
+        text = f"The base {source.name or 'given'} has other weights than the one that {path} was trained on"
+        if base is None:
+            raise CheckpointError(
+                f"{text}: it was changed or replaced since. Name the right one with base=, or this one if you mean it."
+            )
+        note(f"{text}; the adapter is put on it because it was named.")
+    unused = attach_stored(model, settings, tensors, path / ADAPTER_WEIGHTS, strict=head is None)
+    if not quiet:
+        note(_line(model, source, len(tensors), report, unused))
+    return model
+
+
+class _Base:
+    """The base of an adapter, a model in memory or a directory."""
+
+    def __init__(self, base: Model | str | Path, *, verify: bool) -> None:
+        self._model: Any = None
+        self.generation_config: dict[str, Any] = {}
+        self.tokenizer: Any = None
+        if not isinstance(base, str | Path):
+            if base.adapter is not None:
+                raise CheckpointError(
+                    "The base given for the adapter has an adapter itself. Merge it first, or give the plain model."
+                )
+            self._model, self.name = base, base.source
+            self.config: dict[str, Any] = base.hf_config()
+            self.generation_config, self.tokenizer = base.generation_config, base.tokenizer
+            self.sentences = base.sentences
+            return
+        path = manifest.checked_directory(base)
+        self.name = str(base)
+        with reading(base):
+            if not os.path.lexists(path / "config.json") and (run := manifest.latest(path)):
+                path, self.name = run, str(Path(base) / run.name)
+            self._directory = ModelDirectory(path, verify=verify)
+            if self._directory.is_adapter:
+                raise CheckpointError(
+                    f"{base}, named as the base of an adapter, is an adapter itself. Merge it and save the model first."
+                )
+            if not self._directory.has("config.json"):
+                raise CheckpointError(
+                    f"{base}, the base of the adapter, has no config.json, so it is no Hugging Face model directory."
+                )
+            self.config = self._directory.json("config.json")
+            self.sentences = SentenceSettings.read(self._directory)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Names on disk and weights."""
+        if self._model is not None:
+            found: Mapping[str, Tensor] = self._model.disk_view()
+            return found
+        with reading(self._directory.path):
+            names = self._directory.weight_files()
+            tensors = read_weights(self._directory, names)
+            verify_rest(self._directory, names)
+        return tensors
+
+
+def _find(name: str | None, adapter: Path) -> Path:
+    """The directory that adapter_config.json names, from here or from above the adapter."""
+    if name is None:
+        raise CheckpointError(
+            f"{adapter} does not say which base it was trained on. Give it: load({adapter.name!r}, base=...)."
+        )
+    parts = Path(name).parts
+    # A directory that was moved together with its base is found by the end of the old path.
+    ends = [Path(*parts[k:]) for k in range(1, len(parts))] if Path(name).is_absolute() else []
+    try:
+        for end in (Path(name), *ends):
+            for start in (Path(), adapter, *adapter.parents[:_PARENTS]):
+                if (start / end).is_dir():
+                    return start / end
+    except (ValueError, OSError):  # a zero byte, a name too long
+        pass
+    raise CheckpointError(
+        f"{adapter} is an adapter for {name[:200]!r}, and there is no such directory here. Download or move the "
+        f"base, and give it: load({adapter.name!r}, base=...)."
+    )
+
+
+def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
+    """Parameters that an adapter trained, and those of the model that it makes with its base; no weight is read.
+
+    The second is None where the file leaves the model to a base that is not found.
+    """
+    path = directory.path
+    tensors = read_header(directory.real(ADAPTER_WEIGHTS))
+    trained = sum(info.numel for info in tensors.values() if info.dtype.is_floating_point)
+    added = sum(info.numel for name, info in tensors.items() if ".lora_" in name)
+    settings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
+    config, kind = directory.model_config(), None
+    try:
+        if not _facts(config):
+            config = dict(_Base(_find(settings.base, path), verify=False).config)
+            heads = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
+            kind, classes = head_of(settings, heads, path / ADAPTER_CONFIG)
+            if kind in LABELLED and classes:
+                config = _with_labels(config, classes)
+        from pretrain.models.base import Model
+
+        whole = Model.from_hf_config(config, head=kind).num_parameters() + added
+    except (CheckpointError, ConfigError, ModelError):
+        return {"trainable_parameters": trained, "total_parameters": None}
+    return {"trainable_parameters": trained, "total_parameters": whole}
+
+
+def _with_labels(config: dict[str, Any], classes: int) -> dict[str, Any]:
+    """The base's configuration with as many labels as the adapter's head has rows."""
+    labels = config.get("id2label")
+    if isinstance(labels, dict) and len(labels) == classes:
+        return config
+    config.pop("num_labels", None)
+    return config | {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}}
+
+
+def _refuse_other_base(model: Model, source: _Base, facts: Mapping[str, Any], path: Path) -> None:
+    """Names and shapes of the base must be those that the adapter was trained on."""
+    from pretrain.models.base import Model
+
+    there = Model.from_hf_config(source.config, head="none")
+    wanted, found = body_shapes(model), body_shapes(there)
+    same_family = model.backbone.model_type == there.backbone.model_type
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{path} is an adapter for another base than {source.name or 'the one given'}: {name!r} is "
+                f"{wanted.get(name, 'absent')} in the one and {found.get(name, 'absent')} in the other."
+            )
+    if not same_family or (facts and facts.get("base_fingerprint") != fingerprint(model)):
+        raise CheckpointError(
+            f"{path} is an adapter for another base than {source.name or 'the one given'}, a "
+            f"{there.backbone.model_type} model."
+        )
+
+
+def _line(model: Model, source: _Base, count: int, report: Any, unused: list[str]) -> str:
+    parameters = {name for entry in model.entries() for name in entry.memory}
+    parts = [
+        f"{model.backbone.model_type}: {report.loaded} tensors of the base {source.name or 'given'}",
+        f"{count} of the adapter ({model.adapter})",
+    ]
+    missing = sorted(model.fresh & parameters)
+    parts.append(
+        f"{len(missing)} missing" + (f" (head, fresh: {', '.join(missing[:5])})" * bool(missing))
+    )
+    parts.append(f"{len(report.unexpected) + len(unused)} not used")
+    if model.remarks:
+        parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
+    return ", ".join(parts)
+
+
+def adapted_state(directory: ModelDirectory, model: Model) -> dict[str, Tensor]:
+    """The state of an adapted model with the values of a checkpoint of it; see ``pretrain.checkpoint.state_of``."""
+    return {**model.state_dict(), **adapted_values(directory, model)}
+
+
+def adapted_values(
+    directory: ModelDirectory, model: Model, full: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Parameter name -> whole value, of what a checkpoint of an adapted model holds; ``full`` as in `adapter_facts`.
+
+    Raises:
+        CheckpointError: it holds no adapter, another one, or one for another base.
+    """
+    path, adapter = directory.path, model.adapter
+    if not directory.is_adapter:
+        raise CheckpointError(f"{path} holds no adapter, and the model to be restored has one.")
+    settings: PeftSettings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
+    for name in ("full_alpha", "dora", "rslora"):
+        then, now = getattr(settings.lora, name), getattr(adapter.config, name)
+        if then != now:
+            raise CheckpointError(
+                f"{path} holds an adapter with {name.removeprefix('full_')} {then}, and the model's has {now}. Use the "
+                "old settings, or a new directory."
+            )
+    facts = _facts(directory.model_config())
+    if facts and facts != adapter_facts(model, full):
+        raise CheckpointError(
+            f"{path} holds an adapter for another base than the one of the model to be restored."
+        )
+    tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
+    verify_rest(directory, {ADAPTER_WEIGHTS: None})
+    shapes = None if full is None else {name: tuple(p.shape) for name, p in full.items()}
+    return fill(model, tensors, path / ADAPTER_WEIGHTS, shapes)

@@ -1,0 +1,380 @@
+"""A model directory from its draft to its name: all processes write it together, at once or in the background.
+
+A `Draft` holds what goes into the directory and no reference to the model, so that its tensors can be copied aside and
+written while training goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain import __version__
+from pretrain.adapters.layout import adapter_packing
+from pretrain.checkpoint import manifest, model_directory
+from pretrain.checkpoint.adapter_files import adapter_facts
+from pretrain.checkpoint.model_directory import is_finite
+from pretrain.checkpoint.model_files import (
+    finite_json,
+    index_json,
+    model_texts,
+    shares,
+    total_bytes,
+    weight_files,
+    write_tokenizer,
+)
+from pretrain.checkpoint.peers import Peers, same_everywhere, together
+from pretrain.checkpoint.sharded_saving import FilePlan, Pieces, given, spread, write_files
+from pretrain.checkpoint.training_state import (
+    STATE,
+    TrainingState,
+    check_stem,
+    encoded_state,
+    shard_name,
+)
+from pretrain.errors import CheckpointError
+from pretrain.models.state import disk_packing
+from pretrain.nn.layout import Layout, local
+from pretrain.utils import directories, files
+from pretrain.utils.files import Record
+from pretrain.utils.runlock import is_held
+from pretrain.utils.strict_json import names_only
+
+if TYPE_CHECKING:
+    from pretrain.data.tokenizer import Tokenizer
+    from pretrain.models.base import Model
+
+__all__ = [
+    "Draft",
+    "Group",
+    "check_numbers",
+    "draft_of",
+    "kept",
+    "write_checkpoint",
+    "write_directory",
+]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that belong together: the weights, or one group of the training folder.
+
+    Attributes:
+        stem: ``""`` for the weights.
+        plans: the files.
+        parts: key -> this process's part, wherever it lies.
+        full: key -> the whole tensor on the meta device.
+    """
+
+    stem: str
+    plans: tuple[FilePlan, ...]
+    parts: Mapping[str, Tensor]
+    full: Mapping[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files together, without their headers."""
+        return sum(total_bytes(plan.layout) for plan in self.plans)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What goes into a model directory.
+
+    Attributes:
+        step: of the run; None for a model saved alone.
+        texts: small files by name.
+        groups: tensors, the weights first.
+        state: content of state.json; None without a training folder.
+        tokenizer: and whether the model was trained with the segments of a pair.
+        about: what bit-identical resuming depends on besides the files.
+        pieces: where the parts of the tensors lie.
+    """
+
+    step: int | None
+    texts: Mapping[str, bytes]
+    groups: tuple[Group, ...]
+    state: bytes | None
+    tokenizer: tuple[Tokenizer, bool] | None
+    about: Mapping[str, Any]
+    pieces: Pieces
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the directory will take at most."""
+        return sum(group.num_bytes for group in self.groups) + len(self.state or b"") + (1 << 20)
+
+
+def check_numbers(keep: int, step: int) -> None:
+    """Refuse to keep no checkpoint, or to count backwards."""
+    if keep < 1 or step < 0:
+        raise CheckpointError(
+            f"keep is {keep} and step is {step}; at least 1 checkpoint stays, steps count from 0."
+        )
+
+
+def draft_of(
+    model: Model,
+    *,
+    step: int | None = None,
+    block: Mapping[str, Any] | None = None,
+    training: TrainingState | None = None,
+    max_shard_bytes: int,
+    layout: Layout | None,
+    peers: Peers,
+) -> Draft:
+    """Plan a model directory; the same plan on every process, without asking the others.
+
+    Args:
+        model: whole, or with this process's parts of the parameters, plain or distributed tensors.
+        step: of the run, or None.
+        block: our block in config.json.
+        training: what resuming needs; its tensors are parts as well, see ``Pieces``.
+        max_shard_bytes: larger weights are split.
+        layout: of the parameters; None if they are whole.
+        peers: the processes; only rank and size are used.
+
+    Raises:
+        CheckpointError: something cannot be stored, or a part is not what the layout says.
+    """
+    pieces = Pieces(layout, peers)
+    parts = {name: local(p).detach() for name, p in model.named_parameters()}
+    full = pieces.full(parts)
+    config = _config(model, block, full)
+    packing = disk_packing(model) if model.adapter is None else adapter_packing(model)
+    used = {key for keys in packing.sources.values() for key in keys}
+    weights = packing.layout(full)
+    adapted = model.adapter is not None
+    shards = weight_files(weights, max_shard_bytes, pieces.size, adapter=adapted)
+    plans = [
+        FilePlan(
+            name,
+            owner % pieces.size,
+            part,
+            {tensor: packing.sources[tensor] for tensor in part},
+            lambda tensor, sources: packing.make(tensor, sources, "cpu"),
+        )
+        for owner, (name, part) in enumerate(shards.items())
+    ]
+    groups = [Group("", tuple(plans), {key: parts[key] for key in sorted(used)}, full)]
+    if training is not None:
+        for stem, tensors in sorted(training.tensors.items()):
+            check_stem(stem)
+            groups.append(_training_group(stem, tensors, pieces))
+    count = sum(tensor.numel() for tensor in full.values())
+    texts = model_texts(model, config, count, in_run=step is not None)
+    if len(shards) > 1:
+        texts = {model_directory.INDEX: index_json(shards, weights), **texts}
+    several = getattr(model.backbone.config, "type_vocab_size", 1) > 1
+    segments = several and model.tokenizer is not None and model.tokenizer.segments
+    return Draft(
+        step=step,
+        texts=texts,
+        groups=tuple(groups),
+        state=encoded_state(training.state) if training is not None else None,
+        tokenizer=None if model.tokenizer is None else (model.tokenizer, segments),
+        about=manifest.environment(torch.get_num_threads(), str(torch.__version__)),
+        pieces=pieces,
+    )
+
+
+def _config(
+    model: Model, block: Mapping[str, Any] | None, full: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    config = dict(model.hf_config())
+    if block is not None:
+        versions = {"pretrain": __version__, "torch": str(torch.__version__)}
+        config["pretrain"] = {"versions": versions, **block}
+    if model.adapter is not None:
+        facts = adapter_facts(model, full)
+        config["pretrain"] = {**(config.get("pretrain") or {}), "adapter": facts}
+    return dict(finite_json(names_only(config)))
+
+
+def _training_group(stem: str, tensors: Mapping[str, Tensor], pieces: Pieces) -> Group:
+    parts = {key: local(tensors[key]).detach() for key in sorted(tensors)}
+    full = pieces.full(parts)
+    shards = spread(full, shares(full, pieces.size))
+    plans = [
+        FilePlan(
+            f"{manifest.TRAINING}/{shard_name(stem, i, len(shards))}",
+            i % pieces.size,
+            part,
+            {key: (key,) for key in part},
+            lambda key, sources: sources[key],
+            slashes=True,
+        )
+        for i, part in enumerate(shards)
+    ]
+    return Group(stem, tuple(plans), parts, full)
+
+
+def kept(draft: Draft) -> Draft:
+    """The draft with those parts alone that this process sends or writes."""
+    groups = []
+    for group in draft.groups:
+        needed = given(group.plans, group.full, draft.pieces)
+        parts = {key: part for key, part in group.parts.items() if key in needed}
+        groups.append(replace(group, parts=parts))
+    return replace(draft, groups=tuple(groups))
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_checkpoint(
+    run: Path,
+    draft: Draft,
+    peers: Peers,
+    *,
+    keep: int,
+    protect: Collection[int] = (),
+    moved: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write ``run/checkpoint-<step>``, durable and verified, then delete the old ones that are no longer wanted.
+
+    Args:
+        run: the run directory.
+        draft: what to write.
+        peers: the processes.
+        keep: how many complete checkpoints stay.
+        protect: steps that are never deleted.
+        moved: called after each tensor and each file that this process has written.
+
+    Raises:
+        CheckpointError: on all processes, whichever failed; earlier checkpoints are untouched.
+    """
+    assert draft.step is not None
+    target = run / f"checkpoint-{draft.step}"
+    with together(peers), files.writing(run):
+        if peers.rank == 0:
+            directories.make_directories(run)
+            directories.sweep(run, exclusive=is_held(run))
+            if os.path.islink(target):
+                raise CheckpointError(
+                    f"{target} is a link. Remove it; a checkpoint is written to its own directory."
+                )
+    write_directory(target, draft, peers, moved)
+    with together(peers), files.writing(run):
+        if peers.rank == 0:
+            protected = {*protect, draft.step}
+            manifest.rotate(run, keep=keep, protect=protected, newest=draft.step)
+    return target
+
+
+def write_directory(
+    target: Path, draft: Draft, peers: Peers, moved: Callable[[], None] = lambda: None
+) -> None:
+    """Fill a temporary directory together, verify it, and give it its name; ``moved`` as in `write_checkpoint`.
+
+    Raises:
+        CheckpointError: on all processes, whichever failed; nothing is left, and what had the name still has it.
+    """
+    needed = draft.num_bytes
+    with together(peers):
+        _refuse_non_finite(draft.groups[0])
+    _same_plan(draft, peers)
+    with _shared_directory(target, draft, peers) as temporary:
+        records: dict[str, Record] = {}
+        for group in draft.groups:
+            records |= write_files(
+                temporary,
+                group.plans,
+                group.parts,
+                group.full,
+                draft.pieces,
+                peers,
+                guard=lambda: _guarded(target, needed, moved),
+            )
+        for told in peers.gather({name: [r.size, r.sha256] for name, r in records.items()}):
+            records |= {name: Record(*record) for name, record in told.items()}
+        with together(peers), files.writing(target, needed):
+            if peers.rank == 0:
+                _finish(temporary, draft, records)
+                directories.publish(temporary, target)
+
+
+@contextmanager
+def _guarded(target: Path, needed: int, moved: Callable[[], None]) -> Iterator[None]:
+    with files.writing(target, needed):
+        yield
+    moved()
+
+
+def _refuse_non_finite(weights: Group) -> None:
+    for name, tensor in weights.parts.items():
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"The weight {name!r} holds NaN or infinity, so the model is not saved. The last checkpoint is "
+                f"untouched; lower the learning rate or look for the step where the loss became non-finite."
+            )
+
+
+def _same_plan(draft: Draft, peers: Peers) -> None:
+    """All processes must walk the same list, or they would wait for each other for ever."""
+    if peers.size == 1:
+        return
+    table: dict[str, Any] = {"step": str(draft.step)}
+    for group in draft.groups:
+        for key, tensor in group.full.items():
+            table[f"{group.stem}:{key}"] = f"{tensor.dtype} {list(tensor.shape)}"
+    same_everywhere(peers, "what to save", table)
+
+
+@contextmanager
+def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path]:
+    """A temporary directory that process 0 makes and all of them fill; what is not published is removed."""
+    with ExitStack() as stack:
+        name = ""
+        with together(peers), files.writing(target, draft.num_bytes):
+            if peers.rank == 0:
+                if files.free_bytes(target.parent) < draft.num_bytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+                made = stack.enter_context(directories.temporary_directory(target))
+                if draft.state is not None:
+                    files.IO.mkdir(made / manifest.TRAINING)
+                name = made.name
+        path = target.parent / str(peers.gather(name)[0])
+        with together(peers):
+            if not directories.appears(path):
+                raise CheckpointError(
+                    f"{target.parent} is not the directory that process 0 writes to: what that made there is not seen "
+                    f"here. The output directory must lie on a file system that all hosts share."
+                )
+        yield path
+
+
+def _finish(temporary: Path, draft: Draft, records: dict[str, Record]) -> None:
+    """What process 0 alone writes: the small files and, last of all, the manifest."""
+    small = []
+    for folder in {os.path.dirname(name) for name in draft.texts} - {""}:
+        files.IO.mkdir(temporary / folder)
+    for name, data in draft.texts.items():
+        records[name] = files.write_file(temporary / name, data)
+        small.append(name)
+    if draft.tokenizer is not None:
+        tokenizer, segments = draft.tokenizer
+        for name, record in write_tokenizer(temporary, tokenizer, segments=segments):
+            records[name] = record
+            small.append(name)
+    if draft.state is not None:
+        records[STATE] = files.write_file(temporary / STATE, draft.state)
+        small.append(STATE)
+        files.fsync_directory(temporary / manifest.TRAINING)
+    for folder in {os.path.dirname(name) for name in draft.texts} - {""}:
+        files.fsync_directory(temporary / folder)
+    manifest.write_manifest(temporary, draft.step, records, dict(draft.about))
+    files.fsync_directory(temporary)
+    listed = manifest.read_manifest(temporary)
+    # The owner of a file of tensors has read it back already.
+    manifest.check_files(temporary, listed, hashes=())
+    for name in small:
+        manifest.check_hash(temporary / name, listed.files[name])

@@ -1,0 +1,367 @@
+"""Open a checkpoint directory, ours or one that transformers saved, as files of unknown origin.
+
+With a manifest every byte is verified in the pass that reads it; without one the directory is taken as a plain
+Hugging Face model. The training folder is never read here, and a pickle is never opened.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.adapter_files import adapted_state, adapter_sizes, open_adapter
+from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.model_card import objective_name
+from pretrain.checkpoint.model_directory import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    SINGLE,
+    TOKENIZER_LIMIT,
+    ModelDirectory,
+    is_finite,
+    read_weights,
+    verify_rest,
+)
+from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
+from pretrain.utils.files import note, read_bytes, reading
+from pretrain.utils.tensors import read_header
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "inspect",
+    "is_finite",
+    "load",
+    "named_classes",
+    "open_described",
+    "report_line",
+    "state_of",
+]
+
+_TEMPLATE = "chat_template.jinja"
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+)
+_SHOWN = 5  # names in the report line
+
+
+def load(
+    path: str | Path,
+    *,
+    head: str | None = None,
+    verify: bool = True,
+    tokenizer: bool = True,
+    quiet: bool = False,
+    base: Model | str | Path | None = None,
+) -> Model:
+    """Open a model: a run (its newest complete checkpoint), a checkpoint, or what transformers or peft saved.
+
+    Prints one line: how many tensors were read, which are missing (only a head's may be; they are fresh), and
+    which were not used. Float tensors become float32.
+
+    Args:
+        path: a directory; of a run, the checkpoint it chose as the best when it was fine-tuned, else the newest. A
+            broken newest checkpoint of a run is named aloud and passed over; a broken checkpoint named itself is an
+            error.
+        head: kind of head to put on instead of the stored one (`"sequence-classification"`, ...).
+        verify: compare every file with the manifest, where there is one.
+        tokenizer: also open the tokenizer, where there is one.
+        quiet: print no report.
+        base: of an adapter, a model (which is copied) or a directory; None is the one that its file names.
+
+    Returns:
+        A `Model` on the CPU in evaluation mode; with `model.adapter` set if the directory holds an adapter.
+
+    Raises:
+        CheckpointCorrupt: a file is not what it should be; `file`, `expected` and `found` say what.
+        CheckpointError: no model here, pickles only, a missing tensor outside the head, a tokenizer that does
+            not fit, an adapter whose base is not found or is another one.
+        ConfigError: config.json asks for an impossible model.
+    """
+    directory = manifest.checked_directory(path)
+    options: dict[str, Any] = {"head": head, "verify": verify, "tokenizer": tokenizer}
+    options |= {"quiet": quiet, "base": base}
+    with reading(path):
+        known = [directory / "config.json", directory / ADAPTER_CONFIG]
+        whole = any(map(os.path.lexists, known))
+        run = [] if whole else best_first(directory)
+        for candidate in run:
+            try:
+                return _load(candidate, Path(path) / candidate.name, **options)
+            except CheckpointCorrupt as error:
+                manifest.skipped(candidate, error)
+        return _load(directory, Path(path), **options)
+
+
+def _load(
+    path: Path,
+    named: Path,
+    *,
+    head: str | None,
+    verify: bool,
+    tokenizer: bool,
+    quiet: bool,
+    base: Model | str | Path | None,
+) -> Model:
+    directory = ModelDirectory(path, verify=verify)
+    if directory.is_adapter:
+        if directory.manifest is None:
+            _refuse_half(path, directory.model_config(), verify)
+        model = open_adapter(directory, head=head, base=base, verify=verify, quiet=quiet)
+        _open_rest(model, directory, tokenizer=tokenizer)
+        verify_rest(directory, {ADAPTER_WEIGHTS: None})
+        return model.eval()
+    if base is not None:
+        raise CheckpointError(
+            f"{path} holds no adapter, so base= has no meaning here. Leave it out."
+        )
+    model, config, names = open_described(directory, head=head, tokenizer=tokenizer)
+    tensors = read_weights(directory, names)
+    verify_rest(directory, names)
+    report = model.load_disk_state(tensors)
+    model.source = str(named)
+    if not quiet:
+        note(report_line(model, config, len(tensors), report))
+    return model.eval()
+
+
+def open_described(
+    directory: ModelDirectory, *, head: str | None, tokenizer: bool
+) -> tuple[Model, dict[str, Any], Mapping[str, set[str] | None]]:
+    """What a directory with a whole model says, without its weights.
+
+    Returns:
+        The model on the meta device with its tokenizer, the content of config.json, and the weight files as
+        ``ModelDirectory.weight_files`` gives them.
+    """
+    from pretrain.models.base import Model
+
+    path, verify = directory.path, directory.verify
+    if not directory.has("config.json") and directory.manifest is None:
+        _refuse_half(path, {}, verify)
+        directory.weight_files()
+        raise CheckpointError(
+            f"{path} has no config.json, so it is no Hugging Face model directory."
+        )
+    config = directory.json("config.json")
+    if directory.manifest is None:
+        _refuse_half(path, config, verify)
+    names = directory.weight_files()
+    if directory.has(ADAPTER_CONFIG):
+        note(
+            f"{path} holds a whole model and an adapter; the whole model is opened, without the adapter."
+        )
+    model = Model.from_hf_config(config, head=head)
+    _open_rest(model, directory, tokenizer=tokenizer)
+    return model, config, names
+
+
+def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> None:
+    """Settings of generation and of sentence vectors, and tokenizer, where there are some."""
+    from pretrain.models.config import drop_code
+    from pretrain.models.sentences import SentenceSettings
+
+    if directory.intact("generation_config.json"):
+        model.generation_config = drop_code(directory.json("generation_config.json"))
+    model.sentences = SentenceSettings.read(directory) or model.sentences
+    if tokenizer:
+        _open_tokenizer(model, directory)
+
+
+def state_of(path: Path, model: Model) -> dict[str, Tensor]:
+    """What a checkpoint of this very model gives its `state_dict`; the frozen base of an adapter stays as it is.
+
+    Raises:
+        CheckpointError: it is broken, or holds another adapter or one for another base.
+    """
+    if model.adapter is None:
+        return load(path, quiet=True).state_dict()
+    with reading(path):
+        return adapted_state(ModelDirectory(path, verify=True), model)
+
+
+def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
+    """A checkpoint of ours whose manifest is gone was never finished, or was tampered with."""
+    block = config.get("pretrain")
+    ours = (
+        isinstance(block, dict) and "step" in block and path.name == f"checkpoint-{block['step']}"
+    )
+    if verify and (manifest.looks_cut(path) or ours):
+        hint = "Without it the checkpoint is not complete. To use its weights all the same: load(..., verify=False)."
+        raise CheckpointCorrupt(path / manifest.NAME, "a manifest", "no such file", hint)
+
+
+def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
+    present = [name for name in _TOKENIZER if directory.has(name)]
+    if _TEMPLATE in present and not directory.intact(_TEMPLATE):
+        present.remove(_TEMPLATE)
+    for name in present:
+        record = directory.record(name)
+        read_bytes(directory.real(name), record, limit=TOKENIZER_LIMIT)
+    usable = (
+        "tokenizer.json" in present
+        or "vocab.txt" in present
+        or {"vocab.json", "merges.txt"} <= set(present)
+    )
+    if not usable:
+        return
+    from pretrain.data.tokenizer import Tokenizer
+
+    if directory.has(_TEMPLATE) and _TEMPLATE not in present:
+        # Its readers look for the template by themselves; in a copy of the directory it is not there.
+        with tempfile.TemporaryDirectory(prefix="pretrain-") as copy:
+            for name in present:
+                shutil.copyfile(directory.real(name), Path(copy) / name)
+            found = Tokenizer.from_directory(copy)
+    else:
+        found = Tokenizer.from_directory(directory.path)
+    rows = model.backbone.vocab_size
+    if found.vocab_size > rows:
+        raise CheckpointError(
+            f"{directory.path}: the tokenizer has {found.vocab_size} ids and the model {rows} embedding rows, so some "
+            f"texts could not be read. They come from different models; put the right tokenizer beside the weights, "
+            f"or load(..., tokenizer=False)."
+        )
+    model.tokenizer = found
+
+
+def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
+    """The one line that says what was read, what is fresh and what was not used."""
+    parts = [f"{config.get('model_type')}: {count} tensors"]
+    for label, names in (("missing", report.missing), ("unexpected", report.unexpected)):
+        shown = sorted(names)[:_SHOWN] + ["..."] * (len(names) > _SHOWN)
+        fresh = "head, fresh: " if label == "missing" else "not used: "
+        parts.append(f"{len(names)} {label}" + (f" ({fresh}{', '.join(shown)})" if names else ""))
+    if report.untied:
+        parts.append("head kept apart although the config ties it")
+    elif getattr(model.head, "tied", False):
+        parts.append("head tied")
+    if model.remarks:
+        parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
+    return ", ".join(parts)
+
+
+def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
+    """The kind of head of a checkpoint and the names of its classes, from its config.json alone.
+
+    Made-up names (``LABEL_0``) are none. What cannot be read is left to `load`, which says why.
+    """
+    from pretrain.models.heads import ARCHITECTURES, labels_named_by
+
+    try:
+        directory = manifest.checked_directory(path)
+        known = [directory / "config.json", directory / ADAPTER_CONFIG]
+        if not any(map(os.path.lexists, known)):
+            run = best_first(directory)
+            directory = run[0] if run else directory
+        opened = ModelDirectory(directory, verify=False)
+        config = opened.model_config() if opened.is_adapter else opened.json("config.json")
+        architecture = str((config.get("architectures") or [""])[0])
+        labels = labels_named_by(config) if config.get("id2label") else ()
+    except (PretrainError, OSError, ValueError, TypeError, LookupError):
+        return None, ()
+    kind = next((k for ending, k in ARCHITECTURES.items() if architecture.endswith(ending)), None)
+    return kind, () if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Say what a checkpoint holds, from config, headers and manifest; weights are hashed but not loaded.
+
+    Args:
+        path: a checkpoint, a run (its highest step, even if broken), or a Hugging Face model directory.
+
+    Returns:
+        path, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest ("holds",
+        "absent" or "broken: ..."), resumable, files and bytes; for an adapter also its kind and its base,
+        how many parameters were trained (its own, as ``parameters`` are) and how many it has with its base.
+
+    Raises:
+        CheckpointError: no such directory, one that cannot be read, or no model in it.
+    """
+    with reading(path):
+        return _inspect(path, manifest.checked_directory(path))
+
+
+def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
+    known = [directory / "config.json", directory / ADAPTER_CONFIG]
+    if not any(map(os.path.lexists, known)) and (run := manifest.candidates(directory)):
+        directory = run[0]
+    state, listed = "absent", None
+    try:
+        if os.path.lexists(directory / manifest.NAME) or manifest.looks_cut(directory):
+            listed = manifest.read_manifest(directory)
+            manifest.check_files(directory, listed)
+            state = "holds"
+    except CheckpointError as error:
+        state = f"broken: {error}"
+    plain = ModelDirectory(directory, verify=False)
+    found: dict[str, Any] = {"path": str(path), "checkpoint": directory.name}
+    try:
+        found.update(_contents(plain))
+    except CheckpointError as error:
+        if state == "absent":
+            raise
+        found["problem"] = str(error)
+    if listed is not None and found.get("step") is None:
+        found["step"] = listed.step
+    sizes = [
+        entry.stat().st_size
+        for entry in directory.rglob("*")
+        if entry.is_file() and not entry.is_symlink()
+    ]
+    resumable = (
+        listed is not None and bool(listed.training) and (directory / manifest.TRAINING).is_dir()
+    )
+    return {
+        **found,
+        "manifest": state,
+        "resumable": resumable,
+        "files": len(sizes),
+        "bytes": sum(sizes),
+    }
+
+
+def _contents(directory: ModelDirectory) -> dict[str, Any]:
+    if directory.is_adapter:
+        config = directory.model_config()
+        names: list[str] = [ADAPTER_WEIGHTS]
+    else:
+        config = directory.json("config.json")
+        names = list(directory.weight_files())
+    parameters = 0
+    for name in names:
+        infos = read_header(directory.real(name)).values()
+        parameters += sum(info.numel for info in infos if info.dtype.is_floating_point)
+    block = config.get("pretrain")
+    block = block if isinstance(block, dict) else {}
+    architectures = config.get("architectures") or [None]
+    about = {}
+    if directory.is_adapter:
+        settings = directory.json(ADAPTER_CONFIG)
+        kind = "DoRA" if settings.get("use_dora") else str(settings.get("peft_type"))
+        about = {
+            "adapter": f"{kind}, rank {settings.get('r')}",
+            "base": settings.get("base_model_name_or_path"),
+            **adapter_sizes(directory),
+        }
+    return {
+        "family": config.get("model_type"),
+        "architecture": architectures[0] if isinstance(architectures, list) else None,
+        "parameters": parameters,
+        "objective": objective_name(block),
+        "tokens_seen": block.get("tokens_seen"),
+        "step": block.get("step"),
+        "vocabulary": config.get("vocab_size"),
+    } | about

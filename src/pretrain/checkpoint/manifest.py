@@ -1,0 +1,379 @@
+"""The manifest: what makes a directory a checkpoint, and which checkpoint of a run counts.
+
+`manifest.json` holds size and SHA-256 of every file and a hash of itself, and is written last: a directory without
+it does not exist as a checkpoint. No common format notices a flipped bit; this does. Files below `training/` are
+marked optional: the folder may be deleted as a whole. Order is the step in the manifest, never a file time.
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import stat
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import __version__
+from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.utils.directories import discard, moved_aside
+from pretrain.utils.files import (
+    Record,
+    hash_file,
+    note,
+    read_bytes,
+    reading,
+    write_file,
+)
+from pretrain.utils.strict_json import sealed, unsealed
+
+__all__ = ["Manifest", "complete", "latest", "read_manifest", "rotate", "verify", "write_manifest"]
+
+NAME = "manifest.json"
+TRAINING = "training"
+SCHEMA = 1
+LIMIT = 16 << 20
+# What no run is resumed from and no weight is read with: damage of these files is named and costs nothing else.
+BYSTANDERS = frozenset({"README.md", "generation_config.json", "chat_template.jinja"})
+POOLING = "1_Pooling"  # of sentence-transformers
+_FILE = re.compile(r"(?:(?:training|1_Pooling)/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
+_ASIDE = re.compile(r"^\.pretrain-old-\d+-[0-9a-f]{8}-(.+)$")
+_ON_PURPOSE = "If you changed it on purpose, open the directory with load(..., verify=False) and save it anew."
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Parsed `manifest.json`: `files` by path inside the checkpoint, `step` None for a model saved alone."""
+
+    step: int | None
+    files: dict[str, Record]
+    environment: dict[str, Any]
+
+    @property
+    def training(self) -> dict[str, Record]:
+        """The optional part: what resuming needs."""
+        return {
+            name: record for name, record in self.files.items() if name.startswith(f"{TRAINING}/")
+        }
+
+    @property
+    def required(self) -> dict[str, Record]:
+        """Everything but the training folder."""
+        return {
+            name: record
+            for name, record in self.files.items()
+            if not name.startswith(f"{TRAINING}/")
+        }
+
+    @property
+    def needed(self) -> dict[str, Record]:
+        """The required files without the `BYSTANDERS`."""
+        return {name: record for name, record in self.required.items() if name not in BYSTANDERS}
+
+
+def environment(threads: int, torch_version: str) -> dict[str, Any]:
+    """What bit-identical resuming depends on besides the files."""
+    versions = {
+        "pretrain": __version__,
+        "python": platform.python_version(),
+        "torch": torch_version,
+    }
+    return {**versions, "threads": threads, "machine": platform.machine()}
+
+
+def write_manifest(
+    directory: Path, step: int | None, files: dict[str, Record], about: dict[str, Any]
+) -> None:
+    """Write the manifest durably; the last file of a checkpoint."""
+    entries = {}
+    for name, record in files.items():
+        entries[name] = {
+            "size": record.size,
+            "sha256": record.sha256,
+            "optional": name.startswith(f"{TRAINING}/"),
+        }
+    body = {"schema": SCHEMA, "step": step, "files": entries, "environment": about}
+    write_file(directory / NAME, sealed(body))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest itself, not yet the files it names.
+
+    Raises:
+        CheckpointCorrupt: it is missing, mangled, of another schema, or of another step than the directory's name.
+    """
+    path = directory / NAME
+    data = read_bytes(path, limit=LIMIT)
+    body = unsealed(data, path, limit=LIMIT, hint=_ON_PURPOSE)
+    if body.get("schema") != SCHEMA:
+        hint = "It was written by another version of pretrain; install that one."
+        raise CheckpointCorrupt(path, f"schema {SCHEMA}", body.get("schema"), hint)
+    step = body.get("step")
+    if step is not None and type(step) is not int:
+        raise CheckpointCorrupt(path, "a step", repr(step)[:40])
+    named = _step_of(directory.name)
+    if named is not None and step is not None and named != step:
+        hint = "The directory was renamed, or the manifest belongs to another checkpoint."
+        raise CheckpointCorrupt(path, f"step {named}", f"step {step}", hint)
+    about = body.get("environment")
+    if not isinstance(about, dict):
+        raise CheckpointCorrupt(path, "a table of versions", type(about).__name__)
+    return Manifest(step, _records(path, body.get("files")), about)
+
+
+def _records(path: Path, entries: Any) -> dict[str, Record]:
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointCorrupt(path, "a table of files", type(entries).__name__)
+    records = {}
+    for name, entry in entries.items():
+        if not _FILE.fullmatch(name):
+            raise CheckpointCorrupt(path, "plain file names", repr(name[:80]))
+        size, sha256 = (
+            (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        )
+        if type(size) is not int or size < 0 or not isinstance(sha256, str):
+            raise CheckpointCorrupt(path, f"size and sha256 of {name!r}", str(entry)[:80])
+        records[name] = Record(size, sha256)
+    return records
+
+
+def _step_of(name: str) -> int | None:
+    """The step in `checkpoint-<step>`, also while such a directory is moved aside."""
+    aside = _ASIDE.match(name)
+    match = _CHECKPOINT.fullmatch(aside[1] if aside else name)
+    return int(match[1]) if match else None
+
+
+def looks_cut(directory: Path) -> bool:
+    """Whether a directory without manifest must be half a checkpoint of ours, not a plain Hugging Face one."""
+    return (directory / TRAINING).is_dir() and not os.path.lexists(directory / NAME)
+
+
+Spare = Callable[[CheckpointCorrupt], None]
+
+
+def check_files(
+    directory: Path,
+    manifest: Manifest,
+    *,
+    training: bool = True,
+    hashes: Collection[str] | None = None,
+    spare: Spare | None = None,
+) -> None:
+    """Compare a directory with its manifest: no file missing, none extra, each of its size and hash.
+
+    Names that begin with a dot are left alone (downloads and file managers put them there).
+
+    Args:
+        directory: a checkpoint.
+        manifest: read from it.
+        training: also compare `training/`, which may be absent as a whole.
+        hashes: files of which all bytes are read, of the others the size alone; None is all files.
+        spare: takes what is wrong with one of the `BYSTANDERS`, instead of raising it.
+    """
+    present = _listing(directory)
+    expected = dict(manifest.required)
+    folder = directory / TRAINING
+    if not training:
+        present = {name for name in present if not name.startswith(f"{TRAINING}/")}
+    elif os.path.lexists(folder):
+        expected |= manifest.training
+    spared = set()
+    for name in sorted(set(expected) - present):
+        error = CheckpointCorrupt(
+            directory / name, f"{expected[name].size:,} bytes", "no such file"
+        )
+        if spare is None or name not in BYSTANDERS:
+            raise error
+        spared.add(name)
+        spare(error)
+    if extra := sorted(present - set(expected)):
+        raise CheckpointCorrupt(
+            directory / extra[0], "no file of that name", "one", "The manifest does not list it."
+        )
+    for check in (_check_size, check_hash):
+        for name, record in sorted(expected.items()):
+            try:
+                if name not in spared and (
+                    check is _check_size or hashes is None or name in hashes
+                ):
+                    check(directory / name, record)
+            except CheckpointCorrupt as error:
+                if spare is None or name not in BYSTANDERS:
+                    raise
+                spared.add(name)
+                spare(error)
+
+
+def _check_size(path: Path, record: Record) -> None:
+    info = os.lstat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointCorrupt(path, "a regular file", "a link, directory, pipe or device")
+    record.check(path, info.st_size)
+
+
+def check_hash(path: Path, record: Record) -> None:
+    """Read a file and raise CheckpointCorrupt unless size and hash agree."""
+    found = hash_file(path)
+    if found != record:
+        hint = _ON_PURPOSE if path.suffix in (".json", ".md", ".jinja") else ""
+        record.check(path, found.size)
+        raise CheckpointCorrupt(
+            path, f"SHA-256 {record.sha256[:16]}...", f"{found.sha256[:16]}...", hint
+        )
+
+
+def _listing(directory: Path) -> set[str]:
+    found = set()
+    for entry in os.scandir(directory):
+        if entry.name == NAME or entry.name.startswith("."):
+            continue
+        if entry.name in (TRAINING, POOLING) and entry.is_dir(follow_symlinks=False):
+            found |= {f"{entry.name}/{inner}" for inner in os.listdir(entry.path)}
+        else:
+            found.add(entry.name)
+    return found
+
+
+def verify(path: str | Path, *, spare: Spare | None = None) -> None:
+    """Check one checkpoint whole: manifest, every file's size and SHA-256, nothing missing, nothing extra.
+
+    A `training/` folder that is absent as a whole is accepted. ``spare`` as in `check_files`.
+
+    Raises:
+        CheckpointCorrupt: with `file`, `expected` and `found`.
+    """
+    directory = checked_directory(path)
+    with reading(directory):
+        check_files(directory, read_manifest(directory), spare=spare)
+
+
+def checked_directory(path: str | Path) -> Path:
+    """The directory behind a path a user gave; a link to it is theirs to make.
+
+    Raises:
+        CheckpointError: there is none, or the system refuses to look.
+    """
+    directory = _real(path)
+    with reading(path):
+        if (
+            not directory.exists() and directory.parent.is_dir()
+        ):  # killed between the two renames of `publish`
+            directory = moved_aside(directory.parent).get(directory.name, directory)
+        if not directory.exists():
+            raise CheckpointError(f"{path}: no such directory.")
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{path} is a file; a checkpoint is a directory. Name the directory that holds it."
+            )
+        return directory
+
+
+def _real(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # a zero byte
+        raise CheckpointError(f"{str(path)!r} cannot be the name of a directory.") from None
+
+
+def candidates(run_dir: Path) -> list[Path]:
+    """Checkpoint directories of a run, the highest step first, broken ones included."""
+    found = {}
+    for name in os.listdir(run_dir):
+        if (
+            _step_of(name) is not None
+            and not name.startswith(".")
+            and not os.path.islink(run_dir / name)
+        ):
+            found[name] = run_dir / name
+    for name, path in moved_aside(run_dir).items():
+        if _step_of(name) is not None:
+            found[name] = path
+    return [
+        found[name] for name in sorted(found, key=lambda name: _step_of(name) or 0, reverse=True)
+    ]
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The checkpoint with the highest step that is whole; None if there is none.
+
+    Every byte is verified. A broken newer one is named on stderr, and so is damage to the `BYSTANDERS`.
+
+    Raises:
+        CheckpointError: the system refuses to look into the directory.
+    """
+    directory = _real(run_dir)
+    with reading(run_dir):
+        if not directory.is_dir():
+            return None
+        found = candidates(directory)
+    for path in found:
+        try:
+            verify(path, spare=spared)
+        except CheckpointError as error:
+            skipped(path, error)
+        else:
+            return path
+    return None
+
+
+def skipped(path: Path, error: CheckpointError) -> None:
+    """Name aloud a checkpoint that is passed over."""
+    note(f"{path.name} is broken and passed over; the one before it is used. {error}")
+
+
+def spared(error: CheckpointCorrupt) -> None:
+    """Name aloud a damaged file that nothing else depends on."""
+    note(
+        f"{error} The weights and the state of training do not need it, so the checkpoint is used."
+    )
+
+
+def complete(directory: Path) -> bool:
+    """Whether manifest, names and sizes agree; the cheap half of `verify`."""
+    try:
+        check_files(directory, read_manifest(directory), hashes=(), spare=lambda error: None)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def rotate(
+    run_dir: str | Path, *, keep: int = 2, protect: Collection[int] = (), newest: int | None = None
+) -> list[Path]:
+    """Delete old checkpoints of a run; call it only when the newest is durable and verified.
+
+    Args:
+        run_dir: the run.
+        keep: how many complete ones stay, counted from the highest step; at least 1.
+        protect: steps that are never deleted (the best one).
+        newest: the step just saved; higher steps are left alone.
+
+    Returns:
+        The deleted paths. Incomplete ones older than all that stay are deleted too. What the system refuses to delete
+        is named on stderr and stays: the newest is safe, and the next save tries again.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep is {keep}; at least 1 checkpoint must stay.")
+    directory = Path(os.path.realpath(run_dir))
+    whole, deleted = 0, list[Path]()
+    try:
+        found = candidates(directory)
+    except OSError as error:
+        note(f"{run_dir} cannot be listed, so old checkpoints stay: {error.strerror or error}.")
+        return deleted
+    for path in found:
+        step = _step_of(path.name)
+        if step is None or path.name.startswith(".") or (newest is not None and step > newest):
+            continue
+        if whole >= keep and step not in protect:
+            discard(path)
+            if not os.path.lexists(path):
+                deleted.append(path)
+        elif whole < keep and complete(path):
+            whole += 1
+    return deleted

@@ -1,0 +1,211 @@
+"""A model directory opened as a stranger's: its JSON files and weights, verified where it has a manifest."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.utils.files import Record, note, read_bytes
+from pretrain.utils.strict_json import parse_json
+from pretrain.utils.tensors import read_tensors
+
+__all__ = [
+    "ModelDirectory",
+    "check_index",
+    "is_finite",
+    "read_weights",
+    "refuse_non_finite",
+    "verify_rest",
+]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# config.json of an adapted model under another name: where it stands beside adapter_config.json, transformers expects
+# a whole model there and does not look for the base.
+ADAPTED_MODEL = "pretrain.json"
+_WITHOUT = {
+    "README.md": "No weight depends on it: the model is opened.",
+    "generation_config.json": "The model is opened without what it says of generating.",
+    "chat_template.jinja": "The model is opened with the template in tokenizer_config.json, if there is one.",
+}
+CONFIG_LIMIT = 16 << 20
+TOKENIZER_LIMIT = 64 << 20
+_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp", ".npy", ".h5", ".msgpack")
+
+
+class ModelDirectory:
+    """A model directory and, where there is one to trust, its manifest."""
+
+    def __init__(self, path: Path, *, verify: bool) -> None:
+        self.path, self.verify = path, verify
+        self.damaged: set[str] = set()  # of the `manifest.BYSTANDERS`
+        self.manifest: Manifest | None = None
+        if verify and os.path.lexists(path / manifest.NAME):
+            self.manifest = manifest.read_manifest(path)
+            manifest.check_files(path, self.manifest, training=False, hashes=(), spare=self.spare)
+
+    def spare(self, error: CheckpointCorrupt) -> None:
+        """Name a damaged file without which a model can be opened, once."""
+        name = Path(error.file).name
+        if name not in self.damaged:
+            self.damaged.add(name)
+            note(f"{error} {_WITHOUT[name]}")
+
+    def intact(self, name: str) -> bool:
+        """Whether there is one of the `manifest.BYSTANDERS`, and it is what the manifest says."""
+        if self.has(name) and name not in self.damaged and (record := self.record(name)):
+            try:
+                manifest.check_hash(self.path / name, record)
+            except CheckpointCorrupt as error:
+                self.spare(error)
+        return self.has(name) and name not in self.damaged
+
+    def record(self, name: str) -> Record | None:
+        """What the manifest promises of a file; None without a manifest."""
+        return self.manifest.required.get(name) if self.manifest else None
+
+    def real(self, name: str) -> Path:
+        """Where a file lies; only the links inside a download cache of the Hugging Face hub are followed."""
+        path = self.path / name
+        if self.manifest is None and path.is_symlink() and self.path.parent.name == "snapshots":
+            target = Path(os.path.realpath(path))
+            if target.parent == self.path.parent.parent / "blobs":
+                return target
+        return path
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of that name."""
+        return os.path.lexists(self.path / name)
+
+    def json(self, name: str, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
+        """The object in a JSON file of at most ``limit`` bytes."""
+        value = self._parsed(name, limit)
+        if not isinstance(value, dict):
+            raise CheckpointCorrupt(self.real(name), "a JSON object", type(value).__name__)
+        return value
+
+    def _parsed(self, name: str, limit: int) -> Any:
+        path = self.real(name)
+        return parse_json(read_bytes(path, self.record(name), limit=limit), path, limit=limit)
+
+    def json_list(self, name: str, limit: int = CONFIG_LIMIT) -> list[Any]:
+        """The list in a JSON file of at most ``limit`` bytes."""
+        value = self._parsed(name, limit)
+        if not isinstance(value, list):
+            raise CheckpointCorrupt(self.real(name), "a JSON list", type(value).__name__)
+        return value
+
+    def model_config(self) -> dict[str, Any]:
+        """What describes the model that an adapter makes; empty where peft wrote the directory."""
+        for name in ("config.json", ADAPTED_MODEL):
+            if self.has(name):
+                return self.json(name)
+        return {}
+
+    @property
+    def is_adapter(self) -> bool:
+        """It holds an adapter and no whole model."""
+        whole = self.has(SINGLE) or self.has(INDEX)
+        return self.has(ADAPTER_CONFIG) and self.has(ADAPTER_WEIGHTS) and not whole
+
+    def weight_files(self) -> Mapping[str, set[str] | None]:
+        """Names of the weight files and, from an index, the tensors that each must hold."""
+        if self.has(SINGLE):
+            return {SINGLE: None}
+        if not self.has(INDEX):
+            raise CheckpointError(self._no_weights())
+        table = self.json(INDEX, TOKENIZER_LIMIT).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise CheckpointCorrupt(self.path / INDEX, "a weight_map", type(table).__name__)
+        found: dict[str, set[str]] = {}
+        for tensor, name in table.items():
+            if not isinstance(name, str) or not _SHARD.fullmatch(name):
+                raise CheckpointCorrupt(
+                    self.path / INDEX, "names of safetensors files beside it", repr(name)[:80]
+                )
+            found.setdefault(name, set()).add(tensor)
+        return dict(sorted(found.items()))
+
+    def _no_weights(self) -> str:
+        names = sorted(os.listdir(self.path))
+        pickles = [name for name in names if name.endswith(_PICKLES)]
+        if pickles:
+            return (
+                f"{self.path} has no {SINGLE}, only {pickles[0]}. Such files can run any code when they are opened, so "
+                f"pretrain never opens them. If you trust its origin, convert it once with transformers, in a "
+                f"sandbox: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True) "
+                f"(with the class of its task instead of AutoModel)."
+            )
+        if ADAPTER_CONFIG in names:
+            return f"{self.path} holds a PEFT adapter, not a whole model, and no {ADAPTER_WEIGHTS}, or one is its base."
+        steps = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+        if steps:
+            return f"{self.path} has no complete checkpoint. Name one of its directories yourself: {', '.join(steps)}."
+        return f"{self.path} has no {SINGLE}. Name the directory of a run, a checkpoint or a Hugging Face model."
+
+
+def read_weights(
+    directory: ModelDirectory, names: Mapping[str, set[str] | None]
+) -> dict[str, Tensor]:
+    """All tensors of the named files, floats as fp32, finite, and exactly those that an index names."""
+    tensors: dict[str, Tensor] = {}
+    for name, expected in names.items():
+        part = read_tensors(directory.real(name), directory.record(name), floats_to_fp32=True)
+        check_index(directory, name, expected, part)
+        for tensor_name, tensor in part.items():
+            refuse_non_finite(directory.path / name, tensor_name, tensor)
+        tensors.update(part)
+    return tensors
+
+
+def check_index(
+    directory: ModelDirectory, name: str, expected: set[str] | None, found: Collection[str]
+) -> None:
+    """Raise CheckpointCorrupt unless a weight file holds exactly the tensors that an index names."""
+    if expected is not None and expected != set(found):
+        wrong = sorted(expected ^ set(found))[0]
+        what = "missing" if wrong in expected else "not in the index"
+        raise CheckpointCorrupt(
+            directory.path / name, f"the tensors that {INDEX} names", f"{wrong!r} {what}"
+        )
+
+
+def refuse_non_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if an element of a tensor of a file is NaN or infinite."""
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} holds NaN or infinity. The model diverged before "
+            f"it was saved, or the file was converted badly; take an earlier checkpoint."
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, without memory for a mask."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def verify_rest(directory: ModelDirectory, weights: Mapping[str, Any]) -> None:
+    """Hash what no verified read has covered: tokenizer, model card."""
+    if directory.manifest is None:
+        return
+    done = {"config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL, *weights}
+    for name, record in directory.manifest.required.items():
+        if name in manifest.BYSTANDERS:
+            directory.intact(name)
+        elif name not in done:
+            manifest.check_hash(directory.path / name, record)

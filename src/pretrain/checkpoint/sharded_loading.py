@@ -1,0 +1,363 @@
+"""Opening a checkpoint by several processes, each of which reads its own part: of any directory, whoever wrote it.
+
+Every file is verified before a tensor of it is used, and its hash is computed once, by one of the processes. What the
+model lacks and what the file holds too much is reported as ``load`` does, through the same table of names.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pretrain.adapters.attach import base_sample
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.adapter_files import adapted_values
+from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.loading import open_described, report_line
+from pretrain.checkpoint.model_directory import ModelDirectory, check_index, refuse_non_finite
+from pretrain.checkpoint.peers import Peers, together
+from pretrain.checkpoint.sharded_saving import Pieces
+from pretrain.checkpoint.stored_tensors import StoredTensors, hash_together
+from pretrain.checkpoint.training_state import (
+    TrainingState,
+    open_training,
+    read_state,
+    tensor_files,
+)
+from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
+from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
+from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
+from pretrain.nn.layout import Layout, Region, local
+from pretrain.utils import files
+from pretrain.utils.files import note
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["latest_together", "load_slices", "open_empty", "read_training_slices"]
+
+Put = Callable[[str, Tensor], None]
+
+
+def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
+    """The checkpoint with the highest step that is whole, the same on all processes; None if the run has none at all.
+
+    Every byte is verified, by one process each. A broken newer one is named on stderr.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole, or the system refuses to look into the directory.
+    """
+    directory = Path(os.path.realpath(run_dir))
+    names: list[str] = []
+    with together(peers), files.reading(run_dir):
+        if peers.rank == 0 and directory.is_dir():
+            names = [path.name for path in manifest.candidates(directory)]
+    failures: list[CheckpointError] = []
+    for name in peers.gather(names)[0]:
+        path = directory / str(name)
+        try:
+            _verify_together(path, peers)
+        except CheckpointError as error:
+            failures.append(error)
+        else:
+            for broken, failure in zip(names, failures, strict=False):
+                manifest.skipped(directory / broken, failure)  # `names` is empty but for process 0
+            return path
+    if failures:
+        count = f"{len(failures)} checkpoint{'s' * (len(failures) > 1)}"
+        raise CheckpointError(
+            f"{run_dir} holds {count} and none is whole, so the run cannot go on, and it does not start over by "
+            f"itself. The newest: {failures[0]} Bring the files back from a copy; or take the weights alone, with a "
+            f"new train.out and model.checkpoint={run_dir}; or, to start over, move the directory away: "
+            f"mv {run_dir} {run_dir}.broken"
+        )
+    return None
+
+
+def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None:
+    with together(peers), files.reading(path):
+        listed = manifest.read_manifest(path)
+        leads = peers.rank == 0
+        manifest.check_files(
+            path,
+            listed,
+            training=training,
+            hashes=manifest.BYSTANDERS if leads else (),
+            spare=manifest.spared if leads else lambda error: None,
+        )
+    records = dict(listed.needed)
+    if training and os.path.lexists(path / manifest.TRAINING):
+        records |= listed.training
+    hash_together(path, records, peers)
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def open_empty(
+    path: str | Path,
+    peers: Peers,
+    *,
+    head: str | None = None,
+    tokenizer: bool = True,
+) -> tuple[Model, Path]:
+    """Open a model without its weights: a run, a checkpoint, or a Hugging Face directory with a whole model.
+
+    All processes call it, with the same arguments. Whether the head is tied is settled by the weights, as in ``load``.
+
+    Args:
+        path: a directory; of a run, the checkpoint that ``load`` would take.
+        peers: the processes.
+        head: kind of head to put on instead of the stored one.
+        tokenizer: also open the tokenizer, where there is one.
+
+    Returns:
+        The model on the meta device, ``fresh`` with what the directory lacks of it, and the directory that
+        ``load_slices`` fills it from once it is cut.
+
+    Raises:
+        CheckpointError: see ``pretrain.checkpoint.load``.
+        AdapterFound: it is the directory of an adapter.
+    """
+    with together(peers), files.reading(path):
+        directory = manifest.checked_directory(path)
+        run: list[Path] = []
+        if not os.path.lexists(directory / "config.json"):
+            run = best_first(directory)
+    for name in peers.gather([candidate.name for candidate in run])[0]:
+        try:
+            if os.path.lexists(directory / name / manifest.NAME):
+                _verify_together(directory / name, peers, training=False)
+            return _open_empty(directory / name, Path(path) / name, peers, head, tokenizer)
+        except CheckpointCorrupt as error:
+            if peers.rank == 0:
+                manifest.skipped(directory / name, error)
+    return _open_empty(directory, Path(path), peers, head, tokenizer)
+
+
+def _open_empty(
+    path: Path, named: Path, peers: Peers, head: str | None, tokenizer: bool
+) -> tuple[Model, Path]:
+    with ExitStack() as stack:
+        with together(peers), files.reading(path), files.muted(peers.rank != 0):
+            directory = ModelDirectory(path, verify=True)
+            if directory.is_adapter:
+                raise AdapterFound(
+                    f"{named} holds an adapter, which is opened on its base in one piece: use load()."
+                )
+            model, _, names = open_described(directory, head=head, tokenizer=tokenizer)
+            model.source = str(named)
+            stored = stack.enter_context(_stored(directory, list(names)))
+        untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
+        if untied and peers.rank == 0:
+            note(f"{named}: head kept apart although the config ties it")
+        with together(peers):
+            _, model.fresh = match_disk_state(model, list(stored), lambda entry, key: None)
+    return model.eval(), path
+
+
+def _stored(directory: ModelDirectory, names: list[str]) -> StoredTensors:
+    return StoredTensors({name: directory.real(name) for name in names})
+
+
+def load_slices(
+    model: Model,
+    path: str | Path,
+    layout: Layout | None,
+    peers: Peers,
+    put: Put | None = None,
+    *,
+    seed: int = 0,
+    own: AbstractSet[str] = frozenset(),
+    base: bool = False,
+    verified: bool = False,
+    quiet: bool = True,
+) -> LoadReport:
+    """Fill this process's parts of a model's parameters from a directory that anybody wrote.
+
+    Args:
+        model: real; cut as ``layout`` says, its head tied as the directory has it (``open_empty`` sees to that).
+        path: a checkpoint or a Hugging Face directory, not a run; of an adapted model, a checkpoint of that adapter.
+        layout: of the parameters; None if each process has them whole.
+        peers: the processes.
+        put: takes a parameter's name and its part in fp32 on the CPU, and the model stays as it is; None copies it
+            into the parameter, and fills the buffers. Empty parts are left out.
+        seed: for head tensors that are not there and start afresh.
+        own: parameters that have their values, whatever the directory holds.
+        base: the directory is that of the base of the model's adapter, and the adapter stays as it is.
+        verified: the hashes were compared a moment ago, by ``latest_together``.
+        quiet: print no report.
+
+    Returns:
+        What happened to each tensor; ``model.fresh`` also has the parameters that were drawn anew.
+
+    Raises:
+        CheckpointCorrupt: a file is not what it should be.
+        CheckpointError: a tensor of the body is missing, or one has the wrong shape or type. On all processes.
+    """
+    with together(peers), files.reading(path):
+        parts = _Parts(model, Pieces(layout, peers), put, own)
+        directory = ModelDirectory(manifest.checked_directory(path), verify=True)
+        if model.adapter is not None and not base:
+            values = adapted_values(directory, model, parts.full)
+            for name, value in values.items():
+                parts.put_whole(name, value)
+    if model.adapter is not None and not base:
+        return LoadReport(loaded=len(values))
+    with ExitStack() as stack:
+        with together(peers), files.reading(path):
+            names = directory.weight_files()
+            stored = stack.enter_context(_stored(directory, list(names)))
+            for name, expected in names.items():
+                check_index(directory, name, expected, stored.holds[name])
+        if directory.manifest is not None and not verified:
+            hash_together(directory.path, directory.manifest.needed, peers)
+        apart = heads_apart(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
+        with together(peers), files.reading(path):
+            if apart:
+                raise CheckpointError(
+                    f"{path}: {apart[0]!r} differs from the embedding, and the model's head is tied to it. Give the "
+                    "model a head of its own before it is cut (open_empty does)."
+                )
+            report, fresh = match_disk_state(
+                model, list(stored), lambda entry, key: parts.put_stored(entry, key, stored)
+            )
+            sample = parts.sample(model, stored) if base and peers.rank == 0 else ""
+            stored.check_unchanged()
+            if put is None:
+                model.backbone.init_buffers()
+                model.fresh |= fresh
+            for name in sorted(fresh - own):
+                value = torch.empty(parts.shapes[name], dtype=torch.float32, device="cpu")
+                model.backbone.init_parameter(name, value, seed)
+                parts.put_whole(name, value)
+            if not quiet and peers.rank == 0:
+                config = directory.json("config.json")
+                note(report_line(model, config, len(stored), report))
+    if base:
+        model.adapter.base_sample = str(peers.gather(sample)[0])
+    return report
+
+
+class _Parts:
+    """The parts of a model's parameters that this process holds, and how they are filled."""
+
+    def __init__(
+        self, model: Model, pieces: Pieces, put: Put | None, own: AbstractSet[str]
+    ) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._pieces, self._put, self._own = pieces, put or self._copy, own
+        self._keys: dict[str, str] = {}
+        self.full = pieces.full({name: local(p) for name, p in self._parameters.items()})
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.full.items()}
+
+    @torch.no_grad()
+    def _copy(self, name: str, value: Tensor) -> None:
+        local(self._parameters[name]).copy_(value)
+
+    def put_whole(self, name: str, value: Tensor) -> None:
+        """Cut this process's part out of a whole parameter."""
+        region = self._pieces.region(name, self.shapes[name])
+        if region.numel:
+            self._put(name, value[region.slices()])
+
+    def sample(self, model: Model, stored: StoredTensors) -> str:
+        """What `base_sample` says of the whole model on the disk."""
+
+        def first(entry: Entry, name: str, count: int) -> Tensor:
+            key, shape = self._keys[entry.disk], self.shapes[name]
+            if not shape:
+                return stored.read(key)
+            rows = min(shape[0], -(-count // max(1, math.prod(shape[1:]))))
+            region = Region((0,) * len(shape), (rows, *shape[1:]))
+            return unpack_part(entry, name, region, self.shapes, lambda box: stored.box(key, box))
+
+        return base_sample(model, first)
+
+    def put_stored(self, entry: Entry, key: str, stored: StoredTensors) -> None:
+        """Read this process's parts of the parameters that a tensor of the disk holds."""
+        self._keys[entry.disk] = key
+        if not self._own.isdisjoint(entry.memory):
+            return
+        info = stored.info(key)
+        check_stored(entry, info.dtype, info.shape, self.shapes)
+        for name in entry.memory:
+            region = self._pieces.region(name, self.shapes[name])
+            if region.numel:
+                value = unpack_part(
+                    entry, name, region, self.shapes, lambda box: stored.box(key, box)
+                )
+                refuse_non_finite(stored.path(key), key, value)
+                self._put(name, value)
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def read_training_slices(
+    path: str | Path,
+    layout: Layout | None,
+    peers: Peers,
+    *,
+    verified: bool = False,
+    quiet: bool = False,
+) -> TrainingState:
+    """Read this process's parts of the training folder of a checkpoint; see ``pretrain.checkpoint.read_training``.
+
+    Args:
+        path: a checkpoint.
+        layout: of the parameters; None if each process has them whole.
+        peers: the processes.
+        verified: the hashes were compared a moment ago, by ``latest_together``.
+        quiet: do not name differences in library versions and thread count.
+
+    Returns:
+        Tensors of parameters are the parts of this process; all others, and the plain values, are whole.
+
+    Raises:
+        CheckpointCorrupt: a file is not what the manifest says.
+        CheckpointError: the folder was deleted, or a tensor has another shape than its parameter. On all processes.
+    """
+    pieces = Pieces(layout, peers)
+    found = TrainingState()
+    with ExitStack() as stack:
+        opened: dict[str, StoredTensors] = {}
+        with together(peers), files.reading(path):
+            directory = manifest.checked_directory(path)
+            listed = open_training(directory, quiet=quiet or peers.rank != 0)
+            found.state = read_state(directory, listed)
+            groups = tensor_files(directory, listed.training)
+            for stem, names in groups.items():
+                paths = {name: directory / name for name in names}
+                opened[stem] = stack.enter_context(StoredTensors(paths, slashes=True))
+                for name, file in paths.items():
+                    listed.training[name].check(file, os.lstat(file).st_size)
+        if not verified:
+            records = {name: listed.training[name] for names in groups.values() for name in names}
+            hash_together(directory, records, peers)
+        with together(peers), files.reading(path):
+            for stem, stored in opened.items():
+                found.tensors[stem] = {key: _part(stored, key, pieces) for key in stored}
+                stored.check_unchanged()
+    return found
+
+
+def _part(stored: StoredTensors, key: str, pieces: Pieces) -> Tensor:
+    shape = stored.info(key).shape
+    name = pieces.parameter(key) if shape else None
+    if name is not None and pieces.layout is not None:
+        wanted = tuple(pieces.layout.shapes[name])
+        if shape != wanted:
+            raise CheckpointError(
+                f"{stored.path(key)} holds {key!r} with shape {shape}, but the parameter has {wanted}. Use a new "
+                "train.out for a changed model."
+            )
+    return stored.box(key, pieces.region(key, shape)).contiguous()

@@ -1,0 +1,198 @@
+"""The training folder of a checkpoint: tensors by parameter name in safetensors files, plain values in state.json.
+
+A group of tensors lies in ``optimizer.safetensors``, or divided over ``optimizer-0000i-of-0000n.safetensors``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.manifest import Manifest, latest
+from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.utils import files
+from pretrain.utils.files import note
+from pretrain.utils.strict_json import parse_json, to_json
+from pretrain.utils.tensors import read_tensors
+
+__all__ = [
+    "TrainingState",
+    "check_stem",
+    "encoded_state",
+    "open_training",
+    "read_state",
+    "read_training",
+    "shard_name",
+    "tensor_files",
+]
+
+STATE = f"{manifest.TRAINING}/state.json"
+_STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
+
+
+@dataclass
+class TrainingState:
+    """What resuming needs besides the weights.
+
+    Attributes:
+        tensors: file stem -> parameter name -> tensor; `{"optimizer": {"exp_avg.blocks.0...": ...}}`.
+        state: plain values for JSON with text keys; every float comes back bit for bit, infinities and NaN too.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def encoded_state(state: Mapping[str, Any]) -> bytes:
+    """Content of state.json.
+
+    Raises:
+        CheckpointError: it holds what JSON would change, naming the place.
+    """
+    return to_json(_encode(state, "state"))
+
+
+def check_stem(stem: str) -> None:
+    """Refuse a name for a group of tensors that no file can have."""
+    if not _STEM.fullmatch(stem) or _PART.fullmatch(stem):
+        raise CheckpointError(f"training file {stem!r}: use letters, digits, '_' and '-'.")
+
+
+def shard_name(stem: str, index: int, count: int) -> str:
+    """Name of the ``index``-th of ``count`` safetensors files of a group, counted from 0."""
+    return (
+        f"{stem}.safetensors"
+        if count == 1
+        else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+    )
+
+
+def tensor_files(directory: Path, names: Iterable[str]) -> dict[str, list[str]]:
+    """Group of tensors -> the files that hold it, from the paths that a manifest lists.
+
+    Raises:
+        CheckpointCorrupt: some of the files of a group are not listed.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        path = Path(name)
+        if path.suffix == ".safetensors":
+            match = _PART.fullmatch(path.stem)
+            found.setdefault(match[1] if match else path.stem, []).append(name)
+    for stem, listed in found.items():
+        expected = {shard_name(stem, i, len(listed)) for i in range(len(listed))}
+        if (names_there := {Path(name).name for name in listed}) != expected:
+            path = directory / manifest.TRAINING / min(expected - names_there)
+            raise CheckpointCorrupt(path, f"all files of {stem!r} in the manifest", "some of them")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def read_training(path: str | Path, *, quiet: bool = False) -> TrainingState:
+    """Read the training folder of a checkpoint, every byte verified while it is read.
+
+    Args:
+        path: a checkpoint, or a run (its newest complete checkpoint).
+        quiet: do not name differences in library versions and thread count, which can change the last bits.
+
+    Raises:
+        CheckpointError: the folder was deleted, so the run cannot be resumed from here.
+        CheckpointCorrupt: a file is not what the manifest says.
+    """
+    directory = manifest.checked_directory(path)
+    if not os.path.lexists(directory / manifest.NAME) and (newest := latest(directory)) is not None:
+        directory = newest
+    listed = open_training(directory, quiet=quiet)
+    found = TrainingState()
+    with files.reading(directory):
+        for stem, names in tensor_files(directory, listed.training).items():
+            found.tensors[stem] = {}
+            for name in names:
+                read = read_tensors(directory / name, listed.training[name], slashes=True)
+                if twice := found.tensors[stem].keys() & read.keys():
+                    raise CheckpointCorrupt(directory / name, f"{min(twice)!r} once", "it twice")
+                found.tensors[stem] |= read
+        found.state = read_state(directory, listed)
+    return found
+
+
+def open_training(directory: Path, *, quiet: bool = False) -> Manifest:
+    """The manifest of a checkpoint that can be resumed; other settings than now are named unless ``quiet``.
+
+    Raises:
+        CheckpointError: the training folder was deleted.
+    """
+    listed = manifest.read_manifest(directory)
+    if not listed.training or not os.path.lexists(directory / manifest.TRAINING):
+        raise CheckpointError(
+            f"{directory} has no {manifest.TRAINING}/ folder (it was deleted, or the model was saved alone), so a run "
+            f"cannot be resumed from it: optimizer state and position in the data are gone. Its weights are whole; "
+            f"to go on from them, start a new run with model.checkpoint={directory.name} and a new output directory."
+        )
+    if not quiet:
+        _note_environment(directory, listed.environment)
+    return listed
+
+
+def read_state(directory: Path, listed: Manifest) -> dict[str, Any]:
+    """The plain values, verified while they are read; empty where there is no file."""
+    if STATE not in listed.training:
+        return {}
+    path = directory / STATE
+    found = _decode(parse_json(files.read_bytes(path, listed.training[STATE]), path))
+    if not isinstance(found, dict):
+        raise CheckpointCorrupt(path, "a JSON object", type(found).__name__)
+    return found
+
+
+def _note_environment(directory: Path, then: Mapping[str, Any]) -> None:
+    now = manifest.environment(torch.get_num_threads(), str(torch.__version__))
+    changed = [
+        f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]
+    ]
+    if changed:
+        note(
+            f"{directory.name} was written with other settings ({', '.join(changed)}): the last bits may differ."
+        )
+
+
+def _encode(value: Any, where: str) -> Any:
+    """Plain values for JSON; numbers that JSON lacks are written as {"$float": "inf"}."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(float(value))}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise CheckpointError(
+                    f"{where}: the key {key!r} must be a text, for JSON has no other keys."
+                )
+        return {key: _encode(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise CheckpointError(
+        f"{where} is a {type(value).__name__}, which cannot be stored; tensors go into `tensors`."
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"$float"}:
+            if value["$float"] not in ("inf", "-inf", "nan"):
+                raise CheckpointCorrupt("state.json", "inf, -inf or nan", value["$float"])
+            return float(value["$float"])
+        return {key: _decode(item) for key, item in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, list) else value

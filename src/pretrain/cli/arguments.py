@@ -1,0 +1,179 @@
+"""From words on a command line to values: jsonargparse declares and reads, errors are those of the YAML.
+
+Values are read by `pretrain.config.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and
+behind an option. Whatever is wrong with a setting of ``train`` or ``finetune`` is said by the code that checks the
+YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pretrain.config.spelling import Interface
+from pretrain.errors import ConfigError, did_you_mean
+
+__all__ = ["add_settings", "interface", "make_parser", "parse"]
+
+# Commands whose options are the fields of a settings class, of which only those given count.
+_SETTINGS = {
+    "train": ("pretrain.config", "RunConfig"),
+    "finetune": ("pretrain.finetuning.settings", "TuneConfig"),
+}
+# Mappings: any name may follow.
+_OPEN = {
+    "train": ("--model.overrides.", "--objective.init_args."),
+    "finetune": ("--data.columns.", "--task.options."),
+    "predict": ("--columns.",),
+    "evaluate": ("--columns.",),
+}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None]) -> Any:
+    """The jsonargparse parser of the command ``name``; ``add`` declares its options."""
+    from jsonargparse import ArgumentParser, set_loader
+
+    set_loader("strict", _value, exceptions=(ConfigError,))
+    parser = ArgumentParser(
+        prog=f"pretrain {name}",
+        description=summary,
+        epilog=f"example: {example}",
+        exit_on_error=False,
+        default_env=False,
+        allow_abbrev=False,
+        parser_mode="strict",
+    )
+    add(parser)
+    return parser
+
+
+def interface(name: str, short: Mapping[str, str]) -> Interface:
+    """How messages spell the options of the command ``name``; see `make_parser` and `parse`."""
+    if name not in _SETTINGS:
+        return Interface(
+            command=True, columns="columns." if name in ("predict", "evaluate") else ""
+        )
+    sections = _settings(name).SECTIONS
+    places = {
+        spec.name: f"{section}.{spec.name}"
+        for section, kind in reversed(sections.items())
+        for spec in dataclasses.fields(kind)
+    }
+    # The short options are the keywords of the Python function too.
+    places |= {option.lstrip("-"): option.lstrip("-") for option in short}
+    columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
+    return Interface(True, places, columns, others)
+
+
+def add_settings(parser: Any, sections: Mapping[str, type], short: Mapping[str, str]) -> None:
+    """Declare ``--config``, ``--show_config`` and every field of the sections; the help names the short options."""
+    from pretrain.config import fields
+
+    parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings")
+    parser.add_argument("--show_config", action="store_true", help="show the settings and leave")
+    other = {setting: option for option, setting in short.items()}
+    for section, kind in sections.items():
+        group = parser.add_argument_group(f"{section}: {(kind.__doc__ or '').rstrip('.')}")
+        for spec in fields(kind):
+            name = f"--{section}.{spec.name}"
+            also = f"(also {other[name]}) " if name in other else ""
+            group.add_argument(name, type=spec.type, default=spec.default, help=also + spec.help)
+
+
+def _value(text: str) -> Any:
+    from pretrain.config.strict_yaml import parse
+
+    return parse(text, "command line")[0]
+
+
+def parse(parser: Any, name: str, words: list[str], short: Mapping[str, str] | None = None) -> Any:
+    """Parse the words after the command; of settings only what was given is returned, without defaults.
+
+    Args:
+        parser: what `make_parser` returns.
+        name: of the command.
+        words: after it.
+        short: short option -> the setting that it stands for (``{"--model": "--model.checkpoint"}``).
+
+    Raises:
+        ConfigError: an unknown option (the nearest is named), a wrong type, a missing argument.
+    """
+    from argparse import ArgumentError
+
+    words = _spelled_out(words, short or {})
+    options = [option for action in parser._actions for option in action.option_strings]
+    for word in words:
+        if word == "--":
+            break
+        option = word.partition("=")[0]
+        if option.startswith("--") and not _known(option, options, name):
+            raise _unknown(option, options, name)
+    try:
+        return parser.parse_args(words, defaults=name not in _SETTINGS)
+    except ArgumentError as error:
+        raise _wrong(error, name, words) from None
+
+
+def _settings(name: str) -> Any:
+    module, kind = _SETTINGS[name]
+    return getattr(importlib.import_module(module), kind)
+
+
+def _spelled_out(words: list[str], short: Mapping[str, str]) -> list[str]:
+    """Put the settings in the place of their short options, as far as a lone ``--``."""
+    end = words.index("--") if "--" in words else len(words)
+    whole = []
+    for word in words[:end]:
+        option, equals, value = word.partition("=")
+        whole.append(short.get(option, option) + equals + value)
+    return whole + words[end:]
+
+
+def _known(option: str, options: Iterable[str], name: str) -> bool:
+    return option in options or option.startswith(_OPEN.get(name, ()))
+
+
+def _unknown(option: str, options: Iterable[str], name: str) -> ConfigError:
+    plain = [known.lstrip("-") for known in options if "." not in known]
+    near = did_you_mean(option.lstrip("-"), plain)
+    if name in _SETTINGS and ("." in option or "mean" not in near):
+        try:
+            _settings(name).load(None, {option.lstrip("-"): None})
+        except ConfigError as error:
+            return error
+    return ConfigError(f"pretrain {name} has no option {option}.{did_you_mean(option, options)}")
+
+
+def _wrong(error: Exception, name: str, words: list[str]) -> ConfigError:
+    """Say what the parser found, in the words that the same mistake gets in a YAML file."""
+    text = " ".join(str(error).split())
+    found = re.search(r'[Pp]arser key "([^"]+)"|argument --([\w.]+)', text)
+    option = (found[1] or found[2]) if found else ""
+    given = _given(option, words)
+    if given is None and option:
+        return ConfigError(f"--{option} needs a value. See pretrain {name} --help.")
+    if name in _SETTINGS and "." in option and given is not None:
+        try:
+            _settings(name).load(None, {option: _value(given)})
+        except ConfigError as same:
+            return same
+    if "Expected a" in text and given is not None:
+        kind = re.search(r"Expected a .*?\b(int|float|bool)\b", text.partition("Got value")[0])
+        wanted = _KINDS.get(kind[1] if kind else "", "of another type")
+        return ConfigError(f"--{option} must be {wanted}, found {given!r}.")
+    return ConfigError(
+        f"pretrain {name}: {text[:1].lower()}{text[1:]}. See pretrain {name} --help."
+    )
+
+
+def _given(dotted: str, words: list[str]) -> str | None:
+    """The word that stands for an option on the command line."""
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option.lstrip("-").rstrip("+") == dotted and option.startswith("-"):
+            return value if equals else (words[i + 1] if i + 1 < len(words) else None)
+    return None

@@ -1,0 +1,500 @@
+"""The command line: ``pretrain COMMAND``. No logic lives here; every command is one call of a public function.
+
+Options are declared to jsonargparse: those of ``train`` and ``finetune`` are the fields of the sections of
+`RunConfig` and `TuneConfig`, checked by the same code as the YAML. Nothing heavy is imported before a command has been
+understood, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.cli import finetuning as commands
+from pretrain.cli.arguments import add_settings, interface, make_parser, parse
+from pretrain.cli.doctor import add_doctor, doctor
+from pretrain.config.spelling import using
+from pretrain.errors import (
+    ConfigError,
+    Interrupted,
+    PretrainError,
+    did_you_mean,
+    out_of_memory,
+)
+from pretrain.parallel.launched import launched
+from pretrain.parallel.slurm import add_slurm
+from pretrain.parallel.voices import ours_to_say
+from pretrain.printing import printable
+
+__all__ = ["COMMANDS", "main"]
+
+EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its line in the help, its options, what it calls, and short options for settings."""
+
+    summary: str
+    example: str
+    add: Callable[[Any], None]
+    run: Callable[[Any], int | None]
+    short: dict[str, str] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 1 when `inspect` finds a broken checkpoint; 2 for an error in the input, which is said in one paragraph
+        (PRETRAIN_DEBUG=1 shows where it was raised); 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, when a
+        training run has been saved and temporary files are gone.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with warnings.catch_warnings(), _signals_raise():
+            warnings.showwarning = _note
+            code = _dispatch(arguments)
+            sys.stdout.flush()
+            return code
+    except PretrainError as error:
+        if os.environ.get("PRETRAIN_DEBUG") == "1":
+            raise
+        if ours_to_say(error):
+            _complain(str(error))
+        return EXIT_ERROR
+    except KeyboardInterrupt as error:
+        _complain("interrupted.", "")
+        return error.code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (
+        OSError
+    ) as error:  # of a file one of us has made a sentence; what has no name is standard output
+        if os.environ.get("PRETRAIN_DEBUG") == "1" or error.filename is not None:
+            raise
+        # What is left in its buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _complain(f"The output cannot be written: {error.strerror or error}. Make room there.")
+        return EXIT_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("PRETRAIN_DEBUG") == "1" or not out_of_memory(error):
+            raise
+        _complain(
+            "There is not enough memory. Use fewer rows at a time (--batch_rows, --train.micro_rows), shorter texts "
+            "or a smaller model."
+        )
+        return EXIT_ERROR
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it has begun is cleared away; a second one at once.
+
+    Processes of a launcher, which repeats its signals, and what nohup ignores are left alone.
+    """
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(128 + number)
+
+    if not launched() and threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from pretrain import __version__
+
+        print(f"pretrain {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = did_you_mean(name.replace("_", "-"), COMMANDS)
+        raise ConfigError(f"There is no command {name!r}.{near}")
+    command = COMMANDS[name]
+    parser = make_parser(name, command.summary, command.example, command.add)
+    options = rest[: rest.index("--")] if "--" in rest else rest
+    if "-h" in options or "--help" in options:
+        parser.print_help()
+        return 0
+    with using(interface(name, command.short)):
+        return command.run(parse(parser, name, rest, command.short)) or 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = ["usage: pretrain COMMAND [options]", "", "Pre-train transformers, and use them.", ""]
+    lines += [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`pretrain COMMAND --help` shows the options of a command."]
+    return "\n".join(lines)
+
+
+def _complain(message: str, label: str = "error: ") -> None:
+    """One paragraph on stderr; characters that could drive the terminal are shown, not sent."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if label and sys.stderr.isatty() and not plain:
+        label = f"\033[31m{label}\033[0m"
+    print(f"{label}{printable(message, lines=True)}", file=sys.stderr)
+
+
+def _note(message: Warning | str, *place: Any, **options: Any) -> None:
+    """A warning as one line, without the place in the code."""
+    _complain(str(message), "note: ")
+
+
+# --------------------------------------------------------------------------------------------- commands
+
+
+def _add_quickstart(parser: Any) -> None:
+    parser.add_argument("--out", type=str, default="runs/quickstart", help="directory of the run")
+    parser.add_argument("--minutes", type=float | None, default=None, help="time for everything")
+    parser.add_argument("--seed", type=int, default=0, help="seed")
+
+
+def _quickstart(args: Any) -> int:
+    from pretrain.cli.quickstart import quickstart
+
+    return int(quickstart(out=args.out, minutes=args.minutes, seed=args.seed)["exit_code"])
+
+
+def _add_prepare(parser: Any) -> None:
+    add = parser.add_argument
+    add("sources", nargs="*", type=str, help='files, globs, folders, "hub:NAME", or "python"')
+    add("--config", type=str | None, default=None, help="prepare what this config trains on")
+    add("--out", type=str | None, default=None, help="directory to write; not given, the cache")
+    add("--tokenizer", type=str, default="bpe", help="bpe, wordpiece, char, or a path")
+    add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
+    add("--row_length", type=int, default=512, help="tokens in one row")
+    add("--valid", type=float | str, default=0.01, help='held-out fraction, source, or "last:0.1"')
+    add(
+        "--text",
+        type=str | dict[str, str],
+        default="text",
+        help="column of .jsonl, .csv, .tsv and .parquet files, or {file: column, ...}",
+    )
+    add("--separator", type=str | None, default=None, help="text between the documents of a file")
+    add("--encoding", type=str | None, default=None, help="of text files; not given, UTF-8")
+    add("--seed", type=int, default=0, help="seed of the order")
+    add("--workers", type=int | None, default=None, help="processes; not given, all cores")
+    add("--lowercase", action="store_true", help="wordpiece only: forget case and accents")
+    add("--quiet", action="store_true", help="no progress bar and no table")
+
+
+def _prepare(args: Any) -> None:
+    options = {k: v for k, v in args.as_dict().items() if k not in ("sources", "config")}
+    if (args.config is None) == (not args.sources):
+        raise ConfigError("Name sources to prepare, or a config that names them: --config FILE.")
+    if args.config is not None:
+        from pretrain.config import RunConfig
+        from pretrain.training.run import open_data
+
+        prepared = open_data(RunConfig.load(args.config))
+    else:
+        from pretrain.data.prepare import prepare
+
+        sources = args.sources if len(args.sources) > 1 else args.sources[0]
+        prepared = prepare(sources, **options)
+    print(printable(str(prepared.path)))
+
+
+def _add_train(parser: Any) -> None:
+    from pretrain.config import RunConfig
+
+    commands.add_devices(parser)
+    add_settings(parser, RunConfig.SECTIONS, {})
+
+
+def _train(args: Any) -> int:
+    sections = args.as_dict()
+    config = sections.pop("config", None)
+    if sections.pop("show_config", False):
+        from pretrain.config import RunConfig
+
+        print(RunConfig.load(config, sections).to_yaml(), end="")
+        return 0
+    from pretrain.training.run import train
+
+    return int(train(config, **sections).exit_code)
+
+
+def _slurm(args: Any) -> None:
+    from pretrain.config import RunConfig
+    from pretrain.finetuning.settings import TuneConfig
+    from pretrain.parallel.slurm import is_task, write
+
+    (TuneConfig if is_task(args.config) else RunConfig).load(args.config)
+    print(write(**args.as_dict()), end="")
+
+
+def _add_generate(parser: Any) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=str, help="run or checkpoint directory")
+    add("prompt", type=str, help='text to continue, or "-": one prompt per line of standard input')
+    add(
+        "--max_new_tokens",
+        type=int | None,
+        default=None,
+        help="tokens to add at most; not given, what generation_config.json says, or 64",
+    )
+    add(
+        "--temperature",
+        type=float | None,
+        default=None,
+        help="0 takes the likeliest token; not given, what generation_config.json says, or 1 with --top_k, --top_p, "
+        "--min_p or --seed, else 0",
+    )
+    add("--top_k", type=int | None, default=None, help="sample from the k likeliest tokens")
+    add("--top_p", type=float | None, default=None, help="sample from the likeliest of this mass")
+    add("--min_p", type=float | None, default=None, help="drop below this share of the likeliest")
+    add(
+        "--repetition_penalty",
+        type=float | None,
+        default=None,
+        help="above 1: less of what was there",
+    )
+    add(
+        "--stop",
+        type=list[str] | str | None,
+        default=None,
+        help="text, or [list, of, texts], at which to stop",
+    )
+    add("--seed", type=int | None, default=None, help="the same seed gives the same text")
+    add(
+        "--chat",
+        action="store_true",
+        help="answer the prompt as a turn of the user, through the chat template",
+    )
+
+
+def _generate(args: Any) -> None:
+    from pretrain.checkpoint import load
+    from pretrain.inference.generate import generate
+
+    options = {k: v for k, v in args.as_dict().items() if k not in ("checkpoint", "prompt")}
+    prompts = _prompts(args.prompt)
+    model = load(args.checkpoint)
+    if options.pop("chat"):
+        from pretrain.inference.predict import chat
+
+        given = {key: value for key, value in options.items() if value not in (None, [])}
+        texts = [chat(model, prompt, **given) for prompt in prompts]
+    else:
+        texts = generate(model, prompts, **options)
+    for text in texts:
+        print(printable(text, lines=True))
+
+
+def _prompts(text: str) -> list[str]:
+    if text != "-":
+        return [text]
+    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    if not any(lines):
+        raise ConfigError("Standard input holds no prompt; write one per line.")
+    return [line for line in lines if line]
+
+
+def _add_fill_mask(parser: Any) -> None:
+    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    parser.add_argument(
+        "text", type=str, help='text with [MASK] in it, or "-": one per line of standard input'
+    )
+    parser.add_argument("--top_k", type=int, default=5, help="candidates for each mask")
+
+
+def _fill_mask(args: Any) -> None:
+    from pretrain.checkpoint import load
+    from pretrain.inference.generate import fill_mask
+
+    texts = _prompts(args.text)
+    model = load(args.checkpoint)
+    for text in texts:
+        found = fill_mask(model, text, top_k=args.top_k)
+        blocks = found if isinstance(found[0], list) else [found]
+        for block in blocks:
+            for item in block:
+                print(f"{item['score']:.4f}  {item['token']!r:<16}  {printable(item['sequence'])}")
+
+
+def _add_evaluate(parser: Any) -> None:
+    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        default=None,
+        help="of a fine-tuned model a file of labelled rows, of a language model a prepared directory or source; "
+        "not given, the run's held-out rows",
+    )
+    add = parser.add_argument
+    add(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        help="of labelled rows role: column, e.g. --columns.label stars; not given, those of the training rows",
+    )
+    add("--base", type=str | None, default=None, help="model before training, of an adapter")
+    add("--batch_rows", type=int | None, default=None, help="rows in one forward pass")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _evaluate(args: Any) -> None:
+    from pretrain.evaluation import evaluate
+
+    options = args.as_dict()
+    as_json = options.pop("json")
+    _show(evaluate(options.pop("checkpoint"), **options), as_json)
+
+
+def _add_merge(parser: Any) -> None:
+    add = parser.add_argument
+    add("adapter", type=str, help="directory of an adapter, or a run that trained one")
+    add("--out", type=str, help="directory to write the whole model to")
+    add("--base", type=str | None, default=None, help="its base; not given, the one that it names")
+
+
+def _merge(args: Any) -> None:
+    from pretrain.lora import merge_to
+
+    print(printable(str(merge_to(args.adapter, args.out, args.base))))
+
+
+def _add_inspect(parser: Any) -> None:
+    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _inspect(args: Any) -> int:
+    from pretrain.checkpoint import inspect
+
+    found = inspect(args.checkpoint)
+    _show(found, args.json)
+    return EXIT_BROKEN if found["manifest"].startswith("broken") or "problem" in found else 0
+
+
+def _add_report(parser: Any) -> None:
+    parser.add_argument("run", type=str, help="run directory")
+
+
+def _report(args: Any) -> None:
+    from pretrain.report.run_report import write
+
+    print(printable(str(write(Path(args.run)))))
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    """Print a flat mapping, aligned, or as JSON; a stranger's names cannot drive the terminal."""
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=2, default=str))
+        return
+    width = max(map(len, found), default=0) + 2
+    for key, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        shown = f"{value:.4f}" if isinstance(value, float) else shown
+        print(f"{key:<{width}}{printable(str(shown))}")
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "No download: prepare, train and show a small model in a few minutes.",
+        "pretrain quickstart",
+        _add_quickstart,
+        _quickstart,
+    ),
+    "prepare": Command(
+        "Turn text into a tokenizer and packed rows of tokens.",
+        'pretrain prepare "books/*.txt" --out data/books --vocab_size 8192',
+        _add_prepare,
+        _prepare,
+    ),
+    "train": Command(
+        "Train a model; the same command again resumes it.",
+        "pretrain train --config configs/books-gpt.yaml --data.train data/books --optim.lr 6e-4",
+        _add_train,
+        _train,
+    ),
+    "finetune": Command(
+        "Teach a checkpoint a task from labelled rows; the same command again resumes it.",
+        "pretrain finetune --config configs/classify.yaml --model runs/books-bert --data reviews.csv",
+        commands.add_finetune,
+        commands.finetune,
+        commands.SHORT,
+    ),
+    "doctor": Command(
+        "Say what this machine has and what is wrong; under torchrun, whether all can talk.",
+        "pretrain doctor --device cpu",
+        add_doctor,
+        doctor,
+    ),
+    "slurm": Command(
+        "Write a batch script that runs a config on several hosts.",
+        "pretrain slurm --config configs/books-gpt.yaml --nodes 2 --out job.sbatch",
+        add_slurm,
+        _slurm,
+    ),
+    "predict": Command(
+        "Answer every row of a file.",
+        "pretrain predict runs/reviews new.csv --out answers.csv --columns.text review",
+        commands.add_predict,
+        commands.predict,
+    ),
+    "generate": Command(
+        "Continue a text.",
+        'pretrain generate runs/books-gpt "Once upon a time"',
+        _add_generate,
+        _generate,
+    ),
+    "fill-mask": Command(
+        "Fill the masks of a text.",
+        'pretrain fill-mask runs/books-bert "The [MASK] sailed."',
+        _add_fill_mask,
+        _fill_mask,
+    ),
+    "evaluate": Command(
+        "Measure a checkpoint on the run's held-out rows, or on others.",
+        "pretrain evaluate runs/reviews --data more.csv",
+        _add_evaluate,
+        _evaluate,
+    ),
+    "merge": Command(
+        "Fold an adapter into its base: a whole model that transformers opens.",
+        "pretrain merge runs/reviews-lora --out models/reviews",
+        _add_merge,
+        _merge,
+    ),
+    "inspect": Command(
+        "Say what a checkpoint holds and whether it is whole.",
+        "pretrain inspect runs/books-gpt --json",
+        _add_inspect,
+        _inspect,
+    ),
+    "report": Command(
+        "Write report.html of a run: settings, curves, samples.",
+        "pretrain report runs/books-gpt",
+        _add_report,
+        _report,
+    ),
+}

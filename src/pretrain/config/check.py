@@ -1,0 +1,454 @@
+"""Strict reading of settings into dataclasses: files, merging, types, ranges, named errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import math
+import os
+import re
+import stat
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pretrain.errors import ConfigError, did_you_mean
+
+__all__ = [
+    "check_run",
+    "check_value",
+    "name_change",
+    "read_file",
+    "read_sections",
+    "with_digest",
+    "write_text",
+]
+
+_MERGED = ("model.overrides", "objective.init_args")
+_OPEN = {
+    "model": "Fields of the family's own config belong under model.overrides.",
+    "objective": "Arguments of the objective belong under objective.init_args.",
+}
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Read a YAML file of sections; return it with the line of every key.
+
+    Raises:
+        ConfigError: no such file, not a regular file, too large, not UTF-8, not YAML, no sections.
+    """
+    from pretrain.config.strict_yaml import MAX_BYTES, parse
+
+    try:
+        kind = path.stat()
+        if not stat.S_ISREG(kind.st_mode):
+            what = "a directory" if stat.S_ISDIR(kind.st_mode) else "not a regular file"
+            raise ConfigError(f"The config {path} is {what}; give a YAML file.")
+        if kind.st_size > MAX_BYTES:
+            raise ConfigError(
+                f"The config {path} has {kind.st_size:,} bytes; at most {MAX_BYTES:,} are read."
+            )
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no config file {path}.{_near(path.name, _neighbours(path))}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The config {path} is not UTF-8 text (byte {error.start}); is it a YAML file?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The config {path} cannot be read: {error}.") from None
+    name_change(path, text)
+    value, lines = parse(text, str(path))
+    if value is None:
+        return {}, {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: a config holds sections (data, model, ...), found {_show(value)}."
+        )
+    return value, lines
+
+
+def _neighbours(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return [
+            item.name
+            for item in sorted(path.parent.iterdir())[:1000]
+            if item.suffix in (".yaml", ".yml")
+        ]
+    return []
+
+
+def read_sections(
+    sections: Mapping[str, type],
+    source: Any,
+    overrides: Mapping[str, Any] | None,
+    together: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Merge ``source`` and ``overrides`` and build one checked dataclass per section.
+
+    Args:
+        sections: the dataclass of each section.
+        source: see `RunConfig.load`.
+        overrides: see `RunConfig.load`.
+        together: checks what no field can see alone.
+
+    Raises:
+        ConfigError: see `RunConfig.load`.
+    """
+    lines: dict[tuple[str, ...], int] = {}
+    name = ""
+    if source is None:
+        raw: Any = {}
+    elif dataclasses.is_dataclass(source) and not isinstance(source, type):
+        raw = {key: vars(getattr(source, key)) for key in sections}
+    elif isinstance(source, Mapping):
+        raw = source
+    elif isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        raw, lines = read_file(Path(name))
+    else:
+        raise ConfigError(f"A config is a YAML file or a dict of sections, not {_show(source)}.")
+    checker = _Checker(sections, name, lines)
+    merged = checker.nested(raw)
+    late = _Checker(sections, "", {})
+    for section, values in late.nested(overrides or {}).items():
+        checker.touched.update(f"{section}.{key}" for key in values)
+        _merge(merged.setdefault(section, {}), values, section)
+    built = {section: checker.section(section, merged.get(section, {})) for section in sections}
+    if together is not None:
+        together(built)
+    return built
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any], section: str) -> None:
+    current = into.get("class_path", "NextToken")
+    if section == "objective" and values.get("class_path", current) != current:
+        into.pop("init_args", None)  # they belong to another objective
+    for key, value in values.items():
+        old = into.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        into[key] = {**old, **value} if both and f"{section}.{key}" in _MERGED else value  # type: ignore[dict-item]
+
+
+class _Checker:
+    """Checks values against the fields of the sections; errors carry file and line where known."""
+
+    def __init__(
+        self, sections: Mapping[str, type], name: str, lines: dict[tuple[str, ...], int]
+    ) -> None:
+        self.sections, self.name, self.lines = sections, name, lines
+        self.hints = {section: get_type_hints(kind) for section, kind in sections.items()}
+        self.fields = {
+            key: {f.name: f for f in dataclasses.fields(kind)} for key, kind in sections.items()
+        }
+        self.touched: set[str] = set()
+
+    def fail(self, key: str, message: str) -> ConfigError:
+        line = self.lines.get(tuple(key.split("."))) if key not in self.touched else None
+        return ConfigError(f"{self.name}:{line}: {message}" if line else message)
+
+    def nested(self, raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Bring sections and dotted keys into one shape and refuse unknown names."""
+        found: dict[str, dict[str, Any]] = {}
+        for key, value in raw.items():
+            head, _, rest = str(key).partition(".")
+            if head not in self.sections:
+                raise self.fail(str(key), f"{key!r} is not a setting.{self.suggest(str(key))}")
+            if rest:
+                name, _, inner = rest.partition(".")
+                value = {name: {inner: value} if inner else value}
+            elif isinstance(value, str) and head == "objective":
+                value = {"class_path": value}
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = vars(value)
+            elif value is None:
+                value = {}
+            if not isinstance(value, Mapping):
+                raise self.fail(
+                    head, f"{head} must be a section of settings, found {_show(value)}."
+                )
+            for name in value:
+                if str(name) not in self.fields[head]:
+                    dotted = f"{head}.{name}"
+                    raise self.fail(dotted, f"{dotted!r} is not a setting.{self.suggest(dotted)}")
+            _merge(found.setdefault(head, {}), dict(value), head)
+        return found
+
+    def suggest(self, dotted: str) -> str:
+        """The nearest known key: in its own section, in any section, else all of the section."""
+        head, _, name = dotted.rpartition(".")
+        if head in _OPEN:
+            near = difflib.get_close_matches(name, self.fields[head], n=1, cutoff=0.75)
+            return f" Did you mean '{head}.{near[0]}'?" if near else f" {_OPEN[head]}"
+        known = [f"{section}.{key}" for section, names in self.fields.items() for key in names]
+        same = [key for key in known if key.rpartition(".")[2] == (name or head)]
+        if same:
+            return f" Did you mean {same[0]!r}?"
+        inside = [key for key in known if key.startswith(f"{head}.")]
+        hint = did_you_mean(dotted, inside or [*known, *self.sections])
+        if " Known: " in hint and inside:
+            wide = did_you_mean(dotted, known)
+            return hint if " Known: " in wide else wide
+        return hint if inside or " Known: " not in hint else f" Known: {', '.join(self.sections)}."
+
+    def section(self, section: str, values: Mapping[str, Any]) -> Any:
+        checked = {}
+        for name, value in values.items():
+            key = f"{section}.{name}"
+            spec = self.fields[section][name]
+            if isinstance(value, bool):  # words that were once true and false
+                value = spec.metadata.get("flag", {}).get(value, value)
+            value = self.value(key, value, self.hints[section][name])
+            low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not low <= number <= high:
+                    limits = f"{low:,} and {high:,}"
+                    raise self.fail(key, f"{key} is {number:,}; it must lie between {limits}.")
+            checked[name] = value
+        return self.sections[section](**checked)
+
+    def value(self, key: str, value: Any, hint: Any) -> Any:
+        """Return ``value`` as the type ``hint`` wants it, without guessing."""
+        origin, args = get_origin(hint), get_args(hint)
+        if origin in (Union, types.UnionType):
+            if value is None and type(None) in args:
+                return None
+            if isinstance(value, str) and str in args:
+                return self.value(key, value, str)
+            kinds = [arg for arg in args if arg not in (type(None), str)] or [str]
+            with contextlib.suppress(ConfigError):
+                return self.value(key, value, kinds[0])
+            raise self.wrong(
+                key, value, " or ".join(_name(arg) for arg in args if arg is not type(None))
+            )
+        if origin is Literal:
+            if not isinstance(value, str):
+                raise self.wrong(key, value, f"one of {', '.join(args)}")
+            if value not in args:
+                raise self.fail(
+                    key,
+                    f"{key} is {value!r}; it must be one of {', '.join(args)}.{_near(value, args)}",
+                )
+            return value
+        if origin is list:
+            if not isinstance(value, list | tuple):
+                raise self.wrong(key, value, f"a list, e.g. [{_example(args[0])}]")
+            return [self.value(f"{key}.{i}", item, args[0]) for i, item in enumerate(value)]
+        if origin is tuple:
+            if not isinstance(value, list | tuple) or len(value) != len(args):
+                raise self.wrong(key, value, f"a list of {len(args)} numbers")
+            return tuple(self.value(key, item, arg) for item, arg in zip(value, args, strict=True))
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                raise self.wrong(key, value, "a mapping, e.g. {name: value}")
+            return {
+                self.word(key, name): self.plain(f"{key}.{name}", item)
+                for name, item in value.items()
+            }
+        if hint is Any:
+            return self.sources(key, value)
+        return self.scalar(key, value, hint)
+
+    def scalar(self, key: str, value: Any, hint: Any) -> Any:
+        if hint is bool and isinstance(value, bool):
+            return value
+        if hint is int and isinstance(value, int) and not isinstance(value, bool):
+            return int(value)
+        if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value) or abs(value) > 1e300:
+                raise self.fail(key, f"{key} is {value}; it must be a finite number.")
+            return float(value)
+        if hint is str and isinstance(value, str | os.PathLike):
+            text = os.fspath(value)
+            if isinstance(text, str) and "\0" not in text and _is_unicode(text):
+                return str(text)
+            raise self.fail(key, f"{key} is {text!r:.80}, which is not text.")
+        raise self.wrong(key, value, _name(hint))
+
+    def word(self, key: str, name: Any) -> str:
+        if not isinstance(name, str):
+            raise self.wrong(key, name, "words as keys")
+        return name
+
+    def plain(self, key: str, value: Any, depth: int = 0) -> Any:
+        """A value of an open mapping: any plain data."""
+        if depth > 16:
+            raise self.fail(key, f"{key} is nested too deeply.")
+        if value is None or isinstance(value, bool | str):
+            return value
+        if isinstance(value, int | float):
+            if not math.isfinite(value) or abs(value) >= 1 << 63:
+                raise self.fail(key, f"{key} is {value:.6g}; no setting is that large.")
+            return value
+        if isinstance(value, list | tuple):
+            return [self.plain(f"{key}.{i}", item, depth + 1) for i, item in enumerate(value)]
+        if isinstance(value, Mapping):
+            return {
+                self.word(key, k): self.plain(f"{key}.{k}", v, depth + 1) for k, v in value.items()
+            }
+        raise self.wrong(key, value, "plain data (a word, a number, a list or a mapping)")
+
+    def sources(self, key: str, value: Any) -> Any:
+        """Sources: one, several, or {source: weight}; what was prepared is named by its path."""
+        kept = getattr(value, "path", None)
+        if kept is not None and isinstance(kept, str | os.PathLike):
+            value = kept
+        if isinstance(value, str | os.PathLike) and os.fspath(value):
+            return self.scalar(key, value, str)
+        if isinstance(value, list | tuple) and value:
+            return [self.scalar(f"{key}.{i}", item, str) for i, item in enumerate(value)]
+        if isinstance(value, Mapping) and value:
+            weights = {
+                self.scalar(key, k, str): self.scalar(f"{key}.{k}", v, float)
+                for k, v in value.items()
+            }
+            if (least := min(weights.values())) <= 0:
+                raise self.fail(key, f"{key}: a source's weight must be above 0, found {least}.")
+            return weights
+        plain = isinstance(value, str | int | float | list | dict | None)
+        hint = "" if plain else " Prepare it first: pretrain.prepare(...)."
+        expected = "a prepared directory, a source, a list of sources or {source: weight}"
+        raise self.fail(key, f"{key} must be {expected}, found {_show(value)}.{hint}")
+
+    def wrong(self, key: str, value: Any, expected: str) -> ConfigError:
+        return self.fail(key, f"{key} must be {expected}, found {_show(value)}.")
+
+
+_PLAIN = (int, float, bool, str, type(None))
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    """Hold a value against a type that is plain: numbers, words, and lists, mappings, choices or unions of them.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+
+    def plain(part: Any) -> bool:
+        if part in _PLAIN or part in (list, dict, tuple) or get_origin(part) is Literal:
+            return True
+        known = get_origin(part) in (Union, types.UnionType, list, dict)
+        return known and all(map(plain, get_args(part)))
+
+    if hint is None or not plain(hint):
+        return
+    checker, options = _Checker({}, "", {}), get_args(hint)
+    for part in options if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        whole = (list, tuple) if part is list else part
+        if part in (list, dict, tuple) and isinstance(value, whole):
+            return
+        if part is type(None) and value is None:
+            return
+        if part not in (list, dict, tuple, type(None)):
+            with contextlib.suppress(ConfigError):
+                checker.value(key, value, part)
+                return
+    names = [_name(part) for part in (options or (hint,)) if part is not type(None)]
+    if get_origin(hint) is Literal:
+        names = [f"one of {', '.join(map(str, options))}"]
+    raise checker.wrong(key, value, " or ".join(names))
+
+
+def check_run(built: Mapping[str, Any]) -> None:
+    """What no field of a pre-training run can see alone."""
+    from pretrain.config import parse_every, parse_limit
+
+    data, train, objective = built["data"], built["train"], built["objective"]
+    parse_limit(train.limit)
+    for key in ("eval_every", "save_every"):
+        parse_every(getattr(train, key), 100, f"train.{key}")
+    if train.micro_rows > train.batch_rows:
+        raise ConfigError(
+            f"train.micro_rows is {train.micro_rows}, more than train.batch_rows ({train.batch_rows})."
+        )
+    if isinstance(data.valid, float) and not 0 <= data.valid < 1:
+        raise ConfigError(f"data.valid is {data.valid}; as a fraction it must lie between 0 and 1.")
+    if not train.out.strip():
+        raise ConfigError("train.out is empty; name the directory of the run.")
+    parts = objective.class_path.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise ConfigError(
+            f"objective.class_path is {objective.class_path!r}; write a name or package.module.Class."
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text has no lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "replace").decode() == text
+
+
+def _name(hint: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return names.get(hint, str(hint))
+
+
+def _example(hint: Any) -> str:
+    return str(get_args(hint)[0]) if get_args(hint) else "..."
+
+
+def _near(value: str, known: Sequence[str]) -> str:
+    hint = did_you_mean(value, known)
+    return hint if "Did you mean" in hint else ""
+
+
+def _show(value: Any) -> str:
+    """The value and its type, short."""
+    if value is None:
+        return "nothing"
+    text = repr(value) if isinstance(value, str | int | float | bool | list | tuple | dict) else ""
+    kinds = {str: "text", dict: "mapping", float: "number", int: "whole number", bool: "true/false"}
+    kind = kinds.get(type(value), type(value).__name__)
+    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({kind})" if text else f"a {kind}"
+
+
+_DIGEST = re.compile(r"# digest ([0-9a-f]{16}) of the lines below\n")
+_named: set[tuple[str, str]] = set()
+
+
+def with_digest(text: str) -> str:
+    """YAML with a comment at its head by which `name_change` knows whether it is still what was written."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"# digest {digest} of the lines below\n{text}"
+
+
+def name_change(path: Path, text: str) -> None:
+    """Say once that a file written `with_digest` was changed since, by hand or by a fault; it counts as it stands."""
+    from pretrain.utils.files import note
+
+    match = _DIGEST.match(text)
+    if match is None or with_digest(text[match.end() :]) == text:
+        return
+    key = (str(path), hashlib.sha256(text.encode()).hexdigest())
+    if key not in _named:
+        _named.add(key)
+        note(
+            f"{path} is not as it was written (edited, or damaged); its settings are taken as they stand."
+        )
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a small file whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    from pretrain.utils.files import replace_file
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from None
+    return path

@@ -1,1 +1,0 @@
-"""The parts of text generation: prompts, sampling, mask filling."""

@@ -1,0 +1,1 @@
+"""What a trained model is used for: continuing texts, filling masks, embedding, answering rows."""

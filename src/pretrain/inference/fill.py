@@ -1,0 +1,205 @@
+"""What a model understands: the likeliest words for a mask, and texts as vectors.
+
+Letters: N texts, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import ConfigError, ModelError
+from pretrain.inference.prompts import (
+    as_texts,
+    check_ids,
+    evaluating,
+    fill_id,
+    frame,
+    pad,
+    tokenizer_of,
+)
+from pretrain.models.sentences import SentenceSettings, pool, pooling_named
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["embed", "fill_mask"]
+
+_MASKS = ("[MASK]", "<mask>")
+
+
+def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[Any]:
+    """Name the likeliest tokens for the masks of a text.
+
+    Args:
+        model: a masked-language model with a tokenizer.
+        text: a text, or several, with the tokenizer's mask token, ``[MASK]`` or ``<mask>`` in it.
+        top_k: candidates for each mask.
+
+    Returns:
+        For one mask a list of ``{"token", "token_id", "score", "sequence"}``, likeliest first (``score`` is the
+        probability, ``sequence`` the whole text with the mask filled); for several masks a list of such lists; for
+        several texts a list of what each would give.
+
+    Raises:
+        ModelError: no masked-LM head, no tokenizer, no mask in a text, or a text longer than the model's positions.
+        ConfigError: ``top_k`` below 1.
+    """
+    if model.head_kind != "masked-lm":
+        raise ModelError(
+            f"This {model.backbone.model_type} model has the head {model.head_kind!r} and cannot fill masks; only a "
+            "masked-language model can. A causal model has generate."
+        )
+    tokenizer = tokenizer_of(model, "fill masks")
+    if tokenizer.mask_id is None:
+        raise ModelError(
+            "The tokenizer of this model has no mask token, so there is no mask to fill."
+        )
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ConfigError(f"top_k must be a whole number from 1 on, found {top_k!r}.")
+    texts = as_texts(text)
+    name = tokenizer.roles["mask"]
+    plain = []
+    for item in texts:
+        for spelling in _MASKS:
+            item = item.replace(spelling, name) if name not in item else item
+        plain.append(item)
+    encodings = frame(model, plain)
+    check_ids(model, [encoding.ids for encoding in encodings], "Text")
+    for i, encoding in enumerate(encodings):
+        if tokenizer.mask_id not in encoding.ids:
+            raise ModelError(
+                f"Text {i} has no mask; write {name} where a word is to be filled in: {texts[i][:60]!r}."
+            )
+    with evaluating(model) as device:
+        found = [_fill_one(model, encoding, top_k, device) for encoding in encodings]
+    return found[0] if isinstance(text, str) else found
+
+
+def _fill_one(model: Model, encoding: Any, top_k: int, device: torch.device) -> list[Any]:
+    tokenizer: Any = model.tokenizer
+    row = encoding.ids
+    places = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
+    hidden = model.backbone({"input_ids": torch.tensor([row], device=device)})
+    head: Any = model.head
+    # Rows of the vocabulary that no token has share the probability, as elsewhere, but are no candidates.
+    scores = head(hidden[0, places]).float().softmax(-1)[:, : len(tokenizer)]  # (masks, V)
+    best = scores.topk(min(top_k, scores.shape[-1]))
+    answers = []
+    for place, values, ids in zip(places, best.values.tolist(), best.indices.tolist(), strict=True):
+        answers.append(
+            [
+                _answer(model, encoding, place, i, p, len(places) == 1)
+                for i, p in zip(ids, values, strict=True)
+            ]
+        )
+    return answers[0] if len(places) == 1 else answers
+
+
+def _answer(
+    model: Model, encoding: Any, place: int, token: int, score: float, only: bool
+) -> dict[str, Any]:
+    """One candidate; other masks of the text stay visible."""
+    tokenizer: Any = model.tokenizer
+    filled = [*encoding.ids[:place], token, *encoding.ids[place + 1 :]]
+    if only:
+        text = tokenizer.decode(filled)
+    else:
+        frame_marks = encoding.special_tokens_mask
+        inside = [i for i, mark in zip(filled, frame_marks, strict=True) if not mark]
+        text = tokenizer.decode(inside, skip_special=False)
+    return {
+        "token": tokenizer.decode([token], skip_special=False),
+        "token_id": token,
+        "score": score,
+        "sequence": text,
+    }
+
+
+def embed(
+    model: Model,
+    texts: str | Sequence[str],
+    pooling: str | Sequence[str] | None = None,
+    batch_size: int = 32,
+    normalize: bool | None = None,
+    *,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+) -> Tensor:
+    """Turn texts into vectors, (N, D) in fp32 on the CPU; a text's vector does not depend on its neighbours.
+
+    A directory of sentence-transformers says how (modules.json and the files beside it); an argument goes before it.
+
+    Args:
+        model: any model with a tokenizer; its head is not used.
+        texts: one text or several.
+        pooling: ``mean`` over the tokens, ``weightedmean``, ``mean_sqrt_len_tokens`` or ``max`` of them, the first
+            one, ``cls`` (also ``first``; bidirectional models only), or the last one, ``lasttoken`` (also ``last``);
+            several are joined. Not given, it is what the directory says, or ``mean``.
+        batch_size: texts in one forward pass.
+        normalize: scale every vector to length one; not given, what the directory says, or not.
+        prompt: put before every text.
+        prompt_name: the same by its name in the directory. Neither given, it is the directory's default prompt.
+
+    Raises:
+        ModelError: no tokenizer, a text without tokens, ``cls`` of a causal model, or a directory that asks for modules
+            which are not implemented.
+        ConfigError: an unknown pooling or prompt, or ``batch_size`` below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
+    stored = model.sentences or SentenceSettings()
+    if pooling is None and stored.missing:
+        raise ModelError(
+            f"The directory of this model asks for {' and '.join(stored.missing)}, which is not implemented. Give "
+            "pooling= and normalize= for vectors of the model alone."
+        )
+    modes = stored.pooling if pooling is None else pooling_named(pooling)
+    if pooling is not None and "cls" in modes and model.backbone.causal:
+        raise ModelError(
+            "The first token of a causal model has seen none of the others; use pooling='mean'."
+        )
+    before = stored.prompt(prompt, prompt_name)
+    rows = _rows(model, [before + text for text in as_texts(texts)], stored)
+    skip = 0 if stored.include_prompt or not before else _prompt_length(model, before, stored)
+    width = model.backbone.config.hidden_size * len(modes)
+    vectors = torch.empty(len(rows), width)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    with evaluating(model) as device:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, real = pad([rows[i] for i in chosen], fill_id(model), device)
+            hidden = model.backbone(
+                {"input_ids": ids} | ({} if real is None else {"attention_mask": real})
+            ).float()
+            vectors[chosen] = pool(hidden, real, modes, skip).cpu()
+    scaled = stored.normalize and not stored.missing if normalize is None else normalize
+    return torch.nn.functional.normalize(vectors, dim=-1) if scaled else vectors
+
+
+def _rows(model: Model, texts: list[str], stored: SentenceSettings) -> list[list[int]]:
+    """Texts as ids, cut where the directory or the positions of the model end."""
+    tokenizer, limit = tokenizer_of(model, "read text"), model.backbone.max_length
+    if model.sentences is not None:
+        longest = stored.max_length or tokenizer.config.get("model_max_length")
+        limit = min(limit, longest) if type(longest) is int and longest > 0 else limit
+    texts = [stored.cased(text) for text in texts]
+    encodings = frame(model, texts, limit)
+    rows = [encoding.ids for encoding in encodings]
+    long = sum(bool(encoding.overflowing) for encoding in encodings)
+    if long:
+        warnings.warn(
+            f"{long} of {len(rows)} texts have more than {limit} tokens and were cut.", stacklevel=3
+        )
+    check_ids(model, rows, "Text")
+    return rows
+
+
+def _prompt_length(model: Model, prompt: str, stored: SentenceSettings) -> int:
+    """Tokens of a prompt with what stands before it, but without the special token behind it."""
+    ids = _rows(model, [prompt], stored)[0]
+    return len(ids) - (ids[-1] in model.tokenizer.special_ids if model.tokenizer else 0)

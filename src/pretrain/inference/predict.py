@@ -1,0 +1,479 @@
+"""Answers of a fine-tuned model: for a text, a pair, rows of any source, and files of any length.
+
+Which task a model answers is what its config.json records, or, in a directory of someone else, what its head is for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint import load
+from pretrain.config.spelling import PREDICT, option, using
+from pretrain.data.archives import COMPRESSIONS
+from pretrain.data.labelled import Role, choose_columns, roles_table
+from pretrain.data.table_files import TABLE_FORMATS
+from pretrain.data.table_stream import WRITABLE, RowWriter, stream_chunks, table_kind
+from pretrain.data.tables import Table, read_table, splits
+from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
+from pretrain.objectives import TASKS, build_objective, task_class
+from pretrain.objectives.tasks import Task
+from pretrain.training.memory import peak_memory
+from pretrain.training.precision import choose_device
+from pretrain.utils.files import note
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = [
+    "columns_of",
+    "has_columns",
+    "predict",
+    "predict_file",
+    "predict_with",
+    "rebuilt",
+    "recorded_task",
+    "roles_read",
+    "smaller_batch",
+    "task_of",
+]
+
+_BATCH_ROWS = 64
+_CHUNK = 1024  # rows of a file that are in memory
+
+
+# ------------------------------------------------------------------------------------------------ the task
+
+
+def task_of(model: Model) -> Task:
+    """The task that a model was fine-tuned for.
+
+    Args:
+        model: what ``pretrain.load`` returns, ours or of a foreign Hugging Face directory. What it records is taken
+            as a stranger's word: only tasks of ``pretrain.objectives.TASKS``, and options that they have.
+
+    Raises:
+        ModelError: it answers nothing: a language model, or a body without a head; names what to call instead.
+    """
+    name = recorded_task(model)
+    if name is not None:
+        return _build(model, name, _recorded(model))
+    return _build(model, *_by_head(model))
+
+
+def _recorded(model: Model) -> Mapping[str, Any]:
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("objective") if isinstance(block, Mapping) else None
+    return recorded if isinstance(recorded, Mapping) else {}
+
+
+def recorded_task(model: Model) -> str | None:
+    """Name of the task that config.json records, where it is one of ours and the model has its head."""
+    name = _recorded(model).get("task")
+    if not isinstance(name, str) or name not in TASKS:
+        return None
+    return name if task_class(name).head_kind in (None, model.head_kind) else None
+
+
+def rebuilt(task: Task, model: Model) -> Task:
+    """The same task with the same options around another model."""
+    return _build(model, task.name, task.describe())
+
+
+def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
+    kind, problem = model.head_kind, model.extra_config.get("problem_type")
+    if kind == "sequence-classification":
+        if problem == "regression" or len(model.labels or ()) == 1:
+            return "regression", {}
+        several = problem == "multi_label_classification"
+        return "classification", {"problem": "multi_label" if several else "single_label"}
+    if kind in ("token-classification", "question-answering"):
+        return kind, {}
+    use = {
+        "causal-lm": "it continues texts: model.generate(...), or model.chat(...) if it was trained on conversations",
+        "masked-lm": "it fills masks: model.fill_mask(...)",
+    }.get(str(kind), "it gives vectors: model.embed(...)")
+    raise ModelError(
+        f"This model has {f'the head {kind!r}' if kind else 'no head'} and no task to predict for; {use}. To teach it "
+        'one: pretrain.finetune(model, data, task="classification").'
+    )
+
+
+def _build(model: Model, name: str, options: Mapping[str, Any]) -> Task:
+    cls = task_class(name)
+    if cls.decode is Task.decode:
+        raise ModelError(
+            f"A model that was trained for {name} has no answers; use model.generate(...)."
+        )
+    known = cls.recorded_options(model)
+    chosen = {key: value for key, value in options.items() if key in known}
+    if model.fresh:
+        note(
+            f"{', '.join(sorted(model.fresh)[:3])} came from no file: unless they were trained since, the answers are "
+            "those of random weights"
+        )
+    try:
+        built = build_objective(TASKS[name], chosen, model)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"config.json records options of the task {name} that it does not take: {error}. Repair the block "
+            '"pretrain", or remove "objective" from it.'
+        ) from error
+    assert isinstance(built, Task)
+    return built
+
+
+# ------------------------------------------------------------------------------------------------ in memory
+
+
+def predict(
+    model: Model,
+    inputs: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+    **options: Any,
+) -> Any:
+    """Answer one input, or several.
+
+    Args:
+        model: fine-tuned; see `task_of`.
+        inputs: a text, or a pair of texts as a tuple, or a dict by role or column, gives one answer. A list of them,
+            a dict of columns, a pandas frame, a ``datasets.Dataset`` or the ``Path`` of a file gives a list of
+            answers. For tasks over words a text is cut at its blanks, and a tuple is one text's words.
+            A ``str`` is always a text, never the name of a file.
+        columns: role -> column, where a column has no conventional name.
+        batch_rows: examples in one forward pass; the answers are the same with any.
+        **options: of the task's own ``predict`` and ``decode``: ``max_new_tokens`` of a chat; ``top_k`` of a
+            classifier, a number of classes or None for all, which gives lists of labels and their probabilities.
+
+    Returns:
+        A dict, or a list of dicts in the order of the inputs: ``label`` and ``score`` of a classifier; see
+        ``decode`` of the task. An input without text gets an empty dict. A pandas frame gives a frame of the answers
+        with its index.
+
+    Raises:
+        ModelError: the model answers nothing.
+        DataError: inputs of another kind, or without a column that the task needs.
+        ConfigError: an option that the task does not have.
+    """
+    return predict_with(task_of(model), inputs, columns=columns, batch_rows=batch_rows, **options)
+
+
+def chat(model: Model, messages: Any, **options: Any) -> str:
+    """Answer a conversation: a text, or ``{"role", "content"}`` messages; see ``instruction.reply``."""
+    from pretrain.objectives.instruction import reply
+
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return reply(model, messages, **options)
+
+
+@using(PREDICT)
+def predict_with(
+    task: Task,
+    inputs: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+    **options: Any,
+) -> Any:
+    """`predict` with a task at hand."""
+    _check_batch(batch_rows)
+    table, single = _as_table(task, inputs, dict(columns or {}))
+    if table is None:
+        return []
+    task.unanswered.clear()
+    found = _answers(task, table, batch_rows, options)
+    with naming_memory("predicting", lambda: smaller_batch(batch_rows)):
+        answers = list(found)
+    if single:
+        if _is_empty(answers[0]):
+            _say_unanswered(task, 1, 1)
+        return answers[0]
+    _say_unanswered(task, sum(map(_is_empty, answers)), len(answers))
+    return _frame_of(inputs, answers) if _is_frame(inputs) else answers
+
+
+def _is_frame(inputs: Any) -> bool:
+    return hasattr(inputs, "iloc") and hasattr(inputs, "columns")
+
+
+def _frame_of(frame: Any, answers: Sequence[Mapping[str, Any]]) -> Any:
+    """Answers as a pandas frame with the index of the rows; what an answer lacks is missing."""
+    names = list(dict.fromkeys(name for answer in answers for name in answer))
+    columns = {name: [answer.get(name) for answer in answers] for name in names}
+    return type(frame)(columns, index=frame.index)
+
+
+def _answers(
+    task: Task, table: Table, batch_rows: int, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    try:
+        return task.predict(table, batch_rows, **options)
+    except TypeError as error:
+        raise ConfigError(f"The task {task.name} has no such option: {error}.") from error
+
+
+def smaller_batch(batch_rows: int) -> str:
+    """The sentence for a batch that does not fit into memory."""
+    if batch_rows == 1:
+        return "One row alone does not fit: use a machine with more memory, or shorter texts."
+    return f"Take fewer rows at a time: {option('batch_rows', max(1, batch_rows // 4))}."
+
+
+def _check_batch(batch_rows: int) -> None:
+    if type(batch_rows) is not int or batch_rows < 1:
+        raise ConfigError(f"batch_rows is {batch_rows!r}; it must be a whole number of at least 1.")
+
+
+def _is_empty(answer: Mapping[str, Any]) -> bool:
+    return all(value is None for value in answer.values())
+
+
+def _say_unanswered(task: Task, empty: int, count: int) -> None:
+    """Print how many inputs have no answer, and for what reasons."""
+    if empty:
+        reasons = +task.unanswered
+        if (others := empty - reasons.total()) > 0:
+            reasons["no text"] += others
+        told = ", ".join(f"{reason} ({number:,})" for reason, number in reasons.most_common())
+        note(f"{empty:,} of {count:,} inputs get no answer: {told}")
+
+
+def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Role -> column: what the caller names, else what the training rows had, where this table has it, too."""
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("columns") if isinstance(block, Mapping) else None
+    remembered = {
+        role: column
+        for role, column in (recorded.items() if isinstance(recorded, Mapping) else ())
+        if has_columns(table, column) and column not in given.values()
+    }
+    return {**remembered, **given}
+
+
+def has_columns(table: Table, column: Any) -> bool:
+    """Whether a table has a column, or all of a list of them."""
+    names = column if isinstance(column, list) else [column]
+    return all(isinstance(name, str) and name in table.columns for name in names)
+
+
+def roles_read(task: Task | type[Task]) -> list[Role]:
+    """The roles of a task that are read, those that are learned left out."""
+    return [role for role in task.roles if not role.target]
+
+
+def columns_read(
+    task: Task, table: Table, given: Mapping[str, Any], *, quiet: bool
+) -> dict[str, Any]:
+    """The columns of a table that the task reads: see ``columns_of``, then those that are recognised by name."""
+    roles = roles_read(task)
+    known = {role.name for role in roles}
+    wanted = columns_of(task.model, table, given)
+    wanted = {role: c for role, c in wanted.items() if role in known or role in given}
+    return choose_columns(table, roles, wanted, quiet=quiet)
+
+
+def _by_words(task: Task) -> bool:
+    return roles_read(task)[0].name == "tokens"
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= set(value)
+
+
+def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Table | None, bool]:
+    """The inputs as a table by role, and whether they are a single one; None for no inputs."""
+    if hasattr(inputs, "tolist") and not hasattr(inputs, "columns"):  # an array, or one column
+        inputs = inputs.tolist()
+    elif isinstance(inputs, Iterator):
+        inputs = list(inputs)
+    single = False
+    items: list[Any] | None = None
+    if isinstance(inputs, list) and inputs and _is_turn(inputs[0]):  # one conversation
+        inputs = {"messages": inputs}
+    if isinstance(inputs, str):
+        _say_file_name(inputs)
+        single, items = True, [inputs]
+    elif isinstance(inputs, tuple) and _is_one(task, inputs):
+        single, items = True, [inputs]
+    elif isinstance(inputs, Mapping) and not splits(inputs) and not _are_columns(task, inputs):
+        single, inputs = True, [inputs]
+    elif isinstance(inputs, list | tuple):
+        if not len(inputs):
+            return None, False
+        inputs = list(inputs)
+        items = None if isinstance(inputs[0], Mapping) else inputs
+    if items is not None:
+        return _table_of(task, items), single
+    table = read_table(inputs, name="inputs")
+    return roles_table(table, columns_read(task, table, columns, quiet=True)), single
+
+
+def _say_file_name(text: str) -> None:
+    if Path(text[-40:]).suffix.lower() in TABLE_FORMATS and not re.search(r"\s", text):
+        note(f"{text[:80]!r} is read as a text; a file is given as pathlib.Path({text[:80]!r})")
+
+
+def _is_one(task: Task, values: tuple[Any, ...]) -> bool:
+    """A tuple of strings is one input: a pair, or the words of one text."""
+    if not values or not all(isinstance(value, str) for value in values):
+        return False
+    return _by_words(task) or (len(values) == 2 and len(roles_read(task)) > 1)
+
+
+def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
+    """A mapping holds columns of rows, not one row."""
+    values = [v.tolist() if hasattr(v, "tolist") else v for v in inputs.values()]
+    listed = [isinstance(value, list | tuple) for value in values]
+    if any(isinstance(v, list) and v and _is_turn(v[0]) for v in values):
+        return False
+    if _by_words(task):  # the words of one row are a list themselves
+        return any(
+            isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple)
+            for value in values
+        )
+    return bool(values) and all(listed)
+
+
+def _table_of(task: Task, items: Sequence[Any]) -> Table:
+    """Texts, pairs or lists of words as a table by role.
+
+    Raises:
+        DataError: pairs and single texts are mixed, or the task needs more than a text.
+    """
+    roles = roles_read(task)
+    if _by_words(task):
+        rows = {roles[0].name: [list(w) if isinstance(w, tuple) else w for w in items]}
+        return Table("inputs", rows, origin="the inputs", unit="index")
+    pairs = [isinstance(item, list | tuple) and len(item) == 2 for item in items]
+    needed = [role.name for role in roles if role.required]
+    if any(pairs) and len(roles) > 1:
+        if not all(pairs):
+            raise DataError(
+                f"Input {pairs.index(False) + 1} is no pair ({roles[0].name}, {roles[1].name}), but others are. Give "
+                "all inputs in one form."
+            )
+        first, second = ([item[i] for item in items] for i in (0, 1))
+        columns = {roles[0].name: first, roles[1].name: second}
+    elif len(needed) > 1:
+        raise DataError(
+            f"The task {task.name} reads {' and '.join(needed)}: give pairs in this order, or dicts with these keys."
+        )
+    else:
+        columns = {roles[0].name: list(items)}
+    return Table("inputs", columns, origin="the inputs", unit="index")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@using(PREDICT)
+def predict_file(
+    checkpoint: Any,
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+    device: str = "auto",
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Path:
+    """Answer every row of a file into another, in order; files of lines are streamed, whatever their length.
+
+    The columns of the input are kept, and those of the answer added: ``predicted_label``, ``score``. A row without
+    text keeps its place and has no answer; how many there are is printed. Columns are recognised in the first
+    thousand rows.
+
+    Args:
+        checkpoint: a run (its best checkpoint is taken), a model directory, or a ``Model``.
+        file: .csv .tsv .jsonl (read row by row), .json .parquet .conll (read whole), plain or compressed.
+        out: .jsonl, .csv or .tsv; next to the input when None. It appears when it is complete.
+        columns: role -> column, where a column has no conventional name.
+        batch_rows: examples in one forward pass.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
+        delimiter: between the cells of a line of .csv or .tsv; None: comma or tab, or what the header shows.
+        quoting: whether double quotes enclose cells of .csv or .tsv; None: see :func:`pretrain.data.tables.read_table`.
+        encoding: of a file of text; None: UTF-8, or what a byte order mark says.
+        progress: show a bar where somebody can see it.
+        **options: see ``predict``.
+
+    Returns:
+        Path of the output.
+
+    Raises:
+        DataError: a broken row (with its line), a missing column, predictions already in the file, an output that
+            cannot be written.
+        ModelError: the model answers nothing.
+        ConfigError: an option that the task does not have.
+        TrainingError: too little memory.
+    """
+    from tqdm.auto import tqdm
+
+    _check_batch(batch_rows)
+    source = Path(file)
+    chunks = stream_chunks(source, _CHUNK, delimiter=delimiter, quoting=quoting, encoding=encoding)
+    first = next(chunks)  # a file that cannot be read is said before a model is loaded
+    target = _target(source, out)
+    known = isinstance(checkpoint, str | os.PathLike)
+    task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
+    where = choose_device(device)
+    task.to(where)
+    chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
+    quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    count = empty = 0
+    task.unanswered.clear()
+    with (
+        naming_memory("predicting", lambda: smaller_batch(batch_rows)),
+        RowWriter(target, first.table.names) as output,
+        tqdm(unit="row", disable=quiet) as bar,
+    ):
+        for chunk in chain([first], chunks):
+            table = roles_table(chunk.with_columns(chosen.values()), chosen)
+            answers = _answers(task, table, batch_rows, options)
+            for row, answer in zip(chunk.rows, answers, strict=True):
+                output.write(row, answer)
+                count, empty = count + 1, empty + _is_empty(answer)
+                bar.update()
+            if chunk is first and progress:
+                # A forward pass holds so many tokens at most, whatever the file: the first chunk tells what all take.
+                note(f"memory about {peak_memory(where) / 2**30:.2f} GiB at the peak")
+    _say_unanswered(task, empty, count)
+    return target
+
+
+def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:
+    """Where the answers go.
+
+    Raises:
+        ConfigError: an ending that is not known.
+        DataError: the input itself, or a directory.
+    """
+    if out is None:
+        stem, ending = source.name, table_kind(source)
+        for suffix in reversed(source.suffixes[-2:]):
+            if suffix.lower() in (*COMPRESSIONS, *TABLE_FORMATS):
+                stem = stem.removesuffix(suffix)
+        target = source.with_name(
+            f"{stem}.predicted.{ending if f'.{ending}' in WRITABLE else 'jsonl'}"
+        )
+    else:
+        target = Path(out)
+    if target.suffix.lower() not in WRITABLE:
+        raise ConfigError(f"The output {target} must end in {', '.join(WRITABLE)}.")
+    if target.is_dir() or not target.parent.is_dir():
+        what = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
+        raise DataError(f"The output {target} {what}. Name a file.")
+    if target.exists() and source.exists() and os.path.samefile(target, source):
+        raise DataError(f"The output {target} is the input. Name another file.")
+    return target

@@ -1,0 +1,369 @@
+"""How texts are generated: what generation_config.json asks for, and what the caller asks for instead.
+
+The keys are those of transformers, and greedy search gives its tokens. Letters: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import ConfigError, did_you_mean
+from pretrain.inference.prompts import end_ids
+from pretrain.inference.sampling import Sampler
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["CHANCE", "Rules", "Settings", "add_biases", "ban_repeated"]
+
+FILE = "generation_config.json"
+DEFAULT_NEW_TOKENS = 64
+# Given by the caller, each of these asks for sampling.
+CHANCE = ("temperature", "top_k", "top_p", "min_p", "seed")
+_DEFAULT_TOP_K = 50  # of transformers, where a file asks for sampling and names none
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "no_repeat_ngram_size")
+_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
+_TEXTS = ("bad_words_ids", "sequence_bias", "stop_strings", "eos_token_id")
+_KNOWN = (*_SAMPLING, *_LENGTHS, *_TOKENS, *_TEXTS)
+# Keys that would change the text and are not implemented -> values without an effect.
+_MISSING: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "guidance_scale": (1,),
+    "exponential_decay_length_penalty": (),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "max_time": (),
+}
+_MISSING_IN_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What forbids or forces tokens, whatever the sampler does. Empty is no rule.
+
+    Attributes:
+        biases: added to the score of the last token of each sequence where the others stand before it.
+        bad_words: sequences that are never completed.
+        no_repeat: n-grams of this size come once; 0 is off.
+        min_length: no end before so many tokens, the prompt's included.
+        min_new: no end before so many new tokens.
+        forced_first: the second token of the text, where the prompt is a single one.
+        forced_last: the ends of which one is the last token that is allowed.
+        suppressed: never come.
+        suppressed_first: never come first.
+        ends: ids that end a text.
+    """
+
+    biases: tuple[tuple[tuple[int, ...], float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    no_repeat: int = 0
+    min_length: int = 0
+    min_new: int = 0
+    forced_first: int | None = None
+    forced_last: tuple[int, ...] = ()
+    suppressed: tuple[int, ...] = ()
+    suppressed_first: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+
+    @property
+    def none(self) -> bool:
+        """There is nothing to apply, and no history to keep."""
+        return self == Rules(ends=self.ends)
+
+    def before(self, scores: Tensor, history: Tensor) -> Tensor:
+        """What acts before the repetition penalty; arguments as of ``after``."""
+        return add_biases(scores, history, self.biases)
+
+    def after(
+        self,
+        scores: Tensor,
+        history: Tensor,
+        prompts: Sequence[int],
+        step: int,
+        last: Sequence[int],
+    ) -> Tensor:
+        """What acts behind the repetition penalty, in the order of transformers.
+
+        Args:
+            scores: (B, V).
+            history: (B, T) the tokens of each row so far, -1 where it is padded.
+            prompts: tokens of each prompt.
+            step: new tokens so far.
+            last: the step of the last token of each row, if it does not end before.
+        """
+        if self.no_repeat:
+            scores = ban_repeated(scores, history, self.no_repeat)
+        words = [word for word in self.bad_words if word not in {(end,) for end in self.ends}]
+        scores = add_biases(scores, history, [(word, -math.inf) for word in words])
+        early = [n + step < self.min_length or step < self.min_new for n in prompts]
+        scores = _forbid(scores, early, self.ends)
+        if self.forced_first is not None:
+            scores = _force(scores, [n == 1 and step == 0 for n in prompts], (self.forced_first,))
+        scores = _force(scores, [step == at for at in last], self.forced_last)
+        scores = _forbid(scores, [True] * len(prompts), self.suppressed)
+        late = [self.forced_first is not None and n == 1 for n in prompts]
+        return _forbid(scores, [step == int(later) for later in late], self.suppressed_first)
+
+
+def _rows(scores: Tensor, rows: Sequence[bool], ids: Sequence[int]) -> Tensor:
+    """(B, V) booleans: these ids of these rows."""
+    mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
+    mask[[i for i in ids if 0 <= i < len(mask)]] = True
+    chosen: Tensor = torch.tensor(list(rows))[:, None] & mask
+    return chosen.to(scores.device)
+
+
+def _forbid(scores: Tensor, rows: Sequence[bool], ids: Sequence[int]) -> Tensor:
+    if not ids or not any(rows):
+        return scores
+    return scores.masked_fill(_rows(scores, rows, ids), -math.inf)
+
+
+def _force(scores: Tensor, rows: Sequence[bool], ids: Sequence[int]) -> Tensor:
+    if not ids or not any(rows):
+        return scores
+    forced = torch.full_like(scores, -math.inf).masked_fill(_rows(scores, rows, ids), 0.0)
+    return torch.where(torch.tensor(list(rows), device=scores.device)[:, None], forced, scores)
+
+
+def ban_repeated(scores: Tensor, history: Tensor, size: int) -> Tensor:
+    """Forbid the tokens that would complete an n-gram which a row, (B, T) with -1 for padding, already holds."""
+    if history.shape[1] < size:
+        return scores
+    windows = history.unfold(1, size, 1)  # (B, T - size + 1, size)
+    suffix = history[:, history.shape[1] + 1 - size :]
+    repeated = (windows[..., :-1] == suffix[:, None]).all(-1) & (windows >= 0).all(-1)
+    spare = scores.shape[-1]
+    banned = torch.zeros(len(scores), spare + 1, dtype=torch.bool, device=scores.device)
+    banned.scatter_(1, torch.where(repeated, windows[..., -1], spare), True)
+    return scores.masked_fill(banned[:, :spare], -math.inf)
+
+
+def add_biases(
+    scores: Tensor, history: Tensor, biases: Sequence[tuple[tuple[int, ...], float]]
+) -> Tensor:
+    """Add to the score of the last token of each sequence in the rows that end with the tokens before it."""
+    if not biases:
+        return scores
+    scores = scores.clone()
+    for sequence, bias in biases:
+        before = torch.tensor(sequence[:-1], dtype=history.dtype, device=history.device)
+        if len(before) > history.shape[1]:
+            continue
+        ends = history[:, history.shape[1] - len(before) :]
+        scores[:, sequence[-1]] += torch.where((ends == before).all(-1), bias, 0.0)
+    return scores
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a call of ``generate``; an argument of the caller goes before the file, and the file before the default.
+
+    Attributes:
+        sampler: the choice of a token.
+        rules: what forbids or forces tokens.
+        stop: texts at which to stop.
+        new_tokens: at most; None where ``length`` decides.
+        length: tokens of prompt and answer together.
+    """
+
+    sampler: Sampler
+    rules: Rules
+    stop: tuple[str, ...]
+    new_tokens: int | None
+    length: int | None
+
+    @classmethod
+    def read(cls, model: Model, given: Mapping[str, Any]) -> Settings:
+        """Read the settings of a model, with those that the caller gives; None is not given.
+
+        Raises:
+            ConfigError: a key that does not exist, or a value of the wrong type or out of range.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        for key in given:
+            if key not in _KNOWN:
+                raise ConfigError(f"generate has no option {key!r}." + did_you_mean(key, _KNOWN))
+        stored = {k: v for k, v in model.generation_config.items() if v is not None}
+        reader = _Reader(stored, given, model.backbone.vocab_size)
+        sampler = _sampler(reader)
+        _name_missing(stored, sampling=sampler.heat > 0)
+        ends = end_ids(model, given.get("eos_token_id"))
+        return cls(
+            sampler,
+            reader.rules(tuple(ends)),
+            reader.texts("stop_strings"),
+            *reader.lengths(),
+        )
+
+    def budget(self, prompt: int) -> int:
+        """New tokens behind a prompt of so many.
+
+        Raises:
+            ConfigError: the prompt alone is longer than ``max_length``.
+        """
+        if self.new_tokens is not None:
+            return self.new_tokens
+        assert self.length is not None
+        if prompt >= self.length:
+            raise ConfigError(
+                f"The prompt has {prompt} tokens, and max_length of {FILE} is {self.length}, which counts the prompt. "
+                "Give max_new_tokens."
+            )
+        return self.length - prompt
+
+
+def _name_missing(stored: Mapping[str, Any], *, sampling: bool) -> None:
+    """Say which keys of the file would change the text and are not implemented."""
+    table = _MISSING | (_MISSING_IN_SAMPLING if sampling else {})
+    missing = [f"{k}={stored[k]!r}" for k in table if k in stored and stored[k] not in table[k]]
+    if missing:
+        text = f"{FILE} asks for {', '.join(missing)}, not implemented here: texts are generated without."
+        warnings.warn(text, stacklevel=4)
+
+
+def _sampler(reader: _Reader) -> Sampler:
+    """The caller's settings ask for chance, or else the file does; the numbers of both count then."""
+    given, stored = reader.given, reader.stored
+    penalty = reader.number("repetition_penalty", 1.0)
+    seed, do_sample = given.get("seed"), reader.flag("do_sample")
+    heat = given.get("temperature")
+    greedy = given.get("do_sample") is False or heat == 0
+    asked = given.get("do_sample") is True or any(key in given for key in CHANCE)
+    # What the caller gives is checked in any case, what the file has only where it counts.
+    numbers = {key: given.get(key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    checked = Sampler(**numbers, repetition_penalty=penalty, seed=seed)
+    if greedy or not (asked or do_sample):
+        return Sampler(0.0, repetition_penalty=penalty, seed=seed)
+    values: dict[str, Any] = {key: reader.number(key, None) for key in numbers}
+    if values["top_k"] is None and stored.get("do_sample") is True:
+        values["top_k"] = _DEFAULT_TOP_K
+    if values["top_k"] == 0 and "top_k" not in given:
+        values["top_k"] = None
+    if values["temperature"] is None:
+        values["temperature"] = checked.heat or 1.0
+    try:
+        return Sampler(**values, repetition_penalty=penalty, seed=seed)
+    except ConfigError as error:
+        raise ConfigError(f"{FILE}: {error}") from None
+
+
+class _Reader:
+    """One value at a time, from the caller or the file, with its type."""
+
+    def __init__(
+        self, stored: Mapping[str, Any], given: Mapping[str, Any], vocabulary: int
+    ) -> None:
+        self.stored, self.given, self.vocabulary = stored, given, vocabulary
+
+    def _value(self, key: str, default: Any) -> Any:
+        return self.given.get(key, self.stored.get(key, default))
+
+    def _wrong(self, key: str, wanted: str) -> ConfigError:
+        where = "" if key in self.given else f"{FILE}: "
+        return ConfigError(f"{where}{key} must be {wanted}, found {self._value(key, None)!r}.")
+
+    def flag(self, key: str) -> bool:
+        value = self._value(key, False)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def number(self, key: str, default: float | None) -> Any:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise self._wrong(key, "a number")
+        return value
+
+    def whole(self, key: str, default: int | None) -> Any:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | None) or (value or 0) < 0:
+            raise self._wrong(key, "a whole number from 0 on")
+        return value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """An id, or a list of ids; those that the vocabulary lacks have no effect."""
+        value = self._value(key, ())
+        listed = [value] if type(value) is int else value
+        if not isinstance(listed, list | tuple) or not all(type(i) is int for i in listed):
+            raise self._wrong(key, "a token id or a list of them")
+        return tuple(i for i in listed if 0 <= i < self.vocabulary)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self._value(key, ())
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list | tuple) or not all(isinstance(t, str) for t in listed):
+            raise self._wrong(key, "a text or a list of texts")
+        return tuple(text for text in listed if text)
+
+    def sequence(self, key: str, value: Any) -> tuple[int, ...]:
+        good = isinstance(value, list | tuple) and len(value) > 0
+        if not good or not all(type(i) is int and 0 <= i < self.vocabulary for i in value):
+            raise self._wrong(key, f"made of lists of token ids below {self.vocabulary}")
+        return tuple(value)
+
+    def biases(self) -> tuple[tuple[tuple[int, ...], float], ...]:
+        key, found = "sequence_bias", []
+        value = self._value(key, ())
+        pairs = value.items() if isinstance(value, dict) else value
+        for pair in pairs if isinstance(value, list | tuple | dict) else [None]:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise self._wrong(key, "a list of [token ids, bias]")
+            if isinstance(pair[1], bool) or not isinstance(pair[1], int | float):
+                raise self._wrong(key, "a list of [token ids, bias]")
+            found.append((self.sequence(key, pair[0]), float(pair[1])))
+        return tuple(found)
+
+    def bad_words(self) -> tuple[tuple[int, ...], ...]:
+        key = "bad_words_ids"
+        value = self._value(key, ())
+        if not isinstance(value, list | tuple):
+            raise self._wrong(key, "a list of lists of token ids")
+        return tuple(self.sequence(key, item) for item in value)
+
+    def lengths(self) -> tuple[int | None, int | None]:
+        """New tokens and length of the whole; what the caller gives goes before the file."""
+        new, length = self.whole("max_new_tokens", None), self.whole("max_length", None)
+        if "max_length" in self.given and "max_new_tokens" not in self.given:
+            new = None
+        return (DEFAULT_NEW_TOKENS if new is None and length is None else new), length
+
+    def rules(self, ends: tuple[int, ...]) -> Rules:
+        for key in ("forced_bos_token_id", "forced_eos_token_id"):
+            forced = set(self.ids(key))
+            if forced and forced <= set(self.ids("suppress_tokens")):
+                raise self._wrong(key, "a token that suppress_tokens does not forbid")
+        first = self.whole("forced_bos_token_id", None)
+        return Rules(
+            self.biases(),
+            self.bad_words(),
+            self.whole("no_repeat_ngram_size", 0),
+            # As in transformers, min_new_tokens goes before min_length.
+            self.whole("min_length", 0) if self.whole("min_new_tokens", None) is None else 0,
+            self.whole("min_new_tokens", 0),
+            first if first is not None and first < self.vocabulary else None,
+            self.ids("forced_eos_token_id"),
+            self.ids("suppress_tokens"),
+            self.ids("begin_suppress_tokens"),
+            ends,
+        )

@@ -1,0 +1,1 @@
+"""Reports on runs: curves and tables as one self-contained page."""

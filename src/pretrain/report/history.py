@@ -1,0 +1,123 @@
+"""What a run's ``log.jsonl`` says, sorted for drawing; robust against torn lines and numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.best import run_state
+from pretrain.checkpoint.manifest import candidates
+from pretrain.errors import DataError
+from pretrain.utils.curves import Series, curve_svg
+from pretrain.utils.files import note
+from pretrain.utils.run_log import open_log
+
+__all__ = ["History", "loss_svg", "number", "read_history", "sort_records"]
+
+
+def number(value: Any, default: float = math.nan) -> float:
+    """Numbers and their spellings ("nan", "inf") as a float; anything else is the default."""
+    try:
+        return default if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):  # a whole number of 400 digits is no float
+        return default
+
+
+def points_of(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
+    """Pairs of numbers; pairs that lack one are left out."""
+    return [(number(x), number(y)) for x, y in pairs if x is not None and y is not None]
+
+
+@dataclass
+class History:
+    """What ``log.jsonl`` says, sorted by kind; a step that was taken again after a resume counts once.
+
+    Attributes:
+        train: records of optimizer steps, in order.
+        evals: records of evaluations, each ``{"step", "eval": {...}}``.
+        events: everything else: start, resume, save, skipped steps, end.
+        damage: what is wrong with the log, "" for nothing.
+    """
+
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    damage: str = ""
+
+    def points(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of a figure of the training records."""
+        return points_of((r.get("step"), r.get(key)) for r in self.train)
+
+    def eval_points(self, key: str = "loss") -> list[tuple[float, float]]:
+        """(step, value) of a figure of the evaluations."""
+        return points_of((r.get("step"), r["eval"].get(key)) for r in self.evals)
+
+    @property
+    def samples(self) -> list[tuple[int, str]]:
+        """(step, text) of everything that was shown while training."""
+        found = []
+        for record in [*self.train, *self.evals, *self.events]:
+            shown = record.get("samples", record.get("sample", []))
+            for text in shown if isinstance(shown, list) else [shown]:
+                step = number(record.get("step"), 0.0)
+                found.append((int(step) if math.isfinite(step) else 0, str(text)))
+        return sorted(found, key=lambda item: item[0])
+
+
+def read_history(run_dir: str | os.PathLike[str]) -> History:
+    """Read ``run_dir/log.jsonl``; lines that are torn, damaged or not records are left out.
+
+    Args:
+        run_dir: directory of a run.
+
+    Raises:
+        DataError: the directory holds no ``log.jsonl``.
+    """
+    path = Path(run_dir) / "log.jsonl"
+    if not path.is_file():
+        raise DataError(
+            f"{run_dir} holds no log.jsonl, so it is not a run directory. Give the directory that train.out named."
+        )
+    last = next((run_state(checkpoint).get("log") for checkpoint in candidates(Path(run_dir))), "")
+    found = open_log(path, last if isinstance(last, str) else "")
+    history = sort_records(found.records)
+    history.damage = found.damage
+    if found.damage:
+        note(f"{path} is damaged and shown in part: {found.damage}.")
+    return history
+
+
+def sort_records(records: Iterable[Mapping[str, Any]]) -> History:
+    """Sort log records by kind; of two records of one kind and step the later one stands."""
+    train: dict[float, dict[str, Any]] = {}
+    evals: dict[float, dict[str, Any]] = {}
+    events = []
+    for record in map(dict, records):
+        step = number(record.get("step"))
+        if isinstance(record.get("eval"), Mapping) and math.isfinite(step):
+            evals[step] = record
+        elif "event" not in record and "loss" in record and math.isfinite(step):
+            train[step] = record
+        else:
+            events.append(record)
+    ordered = [train[step] for step in sorted(train)]
+    return History(ordered, [evals[step] for step in sorted(evals)], events)
+
+
+def loss_svg(history: History, *, title: str = "loss (nats per target)", **options: Any) -> str:
+    """The loss curve: training and held-out loss over steps.
+
+    Args:
+        history: what `read_history` returns.
+        title: printed above the picture.
+        options: passed on to `curve_svg` (``references``, ``width``, ``height``, ...).
+    """
+    lines = [
+        Series("train", history.points("loss")),
+        Series("held out", history.eval_points(), dots=True),
+    ]
+    return curve_svg(lines, title=title, **options)

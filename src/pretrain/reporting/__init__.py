@@ -1,1 +1,0 @@
-"""The parts of a report: the log of a run, read, and curves, drawn."""

@@ -1,1 +1,0 @@
-"""How settings are read: strict YAML, strict types, errors that name the key."""

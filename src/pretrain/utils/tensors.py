@@ -1,0 +1,400 @@
+"""The safetensors format, read with suspicion and written durably.
+
+The format: 8 bytes with the header's length (little-endian), a JSON header `name -> dtype, shape, data_offsets`,
+then the bytes of all tensors without a gap. The library's own reader accepts a key twice and any name, maps the
+file (which a later truncation turns into a crash), and its writer never flushes to the disk; hence this module.
+Names may hold letters, digits, dot, underscore and hyphen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.utils.files import CHUNK, HashingFile, Record, open_regular
+from pretrain.utils.strict_json import parse_json
+
+__all__ = [
+    "LazyTensors",
+    "TensorFile",
+    "TensorInfo",
+    "memory_bytes",
+    "parse_header",
+    "read_header",
+    "read_header_bytes",
+    "read_tensors",
+    "tensor_bytes",
+    "write_order",
+    "write_tensors",
+]
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,256}")
+_SLASHED = re.compile(r"[A-Za-z0-9._/-]{1,256}")  # training files: `exp_avg/blocks.0.weight`
+HEADER_LIMIT = 8 << 20
+HEADER_SHARE = 0.05  # of a file larger than 1 MB
+TENSOR_LIMIT = 100_000
+DIM_LIMIT = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of a header; `start` and `stop` are byte offsets into the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are made one by one when they are asked for, and whose shapes are known before.
+
+    Args:
+        layout: name -> shape and dtype, as a tensor on the meta device.
+        make: name -> the tensor itself; nothing is kept.
+    """
+
+    def __init__(self, layout: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
+        self.layout = dict(layout)
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.layout:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def part(self, names: Collection[str]) -> LazyTensors:
+        """Some of them, in the order of ``names``."""
+        return LazyTensors({name: self.layout[name] for name in names}, self._make)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it lies contiguous on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+
+class TensorFile:
+    """A new file that is written tensor by tensor, in the order of `order`, and hashed on the way.
+
+    Nothing is created before the whole header is known to be allowed.
+
+    Args:
+        path: must not exist yet.
+        layout: name -> shape and dtype, as tensors that may lie on the meta device.
+        slashes: allow "/" in names; for files that only pretrain reads.
+
+    Raises:
+        CheckpointError: a name or dtype the format does not allow.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, Tensor], *, slashes: bool = False) -> None:
+        self.path, self.order = path, write_order(layout)
+        self._layout, self._next = layout, 0
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in self.order:
+            tensor = layout[name]
+            if not (_SLASHED if slashes else _NAME).fullmatch(name):
+                raise CheckpointError(
+                    f"{path.name}: the tensor name {name[:80]!r} has a sign that is not allowed."
+                )
+            if (
+                tensor.dtype not in _CODES
+                or tensor.dim() > DIM_LIMIT
+                or tensor.layout != torch.strided
+            ):
+                raise _cannot_store(path, name, tensor)
+            stop = offset + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": _CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, stop],
+            }
+            offset = stop
+        text = _header_text(header)
+        self._file = HashingFile(path)
+        try:
+            self._file.write(struct.pack("<Q", len(text)) + text)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor, on any device; the next one of `order`.
+
+        Raises:
+            CheckpointError: it is on the meta device, or not of the shape and dtype that the header promises.
+        """
+        expected = self._layout[name]
+        if self.order[self._next] != name:
+            raise CheckpointError(
+                f"{self.path.name}: {name!r} is written where {self.order[self._next]!r} belongs."
+            )
+        if (
+            tensor.is_meta or tensor.dtype != expected.dtype or tensor.shape != expected.shape
+        ) and expected.numel():
+            raise _cannot_store(self.path, name, tensor)
+        self._next += 1
+        if expected.numel():
+            self._file.write(tensor_bytes(tensor))
+
+    def finish(self) -> Record:
+        """Flush to the disk, close, and return size and hash."""
+        if self._next != len(self.order):
+            raise CheckpointError(
+                f"{self.path.name}: {self.order[self._next]!r} was never written."
+            )
+        return self._file.finish()
+
+    def close(self) -> None:
+        """Close without a promise; what was written may be incomplete."""
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_order(layout: Mapping[str, Tensor]) -> list[str]:
+    """Names as they follow each other in a file: widest first, as the library does.
+
+    Every tensor then starts at a multiple of its element size.
+    """
+    return sorted(layout, key=lambda name: (-layout[name].element_size(), name))
+
+
+def _cannot_store(path: Path, name: str, tensor: Tensor) -> CheckpointError:
+    about = f"{tensor.dtype}, {tensor.dim()} dims, {tensor.device}"
+    return CheckpointError(f"{path.name}: tensor {name!r} ({about}) cannot be stored.")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = False) -> Record:
+    """Write a new file durably; one tensor at a time passes through memory.
+
+    Args:
+        path: must not exist yet.
+        tensors: name -> tensor of an allowed dtype, on any device; lazy ones are made once, when their turn comes.
+        slashes: allow "/" in names; for files that only pretrain reads.
+
+    Returns:
+        Size and SHA-256 of the file.
+
+    Raises:
+        CheckpointError: a name or dtype the format does not allow.
+    """
+    lazy = isinstance(tensors, LazyTensors)
+    layout = tensors.layout if isinstance(tensors, LazyTensors) else tensors
+    for name in () if lazy else write_order(layout):
+        if layout[name].is_meta:
+            raise _cannot_store(path, name, layout[name])
+    with TensorFile(path, layout, slashes=slashes) as file:
+        for name in file.order:
+            file.put(name, tensors[name] if layout[name].numel() else layout[name])
+        return file.finish()
+
+
+def _header_text(header: dict[str, object]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header alone: names, dtypes, shapes, and that the data have the right length.
+
+    Raises:
+        CheckpointCorrupt: naming the file, what was expected and what was found.
+    """
+    descriptor, size = open_regular(path)
+    try:
+        return parse_header(path, size, read_header_bytes(path, descriptor, size))
+    finally:
+        os.close(descriptor)
+
+
+def read_tensors(
+    path: Path, record: Record | None = None, *, floats_to_fp32: bool = False, slashes: bool = False
+) -> dict[str, Tensor]:
+    """Read all tensors of a file into memory, checking size and SHA-256 in the same pass.
+
+    Args:
+        path: a regular file.
+        record: what the manifest promises; None for a directory without one.
+        floats_to_fp32: bfloat16 and float16 become float32.
+        slashes: allow "/" in names.
+
+    Returns:
+        name -> tensor on the CPU, owning its memory.
+
+    Raises:
+        CheckpointCorrupt: the file is not what record or format say; nothing of it is returned.
+    """
+    descriptor, size = open_regular(path)
+    try:
+        if record is not None:
+            record.check(path, size)
+        head = read_header_bytes(path, descriptor, size)
+        infos = parse_header(path, size, head, slashes)
+        _fits_memory(path, size)
+        digest = hashlib.sha256(head)
+        tensors = {}
+        for name, info in infos.items():
+            tensors[name] = _read_one(path, descriptor, info, digest if record else None, name)
+            if floats_to_fp32 and info.dtype in (torch.bfloat16, torch.float16):
+                tensors[name] = tensors[name].float()
+    finally:
+        os.close(descriptor)
+    if record is not None:
+        record.check(path, size, digest.hexdigest())
+    return tensors
+
+
+def _read_one(
+    path: Path, descriptor: int, info: TensorInfo, digest: hashlib._Hash | None, name: str
+) -> Tensor:
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    if info.numel == 0:
+        return tensor
+    view = tensor_bytes(tensor)
+    for piece in _fill(path, descriptor, view):
+        if digest is not None:
+            digest.update(piece)
+    if info.dtype == torch.bool and int(tensor.view(torch.uint8).max()) > 1:
+        raise CheckpointCorrupt(path, f"0 or 1 in every byte of {name!r}", "another value")
+    return tensor
+
+
+def _fill(path: Path, descriptor: int, view: memoryview) -> Iterator[memoryview]:
+    while view:
+        count = os.readv(descriptor, [view[:CHUNK]])
+        if count == 0:
+            raise CheckpointCorrupt(path, f"{len(view):,} bytes more", "the end of the file")
+        yield view[:count]
+        view = view[count:]
+
+
+def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
+    """The length and the header as they lie in the file."""
+    start = os.read(descriptor, 8)
+    if len(start) < 8:
+        raise CheckpointCorrupt(
+            path, "a safetensors file", f"{size:,} bytes", "The file was cut or never written."
+        )
+    length = struct.unpack("<Q", start)[0]
+    limit = min(HEADER_LIMIT, size - 8, max(1 << 20, int(size * HEADER_SHARE)))
+    if length > limit:
+        found = f"{length:,}"
+        raise CheckpointCorrupt(path, f"a safetensors header of at most {limit:,} bytes", found)
+    text = bytearray(length)
+    for _ in _fill(path, descriptor, memoryview(text)):
+        pass
+    return start + bytes(text)
+
+
+def parse_header(
+    path: Path, size: int, head: bytes, slashes: bool = False
+) -> dict[str, TensorInfo]:
+    """Check a header; returns the tensors in the order of their data."""
+    header = parse_json(head[8:], path, limit=HEADER_LIMIT)
+    if not isinstance(header, dict):
+        raise CheckpointCorrupt(path, "a header object", type(header).__name__)
+    header.pop("__metadata__", None)
+    if len(header) > TENSOR_LIMIT:
+        raise CheckpointCorrupt(path, f"at most {TENSOR_LIMIT:,} tensors", f"{len(header):,}")
+    for name in header:
+        if not (_SLASHED if slashes else _NAME).fullmatch(name):
+            raise CheckpointCorrupt(
+                path, "tensor names of letters, digits, '.', '_', '-'", repr(name[:80])
+            )
+    infos = {name: _parse_entry(path, name, entry) for name, entry in header.items()}
+    infos = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)))
+    end = 0
+    for name, info in infos.items():
+        if info.start != end:
+            raise CheckpointCorrupt(
+                path, f"tensor {name!r} at byte {end:,} of the data", f"{info.start:,}"
+            )
+        end = info.stop
+    if len(head) + end != size:
+        raise CheckpointCorrupt(path, f"{len(head) + end:,} bytes", f"{size:,} bytes")
+    return infos
+
+
+def _parse_entry(path: Path, name: str, entry: object) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointCorrupt(
+            path, f"dtype, shape and data_offsets of {name!r}", str(entry)[:120]
+        )
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise CheckpointCorrupt(path, f"{name!r} as one of {', '.join(DTYPES)}", str(code)[:40])
+    if (
+        not _naturals(shape)
+        or len(shape) > DIM_LIMIT
+        or math.prod(max(size, 1) for size in shape) >= 2**56
+    ):
+        raise CheckpointCorrupt(
+            path, f"a shape of at most {DIM_LIMIT} dims for {name!r}", str(shape)[:80]
+        )
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise CheckpointCorrupt(path, f"two offsets for {name!r}", str(offsets)[:80])
+    dtype, (start, stop) = DTYPES[code], offsets
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise CheckpointCorrupt(
+            path, f"{math.prod(shape) * dtype.itemsize:,} bytes for {name!r}", f"{stop - start:,}"
+        )
+    return TensorInfo(dtype, tuple(shape), start, stop)
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 2**62 for item in value
+    )
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _fits_memory(path: Path, size: int) -> None:
+    if size > (total := memory_bytes()):
+        raise CheckpointError(
+            f"{path} holds {size:,} bytes; this machine has {total:,} bytes of memory."
+        )

@@ -1,0 +1,555 @@
+"""The command line: instant help, one-paragraph errors, exit codes, and each command on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from pretrain.cli import main as cli
+from pretrain.config import RunConfig, fields
+from pretrain.errors import TrainingError
+from pretrain.finetuning.settings import TuneConfig
+from pretrain.models import build
+
+ROOT = Path(__file__).parents[1]
+ENV = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+COMMANDS = [
+    "quickstart",
+    "prepare",
+    "train",
+    "finetune",
+    "doctor",
+    "slurm",
+    "predict",
+    "generate",
+    "fill-mask",
+    "evaluate",
+    "merge",
+    "inspect",
+    "report",
+]
+
+
+def shell(*words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain", *words],
+        capture_output=True, text=True, input=stdin, env=ENV | env, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+
+
+def fails(capsys: Any, *words: str) -> str:
+    """The message of a command that must fail as a user's mistake."""
+    assert cli.main(list(words)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: ") and "Traceback" not in shown.err
+    assert shown.err.count("\n") == 1
+    return str(shown.err)
+
+
+# ----------------------------------------------------------------------------------------------- help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """So that it is there at once: torch alone takes seconds to import."""
+    assert list(cli.COMMANDS) == COMMANDS
+    for words in (["--help"], ["train", "--help"], ["generate", "-h"]):
+        done = shell(*words)
+        assert done.returncode == 0 and "usage: pretrain" in done.stdout and not done.stderr
+    code = (
+        "import sys; from pretrain.cli.main import main\n"
+        f"for c in {COMMANDS!r}: main([c, '--help'])\n"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'datasets', 'transformers', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
+    assert cli.main([]) == 0
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in COMMANDS)
+    assert cli.main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section in RunConfig.SECTIONS:
+        for field in fields(section):
+            assert f"--{section}.{field.name} " in text
+            assert field.help.split(".")[0][:30] in text
+    assert cli.main(["finetune", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section, kind in TuneConfig.SECTIONS.items():
+        for field in fields(kind):
+            assert field.help and f"--{section}.{field.name} " in text
+            assert field.help.split(".")[0][:30] in text
+    for short in ("--model", "--data", "--task"):
+        assert f"(also {short}) " in text
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("pretrain 0.")
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["trian"], ["'trian'", "'train'"]),
+        (["fill_mask", "x", "y"], ["'fill-mask'"]),
+        (["train", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),
+        (["train", "--optim.lrr=3"], ["'optim.lrr'", "'optim.lr'"]),
+        (["train", "--lr", "3"], ["'lr'", "'optim.lr'"]),
+        (["train", "--optim.l", "3"], ["'optim.l'"]),
+        (["train", "--optim.lr", "fast"], ["optim.lr", "a number", "'fast'"]),
+        (["train", "--optim.lr", "nan"], ["optim.lr"]),
+        (["train", "--optim.lr"], ["--optim.lr", "value"]),
+        (["train", "--optim.lr", "-1", "--show_config"], ["optim.lr", "between"]),
+        (["train", "--train.batch_rows", "1e3"], ["train.batch_rows", "whole number"]),
+        (["train", "--optim.name", "adm"], ["optim.name", "'adamw'"]),
+        (["train", "--train.loggers", "wandb"], ["train.loggers", "list"]),
+        (["train", "--config", "nope.yaml", "--show_config"], ["nope.yaml"]),
+        (["train", "stray"], ["stray"]),
+        (["finetune", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),
+        (["finetune", "--lr", "3"], ["'lr'", "'optim.lr'"]),
+        (["finetune", "--comparee", "x"], ["--comparee", "compare"]),
+        (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
+        (["finetune", "--label_counts", "many"], ["label_counts"]),
+        (["finetune", "--model"], ["--model.checkpoint", "value"]),
+        (["finetune", "--method.lora", "1.5"], ["method.lora", "whole number"]),
+        (["finetune", "--model", "x", "--data", "y"], ["task"]),
+        (["finetune", "--config", "nope.yaml"], ["nope.yaml"]),
+        (["predict", "x"], ["file"]),
+        (["predict", "x", "y.csv", "--colums.text", "a"], ["--colums.text", "columns"]),
+        (["predict", "x", "/no/such.csv"], ["/no/such.csv"]),
+        (["generate", "x"], ["prompt"]),
+        (["generate", "x", "y", "--topk", "3"], ["--topk", "'--top_k'"]),
+        (["generate", "x", "y", "--top_k", "3.5"], ["--top_k", "whole number", "'3.5'"]),
+        (["generate", "x", "y", "--top_p", "most"], ["--top_p", "a number"]),
+        (["inspect", "/no/such/run"], ["/no/such/run"]),
+        (["report", "/no/such/run"], ["/no/such/run"]),
+        (["prepare", "/no/such/file.txt", "--quiet"], ["/no/such/file.txt"]),
+    ],
+)
+def test_mistakes_are_one_paragraph_with_the_name(
+    words: list[str], parts: list[str], capsys: Any
+) -> None:
+    text = fails(capsys, *words)
+    assert all(part in text for part in parts), text
+
+
+def test_debug_shows_where_the_error_was_raised() -> None:
+    done = shell("train", "--optim.lrr", "3")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "\033" not in done.stderr
+    done = shell("train", "--optim.lrr", "3", PRETRAIN_DEBUG="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_terminals_are_not_driven_by_file_names(capsys: Any) -> None:
+    text = fails(capsys, "inspect", "\033[2Jevil\u202e")
+    assert "\033" not in text and "\u202e" not in text and "\\x1b" in text
+
+
+def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        for key in ("NO_COLOR", "TERM"):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+        assert cli.main(["trian"]) == 2
+        assert ("\033[31m" in terminal.getvalue()) == coloured
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, leaf = name.rpartition(".")
+    if parent in sys.modules:  # a package keeps its modules as attributes, too
+        monkeypatch.setattr(sys.modules[parent], leaf, module, raising=False)
+
+
+def test_train_passes_the_file_and_only_what_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+
+    def train(config: Any, **sections: Any) -> Any:
+        seen.append((config, sections))
+        return types.SimpleNamespace(exit_code=143)
+
+    fake(monkeypatch, "pretrain.training.run", train=train)
+    words = "train --config c.yaml --data.train books --optim.lr 6e-4 --optim.betas [0.9,0.99]"
+    words += " --objective.class_path MaskedLM --objective.init_args.rate 0.2 --model.overrides.num_layers 3"
+    words += (
+        " --train.batch_rows 010 --data.separator on --parallel.compile true --data.valid last:0.1"
+    )
+    assert cli.main(words.split()) == 143
+    config, sections = seen[0]
+    assert config == "c.yaml"
+    assert sections == {
+        "data": {"train": "books", "separator": "on", "valid": "last:0.1"},
+        "optim": {"lr": 6e-4, "betas": (0.9, 0.99)},
+        "objective": {"class_path": "MaskedLM", "init_args": {"rate": 0.2}},
+        "model": {"overrides": {"num_layers": 3}},
+        "train": {"batch_rows": 10},
+        "parallel": {"compile": True},
+    }
+    checked = RunConfig.load(None, sections)
+    assert checked.train.batch_rows == 10 and checked.objective.init_args == {"rate": 0.2}
+    cli.main(["train", "--data.train", "{a.txt: 2, b.txt: 1}"])
+    cli.main(["train", "--data.train", "[a.txt, b.txt]"])
+    assert seen[1][1]["data"]["train"] == {"a.txt": 2, "b.txt": 1}
+    assert seen[2] == (None, {"data": {"train": ["a.txt", "b.txt"]}})
+
+
+def test_show_config_is_a_file_that_gives_the_same_run(capsys: Any, tmp_path: Path) -> None:
+    assert cli.main(["train", "--optim.lr", "2e-5", "--show_config"]) == 0
+    path = tmp_path / "c.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert RunConfig.load(path) == RunConfig.load({"optim.lr": 2e-5})
+
+
+def test_finetune_passes_settings_and_the_comparison(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def finetune(**options: Any) -> Any:
+        seen.append(options)
+        run = types.SimpleNamespace(exit_code=0)
+        return types.SimpleNamespace(run=run, report=lambda: tmp_path / "report.html")
+
+    fake(monkeypatch, "pretrain.finetuning.run", finetune=finetune)
+    words = "finetune --config configs/classify.yaml --model runs/books-bert --data=reviews.csv --optim.lr 2e-5"
+    words += " --data.columns.text review --task.options.class_weights balanced --method.lora 8"
+    assert cli.main([*words.split(), "--compare", "scratch", "--label_counts", "[50, 200]"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    config = seen[0].pop("config")
+    assert seen[0] == {"compare": "scratch", "label_counts": [50, 200]}
+    assert (config.model.checkpoint, config.data.train) == ("runs/books-bert", "reviews.csv")
+    assert config.data.columns == {"text": "review"} and config.method.lora == 8
+    assert config.task.name == "classification" and config.optim.lr == 2e-5
+    assert config.task.options["class_weights"] == "balanced" and config.optim.layer_decay == 0.9
+    assert cli.main(["finetune", "--task", "regression", "--model", "m", "--data", "d"]) == 0
+    assert set(seen[1]) == {"config"} and seen[1]["config"].task.name == "regression"
+
+
+def test_show_config_of_finetune_reads_back(capsys: Any, tmp_path: Path) -> None:
+    words = ["finetune", "--task", "chat", "--optim.lr", "2e-5", "--show_config"]
+    assert cli.main(words) == 0
+    path = tmp_path / "c.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert TuneConfig.load(path) == TuneConfig.load({"task.name": "chat", "optim.lr": 2e-5})
+
+
+def test_exit_codes_of_interruptions(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def train(error: BaseException) -> Any:
+        def run(*_: Any, **__: Any) -> None:
+            raise error
+
+        return run
+
+    fake(monkeypatch, "pretrain.training.run", train=train(KeyboardInterrupt()))
+    assert cli.main(["train"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    fake(monkeypatch, "pretrain.training.run", train=train(TrainingError("rows ran out.")))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "error: rows ran out.\n"
+    fake(monkeypatch, "pretrain.training.run", train=train(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_run_and_sets_the_exit_code(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(tiny.TEXTS * 20))
+    out = tmp_path / "run"
+    words = f"train --data.train {text} --data.valid 0 --data.tokenizer char --data.row_length 32 --model.size tiny"
+    words += f" --data.cache {tmp_path / 'cache'} --data.workers 1 --train.out {out} --train.limit 100000_steps"
+    words += " --train.batch_rows 2 --train.log_every 1 --parallel.device cpu --model.overrides.num_layers 1"
+    arguments = [w.replace("100000_steps", "100000 steps") for w in words.split()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain", *arguments],
+        env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    log = out / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and '"grad_norm"' in log.read_text():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output[-2000:]
+    assert list(out.glob("checkpoint-*/manifest.json")) and "Traceback" not in output
+
+
+# ------------------------------------------------------------------------------------- with checkpoints
+
+
+@cache
+def saved(kind: str, folder: str) -> str:
+    """A tiny checkpoint directory."""
+    family = {"gpt": "gpt2", "bert": "bert"}[kind]
+    model = build(
+        family, "tiny", tokenizer=tiny.tokenizer(), num_layers=1, hidden_size=16, num_heads=2,
+        max_positions=32, initializer_range=0.5,
+    )  # fmt: skip
+    return str(model.save(Path(folder) / kind))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("checkpoints"))
+
+
+def test_generate(folder: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved("gpt", folder)
+    assert cli.main(["generate", path, "the red cat", "--max_new_tokens", "5", "--seed", "1"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the red cat") and first.count("the red cat") == 1
+    words = [
+        "generate",
+        path,
+        "-",
+        "--max_new_tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--stop",
+        "[xyz, q]",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the red cat\n\na dog\n"))
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("the red cat") and lines[1].startswith("a dog")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert "Standard input" in fails(capsys, *words)
+
+
+def test_predict(capsys: Any, tmp_path: Path) -> None:
+    model = build(
+        "bert", None, head="sequence-classification", labels=["cat", "dog"], tokenizer=tiny.tokenizer(),
+        num_layers=1, hidden_size=16, num_heads=2, intermediate_size=32, max_positions=32,
+    )  # fmt: skip
+    path = str(model.save(tmp_path / "model"))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("said,n\nthe red cat,1\nthe old dog,2\n")
+    out = tmp_path / "out.jsonl"
+    words = ["predict", path, str(rows), "--out", str(out), "--columns.text", "said", "--quiet"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["n"] for row in found] == ["1", "2"]
+    assert {row["predicted_label"] for row in found} <= {"cat", "dog"}
+    assert "'said'" in fails(capsys, *words[:5], "--quiet")
+
+
+def test_notes_are_one_line_without_the_code(folder: str, capsys: Any) -> None:
+    assert cli.main(["generate", saved("gpt", folder), "a", "--max_new_tokens", "100"]) == 0
+    noted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(noted) <= 1 and not any(".py" in line for line in noted)
+
+
+def test_fill_mask(folder: str, capsys: Any) -> None:
+    path = saved("bert", folder)
+    for mask in ("[MASK]", "<mask>"):
+        assert cli.main(["fill-mask", path, f"the {mask} cat", "--top_k", "3"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and 0 <= float(lines[0].split()[0]) <= 1 and "cat" in lines[0]
+    assert cli.main(["fill-mask", path, "the [MASK] cat [MASK]", "--top_k", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_the_wrong_command_for_a_model_names_the_right_one(folder: str, capsys: Any) -> None:
+    path = saved("bert", folder)
+    assert cli.main(["generate", path, "the"]) == 2
+    assert "fill_mask" in capsys.readouterr().err
+    path = saved("gpt", folder)
+    assert cli.main(["fill-mask", path, "the [MASK]"]) == 2
+    assert "generate" in capsys.readouterr().err
+
+
+def test_inspect(folder: str, capsys: Any) -> None:
+    path = saved("gpt", folder)
+    assert cli.main(["inspect", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["family"] == "gpt2" and found["parameters"] > 0 and found["manifest"] == "holds"
+    assert cli.main(["inspect", path]) == 0
+    assert "gpt2" in capsys.readouterr().out
+
+
+def test_inspect_of_a_broken_checkpoint_shows_it_and_fails(
+    folder: str, capsys: Any, tmp_path: Path
+) -> None:
+    for damage, key in (("README.md", "manifest"), ("config.json", "problem")):
+        path = shutil.copytree(saved("gpt", folder), tmp_path / damage)
+        os.truncate(path / damage, 3)
+        assert cli.main(["inspect", str(path), "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["manifest"].startswith("broken: ") and damage in found[key]
+        assert cli.main(["inspect", str(path)]) == 1
+        assert "broken: " in capsys.readouterr().out
+
+
+def test_terminals_are_not_driven_by_a_checkpoint(folder: str, capsys: Any, tmp_path: Path) -> None:
+    path = shutil.copytree(saved("gpt", folder), tmp_path / "m")
+    (path / "manifest.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    evil = "evil\033[2J\u202e\nfake"
+    config |= {"model_type": evil, "architectures": [evil], "pretrain": {"objective": evil}}
+    config["vocab_size"] = config["pretrain"]["tokens_seen"] = [evil]
+    (path / "config.json").write_text(json.dumps(config))
+    cli.main(["inspect", str(path)])
+    shown = capsys.readouterr().out
+    assert "evil\\x1b[2J\\u202e fake" in shown and "\033" not in shown and "\u202e" not in shown
+    cli.main(["inspect", str(path), "--json"])
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_thin_commands_call_one_function(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def record(name: str, answer: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            seen[name] = (args, options)
+            return answer
+
+        return call
+
+    fake(
+        monkeypatch, "pretrain.cli.quickstart", quickstart=record("quickstart", {"exit_code": 130})
+    )
+    fake(
+        monkeypatch, "pretrain.report.run_report", write=record("report", tmp_path / "report.html")
+    )
+    fake(
+        monkeypatch,
+        "pretrain.evaluation",
+        evaluate=record("evaluate", {"loss": 1.25, "targets": 12345.0}),
+    )
+    prepared = types.SimpleNamespace(path=tmp_path / "data")
+    fake(monkeypatch, "pretrain.data.prepare", prepare=record("prepare", prepared))
+    assert cli.main(["quickstart", "--minutes", "2"]) == 130
+    assert seen["quickstart"][1] == {"out": "runs/quickstart", "minutes": 2.0, "seed": 0}
+    assert cli.main(["report", "runs/x"]) == 0
+    assert seen["report"][0] == (Path("runs/x"),)
+    assert cli.main(["evaluate", "runs/x", "--data", "data/y"]) == 0
+    given = {"data": "data/y", "columns": {}, "base": None, "batch_rows": None, "device": "auto"}
+    assert seen["evaluate"] == (("runs/x",), given)
+    assert "1.2500" in capsys.readouterr().out
+    assert cli.main(["evaluate", "runs/x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == 1.25
+    assert (
+        cli.main(["prepare", "a/*.txt", "b", "--out", "data/b", "--vocab_size", "500", "--quiet"])
+        == 0
+    )
+    args, options = seen["prepare"]
+    assert (
+        args == (["a/*.txt", "b"],) and options["out"] == "data/b" and options["vocab_size"] == 500
+    )
+    assert options["quiet"] is True and options["valid"] == 0.01
+    cli.main(["prepare", "a.txt", "--valid", "last:0.1"])
+    assert seen["prepare"][0] == ("a.txt",) and seen["prepare"][1]["valid"] == "last:0.1"
+
+
+def test_options_of_commands_are_those_of_the_functions() -> None:
+    """The thin commands drift from the functions they call only on purpose."""
+    import inspect
+
+    from pretrain.data.prepare import prepare
+    from pretrain.inference.generate import generate
+
+    def options(command: str) -> dict[str, Any]:
+        from pretrain.cli.arguments import make_parser
+
+        entry = cli.COMMANDS[command]
+        parser = make_parser(command, entry.summary, entry.example, entry.add)
+        return {a.dest: a.default for a in parser._actions if a.option_strings and a.dest != "help"}
+
+    for command, function, left_out in (
+        ("generate", generate, {"use_cache", "stream"}),
+        ("prepare", prepare, {"cache_dir"}),
+    ):
+        parameters = inspect.signature(function).parameters.values()
+        keyword = {p.name: p.default for p in parameters if p.default is not p.empty}
+        given = options(command)
+        given.pop("config", None)  # in place of all others
+        given.pop("chat", None)  # calls another function
+        assert set(given) == set(keyword) - left_out
+        for name, default in given.items():
+            assert default == keyword[name] or (default in ([], None) and not keyword[name]), name
+
+
+def test_a_reader_that_leaves_is_no_error(folder: str) -> None:
+    words = [sys.executable, "-m", "pretrain", "train", "--show_config"]
+    process = subprocess.Popen(words, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0 and process.stderr.read() == b""
+
+
+def test_a_full_device_and_a_full_memory_are_sentences(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pretrain", "--version"],
+            env=ENV, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: The output cannot be written")
+    assert done.stderr.count("\n") == 1
+
+    def fail(arguments: Any) -> int:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert "not enough memory" in fails(capsys, "predict")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_command_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, code: int
+) -> None:
+    """What a command has begun is cleared away: here the temporary file of its answers."""
+    import signal
+
+    from pretrain.data.table_stream import RowWriter
+
+    def answer(arguments: Any) -> int:
+        with RowWriter(tmp_path / "answers.csv", ["text"]) as output:
+            output.write({"text": "a"}, {"label": "b"})
+            assert len(list(tmp_path.iterdir())) == 1
+            signal.raise_signal(getattr(signal, name))
+        return 0
+
+    before = signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(cli, "_dispatch", answer)
+    assert cli.main(["predict"]) == code
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(getattr(signal, name)) is before

@@ -1,0 +1,259 @@
+"""The report and its pictures: self-contained, escaped, and robust against what a killed run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain import report
+from pretrain.errors import DataError
+from pretrain.report.history import number
+from pretrain.utils.curves import Series, curve_svg, nice_ticks, thin
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def make_run(folder, *, steps=50, extra=(), torn=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"event": "start", "data": {"documents": 12, "tokens": 3456}})]
+    for step in range(1, steps + 1):
+        lines.append(
+            json.dumps(
+                {"step": step, "loss": 4 / step + 1, "lr": 1e-3 / step, "tokens": step * 128,
+                 "tokens_per_second": 1000.0 + step, "grad_norm": 0.5, "mfu": 0.1}
+            )
+        )  # fmt: skip
+        if step % 10 == 0:
+            lines.append(
+                json.dumps(
+                    {
+                        "step": step,
+                        "eval": {"loss": 5 / step + 1, "accuracy": step / 100},
+                        "samples": [f"text {step}"],
+                    }
+                )
+            )
+    lines += [json.dumps(record) for record in extra]
+    text = "\n".join(lines) + "\n" + ('{"step": 51, "lo' if torn else "")
+    (folder / "log.jsonl").write_text(text, encoding="utf-8")
+    (folder / "run.yaml").write_text(
+        "data:\n  train: books\nmodel:\n  family: gpt2\n  size: tiny\nobjective:\n  class_path: NextToken\n"
+    )
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; complains about tags that do not nest."""
+
+    VOID = {"meta", "rect", "line", "circle", "polyline", "polygon", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.stack, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        assert not self.stack, self.stack
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_report_says_everything(tmp_path):
+    run = make_run(tmp_path / "books-gpt")
+    (run / "checkpoint-50").mkdir()
+    (run / "checkpoint-50" / "manifest.json").write_text("{}")
+    (run / "checkpoint-60").mkdir()  # no manifest: it does not exist
+    path = report.write(run)
+    assert path == run / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    text = " ".join(page.text)
+    for words in (
+        "books-gpt", "gpt2 tiny", "NextToken", "Evaluations on held-out rows", "text 50", "3,456", "checkpoint-50",
+        "pretrain train --config", "learning rate", "tokens per second", "best held-out loss, step 50", "1.1",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "checkpoint-60" not in text
+    assert page.tags.count("svg") >= 4
+
+
+def test_report_is_self_contained(tmp_path):
+    page = Page(report.render(make_run(tmp_path / "run")))
+    assert not {"script", "link", "img", "iframe", "object", "embed", "form", "base"} & set(
+        page.tags
+    )
+    for name, value in page.attributes:
+        assert not name.startswith("on"), name
+        assert name not in {"src", "href", "xlink:href", "srcset", "action"}
+        if name != "xmlns":
+            assert "//" not in (value or ""), (name, value)
+    assert "url(" not in report.render(tmp_path / "run") and "@import" not in report.render(
+        tmp_path / "run"
+    )
+
+
+EVIL = "</pre></style><script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;\x00\ud800"
+
+
+def test_everything_is_escaped(tmp_path):
+    run = make_run(
+        tmp_path / "<script>alert(1)<",
+        extra=[
+            {"step": "inf", "samples": ["x"]},
+            {"step": 61, "loss": "nan", "tokens": "inf", "lr": None, "grad_norm": []},
+            {"step": 60, "eval": {"loss": 1.0, EVIL: 2.0}, "samples": [EVIL, {"a": EVIL}]},
+            {"event": EVIL, "note": EVIL, "data": {EVIL: EVIL, "sources": {EVIL: [EVIL]}}},
+        ],
+    )
+    (run / "run.yaml").write_text(
+        json.dumps({"data": {"train": EVIL[:-2]}, "model": {"family": EVIL[:-2]}})
+    )
+    page = Page(report.write(run).read_text(encoding="utf-8"))
+    assert not {"script", "img"} & set(page.tags)
+    assert "<script>alert('x')</script>" in "".join(page.text)
+
+
+def test_killed_and_resumed_run(tmp_path):
+    """A torn line is left out; steps that were taken again count once and the later record stands."""
+    run = make_run(
+        tmp_path, extra=[{"step": 49, "loss": 9.0, "lr": 0.1}, {"step": 50, "eval": {"loss": 7.0}}]
+    )
+    history = report.read_history(run)
+    assert [r["step"] for r in history.train] == list(range(1, 51))
+    assert dict(history.points("loss"))[49] == 9.0
+    assert dict(history.eval_points())[50] == 7.0
+
+
+def test_non_finite_losses_are_counted_and_leave_a_gap(tmp_path):
+    run = make_run(
+        tmp_path,
+        extra=[
+            {"step": 20, "loss": "nan"},
+            {"step": 21, "loss": "inf"},
+            {"step": 22, "loss": math.nan},
+        ],
+    )
+    text = report.render(run)
+    assert "steps with a non-finite loss" in text and "<b>3</b>" in text
+    svg = ET.fromstring(report.loss_svg(report.read_history(run)))
+    assert len([e for e in svg.iter(SVG + "polyline") if "s0" in e.attrib["class"]]) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", b"null\n[]\n3\n", b"\xff\xfe x", b'{"step": "x", "loss": {}}\n']
+)
+def test_empty_and_damaged_logs_still_give_a_page(tmp_path, content):
+    (tmp_path / "log.jsonl").write_bytes(content)
+    assert "nothing to draw yet" in report.render(tmp_path)
+
+
+def test_numbers_beyond_every_float_still_give_a_page(tmp_path):
+    run = make_run(tmp_path)
+    huge = "9" * 400
+    with open(run / "log.jsonl", "a") as file:
+        file.write(f'{{"step": {huge}, "loss": 1.0, "tokens": {huge}}}\n')
+        file.write(f'{{"step": 51, "loss": {huge}, "tokens": {huge}}}\n')
+        file.write(f'{{"step": 51, "eval": {{"loss": {huge}}}}}\n')
+        file.write(f'{{"step": 52, "samples": ["x"], "event": {huge}}}\n')
+        file.write(f'{{"step": {huge}, "event": "end", "sample": "y"}}\n')
+    assert math.isnan(number(int(huge))) and number(-(10**400), 1.0) == 1.0
+    assert "Evaluations" in report.render(run)
+
+
+def test_damaged_settings_still_give_a_page(tmp_path):
+    run = make_run(tmp_path)
+    for content in (b"\xff\xff", b"a: [", b"- 1\n- 2\n", b"data: 3\nmodel: [1]\nobjective: x\n"):
+        (run / "run.yaml").write_bytes(content)
+        assert "Evaluations" in report.render(run)
+
+
+def test_no_run_directory_is_a_sentence(tmp_path):
+    with pytest.raises(DataError, match=r"no log\.jsonl"):
+        report.write(tmp_path / "nothing")
+
+
+def test_unwritable_target_is_a_sentence(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(DataError, match="Cannot write the report"):
+        report.write(run, tmp_path / "no" / "such" / "folder.html")
+    assert not list(run.glob(".*.tmp"))
+
+
+def test_curve_is_well_formed_and_labelled():
+    svg = ET.fromstring(
+        curve_svg(
+            [Series("a & b", [(0, 1), (1, 2)]), ("<c>", [(0, 3.0), (1, 2.5)])],
+            title='loss "<&>"', x_label="step <", y_label="nats >", references={"baseline <b>": 6.5},
+        )
+    )  # fmt: skip
+    texts = [e.text for e in svg.iter(SVG + "text")]
+    assert {"a & b", "<c>", "step <", "nats >", "baseline <b> 6.5"} <= set(texts)
+    assert svg.attrib["role"] == "img"
+    assert len(list(svg.iter(SVG + "polyline"))) == 2
+
+
+def test_curve_keeps_spikes_of_long_runs():
+    points = [(float(i), 1.0) for i in range(100_000)]
+    points[77_777] = (77_777.0, 50.0)
+    text = curve_svg([Series("x", points)])
+    assert len(text) < 60_000
+    bands = [e.attrib["points"].split() for e in ET.fromstring(text).iter(SVG + "polygon")]
+    top = min(float(pair.split(",")[1]) for band in bands for pair in band)
+    assert top < 60  # the spike reaches the top of the picture
+
+
+LITTLE = [[], [(1, math.nan)], [(1, 2)], [(1, 2), (1, 3)], [(1, 2), (2, 2)], [(5, 0), (6, 0)]]
+
+
+@pytest.mark.parametrize("points", LITTLE)
+def test_curve_of_little_data(points):
+    ET.fromstring(curve_svg([Series("x", points)], title="t"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(-1e12, 1e12), st.floats(-1e12, 1e12) | st.just(math.nan)), max_size=40
+    )
+)
+def test_any_finite_points_stay_inside_the_picture(points):
+    svg = ET.fromstring(curve_svg([Series("x", points, dots=True)], width=600, height=300))
+    for element in svg.iter(SVG + "circle"):
+        assert -1 <= float(element.attrib["cx"]) <= 601
+        assert -1 <= float(element.attrib["cy"]) <= 301
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_cover_the_values(low, span):
+    high = low + span
+    ticks = nice_ticks(low, high)
+    assert ticks == sorted(ticks) and 2 <= len(ticks) <= 14
+    slack = (ticks[-1] - ticks[0]) * 1e-6 + 1e-9
+    assert ticks[0] <= low + slack and ticks[-1] >= high - slack
+
+
+def test_thin_keeps_mean_and_extremes():
+    assert thin([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], 2) == [
+        (1, 2.0, 1.0, 3.0),
+        (3, 6.0, 5.0, 7.0),
+    ]
+    assert thin([(0, 1.0)], 10) == [(0, 1.0, 1.0, 1.0)]
