@@ -294,7 +294,7 @@ def write_directory(
                 peers,
                 guard=lambda: _guarded(target, needed, moved),
             )
-        for told in peers.gather({name: [r.size, r.sha256] for name, r in records.items()}):
+        for told in peers.all_gather_object({name: [r.size, r.sha256] for name, r in records.items()}):
             records |= {name: Record(*record) for name, record in told.items()}
         with together(peers), files.writing(target, needed):
             if peers.rank == 0:
@@ -342,7 +342,7 @@ def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path
                 if draft.state is not None:
                     files.IO.mkdir(made / manifest.TRAINING)
                 name = made.name
-        path = target.parent / str(peers.gather(name)[0])
+        path = target.parent / str(peers.all_gather_object(name)[0])
         with together(peers):
             if not directories.appears(path):
                 raise CheckpointError(

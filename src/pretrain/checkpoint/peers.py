@@ -45,10 +45,10 @@ class Peers(Protocol):
     def recv(self, tensor: Tensor, source: int) -> None:
         """Fill a contiguous CPU tensor with the next one from ``source``; returns when it is filled."""
 
-    def settle(self) -> None:
+    def wait_until_sent(self) -> None:
         """Return when everything sent has been received."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every process gets everyone's JSON value, by rank; waits for all."""
 
 
@@ -66,10 +66,10 @@ class Alone:
         """Nobody is there."""
         raise CheckpointError(f"One process alone cannot receive from process {source}.")
 
-    def settle(self) -> None:
+    def wait_until_sent(self) -> None:
         """Nothing is on its way."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Its own value."""
         return [value]
 
@@ -102,7 +102,7 @@ def agree(peers: Peers, error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    told = peers.gather(None if error is None else _described(error))
+    told = peers.all_gather_object(None if error is None else _described(error))
     rank = next((i for i, found in enumerate(told) if found is not None), None)
     if rank is None:
         return
@@ -134,11 +134,11 @@ def same_everywhere(peers: Peers, what: str, value: dict[str, Any]) -> None:
     Raises:
         CheckpointError: naming the first key that differs.
     """
-    digests = peers.gather(hashlib.sha256(to_json(value)).hexdigest())
+    digests = peers.all_gather_object(hashlib.sha256(to_json(value)).hexdigest())
     other = next((i for i, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    tables = peers.gather(value)
+    tables = peers.all_gather_object(value)
     here, there = tables[0], tables[other]
     key = next(key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key))
     raise CheckpointError(

@@ -61,7 +61,7 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
         if peers.rank == 0 and directory.is_dir():
             names = [path.name for path in manifest.candidates(directory)]
     failures: list[CheckpointError] = []
-    for name in peers.gather(names)[0]:
+    for name in peers.all_gather_object(names)[0]:
         path = directory / str(name)
         try:
             _verify_together(path, peers)
@@ -132,7 +132,7 @@ def open_empty(
         run: list[Path] = []
         if not os.path.lexists(directory / "config.json"):
             run = best_first(directory)
-    for name in peers.gather([candidate.name for candidate in run])[0]:
+    for name in peers.all_gather_object([candidate.name for candidate in run])[0]:
         try:
             if os.path.lexists(directory / name / manifest.NAME):
                 _verify_together(directory / name, peers, training=False)
@@ -243,7 +243,7 @@ def load_slices(
                 config = directory.json("config.json")
                 note(report_line(model, config, len(stored), report))
     if base:
-        model.adapter.base_sample = str(peers.gather(sample)[0])
+        model.adapter.base_sample = str(peers.all_gather_object(sample)[0])
     return report
 
 

@@ -192,7 +192,7 @@ def write_files(
                     }
                     writer.put(name, sources)
                     del sources
-                peers.settle()
+                peers.wait_until_sent()
             if own is not None:
                 records |= writer.finish()
             agree(peers, writer.error)

@@ -175,7 +175,7 @@ class StoredTensors:
                 here = self._rows(one, start, rows)
                 equal = equal and torch.equal(here.float(), self._rows(two, start, rows).float())
             self._last = None
-        return all(peers.gather(equal))
+        return all(peers.all_gather_object(equal))
 
     def check_unchanged(self) -> None:
         """Raise CheckpointCorrupt if a file was written to or replaced since it was opened."""

@@ -56,7 +56,7 @@ def finetune(args: Any) -> int:
     from pretrain.parallel.world import current_world
 
     result = run.finetune(config=settings, **options)
-    if not result.run.exit_code and current_world().leads:
+    if not result.run.exit_code and current_world().is_rank_zero:
         print(printable(str(result.report())))
     return int(result.run.exit_code)
 

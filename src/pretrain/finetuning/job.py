@@ -342,7 +342,7 @@ class Job:
         """
         chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
         if chosen is not None:
-            world.lead(lambda: write_choice(run.path / BEST, {"checkpoint": chosen.name}))
+            world.on_rank_zero(lambda: write_choice(run.path / BEST, {"checkpoint": chosen.name}))
 
         def restored() -> Task:
             # Shared out among processes it cannot be used by itself: who asks for it gets a whole one.
@@ -357,9 +357,9 @@ class Job:
         if shared is None:
             _ = result.task
             if held_out is not None:
-                result.metrics = world.shared(lambda: result.measure(held_out))
+                result.metrics = world.broadcast_result(lambda: result.measure(held_out))
             if tested is not None:
-                result.test_metrics = world.shared(lambda: result.measure(tested))
+                result.test_metrics = world.broadcast_result(lambda: result.measure(tested))
         elif figures:
             result.metrics, result.test_metrics = figures[0] or result.metrics, figures[1] or None
         result.trivial = task.trivial(self.data.train, self.data.valid)
@@ -433,7 +433,7 @@ class Job:
         for part in (rows, *others):
             task.prepare_reference(part)
         out, world = Path(f"{self.settings.train.out}.trial"), current_world()
-        world.lead(lambda: shutil.rmtree(out, ignore_errors=True))
+        world.on_rank_zero(lambda: shutil.rmtree(out, ignore_errors=True))
         try:
             run = self.trainer(
                 task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False
@@ -442,14 +442,14 @@ class Job:
             if run.exit_code:
                 raise Interrupted(run.exit_code)
         finally:
-            if world.leads:
+            if world.is_rank_zero:
                 shutil.rmtree(out, ignore_errors=True)
         if task.model.layout is not None:
             whole = self.build(seed=seed, scratch=scratch)
             copy_whole(task.model, whole.model, world)
             task = whole
         result = Finetuned(task.eval, None, self.settings, self.data, [])
-        measured: list[float] = world.shared(
+        measured: list[float] = world.broadcast_result(
             lambda: [-lower_is_better(result.measure(part), self.monitor) for part in others]
         )
         return measured

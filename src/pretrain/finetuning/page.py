@@ -51,7 +51,7 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
     if out is None and result.run is None:
         raise DataError("This trial was kept nowhere. Name the file: report(out=FILE).")
     place = Path(out) if out is not None else result.run.path / "report.html"
-    if not current_world().leads:
+    if not current_world().is_rank_zero:
         return place
     text = render(result)
     card = result.model.card = model_card(result)

@@ -81,7 +81,7 @@ def finetune(
         raise ConfigError(
             f"compare is {compare!r}; the only comparison is {option('compare', 'scratch')}."
         )
-    quiet = quiet or not current_world().leads
+    quiet = quiet or not current_world().is_rank_zero
     if devices != 1:
         check_spread(model, objects, compare)
     with muted(quiet):

@@ -85,7 +85,7 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
             backends=_backends(),
         )
         everybody = handshake(store, world.rank, world.size, hello, timeout=seconds, run_dir=out)
-        world.join(where, within=seconds)
+        world.init_process_group(where, within=seconds)
         links = check_links(dist.all_reduce, where, world.rank, world.size, timeout=seconds)
         put(store, f"links/{world.rank}", links)
         keys = [f"links/{rank}" for rank in range(world.size)]
@@ -94,10 +94,10 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
             raise DistributedError(f"The all-reduce came back here, but not on rank {late}.")
     except DistributedError as error:
         # What rank 0 found is said by rank 0; what a process met alone it says itself.
-        if world.leads or not store.check(["verdict"]) or everybody:
+        if world.is_rank_zero or not store.check(["verdict"]) or everybody:
             _print_problem(str(error), everybody, as_json)
         _leave(1)
-    if world.leads:
+    if world.is_rank_zero:
         for facts, key in zip(everybody, keys, strict=True):
             facts["links"] = get(store, key)
         notes = [*differences(everybody), *_stragglers(everybody)]
@@ -107,7 +107,7 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
             _print_lines([*table(everybody), "", *(f"note: {n}" for n in notes), *_verdict([])])
         put(store, "over", True)
     wait(store, ["over"], seconds)  # the store may live in rank 0
-    world.leave()
+    world.destroy_process_group()
     return 0
 
 

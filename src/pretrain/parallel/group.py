@@ -78,13 +78,13 @@ class Peers:
         if self._tick is not None:
             self._tick()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Everybody's plain value, by rank."""
         if self._tick is not None:
             self._tick()
         return [value] if self.size == 1 else gather_json(value, self.size, self._group)
 
-    def settle(self) -> None:
+    def wait_until_sent(self) -> None:
         """Wait until everything sent has been received."""
         for work, _ in self._sent:
             work.wait()
@@ -104,7 +104,7 @@ class Callers(Peers):
         super().__init__(rank, size, None)
         self._store, self._calls = store, 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Everybody's plain value, by rank; it waits for as long as it takes."""
         self._calls += 1
         put(self._store, f"{self._calls}/{self.rank}", value)

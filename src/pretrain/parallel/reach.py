@@ -107,7 +107,7 @@ def drop_zeros(params: Mapping[str, nn.Parameter], world: World) -> None:
         world: the processes, which all come along.
     """
     held = [p for _, p in sorted(params.items()) if p.grad is not None]
-    reached = world.total([float(local(p.grad).any()) for p in held if p.grad is not None])
+    reached = world.all_reduce_sum([float(local(p.grad).any()) for p in held if p.grad is not None])
     for p, count in zip(held, reached, strict=True):
         if not count:
             p.grad = None

@@ -183,7 +183,7 @@ class Strategy:
         """Let DDP see which parameters are trained now; called before the first step and when others are released."""
         if self.choice.strategy != "ddp" or self.settings.reproducible:
             return
-        trained = self.trained()
+        trained = self.trainable_parameters()
         if not trained:
             return
         if self._ddp is not None:
@@ -192,18 +192,18 @@ class Strategy:
         unused = self.uneven or bool(self.untouched & trained.keys())
         self._ddp = replicated(self._root, self.world.group("dp_replicate"), unused=unused)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that learn now, by name."""
         return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
-    def reached(self, batch: Batch) -> set[str]:
+    def used_parameters(self, batch: Batch) -> set[str]:
         """The parameters that the gradient of a batch would reach in this process, under FSDP2; all must come along."""
         with torch.compiler.set_stance("force_eager"):
-            found = reached_parameters(self._root, self._units(), lambda: self.once(batch).total)
+            found = reached_parameters(self._root, self._units(), lambda: self.forward_no_sync(batch).total)
         self._reshard()
         return {name.removeprefix("objective.") for name in found}
 
-    def take_reached(self, untouched: set[str], *, uneven: bool) -> None:
+    def set_unused_parameters(self, untouched: set[str], *, uneven: bool) -> None:
         """Learn which parameters no gradient reaches, before FSDP2 reduces and DDP is made.
 
         Raises:
@@ -220,12 +220,12 @@ class Strategy:
         found: Loss = (self._ddp if self._ddp is not None else self._root)(batch)[1]
         return found
 
-    def once(self, batch: Batch) -> Loss:
+    def forward_no_sync(self, batch: Batch) -> Loss:
         """Loss of one batch outside of the steps; with FSDP2 or tensor parallelism all processes must come along."""
         found: Loss = self._root(batch)[1]
         return found
 
-    def accumulate(self, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
+    def backward_microbatches(self, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
         """Run the micro-batches of this process; afterwards the gradients are those of the global batch.
 
         Args:
@@ -240,7 +240,7 @@ class Strategy:
                 with self._synced(i == count - 1):
                     totals.append(run(i))
             if self.sharded and self.untouched:
-                never = {n: p for n, p in self.trained().items() if n in self.untouched}
+                never = {n: p for n, p in self.trainable_parameters().items() if n in self.untouched}
                 drop_zeros(never, self.world)
         if self.tp is not None and self.tp.partial:
             named = {
@@ -284,11 +284,11 @@ class Strategy:
         if sizes.dp > 1:
             add_across(sums, self.world.group("dp_replicate"), self.world.dp_rank, sizes.dp)
         # A zero that nothing gave is no gradient: on one process or on many it moves nothing.
-        for p, total, times in zip(params, sums, self.world.total(reached), strict=True):
+        for p, total, times in zip(params, sums, self.world.all_reduce_sum(reached), strict=True):
             p.grad = total if times else None
         return totals
 
-    def settle(
+    def reduce_loss_and_norm(
         self, totals: Sequence[Tensor], params: Mapping[str, Tensor]
     ) -> tuple[list[float], float]:
         """The losses of all micro-batches of the global batch in order, and the norm of its gradient.
@@ -315,7 +315,7 @@ class Strategy:
         slots = torch.zeros(dp * len(totals) + 1, dtype=torch.float32, device=self.device)
         if not every:
             slots[-1] = norm.square()
-        elif self.world.leads:
+        elif self.world.is_rank_zero:
             slots[-1] = norm  # the same for all, to the last bit
         if self.world.tp_rank == 0:
             first = self.world.dp_rank * len(totals)
@@ -347,7 +347,7 @@ class Strategy:
         """
         if self.sharded and self.choice.sizes.tp > 1:
             return False
-        return self.cut or self.sharded or self.world.leads
+        return self.cut or self.sharded or self.world.is_rank_zero
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -108,7 +108,7 @@ class World:
         return cls(rank, size, of_this_start(store, rank, size, patience))
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """This is rank 0, which writes the log, the settings and the manifest."""
         return self.rank == 0
 
@@ -121,7 +121,7 @@ class World:
 
     # ------------------------------------------------------------------ the group
 
-    def join(self, device: torch.device, within: float = 60.0) -> torch.device:
+    def init_process_group(self, device: torch.device, within: float = 60.0) -> torch.device:
         """Set up the process group for a device, once; returns the device of this process.
 
         Raises:
@@ -152,7 +152,7 @@ class World:
             return device
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
-    def join_alone(self, device: torch.device) -> None:
+    def init_process_group_alone(self, device: torch.device) -> None:
         """Make a group of this one process, which FSDP2 needs to offload or to be measured on a single device."""
         if self.size == 1 and not self.joined:
             if not dist.is_initialized():
@@ -160,7 +160,7 @@ class World:
                 connect(store, 0, 1, device, self._limit)
             self.joined = True
 
-    def arrange(self, sizes: Sizes) -> None:
+    def build_mesh(self, sizes: Sizes) -> None:
         """Lay the processes out as a mesh (dp_replicate, dp_shard, tp)."""
         if self.joined and (self._mesh is None or sizes != self.sizes):
             self._mesh = init_device_mesh(
@@ -209,7 +209,7 @@ class World:
         """Which slice of the matrices is ours."""
         return self.rank % self.sizes.tp
 
-    def leave(self) -> None:
+    def destroy_process_group(self) -> None:
         """End the communication in order."""
         joined, self.joined = self.joined, False
         self._mesh = self._background = self._control = self.replica = None
@@ -237,14 +237,14 @@ class World:
             DistributedError: somebody does not come, does not fit or cannot be reached; it says who, and the cure.
         """
         if self.size == 1 or self.store is None:
-            yield self.join(device)
+            yield self.init_process_group(device)
             return
         self.timeout = timeout
         self._entries += 1
         store = PrefixStore(f"pretrain/{self._entries}", self.store)
         all_here(store, self.rank, self.size, say=note)
         with together(self.callers()), writing(out):
-            if self.leads:
+            if self.is_rank_zero:
                 make_directories(Path(os.path.abspath(out)))
         said = introduce(self._own(device), **about)
         try:
@@ -258,13 +258,13 @@ class World:
             self._lifeline = lifeline
             try:
                 new = not self.joined
-                device = self.join(device)
+                device = self.init_process_group(device)
                 if new:
                     self.links = check_links(dist.all_reduce, device, self.rank, self.size)
                 yield device
                 # The first process to end may let a launcher ask the others to end, too: none goes before the rest.
                 with lifeline.waiting():
-                    self.total([0.0])
+                    self.all_reduce_sum([0.0])
             except PretrainError as error:
                 error.everywhere |= self._all_failed(store)
                 if not error.everywhere:
@@ -286,13 +286,13 @@ class World:
         if self._lifeline is not None:
             self._lifeline.mark(phase, step)
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """Say that it still goes on, within what was marked last."""
         self.mark(*self._place)
 
     # ------------------------------------------------------------------ values that all get
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers over all processes, in fp64; zeros added to one number leave it exact."""
         if self.size == 1:
             return list(values)
@@ -300,21 +300,21 @@ class World:
         dist.all_reduce(tensor, group=self._control)
         return list(tensor.tolist())
 
-    def number(self, value: float) -> int:
+    def broadcast_int(self, value: float) -> int:
         """Rank 0's whole number, on all."""
-        return int(self.total([value if self.leads else 0])[0])
+        return int(self.all_reduce_sum([value if self.is_rank_zero else 0])[0])
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Everybody's plain value, by rank."""
         if self.size == 1:
             return [value]
         return gather_json(value, self.size, self._control)
 
-    def tell(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's plain value, on all."""
-        return value if self.size == 1 else self.gather(value if self.leads else None)[0]
+        return value if self.size == 1 else self.all_gather_object(value if self.is_rank_zero else None)[0]
 
-    def lead(self, make: Callable[[], T]) -> T | None:
+    def on_rank_zero(self, make: Callable[[], T]) -> T | None:
         """Do something on rank 0 alone; if it fails there, the same error is raised on all.
 
         Returns:
@@ -323,31 +323,31 @@ class World:
         if self.size == 1:
             return make()
         made, failure = None, None
-        if self.leads:
+        if self.is_rank_zero:
             try:
                 made = make()
             except Exception as error:  # told to all, then raised
                 failure = error
-        self.agree(failure)
+        self.raise_on_all_ranks(failure)
         return made
 
-    def shared(self, make: Callable[[], T]) -> T:
+    def broadcast_result(self, make: Callable[[], T]) -> T:
         """A plain value that rank 0 makes, however long that takes: the others wait outside of any group.
 
         Raises:
             PretrainError: on all, what it raised there.
         """
         made, failure, callers = None, None, self.callers()
-        if self.leads:
+        if self.is_rank_zero:
             try:
                 made = make()
             except Exception as error:
                 failure = error
         agree(callers, failure)
-        found: T = callers.gather(made)[0]
+        found: T = callers.all_gather_object(made)[0]
         return found
 
-    def agree(self, failure: Exception | None) -> None:
+    def raise_on_all_ranks(self, failure: Exception | None) -> None:
         """Raise on all processes what one of them ran into; call it where every process comes along.
 
         Raises:
@@ -364,7 +364,7 @@ class World:
         if self.size == 1:
             return Peers(0, 1, None)
         if not background:
-            return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.alive)
+            return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.heartbeat)
         if self._background is None:
             # A writer waits for the slowest disk, and the watchdog for the writer.
             self._background = dist.new_group(None, datetime.timedelta(days=1), "gloo")
@@ -395,5 +395,5 @@ def world_left_behind() -> Iterator[None]:
         yield
     finally:
         if _world is not None:
-            _world.leave()
+            _world.destroy_process_group()
         _world = None

@@ -92,7 +92,7 @@ def evaluate_rows(
                 if stopped is not None and stopped():
                     raise EvaluationStopped
                 if strategy is not None:
-                    strategy.world.alive()
+                    strategy.world.heartbeat()
                 # Where a model is cut all take every turn: who has no batch left runs one for company and forgets it.
                 if k >= len(starts) and not (strategy is not None and strategy.sharded):
                     continue
@@ -103,7 +103,7 @@ def evaluate_rows(
                 check_batch(batch, objective.model, "Held-out", part)
                 with precision.autocast():
                     moved = to_device(batch, precision.device)
-                    loss = objective(moved) if strategy is None else strategy.once(moved)
+                    loss = objective(moved) if strategy is None else strategy.forward_no_sync(moved)
                 if k < len(starts):
                     found[k] = _plain(loss)
     finally:
@@ -165,7 +165,7 @@ def _together(
         }
         found = {
             int(k): Loss(torch.tensor(total), torch.tensor(count), from_plain(metrics))
-            for part in strategy.world.gather(mine)
+            for part in strategy.world.all_gather_object(mine)
             for k, (total, count, metrics) in part.items()
         }
     total, count = 0.0, 0.0

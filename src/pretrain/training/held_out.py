@@ -64,7 +64,7 @@ def _figures(trainer: Trainer, limit: int) -> dict[str, float]:
             strategy=trainer.strategy,
             stopped=trainer.asked_to_stop,
         )
-    figures = dict(trainer.world.tell(figures))  # what is decided by them must be decided alike
+    figures = dict(trainer.world.broadcast_object(figures))  # what is decided by them must be decided alike
     share = min(1.0, limit / len(trainer.eval_data)) if limit else 1.0
     trainer.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
     return figures

@@ -44,7 +44,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     check_lengths(trainer)
     parameters = numel(trainer)
     size = checkpoint_size(trainer) * (train.keep + 1)
-    trainer.world.lead(lambda: check_writable(trainer.out, size))
+    trainer.world.on_rank_zero(lambda: check_writable(trainer.out, size))
     batches = trainer.feed.step_at(state.rows)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
@@ -138,7 +138,7 @@ def check_round_trip(trainer: Trainer) -> None:
     """Save, reload and compare before anything is spent on training."""
     model, world = trainer.objective.model, trainer.world
     layout = trainer.strategy.layout if world.size > 1 else None
-    folder = Path(world.tell(os.fspath(temporary_name(trainer.out / "preflight", "new"))))
+    folder = Path(world.broadcast_object(os.fspath(temporary_name(trainer.out / "preflight", "new"))))
     mine = {name: local(p.detach()) for name, p in model.named_parameters()}
     seen = {}
 
@@ -149,7 +149,7 @@ def check_round_trip(trainer: Trainer) -> None:
         save_model(model, folder, layout=layout, peers=world.peers())
         load_slices(model, folder, layout, world.peers(), compare, verified=True)
     finally:
-        if world.leads:
+        if world.is_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)
     changed = [name for name, part in mine.items() if part.numel() and not seen.get(name, False)]
     failure = None
@@ -158,7 +158,7 @@ def check_round_trip(trainer: Trainer) -> None:
             f"Saving the model and loading it again changes {changed[0]!r}. The family's name table is wrong; "
             "nothing was trained."
         )
-    world.agree(failure)
+    world.raise_on_all_ranks(failure)
 
 
 def check_resumed(trainer: Trainer, checkpoint: Path) -> str:

@@ -104,10 +104,10 @@ def train(
     if devices != 1 and (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
         return run
     out, world = Path(settings.train.out), current_world()
-    with muted(not world.leads):
+    with muted(not world.is_rank_zero):
         check_same_run(settings, out, say=False)
         data = in_turn(
-            world, lambda: open_data(settings, quiet=not world.leads), "prepare the data"
+            world, lambda: open_data(settings, quiet=not world.is_rank_zero), "prepare the data"
         )
         model = make_model(settings, data)
         objective = build_objective(

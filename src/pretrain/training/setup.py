@@ -102,7 +102,7 @@ def set_up(trainer: Trainer) -> bool:
     if checkpoint is not None:
         restore(trainer, checkpoint)
     seconds = preflight(trainer, checkpoint)
-    trainer.state.total_steps = world.tell(trainer.plan.first_total(trainer.state, seconds))
+    trainer.state.total_steps = world.broadcast_object(trainer.plan.first_total(trainer.state, seconds))
     if trainer.optim.unfreeze:
         trainer.release()  # DDP must not wait for layers whose turn has not come
     trainer.strategy.wrap()
@@ -118,7 +118,7 @@ def _precision(setting: str, device: torch.device, world: World) -> Precision:
         ConfigError: ``auto`` means different types on different hosts.
     """
     precision = choose_precision(setting, device)
-    names = world.gather(precision.name)
+    names = world.all_gather_object(precision.name)
     if len(set(names)) > 1:
         types = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))
         raise ConfigError(

@@ -75,7 +75,7 @@ def spread(trainer: Trainer) -> Strategy:
         )
     memory, host, local = common_ground(device, world)
     # A precision that is chosen by the hardware may differ between hosts, and the mesh must not.
-    needs = Needs(**world.tell(asdict(needs_of(trainer, guess))))
+    needs = Needs(**world.broadcast_object(asdict(needs_of(trainer, guess))))
     choice = choose_sizes(
         settings,
         world.size,
@@ -90,8 +90,8 @@ def spread(trainer: Trainer) -> Strategy:
         local=local,
     )
     if choice.strategy == "fsdp":
-        world.join_alone(device)
-    world.arrange(choice.sizes)
+        world.init_process_group_alone(device)
+    world.build_mesh(choice.sizes)
     strategy = Strategy(
         objective, world, choice, settings, device=device, gather=gather_type(trainer)
     )
@@ -151,7 +151,7 @@ def common_ground(device: torch.device, world: World) -> tuple[float | None, flo
         processes lie on one host wherever they are counted from a multiple of that number.
     """
     mine = [device_memory(device, world), host_share(world), world.local_size]
-    devices, hosts, locals_ = zip(*world.gather(mine), strict=True)
+    devices, hosts, locals_ = zip(*world.all_gather_object(mine), strict=True)
     return _least(devices), _least(hosts), math.gcd(*locals_)
 
 
@@ -180,7 +180,7 @@ def run_lock(out: Path, world: World) -> Iterator[None]:
         RunLocked: on every process, when another run holds it.
     """
     lock = RunLock(out)
-    world.lead(lock.acquire)
+    world.on_rank_zero(lock.acquire)
     try:
         yield
     finally:

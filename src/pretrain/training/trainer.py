@@ -138,15 +138,15 @@ class Trainer:
             self.stop = stack.enter_context(catch_signals())
             stack.enter_context(run_lock(self.out, world))
             if begin is not None:
-                world.lead(begin)
+                world.on_rank_zero(begin)
             self.journal = Journal(
-                self.out, self.train.loggers, self.about, self.quiet, leads=world.leads
+                self.out, self.train.loggers, self.about, self.quiet, leads=world.is_rank_zero
             )
             with contextlib.closing(self.journal), self._memory():
                 resumed = set_up(self)
                 self._began = began - self.state.seconds
                 self.journal.open_log(self.state.step if resumed else None, self.state.log)
-                if world.leads:
+                if world.is_rank_zero:
                     self.home = stack.enter_context(contextlib.closing(Home(self.out)))
                 evals = [r["eval"] for r in self._history() if "eval" in r]
                 # The log holds what is not finite as a string.
@@ -208,9 +208,9 @@ class Trainer:
         failing = self.saver.failed
         lost = self.home is not None and self.home.lost(now=failing)
         flags = [float(failure is not None), float(failing), float(lost), *self.stop.flags()]
-        count, tokens, failed, unsaved, homeless, *asked = self.world.total([*mine, *flags])
+        count, tokens, failed, unsaved, homeless, *asked = self.world.all_reduce_sum([*mine, *flags])
         if failed:
-            self.world.agree(failure)
+            self.world.raise_on_all_ranks(failure)
         if homeless:
             self._rescue()
         if unsaved:
@@ -245,10 +245,10 @@ class Trainer:
             torch.autograd.backward(loss.total * (self.scaler.scale / count))
             return loss.total.detach()
 
-        totals = self.strategy.accumulate(run, len(batches))
+        totals = self.strategy.backward_microbatches(run, len(batches))
         self.world.mark("update", state.step)
         self.scaler.unscale([local(p.grad) for p in self.params.values() if p.grad is not None])
-        losses, grad_norm = self.strategy.settle(totals, self.params)
+        losses, grad_norm = self.strategy.reduce_loss_and_norm(totals, self.params)
         nll = sum(losses)
         finite = math.isfinite(nll) and math.isfinite(grad_norm)
         if finite:
@@ -290,7 +290,7 @@ class Trainer:
         """Log, evaluate, save and call hooks, each at its own interval."""
         state = self.state
         state.seconds = time.monotonic() - self._began
-        state.total_steps = self.plan.replan(state, self.world.number)
+        state.total_steps = self.plan.replan(state, self.world.broadcast_int)
         last = state.step >= state.total_steps
         if last or state.step <= 10 or state.step % self.train.log_every == 0:
             flops = self.objective.flops(
@@ -306,7 +306,7 @@ class Trainer:
             self.save()
         read_only = MappingProxyType(record)
         for hook in self.hooks:
-            if state.step % hook.every == 0 and self.world.leads:
+            if state.step % hook.every == 0 and self.world.is_rank_zero:
                 hook.fn(read_only)
 
     def _due(self, every: str, last: int, name: str) -> bool:
@@ -328,7 +328,7 @@ class Trainer:
         Raises:
             TrainingError: the run directory is gone; the checkpoint is written beside it.
         """
-        if self.world.total([float(self.home is not None and self.home.lost(now=True))])[0]:
+        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[0]:
             self._rescue()
         return self._save(self.saver)
 
@@ -361,7 +361,7 @@ class Trainer:
         Raises:
             TrainingError: always; it names both places.
         """
-        fate, refuge = self.world.tell(
+        fate, refuge = self.world.broadcast_object(
             ["", ""] if self.home is None else [self.home.fate(), str(self.home.refuge())]
         )
         with contextlib.suppress(PretrainError):
@@ -378,7 +378,7 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether any process has been asked; all must come along, and get the same answer."""
-        self.stop.settle(self.world.total(self.stop.flags()))
+        self.stop.settle(self.world.all_reduce_sum(self.stop.flags()))
         return self.stop.agreed is not None
 
     def _finish(self, stopped: str) -> Run:
@@ -387,7 +387,7 @@ class Trainer:
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
         self.saver.wait()
-        if self.world.total([float(self.home is not None and self.home.lost(now=True))])[0]:
+        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[0]:
             self._rescue()
         if self.asked_to_stop():  # a signal may have come while that was written
             stopped = self.stop.agreed or stopped
@@ -408,7 +408,7 @@ class Trainer:
 
     def _history(self) -> list[dict[str, Any]]:
         """Records of the log; rank 0 writes it, the others read what it wrote."""
-        return list(self.journal.records) if self.world.leads else read_log(self.out / "log.jsonl")
+        return list(self.journal.records) if self.world.is_rank_zero else read_log(self.out / "log.jsonl")
 
     def say(self, line: str) -> None:
         """Print a line where the user looks."""

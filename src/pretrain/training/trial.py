@@ -36,7 +36,7 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
             all rows, or compiled blocks compute something else.
     """
     counts = [float(trainer.objective.count(batch)) for batch in batches]
-    if trainer.world.total([sum(counts)])[0] == 0:
+    if trainer.world.all_reduce_sum([sum(counts)])[0] == 0:
         raise TrainingError(
             "No row of the first batch has a target: every label is ignored, so there is nothing to learn. Check "
             "the masking rate, the label column and that rows are longer than one token."
@@ -64,7 +64,7 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float
                 "same), or set parallel.activation_checkpointing=full."
             ) from error
         if not trainer.strategy.sharded:
-            trained = trainer.strategy.trained()
+            trained = trainer.strategy.trainable_parameters()
             _take_reached(trainer, {name for name, p in trained.items() if p.grad is not None})
     if not math.isfinite(loss):
         raise TrainingError(
@@ -82,9 +82,9 @@ def _run(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
     start = time.perf_counter()
     torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
     with trainer.precision.autocast():
-        result = trainer.strategy.once(to_device(batch, trainer.device))
+        result = trainer.strategy.forward_no_sync(to_device(batch, trainer.device))
     torch.autograd.backward(result.total)
-    total, count = trainer.world.total([float(result.total.detach()), float(result.count)])
+    total, count = trainer.world.all_reduce_sum([float(result.total.detach()), float(result.count)])
     return total / max(count, 1.0), time.perf_counter() - start
 
 
@@ -105,16 +105,16 @@ def _see_reached(trainer: Trainer, tried: Sequence[Batch]) -> None:
     found: set[str] = set()
     for batch in tried:
         with trainer.precision.autocast():
-            found |= trainer.strategy.reached(to_device(batch, trainer.device))
+            found |= trainer.strategy.used_parameters(to_device(batch, trainer.device))
     _take_reached(trainer, found)
 
 
 def _take_reached(trainer: Trainer, reached: set[str]) -> None:
     """Tell the strategy which parameters no gradient reaches here, there, or anywhere."""
-    untouched = sorted(trainer.strategy.trained().keys() - reached)
-    everywhere = [set(names) for names in trainer.world.gather(untouched)]
+    untouched = sorted(trainer.strategy.trainable_parameters().keys() - reached)
+    everywhere = [set(names) for names in trainer.world.all_gather_object(untouched)]
     nowhere = set.intersection(*everywhere)
-    trainer.strategy.take_reached(nowhere, uneven=set.union(*everywhere) != nowhere)
+    trainer.strategy.set_unused_parameters(nowhere, uneven=set.union(*everywhere) != nowhere)
 
 
 def check_coupling(trainer: Trainer) -> None:
@@ -143,9 +143,9 @@ def check_compiled(trainer: Trainer, batch: Batch) -> None:
         trainer.optimizers.zero_grad()
         with torch.compiler.set_stance(stance):
             loss, _ = _run(trainer, batch, seed)
-        grads = [local(p.grad) for p in trainer.strategy.trained().values() if p.grad is not None]
+        grads = [local(p.grad) for p in trainer.strategy.trainable_parameters().values() if p.grad is not None]
         mine = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel()])
-        found.append((loss, math.sqrt(trainer.world.total([float(mine) ** 2])[0])))
+        found.append((loss, math.sqrt(trainer.world.all_reduce_sum([float(mine) ** 2])[0])))
     (loss, norm), (plain, wanted), other = found
     far = abs(loss - plain) > _LOSS * abs(plain) + _DRAWS * abs(plain - other[0])
     if far or abs(norm - wanted) > _NORM * wanted + _DRAWS * abs(wanted - other[1]):
