@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from pretrain.config import ParallelConfig
-from pretrain.parallel.estimates import (
+from pretrain.distributed.estimates import (
     Needs,
     checkpoint_bytes,
     flops_per_token,
@@ -21,7 +21,7 @@ from pretrain.parallel.estimates import (
     step_seconds,
     traffic,
 )
-from pretrain.parallel.sizes import Choice, Sizes, choose_sizes
+from pretrain.distributed.mesh import MeshShape, ParallelPlan, choose_mesh
 
 GIB, GB = float(1 << 30), 1e9
 HOSTS, LOCAL = 8, 8
@@ -78,10 +78,10 @@ H100 = Machine("H100 80 GB", 79 * GIB, "selective", 1)
 H200 = Machine("H200 141 GB", 139 * GIB, "off", 1)
 
 
-def plan(machine: Machine) -> tuple[Needs, Choice]:
+def plan(machine: Machine) -> tuple[Needs, ParallelPlan]:
     """What `parallel.strategy=auto` makes of the model on 64 of these."""
     needs = replace(LLAMA, checkpointing=machine.checkpointing)
-    choice = choose_sizes(
+    choice = choose_mesh(
         ParallelConfig(),
         WORLD,
         batch_rows=BATCH_ROWS,
@@ -166,11 +166,11 @@ def alternatives() -> str:
         "|---|---|---|---|---|",
     ]
     meshes = [
-        ("ddp", Sizes(64, 1, 1)),
-        ("fsdp", Sizes(8, 8, 1)),
-        ("fsdp", Sizes(1, 64, 1)),
-        ("fsdp", Sizes(8, 4, 2)),
-        ("fsdp", Sizes(8, 1, 8)),
+        ("ddp", MeshShape(64, 1, 1)),
+        ("fsdp", MeshShape(8, 8, 1)),
+        ("fsdp", MeshShape(1, 64, 1)),
+        ("fsdp", MeshShape(8, 4, 2)),
+        ("fsdp", MeshShape(8, 1, 8)),
     ]
     needs, _ = plan(H100)
     for strategy, sizes in meshes:
@@ -192,7 +192,7 @@ def alternatives() -> str:
 
 def reasons() -> str:
     """What a run says of its choice: GPT-2 on one host of H100, and the plan's model on all hosts."""
-    small = choose_sizes(
+    small = choose_mesh(
         ParallelConfig(),
         LOCAL,
         batch_rows=480,

@@ -12,6 +12,7 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.best import best_first
 from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
+from pretrain.distributed.slurm import is_task
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
 from pretrain.finetuning.measure import labelled, reported_precision, score
 from pretrain.finetuning.rows import open_data
@@ -19,7 +20,6 @@ from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import classes_of, starting_model
 from pretrain.inference.predict import rebuilt, recorded_task, smaller_batch, task_of
 from pretrain.objectives.tasks import Task
-from pretrain.parallel.slurm import is_task
 from pretrain.training import run as language
 from pretrain.utils.files import muted, note
 

@@ -48,7 +48,7 @@ from pretrain.checkpoint.stored_tensors import StoredTensors, hash_together
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.models import FAMILIES, build
-from pretrain.nn.layout import Layout, Region
+from pretrain.nn.layout import ShardLayout, ShardSlice
 from pretrain.utils import directories, files
 from pretrain.utils.tensors import read_header, read_tensors, write_tensors
 
@@ -365,7 +365,7 @@ def cuts(draw):
         if shape and draw(st.booleans()):
             dims[f"p{index}"] = draw(st.integers(0, len(shape) - 1))
     mesh = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 3), (1, 2, 2), (2, 2, 1)]))
-    return Layout(shapes, *mesh, dims if mesh[2] > 1 else {}), draw(st.integers(1, 3))
+    return ShardLayout(shapes, *mesh, dims if mesh[2] > 1 else {}), draw(st.integers(1, 3))
 
 
 @given(cuts())
@@ -433,7 +433,7 @@ def test_any_box_is_read_right(tmp_path_factory, data):
             size = tuple(
                 data.draw(st.integers(0, n - a)) for n, a in zip(shape, start, strict=True)
             )
-            region = Region(start, size)
+            region = ShardSlice(start, size)
             name = data.draw(st.sampled_from("ab"))
             expected = (tensor + (name == "b"))[region.slices()]
             assert torch.equal(stored.box(name, region), expected)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pretrain.nn.layout import Layout
+from pretrain.nn.layout import ShardLayout
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds; a deadlock becomes an error
@@ -52,10 +52,10 @@ class ThreadPeers:
         assert found.shape == tensor.shape and found.dtype == tensor.dtype
         tensor.copy_(found)
 
-    def settle(self) -> None:
+    def wait_until_sent(self) -> None:
         pass
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         self.room.values[self.rank] = json.dumps(value)
         self.room.meeting.wait(PATIENCE)
         found = [json.loads(text) for text in self.room.values]
@@ -96,7 +96,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def layout_of(model: nn.Module, replicate: int, shard: int, tp: int) -> Layout:
+def layout_of(model: nn.Module, replicate: int, shard: int, tp: int) -> ShardLayout:
     """As the trainer cuts: rows or columns for tensor parallelism, then rows."""
     cuts = {}
     for name, shape in shapes_of(model).items():
@@ -104,14 +104,14 @@ def layout_of(model: nn.Module, replicate: int, shard: int, tp: int) -> Layout:
             cuts[name] = 1
         elif tp > 1 and any(part in name for part in ROWS) and "norm" not in name:
             cuts[name] = 0
-    return Layout(shapes_of(model), replicate, shard, tp, cuts)
+    return ShardLayout(shapes_of(model), replicate, shard, tp, cuts)
 
 
-def at(layout: Layout, rank: int) -> Layout:
+def at(layout: ShardLayout, rank: int) -> ShardLayout:
     return replace(layout, rank=rank)
 
 
-def cut_model(model: Any, layout: Layout, rank: int) -> Any:
+def cut_model(model: Any, layout: ShardLayout, rank: int) -> Any:
     """A copy of the model that holds the parts of one rank alone."""
     part = copy.deepcopy(model)
     for name, parameter in list(part.named_parameters()):
@@ -121,7 +121,7 @@ def cut_model(model: Any, layout: Layout, rank: int) -> Any:
     return part
 
 
-def cut_tensors(tensors: Mapping[str, Tensor], layout: Layout, rank: int) -> dict[str, Tensor]:
+def cut_tensors(tensors: Mapping[str, Tensor], layout: ShardLayout, rank: int) -> dict[str, Tensor]:
     """Training tensors by key, as one rank holds them."""
     found = {}
     for key, tensor in tensors.items():

@@ -186,10 +186,10 @@ def test_real_rows(data_sets: Path) -> None:
 
 def test_the_package_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(pretrain.data, types.ModuleType) and callable(pretrain.data)
-    looked = types.ModuleType("pretrain.finetuning.look")
+    looked = types.ModuleType("pretrain.finetuning.preview")
     looked.look = lambda *args, **options: (args, options)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.finetuning", types.ModuleType("pretrain.finetuning"))
-    monkeypatch.setitem(sys.modules, "pretrain.finetuning.look", looked)
+    monkeypatch.setitem(sys.modules, "pretrain.finetuning.preview", looked)
     assert pretrain.data("a.csv", task="chat") == (("a.csv",), {"task": "chat"})
 
 

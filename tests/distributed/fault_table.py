@@ -31,7 +31,7 @@ from distributed.fault_worker import PHASES
 from distributed.torchrun import Torchrun
 from pretrain.checkpoint import latest
 from pretrain.data.prepare import prepare
-from pretrain.parallel.record import FILE
+from pretrain.distributed.record import FILE
 from pretrain.utils.run_log import read_log
 from tiny import TEXTS
 

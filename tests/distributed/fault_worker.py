@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cli.main import main
-from pretrain.parallel.world import World
+from pretrain.distributed.world import World
 from pretrain.training import trainer as training
 
 PHASES = ("start", "data", "forward", "backward", "update", "evaluate", "save")

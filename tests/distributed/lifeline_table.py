@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from distributed.lifeline_worker import PHASES, Crew
-from pretrain.parallel.lifeline import EXIT_LOST
+from pretrain.distributed.lifeline import EXIT_LOST
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.distributed.lifeline import Lifeline
 from pretrain.errors import PretrainError, TrainingError
-from pretrain.parallel.lifeline import Lifeline
 
 PHASES = ("data", "forward", "backward", "update", "evaluate", "save")
 SRC = Path(__file__).parents[2] / "src"

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.distributed.world import current_world
 from pretrain.models import build
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Loss
 from pretrain.objectives.next_token import NextToken
-from pretrain.parallel.world import current_world
 from pretrain.training.trainer import Trainer
 from tiny import Rows, tokenizer
 
@@ -65,17 +65,19 @@ def train(out: Path, strategy: str) -> dict[str, Any]:
     world = trainer.world
     return {
         "losses": [r["loss"] for r in run.history if "grad_norm" in r],
-        "never": [x for part in world.gather(local(objective.never).tolist()) for x in part],
-        "buffers": world.gather(float(objective.drawn)),
+        "never": [
+            x for part in world.all_gather_object(local(objective.never).tolist()) for x in part
+        ],
+        "buffers": world.all_gather_object(float(objective.drawn)),
     }
 
 
 def main() -> None:
     out, folder, world = Path(sys.argv[1]), Path(sys.argv[2]), current_world()
     found = {strategy: train(folder / strategy, strategy) for strategy in ("ddp", "fsdp")}
-    if world.leads:
+    if world.is_rank_zero:
         out.write_text(json.dumps(found), encoding="utf-8")
-    world.leave()
+    world.destroy_process_group()
 
 
 if __name__ == "__main__":

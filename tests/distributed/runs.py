@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.distributed.world import current_world
 from pretrain.models import build
 from pretrain.models.backbone import Backbone
 from pretrain.objectives import build_objective
-from pretrain.parallel.world import current_world
-from pretrain.training.source import open_source
+from pretrain.training.starting_model import open_source
 from pretrain.training.trainer import Trainer
 from tiny import Rows, tokenizer
 
@@ -111,7 +111,7 @@ def train(
 
     trainer._step = step  # type: ignore[method-assign]
     run = trainer.fit()
-    parts = WORLD.gather([WORLD.tp_rank, {str(k): v for k, v in ledger.items()}])
+    parts = WORLD.all_gather_object([WORLD.tp_rank, {str(k): v for k, v in ledger.items()}])
     rows: dict[str, list[int]] = {}
     for slice_, part in parts:
         if slice_ == 0:
@@ -196,7 +196,7 @@ def resume(folder: Path, names: list[str]) -> dict[str, Any]:
         for before in names or MESHES:
             source = folder / "cut" / before.replace(" ", "_")
             out = folder / "resumed" / f"{before}-{mesh}".replace(" ", "_")
-            WORLD.lead(lambda source=source, out=out: shutil.copytree(source, out))
+            WORLD.on_rank_zero(lambda source=source, out=out: shutil.copytree(source, out))
             found[f"{before}|{mesh}"] = train(out, "llama", parallel)[1]
     return found
 
@@ -234,15 +234,15 @@ def bits(folder: Path, names: list[str]) -> dict[str, Any]:
 def main() -> None:
     out, folder = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    WORLD.join(torch.device("cpu"))
+    WORLD.init_process_group(torch.device("cpu"))
     found: dict[str, Any] = {}
     for part in sys.argv[3:]:
         what, _, names = part.partition("=")
         make = {"curves": curves, "extras": extras, "resume": resume, "bits": bits}[what]
         found |= make(folder, names.split(",") if names else [])
-    if WORLD.leads:
+    if WORLD.is_rank_zero:
         out.write_text(json.dumps(found), encoding="utf-8")
-    WORLD.leave()
+    WORLD.destroy_process_group()
 
 
 main()

@@ -18,11 +18,11 @@ from torch.distributed.fsdp import fully_shard
 
 from pretrain.checkpoint import Saver, TrainingState, save_checkpoint
 from pretrain.checkpoint.sharded_loading import latest_together, load_slices, read_training_slices
+from pretrain.distributed.world import World
 from pretrain.errors import CheckpointError
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.nn.layout import Layout, local
-from pretrain.parallel.world import World
+from pretrain.nn.layout import ShardLayout, local
 from pretrain.utils import files
 from pretrain.utils.tensors import TensorFile
 
@@ -30,14 +30,14 @@ SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_positions": 16
 LIMIT = 1.0  # seconds without progress; four times as many while a checkpoint is written
 
 
-def sharded(world: World, seed: int) -> tuple[Model, Layout, torch.optim.Optimizer]:
+def sharded(world: World, seed: int) -> tuple[Model, ShardLayout, torch.optim.Optimizer]:
     model = build("gpt2", seed=seed, **SIZES)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     mesh = torch.distributed.init_device_mesh("cpu", (world.size,))
     for block in model.backbone.blocks():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    layout = Layout(shapes, 1, world.size, 1, {}, world.rank)
+    layout = ShardLayout(shapes, 1, world.size, 1, {}, world.rank)
     return model, layout, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
 
 
@@ -169,7 +169,7 @@ def watched(world: World, folder: Path, how: str) -> None:
             world.mark("forward", 2)
             if world.rank == 1:
                 looping()
-            world.total([1.0])
+            world.all_reduce_sum([1.0])
         world.mark("data", 2)
         began = time.monotonic()
         saver.wait()
@@ -181,11 +181,11 @@ def main() -> None:
     world = World.find()
     how, folder = sys.argv[1], Path(sys.argv[2])
     if how in ("same", "killed"):
-        world.join(torch.device("cpu"))
+        world.init_process_group(torch.device("cpu"))
         {"same": same, "killed": killed}[how](world, folder)
     else:
         watched(world, folder, how)
-    world.leave()
+    world.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from distributed.fault_table import SILENCE, STEPS, WORKER, Stage, events, found
 from distributed.lifeline_worker import Crew
 from distributed.netns import Hosts, permitted
 from distributed.torchrun import Torchrun
-from pretrain.parallel import record
-from pretrain.parallel.lifeline import EXIT_LOST
+from pretrain.distributed import record
+from pretrain.distributed.lifeline import EXIT_LOST
 
 WATCHED = 3.0  # seconds of silence in the tests of the watchdog alone
 

@@ -14,8 +14,8 @@ from torch import nn
 from distributed.cluster import once
 from distributed.torchrun import launch
 from pretrain.config import ParallelConfig
-from pretrain.parallel.reach import reached_parameters
-from pretrain.parallel.world import World
+from pretrain.distributed.unused_parameters import find_used_parameters
+from pretrain.distributed.world import World
 from tiny import Rows, losses, objective, trainer
 
 HERE = Path(__file__).parent
@@ -70,5 +70,5 @@ def test_the_leaves_of_a_graph() -> None:
             return y
 
     root = Two()
-    found = reached_parameters(root, [root], lambda: root(torch.ones(2, 3)))
+    found = find_used_parameters(root, [root], lambda: root(torch.ones(2, 3)))
     assert found == {"used.weight", "used.bias"}

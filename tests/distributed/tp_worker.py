@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.loader import row_rngs
+from pretrain.distributed.tensor_parallel import reduce_partial_gradients, shard_model
 from pretrain.errors import ModelError
 from pretrain.lora import LoraConfig, apply_lora
 from pretrain.models import build
@@ -27,9 +28,15 @@ from pretrain.nn.attention import AttentionMask
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.layout import piece
 from pretrain.nn.loss import chunked_cross_entropy
-from pretrain.nn.parallel import Group, VocabShard, all_reduce, enter, gather, leave
+from pretrain.nn.tensor_parallel import (
+    Group,
+    VocabShard,
+    all_reduce,
+    copy_to_tensor_parallel,
+    gather_from_tensor_parallel,
+    reduce_from_tensor_parallel,
+)
 from pretrain.objectives import build_objective, likelihood
-from pretrain.parallel.tensor import reduce_partial_gradients, shard_model
 from tiny import Rows, tokenizer
 
 VOCAB = 91  # odd, so that no process number divides it
@@ -318,14 +325,17 @@ def collectives() -> Figures:
     rank, size = mine.rank, mine.size
     x = torch.full((2, 3), float(rank + 1), requires_grad=True)
     total = size * (size + 1) / 2
-    leave(x, mine).sum().backward()
-    wrong = float((x.grad - 1).abs().max() + (leave(x.detach(), mine) - total).abs().max())
+    reduce_from_tensor_parallel(x, mine).sum().backward()
+    wrong = float(
+        (x.grad - 1).abs().max()
+        + (reduce_from_tensor_parallel(x.detach(), mine) - total).abs().max()
+    )
     x.grad = None
-    (enter(x, mine) * (rank + 1)).sum().backward()
+    (copy_to_tensor_parallel(x, mine) * (rank + 1)).sum().backward()
     wrong += float((x.grad - total).abs().max())
     sizes = [3, *[2] * (size - 1)]
     piece_ = torch.full((2, sizes[rank]), float(rank), requires_grad=True)
-    joined = gather(piece_, mine, 1, sizes)
+    joined = gather_from_tensor_parallel(piece_, mine, 1, sizes)
     wanted = torch.cat([torch.full((2, n), float(r)) for r, n in enumerate(sizes)], 1)
     (joined * torch.arange(sum(sizes))).sum().backward()
     own = torch.arange(sum(sizes)).split(sizes)[rank].expand(2, -1)

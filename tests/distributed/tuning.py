@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import pretrain
+from pretrain.distributed.world import current_world
 from pretrain.errors import PretrainError
 from pretrain.objectives.embedding import Embedding
-from pretrain.parallel.world import current_world
-from pretrain.training import spread
+from pretrain.training import parallelize as spread
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
@@ -231,9 +231,9 @@ def main() -> None:
         if mesh == "DDP 2":
             found["unequal hosts"] = on_unequal_hosts(folder)
             found["forgetful"] = refused(folder, mesh, parallel)
-    if world.leads:
+    if world.is_rank_zero:
         out.write_text(json.dumps(found), encoding="utf-8")
-    world.leave()
+    world.destroy_process_group()
 
 
 if __name__ == "__main__":

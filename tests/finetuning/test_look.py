@@ -10,7 +10,7 @@ import pytest
 import pretrain
 from finetuning.conftest import ANIMALS, rows_of
 from pretrain.errors import ConfigError, DataError
-from pretrain.finetuning.look import look
+from pretrain.finetuning.preview import look
 
 
 def test_classes_lengths_and_examples(checkpoint: str) -> None:
@@ -54,7 +54,7 @@ def test_nothing_is_written(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pretrain.finetuning.look.look(rows_of(12), model=checkpoint)
+    pretrain.finetuning.preview.look(rows_of(12), model=checkpoint)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.distributed.world import World, world_left_behind
 from pretrain.nn.attention import AttentionMask, attend
-from pretrain.parallel.world import World, world_left_behind
 from pretrain.training.trainer import Trainer
 from tiny import Rows, objective
 
@@ -41,7 +41,7 @@ def _losses(out: Path, **parallel: Any) -> list[float]:
             world=World(),
         )
         run = trainer.fit()
-        trainer.world.leave()
+        trainer.world.destroy_process_group()
     return [r["loss"] for r in run.history if "grad_norm" in r]
 
 

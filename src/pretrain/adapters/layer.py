@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.nn.parallel import Group, all_reduce
+from pretrain.nn.tensor_parallel import Group, all_reduce
 
 __all__ = ["LoraLinear"]
 

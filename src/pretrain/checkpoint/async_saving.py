@@ -23,10 +23,10 @@ from torch import Tensor
 
 from pretrain.checkpoint.draft import Draft, check_numbers, draft_of, kept, write_checkpoint
 from pretrain.checkpoint.model_files import MAX_SHARD_BYTES
-from pretrain.checkpoint.peers import ALONE, Peers, together
+from pretrain.checkpoint.peers import ALONE, Peers, errors_on_all_ranks
 from pretrain.checkpoint.training_state import TrainingState
 from pretrain.errors import CheckpointError, PretrainError
-from pretrain.nn.layout import Layout
+from pretrain.nn.layout import ShardLayout
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Saver:
         run_dir: str | Path,
         *,
         background: bool = False,
-        layout: Layout | None = None,
+        layout: ShardLayout | None = None,
         peers: Peers = ALONE,
     ) -> None:
         self.run_dir = Path(os.path.abspath(run_dir))
@@ -171,7 +171,7 @@ class Saver:
             )
 
         if not self.background:
-            with together(self.peers):
+            with errors_on_all_ranks(self.peers):
                 draft = drafted()
             self.durable = write_checkpoint(
                 self.run_dir, draft, self.peers, keep=keep, protect=protect
@@ -188,7 +188,7 @@ class Saver:
 
         def work() -> None:
             try:
-                with together(self.peers):
+                with errors_on_all_ranks(self.peers):
                     if failure is not None:
                         raise failure
                 assert staged is not None

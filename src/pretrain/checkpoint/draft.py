@@ -31,7 +31,7 @@ from pretrain.checkpoint.model_files import (
     weight_files,
     write_tokenizer,
 )
-from pretrain.checkpoint.peers import Peers, same_everywhere, together
+from pretrain.checkpoint.peers import Peers, errors_on_all_ranks, refuse_differences
 from pretrain.checkpoint.sharded_saving import FilePlan, Pieces, given, spread, write_files
 from pretrain.checkpoint.training_state import (
     STATE,
@@ -42,7 +42,7 @@ from pretrain.checkpoint.training_state import (
 )
 from pretrain.errors import CheckpointError
 from pretrain.models.state import disk_packing
-from pretrain.nn.layout import Layout, local
+from pretrain.nn.layout import ShardLayout, local
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record
 from pretrain.utils.runlock import is_held
@@ -128,7 +128,7 @@ def draft_of(
     block: Mapping[str, Any] | None = None,
     training: TrainingState | None = None,
     max_shard_bytes: int,
-    layout: Layout | None,
+    layout: ShardLayout | None,
     peers: Peers,
 ) -> Draft:
     """Plan a model directory; the same plan on every process, without asking the others.
@@ -254,7 +254,7 @@ def write_checkpoint(
     """
     assert draft.step is not None
     target = run / f"checkpoint-{draft.step}"
-    with together(peers), files.writing(run):
+    with errors_on_all_ranks(peers), files.writing(run):
         if peers.rank == 0:
             directories.make_directories(run)
             directories.sweep(run, exclusive=is_held(run))
@@ -263,7 +263,7 @@ def write_checkpoint(
                     f"{target} is a link. Remove it; a checkpoint is written to its own directory."
                 )
     write_directory(target, draft, peers, moved)
-    with together(peers), files.writing(run):
+    with errors_on_all_ranks(peers), files.writing(run):
         if peers.rank == 0:
             protected = {*protect, draft.step}
             manifest.rotate(run, keep=keep, protect=protected, newest=draft.step)
@@ -279,7 +279,7 @@ def write_directory(
         CheckpointError: on all processes, whichever failed; nothing is left, and what had the name still has it.
     """
     needed = draft.num_bytes
-    with together(peers):
+    with errors_on_all_ranks(peers):
         _refuse_non_finite(draft.groups[0])
     _same_plan(draft, peers)
     with _shared_directory(target, draft, peers) as temporary:
@@ -294,9 +294,11 @@ def write_directory(
                 peers,
                 guard=lambda: _guarded(target, needed, moved),
             )
-        for told in peers.all_gather_object({name: [r.size, r.sha256] for name, r in records.items()}):
+        for told in peers.all_gather_object(
+            {name: [r.size, r.sha256] for name, r in records.items()}
+        ):
             records |= {name: Record(*record) for name, record in told.items()}
-        with together(peers), files.writing(target, needed):
+        with errors_on_all_ranks(peers), files.writing(target, needed):
             if peers.rank == 0:
                 _finish(temporary, draft, records)
                 directories.publish(temporary, target)
@@ -326,7 +328,7 @@ def _same_plan(draft: Draft, peers: Peers) -> None:
     for group in draft.groups:
         for key, tensor in group.full.items():
             table[f"{group.stem}:{key}"] = f"{tensor.dtype} {list(tensor.shape)}"
-    same_everywhere(peers, "what to save", table)
+    refuse_differences(peers, "what to save", table)
 
 
 @contextmanager
@@ -334,7 +336,7 @@ def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path
     """A temporary directory that process 0 makes and all of them fill; what is not published is removed."""
     with ExitStack() as stack:
         name = ""
-        with together(peers), files.writing(target, draft.num_bytes):
+        with errors_on_all_ranks(peers), files.writing(target, draft.num_bytes):
             if peers.rank == 0:
                 if files.free_bytes(target.parent) < draft.num_bytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
@@ -343,7 +345,7 @@ def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path
                     files.IO.mkdir(made / manifest.TRAINING)
                 name = made.name
         path = target.parent / str(peers.all_gather_object(name)[0])
-        with together(peers):
+        with errors_on_all_ranks(peers):
             if not directories.appears(path):
                 raise CheckpointError(
                     f"{target.parent} is not the directory that process 0 writes to: what that made there is not seen "

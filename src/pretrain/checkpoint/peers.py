@@ -16,7 +16,14 @@ from torch import Tensor
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError, named_error
 from pretrain.utils.strict_json import to_json
 
-__all__ = ["ALONE", "Alone", "Peers", "agree", "same_everywhere", "together"]
+__all__ = [
+    "ALONE",
+    "Alone",
+    "Peers",
+    "errors_on_all_ranks",
+    "raise_on_all_ranks",
+    "refuse_differences",
+]
 
 
 class Peers(Protocol):
@@ -78,7 +85,7 @@ ALONE = Alone()
 
 
 @contextlib.contextmanager
-def together(peers: Peers) -> Iterator[None]:
+def errors_on_all_ranks(peers: Peers) -> Iterator[None]:
     """What fails inside on one process is raised by all of them; inside nothing may be asked of the peers.
 
     Raises:
@@ -89,10 +96,10 @@ def together(peers: Peers) -> Iterator[None]:
         yield
     except Exception as caught:  # told to all below, then raised
         error = caught
-    agree(peers, error)
+    raise_on_all_ranks(peers, error)
 
 
-def agree(peers: Peers, error: Exception | None) -> None:
+def raise_on_all_ranks(peers: Peers, error: Exception | None) -> None:
     """Raise the same error everywhere if any process has one.
 
     Raises:
@@ -128,7 +135,7 @@ def _rebuilt(about: dict[str, str], where: str) -> PretrainError:
     return named_error(about["kind"], about["text"] + where)
 
 
-def same_everywhere(peers: Peers, what: str, value: dict[str, Any]) -> None:
+def refuse_differences(peers: Peers, what: str, value: dict[str, Any]) -> None:
     """Refuse to go on unless all processes have the same JSON table.
 
     Raises:

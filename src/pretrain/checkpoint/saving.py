@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.draft import check_numbers, draft_of, write_checkpoint, write_directory
 from pretrain.checkpoint.model_files import MAX_SHARD_BYTES
-from pretrain.checkpoint.peers import ALONE, Peers, together
+from pretrain.checkpoint.peers import ALONE, Peers, errors_on_all_ranks
 from pretrain.checkpoint.training_state import TrainingState
 from pretrain.errors import CheckpointError
-from pretrain.nn.layout import Layout
+from pretrain.nn.layout import ShardLayout
 from pretrain.utils import directories, files
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def save_model(
     directory: str | Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    layout: Layout | None = None,
+    layout: ShardLayout | None = None,
     peers: Peers = ALONE,
 ) -> Path:
     """Write a model so that `load` and transformers open it; one with an adapter so that `load` and peft do.
@@ -59,7 +59,7 @@ def save_model(
         CheckpointError: the place cannot be written, holds other files, or a weight is not finite.
     """
     target = Path(os.path.abspath(directory))
-    with together(peers):
+    with errors_on_all_ranks(peers):
         if peers.rank == 0:
             _refuse_target(target, model)
             with files.writing(target):
@@ -81,7 +81,7 @@ def save_checkpoint(
     keep: int = 2,
     protect: Collection[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    layout: Layout | None = None,
+    layout: ShardLayout | None = None,
     peers: Peers = ALONE,
 ) -> Path:
     """Write `run_dir/checkpoint-<step>`, then delete the old ones that are no longer wanted.
@@ -108,7 +108,7 @@ def save_checkpoint(
         CheckpointError: disk full, no permission, or a weight is not finite; earlier checkpoints are untouched.
     """
     check_numbers(keep, step)
-    with together(peers):
+    with errors_on_all_ranks(peers):
         draft = draft_of(
             model,
             step=step,

@@ -23,7 +23,7 @@ from pretrain.checkpoint.adapter_files import adapted_values
 from pretrain.checkpoint.best import best_first
 from pretrain.checkpoint.loading import open_described, report_line
 from pretrain.checkpoint.model_directory import ModelDirectory, check_index, refuse_non_finite
-from pretrain.checkpoint.peers import Peers, together
+from pretrain.checkpoint.peers import Peers, errors_on_all_ranks
 from pretrain.checkpoint.sharded_saving import Pieces
 from pretrain.checkpoint.stored_tensors import StoredTensors, hash_together
 from pretrain.checkpoint.training_state import (
@@ -35,7 +35,7 @@ from pretrain.checkpoint.training_state import (
 from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
 from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
 from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
-from pretrain.nn.layout import Layout, Region, local
+from pretrain.nn.layout import ShardLayout, ShardSlice, local
 from pretrain.utils import files
 from pretrain.utils.files import note
 
@@ -57,7 +57,7 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
     """
     directory = Path(os.path.realpath(run_dir))
     names: list[str] = []
-    with together(peers), files.reading(run_dir):
+    with errors_on_all_ranks(peers), files.reading(run_dir):
         if peers.rank == 0 and directory.is_dir():
             names = [path.name for path in manifest.candidates(directory)]
     failures: list[CheckpointError] = []
@@ -83,7 +83,7 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
 
 
 def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None:
-    with together(peers), files.reading(path):
+    with errors_on_all_ranks(peers), files.reading(path):
         listed = manifest.read_manifest(path)
         leads = peers.rank == 0
         manifest.check_files(
@@ -127,7 +127,7 @@ def open_empty(
         CheckpointError: see ``pretrain.checkpoint.load``.
         AdapterFound: it is the directory of an adapter.
     """
-    with together(peers), files.reading(path):
+    with errors_on_all_ranks(peers), files.reading(path):
         directory = manifest.checked_directory(path)
         run: list[Path] = []
         if not os.path.lexists(directory / "config.json"):
@@ -147,7 +147,7 @@ def _open_empty(
     path: Path, named: Path, peers: Peers, head: str | None, tokenizer: bool
 ) -> tuple[Model, Path]:
     with ExitStack() as stack:
-        with together(peers), files.reading(path), files.muted(peers.rank != 0):
+        with errors_on_all_ranks(peers), files.reading(path), files.muted(peers.rank != 0):
             directory = ModelDirectory(path, verify=True)
             if directory.is_adapter:
                 raise AdapterFound(
@@ -159,7 +159,7 @@ def _open_empty(
         untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:
             note(f"{named}: head kept apart although the config ties it")
-        with together(peers):
+        with errors_on_all_ranks(peers):
             _, model.fresh = match_disk_state(model, list(stored), lambda entry, key: None)
     return model.eval(), path
 
@@ -171,7 +171,7 @@ def _stored(directory: ModelDirectory, names: list[str]) -> StoredTensors:
 def load_slices(
     model: Model,
     path: str | Path,
-    layout: Layout | None,
+    layout: ShardLayout | None,
     peers: Peers,
     put: Put | None = None,
     *,
@@ -203,7 +203,7 @@ def load_slices(
         CheckpointCorrupt: a file is not what it should be.
         CheckpointError: a tensor of the body is missing, or one has the wrong shape or type. On all processes.
     """
-    with together(peers), files.reading(path):
+    with errors_on_all_ranks(peers), files.reading(path):
         parts = _Parts(model, Pieces(layout, peers), put, own)
         directory = ModelDirectory(manifest.checked_directory(path), verify=True)
         if model.adapter is not None and not base:
@@ -213,7 +213,7 @@ def load_slices(
     if model.adapter is not None and not base:
         return LoadReport(loaded=len(values))
     with ExitStack() as stack:
-        with together(peers), files.reading(path):
+        with errors_on_all_ranks(peers), files.reading(path):
             names = directory.weight_files()
             stored = stack.enter_context(_stored(directory, list(names)))
             for name, expected in names.items():
@@ -221,7 +221,7 @@ def load_slices(
         if directory.manifest is not None and not verified:
             hash_together(directory.path, directory.manifest.needed, peers)
         apart = heads_apart(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
-        with together(peers), files.reading(path):
+        with errors_on_all_ranks(peers), files.reading(path):
             if apart:
                 raise CheckpointError(
                     f"{path}: {apart[0]!r} differs from the embedding, and the model's head is tied to it. Give the "
@@ -277,7 +277,7 @@ class _Parts:
             if not shape:
                 return stored.read(key)
             rows = min(shape[0], -(-count // max(1, math.prod(shape[1:]))))
-            region = Region((0,) * len(shape), (rows, *shape[1:]))
+            region = ShardSlice((0,) * len(shape), (rows, *shape[1:]))
             return unpack_part(entry, name, region, self.shapes, lambda box: stored.box(key, box))
 
         return base_sample(model, first)
@@ -304,7 +304,7 @@ class _Parts:
 
 def read_training_slices(
     path: str | Path,
-    layout: Layout | None,
+    layout: ShardLayout | None,
     peers: Peers,
     *,
     verified: bool = False,
@@ -330,7 +330,7 @@ def read_training_slices(
     found = TrainingState()
     with ExitStack() as stack:
         opened: dict[str, StoredTensors] = {}
-        with together(peers), files.reading(path):
+        with errors_on_all_ranks(peers), files.reading(path):
             directory = manifest.checked_directory(path)
             listed = open_training(directory, quiet=quiet or peers.rank != 0)
             found.state = read_state(directory, listed)
@@ -343,7 +343,7 @@ def read_training_slices(
         if not verified:
             records = {name: listed.training[name] for names in groups.values() for name in names}
             hash_together(directory, records, peers)
-        with together(peers), files.reading(path):
+        with errors_on_all_ranks(peers), files.reading(path):
             for stem, stored in opened.items():
                 found.tensors[stem] = {key: _part(stored, key, pieces) for key in stored}
                 stored.check_unchanged()

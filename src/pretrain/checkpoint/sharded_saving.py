@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.peers import Peers, agree
+from pretrain.checkpoint.peers import Peers, raise_on_all_ranks
 from pretrain.errors import CheckpointError
-from pretrain.nn.layout import Layout, Region, whole
+from pretrain.nn.layout import ShardLayout, ShardSlice, whole
 from pretrain.utils.files import Record
 from pretrain.utils.tensors import TensorFile, write_order
 
@@ -41,13 +41,13 @@ class Pieces:
         peers: as many as the layout has.
     """
 
-    def __init__(self, layout: Layout | None, peers: Peers) -> None:
+    def __init__(self, layout: ShardLayout | None, peers: Peers) -> None:
         if layout is not None and layout.world != peers.size:
             raise CheckpointError(
                 f"The layout is for {layout.world} processes, and there are {peers.size}."
             )
         self.layout, self.rank, self.size = layout, peers.rank, peers.size
-        self._holders: dict[str, dict[Region, list[int]]] = {}
+        self._holders: dict[str, dict[ShardSlice, list[int]]] = {}
 
     def parameter(self, key: str) -> str | None:
         """The parameter that a key belongs to; None if the layout does not know it."""
@@ -57,14 +57,14 @@ class Pieces:
         names = (bare, bare.removeprefix("model."), f"model.{bare}")
         return next((name for name in names if name in self.layout.shapes), None)
 
-    def region(self, key: str, shape: Sequence[int]) -> Region:
+    def region(self, key: str, shape: Sequence[int]) -> ShardSlice:
         """The part that this process holds of a tensor with that full shape; it may be empty."""
         name = self.parameter(key) if shape else None
         if name is None or self.layout is None:
             return whole(tuple(shape))
         return self.layout.region(name, self.rank)
 
-    def holders(self, key: str, shape: Sequence[int]) -> dict[Region, list[int]]:
+    def holders(self, key: str, shape: Sequence[int]) -> dict[ShardSlice, list[int]]:
         """The parts of a tensor that are not empty, and the processes that hold each, lowest first."""
         name = self.parameter(key) if shape else None
         if name is None or self.layout is None:
@@ -195,7 +195,7 @@ def write_files(
                 peers.wait_until_sent()
             if own is not None:
                 records |= writer.finish()
-            agree(peers, writer.error)
+            raise_on_all_ranks(peers, writer.error)
     return records
 
 
@@ -238,7 +238,7 @@ class _Writer:
                     action()
             except (
                 Exception
-            ) as error:  # raised by `agree` once all have come to the end of the wave
+            ) as error:  # raised by `raise_on_all_ranks` once all have come to the end of the wave
                 self.error = error
 
     def _open(self) -> None:

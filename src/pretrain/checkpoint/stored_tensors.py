@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.peers import Peers, together
+from pretrain.checkpoint.peers import Peers, errors_on_all_ranks
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.nn.layout import Region, whole
+from pretrain.nn.layout import ShardSlice, whole
 from pretrain.utils import files
 from pretrain.utils.files import CHUNK, Record, open_regular
 from pretrain.utils.tensors import (
@@ -48,7 +48,7 @@ def hash_together(directory: Path, records: Mapping[str, Record], peers: Peers) 
         load[rank] += record.size
         if rank == peers.rank:
             mine.append(name)
-    with together(peers), files.reading(directory):
+    with errors_on_all_ranks(peers), files.reading(directory):
         for name in mine:
             manifest.check_hash(directory / name, records[name])
 
@@ -116,7 +116,7 @@ class StoredTensors:
         """A whole tensor."""
         return self.box(key, whole(self.info(key).shape))
 
-    def box(self, key: str, region: Region) -> Tensor:
+    def box(self, key: str, region: ShardSlice) -> Tensor:
         """A part of a tensor, read with the rows that hold it.
 
         Returns:
@@ -169,7 +169,7 @@ class StoredTensors:
         width = max(math.prod(first.shape[1:]), 1) * first.dtype.itemsize
         step = max(_BLOCK // width, 1)
         equal = True
-        with together(peers), files.reading(self.path(one)):
+        with errors_on_all_ranks(peers), files.reading(self.path(one)):
             for start in range(begin, end, step):
                 rows = min(step, end - start)
                 here = self._rows(one, start, rows)

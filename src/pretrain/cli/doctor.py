@@ -18,6 +18,6 @@ def add_doctor(parser: Any) -> None:
 
 def doctor(args: Any) -> int:
     """Examine, print, and say with the exit code whether something is wrong."""
-    from pretrain.parallel.doctor import doctor as examine
+    from pretrain.distributed.doctor import doctor as examine
 
     return examine(args.device, out=args.out, as_json=args.json, seconds=args.timeout)

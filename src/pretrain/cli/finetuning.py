@@ -52,8 +52,8 @@ def finetune(args: Any) -> int:
 
         print(dump(settings.to_dict()), end="")
         return 0
+    from pretrain.distributed.world import current_world
     from pretrain.finetuning import run
-    from pretrain.parallel.world import current_world
 
     result = run.finetune(config=settings, **options)
     if not result.run.exit_code and current_world().is_rank_zero:

@@ -22,6 +22,9 @@ from pretrain.cli import finetuning as commands
 from pretrain.cli.arguments import add_settings, interface, make_parser, parse
 from pretrain.cli.doctor import add_doctor, doctor
 from pretrain.config.spelling import using
+from pretrain.distributed.error_printing import prints_error
+from pretrain.distributed.launched import launched
+from pretrain.distributed.slurm import add_slurm
 from pretrain.errors import (
     ConfigError,
     Interrupted,
@@ -29,9 +32,6 @@ from pretrain.errors import (
     did_you_mean,
     out_of_memory,
 )
-from pretrain.parallel.launched import launched
-from pretrain.parallel.slurm import add_slurm
-from pretrain.parallel.voices import ours_to_say
 from pretrain.printing import printable
 
 __all__ = ["COMMANDS", "main"]
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PretrainError as error:
         if os.environ.get("PRETRAIN_DEBUG") == "1":
             raise
-        if ours_to_say(error):
+        if prints_error(error):
             _complain(str(error))
         return EXIT_ERROR
     except KeyboardInterrupt as error:
@@ -241,8 +241,8 @@ def _train(args: Any) -> int:
 
 def _slurm(args: Any) -> None:
     from pretrain.config import RunConfig
+    from pretrain.distributed.slurm import is_task, write
     from pretrain.finetuning.settings import TuneConfig
-    from pretrain.parallel.slurm import is_task, write
 
     (TuneConfig if is_task(args.config) else RunConfig).load(args.config)
     print(write(**args.as_dict()), end="")

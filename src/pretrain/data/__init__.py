@@ -1,7 +1,7 @@
 """Data: sources, tokenizer, prepared shards, packing, labelled tables. Imports no model and no torch.
 
 The package can be called: ``pretrain.data("reviews.csv", task="classification", tokenizer="runs/books-bert")`` shows
-what fine-tuning would see, see :func:`pretrain.finetuning.look.look`. One word for "my data" serves the user better
+what fine-tuning would see, see :func:`pretrain.finetuning.preview.look`. One word for "my data" serves the user better
 than a second name beside this package; a module is callable if its class has ``__call__``.
 """
 
@@ -17,10 +17,10 @@ class _Callable(types.ModuleType):
     """A module that answers a call."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Show the data of a fine-tuning run; all arguments go to :func:`pretrain.finetuning.look.look`."""
+        """Show the data of a fine-tuning run; all arguments go to :func:`pretrain.finetuning.preview.look`."""
         # The one place where data reaches upwards: by name and at the call, since showing the rows as a task sees them
         # needs the tasks, and no module of this package may import them.
-        return importlib.import_module("pretrain.finetuning.look").look(*arguments, **options)
+        return importlib.import_module("pretrain.finetuning.preview").look(*arguments, **options)
 
 
 sys.modules[__name__].__class__ = _Callable

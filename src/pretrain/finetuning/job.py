@@ -16,6 +16,8 @@ from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_c
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
+from pretrain.distributed.whole_parameters import copy_whole
+from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, Interrupted
 from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
@@ -32,8 +34,6 @@ from pretrain.finetuning.start import (
 )
 from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
-from pretrain.parallel.parts import copy_whole
-from pretrain.parallel.world import current_world
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.restore import load_weights
 from pretrain.training.run import check_same_run, has_begun

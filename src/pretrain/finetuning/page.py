@@ -14,10 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
 from pretrain.finetuning.card import baselines, example_input, model_card
 from pretrain.finetuning.settings import from_memory
-from pretrain.parallel.world import current_world
 from pretrain.report.history import History, loss_svg, sort_records
 from pretrain.report.page import page, show, table, tile_row, write_page
 from pretrain.utils.curves import Series, curve_svg

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import FINETUNE, option, using
+from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError
 from pretrain.finetuning.job import Job
-from pretrain.finetuning.launched import check_spread, train_on
+from pretrain.finetuning.launch import check_spread, train_on
 from pretrain.finetuning.settings import TuneConfig, from_keywords
-from pretrain.parallel.world import current_world
 from pretrain.training.run import check_same_run
 from pretrain.utils.files import muted, note
 

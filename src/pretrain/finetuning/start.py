@@ -13,7 +13,7 @@ from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
-from pretrain.training.source import open_source
+from pretrain.training.starting_model import open_source
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ class Model(ModelMethods, nn.Module):
         adapter: what ``pretrain.lora.apply_lora`` put on the model, or None.
         card: README.md of the directories that the model is saved to; None writes one from config.json.
         merge_gap: largest difference of the outputs that the last ``merge`` made, or None.
-        tp: how the parameters are cut over several processes (``pretrain.parallel.tensor``), or None.
+        tp: how the parameters are cut over several processes (``pretrain.distributed.tensor_parallel``), or None.
         layout: which part of every parameter lies in this process (``pretrain.nn.layout``), or None: all.
         computes_on: device on which the model computes while its parameters wait on another one (``cpu_offload``), or
             None: where they lie.

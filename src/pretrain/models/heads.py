@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pretrain.errors import ConfigError, ModelError
 from pretrain.nn.mlp import activation
-from pretrain.nn.parallel import VocabShard, enter
+from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 
 __all__ = [
     "HEAD_KINDS",
@@ -126,7 +126,7 @@ class LanguageHead(nn.Module):
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         features = self.features(hidden)
         if self.vocab is not None:
-            features = enter(features, self.vocab.group)
+            features = copy_to_tensor_parallel(features, self.vocab.group)
         scores = F.linear(features, self.weight(), self.output_bias)
         if self.vocab is not None:
             scores = self.vocab.gather(scores)

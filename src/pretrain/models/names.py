@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError
-from pretrain.nn.layout import Region
+from pretrain.nn.layout import ShardSlice
 from pretrain.utils.tensors import LazyTensors
 
 __all__ = [
@@ -170,7 +170,11 @@ def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tens
 
 
 def unpack_part(
-    entry: Entry, name: str, region: Region, shapes: Shapes, read: Callable[[Region], Tensor]
+    entry: Entry,
+    name: str,
+    region: ShardSlice,
+    shapes: Shapes,
+    read: Callable[[ShardSlice], Tensor],
 ) -> Tensor:
     """One box of one parameter from a tensor of the disk that `check_stored` has accepted.
 
@@ -189,8 +193,8 @@ def unpack_part(
         before = entry.memory[: entry.memory.index(name)]
         start = (start[0] + sum(shapes[other][0] for other in before), *start[1:])
     if entry.transpose and len(shape) == 2:
-        return read(Region(start[::-1], shape[::-1])).T.to(torch.float32).contiguous()
-    return read(Region(start, shape)).to(torch.float32).contiguous()
+        return read(ShardSlice(start[::-1], shape[::-1])).T.to(torch.float32).contiguous()
+    return read(ShardSlice(start, shape)).to(torch.float32).contiguous()
 
 
 def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shapes: Shapes) -> bool:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from pretrain.errors import ModelError
 from pretrain.nn.norm import RMSNorm
 from pretrain.nn.packed import Buckets, attend_packed, pays, plan
-from pretrain.nn.parallel import Group, enter, row_linear
 from pretrain.nn.positions import Rope, rotate
+from pretrain.nn.tensor_parallel import Group, copy_to_tensor_parallel, row_linear
 
 __all__ = ["Attention", "AttentionMask", "KVCache", "attend"]
 
@@ -282,8 +282,8 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         if self.parallel is not None:
-            x = enter(x, self.parallel)
-            context = None if context is None else enter(context, self.parallel)
+            x = copy_to_tensor_parallel(x, self.parallel)
+            context = None if context is None else copy_to_tensor_parallel(context, self.parallel)
         source = x if context is None else context
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H of this process, d)
         k = self.key(source).unflatten(-1, (-1, self.head_dim))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Layout", "Region", "local", "piece", "whole"]
+__all__ = ["ShardLayout", "ShardSlice", "local", "piece", "whole"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Region:
+class ShardSlice:
     """A box inside a full tensor: where it starts and how long it is, per dimension."""
 
     start: tuple[int, ...]
@@ -42,13 +42,13 @@ class Region:
         """What cuts the box out of the full tensor."""
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
 
-    def cut(self, dim: int, parts: int, index: int) -> Region:
+    def cut(self, dim: int, parts: int, index: int) -> ShardSlice:
         """The ``index``-th of ``parts`` pieces along ``dim``."""
         start, length = piece(self.shape[dim], parts, index)
         starts, shape = list(self.start), list(self.shape)
         starts[dim] += start
         shape[dim] = length
-        return Region(tuple(starts), tuple(shape))
+        return ShardSlice(tuple(starts), tuple(shape))
 
 
 def piece(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -58,13 +58,13 @@ def piece(size: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(size, start + step) - start
 
 
-def whole(shape: tuple[int, ...]) -> Region:
+def whole(shape: tuple[int, ...]) -> ShardSlice:
     """The box that is everything."""
-    return Region((0,) * len(shape), tuple(shape))
+    return ShardSlice((0,) * len(shape), tuple(shape))
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Where the parts of every parameter lie.
 
     Processes are numbered ``(replica * dp_shard + shard) * tp + slice``.
@@ -90,7 +90,7 @@ class Layout:
         """Number of processes."""
         return self.dp_replicate * self.dp_shard * self.tp
 
-    def region(self, name: str, rank: int | None = None) -> Region:
+    def region(self, name: str, rank: int | None = None) -> ShardSlice:
         """The part of a parameter that a process (this one by default) holds; it may be empty."""
         rank = self.rank if rank is None else rank
         region = whole(tuple(self.shapes[name]))
@@ -100,9 +100,9 @@ class Layout:
             region = region.cut(0, self.dp_shard, rank // self.tp % self.dp_shard)
         return region
 
-    def holders(self, name: str) -> dict[Region, list[int]]:
+    def holders(self, name: str) -> dict[ShardSlice, list[int]]:
         """The distinct parts that are not empty, and the processes that hold each, lowest first."""
-        found: dict[Region, list[int]] = {}
+        found: dict[ShardSlice, list[int]] = {}
         for rank in range(self.world):
             region = self.region(name, rank)
             if region.numel:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.nn.parallel import VocabShard, enter
+from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 
 __all__ = ["IGNORE", "chunked_cross_entropy"]
 
@@ -60,7 +60,7 @@ def chunked_cross_entropy(
         rows = weight.shape[0] if vocab is None else vocab.rows
         chunk = max(32, budget // max(1, rows))
     if vocab is not None:
-        hidden = enter(hidden, vocab.group)
+        hidden = copy_to_tensor_parallel(hidden, vocab.group)
     total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled(), vocab
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.nn.parallel import Group, enter, row_linear
+from pretrain.nn.tensor_parallel import Group, copy_to_tensor_parallel, row_linear
 
 __all__ = ["ACTIVATIONS", "MLP", "activation"]
 
@@ -85,7 +85,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.parallel is not None:
-            x = enter(x, self.parallel)
+            x = copy_to_tensor_parallel(x, self.parallel)
         if self.gate is None:
             x = self.activation(self.up(x))
         else:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pretrain.data.loader import Example, Examples
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
-from pretrain.nn.parallel import Group, gather
+from pretrain.nn.tensor_parallel import Group, gather_from_tensor_parallel
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -147,7 +147,7 @@ class Objective(nn.Module):
         group = self.batch_group
         if group is None or not self.training:
             return rows, 0
-        return gather(rows, group, 0, alike=False), len(rows) * group.rank
+        return gather_from_tensor_parallel(rows, group, 0, alike=False), len(rows) * group.rank
 
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]

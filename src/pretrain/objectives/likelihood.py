@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.nn.loss import IGNORE
-from pretrain.nn.parallel import enter
+from pretrain.nn.tensor_parallel import copy_to_tensor_parallel
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -46,7 +46,7 @@ def target_log_probs(model: Model, batch: Batch) -> Tensor:
     # Processes that share the vocabulary must meet in the same pieces, though the last may hold fewer rows.
     size = max(32, _LOGITS // (weight.shape[0] if vocab is None else vocab.rows))
     if vocab is not None:
-        features = enter(features, vocab.group)
+        features = copy_to_tensor_parallel(features, vocab.group)
 
     def piece(part: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = F.linear(part, weight, bias).float()

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from pretrain.data.loader import Examples, row_rngs
+from pretrain.distributed.json_values import from_plain, to_plain
 from pretrain.errors import DataError, NoTargets, TrainingError
 from pretrain.objectives.base import Loss
-from pretrain.parallel.plain import from_plain, to_plain
 from pretrain.training.feed import check_batch, to_device
 from pretrain.training.precision import Precision
 
 if TYPE_CHECKING:
+    from pretrain.distributed.strategy import Strategy
     from pretrain.objectives.base import Objective
-    from pretrain.parallel.strategy import Strategy
 
 __all__ = ["EvaluationStopped", "NoTargets", "data_stats", "evaluate_rows", "probe_loss"]
 

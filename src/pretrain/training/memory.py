@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.parallel.sizes import host_memory
+from pretrain.distributed.mesh import host_memory
 
 __all__ = ["free_memory", "peak_memory"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import OptimConfig
+from pretrain.distributed.estimates import MATRICES_TOGETHER
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.nn.layout import local
-from pretrain.parallel.estimates import MATRICES_TOGETHER
 
 __all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize"]
 

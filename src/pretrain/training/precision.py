@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
-from pretrain.parallel.launched import launched
 
 __all__ = [
     "LossScale",

@@ -18,11 +18,11 @@ from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
 from pretrain.nn.layout import local
+from pretrain.training.dry_run import dry_run
 from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.memory import free_memory, peak_memory
 from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
-from pretrain.training.trial import trial_step
 from pretrain.utils.directories import temporary_name
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     batches = trainer.feed.step_at(state.rows)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    first_loss, seconds = trial_step(trainer, batches)
+    first_loss, seconds = dry_run(trainer, batches)
     check_monitor(trainer)
     trainer.probe()  # what the first save will need must work now
     if checkpoint is None:
@@ -138,7 +138,9 @@ def check_round_trip(trainer: Trainer) -> None:
     """Save, reload and compare before anything is spent on training."""
     model, world = trainer.objective.model, trainer.world
     layout = trainer.strategy.layout if world.size > 1 else None
-    folder = Path(world.broadcast_object(os.fspath(temporary_name(trainer.out / "preflight", "new"))))
+    folder = Path(
+        world.broadcast_object(os.fspath(temporary_name(trainer.out / "preflight", "new")))
+    )
     mine = {name: local(p.detach()) for name, p in model.named_parameters()}
     seen = {}
 

@@ -15,7 +15,7 @@ from pretrain.checkpoint import TrainingState
 from pretrain.checkpoint.peers import ALONE, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
-from pretrain.nn.layout import Layout, local
+from pretrain.nn.layout import ShardLayout, local
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
 
@@ -118,7 +118,7 @@ def load_weights(
     checkpoint: Path,
     others: Mapping[str, Tensor],
     *,
-    layout: Layout | None = None,
+    layout: ShardLayout | None = None,
     peers: Peers = ALONE,
     verified: bool = False,
 ) -> None:

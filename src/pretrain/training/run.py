@@ -20,14 +20,14 @@ from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
+from pretrain.distributed.main_process_first import main_process_first
+from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
-from pretrain.parallel.turns import in_turn
-from pretrain.parallel.world import current_world
 from pretrain.training.evaluate import evaluate_rows
-from pretrain.training.launched import on_devices
+from pretrain.training.launch import on_devices
 from pretrain.training.plan import row_length
 from pretrain.training.precision import (
     Precision,
@@ -35,7 +35,7 @@ from pretrain.training.precision import (
     choose_precision,
     evaluation_precision,
 )
-from pretrain.training.source import open_source
+from pretrain.training.starting_model import open_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
@@ -106,7 +106,7 @@ def train(
     out, world = Path(settings.train.out), current_world()
     with muted(not world.is_rank_zero):
         check_same_run(settings, out, say=False)
-        data = in_turn(
+        data = main_process_first(
             world, lambda: open_data(settings, quiet=not world.is_rank_zero), "prepare the data"
         )
         model = make_model(settings, data)

@@ -9,12 +9,13 @@ import torch
 from pretrain.checkpoint import Saver
 from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.data.loader import Loader
+from pretrain.distributed.whole_parameters import Parts, align
 from pretrain.errors import ConfigError
-from pretrain.parallel.parts import Parts, align
 from pretrain.training.ema import WeightAverage
 from pretrain.training.feed import Feed
 from pretrain.training.layers import Layers
 from pretrain.training.optim import build_optimizers
+from pretrain.training.parallelize import spread
 from pretrain.training.plan import Plan, choose_micro_rows, mean_length
 from pretrain.training.precision import (
     LossScale,
@@ -25,10 +26,9 @@ from pretrain.training.precision import (
 )
 from pretrain.training.preflight import check_rows, preflight
 from pretrain.training.restore import restore
-from pretrain.training.spread import spread
 
 if TYPE_CHECKING:
-    from pretrain.parallel.world import World
+    from pretrain.distributed.world import World
     from pretrain.training.trainer import Trainer
 
 __all__ = ["set_up"]
@@ -102,7 +102,9 @@ def set_up(trainer: Trainer) -> bool:
     if checkpoint is not None:
         restore(trainer, checkpoint)
     seconds = preflight(trainer, checkpoint)
-    trainer.state.total_steps = world.broadcast_object(trainer.plan.first_total(trainer.state, seconds))
+    trainer.state.total_steps = world.broadcast_object(
+        trainer.plan.first_total(trainer.state, seconds)
+    )
     if trainer.optim.unfreeze:
         trainer.release()  # DDP must not wait for layers whose turn has not come
     trainer.strategy.wrap()

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.parallel.launched import launched
+from pretrain.distributed.launched import launched
 
 __all__ = ["SIGNALS", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
 

@@ -23,18 +23,18 @@ from torch import Tensor
 from pretrain.checkpoint import Saver
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples
+from pretrain.distributed.strategy import Strategy
+from pretrain.distributed.world import World, current_world
 from pretrain.errors import PretrainError, TrainingError, out_of_memory
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
-from pretrain.parallel.strategy import Strategy
-from pretrain.parallel.world import World, current_world
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, real_tokens, to_device
-from pretrain.training.held_out import evaluate
 from pretrain.training.journal import Journal
 from pretrain.training.layers import Layers
 from pretrain.training.optim import Optimizers
+from pretrain.training.parallelize import enter_world, run_lock
 from pretrain.training.plan import Plan
 from pretrain.training.precision import LossScale, Precision
 from pretrain.training.rescue import Home
@@ -42,8 +42,8 @@ from pretrain.training.restore import origin, training_state
 from pretrain.training.schedule import lr_factor
 from pretrain.training.setup import set_up
 from pretrain.training.skips import count_skips
-from pretrain.training.spread import enter_world, run_lock
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
+from pretrain.training.validation import evaluate
 from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
@@ -208,7 +208,9 @@ class Trainer:
         failing = self.saver.failed
         lost = self.home is not None and self.home.lost(now=failing)
         flags = [float(failure is not None), float(failing), float(lost), *self.stop.flags()]
-        count, tokens, failed, unsaved, homeless, *asked = self.world.all_reduce_sum([*mine, *flags])
+        count, tokens, failed, unsaved, homeless, *asked = self.world.all_reduce_sum(
+            [*mine, *flags]
+        )
         if failed:
             self.world.raise_on_all_ranks(failure)
         if homeless:
@@ -328,7 +330,9 @@ class Trainer:
         Raises:
             TrainingError: the run directory is gone; the checkpoint is written beside it.
         """
-        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[0]:
+        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[
+            0
+        ]:
             self._rescue()
         return self._save(self.saver)
 
@@ -387,7 +391,9 @@ class Trainer:
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
         self.saver.wait()
-        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[0]:
+        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[
+            0
+        ]:
             self._rescue()
         if self.asked_to_stop():  # a signal may have come while that was written
             stopped = self.stop.agreed or stopped
@@ -408,7 +414,11 @@ class Trainer:
 
     def _history(self) -> list[dict[str, Any]]:
         """Records of the log; rank 0 writes it, the others read what it wrote."""
-        return list(self.journal.records) if self.world.is_rank_zero else read_log(self.out / "log.jsonl")
+        return (
+            list(self.journal.records)
+            if self.world.is_rank_zero
+            else read_log(self.out / "log.jsonl")
+        )
 
     def say(self, line: str) -> None:
         """Print a line where the user looks."""

@@ -1,0 +1,390 @@
+"""Sizes of the mesh: what was set, what is left, and what `auto` makes of a model, a batch and a machine.
+
+The global batch is what the settings say, on any number of processes; a number that cannot share it is refused, with
+those that can. Nothing here needs `torch.distributed`. Memory is estimated by `pretrain.distributed.estimates`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pretrain.config import ParallelConfig
+from pretrain.distributed.estimates import Memory, MeshShape, Needs, keeps_whole, memory
+from pretrain.errors import ConfigError
+
+__all__ = [
+    "MeshShape",
+    "Needs",
+    "ParallelPlan",
+    "check_batch",
+    "choose_mesh",
+    "host_memory",
+    "possible_worlds",
+]
+
+# Share of a device's memory that an estimate may fill: the allocator, the kernels and the collectives want the rest.
+USABLE = 0.8
+_GIB = float(1 << 30)
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """What runs: the mesh, how gradients become one, and why, in one line.
+
+    Attributes:
+        sizes: of the mesh.
+        strategy: ``single``, ``ddp`` or ``fsdp``.
+        reason: the arithmetic, or what was configured.
+        whole: fsdp holds whole weights and gradients between the micro-batches of a step.
+        memory: of one device, estimated.
+        micro_rows: rows of a forward pass in that estimate.
+        advice: what would make it fit, where it may not; the reason ends with it.
+    """
+
+    sizes: MeshShape
+    strategy: str
+    reason: str
+    whole: bool = False
+    memory: Memory | None = None
+    micro_rows: int = 0
+    advice: str = ""
+
+
+def choose_mesh(
+    settings: ParallelConfig,
+    world: int,
+    *,
+    batch_rows: int,
+    micro_rows: int,
+    needs: Needs,
+    coupled: bool = False,
+    possible_tp: Sequence[int] = (1,),
+    device_memory: float | None = None,
+    host_share: float | None = None,
+    local: int = 0,
+) -> ParallelPlan:
+    """Sizes and strategy for ``world`` processes, which must all ask with the same numbers.
+
+    Args:
+        settings: the ``parallel`` section.
+        world: processes.
+        batch_rows: rows of a global batch.
+        micro_rows: rows of a forward pass; 0 leaves them free, so that they become as many as fit. With
+            ``reproducible``, the rows that one process alone would take.
+        needs: of the model and its batch; ``checkpointing`` and ``device`` as they will be.
+        coupled: the rows of a process are one micro-batch, whatever that needs.
+        possible_tp: into how many pieces the model's matrices can be cut, 1 among them.
+        device_memory: bytes that one process may use; None if not known.
+        host_share: the same of the memory of its host.
+        local: processes of one host; 0 is all of them.
+
+    Raises:
+        ConfigError: the sizes do not multiply to ``world``, the batch cannot be shared, the model cannot be cut so, or
+            two settings exclude each other. The message lists what is possible.
+    """
+    local = min(local or world, world)
+    _check_tp(settings, world, possible_tp)
+    sizes = _configured(settings, world)
+    check_batch(world, settings.tp, batch_rows, micro_rows)
+    if settings.reproducible:
+        _check_reproducible(settings, world, batch_rows, micro_rows)
+    _check_offload(settings, needs)
+    share = batch_rows // (world // settings.tp)
+    micro = share if coupled else micro_rows
+    plan = _Plan(settings, world, local, needs, device_memory, host_share, share, micro, coupled)
+    choice = plan.choose(sizes)
+    advice = plan.advice(choice)
+    return replace(choice, reason=choice.reason + advice, advice=advice)
+
+
+@dataclass
+class _Plan:
+    """The arithmetic behind a choice, over one run on one machine; ``micro`` is 0 where the rows are free."""
+
+    settings: ParallelConfig
+    world: int
+    local: int
+    needs: Needs
+    budget: float | None
+    host: float | None
+    share: int
+    micro: int
+    coupled: bool = False
+
+    def made(self, sizes: MeshShape, strategy: str, reason: str) -> ParallelPlan:
+        """A choice with its estimate."""
+        whole = strategy == "fsdp" and not self.settings.cpu_offload and self.holds(sizes.tp)
+        rows = self.rows(sizes, strategy)
+        return ParallelPlan(sizes, strategy, reason, whole, self.memory(sizes, strategy), rows)
+
+    def holds(self, tp: int) -> bool:
+        return self.budget is not None and keeps_whole(self.needs, tp, self.budget)
+
+    @property
+    def room(self) -> float:
+        """Unknown memory counts as enough."""
+        return math.inf if self.budget is None else USABLE * self.budget
+
+    def rows(self, sizes: MeshShape, strategy: str, needs: Needs | None = None) -> int:
+        """Rows of a micro-batch: as they are fixed, else as many of the usual ones as fit, and one at least."""
+        if self.micro:
+            return self.micro
+        most = self.needs.micro_tokens // self.needs.row_length
+        for rows in sorted(_divisors(self.share), reverse=True):
+            if rows <= most and self.memory(sizes, strategy, needs, rows).total <= self.room:
+                return rows
+        return 1
+
+    def memory(
+        self, sizes: MeshShape, strategy: str, needs: Needs | None = None, rows: int = 0
+    ) -> Memory:
+        """The estimate, with as many rows as fit unless they are given."""
+        rows = rows or self.rows(sizes, strategy, needs)
+        return memory(
+            needs or self.needs,
+            sizes,
+            strategy,
+            rows * self.needs.row_length,
+            whole=self.holds(sizes.tp) and not self.settings.cpu_offload,
+            offload=self.settings.cpu_offload,
+            trees=(self.share // rows).bit_length() if self.settings.reproducible else 0,
+        )
+
+    def fits(self, sizes: MeshShape, strategy: str, needs: Needs | None = None) -> bool:
+        return self.memory(sizes, strategy, needs).total <= self.room
+
+    def choose(self, fixed: MeshShape | None) -> ParallelPlan:
+        """The configured strategy, or the first of single, ddp, hybrid and plain fsdp that fits."""
+        settings, tp = self.settings, self.settings.tp
+        dp = self.world // tp
+        wanted = settings.strategy
+        if wanted == "auto" and (settings.cpu_offload or (fixed and fixed.dp_shard > 1)):
+            wanted = "fsdp"
+        if wanted == "fsdp":
+            sizes = fixed or self.sharded(dp, tp)
+            return self.made(sizes, "fsdp", f"fsdp as configured: {self.arithmetic(sizes, 'fsdp')}")
+        copies = MeshShape(dp, 1, tp)
+        name = "ddp" if dp > 1 else "single"
+        if dp == 1:
+            return self.made(copies, name, f"{self.arithmetic(copies, name)}")
+        if wanted == "ddp" or settings.reproducible or (fixed and fixed.dp_replicate == dp):
+            why = "for reproducible sums" if settings.reproducible else "as configured"
+            return self.made(copies, name, f"ddp {why}: {self.arithmetic(copies, name)}")
+        sizes = self.sharded(dp, tp)
+        needed = self.memory(copies, name).total
+        if self.fits(copies, name) or sizes.dp_shard == 1:
+            rows = self.rows(copies, name)
+            saved = needed - self.memory(MeshShape(1, dp, tp), "fsdp", rows=rows).total
+            reason = f"ddp: {self.arithmetic(copies, name)}"
+            if saved > 0.05 * needed:
+                reason += f"; fsdp would save {_gib(saved)}"
+            return self.made(copies, name, reason)
+        reason = f"fsdp over {sizes.dp_shard}: {self.arithmetic(sizes, 'fsdp')}, ddp {_gib(needed)}"
+        if sizes.dp_replicate > 1:
+            reason += f"; {sizes.dp_replicate} copies"
+        return self.made(sizes, "fsdp", reason)
+
+    def sharded(self, dp: int, tp: int) -> MeshShape:
+        """The fewest parts that fit and lie inside a host, else over all processes."""
+        inside = max(1, self.local // tp)
+        fewest = [s for s in range(2, min(inside, dp) + 1) if dp % s == 0 and inside % s == 0]
+        for shard in fewest if self.budget is not None else fewest[-1:]:
+            if self.fits(MeshShape(dp // shard, shard, tp), "fsdp"):
+                return MeshShape(dp // shard, shard, tp)
+        return MeshShape(1, dp, tp)
+
+    def arithmetic(self, sizes: MeshShape, strategy: str) -> str:
+        """How much of how much."""
+        of = "" if self.budget is None else f" of {_gib(self.budget)}"
+        return f"{_gib(self.memory(sizes, strategy).total)}{of} GiB needed per process"
+
+    def advice(self, choice: ParallelPlan) -> str:
+        """What would make it fit, if it does not."""
+        if self.settings.cpu_offload and self.host is not None:
+            part = replace(self, settings=replace(self.settings, cpu_offload=False))
+            there = part.memory(choice.sizes, "fsdp", rows=choice.micro_rows)
+            moved = there.weights + there.gradients + there.moments + there.copies
+            if moved > USABLE * self.host:
+                return (
+                    f"; for each process parallel.cpu_offload moves {_gib(moved)} of {_gib(self.host)} GiB to the "
+                    "host: that may not fit, try more hosts"
+                )
+        if self.fits(choice.sizes, choice.strategy):
+            return ""
+        found = []
+        for mode in ("selective", "full"):
+            other = replace(self.needs, checkpointing=mode)
+            better = other.checkpointing != self.needs.checkpointing
+            if better and self.fits(choice.sizes, choice.strategy, other):
+                found.append(f"parallel.activation_checkpointing={mode}")
+                break
+        free = not self.coupled and self.micro > 1
+        if free and replace(self, micro=1).fits(choice.sizes, choice.strategy):
+            found.append("train.micro_rows=1")
+        parts, exact = MeshShape(1, choice.sizes.dp, choice.sizes.tp), self.settings.reproducible
+        if choice.strategy == "ddp" and not exact and self.fits(parts, "fsdp"):
+            found.append("parallel.strategy=fsdp")
+        if found:
+            return f"; that may not fit, try {' or '.join(found)}"
+        tips = [] if exact else ["more processes with fsdp", "parallel.tp"]
+        if self.needs.checkpointing != "full":
+            tips.append("parallel.activation_checkpointing=full")
+        if self.needs.device == "cuda" and not exact and not self.settings.cpu_offload:
+            tips.append("parallel.cpu_offload")
+        return f"; that may not fit, try {', '.join([*tips, 'a smaller model'])}"
+
+
+# --------------------------------------------------------------------------------------------- what cannot be
+
+
+def _check_tp(settings: ParallelConfig, world: int, possible: Sequence[int]) -> None:
+    tp = settings.tp
+    fitting = sorted({n for n in possible if world % n == 0} | {1})
+    if tp not in possible and tp != 1:
+        raise ConfigError(
+            f"parallel.tp is {tp}, but with this model it may be {_listed(sorted({1, *possible}))}: heads, groups of "
+            "keys and the feed-forward layer must come out even."
+        )
+    if world % tp:
+        raise ConfigError(
+            f"parallel.tp is {tp}, which does not divide the {world} processes. With {world} it may be "
+            f"{_listed(fitting)}."
+        )
+
+
+def _configured(settings: ParallelConfig, world: int) -> MeshShape | None:
+    """The sizes that the settings fix, as far as they do; None leaves data parallelism open."""
+    replicate, shard, tp = settings.dp_replicate, settings.dp_shard, settings.tp
+    dp = world // tp
+    if settings.strategy == "ddp" and shard > 1:
+        raise ConfigError(
+            f"parallel.strategy is ddp, where each process holds the whole model, but parallel.dp_shard is {shard}. "
+            "Set the strategy to fsdp, or leave dp_shard out."
+        )
+    if not replicate and not shard:
+        return None
+    product = replicate * (1 if settings.strategy == "ddp" else shard)
+    uneven = dp % (replicate or 1) or dp % (shard or 1)
+    if uneven or (product and product != dp):
+        names = {"dp_replicate": replicate, "dp_shard": shard, "tp": tp}
+        given = " x ".join(f"{key} {value}" for key, value in names.items() if value)
+        raise ConfigError(
+            f"parallel: {given} does not make {world} processes: dp_replicate x dp_shard x tp must be {world}. "
+            f"With tp {tp}, (dp_replicate, dp_shard) may be {_pairs(dp)}; 0 is what is left."
+        )
+    return MeshShape(replicate or dp // shard, shard or dp // replicate, tp)
+
+
+def check_batch(world: int, tp: int, batch: int, micro: int) -> None:
+    """Refuse a global batch that ``world`` processes cannot share alike.
+
+    Args:
+        world: processes, ``tp`` of which see the same rows.
+        tp: see there.
+        batch: rows of the global batch.
+        micro: rows of a forward pass; 0 leaves them free.
+
+    Raises:
+        ConfigError: it lists the numbers of processes and the batches near this one that can be.
+    """
+    dp = world // tp
+    if batch % dp == 0 and (not micro or batch // dp % micro == 0):
+        return
+    unit = dp * (micro or 1)
+    near = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
+    each = f" in micro-batches of {micro}" if micro else ""
+    also = f", each {tp} times for parallel.tp" if tp > 1 else ""
+    worlds = [n * tp for n in possible_worlds(batch, micro)]
+    raise ConfigError(
+        f"A global batch of {batch} rows{each} cannot be shared by {dp} processes alike: it must not depend on their "
+        f"number. Possible numbers of processes{also} are {_listed(worlds, around=world)}; with {world}, "
+        f"train.batch_rows may be {_listed(near)}."
+        + (" Or set train.micro_rows to 0." if micro and batch % dp == 0 else "")
+    )
+
+
+def possible_worlds(batch_rows: int, micro_rows: int = 0) -> list[int]:
+    """Numbers of processes that can share a global batch, each with the same whole micro-batches."""
+    micro = micro_rows or 1
+    if batch_rows % micro:
+        return []
+    return sorted(_divisors(batch_rows // micro))
+
+
+def _check_reproducible(settings: ParallelConfig, world: int, batch: int, micro: int) -> None:
+    if settings.strategy == "fsdp" or settings.tp > 1 or settings.dp_shard > 1:
+        other = f"tp {settings.tp}" if settings.tp > 1 else "fsdp"
+        raise ConfigError(
+            f"parallel.reproducible adds gradients in one fixed order, which {other} cannot do: it needs ddp. Leave "
+            "parallel.strategy, dp_shard and tp as they are by default, or leave reproducible out."
+        )
+    count = batch // micro if micro else batch
+    if world & (world - 1) or count % world:
+        fitting = [n for n in possible_worlds(batch, micro) if n & (n - 1) == 0]
+        raise ConfigError(
+            f"parallel.reproducible needs a number of processes that is a power of two and divides the {count} "
+            f"micro-batches of a global batch; {world} is not. It may be {_listed(fitting)}."
+        )
+
+
+def _check_offload(settings: ParallelConfig, needs: Needs) -> None:
+    if not settings.cpu_offload:
+        return
+    if settings.strategy == "ddp" or settings.reproducible:
+        raise ConfigError(
+            "parallel.cpu_offload moves the parts that fsdp cuts to the host; ddp and reproducible runs cut nothing. "
+            "Set parallel.strategy to fsdp, or leave cpu_offload out."
+        )
+    if needs.device != "cuda":
+        raise ConfigError(
+            f"parallel.cpu_offload spares the memory of a GPU, and this run is on {needs.device}. Leave it out."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- parts
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:.1f}" if count >= _GIB else f"{count / _GIB:.2g}"
+
+
+def _divisors(number: int) -> Iterator[int]:
+    for low in range(1, math.isqrt(number) + 1):
+        if number % low == 0:
+            yield low
+            if low != number // low:
+                yield number // low
+
+
+def _pairs(dp: int) -> str:
+    pairs = [f"({dp // s}, {s})" for s in sorted(_divisors(dp))]
+    return ", ".join(pairs[:_SHOWN]) + ", ..." * (len(pairs) > _SHOWN)
+
+
+def _listed(numbers: Sequence[int], around: int = 0) -> str:
+    """The numbers, at most a few: the nearest to ``around``."""
+    if not numbers:
+        return "none"
+    kept = sorted(
+        sorted(numbers, key=lambda n: abs(n - around))[:_SHOWN] if around else numbers[:_SHOWN]
+    )
+    return ", ".join(f"{n:,}" for n in kept) + ", ..." * (len(kept) < len(numbers))
+
+
+def host_memory() -> float | None:
+    """Bytes of memory of this host, or of the container that we are in; None where the system does not tell."""
+    found = []
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            found.append(float(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    return min(found, default=None)

@@ -1,0 +1,265 @@
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053): cut the parameters of a model as its blocks declare.
+
+What is left are ordinary modules with smaller parameters, which know their group and meet in ``nn.parallel``. The
+vocabulary is cut by its rows: token embedding, projection onto it, and the bias of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models.backbone import Backbone
+from pretrain.models.base import Model
+from pretrain.models.config import BackboneConfig
+from pretrain.models.heads import LanguageHead
+from pretrain.nn.layout import piece
+from pretrain.nn.tensor_parallel import Group, VocabShard, all_reduce
+
+__all__ = [
+    "TensorParallel",
+    "check_tp",
+    "cuts_of",
+    "possible_tp",
+    "reduce_partial_gradients",
+    "shard_model",
+]
+
+# Parameter of a linear layer -> the dimension that is cut. A bias behind a sum over processes is whole, and so is its
+# gradient.
+_LINEAR: Mapping[str, Mapping[str, int]] = {
+    "column": {"weight": 0, "bias": 0},
+    "row": {"weight": 1},
+}
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What was done to a model; names are those of ``model.named_parameters()``.
+
+    Attributes:
+        group: the processes that share each matrix.
+        cuts: cut parameter -> the dimension; the others are whole on every process.
+        partial: whole parameters of which each process has a part of the gradient.
+        shapes: full shape of every parameter.
+    """
+
+    group: Group
+    cuts: Mapping[str, int] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Of this process within the group."""
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        """Processes that share each matrix."""
+        return self.group.size
+
+    def local(self, name: str, full_shape: tuple[int, ...] | None = None) -> tuple[int, int]:
+        """Start and length of this process's slice of a cut parameter, along its dimension."""
+        shape = self.shapes[name] if full_shape is None else full_shape
+        return piece(shape[self.cuts[name]], self.size, self.rank)
+
+    def take(self, name: str, full: Tensor) -> Tensor:
+        """This process's part of a full tensor: a view, or the tensor itself where it is not cut."""
+        if name not in self.cuts:
+            return full
+        return full.narrow(self.cuts[name], *self.local(name, tuple(full.shape)))
+
+
+def possible_tp(config: BackboneConfig) -> list[int]:
+    """The sizes of a tensor-parallel group that a model of this configuration can have, 1 included.
+
+    They divide the heads, the heads of keys and values, and the inner width, and leave each process some tokens.
+    """
+    most = math.gcd(config.num_heads, config.num_kv_heads or 0, config.intermediate_size or 0)
+    return [n for n in range(1, most + 1) if most % n == 0 and _feeds_all(config.vocab_size, n)]
+
+
+def _feeds_all(vocab_size: int, size: int) -> bool:
+    return piece(vocab_size, size, size - 1)[1] > 0
+
+
+def check_tp(config: BackboneConfig, size: int) -> None:
+    """Raise if no group of that size can share the model.
+
+    Raises:
+        ConfigError: it lists the sizes that can.
+    """
+    possible = possible_tp(config)
+    if size in possible:
+        return
+    counts = {
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads or config.num_heads,
+        "intermediate_size": config.intermediate_size or 0,
+    }
+    wrong = [
+        f"{name} {count} is not a multiple of it" for name, count in counts.items() if count % size
+    ]
+    if not _feeds_all(config.vocab_size, size):
+        rows = piece(config.vocab_size, size, 0)[1]
+        wrong.append(
+            f"vocab_size {config.vocab_size} in pieces of {rows} leaves the last process nothing"
+        )
+    raise ConfigError(
+        f"parallel.tp is {size}, but {'; '.join(wrong)}. This model can have tp {', '.join(map(str, possible))}: take "
+        "one of these, or share the work by dp_shard instead."
+    )
+
+
+def cuts_of(model: Model) -> tuple[dict[str, int], frozenset[str]]:
+    """What tensor parallelism cuts in a model, whatever the number of processes.
+
+    Returns:
+        Cut parameter -> its dimension, and the whole parameters with partial gradients; see ``TensorParallel``.
+
+    Raises:
+        ConfigError: a block without a plan, or with one that does not cover its parameters.
+    """
+    cuts: dict[str, int] = {}
+    partial: set[str] = set()
+    names = {id(module): name for name, module in model.named_modules()}
+    for block in model.backbone.blocks():
+        for name, dim in _block_cuts(model.backbone, block):
+            name = f"{names[id(block)]}.{name}"
+            if dim is None:
+                partial.add(name)
+            else:
+                cuts[name] = dim
+    cuts[f"{names[id(_token_embedding(model.backbone))]}.weight"] = 0
+    if isinstance(model.head, LanguageHead):
+        for leaf in ("output_weight", "output_bias"):
+            if getattr(model.head, leaf) is not None:
+                cuts[f"{names[id(model.head)]}.{leaf}"] = 0
+    return cuts, frozenset(partial)
+
+
+def _token_embedding(backbone: Backbone) -> nn.Embedding:
+    found = getattr(backbone, "token_embedding", None)
+    if not isinstance(found, nn.Embedding):
+        raise ConfigError(
+            f"{type(backbone).__name__} has no nn.Embedding called token_embedding, which tensor parallelism cuts. "
+            "Name it so, and look tokens up with self.look_up(self.token_embedding, ids); or leave parallel.tp at 1."
+        )
+    return found
+
+
+def _planned(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """(path, kind, layer) of the layers that the plan of a block names and that the block has."""
+    plan: Mapping[str, str] | None = getattr(block, "tensor_parallel", None)
+    if plan is None:
+        raise ConfigError(
+            f"The blocks of {type(backbone).__name__} are {type(block).__name__}, which does not say how several "
+            "processes share it (a table tensor_parallel, as on nn.block.Block). Leave parallel.tp at 1."
+        )
+    modules = dict(block.named_modules())
+    for path, kind in plan.items():
+        if path in modules:
+            yield path, kind, modules[path]
+
+
+def _block_cuts(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, int | None]]:
+    """(parameter inside the block, dimension or None for a partial gradient); whole parameters do not come."""
+    covered: set[str] = set()
+    shared: set[str] = set()
+    for path, kind, layer in _planned(backbone, block):
+        owner = path.rpartition(".")[0]
+        if not hasattr(block.get_submodule(owner), "parallel"):
+            raise ConfigError(
+                f"{owner} of the blocks of {type(backbone).__name__} is a {type(block.get_submodule(owner)).__name__}, "
+                "which does not know tensor parallelism (an attribute parallel, as on nn.mlp.MLP). Leave parallel.tp "
+                "at 1."
+            )
+        shared.add(f"{owner}.")
+        extra: Mapping[str, Mapping[str, int | None]] = getattr(layer, "tensor_parallel", {})
+        table: dict[str, int | None] = {**_LINEAR.get(kind, {}), **extra.get(kind, {})}
+        for leaf, _ in layer.named_parameters():
+            name = f"{path}.{leaf}"
+            covered.add(name)
+            if kind == "partial" or leaf in table:
+                yield name, None if kind == "partial" else table[leaf]
+            elif leaf != "bias":
+                covered.discard(name)
+    inside = {n for n, _ in block.named_parameters() if n.startswith(tuple(shared))}
+    if unknown := sorted(inside - covered):
+        raise ConfigError(
+            f"Nobody says how several processes share {unknown[0]} of a block of {type(backbone).__name__}. Name its "
+            "layer in the table tensor_parallel of the block, or leave parallel.tp at 1."
+        )
+
+
+@torch.no_grad()
+def shard_model(model: Model, group: Group) -> TensorParallel:
+    """Leave each parameter with this process's slice, and tell the modules about the group.
+
+    Parameters stay the objects that they are (tied ones stay tied, ``requires_grad`` stays) and may be on the meta
+    device. Adapters are attached before. A group of one changes nothing.
+
+    Args:
+        model: whole; changed in place, ``model.tp`` included.
+        group: the processes that share it, all of which call this with equal models.
+
+    Raises:
+        ConfigError: the model cannot be shared by so many, or its blocks do not say how.
+        ModelError: it has been cut before.
+    """
+    if model.tp is not None:
+        raise ModelError(
+            f"The model is cut over {model.tp.size} processes already. Build it again to cut it otherwise."
+        )
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if group.size == 1:
+        return TensorParallel(group, shapes=shapes)
+    check_tp(model.backbone.config, group.size)
+    tp = TensorParallel(group, *cuts_of(model), shapes)
+    for name, parameter in model.named_parameters():
+        if name in tp.cuts:
+            parameter.data = tp.take(name, parameter.data).clone(
+                memory_format=torch.contiguous_format
+            )
+            parameter.grad = None
+    for block in model.backbone.blocks():
+        for path, kind, layer in _planned(model.backbone, block):
+            owner: Any = block.get_submodule(path.rpartition(".")[0])
+            owner.parallel = group
+            if isinstance(layer, nn.Linear):
+                layer.out_features, layer.in_features = layer.weight.shape
+            if kind == "row" and hasattr(layer, "parallel"):
+                layer.parallel = group
+    vocab = VocabShard(group, model.backbone.vocab_size)
+    model.backbone.vocab = vocab
+    if isinstance(model.head, LanguageHead):
+        model.head.vocab = vocab
+    model.tp = tp
+    return tp
+
+
+@torch.no_grad()
+def reduce_partial_gradients(gradients: Mapping[str, Tensor], tp: TensorParallel) -> None:
+    """Sum the gradients of ``tp.partial`` over the group, in place and in one message per type.
+
+    Args:
+        gradients: by parameter name, the same names on all processes of the group; others are left alone. They may be
+            equal slices of the gradients, after a sum over other processes too: sums commute.
+        tp: what was done to the model.
+    """
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for name in sorted(tp.partial & gradients.keys()):
+        gradient = gradients[name]
+        kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+    for parts in kinds.values():
+        total = all_reduce(torch.cat([part.reshape(-1) for part in parts]), tp.group)
+        pieces = torch.split(total, [part.numel() for part in parts])
+        for part, summed in zip(parts, pieces, strict=True):
+            part.copy_(summed.view_as(part))

@@ -1,0 +1,122 @@
+"""Parameters that are shared out among processes: a whole from its parts, and a part of a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.distributed.world import World
+from pretrain.nn.layout import ShardLayout, local
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["Parts", "align", "copy_whole"]
+
+
+class Parts:
+    """What an optimizer needs that works on whole matrices, and does the work on each of them once.
+
+    Args:
+        layout: which part of every parameter lies where.
+        world: the processes.
+    """
+
+    def __init__(self, layout: ShardLayout, world: World) -> None:
+        self._layout, self._world = layout, world
+
+    def assemble(self, name: str, part: Tensor) -> Tensor:
+        """The full tensor of a parameter's shape of which this process holds ``part``; all must come along."""
+        layout, group = self._layout, self._world.replica
+        members = self._world.replica_ranks
+        if len(members) == 1:
+            return part
+        longest = max(layout.region(name, rank).numel for rank in members)
+        padded = part.new_zeros(longest)
+        padded[: part.numel()] = part.reshape(-1)
+        found = [torch.empty_like(padded) for _ in members]
+        dist.all_gather(found, padded, group=group)
+        full = part.new_empty(layout.shapes[name])
+        for rank, flat in zip(members, found, strict=True):
+            region = layout.region(name, rank)
+            full[region.slices()] = flat[: region.numel].view(region.shape)
+        return full
+
+    def shared_out(
+        self, wholes: Sequence[Tensor], make: Callable[[Tensor], Tensor], first: int
+    ) -> list[Tensor]:
+        """``make`` of matrices that all processes hold: each makes it of a few of them, and all get the results.
+
+        Args:
+            wholes: of one shape.
+            make: of a stack of them; the result has its shape and type.
+            first: number of the first matrix in a step: those that follow a few others go to other processes.
+        """
+        size, rank = self._world.size, self._world.rank
+        owners = [(first + i) % size for i in range(len(wholes))]
+        mine = [i for i, owner in enumerate(owners) if owner == rank]
+        made = iter(make(torch.stack([wholes[i] for i in mine])) if mine else ())
+        found = [
+            next(made).contiguous() if owner == rank else torch.empty_like(whole)
+            for owner, whole in zip(owners, wholes, strict=True)
+        ]
+        works = [
+            dist.broadcast(one, owner, async_op=True)
+            for one, owner in zip(found, owners, strict=True)
+        ]
+        for work in works:
+            if work is not None:
+                work.wait()
+        return found
+
+    def full_shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter, however it is cut."""
+        return tuple(self._layout.shapes[name])
+
+    def cut_out(self, name: str, full: Tensor) -> Tensor:
+        """This process's part of a full tensor."""
+        return full[self._layout.region(name).slices()]
+
+
+@torch.no_grad()
+def copy_whole(model: Model, whole: Model, world: World) -> None:
+    """Give a model of one process the weights of its twin that is shared out; all processes must come along.
+
+    Args:
+        model: with a layout, on any device.
+        whole: with parameters of the same names, each of them complete.
+        world: the processes that share ``model``.
+    """
+    parts, there = Parts(model.layout, world), dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        there[name].copy_(parts.assemble(name, local(parameter.detach())))
+
+
+def align(module: nn.Module, layout: ShardLayout, world: World) -> None:
+    """Give all processes the values of the first that has them: what an objective drew may differ between them.
+
+    Args:
+        module: whose parameters and buffers, in place.
+        layout: which part of them lies where, by their names in the module.
+        world: the processes.
+    """
+    if world.size == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.numel():
+            dist.broadcast(buffer.detach(), 0)
+    for name, tensor in module.named_parameters():
+        part = local(tensor.detach())
+        if part.numel() and world.sizes.dp_replicate > 1:
+            _broadcast(part, world.group("dp_replicate"))
+        if part.numel() and world.sizes.tp > 1 and name not in layout.cuts:
+            _broadcast(part, world.group("tp"))
+
+
+def _broadcast(tensor: Tensor, group: Any) -> None:
+    """From the first of the group, in place."""
+    dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)

@@ -1,0 +1,403 @@
+"""The processes of a run: who we are, how we talk, and what all must agree on.
+
+`torchrun` (or SLURM through it) starts the processes and sets their environment; nothing here launches anything. A
+process that nobody launched so is a world of one, and pays nothing. Plain values travel as JSON in tensors of bytes,
+never pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from pretrain.checkpoint.peers import errors_on_all_ranks, raise_on_all_ranks
+from pretrain.distributed.estimates import MeshShape
+from pretrain.distributed.handshake import check_links, handshake, introduce
+from pretrain.distributed.launched import launched
+from pretrain.distributed.lifeline import SLOW, Lifeline, WriterPeers
+from pretrain.distributed.point_to_point import Callers, Peers, connect, gather_json
+from pretrain.distributed.restarts import store_of_this_start
+from pretrain.distributed.store import all_here, put, wait
+from pretrain.errors import DistributedError, PretrainError
+from pretrain.utils.directories import make_directories
+from pretrain.utils.files import note, writing
+
+__all__ = ["World", "current_world", "found"]
+
+T = TypeVar("T")
+_ALL_FAIL = 2.0  # seconds in which all processes run into an error that is everybody's
+
+
+class World:
+    """All processes of a run, seen from one of them.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        local_rank, local_size: the same on this host.
+        host: name of this host.
+        store: key-value store of the rendezvous; None in a world of one.
+        device: on which ``join`` set up the communication.
+        sizes: of the mesh, set by ``arrange``.
+        replica: group of the processes that hold one set of weights between them.
+        turns: how often the processes called each other before there was a group.
+        links: what the all-reduce between them can do, measured when they met.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, store: Any = None, timeout: float = 300.0
+    ) -> None:
+        self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size))) if size > 1 else 1
+        self.host = socket.gethostname()
+        self.device = torch.device("cpu")
+        self.sizes = MeshShape(1, 1, 1)
+        self.joined = False
+        self.replica: Any = None
+        self._mesh: Any = None
+        self._background: Any = None
+        self._control: Any = None  # the group of plain values; None is the default one
+        self._place = ("start", 0)
+        self.turns = self._entries = 0
+        self._lifeline: Lifeline | None = None
+        self.links: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ before there is a group
+
+    @classmethod
+    def find(cls, patience: float = 300.0) -> World:
+        """The world that the environment names: its store is connected, no process group exists yet.
+
+        Args:
+            patience: seconds in which rank 0 must come; its store must answer within one minute.
+
+        Raises:
+            DistributedError: the other processes or their store cannot be reached.
+        """
+        if dist.is_available() and dist.is_initialized():  # by a script of the user's own
+            store = dist.distributed_c10d._get_default_store()
+            world = cls(dist.get_rank(), dist.get_world_size(), store)
+            world.joined = world.size > 1
+            if world.joined:  # theirs may know nothing of tensors on the CPU
+                world._control = dist.new_group(backend="gloo")
+            return world
+        if not launched():
+            return cls()
+        limit = datetime.timedelta(seconds=min(60.0, patience))
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        except Exception as error:
+            raise DistributedError(
+                f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at {address}: "
+                f"{error}. Start all of them with torchrun and the same rendezvous address; check that a firewall "
+                "lets the hosts talk."
+            ) from error
+        return cls(rank, size, store_of_this_start(store, rank, size, patience))
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """This is rank 0, which writes the log, the settings and the manifest."""
+        return self.rank == 0
+
+    def callers(self) -> Peers:
+        """The processes before there is a group: plain values go through the store, tensors do not go at all."""
+        if self.size == 1:
+            return Peers(0, 1, None)
+        self.turns += 1
+        return Callers(self.rank, self.size, PrefixStore(f"pretrain/call/{self.turns}", self.store))
+
+    # ------------------------------------------------------------------ the group
+
+    def init_process_group(self, device: torch.device, within: float = 60.0) -> torch.device:
+        """Set up the process group for a device, once; returns the device of this process.
+
+        Raises:
+            DistributedError: the processes did not reach each other ``within`` so many seconds.
+        """
+        if self.size == 1:
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # FSDP2 takes the one that is current
+            self.device = device
+            return device
+        device = self._own(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self.device = device
+        if not dist.is_initialized():
+            connect(self.store, self.rank, self.size, device, self._limit, within)
+        self.joined = True
+        return device
+
+    @property
+    def _limit(self) -> datetime.timedelta:
+        """For a collective: the last resort, as the watchdog ends a hung run long before."""
+        return datetime.timedelta(seconds=2 * max(SLOW.values()) * self.timeout)
+
+    def _own(self, device: torch.device) -> torch.device:
+        """The device of this process among those of its host."""
+        if device.type != "cuda":
+            return device
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def init_process_group_alone(self, device: torch.device) -> None:
+        """Make a group of this one process, which FSDP2 needs to offload or to be measured on a single device."""
+        if self.size == 1 and not self.joined:
+            if not dist.is_initialized():
+                store = dist.HashStore()  # type: ignore[attr-defined]
+                connect(store, 0, 1, device, self._limit)
+            self.joined = True
+
+    def build_mesh(self, sizes: MeshShape) -> None:
+        """Lay the processes out as a mesh (dp_replicate, dp_shard, tp)."""
+        if self.joined and (self._mesh is None or sizes != self.sizes):
+            self._mesh = init_device_mesh(
+                self.device.type,
+                (sizes.dp_replicate, sizes.dp_shard, sizes.tp),
+                mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
+            )
+            each = sizes.dp_shard * sizes.tp
+            for first in range(0, self.size, each):  # everybody must make every group
+                ranks = list(range(first, first + each))
+                some = each < self.size
+                group = dist.new_group(ranks, self._limit) if some else dist.group.WORLD
+                if self.rank in ranks:
+                    self.replica = group
+        self.sizes = sizes
+
+    def mesh(self, *names: str) -> Any:
+        """Dimensions of the mesh."""
+        return self._mesh[names if len(names) > 1 else names[0]]
+
+    def group(self, name: str) -> Any:
+        """The processes along one dimension of the mesh, of which this one is a member."""
+        return self._mesh.get_group(name)
+
+    def batch_group(self) -> Any:
+        """The processes that see different rows of a batch, this one among them, by ``dp_rank``; all must ask."""
+        if self.sizes.tp == 1 or self.sizes.dp_replicate == 1:
+            return dist.group.WORLD if self.sizes.tp == 1 else self.group("dp_shard")
+        ranks = [list(range(t, self.size, self.sizes.tp)) for t in range(self.sizes.tp)]
+        return [dist.new_group(some, self._limit) for some in ranks][self.tp_rank]
+
+    @property
+    def replica_ranks(self) -> list[int]:
+        """Members of ``replica``."""
+        each = self.sizes.dp_shard * self.sizes.tp
+        first = self.rank // each * each
+        return list(range(first, first + each))
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of a global batch is ours."""
+        return self.rank // self.sizes.tp
+
+    @property
+    def tp_rank(self) -> int:
+        """Which slice of the matrices is ours."""
+        return self.rank % self.sizes.tp
+
+    def destroy_process_group(self) -> None:
+        """End the communication in order."""
+        joined, self.joined = self.joined, False
+        self._mesh = self._background = self._control = self.replica = None
+        gc.collect()  # a group that is still held when Python ends takes the process with it
+        if joined and dist.is_initialized():
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def entered(
+        self, device: torch.device, out: Path, timeout: float, about: Mapping[str, Any]
+    ) -> Iterator[torch.device]:
+        """Meet the others and train with them: inside, a process that dies, hangs or fails ends all within seconds.
+
+        Args:
+            device: kind of device that each computes on.
+            out: run directory, which all must see.
+            timeout: seconds without progress after which a process counts as hung.
+            about: ``settings``, ``data`` and ``model``, plain values that must be the same everywhere.
+
+        Yields:
+            The device of this process.
+
+        Raises:
+            DistributedError: somebody does not come, does not fit or cannot be reached; it says who, and the cure.
+        """
+        if self.size == 1 or self.store is None:
+            yield self.init_process_group(device)
+            return
+        self.timeout = timeout
+        self._entries += 1
+        store = PrefixStore(f"pretrain/{self._entries}", self.store)
+        all_here(store, self.rank, self.size, say=note)
+        with errors_on_all_ranks(self.callers()), writing(out):
+            if self.is_rank_zero:
+                make_directories(Path(os.path.abspath(out)))
+        said = introduce(self._own(device), **about)
+        try:
+            met = PrefixStore("handshake", store)
+            handshake(met, self.rank, self.size, said, run_dir=out)
+        except DistributedError as error:
+            error.everywhere = True
+            raise
+        watched = PrefixStore("lifeline", store)
+        with Lifeline(watched, self.rank, self.size, run_dir=out, timeout=timeout) as lifeline:
+            self._lifeline = lifeline
+            try:
+                new = not self.joined
+                device = self.init_process_group(device)
+                if new:
+                    self.links = check_links(dist.all_reduce, device, self.rank, self.size)
+                yield device
+                # The first process to end may let a launcher ask the others to end, too: none goes before the rest.
+                with lifeline.waiting():
+                    self.all_reduce_sum([0.0])
+            except PretrainError as error:
+                error.everywhere |= self._all_failed(store)
+                if not error.everywhere:
+                    # Whoever called may catch it and go on: this process is not to be ended.
+                    lifeline.fail(error, end_within=None)
+                lifeline.close()
+                raise
+            finally:
+                self._lifeline = None
+
+    def _all_failed(self, store: Any) -> bool:
+        """Whether the others fail as well, as they do for a setting that is wrong for all of them."""
+        put(store, f"failed/{self.rank}", True)
+        return wait(store, [f"failed/{rank}" for rank in range(self.size)], _ALL_FAIL)
+
+    def mark(self, phase: str, step: int) -> None:
+        """Say where this process is, for whoever must find out later which of them hung."""
+        self._place = phase, step
+        if self._lifeline is not None:
+            self._lifeline.mark(phase, step)
+
+    def heartbeat(self) -> None:
+        """Say that it still goes on, within what was marked last."""
+        self.mark(*self._place)
+
+    # ------------------------------------------------------------------ values that all get
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Sum numbers over all processes, in fp64; zeros added to one number leave it exact."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
+        dist.all_reduce(tensor, group=self._control)
+        return list(tensor.tolist())
+
+    def broadcast_int(self, value: float) -> int:
+        """Rank 0's whole number, on all."""
+        return int(self.all_reduce_sum([value if self.is_rank_zero else 0])[0])
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Everybody's plain value, by rank."""
+        if self.size == 1:
+            return [value]
+        return gather_json(value, self.size, self._control)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's plain value, on all."""
+        return (
+            value
+            if self.size == 1
+            else self.all_gather_object(value if self.is_rank_zero else None)[0]
+        )
+
+    def on_rank_zero(self, make: Callable[[], T]) -> T | None:
+        """Do something on rank 0 alone; if it fails there, the same error is raised on all.
+
+        Returns:
+            What it gave on rank 0, None on the others.
+        """
+        if self.size == 1:
+            return make()
+        made, failure = None, None
+        if self.is_rank_zero:
+            try:
+                made = make()
+            except Exception as error:  # told to all, then raised
+                failure = error
+        self.raise_on_all_ranks(failure)
+        return made
+
+    def broadcast_result(self, make: Callable[[], T]) -> T:
+        """A plain value that rank 0 makes, however long that takes: the others wait outside of any group.
+
+        Raises:
+            PretrainError: on all, what it raised there.
+        """
+        made, failure, callers = None, None, self.callers()
+        if self.is_rank_zero:
+            try:
+                made = make()
+            except Exception as error:
+                failure = error
+        raise_on_all_ranks(callers, failure)
+        found: T = callers.all_gather_object(made)[0]
+        return found
+
+    def raise_on_all_ranks(self, failure: Exception | None) -> None:
+        """Raise on all processes what one of them ran into; call it where every process comes along.
+
+        Raises:
+            PretrainError: the failure of this process, or that of the lowest rank that has one, with its rank.
+        """
+        try:
+            raise_on_all_ranks(self.peers() if self.joined else self.callers(), failure)
+        except PretrainError as error:
+            error.everywhere = True
+            raise
+
+    def peers(self, *, background: bool = False) -> Peers:
+        """How checkpoints travel between processes; ``background`` has a group of its own, for a thread."""
+        if self.size == 1:
+            return Peers(0, 1, None)
+        if not background:
+            return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.heartbeat)
+        if self._background is None:
+            # A writer waits for the slowest disk, and the watchdog for the writer.
+            self._background = dist.new_group(None, datetime.timedelta(days=1), "gloo")
+        return WriterPeers(self.rank, self.size, self._background, lambda: self._lifeline)
+
+
+_world: World | None = None
+
+
+def found() -> bool:
+    """Whether the world of this process is known already."""
+    return _world is not None and not (_world.size == 1 and launched())
+
+
+def current_world(patience: float = 300.0) -> World:
+    """The world of this process; found once, see `World.find`."""
+    global _world
+    if _world is None or not found():
+        _world = World.find(patience)
+    return _world
+
+
+@contextlib.contextmanager
+def world_left_behind() -> Iterator[None]:
+    """Leave the world at the end, for tests that make several one after the other."""
+    global _world
+    try:
+        yield
+    finally:
+        if _world is not None:
+            _world.destroy_process_group()
+        _world = None

@@ -1,0 +1,160 @@
+"""Forward and backward passes before step 0, of which nothing is kept: do they fit, and do they make sense?"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pretrain.errors import TrainingError, out_of_memory
+from pretrain.nn.layout import local
+from pretrain.training.feed import hash_seed, to_device
+from pretrain.training.plan import row_length
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Batch
+    from pretrain.training.trainer import Trainer
+
+__all__ = ["dry_run"]
+
+# Other kernels add in another order, and dropout draws otherwise; what is compiled wrongly is far off.
+_LOSS, _NORM, _DRAWS = 0.1, 0.5, 5.0
+
+
+def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Forward and backward of the largest micro-batch, and of one of the first step; nothing is kept.
+
+    Returns:
+        Loss and seconds of the latter.
+
+    Raises:
+        TrainingError: there is nothing to learn, it does not fit, the loss is not finite, a coupled loss does not see
+            all rows, or compiled blocks compute something else.
+    """
+    counts = [float(trainer.objective.count(batch)) for batch in batches]
+    if trainer.world.all_reduce_sum([sum(counts)])[0] == 0:
+        raise TrainingError(
+            "No row of the first batch has a target: every label is ignored, so there is nothing to learn. Check "
+            "the masking rate, the label column and that rows are longer than one token."
+        )
+    usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
+    largest = trainer.feed.largest()
+    trainer.objective.train()
+    with _nothing_kept(trainer):
+        # The first run also pays for allocation and kernel selection.
+        tried = [usable if largest is None else largest, usable]
+        try:
+            if trainer.strategy.sharded:
+                _see_reached(trainer, tried)
+            _run(trainer, tried[0])
+            check_coupling(trainer)
+            loss, seconds = _run(trainer, usable)
+            if trainer.parallel.compile:
+                check_compiled(trainer, usable)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"A forward and backward pass of {trainer.micro_rows} rows of {row_length(trainer.train_data)} tokens "
+                f"does not fit into the memory of {trainer.device}. Lower train.micro_rows (the result stays the "
+                "same), or set parallel.activation_checkpointing=full."
+            ) from error
+        if not trainer.strategy.sharded:
+            trained = trainer.strategy.trainable_parameters()
+            _take_reached(trainer, {name for name, p in trained.items() if p.grad is not None})
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss of the first batch is {loss}. The weights or the rows hold a non-finite number."
+        )
+    if untouched := sorted(trainer.strategy.untouched):
+        trainer.say(
+            f"no gradient reaches {len(untouched)} trainable tensors, the first is {untouched[0]}"
+        )
+    return loss, seconds
+
+
+def _run(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
+    """Loss over all processes, and seconds, of one pass; the gradients are left."""
+    start = time.perf_counter()
+    torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
+    with trainer.precision.autocast():
+        result = trainer.strategy.forward_no_sync(to_device(batch, trainer.device))
+    torch.autograd.backward(result.total)
+    total, count = trainer.world.all_reduce_sum([float(result.total.detach()), float(result.count)])
+    return total / max(count, 1.0), time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _nothing_kept(trainer: Trainer) -> Iterator[None]:
+    """Buffers, random numbers and gradients are afterwards what they were."""
+    state = torch.get_rng_state()
+    buffers = {name: b.clone() for name, b in trainer.objective.named_buffers()}
+    yield
+    for name, buffer in trainer.objective.named_buffers():
+        buffer.copy_(buffers[name])
+    trainer.optimizers.zero_grad()
+    torch.set_rng_state(state)
+
+
+def _see_reached(trainer: Trainer, tried: Sequence[Batch]) -> None:
+    """FSDP2 must know before its first backward pass whether all processes will have the same gradients."""
+    found: set[str] = set()
+    for batch in tried:
+        with trainer.precision.autocast():
+            found |= trainer.strategy.used_parameters(to_device(batch, trainer.device))
+    _take_reached(trainer, found)
+
+
+def _take_reached(trainer: Trainer, reached: set[str]) -> None:
+    """Tell the strategy which parameters no gradient reaches here, there, or anywhere."""
+    untouched = sorted(trainer.strategy.trainable_parameters().keys() - reached)
+    everywhere = [set(names) for names in trainer.world.all_gather_object(untouched)]
+    nowhere = set.intersection(*everywhere)
+    trainer.strategy.set_unused_parameters(nowhere, uneven=set.union(*everywhere) != nowhere)
+
+
+def check_coupling(trainer: Trainer) -> None:
+    """A loss that couples the rows of a batch must have asked the other processes for theirs.
+
+    Raises:
+        TrainingError: it has not.
+    """
+    objective = trainer.objective
+    if objective.batch_group is not None and not objective.compared:
+        raise TrainingError(
+            f"{type(objective).__name__} couples the rows of a batch, which lie on several processes, and its "
+            "forward() does not ask the others for theirs: call self.whole_batch(vectors), or use one process."
+        )
+
+
+def check_compiled(trainer: Trainer, batch: Batch) -> None:
+    """Hold loss and gradient of compiled blocks against the same without compiler, which may be wrong in silence.
+
+    Raises:
+        TrainingError: they are far apart.
+    """
+    found = []
+    # Plain twice: by how much dropout alone moves them.
+    for stance, seed in (("default", 0), ("force_eager", 0), ("force_eager", 1)):
+        trainer.optimizers.zero_grad()
+        with torch.compiler.set_stance(stance):
+            loss, _ = _run(trainer, batch, seed)
+        grads = [
+            local(p.grad)
+            for p in trainer.strategy.trainable_parameters().values()
+            if p.grad is not None
+        ]
+        mine = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel()])
+        found.append((loss, math.sqrt(trainer.world.all_reduce_sum([float(mine) ** 2])[0])))
+    (loss, norm), (plain, wanted), other = found
+    far = abs(loss - plain) > _LOSS * abs(plain) + _DRAWS * abs(plain - other[0])
+    if far or abs(norm - wanted) > _NORM * wanted + _DRAWS * abs(wanted - other[1]):
+        raise TrainingError(
+            f"Compiled, the first batch has a loss of {loss:.4g} and a gradient of norm {norm:.4g}; without the "
+            f"compiler it has {plain:.4g} and {wanted:.4g}. torch {torch.__version__} compiles this model wrongly: set "
+            "parallel.compile=false, or use another version of torch."
+        )

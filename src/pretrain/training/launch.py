@@ -1,0 +1,173 @@
+"""A run on several processes of this machine, watched from the one that asked for it.
+
+Rank 0 relays what it would show, line by line as JSON, and the screen is drawn here: in the notebook's cell, or as the
+bar of a terminal. What is returned is read from the run's directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import latest
+from pretrain.distributed.launch import Launched, count_devices
+from pretrain.errors import ConfigError
+from pretrain.training.live import open_screen
+from pretrain.training.logging import Progress
+from pretrain.training.state import Run, RunState, catch_signals
+from pretrain.utils.files import printable
+from pretrain.utils.run_log import read_log
+
+__all__ = ["follow", "on_devices", "read_run"]
+
+_PAUSE = 0.1  # seconds between two looks at what rank 0 tells
+
+
+def on_devices(
+    command: str,
+    settings: Any,
+    devices: int | str,
+    *,
+    hooks: Sequence[Any] = (),
+    quiet: bool = False,
+) -> Run | None:
+    """Run a command with these settings on several processes of this machine.
+
+    Args:
+        command: ``train`` or ``finetune``.
+        settings: a ``RunConfig`` or a ``TuneConfig`` whose ``train.out`` is set.
+        devices: how many processes, or ``"auto"``.
+        hooks: of the caller; there can be none.
+        quiet: show nothing.
+
+    Returns:
+        The run; None if it takes one process only, which is the caller.
+
+    Raises:
+        ConfigError: that many processes cannot be started, or they would need what only this one has.
+        PretrainError: the run failed.
+    """
+    count = count_devices(devices, settings.parallel.device)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and "RANK" in os.environ:
+        if count in (1, started) or devices == "auto":
+            return None
+        raise ConfigError(
+            f"devices is {count}, but this process is already one of {started} that a launcher started. Leave "
+            "devices out; the launcher says how many there are."
+        )
+    if count == 1:
+        return None
+    if hooks:
+        raise ConfigError(
+            f"hooks are functions of this process, and devices={count} starts others, which do not know them. Write "
+            f"a script that calls pretrain.{command}(..., hooks=[...]) and start it with: torchrun --nproc-per-node "
+            f"{count} script.py"
+        )
+    with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
+        path = settings.save(Path(folder) / f"{command}.yaml")
+        words = [command, "--config", os.fspath(path)]
+        threads = settings.parallel.threads
+        return follow(words, Path(settings.train.out), count, threads=threads, quiet=quiet)
+
+
+def follow(
+    words: Sequence[str], out: Path, devices: int, *, threads: int = 0, quiet: bool = False
+) -> Run:
+    """Run ``pretrain`` with these words on several processes, show how it goes, and return the run.
+
+    The first SIGINT or SIGTERM lets the run save and stop; see ``catch_signals`` for a second one.
+
+    Args:
+        words: of the command line after ``pretrain``.
+        out: directory of the run.
+        devices: how many processes.
+        threads: CPU threads of each; 0 is an equal share.
+        quiet: show nothing.
+
+    Raises:
+        PretrainError: what the first process that failed raised or said last, also if it failed while it stopped.
+    """
+    with catch_signals() as stop, Launched(words, devices, threads) as group:
+        screen = None if quiet else open_screen()
+        asked = False
+        try:
+            while group.running():
+                if stop.name is not None and not asked:
+                    asked = True
+                    group.stop()
+                    _say(
+                        screen,
+                        f"{stop.name}: the run saves and stops; another one in a while ends it at once",
+                    )
+                _pass_on(group, screen, out)
+                time.sleep(_PAUSE)
+            _pass_on(group, screen, out)
+        finally:
+            if screen is not None:
+                screen.close()
+        stopped = stop.name or group.stopped()
+        if group.code and (stopped is None or group.broke()):
+            raise group.failure()
+    return read_run(out, stopped if group.code else None)
+
+
+def _say(screen: Progress | None, line: str) -> None:
+    if screen is not None:
+        screen.write(line)
+
+
+def _pass_on(group: Launched, screen: Progress | None, out: Path) -> None:
+    """Show what rank 0 has told since the last time."""
+    for told in group.told():
+        if screen is None:
+            continue
+        what = told["what"]
+        if what == "show":
+            screen.show(told["step"], told["figures"], told["total"])
+        elif what == "evaluation":
+            screen.evaluation(told["record"], RunState.from_json(told["state"]), told["note"])
+        elif what == "write":
+            screen.write(told["line"])
+        elif what == "restore":
+            records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= told["step"]]
+            screen.restore(records)
+    for line in group.said():
+        _say(screen, printable(line))
+
+
+def read_run(out: Path, stopped: str | None = None) -> Run:
+    """The run that lies in a directory, as ``fit`` would have returned it.
+
+    Args:
+        out: run directory.
+        stopped: the signal that ended it; None reads from the state why it ended.
+
+    Raises:
+        ConfigError: no complete checkpoint lies there.
+    """
+    checkpoint = latest(out)
+    if checkpoint is None:
+        if stopped is not None:
+            raise KeyboardInterrupt
+        raise ConfigError(f"{out} holds no complete checkpoint.")
+    plain = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
+    state = RunState.from_json(plain.get("run", plain))
+    history = read_log(out / "log.jsonl")
+    evals = [record["eval"] for record in history if "eval" in record]
+    best = out / f"checkpoint-{state.best_step}" if state.best_step else checkpoint
+    ended = "limit" if state.step >= state.total_steps else "patience"
+    return Run(
+        path=out,
+        step=state.step,
+        stopped=stopped or ended,
+        metrics={key: float(value) for key, value in (evals or [{}])[-1].items()},
+        history=history,
+        checkpoint=checkpoint,
+        best=best if best.exists() else None,
+    )

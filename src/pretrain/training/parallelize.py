@@ -1,0 +1,187 @@
+"""From the settings of a run to an objective spread over its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pretrain.checkpoint import RunLock
+from pretrain.distributed.estimates import Needs
+from pretrain.distributed.handshake import fingerprint
+from pretrain.distributed.mesh import choose_mesh, host_memory
+from pretrain.distributed.strategy import Strategy
+from pretrain.distributed.tensor_parallel import possible_tp
+from pretrain.distributed.world import World
+from pretrain.training.plan import choose_micro_rows, row_length
+from pretrain.training.precision import choose_device
+
+if TYPE_CHECKING:
+    from pretrain.training.trainer import Trainer
+
+__all__ = ["enter_world", "run_lock", "spread"]
+
+
+def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.device]:
+    """Meet the other processes of the run and compare with them; gives the device of this one."""
+    settings = trainer.parallel
+    about = _same_for_all(trainer)
+    return trainer.world.entered(
+        choose_device(settings.device), trainer.out, settings.timeout, about
+    )
+
+
+def _same_for_all(trainer: Trainer) -> dict[str, Any]:
+    """What every process of a run must have alike; a difference is named before anything starts."""
+    sections = ("train", "optim", "parallel")
+    # As they arrive on the other side: JSON knows no tuples.
+    plain = {
+        section: json.loads(json.dumps(asdict(getattr(trainer, section)))) for section in sections
+    }
+    shapes = {name: list(p.shape) for name, p in trainer.objective.named_parameters()}
+    return {
+        "settings": {
+            f"{section}.{key}": value
+            for section, values in plain.items()
+            for key, value in values.items()
+        },
+        "data": {
+            "fingerprint": trainer.about.get("fingerprint"),
+            "rows": len(trainer.train_data),
+            "held-out rows": 0 if trainer.eval_data is None else len(trainer.eval_data),
+        },
+        "model": fingerprint([trainer.objective.describe(), shapes]),
+    }
+
+
+def spread(trainer: Trainer) -> Strategy:
+    """Choose the sizes of the mesh, say why, and put the objective on it.
+
+    Raises:
+        ConfigError: the sizes do not fit the processes, the batch or the model; the possible ones are listed.
+    """
+    world, train, settings = trainer.world, trainer.train, trainer.parallel
+    objective, device = trainer.objective, trainer.device
+    guess = train.micro_rows
+    if not guess or world.size == 1:  # which tells one process what divides its batch
+        guess = choose_micro_rows(
+            train, trainer.train_data, objective, device, even=settings.reproducible
+        )
+    memory, host, local = common_ground(device, world)
+    # A precision that is chosen by the hardware may differ between hosts, and the mesh must not.
+    needs = Needs(**world.broadcast_object(asdict(needs_of(trainer, guess))))
+    choice = choose_mesh(
+        settings,
+        world.size,
+        batch_rows=train.batch_rows,
+        # What is chosen for a reproducible run must not depend on where it runs.
+        micro_rows=guess if settings.reproducible else train.micro_rows,
+        coupled=objective.couples_examples,
+        needs=needs,
+        possible_tp=possible_tp(objective.model.backbone.config),
+        device_memory=memory,
+        host_share=host,
+        local=local,
+    )
+    if choice.strategy == "fsdp":
+        world.init_process_group_alone(device)
+    world.build_mesh(choice.sizes)
+    strategy = Strategy(
+        objective, world, choice, settings, device=device, gather=gather_type(trainer)
+    )
+    if world.size > 1:
+        speed = f"all-reduce {world.links['bus_gb_s']:.2g} GB/s, " if world.links else ""
+        trainer.say(f"{world.size} processes, {speed}{choice.sizes}: {choice.reason}")
+    return strategy
+
+
+def gather_type(trainer: Trainer) -> torch.dtype:
+    """The type in which FSDP2 gathers the weights of the blocks."""
+    adapter = trainer.objective.model.adapter
+    # The lengths of DoRA are computed in fp32, which autocast would leave alone.
+    exact = adapter is not None and adapter.config.dora
+    return torch.bfloat16 if trainer.precision.name == "bf16" and not exact else torch.float32
+
+
+def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
+    """What the run needs, in counts."""
+    objective, optim = trainer.objective, trainer.optim
+    model = objective.model
+    config, blocks = model.backbone.config, model.backbone.blocks()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    # What `build_optimizers` gives to Muon.
+    embeddings = {m.weight for m in objective.modules() if isinstance(m, torch.nn.Embedding)}
+    inside = {p for block in blocks for p in block.parameters() if p.ndim == 2} - embeddings
+    head: Any = model.head
+    width = config.head_dim or config.hidden_size // config.num_heads
+    return Needs(
+        parameters=sum(p.numel() for p in objective.parameters()),
+        trainable=sum(p.numel() for p in trained),
+        hidden=config.hidden_size,
+        layers=len(blocks),
+        intermediate=config.intermediate_size or 4 * config.hidden_size,
+        vocabulary=model.backbone.vocab_size,
+        row_length=row_length(trainer.train_data),
+        query=width * config.num_heads,
+        key_value=width * (config.num_kv_heads or config.num_heads),
+        gated=any(getattr(getattr(b, "mlp", None), "gate", None) is not None for b in blocks),
+        tied=bool(getattr(head, "tied", True)),
+        muon=sum(p.numel() for p in trained if p in inside) if optim.name == "muon" else 0,
+        micro_tokens=micro_rows * row_length(trainer.train_data),
+        ema=bool(optim.ema),
+        anchors=bool(optim.l2_sp),
+        compute_bytes=trainer.precision.dtype.itemsize,
+        gather_bytes=gather_type(trainer).itemsize,
+        checkpointing=trainer.parallel.activation_checkpointing,
+        device=trainer.device.type,
+    )
+
+
+def common_ground(device: torch.device, world: World) -> tuple[float | None, float | None, int]:
+    """What every process may count on, alike on all, for hosts that differ must choose one mesh.
+
+    Returns:
+        Bytes of a device, and of a process's share of its host, where the least is; and how many neighbouring
+        processes lie on one host wherever they are counted from a multiple of that number.
+    """
+    mine = [device_memory(device, world), host_share(world), world.local_size]
+    devices, hosts, locals_ = zip(*world.all_gather_object(mine), strict=True)
+    return _least(devices), _least(hosts), math.gcd(*locals_)
+
+
+def _least(found: Sequence[float | None]) -> float | None:
+    return min((value for value in found if value is not None), default=None)
+
+
+def device_memory(device: torch.device, world: World) -> float | None:
+    """Bytes that one process may count on: its GPU, or its share of the host; None if not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return host_share(world)
+
+
+def host_share(world: World) -> float | None:
+    """Bytes of the host's memory, or of the container's, for each of the processes there."""
+    found = host_memory()
+    return None if found is None else found / world.local_size
+
+
+@contextlib.contextmanager
+def run_lock(out: Path, world: World) -> Iterator[None]:
+    """The lock of the run directory, held by rank 0 for all.
+
+    Raises:
+        RunLocked: on every process, when another run holds it.
+    """
+    lock = RunLock(out)
+    world.on_rank_zero(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()

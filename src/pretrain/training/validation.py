@@ -1,0 +1,72 @@
+"""The evaluations of a run: on the held-out rows, logged, and held against the best so far."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from pretrain.training.evaluate import EvaluationStopped, evaluate_rows
+from pretrain.training.monitor import improves
+from pretrain.training.precision import peak_flops
+
+if TYPE_CHECKING:
+    from pretrain.training.trainer import Trainer
+
+__all__ = ["evaluate"]
+
+
+def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
+    """Evaluate on the held-out rows and log it; True when it is the best so far.
+
+    With ``train.eval_rows`` the best is chosen on that sample, and the last evaluation is also made on all rows. Who is
+    asked to stop meanwhile breaks off: there may be no time but for saving.
+    """
+    assert trainer.eval_data is not None
+    state, limit, strategy = trainer.state, trainer.train.eval_rows, trainer.strategy
+    try:
+        figures = _figures(trainer, limit)
+        state.last_eval, state.owed = state.step, False
+        improved = improves(state, figures, trainer.train.monitor, last=last)
+        note = " (best)" if improved else ""
+        if last and 0 < limit < len(trainer.eval_data):
+            figures, note = _figures(trainer, 0), " on all rows"
+    except EvaluationStopped:
+        state.owed = True  # it is made up for when the run goes on, before anything is learned
+        trainer.say(f"asked to stop: the evaluation after step {state.step:,} is broken off")
+        return False
+    samples: list[str] = []
+    trainer.world.mark("evaluate", state.step)
+    if strategy.speaks:
+        plain = trainer.objective.model.backbone.uncompiled()
+        with trainer.average.applied(), strategy.whole(), plain:
+            samples = trainer.objective.preview(
+                [trainer.eval_data[0]], trainer.train.sample, trainer.train.seed
+            )
+    trainer.metrics = figures
+    trainer.peak = peak_flops(trainer.precision)
+    trainer.journal.evaluation(state, figures, samples, note)
+    return improved and trainer.train.best
+
+
+def _figures(trainer: Trainer, limit: int) -> dict[str, float]:
+    assert trainer.eval_data is not None
+    began, train = time.monotonic(), trainer.train
+    trainer.world.mark("evaluate", trainer.state.step)
+    # Rows are compared with those of one global batch, however many processes train.
+    rows = train.batch_rows if trainer.objective.couples_examples else trainer.micro_rows
+    with trainer.average.applied():
+        figures = evaluate_rows(
+            trainer.objective,
+            trainer.eval_data,
+            trainer.eval_precision,
+            batch_rows=rows,
+            limit=limit,
+            strategy=trainer.strategy,
+            stopped=trainer.asked_to_stop,
+        )
+    figures = dict(
+        trainer.world.broadcast_object(figures)
+    )  # what is decided by them must be decided alike
+    share = min(1.0, limit / len(trainer.eval_data)) if limit else 1.0
+    trainer.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
+    return figures

@@ -1,0 +1,135 @@
+"""Parts of what starts several processes: how many, with what environment, and what their ends mean."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.distributed import launch
+from pretrain.distributed.launch import Launched, count_devices
+from pretrain.errors import ConfigError, NoTargets
+from pretrain.training.live import open_screen
+from pretrain.training.relay import Relay
+
+
+def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert count_devices("auto") == 4 and count_devices(3) == 3 and count_devices("2") == 2
+    assert count_devices("auto", "cpu") == 1 and count_devices(64, "cpu") == 64
+    with pytest.raises(ConfigError, match="4 GPUs"):
+        count_devices(8)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert count_devices("auto") == 1 and count_devices(2) == 2
+    for wrong in (0, -1, True, "all", 2.5):
+        with pytest.raises(ConfigError, match="devices is"):
+            count_devices(wrong)  # type: ignore[arg-type]
+
+
+def test_the_gpu_of_a_mac_has_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert count_devices(1, "mps") == count_devices("auto") == 1 and count_devices(2, "cpu") == 2
+    for device in ("auto", "mps"):
+        with pytest.raises(ConfigError, match="parallel.device=cpu"):
+            count_devices(2, device)
+
+
+def ended(folder: Path, codes: dict[int, int], *logs: str) -> Launched:
+    """Processes that have ended: their exit codes, but for zeros, and what they wrote to stderr."""
+    group = object.__new__(Launched)
+    group.folder, group.devices, group._asked = folder, len(logs), True
+    failures = [{"rank": rank, "code": code} for rank, code in codes.items()]
+    (folder / "failures.json").write_text(json.dumps(failures))
+    for rank, text in enumerate(logs):
+        (log := folder / f"x/attempt_0/{rank}/stderr.log").parent.mkdir(parents=True)
+        log.write_text(text)
+    return group
+
+
+@pytest.mark.parametrize(
+    ("codes", "logs", "broke"),
+    [
+        ({0: 143, 1: 143}, ("", ""), False),
+        ({0: 130}, ("", ""), False),
+        ({0: -15, 1: 75}, ("", "pretrain.errors.DistributedError: rank 0 is lost\n"), False),
+        ({0: -15, 1: 1}, ("", "pretrain.errors.CheckpointError: full\n"), True),
+        ({0: -15, 1: -9}, ("", ""), True),
+        ({0: 143, 1: 3}, ("", "its last words\n"), True),
+    ],
+)
+def test_what_is_no_agreed_stop(
+    tmp_path: Path, codes: dict[int, int], logs: tuple[str, ...], broke: bool
+) -> None:
+    group = ended(tmp_path, codes, *logs)
+    assert group.broke() is broke
+    if codes.get(1) == 3:
+        text = str(group.failure())
+        assert "Process 1 of 2 failed with exit code 3" in text and "its last words" in text
+    if codes.get(1) == -9:
+        assert "s after it was asked to stop" in str(group.failure())
+
+
+@pytest.mark.parametrize("before", ["", "[rank0]: "])
+def test_the_last_words_of_libraries_are_no_part_of_an_error(tmp_path: Path, before: str) -> None:
+    said = ["Traceback (most recent call last):", "pretrain.errors.NoTargets: No row", "  has one."]
+    noise = [
+        "[rank0]:[W1012 10:15:20.12 ProcessGroupNCCL.cpp:1553] Warning: WARNING: destroy_process_group() was not "
+        "called before program exit",
+        "and a line of its own",
+    ]
+    lines = [before + line for line in said] + noise
+    error = ended(tmp_path, {0: 1}, "\n".join(lines)).failure()
+    assert str(error) == "No row\n  has one."
+    assert type(error) is NoTargets, "a class that is not in pretrain.errors cannot come back"
+
+
+def test_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    threads = [
+        launch._environment(n, t, tmp_path)["OMP_NUM_THREADS"] for n, t in ((2, 0), (16, 0), (2, 3))
+    ]
+    assert threads == ["4", "1", "3"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("RANK", "5")
+    env = launch._environment(2, 0, tmp_path)
+    assert env["OMP_NUM_THREADS"] == "2" and "RANK" not in env
+
+
+def test_the_processes_of_one_host_talk_over_loopback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name in ("lo", "lo0"):
+        names = [(1, "eth0"), (2, name)]
+        monkeypatch.setattr(launch.socket, "if_nameindex", lambda names=names: names)
+        assert launch._environment(2, 0, tmp_path)["GLOO_SOCKET_IFNAME"] == name
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert launch._environment(2, 0, tmp_path)["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+def test_a_full_disk_for_the_screen_does_not_end_the_run() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError), open(full, "w") as file:
+        file.write("x")
+    Relay(full).write("a line")
+
+
+def test_the_relay_is_the_screen_of_a_launched_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launch.SCREEN, str(tmp_path / "screen.jsonl"))
+    screen = open_screen()
+    assert isinstance(screen, Relay)
+    screen.show(3, {"loss": float("nan")}, 10)
+    screen.write("ünïcode\x1b")
+    screen.close()
+    lines = (tmp_path / "screen.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3 and '"total": 10' in lines[0]
