@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from storage.test_sliced import contents, layout_of, part_of, tiny, training
 
+from checkpoint.test_sharded_saving import contents, layout_of, part_of, tiny, training
 from checkpoint.threads import Room, ThreadPeers, at, attempt_all, cut_model, on_all
 from faults.faulty_io import FaultyIO
 from pretrain.checkpoint import (

@@ -24,7 +24,7 @@ from pretrain.errors import TrainingError
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 COMMANDS = [
     "quickstart",
@@ -445,9 +445,7 @@ def test_thin_commands_call_one_function(
     fake(
         monkeypatch, "pretrain.cli.quickstart", quickstart=record("quickstart", {"exit_code": 130})
     )
-    fake(
-        monkeypatch, "pretrain.report.run_report", write=record("report", tmp_path / "report.html")
-    )
+    fake(monkeypatch, "pretrain.report", write=record("report", tmp_path / "report.html"))
     fake(
         monkeypatch,
         "pretrain.evaluation",

@@ -16,7 +16,7 @@ from pretrain.cli import quickstart as story
 from pretrain.data.sources import PythonSource
 from pretrain.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 PLACE = "runs/with blank"

@@ -25,7 +25,7 @@ from pretrain.config import (
 )
 from pretrain.errors import ConfigError
 
-SRC = Path(__file__).parents[1] / "src" / "pretrain"
+SRC = Path(__file__).parents[2] / "src" / "pretrain"
 
 # Every setting there is. Adding one is a decision: it needs code that reads it, a line here and one in the CHANGELOG.
 SURFACE = [
@@ -109,10 +109,10 @@ def test_the_surface_is_frozen() -> None:
 
 
 def test_every_setting_is_read_by_some_code() -> None:
-    """An option that nobody reads lies: each field is read as an attribute somewhere outside of config.py."""
+    """An option that nobody reads lies: each field is read as an attribute somewhere outside of config/run.py."""
     read: set[str] = set()
     for path in SRC.rglob("*.py"):
-        if path not in (SRC / "config.py", SRC / "settings" / "check.py"):
+        if path not in (SRC / "config" / "run.py", SRC / "config" / "check.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute):
                     read.add(node.attr)

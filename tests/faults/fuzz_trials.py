@@ -46,7 +46,7 @@ from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.objectives import task_class
-from pretrain.report.run_report import render
+from pretrain.report import render
 from pretrain.training.logging import RunLog
 from pretrain.utils.tensors import read_tensors
 

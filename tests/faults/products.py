@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pretrain
+from pretrain import report
 from pretrain.cli import main as cli
 from pretrain.models import build
-from pretrain.report import run_report as report
 
 WORDS = ["sea", "ship", "wind", "salt", "rope", "sail", "deck", "mast", "gull", "tide"]
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}

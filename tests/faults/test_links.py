@@ -9,10 +9,10 @@ import pytest
 
 import pretrain
 from faults import products
+from pretrain import report
 from pretrain.cli import main as cli
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import PretrainError
-from pretrain.report import run_report as report
 from pretrain.utils.files import open_writable, replace_file
 
 

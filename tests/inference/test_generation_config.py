@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from test_generate import HF, PROMPTS, VOCAB, pair
 
 import tiny
+from inference.test_generate import HF, PROMPTS, VOCAB, pair
 from pretrain.checkpoint import load
 from pretrain.errors import ConfigError
 from pretrain.inference.settings import DEFAULT_NEW_TOKENS, Settings

@@ -160,7 +160,7 @@ def test_a_mesh_is_chosen_by_the_poorest_host(
         # Rank 0 says what the run needs, for the hardware of the others may choose another precision.
         task.world.broadcast_object = lambda value: value | {"compute_bytes": 2, "gather_bytes": 2}  # type: ignore[method-assign]
         with pytest.raises(InterruptedError):
-            spreading.spread(task)
+            spreading.parallelize(task)
     assert asked == [(1.0, 2, 2), (1.0, 2, 2)]
 
 

@@ -8,7 +8,6 @@ YAML.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,10 +18,7 @@ from pretrain.errors import ConfigError, did_you_mean
 __all__ = ["add_settings", "interface", "make_parser", "parse"]
 
 # Commands whose options are the fields of a settings class, of which only those given count.
-_SETTINGS = {
-    "train": ("pretrain.config", "RunConfig"),
-    "finetune": ("pretrain.finetuning.settings", "TuneConfig"),
-}
+_SETTINGS = ("train", "finetune")
 # Mappings: any name may follow.
 _OPEN = {
     "train": ("--model.overrides.", "--objective.init_args."),
@@ -119,8 +115,13 @@ def parse(parser: Any, name: str, words: list[str], short: Mapping[str, str] | N
 
 
 def _settings(name: str) -> Any:
-    module, kind = _SETTINGS[name]
-    return getattr(importlib.import_module(module), kind)
+    if name == "train":
+        from pretrain.config import RunConfig
+
+        return RunConfig
+    from pretrain.finetuning.settings import TuneConfig
+
+    return TuneConfig
 
 
 def _spelled_out(words: list[str], short: Mapping[str, str]) -> list[str]:

@@ -398,7 +398,7 @@ def _add_report(parser: Any) -> None:
 
 
 def _report(args: Any) -> None:
-    from pretrain.report.run_report import write
+    from pretrain.report import write
 
     print(printable(str(write(Path(args.run)))))
 

@@ -203,7 +203,7 @@ class _Story:
     def pretrain(self, kind: str, data: str) -> Run:
         """Train one of the two models for its share of the time that is left."""
         import pretrain
-        from pretrain.report.run_report import write
+        from pretrain.report import write
 
         seconds = max(self.left * _SHARES[kind], self.budget * 60 * 0.1)
         what = {

@@ -1,1 +1,7 @@
 """Reports on runs: curves and tables as one self-contained page."""
+
+from pretrain.report.history import History, loss_svg, read_history, sort_records
+from pretrain.report.run_report import render, write
+from pretrain.utils.curves import curve_svg
+
+__all__ = ["History", "curve_svg", "loss_svg", "read_history", "render", "sort_records", "write"]

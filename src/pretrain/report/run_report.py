@@ -17,11 +17,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pretrain.report.history import History, loss_svg, number, read_history, sort_records
+from pretrain.report.history import History, loss_svg, number, read_history
 from pretrain.report.page import page, show, table, tile_row, write_page
 from pretrain.utils.curves import Series, curve_svg
 
-__all__ = ["History", "curve_svg", "loss_svg", "read_history", "render", "sort_records", "write"]
+__all__ = ["render", "write"]
 
 
 def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:

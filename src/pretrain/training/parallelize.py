@@ -25,7 +25,7 @@ from pretrain.training.precision import choose_device
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["enter_world", "run_lock", "spread"]
+__all__ = ["enter_world", "parallelize", "run_lock"]
 
 
 def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.device]:
@@ -60,7 +60,7 @@ def _same_for_all(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def spread(trainer: Trainer) -> Strategy:
+def parallelize(trainer: Trainer) -> Strategy:
     """Choose the sizes of the mesh, say why, and put the objective on it.
 
     Raises:

@@ -15,7 +15,7 @@ from pretrain.training.ema import WeightAverage
 from pretrain.training.feed import Feed
 from pretrain.training.layers import Layers
 from pretrain.training.optim import build_optimizers
-from pretrain.training.parallelize import spread
+from pretrain.training.parallelize import parallelize
 from pretrain.training.plan import Plan, choose_micro_rows, mean_length
 from pretrain.training.precision import (
     LossScale,
@@ -50,7 +50,7 @@ def set_up(trainer: Trainer) -> bool:
         trainer.say("the weights are converted to fp32: half-precision weights lose small updates")
         trainer.objective.float()
     checkpoint = latest_together(trainer.out, world.peers())
-    trainer.strategy = spread(trainer)
+    trainer.strategy = parallelize(trainer)
     trainer.eval_precision = evaluation_precision(
         train.eval_precision, trainer.precision, gathered=trainer.strategy.gathered
     )
