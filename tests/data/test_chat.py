@@ -240,13 +240,19 @@ WILD = [
     "{{ 1.5 | round(10 ** 9, 'ceil') }}",
     "{{ 'a\\nb' | indent(10 ** 9) }}",
     "{{ [1] | tojson(indent=10 ** 9) }}",
+    "{{ ([1] * 90000) | tojson(separators=('a' * 30000, ':')) }}",
+    "{% set deep = namespace(x=[]) %}{% for i in range(300) %}{% set deep.x = [deep.x, [1] * 10] %}{% endfor %}"
+    "{% set x %}{% for i in range(99999) %}{{ deep.x | tojson(indent=16) }}{% endfor %}{% endset %}",
+    "{% set d = dict(a='b' * 100000) %}{% set x %}{% for i in range(99999) %}{{ d.items() }}{% endfor %}{% endset %}",
+    "{% set f = '{0}{0}{0}{0}{0}'.format %}{{ f('a' * 1000000) }}",
+    "{{ '{a}{a}{a}{a}{a}'.format_map({'a': 'a' * 1000000}) }}",
     "{% filter upper %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endfilter %}",
 ]
 
 
 @pytest.mark.parametrize("source", WILD)
 def test_template_that_runs_wild_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "STEPS", 100_000)
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 100_000)
     began = time.monotonic()
     with pytest.raises(DataError, match=r"row 3: the chat template runs wild: .*chat_template="):
         ChatTemplate(source, {}).render(CHAT, where="row 3")
@@ -254,7 +260,7 @@ def test_template_that_runs_wild_is_stopped(source: str, monkeypatch: pytest.Mon
 
 
 def test_template_that_is_slow_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "SECONDS", 0.2)
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.2)
     slow = "{% set x = 'a' * 3000000 %}{% for i in range(99999) %}{% if 'b' in x %}{% endif %}{% endfor %}"
     began = time.monotonic()
     with pytest.raises(DataError, match="runs wild"):
@@ -290,7 +296,21 @@ def test_template_that_fails_is_a_data_error(source: str, said: str) -> None:
 def test_rendering_changes_nothing_outside() -> None:
     messages = copy.deepcopy(CHAT)
     ChatTemplate("{% set messages = messages[1:] %}{{ messages | length }}", {}).render(messages)
-    assert messages == CHAT
+    calling = [{**CHAT[1], "tool_calls": [{"name": "look"}]}]
+    for change in ("dict.update(calls[0], name='x')", "calls.clear()", "calls[0].update(name='x')"):
+        template = ChatTemplate("{% set calls = messages[0].tool_calls %}{{ " + change + " }}", {})
+        with pytest.raises(DataError, match="fails"):
+            template.render(calling)
+    assert messages == CHAT and calling[0]["tool_calls"] == [{"name": "look"}]
+
+
+def test_filters_and_tests_of_jinja_are_there() -> None:
+    source = (
+        "{{ 'a b' | wordcount }} {{ 'a b' | urlencode }} {{ '<b>x</b>' | striptags }} {{ [1, 2] | sum }} "
+        "{{ dict.fromkeys(['k'], 1) | tojson(separators=(', ', '=')) }} {{ 3 is odd }} "
+        "{{ ['b', 'a'] | sort | join('-') }}"
+    )
+    assert ChatTemplate(source, {}).render(CHAT) == '2 a%20b x 3 {"k"=1} True a-b'
 
 
 def test_special_tokens_typed_into_a_text_are_seen() -> None:

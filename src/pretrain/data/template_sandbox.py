@@ -1,10 +1,11 @@
-"""A sandbox for chat templates of strangers: Jinja without loops that never end and texts that fill the memory.
+"""Sandbox for chat templates: Jinja's immutable sandbox, with limits on steps, time and the size of every value.
 
-Jinja's own sandbox keeps a template from reaching Python; it does not keep it from running for ever. Here every pass
-through a loop, a macro or a block, every call and every container takes from a budget, and what can grow (``+``,
-``*``, ``~``, ``**``, filters, methods of texts, captured blocks) is measured before it is made. The surroundings
-(trimmed blocks, ``tojson``, ``raise_exception``, ``strftime_now``, ``{% generation %}``) are those that chat templates
-on the hub are written for.
+A chat template comes with a checkpoint and is a stranger's program. Jinja's own sandbox keeps it from reaching Python,
+but lets it run for ever and fill the memory. A deadline alone does not help: ``'a' * 10 ** 10`` and ``7 ** 10 ** 9``
+are single operations that nothing interrupts. So every loop, call, filter, test and operator reports here; every value
+is measured when it is made, and beforehand where a single operation can make a huge one of small ones.
+
+The settings, globals, filters and tags are those of ``transformers.utils.chat_template_utils``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -27,65 +28,46 @@ from jinja2.visitor import NodeTransformer
 
 __all__ = ["Runaway", "Sandbox"]
 
-STEPS = 2_000_000  # passes, calls and items of one rendering
-MOST = 4_000_000  # characters of a text, items of a list
-SECONDS = 10.0
-_BITS = 4096  # of a whole number
+MAX_STEPS = 2_000_000  # passes, calls and items of one rendering; 64 characters count as one item
+MAX_SIZE = 4_000_000  # characters of a text, items of a list
+MAX_SECONDS = 10.0
+_MAX_BITS = 4096  # of a whole number
 
-_FILTERS = (
-    *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby"),
-    *("int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse"),
-    *("safe", "select", "selectattr", "sort", "string", "title", "trim", "truncate", "unique", "upper"),
-)  # fmt: skip
-_METHODS = frozenset(
-    (
-        *("capitalize", "casefold", "copy", "count", "endswith", "find", "format", "format_map", "get"),
-        *("index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower"),
-        *("isnumeric", "isprintable", "isspace", "istitle", "isupper", "items", "join", "keys", "lower"),
-        *("lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex"),
-        *("rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase"),
-        *("title", "upper", "values"),
-    )
-)  # fmt: skip
-_PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset)
+# Filters and methods whose results are not bounded by what they are given, or (random) differ between renderings.
+_NO_FILTERS = ("batch", "center", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr")
+_NO_METHODS = ("center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill")
 _WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")  # a width that is large, or comes from elsewhere
 
 
 class Runaway(jinja2.TemplateError):
-    """The template took more than its budget."""
+    """The template exceeded a limit."""
 
 
 class _Metered(NodeTransformer):
-    """Put a call of the sandbox where a template can take time or memory without one."""
+    """Replace what Jinja lets no sandbox intercept, loops, ``~`` and literals, by calls of the sandbox."""
 
-    def _call(self, name: str, *args: nodes.Expr) -> nodes.Call:
-        return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
+    def _call(self, name: str, *arguments: Any) -> nodes.Call:
+        return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None)
 
-    def _body(self, node: Any) -> Any:
-        node = self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(self._call("tick")))
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.iter = self._call("metered_items", node.iter)
         return node
 
-    visit_Macro = visit_CallBlock = visit_Block = _body
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        self.generic_visit(node)
+        return self._call("concatenated", *node.nodes)
 
-    def visit_For(self, node: nodes.For) -> Any:
-        node = self._body(node)
-        if node.test is not None:  # it runs where the body may not
-            node.test = nodes.And(self._call("tick"), node.test)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> Any:
-        return self._call("joined", *self.generic_visit(node).nodes)  # type: ignore[attr-defined]
-
-    def _container(self, node: Any) -> Any:
-        node = self.generic_visit(node)
+    def _literal(self, node: Any) -> nodes.Expr:
+        self.generic_visit(node)
+        # A tuple that is assigned to, as in ``for key, value in ...``, makes no value.
         return node if getattr(node, "ctx", "load") != "load" else self._call("measured", node)
 
-    visit_List = visit_Tuple = visit_Dict = _container
+    visit_List = visit_Tuple = visit_Dict = _literal
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what the assistant says; it prints its content, between the marks of the sandbox."""
+    """The tag ``{% generation %}``: marks what the assistant says, and prints it between the marks of the sandbox."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -103,14 +85,24 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Holds values across scopes; its text does not grow with what it holds."""
+    """A namespace that does not print what it holds, which may be itself many times over."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
+class _Dict:
+    """The global ``dict`` without the methods of the class, which would change the dictionaries of the caller."""
+
+    def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*args, **named)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The environment that chat templates are rendered in; a template has it for itself.
+    """The environment in which one chat template is compiled and rendered.
 
     Attributes:
         marks: what ``render`` puts before and behind the content of every ``{% generation %}`` block.
@@ -122,51 +114,52 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             ``Runaway``.
     """
 
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
-            optimized=False,
-            finalize=self.measured,
+            optimized=False,  # the optimizer would run parts of the template at compile time
+            finalize=self.printed,
         )
-        self._left, self._end, self._ticks = STEPS, time.monotonic() + SECONDS, 0
+        self._start()
         self.marks, self.has_generation = ("", ""), False
         self.constants: frozenset[str] = frozenset()
-        self.concat = self._concat  # type: ignore[method-assign]
-        plain = self.filters
-        self.filters = {name: self._counted(plain[name]) for name in _FILTERS if name in plain}
-        own: dict[str, Callable[..., Any]] = {
-            "tojson": _to_json,
+        filters: dict[str, Callable[..., Any]] = {
+            **self.filters,
+            "tojson": self._to_json,
             "join": self._join,
-            "replace": lambda text, old, new, count=None: self._replaced(str(text), str(old), str(new), count),
+            "replace": self._replace,
             "indent": self._indent,
             "round": _round,
-            "format": lambda text, *args, **named: self.call_binop(None, "%", str(text), named or args),
+            "format": lambda text, *args, **named: self.call_binop(
+                None, "%", str(text), named or args
+            ),
             "sum": self._sum,
-        }  # fmt: skip
-        self.filters |= {name: self._counted(function) for name, function in own.items()}
-        self.globals = {
-            "range": self.globals["range"],
-            "dict": dict,
+        }
+        self.filters = {
+            name: self._metered(function)
+            for name, function in filters.items()
+            if name not in _NO_FILTERS
+        }
+        self.tests = {name: self._metered(test) for name, test in self.tests.items()}
+        del self.globals["lipsum"]
+        self.globals |= {
+            "dict": _Dict(),
             "namespace": _Namespace,
-            "cycler": jinja2.utils.Cycler,
-            "joiner": jinja2.utils.Joiner,
             "raise_exception": _raise,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         }
 
     def template(self, source: str) -> jinja2.Template:
         """Compile a template, with its meters."""
-        parsed = self.parse(source)
-        found = (node.value for node in parsed.find_all(nodes.Const))
-        self.constants = frozenset(value for value in found if isinstance(value, str))
-        tree = _Metered().visit(parsed)
-        tree.set_environment(self)
+        tree = self.parse(source)
+        constants = (node.value for node in tree.find_all(nodes.Const))
+        self.constants = frozenset(value for value in constants if isinstance(value, str))
         self._start()
-        return self.from_string(tree)
+        return self.from_string(_Metered().visit(tree).set_environment(self))
 
     def render(
         self,
@@ -174,176 +167,170 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         values: Mapping[str, Any],
         marks: tuple[str, str] = ("", ""),
     ) -> str:
-        """Render a template of this sandbox within the budget."""
+        """Render a template of this sandbox within the limits."""
         self._start()
         self.marks = marks
-        pieces, size = [], 0
-        for piece in template.generate(values):
-            size += len(piece)
-            self._fits(size)
-            pieces.append(piece)
-        return "".join(pieces)
+        return str(template.render(values))
 
     def _start(self) -> None:
-        self._left, self._end = STEPS, time.monotonic() + SECONDS
+        self._steps_left, self._deadline = MAX_STEPS, time.monotonic() + MAX_SECONDS
 
-    # ------------------------------------------------------------------ the meters
+    # ------------------------------------------------------------------ meters
 
-    def tick(self, cost: int = 1) -> bool:
-        """Take from the budget."""
-        self._left -= cost
-        self._ticks += 1
-        if self._left < 0 or (self._ticks % 256 == 0 and time.monotonic() > self._end):
-            raise Runaway(f"it takes more than {STEPS:,} steps or {SECONDS:.0f} seconds")
-        return True
+    def step(self, count: int = 1) -> None:
+        """Count steps, and look at the clock."""
+        self._steps_left -= count
+        if self._steps_left < 0 or time.monotonic() > self._deadline:
+            raise Runaway(f"it takes more than {MAX_STEPS:,} steps or {MAX_SECONDS:.0f} seconds")
 
-    def _fits(self, size: int) -> None:
-        if size > MOST:
-            raise Runaway(f"it makes more than {MOST:,} characters or items")
+    def _check_size(self, size: int) -> None:
+        if size > MAX_SIZE:
+            raise Runaway(f"it makes more than {MAX_SIZE:,} characters or items")
 
     def size(self, value: Any) -> int:
-        """Items of a value and characters of its texts, what stands in it several times counted as often."""
+        """Count the items of a value and the characters of its texts, as often as they occur in it."""
         if isinstance(value, str):
-            self.tick(1 + len(value) // 64)
+            self.step(1 + len(value) // 64)
+            self._check_size(len(value))
             return len(value)
-        todo, total = [value], 0
-        while todo:
-            item = todo.pop()
-            total += len(item) if isinstance(item, str) else 1
-            self.tick(1)
-            self._fits(total)
+        pending, total = [value], 0
+        while pending:
+            item = pending.pop()
+            total += self.size(item) if isinstance(item, str) else 1
+            self.step()
+            self._check_size(total)
             if isinstance(item, dict):
-                todo += [*item.keys(), *item.values()]
+                pending += [*item.keys(), *item.values()]
             elif isinstance(item, list | tuple | set | frozenset):
-                todo += item
+                pending += item
         return total
 
     def measured(self, value: Any) -> Any:
-        """The value, if it is not too large."""
+        """Return a value that is not too large."""
         if isinstance(value, str | list | tuple | dict | set | frozenset):
-            self._fits(self.size(value))
+            self.size(value)
         return value
 
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def printed(self, value: Any) -> str:
+        """Return the text of a value."""
+        text = str(value)
+        self.size(text)
+        return text
+
+    def metered_items(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Yield the items that a loop passes through."""
+        for value in values:
+            self.step()
+            yield value
+
+    def _metered(self, function: Any) -> Callable[..., Any]:
         @functools.wraps(function)  # carries over whether Jinja passes itself along
-        def counted(*args: Any, **named: Any) -> Any:
-            self.tick()
-            for value in (*args, *named.values()):
-                self.measured(value)
+        def metered(*args: Any, **named: Any) -> Any:
+            self.step()
             return self.measured(function(*args, **named))
 
-        return counted
+        return metered
 
-    # ------------------------------------------------------------------ what grows
+    # ------------------------------------------------------------------ operations that make large values of small ones
 
-    def _concat(self, parts: Iterable[Any]) -> str:
-        texts = list(parts)
-        self._fits(sum(map(len, texts)))
-        self.tick(1 + len(texts))
+    def concat(self, pieces: Iterable[str]) -> str:
+        """Join the output of the template, or of a block of it."""
+        texts, size = [], 0
+        for piece in pieces:
+            size += len(piece)
+            self._check_size(size)
+            texts.append(piece)
+        self.step(1 + size // 64)
         return "".join(texts)
 
-    def joined(self, *parts: Any) -> str:
-        """What ``a ~ b`` gives."""
-        self._fits(sum(self.size(part) for part in parts))
-        return str(self.measured("".join(map(str, parts))))
+    def concatenated(self, *values: Any) -> str:
+        """Return ``a ~ b``."""
+        return self.concat(map(self.printed, values))
 
-    def _join(self, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-        items = [
-            item if attribute is None else self.getitem(item, attribute)
-            for item in value
-            if self.tick()
-        ]
-        self._fits(sum(self.size(item) + len(d) for item in items))
-        return str(d).join(map(str, items))
+    def _join(self, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+        if attribute is not None:
+            values = map(jinja2.filters.make_attrgetter(self, attribute), values)
+        return str(d).join(self._pieces(map(self.printed, values), str(d)))
 
     def _sum(
         self, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0
     ) -> Any:
-        total = start
-        for value in values:
-            item = value if attribute is None else self.getitem(value, attribute)
-            if not isinstance(item, int | float) or not isinstance(total, int | float):
-                # Lists would be copied once for every summand.
-                raise jinja2.TemplateError("sum is open to numbers only")
-            total = self.call_binop(None, "+", total, item)
-        return total
+        if not isinstance(start, int | float):
+            # A sum of lists would copy them once for every summand.
+            raise jinja2.TemplateError("sum is open to numbers only")
+        return jinja2.filters.sync_do_sum(self, values, attribute, start)
 
-    def _replaced(self, text: str, old: str, new: str, count: int | None = None) -> str:
-        found = text.count(old) if old else len(text) + 1
-        self._fits(len(text) + found * len(new))
-        return text.replace(old, new, -1 if count is None else count)
+    def _to_json(
+        self, value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:  # fmt: skip
+        """Write JSON without the escapes for HTML that Jinja's own filter makes."""
+        if indent is not None and not (isinstance(indent, int) and indent <= 16):
+            raise Runaway(f"it indents by {indent!r}")
+        encoder = json.JSONEncoder(
+            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        # Indents and separators multiply, so such texts are made piece by piece.
+        whole = indent is None and separators is None
+        return self.concat([encoder.encode(value)] if whole else encoder.iterencode(value))
+
+    def _pieces(self, values: Iterable[Any], separator: str) -> list[Any]:
+        pieces = list(values)
+        self._check_size(sum(self.size(piece) + len(separator) for piece in pieces))
+        return pieces
+
+    def _check_replace(self, text: str, old: Any, new: Any) -> None:
+        times = text.count(str(old)) if old else len(text) + 1
+        self._check_size(len(text) + times * len(str(new)))
+
+    def _replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
+        self._check_replace(str(text), old, new)
+        return str(text).replace(str(old), str(new), -1 if count is None else count)
 
     def _indent(
         self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
     ) -> str:
-        step = len(width) if isinstance(width, str) else int(width)
-        self._fits(len(str(text)) + (str(text).count("\n") + 2) * step)
-        return jinja2.filters.do_indent(str(text), width, first, blank)
+        text, columns = str(text), len(width) if isinstance(width, str) else int(width)
+        self._check_size(len(text) + (len(text.splitlines()) + 1) * columns)
+        return jinja2.filters.do_indent(text, width, first, blank)
 
-    def _formatted(self, text: str, values: Any) -> None:
-        """Hold the widths and the number of fields of a format against what may be made."""
+    def _check_format(self, text: str, values: Any) -> None:
         if _WIDE.search(text.replace("{{", "").replace("}}", "")):
             raise Runaway(f"it formats with a width that is no small number: {text[:40]!r}")
-        self._fits((text.count("{") + text.count("%")) * (self.size(values) + 1000))
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """The method ``format`` of a text, measured."""
-        made = super().wrap_str_format(value)
-        if made is None:
-            return None
-
-        def checked(*args: Any, **named: Any) -> str:
-            self._formatted(str(value.__self__), [list(args), named])
-            return str(self.measured(made(*args, **named)))
-
-        return checked
+        self._check_size((text.count("{") + text.count("%")) * (self.size(values) + 1000))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """``+ * ** %`` with an eye on how large the result is."""
-        self.tick()
+        """Compute with two values, unless the result would be too large."""
+        self.step()
         if operator == "%" and isinstance(left, str):
-            self._formatted(left, right)
+            self._check_format(left, right)
         elif operator == "*":
-            for text, times in ((left, right), (right, left)):
-                if isinstance(text, str | list | tuple) and isinstance(times, int):
-                    self._fits(len(text) * times)
+            for items, times in ((left, right), (right, left)):
+                if isinstance(items, str | list | tuple) and isinstance(times, int):
+                    self._check_size(len(items) * times)
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * (right if operator == "**" else 1)
-            if max(bits, right.bit_length()) > _BITS:
-                raise Runaway(f"it computes numbers of more than {_BITS:,} bits")
+            if max(bits, right.bit_length()) > _MAX_BITS:
+                raise Runaway(f"it computes numbers of more than {_MAX_BITS:,} bits")
         return self.measured(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **named: Any) -> Any:
-        """Call a macro, a function, or one of the harmless methods of a text, a list or a dictionary."""
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, _PLAIN):
-            method = getattr(__obj, "__name__", "")
-            if method not in _METHODS:
-                raise jinja2.TemplateError(
-                    f"{type(owner).__name__}.{method} is not open to chat templates"
-                )
-            if method == "replace" and isinstance(owner, str):
-                __self._replaced(owner, str(args[0]), str(args[1]))
-            if method == "join" and args and isinstance(owner, str):
-                args = (list(args[0]), *args[1:])
-                __self._fits(sum(__self.size(item) + len(owner) for item in args[0]))
-        __self.tick(1 + (len(owner) // 64 if isinstance(owner, str) else 0))
-        result = super().call(__context, __obj, *args, **named)
-        return __self.measured(result)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    if indent is not None and not (isinstance(indent, int) and indent <= 16):
-        raise Runaway(f"it indents by {indent!r}")
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+        """Call a macro, a function or a method."""
+        __self.step()
+        method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, str | int) and name in _NO_METHODS:
+            raise jinja2.TemplateError(
+                f"{type(owner).__name__}.{name} is not open to chat templates"
+            )
+        if isinstance(owner, str):
+            if name in ("format", "format_map"):
+                __self._check_format(owner, [list(args), named])
+            elif name == "replace" and len(args) > 1:
+                __self._check_replace(owner, *args[:2])
+            elif name == "join" and args:
+                args = (__self._pieces(args[0], owner), *args[1:])
+        return __self.measured(super().call(__context, __obj, *args, **named))
 
 
 def _round(value: float, precision: int = 0, method: str = "common") -> float:
