@@ -1,13 +1,13 @@
-"""YAML as data: a small, strict reading of YAML 1.2, and a writer that it reads back exactly.
+"""YAML 1.2 as data, with PyYAML: a strict reader, and a writer that it reads back exactly.
 
-PyYAML's safe loader follows YAML 1.1, where ``2e-5`` is a string, ``010`` is eight, ``12:30`` is
-750 and ``on`` is a boolean, where a repeated key silently wins, and where a short file of aliases grows
-without bound. Here values are built from the parser's events, with the core schema of YAML 1.2
-(section 10.3.2): no tags, no anchors, no duplicate keys, bounded size and depth.
+PyYAML follows YAML 1.1, where ``2e-5`` is a string, ``010`` is eight, ``12:30`` is 750 and ``on`` is a boolean, and
+where a repeated key silently wins. The loader here resolves scalars by the core schema of YAML 1.2 (section 10.3.2)
+and refuses tags, anchors, which let a short file grow without bound, duplicate keys, and absurd sizes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from pretrain.errors import ConfigError
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "Key", "dump", "parse", "scalar"]
+__all__ = ["MAX_BYTES", "Key", "dump", "parse"]
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -23,107 +23,53 @@ _MAX_DIGITS = 100
 
 Key = tuple[str, ...]
 
-_INT = re.compile(r"[-+]?[0-9]+")
-_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_INF = re.compile(r"[-+]?\.(inf|Inf|INF)")
-_WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
-_WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_WORDS |= {".nan": float("nan"), ".NaN": float("nan"), ".NAN": float("nan")}
+_TAG = "tag:yaml.org,2002:"
+# Each with the characters that it may begin with, as PyYAML looks it up.
+_CORE_SCHEMA = (
+    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("float", r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", list("-+.")),
+)
 
 
-def scalar(text: str) -> Any:
-    """Return the value that unquoted ``text`` stands for in the core schema of YAML 1.2.
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe loader that resolves scalars by the core schema of YAML 1.2."""
 
-    Raises:
-        ConfigError: a number of absurd length.
-    """
-    if text in _WORDS:
-        return _WORDS[text]
-    if text[0] not in "+-.0123456789":
-        return text
-    if _INT.fullmatch(text) or _BASED.fullmatch(text):
-        if len(text) > _MAX_DIGITS:
-            raise ConfigError(
-                f"the number {text[:20]}... has {len(text)} digits; no setting needs that."
-            )
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    if _FLOAT.fullmatch(text) or _INF.fullmatch(text):
-        return float(text.replace(".", "", 1) if _INF.fullmatch(text) else text)
-    return text
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
 
 
-class _Builder:
-    """Turns parser events into plain values and remembers the line of every key."""
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """A safe dumper that quotes what YAML 1.1 or YAML 1.2 takes for another thing than a string, and shares nothing."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.lines: dict[Key, int] = {}
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
-    def fail(self, mark: Any, message: str) -> ConfigError:
-        place = f"{self.name}:{mark.line + 1}" if mark is not None else self.name
-        return ConfigError(f"{place}: {message}")
 
-    def build(self, events: Any) -> Any:
-        for event in events:
-            if isinstance(event, yaml.StreamStartEvent | yaml.DocumentStartEvent):
-                if getattr(event, "tags", None):
-                    raise self.fail(event.start_mark, "%TAG directives are not allowed.")
-                continue
-            if isinstance(event, yaml.StreamEndEvent):
-                return None
-            value = self.node(event, events, (), 0)
-            rest = [item for item in events if not isinstance(item, yaml.DocumentEndEvent)]
-            if not isinstance(rest[0], yaml.StreamEndEvent):
-                raise self.fail(
-                    rest[0].start_mark,
-                    "a config is one document; remove the second '---'.",
-                )
-            return value
-        return None
+for _name, _pattern, _first in _CORE_SCHEMA:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
 
-    def node(self, event: Any, events: Any, key: Key, depth: int) -> Any:
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise self.fail(
-                event.start_mark,
-                "anchors (&) and aliases (*) are not allowed.",
-            )
-        if event.tag is not None and event.tag != "!":
-            raise self.fail(
-                event.start_mark, f"the tag {event.tag!r} is not allowed; a config is data."
-            )
-        if depth > MAX_DEPTH:
-            raise self.fail(event.start_mark, f"nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(event, yaml.ScalarEvent):
-            if not event.implicit[0]:
-                return event.value
-            try:
-                return scalar(event.value)
-            except ConfigError as error:
-                raise self.fail(event.start_mark, str(error)) from None
-        if isinstance(event, yaml.SequenceStartEvent):
-            items: list[Any] = []
-            while not isinstance(item := next(events), yaml.SequenceEndEvent):
-                items.append(self.node(item, events, (*key, str(len(items))), depth + 1))
-            return items
-        return self.mapping(events, key, depth)
 
-    def mapping(self, events: Any, key: Key, depth: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        while not isinstance(event := next(events), yaml.MappingEndEvent):
-            name = self.node(event, events, key, depth + 1)
-            if isinstance(name, bool | int | float):
-                name = event.value
-            if not isinstance(name, str):
-                raise self.fail(event.start_mark, "a key must be a word.")
-            if name in found:
-                raise self.fail(
-                    event.start_mark, f"the key {name!r} stands twice; remove one of them."
-                )
-            path = (*key, name)
-            self.lines[path] = event.start_mark.line + 1
-            found[name] = self.node(next(events), events, path, depth + 1)
-        return found
+def _construct_int(loader: Any, node: yaml.ScalarNode) -> int:
+    return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
+
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = text.isprintable() and text.strip() == text
+    return dumper.represent_scalar(_TAG + "str", text, style=None if plain else '"')
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    if not math.isfinite(value):
+        raise ConfigError(f"{value} cannot be written as a setting.")
+    return dumper.represent_float(value)
+
+
+_Loader.add_constructor(_TAG + "int", _construct_int)
+_Dumper.add_representer(str, _represent_str)
+_Dumper.add_representer(float, _represent_float)
 
 
 def parse(text: str, name: str = "settings") -> tuple[Any, dict[Key, int]]:
@@ -141,36 +87,70 @@ def parse(text: str, name: str = "settings") -> tuple[Any, dict[Key, int]]:
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise ConfigError(f"{name} is larger than {MAX_BYTES >> 20} MB; is it a config?")
-    builder = _Builder(name)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    lines: dict[Key, int] = {}
     try:
-        return builder.build(iter(yaml.parse(text, Loader=loader))), builder.lines
+        _check_events(text, name)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, lines
+        _check_node(node, (), lines, name)
+        return loader.construct_document(node), lines
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise builder.fail(mark, f"not valid YAML: {problem}.") from None
+        raise _error(name, mark, f"not valid YAML: {problem}.") from None
 
 
-# Writes what `parse` reads: strings that look like numbers are quoted, nothing is shared.
-_Dumper: Any = type("_Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+def _error(name: str, mark: Any, message: str) -> ConfigError:
+    place = f"{name}:{mark.line + 1}" if mark is not None else name
+    return ConfigError(f"{place}: {message}")
 
 
-def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = text.isprintable() and text.strip() == text and isinstance(scalar(text), str)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+def _check_events(text: str, name: str) -> None:
+    """Refuse what is no plain data, while it is small: before nodes and values are built."""
+    depth = num_documents = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        num_documents += isinstance(event, yaml.DocumentStartEvent)
+        tag = getattr(event, "tag", None)
+        message = ""
+        if getattr(event, "anchor", None):
+            message = "anchors (&) and aliases (*) are not allowed."
+        elif tag not in (None, "!"):
+            message = f"the tag {tag!r} is not allowed; a config is data."
+        elif getattr(event, "tags", None):
+            message = "%TAG directives are not allowed."
+        elif depth > MAX_DEPTH:
+            message = f"nested deeper than {MAX_DEPTH} levels."
+        elif num_documents > 1:
+            message = "a config is one document; remove the second '---'."
+        if message:
+            raise _error(name, event.start_mark, message)
 
 
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value) if value == value and abs(value) != float("inf") else ""
-    if not text:
-        raise ConfigError(f"{value} cannot be written as a setting.")
-    if "." not in text:
-        text = text.replace("e", ".0e")  # other readers of YAML know a float by its point
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Dumper.add_representer(str, _represent_str)
-_Dumper.add_representer(float, _represent_float)
+def _check_node(node: yaml.Node, path: Key, lines: dict[Key, int], name: str) -> None:
+    """Refuse duplicate and absurd keys and absurd numbers, make every key a string, and note its line."""
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _check_node(item, (*path, str(i)), lines, name)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _TAG + "null":
+                raise _error(name, key.start_mark, "a key must be a word.")
+            key.tag = _TAG + "str"
+            key_path = (*path, key.value)
+            if key_path in lines:
+                message = f"the key {key.value!r} stands twice; remove one of them."
+                raise _error(name, key.start_mark, message)
+            lines[key_path] = key.start_mark.line + 1
+            _check_node(value, key_path, lines, name)
+    elif node.tag == _TAG + "int" and len(node.value) > _MAX_DIGITS:
+        message = (
+            f"the number {node.value[:20]}... has {len(node.value)} digits; no setting needs that."
+        )
+        raise _error(name, node.start_mark, message)
 
 
 def dump(value: Any) -> str:
