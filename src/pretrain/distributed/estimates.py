@@ -1,11 +1,9 @@
-"""What a mesh costs, by arithmetic: bytes per device, bytes moved per step, seconds, checkpoints, failures.
+"""Memory that a run takes on one device of a mesh, by arithmetic.
 
 No tensor is touched and no group is asked, so a plan for hundreds of devices can be made on a laptop. `auto` decides
 by the same functions that the documentation's plan is printed from.
 
-The bytes that a block keeps for its backward pass were counted on ours (saved tensors under autocast); the volumes of
-the collectives are those of ring algorithms; the best interval between checkpoints is Young's and Daly's
-(doi 10.1016/j.future.2004.11.016).
+The bytes that a block keeps for its backward pass were counted on ours (saved tensors under autocast).
 
 Letters: P parameters, D hidden, L layers, F intermediate, V vocabulary, T tokens of a micro-batch on one device.
 """
@@ -21,15 +19,8 @@ __all__ = [
     "Memory",
     "MeshShape",
     "Needs",
-    "Traffic",
-    "checkpoint_bytes",
-    "flops_per_token",
     "keeps_whole",
-    "lost_share",
     "memory",
-    "save_interval",
-    "step_seconds",
-    "traffic",
 ]
 
 FP32 = 4
@@ -239,159 +230,3 @@ def memory(
         logits=logits,
         step=max(0.0, matrices - activations - logits),
     )
-
-
-# ------------------------------------------------------------------------------------------------- traffic
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one device sends in one optimizer step, one way, by collective; ``spans`` says over how many hosts.
-
-    Attributes:
-        gather: parts of the weights (fsdp).
-        reduce: parts of the gradients (fsdp).
-        average: gradients over copies of the model (ddp, hybrid fsdp).
-        matrices: activations (tensor parallelism).
-        members: processes of one host in a group of each of the three: shard, replicate, tp.
-        hosts: hosts of a group of each.
-    """
-
-    gather: float
-    reduce: float
-    average: float
-    matrices: float
-    members: tuple[int, int, int]
-    hosts: tuple[int, int, int]
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.gather + self.reduce + self.average + self.matrices
-
-    def seconds(self, link: float, network: float) -> tuple[float, float]:
-        """Seconds of the collectives that a step can hide behind its work, and of those that it waits for.
-
-        Args:
-            link: bytes per second between the devices of a host, one way.
-            network: bytes per second between hosts, one way, for each device.
-        """
-
-        def one(bytes_: float, group: int) -> float:
-            # A ring over several hosts leaves each of them once: its members there share the way out.
-            across = bytes_ / self.members[group] / network if self.hosts[group] > 1 else 0.0
-            inside = bytes_ / link if self.members[group] > 1 else 0.0
-            return max(across, inside)
-
-        hidden = one(self.gather + self.reduce, 0) + one(self.average, 1)
-        return hidden, one(self.matrices, 2)
-
-
-def _layout(sizes: MeshShape, local: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Members of a group on one host, and hosts of a group: for shard, replicate and tp."""
-    members, hosts = [], []
-    part = sizes.tp * sizes.dp_shard
-    spans = ((sizes.tp, sizes.dp_shard), (part, sizes.dp_replicate), (1, sizes.tp))
-    for stride, size in spans:
-        inside = max(1, min(size, local // stride)) if stride < local else 1
-        members.append(inside)
-        hosts.append(math.ceil(size / inside))
-    return (members[0], members[1], members[2]), (hosts[0], hosts[1], hosts[2])
-
-
-def traffic(
-    needs: Needs,
-    sizes: MeshShape,
-    strategy: str,
-    tokens: int,
-    accumulation: int = 1,
-    *,
-    local: int = 8,
-    reshard: bool = True,
-    whole: bool = False,
-) -> Traffic:
-    """Bytes that one device sends in one optimizer step.
-
-    Args:
-        needs: of the run.
-        sizes: of the mesh.
-        strategy: ``single``, ``ddp`` or ``fsdp``.
-        tokens: of a micro-batch on one device.
-        accumulation: micro-batches of one device in a step.
-        local: processes of one host.
-        reshard: fsdp gives a block back after the forward pass and gathers it again for the backward pass.
-        whole: see `keeps_whole`.
-    """
-
-    def ring(size: int) -> float:
-        return (size - 1) / size
-
-    held, trained = needs.parameters / sizes.tp, needs.trainable / sizes.tp
-    fsdp = strategy == "fsdp"
-    shard = ring(sizes.dp_shard) if fsdp else 0.0
-    gathers = 1 if whole else accumulation * (2 if reshard else 1)
-    reduces = 1 if whole else accumulation
-    averaged = trained / sizes.dp_shard if fsdp else trained
-    copies = sizes.dp_replicate if fsdp else sizes.dp
-    # Two sums over the group in the forward pass of a block and two in its backward pass, again where it is computed
-    # again; one for the embedding, one for the gradient of the features before the head.
-    sums = needs.layers * (6 if needs.checkpointing == "full" else 4) + 2
-    members, hosts = _layout(sizes, local)
-    sent = 2 * ring(sizes.tp) * tokens * needs.hidden * needs.compute_bytes
-    return Traffic(
-        gather=gathers * shard * (needs.gather_bytes or needs.compute_bytes) * held,
-        reduce=reduces * shard * FP32 * trained,
-        average=2 * ring(copies) * FP32 * averaged,
-        matrices=accumulation * sums * sent,
-        members=members,
-        hosts=hosts,
-    )
-
-
-# -------------------------------------------------------------------------------------- time and checkpoints
-
-
-def flops_per_token(needs: Needs) -> float:
-    """Operations of a token's forward and backward pass: 6 per weight of a matrix, 12 L D T for attention (PaLM)."""
-    outside = needs.vocabulary * needs.hidden * (1 if needs.tied else 2)
-    matrices = needs.parameters - outside + needs.vocabulary * needs.hidden
-    width = needs.query or needs.hidden
-    return 6.0 * matrices + 12.0 * needs.layers * width * needs.row_length
-
-
-def step_seconds(
-    work: float, moved: Traffic, *, peak: float, efficiency: float, link: float, network: float
-) -> float:
-    """Seconds of one optimizer step.
-
-    Args:
-        work: operations of one device in the step.
-        moved: what it sends meanwhile.
-        peak: operations per second of the device by its data sheet.
-        efficiency: the share of it that one device alone reaches.
-        link: see `Traffic.seconds`.
-        network: see `Traffic.seconds`.
-    """
-    hidden, waited = moved.seconds(link, network)
-    return max(work / (peak * efficiency), hidden) + waited
-
-
-def checkpoint_bytes(needs: Needs) -> float:
-    """Bytes of one checkpoint in fp32: weights, moments, and what else a run remembers."""
-    copies = needs.ema * needs.parameters + needs.anchors * needs.trainable
-    return float(FP32 * (needs.parameters + needs.moments + copies))
-
-
-def save_interval(stall: float, between_failures: float) -> float:
-    """Seconds between two checkpoints that lose the least time (Young's first-order formula, as in Daly).
-
-    Args:
-        stall: seconds that training stands still for one save.
-        between_failures: mean seconds between two failures of the whole machine.
-    """
-    return math.sqrt(2 * stall * between_failures)
-
-
-def lost_share(stall: float, interval: float, restart: float, between_failures: float) -> float:
-    """Share of the time that is lost: to saving, to work done twice after a failure, and to starting again."""
-    return stall / interval + (interval / 2 + restart) / between_failures

@@ -50,7 +50,7 @@ def connect(
 
 
 class Peers:
-    """Tensors and plain values between processes, on the CPU; what `pretrain.storage` asks for.
+    """Tensors and plain values between processes, on the CPU; what `pretrain.checkpoint` asks for.
 
     Args:
         rank: of this process.
