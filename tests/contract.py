@@ -133,7 +133,7 @@ def check_checkpointing(model: Model) -> None:
     for mode in ("off", "full", "selective"):
         model.zero_grad()
         torch.manual_seed(0)  # a head may have dropout
-        model.backbone.recompute(mode)
+        model.backbone.set_activation_checkpointing(mode)
         loss_of(model.train(), batch).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     plain, *others = grads

@@ -134,7 +134,7 @@ def test_what_is_trained(family: str, head: str | None) -> None:
 def test_a_gradient_reaches_every_trainable_tensor(family: str, mode: str, dora: bool) -> None:
     """With B at zero A has none; with random values all have one, under activation checkpointing too."""
     model = adapted(family, "sequence-classification", dora=dora, dropout=0.1).train()
-    model.backbone.recompute(mode)
+    model.backbone.set_activation_checkpointing(mode)
     model(BATCH).square().sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -167,7 +167,7 @@ def family_case(family: str) -> Figures:
 def checkpointed() -> Figures:
     kind, _, batch = batch_for("qwen3")
     whole, cut = pair(made("qwen3"))
-    cut.backbone.recompute("full")
+    cut.backbone.set_activation_checkpointing("full")
     return compared(whole, cut, lambda m: build_objective(kind, {}, m).train()(batch).total)
 
 

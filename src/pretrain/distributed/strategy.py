@@ -105,7 +105,7 @@ class Strategy:
         self.sharded, self._gather = choice.strategy == "fsdp", gather
         self.layout = self._layout(shapes)
         self.cut = self.layout.dp_shard * self.layout.tp > 1
-        model.backbone.recompute(settings.activation_checkpointing)
+        model.backbone.set_activation_checkpointing(settings.activation_checkpointing)
         if settings.compile:
             model.backbone.compile_blocks()
         if not settings.cpu_offload and not self.sharded:  # FSDP2 takes it there unit by unit

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.errors import ModelError
+from pretrain.errors import ConfigError, ModelError
 from pretrain.models.config import BackboneConfig, ConfigReader
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.norm import compute_dtype
-from pretrain.nn.positions import Rope, document_positions
-from pretrain.nn.recompute import set_recompute
 from pretrain.nn.tensor_parallel import VocabShard
+from pretrain.nn.positions import Rope, document_positions
 
 __all__ = ["Backbone", "Batch"]
 
@@ -111,10 +110,22 @@ class Backbone(nn.Module):
         """The blocks from bottom to top: units of sharding, checkpointing and compilation."""
         return list(self.layers)
 
-    def recompute(self, mode: str) -> None:
-        """Let training keep less of each block: ``off``, ``selective`` or ``full``, see ``pretrain.nn.recompute``."""
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """Let training keep less of each block: ``off``, ``selective`` or ``full``, see ``Block``.
+
+        Raises:
+            ConfigError: a block of an own family does not know it.
+        """
         for block in self.blocks():
-            set_recompute(block, mode)
+            if isinstance(block, Block) and type(block).forward is Block.forward:
+                block.activation_checkpointing = mode
+            elif mode != "off":
+                raise ConfigError(
+                    f"parallel.activation_checkpointing={mode} works inside of pretrain.nn.block.Block, but the blocks "
+                    f"of this {self.model_type} model are {type(block).__name__}, which has a forward of its own. "
+                    "Derive the class from Block and name that method _forward, or set "
+                    "parallel.activation_checkpointing=off."
+                )
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile block by block, which all share one graph; what is computed again is a part of it."""
@@ -135,8 +146,8 @@ class Backbone(nn.Module):
         )
 
     def plain_blocks(self) -> None:
-        """Take ``recompute`` and ``compile_blocks`` back."""
-        self.recompute("off")
+        """Take ``set_activation_checkpointing`` and ``compile_blocks`` back."""
+        self.set_activation_checkpointing("off")
         self.compiled = False
         for block in self.blocks():
             vars(block).pop("_compiled_call_impl", None)

@@ -1,16 +1,24 @@
 """The one transformer block of the package (arXiv 1706.03762; pre-norm: 2002.04745).
 
-Position, mask, graph and modality reach it as tensors, never as options.
+Position, mask, graph and modality reach it as tensors, never as options. Activation checkpointing (1604.06174;
+selective: 2205.05198, section 5) happens inside of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from pretrain.nn.attention import Attention, AttentionMask, KVCache
 from pretrain.nn.mlp import MLP
@@ -66,6 +74,11 @@ class Block(nn.Module):
         tensor_parallel: how each part is shared by several processes: ``column`` (a linear layer cut by its outputs),
             ``row`` (by its inputs) or ``partial`` (whole, and each process has a part of its gradient). What is not
             named is whole, and so is its gradient.
+
+    Attributes:
+        activation_checkpointing: what the block keeps for its backward pass: everything (``off``), its input and the
+            results of matrix products and of attention, which cost most to compute (``selective``), or its input alone
+            (``full``). The rest is computed a second time. It works in a subclass that overrides ``_forward``.
     """
 
     tensor_parallel: ClassVar[Mapping[str, str]] = {
@@ -88,6 +101,7 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
+        self.activation_checkpointing = "off"
         self.pre_norm = config.pre_norm
         self.dropout = config.dropout
         self.attention = self._attention(config)
@@ -122,7 +136,19 @@ class Block(nn.Module):
             dropout=config.dropout,
         )
 
-    def forward(
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """Run the block, under activation checkpointing where that is on; the arguments are those of ``_forward``."""
+        # The checkpoint lies inside of the block: torch.compile must see it in its graph, where the policy tells the
+        # operations apart, and FSDP2 gathers the weights of the block for both of its forward passes.
+        trains = self.training and torch.is_grad_enabled() and options.get("cache") is None
+        if self.activation_checkpointing == "off" or not trains:
+            return self._forward(x, **options)
+        if self.activation_checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        result: Tensor = checkpoint(self._forward, x, use_reentrant=False, **options)
+        return result
+
+    def _forward(
         self,
         x: Tensor,
         *,
@@ -134,7 +160,7 @@ class Block(nn.Module):
         layer: int = 0,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Run the block.
+        """Compute the block.
 
         Args:
             x: (B, T, D).
@@ -168,6 +194,15 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    name = getattr(getattr(op, "overloadpacket", None), "__name__", "")
+    costly = name in _PRODUCTS or name.startswith("_scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear"}
 
 
 def with_bias(linear: nn.Linear, bias: bool) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Computing again and compiling, alone and together: the same losses and gradients, one graph for all blocks."""
+"""Activation checkpointing and compiling, alone and together: equal losses and gradients, one graph for all blocks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from pretrain.data.loader import row_rngs
+from pretrain.errors import ConfigError
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.nn.recompute import set_recompute
+from pretrain.nn.attention import KVCache
+from pretrain.nn.block import Block, BlockConfig
 from pretrain.objectives import build_objective
 from tiny import Rows, tokenizer
 
@@ -65,7 +67,7 @@ def test_compiled_blocks_compute_the_same(mode: str, packed: bool, low: bool) ->
     torch._dynamo.reset()
     counters.clear()
     model = made("llama")
-    model.backbone.recompute(mode)
+    model.backbone.set_activation_checkpointing(mode)
     model.backbone.compile_blocks(backend="aot_eager")
     losses, found = run(model, packed=packed, low=low)
     assert losses == pytest.approx(wanted, rel=1e-5 if low else 1e-6)
@@ -82,7 +84,7 @@ def test_the_default_compiler_takes_them_too(mode: str) -> None:
     wanted, _ = run(made("llama"), packed=True, low=False)
     torch._dynamo.reset()
     model = made("llama")
-    model.backbone.recompute(mode)
+    model.backbone.set_activation_checkpointing(mode)
     model.backbone.compile_blocks()
     assert run(model, packed=True, low=False)[0] == pytest.approx(wanted, rel=1e-5)
 
@@ -90,7 +92,7 @@ def test_the_default_compiler_takes_them_too(mode: str) -> None:
 def test_blocks_become_what_they_were() -> None:
     model = made("gpt2")
     wanted, _ = run(model, packed=True, low=False)
-    model.backbone.recompute("full")
+    model.backbone.set_activation_checkpointing("full")
     model.backbone.compile_blocks(backend="aot_eager")
     model.backbone.plain_blocks()
     torch._dynamo.reset()
@@ -99,21 +101,42 @@ def test_blocks_become_what_they_were() -> None:
     assert not counters["stats"]
 
 
+class Squared(Block):
+    """A block of an own family, which counts how often it is computed."""
+
+    calls = 0
+
+    def _forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.calls += 1
+        return x * x
+
+
 def test_less_is_kept_in_training_alone() -> None:
-    class Doubled(torch.nn.Module):
-        calls = 0
-
-        def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-            self.calls += 1
-            return x * x
-
-    block = Doubled()
+    model = made("llama")
+    block = Squared(BlockConfig(4, 1, 4))
+    model.backbone.layers = torch.nn.ModuleList([block])
     x = torch.ones(3, requires_grad=True)
     for mode, training, calls in (("off", True, 1), ("full", True, 2), ("full", False, 1)):
-        set_recompute(block.train(training), mode)
-        block.calls = 0
+        model.backbone.set_activation_checkpointing(mode)
+        block.train(training).calls = 0
         block(x).sum().backward()
         assert block.calls == calls, mode
     block.train().calls = 0
-    block(x, cache=object()).sum().backward()
-    assert block.calls == 1 and isinstance(block, Doubled)
+    block(x, cache=KVCache(4)).sum().backward()
+    assert block.calls == 1
+    with torch.no_grad():
+        block(x)
+    assert block.calls == 2
+
+
+def test_a_block_that_does_not_know_it_is_refused_by_name() -> None:
+    class Own(Block):
+        def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+            return x
+
+    model = made("llama")
+    for block in (Own(BlockConfig(4, 1, 4)), torch.nn.Linear(4, 4)):
+        model.backbone.layers = torch.nn.ModuleList([block])
+        model.backbone.set_activation_checkpointing("off")
+        with pytest.raises(ConfigError, match=f"{type(block).__name__}.*name that method _forward"):
+            model.backbone.set_activation_checkpointing("full")
