@@ -122,7 +122,7 @@ class Classification(Task):
             many=True,
         ),
     )
-    metric: ClassVar[str] = "accuracy"
+    metric: str = "accuracy"
     head_kind: ClassVar[str | None] = "sequence-classification"
     row_options: ClassVar[Mapping[str, Any]] = {**Task.row_options, "label_separator": str | None}
 

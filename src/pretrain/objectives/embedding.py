@@ -88,7 +88,7 @@ class Embedding(Task):
             target=True,
         ),
     )
-    metric: ClassVar[str] = "accuracy"
+    metric: str = "accuracy"
     head_kind: ClassVar[str | None] = None
     couples_examples: ClassVar[bool] = True
 

@@ -191,7 +191,7 @@ class Instruction(Task, TokenObjective):
 
     name: ClassVar[str] = "chat"
     roles: ClassVar[tuple[Role, ...]] = CHAT_ROLES
-    metric: ClassVar[str] = "loss"
+    metric: str = "loss"
     trivial_name: ClassVar[str] = "knowing only the frequencies of tokens"
     head_kind: ClassVar[str | None] = "causal-lm"
 

@@ -53,7 +53,7 @@ class LanguageModelling(Task):
             help="the text to read",
         ),
     )
-    metric: ClassVar[str] = "loss"
+    metric: str = "loss"
     head_kind: ClassVar[str | None] = None
 
     def __init__(

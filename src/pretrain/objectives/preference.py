@@ -74,7 +74,7 @@ class Preference(Task):
         Role("rejected", ("rejected", "dispreferred"), help="the worse answer"),
         TOOLS,
     )
-    metric: ClassVar[str] = "loss"
+    metric: str = "loss"
     head_kind: ClassVar[str | None] = "causal-lm"
 
     def __init__(

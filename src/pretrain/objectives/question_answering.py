@@ -64,7 +64,7 @@ class QuestionAnswering(Task):
         Role("answer_start", ("answer_start",), False, "first character of each", target=True),
         Role("id", ("id",), required=False, help="the name of the row", target=True),
     )
-    metric: ClassVar[str] = "f1"
+    metric: str = "f1"
     trivial_name: ClassVar[str] = "always the most frequent answer"
     head_kind: ClassVar[str | None] = "question-answering"
 

@@ -53,7 +53,7 @@ class Regression(Task):
             target=True,
         ),
     )
-    metric: ClassVar[str] = "pearson"
+    metric: str = "pearson"
     head_kind: ClassVar[str | None] = "sequence-classification"
 
     def __init__(

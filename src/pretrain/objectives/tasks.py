@@ -149,7 +149,7 @@ class Task(Objective):
     Class attributes:
         name: what users type.
         roles: the columns it reads, with the names by which they are recognised.
-        metric: the figure that the best evaluation is chosen by.
+        metric: the figure that the best evaluation is chosen by; an instance may set another.
         trivial_name: what the baseline of ``trivial`` is called.
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read, with their types.
@@ -170,7 +170,7 @@ class Task(Objective):
 
     name: ClassVar[str]
     roles: ClassVar[tuple[Role, ...]]
-    metric: ClassVar[str] = "loss"
+    metric: str = "loss"
     trivial_name: ClassVar[str] = "knowing only the labels"
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
 

@@ -72,7 +72,7 @@ class TokenClassification(Task):
             target=True,
         ),
     )
-    metric: ClassVar[str] = "f1"
+    metric: str = "f1"
     trivial_name: ClassVar[str] = "each word's most frequent tag"
     head_kind: ClassVar[str | None] = "token-classification"
 
@@ -94,8 +94,7 @@ class TokenClassification(Task):
             raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
         self.labels: tuple[str, ...] = tuple(model.labels or ())
         self.bio = figures_of.is_bio(self.labels)
-        if not self.bio:
-            vars(self)["metric"] = "accuracy"
+        self.metric = "f1" if self.bio else "accuracy"
         if empty_tag is None:
             empty_tag = _OUTSIDE if _OUTSIDE in self.labels else self.labels[0]
         if empty_tag not in self.labels:
