@@ -159,7 +159,13 @@ def pretraining(
 
 
 def finetuning(
-    task: str, rows: Sequence[Mapping[str, Any]], base: str, *, stop: int = 0, **settings: Any
+    task: str,
+    rows: Sequence[Mapping[str, Any]],
+    base: str,
+    *,
+    stop: int = 0,
+    slow: bool = False,
+    **settings: Any,
 ) -> GoldenRun:
     """A run of `pretrain.finetune`: four steps on eight rows, with evaluations after the second and the last."""
     common = {
@@ -171,14 +177,15 @@ def finetuning(
         "precision": "fp32",
     }
     settings = {**common, "parallel": DEVICE, **settings}
-    return GoldenRun(settings, task, rows, base, stop, precision=str(settings["precision"]))
+    precision = str(settings["precision"])
+    return GoldenRun(settings, task, rows, base, stop, precision=precision, slow=slow)
 
 
 RUNS: dict[str, GoldenRun] = {
     "gpt2": pretraining("gpt2"),
     "gpt2-resumed": pretraining("gpt2", stop=4),
     "bert": pretraining("bert", overrides={"dropout": 0.1}),
-    "bert-resumed": pretraining("bert", overrides={"dropout": 0.1}, stop=4),
+    "bert-resumed": pretraining("bert", overrides={"dropout": 0.1}, stop=4, slow=True),
     "modernbert": pretraining("modernbert", overrides={"num_layers": 3}),
     "modernbert-resumed": pretraining("modernbert", overrides={"num_layers": 3}, stop=2, slow=True),
     "qwen3": pretraining("qwen3", optim={"schedule": "wsd"}, overrides={"num_kv_heads": 1}),
@@ -189,7 +196,7 @@ RUNS: dict[str, GoldenRun] = {
     "accumulation": pretraining("gpt2", train={"batch_rows": 6, "micro_rows": 2}),
     "muon": pretraining("qwen3", optim={"name": "muon"}),
     "ema": pretraining("bert", optim={"ema": 0.9}),
-    "ema-resumed": pretraining("bert", optim={"ema": 0.9}, stop=4),
+    "ema-resumed": pretraining("bert", optim={"ema": 0.9}, stop=4, slow=True),
     "bf16": pretraining("gpt2", train={"precision": "bf16"}),
     "checkpointing": pretraining(
         "gpt2",
@@ -203,7 +210,7 @@ RUNS: dict[str, GoldenRun] = {
         optim={"layer_decay": 0.5, "l2_sp": 0.1, "unfreeze": 0.5},
     ),
     "classification": finetuning("classification", CLASSES, "bert"),
-    "classification-resumed": finetuning("classification", CLASSES, "bert", stop=2),
+    "classification-resumed": finetuning("classification", CLASSES, "bert", stop=2, slow=True),
     "several-labels": finetuning("classification", SEVERAL, "gpt2", layer_decay=0.5),
     "regression": finetuning("regression", SCORES, "bert", label="score"),
     "token-classification": finetuning("token-classification", WORDS, "bert"),
