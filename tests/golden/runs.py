@@ -220,7 +220,9 @@ RUNS: dict[str, GoldenRun] = {
     "embedding": finetuning("embedding", PAIRS, "bert"),
     "language-modelling": finetuning("language-modelling", CLASSES, "gpt2"),
     "lora": finetuning("classification", CLASSES, "gpt2", lora=4),
-    "dora-bf16": finetuning("classification", CLASSES, "bert", lora=2, dora=True, precision="bf16"),
+    "dora-bf16": finetuning(
+        "classification", CLASSES, "bert", lora=2, dora=True, precision="bf16", slow=True
+    ),
 }
 for _name, _parallel in MESHES.items():
     _options: dict[str, Any] = {"overrides": {"dropout": 0.1}, "parallel": _parallel}
