@@ -23,8 +23,8 @@ from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.norm import compute_dtype
-from pretrain.nn.tensor_parallel import VocabShard
 from pretrain.nn.positions import Rope, document_positions
+from pretrain.nn.tensor_parallel import VocabShard
 
 __all__ = ["Backbone", "Batch"]
 
