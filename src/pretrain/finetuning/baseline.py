@@ -122,7 +122,7 @@ class Lsa:
         seed: int = 0,
     ) -> None:
         self.dimensions = dimensions
-        self.spaces: list[tuple[str | None, Callable[[Sequence[str]], Any]]] = []
+        self.spaces: list[tuple[str | None, Vectors]] = []
         corpus = list(dict.fromkeys(_flat(corpus_texts)))
         for words in stop_words:
             space = self._space(corpus, words, seed)
@@ -134,10 +134,9 @@ class Lsa:
                 f"at least two texts with two different words. Give it the text that pre-training read."
             )
 
-    def _space(
-        self, corpus: list[str], words: str | None, seed: int
-    ) -> Callable[[Sequence[str]], Any] | None:
+    def _space(self, corpus: list[str], words: str | None, seed: int) -> Vectors | None:
         text, decomposition = _sklearn("feature_extraction.text"), _sklearn("decomposition")
+        pipeline, preprocessing = _sklearn("pipeline"), _sklearn("preprocessing")
         for least in (2, 1):
             vectorizer = text.TfidfVectorizer(sublinear_tf=True, min_df=least, stop_words=words)
             if not _fitted(vectorizer, corpus):
@@ -146,7 +145,10 @@ class Lsa:
             size = min(self.dimensions, min(counts.shape) - 1)
             if size >= 1:
                 svd = decomposition.TruncatedSVD(size, random_state=seed).fit(counts)
-                return lambda texts: _unit(svd.transform(vectorizer.transform(texts)))
+                # A text without a known word stays at 0.
+                steps = pipeline.make_pipeline(vectorizer, svd, preprocessing.Normalizer())
+                transform: Vectors = steps.transform
+                return transform
         return None
 
 
@@ -237,14 +239,11 @@ def probe_baseline(
     """
     rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
     raw = _features(embed, _checked(rows, grid, STOP_WORDS, metric))
-    scale: list[Any] = []
+    scaler = _sklearn("preprocessing").StandardScaler()
 
     def features(texts: Sequence[Text]) -> Any:
-        x = raw(texts)
-        # The training rows come first: all parts are scaled as they need.
-        if not scale:
-            scale.extend((x.mean(0), x.std(0) + 1e-6))
-        return (x - scale[0]) / scale[1]
+        x = raw(texts)  # those of the training rows are asked for first
+        return scaler.fit_transform(x) if texts is train_texts else scaler.transform(x)
 
     settings = {"features": "embeddings of the checkpoint", "stop_words": None}
     return _tuned([(settings, features)], rows, grid, metric, seed)
@@ -389,12 +388,6 @@ def _fitted(vectorizer: Any, texts: Sequence[str]) -> bool:
             return False
         raise
     return True
-
-
-def _unit(rows: Any) -> Any:
-    """Rows of length 1; a text without a known word stays at 0."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 0, length, 1.0)
 
 
 def _sklearn(name: str) -> Any:
