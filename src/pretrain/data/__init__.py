@@ -7,10 +7,11 @@ than a second name beside this package; a module is callable if its class has ``
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
 from typing import Any
+
+from pretrain.hub import function
 
 
 class _Callable(types.ModuleType):
@@ -18,9 +19,7 @@ class _Callable(types.ModuleType):
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Show the data of a fine-tuning run; all arguments go to :func:`pretrain.finetuning.preview.look`."""
-        # The one place where data reaches upwards: by name and at the call, since showing the rows as a task sees them
-        # needs the tasks, and no module of this package may import them.
-        return importlib.import_module("pretrain.finetuning.preview").look(*arguments, **options)
+        return function("look")(*arguments, **options)
 
 
 sys.modules[__name__].__class__ = _Callable
