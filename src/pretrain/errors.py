@@ -1,7 +1,7 @@
 """The errors that bad input can cause.
 
-Every message says what happened, where (file, row, tensor), the likely cause and the fix. Anything else that
-escapes from the package is a bug in the package.
+Every message says what happened, where (file, row, tensor), the likely cause and the fix. Any other exception that
+the package raises is a bug in the package.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class PretrainError(Exception):
     """Base of every error that a user's input can cause.
 
     Attributes:
-        everywhere: all processes of a run raise it, so that one of them is enough to say it.
+        everywhere: all processes of a run raise it, so that only one of them needs to print it.
     """
 
     everywhere = False
 
     def __str__(self) -> str:
-        # Whoever prints it, a traceback too, must not be driven by what a message quotes.
+        # A message may quote text with control characters, which must not reach a terminal, also not in a traceback.
         return printable(super().__str__(), lines=True)
 
 
@@ -67,7 +67,7 @@ class TokenizerError(PretrainError):
 
 
 class ModelError(PretrainError):
-    """A model is asked for something it cannot do (a missing head, too many positions)."""
+    """A model does not support what is requested (a missing head, too many positions)."""
 
 
 class CheckpointError(PretrainError):
@@ -75,12 +75,13 @@ class CheckpointError(PretrainError):
 
 
 class CheckpointCorrupt(CheckpointError):
-    """A file of a checkpoint is not what its manifest promised.
+    """A file of a checkpoint does not match its manifest or its format.
 
     Args:
         file: the file that differs.
-        expected: what the manifest or the format says.
-        found: what lies on disk.
+        expected: the value that the manifest or the format requires.
+        found: the value on disk.
+        hint: a further sentence, e.g. the remedy.
     """
 
     def __init__(self, file: object, expected: object, found: object, hint: str = "") -> None:
@@ -90,14 +91,14 @@ class CheckpointCorrupt(CheckpointError):
 
 
 class AdapterFound(CheckpointError):
-    """A directory holds an adapter where a whole model is wanted, which can be read in parts."""
+    """A directory holds an adapter, but the caller needs a whole model, which it can read in parts."""
 
 
 class RunLocked(CheckpointError):
     """Another process is writing into the same run directory.
 
     Args:
-        pid: the process that holds it (0: not known).
+        pid: id of the process that holds the lock (0: not known).
         host: its host.
         since: when it took the lock, ISO 8601 in UTC.
         run_dir: the directory.
@@ -112,18 +113,18 @@ class RunLocked(CheckpointError):
 
 
 class TrainingError(PretrainError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or cannot continue."""
 
 
 class DistributedError(PretrainError):
-    """The processes of a run cannot find each other, do not fit together, or lost one of them."""
+    """The processes of a run cannot connect, do not match each other, or have lost one of them."""
 
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the command to end.
 
     Args:
-        code: of the exit, 128 and the signal's number.
+        code: exit code, 128 plus the number of the signal.
     """
 
     def __init__(self, code: int) -> None:
@@ -132,9 +133,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def named_error(name: str, text: str) -> PretrainError:
-    """An error of another process, from its class and text: of that class, or the nearest above that a text makes.
+    """Rebuild an error of another process from the name of its class and its text.
 
-    What is no error of ours becomes a ``DistributedError`` that names it.
+    Returns:
+        An error of that class, or of its nearest base class that takes only a text. A name that is not a
+        ``PretrainError`` becomes a ``DistributedError`` whose message holds the name.
     """
     kind = globals().get(name)
     if not (isinstance(kind, type) and issubclass(kind, PretrainError)):
@@ -145,7 +148,7 @@ def named_error(name: str, text: str) -> PretrainError:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, numpy or torch says that there is no memory left, on a host or a device."""
+    """Return whether an error of Python, NumPy or torch means that a host or a device is out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
@@ -163,14 +166,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def naming_memory(what: str, fix: Callable[[], str]) -> Iterator[None]:
-    """Turn running out of memory into one sentence.
+    """Convert an out-of-memory error inside the context into a ``TrainingError`` with a remedy.
 
     Args:
-        what: was done: ``"predicting"``.
-        fix: gives the end of the sentence: the setting that needs less memory, as the user writes it.
+        what: the operation, e.g. ``"predicting"``.
+        fix: returns the end of the message: the setting that reduces memory, as the user writes it.
 
     Raises:
-        TrainingError: instead of the error of torch or Python.
+        TrainingError: in place of the out-of-memory error of torch or Python.
     """
     try:
         yield

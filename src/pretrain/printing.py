@@ -1,7 +1,7 @@
-"""Text on a terminal: the one place where what others wrote is made harmless before it is printed.
+"""Escaping of untrusted text before it is printed on a terminal.
 
-Control characters can drive a terminal, and direction and zero-width characters make a text look like another one.
-Everything that is printed goes through `printable`; files keep the true text.
+Control characters can control a terminal, and direction and zero-width characters make a text look like another one.
+Everything that is printed goes through `printable`; files keep the original text.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ __all__ = ["printable"]
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """A text in which every character is one that can be seen; others are spelt as in Python's ``repr``.
+    """Return the text with every non-printable character escaped as in Python's ``repr``.
 
     Args:
-        text: of anybody, also with halves of surrogate pairs.
-        lines: keep its lines, and tabs as the blanks that they stand for; else all of it comes on one line.
+        text: any text, also with lone surrogates.
+        lines: keep line breaks and expand tabs to spaces; else both become single spaces, so that the result is one
+            line.
     """
     if lines:
         text = text.replace("\r\n", "\n").expandtabs()

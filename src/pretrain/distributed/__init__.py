@@ -1,1 +1,1 @@
-"""Several processes that train one model together."""
+"""Distributed training: process groups, device mesh, FSDP2, DDP, tensor parallelism, watchdog and launching."""

@@ -1,4 +1,4 @@
-"""DDP whose gradients are sums, and whose buckets have their final order before the first step."""
+"""DDP with summed gradients, and with buckets that have their final order before the first step."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["wrap_ddp"]
 
-# What torch calls the option since 2.13, and what it called it before.
+# The name of the option since torch 2.13, and its earlier name.
 _KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
 
 
 def wrap_ddp(root: nn.Module, group: Any, *, unused: bool) -> DistributedDataParallel:
-    """Wrap a module of which every process of a group has a copy; gradients of the trained parameters are summed.
+    """Wrap a module that is replicated on every rank of a group; gradients of trainable parameters are summed.
 
     Args:
-        root: called with None it returns a loss that every trained parameter has a part in, and something else.
-        group: the processes.
+        root: called with None it returns a tuple whose first element is a loss that depends on every trainable
+            parameter.
+        group: process group of the replicas.
         unused: some parameters get no gradient in some passes.
     """
     options: dict[str, Any] = {_SYNC_BUFFERS: False}
@@ -40,10 +41,10 @@ def wrap_ddp(root: nn.Module, group: Any, *, unused: bool) -> DistributedDataPar
 
 
 def _order_buckets(ddp: DistributedDataParallel) -> None:
-    """Let DDP see one backward pass, after which it sorts its buckets by the order of the gradients, for good.
+    """Run one backward pass, after which DDP rebuilds its buckets once, in the order in which gradients arrive.
 
-    A resumed run would have other buckets in its first step than one that was not interrupted; and where more than two
-    processes add up a bucket, the place in it decides who adds first, and so the last bits of a sum.
+    Otherwise a resumed run would have other buckets in its first step than an uninterrupted one. With more than two
+    ranks, the position in a bucket determines the order of summation, and so the last bits of a sum.
     """
     torch.autograd.backward(ddp(None)[0])
     for p in ddp.parameters():
@@ -51,7 +52,7 @@ def _order_buckets(ddp: DistributedDataParallel) -> None:
 
 
 def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def] # torch holds annotations against its own classes
-    """Reduce by summing: the loss has been divided by the targets of the global batch already."""
+    """Sum a bucket without averaging: the loss has been divided by the targets of the global batch already."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])

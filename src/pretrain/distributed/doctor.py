@@ -1,7 +1,7 @@
-"""``pretrain doctor``: what this machine has, what is wrong with it, and whether the processes of a launch can talk.
+"""``pretrain doctor``: facts and problems of this machine, and a check of the links between the processes of a launch.
 
-Started alone it looks at this machine and lets two processes meet. Started by ``torchrun`` it makes all processes
-introduce themselves and measures the links between them, which is what a training run does before its first step.
+Started alone it examines this machine and tries an all-reduce of two processes. Started by ``torchrun`` it exchanges
+the introductions of all processes and measures the links between them, as a training run does before its first step.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _STRAGGLER = 0.7  # of the median speed
 def doctor(
     device: str = "auto", *, out: str | None = None, as_json: bool = False, seconds: float = 60.0
 ) -> int:
-    """Examine this machine, or all machines of a launch, and print what was found.
+    """Examine this machine, or all machines of a launch, and print the results.
 
     Args:
         device: "auto", "cpu", "cuda" or "mps".
         out: run directory that all processes must see.
         as_json: print JSON.
-        seconds: limit for each attempt to talk.
+        seconds: time limit for each communication test.
 
     Returns:
-        0; 1 when something is wrong.
+        0; 1 if there is a problem.
 
     Raises:
         ConfigError: the device is none of these.
@@ -93,7 +93,7 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
             late = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise DistributedError(f"The all-reduce came back here, but not on rank {late}.")
     except DistributedError as error:
-        # What rank 0 found is said by rank 0; what a process met alone it says itself.
+        # Rank 0 prints the problems that it found for all; other ranks print only the errors that they ran into alone.
         if world.is_rank_zero or not store.check(["verdict"]) or everybody:
             _print_problem(str(error), everybody, as_json)
         _leave(1)
@@ -106,7 +106,7 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
         else:
             _print_lines([*table(everybody), "", *(f"note: {n}" for n in notes), *_verdict([])])
         put(store, "over", True)
-    wait(store, ["over"], seconds)  # the store may live in rank 0
+    wait(store, ["over"], seconds)  # rank 0 may host the store
     world.destroy_process_group()
     return 0
 
@@ -142,7 +142,7 @@ def _stragglers(everybody: Sequence[Facts]) -> list[str]:
 
 
 def table(everybody: Sequence[Facts]) -> list[str]:
-    """Lines of a table with one process in each."""
+    """Return the lines of a table with one row per process."""
     rows = [("rank", "host", "device", "free GiB", "threads", "bf16 TFLOP/s", "GB/s", "latency us")]
     for rank, facts in enumerate(everybody):
         device, links = facts["device"], facts["links"]
@@ -176,7 +176,7 @@ def table(everybody: Sequence[Facts]) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------- what is printed
+# ------------------------------------------------------------------------------------------- printing
 
 
 def _verdict(problems: Sequence[str]) -> list[str]:
@@ -195,7 +195,7 @@ def _print_lines(lines: Sequence[str]) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End at once: the teardown of a process group would wait for those that do not come."""
+    """Exit at once: the teardown of a process group would wait for missing processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

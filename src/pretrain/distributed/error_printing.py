@@ -1,4 +1,4 @@
-"""The end of a command that fails in several processes: every cause is said once, and nobody is cut short."""
+"""Error output of a command that fails in several processes: every error is printed once, and completely."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pretrain.errors import DistributedError, PretrainError
 
 __all__ = ["prints_error"]
 
-_SECONDS = 2.0  # in which all fail that fail by the same cause
-_REACH = 5.0  # seconds to find the others, where they had not met yet
+_SECONDS = 2.0  # seconds within which all processes fail that fail by the same cause
+_REACH = 5.0  # seconds to connect to the others, if that has not been done yet
 
 
 def prints_error(error: PretrainError) -> bool:
-    """Whether this process prints the error that ends its command: the lowest rank that has it does.
+    """Return whether this process prints the error that ends its command: the lowest rank with that error does.
 
-    Under a launcher it waits for those that fail as well, for 2 seconds at most, and is deaf to SIGTERM from here on:
-    when the first process has ended, the launcher asks the others to end, which are about to say why they do.
+    Under a launcher it waits for other failing processes, for 2 seconds at most, and ignores SIGTERM from here on:
+    when the first process has ended, the launcher sends SIGTERM to the others, which may not have printed theirs yet.
     """
     if not launched():
         return True
@@ -27,12 +27,12 @@ def prints_error(error: PretrainError) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     said = rank > 0 and error.everywhere
-    # Torch comes with these; nobody needs it to learn that he is alone.
+    # These import torch, which a process without a launcher does not need here.
     from pretrain.distributed.store import get, put, wait
     from pretrain.distributed.world import current_world, found
 
     if not found() and isinstance(error, DistributedError):
-        return not said  # it says that there is no way to the others
+        return not said  # the error is that the others cannot be reached
     with contextlib.suppress(PretrainError, RuntimeError):
         world = current_world(_REACH)
         keys = [f"error/{one}" for one in range(world.size)]

@@ -1,9 +1,9 @@
-"""Memory that a run takes on one device of a mesh, by arithmetic.
+"""Estimates of the memory that a run needs on one device of a mesh, by arithmetic.
 
-No tensor is touched and no group is asked, so a plan for hundreds of devices can be made on a laptop. `auto` decides
-by the same functions that the documentation's plan is printed from.
+They need no tensors and no process group, so a plan for hundreds of devices can be made on a laptop. `auto` decides
+by the same functions that print the plan in the documentation.
 
-The bytes that a block keeps for its backward pass were counted on ours (saved tensors under autocast).
+The bytes that a block keeps for its backward pass were counted on this library's blocks (saved tensors under autocast).
 
 Letters: P parameters, D hidden, L layers, F intermediate, V vocabulary, T tokens of a micro-batch on one device.
 """
@@ -26,19 +26,19 @@ __all__ = [
 FP32 = 4
 # Share of a device's memory that whole weights and gradients may take between the micro-batches of a step.
 ROOMY = 0.2
-# Elements of the matrices that Muon steps in one batch, and bytes for each, as measured for square ones: the averaged
-# gradient, its copy in the batch, and the iteration, which a GPU makes in half precision.
+# Elements of the matrices that Muon updates in one batch, and bytes per element, as measured for square matrices: the
+# averaged gradient, its copy in the batch, and the iteration, which runs in half precision on a GPU.
 MATRICES_TOGETHER = 1 << 26
 _MATRIX_BYTES = {"cuda": 16}
 _MATRIX_BYTES_FP32 = 24
-# A chunk of logits: its elements on a device, and bytes for each: the product, fp32, log-probabilities, gradient, cast.
+# A chunk of logits: elements by device, and bytes per element: the product, fp32, log-probabilities, gradient, cast.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26, "mps": 1 << 24}
 _CHUNK_BYTES = 16
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The mesh: copies of the model, parts of a copy, parts of a matrix. rank = (r * dp_shard + s) * tp + t."""
+    """Mesh sizes: replicas, shards of a replica, slices of a matrix. rank = (r * dp_shard + s) * tp + t."""
 
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -46,12 +46,12 @@ class MeshShape:
 
     @property
     def dp(self) -> int:
-        """Processes that see different rows."""
+        """Number of processes that see different rows."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def world(self) -> int:
-        """All processes."""
+        """World size."""
         return self.dp * self.tp
 
     def __str__(self) -> str:
@@ -60,21 +60,21 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs, in counts; nothing here knows a tensor.
+    """The counts that determine the memory of a run, without tensors.
 
     Attributes:
-        parameters: P, of everything that is held: model and what else the objective keeps.
-        trainable: of these, the ones that learn; ``muon`` of them have one moment instead of two.
+        parameters: P, all that are held: of the model and whatever else the objective keeps.
+        trainable: number of trainable parameters; ``muon`` of them have one moment instead of two.
         hidden, layers, intermediate, vocabulary: D, L, F, V.
-        query, key_value: width of all heads of queries, and of keys; 0 is D.
-        gated: the feed-forward layer has two ways in.
+        query, key_value: total width of the query heads, and of the key heads; 0 means D.
+        gated: the feed-forward layer has two input projections.
         tied: the vocabulary projection is the embedding.
         row_length: tokens of the longest row.
-        micro_tokens: the most tokens of a micro-batch where its rows are free; 0 is one row.
-        ema, anchors: a second copy of the weights, a copy of those that learn (L2-SP).
-        compute_bytes: of a number in the forward pass: 2 for bf16 and fp16, 4 for fp32.
-        gather_bytes: of a weight that fsdp gathers; 0 is the same.
-        checkpointing: off, selective or full.
+        micro_tokens: maximum of tokens in a micro-batch if its rows are not fixed; 0 means one row.
+        ema, anchors: whether there is a second copy of the weights, and a copy of the trainable ones (L2-SP).
+        compute_bytes: bytes of a number in the forward pass: 2 for bf16 and fp16, 4 for fp32.
+        gather_bytes: bytes of a weight that fsdp gathers; 0 means ``compute_bytes``.
+        checkpointing: activation checkpointing: off, selective or full.
         device: cpu, cuda or mps.
     """
 
@@ -100,19 +100,19 @@ class Needs:
 
     @property
     def block(self) -> float:
-        """Parameters of one block."""
+        """Number of parameters of one block."""
         outside = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return max(0.0, self.parameters - outside) / max(1, self.layers)
 
     @property
     def moments(self) -> int:
-        """Numbers that the optimizers keep."""
+        """Number of optimizer moments."""
         return 2 * self.trainable - min(self.muon, self.trainable)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the peak of a step, by part."""
+    """Bytes on one device at the peak of a step, by category."""
 
     weights: float
     casts: float
@@ -122,25 +122,25 @@ class Memory:
     gathered: float
     activations: float
     logits: float
-    step: float = 0.0  # of the optimizer, beyond what the passes through the model gave back
+    step: float = 0.0  # of the optimizer, beyond what the forward and backward passes have freed
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """Sum of all categories."""
         return float(sum(vars(self).values()))
 
 
 def kept_per_token(needs: Needs, tp: int = 1) -> float:
-    """Bytes of one block that the backward pass needs, per token, on one of ``tp`` devices.
+    """Return the bytes per token that one block keeps for the backward pass, on one of ``tp`` devices.
 
-    The residual stream is fp32 and is not cut by tensor parallelism; the inside of attention and MLP is.
+    The residual stream is fp32 and is not sharded by tensor parallelism; the inside of attention and MLP is.
     """
     d, b = needs.hidden, needs.compute_bytes
     q, kv = needs.query or d, needs.key_value or d
     ways = 2 if needs.gated else 1
     if needs.checkpointing == "full":
         return float(FP32 * d)
-    if needs.checkpointing == "selective":  # the input, and what matrix products and attention gave
+    if needs.checkpointing == "selective":  # the input and the results of matmuls and attention
         inside = 2 * q + 2 * kv + ways * needs.intermediate
         return FP32 * d + b * (2 * d + inside / tp)
     inside = 2 * q + 2 * kv + 2 * ways * needs.intermediate
@@ -148,7 +148,7 @@ def kept_per_token(needs: Needs, tp: int = 1) -> float:
 
 
 def activation_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
-    """Bytes that a micro-batch of ``tokens`` keeps on one device, with the block that is computed again."""
+    """Return the activation bytes of a micro-batch of ``tokens`` on one device, with one recomputed block."""
     kept = needs.layers * kept_per_token(needs, tp)
     if needs.checkpointing != "off":
         plain = Needs(**{**vars(needs), "checkpointing": "off"})
@@ -157,7 +157,7 @@ def activation_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
 
 
 def logits_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
-    """Bytes of the loss over the vocabulary: one chunk, the projection's gradient and cast, the features' gradient."""
+    """Return the bytes of the vocabulary loss: a chunk, the projection's gradient and cast, the features' gradient."""
     if not needs.vocabulary:
         return 0.0
     mine = needs.vocabulary / tp
@@ -168,11 +168,11 @@ def logits_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
 
 
 def keeps_whole(needs: Needs, tp: int, budget: float) -> bool:
-    """Whether FSDP2 may hold whole weights and gradients between the micro-batches of a step, so that they travel once.
+    """Return whether FSDP2 may keep whole weights and gradients between micro-batches, to communicate once per step.
 
     Args:
         needs: of the run.
-        tp: processes of a matrix.
+        tp: size of the tensor-parallel group.
         budget: bytes of a device.
     """
     return 2.0 * FP32 * needs.parameters / tp <= ROOMY * budget
@@ -188,15 +188,15 @@ def memory(
     offload: bool = False,
     trees: int = 0,
 ) -> Memory:
-    """Bytes on one device at the peak of a step.
+    """Return the bytes on one device at the peak of a step.
 
     Args:
         needs: of the run.
         sizes: of the mesh.
-        strategy: ``single``, ``ddp`` or ``fsdp``; under fsdp a block is gathered, used and given back.
-        tokens: of a micro-batch on one device.
+        strategy: ``single``, ``ddp`` or ``fsdp``; under fsdp a block is gathered, used and resharded.
+        tokens: tokens of a micro-batch on one device.
         whole: see `keeps_whole`.
-        offload: the cut weights, gradients and moments lie in the memory of the host.
+        offload: the sharded weights, gradients and moments lie in host memory.
         trees: further copies of the gradients (sums in a fixed order).
     """
     fsdp = strategy == "fsdp"
@@ -206,14 +206,15 @@ def memory(
     here = 0.0 if fsdp and offload else 1.0
     gathered, casts = 0.0, low * held
     if fsdp and (sizes.dp_shard > 1 or offload):
-        # The block at work, the next one and a gradient before it is cut; what is in no block stays, in fp32.
+        # The current block, the next one and a gradient before its reduce-scatter. Parameters outside of the blocks
+        # stay gathered, in fp32.
         outside = needs.parameters - needs.layers * needs.block
         each = needs.gather_bytes or needs.compute_bytes
         passing = (2 * each + FP32) * needs.block
         if whole:
             passing = (each + FP32) * needs.layers * needs.block
         gathered = (passing + 2 * FP32 * outside) / sizes.tp
-        # Of what comes in fp32, autocast keeps a copy in every block until the backward pass.
+        # Of weights that are gathered in fp32, autocast keeps a copy in every block until the backward pass.
         casts = low * (each == FP32) * needs.layers * needs.block / sizes.tp
     activations = activation_bytes(needs, tokens, sizes.tp)
     logits = logits_bytes(needs, tokens, sizes.tp)

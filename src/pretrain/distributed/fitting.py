@@ -1,4 +1,4 @@
-"""Whether processes fit together: what of their introductions must be equal, and what the fix is where it is not."""
+"""Comparison of the introductions of all ranks: the values that must be equal, and the remedy for a difference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["differences", "misfit", "ranks"]
 Hello = Mapping[str, Any]
 
 _INSTALL = "Install the same versions on all hosts"
-# What must be equal -> what to do about it.
+# Values that must be equal on all ranks -> remedy.
 _EQUAL = {
     "size": "Start all hosts with the same --nnodes and --nproc-per-node",
     "versions.pretrain": _INSTALL,
@@ -24,26 +24,26 @@ _EQUAL = {
     "data": "Give every host the same prepared data (copy the directory, or share it)",
     "model": "Give every host the same checkpoint and configuration of the model",
 }
-# What may differ but costs something -> what.
+# Values that may differ at a cost -> the cost.
 _BETTER_EQUAL = {
     "threads": "the slowest one sets the pace, and other thread counts round differently",
     "device.name": "the slowest one sets the pace",
 }
-_SHOWN = 80  # characters of a value
+_SHOWN = 80  # characters of a value that are shown
 
 
 def misfit(everybody: Sequence[Hello], run_dir: str) -> str:
-    """What does not fit, as a sentence with the remedy; "" when all fits.
+    """Return the first mismatch as a sentence with its remedy, or "" if all ranks match.
 
     Args:
         everybody: introductions by rank.
-        run_dir: rank 0's run directory, for the sentence.
+        run_dir: rank 0's run directory, for the message.
     """
     return _unequal(everybody) or _same_device(everybody) or _unseen(everybody, run_dir)
 
 
 def differences(everybody: Sequence[Hello]) -> list[str]:
-    """What differs without being wrong, a line each."""
+    """Return the differences that are not errors, one line each."""
     lines = []
     for path, why in _BETTER_EQUAL.items():
         values: dict[str, list[int]] = defaultdict(list)
@@ -56,7 +56,7 @@ def differences(everybody: Sequence[Hello]) -> list[str]:
 
 
 def ranks(found: Sequence[int]) -> str:
-    """Rank numbers in words: runs are drawn together (``0-7, 9``)."""
+    """Return rank numbers as text, with ranges (``0-7, 9``)."""
     parts: list[list[int]] = []
     for rank in sorted(found):
         if parts and rank == parts[-1][1] + 1:
@@ -84,7 +84,7 @@ def _unequal(everybody: Sequence[Hello]) -> str:
 
 
 def _what(path: str, expected: Any, found: Any) -> tuple[str, str, str]:
-    """Name and the two values, of the first key that differs where they are mappings."""
+    """Return the name and the two values; for mappings, those of the first key that differs."""
     while isinstance(expected, Mapping) and isinstance(found, Mapping):
         keys = sorted({*expected, *found}, key=str)
         key = next(k for k in keys if expected.get(k) != found.get(k))

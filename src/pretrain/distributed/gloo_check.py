@@ -1,4 +1,4 @@
-"""Two processes on this machine that add up a vector over gloo: what `pretrain doctor` starts to see it work.
+"""Check of gloo for `pretrain doctor`: an all-reduce of two processes on this machine.
 
 python -m pretrain.distributed.gloo_check RANK PORT SECONDS
 """
@@ -25,13 +25,13 @@ _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def try_pair(seconds: float = 60.0) -> dict[str, float]:
-    """Start two processes and let them meet.
+    """Start two processes that run `check_links` over gloo.
 
     Returns:
-        What `check_links` measured.
+        The measurements of `check_links`.
 
     Raises:
-        DistributedError: they did not meet in time, with what they said.
+        DistributedError: they failed or did not finish in time; the message holds the last line of their output.
     """
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
@@ -74,7 +74,7 @@ def try_pair(seconds: float = 60.0) -> dict[str, float]:
 
 
 def main(rank: int, port: int, seconds: float) -> None:
-    """One of the two."""
+    """Run one of the two processes."""
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=seconds)
     store = dist.TCPStore(  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Before the first step: do the processes of a run fit together, and do the links between them work?
+"""Checks before the first step: whether the processes of a run match, and whether the links between them work.
 
-All of it goes through the key-value store of the rendezvous, as JSON, before any process group is trusted. Rank 0
-compares and decides; everybody then raises the same error, or goes on.
+The introductions are exchanged as JSON through the key-value store of the rendezvous, before any process group is
+used. Rank 0 compares them and decides; all ranks then raise the same error, or continue.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ __all__ = ["bounded", "check_links", "fingerprint", "handshake", "introduce"]
 
 Hello = dict[str, Any]
 
-_GRACE = 8.0  # seconds in which a file must be seen on a network file system
-_MARGIN = 15.0  # seconds beyond the limit in which rank 0's verdict must come
+_GRACE = 8.0  # seconds within which a new file must become visible on a network file system
+_MARGIN = 15.0  # seconds to wait for rank 0's verdict beyond its own time limits
 _SIZES = {"cuda": 256 << 20}  # bytes of the all-reduce that measures the bandwidth
 _SMALLER = 16 << 20
 
 
 def fingerprint(value: Any) -> str:
-    """16 hex digits that two processes share when their JSON values are equal."""
+    """Return 16 hex digits that are equal for equal JSON values."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def introduce(device: torch.device, **more: Any) -> Hello:
-    """What a process says of itself: host, process, device, versions, threads, and whatever is given.
+    """Return the introduction of this process: host, process id, device, versions, threads, and the values given.
 
     Args:
-        device: on which it will compute.
-        more: JSON values. Of ``settings``, ``data`` and ``model`` all processes must have the same; a mapping instead
-            of a fingerprint lets the error name the keys that differ.
+        device: device that it will compute on.
+        more: JSON values. ``settings``, ``data`` and ``model`` must be equal on all ranks; if they are mappings and
+            not fingerprints, the error can name the keys that differ.
     """
     about: Hello = {"type": device.type, "name": platform.processor() or platform.machine()}
     versions = {
@@ -86,21 +86,21 @@ def handshake(
     timeout: float = 60.0,
     run_dir: str | os.PathLike[str] | None = None,
 ) -> list[Hello]:
-    """Let every process introduce itself, and compare all with rank 0.
+    """Exchange the introductions of all ranks, and compare them with that of rank 0.
 
     Args:
-        store: that all share, with keys of this attempt only (`torch.distributed.Store`).
+        store: shared by all ranks, with keys of this attempt only (`torch.distributed.Store`).
         rank: of this process.
-        size: how many there are.
-        hello: what `introduce` returns.
-        timeout: seconds in which all must have come.
-        run_dir: which all must see: the same directory on a file system that all hosts share.
+        size: world size.
+        hello: the result of `introduce`.
+        timeout: seconds to wait for all ranks.
+        run_dir: must be visible on all ranks: the same directory on a file system that all hosts share.
 
     Returns:
-        What every process said, by rank; the same list on all.
+        The introductions of all ranks, in rank order; the same list on all.
 
     Raises:
-        DistributedError: somebody is missing, or does not fit; the same text on all ranks that are there.
+        DistributedError: a rank is missing or does not match; the same text on all ranks that are present.
     """
     folder = None if run_dir is None else Path(os.path.abspath(run_dir))
     mine = dict(hello) | {"size": size}
@@ -108,7 +108,7 @@ def handshake(
         return [mine]
     try:
         return _exchange(store, rank, size, mine, timeout, folder)
-    except RuntimeError as error:  # of the store: whoever holds it has gone
+    except RuntimeError as error:  # raised by the store when the process that hosts it is gone
         raise DistributedError(
             f"Rank {rank} of {size} (host {mine.get('host')}) lost the store of the rendezvous at {_master()}: "
             f"{error}. Look at the output of rank 0 and of the launcher on that host."
@@ -142,7 +142,7 @@ def _exchange(
 def _receive(
     store: Any, size: int, mine: Hello, timeout: float, folder: Path | None
 ) -> list[Hello]:
-    """Rank 0's side: collect, compare, tell."""
+    """Collect the introductions on rank 0, compare them, and publish the verdict."""
     others = range(1, size)
     nonce = None if folder is None else f".handshake-{secrets.token_hex(8)}"
     path = None if folder is None or nonce is None else folder / nonce
@@ -200,13 +200,12 @@ def _master() -> str:
 
 
 def _sees(folder: Path | None, nonce: str) -> str:
-    """What a process finds of rank 0's file: "yes", "read-only", or "nothing"."""
+    """Return whether this process sees rank 0's file in the run directory: "yes", "read-only", or "nothing"."""
     end = time.monotonic() + _GRACE
     while folder is not None:
         with contextlib.suppress(OSError):
-            if nonce in os.listdir(
-                folder
-            ):  # reading the directory asks the server, a name may be cached
+            # Listing the directory asks the file server, whereas the lookup of one name may be cached.
+            if nonce in os.listdir(folder):
                 return "yes" if os.access(folder, os.W_OK) else "read-only"
         if time.monotonic() > end:
             break
@@ -225,21 +224,21 @@ def check_links(
     *,
     timeout: float = 60.0,
 ) -> dict[str, float]:
-    """Add up a known vector over all processes, then measure the links.
+    """Check an all-reduce of a known vector over all ranks, then measure bandwidth and latency.
 
     Args:
-        all_reduce: sums a tensor over all processes in place and returns when that is queued.
+        all_reduce: sums a tensor over all ranks in place and returns when the operation is queued.
         device: of the tensors.
         rank: of this process.
-        size: how many there are.
+        size: world size.
         timeout: seconds for everything.
 
     Returns:
-        ``bus_gb_s``: bandwidth in 10^9 bytes per second, as buses see it: bytes / time x 2 (size - 1) / size;
-        ``megabytes`` that were added up for it; ``latency_us``: microseconds of an all-reduce of one number.
+        ``bus_gb_s``: bus bandwidth in 10^9 bytes per second: bytes / time x 2 (size - 1) / size; ``megabytes``: size
+        of the all-reduce that was measured, in MiB; ``latency_us``: microseconds of an all-reduce of one number.
 
     Raises:
-        DistributedError: a wrong sum, an error of the backend, or no answer in time; it names this process.
+        DistributedError: a wrong sum, an error of the backend, or a timeout; the message names this process.
     """
     found: dict[str, float] = {}
     bounded(
@@ -252,16 +251,17 @@ def check_links(
 
 
 def bounded(run: Callable[[], object], what: str, device: torch.device, timeout: float) -> None:
-    """Do what may wait for other processes for ever, for so many seconds at most.
+    """Run a function that may block on other processes, with a time limit.
 
     Args:
-        run: what is done, in a thread of its own: a collective that hangs cannot be interrupted, and is left there.
-        what: what it is, and on which rank.
+        run: called in a separate thread, because a collective that hangs cannot be interrupted; on a timeout the thread
+            is left running.
+        what: name of the operation and the rank, for the error message.
         device: of its tensors.
         timeout: seconds.
 
     Raises:
-        DistributedError: it failed, or did not come back.
+        DistributedError: the function failed, or did not return in time.
     """
     failures: list[BaseException] = []
 
@@ -294,7 +294,10 @@ def bounded(run: Callable[[], object], what: str, device: torch.device, timeout:
 
 
 def _own_name() -> str:
-    """What to say of one of several hosts whose own name leads to itself alone: by it the others look for it."""
+    """Return a hint if the name of this host resolves to loopback: other hosts connect to it by that name.
+
+    The hint is empty if all processes are on this host.
+    """
     everywhere, here = (os.environ.get(key, "1") for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if everywhere == here:
         return ""
@@ -316,7 +319,7 @@ def _measure(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    # Whole numbers whose sum is exact in fp32 for thousands of ranks.
+    # Integers whose sum is exact in fp32 for thousands of ranks.
     pattern = torch.arange(4099, device=device, dtype=torch.float32) % 257
     share = pattern * (rank % 8 + 1)
     all_reduce(share)

@@ -1,4 +1,4 @@
-"""Lines of JSON over TCP, for the watchdog: never blocking, limited in size, and nothing that could run code."""
+"""JSON messages over TCP, one per line, for the watchdog: non-blocking, limited in size, and safe to parse."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["FIRST", "Message", "Wire"]
 
 Message = dict[str, Any]
 
-_LINE = 256 << 10  # bytes of a message
-FIRST = 16 << 10  # bytes of a message from whom we do not know yet
-_WAITING = 4 << 20  # bytes that may wait for a peer that reads nothing
+_LINE = 256 << 10  # maximum bytes of a message
+FIRST = 16 << 10  # maximum bytes of a message from a peer that has not shown the token yet
+_WAITING = 4 << 20  # maximum bytes that are queued for a peer that does not read
 
 
 class Wire:
-    """One connection.
+    """A connection.
 
     Attributes:
-        gone: why nothing will come any more, "" while it may.
-        ended: the other side's process has ended for certain (its system closed the connection).
+        gone: why the connection has ended; "" while it is open.
+        ended: the peer's process has certainly ended (its system closed the connection).
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -33,22 +33,21 @@ class Wire:
         self._kept: list[Message] = []
 
     def fileno(self) -> int:
-        """Descriptor, for `selectors`."""
+        """Return the file descriptor, for `selectors`."""
         return self.sock.fileno()
 
     def send(self, message: Message) -> None:
-        """Queue a message and send what the system takes now."""
+        """Queue a message and send as much as the system accepts without blocking."""
         line = json.dumps(message).encode("ascii") + b"\n"
-        if (
-            len(self._out) + len(line) <= _WAITING
-        ):  # beyond that its silence has been noticed long ago
+        # A peer with a longer queue has been detected as silent long before.
+        if len(self._out) + len(line) <= _WAITING:
             self._out += line
         self.flush()
 
     def flush(self) -> bool:
-        """Send what waits, as far as the system takes it; True when nothing waits any more.
+        """Send as much of the queue as the system accepts; return True if the queue is empty.
 
-        A failure is not reported here: reading reports it, after what the other side still said.
+        A failure is not reported here but by ``receive``, after the messages that the peer has still sent.
         """
         while self._out:
             try:
@@ -60,7 +59,7 @@ class Wire:
         return True
 
     def receive(self, limit: int = _LINE) -> list[Message]:
-        """All whole messages that have arrived; sets ``gone`` at the end of the connection."""
+        """Return all complete messages that have arrived; sets ``gone`` at the end of the connection."""
         while not self.gone:
             try:
                 data = self.sock.recv(1 << 16)
@@ -90,7 +89,7 @@ class Wire:
         return found
 
     def ask(self, seconds: float) -> Message | None:
-        """Wait for one message; None when none comes in time. What arrives with it is kept for later."""
+        """Wait for one message; return None if none arrives in time. Further messages are kept for ``receive``."""
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self, selectors.EVENT_READ)
@@ -103,7 +102,7 @@ class Wire:
                 selector.select(left)
 
     def close(self) -> None:
-        """Close the connection; twice is once."""
+        """Close the connection; a second call does nothing."""
         self.gone = self.gone or "closed"
         with contextlib.suppress(OSError):
             self.sock.close()

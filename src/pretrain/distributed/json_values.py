@@ -1,4 +1,4 @@
-"""Values that processes tell each other: JSON of tensors, arrays, tuples and the like; nothing in it can run."""
+"""JSON encoding of tensors, arrays, tuples and mappings for exchange between processes; safe to parse."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["from_plain", "to_plain"]
 
 
 def to_plain(value: Any) -> Any:
-    """A value of tensors, arrays, texts, numbers, lists, tuples and mappings as JSON; every bit of a number is kept.
+    """Encode tensors, arrays, strings, numbers, lists, tuples and dicts as JSON values; numbers keep every bit.
 
     Raises:
-        TypeError: something else is in it.
+        TypeError: the value holds another type.
     """
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
@@ -34,13 +34,13 @@ def to_plain(value: Any) -> Any:
         return {"$dict": [[to_plain(k), to_plain(v)] for k, v in value.items()]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic | np.ndarray) and not value.ndim:  # a number of numpy
+    if isinstance(value, np.generic | np.ndarray) and not value.ndim:  # a NumPy scalar
         return to_plain(value.item())
     raise TypeError(f"a {type(value).__name__} cannot be sent to another process")
 
 
 def from_plain(value: Any) -> Any:
-    """Inverse of ``to_plain``."""
+    """Decode a value of ``to_plain``."""
     if isinstance(value, list):
         return [from_plain(item) for item in value]
     if not isinstance(value, dict):

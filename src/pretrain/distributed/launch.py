@@ -1,8 +1,8 @@
-"""Several processes of this machine, started from one: from a notebook, a script, or `--devices` on the command line.
+"""Launching of several processes on this machine from a notebook, a script, or `--devices` on the command line.
 
-The processes are `torchrun`'s. Between it and us stands a keeper (this module, run as a program): its standard input
-is a pipe from us, so that everything ends when we do, however we end; and it writes down which process failed first.
-What the processes print goes to files, of which those of rank 0 are followed.
+The processes are started by `torchrun`, inside a keeper process (this module, run as a program). The keeper's standard
+input is a pipe from the launching process, so that all processes end when that one does, however it ends. The keeper
+also records the order in which processes failed. Output of the processes goes to files; that of rank 0 is followed.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ from pretrain.errors import ConfigError, DistributedError, PretrainError, named_
 
 __all__ = ["SCREEN", "Launched", "count_devices"]
 
-# Names the file to which the run's screen is relayed, in place of being drawn.
+# Environment variable with the path of the file to which the run relays its screen instead of drawing it.
 SCREEN = "PRETRAIN_SCREEN"
-_GRACE = 600  # seconds in which a run that was asked to stop must have saved
-_HURRY = 30  # seconds for those that are left when one has failed
-_TAIL = 25  # lines of a failure
+_GRACE = 600  # seconds within which a run that was asked to stop must save
+_HURRY = 30  # seconds for the remaining processes to end after one has failed
+_TAIL = 25  # last lines of output that are shown for a failure
 _NOISE = re.compile(
     r"^(\[rank\d+\]:)?\[?[WIE]\d{3,} |^\[[WI]\d|^\*{5,}|^W\d{4} |socket\.cpp|^\[Gloo\]|OMP_NUM_THREADS"
     r"|resource_tracker\.py:|^Exception ignored "
 )
 _OURS = re.compile(r"^(\[rank\d+\]: )?pretrain\.errors\.(\w+): ")
-_RANK = re.compile(r"^\[rank\d+\]: ?", re.M)  # before every line of what a member of a group raised
+_RANK = re.compile(r"^\[rank\d+\]: ?", re.M)  # before traceback lines if there is a process group
 _RAISED = "Traceback (most recent call last):"
-# Exit codes of those that were asked to stop: they agreed on it and saved, or had not learned to listen yet.
+# Exit codes of processes that were asked to stop: they saved and ended, or had not installed their handlers yet.
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, -signal.SIGTERM}
-_PROC = Path("/proc")  # Linux alone has it
+_PROC = Path("/proc")  # exists on Linux only
 
 
 def count_devices(devices: int | str, device: str = "auto") -> int:
-    """How many processes ``devices`` asks for: a number, or ``"auto"``, one for each GPU, at least one.
+    """Return the number of processes that ``devices`` asks for.
 
     Args:
-        devices: see there.
-        device: where they will run; on GPUs there are no more processes than GPUs.
+        devices: a number, or ``"auto"``: one process for each GPU, at least one.
+        device: where they will run; on GPUs there cannot be more processes than GPUs.
 
     Raises:
-        ConfigError: not a number of at least 1, more than there are GPUs, or several on Apple's GPU.
+        ConfigError: ``devices`` is not a number of at least 1, is more than the number of GPUs, or asks for several
+            processes on Apple's GPU.
     """
     import torch
 
@@ -81,15 +82,15 @@ def count_devices(devices: int | str, device: str = "auto") -> int:
 
 
 class Launched:
-    """``pretrain`` on several processes; a context manager, at whose end none of them is left.
+    """A ``pretrain`` command in several processes; a context manager that ends all of them on exit.
 
     Args:
-        words: of the command line after ``pretrain``.
-        devices: how many processes.
-        threads: CPU threads of each; 0 is an equal share of the cores.
+        words: arguments of the command line after ``pretrain``.
+        devices: number of processes.
+        threads: CPU threads of each process; 0 is an equal share of the cores.
 
     Attributes:
-        folder: holds what the processes print, until the end; ``keep`` leaves it there.
+        folder: directory of the output of the processes; removed on exit unless ``keep`` is True.
         screen: file to which rank 0 relays its screen.
     """
 
@@ -101,7 +102,7 @@ class Launched:
         self._workers: set[int] = set()
         self._looked, self._raised, self._asked = 0.0, False, False
         command = [sys.executable, "-m", "pretrain.distributed.launch", str(self.folder)]
-        # Without an address of ours it is what the host's name resolves to, which may lead nowhere.
+        # Without --local-addr, torchrun uses the address that the host name resolves to, which may be unreachable.
         command += ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(devices)]
         command += ["--log-dir", str(self.folder), "--redirects", "3"]
         command += ["-m", "pretrain", *words]
@@ -112,7 +113,7 @@ class Launched:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=_environment(devices, threads, self.screen),
-                start_new_session=True,  # Ctrl-C is ours to pass on
+                start_new_session=True,  # Ctrl-C must reach this process only, which passes it on
             )
 
     def __enter__(self) -> Launched:
@@ -126,7 +127,7 @@ class Launched:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def running(self) -> bool:
-        """Whether the processes are there; remembers them, should their keeper be killed."""
+        """Return whether the processes run; records their ids, so that they can be killed without their keeper."""
         if self._keeper.poll() is not None:
             return False
         if time.monotonic() - self._looked > 1.0:
@@ -135,13 +136,13 @@ class Launched:
         return True
 
     def stop(self) -> None:
-        """Ask the run to save and to end."""
+        """Ask the run to save and end."""
         self._asked = True
         with contextlib.suppress(ProcessLookupError):
             self._keeper.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End whatever still runs, at once."""
+        """Kill all processes that still run."""
         if self._keeper.poll() is None:
             self._workers |= _children(self._keeper.pid)
             self._keeper.kill()
@@ -155,17 +156,17 @@ class Launched:
 
     @property
     def code(self) -> int:
-        """Exit code of the whole, once it has ended."""
+        """Wait for the keeper to end, and return its exit code."""
         return int(self._keeper.wait())
 
     def told(self) -> Iterator[dict[str, Any]]:
-        """What rank 0 has relayed of its screen since the last call."""
+        """Yield the screen updates that rank 0 has relayed since the last call."""
         for line in self._follow("screen", self.screen):
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
     def said(self) -> Iterator[str]:
-        """What rank 0 has printed since the last call, without the noise of libraries; what it raised comes later."""
+        """Yield the lines that rank 0 has printed since the last call, without library noise and tracebacks."""
         for name in ("stdout", "stderr"):
             path = self._log(0, name)
             for line in () if path is None else self._follow(name, path):
@@ -174,25 +175,25 @@ class Launched:
                     yield line
 
     def stopped(self) -> str | None:
-        """The signal that all processes were asked to stop by, if somebody else asked them."""
+        """Return the name of the signal by which all processes were asked to stop from outside, or None."""
         codes = {int(failure["code"]) for failure in self._failures()}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # The launcher asks those again that were not quite done.
+            # torchrun sends SIGTERM to the processes that have not ended yet.
             if 128 + number in codes and codes <= {128 + number, -signal.SIGTERM}:
                 return number.name
         return None
 
     def broke(self) -> bool:
-        """Whether a run that was asked to stop did not just stop: nothing was saved, say, for want of space."""
+        """Return whether a run that was asked to stop failed instead, e.g. could not save because the disk is full."""
         codes = {int(failure["code"]) for failure in self._failures()}
         others = codes - _STOPPED
         if -signal.SIGTERM in codes and all(code > 0 for code in others):
-            # Who was asked before it could listen is missed by the others; that is no news.
+            # A process that SIGTERM ended before it had a handler causes a DistributedError in the others: no failure.
             return any(not isinstance(error, DistributedError) for error in self._own_errors())
         return bool(others)
 
     def failure(self) -> PretrainError:
-        """The error that ended the run, in the words of the process that failed first."""
+        """Return the error that ended the run, as raised by the process that failed first."""
         found = self._first_failure()
         if (found is None or found["code"] > 0) and (own := self._own_errors()):
             return own[0]
@@ -210,13 +211,13 @@ class Launched:
         )
 
     def _own_errors(self) -> list[PretrainError]:
-        """The errors of ours that processes ended with, the most telling first."""
+        """Return the PretrainErrors that processes ended with, the most informative first."""
         own = [error for r in range(self.devices) if (error := self._raised_by(r)) is not None]
-        # That another process failed is what the others say of the one that knows more.
+        # A DistributedError often only reports the failure of another process, whose own error says more.
         return sorted(own, key=lambda error: isinstance(error, DistributedError))
 
     def _raised_by(self, rank: int) -> PretrainError | None:
-        """The error of ours that a process ended with."""
+        """Return the PretrainError that a process ended with, or None."""
         path = self._log(rank, "stderr")
         if path is None:
             return None
@@ -226,14 +227,14 @@ class Launched:
             return None
         start, match = found[-1]
         before, said = match[1] or "", [lines[start][match.end() :]]
-        for line in lines[start + 1 :]:  # libraries have their last words after it
+        for line in lines[start + 1 :]:  # libraries may print further lines after the message
             if not line.startswith(before) or _NOISE.search(line):
                 break
             said.append(line.removeprefix(before))
         return named_error(match[2], "\n".join(said).strip())
 
     def _failures(self) -> list[dict[str, Any]]:
-        """Rank and exit code of the processes that failed, in the order in which they did."""
+        """Return rank and exit code of the processes that failed, in the order in which they failed."""
         try:
             return list(json.loads((self.folder / "failures.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -241,10 +242,11 @@ class Launched:
 
     def _first_failure(self) -> Mapping[str, Any] | None:
         failures = self._failures()
-        # Who was killed is the cause; those who then lost their connection are not.
+        # A process that was killed is the cause; the others then lost their connection to it.
         killed = [f for f in failures if f["code"] < 0 and -f["code"] != signal.SIGTERM]
         told = [f for f in failures if f["code"] > 0]
-        # A survivor leaves more quickly than who has an error to raise; who did as asked has none.
+        # A survivor (EXIT_LOST) may end before the process that raised the error; a process that stopped as asked has
+        # no error.
         told.sort(key=lambda f: (f["code"] in _STOPPED, f["code"] == EXIT_LOST))
         return next(iter([*killed, *told, *failures]), None)
 
@@ -261,7 +263,7 @@ class Launched:
 
 
 class _Tail:
-    """Whole lines of a growing file."""
+    """Reader of the complete lines of a growing file."""
 
     def __init__(self, path: Path) -> None:
         self._file: IO[str] = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 - until close
@@ -276,7 +278,10 @@ class _Tail:
 
 
 def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
-    """Ours, with a share of the cores for each process, our paths of modules, and loopback as the only network."""
+    """Return the environment of the processes: that of this process, a share of the cores, its module paths, loopback.
+
+    Rank and rendezvous variables of an outer launcher are removed.
+    """
     env = {**os.environ, SCREEN: str(screen), "PRETRAIN_DEBUG": "1", "PYTHONUNBUFFERED": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
@@ -288,7 +293,7 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
     names = [name for _, name in socket.if_nameindex()]
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
     if loopback is not None:
-        env.setdefault("GLOO_SOCKET_IFNAME", loopback)  # else that of the host's name
+        env.setdefault("GLOO_SOCKET_IFNAME", loopback)  # default: interface of the host name
     standard = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.isdir(path)]
     own = [p for p in paths if not any(os.path.realpath(p).startswith(s) for s in standard)]
@@ -299,7 +304,7 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
 
 
 def _children(pid: int) -> set[int]:
-    """Processes that a process has started; each leads a session of its own."""
+    """Return the ids of the child processes of a process; torchrun starts each in its own session."""
     found = set()
     if not (_PROC / "self" / "stat").exists():
         pairs = [line.split() for line in _ps("-A", "-o", "pid=", "-o", "ppid=")]
@@ -312,7 +317,7 @@ def _children(pid: int) -> set[int]:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether the number still belongs to a process that we started: it may have been given to another."""
+    """Return whether a process id still belongs to a process of this launch: ids are reused."""
     with contextlib.suppress(OSError):
         if (_PROC / "self" / "stat").exists():
             words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
@@ -323,7 +328,7 @@ def _is_ours(pid: int) -> bool:
 
 
 def _ps(*options: str) -> list[str]:
-    """What ``ps`` prints, which every Unix has."""
+    """Return the lines that ``ps`` prints, which every Unix has."""
     with contextlib.suppress(OSError):
         done = subprocess.run(["ps", *options], capture_output=True, text=True, errors="replace")
         return done.stdout.splitlines()
@@ -353,12 +358,12 @@ def _last(path: Path | None) -> str:
 
 
 def _tell(folder: Path, failures: Sequence[Mapping[str, int]]) -> None:
-    with contextlib.suppress(OSError):  # the disk may be full, which is what the processes say
+    with contextlib.suppress(OSError):  # a full disk, which the processes report themselves
         (folder / "failures.json").write_text(json.dumps(failures), encoding="utf-8")
 
 
 def _keep(folder: Path, words: Sequence[str]) -> int:
-    """Run torchrun in this process until the run ends or standard input does."""
+    """Run torchrun in this process until the run ends, or stop it when standard input is closed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -373,7 +378,7 @@ def _keep(folder: Path, words: Sequence[str]) -> int:
     close = SubprocessContext.close
 
     def close_and_tell(self: Any, death_sig: Any = None, timeout: int = _HURRY) -> None:
-        # A signal is named when the run is asked to stop, and torchrun then tells nobody how the processes ended.
+        # ``death_sig`` is given when the run was asked to stop; torchrun then does not report the exit codes itself.
         close(self, death_sig, timeout if death_sig is None else _GRACE)
         codes = {rank: one.proc.poll() for rank, one in self.subprocess_handlers.items()}
         _tell(folder, [{"rank": rank, "code": code} for rank, code in codes.items() if code])

@@ -1,4 +1,4 @@
-"""Was this process started as one of several? Asked where torch is not imported yet."""
+"""Detection of a launcher, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["launched"]
 
 
 def launched() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
+    """Return whether a launcher such as torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

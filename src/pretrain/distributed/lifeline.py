@@ -1,11 +1,11 @@
-"""The watchdog: when one process of a run dies, stops, hangs or fails, all others leave within seconds, saying who.
+"""The watchdog: ends all processes of a run within seconds when one of them dies, stops, hangs or fails, naming it.
 
-A collective operation waits for ever for a process that does not come. So every process has a thread that holds a
-connection of its own: rank 0 with everybody, everybody with rank 0. A closed connection means that a process died;
-no beat for ``silence`` seconds, that it is stopped or cut off; beats without progress of anybody for ``timeout``
-seconds, that one of them hangs: the one that is behind the others and waits for nobody. What was found is printed by
-all survivors in the same words and written to ``failure.json`` in the run directory. Then they end with exit code 75
-through `os._exit`, since nothing else ends a thread inside a collective.
+A collective waits forever for a missing process. Every process therefore has a thread with a connection of its own:
+rank 0 is connected with all ranks, each other rank with rank 0. A closed connection means that a process died; no
+heartbeat for ``silence`` seconds, that it is stopped or disconnected; heartbeats without progress of any process for
+``timeout`` seconds, that one of them hangs: the one that is behind the others and does not wait for another. All
+survivors print the same record, and it is written to ``failure.json`` in the run directory. Then they end with exit
+code 75 through `os._exit`, since nothing else ends a thread inside a collective.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from pretrain.errors import PretrainError
 
 __all__ = ["EXIT_LOST", "SLOW", "Lifeline", "WriterPeers"]
 
-# Phases in which progress may take longer: factors on ``timeout``.
+# Phases that may take longer without progress: factors on ``timeout``.
 SLOW = {"start": 4.0, "data": 2.0, "evaluate": 2.0, "save": 4.0}
 
-_BEAT = 1.0  # seconds
-_GLANCE = 0.2
-_BEATS_PER_SECOND = 128  # that rank 0 shall handle; with more ranks each beats more slowly
-_SILENCE = 30.0
+_BEAT = 1.0  # seconds between heartbeats
+_GLANCE = 0.2  # seconds between checks for progress
+_BEATS_PER_SECOND = 128  # limit for rank 0; with more ranks each one sends heartbeats less often
+_SILENCE = 30.0  # seconds without a heartbeat, by default
 _SETTLE = 3.0  # seconds to wait until the others know of an error
-_GOODBYE = 3.0
+_GOODBYE = 3.0  # seconds to wait for the thread at a normal end
 
 
 class Lifeline:
-    """Watch over the processes of a run; a context manager, which tells the others of an exception that leaves it.
+    """Watchdog of the processes of a run; a context manager that reports an exception that leaves it to the others.
 
-    Building one connects all processes. With one process nothing is done at all. What an earlier attempt has left in
-    ``failure.json`` goes when the processes have come to a normal end.
+    The constructor connects all processes. With one process nothing is done at all. The ``failure.json`` of an earlier
+    attempt is removed when the processes have come to a normal end.
 
     Args:
-        store: key-value store that all share, with keys of this attempt only (`torch.distributed.Store`).
-        rank, size: of this process, and how many there are.
-        run_dir: where ``failure.json`` is written; None: nowhere.
-        timeout: seconds without progress of anybody after which the process that is behind counts as hung.
-        silence: seconds without a beat after which a process counts as lost; not given, 30, or ``timeout`` if that
-            is less; at least three beats.
-        patience: seconds to wait for all to connect.
+        store: key-value store shared by all ranks, with keys of this attempt only (`torch.distributed.Store`).
+        rank, size: rank of this process, and the world size.
+        run_dir: directory of ``failure.json``; None to write none.
+        timeout: seconds without progress of any process after which the process that is behind counts as hung.
+        silence: seconds without a heartbeat after which a process counts as lost; by default 30, or ``timeout`` if
+            that is less; at least three heartbeats.
+        patience: seconds to wait for all processes to connect.
 
     Raises:
-        DistributedError: not all connect in time.
+        DistributedError: not all processes connect in time.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Lifeline:
         os.register_at_fork(after_in_child=release)
 
     def mark(self, phase: str, step: int) -> None:
-        """Say what this process does now; every call counts as progress. It costs less than a microsecond.
+        """Set the current phase and step; every call counts as progress and costs less than a microsecond.
 
         Args:
-            phase: any word; `SLOW` names those that may last.
+            phase: any word; `SLOW` names the phases with a longer time limit.
             step: optimizer step.
         """
         place = self._place
@@ -118,7 +118,7 @@ class Lifeline:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, this process waits for others."""
+        """Mark this process as waiting for others, inside the context."""
         place = self._place
         before = place.waiting
         place.waiting = True
@@ -130,10 +130,10 @@ class Lifeline:
 
     @contextlib.contextmanager
     def awaiting(self, writer: threading.Thread) -> Iterator[None]:
-        """Inside, the main thread waits for a thread of its own that writes a checkpoint.
+        """Mark the main thread as waiting for a thread of this process that writes a checkpoint, inside the context.
 
-        What that thread does then counts as progress, see ``written``, and should the run hang, its stack says whether
-        this process waits for others.
+        Progress of that thread then counts as progress of the process, see ``written``. If the run hangs, the stack of
+        that thread shows whether this process waits for others.
         """
         place = self._place
         before = place.phase
@@ -146,24 +146,24 @@ class Lifeline:
             place.count += 1
 
     def written(self) -> None:
-        """A sign of life of a thread that writes.
+        """Report progress of the calling writer thread.
 
-        It counts only while the main thread waits for that thread: else it would hide that the main thread hangs.
+        It counts only while the main thread waits for that thread: otherwise it would hide that the main thread hangs.
         """
         place = self._place
         if place.writer is threading.current_thread():
             place.written += 1
 
     def fail(self, error: BaseException, *, end_within: float | None = 5.0) -> None:
-        """Tell the others what ended this process; they print it and leave.
+        """Report the error that ends this process to the others, which print it and exit.
 
-        Returns when they know it. An error that only follows from the loss of another process (a collective that
-        broke) does not return: this process then ends like the other survivors.
+        Returns when they know it, after 3 seconds at most. For an error that only follows from the loss of another
+        process (a failed collective) it does not return: this process then ends like the other survivors.
 
         Args:
-            error: what was raised.
-            end_within: seconds after which this process is ended with exit code 1, should its own way out block (as
-                the teardown of a process group can); None: never.
+            error: the exception.
+            end_within: seconds after which this process is ended with exit code 1 if its shutdown blocks (as the
+                teardown of a process group can); None for never.
         """
         watch = self._watch
         if watch is None or watch.settled.is_set():
@@ -173,14 +173,14 @@ class Lifeline:
         me.phase, me.step, me.said = place.phase, place.step, time.time()
         me.tentative, me.failed = _may_follow(error), time.monotonic()
         found = me.about("raised", text) | {"stack": record.stack_of(error.__traceback__)}
-        me.error = found  # last, for the thread looks at it
+        me.error = found  # set last, because the watchdog thread reads it
         if end_within is not None:
             _end_within(end_within)
         watch.wake()
         watch.settled.wait(_SETTLE)
 
     def close(self) -> None:
-        """Say goodbye: a normal end, after which nothing is detected any more. Twice is once."""
+        """End the watchdog normally, after which nothing is detected any more; a second call does nothing."""
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.closing = True
@@ -201,19 +201,19 @@ class Lifeline:
         if failed and error is not None:
             self.fail(error)
         self.close()
-        # Not at the start: whoever starts a run again and again still wants to know why.
+        # Not at the start: a user who restarts a failing run several times still needs the record.
         if watch is not None and watch.me.rank == 0 and watch.run_dir is not None and not failed:
             record.forget(watch.run_dir)
 
 
 class WriterPeers(Peers):
-    """Peers for a thread that writes checkpoints behind the training; the watchdog hears of what it does.
+    """Peers for a thread that writes checkpoints in the background and reports its progress to the watchdog.
 
     Args:
         rank: of this process.
-        size: how many there are.
-        group: of `torch.distributed`, which carries tensors on the CPU and is this thread's own.
-        watchdog: gives that of this process, or None while nothing is watched.
+        size: world size.
+        group: process group of `torch.distributed` for CPU tensors, which only this thread uses.
+        watchdog: returns the watchdog of this process, or None while there is none.
     """
 
     def __init__(
@@ -223,19 +223,19 @@ class WriterPeers(Peers):
             if (lifeline := watchdog()) is not None:
                 lifeline.written()
 
-        # Not a method: an object that refers to itself keeps its group beyond the end of torch.
+        # Not a method: a reference cycle would keep the process group alive beyond the shutdown of torch.
         super().__init__(rank, size, group, moved)
         self._watchdog = watchdog
-        self.moved: Callable[[], None] = moved  # says that the calling thread has come further
+        self.moved: Callable[[], None] = moved  # reports progress of the calling thread
 
     def awaiting(self, writer: threading.Thread) -> contextlib.AbstractContextManager[None]:
-        """Inside, the main thread waits for the one that writes; see `Lifeline.awaiting`."""
+        """Mark the main thread as waiting for the writer thread, inside the context; see `Lifeline.awaiting`."""
         lifeline = self._watchdog()
         return contextlib.nullcontext() if lifeline is None else lifeline.awaiting(writer)
 
 
 def _process_space() -> str:
-    """A name that two processes share when the process numbers of one mean the same to the other."""
+    """Return a name that is equal for two processes if they share a process id namespace."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -243,7 +243,7 @@ def _process_space() -> str:
 
 
 def _may_follow(error: BaseException | None) -> bool:
-    """Whether an error may be the consequence of the loss of another process: a broken collective is a RuntimeError."""
+    """Return whether an error may follow from the loss of another process: a failed collective is a RuntimeError."""
     if isinstance(error, OSError) and not isinstance(error, PretrainError):
         return True
     while error is not None:
@@ -254,7 +254,7 @@ def _may_follow(error: BaseException | None) -> bool:
 
 
 def _end_within(seconds: float) -> None:
-    # Python's own threads stand still while the interpreter is taken down; this one is written in C.
+    # Python threads do not run while the interpreter shuts down; the thread of faulthandler is written in C.
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         global _nowhere
         _nowhere = _nowhere or open(os.devnull, "w")  # noqa: SIM115  # must stay open until the end

@@ -1,4 +1,4 @@
-"""What a machine has: versions, devices, memory, disk, network and speed, and which of it will stop a run."""
+"""Facts about a machine (versions, devices, memory, disk, network, speed) and the problems that will stop a run."""
 
 from __future__ import annotations
 
@@ -23,20 +23,18 @@ __all__ = ["Facts", "describe", "examine", "free_memory", "multiplication_speed"
 
 Facts = dict[str, Any]
 
-_MEASURED = (
-    0.3  # seconds for each number type; on a busy machine the best of a few is still too low
-)
-_LITTLE = 1 << 30  # bytes of memory or disk below which no run gets far
+_MEASURED = 0.3  # seconds for each dtype; on a busy machine even the best run is too slow
+_LITTLE = 1 << 30  # bytes of free memory or disk; less is reported as a problem
 _LITTLE_SHARED = 256 << 20  # bytes of /dev/shm: NCCL and data workers fail with less
 
 
 def examine(device: str, folder: str, seconds: float) -> Facts:
-    """Look at this machine; measures the speed of its device and lets two processes meet.
+    """Return the facts about this machine, with the speed of its device and an all-reduce of two processes.
 
     Args:
         device: "auto", "cpu", "cuda" or "mps".
-        folder: whose disk counts.
-        seconds: limit for the two processes.
+        folder: a path on the disk whose free space is reported.
+        seconds: time limit for the two processes.
     """
     chosen = _choose(device)
     facts: Facts = {
@@ -66,7 +64,7 @@ def examine(device: str, folder: str, seconds: float) -> Facts:
 
 
 def problems_of(facts: Facts, device: str) -> list[str]:
-    """What will stop a run on this machine, a sentence each, with the remedy."""
+    """Return the problems that will stop a run on this machine, each with its remedy."""
     found = []
     wanted = None if device == "auto" else device
     if wanted in ("cuda", "mps") and facts["device"] != wanted:
@@ -107,7 +105,7 @@ def problems_of(facts: Facts, device: str) -> list[str]:
 
 
 def describe(facts: Facts) -> list[str]:
-    """The facts as aligned lines."""
+    """Return the facts as aligned lines of text."""
     memory, speed, versions = facts["memory"], facts["speed"], facts["versions"]
     pair = facts.get("pair", {"error": "not tried"})
     faster = "faster" if speed["bf16_fast"] else "not faster"
@@ -142,11 +140,11 @@ def describe(facts: Facts) -> list[str]:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device; for the CPU those that a process can still get, also within a container."""
+    """Return the free bytes of a device; for the CPU those that a process can still allocate, also in a container."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:  # what the page cache holds is free as well
+    try:  # MemAvailable counts memory of the page cache as free
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(float(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
     except (OSError, StopIteration):
@@ -156,7 +154,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def multiplication_speed(device: torch.device) -> dict[str, float]:
-    """FLOP/s of a product of two square matrices in fp32 and in bf16, the best of several."""
+    """Return the FLOP/s of a product of two square matrices in fp32 and in bf16, the best of several runs."""
     size = 4096 if device.type == "cuda" else 512
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -164,7 +162,7 @@ def multiplication_speed(device: torch.device) -> dict[str, float]:
         best, end = float("inf"), time.perf_counter() + _MEASURED
         while (began := time.perf_counter()) < end or best == float("inf"):
             product = matrix @ matrix
-            float(product[0, 0])  # waits for the device
+            float(product[0, 0])  # synchronises with the device
             best = min(best, time.perf_counter() - began)
         found[name] = 2 * size**3 / best
     return found

@@ -1,4 +1,4 @@
-"""One after the other, without a process group: what one process makes is found by the rest."""
+"""Main process first, without a process group: one process fills a cache that the others then read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ _POLL = 0.1
 
 
 def main_process_first(world: World, make: Callable[[], T], what: str) -> T:
-    """Let rank 0 make something that is cached, then one process of every host, then the rest.
+    """Call ``make``, which caches its result, on rank 0, then on one process of every other host, then on the rest.
 
-    It waits through the store alone, without a process group: there is no time limit that a long preparation
-    of data could run into.
+    Ranks wait on the store, without a process group, so that a long preparation of data meets no timeout.
 
     Raises:
-        DistributedError: on the others, when an earlier one failed.
+        DistributedError: on the waiting ranks, if the rank that they wait for failed.
     """
     if world.size == 1:
         return make()
@@ -47,5 +46,5 @@ def _await(world: World, key: str, what: str, rank: int) -> None:
     said = world.store.get(key).decode("utf-8", "replace")
     if said != "done":
         error = DistributedError(f"Rank {rank} could not {what}. {said}")
-        error.everywhere = True  # that rank says it itself
+        error.everywhere = True  # that rank prints its own error
         raise error

@@ -1,7 +1,7 @@
-"""How the watchdogs of a run find each other: rank 0 listens, publishes where, and all others connect.
+"""Connection of the watchdogs of a run: rank 0 listens and publishes its address, and all other ranks connect.
 
-A connection counts only after its first line has shown the random token of the run, which the processes know from
-their store.
+A connection is accepted only if its first line holds the random token of the run, which the processes read from their
+store.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ __all__ = ["Found", "meet"]
 Found = dict[int, tuple[Wire, Message]]
 
 _KEY = "lifeline"
-_STRANGERS = 256  # connections without a token at a time
-_PATIENCE = 10.0  # seconds in which the token must come
+_STRANGERS = 256  # limit of simultaneous connections that have not sent the token
+_PATIENCE = 10.0  # seconds within which the token must arrive
 
 
 def meet(store: Any, rank: int, size: int, hello: Message, patience: float) -> tuple[str, Found]:
-    """Connect rank 0 with everybody.
+    """Connect rank 0 with all other ranks.
 
     Args:
-        store: that all share (`torch.distributed.Store`).
+        store: shared by all ranks (`torch.distributed.Store`).
         rank: of this process.
-        size: how many there are.
-        hello: what the other side shall know of this process; has "rank" and "host".
-        patience: seconds to wait for all.
+        size: world size.
+        hello: message about this process for the other side, with "rank" and "host".
+        patience: seconds to wait for all ranks.
 
     Returns:
-        A name of this attempt, the same for all, and connection and hello by rank: of all others for rank 0, of rank
-        0 for the others.
+        A name of this attempt, equal on all ranks, and connection and hello by rank: of all others on rank 0, of rank
+        0 on the others.
 
     Raises:
-        DistributedError: not all came.
+        DistributedError: not all ranks connected.
     """
     return (_find_first if rank else _gather)(store, size, hello, patience)
 
@@ -103,15 +103,18 @@ def _not_all(missing: list[int], size: int, seconds: float) -> DistributedError:
 
 
 def _first(wire: Wire, token: str) -> tuple[int, Message]:
-    """Rank and first message of a connection; -1 without the token, and an empty message before one has come."""
+    """Return rank and first message of a connection.
+
+    The rank is -1 without the token; the message is empty until one has arrived.
+    """
     try:
         for message in wire.receive(FIRST)[:1]:
-            # JSON may hold half a character, which plain UTF-8 refuses.
+            # JSON may hold a lone surrogate, which strict UTF-8 cannot encode.
             said = str(message.get("token")).encode("utf-8", "surrogatepass")
             if hmac.compare_digest(said, token.encode()):
                 return int(message["rank"]), message
             wire.gone = "a stranger"
-    except Exception:  # nothing that a stranger sends may end the run
+    except Exception:  # data from an unknown sender must not end the run
         wire.gone = "a stranger"
     return -1, {}
 
@@ -123,17 +126,17 @@ def _accept_all(
     seconds: float,
     welcome: Callable[[Wire], None],
 ) -> dict[int, tuple[Wire, Message]]:
-    """Accept a connection from each of ``ranks``; strangers are cut off.
+    """Accept a connection from each of ``ranks`` and close connections without the token.
 
     Args:
-        listener: bound and listening.
-        token: what the first message of a connection must hold.
-        ranks: whom to expect.
-        seconds: limit for all of them.
+        listener: bound and listening socket.
+        token: must be in the first message of a connection.
+        ranks: the expected ranks.
+        seconds: time limit for all of them.
         welcome: called with each accepted connection.
 
     Returns:
-        Connection and first message by rank; ranks that did not come are left out.
+        Connection and first message by rank; missing ranks are left out.
     """
     deadline = time.monotonic() + seconds
     found: dict[int, tuple[Wire, Message]] = {}

@@ -1,4 +1,4 @@
-"""What the watchdog knows of the processes of a run."""
+"""State of the processes of a run, as known to the watchdog."""
 
 from __future__ import annotations
 
@@ -16,26 +16,32 @@ __all__ = ["Limits", "Member", "Place"]
 
 @dataclass(slots=True)
 class Place:
-    """Where the main thread is; it alone writes here, but for ``written``."""
+    """Progress of the main thread, which alone writes here, except for ``written``."""
 
     phase: str = "start"
     step: int = 0
     waiting: bool = False
-    count: int = 0  # of all marks
-    first: int = 0  # count at which the step began
-    writer: threading.Thread | None = None  # the thread of its own that it waits for
-    written: int = 0  # signs of life of such threads; they alone write it
+    count: int = 0  # number of all marks
+    first: int = 0  # ``count`` at which the step began
+    writer: threading.Thread | None = None  # thread of this process that the main thread waits for
+    written: int = 0  # progress reports of such threads, which alone write it
 
     @property
     def signs(self) -> int:
-        """A number that changes with every sign of life."""
+        """A number that changes with every sign of progress."""
         return self.count + self.written
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: between two beats, between two looks whether there is progress to tell of, until silence is a loss, and
-    without progress of anybody, with factors by phase.
+    """Intervals and time limits, in seconds.
+
+    Attributes:
+        interval: between two heartbeats.
+        glance: between two checks whether there is progress to report.
+        silence: without a heartbeat until a process counts as lost.
+        timeout: without progress of any process until the run counts as hung.
+        slow: factors on ``timeout`` by phase.
     """
 
     interval: float
@@ -47,12 +53,12 @@ class Limits:
 
 @dataclass
 class Member:
-    """What is known of one process; times are of the monotonic clock."""
+    """The known state of one process; times are of the monotonic clock unless noted otherwise."""
 
     rank: int
     host: str
     pid: int
-    space: str  # of process numbers: only in our own one a number means something
+    space: str  # process id namespace: only in the own one a process id can be looked up
     seen: float
     progressed: float
     wire: Wire | None = None
@@ -60,8 +66,8 @@ class Member:
     step: int = 0
     within: int = 0  # marks since the step began
     count: int = 0
-    said: float = 0.0  # when it sent its last beat, in seconds since 1970 by its own clock
-    moved: float = 0.0  # the same for the last one that told of progress
+    said: float = 0.0  # when it sent its last heartbeat, in seconds since 1970 by its own clock
+    moved: float = 0.0  # the same for the last heartbeat that reported progress
     waiting: bool = False
     done: bool = False
     error: Record | None = None
@@ -71,18 +77,18 @@ class Member:
 
     @property
     def alive(self) -> bool:
-        """It may still answer."""
+        """Whether the process may still answer."""
         return not self.done and (self.wire is None or not self.wire.gone)
 
     def take(self, beat: list[Any], now: float) -> None:
-        """Learn from a beat."""
+        """Update the state from a heartbeat."""
         phase, self.step, self.within, count, self.waiting, self.said = beat
         self.phase = str(phase)[:80]
         if count != self.count or not self.moved:
             self.count, self.progressed, self.moved = count, now, self.said
 
     def about(self, kind: str, what: str) -> Record:
-        """A record of its loss; the time in it is its own clock's, so that all tell the same."""
+        """Return a record of its loss; the time in it is of its own clock, so that it is the same on all ranks."""
         at = (self.moved if kind == "hung" else self.said) or time.time()
         when = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
         who = {"rank": self.rank, "host": self.host, "pid": self.pid}

@@ -1,7 +1,8 @@
-"""Sizes of the mesh: what was set, what is left, and what `auto` makes of a model, a batch and a machine.
+"""Choice of the mesh sizes and the strategy: as configured, or by `auto` from the model, the batch and the machine.
 
-The global batch is what the settings say, on any number of processes; a number that cannot share it is refused, with
-those that can. Nothing here needs `torch.distributed`. Memory is estimated by `pretrain.distributed.estimates`.
+The global batch is that of the settings on any number of processes; a world size that cannot share it is refused, with
+a list of those that can. Nothing here needs `torch.distributed`. Memory is estimated by
+`pretrain.distributed.estimates`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = [
     "possible_worlds",
 ]
 
-# Share of a device's memory that an estimate may fill: the allocator, the kernels and the collectives want the rest.
+# Share of a device's memory that an estimate may fill: the allocator, the kernels and the collectives need the rest.
 USABLE = 0.8
 _GIB = float(1 << 30)
 _SHOWN = 12
@@ -35,16 +36,16 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """What runs: the mesh, how gradients become one, and why, in one line.
+    """The chosen mesh and strategy, with the reason in one line.
 
     Attributes:
         sizes: of the mesh.
         strategy: ``single``, ``ddp`` or ``fsdp``.
-        reason: the arithmetic, or what was configured.
-        whole: fsdp holds whole weights and gradients between the micro-batches of a step.
-        memory: of one device, estimated.
+        reason: the memory arithmetic, or the setting that decided.
+        whole: fsdp keeps whole weights and gradients between the micro-batches of a step.
+        memory: estimate for one device.
         micro_rows: rows of a forward pass in that estimate.
-        advice: what would make it fit, where it may not; the reason ends with it.
+        advice: what would make the run fit, if it may not; ``reason`` ends with it.
     """
 
     sizes: MeshShape
@@ -69,24 +70,24 @@ def choose_mesh(
     host_share: float | None = None,
     local: int = 0,
 ) -> ParallelPlan:
-    """Sizes and strategy for ``world`` processes, which must all ask with the same numbers.
+    """Choose the mesh sizes and the strategy for ``world`` processes; all ranks must pass the same arguments.
 
     Args:
         settings: the ``parallel`` section.
-        world: processes.
+        world: number of processes.
         batch_rows: rows of a global batch.
-        micro_rows: rows of a forward pass; 0 leaves them free, so that they become as many as fit. With
-            ``reproducible``, the rows that one process alone would take.
-        needs: of the model and its batch; ``checkpointing`` and ``device`` as they will be.
-        coupled: the rows of a process are one micro-batch, whatever that needs.
-        possible_tp: into how many pieces the model's matrices can be cut, 1 among them.
+        micro_rows: rows of a forward pass; 0 chooses as many as fit. With ``reproducible``, the rows that a single
+            process would take.
+        needs: of the model and its batch, with the final ``checkpointing`` and ``device``.
+        coupled: the rows of a process are one micro-batch, whatever memory that needs.
+        possible_tp: the numbers of pieces that the model's matrices can be cut into, including 1.
         device_memory: bytes that one process may use; None if not known.
-        host_share: the same of the memory of its host.
-        local: processes of one host; 0 is all of them.
+        host_share: bytes of host memory that one process may use; None if not known.
+        local: processes of one host; 0 means all of them.
 
     Raises:
-        ConfigError: the sizes do not multiply to ``world``, the batch cannot be shared, the model cannot be cut so, or
-            two settings exclude each other. The message lists what is possible.
+        ConfigError: the sizes do not multiply to ``world``, the batch cannot be shared, the model cannot be cut that
+            way, or two settings exclude each other. The message lists what is possible.
     """
     local = min(local or world, world)
     _check_tp(settings, world, possible_tp)
@@ -105,7 +106,7 @@ def choose_mesh(
 
 @dataclass
 class _Plan:
-    """The arithmetic behind a choice, over one run on one machine; ``micro`` is 0 where the rows are free."""
+    """The memory arithmetic behind a choice, for one run on one machine; ``micro`` is 0 if the rows are not fixed."""
 
     settings: ParallelConfig
     world: int
@@ -118,7 +119,7 @@ class _Plan:
     coupled: bool = False
 
     def made(self, sizes: MeshShape, strategy: str, reason: str) -> ParallelPlan:
-        """A choice with its estimate."""
+        """Return a plan with its memory estimate."""
         whole = strategy == "fsdp" and not self.settings.cpu_offload and self.holds(sizes.tp)
         rows = self.rows(sizes, strategy)
         return ParallelPlan(sizes, strategy, reason, whole, self.memory(sizes, strategy), rows)
@@ -128,11 +129,11 @@ class _Plan:
 
     @property
     def room(self) -> float:
-        """Unknown memory counts as enough."""
+        """Bytes that an estimate may fill; infinite if the device memory is not known."""
         return math.inf if self.budget is None else USABLE * self.budget
 
     def rows(self, sizes: MeshShape, strategy: str, needs: Needs | None = None) -> int:
-        """Rows of a micro-batch: as they are fixed, else as many of the usual ones as fit, and one at least."""
+        """Return the rows of a micro-batch: the fixed number, else as many up to ``micro_tokens`` as fit, minimum 1."""
         if self.micro:
             return self.micro
         most = self.needs.micro_tokens // self.needs.row_length
@@ -144,7 +145,7 @@ class _Plan:
     def memory(
         self, sizes: MeshShape, strategy: str, needs: Needs | None = None, rows: int = 0
     ) -> Memory:
-        """The estimate, with as many rows as fit unless they are given."""
+        """Return the memory estimate, for as many rows as fit unless they are given."""
         rows = rows or self.rows(sizes, strategy, needs)
         return memory(
             needs or self.needs,
@@ -160,7 +161,7 @@ class _Plan:
         return self.memory(sizes, strategy, needs).total <= self.room
 
     def choose(self, fixed: MeshShape | None) -> ParallelPlan:
-        """The configured strategy, or the first of single, ddp, hybrid and plain fsdp that fits."""
+        """Return the configured strategy, or the first of single, ddp, hybrid and plain fsdp that fits."""
         settings, tp = self.settings, self.settings.tp
         dp = self.world // tp
         wanted = settings.strategy
@@ -191,7 +192,7 @@ class _Plan:
         return self.made(sizes, "fsdp", reason)
 
     def sharded(self, dp: int, tp: int) -> MeshShape:
-        """The fewest parts that fit and lie inside a host, else over all processes."""
+        """Return the mesh with the fewest shards that fit and lie inside a host, else sharded over all processes."""
         inside = max(1, self.local // tp)
         fewest = [s for s in range(2, min(inside, dp) + 1) if dp % s == 0 and inside % s == 0]
         for shard in fewest if self.budget is not None else fewest[-1:]:
@@ -200,12 +201,12 @@ class _Plan:
         return MeshShape(1, dp, tp)
 
     def arithmetic(self, sizes: MeshShape, strategy: str) -> str:
-        """How much of how much."""
+        """Return the memory needed and available, as text."""
         of = "" if self.budget is None else f" of {_gib(self.budget)}"
         return f"{_gib(self.memory(sizes, strategy).total)}{of} GiB needed per process"
 
     def advice(self, choice: ParallelPlan) -> str:
-        """What would make it fit, if it does not."""
+        """Return what would make the run fit, as the end of a sentence; "" if it fits."""
         if self.settings.cpu_offload and self.host is not None:
             part = replace(self, settings=replace(self.settings, cpu_offload=False))
             there = part.memory(choice.sizes, "fsdp", rows=choice.micro_rows)
@@ -240,7 +241,7 @@ class _Plan:
         return f"; that may not fit, try {', '.join([*tips, 'a smaller model'])}"
 
 
-# --------------------------------------------------------------------------------------------- what cannot be
+# --------------------------------------------------------------------------------------------- validation
 
 
 def _check_tp(settings: ParallelConfig, world: int, possible: Sequence[int]) -> None:
@@ -259,7 +260,7 @@ def _check_tp(settings: ParallelConfig, world: int, possible: Sequence[int]) -> 
 
 
 def _configured(settings: ParallelConfig, world: int) -> MeshShape | None:
-    """The sizes that the settings fix, as far as they do; None leaves data parallelism open."""
+    """Return the sizes that the settings fix; None if they do not fix the data-parallel sizes."""
     replicate, shard, tp = settings.dp_replicate, settings.dp_shard, settings.tp
     dp = world // tp
     if settings.strategy == "ddp" and shard > 1:
@@ -282,16 +283,16 @@ def _configured(settings: ParallelConfig, world: int) -> MeshShape | None:
 
 
 def check_batch(world: int, tp: int, batch: int, micro: int) -> None:
-    """Refuse a global batch that ``world`` processes cannot share alike.
+    """Refuse a global batch that ``world`` processes cannot share equally.
 
     Args:
-        world: processes, ``tp`` of which see the same rows.
-        tp: see there.
+        world: number of processes.
+        tp: number of processes that see the same rows (tensor parallelism).
         batch: rows of the global batch.
-        micro: rows of a forward pass; 0 leaves them free.
+        micro: rows of a forward pass; 0 if they are not fixed.
 
     Raises:
-        ConfigError: it lists the numbers of processes and the batches near this one that can be.
+        ConfigError: the message lists the possible numbers of processes and the nearest possible batches.
     """
     dp = world // tp
     if batch % dp == 0 and (not micro or batch // dp % micro == 0):
@@ -310,7 +311,7 @@ def check_batch(world: int, tp: int, batch: int, micro: int) -> None:
 
 
 def possible_worlds(batch_rows: int, micro_rows: int = 0) -> list[int]:
-    """Numbers of processes that can share a global batch, each with the same whole micro-batches."""
+    """Return the numbers of processes that can share a global batch in equal numbers of whole micro-batches."""
     micro = micro_rows or 1
     if batch_rows % micro:
         return []
@@ -347,7 +348,7 @@ def _check_offload(settings: ParallelConfig, needs: Needs) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------- parts
+# ----------------------------------------------------------------------------------------------------- helpers
 
 
 def _gib(count: float) -> str:
@@ -368,7 +369,7 @@ def _pairs(dp: int) -> str:
 
 
 def _listed(numbers: Sequence[int], around: int = 0) -> str:
-    """The numbers, at most a few: the nearest to ``around``."""
+    """Return the numbers as text, at most a few: those nearest to ``around``, else the first ones."""
     if not numbers:
         return "none"
     kept = sorted(
@@ -378,7 +379,7 @@ def _listed(numbers: Sequence[int], around: int = 0) -> str:
 
 
 def host_memory() -> float | None:
-    """Bytes of memory of this host, or of the container that we are in; None where the system does not tell."""
+    """Return the bytes of memory of this host, or of its container; None if the system does not report them."""
     found = []
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:

@@ -1,4 +1,4 @@
-"""Addresses of this host, and sockets on which the processes of one run find each other."""
+"""Network interfaces of this host, and the TCP sockets of the watchdog."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pretrain.errors import DistributedError
 
 __all__ = ["Interface", "connect", "interfaces", "listen", "on_one_host", "tune"]
 
-_SIOCGIFADDR = 0x8915  # Linux: address of an interface
+_SIOCGIFADDR = 0x8915  # Linux ioctl: get the address of an interface
 _LOOPBACK = "127.0.0.1"
 Interface = dict[str, str | int]
 
 
 def interfaces() -> list[Interface]:
-    """Network interfaces with an IPv4 address: name, address, state, mtu, and speed in Mbit/s where known.
+    """Return the network interfaces with an IPv4 address: name, address, state, mtu, and speed in Mbit/s where known.
 
-    Only Linux tells; elsewhere the addresses of the host's name are returned.
+    On other systems than Linux the addresses of the host name are returned.
     """
     if not sys.platform.startswith("linux"):
         with contextlib.suppress(OSError):
@@ -49,7 +49,7 @@ def interfaces() -> list[Interface]:
 
 
 def on_one_host(size: int) -> bool:
-    """Whether the launcher put all ``size`` processes on this host, as far as the environment says."""
+    """Return whether all ``size`` processes are on this host, according to the environment."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is not None and local.isdigit():
         return int(local) >= size
@@ -57,10 +57,10 @@ def on_one_host(size: int) -> bool:
 
 
 def listen(one_host: bool) -> tuple[socket.socket, list[str]]:
-    """A listening socket on a free port, and the addresses under which other processes may reach it, best first.
+    """Return a listening socket on a free port, and the addresses where other processes may reach it, best first.
 
-    One host: loopback alone. Several: the address of MASTER_ADDR when it is ours, else that of the interface in
-    GLOO_SOCKET_IFNAME, else all interfaces (what comes in must know the token of the run).
+    One host: loopback only. Several hosts: the address of MASTER_ADDR if this host has it, else that of the interface
+    in GLOO_SOCKET_IFNAME, else all interfaces (connections must know the token of the run).
 
     Raises:
         DistributedError: no socket can be opened.
@@ -71,9 +71,8 @@ def listen(one_host: bool) -> tuple[socket.socket, list[str]]:
     known = interfaces()
     named = [str(one["address"]) for one in known if one["name"] in wanted]
     for address in [*_resolved(os.environ.get("MASTER_ADDR", "")), *named]:
-        with contextlib.suppress(
-            OSError
-        ):  # it belongs to another host, or to a service in front of this one
+        # Binding fails if the address belongs to another host, or to a proxy in front of this one.
+        with contextlib.suppress(OSError):
             return _bound(address), [address]
     others = [str(one["address"]) for one in known if not str(one["address"]).startswith("127.")]
     try:
@@ -83,10 +82,10 @@ def listen(one_host: bool) -> tuple[socket.socket, list[str]]:
 
 
 def connect(addresses: list[str], port: int, seconds: float) -> socket.socket:
-    """Connect to the first address that answers; every one gets its share of the time.
+    """Connect to the first address that answers; every address gets an equal share of the time.
 
     Raises:
-        OSError: none answers; the last failure.
+        OSError: no address answers; the last failure.
     """
     failure = OSError(errno.EADDRNOTAVAIL, "rank 0 published no address")
     for address in addresses:
@@ -98,7 +97,7 @@ def connect(addresses: list[str], port: int, seconds: float) -> socket.socket:
 
 
 def tune(sock: socket.socket, silence: float) -> None:
-    """No delay for small messages; let the system probe a silent link and give it up after ``silence`` seconds."""
+    """Send small messages without delay, and let the system close a silent connection after ``silence`` seconds."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {

@@ -1,4 +1,4 @@
-"""Tensors and plain values from process to process, over a group of `torch.distributed`; nothing is pickled."""
+"""Point-to-point transfer of tensors, and all-gather of JSON values, over a process group; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def connect(
     limit: datetime.timedelta,
     within: float = 60.0,
 ) -> None:
-    """Make the default group of `torch.distributed`: plain values and whatever lies on the CPU travel by gloo.
+    """Initialise the default process group, with gloo for CPU tensors and JSON values, and NCCL for CUDA tensors.
 
     Args:
-        store: by which the processes find each other.
+        store: key-value store for the rendezvous.
         rank: of this process.
-        size: how many there are.
-        device: on which this one computes; NCCL serves CUDA.
-        limit: for every collective.
-        within: seconds in which all must have found each other.
+        size: world size.
+        device: device that this process computes on.
+        limit: timeout of every collective.
+        within: seconds within which all processes must connect.
 
     Raises:
-        DistributedError: they have not; it says what to look at.
+        DistributedError: they did not connect; the message says what to check.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bounded(
@@ -50,13 +50,13 @@ def connect(
 
 
 class Peers:
-    """Tensors and plain values between processes, on the CPU; what `pretrain.checkpoint` asks for.
+    """Exchange of CPU tensors and JSON values between processes; implements the protocol of `pretrain.checkpoint`.
 
     Args:
         rank: of this process.
-        size: how many there are.
-        group: of `torch.distributed`, which carries tensors on the CPU.
-        tick: called whenever something has moved.
+        size: world size.
+        group: process group of `torch.distributed` for CPU tensors.
+        tick: called on every transfer, as a sign of progress.
     """
 
     def __init__(
@@ -66,20 +66,20 @@ class Peers:
         self._sent: list[tuple[Any, Tensor]] = []
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """Start to send a contiguous tensor, of any type; it must not be changed before ``settle``."""
+        """Start to send a contiguous tensor of any dtype; it must not be changed before ``wait_until_sent``."""
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
         work = dist.isend(_bytes(tensor), to, group=self._group)
         if work is not None:
             self._sent.append((work, tensor))
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        """Fill a contiguous tensor with what the other sends next."""
+        """Fill a contiguous tensor with the next one that rank ``source`` sends."""
         dist.recv(_bytes(tensor), source, group=self._group)
         if self._tick is not None:
             self._tick()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Everybody's plain value, by rank."""
+        """Return the JSON values of all ranks, in rank order."""
         if self._tick is not None:
             self._tick()
         return [value] if self.size == 1 else gather_json(value, self.size, self._group)
@@ -92,12 +92,12 @@ class Peers:
 
 
 class Callers(Peers):
-    """Processes without a group: they know each other's plain values by a store.
+    """Peers without a process group, which exchange JSON values through a store.
 
     Args:
         rank: of this process.
-        size: how many there are.
-        store: with keys that nobody else uses.
+        size: world size.
+        store: a key-value store, or the part of one that is used by these peers only.
     """
 
     def __init__(self, rank: int, size: int, store: Any) -> None:
@@ -105,7 +105,7 @@ class Callers(Peers):
         self._store, self._calls = store, 0
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Everybody's plain value, by rank; it waits for as long as it takes."""
+        """Return the JSON values of all ranks, in rank order; waits without a time limit."""
         self._calls += 1
         put(self._store, f"{self._calls}/{self.rank}", value)
         keys = [f"{self._calls}/{rank}" for rank in range(self.size)]
@@ -115,12 +115,12 @@ class Callers(Peers):
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory as bytes: not every backend knows every type of number."""
+    """Return the same memory as bytes, because not every backend supports every dtype."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def gather_json(value: Any, size: int, group: Any) -> list[Any]:
-    """All-gather of a plain value as JSON bytes."""
+    """All-gather a JSON value, sent as bytes."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor([len(data)]), group=group)

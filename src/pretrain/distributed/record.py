@@ -1,6 +1,6 @@
-"""What is said and written when a process of a run is lost: one record, the same from everybody.
+"""Failure records: what is printed and written when a process of a run is lost, the same on all ranks.
 
-Stacks name files the way Python imports them, never by their place on this machine: the record may be passed on.
+Stacks name files relative to the import path and never by an absolute path, so that a record can be shared.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ __all__ = [
 FILE = "failure.json"
 Record = dict[str, Any]
 
-_FRAMES, _TEXT = 60, 12_000  # of one stack: frames, characters
-_SHOWN = 8  # frames of one's own stack on stderr
+_FRAMES, _TEXT = 60, 12_000  # limits for one stack: frames, characters
+_SHOWN = 8  # frames of this process's own stack on stderr
 _REMEDIES = {
     "died": "It was killed or it crashed: see its own output, and `dmesg` of its host for the out-of-memory killer.",
     "silent": "Its process is stopped, its host is off, or the network between the hosts is cut.",
     "hung": "Its stack shows where. If that work may take so long, raise parallel.timeout.",
     "raised": "What it says is the first failure; failures of other processes follow from it.",
 }
-# What stands in the innermost line of Python of a process that waits for others (the rest is in C++).
+# Matches the innermost Python line of a process that waits for others (the frames below it are C++).
 _WAITS = re.compile(
     r"\.wait\(|\.(item|tolist|synchronize|backward)\(|all_reduce|all_gather|all_to_all|reduce_scatter|broadcast|"
     r"barrier|run_backward|\b(i?send|i?recv)\(|dist\.gather|dist\.scatter"
@@ -52,11 +52,11 @@ _WAITS = re.compile(
 
 
 def main_stack(writer: threading.Thread | None = None) -> str:
-    """The stack of the main thread, innermost frame last.
+    """Return the stack of the main thread, innermost frame last.
 
     Args:
-        writer: the thread that the main thread waits for, if it does; its stack follows, for what the process really
-            does is there.
+        writer: the thread that the main thread waits for, if any; its stack follows, because it shows what the process
+            is doing.
     """
     frames = sys._current_frames()
     stack = stack_of(frames.get(threading.main_thread().ident or 0))
@@ -66,7 +66,7 @@ def main_stack(writer: threading.Thread | None = None) -> str:
 
 
 def stack_of(innermost: FrameType | TracebackType | None) -> str:
-    """A stack, or the way of an exception, as text: ``module/file.py:line function: source``, innermost last."""
+    """Return a stack or a traceback as text: ``module/file.py:line function: source``, innermost frame last."""
     lines: list[str] = []
     if isinstance(innermost, TracebackType):
         way: TracebackType | None = innermost
@@ -97,16 +97,19 @@ def _module_path(file: str) -> str:
 
 
 def is_waiting(stack: str) -> bool:
-    """Whether a stack looks like that of a process that waits for others inside a collective operation.
+    """Return whether a stack looks like that of a process that waits for others inside a collective.
 
-    Of a main thread that waits for another one of its process, see `main_stack`, the stack of that one decides.
+    If the main thread waits for another thread of its process, see `main_stack`, the stack of that thread decides.
     """
     last = stack.rsplit("\n", 1)[-1]
     return "torch/distributed/" in last or _WAITS.search(last.partition(": ")[2]) is not None
 
 
 def process_state(pid: int) -> str:
-    """What Linux says of a process of this host that does not run, e.g. "stopped by a signal"; "" for others."""
+    """Return the state of a process of this host that does not run, e.g. "stopped by a signal"; "" otherwise.
+
+    Only Linux reports it.
+    """
     known = {
         "T": "stopped by a signal",
         "t": "stopped by a debugger",
@@ -121,7 +124,7 @@ def process_state(pid: int) -> str:
 
 
 def describe(record: Mapping[str, Any], size: int) -> str:
-    """The record as a sentence, with the remedy."""
+    """Return the record as text, with the remedy."""
     others = "".join(f" Rank {one['rank']} too: {one['what']}." for one in record.get("also", ()))
     return (
         f"Rank {record['rank']} of {size} (host {record['host']}, process {record['pid']}) was lost in phase "
@@ -131,9 +134,9 @@ def describe(record: Mapping[str, Any], size: int) -> str:
 
 
 def say(record: Mapping[str, Any], rank: int, size: int, own: str, code: int) -> None:
-    """Print the record to stderr: a sentence, the record in JSON (the same on all ranks), and our own stack.
+    """Print the record to stderr: a sentence, the record in JSON (the same on all ranks), and this process's stack.
 
-    It goes around Python's buffers, which the stuck main thread may hold.
+    It writes to the file descriptor, because the hung main thread may hold the locks of Python's buffers.
     """
     lines = [
         "",
@@ -155,12 +158,12 @@ def say(record: Mapping[str, Any], rank: int, size: int, own: str, code: int) ->
 
 
 def write(run_dir: Path, record: Record, stacks: Mapping[int, str]) -> None:
-    """Write the record as ``failure.json``, in one step, unless that of this failure is there already.
+    """Write the record atomically as ``failure.json``, unless that of this attempt has been written already.
 
     Args:
-        run_dir: the run directory; nothing is made where there is none.
-        record: what is known.
-        stacks: of the main threads by rank; equal ones are written once.
+        run_dir: the run directory; it is not created.
+        record: the failure record.
+        stacks: stacks of the main threads by rank; equal ones are written once.
     """
     path = run_dir / FILE
     with contextlib.suppress(OSError, ValueError):
@@ -176,13 +179,13 @@ def write(run_dir: Path, record: Record, stacks: Mapping[int, str]) -> None:
 
 
 def forget(run_dir: Path) -> None:
-    """Remove the record of an earlier attempt, now that the run has come to its end."""
+    """Remove the record of an earlier attempt, after a normal end of the run."""
     with contextlib.suppress(OSError):
         (run_dir / FILE).unlink()
 
 
 def _without_places(value: Any) -> Any:
-    """Cut absolute paths inside texts down to their last component."""
+    """Reduce absolute paths inside texts to their last component."""
     if isinstance(value, str):
         return re.sub(r"(?<![\w./])(?:~?/|file:/)[^\s:,'\"]*/([^\s/:,'\"]+)", r"\1", value)
     if isinstance(value, Mapping):

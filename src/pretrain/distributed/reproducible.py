@@ -1,8 +1,9 @@
-"""Sums of gradients over a fixed binary tree: the same bits however many processes share the leaves.
+"""Sums of gradients over a fixed binary tree, with the same bits for any number of processes.
 
-Floating-point addition is commutative but not associative, so a sum is reproducible when its tree is. The leaves are
-the micro-batches of a global batch; a range of them is halved until one is left. A power of two of processes, each
-with an equal range, cuts the tree exactly where the halves meet, and the levels above are added between processes.
+Floating-point addition is commutative but not associative, so a sum is reproducible if its tree is. The leaves are
+the micro-batches of a global batch; a range of them is halved until one is left. If the number of processes is a power
+of two and each has an equal range, every process computes a whole subtree, and the levels above are added between
+processes.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from torch import Tensor
 
 __all__ = ["add_across", "tree_sum"]
 
-_BUCKET = 16 << 20  # elements that are exchanged at once
+_BUCKET = 16 << 20  # elements that are exchanged in one message
 
 
 def tree_sum(leaf: Callable[[int], list[Tensor]], start: int, stop: int) -> list[Tensor]:
-    """Sum what ``leaf`` gives for ``start`` to ``stop`` (exclusive); log2 of their number of sums exist at a time.
+    """Sum the tensors of the leaves ``start`` to ``stop`` (exclusive); at most about log2(leaves) sums exist at a time.
 
     Args:
-        leaf: makes the tensors of one leaf, which are changed in place; it is called in order.
+        leaf: returns the tensors of one leaf, which are changed in place; called in order.
         start: first leaf.
-        stop: behind the last one.
+        stop: one past the last leaf.
     """
     if stop - start == 1:
         return leaf(start)
@@ -36,13 +37,13 @@ def tree_sum(leaf: Callable[[int], list[Tensor]], start: int, stop: int) -> list
 
 
 def add_across(tensors: Sequence[Tensor], group: Any, rank: int, size: int) -> None:
-    """Add the sums of all processes level by level, in place; afterwards all hold the same bits.
+    """Add the sums of all ranks level by level, in place; afterwards all ranks hold the same bits.
 
     Args:
-        tensors: of the same shapes and one type on every process.
-        group: the processes.
-        rank: of this one in the group.
-        size: of the group, a power of two.
+        tensors: with the same shapes on every rank, and of one dtype.
+        group: the process group.
+        rank: rank of this process in the group.
+        size: size of the group, a power of two.
     """
     level = 1
     while level < size:
@@ -63,7 +64,7 @@ def add_across(tensors: Sequence[Tensor], group: Any, rank: int, size: int) -> N
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours that travel together."""
+    """Group successive tensors that are exchanged in one message."""
     found: list[list[Tensor]] = []
     filled = _BUCKET
     for tensor in tensors:

@@ -1,8 +1,8 @@
-"""Which start of a run this is: a launcher that starts all processes again keeps its store, and what is left in it.
+"""A key prefix for each start of a run: a launcher that restarts all processes keeps its store, with the old keys.
 
-The launchers of several hosts may count their starts differently, so that no number in the environment tells them
-apart. Instead rank 0 gives its start a random name, and tells it to whoever asks with a random word: the name of a
-start that is over is learned by nobody, for the dead answer no questions.
+The launchers of several hosts may count restarts differently, so no number in the environment identifies a start.
+Instead rank 0 gives its start a random name, and each other rank asks for it with a random nonce. The name of an
+earlier start is never read, because only the running rank 0 answers a fresh nonce.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _PAUSE = 0.02
 
 
 def store_of_this_start(store: Any, rank: int, size: int, patience: float = 300.0) -> Any:
-    """The part of a store that only the processes of this start have; all wait for each other.
+    """Return the part of a store that only the processes of this start use; rank 0 and the others wait for each other.
 
     Args:
-        store: that all share (`torch.distributed.Store`).
+        store: shared by all ranks (`torch.distributed.Store`).
         rank: of this process.
-        size: how many there are.
-        patience: seconds in which rank 0 must come, and the others after it.
+        size: world size.
+        patience: seconds to wait for rank 0, and for rank 0 to wait for the others.
 
     Raises:
-        DistributedError: somebody does not come.
+        DistributedError: a rank is missing.
     """
     name = secrets.token_hex(8)
     if rank == 0:
-        # Here, and not in a thread: whatever waits on the store meanwhile would keep it to itself.
+        # Not in a thread: another thread that waits on the store would block its connection meanwhile.
         _answer(store, name, size, patience)
     else:
         store.set(f"asked/{rank}", name)
@@ -50,7 +50,7 @@ def store_of_this_start(store: Any, rank: int, size: int, patience: float = 300.
 
 
 def _answer(store: Any, name: str, size: int, patience: float) -> None:
-    """Tell everybody who asks the name, until all have come."""
+    """Answer the requests of all other ranks with the name, until all have received it."""
     missing, answered = set(range(1, size)), dict[int, str]()
     end = time.monotonic() + patience
     while missing:

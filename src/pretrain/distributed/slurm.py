@@ -1,9 +1,9 @@
-"""A batch script for SLURM: one task on each host, which runs torchrun; the run saves before the time is up.
+"""Batch scripts for SLURM: one task on each host, which runs torchrun; the run saves before its time limit.
 
-The script is plain bash that can be read and changed. SLURM's warning is SIGUSR1 and reaches the batch shell alone,
-which has SLURM ask the tasks of the step by SIGTERM: `srun` would kill them if it were asked itself. The run saves, and
-the job goes back into the queue, where the same command resumes it. A job that is cancelled gets SIGTERM, and does not
-go back.
+The script is plain bash that can be read and changed. Before the time limit SLURM sends SIGUSR1 to the batch shell
+only, which has SLURM send SIGTERM to the tasks of the step (`srun` would kill them if it got SIGTERM itself). The run
+saves, and the job is requeued, where the same command resumes it. A job that is cancelled gets SIGTERM and is not
+requeued.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
 
 @dataclass(frozen=True)
 class Job:
-    """What SLURM is asked for.
+    """The resources and options of a SLURM job.
 
     Attributes:
-        nodes: hosts.
-        gpus_per_node: GPUs of each, with a process for each; 0 is one process on the CPU.
-        time: limit, as SLURM writes it: ``24:00:00`` or ``2-00:00:00``.
-        partition: where, or several places with commas between them; not given, the site's own.
-        account: who pays; not given, the site's own.
-        job_name: name; not given, that of the config file.
-        grace: seconds before the end in which the run saves.
-        restarts: how often torchrun starts all processes again after one of them has failed.
+        nodes: number of hosts.
+        gpus_per_node: GPUs of each host, with one process per GPU; 0 is one process on the CPU.
+        time: time limit as SLURM writes it: ``24:00:00`` or ``2-00:00:00``.
+        partition: partition, or several separated by commas; by default that of the site.
+        account: account to charge; by default that of the site.
+        job_name: name of the job; by default that of the config file.
+        grace: seconds before the time limit at which the run is asked to save.
+        restarts: how often torchrun restarts all processes after one of them has failed.
     """
 
     nodes: int
@@ -51,10 +51,10 @@ class Job:
     restarts: int = 3
 
     def checked(self) -> Job:
-        """This job, if SLURM can read it.
+        """Return this job if its values are valid for SLURM.
 
         Raises:
-            ConfigError: a number or a name that it cannot read.
+            ConfigError: a number or a name is not valid.
         """
         for key, low in (("nodes", 1), ("gpus_per_node", 0), ("grace", 30), ("restarts", 0)):
             if getattr(self, key) < low:
@@ -193,7 +193,7 @@ def add_slurm(parser: Any) -> None:
 
 
 def write(config: str | os.PathLike[str], *, out: str | None = None, **options: Any) -> str:
-    """Write the script to ``out`` and return its place, or return the script itself; a line feed ends either.
+    """Write the script to ``out`` and return its path, or return the script itself; either ends with a line feed.
 
     Args:
         config: see `script`.
@@ -208,25 +208,25 @@ def write(config: str | os.PathLike[str], *, out: str | None = None, **options: 
 
 
 def is_task(config: str | os.PathLike[str]) -> bool:
-    """Whether a config is one of ``pretrain finetune``.
+    """Return whether a config file is one of ``pretrain finetune``.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     return "task" in read_file(Path(config))[0]
 
 
 def script(config: str | os.PathLike[str], job: Job, name: str = "job.sbatch") -> str:
-    """The batch script that runs a config file, of ``pretrain train`` or ``pretrain finetune``.
+    """Return the batch script that runs a config file of ``pretrain train`` or ``pretrain finetune``.
 
     Args:
-        config: YAML file; one with a section ``task`` is fine-tuned.
-        job: what SLURM is asked for.
-        name: of the script, for the line that says how to submit it.
+        config: YAML file; one with a section ``task`` is for ``pretrain finetune``.
+        job: the resources and options.
+        name: name of the script, for the comment on how to submit it.
 
     Raises:
-        ConfigError: the config cannot be read, its batch cannot be shared by so many processes, or SLURM cannot read
-            the job.
+        ConfigError: the config cannot be read, its batch cannot be shared by so many processes, or the job is not
+            valid for SLURM.
     """
     job, path = job.checked(), Path(config)
     sections, _ = read_file(path)
@@ -250,7 +250,7 @@ def script(config: str | os.PathLike[str], job: Job, name: str = "job.sbatch") -
     return _TEMPLATE.format(
         header="\n".join(f"#SBATCH --{key}={value}" for key, value in given.items() if value),
         grace=job.grace,
-        shutdown=job.grace - 20,  # the rest is for a step just started, and to queue the job again
+        shutdown=job.grace - 20,  # the rest is for a step that has just started and for requeueing
         restarts=job.restarts,
         name=shlex.quote(name),
         config=shlex.quote(os.fspath(path)),

@@ -1,4 +1,4 @@
-"""JSON values on the key-value store of the rendezvous: what processes tell each other before they have a group."""
+"""JSON values on the key-value store of the rendezvous, for communication before the process group exists."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 __all__ = ["all_here", "get", "put", "wait"]
 
-_PATIENT = 60.0  # seconds before it is said who is waited for
-_LARGEST = 64 << 20  # bytes of a value
+_PATIENT = 60.0  # seconds between messages that name the ranks that are waited for
+_LARGEST = 64 << 20  # maximum bytes of a value
 
 
 def put(store: Any, key: str, value: Any) -> None:
-    """Leave a JSON value for all."""
+    """Store a JSON value under a key, for all ranks."""
     store.set(key, zlib.compress(json.dumps(value).encode()))
 
 
 def get(store: Any, key: str) -> Any:
-    """The value of a key that is there."""
+    """Return the value of a key that exists."""
     return json.loads(zlib.decompressobj().decompress(store.get(key), _LARGEST))
 
 
 def wait(store: Any, keys: Sequence[str], seconds: float) -> bool:
-    """Whether all keys are there in time. It asks again and again, so that Ctrl-C works meanwhile."""
+    """Wait for keys and return whether all exist in time. It polls, so that Ctrl-C works meanwhile."""
     end, pause = time.monotonic() + seconds, 0.01
     while not store.check(list(keys)):
         if time.monotonic() > end:
@@ -36,7 +36,7 @@ def wait(store: Any, keys: Sequence[str], seconds: float) -> bool:
 
 
 def all_here(store: Any, rank: int, size: int, say: Callable[[str], object]) -> None:
-    """Wait for the slowest process, however long it prepares data or model; rank 0 says now and then who that is."""
+    """Wait until all ranks have prepared data and model, without a time limit; rank 0 reports the missing ranks."""
     put(store, f"here/{rank}", True)
     keys = [f"here/{one}" for one in range(size)]
     while not wait(store, keys, _PATIENT):

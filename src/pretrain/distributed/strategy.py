@@ -1,9 +1,9 @@
-"""How one objective is spread over the processes of a run, and how their gradients become one.
+"""Parallelisation of an objective over the ranks of a run, and the reduction of its gradients.
 
-One order for one device or a thousand: tensor parallelism, activation checkpointing, compilation block by block,
-FSDP2 or DDP, memory, initial weights. Gradients are sums over targets, never means, so every reduction is a sum and
-the number of processes shows in the result by rounding alone (and, with tensor parallelism, by which attention weights
-dropout drops: each process draws the same mask for its own heads).
+The order is the same on any number of devices: tensor parallelism, activation checkpointing, compilation of each
+block, FSDP2 or DDP, memory allocation, initial weights. Gradients are sums over targets, never means, so every
+reduction is a sum and the world size changes the result by rounding only (and, with tensor parallelism, by the
+attention weights that dropout drops: each rank draws the same mask for its own heads).
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ __all__ = ["Strategy"]
 
 
 class _Root(nn.Module):
-    """What FSDP2 takes for the root: it renames the class of what it wraps, and an objective is known by its name."""
+    """Root module for FSDP2, which renames the class of what it wraps; the class name of an objective must stay."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
 
     def forward(self, batch: Batch | None) -> tuple[Tensor, Loss]:
-        """The loss, and its total once more: not every torch looks for tensors inside of a dataclass."""
-        if batch is None:  # see `replicas`
+        """Return the loss, preceded by its total: not every version of torch finds tensors inside a dataclass."""
+        if batch is None:  # see `pretrain.distributed.ddp`
             total = torch.stack(
                 [0.0 * p.sum() for p in self.objective.parameters() if p.requires_grad]
             ).sum()
@@ -59,21 +59,21 @@ class _Root(nn.Module):
 
 
 class Strategy:
-    """An objective on the devices of a world.
+    """An objective, parallelised over the devices of a world.
 
     Args:
-        objective: its model may lie on the meta device; then it gets its memory, and its weights, here.
-        world: the processes; joined, and arranged by the sizes of ``choice``.
+        objective: its model may lie on the meta device; ``fill`` then allocates its memory and sets its weights.
+        world: the processes, with a process group and a mesh of the sizes of ``choice``.
         choice: sizes of the mesh, and ``single``, ``ddp`` or ``fsdp``.
         settings: the ``parallel`` section.
         device: of this process.
-        gather: type in which FSDP2 gathers the weights of the blocks; their masters and gradients are fp32.
+        gather: dtype in which FSDP2 gathers the weights of the blocks; master weights and gradients are fp32.
 
     Attributes:
-        layout: which part of every parameter lies here, by its name in the objective and in the model.
-        cut: no process has all weights, so that all must take part whenever the model runs.
-        untouched: parameters that no gradient reaches on any process, by name; ``uneven`` says that some are reached
-            on a few processes only. See ``take_reached``.
+        layout: which shard of every parameter this rank holds, by its name in the objective and in the model.
+        cut: no rank has all weights, so that all ranks must take part whenever the model runs.
+        untouched: names of the parameters that no gradient reaches on any rank; ``uneven`` is True if a gradient
+            reaches some parameters on a few ranks only. See ``set_unused_parameters``.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Strategy:
             self.tp = shard_model(model, group)
         if objective.couples_examples and choice.sizes.dp > 1:
             objective.batch_group = Group(world.batch_group(), world.dp_rank, choice.sizes.dp)
-        # A parameter of a block lies on the CPU between the block's passes, though its embeddings do not.
+        # With CPU offload, the parameters lie on the CPU between passes: their device is not where the model computes.
         model.computes_on = device if settings.cpu_offload else None
         self.sharded, self._gather = choice.strategy == "fsdp", gather
         self.layout = self._layout(shapes)
@@ -108,25 +108,25 @@ class Strategy:
         model.backbone.set_activation_checkpointing(settings.activation_checkpointing)
         if settings.compile:
             model.backbone.compile_blocks()
-        if not settings.cpu_offload and not self.sharded:  # FSDP2 takes it there unit by unit
+        if not settings.cpu_offload and not self.sharded:  # FSDP2 moves the weights unit by unit
             _move(objective, device)
         if self.sharded:
             self._shard()
-        # Wrapped by FSDP2, a model is of no use by itself, be it cut or not.
+        # A model that FSDP2 has wrapped cannot be used by itself, even if it is not sharded.
         model.layout = self.layout if self.cut or self.sharded else None
 
     def fill(self, *, initialise: bool) -> None:
-        """Take memory for a model that was built without, and give it its weights.
+        """Allocate the memory of a model that was built on the meta device, and set its weights.
 
         Args:
-            initialise: False where a checkpoint is read into them anyway.
+            initialise: False if a checkpoint is loaded into the weights afterwards.
         """
         model, root = self.objective.model, self._root
         if not any(p.is_meta for p in model.parameters()):
             return
         named = [*root.named_parameters(), *root.named_buffers()]
         refuse_lost(self.objective, [name for name, tensor in named if tensor.is_meta])
-        # What else the objective owns has its values already: a teacher, a table.
+        # Other tensors of the objective (a teacher, a table) have their values already.
         kept = {name: local(t.detach()).clone() for name, t in named if not t.is_meta}
         root.to_empty(device="cpu" if self.settings.cpu_offload else self.device)
         with torch.no_grad():
@@ -137,7 +137,7 @@ class Strategy:
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(self.device))
-        # The checkpoint of an adapter holds nothing of its base.
+        # The checkpoint of an adapter does not hold the weights of its base model.
         if model.start is not None and (initialise or model.adapter is not None):
             model.start(model)
         else:
@@ -170,7 +170,7 @@ class Strategy:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        # Behind the root stand the embeddings, the last norm and the head: in fp32, as on one device.
+        # The root unit holds the embeddings, the last norm and the head: in fp32, as on one device.
         plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in self.objective.model.backbone.blocks():
             fully_shard(
@@ -189,7 +189,10 @@ class Strategy:
         return [m for m in self._root.modules() if hasattr(m, "set_gradient_divide_factor")]
 
     def wrap(self) -> None:
-        """Let DDP see which parameters are trained now; called before the first step and when others are released."""
+        """Wrap the objective in DDP for the parameters that are trainable now, or do nothing under other strategies.
+
+        Called before the first step and whenever parameters are unfrozen.
+        """
         if self.choice.strategy != "ddp" or self.settings.reproducible:
             return
         trained = self.trainable_parameters()
@@ -197,16 +200,16 @@ class Strategy:
             return
         if self._ddp is not None:
             self._ddp = None
-            gc.collect()  # its buckets, for nothing else collects while training
+            gc.collect()  # frees the buckets, because automatic garbage collection is off during training
         unused = self.uneven or bool(self.untouched & trained.keys())
         self._ddp = wrap_ddp(self._root, self.world.group("dp_replicate"), unused=unused)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn now, by name."""
+        """Return the parameters that are trainable now, by name."""
         return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
     def used_parameters(self, batch: Batch) -> set[str]:
-        """The parameters that the gradient of a batch would reach in this process, under FSDP2; all must come along."""
+        """Return the parameters that the gradient of a batch reaches on this rank, under FSDP2; all ranks must call."""
         with torch.compiler.set_stance("force_eager"):
             found = find_used_parameters(
                 self._root, self._units(), lambda: self.forward_no_sync(batch).total
@@ -215,10 +218,10 @@ class Strategy:
         return {name.removeprefix("objective.") for name in found}
 
     def set_unused_parameters(self, untouched: set[str], *, uneven: bool) -> None:
-        """Learn which parameters no gradient reaches, before FSDP2 reduces and DDP is made.
+        """Set the parameters that no gradient reaches, before FSDP2 reduces gradients and DDP wraps the objective.
 
         Raises:
-            TrainingError: a gradient reaches some on a few processes only, and FSDP2 of this torch cannot sum them.
+            TrainingError: a gradient reaches some on a few ranks only, and FSDP2 of this torch cannot sum them.
         """
         self.untouched, self.uneven = frozenset(untouched), uneven
         if self.sharded:
@@ -227,21 +230,24 @@ class Strategy:
     # ------------------------------------------------------------------ a step
 
     def forward(self, batch: Batch) -> Loss:
-        """Loss of one micro-batch of this process."""
+        """Return the loss of one micro-batch of this rank."""
         found: Loss = (self._ddp if self._ddp is not None else self._root)(batch)[1]
         return found
 
     def forward_no_sync(self, batch: Batch) -> Loss:
-        """Loss of one batch outside of the steps; with FSDP2 or tensor parallelism all processes must come along."""
+        """Return the loss of a batch outside training steps; with FSDP2 or tensor parallelism all ranks must call."""
         found: Loss = self._root(batch)[1]
         return found
 
     def backward_microbatches(self, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
-        """Run the micro-batches of this process; afterwards the gradients are those of the global batch.
+        """Run the micro-batches of this rank; afterwards the gradients are those of the global batch.
 
         Args:
-            run: forward and backward of micro-batch ``i`` of this process; returns its summed loss.
-            count: micro-batches of this process.
+            run: forward and backward of micro-batch ``i`` of this rank; returns its summed loss.
+            count: number of micro-batches of this rank.
+
+        Returns:
+            The results of ``run``, in order.
         """
         if self.settings.reproducible:
             totals = self._tree(run, count)
@@ -266,7 +272,7 @@ class Strategy:
 
     @contextlib.contextmanager
     def _synced(self, last: bool) -> Iterator[None]:
-        """Reduce gradients after the last micro-batch only; FSDP2 after each if whole ones would take too much."""
+        """Reduce gradients after the last micro-batch only; FSDP2 after each one if whole ones need too much memory."""
         if self._ddp is not None and not last:
             with self._ddp.no_sync():
                 yield
@@ -275,7 +281,7 @@ class Strategy:
             root: Any = self._root
             root.set_requires_gradient_sync(last or not self.choice.whole)
             root.set_is_last_backward(last)
-            root.set_requires_all_reduce(last)  # between copies, whose links are the slow ones
+            root.set_requires_all_reduce(last)  # between replicas, which have the slow links
             root.set_reshard_after_backward(last or not self.choice.whole)
         yield
 
@@ -296,7 +302,7 @@ class Strategy:
         sizes = self.choice.sizes
         if sizes.dp > 1:
             add_across(sums, self.world.group("dp_replicate"), self.world.dp_rank, sizes.dp)
-        # A zero that nothing gave is no gradient: on one process or on many it moves nothing.
+        # A parameter that no micro-batch of any rank reached has no gradient, so that weight decay does not change it.
         for p, total, times in zip(params, sums, self.world.all_reduce_sum(reached), strict=True):
             p.grad = total if times else None
         return totals
@@ -304,16 +310,16 @@ class Strategy:
     def reduce_loss_and_norm(
         self, totals: Sequence[Tensor], params: Mapping[str, Tensor]
     ) -> tuple[list[float], float]:
-        """The losses of all micro-batches of the global batch in order, and the norm of its gradient.
+        """Return the losses of all micro-batches of the global batch in order, and the norm of its gradient.
 
-        It is the one wait for the device in a step, and the same numbers come out on every process.
+        This is the only synchronisation with the device in a step. All ranks get the same numbers.
 
         Args:
-            totals: of this process's micro-batches.
-            params: trained parameters by name, with their gradients.
+            totals: summed losses of the micro-batches of this rank.
+            params: trainable parameters by name, with their gradients.
         """
         grads = {name: local(p.grad) for name, p in params.items() if p.grad is not None}
-        every = not self.cut  # each process holds whole gradients
+        every = not self.cut  # each rank holds whole gradients
         mine = (
             list(grads.values())
             if every
@@ -329,7 +335,7 @@ class Strategy:
         if not every:
             slots[-1] = norm.square()
         elif self.world.is_rank_zero:
-            slots[-1] = norm  # the same for all, to the last bit
+            slots[-1] = norm  # of rank zero only, so that all ranks get the same bits
         if self.world.tp_rank == 0:
             first = self.world.dp_rank * len(totals)
             slots[first : first + len(totals)] = torch.stack(list(totals)).float()
@@ -338,25 +344,25 @@ class Strategy:
         return losses, last if every else float(last) ** 0.5
 
     def clip(self, params: Mapping[str, Tensor], limit: float, norm: float) -> None:
-        """Scale gradients so that their norm, as ``settle`` gave it, is at most ``limit``."""
+        """Scale the gradients so that their norm, as returned by ``reduce_loss_and_norm``, is at most ``limit``."""
         factor = min(1.0, limit / (norm + 1e-6))
         if factor < 1.0:
             grads = [local(p.grad) for p in params.values() if p.grad is not None]
             torch._foreach_mul_([g for g in grads if g.numel()], factor)
 
-    # ------------------------------------------------------------------ beside the steps
+    # ------------------------------------------------------------------ outside training steps
 
     @property
     def gathered(self) -> torch.dtype:
-        """Type of the weights in a forward pass: FSDP2 may gather those of the blocks in half precision."""
+        """Dtype of the weights in a forward pass: FSDP2 may gather those of the blocks in half precision."""
         return self._gather if self.sharded else torch.float32
 
     @property
     def speaks(self) -> bool:
-        """Whether this process makes a sample of what the model can do.
+        """Whether this rank generates samples during training.
 
-        Where the model is cut all must, at the same length; FSDP2 and tensor parallelism together make none, for
-        groups that gather by themselves could end a text at different places.
+        If the model is sharded, all ranks must generate, at the same length. FSDP2 combined with tensor parallelism
+        generates none, because groups that gather separately could end a text at different positions.
         """
         if self.sharded and self.choice.sizes.tp > 1:
             return False
@@ -364,13 +370,13 @@ class Strategy:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the context the model can be called by itself, past the objective: all processes must do the same."""
+        """Make the model callable by itself, without the objective, inside the context; all ranks must enter it."""
         if not self.sharded:
             yield
             return
         root: Any = self._root
         root.unshard()
-        low = self.gathered is not torch.float32  # blocks then hold weights that fp32 cannot meet
+        low = self.gathered is not torch.float32  # fp32 inputs then need autocast in the blocks
         try:
             with torch.autocast(
                 self.device.type, dtype=self.gathered if low else None, enabled=low
@@ -381,7 +387,7 @@ class Strategy:
 
     @contextlib.contextmanager
     def without_gradient(self) -> Iterator[None]:
-        """For an evaluation; FSDP2 writes into tensors that inference mode would freeze."""
+        """Disable gradients for an evaluation; by no_grad under FSDP2, which cannot write into inference tensors."""
         if not self.sharded:
             with torch.inference_mode():
                 yield
@@ -393,24 +399,24 @@ class Strategy:
             self._reshard()
 
     def _reshard(self) -> None:
-        """Let go of whole weights: without a backward pass nothing else does, and the parts are the parameters."""
+        """Free the gathered weights: without a backward pass FSDP2 does not, and the shards are the parameters."""
         for unit in self._units():
             unit.reshard()
 
     def release(self) -> None:
-        """Take back what training wrapped around the objective."""
+        """Undo what training added to the objective: DDP, the batch group, activation checkpointing and compilation."""
         self._ddp = self.objective.batch_group = None
         self.objective.model.backbone.plain_blocks()
         self.objective.model.computes_on = None
 
 
 def _shapes(objective: Objective) -> dict[str, tuple[int, ...]]:
-    """Full shapes by the names in the objective (``model.backbone...``) and in the model (``backbone...``)."""
+    """Return full shapes by the names in the objective (``model.backbone...``) and in the model (``backbone...``)."""
     found = {name: tuple(p.shape) for name, p in objective.named_parameters()}
     return found | {name: tuple(p.shape) for name, p in objective.model.named_parameters()}
 
 
 def _move(objective: Objective, device: torch.device) -> None:
-    """To the device; what has no memory yet waits until it has been cut."""
+    """Move the objective to the device; one on the meta device gets its memory later, in ``fill``."""
     if not any(p.is_meta for p in objective.parameters()):
         objective.to(device)

@@ -1,7 +1,7 @@
-"""Tensor parallelism (Megatron-LM, arXiv 1909.08053): cut the parameters of a model as its blocks declare.
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053): shard the parameters of a model as its blocks declare.
 
-What is left are ordinary modules with smaller parameters, which know their group and meet in ``nn.parallel``. The
-vocabulary is cut by its rows: token embedding, projection onto it, and the bias of that.
+The result is ordinary modules with smaller parameters, which know their process group and call the collectives of
+``nn.tensor_parallel``. The vocabulary is sharded by rows: the token embedding, the output projection and its bias.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = [
     "shard_model",
 ]
 
-# Parameter of a linear layer -> the dimension that is cut. A bias behind a sum over processes is whole, and so is its
-# gradient.
+# Parameter of a linear layer -> the dimension that is cut. A bias that is added after an all-reduce is whole, and so
+# is its gradient.
 _LINEAR: Mapping[str, Mapping[str, int]] = {
     "column": {"weight": 0, "bias": 0},
     "row": {"weight": 1},
@@ -41,12 +41,12 @@ _LINEAR: Mapping[str, Mapping[str, int]] = {
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """What was done to a model; names are those of ``model.named_parameters()``.
+    """The sharding of a model by tensor parallelism; names are those of ``model.named_parameters()``.
 
     Attributes:
-        group: the processes that share each matrix.
-        cuts: cut parameter -> the dimension; the others are whole on every process.
-        partial: whole parameters of which each process has a part of the gradient.
+        group: the ranks that share each matrix.
+        cuts: name of a cut parameter -> its dimension; the others are whole on every rank.
+        partial: names of whole parameters of which each rank has a part of the gradient.
         shapes: full shape of every parameter.
     """
 
@@ -57,30 +57,31 @@ class TensorParallel:
 
     @property
     def rank(self) -> int:
-        """Of this process within the group."""
+        """Rank of this process within the group."""
         return self.group.rank
 
     @property
     def size(self) -> int:
-        """Processes that share each matrix."""
+        """Number of ranks that share each matrix."""
         return self.group.size
 
     def local(self, name: str, full_shape: tuple[int, ...] | None = None) -> tuple[int, int]:
-        """Start and length of this process's slice of a cut parameter, along its dimension."""
+        """Return start and length of this rank's slice of a cut parameter, along its dimension."""
         shape = self.shapes[name] if full_shape is None else full_shape
         return piece(shape[self.cuts[name]], self.size, self.rank)
 
     def take(self, name: str, full: Tensor) -> Tensor:
-        """This process's part of a full tensor: a view, or the tensor itself where it is not cut."""
+        """Return this rank's slice of a full tensor: a view, or the tensor itself if it is not cut."""
         if name not in self.cuts:
             return full
         return full.narrow(self.cuts[name], *self.local(name, tuple(full.shape)))
 
 
 def possible_tp(config: BackboneConfig) -> list[int]:
-    """The sizes of a tensor-parallel group that a model of this configuration can have, 1 included.
+    """Return the possible sizes of a tensor-parallel group for a model of this configuration, 1 included.
 
-    They divide the heads, the heads of keys and values, and the inner width, and leave each process some tokens.
+    They divide the attention heads, the key-value heads and the intermediate size, and give each rank a non-empty
+    part of the vocabulary.
     """
     most = math.gcd(config.num_heads, config.num_kv_heads or 0, config.intermediate_size or 0)
     return [n for n in range(1, most + 1) if most % n == 0 and _feeds_all(config.vocab_size, n)]
@@ -91,10 +92,10 @@ def _feeds_all(vocab_size: int, size: int) -> bool:
 
 
 def check_tp(config: BackboneConfig, size: int) -> None:
-    """Raise if no group of that size can share the model.
+    """Raise if the model cannot be sharded over a group of that size.
 
     Raises:
-        ConfigError: it lists the sizes that can.
+        ConfigError: the message lists the possible sizes.
     """
     possible = possible_tp(config)
     if size in possible:
@@ -119,13 +120,13 @@ def check_tp(config: BackboneConfig, size: int) -> None:
 
 
 def cuts_of(model: Model) -> tuple[dict[str, int], frozenset[str]]:
-    """What tensor parallelism cuts in a model, whatever the number of processes.
+    """Return what tensor parallelism cuts in a model, independent of the size of the group.
 
     Returns:
         Cut parameter -> its dimension, and the whole parameters with partial gradients; see ``TensorParallel``.
 
     Raises:
-        ConfigError: a block without a plan, or with one that does not cover its parameters.
+        ConfigError: a block has no plan, or one that does not cover its parameters.
     """
     cuts: dict[str, int] = {}
     partial: set[str] = set()
@@ -156,7 +157,7 @@ def _token_embedding(backbone: Backbone) -> nn.Embedding:
 
 
 def _planned(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """(path, kind, layer) of the layers that the plan of a block names and that the block has."""
+    """Yield (path, kind, layer) for the layers that the plan of a block names and that the block has."""
     plan: Mapping[str, str] | None = getattr(block, "tensor_parallel", None)
     if plan is None:
         raise ConfigError(
@@ -170,7 +171,7 @@ def _planned(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, str, A
 
 
 def _block_cuts(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, int | None]]:
-    """(parameter inside the block, dimension or None for a partial gradient); whole parameters do not come."""
+    """Yield (parameter inside the block, dimension or None for a partial gradient), without other whole parameters."""
     covered: set[str] = set()
     shared: set[str] = set()
     for path, kind, layer in _planned(backbone, block):
@@ -201,18 +202,18 @@ def _block_cuts(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, int
 
 @torch.no_grad()
 def shard_model(model: Model, group: Group) -> TensorParallel:
-    """Leave each parameter with this process's slice, and tell the modules about the group.
+    """Reduce each cut parameter to this rank's slice, and set the process group of the modules.
 
-    Parameters stay the objects that they are (tied ones stay tied, ``requires_grad`` stays) and may be on the meta
-    device. Adapters are attached before. A group of one changes nothing.
+    Parameters stay the same objects (tied ones stay tied, ``requires_grad`` stays) and may be on the meta device.
+    Adapters must be attached before. A group of one changes nothing.
 
     Args:
-        model: whole; changed in place, ``model.tp`` included.
-        group: the processes that share it, all of which call this with equal models.
+        model: an unsharded model; changed in place, including ``model.tp``.
+        group: the ranks that share it; all of them call this with equal models.
 
     Raises:
-        ConfigError: the model cannot be shared by so many, or its blocks do not say how.
-        ModelError: it has been cut before.
+        ConfigError: the model cannot be sharded over so many ranks, or its blocks have no plan.
+        ModelError: the model is sharded already.
     """
     if model.tp is not None:
         raise ModelError(
@@ -247,12 +248,12 @@ def shard_model(model: Model, group: Group) -> TensorParallel:
 
 @torch.no_grad()
 def reduce_partial_gradients(gradients: Mapping[str, Tensor], tp: TensorParallel) -> None:
-    """Sum the gradients of ``tp.partial`` over the group, in place and in one message per type.
+    """Sum the gradients of ``tp.partial`` over the group, in place and with one all-reduce per dtype and device.
 
     Args:
-        gradients: by parameter name, the same names on all processes of the group; others are left alone. They may be
-            equal slices of the gradients, after a sum over other processes too: sums commute.
-        tp: what was done to the model.
+        gradients: by parameter name, with the same names on all ranks of the group; gradients of other parameters are
+            not changed. They may be equal slices, also after a reduction over other ranks: sums commute.
+        tp: the sharding of the model.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for name in sorted(tp.partial & gradients.keys()):

@@ -1,4 +1,4 @@
-"""Which parameters a gradient reaches, where that differs from process to process."""
+"""Detection and handling of parameters that a gradient does not reach on some or all ranks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["drop_zero_gradients", "fill_missing_gradients", "find_used_parameter
 def find_used_parameters(
     root: nn.Module, units: Sequence[nn.Module], run: Callable[[], Tensor]
 ) -> set[str]:
-    """Names of the parameters at the ends of the graph behind a loss; nothing is run backwards.
+    """Return the names of the parameters that are leaves of the graph of a loss, without a backward pass.
 
-    FSDP2 puts whole parameters in the place of its parts while a unit runs, so that they have to be looked at then.
+    FSDP2 replaces the shards by whole parameters while a unit runs, so the parameters are recorded at that time.
 
     Args:
-        root: whose parameters are asked for.
-        units: modules inside of it whose parameters may be others while they run; with the root itself, if it is one.
+        root: module whose parameters are examined.
+        units: modules whose parameters may be replaced while they run; includes the root if it is such a module.
         run: computes the loss.
     """
     prefixes = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
-    # With the tensor: while it is kept, no other can have its number.
+    # The tensor is kept as well, so that its id cannot be reused.
     known: dict[int, tuple[Tensor, str]] = {}
 
     def look(module: nn.Module, _: Any) -> None:
@@ -37,7 +37,7 @@ def find_used_parameters(
 
     hooks = [unit.register_forward_pre_hook(look) for unit in units]
     try:
-        total = run()  # the graph lives as long as its end does
+        total = run()  # keeps the graph alive
         ends = _ends(total.grad_fn)
     finally:
         for hook in hooks:
@@ -46,7 +46,7 @@ def find_used_parameters(
 
 
 def _ends(start: Any) -> set[int]:
-    """``id`` of the leaves behind a node of the autograd graph."""
+    """Return the ``id`` of each leaf of the autograd graph below a node."""
     found, seen, todo = set(), {start}, [start]
     while todo:
         node = todo.pop()
@@ -60,16 +60,17 @@ def _ends(start: Any) -> set[int]:
 
 
 def fill_missing_gradients(units: Sequence[Any], *, uneven: bool) -> None:
-    """Let FSDP2 reduce zeros where no gradient came; later batches may be uneven where the first ones were not.
+    """Make FSDP2 reduce zeros for missing gradients, as later batches may be uneven even if the first ones are not.
 
-    It packs what there is without asking which: gradients of different parameters would be added.
+    FSDP2 packs only the gradients that exist: if these differ between ranks, gradients of different parameters would
+    be added.
 
     Args:
-        units: what FSDP2 has wrapped.
-        uneven: that has been seen already.
+        units: the modules that FSDP2 has wrapped.
+        uneven: a gradient has been seen to reach some parameters on a few ranks only.
 
     Raises:
-        TrainingError: so it has, and this torch cannot.
+        TrainingError: ``uneven`` is True, and this version of torch does not support it.
     """
     for unit in units:
         if hasattr(unit, "set_reduce_scatter_unused_params"):
@@ -82,11 +83,11 @@ def fill_missing_gradients(units: Sequence[Any], *, uneven: bool) -> None:
 
 
 def refuse_lost(objective: nn.Module, empty: Sequence[str]) -> None:
-    """Outside of the model nobody would give values to what has none.
+    """Refuse meta tensors outside of the model: only the model's own weights are set later.
 
     Args:
-        objective: whose parameters and buffers they are.
-        empty: names, behind ``objective.``, of those on the meta device.
+        objective: the objective that owns the parameters and buffers.
+        empty: names of those on the meta device, prefixed by ``objective.``.
 
     Raises:
         ModelError: one of them lies outside of ``objective.model``.
@@ -100,11 +101,13 @@ def refuse_lost(objective: nn.Module, empty: Sequence[str]) -> None:
 
 
 def drop_zero_gradients(params: Mapping[str, nn.Parameter], world: World) -> None:
-    """Where nothing gave a gradient there is none, as on one device: weight decay then moves nothing.
+    """Set gradients to None that are zero on all ranks, as on one device, so that weight decay changes nothing.
+
+    A collective, which all ranks must call.
 
     Args:
-        params: that no gradient reached before the first step, with zeros that were filled in for what did not come.
-        world: the processes, which all come along.
+        params: parameters that no gradient reached before the first step; missing gradients were filled with zeros.
+        world: the processes.
     """
     held = [p for _, p in sorted(params.items()) if p.grad is not None]
     reached = world.all_reduce_sum([float(local(p.grad).any()) for p in held if p.grad is not None])

@@ -1,7 +1,7 @@
-"""The thread of the watchdog: beats, what they mean, and the end of a run that has lost a process.
+"""Watchdog thread: heartbeats, failure detection, and the end of a run that has lost a process.
 
-Rank 0 decides for all, and collects everybody's stack before it tells; only the loss of rank 0 itself is found by
-every rank alone. `pretrain.distributed.lifeline` is what the training loop calls.
+Rank 0 decides for all ranks, and collects their stacks before it announces the verdict. Only the loss of rank 0 itself
+is detected by every rank separately. The training loop uses `pretrain.distributed.lifeline`.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ __all__ = ["EXIT_LOST", "Watch"]
 EXIT_LOST = 75  # EX_TEMPFAIL: starting the same command again may help
 
 _STACKS = 2.0  # seconds to wait for stacks
-_SUSPECT = 0.5  # seconds in which a failed collective is looked upon as the consequence of a death
-_BOUND = 4.5  # seconds from a verdict to the end, whatever blocks
-_GOODBYE = 2.0
-_OTHERS = 64  # that are named beside the first one
+_SUSPECT = 0.5  # seconds to wait for news of a lost process before a failed collective counts as the first failure
+_BOUND = 4.5  # seconds from a verdict to the end of the process, whatever blocks
+_GOODBYE = 2.0  # seconds to wait for the others at a normal end
+_OTHERS = 64  # lost processes that are named besides the first one
 
 
 class Watch:
-    """Beats to the others and decides what their beats, and the lack of them, mean.
+    """Sends heartbeats to the connected ranks, and detects lost, failed and hung processes by theirs.
 
     Args:
         me: this process.
-        others: whom it is connected with: all for rank 0, rank 0 for the others.
-        place: where the main thread is.
-        limits: when to give somebody up.
+        others: the connected ranks: all others on rank 0, rank 0 on the others.
+        place: progress of the main thread.
+        limits: intervals and time limits.
         size: number of processes.
         run: name of this attempt.
-        run_dir: where the record is written, or None.
+        run_dir: directory where the failure record is written, or None.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Watch:
     ) -> None:
         self.me, self.others, self.place, self.limits = me, others, place, limits
         self.size, self.run, self.run_dir = size, run, run_dir
-        self.settled = threading.Event()  # nothing will be decided any more
+        self.settled = threading.Event()  # set when no further verdict will be made
         self.closing = self._reported = False
         self._told: Record | None = None
         self._notice: Record | None = None
@@ -74,15 +74,15 @@ class Watch:
         self._turned = _clock()
         self.thread = threading.Thread(target=self._guarded, name="lifeline", daemon=True)
 
-    # ----------------------------------------------------------------------------------- from outside
+    # ----------------------------------------------------------------------------------- called by other threads
 
     def wake(self) -> None:
-        """Let the thread look at once at what changed."""
+        """Wake the thread, so that it reacts to a change at once."""
         with contextlib.suppress(OSError):
             self._waker.send(b"!")
 
     def release(self) -> None:
-        """Close all descriptors: at the end, and in a forked child, which would hide the death of this process."""
+        """Close all descriptors: at the end, and in a forked child, whose copies would hide the death of its parent."""
         for sock in (self._waker, self._woken):
             sock.close()
         for member in self.others.values():
@@ -96,7 +96,7 @@ class Watch:
     def _guarded(self) -> None:
         try:
             self._loop()
-        except Exception:  # a bug here must not leave a run that nobody watches
+        except Exception:  # a bug here must not leave a run without a watchdog
             text = traceback.format_exc().strip().replace("\n", " | ")
             self._leave(self.me.about("raised", f"its watchdog failed: {text}"))
         self.settled.set()
@@ -104,7 +104,7 @@ class Watch:
 
     def _loop(self) -> None:
         beat = 0.0
-        for member in self.others.values():  # what came with the last words of the meeting
+        for member in self.others.values():  # messages that arrived at the end of the meeting
             for message in member.wire.receive() if member.wire is not None else ():
                 self._take(member, message)
         while not self.closing:
@@ -135,11 +135,11 @@ class Watch:
                 member.wire.send(message)
 
     def _turn(self, until: float) -> None:
-        """Wait for messages, at most until then, and take them in."""
+        """Wait for messages until the given time at most, and process them."""
         ready = self._selector.select(max(0.0, until - _clock()))
         now = _clock()
         late = now - self._turned - 2 * self.limits.interval
-        if late > 0:  # it is we who were stopped: nobody else can be blamed for that time
+        if late > 0:  # this process was stopped itself: do not count that time against any process
             for member in (self.me, *self.others.values()):
                 member.seen += late
                 member.progressed += late
@@ -178,12 +178,12 @@ class Watch:
         elif "bye" in message:
             member.done = True
             if self.me.rank == 0 and member.wire is not None:
-                member.wire.send({"bye": True})  # it need not wait for our own end
+                member.wire.send({"bye": True})  # so that it need not wait for rank 0 to end
 
     # ----------------------------------------------------------------------------------- verdicts
 
     def _decide(self) -> bool:
-        """Act on what is known by now; True when nothing more is to be watched."""
+        """Act on the current state; return True if nothing is left to watch."""
         now, me, others = _clock(), self.me, list(self.others.values())
         if self._told is not None:
             return self._leave(self._told)
@@ -220,12 +220,12 @@ class Watch:
             state = record.process_state(member.pid) if member.space == self.me.space else ""
             what += f" (its process is {state})" if state else ""
         found = member.about(kind, what)
-        if self._notice is not None and member.rank == 0:  # it had told us before it went
+        if self._notice is not None and member.rank == 0:  # announced before rank 0 was lost
             found = self._notice
         return self._conclude(found)
 
     def _conclude(self, found: Record | None) -> bool:
-        """Collect the stacks, settle whose fault it is, tell all, and leave; None: somebody hangs."""
+        """Collect the stacks, complete the record, send it to all ranks, and leave; ``found`` is None for a hang."""
         self._bound()
         me, now = self.me, _clock()
         me.stack = record.main_stack(self.place.writer)
@@ -241,7 +241,7 @@ class Watch:
                 found = self._hung()
             also = [self._also(m, now) for m in asked if m.rank != found["rank"]]
             found["also"] = [one for one in also if one is not None][:_OTHERS]
-        assert found is not None  # only rank 0 looks for who hangs
+        assert found is not None  # only rank 0 detects hangs
         found["run"] = self.run
         self._send({"record": found})
         end = _clock() + 0.5
@@ -252,7 +252,7 @@ class Watch:
         return self._leave(found)
 
     def _also(self, member: Member, now: float) -> Record | None:
-        """Who else was lost with the first one, as with a host that goes."""
+        """Return an entry for a process that was lost together with the first one, as when a host fails, or None."""
         if member.wire is not None and member.wire.gone and member.error is None:
             return {"rank": member.rank, "host": member.host, "what": member.wire.gone}
         if now - member.seen > max(2 * self.limits.interval, self.limits.silence / 2):
@@ -260,7 +260,7 @@ class Watch:
         return None
 
     def _hung(self) -> Record:
-        """The process that is behind, among those that wait for nobody if there are any."""
+        """Return the record of the process that is furthest behind, preferring those that do not wait for others."""
 
         def waits(member: Member) -> bool:
             return member.waiting or record.is_waiting(member.stack or "")
@@ -281,15 +281,15 @@ class Watch:
     # ----------------------------------------------------------------------------------- the end
 
     def _bound(self) -> None:
-        """From now on this process ends in time, even if a disk or a pipe blocks what is still to be done."""
+        """Start a timer that ends this process, in case a disk or a pipe blocks the remaining work."""
         if self._guard is None:
             self._guard = threading.Timer(_BOUND, os._exit, (EXIT_LOST,))
             self._guard.daemon = True
-            with contextlib.suppress(RuntimeError):  # the interpreter is being taken down already
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down already
                 self._guard.start()
 
     def _leave(self, found: Record) -> bool:
-        """Print, write and end this process; returns True where it ends by an error of its own."""
+        """Print and write the record and end this process; return True if the process ends by an error of its own."""
         own_error = found["rank"] == self.me.rank and found["kind"] == "raised"
         if self.me.error is not None and (own_error or not self.me.tentative):
             if self._guard is not None:
@@ -303,7 +303,7 @@ class Watch:
         record.say(found, self.me.rank, self.size, own, EXIT_LOST)
         if self.me.rank == 0:
             self._write(found)
-        elif self._told is None:  # rank 0 is lost; on a shared disk the first to come writes
+        elif self._told is None:  # rank 0 is lost; on a shared disk the first survivor writes
             time.sleep(min(1.0, 0.05 * (self.me.rank - 1)))
             self._write(found)
         with contextlib.suppress(RuntimeError):
@@ -321,7 +321,7 @@ class Watch:
         record.write(self.run_dir, found, stacks)
 
     def _clean_up(self) -> None:
-        """What must not be left behind: worker processes, lines in buffers."""
+        """Kill the worker processes and flush the output buffers."""
         for child in multiprocessing.active_children():
             with contextlib.suppress(Exception):
                 child.kill()

@@ -1,4 +1,4 @@
-"""Parameters that are shared out among processes: a whole from its parts, and a part of a whole."""
+"""Assembly of whole parameters from their shards, and of shards from whole parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Parts", "align", "copy_whole"]
 
 
 class Parts:
-    """What an optimizer needs that works on whole matrices, and does the work on each of them once.
+    """Collectives for an optimizer that works on whole matrices and distributes that work over the ranks.
 
     Args:
-        layout: which part of every parameter lies where.
+        layout: which shard of every parameter lies on which rank.
         world: the processes.
     """
 
@@ -30,7 +30,7 @@ class Parts:
         self._layout, self._world = layout, world
 
     def assemble(self, name: str, part: Tensor) -> Tensor:
-        """The full tensor of a parameter's shape of which this process holds ``part``; all must come along."""
+        """Return the full tensor, of the shape of a parameter, of which this rank holds ``part``; a collective."""
         layout, group = self._layout, self._world.replica
         members = self._world.replica_ranks
         if len(members) == 1:
@@ -49,12 +49,13 @@ class Parts:
     def shared_out(
         self, wholes: Sequence[Tensor], make: Callable[[Tensor], Tensor], first: int
     ) -> list[Tensor]:
-        """``make`` of matrices that all processes hold: each makes it of a few of them, and all get the results.
+        """Apply ``make`` to matrices that all ranks hold: each rank computes a few of them, and all get the results.
 
         Args:
-            wholes: of one shape.
-            make: of a stack of them; the result has its shape and type.
-            first: number of the first matrix in a step: those that follow a few others go to other processes.
+            wholes: matrices of one shape.
+            make: called with a stack of some of them; the result has the same shape and dtype.
+            first: number of the first matrix within the step, so that successive calls assign matrices to the ranks in
+                turn.
         """
         size, rank = self._world.size, self._world.rank
         owners = [(first + i) % size for i in range(len(wholes))]
@@ -74,21 +75,21 @@ class Parts:
         return found
 
     def full_shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter, however it is cut."""
+        """Return the full shape of a parameter."""
         return tuple(self._layout.shapes[name])
 
     def cut_out(self, name: str, full: Tensor) -> Tensor:
-        """This process's part of a full tensor."""
+        """Return this rank's shard of a full tensor."""
         return full[self._layout.region(name).slices()]
 
 
 @torch.no_grad()
 def copy_whole(model: Model, whole: Model, world: World) -> None:
-    """Give a model of one process the weights of its twin that is shared out; all processes must come along.
+    """Copy the weights of a sharded model into an unsharded one; a collective, which all ranks must call.
 
     Args:
-        model: with a layout, on any device.
-        whole: with parameters of the same names, each of them complete.
+        model: sharded, with a layout, on any device.
+        whole: a model whose parameters have the same names and are complete.
         world: the processes that share ``model``.
     """
     parts, there = Parts(model.layout, world), dict(whole.named_parameters())
@@ -97,11 +98,11 @@ def copy_whole(model: Model, whole: Model, world: World) -> None:
 
 
 def align(module: nn.Module, layout: ShardLayout, world: World) -> None:
-    """Give all processes the values of the first that has them: what an objective drew may differ between them.
+    """Broadcast parameters and buffers from the first rank that holds them: random initial values may differ.
 
     Args:
-        module: whose parameters and buffers, in place.
-        layout: which part of them lies where, by their names in the module.
+        module: its parameters and buffers are changed in place.
+        layout: which shard of them lies on which rank, by their names in the module.
         world: the processes.
     """
     if world.size == 1:
@@ -118,5 +119,5 @@ def align(module: nn.Module, layout: ShardLayout, world: World) -> None:
 
 
 def _broadcast(tensor: Tensor, group: Any) -> None:
-    """From the first of the group, in place."""
+    """Broadcast from the first rank of the group, in place."""
     dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)

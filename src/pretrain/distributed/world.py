@@ -1,8 +1,7 @@
-"""The processes of a run: who we are, how we talk, and what all must agree on.
+"""The processes of a run: rank and world size, process groups, the device mesh and collectives on Python values.
 
-`torchrun` (or SLURM through it) starts the processes and sets their environment; nothing here launches anything. A
-process that nobody launched so is a world of one, and pays nothing. Plain values travel as JSON in tensors of bytes,
-never pickled.
+`torchrun` (or SLURM through it) starts the processes and sets their environment; nothing is launched here. A process
+without a launcher has world size 1 and no overhead. Python values are exchanged as JSON in byte tensors, never pickled.
 """
 
 from __future__ import annotations
@@ -37,22 +36,22 @@ from pretrain.utils.files import note, writing
 __all__ = ["World", "current_world", "found"]
 
 T = TypeVar("T")
-_ALL_FAIL = 2.0  # seconds in which all processes run into an error that is everybody's
+_ALL_FAIL = 2.0  # seconds within which all processes raise an error that has the same cause on all
 
 
 class World:
     """All processes of a run, seen from one of them.
 
     Attributes:
-        rank, size: of this process, and how many there are.
+        rank, size: rank of this process, and the world size.
         local_rank, local_size: the same on this host.
         host: name of this host.
-        store: key-value store of the rendezvous; None in a world of one.
-        device: on which ``join`` set up the communication.
-        sizes: of the mesh, set by ``arrange``.
-        replica: group of the processes that hold one set of weights between them.
-        turns: how often the processes called each other before there was a group.
-        links: what the all-reduce between them can do, measured when they met.
+        store: key-value store of the rendezvous; None if the world size is 1.
+        device: device for which ``init_process_group`` set up the communication.
+        sizes: sizes of the mesh, set by ``build_mesh``.
+        replica: process group of the ranks that hold one copy of the weights between them.
+        turns: number of exchanges through the store so far, which makes their keys unique.
+        links: bandwidth and latency of the all-reduce, measured at the start of the run.
     """
 
     def __init__(
@@ -68,29 +67,31 @@ class World:
         self.replica: Any = None
         self._mesh: Any = None
         self._background: Any = None
-        self._control: Any = None  # the group of plain values; None is the default one
+        self._control: Any = None  # process group for Python values; None is the default group
         self._place = ("start", 0)
         self.turns = self._entries = 0
         self._lifeline: Lifeline | None = None
         self.links: dict[str, float] = {}
 
-    # ------------------------------------------------------------------ before there is a group
+    # ------------------------------------------------------------------ before the process group exists
 
     @classmethod
     def find(cls, patience: float = 300.0) -> World:
-        """The world that the environment names: its store is connected, no process group exists yet.
+        """Return the world that the environment describes, connected to its store and without a process group.
+
+        If the user's script has initialised a process group already, that group is used.
 
         Args:
-            patience: seconds in which rank 0 must come; its store must answer within one minute.
+            patience: seconds to wait for rank 0; its store must answer within the same time, at most one minute.
 
         Raises:
             DistributedError: the other processes or their store cannot be reached.
         """
-        if dist.is_available() and dist.is_initialized():  # by a script of the user's own
+        if dist.is_available() and dist.is_initialized():  # by the user's own script
             store = dist.distributed_c10d._get_default_store()
             world = cls(dist.get_rank(), dist.get_world_size(), store)
             world.joined = world.size > 1
-            if world.joined:  # theirs may know nothing of tensors on the CPU
+            if world.joined:  # the user's group may not support CPU tensors
                 world._control = dist.new_group(backend="gloo")
             return world
         if not launched():
@@ -109,27 +110,27 @@ class World:
 
     @property
     def is_rank_zero(self) -> bool:
-        """This is rank 0, which writes the log, the settings and the manifest."""
+        """Whether this is rank zero, which writes the log, the settings and the manifest."""
         return self.rank == 0
 
     def callers(self) -> Peers:
-        """The processes before there is a group: plain values go through the store, tensors do not go at all."""
+        """Return the peers to use before the process group exists: JSON values go through the store, no tensors."""
         if self.size == 1:
             return Peers(0, 1, None)
         self.turns += 1
         return Callers(self.rank, self.size, PrefixStore(f"pretrain/call/{self.turns}", self.store))
 
-    # ------------------------------------------------------------------ the group
+    # ------------------------------------------------------------------ the process group
 
     def init_process_group(self, device: torch.device, within: float = 60.0) -> torch.device:
-        """Set up the process group for a device, once; returns the device of this process.
+        """Set up the process group for a device, once, and return the device of this process.
 
         Raises:
-            DistributedError: the processes did not reach each other ``within`` so many seconds.
+            DistributedError: the processes did not connect ``within`` so many seconds.
         """
         if self.size == 1:
             if device.type == "cuda" and device.index is not None:
-                torch.cuda.set_device(device)  # FSDP2 takes the one that is current
+                torch.cuda.set_device(device)  # FSDP2 uses the current device
             self.device = device
             return device
         device = self._own(device)
@@ -143,17 +144,17 @@ class World:
 
     @property
     def _limit(self) -> datetime.timedelta:
-        """For a collective: the last resort, as the watchdog ends a hung run long before."""
+        """Timeout of a collective: a last resort, because the watchdog ends a hung run long before it."""
         return datetime.timedelta(seconds=2 * max(SLOW.values()) * self.timeout)
 
     def _own(self, device: torch.device) -> torch.device:
-        """The device of this process among those of its host."""
+        """Return the device of this process among those of its host."""
         if device.type != "cuda":
             return device
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def init_process_group_alone(self, device: torch.device) -> None:
-        """Make a group of this one process, which FSDP2 needs to offload or to be measured on a single device."""
+        """Create a process group of this one process, which FSDP2 needs for CPU offload or on a single device."""
         if self.size == 1 and not self.joined:
             if not dist.is_initialized():
                 store = dist.HashStore()  # type: ignore[attr-defined]
@@ -161,7 +162,7 @@ class World:
             self.joined = True
 
     def build_mesh(self, sizes: MeshShape) -> None:
-        """Lay the processes out as a mesh (dp_replicate, dp_shard, tp)."""
+        """Build the device mesh (dp_replicate, dp_shard, tp) and the group of the ranks of one replica."""
         if self.joined and (self._mesh is None or sizes != self.sizes):
             self._mesh = init_device_mesh(
                 self.device.type,
@@ -169,7 +170,7 @@ class World:
                 mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
             )
             each = sizes.dp_shard * sizes.tp
-            for first in range(0, self.size, each):  # everybody must make every group
+            for first in range(0, self.size, each):  # all ranks must call every new_group()
                 ranks = list(range(first, first + each))
                 some = each < self.size
                 group = dist.new_group(ranks, self._limit) if some else dist.group.WORLD
@@ -178,15 +179,15 @@ class World:
         self.sizes = sizes
 
     def mesh(self, *names: str) -> Any:
-        """Dimensions of the mesh."""
+        """Return the submesh of one or more dimensions of the mesh."""
         return self._mesh[names if len(names) > 1 else names[0]]
 
     def group(self, name: str) -> Any:
-        """The processes along one dimension of the mesh, of which this one is a member."""
+        """Return the process group along one dimension of the mesh that contains this rank."""
         return self._mesh.get_group(name)
 
     def batch_group(self) -> Any:
-        """The processes that see different rows of a batch, this one among them, by ``dp_rank``; all must ask."""
+        """Return the group of ranks with different rows of a batch, in order of ``dp_rank``; all ranks must call it."""
         if self.sizes.tp == 1 or self.sizes.dp_replicate == 1:
             return dist.group.WORLD if self.sizes.tp == 1 else self.group("dp_shard")
         ranks = [list(range(t, self.size, self.sizes.tp)) for t in range(self.sizes.tp)]
@@ -194,26 +195,26 @@ class World:
 
     @property
     def replica_ranks(self) -> list[int]:
-        """Members of ``replica``."""
+        """Ranks in the group ``replica``."""
         each = self.sizes.dp_shard * self.sizes.tp
         first = self.rank // each * each
         return list(range(first, first + each))
 
     @property
     def dp_rank(self) -> int:
-        """Which share of a global batch is ours."""
+        """Data-parallel rank: which share of a global batch this process computes."""
         return self.rank // self.sizes.tp
 
     @property
     def tp_rank(self) -> int:
-        """Which slice of the matrices is ours."""
+        """Tensor-parallel rank: which slice of the matrices this process holds."""
         return self.rank % self.sizes.tp
 
     def destroy_process_group(self) -> None:
-        """End the communication in order."""
+        """Destroy the process group and drop all references to it."""
         joined, self.joined = self.joined, False
         self._mesh = self._background = self._control = self.replica = None
-        gc.collect()  # a group that is still held when Python ends takes the process with it
+        gc.collect()  # a group that is still referenced when Python exits crashes the process
         if joined and dist.is_initialized():
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
@@ -222,19 +223,20 @@ class World:
     def entered(
         self, device: torch.device, out: Path, timeout: float, about: Mapping[str, Any]
     ) -> Iterator[torch.device]:
-        """Meet the others and train with them: inside, a process that dies, hangs or fails ends all within seconds.
+        """Connect all ranks under the watchdog: inside, one that dies, hangs or fails ends all within seconds.
 
         Args:
-            device: kind of device that each computes on.
-            out: run directory, which all must see.
+            device: kind of device that each rank computes on.
+            out: run directory, which all ranks must see.
             timeout: seconds without progress after which a process counts as hung.
-            about: ``settings``, ``data`` and ``model``, plain values that must be the same everywhere.
+            about: ``settings``, ``data`` and ``model``, JSON values that must be the same on all ranks.
 
         Yields:
             The device of this process.
 
         Raises:
-            DistributedError: somebody does not come, does not fit or cannot be reached; it says who, and the cure.
+            DistributedError: a rank is missing, differs from rank 0 or cannot be reached; the message names the rank
+                and the remedy.
         """
         if self.size == 1 or self.store is None:
             yield self.init_process_group(device)
@@ -262,13 +264,13 @@ class World:
                 if new:
                     self.links = check_links(dist.all_reduce, device, self.rank, self.size)
                 yield device
-                # The first process to end may let a launcher ask the others to end, too: none goes before the rest.
+                # A launcher may send SIGTERM to the other processes when the first one exits: all wait for each other.
                 with lifeline.waiting():
                     self.all_reduce_sum([0.0])
             except PretrainError as error:
                 error.everywhere |= self._all_failed(store)
                 if not error.everywhere:
-                    # Whoever called may catch it and go on: this process is not to be ended.
+                    # The caller may catch the error and continue, so this process must not be ended.
                     lifeline.fail(error, end_within=None)
                 lifeline.close()
                 raise
@@ -276,24 +278,24 @@ class World:
                 self._lifeline = None
 
     def _all_failed(self, store: Any) -> bool:
-        """Whether the others fail as well, as they do for a setting that is wrong for all of them."""
+        """Return whether all other ranks fail as well, as they do for a setting that is wrong on all ranks."""
         put(store, f"failed/{self.rank}", True)
         return wait(store, [f"failed/{rank}" for rank in range(self.size)], _ALL_FAIL)
 
     def mark(self, phase: str, step: int) -> None:
-        """Say where this process is, for whoever must find out later which of them hung."""
+        """Report the phase and step of this process to the watchdog, which needs them to find a hung process."""
         self._place = phase, step
         if self._lifeline is not None:
             self._lifeline.mark(phase, step)
 
     def heartbeat(self) -> None:
-        """Say that it still goes on, within what was marked last."""
+        """Report progress within the phase and step that were marked last."""
         self.mark(*self._place)
 
-    # ------------------------------------------------------------------ values that all get
+    # ------------------------------------------------------------------ collectives on Python values
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Sum numbers over all processes, in fp64; zeros added to one number leave it exact."""
+        """Sum numbers over all ranks in fp64; the sum of one number and zeros is exact."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
@@ -301,17 +303,17 @@ class World:
         return list(tensor.tolist())
 
     def broadcast_int(self, value: float) -> int:
-        """Rank 0's whole number, on all."""
+        """Return rank zero's integer on all ranks."""
         return int(self.all_reduce_sum([value if self.is_rank_zero else 0])[0])
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Everybody's plain value, by rank."""
+        """Return the JSON values of all ranks, in rank order."""
         if self.size == 1:
             return [value]
         return gather_json(value, self.size, self._control)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's plain value, on all."""
+        """Return rank zero's JSON value on all ranks."""
         return (
             value
             if self.size == 1
@@ -319,10 +321,10 @@ class World:
         )
 
     def on_rank_zero(self, make: Callable[[], T]) -> T | None:
-        """Do something on rank 0 alone; if it fails there, the same error is raised on all.
+        """Call ``make`` on rank zero only; if it fails there, the same error is raised on all ranks.
 
         Returns:
-            What it gave on rank 0, None on the others.
+            The result of ``make`` on rank zero, None on the other ranks.
         """
         if self.size == 1:
             return make()
@@ -330,16 +332,18 @@ class World:
         if self.is_rank_zero:
             try:
                 made = make()
-            except Exception as error:  # told to all, then raised
+            except Exception as error:  # raised on all ranks below
                 failure = error
         self.raise_on_all_ranks(failure)
         return made
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
-        """A plain value that rank 0 makes, however long that takes: the others wait outside of any group.
+        """Call ``make`` on rank zero and return its JSON value on all ranks.
+
+        It may take any time: the other ranks wait on the store, where no timeout of a process group applies.
 
         Raises:
-            PretrainError: on all, what it raised there.
+            PretrainError: on all ranks, the error that ``make`` raised.
         """
         made, failure, callers = None, None, self.callers()
         if self.is_rank_zero:
@@ -352,10 +356,11 @@ class World:
         return found
 
     def raise_on_all_ranks(self, failure: Exception | None) -> None:
-        """Raise on all processes what one of them ran into; call it where every process comes along.
+        """Raise the failure of one rank on all ranks; a collective, which all ranks must call.
 
         Raises:
-            PretrainError: the failure of this process, or that of the lowest rank that has one, with its rank.
+            PretrainError: the failure of the lowest rank that has one, with its rank. An error of this process that is
+                no PretrainError is raised unchanged.
         """
         try:
             raise_on_all_ranks(self.peers() if self.joined else self.callers(), failure)
@@ -364,13 +369,13 @@ class World:
             raise
 
     def peers(self, *, background: bool = False) -> Peers:
-        """How checkpoints travel between processes; ``background`` has a group of its own, for a thread."""
+        """Return the peers for exchanging checkpoints; ``background`` gives a group for use in a separate thread."""
         if self.size == 1:
             return Peers(0, 1, None)
         if not background:
             return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.heartbeat)
         if self._background is None:
-            # A writer waits for the slowest disk, and the watchdog for the writer.
+            # The writer thread may wait for a slow disk: the watchdog detects a hang, not the timeout of this group.
             self._background = dist.new_group(None, datetime.timedelta(days=1), "gloo")
         return WriterPeers(self.rank, self.size, self._background, lambda: self._lifeline)
 
@@ -379,12 +384,12 @@ _world: World | None = None
 
 
 def found() -> bool:
-    """Whether the world of this process is known already."""
+    """Return whether the world of this process has been found already."""
     return _world is not None and not (_world.size == 1 and launched())
 
 
 def current_world(patience: float = 300.0) -> World:
-    """The world of this process; found once, see `World.find`."""
+    """Return the world of this process, which is found once; see `World.find`."""
     global _world
     if _world is None or not found():
         _world = World.find(patience)
@@ -393,7 +398,7 @@ def current_world(patience: float = 300.0) -> World:
 
 @contextlib.contextmanager
 def world_left_behind() -> Iterator[None]:
-    """Leave the world at the end, for tests that make several one after the other."""
+    """Destroy the process group and forget the world at the end; for tests that create several worlds in turn."""
     global _world
     try:
         yield
