@@ -1,11 +1,11 @@
-"""LoRA (arXiv 2106.09685) and DoRA (2402.09353): train small matrices beside frozen weights, in PEFT's own format.
+"""LoRA (arXiv 2106.09685) and DoRA (2402.09353): small trainable matrices beside frozen weights, in PEFT's format.
 
     model = apply_lora(pretrain.load("base"), LoraConfig(r=16))
     ...train...
     save_adapter(model, "adapter")           # opens in peft
     model = merge(load_adapter("adapter"))   # an ordinary model
 
-The directory of an adapter holds no weights of its base, only where the base lay.
+The directory of an adapter holds the path of its base, but not the weights of the base.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = [
 
 
 def apply_lora(model: Model, config: LoraConfig | None = None, seed: int = 0) -> Model:
-    """Freeze the model and add an adapter; its outputs stay what they are until training begins.
+    """Freeze the model and add an adapter; the outputs do not change until training begins.
 
-    A labelling or question-answering head, with the pooler or dense layer that belongs to it, stays trainable and is
-    stored with the adapter. A language-model head is frozen unless ``modules_to_save`` names it.
+    A classification or question-answering head, with the pooler or dense layer that belongs to it, stays trainable and
+    is stored with the adapter. A language-model head is frozen unless ``modules_to_save`` names it.
 
     Args:
         model: changed in place, and returned.
-        config: settings; the defaults where None.
-        seed: of the A matrices, each drawn from it and from its own name. B starts at zero.
+        config: settings; None uses the defaults.
+        seed: seed of the A matrices; each is drawn from the seed and its own name. B is initialised to zero.
 
     Raises:
-        ConfigError: a target or module does not exist in this family; the nearest name is given.
+        ConfigError: a target or module does not exist in this family; the nearest name is suggested.
         ModelError: the model has an adapter already.
     """
     config = config or LoraConfig()
@@ -67,7 +67,7 @@ def save_adapter(model: Model, directory: str | Path) -> Path:
 
     Raises:
         ModelError: the model has no adapter.
-        CheckpointError: the place cannot be written, or is the base's own directory.
+        CheckpointError: the directory cannot be written, or is that of the base.
     """
     if model.adapter is None:
         raise ModelError("The model has no adapter to save. Add one with apply_lora.")
@@ -75,9 +75,9 @@ def save_adapter(model: Model, directory: str | Path) -> Path:
 
 
 def merge_to(adapter: str | Path, out: str | Path, base: Model | str | Path | None = None) -> Path:
-    """Fold an adapter into its base and write the whole model, which transformers opens without peft.
+    """Merge an adapter into its base and write the whole model, which transformers opens without peft.
 
-    The largest difference that this makes to the outputs of a probe batch is printed.
+    The largest difference between the outputs of a probe batch before and after merging is printed.
 
     Args:
         adapter: directory of an adapter, or a run that trained one.
@@ -85,29 +85,30 @@ def merge_to(adapter: str | Path, out: str | Path, base: Model | str | Path | No
         base: see ``load_adapter``.
 
     Raises:
-        ModelError: no adapter there, or a merged weight is not finite.
-        CheckpointError: as ``load_adapter``, or ``out`` cannot be written.
+        ModelError: the directory holds no adapter, or a merged weight is not finite.
+        CheckpointError: see ``load_adapter``; or ``out`` cannot be written.
     """
     return save_model(merge(load_adapter(adapter, base)), out)
 
 
 def load_adapter(directory: str | Path, base: Model | str | Path | None = None) -> Model:
-    """Open an adapter, ours or peft's, on its base; ``pretrain.load`` does the same.
+    """Load an adapter, written by this package or by peft, on its base; ``pretrain.load`` does the same.
 
     Args:
-        directory: with adapter_config.json and adapter_model.safetensors.
-        base: a model, which is copied, or a directory; None is the one that adapter_config.json names.
+        directory: a directory with adapter_config.json and adapter_model.safetensors, or a run that trained an adapter.
+        base: a model, which is copied, or a directory; None uses the one named in adapter_config.json.
 
     Returns:
-        The adapted model on the CPU in evaluation mode; only the adapter is trainable.
+        The adapted model on the CPU in evaluation mode; only the adapter and the fully trained modules are trainable.
 
     Raises:
-        CheckpointError: no adapter here, its base is not found or is another one, or the adapter uses what this
-            package does not implement.
+        ModelError: the directory holds a whole model, not an adapter.
+        CheckpointError: the directory holds no model, the base is missing or a different one, or the adapter uses
+            settings that this package does not implement.
         CheckpointCorrupt: a file is damaged.
     """
     if not (Path(directory) / "adapter_config.json").exists():
-        # A run: the newest checkpoint may hold one.
+        # The directory may be a run, whose checkpoint holds the adapter.
         model = load(directory, base=base)
         if model.adapter is None:
             raise ModelError(

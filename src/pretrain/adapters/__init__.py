@@ -1,1 +1,1 @@
-"""Low-rank adapters: the layer, where it goes, and PEFT's files; ``pretrain.lora`` is the public side."""
+"""Low-rank adapters: the layer, its placement in a model, and PEFT's files; ``pretrain.lora`` is the public API."""

@@ -1,7 +1,7 @@
-"""Where adapters go in a model: sites found through the family's name table, attached in place, folded in, removed.
+"""Placement of adapters in a model: finding the sites, and attaching, merging and removing adapters in place.
 
-A site is one matrix on disk and the linear layers in memory that hold it: PEFT's files know the disk, and there
-GPT-2's queries, keys and values are one matrix.
+A site is one matrix on disk and the linear layers in memory that hold it, found through the name table of the family.
+PEFT's files use the names on disk, where for example the queries, keys and values of GPT-2 are one matrix.
 """
 
 from __future__ import annotations
@@ -28,12 +28,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "Site", "attach", "base_sample", "fingerprint", "merge", "sites_of", "unload"]
 
-_SAMPLED = 64  # elements per tensor
+_SAMPLED = 64  # elements per parameter
 
 
 @dataclass(frozen=True)
 class Site:
-    """A matrix on disk: its module name with and without the body's prefix, and the layers that hold its rows."""
+    """A matrix on disk, the unit that is adapted.
+
+    Attributes:
+        module: module name on disk.
+        bare: module name on disk without the prefix of the body.
+        layers: names of the linear layers that hold its output rows.
+        transpose: the matrix is stored transposed on disk.
+        in_blocks: the layers belong to the transformer blocks.
+        body: the matrix belongs to the body, not to the head.
+    """
 
     module: str
     bare: str
@@ -45,13 +54,13 @@ class Site:
 
 @dataclass
 class Adapter:
-    """What a model with an adapter knows about it, in ``model.adapter``.
+    """Description of the adapter of a model, stored in ``model.adapter``.
 
     Attributes:
         config: settings.
-        sites: module on disk -> site, rank and alpha.
-        full: tensors on disk that are trained whole.
-        base: directory of the base, by its absolute path, or its name on the hub; None if it came from none.
+        sites: module name on disk -> site, rank and alpha.
+        full: names on disk of the tensors that are fully trained.
+        base: absolute path of the base directory, or its name on the hub; None if the base was not loaded from one.
         base_sample: hash of a few values of every base tensor, see ``base_sample``.
     """
 
@@ -67,7 +76,7 @@ class Adapter:
 
 
 def sites_of(model: Model) -> dict[str, Site]:
-    """Every linear layer of the model by its module name on disk; a fused matrix is one site."""
+    """Return all linear layers of the model by their module names on disk; a fused matrix is one site."""
     blocks = {
         f"{name}."
         for name, module in model.named_modules()
@@ -95,26 +104,27 @@ def sites_of(model: Model) -> dict[str, Site]:
 def _module(model: Model, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
-    except AttributeError:  # the parameter has no layer of its own
+    except AttributeError:  # the parameter does not belong to a layer of its own
         return None
 
 
 def matches(module: str, wanted: Iterable[str]) -> bool:
-    """Whether a module is named by one of ``wanted``, which are last parts of names."""
+    """Whether a module name is one of ``wanted``, or ends with one at a dot."""
     return any(module == name or module.endswith("." + name) for name in wanted)
 
 
 def within(tensor: str, wanted: Iterable[str]) -> bool:
-    """Whether a tensor belongs to a module named by one of ``wanted``, or to a module inside one."""
+    """Whether a tensor belongs to a module named by one of ``wanted``, or to a submodule of one."""
     path = f".{tensor.rpartition('.')[0]}."
     return any(f".{name}." in path for name in wanted)
 
 
 def choose_sites(model: Model, config: LoraConfig) -> dict[str, Site]:
-    """The sites that the settings ask for.
+    """Return the sites selected by the settings.
 
     Raises:
-        ConfigError: a target names no linear layer of the blocks.
+        ConfigError: a target matches no linear layer of the blocks.
+        ModelError: the blocks have no linear layers.
     """
     inside = {name: site for name, site in sites_of(model).items() if site.in_blocks}
     if not inside:
@@ -134,10 +144,13 @@ def choose_sites(model: Model, config: LoraConfig) -> dict[str, Site]:
 
 
 def choose_full(model: Model, config: LoraConfig) -> list[Entry]:
-    """Tensors that are trained whole: a labelling or question-answering head, and what the settings name.
+    """Return the tensors to train fully: classification and question-answering heads, and ``modules_to_save``.
+
+    Naming ``lm_head`` unties the head of a causal language model.
 
     Raises:
-        ConfigError: a module does not exist, or shares its weight with one that is not named.
+        ConfigError: a module does not exist, or is a token embedding tied to the head (or, except in a causal language
+            model, the tied head).
     """
     names = list(config.modules_to_save)
     head = model.head
@@ -179,15 +192,18 @@ def attach(
     sites: Mapping[str, tuple[Site, int, float]],
     full: Iterable[Entry],
 ) -> Model:
-    """Freeze the model and put adapters at the sites, with A and B zero; see ``pretrain.lora.apply_lora``.
+    """Freeze the model and attach adapters at the sites, with A and B zero; see ``pretrain.lora.apply_lora``.
 
-    The base may be on the meta device, but not for DoRA, whose lengths are those of its rows.
+    The base may be on the meta device, but not for DoRA, whose magnitudes are initialised to the norms of its rows.
+
+    Raises:
+        ModelError: the model has an adapter already, or a row of zeros, which DoRA cannot use.
     """
     if model.adapter is not None:
         raise ModelError(
             "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
         )
-    # Where the base still lies on the disk, whoever reads it looks at its values.
+    # If the weights of the base are not loaded yet, their loader (load_slices) computes the sample.
     later = any(parameter.is_meta for parameter in model.parameters())
     sample = "" if later else base_sample(model)
     adapter = Adapter(config, dict(sites), base=_found_anywhere(model.source), base_sample=sample)
@@ -219,12 +235,12 @@ def attach(
 
 
 def _found_anywhere(base: str | None) -> str | None:
-    """The name of a base as it is found from any working directory: an absolute path, or a name of the hub."""
+    """Return the name of a base that is valid in any working directory: an absolute path, or a name on the hub."""
     return os.path.abspath(base) if base is not None and os.path.isdir(base) else base
 
 
 def draw(model: Model, seed: int) -> None:
-    """Fill every A from ``seed`` and its name: uniform within 1/sqrt(I), Kaiming's with a = sqrt(5)."""
+    """Initialise every A from ``seed`` and its name: uniform within 1/sqrt(I) (Kaiming uniform with a = sqrt(5))."""
     for name, (site, r, _) in model.adapter.sites.items():
         layer: Any = model.get_submodule(site.layers[0])
         digest = hashlib.sha256(f"{seed}:{name}.lora_A".encode()).digest()
@@ -241,7 +257,7 @@ def _put(model: Model, name: str, module: nn.Module) -> None:
 
 
 def _restore(model: Model, adapter: Adapter) -> None:
-    """Plain layers again, everything trainable."""
+    """Replace the adapted layers by plain ones and make all parameters trainable."""
     for site, _, _ in adapter.sites.values():
         for name in site.layers:
             layer = model.get_submodule(name)
@@ -249,31 +265,31 @@ def _restore(model: Model, adapter: Adapter) -> None:
                 _put(model, name, layer.plain())
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model.adapter = model.card = None  # the card was that of an adapter
+    model.adapter = model.card = None  # the model card described the adapter
     block = model.extra_config.get("pretrain")
     if isinstance(block, dict):
         model.extra_config["pretrain"] = {k: v for k, v in block.items() if k != "adapter"}
 
 
 def unload(model: Model) -> Model:
-    """Remove the adapter without folding it in; what was trained whole (a head) stays as it is.
+    """Remove the adapter without merging it; fully trained tensors (such as a head) keep their values.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the model has no adapter.
     """
     _restore(model, _adapter(model))
     return model
 
 
 def merge(model: Model, check: bool = True) -> Model:
-    """Fold the adapter into the weights (fp32) and remove it: an ordinary model that computes the same.
+    """Merge the adapter into the weights (in fp32) and remove it: the result is an ordinary, equivalent model.
 
     Args:
         model: changed in place, and returned.
         check: run a probe batch before and after, print the largest difference and keep it in ``model.merge_gap``.
 
     Raises:
-        ModelError: there is no adapter, or a merged weight is not finite (nothing is changed then).
+        ModelError: the model has no adapter, or a merged weight is not finite (then nothing is changed).
     """
     adapter = _adapter(model)
     before = probe(model) if check else None
@@ -311,7 +327,7 @@ def _adapter(model: Model) -> Adapter:
 
 @torch.no_grad()
 def probe(model: Model) -> Tensor:
-    """Outputs of the model in evaluation mode for two rows of fixed random ids."""
+    """Return the outputs of the model in evaluation mode for two rows of fixed random token ids."""
     generator = torch.Generator().manual_seed(0)
     length = min(32, model.backbone.max_length)
     ids = torch.randint(model.backbone.vocab_size, (2, length), generator=generator)
@@ -331,9 +347,9 @@ def probe(model: Model) -> Tensor:
 def body_shapes(
     model: Model, parameters: Mapping[str, Tensor] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Name on disk without prefix -> shape, of every tensor of the body; the same whatever the head.
+    """Return name on disk without prefix -> shape of every tensor of the body, independent of the head.
 
-    ``parameters`` are the full ones, on the meta device too, where the model itself holds parts of them.
+    ``parameters`` holds the whole parameters (the meta device suffices) if the parameters of the model are sharded.
     """
     parameters = dict(model.named_parameters()) if parameters is None else parameters
     return {
@@ -344,7 +360,7 @@ def body_shapes(
 
 
 def fingerprint(model: Model, parameters: Mapping[str, Tensor] | None = None) -> str:
-    """SHA-256 of names and shapes of the body; ``parameters`` as in ``body_shapes``."""
+    """Return the SHA-256 of the names and shapes of the body; ``parameters`` as in ``body_shapes``."""
     shapes = body_shapes(model, parameters)
     lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -352,11 +368,14 @@ def fingerprint(model: Model, parameters: Mapping[str, Tensor] | None = None) ->
 
 @torch.no_grad()
 def base_sample(model: Model, first: Callable[[Entry, str, int], Tensor] | None = None) -> str:
-    """SHA-256 of the first values of every tensor of the body, in fp32: tells two bases of one shape apart.
+    """Return the SHA-256 of the first values of every parameter of the body, in fp32.
+
+    It distinguishes two bases with the same shapes.
 
     Args:
-        model: with the base.
-        first: gives at least so many first values of a parameter, where the model itself does not hold them.
+        model: the model with the base.
+        first: called with an entry, the name of a parameter and a count; returns at least that many first values of
+            the parameter. None if the model itself holds the whole parameters.
     """
     digest = hashlib.sha256()
     parameters = dict(model.named_parameters())

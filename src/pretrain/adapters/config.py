@@ -1,7 +1,7 @@
 """The settings of an adapter (LoRA: arXiv 2106.09685, DoRA: 2402.09353, rsLoRA: 2312.03732) and PEFT's JSON for them.
 
-The file comes from strangers: types and bounds are checked, what we do not implement is refused by name, and no text
-of it is used as a regular expression.
+PEFT's file is untrusted input: types and bounds are checked, unsupported settings are refused by name, and no string in
+it is used as a regular expression.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What is trained beside the frozen weights.
+    """Settings of an adapter, which is trained beside the frozen weights.
 
     Attributes:
         r: rank of the update.
-        alpha: the update is multiplied by alpha / r, under ``rslora`` by alpha / sqrt(r). None is 2 r, so that the
-            factor is 2 at every rank, and under ``rslora`` 16, as in its paper.
-        dropout: on the input of the update, while training.
-        targets: modules by the last parts of their names on disk (``"q_proj"``, ``"mlp.c_proj"``), matched as PEFT
-            does. None or ``"all-linear"`` is every linear layer of the blocks: attention alone learns less at the
-            same number of parameters (arXiv 2305.14314).
-        dora: learn the length of each output row apart from its direction.
+        alpha: the update is multiplied by alpha / r, or with ``rslora`` by alpha / sqrt(r). None means 2 r, so that the
+            factor is 2 at every rank, or with ``rslora`` 16, as in its paper.
+        dropout: dropout probability on the input of the update, during training.
+        targets: modules to adapt, as suffixes of their names on disk (``"q_proj"``, ``"mlp.c_proj"``), matched like in
+            PEFT. None or ``"all-linear"`` means every linear layer of the blocks: adapting only the attention learns
+            less with the same number of parameters (arXiv 2305.14314).
+        dora: learn the magnitude of each output row separately from its direction.
         rslora: see ``alpha``.
-        modules_to_save: modules that are trained whole and stored with the adapter, by the last parts of their names
-            on disk. The head of a labelling or question-answering model always is.
+        modules_to_save: modules that are fully trained and stored with the adapter, as suffixes of their names on
+            disk. A classification or question-answering head always is.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
 
     r: int = 16
@@ -78,17 +78,17 @@ class LoraConfig:
 
     @property
     def full_alpha(self) -> float:
-        """alpha, with its default filled in."""
+        """The value of alpha, with its default filled in."""
         if self.alpha is not None:
             return float(self.alpha)
         return 16.0 if self.rslora else 2.0 * self.r
 
     def scale(self, r: int, alpha: float) -> float:
-        """The factor of an update of rank ``r``."""
+        """Return the scaling factor of an update of rank ``r``."""
         return alpha / math.sqrt(r) if self.rslora else alpha / r
 
     def to_peft(self) -> dict[str, Any]:
-        """The keys of adapter_config.json that depend on the settings alone."""
+        """Return the keys of adapter_config.json that depend only on these settings."""
         return {
             "peft_type": "LORA",
             "r": self.r,
@@ -103,7 +103,7 @@ class LoraConfig:
 
 
 def plain(value: float) -> int | float:
-    """An integer where it is one: other readers expect it for alpha."""
+    """Return a whole number as an int, which other readers of adapter_config.json expect for alpha."""
     return int(value) if float(value).is_integer() else value
 
 
@@ -126,8 +126,8 @@ def _modules(name: str, value: Any) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------------------------------------ PEFT's file
 
-# Keys without meaning for the result of a trained adapter, or read elsewhere. The adapted modules are known from the
-# tensors, so the settings that chose them may say what they like.
+# Keys that do not affect the result of a trained adapter, or are read elsewhere. The adapted modules are determined
+# from the tensors, so the settings that selected them are ignored.
 _FREE = frozenset(
     {
         *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode"),
@@ -135,7 +135,7 @@ _FREE = frozenset(
         *("fan_in_fan_out", "task_type", "lora_dropout"),
     }
 )
-# Other keys -> the values under which they change nothing; a key that is not listed may only be null, false or empty.
+# Other keys -> the values that have no effect; a key that is not listed may only be null, false or empty.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -149,7 +149,15 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What adapter_config.json says: settings, exceptions per module, base and task."""
+    """Content of adapter_config.json.
+
+    Attributes:
+        lora: the settings.
+        base: path or name of the base model.
+        task: PEFT's task type.
+        ranks: module name -> rank, where it differs from ``lora.r``.
+        alphas: module name -> alpha, where it differs from ``lora.alpha``.
+    """
 
     lora: LoraConfig
     base: str | None
@@ -163,7 +171,7 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
 
     Args:
         content: the parsed file.
-        where: named in errors.
+        where: file name for error messages.
 
     Raises:
         CheckpointError: a key has the wrong type, or a value that this package does not implement.
@@ -172,7 +180,7 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
         if key in _FREE or key in _READ or key in _PATTERNS:
             continue
         neutral = _NEUTRAL.get(key)
-        # By type too: 1 equals True, and a list cannot be looked up.
+        # Compared one by one and by type too, because a list is not hashable and 1 == True.
         known = neutral is not None and any(type(value) is type(n) and value == n for n in neutral)
         if not known and (neutral is not None or value not in (None, False, "", [], {})):
             allowed = f"; supported: {', '.join(map(repr, neutral))}" if neutral else ""
@@ -207,7 +215,7 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
 
 
 def _pattern(value: Any, key: str, where: object) -> dict[str, float]:
-    """Module name -> number. PEFT takes the names for regular expressions; ours are only ever plain text."""
+    """Parse a mapping of module names to numbers. The names are regular expressions in PEFT, and literal here."""
     if value in (None, {}):
         return {}
     if not isinstance(value, dict):
@@ -228,7 +236,7 @@ def _pattern(value: Any, key: str, where: object) -> dict[str, float]:
 
 
 def pattern_value(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first name that the module's name ends with."""
+    """Return the value of the first name in ``pattern`` that is a suffix of the module's name, else ``default``."""
     for name, value in pattern.items():
         if module == name or module.endswith("." + name):
             return value

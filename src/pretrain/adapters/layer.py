@@ -1,6 +1,6 @@
 """A linear layer with a low-rank update beside its frozen weight: LoRA (arXiv 2106.09685) and DoRA (2402.09353).
 
-Letters: r rank, I inputs, O outputs, s scale.
+Notation: r is the rank, I the number of inputs, O the number of outputs, s the scale.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ __all__ = ["LoraLinear"]
 
 
 class LoraLinear(nn.Linear):
-    """``x W^T + s (x A^T) B^T``; under DoRA the rows of W + s B A are then stretched to learned lengths.
+    """``x W^T + s (x A^T) B^T``; with DoRA the rows of W + s B A are then rescaled to learned norms.
 
-    It takes the place of the layer it is made from and holds the same ``weight`` and ``bias``, so the model's names
-    stay as they are. Layers that are one matrix on disk share one A, which the first of them owns.
+    It replaces the layer from which it is made and holds the same ``weight`` and ``bias``, so the parameter names of
+    the model do not change. Layers that are one matrix on disk share one A, which the first of them owns.
 
     Args:
         linear: the layer to replace, (O, I).
         r: rank.
         scale: s.
-        dropout: on the input of the update.
-        dora: learn a length per output row, ``lora_magnitude`` (O,).
+        dropout: dropout probability on the input of the update.
+        dora: learn a magnitude per output row, ``lora_magnitude`` (O,).
         first: the layer that owns A; None if it is this one.
 
     Attributes:
-        parallel: processes that share the layer by its inputs; None where this one has all of them.
+        parallel: process group over which the inputs of the layer are sharded; None if they are not.
 
     Class attributes:
-        tensor_parallel: how the update is shared by several processes in a layer cut by its outputs (``column``) or
-            its inputs (``row``): the dimension that is cut, or None for what stays whole with a partial gradient.
+        tensor_parallel: tensor parallelism of the parameters of the update in a column-wise (outputs sharded) or
+            row-wise (inputs sharded) parallel layer: the sharded dimension, or None for a parameter that is replicated
+            and has a partial gradient.
     """
 
     parallel: Group | None = None
@@ -60,10 +61,10 @@ class LoraLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
         self.r, self.scale, self.dropout = r, scale, dropout
-        # Beside a base that is read later stand real matrices: nothing else would give them their values.
+        # A and B are materialised even if the base is on the meta device: loading the base does not initialise them.
         device = "cpu" if linear.weight.is_meta else linear.weight.device
         place: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        # In a tuple the other layer is not a child of this one: A has one owner and one name.
+        # The tuple keeps `first` from being registered as a submodule, so that A has one owner and one name.
         self._first = () if first is None else (first,)
         if first is None:
             self.lora_A = nn.Parameter(torch.zeros(r, linear.in_features, **place))
@@ -74,18 +75,18 @@ class LoraLinear(nn.Linear):
             self.reset_magnitude()
 
     def down(self) -> Tensor:
-        """A, (r, I)."""
+        """Return A, (r, I)."""
         return self._first[0].lora_A if self._first else self.lora_A
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """Set the lengths to those that the rows have now, so that DoRA changes nothing."""
+        """Set the magnitudes to the current norms of the rows, so that DoRA does not change the outputs."""
         if self.lora_magnitude is not None:
             self.lora_magnitude.copy_(self._row_norms())
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
-        """(O,) lengths of the rows of W + s B A; a constant to the gradient (section 4.3 of the DoRA paper)."""
+        """Return the norms of the rows of W + s B A, (O,), detached from the graph (section 4.3 of the DoRA paper)."""
         with torch.autocast(self.weight.device.type, enabled=False):
             norms: Tensor = torch.linalg.vector_norm(self.sum_weight(), dim=1)
             if self.parallel is not None:
@@ -93,20 +94,20 @@ class LoraLinear(nn.Linear):
             return norms
 
     def sum_weight(self) -> Tensor:
-        """(O, I) W + s B A."""
+        """Return W + s B A, (O, I)."""
         update = self.scale * (self.lora_B @ self.down())
         return self.weight.to(update.dtype) + update
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """(O, I) the matrix that does what this layer does, in fp32."""
+        """Return the weight of an equivalent plain layer in fp32, (O, I)."""
         weight = self.sum_weight()
         if self.lora_magnitude is None:
             return weight
         return weight * self._stretch()[:, None]
 
     def _stretch(self) -> Tensor:
-        """(O,) learned length over length."""
+        """Return the learned magnitudes divided by the norms of the rows, (O,)."""
         assert self.lora_magnitude is not None
         norms = self._row_norms()
         return self.lora_magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
@@ -115,7 +116,7 @@ class LoraLinear(nn.Linear):
         return self._run(x, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        """What ``forward`` adds the bias to, (..., I) -> (..., O): linear, so shares of it add up."""
+        """Return the output without the bias, (..., I) -> (..., O); the results of input shards can be summed."""
         return self._run(x, None)
 
     def _run(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,18 +124,18 @@ class LoraLinear(nn.Linear):
         update = F.linear(F.linear(dropped, self.down()), self.lora_B) * self.scale
         if self.lora_magnitude is None:
             return F.linear(x, self.weight, bias) + update
-        # In fp32 under autocast too: lengths change by less than half precision can tell.
+        # Kept in fp32 under autocast too, because the norms change by less than half precision resolves.
         stretch = self._stretch()
         if dropped is x:
             y = (F.linear(x, self.weight) + update) * stretch
             return (y if bias is None else y + bias).to(update.dtype)
-        # What dropout leaves is stretched, and the base stays whole, as in peft.
+        # As in peft, dropout applies to the rescaling and the update, but not to the product of the base.
         y = F.linear(x, self.weight, bias)
         y = y + (stretch - 1) * F.linear(dropped, self.weight) + stretch * update
         return y.to(update.dtype)
 
     def plain(self) -> nn.Linear:
-        """The layer without its update."""
+        """Return a plain layer with the same weight and bias, without the update."""
         linear = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )

@@ -1,7 +1,7 @@
-"""An adapter in PEFT's files: the names of its tensors, adapter_config.json, and the way back.
+"""Conversion of adapters to and from PEFT's files: tensor names and adapter_config.json.
 
 ``base_model.model.<module>.lora_A.weight`` is (r, I), ``.lora_B.weight`` (O, r), ``.lora_magnitude_vector`` (O,);
-a module that is trained whole lies there under its own name.
+a fully trained module is stored under its own name after the same prefix.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["TASKS", "adapter_config", "adapter_packing", "attach_stored", "fill"
 
 PREFIX = "base_model.model."
 _A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-# transformers calls poolers and transforms so too, also where our model has none.
+# transformers also uses these names for poolers and transforms, even where this package's model has none.
 _TOO_GENERAL = {"dense"}
-# Our head -> PEFT's task; it knows none for masked-language models.
+# Kind of head -> PEFT's task type; PEFT has none for masked language models.
 TASKS = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
@@ -46,7 +46,7 @@ TASKS = {
 
 
 def adapter_packing(model: Model) -> Packing:
-    """Which tensors adapter_model.safetensors holds, and the parameters that each is made of."""
+    """Return the tensors of adapter_model.safetensors and the parameters that each is made of."""
     adapter: Adapter = model.adapter
     parts: dict[str, tuple[str, ...]] = {}
     for module, (site, _, _) in adapter.sites.items():
@@ -75,7 +75,7 @@ def _full_entries(model: Model) -> list[Entry]:
 
 
 def adapter_config(model: Model) -> dict[str, Any]:
-    """Content of adapter_config.json. The base is named so that peft finds it from any working directory."""
+    """Return the content of adapter_config.json. The base is named so that peft finds it from any working directory."""
     adapter: Adapter = model.adapter
     config = adapter.config
     ranks, alphas = {}, {}
@@ -97,7 +97,7 @@ def adapter_config(model: Model) -> dict[str, Any]:
 
 
 def _class_of(model: Model) -> dict[str, str]:
-    """The class of transformers that an adapter without a task of PEFT's stands on, by which peft opens it."""
+    """Return the transformers class of the base, by which peft opens an adapter without a PEFT task type."""
     family = model.backbone.model_type
     return {
         "base_model_class": str(model.backbone.architectures[model.head_kind]),
@@ -106,7 +106,7 @@ def _class_of(model: Model) -> dict[str, str]:
 
 
 def target_names(chosen: set[str], model: Model) -> list[str]:
-    """The shortest endings of names that match the chosen modules and no other of the model."""
+    """Return the shortest suffixes of module names that match the chosen modules and no others of the model."""
     others = {entry.disk.rpartition(".")[0] for entry in model.entries()} - chosen
     others = {name for name in others if name not in _inside_saved(model)}
     names: list[str] = []
@@ -123,12 +123,12 @@ def target_names(chosen: set[str], model: Model) -> list[str]:
 
 
 def _inside_saved(model: Model) -> set[str]:
-    """Modules that are trained whole, which PEFT never adapts."""
+    """Return the names of the fully trained modules, which PEFT never adapts."""
     return {name.rpartition(".")[0] for name in model.adapter.full}
 
 
 def saved_names(model: Model) -> list[str]:
-    """Modules that are trained whole; a top module once, if all of it is."""
+    """Return the names of the fully trained modules; a top-level module of the head counts as one if all of it is."""
     full = set(model.adapter.full)
     names: dict[str, None] = {}
     for entry in _full_entries(model):
@@ -146,10 +146,14 @@ def saved_names(model: Model) -> list[str]:
 def head_of(
     settings: PeftSettings, tensors: Mapping[str, Tensor], where: object
 ) -> tuple[str | None, int]:
-    """The head that a foreign adapter was trained with, ``"none"`` for a bare body, and its number of classes.
+    """Return the kind of head that an adapter written by peft was trained with, and its number of classes.
 
     Returns:
-        (None, 0) where the file leaves it to the base.
+        ``"none"`` as the kind for a body without a head; (None, 0) if the file has no task type, so that the base
+        decides.
+
+    Raises:
+        CheckpointError: the task type is not supported.
     """
     if settings.task is None:
         return None, 0
@@ -174,20 +178,20 @@ def attach_stored(
     *,
     strict: bool = True,
 ) -> list[str]:
-    """Put the adapter of a file on a model that has its base weights.
+    """Attach a stored adapter to a model that has its base weights.
 
     Args:
-        model: real, without an adapter.
+        model: a materialised model without an adapter.
         settings: from adapter_config.json.
         tensors: from adapter_model.safetensors.
-        where: named in errors.
-        strict: every tensor must have a place; otherwise whole modules of another head are left out.
+        where: file name for error messages.
+        strict: raise an error for unexpected tensors; otherwise fully trained modules of another head are left out.
 
     Returns:
-        Tensors that had no place.
+        Names of the unexpected tensors.
 
     Raises:
-        CheckpointError: a tensor has no place, the wrong shape, or lacks its partner; the first one is named.
+        CheckpointError: a tensor is unexpected, has the wrong shape, or lacks its counterpart; the first one is named.
     """
     names = _spellings(model)
     sites = _stored_sites(model, settings, tensors, where)
@@ -217,7 +221,7 @@ def attach_stored(
         for name, value in values.items():
             parameters[name].copy_(value)
     model.fresh = model.fresh - set(values)
-    for entry in model.entries():  # what nobody has trained yet has to be
+    for entry in model.entries():  # newly initialised tensors must be trained
         if model.fresh.intersection(entry.memory):
             model.adapter.full += (entry.disk,)
             for name in entry.memory:
@@ -228,7 +232,7 @@ def attach_stored(
 def _stored_sites(
     model: Model, settings: PeftSettings, tensors: Mapping[str, Tensor], where: object
 ) -> dict[str, tuple[Site, int, float]]:
-    """The adapted modules of a file with rank and alpha, known from its lora_A tensors."""
+    """Return the adapted modules of a file with rank and alpha, determined from its lora_A tensors."""
     names, known = _spellings(model), sites_of(model)
     sites = {}
     for key, tensor in tensors.items():
@@ -256,7 +260,7 @@ def _stored_sites(
 
 
 def _entries_after_untying(model: Model, tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """The model's tensors, once a head that the adapter trained apart from the embedding has its own weight."""
+    """Return the entries of the model, after untying a head that the adapter stores separately from the embedding."""
     head: Any = model.head
     if model.head_kind == "causal-lm" and head.tied and f"{PREFIX}lm_head.weight" in tensors:
         head.untie()
@@ -272,7 +276,10 @@ def _bare_key(key: str, where: object) -> str:
 
 
 def _spellings(model: Model) -> dict[str, str]:
-    """Module name with any accepted prefix -> its name here: a body may have been trained under another head."""
+    """Return module name with any accepted prefix -> its name in this model.
+
+    The prefixes differ if the body was trained with another head.
+    """
     found: dict[str, str] = {}
     for entry in model.entries():
         own, bare = entry.disk.rpartition(".")[0], entry.bare.rpartition(".")[0]
@@ -287,16 +294,16 @@ def _spellings(model: Model) -> dict[str, str]:
 def fill(
     model: Model, tensors: Mapping[str, Tensor], where: object, shapes: Shapes | None = None
 ) -> dict[str, Tensor]:
-    """Parameter name -> value, for an adapted model and the tensors of its file.
+    """Return parameter name -> value for an adapted model, given the tensors of its file.
 
     Args:
-        model: with an adapter.
-        tensors: by their names in the file.
-        where: named in errors.
-        shapes: full shapes of the parameters, where the model itself holds parts of them.
+        model: a model with an adapter.
+        tensors: tensors by their names in the file.
+        where: file name for error messages.
+        shapes: full shapes of the parameters, if the parameters of the model are sharded.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or has the wrong shape or type.
+        CheckpointError: a tensor is missing, unexpected, or has the wrong shape or type.
     """
     adapter: Adapter = model.adapter
     names = _spellings(model)

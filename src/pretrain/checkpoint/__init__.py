@@ -1,15 +1,15 @@
-"""The one directory format: a Hugging Face directory with a manifest, and a training folder to resume from.
+"""The checkpoint format: a Hugging Face model directory with a manifest and a training folder to resume from.
 
     checkpoint-1200/
       config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json  README.md
                        or adapter_config.json and adapter_model.safetensors, as peft writes them
-      training/        optimizer.safetensors, state.json: may be deleted, never read by `load`
+      training/        optimizer.safetensors, state.json: may be deleted, never needed by `load`
       manifest.json    size and SHA-256 of every file, written last
 
-It is written into a temporary sibling, flushed, verified and renamed; the checkpoint before it stays until then.
-Nothing is pickled, and no pickle is ever opened. Every file is treated as a stranger's.
+A checkpoint is written to a temporary sibling directory, flushed, verified and renamed; the previous checkpoint is kept
+until then. Nothing is pickled, and no pickle is ever opened. Every file is treated as untrusted input.
 
-The names below are imported on first use: who reads a manifest loads no model.
+The names below are imported on first use, so that reading a manifest does not import the models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Open the directory of an adapter, ours or peft's, on its base, as files of unknown origin."""
+"""Loading of adapter directories, written by this package or by peft, as untrusted input."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["adapted_state", "adapted_values", "adapter_facts", "adapter_sizes", "open_adapter"]
 
-_PARENTS = 3  # how far above the adapter a base named by a relative path is looked for
+_PARENTS = 3  # number of parents of the adapter directory in which a base named by a relative path is searched
 
 
 def adapter_facts(model: Model, full: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """What our block in config.json says of the base: names and shapes, and a hash of a few values.
+    """Return what config.json records of the base: a hash of names and shapes, and a hash of a few values.
 
-    ``full`` are the whole parameters, on the meta device too, where the model itself holds parts of them.
+    ``full`` holds the whole parameters (the meta device suffices) if the parameters of the model are sharded.
     """
     return {"base_fingerprint": fingerprint(model, full), "base_sample": model.adapter.base_sample}
 
@@ -57,7 +57,7 @@ def open_adapter(
     verify: bool,
     quiet: bool,
 ) -> Model:
-    """The base with its adapter; see ``pretrain.checkpoint.load``."""
+    """Load the base and attach the adapter; see ``pretrain.checkpoint.load``."""
     from pretrain.models.base import Model
 
     path = directory.path
@@ -67,7 +67,7 @@ def open_adapter(
     facts = _facts(config)
     source = _Base(base if base is not None else _find(settings.base, path), verify=verify)
     kind = head
-    if not facts:  # peft's: what it lacks, the base has
+    if not facts:  # written by peft, without a model configuration: that of the base is used
         config = dict(source.config)
         if kind is None:
             kind, classes = head_of(settings, tensors, path / ADAPTER_CONFIG)
@@ -98,7 +98,7 @@ def open_adapter(
 
 
 class _Base:
-    """The base of an adapter, a model in memory or a directory."""
+    """The base of an adapter: a model in memory, or a directory."""
 
     def __init__(self, base: Model | str | Path, *, verify: bool) -> None:
         self._model: Any = None
@@ -132,7 +132,7 @@ class _Base:
             self.sentences = SentenceSettings.read(self._directory)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Names on disk and weights."""
+        """Return the weights by their names on disk."""
         if self._model is not None:
             found: Mapping[str, Tensor] = self._model.disk_view()
             return found
@@ -144,20 +144,23 @@ class _Base:
 
 
 def _find(name: str | None, adapter: Path) -> Path:
-    """The directory that adapter_config.json names, from here or from above the adapter."""
+    """Find the base directory named in adapter_config.json.
+
+    The name is tried relative to the working directory, to the adapter and to its parents.
+    """
     if name is None:
         raise CheckpointError(
             f"{adapter} does not say which base it was trained on. Give it: load({adapter.name!r}, base=...)."
         )
     parts = Path(name).parts
-    # A directory that was moved together with its base is found by the end of the old path.
+    # If the adapter was moved together with its base, the base is found by the last components of its old path.
     ends = [Path(*parts[k:]) for k in range(1, len(parts))] if Path(name).is_absolute() else []
     try:
         for end in (Path(name), *ends):
             for start in (Path(), adapter, *adapter.parents[:_PARENTS]):
                 if (start / end).is_dir():
                     return start / end
-    except (ValueError, OSError):  # a zero byte, a name too long
+    except (ValueError, OSError):  # a null byte in the name, or a name that is too long
         pass
     raise CheckpointError(
         f"{adapter} is an adapter for {name[:200]!r}, and there is no such directory here. Download or move the "
@@ -166,9 +169,9 @@ def _find(name: str | None, adapter: Path) -> Path:
 
 
 def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
-    """Parameters that an adapter trained, and those of the model that it makes with its base; no weight is read.
+    """Return the number of trainable parameters of an adapter and the total including its base; reads no weights.
 
-    The second is None where the file leaves the model to a base that is not found.
+    The total is None if the model configuration is that of the base and the base is not found or does not fit.
     """
     path = directory.path
     tensors = read_header(directory.real(ADAPTER_WEIGHTS))
@@ -192,7 +195,7 @@ def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
 
 
 def _with_labels(config: dict[str, Any], classes: int) -> dict[str, Any]:
-    """The base's configuration with as many labels as the adapter's head has rows."""
+    """Return the configuration of the base with as many labels as the head of the adapter has rows."""
     labels = config.get("id2label")
     if isinstance(labels, dict) and len(labels) == classes:
         return config
@@ -201,7 +204,7 @@ def _with_labels(config: dict[str, Any], classes: int) -> dict[str, Any]:
 
 
 def _refuse_other_base(model: Model, source: _Base, facts: Mapping[str, Any], path: Path) -> None:
-    """Names and shapes of the base must be those that the adapter was trained on."""
+    """Raise CheckpointError unless the names and shapes of the base are those that the adapter was trained on."""
     from pretrain.models.base import Model
 
     there = Model.from_hf_config(source.config, head="none")
@@ -237,17 +240,17 @@ def _line(model: Model, source: _Base, count: int, report: Any, unused: list[str
 
 
 def adapted_state(directory: ModelDirectory, model: Model) -> dict[str, Tensor]:
-    """The state of an adapted model with the values of a checkpoint of it; see ``pretrain.checkpoint.state_of``."""
+    """Return the `state_dict` of an adapted model with the values of a checkpoint; see ``loading.state_of``."""
     return {**model.state_dict(), **adapted_values(directory, model)}
 
 
 def adapted_values(
     directory: ModelDirectory, model: Model, full: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Parameter name -> whole value, of what a checkpoint of an adapted model holds; ``full`` as in `adapter_facts`.
+    """Return parameter name -> whole value from a checkpoint of an adapted model; ``full`` as in `adapter_facts`.
 
     Raises:
-        CheckpointError: it holds no adapter, another one, or one for another base.
+        CheckpointError: the checkpoint holds no adapter, a different one, or one for a different base.
     """
     path, adapter = directory.path, model.adapter
     if not directory.is_adapter:

@@ -1,7 +1,7 @@
-"""Saving while training goes on: the tensors are copied aside, and a thread writes the copy.
+"""Asynchronous checkpointing: the tensors are copied to a staging buffer, and a background thread writes the copies.
 
-Training stands still for the copy alone. The copies live in one block of memory that every save uses again, so a save
-waits for the one before it; a change of the weights after `Saver.save` has returned never reaches the files.
+Training is blocked only during the copy. All saves use the same staging buffer, so a save waits for the previous one.
+Changes to the weights after `Saver.save` has returned never reach the files.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Saver", "Staging", "Watched"]
 
-_ALIGNMENT = 64  # bytes; every copy starts at a multiple
+_ALIGNMENT = 64  # bytes; every copy starts at a multiple of this
 
 
 @runtime_checkable
 class Watched(Protocol):
-    """Peers of a run that a watchdog ends when it seems to hang: that must know of the thread that writes."""
+    """Peers with a watchdog, which ends a run that seems to hang and therefore must know of the writing thread."""
 
     def moved(self) -> None:
-        """Say that the calling thread has come further."""
+        """Report progress of the calling thread to the watchdog."""
 
     def awaiting(self, writer: threading.Thread) -> AbstractContextManager[None]:
-        """Inside, training waits for that thread."""
+        """Return a context manager inside which the main thread waits for the thread ``writer``."""
 
 
 class Staging:
-    """One block of CPU memory for copies of tensors, pinned where they come from a CUDA device."""
+    """A block of CPU memory for copies of tensors, pinned if the tensors are on a CUDA device."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
         self._pinned: weakref.finalize[Any, Any] | None = None
 
     def copy(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Contiguous copies on the CPU, valid until the next call; returns when they are made."""
+        """Return contiguous copies on the CPU, valid until the next call; blocks until the copies are complete."""
         wanted = list(tensors)
         starts, end = [], 0
         for tensor in wanted:
@@ -79,16 +79,16 @@ class Staging:
         if self._block.numel() >= size and (self._pinned is not None or not pin):
             return
         self.free()
-        # numpy asks the system for large pages: the first copy then costs little more than the later ones.
+        # numpy requests huge pages from the system, so that the first copy is little slower than the later ones.
         self._block = torch.from_numpy(np.empty(max(size, 1), dtype=np.uint8))
         if pin:
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch says nothing about it
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # not annotated in torch
             pointer = self._block.data_ptr()
             if int(runtime.cudaHostRegister(pointer, self._block.numel(), 0)) == 0:
                 self._pinned = weakref.finalize(self, runtime.cudaHostUnregister, pointer)
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         if self._pinned is not None:
             self._pinned()
             self._pinned = None
@@ -100,21 +100,21 @@ def _awaited(writer: threading.Thread, peers: Peers) -> AbstractContextManager[N
 
 
 class Saver:
-    """Writes the checkpoints of a run, at once or in the background.
+    """Writer of the checkpoints of a run, in the foreground or in the background.
 
-    A context manager: at its end nothing is being written any more. A process that ends without it finishes a save
-    in the background, unless it is killed; then the next one sweeps what is left.
+    A context manager: when it exits, all saves are complete. If a process ends without it, a save in the background is
+    still completed, unless the process is killed; then the next save removes the leftovers.
 
     Args:
         run_dir: the run.
         background: return as soon as the tensors are copied.
-        layout: which parts of the parameters the processes hold; None if each has them whole.
-        peers: the processes. In the background they must be the saver's own.
+        layout: which shards of the parameters each rank holds; None if every rank holds them whole.
+        peers: the ranks. For saving in the background, they must be used by this saver only.
 
     Attributes:
-        stall: seconds that the last ``save`` took of the training's time.
-        seconds: from the last ``save`` that came to its end until its checkpoint was durable; None before.
-        durable: the newest checkpoint that this saver has finished, or None.
+        stall: seconds for which the last ``save`` blocked training.
+        seconds: seconds from the call of the last completed ``save`` until its checkpoint was durable; None before.
+        durable: the newest checkpoint that this saver has completed, or None.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class Saver:
         protect: Collection[int] = (),
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> Path:
-        """Save as ``pretrain.checkpoint.save_checkpoint`` does; waits for the save before it.
+        """Save like ``pretrain.checkpoint.save_checkpoint``, after waiting for the previous save.
 
         Returns:
-            Where the checkpoint lies, or will lie once ``wait`` has returned.
+            Path of the checkpoint; in the background it exists once ``wait`` has returned.
 
         Raises:
-            CheckpointError: this save could not be made or, in the background, the one before it.
+            CheckpointError: this save failed or, in the background, the previous one.
         """
         began = time.monotonic()
         check_numbers(keep, step)
@@ -183,7 +183,8 @@ class Saver:
         staged: Draft | None = None
         try:
             staged = self._staged(drafted())
-        except Exception as error:  # the others are told in the background, or they would wait
+        except Exception as error:
+            # The thread reports it to the other ranks, which would otherwise wait for this one.
             failure = error
 
         def work() -> None:
@@ -196,7 +197,7 @@ class Saver:
                     self.run_dir, staged, self.peers, keep=keep, protect=protect, moved=moved
                 )
                 self.seconds = time.monotonic() - began
-            except BaseException as error:  # raised where training looks for it
+            except BaseException as error:  # raised in the main thread, by `poll`
                 self._failure = error
 
         self._thread = threading.Thread(
@@ -207,7 +208,7 @@ class Saver:
         return self.run_dir / f"checkpoint-{step}"
 
     def _staged(self, draft: Draft) -> Draft:
-        """The draft with copies in the place of those tensors that this process gives."""
+        """Return the draft with staged copies of the tensors that this rank sends or writes."""
         draft = kept(draft)
         copies = iter(
             self._staging.copy(part for group in draft.groups for part in group.parts.values())
@@ -225,17 +226,17 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed, and nobody was told yet.
+        """Whether a save in the background has failed and the error was not raised yet.
 
-        All processes must act on it at the same step, which they have to agree on; then each calls ``poll``.
+        The ranks must agree on the step at which they act on it; then all of them call ``poll``.
         """
         return self._failure is not None
 
     def poll(self) -> None:
-        """Raise what a save in the background failed with, if it did; does not wait.
+        """Raise the error of a save in the background, if it failed; does not wait.
 
         Raises:
-            CheckpointError: that save could not be made; earlier checkpoints are untouched.
+            CheckpointError: the save failed; earlier checkpoints are untouched.
         """
         failure, self._failure = self._failure, None
         if isinstance(failure, PretrainError) or (
@@ -249,20 +250,20 @@ class Saver:
             ) from failure
 
     def wait(self) -> None:
-        """Return when nothing is being written any more.
+        """Wait until the save in the background, if any, is complete.
 
         Raises:
             CheckpointError: see ``poll``.
         """
         if self._thread is not None:
-            # A slow disk must not look as if training hung, nor a stuck one as if others were to blame.
+            # The watchdog must neither mistake a slow disk for a hang, nor blame other ranks for a stuck disk.
             with _awaited(self._thread, self.peers):
                 self._thread.join()
             self._thread = None
         self.poll()
 
     def close(self) -> None:
-        """Wait, and give the memory of the copies back."""
+        """Wait for the save in the background and release the staging buffer."""
         try:
             self.wait()
         finally:
@@ -277,4 +278,5 @@ class Saver:
         except CheckpointError as error:
             if kind is None:
                 raise
-            note(str(error))  # what is already on its way is the cause, or matters more
+            # The exception already being raised is the cause of this one, or more important.
+            note(str(error))

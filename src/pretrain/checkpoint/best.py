@@ -1,7 +1,8 @@
-"""The small files of a run that name a choice: ``best.json`` (a checkpoint) and ``sweep.json`` (a learning rate).
+"""The files of a run that record a choice: ``best.json`` (best checkpoint) and ``sweep.json`` (learning rate).
 
-Each holds a digest of itself and says again what ``training/state.json`` of the newest checkpoint knows, so damage is
-named and the state is believed. Files from before there were digests hold one key and are read as they are.
+Each holds a digest of itself and repeats a value of ``training/state.json`` of the newest checkpoint. If a file is
+damaged or disagrees, this is reported and the value in the state is used. Files of older versions have no digest; they
+hold one key and are accepted.
 """
 
 from __future__ import annotations
@@ -24,28 +25,27 @@ __all__ = ["BEST", "SWEEP", "best_first", "run_state", "swept_rate", "write_choi
 BEST, SWEEP = "best.json", "sweep.json"
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
-_TASK = re.compile(r"^task:", re.M)  # in run.yaml: the run was fine-tuned
+_TASK = re.compile(r"^task:", re.M)  # in the run.yaml of a fine-tuning run
 
 
 def write_choice(path: Path, body: Mapping[str, Any]) -> None:
-    """Write ``best.json`` or ``sweep.json`` with its digest, whole or not at all."""
+    """Write ``best.json`` or ``sweep.json`` with its digest, atomically."""
     with writing(path):
         replace_file(path, sealed(body))
 
 
 def _read(path: Path, key: str) -> Any:
-    """What the file says; None where there is none.
+    """Return the value stored in the file under ``key``; None if there is no file.
 
     Raises:
-        CheckpointCorrupt: it is damaged.
+        CheckpointCorrupt: the file is damaged.
     """
     if not os.path.lexists(path):
         return None
     data = read_bytes(path, limit=_LIMIT)
     body = parse_json(data, path)
-    if not isinstance(body, dict) or set(body) != {
-        key
-    }:  # without a digest: an older version wrote it
+    # A file with the key alone was written by an older version, without a digest.
+    if not isinstance(body, dict) or set(body) != {key}:
         body = unsealed(data, path)
     if set(body) != {key}:
         raise CheckpointCorrupt(path, f"the key {key!r} alone", ", ".join(body)[:80] or "none")
@@ -53,7 +53,7 @@ def _read(path: Path, key: str) -> Any:
 
 
 def run_state(checkpoint: Path) -> dict[str, Any]:
-    """The state of the run in a checkpoint, verified; empty where its training folder was deleted or is damaged."""
+    """Return the verified run state of a checkpoint; empty if its training folder was deleted or is damaged."""
     try:
         record = manifest.read_manifest(checkpoint).files[STATE]
         state = parse_json(read_bytes(checkpoint / STATE, record), checkpoint / STATE)
@@ -64,9 +64,10 @@ def run_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def best_first(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run in the order in which they are opened: the chosen one, then the highest step first.
+    """Return the checkpoints of a run in the order in which loading tries them.
 
-    A run that was fine-tuned chose the one that was best on the held-out rows; of others the newest counts.
+    Of a fine-tuned run the checkpoint that was best on the held-out rows comes first; the others, and those of any
+    other run, follow with the highest step first.
     """
     found = manifest.candidates(run_dir)
     path, known = run_dir / BEST, {checkpoint.name for checkpoint in found}
@@ -104,7 +105,7 @@ def _was_tuned(run_dir: Path) -> bool:
 
 
 def swept_rate(run_dir: Path) -> float | None:
-    """The learning rate that the run chose when it began; None where it has to be looked for (again)."""
+    """Return the learning rate chosen by the sweep at the start of the run; None if the sweep must be run (again)."""
     path = run_dir / SWEEP
     states = map(run_state, manifest.candidates(run_dir))
     rate = next((state["lr"] for state in states if _is_rate(state.get("lr"))), None)

@@ -1,7 +1,7 @@
-"""A model directory from its draft to its name: all processes write it together, at once or in the background.
+"""Collective writing of a model directory by all ranks, in the foreground or in the background.
 
-A `Draft` holds what goes into the directory and no reference to the model, so that its tensors can be copied aside and
-written while training goes on.
+A `Draft` holds the contents of the directory and no reference to the model, so that its tensors can be copied to a
+staging buffer and written while training continues.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that belong together: the weights, or one group of the training folder.
+    """Tensors that are stored together: the weights, or one group of the training folder.
 
     Attributes:
-        stem: ``""`` for the weights.
+        stem: stem of the file names; ``""`` for the weights.
         plans: the files.
-        parts: key -> this process's part, wherever it lies.
+        parts: key -> the shard of this rank, on any device.
         full: key -> the whole tensor on the meta device.
     """
 
@@ -81,22 +81,22 @@ class Group:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files together, without their headers."""
+        """Total bytes of all files, without their headers."""
         return sum(total_bytes(plan.layout) for plan in self.plans)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What goes into a model directory.
+    """The contents of a model directory.
 
     Attributes:
-        step: of the run; None for a model saved alone.
-        texts: small files by name.
-        groups: tensors, the weights first.
+        step: step of the run; None for a model saved outside a run.
+        texts: name -> content of the small files.
+        groups: groups of tensors, the weights first.
         state: content of state.json; None without a training folder.
-        tokenizer: and whether the model was trained with the segments of a pair.
-        about: what bit-identical resuming depends on besides the files.
-        pieces: where the parts of the tensors lie.
+        tokenizer: the tokenizer, and whether the model was trained with token type ids (sentence pairs).
+        about: the environment that bit-identical resuming depends on, see ``manifest.environment``.
+        pieces: which rank holds which shard of the tensors.
     """
 
     step: int | None
@@ -109,12 +109,12 @@ class Draft:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the directory will take at most."""
+        """Upper bound of the size of the directory in bytes."""
         return sum(group.num_bytes for group in self.groups) + len(self.state or b"") + (1 << 20)
 
 
 def check_numbers(keep: int, step: int) -> None:
-    """Refuse to keep no checkpoint, or to count backwards."""
+    """Raise CheckpointError if ``keep`` is below 1 or ``step`` is negative."""
     if keep < 1 or step < 0:
         raise CheckpointError(
             f"keep is {keep} and step is {step}; at least 1 checkpoint stays, steps count from 0."
@@ -131,19 +131,19 @@ def draft_of(
     layout: ShardLayout | None,
     peers: Peers,
 ) -> Draft:
-    """Plan a model directory; the same plan on every process, without asking the others.
+    """Plan a model directory. Every rank computes the same plan, without communication.
 
     Args:
-        model: whole, or with this process's parts of the parameters, plain or distributed tensors.
-        step: of the run, or None.
-        block: our block in config.json.
-        training: what resuming needs; its tensors are parts as well, see ``Pieces``.
-        max_shard_bytes: larger weights are split.
-        layout: of the parameters; None if they are whole.
-        peers: the processes; only rank and size are used.
+        model: the model, whole or with this rank's shards of the parameters, as plain or distributed tensors.
+        step: step of the run, or None.
+        block: the "pretrain" block of config.json.
+        training: the state needed to resume; its tensors are sharded as well, see ``Pieces``.
+        max_shard_bytes: weights above this size are split into several files.
+        layout: sharding of the parameters; None if they are whole.
+        peers: the ranks; only ``rank`` and ``size`` are used.
 
     Raises:
-        CheckpointError: something cannot be stored, or a part is not what the layout says.
+        CheckpointError: a value cannot be stored, or a shard does not have the shape given by the layout.
     """
     pieces = Pieces(layout, peers)
     parts = {name: local(p).detach() for name, p in model.named_parameters()}
@@ -218,7 +218,7 @@ def _training_group(stem: str, tensors: Mapping[str, Tensor], pieces: Pieces) ->
 
 
 def kept(draft: Draft) -> Draft:
-    """The draft with those parts alone that this process sends or writes."""
+    """Return the draft with only those shards that this rank sends or writes."""
     groups = []
     for group in draft.groups:
         needed = given(group.plans, group.full, draft.pieces)
@@ -239,18 +239,18 @@ def write_checkpoint(
     protect: Collection[int] = (),
     moved: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write ``run/checkpoint-<step>``, durable and verified, then delete the old ones that are no longer wanted.
+    """Write ``run/checkpoint-<step>``, durable and verified, then delete old checkpoints that need not be kept.
 
     Args:
         run: the run directory.
-        draft: what to write.
-        peers: the processes.
-        keep: how many complete checkpoints stay.
+        draft: the contents of the checkpoint.
+        peers: the ranks.
+        keep: number of complete checkpoints to keep.
         protect: steps that are never deleted.
-        moved: called after each tensor and each file that this process has written.
+        moved: called to report progress, after each tensor and each file that this rank has written.
 
     Raises:
-        CheckpointError: on all processes, whichever failed; earlier checkpoints are untouched.
+        CheckpointError: on all ranks, if any of them failed; earlier checkpoints are untouched.
     """
     assert draft.step is not None
     target = run / f"checkpoint-{draft.step}"
@@ -273,10 +273,11 @@ def write_checkpoint(
 def write_directory(
     target: Path, draft: Draft, peers: Peers, moved: Callable[[], None] = lambda: None
 ) -> None:
-    """Fill a temporary directory together, verify it, and give it its name; ``moved`` as in `write_checkpoint`.
+    """Write a temporary directory collectively, verify it and rename it; ``moved`` as in `write_checkpoint`.
 
     Raises:
-        CheckpointError: on all processes, whichever failed; nothing is left, and what had the name still has it.
+        CheckpointError: on all ranks, if any of them failed; the temporary directory is removed, and an existing
+            target is untouched.
     """
     needed = draft.num_bytes
     with errors_on_all_ranks(peers):
@@ -321,7 +322,7 @@ def _refuse_non_finite(weights: Group) -> None:
 
 
 def _same_plan(draft: Draft, peers: Peers) -> None:
-    """All processes must walk the same list, or they would wait for each other for ever."""
+    """Raise CheckpointError unless all ranks save the same tensors; otherwise sends and receives would deadlock."""
     if peers.size == 1:
         return
     table: dict[str, Any] = {"step": str(draft.step)}
@@ -333,7 +334,7 @@ def _same_plan(draft: Draft, peers: Peers) -> None:
 
 @contextmanager
 def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path]:
-    """A temporary directory that process 0 makes and all of them fill; what is not published is removed."""
+    """Create a temporary directory on rank zero for all ranks to write to; it is removed unless published."""
     with ExitStack() as stack:
         name = ""
         with errors_on_all_ranks(peers), files.writing(target, draft.num_bytes):
@@ -355,7 +356,7 @@ def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path
 
 
 def _finish(temporary: Path, draft: Draft, records: dict[str, Record]) -> None:
-    """What process 0 alone writes: the small files and, last of all, the manifest."""
+    """Write the files that only rank zero writes: the small files and, last, the manifest."""
     small = []
     for folder in {os.path.dirname(name) for name in draft.texts} - {""}:
         files.IO.mkdir(temporary / folder)
@@ -376,7 +377,7 @@ def _finish(temporary: Path, draft: Draft, records: dict[str, Record]) -> None:
     manifest.write_manifest(temporary, draft.step, records, dict(draft.about))
     files.fsync_directory(temporary)
     listed = manifest.read_manifest(temporary)
-    # The owner of a file of tensors has read it back already.
+    # Files of tensors have already been read back and hashed by the ranks that wrote them.
     manifest.check_files(temporary, listed, hashes=())
     for name in small:
         manifest.check_hash(temporary / name, listed.files[name])

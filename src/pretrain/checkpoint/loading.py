@@ -1,7 +1,8 @@
-"""Open a checkpoint directory, ours or one that transformers saved, as files of unknown origin.
+"""Loading of model directories, written by this package, transformers or peft, as untrusted input.
 
-With a manifest every byte is verified in the pass that reads it; without one the directory is taken as a plain
-Hugging Face model. The training folder is never read here, and a pickle is never opened.
+With a manifest, every byte is verified in the same pass that reads it; a directory without one is treated as a plain
+Hugging Face model. Of the training folder only state.json is read, to find the best checkpoint of a run; a pickle is
+never opened.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt"),
 )
-_SHOWN = 5  # names in the report line
+_SHOWN = 5  # tensor names listed in the report line
 
 
 def load(
@@ -66,29 +67,29 @@ def load(
     quiet: bool = False,
     base: Model | str | Path | None = None,
 ) -> Model:
-    """Open a model: a run (its newest complete checkpoint), a checkpoint, or what transformers or peft saved.
+    """Load a model from a run, from a checkpoint, or from a directory that transformers or peft saved.
 
-    Prints one line: how many tensors were read, which are missing (only a head's may be; they are fresh), and
-    which were not used. Float tensors become float32.
+    Print one line: how many tensors were read, which are missing (only those of a head may be; they are newly
+    initialised), and which were not used. Floating-point tensors are converted to float32.
 
     Args:
-        path: a directory; of a run, the checkpoint it chose as the best when it was fine-tuned, else the newest. A
-            broken newest checkpoint of a run is named aloud and passed over; a broken checkpoint named itself is an
-            error.
-        head: kind of head to put on instead of the stored one (`"sequence-classification"`, ...).
-        verify: compare every file with the manifest, where there is one.
-        tokenizer: also open the tokenizer, where there is one.
-        quiet: print no report.
-        base: of an adapter, a model (which is copied) or a directory; None is the one that its file names.
+        path: a directory. Of a fine-tuned run the best checkpoint is loaded, of any other run the newest. A broken
+            checkpoint of a run is reported on stderr and skipped; a broken checkpoint named directly is an error.
+        head: kind of head to use instead of the stored one (`"sequence-classification"`, ...).
+        verify: compare every file with the manifest, if there is one.
+        tokenizer: also load the tokenizer, if there is one.
+        quiet: do not print the report line.
+        base: base of an adapter: a model (which is copied) or a directory; None uses the one named in its
+            adapter_config.json.
 
     Returns:
-        A `Model` on the CPU in evaluation mode; with `model.adapter` set if the directory holds an adapter.
+        A `Model` on the CPU in evaluation mode, with `model.adapter` set if the directory holds an adapter.
 
     Raises:
-        CheckpointCorrupt: a file is not what it should be; `file`, `expected` and `found` say what.
-        CheckpointError: no model here, pickles only, a missing tensor outside the head, a tokenizer that does
-            not fit, an adapter whose base is not found or is another one.
-        ConfigError: config.json asks for an impossible model.
+        CheckpointCorrupt: a file is damaged; see the attributes `file`, `expected` and `found`.
+        CheckpointError: the directory holds no model or only pickles, a tensor outside the head is missing, the
+            tokenizer does not fit the model, or the base of an adapter is missing or a different one.
+        ConfigError: config.json describes an invalid model.
     """
     directory = manifest.checked_directory(path)
     options: dict[str, Any] = {"head": head, "verify": verify, "tokenizer": tokenizer}
@@ -140,11 +141,11 @@ def _load(
 def open_described(
     directory: ModelDirectory, *, head: str | None, tokenizer: bool
 ) -> tuple[Model, dict[str, Any], Mapping[str, set[str] | None]]:
-    """What a directory with a whole model says, without its weights.
+    """Open a directory with a whole model without reading its weights.
 
     Returns:
         The model on the meta device with its tokenizer, the content of config.json, and the weight files as
-        ``ModelDirectory.weight_files`` gives them.
+        returned by ``ModelDirectory.weight_files``.
     """
     from pretrain.models.base import Model
 
@@ -169,7 +170,7 @@ def open_described(
 
 
 def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> None:
-    """Settings of generation and of sentence vectors, and tokenizer, where there are some."""
+    """Read the generation settings, the sentence-embedding settings and the tokenizer, where present."""
     from pretrain.models.config import drop_code
     from pretrain.models.sentences import SentenceSettings
 
@@ -181,10 +182,10 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
 
 
 def state_of(path: Path, model: Model) -> dict[str, Tensor]:
-    """What a checkpoint of this very model gives its `state_dict`; the frozen base of an adapter stays as it is.
+    """Return the `state_dict` of a checkpoint of this model; the frozen base of an adapter keeps its values.
 
     Raises:
-        CheckpointError: it is broken, or holds another adapter or one for another base.
+        CheckpointError: the checkpoint is broken, or holds a different adapter or one for a different base.
     """
     if model.adapter is None:
         return load(path, quiet=True).state_dict()
@@ -193,7 +194,7 @@ def state_of(path: Path, model: Model) -> dict[str, Tensor]:
 
 
 def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
-    """A checkpoint of ours whose manifest is gone was never finished, or was tampered with."""
+    """Raise CheckpointCorrupt for a checkpoint without a manifest: it was never finished, or was tampered with."""
     block = config.get("pretrain")
     ours = (
         isinstance(block, dict) and "step" in block and path.name == f"checkpoint-{block['step']}"
@@ -220,7 +221,7 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
     from pretrain.data.tokenizer import Tokenizer
 
     if directory.has(_TEMPLATE) and _TEMPLATE not in present:
-        # Its readers look for the template by themselves; in a copy of the directory it is not there.
+        # Tokenizer.from_directory reads the template if it exists, so a damaged one is left out of a copy.
         with tempfile.TemporaryDirectory(prefix="pretrain-") as copy:
             for name in present:
                 shutil.copyfile(directory.real(name), Path(copy) / name)
@@ -238,7 +239,7 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
 
 
 def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
-    """The one line that says what was read, what is fresh and what was not used."""
+    """Return the report line: tensors read, missing (newly initialised) and not used."""
     parts = [f"{config.get('model_type')}: {count} tensors"]
     for label, names in (("missing", report.missing), ("unexpected", report.unexpected)):
         shown = sorted(names)[:_SHOWN] + ["..."] * (len(names) > _SHOWN)
@@ -254,9 +255,10 @@ def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any
 
 
 def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
-    """The kind of head of a checkpoint and the names of its classes, from its config.json alone.
+    """Return the kind of head of a checkpoint and the names of its classes, read from its configuration only.
 
-    Made-up names (``LABEL_0``) are none. What cannot be read is left to `load`, which says why.
+    Placeholder names (``LABEL_0``) count as no names. If the files cannot be read, the result is ``(None, ())``, and
+    `load` will raise the error.
     """
     from pretrain.models.heads import ARCHITECTURES, labels_named_by
 
@@ -277,18 +279,19 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Say what a checkpoint holds, from config, headers and manifest; weights are hashed but not loaded.
+    """Describe a checkpoint from its configuration, headers and manifest; weights are hashed but not loaded.
 
     Args:
         path: a checkpoint, a run (its highest step, even if broken), or a Hugging Face model directory.
 
     Returns:
-        path, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest ("holds",
-        "absent" or "broken: ..."), resumable, files and bytes; for an adapter also its kind and its base,
-        how many parameters were trained (its own, as ``parameters`` are) and how many it has with its base.
+        path, checkpoint, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest
+        ("holds", "absent" or "broken: ..."), resumable, files and bytes; for an adapter also its kind and base, the
+        number of trainable parameters (its own, like ``parameters``) and the total including the base. ``problem``
+        holds the error text if the manifest holds or is broken, but the model cannot be read.
 
     Raises:
-        CheckpointError: no such directory, one that cannot be read, or no model in it.
+        CheckpointError: the directory does not exist, cannot be read, or holds no model.
     """
     with reading(path):
         return _inspect(path, manifest.checked_directory(path))

@@ -1,9 +1,9 @@
-"""The manifest: what makes a directory a checkpoint, and which checkpoint of a run counts.
+"""The manifest of a checkpoint, verification of checkpoints, and rotation of the checkpoints of a run.
 
-`manifest.json` holds size and SHA-256 of every file and a hash of itself, and is written last: a directory without
-it does not exist as a checkpoint. No common format notices a flipped bit; this does. Files below `training/` are
-marked optional: the folder may be deleted as a whole. Order is the step in the manifest, never a file time.
-This module imports no torch.
+`manifest.json` holds the size and SHA-256 of every file and a hash of itself, and is written last: a directory without
+it is not a complete checkpoint. Unlike the common formats, this detects flipped bits. Files below `training/` are
+marked optional: the folder may be deleted as a whole. Checkpoints are ordered by step, never by file time.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NAME = "manifest.json"
 TRAINING = "training"
 SCHEMA = 1
 LIMIT = 16 << 20
-# What no run is resumed from and no weight is read with: damage of these files is named and costs nothing else.
+# Files that are needed neither to resume nor to read the weights: damage to them is reported and otherwise ignored.
 BYSTANDERS = frozenset({"README.md", "generation_config.json", "chat_template.jinja"})
-POOLING = "1_Pooling"  # of sentence-transformers
+POOLING = "1_Pooling"  # folder of sentence-transformers
 _FILE = re.compile(r"(?:(?:training|1_Pooling)/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _ASIDE = re.compile(r"^\.pretrain-old-\d+-[0-9a-f]{8}-(.+)$")
@@ -47,7 +47,7 @@ _ON_PURPOSE = "If you changed it on purpose, open the directory with load(..., v
 
 @dataclass(frozen=True)
 class Manifest:
-    """Parsed `manifest.json`: `files` by path inside the checkpoint, `step` None for a model saved alone."""
+    """Parsed `manifest.json`: `files` by path inside the checkpoint; `step` is None for a model saved outside a run."""
 
     step: int | None
     files: dict[str, Record]
@@ -55,14 +55,14 @@ class Manifest:
 
     @property
     def training(self) -> dict[str, Record]:
-        """The optional part: what resuming needs."""
+        """The optional files, in the training folder, which only resuming needs."""
         return {
             name: record for name, record in self.files.items() if name.startswith(f"{TRAINING}/")
         }
 
     @property
     def required(self) -> dict[str, Record]:
-        """Everything but the training folder."""
+        """All files outside the training folder."""
         return {
             name: record
             for name, record in self.files.items()
@@ -76,7 +76,7 @@ class Manifest:
 
 
 def environment(threads: int, torch_version: str) -> dict[str, Any]:
-    """What bit-identical resuming depends on besides the files."""
+    """Return the versions and settings that bit-identical resuming depends on besides the files."""
     versions = {
         "pretrain": __version__,
         "python": platform.python_version(),
@@ -88,7 +88,7 @@ def environment(threads: int, torch_version: str) -> dict[str, Any]:
 def write_manifest(
     directory: Path, step: int | None, files: dict[str, Record], about: dict[str, Any]
 ) -> None:
-    """Write the manifest durably; the last file of a checkpoint."""
+    """Write the manifest durably, as the last file of a checkpoint."""
     entries = {}
     for name, record in files.items():
         entries[name] = {
@@ -101,10 +101,11 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check the manifest itself, not yet the files it names.
+    """Read and check the manifest itself, but not the files that it lists.
 
     Raises:
-        CheckpointCorrupt: it is missing, mangled, of another schema, or of another step than the directory's name.
+        CheckpointCorrupt: the manifest is missing or damaged, or its schema or step is not the expected one (the step
+            must be that of the directory name).
     """
     path = directory / NAME
     data = read_bytes(path, limit=LIMIT)
@@ -142,14 +143,14 @@ def _records(path: Path, entries: Any) -> dict[str, Record]:
 
 
 def _step_of(name: str) -> int | None:
-    """The step in `checkpoint-<step>`, also while such a directory is moved aside."""
+    """Return the step in `checkpoint-<step>`, also if the directory has been moved aside; None for other names."""
     aside = _ASIDE.match(name)
     match = _CHECKPOINT.fullmatch(aside[1] if aside else name)
     return int(match[1]) if match else None
 
 
 def looks_cut(directory: Path) -> bool:
-    """Whether a directory without manifest must be half a checkpoint of ours, not a plain Hugging Face one."""
+    """Whether a directory is an incomplete checkpoint (it has a training folder but no manifest)."""
     return (directory / TRAINING).is_dir() and not os.path.lexists(directory / NAME)
 
 
@@ -164,16 +165,19 @@ def check_files(
     hashes: Collection[str] | None = None,
     spare: Spare | None = None,
 ) -> None:
-    """Compare a directory with its manifest: no file missing, none extra, each of its size and hash.
+    """Compare a directory with its manifest: no missing and no extra files, matching sizes and hashes.
 
-    Names that begin with a dot are left alone (downloads and file managers put them there).
+    Names that begin with a dot are ignored (downloads and file managers create them).
 
     Args:
         directory: a checkpoint.
-        manifest: read from it.
+        manifest: the manifest read from it.
         training: also compare `training/`, which may be absent as a whole.
-        hashes: files of which all bytes are read, of the others the size alone; None is all files.
-        spare: takes what is wrong with one of the `BYSTANDERS`, instead of raising it.
+        hashes: names of the files to hash; of the others only the size is checked. None hashes all files.
+        spare: called with the error if one of the `BYSTANDERS` is damaged, instead of raising it.
+
+    Raises:
+        CheckpointCorrupt: the directory differs from its manifest.
     """
     present = _listing(directory)
     expected = dict(manifest.required)
@@ -217,7 +221,7 @@ def _check_size(path: Path, record: Record) -> None:
 
 
 def check_hash(path: Path, record: Record) -> None:
-    """Read a file and raise CheckpointCorrupt unless size and hash agree."""
+    """Hash a file and raise CheckpointCorrupt unless its size and hash agree with ``record``."""
     found = hash_file(path)
     if found != record:
         hint = _ON_PURPOSE if path.suffix in (".json", ".md", ".jinja") else ""
@@ -240,9 +244,9 @@ def _listing(directory: Path) -> set[str]:
 
 
 def verify(path: str | Path, *, spare: Spare | None = None) -> None:
-    """Check one checkpoint whole: manifest, every file's size and SHA-256, nothing missing, nothing extra.
+    """Verify a whole checkpoint: the manifest, the size and SHA-256 of every file, no missing and no extra files.
 
-    A `training/` folder that is absent as a whole is accepted. ``spare`` as in `check_files`.
+    A `training/` folder that is absent as a whole is accepted. ``spare`` is passed to `check_files`.
 
     Raises:
         CheckpointCorrupt: with `file`, `expected` and `found`.
@@ -253,16 +257,15 @@ def verify(path: str | Path, *, spare: Spare | None = None) -> None:
 
 
 def checked_directory(path: str | Path) -> Path:
-    """The directory behind a path a user gave; a link to it is theirs to make.
+    """Return the real path of a directory given by the user; symbolic links are followed.
 
     Raises:
-        CheckpointError: there is none, or the system refuses to look.
+        CheckpointError: the directory does not exist, is a file, or cannot be read.
     """
     directory = _real(path)
     with reading(path):
-        if (
-            not directory.exists() and directory.parent.is_dir()
-        ):  # killed between the two renames of `publish`
+        # The process may have been killed between the two renames of `publish`.
+        if not directory.exists() and directory.parent.is_dir():
             directory = moved_aside(directory.parent).get(directory.name, directory)
         if not directory.exists():
             raise CheckpointError(f"{path}: no such directory.")
@@ -276,12 +279,12 @@ def checked_directory(path: str | Path) -> Path:
 def _real(path: str | Path) -> Path:
     try:
         return Path(os.path.realpath(path))
-    except ValueError:  # a zero byte
+    except ValueError:  # a null byte in the path
         raise CheckpointError(f"{str(path)!r} cannot be the name of a directory.") from None
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """Checkpoint directories of a run, the highest step first, broken ones included."""
+    """Return the checkpoint directories of a run, highest step first, including broken ones."""
     found = {}
     for name in os.listdir(run_dir):
         if (
@@ -299,12 +302,12 @@ def candidates(run_dir: Path) -> list[Path]:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest step that is whole; None if there is none.
+    """Return the complete checkpoint with the highest step; None if there is none.
 
-    Every byte is verified. A broken newer one is named on stderr, and so is damage to the `BYSTANDERS`.
+    Every byte is verified. Newer checkpoints that are broken are reported on stderr, as is damage to the `BYSTANDERS`.
 
     Raises:
-        CheckpointError: the system refuses to look into the directory.
+        CheckpointError: the directory cannot be read.
     """
     directory = _real(run_dir)
     with reading(run_dir):
@@ -322,19 +325,19 @@ def latest(run_dir: str | Path) -> Path | None:
 
 
 def skipped(path: Path, error: CheckpointError) -> None:
-    """Name aloud a checkpoint that is passed over."""
+    """Report on stderr that a broken checkpoint is skipped."""
     note(f"{path.name} is broken and passed over; the one before it is used. {error}")
 
 
 def spared(error: CheckpointCorrupt) -> None:
-    """Name aloud a damaged file that nothing else depends on."""
+    """Report on stderr a damaged file that nothing else depends on."""
     note(
         f"{error} The weights and the state of training do not need it, so the checkpoint is used."
     )
 
 
 def complete(directory: Path) -> bool:
-    """Whether manifest, names and sizes agree; the cheap half of `verify`."""
+    """Whether the manifest, file names and file sizes agree: the checks of `verify` without the hashing."""
     try:
         check_files(directory, read_manifest(directory), hashes=(), spare=lambda error: None)
     except (CheckpointError, OSError):
@@ -347,15 +350,20 @@ def rotate(
 ) -> list[Path]:
     """Delete old checkpoints of a run; call it only when the newest is durable and verified.
 
+    Incomplete checkpoints older than the kept ones are deleted too. A checkpoint that cannot be deleted is reported on
+    stderr and stays until the next save tries again.
+
     Args:
         run_dir: the run.
-        keep: how many complete ones stay, counted from the highest step; at least 1.
+        keep: number of complete checkpoints to keep, counted from the highest step; at least 1.
         protect: steps that are never deleted (the best one).
         newest: the step just saved; higher steps are left alone.
 
     Returns:
-        The deleted paths. Incomplete ones older than all that stay are deleted too. What the system refuses to delete
-        is named on stderr and stays: the newest is safe, and the next save tries again.
+        The deleted paths.
+
+    Raises:
+        CheckpointError: ``keep`` is below 1.
     """
     if keep < 1:
         raise CheckpointError(f"keep is {keep}; at least 1 checkpoint must stay.")

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md with the head that the Hugging Face hub reads."""
+"""The model card of a checkpoint: README.md with the YAML front matter of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["PIPELINES", "model_card", "objective_name", "one_line", "readme", "yaml_scalar"]
 
-# kind of head -> pipeline of the hub
+# kind of head -> pipeline tag of the hub
 PIPELINES = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
@@ -16,7 +16,7 @@ PIPELINES = {
     "question-answering": "question-answering",
     None: "feature-extraction",
 }
-# families whose tokenizer transformers 5 builds anew, whatever `tokenizer_class` says
+# Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.
 _OWN_TOKENIZER = {
     "qwen2": "In transformers 5 `AutoTokenizer` gives every qwen2 directory the text splitting of Qwen's own "
     "tokenizer. Open the one beside these weights with `PreTrainedTokenizerFast.from_pretrained`."
@@ -26,10 +26,10 @@ _OWN_TOKENIZER = {
 def readme(
     config: Mapping[str, Any], head_kind: str | None, parameters: int, written: str | None = None
 ) -> bytes:
-    """README.md of a directory: the card that was written for this model, else one from `config.json`.
+    """Return the README.md of a model: the card that was written for it, else one made from `config.json`.
 
-    A written card is taken only while it describes the model: it must name the fingerprint of the data that
-    `config.json` records, which that of an earlier fine-tuning does not.
+    A written card is used only if it describes this model: it must contain the data fingerprint recorded in
+    `config.json`, which the card of an earlier fine-tuning does not.
     """
     block = config.get("pretrain")
     fingerprint = block.get("fingerprint") if isinstance(block, Mapping) else None
@@ -44,15 +44,15 @@ def readme(
 
 
 def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int) -> bytes:
-    """Write README.md from what `config.json` says.
+    """Return the content of README.md, generated from `config.json`.
 
     Args:
         config: the Hugging Face configuration with its "pretrain" block.
         head_kind: key of `PIPELINES`.
-        parameters: number of them.
+        parameters: number of parameters.
 
     Returns:
-        UTF-8 text. Every value of the head is a JSON scalar, which YAML reads as it is meant.
+        UTF-8 text. Every value from ``config`` in the front matter is a double-quoted YAML string.
     """
     block = config.get("pretrain") or {}
     family = str(config.get("model_type", "transformer"))
@@ -110,7 +110,7 @@ def _facts(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def objective_name(block: Mapping[str, Any]) -> str | None:
-    """Name of the objective in a "pretrain" block, which holds a text or a mapping with a name."""
+    """Return the name of the objective in a "pretrain" block, which holds a string or a mapping with a name."""
     objective = block.get("objective")
     if isinstance(objective, Mapping):
         objective = objective.get("name") or objective.get("class_path")
@@ -118,9 +118,10 @@ def objective_name(block: Mapping[str, Any]) -> str | None:
 
 
 def yaml_scalar(value: str) -> str:
-    """A text as a double-quoted YAML string in printable ASCII, which reads as that text and nothing else.
+    """Return a text as a double-quoted YAML string in printable ASCII.
 
-    JSON's escapes will not do: YAML knows no pairs of surrogates. Halves of pairs, which have no UTF-8, are replaced.
+    JSON's escapes cannot be used, because YAML has no surrogate pairs. Lone surrogates, which cannot be encoded in
+    UTF-8, are replaced.
     """
     return '"' + "".join(map(_escaped, value.encode("utf-8", "replace").decode("utf-8"))) + '"'
 
@@ -135,6 +136,6 @@ def _escaped(character: str) -> str:
 
 
 def one_line(value: Any) -> str:
-    """One line of Markdown that a name of a stranger's file cannot break out of."""
+    """Return a value as one line of escaped Markdown, safe for names from untrusted files."""
     line = "".join(c if c.isprintable() else " " for c in str(value))[:500]
     return "".join("\\" + c if c in "|[]<>`*_#\\" else c for c in line)

@@ -1,4 +1,4 @@
-"""A model directory opened as a stranger's: its JSON files and weights, verified where it has a manifest."""
+"""Reading of the JSON files and weights of an untrusted model directory, verified if it has a manifest."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# config.json of an adapted model under another name: where it stands beside adapter_config.json, transformers expects
-# a whole model there and does not look for the base.
+# The name of config.json for an adapted model: with a config.json beside adapter_config.json, transformers would expect
+# a whole model in the directory and not look for the base.
 ADAPTED_MODEL = "pretrain.json"
 _WITHOUT = {
     "README.md": "No weight depends on it: the model is opened.",
@@ -46,25 +46,25 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp", ".npy"
 
 
 class ModelDirectory:
-    """A model directory and, where there is one to trust, its manifest."""
+    """A model directory and, if it has one and ``verify`` is set, its manifest."""
 
     def __init__(self, path: Path, *, verify: bool) -> None:
         self.path, self.verify = path, verify
-        self.damaged: set[str] = set()  # of the `manifest.BYSTANDERS`
+        self.damaged: set[str] = set()  # damaged or missing files among the `manifest.BYSTANDERS`
         self.manifest: Manifest | None = None
         if verify and os.path.lexists(path / manifest.NAME):
             self.manifest = manifest.read_manifest(path)
             manifest.check_files(path, self.manifest, training=False, hashes=(), spare=self.spare)
 
     def spare(self, error: CheckpointCorrupt) -> None:
-        """Name a damaged file without which a model can be opened, once."""
+        """Report once that a file is damaged without which the model can be loaded."""
         name = Path(error.file).name
         if name not in self.damaged:
             self.damaged.add(name)
             note(f"{error} {_WITHOUT[name]}")
 
     def intact(self, name: str) -> bool:
-        """Whether there is one of the `manifest.BYSTANDERS`, and it is what the manifest says."""
+        """Whether one of the `manifest.BYSTANDERS` exists and agrees with the manifest, if there is one."""
         if self.has(name) and name not in self.damaged and (record := self.record(name)):
             try:
                 manifest.check_hash(self.path / name, record)
@@ -73,11 +73,11 @@ class ModelDirectory:
         return self.has(name) and name not in self.damaged
 
     def record(self, name: str) -> Record | None:
-        """What the manifest promises of a file; None without a manifest."""
+        """Return the record of a file in the manifest; None without a manifest."""
         return self.manifest.required.get(name) if self.manifest else None
 
     def real(self, name: str) -> Path:
-        """Where a file lies; only the links inside a download cache of the Hugging Face hub are followed."""
+        """Return the path of a file; only links inside a download cache of the Hugging Face hub are followed."""
         path = self.path / name
         if self.manifest is None and path.is_symlink() and self.path.parent.name == "snapshots":
             target = Path(os.path.realpath(path))
@@ -86,11 +86,11 @@ class ModelDirectory:
         return path
 
     def has(self, name: str) -> bool:
-        """Whether there is something of that name."""
+        """Whether there is a file (or link or directory) of that name."""
         return os.path.lexists(self.path / name)
 
     def json(self, name: str, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
-        """The object in a JSON file of at most ``limit`` bytes."""
+        """Return the object in a JSON file of at most ``limit`` bytes."""
         value = self._parsed(name, limit)
         if not isinstance(value, dict):
             raise CheckpointCorrupt(self.real(name), "a JSON object", type(value).__name__)
@@ -101,14 +101,14 @@ class ModelDirectory:
         return parse_json(read_bytes(path, self.record(name), limit=limit), path, limit=limit)
 
     def json_list(self, name: str, limit: int = CONFIG_LIMIT) -> list[Any]:
-        """The list in a JSON file of at most ``limit`` bytes."""
+        """Return the list in a JSON file of at most ``limit`` bytes."""
         value = self._parsed(name, limit)
         if not isinstance(value, list):
             raise CheckpointCorrupt(self.real(name), "a JSON list", type(value).__name__)
         return value
 
     def model_config(self) -> dict[str, Any]:
-        """What describes the model that an adapter makes; empty where peft wrote the directory."""
+        """Return the configuration of the adapted model; empty if peft wrote the directory."""
         for name in ("config.json", ADAPTED_MODEL):
             if self.has(name):
                 return self.json(name)
@@ -116,12 +116,12 @@ class ModelDirectory:
 
     @property
     def is_adapter(self) -> bool:
-        """It holds an adapter and no whole model."""
+        """Whether the directory holds an adapter and no whole model."""
         whole = self.has(SINGLE) or self.has(INDEX)
         return self.has(ADAPTER_CONFIG) and self.has(ADAPTER_WEIGHTS) and not whole
 
     def weight_files(self) -> Mapping[str, set[str] | None]:
-        """Names of the weight files and, from an index, the tensors that each must hold."""
+        """Return the names of the weight files and, if there is an index, the tensors that each must hold."""
         if self.has(SINGLE):
             return {SINGLE: None}
         if not self.has(INDEX):
@@ -159,7 +159,12 @@ class ModelDirectory:
 def read_weights(
     directory: ModelDirectory, names: Mapping[str, set[str] | None]
 ) -> dict[str, Tensor]:
-    """All tensors of the named files, floats as fp32, finite, and exactly those that an index names."""
+    """Read all tensors of the given files, with bf16 and fp16 converted to fp32.
+
+    Raises:
+        CheckpointCorrupt: a file is damaged, or does not hold exactly the tensors that the index names.
+        CheckpointError: a tensor holds NaN or infinity.
+    """
     tensors: dict[str, Tensor] = {}
     for name, expected in names.items():
         part = read_tensors(directory.real(name), directory.record(name), floats_to_fp32=True)
@@ -173,7 +178,7 @@ def read_weights(
 def check_index(
     directory: ModelDirectory, name: str, expected: set[str] | None, found: Collection[str]
 ) -> None:
-    """Raise CheckpointCorrupt unless a weight file holds exactly the tensors that an index names."""
+    """Raise CheckpointCorrupt unless a weight file holds exactly the tensors that the index names."""
     if expected is not None and expected != set(found):
         wrong = sorted(expected ^ set(found))[0]
         what = "missing" if wrong in expected else "not in the index"
@@ -183,7 +188,7 @@ def check_index(
 
 
 def refuse_non_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError if an element of a tensor of a file is NaN or infinite."""
+    """Raise CheckpointError if a tensor of a file holds NaN or infinity."""
     if not is_finite(tensor):
         raise CheckpointError(
             f"{path}: tensor {name!r} holds NaN or infinity. The model diverged before "
@@ -192,7 +197,7 @@ def refuse_non_finite(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, without memory for a mask."""
+    """Whether no element is NaN or infinite, computed without allocating a mask."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())
@@ -200,7 +205,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def verify_rest(directory: ModelDirectory, weights: Mapping[str, Any]) -> None:
-    """Hash what no verified read has covered: tokenizer, model card."""
+    """Hash the files that have not been verified while they were read: tokenizer, model card."""
     if directory.manifest is None:
         return
     done = {"config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL, *weights}

@@ -1,4 +1,4 @@
-"""The files of a model directory, each written durably: weights, configurations, card, tokenizer."""
+"""Layout and contents of the files of a model directory: weights, configurations, model card, tokenizer."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ MAX_SHARD_BYTES = 5_000_000_000
 def weight_files(
     layout: Mapping[str, Tensor], limit: int, size: int, *, adapter: bool
 ) -> dict[str, dict[str, Tensor]]:
-    """Name of every file of weights -> shape and dtype of what goes into it.
+    """Divide the weights into files: file name -> its tensors, on the meta device.
 
     Args:
-        layout: of all weights, on the meta device.
-        limit: bytes of the weights in one file, unless a single tensor is larger.
-        size: processes that write; large weights become as many files at least.
-        adapter: they are those of an adapter, which lie in one file.
+        layout: all weights, on the meta device.
+        limit: largest size of a file in bytes, unless a single tensor is larger; approximate if several ranks write.
+        size: number of ranks that write; large weights are divided into about that many files or more.
+        adapter: the weights are those of an adapter, which are stored in one file.
     """
     if adapter:
         return {model_directory.ADAPTER_WEIGHTS: dict(layout)}
@@ -56,12 +56,12 @@ def weight_files(
 
 
 def shares(layout: Mapping[str, Tensor], size: int) -> int:
-    """Over how many files a group of tensors is divided when ``size`` processes write it."""
+    """Return the number of files into which a group of tensors is divided if ``size`` ranks write it."""
     return max(1, min(size, total_bytes(layout) // SMALLEST_SHARE))
 
 
 def index_json(shards: Mapping[str, Mapping[str, Tensor]], layout: Mapping[str, Tensor]) -> bytes:
-    """Content of model.safetensors.index.json."""
+    """Return the content of model.safetensors.index.json."""
     parameters = sum(tensor.numel() for tensor in layout.values())
     weight_map = {tensor: name for name, part in shards.items() for tensor in part}
     return to_json(
@@ -75,13 +75,13 @@ def index_json(shards: Mapping[str, Mapping[str, Tensor]], layout: Mapping[str, 
 def model_texts(
     model: Model, config: dict[str, Any], count: int, *, in_run: bool = False
 ) -> dict[str, bytes]:
-    """Name -> content of the small files of a model directory: configurations and model card.
+    """Return name -> content of the small files of a model directory: configurations and model card.
 
     Args:
-        model: its kind, generation settings and, where it has one, adapter.
+        model: the model, for its kind of head, generation settings, sentence settings and adapter.
         config: content of config.json.
         count: number of parameters.
-        in_run: it is a checkpoint of a run, which always has a config.json.
+        in_run: the directory is a checkpoint of a run, which always has a config.json.
     """
     own = "config.json" if model.adapter is None or in_run else model_directory.ADAPTED_MODEL
     texts = {own: to_json(config)}
@@ -108,12 +108,14 @@ def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any
 def write_tokenizer(
     directory: Path, tokenizer: Tokenizer, *, segments: bool
 ) -> Iterator[tuple[str, Record]]:
-    """Let a tokenizer write its files aside, then write them durably and without absolute paths.
+    """Write the files of a tokenizer durably, with absolute paths removed, and yield the name and record of each.
+
+    The tokenizer first saves them to a temporary subdirectory.
 
     Args:
-        directory: of the model.
-        tokenizer: of the model.
-        segments: the model was trained with the segments of a pair, which AutoTokenizer would leave out.
+        directory: directory of the model.
+        tokenizer: the tokenizer.
+        segments: the model was trained with token type ids, which AutoTokenizer would otherwise leave out.
     """
     aside = directory / "tokenizer"
     tokenizer.save(aside)
@@ -127,7 +129,7 @@ def write_tokenizer(
 
 
 def _groups(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Divide tensors into groups of at most `limit` bytes, in their order; a larger tensor is alone."""
+    """Divide tensors into groups of at most `limit` bytes, in order; a larger tensor gets a group of its own."""
     groups: list[dict[str, Tensor]] = [{}]
     for name, tensor in weights.items():
         if groups[-1] and total_bytes(groups[-1]) + total_bytes({name: tensor}) > limit:
@@ -146,12 +148,12 @@ def _named(groups: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that tensors take, on the meta device too."""
+    """Return the total size of tensors in bytes, also for tensors on the meta device."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def finite_json(value: Any) -> Any:
-    """JSON has no NaN: a metric that is none becomes a text."""
+    """Replace NaN and infinities, which JSON does not have, by strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

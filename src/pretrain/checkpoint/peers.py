@@ -1,7 +1,7 @@
-"""The processes that write or read one directory together, as storage sees them.
+"""The communication interface of checkpointing: ranks that write or read one directory collectively.
 
-Storage names no way of talking: who has processes gives it a `Peers`; one process alone needs none. What fails on one
-of them fails on all, with the same error, before anything is published or used.
+Checkpointing does not depend on a communication library: distributed training passes a `Peers`, and a single process
+needs none. An error on one rank is raised on all ranks, before anything is published or used.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = [
 
 
 class Peers(Protocol):
-    """Processes that call the same functions here in the same order.
+    """Ranks that call the same functions in the same order.
 
-    A background thread needs peers of its own: what it says must not mix with what training says. No call may use
-    pickle. An exception from any call means that the processes can no longer be brought together.
+    A background thread needs peers of its own, so that its messages do not mix with those of training. No call may use
+    pickle. After an exception from any call, the ranks can no longer be synchronised.
 
     Attributes:
-        rank: of this process, from 0.
-        size: number of processes.
+        rank: rank of this process, from 0.
+        size: world size.
     """
 
     @property
@@ -46,38 +46,38 @@ class Peers(Protocol):
     def send(self, tensor: Tensor, to: int) -> None:
         """Start to send a contiguous CPU tensor, of any dtype; returns without waiting for the receiver.
 
-        What is sent to one process arrives there in order. The tensor is kept until `settle`.
+        Tensors sent to one rank arrive there in order. The tensor is kept alive until `wait_until_sent`.
         """
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        """Fill a contiguous CPU tensor with the next one from ``source``; returns when it is filled."""
+        """Receive the next tensor from ``source`` into a contiguous CPU tensor; returns when it is filled."""
 
     def wait_until_sent(self) -> None:
-        """Return when everything sent has been received."""
+        """Wait until all sent tensors have been received."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every process gets everyone's JSON value, by rank; waits for all."""
+        """Gather the JSON values of all ranks on all ranks, in rank order; waits for all ranks."""
 
 
 class Alone:
-    """One process."""
+    """A single process, without communication."""
 
     rank = 0
     size = 1
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """Nobody is there."""
+        """Raise CheckpointError: there is no other rank."""
         raise CheckpointError(f"One process alone cannot send to process {to}.")
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        """Nobody is there."""
+        """Raise CheckpointError: there is no other rank."""
         raise CheckpointError(f"One process alone cannot receive from process {source}.")
 
     def wait_until_sent(self) -> None:
-        """Nothing is on its way."""
+        """Return at once: nothing was sent."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Its own value."""
+        """Return a list with the value of this process only."""
         return [value]
 
 
@@ -86,24 +86,25 @@ ALONE = Alone()
 
 @contextlib.contextmanager
 def errors_on_all_ranks(peers: Peers) -> Iterator[None]:
-    """What fails inside on one process is raised by all of them; inside nothing may be asked of the peers.
+    """Raise an error that occurs inside the block on any rank on all ranks; the block must not communicate.
 
     Raises:
-        PretrainError: of the lowest process that failed, which it names.
+        PretrainError: the error of the lowest rank that failed; its text names the rank.
     """
     error: Exception | None = None
     try:
         yield
-    except Exception as caught:  # told to all below, then raised
+    except Exception as caught:  # sent to all ranks below, then raised
         error = caught
     raise_on_all_ranks(peers, error)
 
 
 def raise_on_all_ranks(peers: Peers, error: Exception | None) -> None:
-    """Raise the same error everywhere if any process has one.
+    """Raise the same error on all ranks if any rank has one.
 
     Raises:
-        PretrainError: of the lowest process that failed, which it names. A process alone raises its own, unchanged.
+        PretrainError: the error of the lowest rank that failed; its text names the rank. A single process raises its
+            own error unchanged, and so does a rank whose own error is not a PretrainError.
     """
     if peers.size == 1:
         if error is not None:
@@ -114,7 +115,7 @@ def raise_on_all_ranks(peers: Peers, error: Exception | None) -> None:
     if rank is None:
         return
     if error is not None and not isinstance(error, PretrainError):
-        raise error  # a bug or a broken device: its own trace is worth more than agreement
+        raise error  # a bug or a broken device: the traceback is worth more than the same error on all ranks
     raise _rebuilt(told[rank], f" (process {rank} of {peers.size})") from error
 
 
@@ -136,10 +137,10 @@ def _rebuilt(about: dict[str, str], where: str) -> PretrainError:
 
 
 def refuse_differences(peers: Peers, what: str, value: dict[str, Any]) -> None:
-    """Refuse to go on unless all processes have the same JSON table.
+    """Raise an error unless all ranks have the same JSON table.
 
     Raises:
-        CheckpointError: naming the first key that differs.
+        CheckpointError: the tables differ; the text names the first key that differs.
     """
     digests = peers.all_gather_object(hashlib.sha256(to_json(value)).hexdigest())
     other = next((i for i, digest in enumerate(digests) if digest != digests[0]), None)

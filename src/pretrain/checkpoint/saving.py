@@ -1,4 +1,4 @@
-"""Saving a model or a checkpoint at once: checks of the target, then the draft written under its name."""
+"""Synchronous saving of models and checkpoints."""
 
 from __future__ import annotations
 
@@ -40,23 +40,25 @@ def save_model(
     layout: ShardLayout | None = None,
     peers: Peers = ALONE,
 ) -> Path:
-    """Write a model so that `load` and transformers open it; one with an adapter so that `load` and peft do.
+    """Write a model in the format of `load` and transformers, or of `load` and peft if it has an adapter.
 
-    An adapted model is written without its base, which `adapter_config.json` names as it was named to `load`; its
-    config.json is called pretrain.json there (not inside a run), or transformers would take the directory for whole.
+    An adapted model is written without its base, which `adapter_config.json` names by its absolute path or its name on
+    the hub. Its config.json is called pretrain.json there (not inside a run), because transformers would take a
+    directory with a config.json for a whole model.
 
     Args:
-        model: weights, head, configuration, and a tokenizer if it has one.
-        directory: new, empty, or an older model directory, which is replaced as a whole unless it has `training/`.
-        max_shard_bytes: larger weights are split over several files with an index.
-        layout: which parts of the parameters the processes hold; None if each has them whole.
-        peers: the processes that hold them; all of them call this.
+        model: the model, with its head, configuration and, if it has one, tokenizer.
+        directory: a new or empty directory, or an older model directory, which is replaced as a whole unless it
+            contains `training/`.
+        max_shard_bytes: weights above this size are split into several files with an index.
+        layout: which shards of the parameters each rank holds; None if every rank holds them whole.
+        peers: the ranks that hold the model; all of them must call this function.
 
     Returns:
-        The directory, durable on the disk.
+        The absolute path of the directory, which is durable on disk.
 
     Raises:
-        CheckpointError: the place cannot be written, holds other files, or a weight is not finite.
+        CheckpointError: the directory cannot be written or contains other files, or a weight is not finite.
     """
     target = Path(os.path.abspath(directory))
     with errors_on_all_ranks(peers):
@@ -84,21 +86,21 @@ def save_checkpoint(
     layout: ShardLayout | None = None,
     peers: Peers = ALONE,
 ) -> Path:
-    """Write `run_dir/checkpoint-<step>`, then delete the old ones that are no longer wanted.
+    """Write `run_dir/checkpoint-<step>`, then delete old checkpoints that need not be kept.
 
-    When this returns, the checkpoint is on the disk, verified, and survives a power cut.
+    When this returns, the checkpoint is verified and durable: it survives a power failure.
 
     Args:
-        run_dir: the run; made if absent.
+        run_dir: the run directory; created if absent.
         model: see `save_model`.
         step: optimizer steps so far.
         tokens: tokens seen so far.
-        pretrain_block: objective, data fingerprint, sources, metrics, ...; goes into config.json.
-        training: what resuming needs, or None.
-        keep: how many complete checkpoints stay.
+        pretrain_block: objective, data fingerprint, sources, metrics, ...; stored in config.json.
+        training: the state needed to resume, or None.
+        keep: number of complete checkpoints to keep.
         protect: steps that are never deleted (the best one).
         max_shard_bytes: see `save_model`.
-        layout: see `save_model`; the tensors of `training` are cut as their parameters are.
+        layout: see `save_model`; the tensors of `training` are sharded like their parameters.
         peers: see `save_model`.
 
     Returns:
@@ -123,7 +125,7 @@ def save_checkpoint(
 
 
 def estimated_size(model: Model, *, copies: float = 3.0) -> int:
-    """Bytes that a checkpoint of this model will take: `copies` of its weights in fp32 and the small files."""
+    """Return the estimated size of a checkpoint in bytes: `copies` of the weights in fp32, and the small files."""
     return int(4 * copies * sum(parameter.numel() for parameter in model.parameters())) + (16 << 20)
 
 

@@ -1,7 +1,8 @@
-"""Opening a checkpoint by several processes, each of which reads its own part: of any directory, whoever wrote it.
+"""Loading of a checkpoint by several ranks, each of which reads only its own shards.
 
-Every file is verified before a tensor of it is used, and its hash is computed once, by one of the processes. What the
-model lacks and what the file holds too much is reported as ``load`` does, through the same table of names.
+Any directory with a whole model can be read, whatever wrote it and on however many ranks. Every file is verified before
+its tensors are used, and hashed by only one of the ranks. Missing and unexpected tensors are reported as by ``load``,
+through the same table of names.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ Put = Callable[[str, Tensor], None]
 
 
 def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
-    """The checkpoint with the highest step that is whole, the same on all processes; None if the run has none at all.
+    """Return the complete checkpoint with the highest step, the same on all ranks; None if the run has no checkpoints.
 
-    Every byte is verified, by one process each. A broken newer one is named on stderr.
+    Every byte is verified, and each file is hashed by one rank. Newer checkpoints that are broken are reported on
+    stderr.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole, or the system refuses to look into the directory.
+        CheckpointError: there are checkpoints but none is complete, or the directory cannot be read.
     """
     directory = Path(os.path.realpath(run_dir))
     names: list[str] = []
@@ -69,7 +71,7 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
             failures.append(error)
         else:
             for broken, failure in zip(names, failures, strict=False):
-                manifest.skipped(directory / broken, failure)  # `names` is empty but for process 0
+                manifest.skipped(directory / broken, failure)  # `names` is empty but on rank zero
             return path
     if failures:
         count = f"{len(failures)} checkpoint{'s' * (len(failures) > 1)}"
@@ -109,23 +111,24 @@ def open_empty(
     head: str | None = None,
     tokenizer: bool = True,
 ) -> tuple[Model, Path]:
-    """Open a model without its weights: a run, a checkpoint, or a Hugging Face directory with a whole model.
+    """Open a model without its weights: from a run, a checkpoint, or a Hugging Face directory with a whole model.
 
-    All processes call it, with the same arguments. Whether the head is tied is settled by the weights, as in ``load``.
+    All ranks must call it, with the same arguments. The head is untied if the stored weights of the head differ from
+    the embedding, as in ``load``.
 
     Args:
-        path: a directory; of a run, the checkpoint that ``load`` would take.
-        peers: the processes.
-        head: kind of head to put on instead of the stored one.
-        tokenizer: also open the tokenizer, where there is one.
+        path: a directory; of a run, the checkpoint that ``load`` would choose.
+        peers: the ranks.
+        head: kind of head to use instead of the stored one.
+        tokenizer: also load the tokenizer, if there is one.
 
     Returns:
-        The model on the meta device, ``fresh`` with what the directory lacks of it, and the directory that
-        ``load_slices`` fills it from once it is cut.
+        The model on the meta device, with the names of the missing parameters in ``fresh``, and the directory to pass
+        to ``load_slices`` once the model is sharded.
 
     Raises:
         CheckpointError: see ``pretrain.checkpoint.load``.
-        AdapterFound: it is the directory of an adapter.
+        AdapterFound: the directory holds an adapter.
     """
     with errors_on_all_ranks(peers), files.reading(path):
         directory = manifest.checked_directory(path)
@@ -181,27 +184,29 @@ def load_slices(
     verified: bool = False,
     quiet: bool = True,
 ) -> LoadReport:
-    """Fill this process's parts of a model's parameters from a directory that anybody wrote.
+    """Fill this rank's shards of the parameters of a model from a checkpoint or Hugging Face directory.
 
     Args:
-        model: real; cut as ``layout`` says, its head tied as the directory has it (``open_empty`` sees to that).
+        model: a materialised model, sharded according to ``layout``, whose head is tied as in the directory
+            (``open_empty`` ensures that).
         path: a checkpoint or a Hugging Face directory, not a run; of an adapted model, a checkpoint of that adapter.
-        layout: of the parameters; None if each process has them whole.
-        peers: the processes.
-        put: takes a parameter's name and its part in fp32 on the CPU, and the model stays as it is; None copies it
-            into the parameter, and fills the buffers. Empty parts are left out.
-        seed: for head tensors that are not there and start afresh.
-        own: parameters that have their values, whatever the directory holds.
-        base: the directory is that of the base of the model's adapter, and the adapter stays as it is.
-        verified: the hashes were compared a moment ago, by ``latest_together``.
-        quiet: print no report.
+        layout: sharding of the parameters; None if every rank holds them whole.
+        peers: the ranks.
+        put: called with the name of a parameter and its shard in fp32 on the CPU, and the model is not changed; None
+            copies the shard into the parameter and fills the buffers. Empty shards are left out.
+        seed: seed for tensors of the head that are missing and newly initialised.
+        own: parameters that keep their values, whatever the directory holds.
+        base: the directory is that of the base of the model's adapter; the adapter is not changed.
+        verified: the hashes have just been compared by ``latest_together``.
+        quiet: do not print the report line.
 
     Returns:
-        What happened to each tensor; ``model.fresh`` also has the parameters that were drawn anew.
+        The report of loaded, missing and unexpected tensors. Newly initialised parameters are added to ``model.fresh``
+        unless ``put`` is given.
 
     Raises:
-        CheckpointCorrupt: a file is not what it should be.
-        CheckpointError: a tensor of the body is missing, or one has the wrong shape or type. On all processes.
+        CheckpointCorrupt: a file is damaged.
+        CheckpointError: a tensor of the body is missing, or one has the wrong shape or type. On all ranks.
     """
     with errors_on_all_ranks(peers), files.reading(path):
         parts = _Parts(model, Pieces(layout, peers), put, own)
@@ -248,7 +253,7 @@ def load_slices(
 
 
 class _Parts:
-    """The parts of a model's parameters that this process holds, and how they are filled."""
+    """The shards of a model's parameters on this rank, and the functions that fill them."""
 
     def __init__(
         self, model: Model, pieces: Pieces, put: Put | None, own: AbstractSet[str]
@@ -264,13 +269,13 @@ class _Parts:
         local(self._parameters[name]).copy_(value)
 
     def put_whole(self, name: str, value: Tensor) -> None:
-        """Cut this process's part out of a whole parameter."""
+        """Store this rank's shard of a whole parameter."""
         region = self._pieces.region(name, self.shapes[name])
         if region.numel:
             self._put(name, value[region.slices()])
 
     def sample(self, model: Model, stored: StoredTensors) -> str:
-        """What `base_sample` says of the whole model on the disk."""
+        """Return the `base_sample` of the whole model on disk."""
 
         def first(entry: Entry, name: str, count: int) -> Tensor:
             key, shape = self._keys[entry.disk], self.shapes[name]
@@ -283,7 +288,7 @@ class _Parts:
         return base_sample(model, first)
 
     def put_stored(self, entry: Entry, key: str, stored: StoredTensors) -> None:
-        """Read this process's parts of the parameters that a tensor of the disk holds."""
+        """Read this rank's shards of the parameters that a tensor on disk holds."""
         self._keys[entry.disk] = key
         if not self._own.isdisjoint(entry.memory):
             return
@@ -310,21 +315,22 @@ def read_training_slices(
     verified: bool = False,
     quiet: bool = False,
 ) -> TrainingState:
-    """Read this process's parts of the training folder of a checkpoint; see ``pretrain.checkpoint.read_training``.
+    """Read this rank's shards of the training folder of a checkpoint; see ``pretrain.checkpoint.read_training``.
 
     Args:
         path: a checkpoint.
-        layout: of the parameters; None if each process has them whole.
-        peers: the processes.
-        verified: the hashes were compared a moment ago, by ``latest_together``.
-        quiet: do not name differences in library versions and thread count.
+        layout: sharding of the parameters; None if every rank holds them whole.
+        peers: the ranks.
+        verified: the hashes have just been compared by ``latest_together``.
+        quiet: do not report differences in library versions and thread count.
 
     Returns:
-        Tensors of parameters are the parts of this process; all others, and the plain values, are whole.
+        The training state. Tensors that belong to sharded parameters are this rank's shards; all other tensors, and
+        the plain values, are whole.
 
     Raises:
-        CheckpointCorrupt: a file is not what the manifest says.
-        CheckpointError: the folder was deleted, or a tensor has another shape than its parameter. On all processes.
+        CheckpointCorrupt: a file differs from the manifest.
+        CheckpointError: the folder was deleted, or a tensor has another shape than its parameter. On all ranks.
     """
     pieces = Pieces(layout, peers)
     found = TrainingState()

@@ -1,9 +1,9 @@
-"""Writing whole tensors when every process holds a part of them.
+"""Writing of whole tensors that are sharded over several ranks.
 
-Files do not show how many processes wrote them: each holds whole tensors, and belongs to one process, which writes it
-from front to back. All processes walk through the same list in rounds. In a round every file gets its next tensor: who
-holds a part of it sends that part to the file's owner, and the owner puts the parts together and appends the tensor.
-At any time a process holds its own parts, one whole tensor, and what it is sending in this round.
+The files are independent of the world size: each holds whole tensors and has one owner, a rank that writes it
+sequentially. All ranks iterate over the same list in rounds. In each round every file gets its next tensor: the ranks
+that hold shards of it send them to the owner of the file, which assembles and appends the tensor. At any time a rank
+holds its own shards, one whole tensor, and the shards that it sends in this round.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from pretrain.utils.tensors import TensorFile, write_order
 
 __all__ = ["FilePlan", "Pieces", "given", "spread", "write_files"]
 
-SMALLEST_SHARE = 64 << 20  # bytes; a file is not divided into smaller ones
+SMALLEST_SHARE = 64 << 20  # bytes; smallest average size of the files of a group of tensors
 
 
 class Pieces:
-    """Where the parts of tensors lie, by the key that they have in a file.
+    """The sharding of tensors over the ranks, looked up by their keys in a file.
 
-    A key is a parameter's name, or a field of it (``exp_avg/backbone.wte.weight``); it may be the name in the model or
-    in its objective, where it begins with ``model.``. What belongs to no parameter of the layout, and every 0-d
-    tensor, is whole on every process.
+    A key is the name of a parameter, or of a per-parameter state (``exp_avg/backbone.wte.weight``); the name may be
+    that in the model or in the objective, where it begins with ``model.``. Tensors that belong to no parameter of the
+    layout, and all 0-d tensors, are whole on every rank.
 
     Args:
-        layout: of the parameters; None where all of them are whole everywhere.
-        peers: as many as the layout has.
+        layout: sharding of the parameters; None if all of them are whole on every rank.
+        peers: the ranks, as many as the layout has.
+
+    Raises:
+        CheckpointError: the layout is for another world size.
     """
 
     def __init__(self, layout: ShardLayout | None, peers: Peers) -> None:
@@ -50,7 +53,7 @@ class Pieces:
         self._holders: dict[str, dict[ShardSlice, list[int]]] = {}
 
     def parameter(self, key: str) -> str | None:
-        """The parameter that a key belongs to; None if the layout does not know it."""
+        """Return the parameter that a key belongs to; None if it is not in the layout."""
         if self.layout is None:
             return None
         bare = key.partition("/")[2] or key
@@ -58,14 +61,14 @@ class Pieces:
         return next((name for name in names if name in self.layout.shapes), None)
 
     def region(self, key: str, shape: Sequence[int]) -> ShardSlice:
-        """The part that this process holds of a tensor with that full shape; it may be empty."""
+        """Return the region of a tensor, given its full shape, that this rank holds; it may be empty."""
         name = self.parameter(key) if shape else None
         if name is None or self.layout is None:
             return whole(tuple(shape))
         return self.layout.region(name, self.rank)
 
     def holders(self, key: str, shape: Sequence[int]) -> dict[ShardSlice, list[int]]:
-        """The parts of a tensor that are not empty, and the processes that hold each, lowest first."""
+        """Return the non-empty regions of a tensor and, for each, the ranks that hold it in ascending order."""
         name = self.parameter(key) if shape else None
         if name is None or self.layout is None:
             everyone = {whole(tuple(shape)): list(range(self.size))}
@@ -75,10 +78,10 @@ class Pieces:
         return self._holders[name]
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Key -> the whole tensor on the meta device, for the parts that this process holds.
+        """Return key -> whole tensor on the meta device, given the shards of this rank.
 
         Raises:
-            CheckpointError: a part has another shape than the layout says.
+            CheckpointError: a shard does not have the shape given by the layout.
         """
         found = {}
         for key, part in tensors.items():
@@ -97,14 +100,14 @@ class Pieces:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file of tensors, the same on all processes.
+    """Plan of one file of tensors, the same on all ranks.
 
     Attributes:
         name: path inside the directory.
-        owner: the process that writes it.
-        layout: tensor in the file -> its shape and dtype, on the meta device.
-        sources: tensor in the file -> keys of the whole tensors that it is made of.
-        make: tensor in the file, those whole tensors -> the tensor.
+        owner: the rank that writes the file.
+        layout: name of a tensor in the file -> its shape and dtype, as a tensor on the meta device.
+        sources: name of a tensor in the file -> keys of the whole tensors that it is made of.
+        make: function that makes a tensor of the file from its name and those whole tensors.
         slashes: allow "/" in names.
     """
 
@@ -117,7 +120,7 @@ class FilePlan:
 
 
 def spread(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Divide tensors into at most ``count`` groups of about the same number of bytes, in their order."""
+    """Divide tensors into at most ``count`` groups of about equal size in bytes, preserving their order."""
     total = sum(tensor.nbytes for tensor in layout.values())
     groups: dict[int, dict[str, Tensor]] = {}
     before = 0
@@ -130,7 +133,7 @@ def spread(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
 
 
 def given(plans: Collection[FilePlan], full: Mapping[str, Tensor], pieces: Pieces) -> set[str]:
-    """Keys of the local parts that this process sends or writes; the others need not be kept."""
+    """Return the keys of the local shards that this rank sends or writes; the others need not be kept."""
     found = set()
     for plan in plans:
         for keys in plan.sources.values():
@@ -142,7 +145,7 @@ def given(plans: Collection[FilePlan], full: Mapping[str, Tensor], pieces: Piece
 
 
 def _giver(plan: FilePlan, ranks: Sequence[int]) -> int:
-    """Of those that hold a part, the one that gives it: the owner of the file if it can."""
+    """Return which of the ranks that hold a shard provides it: the owner of the file if possible, else the lowest."""
     return plan.owner if plan.owner in ranks else ranks[0]
 
 
@@ -156,22 +159,22 @@ def write_files(
     *,
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Record]:
-    """Write files together, each durable and read back by its owner.
+    """Write files collectively; each is made durable and read back by its owner.
 
     Args:
-        directory: seen by all processes.
-        plans: the same on all processes.
-        parts: key -> this process's part; at least those that ``given`` names.
+        directory: a directory on a file system that all ranks share.
+        plans: the files, the same on all ranks.
+        parts: key -> the shard of this rank; at least those returned by ``given``.
         full: key -> the whole tensor, on the meta device.
-        pieces: where the parts lie.
-        peers: the processes.
-        guard: entered around all that touches the disk, to say in one sentence what the system refuses.
+        pieces: the sharding of the tensors.
+        peers: the ranks.
+        guard: context manager entered around all disk operations, to turn an OSError into a CheckpointError.
 
     Returns:
-        Path inside the directory -> record, of the files that this process has written.
+        Path inside the directory -> record, of the files that this rank has written.
 
     Raises:
-        CheckpointError: a file could not be written, on any process.
+        CheckpointError: a file could not be written on some rank.
     """
     records: dict[str, Record] = {}
     for wave in _waves(plans):
@@ -200,7 +203,7 @@ def write_files(
 
 
 def _waves(plans: Sequence[FilePlan]) -> Iterator[list[FilePlan]]:
-    """Groups of files that are written at the same time: no process has two."""
+    """Yield groups of files to be written at the same time, with at most one file per rank."""
     wave: list[FilePlan] = []
     for plan in plans:
         if any(plan.owner == other.owner for other in wave):
@@ -212,9 +215,10 @@ def _waves(plans: Sequence[FilePlan]) -> Iterator[list[FilePlan]]:
 
 
 class _Writer:
-    """The file that this process writes in a wave.
+    """The file that this rank writes in a wave, if any.
 
-    When it fails, it goes on taking part without writing, until all can be told: the others would wait for ever.
+    After an error this rank keeps taking part in the sends and receives without writing, because the other ranks would
+    wait forever. The error is raised on all ranks at the end of the wave.
     """
 
     def __init__(
@@ -236,9 +240,7 @@ class _Writer:
             try:
                 with self._guard():
                     action()
-            except (
-                Exception
-            ) as error:  # raised by `raise_on_all_ranks` once all have come to the end of the wave
+            except Exception as error:  # raised by `raise_on_all_ranks` at the end of the wave
                 self.error = error
 
     def _open(self) -> None:
@@ -277,7 +279,7 @@ def _send(
     pieces: Pieces,
     peers: Peers,
 ) -> None:
-    """Send this process's part of a tensor to the owner of its file, if it is the one to do so."""
+    """Send the shards of a tensor that this rank has to provide to the owner of the file."""
     for key in plan.sources[name]:
         for ranks in pieces.holders(key, full[key].shape).values():
             if _giver(plan, ranks) == pieces.rank:
@@ -292,7 +294,7 @@ def _assembled(
     pieces: Pieces,
     peers: Peers,
 ) -> Tensor:
-    """A whole tensor; the local one itself where nothing of it lies elsewhere."""
+    """Assemble a whole tensor from its shards; the local tensor itself is returned if it is whole here."""
     shape = tuple(full[key].shape)
     holders = pieces.holders(key, shape)
     if plan.owner in holders.get(whole(shape), ()):

@@ -1,8 +1,8 @@
-"""Reading parts of the tensors of safetensors files: a box of rows and columns, not the whole file.
+"""Partial reads of tensors in safetensors files, and collective hashing of the files.
 
-Who reads a part cannot hash the whole on the way. The hashing is shared out instead: each process hashes some of the
-files, all tell each other, and a file that is changed between that and the reading is noticed by its size, its times
-and its place on the disk.
+A rank that reads only parts of a file cannot hash it in the same pass. Instead, the files are divided among the ranks,
+which hash them and share the result. A file that changes between hashing and reading is detected by its size,
+modification time, device and inode.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from pretrain.utils.tensors import (
 
 __all__ = ["StoredTensors", "hash_together"]
 
-_BLOCK = 64 << 20  # bytes of each tensor that are compared at a time
+_BLOCK = 64 << 20  # bytes; block size in which two tensors are compared
 
 
 def hash_together(directory: Path, records: Mapping[str, Record], peers: Peers) -> None:
-    """Compare files with a manifest; every file is hashed by one process, the largest first.
+    """Compare files with a manifest; every file is hashed by one rank, the largest files first.
 
     Raises:
-        CheckpointCorrupt: on all processes, whoever found it.
+        CheckpointCorrupt: a file differs. On all ranks, whichever rank found it.
     """
     load = [0] * peers.size
     mine = []
@@ -55,7 +55,7 @@ def hash_together(directory: Path, records: Mapping[str, Record], peers: Peers) 
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor: the file that holds it, where the data of that file begin, and its entry in the header."""
+    """Location of a tensor: its file, the offset of the data section in that file, and its entry in the header."""
 
     path: Path
     descriptor: int
@@ -67,11 +67,11 @@ class StoredTensors:
     """The tensors of several files, open for reading; a context manager.
 
     Args:
-        paths: of the files, by the name that errors and `holds` use.
+        paths: name of a file, as used in `holds` -> its path.
         slashes: allow "/" in the names of tensors.
 
     Raises:
-        CheckpointCorrupt: a file is no safetensors file, or two hold the same tensor.
+        CheckpointCorrupt: a file is not a valid safetensors file, or two files hold the same tensor.
     """
 
     def __init__(self, paths: Mapping[str, Path], *, slashes: bool = False) -> None:
@@ -105,22 +105,23 @@ class StoredTensors:
         return len(self._places)
 
     def info(self, key: str) -> TensorInfo:
-        """Dtype and shape of a tensor."""
+        """Return the header entry (dtype, shape and offsets) of a tensor."""
         return self._places[key].info
 
     def path(self, key: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the path of the file that holds a tensor."""
         return self._places[key].path
 
     def read(self, key: str) -> Tensor:
-        """A whole tensor."""
+        """Read a whole tensor."""
         return self.box(key, whole(self.info(key).shape))
 
     def box(self, key: str, region: ShardSlice) -> Tensor:
-        """A part of a tensor, read with the rows that hold it.
+        """Read a region of a tensor, by reading all of its rows.
 
         Returns:
-            In the dtype of the file; it may be a view, also of what the next call with the same rows returns.
+            The region in the dtype of the file. It may be a view of a buffer that the next call with the same rows also
+            returns a view of.
         """
         info = self.info(key)
         if not info.shape or math.prod(region.shape) == 0:
@@ -133,7 +134,7 @@ class StoredTensors:
         return rows[(slice(None), *region.slices()[1:])]
 
     def _rows(self, key: str, start: int, count: int) -> Tensor:
-        # The parts of a matrix that several parameters share have the same rows and follow each other.
+        # If one matrix on disk holds several parameters, consecutive calls read different columns of the same rows.
         if self._last is not None and self._last[:3] == (key, start, count):
             return self._last[3]
         self._last = None
@@ -158,7 +159,7 @@ class StoredTensors:
         return tensor
 
     def same(self, one: str, two: str, peers: Peers) -> bool:
-        """Whether two tensors are equal; all processes ask together, and each compares a part of the rows."""
+        """Whether two tensors are equal; a collective call, in which every rank compares a part of the rows."""
         first, second = self.info(one), self.info(two)
         if first.shape != second.shape:
             return False
@@ -178,7 +179,7 @@ class StoredTensors:
         return all(peers.all_gather_object(equal))
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointCorrupt if a file was written to or replaced since it was opened."""
+        """Raise CheckpointCorrupt if a file was modified or replaced since it was opened."""
         for path, descriptor, identity in self._opened:
             try:
                 named = os.stat(path, follow_symlinks=False)

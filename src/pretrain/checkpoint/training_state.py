@@ -1,6 +1,6 @@
 """The training folder of a checkpoint: tensors by parameter name in safetensors files, plain values in state.json.
 
-A group of tensors lies in ``optimizer.safetensors``, or divided over ``optimizer-0000i-of-0000n.safetensors``.
+A group of tensors is stored in ``optimizer.safetensors``, or split into ``optimizer-0000i-of-0000n.safetensors``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 @dataclass
 class TrainingState:
-    """What resuming needs besides the weights.
+    """The state needed to resume training, besides the weights.
 
     Attributes:
-        tensors: file stem -> parameter name -> tensor; `{"optimizer": {"exp_avg.blocks.0...": ...}}`.
-        state: plain values for JSON with text keys; every float comes back bit for bit, infinities and NaN too.
+        tensors: file stem -> key -> tensor; `{"optimizer": {"exp_avg/blocks.0...": ...}}`.
+        state: plain values for JSON with string keys; floats are restored bit for bit, including infinities and NaN.
     """
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -54,22 +54,22 @@ class TrainingState:
 
 
 def encoded_state(state: Mapping[str, Any]) -> bytes:
-    """Content of state.json.
+    """Return the content of state.json.
 
     Raises:
-        CheckpointError: it holds what JSON would change, naming the place.
+        CheckpointError: a value cannot be stored in JSON without change; the text names its place.
     """
     return to_json(_encode(state, "state"))
 
 
 def check_stem(stem: str) -> None:
-    """Refuse a name for a group of tensors that no file can have."""
+    """Raise CheckpointError if a name of a group of tensors cannot be used as the stem of a file name."""
     if not _STEM.fullmatch(stem) or _PART.fullmatch(stem):
         raise CheckpointError(f"training file {stem!r}: use letters, digits, '_' and '-'.")
 
 
 def shard_name(stem: str, index: int, count: int) -> str:
-    """Name of the ``index``-th of ``count`` safetensors files of a group, counted from 0."""
+    """Return the name of the ``index``-th of ``count`` safetensors files of a group, counted from 0."""
     return (
         f"{stem}.safetensors"
         if count == 1
@@ -78,10 +78,10 @@ def shard_name(stem: str, index: int, count: int) -> str:
 
 
 def tensor_files(directory: Path, names: Iterable[str]) -> dict[str, list[str]]:
-    """Group of tensors -> the files that hold it, from the paths that a manifest lists.
+    """Return group of tensors -> its files, from the paths listed in a manifest.
 
     Raises:
-        CheckpointCorrupt: some of the files of a group are not listed.
+        CheckpointCorrupt: not all files of a group are listed.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -101,15 +101,15 @@ def tensor_files(directory: Path, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def read_training(path: str | Path, *, quiet: bool = False) -> TrainingState:
-    """Read the training folder of a checkpoint, every byte verified while it is read.
+    """Read the training folder of a checkpoint; every byte is verified while it is read.
 
     Args:
         path: a checkpoint, or a run (its newest complete checkpoint).
-        quiet: do not name differences in library versions and thread count, which can change the last bits.
+        quiet: do not report differences in library versions and thread count, which can change the last bits.
 
     Raises:
-        CheckpointError: the folder was deleted, so the run cannot be resumed from here.
-        CheckpointCorrupt: a file is not what the manifest says.
+        CheckpointError: the folder was deleted, so the run cannot be resumed from this checkpoint.
+        CheckpointCorrupt: a file differs from the manifest.
     """
     directory = manifest.checked_directory(path)
     if not os.path.lexists(directory / manifest.NAME) and (newest := latest(directory)) is not None:
@@ -129,10 +129,10 @@ def read_training(path: str | Path, *, quiet: bool = False) -> TrainingState:
 
 
 def open_training(directory: Path, *, quiet: bool = False) -> Manifest:
-    """The manifest of a checkpoint that can be resumed; other settings than now are named unless ``quiet``.
+    """Return the manifest of a checkpoint to resume from; report changed library versions unless ``quiet``.
 
     Raises:
-        CheckpointError: the training folder was deleted.
+        CheckpointError: the training folder was deleted, or the model was saved without one.
     """
     listed = manifest.read_manifest(directory)
     if not listed.training or not os.path.lexists(directory / manifest.TRAINING):
@@ -147,7 +147,7 @@ def open_training(directory: Path, *, quiet: bool = False) -> Manifest:
 
 
 def read_state(directory: Path, listed: Manifest) -> dict[str, Any]:
-    """The plain values, verified while they are read; empty where there is no file."""
+    """Read the plain values in state.json, verified while they are read; empty if there is no file."""
     if STATE not in listed.training:
         return {}
     path = directory / STATE
@@ -169,7 +169,7 @@ def _note_environment(directory: Path, then: Mapping[str, Any]) -> None:
 
 
 def _encode(value: Any, where: str) -> Any:
-    """Plain values for JSON; numbers that JSON lacks are written as {"$float": "inf"}."""
+    """Convert plain values for JSON; non-finite floats become e.g. {"$float": "inf"}."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": repr(float(value))}
     if value is None or isinstance(value, bool | int | float | str):

@@ -1,4 +1,4 @@
-"""Reports on runs: curves and tables as one self-contained page."""
+"""Run reports: curves and tables as one self-contained HTML page."""
 
 from pretrain.report.history import History, loss_svg, read_history, sort_records
 from pretrain.report.run_report import render, write

@@ -1,4 +1,4 @@
-"""What a run's ``log.jsonl`` says, sorted for drawing; robust against torn lines and numbers that are not finite."""
+"""The records of a run's ``log.jsonl``, sorted for plotting; incomplete lines and non-finite numbers are tolerated."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ __all__ = ["History", "loss_svg", "number", "read_history", "sort_records"]
 
 
 def number(value: Any, default: float = math.nan) -> float:
-    """Numbers and their spellings ("nan", "inf") as a float; anything else is the default."""
+    """Convert a number or its spelling ("nan", "inf") to a float; return ``default`` for anything else."""
     try:
         return default if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):  # a whole number of 400 digits is no float
+    except (TypeError, ValueError, OverflowError):  # an integer of 400 digits overflows
         return default
 
 
 def points_of(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
-    """Pairs of numbers; pairs that lack one are left out."""
+    """Convert pairs to numbers; pairs that contain None are omitted."""
     return [(number(x), number(y)) for x, y in pairs if x is not None and y is not None]
 
 
 @dataclass
 class History:
-    """What ``log.jsonl`` says, sorted by kind; a step that was taken again after a resume counts once.
+    """The records of ``log.jsonl`` by kind; a step that was repeated after a resume appears once.
 
     Attributes:
         train: records of optimizer steps, in order.
         evals: records of evaluations, each ``{"step", "eval": {...}}``.
-        events: everything else: start, resume, save, skipped steps, end.
-        damage: what is wrong with the log, "" for nothing.
+        events: all other records: start, resume, save, skipped steps, end.
+        damage: description of the damage of the log, "" if there is none.
     """
 
     train: list[dict[str, Any]] = field(default_factory=list)
@@ -49,16 +49,16 @@ class History:
     damage: str = ""
 
     def points(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of a figure of the training records."""
+        """Return (step, value) pairs of a metric in the training records."""
         return points_of((r.get("step"), r.get(key)) for r in self.train)
 
     def eval_points(self, key: str = "loss") -> list[tuple[float, float]]:
-        """(step, value) of a figure of the evaluations."""
+        """Return (step, value) pairs of a metric in the evaluations."""
         return points_of((r.get("step"), r["eval"].get(key)) for r in self.evals)
 
     @property
     def samples(self) -> list[tuple[int, str]]:
-        """(step, text) of everything that was shown while training."""
+        """The (step, text) pairs of all generated samples in the log."""
         found = []
         for record in [*self.train, *self.evals, *self.events]:
             shown = record.get("samples", record.get("sample", []))
@@ -69,7 +69,7 @@ class History:
 
 
 def read_history(run_dir: str | os.PathLike[str]) -> History:
-    """Read ``run_dir/log.jsonl``; lines that are torn, damaged or not records are left out.
+    """Read ``run_dir/log.jsonl``; lines that are incomplete, damaged or not records are omitted.
 
     Args:
         run_dir: directory of a run.
@@ -92,7 +92,7 @@ def read_history(run_dir: str | os.PathLike[str]) -> History:
 
 
 def sort_records(records: Iterable[Mapping[str, Any]]) -> History:
-    """Sort log records by kind; of two records of one kind and step the later one stands."""
+    """Sort log records by kind; of two training or evaluation records of the same step, the later one is kept."""
     train: dict[float, dict[str, Any]] = {}
     evals: dict[float, dict[str, Any]] = {}
     events = []
@@ -109,11 +109,11 @@ def sort_records(records: Iterable[Mapping[str, Any]]) -> History:
 
 
 def loss_svg(history: History, *, title: str = "loss (nats per target)", **options: Any) -> str:
-    """The loss curve: training and held-out loss over steps.
+    """Return the loss curve as SVG: training and held-out loss over steps.
 
     Args:
-        history: what `read_history` returns.
-        title: printed above the picture.
+        history: result of `read_history`.
+        title: printed above the chart.
         options: passed on to `curve_svg` (``references``, ``width``, ``height``, ...).
     """
     lines = [

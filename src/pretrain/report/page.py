@@ -1,4 +1,4 @@
-"""The parts of a self-contained HTML page: style, tables, tiles. No script, nothing remote, every text escaped."""
+"""Parts of a self-contained HTML page: style, tables, tiles. No scripts or remote resources; all text is escaped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ height:auto}.wide svg{min-width:560px}details summary{cursor:pointer;color:var(-
 
 
 def page(title: str, sections: Iterable[str], style: str = "") -> str:
-    """The whole page: ``sections`` are HTML, ``title`` is text, ``style`` is added to ``CSS``."""
+    """Return the whole page as HTML: ``sections`` are HTML, ``title`` is text, ``style`` is appended to ``CSS``."""
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -44,7 +44,7 @@ def page(title: str, sections: Iterable[str], style: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """A table whose columns after the first ``left`` are numbers."""
+    """Return an HTML table; the columns after the first ``left`` are aligned as numbers."""
     kinds = ["" if i < left else ' class="num"' for i in range(len(head))]
     names = zip(head, kinds, strict=True)
     top = "".join(f"<th{kind}>{escape(text)}</th>" for text, kind in names) if any(head) else ""
@@ -58,7 +58,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> 
 
 
 def show(value: Any) -> str:
-    """A value as text for people: thousands are grouped, five digits are significant, None is empty."""
+    """Format a value for display: grouped thousands, five significant digits, an empty string for None."""
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value)
     if isinstance(value, int):
@@ -75,7 +75,7 @@ def show(value: Any) -> str:
 
 
 def tile_row(tiles: Iterable[tuple[str, str]]) -> str:
-    """Figures in a row: (what it is, its value) pairs."""
+    """Return a row of tiles as HTML, from (label, value) pairs; an empty string if there are none."""
     shown = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
         for label, value in tiles
@@ -84,7 +84,7 @@ def tile_row(tiles: Iterable[tuple[str, str]]) -> str:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write ``text`` so that a reader sees the whole old page or the whole new one.
+    """Write ``text`` atomically and return ``path``.
 
     Raises:
         DataError: the file cannot be written.

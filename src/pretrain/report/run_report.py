@@ -1,8 +1,8 @@
-"""The report of a run: one HTML file with curves, evaluations, samples, settings and how to repeat it.
+"""The report of a run: one HTML file with curves, evaluations, samples, settings and the command to repeat the run.
 
-The file is self-contained: pictures are inline SVG, there is no script and no remote resource, and every text that
-comes from data or settings is escaped. It is rebuilt from ``log.jsonl`` and ``run.yaml`` alone, so it can be written
-at any time, for a run that is going on, was killed, or was copied from elsewhere.
+The file is self-contained: charts are inline SVG, there are no scripts or remote resources, and all text from data or
+settings is escaped. It is made only from the files of the run directory (``log.jsonl``, ``run.yaml``, checkpoints), so
+it can be written at any time: while the run goes on, after it was killed, or for a copied run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
 
 
 def render(run_dir: str | os.PathLike[str]) -> str:
-    """The report of a run as HTML text.
+    """Return the report of a run as HTML text.
 
     Args:
         run_dir: directory of a run, finished or not.
@@ -183,7 +183,7 @@ def _samples(history: History) -> str:
 
 
 def _data(folder: Path, history: History) -> str:
-    """Where the model comes from: the block that its newest checkpoint carries, and what the log says of the data."""
+    """Return the origin of the model: the "pretrain" block of the newest checkpoint, and the data events of the log."""
     about: dict[str, Any] = {}
     for record in history.events:
         about |= record["data"] if isinstance(record.get("data"), Mapping) else {}
@@ -205,7 +205,7 @@ def _data(folder: Path, history: History) -> str:
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the steps and paths of the checkpoints that have a manifest, oldest first."""
     names = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
     return sorted(
         (int(n), path) for n, path in names if n.isdigit() and (path / "manifest.json").is_file()

@@ -1,1 +1,4 @@
-"""Helpers of every part: durable files, locks, strict JSON, tensors on disk, line charts. Imports errors only."""
+"""Helpers for all packages: durable files, locks, strict JSON, tensors on disk, line charts.
+
+Of the rest of the package they import only ``pretrain.errors`` and ``pretrain.printing``.
+"""

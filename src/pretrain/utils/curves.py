@@ -1,7 +1,7 @@
-"""Curves as self-contained SVG text: no plotting library, no script, no remote resource.
+"""Line charts as self-contained SVG text: no plotting library, no script, no remote resource.
 
-Used by the run report, by notebooks (``Run._repr_html_``) and by the figures of the documentation. Colours follow
-the reader's light or dark setting by a style sheet inside the picture, so that one file serves both.
+Used by the run report, by notebooks (``Run._repr_html_``) and by the figures of the documentation. A style sheet inside
+the picture follows the light or dark setting of the reader, so that one file serves both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Series", "curve_svg", "nice_ticks", "thin"]
 
 Point = tuple[float, float]
 
-# Left, top, right, bottom: room for the numbers of the axes and for the labels at the ends of the lines.
+# Left, top, right, bottom margin in pixels, for the title, the legend and the labels of the axes.
 _MARGIN = (58.0, 34.0, 16.0, 42.0)
 _STYLE = """
 .pc{font:12px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}
@@ -37,13 +37,13 @@ _STYLE = """
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a picture.
+    """One line of a chart.
 
     Args:
-        label: its name in the legend.
-        points: (x, y) pairs in any order; pairs that are not finite are left out and leave a gap.
-        dots: mark every point (few, precious values) instead of drawing a band of the raw values.
-        whiskers: (x, low, high) of vertical bars, the uncertainty of a point.
+        label: name in the legend.
+        points: (x, y) pairs in any order; pairs that are not finite are omitted and leave a gap.
+        dots: mark every point (for few, important values) instead of drawing a band of the raw values.
+        whiskers: (x, low, high) of vertical error bars.
     """
 
     label: str
@@ -52,17 +52,17 @@ class Series:
     whiskers: Sequence[tuple[float, float, float]] = ()
 
     def finite(self) -> list[Point]:
-        """The points that can be drawn, in the order of x."""
+        """Return the finite points in the order of x."""
         return sorted((x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y))
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten.
+    """Return round numbers that cover [low, high], in steps of 1, 2, 2.5 or 5 times a power of ten.
 
     Args:
         low: smallest value to show.
-        high: largest value to show; widened when it equals ``low``.
-        count: about how many steps.
+        high: largest value to show; the interval is widened if it equals ``low``.
+        count: approximate number of steps.
     """
     scale = max(abs(low), abs(high))
     if high - low <= scale * 1e-9 or scale < 1e-100:
@@ -77,9 +77,9 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thin(points: Sequence[Point], limit: int) -> list[tuple[float, float, float, float]]:
-    """Merge neighbours so that at most ``limit`` remain: (x, mean, lowest, highest) of each group.
+    """Merge neighbouring points into at most ``limit`` groups: (x, mean, lowest, highest) of each.
 
-    The mean keeps the line honest and the extremes keep spikes visible, however long the run was.
+    The mean preserves the level of the line and the extremes keep spikes visible, however long the run was.
     """
     size = max(1, math.ceil(len(points) / limit))
     merged = []
@@ -105,15 +105,15 @@ def curve_svg(
     """Draw lines over a common x axis and return the SVG text.
 
     Args:
-        series: what to draw, first one most important; plain ``(label, points)`` pairs are accepted.
-        title: printed above the picture and read aloud by screen readers.
-        x_label: name under the horizontal axis.
-        y_label: name of the quantity, beside the title.
-        references: horizontal dashed lines, name -> y (a baseline to beat).
-        width: of the picture in pixels; it scales to its container.
-        height: of the picture in pixels.
-        zero: start the vertical axis at zero.
-        log_x: a logarithmic horizontal axis; points at or left of 0 are left out.
+        series: the lines, the most important first; plain ``(label, points)`` pairs are accepted.
+        title: printed above the chart and read by screen readers.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+        references: horizontal dashed lines, name -> y (such as a baseline).
+        width: width of the chart in pixels; it scales to its container.
+        height: height of the chart in pixels.
+        zero: include zero in the vertical axis.
+        log_x: use a logarithmic horizontal axis; points with x <= 0 are omitted.
     """
     drawn = [one if isinstance(one, Series) else Series(one[0], one[1]) for one in series]
     lines = [(index, one, one.finite()) for index, one in enumerate(drawn)]
@@ -141,7 +141,7 @@ def curve_svg(
 
 @dataclass(frozen=True)
 class _Frame:
-    """The rectangle between the axes and the scales that lead into it."""
+    """The plotting area and its scales."""
 
     x0: float
     x1: float
@@ -160,7 +160,7 @@ class _Frame:
         zero: bool,
         log_x: bool = False,
     ) -> _Frame:
-        """Choose scales that show every point and every reference."""
+        """Choose scales that show all points, error bars and references."""
         xs = [x for _, _, points in lines for x, _ in points]
         ys = [y for _, _, points in lines for _, y in points] + list(references.values())
         ys += [
@@ -255,7 +255,7 @@ class _Frame:
 
 
 def _x_ticks(xs: Sequence[float], x0: float, x1: float, log_x: bool) -> list[float]:
-    """Round numbers; on a logarithmic axis the values themselves if they are few, else powers of ten."""
+    """Return round numbers; on a logarithmic axis the values themselves if there are few, else powers of ten."""
     if not log_x:
         return [tick for tick in nice_ticks(x0, x1, 6) if x0 <= tick <= x1]
     own = sorted(set(xs))
@@ -266,7 +266,7 @@ def _x_ticks(xs: Sequence[float], x0: float, x1: float, log_x: bool) -> list[flo
 def _pieces(
     one: Series, groups: list[tuple[float, float, float, float]]
 ) -> list[list[tuple[float, float, float, float]]]:
-    """Cut the line where a value was not finite: a gap is the truth, a bridge is not."""
+    """Split the line where a value is not finite, so that it shows a gap and not a connecting line."""
     holes = sorted(x for x, y in one.points if math.isfinite(x) and not math.isfinite(y))
     pieces: list[list[tuple[float, float, float, float]]] = [[]]
     at = 0
@@ -293,7 +293,7 @@ def _legend(names: Sequence[tuple[int, str]], width: int) -> str:
 
 
 def _digits(ticks: Sequence[float]) -> int:
-    """Decimals that tell neighbouring ticks apart."""
+    """Return the number of decimals that distinguishes neighbouring ticks."""
     steps = [b - a for a, b in itertools.pairwise(ticks) if b > a]
     if not steps:
         return 2

@@ -1,7 +1,7 @@
-"""Directories that appear whole or not at all, and the litter of saves that were killed.
+"""Atomic publishing of directories, and removal of the leftovers of interrupted saves.
 
-A directory is filled under a name of our own pattern beside its place, then renamed. Only names of that pattern are
-ever swept.
+A directory is written beside its target under a temporary name with a fixed pattern, then renamed. Only names of that
+pattern are ever removed.
 """
 
 from __future__ import annotations
@@ -39,22 +39,23 @@ __all__ = [
     "temporary_name",
 ]
 
-# new: being written. old: moved aside for its successor. gone: rotated out, being deleted.
+# new: being written. old: moved aside while it is replaced. gone: rotated out, being deleted.
 _TEMPORARY = re.compile(r"^\.pretrain-(new|old|gone)-(\d{1,10})-[0-9a-f]{8}-(.+)$")
-GRACE = 8.0  # seconds in which a network file system must show what another host has made
-_active: set[str] = set()  # temporary directories that a thread of this process is filling
-_told: set[str] = set()  # what could not be cleared away, and was named
+GRACE = 8.0  # seconds to wait until a network file system shows a directory created by another host
+_active: set[str] = set()  # temporary directories that threads of this process are writing
+_told: set[str] = set()  # paths that could not be removed and have been reported
 
 
 @contextlib.contextmanager
 def spared(path: Path) -> Iterator[None]:
-    """What cannot be cleared away inside is named on stderr, once, and left for the next save.
+    """Report an OSError of a removal inside the block on stderr, once per path, instead of raising it.
 
-    It is no reason to end a run: whatever counts is durable by then, or is not touched by it.
+    The next save tries again. Such an error must not end a run: the checkpoints to keep are durable by then, or not
+    affected.
     """
     try:
         yield
-    except FileNotFoundError:  # somebody else has cleared it away
+    except FileNotFoundError:  # another process has removed it
         pass
     except OSError as error:
         if str(path) not in _told:
@@ -67,10 +68,10 @@ def spared(path: Path) -> Iterator[None]:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory of ours through `IO`; links inside are unlinked, never followed.
+    """Delete a directory tree through `IO`; links inside are unlinked, never followed.
 
     Raises:
-        OSError: the first thing that could not be deleted; everything else is gone all the same.
+        OSError: the first entry that could not be deleted; all others have been deleted.
     """
     failure: OSError | None = None
     for entry in sorted(os.scandir(path), key=lambda item: item.name):
@@ -79,7 +80,7 @@ def remove_tree(path: Path) -> None:
                 remove_tree(Path(entry.path))
             else:
                 files.IO.unlink(Path(entry.path))
-        except FileNotFoundError:  # somebody else was quicker
+        except FileNotFoundError:  # another process has removed it
             continue
         except OSError as error:
             failure = failure or error
@@ -89,11 +90,11 @@ def remove_tree(path: Path) -> None:
 
 
 def appears(path: Path) -> bool:
-    """Whether a directory that another host has made is seen here; waits for at most `GRACE` seconds."""
+    """Whether a directory created by another host is visible here; waits for at most `GRACE` seconds."""
     end = time.monotonic() + GRACE
     while True:
         with contextlib.suppress(OSError):
-            # Reading the directory above asks the server; that a name is absent may be cached.
+            # Listing the parent queries the server, whereas a negative lookup of the name may be cached.
             if path.name in os.listdir(path.parent) and path.is_dir():
                 return True
         if time.monotonic() > end:
@@ -103,27 +104,26 @@ def appears(path: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary_directory(target: Path) -> Iterator[Path]:
-    """Make a sibling directory to fill and `publish`; what is not published is removed again."""
+    """Create a sibling directory to write to and `publish`; it is removed again unless published."""
     path = temporary_name(target, "new")
     _active.add(str(path))
     try:
         files.IO.mkdir(path)
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)  # gone under this name once published
+        shutil.rmtree(path, ignore_errors=True)  # does nothing once it is published (renamed)
         _active.discard(str(path))
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished directory its name, durably; an older one of that name is kept until then."""
+    """Rename a finished directory to its target, durably; an existing target is kept until then."""
     if not os.path.lexists(target):
         files.IO.rename(temporary, target)
         fsync_directory(target.parent)
         return
     aside = temporary_name(target, "old")
-    files.IO.rename(
-        target, aside
-    )  # killed here: `sweep` gives the name back, `latest` reads it where it is
+    # If the process is killed after this rename, `sweep` restores the name, and `latest` reads the directory in place.
+    files.IO.rename(target, aside)
     try:
         files.IO.rename(temporary, target)
     except OSError:
@@ -135,7 +135,7 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a directory so that no half of it ever stands under its name; what cannot be deleted is `spared`."""
+    """Delete a directory, renaming it first so that it is never seen half deleted; errors are handled by `spared`."""
     gone = temporary_name(path, "gone")
     with spared(path):
         files.IO.rename(path, gone)
@@ -144,7 +144,7 @@ def discard(path: Path) -> None:
 
 
 def moved_aside(directory: Path) -> dict[str, Path]:
-    """Directories whose replacement was cut short: original name -> where they lie now."""
+    """Return the directories whose replacement was interrupted: original name -> current path."""
     found = {}
     for name in sorted(os.listdir(directory)):
         match = _TEMPORARY.match(name)
@@ -154,15 +154,18 @@ def moved_aside(directory: Path) -> dict[str, Path]:
 
 
 def sweep(directory: Path, *, name: str | None = None, exclusive: bool = False) -> list[str]:
-    """Clear away what killed saves left in `directory`; touches only names of our own pattern.
+    """Remove the leftovers of interrupted saves from `directory`; only names of the temporary pattern are touched.
 
-    What cannot be deleted is `spared`.
+    A directory whose replacement was interrupted gets its name back. Errors are handled by `spared`.
 
     Args:
-        directory: where checkpoints are written.
-        name: only leftovers of this target.
-        exclusive: the caller holds the lock, so nobody else can be writing; otherwise leftovers of a
-            process that is still alive stay.
+        directory: directory in which checkpoints are written.
+        name: remove only leftovers of this target.
+        exclusive: the caller holds the run lock, so no other process can be writing; otherwise leftovers of
+            processes that are still alive are kept.
+
+    Returns:
+        The names that were removed or restored.
     """
     swept = []
     aside = moved_aside(directory)
@@ -198,14 +201,14 @@ def _alive(pid: int) -> bool:
 
 
 def check_writable(run_dir: str | Path, needed_bytes: int = 0) -> None:
-    """Refuse at the start what would fail at the first save: no permission, no space, not a directory.
+    """Check before training that the first save will not fail: permissions, free space, and that it is a directory.
 
     Args:
-        run_dir: made if absent.
+        run_dir: the run directory; created if absent.
         needed_bytes: free bytes that the run will need, `(keep + 1) * estimated_size(model)`.
 
     Raises:
-        CheckpointError: with the path, and the bytes needed and free.
+        CheckpointError: the text names the path, and the bytes needed and free.
     """
     path = Path(os.path.abspath(run_dir))
     if os.path.lexists(path) and not path.is_dir():
@@ -226,7 +229,7 @@ def check_writable(run_dir: str | Path, needed_bytes: int = 0) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """Make a directory and its parents, each durable in the one above it."""
+    """Create a directory and its missing parents durably, flushing the parent of each."""
     if not path.is_dir():
         make_directories(path.parent)
         with contextlib.suppress(FileExistsError):

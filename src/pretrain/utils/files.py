@@ -1,8 +1,8 @@
-"""Durable files: every byte that a checkpoint writes goes through the few calls of `FileIO`.
+"""Durable file operations: all writes of a checkpoint go through the few calls of `FileIO`.
 
-A rename is not durability: a file is written, flushed to the disk, and only then named; the directory that holds
-the name is flushed as well. Tests replace `IO` by an object that kills the process at the n-th call or makes that
-call fail, so that every moment of a save is tried. This module imports no torch.
+A rename alone is not durable: a file is written and flushed to disk before it is renamed, and its directory is flushed
+as well. Tests replace `IO` by an object that kills the process at the n-th call or makes that call fail, so that every
+point of a save is tested. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ __all__ = [
 ]
 
 CHUNK = 4 << 20  # bytes per write, read and hash update
-SMALL = 64 << 20  # bytes of a file that is read whole
+SMALL = 64 << 20  # bytes; largest file that `read_bytes` reads by default
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NAME_BYTES = 255  # that a file system takes in a name
+_NAME_BYTES = 255  # longest file name that file systems allow
 
 
 class FileIO:
-    """The system calls of a save, in one place so that a test can stand between."""
+    """The system calls of a save, collected in one class so that tests can replace them."""
 
     def open(self, path: str | Path, flags: int, mode: int = 0o666) -> int:
         """Open `path`; the mode of a new file comes from the umask."""
@@ -64,7 +64,7 @@ class FileIO:
         return os.write(descriptor, data)
 
     def fsync(self, descriptor: int) -> None:
-        """Return when the disk has the file (or the entries of the directory)."""
+        """Flush a file (or the entries of a directory) to disk."""
         full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's cache
         if full is not None:
             with contextlib.suppress(OSError):
@@ -73,7 +73,7 @@ class FileIO:
         os.fsync(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or directory its new name in one step."""
+        """Rename a file or directory atomically."""
         os.rename(source, target)
 
     def unlink(self, path: Path) -> None:
@@ -85,7 +85,7 @@ class FileIO:
         os.rmdir(path)
 
     def mkdir(self, path: Path) -> None:
-        """Make one directory, its mode from the umask."""
+        """Create one directory; its mode comes from the umask."""
         os.mkdir(path)
 
 
@@ -103,7 +103,7 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def muted(on: bool = True) -> Iterator[None]:
-    """Let `note` print nothing inside."""
+    """Suppress the output of `note` inside the block if ``on`` is set."""
     token = _MUTED.set(on or _MUTED.get())
     try:
         yield
@@ -115,11 +115,11 @@ def muted(on: bool = True) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> tuple[int, int]:
-    """Open a regular file for reading and return (descriptor, size in bytes); no link, fifo or device.
+    """Open a regular file for reading and return (descriptor, size in bytes); links, fifos and devices are refused.
 
     Raises:
-        CheckpointCorrupt: the file is missing or of another kind.
-        CheckpointError: the system refuses to open it.
+        CheckpointCorrupt: the file is missing or not a regular file.
+        CheckpointError: the file cannot be opened.
     """
     try:  # O_NONBLOCK: opening a fifo must not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -137,17 +137,17 @@ def open_regular(path: Path) -> tuple[int, int]:
 
 
 def _named(error: OSError, path: str | Path) -> str:
-    """The file that the system complained about, where it is not the path itself."""
+    """Return the file name of the error in parentheses if it is not ``path`` itself, else an empty string."""
     other = isinstance(error.filename, str | Path) and str(error.filename) != str(path)
     return f" ({error.filename})" if other else ""
 
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turn what the system refuses inside into one sentence with the path."""
+    """Turn an OSError inside the block into a CheckpointError that names the path."""
     try:
         yield
-    except BrokenPipeError:  # the reader of our output has left; no file is to blame
+    except BrokenPipeError:  # the reader of stdout has closed it; no file is the cause
         raise
     except OSError as error:
         named = _named(error, path)
@@ -158,13 +158,13 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Record:
-    """What the manifest says of a file: its size in bytes and its SHA-256 in hex."""
+    """The manifest entry of a file: its size in bytes and its SHA-256 in hex."""
 
     size: int
     sha256: str
 
     def check(self, path: Path, size: int, sha256: str | None = None) -> None:
-        """Raise CheckpointCorrupt unless size and, where given, hash agree."""
+        """Raise CheckpointCorrupt unless the size and, if given, the hash agree."""
         if size != self.size:
             raise CheckpointCorrupt(path, f"{self.size:,} bytes", f"{size:,} bytes")
         if sha256 is not None and sha256 != self.sha256:
@@ -172,7 +172,11 @@ class Record:
 
 
 def read_bytes(path: Path, record: Record | None = None, *, limit: int = SMALL) -> bytes:
-    """Read a small regular file whole; with `record`, only if size and hash agree."""
+    """Read a regular file of at most `limit` bytes; if `record` is given, its size and hash must agree.
+
+    Raises:
+        CheckpointCorrupt: the file is too large or differs from `record`; see also `open_regular`.
+    """
     descriptor, size = open_regular(path)
     with open(descriptor, "rb") as file:
         if size > limit:
@@ -184,7 +188,7 @@ def read_bytes(path: Path, record: Record | None = None, *, limit: int = SMALL) 
 
 
 def hash_file(path: Path) -> Record:
-    """Size and SHA-256 of a regular file, read in pieces."""
+    """Return the size and SHA-256 of a regular file, read in chunks."""
     descriptor, _ = open_regular(path)
     digest, size = hashlib.sha256(), 0
     with open(descriptor, "rb", buffering=0) as file:
@@ -199,15 +203,15 @@ def hash_file(path: Path) -> Record:
 
 
 class HashingFile:
-    """A new file that is hashed while it is written and on the disk once `finish` returns."""
+    """A new file that is hashed while it is written and is durable once `finish` returns."""
 
     def __init__(self, path: Path, *, buffer: int = CHUNK) -> None:
-        self._room = buffer  # small pieces are gathered up to so many bytes
+        self._room = buffer  # bytes; small writes are buffered up to this size
         self.descriptor = IO.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
         self._digest, self._size, self._buffer = hashlib.sha256(), 0, bytearray()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append `data`; small pieces are gathered, large ones go out without a copy."""
+        """Append `data`; small writes are buffered, large ones are written without a copy."""
         view = memoryview(data).cast("B")
         if len(view) + len(self._buffer) < self._room:
             self._buffer += view
@@ -228,14 +232,14 @@ class HashingFile:
             view = view[IO.write(self.descriptor, view) :]
 
     def finish(self) -> Record:
-        """Flush to the disk, close, and return size and hash."""
+        """Flush the file to disk, close it and return its size and hash."""
         self._flush()
         IO.fsync(self.descriptor)
         self.close()
         return Record(self._size, self._digest.hexdigest())
 
     def close(self) -> None:
-        """Close without a promise; what was written may be incomplete."""
+        """Close the file without flushing it; the content may be incomplete."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -255,10 +259,10 @@ def write_file(path: Path, data: bytes) -> Record:
 
 
 def temporary_name(target: Path, kind: str) -> Path:
-    """A sibling of `target` with a name that nobody can guess and that `sweep` knows as ours."""
+    """Return a sibling path of `target` with an unpredictable name that `sweep` recognises."""
     prefix = f".pretrain-{kind}-{os.getpid()}-{secrets.token_hex(4)}-"
     name = target.name
-    if kind == "new":  # of the other kinds the name is needed again
+    if kind == "new":  # for the other kinds the full name is needed later
         while len(os.fsencode(prefix + name)) > _NAME_BYTES:
             name = name[:-1]
     return target.parent / (prefix + name)
@@ -266,13 +270,13 @@ def temporary_name(target: Path, kind: str) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, buffer: int = CHUNK) -> Iterator[HashingFile]:
-    """Write a file under another name and rename it when the block ends; after an exception nothing is left.
+    """Write a file under a temporary name and rename it when the block ends; after an exception it is removed.
 
-    Every file that is created or replaced outside of a directory of our own making goes through here: a link of that
-    name is replaced and what it points to is left alone, and a reader sees the old content or the new one.
+    All files that are created or replaced outside the temporary directory of a save are written this way: an existing
+    link is replaced and its target not touched, and a reader sees either the old or the new content.
 
     Raises:
-        OSError: as the system says it, or because `path` is a directory, a device or a pipe.
+        OSError: a system call failed, or `path` is a directory, a device or a pipe.
     """
     refuse_irregular(path)
     temporary = temporary_name(path, "new")
@@ -288,17 +292,17 @@ def replacing(path: Path, *, buffer: int = CHUNK) -> Iterator[HashingFile]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Give a small file its content, whole or not at all; see `replacing`."""
+    """Write or replace a small file atomically; see `replacing`."""
     with replacing(path) as file:
         file.write(data)
 
 
 def open_writable(path: Path, *, keep: bool = False) -> BinaryIO:
-    """Open a file of fixed name for writing, never through a link.
+    """Open a file for reading and writing, never through a link.
 
     Args:
         path: the file.
-        keep: open what is there, if anything, for reading and writing; else a new file takes its place.
+        keep: keep the existing file, if any; otherwise it is replaced by a new one.
     """
     if not keep:
         with contextlib.suppress(FileNotFoundError):
@@ -308,10 +312,10 @@ def open_writable(path: Path, *, keep: bool = False) -> BinaryIO:
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raise OSError if a file of that name cannot be replaced by another one: a directory, a device, a pipe."""
+    """Raise OSError if the path is a directory, a device or a pipe, which must not be replaced by a file."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # nothing there, or a link to nothing
+    except OSError:  # the path does not exist, or is a dangling link
         return
     if not stat.S_ISREG(mode):
         what = "it is a directory" if stat.S_ISDIR(mode) else "it is a device or a pipe, not a file"
@@ -319,7 +323,7 @@ def refuse_irregular(path: Path) -> None:
 
 
 def sync_file(path: Path) -> Record:
-    """Flush a file that other code wrote, and return its record."""
+    """Flush a file written by other code to disk and return its record."""
     descriptor = IO.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         IO.fsync(descriptor)
@@ -329,32 +333,30 @@ def sync_file(path: Path) -> Record:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Flush the entries of a directory to disk."""
     descriptor = IO.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         IO.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some file systems cannot, and need not
+        # Some file systems cannot flush a directory, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ errors of writing
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write on the disk of `path`."""
+    """Return the free bytes for unprivileged users on the file system of `path`."""
     info = os.statvfs(path)
     return info.f_bavail * info.f_frsize
 
 
 @contextlib.contextmanager
 def writing(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn what the system refuses inside into one sentence with path, bytes needed and bytes free."""
+    """Turn an OSError inside the block into a CheckpointError with the path, and with sizes if the disk is full."""
     try:
         yield
     except OSError as error:

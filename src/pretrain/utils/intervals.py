@@ -1,4 +1,4 @@
-"""The interval of a mean of few values (Student, 1908), in plain Python: a report needs no numerical library for it."""
+"""Confidence intervals of the mean of a few values (Student, 1908), in plain Python without a numerical library."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["mean_interval", "student_t"]
 
 
 def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the limits of Student's t interval of a few values, (N,) -> (mean, low, high).
+    """Return the mean and the limits of Student's t confidence interval, (N,) -> (mean, low, high).
 
-    One value has a mean and no interval: its limits are nan. Nothing is left out: a value that is not finite makes
-    all three nan.
+    A single value has a mean but no interval: its limits are nan. No values are ignored: if any is not finite, all
+    three results are nan.
 
     Raises:
         DataError: there are no values.
@@ -39,17 +39,17 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, 
 
 
 def student_t(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution, by bisection of its distribution function.
+    """Return a quantile of Student's t distribution, by bisection of its distribution function.
 
     That function is a finite sum in sin and cos of theta = atan(t / sqrt(degrees)) (Abramowitz and Stegun, 26.7.3
     and 26.7.4), whose terms are all positive.
 
     Args:
-        probability: between 0 and 1, ends excluded.
-        degrees: of freedom, a whole number of at least 1.
+        probability: strictly between 0 and 1.
+        degrees: degrees of freedom, at least 1.
 
     Raises:
-        ConfigError: one of them is out of range.
+        ConfigError: an argument is out of range.
     """
     if not 0.0 < probability < 1.0 or degrees < 1:
         raise ConfigError(
@@ -66,7 +66,7 @@ def student_t(probability: float, degrees: int) -> float:
 
 
 def _central(theta: float, degrees: int) -> float:
-    """Probability that abs(t) is at most sqrt(degrees) * tan(theta)."""
+    """Return the probability that abs(t) is at most sqrt(degrees) * tan(theta)."""
     sine, cosine = math.sin(theta), math.cos(theta)
     odd = degrees % 2
     term = cosine if odd else 1.0

@@ -1,7 +1,7 @@
-"""The file ``log.jsonl`` of a run, read as a file of unknown origin: chained lines, and what is wrong with the rest.
+"""Reading and verification of a run's ``log.jsonl``, as untrusted input.
 
-It has one JSON object a line: ``{"step", "loss", "lr", ...}`` for training, ``{"step", "eval": {...}}`` for
-evaluations, ``{"event": ...}`` for the rest; ``"chain"`` is a digest over all lines up to this one.
+The file has one JSON object per line: ``{"step", "loss", "lr", ...}`` for training, ``{"step", "eval": {...}}`` for
+evaluations, ``{"event": ...}`` for the rest; ``"chain"`` is a digest of all lines up to this one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pretrain.utils.files import open_regular
 __all__ = ["LogFile", "line_digest", "open_log", "read_log"]
 
 _CHAINED = re.compile(rb'(\{.+), "chain": "([0-9a-f]{12})"\}\n?')
-_LINE = 4 << 20  # bytes of one line
+_LINE = 4 << 20  # bytes; longest line
 _STEPS = 2**53
 _FIGURES = (
     *("loss", "lr", "grad_norm", "tokens", "rows", "tokens_per_second", "mfu", "seconds", "epoch"),
@@ -30,12 +30,13 @@ _FIGURES = (
 
 @dataclass
 class LogFile:
-    """What is left of a ``log.jsonl``.
+    """The valid content of a ``log.jsonl``.
 
     Attributes:
-        records: of the lines that hold, in order.
-        chains: their digests; empty where the log is from before there were any.
-        damage: what is wrong with the other lines, "" for nothing. A last line that was cut by a kill is no damage.
+        records: records of the valid lines, in order.
+        chains: their digests; empty for logs of older versions, which have none.
+        damage: description of the invalid lines, "" if there are none. A last line without a newline, cut off by a
+            kill, does not count as damage.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -44,14 +45,14 @@ class LogFile:
 
 
 def open_log(path: Path, last: str = "") -> LogFile:
-    """Read a ``log.jsonl`` as a file of unknown origin: no line of it is an error.
+    """Read a ``log.jsonl`` as untrusted input: invalid lines are described in the result and never raise an error.
 
-    Every line ends with a digest of itself and of the digest before it, so that a line which was changed, lost or moved
-    is noticed. Logs without digests are read as well; a line that is no record of a run is damage there.
+    Every line ends with a digest of itself and of the previous digest, so that changed, lost and moved lines are
+    detected. Logs without digests are read as well; in them only lines that are no records count as damage.
 
     Args:
-        path: the file; none is an empty log.
-        last: a digest that must be in it, as a checkpoint remembers it.
+        path: the file; a missing file is an empty log.
+        last: a digest stored in a checkpoint, which the log must contain.
     """
     found, before, chained = LogFile(), "", False
     unchained: list[tuple[int, dict[str, Any]]] = []
@@ -89,7 +90,7 @@ def open_log(path: Path, last: str = "") -> LogFile:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file; one that is too long comes in pieces, none of which is a record."""
+    """Yield the lines of a file; a line that is too long is yielded in pieces, which are not valid records."""
     if not os.path.lexists(path):
         return
     descriptor, _ = open_regular(Path(os.path.realpath(path)))
@@ -99,12 +100,12 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def line_digest(before: str, line: bytes) -> str:
-    """Digest of a line and of all lines before it, whose digest is ``before``."""
+    """Return the digest of a line and of all lines before it, whose digest is ``before``."""
     return hashlib.sha256(before.encode() + line).hexdigest()[:12]
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, with figures that are numbers or spell one; None if it is no record of a run."""
+    """Parse a line and drop figures that are neither numbers nor spell one; None if it is not a record of a run."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -133,5 +134,5 @@ def _is_figure(value: object) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``log.jsonl``; see ``open_log``."""
+    """Return the records of a ``log.jsonl``; see ``open_log``."""
     return open_log(path).records

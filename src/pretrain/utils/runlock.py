@@ -1,6 +1,6 @@
-"""One run, one directory: a lock that the system itself gives back when the process dies.
+"""Lock of a run directory, which the system releases when the process ends.
 
-`flock` on a file in the run directory, which also says who holds it. No lease, no clock, no stale lock.
+It uses `flock` on a file in the run directory that names the holder. There are no leases or clocks, and no stale locks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 class RunLock:
-    """Hold a run directory for this process; a context manager.
+    """Lock a run directory for this process; a context manager.
 
-    On entry leftovers of killed saves are swept, since nobody else can be writing.
+    On entry leftovers of interrupted saves are removed, because no other process can be writing.
 
     Raises:
-        RunLocked: another live process holds it; the error has `pid`, `host` and `since`.
+        RunLocked: another live process holds the lock; the error has `pid`, `host` and `since`.
         CheckpointError: the directory cannot be written.
     """
 
@@ -39,7 +39,7 @@ class RunLock:
         self._descriptor = -1
 
     def acquire(self) -> RunLock:
-        """Take the lock at once or raise; taking it twice with one object is one lock."""
+        """Acquire the lock without waiting, or raise an error; does nothing if this object holds it already."""
         if self._descriptor >= 0:
             return self
         path = self.run_dir / NAME
@@ -66,9 +66,8 @@ class RunLock:
             files.note(
                 f"{self.run_dir}: this file system cannot lock ({error.strerror}); start only one run here."
             )
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # the holder removed the file between our open and lock
+        # The previous holder may have removed the file between our open and lock; then `acquire` tries again.
+        with contextlib.suppress(FileNotFoundError):
             ours, named = os.fstat(descriptor), os.lstat(path)
             if (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino):
                 self._descriptor = descriptor
@@ -82,14 +81,14 @@ class RunLock:
         os.pwrite(self._descriptor, json.dumps(who).encode(), 0)
 
     def release(self) -> None:
-        """Give the directory back and remove the lock file."""
+        """Release the lock and remove the lock file."""
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.unlink(self.run_dir / NAME)
             self._drop()
 
     def _drop(self) -> None:
-        """Close our copy; in a forked child this leaves the parent's lock as it is."""
+        """Close the descriptor; in a forked child this does not release the lock of the parent."""
         _held.discard(self)
         descriptor, self._descriptor = self._descriptor, -1
         with contextlib.suppress(OSError):
@@ -112,7 +111,7 @@ def _locked(run_dir: Path, descriptor: int) -> CheckpointError:
     try:
         who = json.loads(os.pread(descriptor, 4096, 0))
         return RunLocked(int(who["pid"]), str(who["host"]), str(who["since"]), run_dir)
-    except (ValueError, KeyError, TypeError):  # taken this instant, not signed yet
+    except (ValueError, KeyError, TypeError):  # the holder has not written its name yet
         return RunLocked(0, "an unknown host", "now", run_dir)
 
 

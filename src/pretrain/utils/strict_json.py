@@ -1,4 +1,7 @@
-"""JSON as data of unknown origin: what Python's reader lets pass (NaN, a key twice, any depth) is an error here."""
+"""Strict parsing and writing of JSON as untrusted input.
+
+NaN, duplicate keys and unlimited depth, which Python's parser accepts, are errors here.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ JSON_DEPTH = 64
 
 
 def parse_json(data: bytes, name: object, *, limit: int = JSON_LIMIT) -> Any:
-    """Parse strict JSON: UTF-8, no NaN or Infinity, no key twice, bounded size and depth.
+    """Parse strict JSON: UTF-8, no NaN or Infinity, no duplicate keys, bounded size and depth.
 
     Raises:
-        CheckpointCorrupt: naming the file and what is wrong.
+        CheckpointCorrupt: the data are invalid; the error names the file and the problem.
     """
     if len(data) > limit:
         raise CheckpointCorrupt(name, f"at most {limit:,} bytes of JSON", f"{len(data):,} bytes")
@@ -52,10 +55,8 @@ def parse_json(data: bytes, name: object, *, limit: int = JSON_LIMIT) -> Any:
         )
         if _too_deep(value, JSON_DEPTH):
             raise CheckpointCorrupt(name, f"at most {JSON_DEPTH} levels", "a deeper nesting")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    # JSONDecodeError and UnicodeDecodeError are ValueErrors.
+    except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(
             name, "valid JSON in UTF-8", f"{type(error).__name__}: {error}"
         ) from None
@@ -70,30 +71,30 @@ def _too_deep(value: Any, left: int) -> bool:
 
 
 def to_json(value: Any) -> bytes:
-    """Write JSON the way every file of a checkpoint has it: sorted keys, two spaces, strict numbers."""
+    """Encode JSON in the format of all checkpoint files: sorted keys, two spaces of indentation, no NaN or Infinity."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
 
 
 def sealed(body: Mapping[str, Any]) -> bytes:
-    """Write an object with a digest of itself, which `unsealed` checks."""
+    """Encode an object together with its digest, which `unsealed` checks."""
     return to_json({**body, "digest": _digest(body)})
 
 
 def unsealed(
     data: bytes, name: object, *, limit: int = JSON_LIMIT, hint: str = ""
 ) -> dict[str, Any]:
-    """Parse what `sealed` wrote, every byte of it checked, and return it without the digest.
+    """Parse the output of `sealed`, verify every byte of it and return the object without its digest.
 
     Raises:
-        CheckpointCorrupt: naming the file and what is wrong; ``hint`` is added where the content was changed.
+        CheckpointCorrupt: the error names the file and the problem; ``hint`` is added if the content was changed.
     """
     body = parse_json(data, name, limit=limit)
     if not isinstance(body, dict) or not isinstance(digest := body.pop("digest", None), str):
         raise CheckpointCorrupt(name, "an object with its digest", "none")
     try:
         holds = _digest(body) == digest and to_json({**body, "digest": digest}) == data
-    except UnicodeEncodeError:  # half of a pair of surrogates, which we never write
+    except UnicodeEncodeError:  # a lone surrogate, which `sealed` never writes
         holds = False
     if not holds:
         raise CheckpointCorrupt(
@@ -107,7 +108,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def names_only(value: Any) -> Any:
-    """Copy JSON data with every absolute path cut down to its last component: artefacts name sources, not disks."""
+    """Copy JSON data with every absolute path reduced to its last component, so that no local paths are stored."""
     if isinstance(value, str):
         absolute = value.startswith(("/", "~/", "\\\\", "file:/")) or re.match(
             r"^[A-Za-z]:[\\/]", value

@@ -1,9 +1,9 @@
-"""The safetensors format, read with suspicion and written durably.
+"""The safetensors format: strict reading of untrusted files, and durable writing.
 
-The format: 8 bytes with the header's length (little-endian), a JSON header `name -> dtype, shape, data_offsets`,
-then the bytes of all tensors without a gap. The library's own reader accepts a key twice and any name, maps the
-file (which a later truncation turns into a crash), and its writer never flushes to the disk; hence this module.
-Names may hold letters, digits, dot, underscore and hyphen.
+The format: 8 bytes with the length of the header (little-endian), a JSON header `name -> dtype, shape, data_offsets`,
+then the bytes of all tensors without gaps. This module exists because the reader of the safetensors library accepts
+duplicate keys and any name and maps the file (a later truncation then crashes the process), and its writer never
+flushes to disk. Names may hold letters, digits, dot, underscore and hyphen.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,256}")
 _SLASHED = re.compile(r"[A-Za-z0-9._/-]{1,256}")  # training files: `exp_avg/blocks.0.weight`
-HEADER_LIMIT = 8 << 20
-HEADER_SHARE = 0.05  # of a file larger than 1 MB
+HEADER_LIMIT = 8 << 20  # bytes
+HEADER_SHARE = 0.05  # largest fraction of the file for a header above 1 MiB
 TENSOR_LIMIT = 100_000
 DIM_LIMIT = 8
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a header; `start` and `stop` are byte offsets into the data."""
+    """One entry of a header; `start` and `stop` are byte offsets into the data section."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -75,11 +75,11 @@ class TensorInfo:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are made one by one when they are asked for, and whose shapes are known before.
+    """Tensors that are computed on access, and whose shapes are known in advance.
 
     Args:
         layout: name -> shape and dtype, as a tensor on the meta device.
-        make: name -> the tensor itself; nothing is kept.
+        make: function that computes the tensor of a name; the result is not cached.
     """
 
     def __init__(self, layout: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
@@ -98,28 +98,28 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self.layout)
 
     def part(self, names: Collection[str]) -> LazyTensors:
-        """Some of them, in the order of ``names``."""
+        """Return a subset of the tensors, in the order of ``names``."""
         return LazyTensors({name: self.layout[name] for name in names}, self._make)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it lies contiguous on the CPU."""
+    """Return the bytes of a tensor, without a copy if it is contiguous and on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
 class TensorFile:
-    """A new file that is written tensor by tensor, in the order of `order`, and hashed on the way.
+    """A new file that is written tensor by tensor, in the order of `order`, and hashed while it is written.
 
-    Nothing is created before the whole header is known to be allowed.
+    The file is created only after the whole header has been validated.
 
     Args:
-        path: must not exist yet.
-        layout: name -> shape and dtype, as tensors that may lie on the meta device.
+        path: path of the file, which must not exist yet.
+        layout: name -> shape and dtype, as tensors that may be on the meta device.
         slashes: allow "/" in names; for files that only pretrain reads.
 
     Raises:
-        CheckpointError: a name or dtype the format does not allow.
+        CheckpointError: the format does not allow a name, dtype or number of dimensions.
     """
 
     def __init__(self, path: Path, layout: Mapping[str, Tensor], *, slashes: bool = False) -> None:
@@ -155,10 +155,11 @@ class TensorFile:
             raise
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, on any device; the next one of `order`.
+        """Append the next tensor of `order`, on any device.
 
         Raises:
-            CheckpointError: it is on the meta device, or not of the shape and dtype that the header promises.
+            CheckpointError: it is not the next tensor, is on the meta device, or differs from the shape and dtype in
+                the header.
         """
         expected = self._layout[name]
         if self.order[self._next] != name:
@@ -174,7 +175,7 @@ class TensorFile:
             self._file.write(tensor_bytes(tensor))
 
     def finish(self) -> Record:
-        """Flush to the disk, close, and return size and hash."""
+        """Flush the file to disk, close it and return its size and hash."""
         if self._next != len(self.order):
             raise CheckpointError(
                 f"{self.path.name}: {self.order[self._next]!r} was never written."
@@ -182,7 +183,7 @@ class TensorFile:
         return self._file.finish()
 
     def close(self) -> None:
-        """Close without a promise; what was written may be incomplete."""
+        """Close the file without flushing it; the content may be incomplete."""
         self._file.close()
 
     def __enter__(self) -> TensorFile:
@@ -193,7 +194,7 @@ class TensorFile:
 
 
 def write_order(layout: Mapping[str, Tensor]) -> list[str]:
-    """Names as they follow each other in a file: widest first, as the library does.
+    """Return the names in file order: largest element size first, like in the safetensors library.
 
     Every tensor then starts at a multiple of its element size.
     """
@@ -206,18 +207,19 @@ def _cannot_store(path: Path, name: str, tensor: Tensor) -> CheckpointError:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = False) -> Record:
-    """Write a new file durably; one tensor at a time passes through memory.
+    """Write a new file durably, one tensor at a time.
 
     Args:
-        path: must not exist yet.
-        tensors: name -> tensor of an allowed dtype, on any device; lazy ones are made once, when their turn comes.
+        path: path of the file, which must not exist yet.
+        tensors: name -> tensor of an allowed dtype, on any device; lazy tensors are computed once, when they are
+            written.
         slashes: allow "/" in names; for files that only pretrain reads.
 
     Returns:
         Size and SHA-256 of the file.
 
     Raises:
-        CheckpointError: a name or dtype the format does not allow.
+        CheckpointError: the format does not allow a name, dtype or number of dimensions.
     """
     lazy = isinstance(tensors, LazyTensors)
     layout = tensors.layout if isinstance(tensors, LazyTensors) else tensors
@@ -236,10 +238,10 @@ def _header_text(header: dict[str, object]) -> bytes:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read and check the header alone: names, dtypes, shapes, and that the data have the right length.
+    """Read and check the header only: names, dtypes, shapes, and the length of the data.
 
     Raises:
-        CheckpointCorrupt: naming the file, what was expected and what was found.
+        CheckpointCorrupt: the header is invalid; the error names the file, what was expected and what was found.
     """
     descriptor, size = open_regular(path)
     try:
@@ -255,15 +257,16 @@ def read_tensors(
 
     Args:
         path: a regular file.
-        record: what the manifest promises; None for a directory without one.
-        floats_to_fp32: bfloat16 and float16 become float32.
+        record: the manifest entry of the file; None for a directory without a manifest.
+        floats_to_fp32: convert bfloat16 and float16 to float32.
         slashes: allow "/" in names.
 
     Returns:
         name -> tensor on the CPU, owning its memory.
 
     Raises:
-        CheckpointCorrupt: the file is not what record or format say; nothing of it is returned.
+        CheckpointCorrupt: the file differs from its record or violates the format.
+        CheckpointError: the file is larger than the memory of this machine.
     """
     descriptor, size = open_regular(path)
     try:
@@ -310,7 +313,7 @@ def _fill(path: Path, descriptor: int, view: memoryview) -> Iterator[memoryview]
 
 
 def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
-    """The length and the header as they lie in the file."""
+    """Read the length field and the header as raw bytes."""
     start = os.read(descriptor, 8)
     if len(start) < 8:
         raise CheckpointCorrupt(
@@ -330,7 +333,7 @@ def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
 def parse_header(
     path: Path, size: int, head: bytes, slashes: bool = False
 ) -> dict[str, TensorInfo]:
-    """Check a header; returns the tensors in the order of their data."""
+    """Parse and check a header; return its entries in the order of their data."""
     header = parse_json(head[8:], path, limit=HEADER_LIMIT)
     if not isinstance(header, dict):
         raise CheckpointCorrupt(path, "a header object", type(header).__name__)
@@ -389,7 +392,7 @@ def _naturals(value: object) -> bool:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine."""
+    """Return the physical memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
