@@ -1,7 +1,7 @@
-"""Pre-train transformers and fine-tune them; the checkpoint is a Hugging Face directory.
+"""Pre-training and fine-tuning of transformers, with checkpoints as Hugging Face directories.
 
-The names below are the public interface. They are imported on first use, so that ``import pretrain`` costs
-nothing and ``pretrain --help`` answers at once.
+The names below are the public interface. They are imported on first use, so that ``import pretrain`` and
+``pretrain --help`` are fast.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from pretrain import data  # a package that can also be called: pretrain.data("reviews.csv")
+from pretrain import data  # a callable package: pretrain.data("reviews.csv")
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""``python -m pretrain COMMAND`` is ``pretrain COMMAND``."""
+"""Entry point of ``python -m pretrain COMMAND``, which is the same as ``pretrain COMMAND``."""
 
 from __future__ import annotations
 

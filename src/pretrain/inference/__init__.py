@@ -1,1 +1,1 @@
-"""What a trained model is used for: continuing texts, filling masks, embedding, answering rows."""
+"""Inference with trained models: text generation, mask filling, embeddings and predictions."""

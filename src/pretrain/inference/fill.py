@@ -1,4 +1,4 @@
-"""What a model understands: the likeliest words for a mask, and texts as vectors.
+"""Mask filling and text embeddings.
 
 Letters: N texts, T tokens, D hidden, V vocabulary.
 """
@@ -33,17 +33,17 @@ _MASKS = ("[MASK]", "<mask>")
 
 
 def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[Any]:
-    """Name the likeliest tokens for the masks of a text.
+    """Return the most likely tokens for the masks of a text.
 
     Args:
         model: a masked-language model with a tokenizer.
         text: a text, or several, with the tokenizer's mask token, ``[MASK]`` or ``<mask>`` in it.
-        top_k: candidates for each mask.
+        top_k: number of candidates for each mask.
 
     Returns:
-        For one mask a list of ``{"token", "token_id", "score", "sequence"}``, likeliest first (``score`` is the
+        For one mask a list of ``{"token", "token_id", "score", "sequence"}``, most likely first (``score`` is the
         probability, ``sequence`` the whole text with the mask filled); for several masks a list of such lists; for
-        several texts a list of what each would give.
+        several texts a list with the result of each.
 
     Raises:
         ModelError: no masked-LM head, no tokenizer, no mask in a text, or a text longer than the model's positions.
@@ -86,7 +86,7 @@ def _fill_one(model: Model, encoding: Any, top_k: int, device: torch.device) -> 
     places = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
     hidden = model.backbone({"input_ids": torch.tensor([row], device=device)})
     head: Any = model.head
-    # Rows of the vocabulary that no token has share the probability, as elsewhere, but are no candidates.
+    # Vocabulary rows without a token are part of the softmax, as in training, but are not candidates.
     scores = head(hidden[0, places]).float().softmax(-1)[:, : len(tokenizer)]  # (masks, V)
     best = scores.topk(min(top_k, scores.shape[-1]))
     answers = []
@@ -103,7 +103,7 @@ def _fill_one(model: Model, encoding: Any, top_k: int, device: torch.device) -> 
 def _answer(
     model: Model, encoding: Any, place: int, token: int, score: float, only: bool
 ) -> dict[str, Any]:
-    """One candidate; other masks of the text stay visible."""
+    """Return one candidate; other masks of the text stay visible."""
     tokenizer: Any = model.tokenizer
     filled = [*encoding.ids[:place], token, *encoding.ids[place + 1 :]]
     if only:
@@ -130,24 +130,24 @@ def embed(
     prompt: str | None = None,
     prompt_name: str | None = None,
 ) -> Tensor:
-    """Turn texts into vectors, (N, D) in fp32 on the CPU; a text's vector does not depend on its neighbours.
+    """Return text embeddings, (N, D) in fp32 on the CPU; a vector does not depend on the other texts of its batch.
 
-    A directory of sentence-transformers says how (modules.json and the files beside it); an argument goes before it.
+    The defaults are those of a sentence-transformers directory (modules.json and the files that it refers to).
 
     Args:
         model: any model with a tokenizer; its head is not used.
         texts: one text or several.
-        pooling: ``mean`` over the tokens, ``weightedmean``, ``mean_sqrt_len_tokens`` or ``max`` of them, the first
-            one, ``cls`` (also ``first``; bidirectional models only), or the last one, ``lasttoken`` (also ``last``);
-            several are joined. Not given, it is what the directory says, or ``mean``.
+        pooling: ``mean``, ``weightedmean``, ``mean_sqrt_len_tokens`` or ``max`` over the tokens, ``cls`` for the first
+            token (also ``first``; bidirectional models only), ``lasttoken`` for the last one (also ``last``). Several
+            are concatenated. The default is that of the directory, or ``mean``.
         batch_size: texts in one forward pass.
-        normalize: scale every vector to length one; not given, what the directory says, or not.
-        prompt: put before every text.
-        prompt_name: the same by its name in the directory. Neither given, it is the directory's default prompt.
+        normalize: scale every vector to length one; the default is that of the directory, or False.
+        prompt: prefix of every text.
+        prompt_name: name of a prompt of the directory. With neither, the directory's default prompt is used.
 
     Raises:
-        ModelError: no tokenizer, a text without tokens, ``cls`` of a causal model, or a directory that asks for modules
-            which are not implemented.
+        ModelError: no tokenizer, a text without tokens, ``cls`` with a causal model, or a directory with modules that
+            are not implemented.
         ConfigError: an unknown pooling or prompt, or ``batch_size`` below 1.
     """
     if batch_size < 1:
@@ -182,7 +182,7 @@ def embed(
 
 
 def _rows(model: Model, texts: list[str], stored: SentenceSettings) -> list[list[int]]:
-    """Texts as ids, cut where the directory or the positions of the model end."""
+    """Return texts as ids, truncated to the limit of the directory or the positions of the model."""
     tokenizer, limit = tokenizer_of(model, "read text"), model.backbone.max_length
     if model.sentences is not None:
         longest = stored.max_length or tokenizer.config.get("model_max_length")
@@ -200,6 +200,6 @@ def _rows(model: Model, texts: list[str], stored: SentenceSettings) -> list[list
 
 
 def _prompt_length(model: Model, prompt: str, stored: SentenceSettings) -> int:
-    """Tokens of a prompt with what stands before it, but without the special token behind it."""
+    """Return the number of tokens of a prompt, with special tokens before it but without the one after it."""
     ids = _rows(model, [prompt], stored)[0]
     return len(ids) - (ids[-1] in model.tokenizer.special_ids if model.tokenizer else 0)

@@ -1,6 +1,6 @@
-"""Text from a causal model: continue prompts, with a cache of keys and values.
+"""Text generation with a causal model and a key-value cache.
 
-Prompts of unequal length are padded on the left and keep their own positions, so that a prompt continues the same in
+Prompts of unequal length are padded on the left and keep their own positions, so that a prompt is continued the same in
 a batch as alone. Letters: B prompts, T tokens, D hidden, V vocabulary.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["embed", "fill_mask", "generate"]
 
-_CHECK_EVERY = 16  # tokens between two looks at an accelerator; each look waits for it
+_CHECK_EVERY = 16  # tokens between two checks for the end, which synchronise an accelerator
 
 
 def generate(
@@ -54,26 +54,26 @@ def generate(
     stream: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Any:
-    """Continue prompts, as generation_config.json of the model asks where an argument is not given.
+    """Continue prompts; arguments that are not given come from the model's generation_config.json.
 
-    Without a file, and without an argument that asks for chance, the likeliest token is taken each time. A file with
-    ``do_sample: true`` is obeyed: texts are drawn with its temperature, top_k (50 where it names none), top_p and
-    min_p; ``temperature=0`` or ``do_sample=False`` takes the likeliest token all the same.
+    Decoding is greedy unless the file has ``do_sample: true`` or an argument turns sampling on. With such a file, its
+    temperature, top_k (50 if absent), top_p and min_p are used; ``temperature=0`` or ``do_sample=False`` makes decoding
+    greedy all the same.
 
     Args:
         model: a causal model with a language-model head.
         prompts: a text, a list of texts, or ids: a list, a list of lists, a tensor (T,) or (B, T).
-        max_new_tokens: tokens to add at most; fewer if the model's positions end before. Not given, it is the
-            file's ``max_new_tokens`` or ``max_length``, or else 64.
-        temperature: 0 takes the likeliest token; not given, it is the file's, or 1, if ``top_k``, ``top_p``,
-            ``min_p``, ``seed`` or ``do_sample`` ask for chance, and else 0.
-        top_k: draw from the k likeliest tokens.
-        top_p: draw from the likeliest tokens that together hold this probability.
-        min_p: draw from tokens with at least this share of the likeliest one's probability.
-        repetition_penalty: above 1, tokens that are already there become less likely.
+        max_new_tokens: maximum number of new tokens; fewer if the model's positions are used up earlier. The default is
+            the file's ``max_new_tokens`` or ``max_length``, or else 64.
+        temperature: 0 is greedy. The default is the file's temperature, or 1, if sampling is turned on by the file, or
+            by ``top_k``, ``top_p``, ``min_p``, ``seed`` or ``do_sample``, and else 0.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the most likely tokens that together have this probability.
+        min_p: sample from tokens with at least this fraction of the largest probability.
+        repetition_penalty: above 1, tokens that already occur become less likely.
         stop: texts at which to stop; the answer is cut before them, also within a token.
-        seed: of the draws; the global random state is neither read nor changed.
-        use_cache: keep keys and values of earlier tokens; off, everything is computed again for every token.
+        seed: seed of sampling; the global random state is neither read nor changed.
+        use_cache: cache keys and values of earlier tokens; if False, everything is recomputed for every token.
         stream: called with each new piece of text (one prompt only).
         **settings: further keys of generation_config.json: ``do_sample``, ``no_repeat_ngram_size``,
             ``bad_words_ids``, ``sequence_bias``, ``suppress_tokens``, ``begin_suppress_tokens``, ``min_new_tokens``,
@@ -81,12 +81,12 @@ def generate(
 
     Returns:
         Prompt and continuation in the form of the prompts: text for text, ids for ids. A tensor is padded on the
-        right; ids include the end-of-text token where one was chosen.
+        right; ids include the end-of-text token if one was generated.
 
     Raises:
-        ModelError: not a causal language model, no tokenizer for text, a prompt that is empty, too long or of
-            foreign ids, damaged weights.
-        ConfigError: an option out of range.
+        ModelError: not a causal language model, no tokenizer for text, a prompt that is empty, too long or has ids
+            outside the vocabulary, damaged weights.
+        ConfigError: an unknown option or one out of range.
     """
     if not model.backbone.causal or model.head_kind != "causal-lm":
         raise ModelError(
@@ -108,11 +108,11 @@ def generate(
     return _answer(model, asked, added, stops, watch)
 
 
-_REMARKED: weakref.WeakSet[Any] = weakref.WeakSet()  # models of which it has been said
+_REMARKED: weakref.WeakSet[Any] = weakref.WeakSet()  # models for which the note has been printed
 
 
 def _remark_chat(model: Model, texts: Sequence[str]) -> None:
-    """Say once that a model that was trained on conversations is not asked through its chat template here."""
+    """Print once per model that ``generate`` does not apply the chat template of a model trained on conversations."""
     block = model.extra_config.get("pretrain")
     objective = block.get("objective") if isinstance(block, Mapping) else None
     task = objective.get("task") if isinstance(objective, Mapping) else None
@@ -121,7 +121,7 @@ def _remark_chat(model: Model, texts: Sequence[str]) -> None:
         return
     specials = [name for name, i in tokenizer.vocab.items() if i in tokenizer.special_ids]
     written = any(token in text for text in texts for token in specials if token)
-    if model not in _REMARKED and not written:  # who writes special tokens writes the template
+    if model not in _REMARKED and not written:  # with special tokens, a text has its template
         _REMARKED.add(model)
         note(
             "this model was trained on conversations, and generate continues the text as it stands, without the chat "
@@ -132,7 +132,7 @@ def _remark_chat(model: Model, texts: Sequence[str]) -> None:
 def _answer(
     model: Model, asked: Prompts, added: list[list[int]], stops: tuple[str, ...], watch: Any
 ) -> Any:
-    """Prompts and continuations in the form of the prompts."""
+    """Return prompts and continuations in the form of the prompts."""
     if asked.texts is not None:
         texts = [
             text + _continuation(model, ids, new, stops)
@@ -153,18 +153,18 @@ def _answer(
 
 
 def _continuation(model: Model, ids: list[int], new: list[int], stops: Sequence[str] = ()) -> str:
-    """The text of ``new`` as it follows ``ids``, cut before the first stop."""
+    """Return the text of ``new`` after ``ids``, cut before the first stop text."""
     tokenizer = tokenizer_of(model, "write text")
     context = ids[
         -8:
-    ]  # blanks between words and characters of several tokens need their neighbours
+    ]  # blanks between words and characters of several tokens depend on the tokens before
     before, whole = tokenizer.decode(context), tokenizer.decode([*context, *new])
     text: str = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
 class _Watch:
-    """Reads along while tokens come: finds stop texts and hands out new text."""
+    """Checks new tokens for stop texts and streams new text."""
 
     def __init__(self, model: Model, asked: Prompts, stops: tuple[str, ...], stream: Any) -> None:
         if stream is not None and len(asked.ids) != 1:
@@ -172,11 +172,11 @@ class _Watch:
         tokenizer_of(model, "look for stop texts or stream")
         self.model, self.ids, self.stops, self.stream = model, asked.ids, stops, stream
         self.shown = ""
-        # A token holds at least one byte; a character at most four. Tokens without text widen the window.
+        # A token has at least one byte and a character at most four; the 16 more allow for tokens without text.
         self.window = 4 * max(map(len, stops), default=0) + 16
 
     def look(self, row: int, new: list[int]) -> bool:
-        """Whether row ``row`` has come to a stop text."""
+        """Stream the new text and return whether row ``row`` has reached a stop text."""
         if self.stream is not None:
             text = _continuation(self.model, self.ids[row], new, self.stops)
             held = max((len(stop) - 1 for stop in self.stops), default=0)
@@ -190,7 +190,7 @@ class _Watch:
         return any(stop in text for stop in self.stops)
 
     def close(self, text: str) -> None:
-        """Hand out what was held back."""
+        """Stream the rest of the text, which was held back as a possible start of a stop text."""
         if self.stream is not None:
             self._show(text)
 
@@ -202,7 +202,7 @@ class _Watch:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """The loop over new tokens."""
+    """The decoding loop."""
 
     model: Model
     asked: Prompts
@@ -211,13 +211,13 @@ class _Decoder:
     watch: _Watch | None
 
     def run(self) -> list[list[int]]:
-        """The new ids of every prompt."""
+        """Return the new ids of every prompt."""
         prompts, room = self.asked.ids, self.model.backbone.max_length
         wanted = [self.settings.budget(len(ids)) for ids in prompts]
         budgets = [min(n, room - len(ids)) for n, ids in zip(wanted, prompts, strict=True)]
         groups = [list(range(len(prompts)))]
         if max(map(len, prompts)) + max(budgets) > room:
-            # Padding takes columns that the longest answers need: rows of one length go together.
+            # Left padding would use up positions that the longest answers need, so prompts of equal length form groups.
             lengths = sorted({len(ids) for ids in prompts})
             groups = [[i for i, ids in enumerate(prompts) if len(ids) == n] for n in lengths]
         new: list[list[int]] = [[] for _ in prompts]
@@ -284,7 +284,7 @@ class _Decoder:
         return [row[:length] for row, length in zip(table, lengths.tolist(), strict=True)]
 
     def _seen(self, prompts: list[list[int]], device: torch.device) -> Tensor | None:
-        """(B, V) the tokens that each row holds, if that matters."""
+        """Return (B, V) booleans, True for tokens in a row; None without a repetition penalty."""
         if self.settings.sampler.repetition_penalty == 1.0:
             return None
         seen = torch.zeros(len(prompts), self.model.backbone.vocab_size, dtype=torch.bool)
@@ -293,7 +293,7 @@ class _Decoder:
         return seen.to(device)
 
     def _banned(self, device: torch.device) -> Tensor | None:
-        """Rows of the vocabulary that no token has; where text is drawn, also what is no text."""
+        """Return scores that forbid vocabulary rows without a token and, if text is sampled, pad, mask and bos."""
         tokenizer, rows = self.model.tokenizer, self.model.backbone.vocab_size
         if tokenizer is None:
             return None
@@ -304,7 +304,7 @@ class _Decoder:
         return banned(rows, len(tokenizer), special, device)
 
     def _scores(self, columns: Tensor, real: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Scores of the next token, (B, V) in fp32; only the last column meets the head."""
+        """Return scores of the next token, (B, V) in fp32; the head runs on the last column only."""
         batch = {"input_ids": columns}
         if real is not None:
             batch["attention_mask"] = real

@@ -1,6 +1,6 @@
-"""Answers of a fine-tuned model: for a text, a pair, rows of any source, and files of any length.
+"""Predictions of a fine-tuned model for a text, a pair of texts, rows of any source, and files of any length.
 
-Which task a model answers is what its config.json records, or, in a directory of someone else, what its head is for.
+The task is the one recorded in the model's config.json, or, for a model of another library, the one of its head.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ __all__ = [
 ]
 
 _BATCH_ROWS = 64
-_CHUNK = 1024  # rows of a file that are in memory
+_CHUNK = 1024  # rows of a file in memory at a time
 
 
 # ------------------------------------------------------------------------------------------------ the task
 
 
 def task_of(model: Model) -> Task:
-    """The task that a model was fine-tuned for.
+    """Return the task that a model was fine-tuned for.
 
     Args:
-        model: what ``pretrain.load`` returns, ours or of a foreign Hugging Face directory. What it records is taken
-            as a stranger's word: only tasks of ``pretrain.objectives.TASKS``, and options that they have.
+        model: a model of ``pretrain.load``, trained by this package or by another one. Its recorded task is untrusted
+            input: only tasks of ``pretrain.objectives.TASKS`` and options that they have are accepted.
 
     Raises:
-        ModelError: it answers nothing: a language model, or a body without a head; names what to call instead.
+        ModelError: the model makes no predictions (a language model, or a body without a head); the message names the
+            method to use instead. Also if the recorded options do not fit the task.
     """
     name = recorded_task(model)
     if name is not None:
@@ -73,7 +74,7 @@ def _recorded(model: Model) -> Mapping[str, Any]:
 
 
 def recorded_task(model: Model) -> str | None:
-    """Name of the task that config.json records, where it is one of ours and the model has its head."""
+    """Return the name of the task in config.json, or None if it is unknown or the model lacks the head for it."""
     name = _recorded(model).get("task")
     if not isinstance(name, str) or name not in TASKS:
         return None
@@ -81,7 +82,7 @@ def recorded_task(model: Model) -> str | None:
 
 
 def rebuilt(task: Task, model: Model) -> Task:
-    """The same task with the same options around another model."""
+    """Return the same task with the same options for another model."""
     return _build(model, task.name, task.describe())
 
 
@@ -139,26 +140,26 @@ def predict(
     batch_rows: int = _BATCH_ROWS,
     **options: Any,
 ) -> Any:
-    """Answer one input, or several.
+    """Return the prediction for one input, or for several.
 
     Args:
-        model: fine-tuned; see `task_of`.
-        inputs: a text, or a pair of texts as a tuple, or a dict by role or column, gives one answer. A list of them,
+        model: a fine-tuned model; see `task_of`.
+        inputs: a text, a pair of texts as a tuple, or a dict by role or column gives one prediction. A list of them,
             a dict of columns, a pandas frame, a ``datasets.Dataset`` or the ``Path`` of a file gives a list of
-            answers. For tasks over words a text is cut at its blanks, and a tuple is one text's words.
+            predictions. For tasks over words a text is split at blanks, and a tuple holds the words of one text.
             A ``str`` is always a text, never the name of a file.
-        columns: role -> column, where a column has no conventional name.
-        batch_rows: examples in one forward pass; the answers are the same with any.
-        **options: of the task's own ``predict`` and ``decode``: ``max_new_tokens`` of a chat; ``top_k`` of a
+        columns: role -> column, for columns without a conventional name.
+        batch_rows: examples in one forward pass; it does not change the predictions.
+        **options: options of the task's ``predict`` and ``decode``: ``max_new_tokens`` of a chat; ``top_k`` of a
             classifier, a number of classes or None for all, which gives lists of labels and their probabilities.
 
     Returns:
         A dict, or a list of dicts in the order of the inputs: ``label`` and ``score`` of a classifier; see
-        ``decode`` of the task. An input without text gets an empty dict. A pandas frame gives a frame of the answers
+        ``decode`` of the task. An input without text gets an empty dict. A pandas frame gives a frame of predictions
         with its index.
 
     Raises:
-        ModelError: the model answers nothing.
+        ModelError: the model makes no predictions.
         DataError: inputs of another kind, or without a column that the task needs.
         ConfigError: an option that the task does not have.
     """
@@ -183,7 +184,7 @@ def predict_with(
     batch_rows: int = _BATCH_ROWS,
     **options: Any,
 ) -> Any:
-    """`predict` with a task at hand."""
+    """Run `predict` with a task that has already been built."""
     _check_batch(batch_rows)
     table, single = _as_table(task, inputs, dict(columns or {}))
     if table is None:
@@ -205,7 +206,7 @@ def _is_frame(inputs: Any) -> bool:
 
 
 def _frame_of(frame: Any, answers: Sequence[Mapping[str, Any]]) -> Any:
-    """Answers as a pandas frame with the index of the rows; what an answer lacks is missing."""
+    """Return answers as a pandas frame with the index of the input; values that an answer lacks are missing."""
     names = list(dict.fromkeys(name for answer in answers for name in answer))
     columns = {name: [answer.get(name) for answer in answers] for name in names}
     return type(frame)(columns, index=frame.index)
@@ -221,7 +222,7 @@ def _answers(
 
 
 def smaller_batch(batch_rows: int) -> str:
-    """The sentence for a batch that does not fit into memory."""
+    """Return the advice for a batch that does not fit into memory."""
     if batch_rows == 1:
         return "One row alone does not fit: use a machine with more memory, or shorter texts."
     return f"Take fewer rows at a time: {option('batch_rows', max(1, batch_rows // 4))}."
@@ -247,7 +248,7 @@ def _say_unanswered(task: Task, empty: int, count: int) -> None:
 
 
 def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Role -> column: what the caller names, else what the training rows had, where this table has it, too."""
+    """Return role -> column: the caller's choice, or else the column of the training data if the table has it."""
     block = model.extra_config.get("pretrain")
     recorded = block.get("columns") if isinstance(block, Mapping) else None
     remembered = {
@@ -259,20 +260,20 @@ def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str
 
 
 def has_columns(table: Table, column: Any) -> bool:
-    """Whether a table has a column, or all of a list of them."""
+    """Return whether a table has a column, or all of a list of columns."""
     names = column if isinstance(column, list) else [column]
     return all(isinstance(name, str) and name in table.columns for name in names)
 
 
 def roles_read(task: Task | type[Task]) -> list[Role]:
-    """The roles of a task that are read, those that are learned left out."""
+    """Return the input roles of a task, without its targets."""
     return [role for role in task.roles if not role.target]
 
 
 def columns_read(
     task: Task, table: Table, given: Mapping[str, Any], *, quiet: bool
 ) -> dict[str, Any]:
-    """The columns of a table that the task reads: see ``columns_of``, then those that are recognised by name."""
+    """Return the columns of a table that the task reads: those of ``columns_of``, then those recognised by name."""
     roles = roles_read(task)
     known = {role.name for role in roles}
     wanted = columns_of(task.model, table, given)
@@ -289,7 +290,7 @@ def _is_turn(value: Any) -> bool:
 
 
 def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Table | None, bool]:
-    """The inputs as a table by role, and whether they are a single one; None for no inputs."""
+    """Return the inputs as a table by role (None if there are none), and whether they are a single input."""
     if hasattr(inputs, "tolist") and not hasattr(inputs, "columns"):  # an array, or one column
         inputs = inputs.tolist()
     elif isinstance(inputs, Iterator):
@@ -322,19 +323,19 @@ def _say_file_name(text: str) -> None:
 
 
 def _is_one(task: Task, values: tuple[Any, ...]) -> bool:
-    """A tuple of strings is one input: a pair, or the words of one text."""
+    """Return whether a tuple is one input: a pair of texts, or the words of one text."""
     if not values or not all(isinstance(value, str) for value in values):
         return False
     return _by_words(task) or (len(values) == 2 and len(roles_read(task)) > 1)
 
 
 def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
-    """A mapping holds columns of rows, not one row."""
+    """Return whether a mapping holds columns, not a single row."""
     values = [v.tolist() if hasattr(v, "tolist") else v for v in inputs.values()]
     listed = [isinstance(value, list | tuple) for value in values]
     if any(isinstance(v, list) and v and _is_turn(v[0]) for v in values):
         return False
-    if _by_words(task):  # the words of one row are a list themselves
+    if _by_words(task):  # the words of a single row are already a list
         return any(
             isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple)
             for value in values
@@ -343,7 +344,7 @@ def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
 
 
 def _table_of(task: Task, items: Sequence[Any]) -> Table:
-    """Texts, pairs or lists of words as a table by role.
+    """Return texts, pairs or lists of words as a table by role.
 
     Raises:
         DataError: pairs and single texts are mixed, or the task needs more than a text.
@@ -389,23 +390,23 @@ def predict_file(
     progress: bool = True,
     **options: Any,
 ) -> Path:
-    """Answer every row of a file into another, in order; files of lines are streamed, whatever their length.
+    """Write predictions for every row of a file to another file, in order; line-based files of any length are streamed.
 
-    The columns of the input are kept, and those of the answer added: ``predicted_label``, ``score``. A row without
-    text keeps its place and has no answer; how many there are is printed. Columns are recognised in the first
-    thousand rows.
+    The columns of the input are kept, and those of the predictions added: ``predicted_label``, ``score``. A row without
+    text keeps its position and has no prediction; the number of such rows is printed. Columns are recognised in the
+    first 1,024 rows.
 
     Args:
-        checkpoint: a run (its best checkpoint is taken), a model directory, or a ``Model``.
+        checkpoint: a run (its best checkpoint is used), a model directory, or a ``Model``.
         file: .csv .tsv .jsonl (read row by row), .json .parquet .conll (read whole), plain or compressed.
-        out: .jsonl, .csv or .tsv; next to the input when None. It appears when it is complete.
-        columns: role -> column, where a column has no conventional name.
+        out: .jsonl, .csv or .tsv; next to the input when None. The file appears once it is complete.
+        columns: role -> column, for columns without a conventional name.
         batch_rows: examples in one forward pass.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
-        delimiter: between the cells of a line of .csv or .tsv; None: comma or tab, or what the header shows.
+        delimiter: cell delimiter of .csv or .tsv; None: comma or tab, or as detected in the header.
         quoting: whether double quotes enclose cells of .csv or .tsv; None: see :func:`pretrain.data.tables.read_table`.
-        encoding: of a file of text; None: UTF-8, or what a byte order mark says.
-        progress: show a bar where somebody can see it.
+        encoding: encoding of a text file; None: UTF-8, or that of a byte order mark.
+        progress: show a progress bar in a terminal or notebook.
         **options: see ``predict``.
 
     Returns:
@@ -414,7 +415,7 @@ def predict_file(
     Raises:
         DataError: a broken row (with its line), a missing column, predictions already in the file, an output that
             cannot be written.
-        ModelError: the model answers nothing.
+        ModelError: the model makes no predictions.
         ConfigError: an option that the task does not have.
         TrainingError: too little memory.
     """
@@ -423,7 +424,7 @@ def predict_file(
     _check_batch(batch_rows)
     source = Path(file)
     chunks = stream_chunks(source, _CHUNK, delimiter=delimiter, quoting=quoting, encoding=encoding)
-    first = next(chunks)  # a file that cannot be read is said before a model is loaded
+    first = next(chunks)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)
     task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
@@ -446,18 +447,18 @@ def predict_file(
                 count, empty = count + 1, empty + _is_empty(answer)
                 bar.update()
             if chunk is first and progress:
-                # A forward pass holds so many tokens at most, whatever the file: the first chunk tells what all take.
+                # The tokens of a forward pass are bounded, so the first chunk shows the memory that all chunks need.
                 note(f"memory about {peak_memory(where) / 2**30:.2f} GiB at the peak")
     _say_unanswered(task, empty, count)
     return target
 
 
 def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:
-    """Where the answers go.
+    """Return the path of the output.
 
     Raises:
-        ConfigError: an ending that is not known.
-        DataError: the input itself, or a directory.
+        ConfigError: the file ending is not supported.
+        DataError: the path is the input itself or a directory, or lies in a directory that does not exist.
     """
     if out is None:
         stem, ending = source.name, table_kind(source)

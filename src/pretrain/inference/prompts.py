@@ -1,4 +1,4 @@
-"""Between texts and the model: prompts and documents as ids, rows as tensors, the model's mode.
+"""Input preparation for inference: encoding of prompts and texts, padding, checks, and evaluation mode.
 
 Letters: B prompts, T tokens.
 """
@@ -36,7 +36,7 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dty
 
 @contextlib.contextmanager
 def evaluating(model: Model) -> Iterator[torch.device]:
-    """Dropout off and no gradients; every module's mode is as before afterwards."""
+    """Disable dropout and gradients, yield the device, and restore every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -49,11 +49,11 @@ def evaluating(model: Model) -> Iterator[torch.device]:
 
 @dataclass
 class Prompts:
-    """Prompts as ids, and the form in which the answer is handed back.
+    """Prompts as ids, and the form in which the answer is returned.
 
     Attributes:
         ids: one list per prompt.
-        texts: the prompts, if they were texts.
+        texts: the prompts if they were texts, or None.
         form: ``one`` text or list of ids, ``many`` of them, a ``row`` (T,) or a ``tensor`` (B, T).
     """
 
@@ -63,10 +63,10 @@ class Prompts:
 
     @classmethod
     def read(cls, model: Model, prompts: Any) -> Prompts:
-        """Take prompts of any form.
+        """Convert prompts of any accepted form.
 
         Raises:
-            ModelError: none of the forms, or texts without a tokenizer.
+            ModelError: another form, or texts without a tokenizer.
         """
         if isinstance(prompts, str):
             return cls(_encode(model, [prompts]), [prompts], "one")
@@ -94,7 +94,7 @@ class Prompts:
 
 
 def _id_list(row: Any) -> list[int] | None:
-    """A list of ids, or None if it is none: a text or a fraction must not pass for a token."""
+    """Return a list of ids, or None if it is not one: strings and fractions must not be taken as tokens."""
     if isinstance(row, Tensor):
         return [int(i) for i in row.tolist()] if row.ndim == 1 and row.dtype in _WHOLE else None
     if not isinstance(row, Sequence) or isinstance(row, str | bytes | bytearray):
@@ -103,10 +103,10 @@ def _id_list(row: Any) -> list[int] | None:
 
 
 def as_texts(texts: Any) -> list[str]:
-    """One text or several as a list.
+    """Return one text or several as a list.
 
     Raises:
-        ModelError: something in it is no text.
+        ModelError: an item is not a text.
     """
     if isinstance(texts, str):
         return [texts]
@@ -119,16 +119,16 @@ def as_texts(texts: Any) -> list[str]:
 
 
 def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    """Prompts as ids; see ``Tokenizer.frame_prompts``."""
+    """Return prompts as ids; see ``Tokenizer.frame_prompts``."""
     prompts: list[list[int]] = tokenizer_of(model, "read text").frame_prompts(texts)
     return prompts
 
 
 def tokenizer_of(model: Model, purpose: str) -> Any:
-    """The model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
-        ModelError: it has none; ``purpose`` says what would have needed it.
+        ModelError: it has none; the message names the ``purpose`` that needs it.
     """
     if model.tokenizer is None:
         raise ModelError(
@@ -138,10 +138,10 @@ def tokenizer_of(model: Model, purpose: str) -> Any:
 
 
 def check_ids(model: Model, ids: list[list[int]], what: str = "Prompt") -> None:
-    """Refuse rows that the model cannot read.
+    """Check that the model can read the rows.
 
     Raises:
-        ModelError: a row without tokens, with foreign ids, or longer than the model's positions.
+        ModelError: a row without tokens, with ids outside the vocabulary, or longer than the model's positions.
     """
     size, room = model.backbone.vocab_size, model.backbone.max_length
     for i, row in enumerate(ids):
@@ -162,7 +162,7 @@ def check_ids(model: Model, ids: list[list[int]], what: str = "Prompt") -> None:
 
 
 def end_ids(model: Model, given: Any = None) -> list[int]:
-    """Ids that end a text: what the caller gives, else what the checkpoint says, else the tokenizer's eos."""
+    """Return the ids that end a text: the caller's, or else those of the checkpoint, or else the tokenizer's eos."""
     tokenizer = model.tokenizer
     for found in (
         given,
@@ -170,7 +170,7 @@ def end_ids(model: Model, given: Any = None) -> list[int]:
         model.backbone.config.eos_id,
         None if tokenizer is None else tokenizer.eos_id,
     ):
-        # generation_config.json is a stranger's: what is no id is passed over
+        # generation_config.json is untrusted input: values that are not ids are skipped.
         ids = found if isinstance(found, list | tuple) else [found]
         if ids := [i for i in ids if type(i) is int]:
             return [i for i in ids if 0 <= i < model.backbone.vocab_size]
@@ -178,7 +178,7 @@ def end_ids(model: Model, given: Any = None) -> list[int]:
 
 
 def fill_id(model: Model) -> int:
-    """The id that padding is made of; it is masked, so that any will do."""
+    """Return the id for padding; padding is masked, so any id works."""
     pad = None if model.tokenizer is None else model.tokenizer.pad_id
     return pad if pad is not None else next(iter(end_ids(model)), 0)
 
@@ -186,7 +186,7 @@ def fill_id(model: Model) -> int:
 def pad(
     rows: list[list[int]], fill: int, device: torch.device, *, left: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows as one tensor (B, T) with the mask of real tokens, or None if all are of one length."""
+    """Return rows as one tensor (B, T), and the mask of real tokens or None if all rows have the same length."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), fill, dtype=torch.long)
     real = torch.zeros_like(ids)
@@ -198,7 +198,7 @@ def pad(
 
 
 def frame(model: Model, texts: Sequence[str], max_length: int | None = None) -> list[Any]:
-    """Texts as the encodings that the model reads; see ``Tokenizer.frame_texts``."""
+    """Return texts as encodings with special tokens; see ``Tokenizer.frame_texts``."""
     encodings: list[Any] = tokenizer_of(model, "read text").frame_texts(
         texts, max_length=max_length
     )

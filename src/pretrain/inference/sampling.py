@@ -1,4 +1,4 @@
-"""From scores over the vocabulary to the next token.
+"""Sampling of the next token from scores over the vocabulary.
 
 Top-k (Fan et al., arXiv 1805.04833), nucleus or top-p (Holtzman et al., 1904.09751), min-p (Nguyen et al.,
 2407.01082) and the repetition penalty of CTRL (Keskar et al., 1909.05858), applied in the order of transformers.
@@ -23,7 +23,7 @@ _COLDEST = 1e-3  # the lowest temperature above 0
 
 
 def penalize(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that a row already holds less likely (more likely below 1).
+    """Return scores with tokens that a row already holds made less likely (more likely if the penalty is below 1).
 
     Args:
         scores: (B, V).
@@ -41,7 +41,7 @@ def filter_scores(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """Scale the scores (B, V) and set those of tokens that must not be drawn to -inf; one always stays."""
+    """Scale the scores (B, V) and set those of tokens that must not be drawn to -inf; at least one always stays."""
     if temperature != 1.0:
         scores = scores / temperature
     if top_k is not None and top_k < scores.shape[-1]:
@@ -53,7 +53,7 @@ def filter_scores(
         tail[:, -1] = False
         scores = scores.masked_fill(tail.scatter(1, index, tail), -math.inf)
     if min_p is not None and min_p > 0.0:
-        # In logarithms: p < min_p * max(p) is score < max(score) + log(min_p).
+        # In log space: p < min_p * max(p) is score < max(score) + log(min_p).
         least = scores.amax(-1, keepdim=True) + math.log(min_p)
         scores = scores.masked_fill(scores < least, -math.inf)
     return scores
@@ -61,16 +61,16 @@ def filter_scores(
 
 @dataclass(frozen=True)
 class Sampler:
-    """The choice of the next token.
+    """Selection of the next token, greedy or by sampling.
 
     Attributes:
-        temperature: 0 takes the likeliest, others are at least 0.001; None is 0, or 1 when another setting asks for
-            chance.
-        top_k: draw from the k likeliest.
-        top_p: draw from the likeliest that together hold this probability.
-        min_p: draw from those with at least this share of the likeliest one's probability.
+        temperature: 0 is greedy, other values are at least 0.001; None is 1 if ``top_k``, ``top_p``, ``min_p`` or
+            ``seed`` is set, and else 0.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the most likely tokens that together have this probability.
+        min_p: sample from tokens with at least this fraction of the largest probability.
         repetition_penalty: see `penalize`.
-        seed: of the draws; None draws anew every time. The global generator is not touched.
+        seed: seed of sampling; with None every run differs. The global generator is not used.
     """
 
     temperature: float | None = None
@@ -107,14 +107,14 @@ class Sampler:
 
     @property
     def heat(self) -> float:
-        """The temperature that is meant: 0 is greedy."""
+        """The effective temperature: 0 is greedy."""
         if self.temperature is not None:
             return self.temperature
         chance = (self.top_k, self.top_p, self.min_p, self.seed)
         return 0.0 if all(setting is None for setting in chance) else 1.0
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """A generator of its own, seeded."""
+        """Return a new generator, seeded with ``seed`` or randomly."""
         generator = torch.Generator(device)
         if self.seed is None:
             generator.seed()
@@ -123,14 +123,14 @@ class Sampler:
         return generator
 
     def penalized(self, scores: Tensor, seen: Tensor | None) -> Tensor:
-        """The scores (B, V), with those of the tokens ``seen`` (B, V) made less likely."""
+        """Return the scores (B, V), with those of the tokens ``seen`` (B, V) made less likely."""
         return scores if seen is None else penalize(scores, seen, self.repetition_penalty)
 
     def choose(self, scores: Tensor, generator: torch.Generator) -> Tensor:
-        """The next token of every row, (B, V) -> (B,).
+        """Return the next token of every row, (B, V) -> (B,).
 
         Raises:
-            ConfigError: every token of a row is forbidden.
+            ConfigError: every token of a row is forbidden (checked when sampling on a CPU).
         """
         if self.heat == 0.0:
             return scores.argmax(-1)
@@ -147,7 +147,7 @@ class Sampler:
 def banned(
     vocab_size: int, known: int, special: Collection[int], device: torch.device
 ) -> Tensor | None:
-    """(V,) with -inf for rows beyond the ``known`` tokens and for ``special`` ones; None if all may come."""
+    """Return (V,) with -inf for rows beyond the ``known`` tokens and for ``special`` ones; None if all are allowed."""
     if known >= vocab_size and not special:
         return None
     added = torch.zeros(vocab_size)

@@ -1,6 +1,7 @@
-"""How texts are generated: what generation_config.json asks for, and what the caller asks for instead.
+"""Settings of text generation: generation_config.json, overridden by the arguments of the caller.
 
-The keys are those of transformers, and greedy search gives its tokens. Letters: B rows, T tokens, V vocabulary.
+The keys are those of transformers, and greedy search gives the same tokens as there. Letters: B rows, T tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ __all__ = ["CHANCE", "Rules", "Settings", "add_biases", "ban_repeated"]
 
 FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 64
-# Given by the caller, each of these asks for sampling.
+# Any of these arguments of the caller turns sampling on.
 CHANCE = ("temperature", "top_k", "top_p", "min_p", "seed")
-_DEFAULT_TOP_K = 50  # of transformers, where a file asks for sampling and names none
+_DEFAULT_TOP_K = 50  # the default of transformers for a file that turns sampling on without top_k
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "no_repeat_ngram_size")
 _TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
 _TEXTS = ("bad_words_ids", "sequence_bias", "stop_strings", "eos_token_id")
 _KNOWN = (*_SAMPLING, *_LENGTHS, *_TOKENS, *_TEXTS)
-# Keys that would change the text and are not implemented -> values without an effect.
+# Keys that change the text and are not implemented -> values without an effect.
 _MISSING: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -59,18 +60,18 @@ _MISSING_IN_SAMPLING: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Rules:
-    """What forbids or forces tokens, whatever the sampler does. Empty is no rule.
+    """Rules that forbid or force tokens, independent of the sampler. An empty value is no rule.
 
     Attributes:
-        biases: added to the score of the last token of each sequence where the others stand before it.
+        biases: (sequence, bias): added to the score of the last token of a sequence if the tokens before it match.
         bad_words: sequences that are never completed.
-        no_repeat: n-grams of this size come once; 0 is off.
-        min_length: no end before so many tokens, the prompt's included.
-        min_new: no end before so many new tokens.
-        forced_first: the second token of the text, where the prompt is a single one.
-        forced_last: the ends of which one is the last token that is allowed.
-        suppressed: never come.
-        suppressed_first: never come first.
+        no_repeat: n-grams of this size occur at most once; 0 is off.
+        min_length: no end of text before this many tokens, including the prompt.
+        min_new: no end of text before this many new tokens.
+        forced_first: the second token of the text if the prompt has a single token.
+        forced_last: tokens of which one is forced at the last step.
+        suppressed: tokens that are never generated.
+        suppressed_first: tokens that are not generated first.
         ends: ids that end a text.
     """
 
@@ -87,11 +88,11 @@ class Rules:
 
     @property
     def none(self) -> bool:
-        """There is nothing to apply, and no history to keep."""
+        """Whether there is no rule, so that no history is needed."""
         return self == Rules(ends=self.ends)
 
     def before(self, scores: Tensor, history: Tensor) -> Tensor:
-        """What acts before the repetition penalty; arguments as of ``after``."""
+        """Apply the rules that precede the repetition penalty; arguments as in ``after``."""
         return add_biases(scores, history, self.biases)
 
     def after(
@@ -102,14 +103,14 @@ class Rules:
         step: int,
         last: Sequence[int],
     ) -> Tensor:
-        """What acts behind the repetition penalty, in the order of transformers.
+        """Apply the rules that follow the repetition penalty, in the order of transformers.
 
         Args:
             scores: (B, V).
-            history: (B, T) the tokens of each row so far, -1 where it is padded.
-            prompts: tokens of each prompt.
-            step: new tokens so far.
-            last: the step of the last token of each row, if it does not end before.
+            history: (B, T) the tokens of each row so far, -1 for padding.
+            prompts: number of tokens of each prompt.
+            step: number of new tokens so far.
+            last: the step of the last token of each row, if it does not end earlier.
         """
         if self.no_repeat:
             scores = ban_repeated(scores, history, self.no_repeat)
@@ -126,7 +127,7 @@ class Rules:
 
 
 def _rows(scores: Tensor, rows: Sequence[bool], ids: Sequence[int]) -> Tensor:
-    """(B, V) booleans: these ids of these rows."""
+    """Return (B, V) booleans, True for these ids in these rows."""
     mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
     mask[[i for i in ids if 0 <= i < len(mask)]] = True
     chosen: Tensor = torch.tensor(list(rows))[:, None] & mask
@@ -147,7 +148,7 @@ def _force(scores: Tensor, rows: Sequence[bool], ids: Sequence[int]) -> Tensor:
 
 
 def ban_repeated(scores: Tensor, history: Tensor, size: int) -> Tensor:
-    """Forbid the tokens that would complete an n-gram which a row, (B, T) with -1 for padding, already holds."""
+    """Forbid tokens that would repeat an n-gram of the row; ``history`` is (B, T) with -1 for padding."""
     if history.shape[1] < size:
         return scores
     windows = history.unfold(1, size, 1)  # (B, T - size + 1, size)
@@ -162,7 +163,7 @@ def ban_repeated(scores: Tensor, history: Tensor, size: int) -> Tensor:
 def add_biases(
     scores: Tensor, history: Tensor, biases: Sequence[tuple[tuple[int, ...], float]]
 ) -> Tensor:
-    """Add to the score of the last token of each sequence in the rows that end with the tokens before it."""
+    """Add the bias to the score of the last token of each sequence, in rows that end with the tokens before it."""
     if not biases:
         return scores
     scores = scores.clone()
@@ -177,14 +178,14 @@ def add_biases(
 
 @dataclass(frozen=True)
 class Settings:
-    """All of a call of ``generate``; an argument of the caller goes before the file, and the file before the default.
+    """Settings of one call of ``generate``; the caller's arguments override the file, and the file the defaults.
 
     Attributes:
-        sampler: the choice of a token.
-        rules: what forbids or forces tokens.
+        sampler: chooses the next token.
+        rules: forbid or force tokens.
         stop: texts at which to stop.
-        new_tokens: at most; None where ``length`` decides.
-        length: tokens of prompt and answer together.
+        new_tokens: maximum number of new tokens; None if ``length`` is the limit.
+        length: maximum number of tokens of prompt and answer together.
     """
 
     sampler: Sampler
@@ -195,7 +196,7 @@ class Settings:
 
     @classmethod
     def read(cls, model: Model, given: Mapping[str, Any]) -> Settings:
-        """Read the settings of a model, with those that the caller gives; None is not given.
+        """Combine the settings of a model with those of the caller, in which None means not given.
 
         Raises:
             ConfigError: a key that does not exist, or a value of the wrong type or out of range.
@@ -217,7 +218,7 @@ class Settings:
         )
 
     def budget(self, prompt: int) -> int:
-        """New tokens behind a prompt of so many.
+        """Return the maximum number of new tokens after a prompt of this many tokens.
 
         Raises:
             ConfigError: the prompt alone is longer than ``max_length``.
@@ -234,7 +235,7 @@ class Settings:
 
 
 def _name_missing(stored: Mapping[str, Any], *, sampling: bool) -> None:
-    """Say which keys of the file would change the text and are not implemented."""
+    """Warn about keys of the file that change the text and are not implemented."""
     table = _MISSING | (_MISSING_IN_SAMPLING if sampling else {})
     missing = [f"{k}={stored[k]!r}" for k in table if k in stored and stored[k] not in table[k]]
     if missing:
@@ -243,14 +244,14 @@ def _name_missing(stored: Mapping[str, Any], *, sampling: bool) -> None:
 
 
 def _sampler(reader: _Reader) -> Sampler:
-    """The caller's settings ask for chance, or else the file does; the numbers of both count then."""
+    """Return a sampler if the caller or the file turns sampling on, with the numbers of both; else a greedy one."""
     given, stored = reader.given, reader.stored
     penalty = reader.number("repetition_penalty", 1.0)
     seed, do_sample = given.get("seed"), reader.flag("do_sample")
     heat = given.get("temperature")
     greedy = given.get("do_sample") is False or heat == 0
     asked = given.get("do_sample") is True or any(key in given for key in CHANCE)
-    # What the caller gives is checked in any case, what the file has only where it counts.
+    # The caller's values are always checked, those of the file only if they are used.
     numbers = {key: given.get(key) for key in ("temperature", "top_k", "top_p", "min_p")}
     checked = Sampler(**numbers, repetition_penalty=penalty, seed=seed)
     if greedy or not (asked or do_sample):
@@ -269,7 +270,7 @@ def _sampler(reader: _Reader) -> Sampler:
 
 
 class _Reader:
-    """One value at a time, from the caller or the file, with its type."""
+    """Typed access to single settings of the caller or the file."""
 
     def __init__(
         self, stored: Mapping[str, Any], given: Mapping[str, Any], vocabulary: int
@@ -302,7 +303,7 @@ class _Reader:
         return value
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """An id, or a list of ids; those that the vocabulary lacks have no effect."""
+        """Return an id or a list of ids, without those outside the vocabulary, which have no effect."""
         value = self._value(key, ())
         listed = [value] if type(value) is int else value
         if not isinstance(listed, list | tuple) or not all(type(i) is int for i in listed):
@@ -342,7 +343,7 @@ class _Reader:
         return tuple(self.sequence(key, item) for item in value)
 
     def lengths(self) -> tuple[int | None, int | None]:
-        """New tokens and length of the whole; what the caller gives goes before the file."""
+        """Return the limits on new tokens and on the total length; the caller's arguments override the file."""
         new, length = self.whole("max_new_tokens", None), self.whole("max_length", None)
         if "max_length" in self.given and "max_new_tokens" not in self.given:
             new = None
@@ -358,7 +359,7 @@ class _Reader:
             self.biases(),
             self.bad_words(),
             self.whole("no_repeat_ngram_size", 0),
-            # As in transformers, min_new_tokens goes before min_length.
+            # As in transformers, min_new_tokens overrides min_length.
             self.whole("min_length", 0) if self.whole("min_new_tokens", None) is None else 0,
             self.whole("min_new_tokens", 0),
             first if first is not None and first < self.vocabulary else None,

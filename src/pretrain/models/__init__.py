@@ -1,6 +1,7 @@
-"""Families of models, one file each, and the one function that builds them by name.
+"""Registry of model families (one module each) and ``build``, which creates a model by family name.
 
-``FAMILIES`` is data, resolved on demand; a class of your own is named by its path, ``"package.module:Class"``.
+``FAMILIES`` maps names to import paths, which are imported on first use. A class outside this package is named by its
+path, ``"package.module:Class"``.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ FAMILIES = {
 
 
 def family_class(family: str, *, path_allowed: bool = True) -> type[Backbone]:
-    """The backbone class of a family.
+    """Return the backbone class of a family.
 
     Args:
         family: a key of ``FAMILIES``, or ``"package.module:Class"``.
-        path_allowed: False where the name comes from a file, which must never choose code.
+        path_allowed: False if the name comes from a file, because a file must never select code to import.
 
     Raises:
-        ConfigError: there is no such family, or the path names no backbone.
+        ConfigError: there is no such family, or the path does not name a backbone.
     """
     from pretrain.models.backbone import Backbone
 
@@ -71,16 +72,16 @@ def build(
 
     Args:
         family: a key of ``FAMILIES``, or ``"package.module:Class"`` of your own backbone.
-        size: a key of ``pretrain.models.config.SIZES``; without one the family's defaults hold.
+        size: a key of ``pretrain.models.config.SIZES``; None uses the defaults of the family.
         head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the family's language-model head.
-        seed: of the initial weights.
-        tokenizer: kept beside the model; sets ``vocab_size`` and the special ids where they are not overridden.
+        seed: seed of the initial weights.
+        tokenizer: stored as ``model.tokenizer``; sets ``vocab_size`` and the special ids unless they are overridden.
         labels: class names of a classification head, or their number.
-        device: where its weights are made; on ``"meta"`` they take no memory until a trainer has shared them out.
+        device: device of the weights; on ``"meta"`` they take no memory until a trainer has sharded the model.
         **overrides: fields of the family's config.
 
     Raises:
-        ConfigError: an unknown family, size or field, or impossible sizes.
+        ConfigError: unknown family, size or field, or inconsistent sizes.
         ModelError: the family has no such head.
     """
     from pretrain.models.base import Model

@@ -1,6 +1,6 @@
-"""What every family shares: embedding look-up, positions, the run through the blocks, initialisation, head defaults.
+"""``Backbone``, the base class of the families: embedding look-up, positions, the loop over blocks, initialisation.
 
-A family subclasses ``Backbone`` in one file: its config, its embedding and forward, and its names on disk.
+A family subclasses it in one module, with its config, its embeddings and ``forward``, its heads and its names on disk.
 Letters: B rows, T tokens, D hidden, V vocabulary.
 """
 
@@ -34,15 +34,15 @@ Batch = Mapping[str, Tensor]
 
 
 class Backbone(nn.Module):
-    """Tokens to vectors.
+    """Base class of the models without a head: token ids (B, T) -> hidden states (B, T, D).
 
     Class attributes of a family:
-        model_type: its name in config.json.
-        config_class: its configuration.
-        causal: a token sees no later one.
-        prefix: of the body's tensors in a file with a head; ``prefixes`` lists all that are accepted.
-        architectures: head kind (None is the body alone) -> class name in config.json; the heads that exist.
-        residual_scale: output projections start smaller by sqrt(2 L), as in GPT-2.
+        model_type: name of the family in config.json.
+        config_class: configuration class.
+        causal: a token attends to no later token.
+        prefix: prefix of the body's tensors in a file with a head; ``prefixes`` lists all that are accepted.
+        architectures: head kind (None is the body alone) -> class name in config.json; lists the available heads.
+        residual_scale: divide the initial standard deviation of output projections by sqrt(2 L), as in GPT-2.
     """
 
     model_type: ClassVar[str]
@@ -52,7 +52,7 @@ class Backbone(nn.Module):
     prefixes: ClassVar[tuple[str, ...]] = ("model.", "transformer.")
     architectures: ClassVar[Mapping[str | None, str]] = {}
     residual_scale: ClassVar[bool] = False
-    # The rows that this process holds of a token embedding that several share, or None.
+    # The rows of the token embedding that this rank holds under tensor parallelism, or None.
     vocab: VocabShard | None = None
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -61,19 +61,19 @@ class Backbone(nn.Module):
         self.compiled = False
         self.layers = nn.ModuleList()
 
-    # ------------------------------------------------------------------ what a family writes
+    # ------------------------------------------------------------------ implemented by the family
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        """(B, T) ids under ``input_ids`` -> (B, T, D); with a cache, the ids are those behind the cached ones."""
+        """Map (B, T) ids under ``input_ids`` to (B, T, D); with a cache, the ids follow the cached tokens."""
         raise NotImplementedError
 
     @classmethod
     def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
-        """The configuration of a config.json."""
+        """Return the configuration of a config.json."""
         raise NotImplementedError
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The keys of config.json; a family adds its own to these."""
+        """Return the keys of config.json; a family adds its own."""
         config = self.config
         return {
             "vocab_size": config.vocab_size,
@@ -85,36 +85,36 @@ class Backbone(nn.Module):
         }
 
     def names(self) -> list[Name]:
-        """Rules from the backbone's parameters to names on disk."""
+        """Return the rules that map the backbone's parameters to names on disk."""
         raise NotImplementedError
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
-        """The same for the parameters of a head; names in memory start with ``head.``."""
+        """Return the rules for the parameters of a head; names in memory start with ``head.``."""
         raise NotImplementedError
 
     def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
-        """Names on disk under which old files repeat a tensor -> the parameter; written only by untied heads."""
+        """Return name on disk -> parameter for duplicates of a tensor in old files; only untied heads write them."""
         return {}
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
-        """A head of the kind, uninitialised."""
+        """Return a head of the kind, uninitialised."""
         raise NotImplementedError
 
     def embeddings(self) -> list[nn.Module]:
-        """The modules before the first block: depth 0 of layer-wise learning rates."""
+        """Return the modules before the first block: depth 0 of layer-wise learning rates."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ shared
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks from bottom to top: units of sharding, checkpointing and compilation."""
+        """Return the blocks from first to last: the units of sharding, activation checkpointing and compilation."""
         return list(self.layers)
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """Let training keep less of each block: ``off``, ``selective`` or ``full``, see ``Block``.
+        """Set the activation checkpointing of all blocks: ``off``, ``selective`` or ``full``, see ``Block``.
 
         Raises:
-            ConfigError: a block of an own family does not know it.
+            ConfigError: a block of a custom family does not support it.
         """
         for block in self.blocks():
             if isinstance(block, Block) and type(block).forward is Block.forward:
@@ -128,25 +128,25 @@ class Backbone(nn.Module):
                 )
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile block by block, which all share one graph; what is computed again is a part of it."""
-        # fp32 is computed as fp32 here, and torch says with every compilation that it could be less.
+        """Compile every block; all share one graph, which includes the recomputation of activation checkpointing."""
+        # Products of fp32 run in full fp32 on purpose, and torch recommends TF32 at every compilation.
         warnings.filterwarnings("ignore", message=_TF32)
         for block in self.blocks():
             block.compile(**options)
         self.compiled = True
 
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
-        """Within the context compiled blocks run as they were written.
+        """Return a context in which compiled blocks run eagerly.
 
-        A text that grows has another shape at every step, and a cache that fills another content: for each of them the
-        compiler would make a graph, until it gives up.
+        In generation, the shape of a growing text and the length of the key-value cache change at every step; the
+        compiler would recompile for each of them until it reaches its limit.
         """
         return (
             torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
         )
 
     def plain_blocks(self) -> None:
-        """Take ``set_activation_checkpointing`` and ``compile_blocks`` back."""
+        """Undo ``set_activation_checkpointing`` and ``compile_blocks``."""
         self.set_activation_checkpointing("off")
         self.compiled = False
         for block in self.blocks():
@@ -154,7 +154,7 @@ class Backbone(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """Tokens that a row may have."""
+        """Maximum number of tokens in a row."""
         length: int = self.config.max_positions
         return length
 
@@ -165,14 +165,14 @@ class Backbone(nn.Module):
         return size
 
     def prefix_of(self, kind: str | None) -> str:
-        """Prefix of the body's tensors in a file with that head."""
+        """Return the prefix of the body's tensors in a file with that head."""
         return "" if kind is None else self.prefix
 
     def span(self, batch: Batch, cache: KVCache | None) -> tuple[int, int]:
-        """First and last column (exclusive) of the new tokens.
+        """Return the first and last column (exclusive) of the new tokens.
 
         Raises:
-            ModelError: the row is longer than the positions.
+            ModelError: ``input_ids`` is not two-dimensional, or a row is longer than the model's positions.
         """
         ids = batch["input_ids"]
         if ids.ndim != 2:
@@ -181,7 +181,7 @@ class Backbone(nn.Module):
             )
         past = 0 if cache is None else cache.length
         stop = past + ids.shape[1]
-        # Packed documents count their own positions, which are held against the table below.
+        # Packed documents have their own positions, which ``positions`` checks.
         if stop > self.max_length and "position_ids" not in batch:
             raise ModelError(
                 f"A row of {stop} tokens is longer than the {self.max_length} positions of this {self.model_type} "
@@ -190,7 +190,11 @@ class Backbone(nn.Module):
         return past, stop
 
     def positions(self, batch: Batch, cache: KVCache | None) -> Tensor | None:
-        """(B, T) positions that differ from 0, 1, 2, ...: given ones, or those that restart with each document."""
+        """Return (B, T) positions if they are not 0, 1, 2, ...: ``position_ids``, or those that restart per document.
+
+        Raises:
+            ModelError: ``position_ids`` on a CPU exceed the positions of the model.
+        """
         given = batch.get("position_ids")
         if given is not None:
             if given.ndim == 1:
@@ -210,13 +214,18 @@ class Backbone(nn.Module):
         return None
 
     def look_up(self, embedding: nn.Embedding, ids: Tensor, what: str = "input_ids") -> Tensor:
-        """Embed ids, (B, T) -> (B, T, D), and name the id if it does not exist (on a CPU; a GPU is not asked)."""
+        """Embed ids, (B, T) -> (B, T, D).
+
+        Raises:
+            ModelError: an id is out of range (checked on a CPU only; on a GPU a check would synchronise).
+        """
         vocab = self.vocab
         try:
             if vocab is None or embedding is not self.token_embedding:
                 found: Tensor = embedding(ids)
                 return found
-            # Each process misses other ids, and all must fail alike: those that went on would wait for ever.
+            # A look-up fails only on the rank whose shard is indexed out of range; all ranks must raise, or the others
+            # would wait in the all-reduce for ever.
             if (
                 ids.is_cpu
                 and ids.numel()
@@ -238,19 +247,21 @@ class Backbone(nn.Module):
         cache: KVCache | None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Through all blocks, (B, T, D) -> (B, T, D), with one mask and one rotation per block.
+        """Run all blocks, (B, T, D) -> (B, T, D), with one mask and one rotary table per block.
 
-        With ``keep``, places in the flattened batch, the last block works for these alone, and the result is (N, D).
+        ``keep`` holds (N,) indices into the flattened batch: the last block computes only these tokens after its
+        attention, and the result is (N, D).
         """
         columns = x.shape[1]
         if self.compiled and cache is None:
-            # What all blocks share is made before the first of them: a graph that makes it is another one.
+            # Masks and tables that all blocks share are computed before the first block: computing them inside of it
+            # would give that block a graph of its own.
             for mask, rope in zip(masks, ropes, strict=True):
                 mask.prepare(columns, x.device, compute_dtype(x))
                 if rope is not None:
                     rope.to(compute_dtype(x))
         for i, block in enumerate(self.layers):
-            # Passed only where it is wanted: a family's own block need not know it.
+            # Passed only if set, so that the blocks of a custom family need not accept it.
             last: dict[str, Any] = (
                 {"keep": keep} if keep is not None and i == len(self.layers) - 1 else {}
             )
@@ -262,20 +273,20 @@ class Backbone(nn.Module):
         return x
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout on the embeddings."""
+        """Apply dropout to the embeddings."""
         return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
 
     def set_attention_dropout(self) -> None:
-        """Blocks know one dropout; families set that of the attention weights apart from it."""
+        """Set the dropout on attention weights, which ``BlockConfig`` does not separate from the other dropout."""
         for block in self.layers:
             assert isinstance(block, Block)
             block.attention.dropout = self.config.attention_dropout
 
     def init_buffers(self) -> None:
-        """Compute buffers, if a family has some: behind a meta device they are empty."""
+        """Compute the buffers of a family that has any: after construction on the meta device they are empty."""
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
-        """Fill one fp32 CPU tensor: norms with ones, biases with zeros, matrices from a (truncated) normal."""
+        """Initialise one fp32 CPU tensor: norms with ones, biases with zeros, matrices from a (truncated) normal."""
         if value.ndim < 2:
             value.fill_(1.0 if name.endswith("weight") else 0.0)
             return
@@ -292,7 +303,7 @@ class Backbone(nn.Module):
             value[row] = 0.0
 
     def init_std(self, name: str) -> float:
-        """Standard deviation of a fresh matrix."""
+        """Return the standard deviation of an initial matrix."""
         std: float = self.config.initializer_range
         if name.endswith(("attention.output.weight", "mlp.down.weight")):
             if self.config.zero_init_outputs:
@@ -302,11 +313,11 @@ class Backbone(nn.Module):
         return std
 
     def init_cutoff(self) -> float | None:
-        """Fresh matrices are truncated at so many standard deviations; None is not at all."""
+        """Return the number of standard deviations at which initial matrices are truncated; None for no truncation."""
         return None
 
     def padding_row(self, name: str) -> int | None:
-        """The row of an embedding that belongs to padding: it starts at zero and is not trained by look-ups."""
+        """Return the padding row of an embedding, which starts at zero and gets no gradient from look-ups, or None."""
         for module_name, module in self.named_modules():
             if isinstance(module, nn.Embedding) and name == f"backbone.{module_name}.weight":
                 return module.padding_idx

@@ -1,7 +1,7 @@
-"""A backbone turns tokens into vectors; a model is a backbone, a head and a tokenizer.
+"""``Model``: a backbone, a head and a tokenizer.
 
-The families subclass ``Backbone``, one file each. ``Model`` knows none of them: it moves tensors between memory and
-the names of Hugging Face's files (through the family's name table), initialises, counts and describes itself.
+The families subclass ``Backbone``, one module each. ``Model`` is independent of the family: it maps its parameters to
+the tensor names of Hugging Face's files (through the family's name table), initialises, counts and describes itself.
 
 Letters: B rows, T tokens, D hidden, V vocabulary, C classes.
 """
@@ -42,30 +42,30 @@ __all__ = [
 
 
 class Model(ModelMethods, nn.Module):
-    """Backbone, head and tokenizer: what ``pretrain.load`` returns.
+    """Backbone, head and tokenizer; returned by ``pretrain.load``.
 
     Args:
-        backbone: of a family.
-        head: None gives the backbone's (B, T, D).
+        backbone: the backbone of a family.
+        head: the head; with None the model returns the backbone's (B, T, D).
         head_kind: one of ``HEAD_KINDS``, or None.
-        tokenizer: used by ``generate``, ``fill_mask`` and ``embed``; tensors in, tensors out works without.
+        tokenizer: used by ``generate``, ``fill_mask`` and ``embed``; ``forward`` works without it.
         labels: names of the classes of a classification head.
 
     Attributes:
         generation_config: content of generation_config.json.
-        extra_config: keys of config.json that we do not use, kept for the next save; our own block is ``pretrain``.
-        sentences: how ``embed`` makes vectors, from the files of a sentence-transformers directory; None without.
+        extra_config: unused keys of config.json, kept for the next save; this package's own block is ``pretrain``.
+        sentences: settings of ``embed`` from the files of a sentence-transformers directory, or None.
         remarks: keys of config.json that were read and have no effect; ``load`` prints them.
-        fresh: parameters that no file has given a value yet: a new head on a pre-trained body.
-        source: directory that the weights were read from, as it was named; None for a model built here.
-        adapter: what ``pretrain.lora.apply_lora`` put on the model, or None.
-        card: README.md of the directories that the model is saved to; None writes one from config.json.
-        merge_gap: largest difference of the outputs that the last ``merge`` made, or None.
-        tp: how the parameters are cut over several processes (``pretrain.distributed.tensor_parallel``), or None.
-        layout: which part of every parameter lies in this process (``pretrain.nn.layout``), or None: all.
-        computes_on: device on which the model computes while its parameters wait on another one (``cpu_offload``), or
-            None: where they lie.
-        start: gives weights to a model that was left on the meta device, once its parts have their places.
+        fresh: parameters that were not loaded from a file, such as a new head on a pre-trained body.
+        source: directory that the weights were read from, as the caller spelled it; None for a model built here.
+        adapter: the adapter added by ``pretrain.lora.apply_lora``, or None.
+        card: README.md for directories that the model is saved to; None generates one from config.json.
+        merge_gap: largest difference in the outputs caused by the last ``merge``, or None.
+        tp: how the parameters are split by tensor parallelism (``pretrain.distributed.tensor_parallel``), or None.
+        layout: which part of every parameter this rank holds (``pretrain.nn.layout``); None if it holds all of them.
+        computes_on: device of the computation if the parameters are offloaded to another one (``cpu_offload``); None
+            if it is the device of the parameters.
+        start: function that fills a model on the meta device with weights after it has been sharded.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Model(ModelMethods, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs must lie."""
+        """Device on which inputs must be."""
         return self.computes_on or next(self.parameters()).device
 
     @classmethod
@@ -112,7 +112,7 @@ class Model(ModelMethods, nn.Module):
         labels: Sequence[str] | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> Model:
-        """A model on the meta device: shapes without memory. Give it weights with ``materialize`` or by loading.
+        """Build a model on the meta device, without memory; ``materialize`` or loading gives it weights.
 
         Raises:
             ModelError: the family has no such head.
@@ -133,14 +133,14 @@ class Model(ModelMethods, nn.Module):
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], head: str | None = None) -> Model:
-        """A model on the meta device from the content of a config.json.
+        """Build a model on the meta device from the content of a config.json.
 
         Args:
             config: the parsed file.
-            head: a head other than the one that ``architectures`` names; ``"none"`` for the backbone alone.
+            head: replaces the head that ``architectures`` names; ``"none"`` for the backbone alone.
 
         Raises:
-            ConfigError: an unknown family, a missing or mistyped key, absurd sizes, or a feature we do not implement.
+            ConfigError: an unknown family, a missing or mistyped key, sizes out of bounds, or an unsupported feature.
         """
         from pretrain.models import family_class
 
@@ -171,21 +171,21 @@ class Model(ModelMethods, nn.Module):
         return model
 
     def materialize(self, seed: int = 0, device: str | torch.device = "cpu") -> Model:
-        """Take memory for the parameters and initialise them; returns the model."""
+        """Allocate memory for the parameters, initialise them and return the model."""
         self.to_empty(device=device)
         self.init_weights(seed)
         return self
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, names: Collection[str] | None = None) -> None:
-        """Initialise as the family's paper does.
+        """Initialise the parameters as the family's paper does.
 
-        Each tensor is drawn from ``seed`` and its own name: the result depends neither on torch's global generator
-        nor on the device, nor on which other tensors there are, nor on how they are shared out among processes: each
-        is drawn whole, one at a time, and what belongs elsewhere is dropped.
+        Each tensor is drawn with a generator seeded by ``seed`` and the parameter name. The result does not depend on
+        torch's global generator, the device, the other tensors or the sharding: every rank draws the full tensors, one
+        at a time, and keeps its own part.
 
         Args:
-            seed: of all draws.
+            seed: seed of all draws.
             names: initialise only these parameters.
         """
         self.backbone.init_buffers()
@@ -200,7 +200,7 @@ class Model(ModelMethods, nn.Module):
                 local(parameter).copy_(value)
 
     def forward(self, batch: Batch, *, cache: Any = None) -> Tensor:
-        """Logits: (B, T, V) of a vocabulary head, (B, C) per row, (B, T, C) per token; (B, T, D) without a head."""
+        """Return logits: (B, T, V) over the vocabulary, (B, C) per row, (B, T, C) per token; (B, T, D) if no head."""
         hidden: Tensor = self.backbone(batch, cache=cache)
         if self.head is None:
             return hidden
@@ -210,15 +210,15 @@ class Model(ModelMethods, nn.Module):
     # ------------------------------------------------------------------ names on disk
 
     def entries(self) -> list[Entry]:
-        """Every tensor of the file and the parameters that it holds; see ``pretrain.models.state``."""
+        """Return every tensor of the file and the parameters that it holds; see ``pretrain.models.state``."""
         return entries_of(self)
 
     def disk_state(self) -> dict[str, Tensor]:
-        """All weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
+        """Return all weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
         return disk_state(self)
 
     def disk_view(self) -> LazyTensors:
-        """The same, but each tensor is made when it is asked for, and may be a view of a parameter."""
+        """Return the same as a lazy mapping: each tensor is created on access, and may be a view of a parameter."""
         return disk_view(self)
 
     def load_disk_state(self, tensors: Mapping[str, Tensor], *, seed: int = 0) -> LoadReport:
@@ -230,7 +230,7 @@ class Model(ModelMethods, nn.Module):
         return load_disk_state(self, tensors, seed=seed)
 
     def hf_config(self) -> dict[str, Any]:
-        """Content of config.json, in the spellings of transformers 4 and 5."""
+        """Return the content of config.json, with the keys of transformers 4 and 5."""
         config = {**drop_code(self.extra_config), **self.backbone.to_hf_config()}
         config["model_type"] = self.backbone.model_type
         config["architectures"] = [self.backbone.architectures[self.head_kind]]
@@ -242,7 +242,7 @@ class Model(ModelMethods, nn.Module):
         return config
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Parameters, tied ones once; without those of the embeddings if asked."""
+        """Return the number of parameters, tied ones counted once; ``embeddings=False`` leaves out the embeddings."""
         total = sum(p.numel() for p in self.parameters())
         if not embeddings:
             total -= sum(
@@ -251,7 +251,7 @@ class Model(ModelMethods, nn.Module):
         return total
 
     def depths(self) -> dict[str, int]:
-        """Depth of every parameter: 0 of the embeddings, i + 1 of block i, one more than the blocks behind them.
+        """Return the depth of every parameter: 0 for embeddings, i + 1 for block i, blocks + 1 after the last block.
 
         A head tied to the embeddings has their depth.
         """
@@ -261,7 +261,7 @@ class Model(ModelMethods, nn.Module):
         return {name: found.get(id(p), len(blocks) + 1) for name, p in self.named_parameters()}
 
     def summary(self) -> dict[str, str]:
-        """Family, head, sizes, parameters, memory and type, as shown in a notebook."""
+        """Return family, head, sizes, parameters, memory and dtype, as shown in a notebook."""
         config = self.backbone.config
         parameters = list(self.parameters())
         memory = sum(p.numel() * p.element_size() for p in parameters) / 2**20

@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805) and RoBERTa (1907.11692): learned positions, norms behind each half, seeing both sides."""
+"""BERT (arXiv 1810.04805) and RoBERTa (1907.11692): bidirectional encoders with learned positions and post-norm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Bert", "BertConfig", "Roberta", "RobertaConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(BackboneConfig):
-    """``type_vocab_size`` is the number of segments; without ``classifier_dropout``, ``dropout`` takes its place."""
+    """Fields of BERT: ``type_vocab_size`` is the number of segments, ``classifier_dropout`` defaults to ``dropout``."""
 
     vocab_size: int = 30522
     max_positions: int = 512
@@ -70,11 +70,11 @@ class Bert(Backbone):
         self.set_attention_dropout()
 
     def build_positions(self, config: BertConfig) -> nn.Embedding:
-        """The table of position vectors."""
+        """Return the table of position embeddings."""
         return nn.Embedding(config.max_positions, config.hidden_size)
 
     def embed_positions(self, batch: Batch) -> Tensor:
-        """(1|B, T, D) position vectors."""
+        """Return (1|B, T, D) position embeddings."""
         positions = self.positions(batch, None)
         if positions is None:
             return self.position_embedding.weight[None, : batch["input_ids"].shape[1]]
@@ -98,7 +98,7 @@ class Bert(Backbone):
         return self.run(x, [mask] * layers, [None] * layers, None, batch.get("keep_index"))
 
     def init_cutoff(self) -> float | None:
-        """As in the published code, which truncates at two standard deviations."""
+        """Truncate at two standard deviations, as the published code does."""
         return 2.0
 
     def embeddings(self) -> list[nn.Module]:
@@ -125,12 +125,12 @@ class Bert(Backbone):
         return TokenHead(config.hidden_size, 2)
 
     def mlm_activation(self) -> str:
-        """Activation inside the masked-LM head."""
+        """Return the name of the activation in the masked-LM head."""
         name: str = self.config.activation
         return name
 
     def build_sequence_head(self, num_labels: int, dropout: float) -> SequenceHead:
-        """The pooler (dense, tanh, of the first token) and a classifier."""
+        """Return the pooler (dense and tanh on the first token) and a classifier."""
         size = self.config.hidden_size
         return SequenceHead(
             size, num_labels, pool="first", transform=Transform(size, "tanh", None), dropout=dropout
@@ -182,7 +182,7 @@ class Bert(Backbone):
         return [Name(disk, ("head.classifier",), body=False)]
 
     def sequence_names(self) -> list[Name]:
-        """The pooler belongs to the body on disk."""
+        """Return the rules of the sequence head; on disk the pooler belongs to the body."""
         return [
             Name("pooler.dense", ("head.transform.dense",)),
             Name("classifier", ("head.classifier",), body=False),
@@ -226,7 +226,7 @@ class Bert(Backbone):
         )
         return config
 
-    # Pad, bos and eos where config.json has no key.
+    # Pad, bos and eos if config.json lacks the key.
     default_ids: ClassVar[tuple[int | None, int | None, int | None]] = (0, None, None)
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class Bert(Backbone):
 
 @dataclass(frozen=True, kw_only=True)
 class RobertaConfig(BertConfig):
-    """``max_positions`` counts the rows of the table, of which those up to and with ``pad_id`` hold no position."""
+    """Fields of RoBERTa: ``max_positions`` is the number of table rows; the first ``pad_id + 1`` hold no position."""
 
     vocab_size: int = 50265
     max_positions: int = 514
@@ -269,7 +269,7 @@ class RobertaConfig(BertConfig):
 
 
 class Roberta(Bert):
-    """BERT whose positions start at pad + 1; padding keeps the position of the pad id."""
+    """BERT with positions that start at ``pad_id + 1``; padding has the position ``pad_id``."""
 
     model_type: ClassVar[str] = "roberta"
     config_class: ClassVar[type[BackboneConfig]] = RobertaConfig
@@ -292,14 +292,14 @@ class Roberta(Bert):
 
     @property
     def max_length(self) -> int:
-        """Rows of the table that hold positions."""
+        """Number of table rows that hold positions."""
         return int(self.config.max_positions - self.config.pad_id - 1)
 
     def build_positions(self, config: BertConfig) -> nn.Embedding:
         return nn.Embedding(config.max_positions, config.hidden_size, padding_idx=config.pad_id)
 
     def embed_positions(self, batch: Batch) -> Tensor:
-        """Given positions start at 0 like everywhere in this package; the offset is added here."""
+        """Return position embeddings; given positions start at 0 as in all families, and the offset is added here."""
         ids, pad = batch["input_ids"], self.config.pad_id
         positions = self.positions(batch, None)
         if positions is None:
@@ -313,7 +313,7 @@ class Roberta(Bert):
         return found
 
     def mlm_activation(self) -> str:
-        """Always GELU, whatever the blocks use."""
+        """Return GELU, whatever the blocks use."""
         return "gelu"
 
     def build_sequence_head(self, num_labels: int, dropout: float) -> SequenceHead:

@@ -1,6 +1,6 @@
-"""What a backbone is made of: checked before any memory is taken, read from and written to Hugging Face's config.json.
+"""Configuration of backbones: sizes, validation before memory is allocated, and reading of Hugging Face's config.json.
 
-A config.json is data from a stranger: types are checked, numbers are bounded, keys that name code are dropped.
+A config.json is untrusted input: types are checked, numbers are bounded, and keys that name code are dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["SIZES", "BackboneConfig", "ConfigReader", "drop_code", "hf_activatio
 
 Self = TypeVar("Self", bound="BackboneConfig")
 
-# One dial: name -> (num_layers, hidden_size, num_heads).
+# Model sizes: name -> (num_layers, hidden_size, num_heads).
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (2, 128, 2),
     "mini": (4, 256, 4),
@@ -30,7 +30,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "xl": (36, 1280, 20),
 }
 HEAD_DIM = 64
-# Far above every published model; what lies beyond is a broken or hostile file.
+# Bounds far above every published model; a larger value means a broken or hostile file.
 _LIMITS = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 17,
@@ -48,17 +48,17 @@ _ZERO_ALLOWED = {"type_vocab_size"}
 
 
 def round_up(value: float, multiple: int) -> int:
-    """The next multiple of ``multiple`` at or above ``value``."""
+    """Return the smallest multiple of ``multiple`` that is at least ``value``."""
     return math.ceil(value / multiple) * multiple
 
 
 def hf_activation(name: str) -> str:
-    """The spelling of an activation that transformers knows."""
+    """Return the name of an activation in transformers."""
     return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
 
 
 def _physical_memory() -> int:
-    """Bytes of memory in this machine; very many where it cannot be asked."""
+    """Return the bytes of memory of this machine, or 2^50 where the system does not report them."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -67,27 +67,27 @@ def _physical_memory() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Sizes and options that all families share; a family adds its own fields. Checked when it is made.
+    """Sizes and options that all families share; a family adds its own fields. Validated on construction.
 
     Attributes:
         vocab_size: rows of the token embedding, V.
         hidden_size: D.
-        num_layers: blocks.
+        num_layers: number of blocks.
         num_heads: H.
         num_kv_heads: heads of keys and values; H when None.
         head_dim: size of a head; D / H when None.
         intermediate_size: width of the feed-forward layer; the family's usual multiple of D when None.
         max_positions: ``max_position_embeddings`` of config.json.
         norm_eps: added to the variance in every norm.
-        dropout: on embeddings and on the output of each half of a block.
-        attention_dropout: on the attention weights.
-        initializer_range: standard deviation of fresh weights.
-        tie_embeddings: the vocabulary head uses the token embedding.
+        dropout: dropout on the embeddings and on the output of each sub-layer of a block.
+        attention_dropout: dropout on the attention weights.
+        initializer_range: standard deviation of initial weights.
+        tie_embeddings: the vocabulary head shares the weight of the token embedding.
         pad_id, bos_id, eos_id: ids of the special tokens.
-        activation: of the feed-forward layer; a name in ``pretrain.nn.mlp.ACTIVATIONS``.
+        activation: activation of the feed-forward layer; a name in ``pretrain.nn.mlp.ACTIVATIONS``.
         zero_init_outputs: the output projections of attention and feed-forward layer start at zero, so that every
-            block starts as the identity (arXiv 1901.09321); goes well with Muon.
-        classifier_dropout: before the classifier of a labelling head; the family's usual one when None.
+            block starts as the identity (arXiv 1901.09321); works well with Muon.
+        classifier_dropout: dropout before the classifier of a classification head; the family's default when None.
 
     Raises:
         ConfigError: a value of the wrong type, out of range, or more parameters than this machine's memory holds.
@@ -134,11 +134,11 @@ class BackboneConfig:
         self.validate()
 
     def default_intermediate(self) -> int:
-        """Width of the feed-forward layer where none is given."""
+        """Return the width of the feed-forward layer that is used if none is given."""
         return 4 * self.hidden_size
 
     def _check_fields(self) -> None:
-        """Types, finiteness and bounds of every field, from its annotation."""
+        """Check type, finiteness and bounds of every field, by its annotation."""
         for spec in fields(self):
             value, kind = getattr(self, spec.name), str(spec.type)
             if value is None and "None" in kind:
@@ -178,10 +178,10 @@ class BackboneConfig:
             )
 
     def validate(self) -> None:
-        """Check what several fields must agree on, and that the parameters fit into this machine's memory.
+        """Check that the fields are consistent and that the parameters fit into this machine's memory.
 
         Raises:
-            ConfigError: they do not.
+            ConfigError: they are not, or do not.
         """
         heads, groups, dim = self.num_heads, self.num_kv_heads or 0, self.head_dim or 0
         if heads % groups:
@@ -205,7 +205,7 @@ class BackboneConfig:
             )
 
     def parameter_count(self) -> int:
-        """Matrix parameters of the backbone, by arithmetic alone (norms and biases are not counted)."""
+        """Return the number of parameters in matrices, computed from the sizes (norms and biases are not counted)."""
         d, hd, inner = self.hidden_size, self.head_dim or 0, self.intermediate_size or 0
         attention = d * hd * (2 * self.num_heads + 2 * (self.num_kv_heads or 0))
         tables = self.vocab_size * (1 if self.tie_embeddings else 2)
@@ -214,10 +214,10 @@ class BackboneConfig:
 
     @classmethod
     def from_size(cls: type[Self], name: str | None = None, **overrides: Any) -> Self:
-        """A configuration by size name, with any field overridden.
+        """Return the configuration of a named size, with any field overridden.
 
         Raises:
-            ConfigError: an unknown size or field; the nearest known one is named.
+            ConfigError: unknown size or field; the message suggests the nearest known one.
         """
         known = [spec.name for spec in fields(cls)]
         for key in overrides:
@@ -263,17 +263,17 @@ def drop_code(value: Any) -> Any:
 
 
 class ConfigReader:
-    """Reads a config.json key by key with its type, and knows at the end which keys were not understood.
+    """Typed access to the keys of a config.json, which records the keys that were read.
 
     Args:
         config: the parsed file.
-        family: named in errors.
+        family: name of the family, for error messages.
 
     Attributes:
-        remarks: what was read and has no effect, each a short phrase for the line that is printed on loading.
+        remarks: settings that have no effect, each a short phrase for the line that is printed on loading.
     """
 
-    # Read elsewhere, or without meaning for us.
+    # Keys that are read elsewhere, or have no meaning in this package.
     _KNOWN = frozenset(
         {
             *("model_type", "architectures", "dtype", "torch_dtype", "transformers_version"),
@@ -309,36 +309,36 @@ class ConfigReader:
         return value
 
     def integer(self, key: str, default: Any = _MISSING) -> Any:
-        """A whole number, or the default where the key is absent or null."""
+        """Return a whole number, or the default if the key is absent or null."""
         return self._get(key, default, (int,), "a whole number")
 
     def number(self, key: str, default: Any = _MISSING) -> Any:
-        """A number, as float."""
+        """Return a number, as float."""
         value = self._get(key, default, (int, float), "a number")
         return value if value is None else float(value)
 
     def flag(self, key: str, default: Any = _MISSING) -> Any:
-        """True or false."""
+        """Return a boolean."""
         return self._get(key, default, (bool,), "true or false")
 
     def text(self, key: str, default: Any = _MISSING) -> Any:
-        """A text."""
+        """Return a string."""
         return self._get(key, default, (str,), "a text")
 
     def mapping(self, key: str) -> dict[str, Any] | None:
-        """A mapping, or None."""
+        """Return a mapping, or None."""
         found: dict[str, Any] | None = self._get(key, None, (dict,), "a mapping")
         return found
 
     def strings(self, key: str) -> tuple[str, ...] | None:
-        """A list of texts, or None."""
+        """Return a list of strings, or None."""
         found = self._get(key, None, (list,), "a list of texts")
         if found is not None and not all(isinstance(item, str) for item in found):
             raise ConfigError(f"config.json: {key!r} is {found!r}; it must be a list of texts.")
         return None if found is None else tuple(found)
 
     def token(self, key: str, default: int | None = None) -> int | None:
-        """A token id; the first of a list; None where it is null, negative, or no token of this vocabulary."""
+        """Return a token id, or the first of a list; None if it is null, negative or outside the vocabulary."""
         self._used.add(key)
         vocabulary = self._config.get("vocab_size")
         value = self._config.get(key, default)
@@ -351,23 +351,23 @@ class ConfigReader:
         return value
 
     def window(self) -> int | None:
-        """``sliding_window``: transformers takes 4096 where the key is absent, and full attention where it is null."""
+        """Return ``sliding_window``: as in transformers 4096 if the key is absent, None (full attention) if null."""
         window: int | None = self.integer("sliding_window", None)
         return window if "sliding_window" in self._config else 4096
 
     def rename(self, **spellings: str) -> None:
-        """Take a key from its other spelling where it is absent; ``n_embd="hidden_size"``."""
+        """Read an absent key from its alternative spelling; ``n_embd="hidden_size"``."""
         for key, other in spellings.items():
             if key not in self._config and other in self._config:
                 self._config[key] = self._config.pop(other)
 
     def no_effect(self, key: str, without: Any, why: str) -> None:
-        """Remark a key whose value is not ``without``: the outputs are the same, and it is kept as it is."""
+        """Add a remark if a key has another value than ``without``; it does not change the outputs and is kept."""
         if self._config.get(key) not in (None, without):
             self.remarks.append(f"{key} ({why})")
 
     def refuse(self, key: str, *supported: Any) -> None:
-        """Raise if the key is there with a value outside ``supported``: what we do not do must not pass unseen."""
+        """Raise if the key has a value outside ``supported``: unimplemented features must not be ignored silently."""
         self._used.add(key)
         if key in self._config and self._config[key] not in supported:
             raise ConfigError(
@@ -384,14 +384,14 @@ class ConfigReader:
         max_positions: int,
         original: int | None = None,
     ) -> dict[str, Any]:
-        """Rotary parameters as transformers completes them: the lengths that a scaling leaves to other keys.
+        """Return rotary parameters, with lengths that the mapping lacks filled in from other keys as transformers does.
 
         Args:
             given: the mapping of config.json.
             where: its key, for messages.
-            theta: where the mapping has none.
+            theta: ``rope_theta`` if the mapping has none.
             max_positions: ``max_position_embeddings``.
-            original: ``original_max_position_embeddings`` beside the mapping, which goes before the one inside.
+            original: ``original_max_position_embeddings`` outside the mapping, which overrides the one inside.
 
         Raises:
             ConfigError: a type that is not implemented, a missing key, or a number out of range.
@@ -401,7 +401,9 @@ class ConfigReader:
         if given.get("type") not in (None, kind):
             self.remarks.append(f"{where}.type (rope_type goes before it)")
         if kind not in ROPE_TYPES:
-            return check_rope(rope, f"config.json: {where}")  # raises, and names the known ones
+            return check_rope(
+                rope, f"config.json: {where}"
+            )  # raises an error that lists the known types
         length = "original_max_position_embeddings"
         if kind in ("llama3", "yarn", "longrope"):
             rope[length] = original or rope.get(length) or max_positions
@@ -423,5 +425,5 @@ class ConfigReader:
         return check_rope(rope, f"config.json: {where}")
 
     def rest(self) -> dict[str, Any]:
-        """The keys that nobody asked for; kept as data and written back."""
+        """Return the keys that were not read; they are kept as data and written back on saving."""
         return {k: v for k, v in self._config.items() if k not in self._used}

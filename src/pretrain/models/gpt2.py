@@ -21,7 +21,7 @@ __all__ = ["GPT2", "GPT2Config"]
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(BackboneConfig):
-    """``dropout`` is resid_pdrop; ``embedding_dropout`` (embd_pdrop) and ``attention_dropout`` are separate."""
+    """Fields of GPT-2: ``dropout``, ``embedding_dropout``, ``attention_dropout`` are resid_, embd_ and attn_pdrop."""
 
     vocab_size: int = 50257
     activation: str = "gelu_new"
@@ -133,7 +133,7 @@ class GPT2(Backbone):
         )
         reader.flag(
             "reorder_and_upcast_attn", False
-        )  # the same function, computed in another order
+        )  # no effect: the same function, computed in another order
         return GPT2Config(
             vocab_size=reader.integer("vocab_size"),
             hidden_size=reader.integer("n_embd"),

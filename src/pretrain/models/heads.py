@@ -1,7 +1,7 @@
-"""Heads: what stands between the backbone's (B, T, D) and an answer.
+"""Heads on the backbone's hidden states (B, T, D): vocabulary, sequence and token heads.
 
-A vocabulary head is given in pieces (features, weight, bias, softcap), so that a loss can gather its targets before
-the projection. Letters: B rows, T tokens, D hidden, V vocabulary, C classes, N targets.
+A vocabulary head exposes its parts (features, weight, bias, softcap), so that a loss can select the target positions
+before the projection. Letters: B rows, T tokens, D hidden, V vocabulary, C classes, N targets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HEAD_KINDS = (
 
 
 LABELLED = ("sequence-classification", "token-classification")
-# What an architecture of config.json is called -> the head that we give it.
+# Ending of an architecture's name in config.json -> kind of head.
 ARCHITECTURES = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
@@ -53,7 +53,7 @@ ARCHITECTURES = {
 
 
 class Transform(nn.Module):
-    """A dense layer and an activation, then a norm if there is one; (..., D) -> (..., D)."""
+    """A dense layer, an activation and an optional norm; (..., D) -> (..., D)."""
 
     def __init__(
         self, hidden_size: int, act: str, norm: nn.Module | None, bias: bool = True
@@ -72,14 +72,14 @@ class LanguageHead(nn.Module):
     """Scores over the vocabulary, (B, T, D) -> (B, T, V).
 
     Args:
-        embedding: the token embedding, whose weight is used while the head is tied.
+        embedding: the token embedding; its weight is used while the head is tied.
         tied: share the embedding's weight.
-        transform: what masked-language models do before the projection.
-        bias: one score per token is added.
+        transform: module before the projection, as in masked-language models.
+        bias: add a bias per token of the vocabulary.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
 
     Attributes:
-        vocab: the rows that this process holds of a vocabulary that several share, or None.
+        vocab: the rows of the vocabulary that this rank holds under tensor parallelism, or None.
     """
 
     vocab: VocabShard | None = None
@@ -96,31 +96,31 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.transform = transform
         self.softcap = softcap
-        # In a tuple the embedding is not a child of the head: its weight has one owner and one name.
+        # The tuple keeps the embedding from being a child module of the head, so that its weight has only one name.
         self._embedding = (embedding,)
         self.output_weight = None if tied else nn.Parameter(torch.empty_like(embedding.weight))
         self.output_bias = nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None
 
     @property
     def tied(self) -> bool:
-        """The projection is the token embedding."""
+        """Whether the projection shares the weight of the token embedding."""
         return self.output_weight is None
 
     def untie(self) -> None:
-        """Give the head a weight of its own, equal to the embedding's."""
+        """Give the head its own weight, a copy of the embedding's."""
         if self.output_weight is None:
             self.output_weight = nn.Parameter(self._embedding[0].weight.detach().clone())
 
     def features(self, hidden: Tensor) -> Tensor:
-        """What is multiplied with ``weight()``, (..., D) -> (..., D)."""
+        """Return the input of the projection by ``weight()``, (..., D) -> (..., D)."""
         return hidden if self.transform is None else self.transform(hidden)
 
     def weight(self) -> Tensor:
-        """(V, D), or the rows of this process."""
+        """Return the projection (V, D), or the rows of this rank."""
         return self._embedding[0].weight if self.output_weight is None else self.output_weight
 
     def bias(self) -> Tensor | None:
-        """(V,), or the rows of this process, or None."""
+        """Return the bias (V,), or the rows of this rank, or None."""
         return self.output_bias
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -134,17 +134,17 @@ class LanguageHead(nn.Module):
 
 
 class SequenceHead(nn.Module):
-    """One answer per row, (B, T, D) -> (B, C).
+    """Scores per row, (B, T, D) -> (B, C), or per document of packed rows, (N, C).
 
     Args:
         hidden_size: D.
         num_labels: C.
         pool: ``first`` token, ``mean`` over real tokens, or ``last`` real token.
         transform: applied to the pooled vector.
-        bias: of the classifier.
-        dropout: before the classifier.
-        dropout_first: also before the transform (RoBERTa).
-        pad_id: tells padding from text where the batch has no ``attention_mask``.
+        bias: whether the classifier has a bias.
+        dropout: dropout before the classifier.
+        dropout_first: apply dropout before the transform as well (RoBERTa).
+        pad_id: identifies padding for ``last`` if the batch has no ``attention_mask``.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ class SequenceHead(nn.Module):
         return scores
 
     def _pool(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, T, D) -> (B, D), or (N, D) for the N documents of packed rows."""
-        if "keep_index" in batch:  # nothing else has been computed
+        """Pool (B, T, D) -> (B, D), or (N, D) for the N documents of packed rows."""
+        if "keep_index" in batch:  # the backbone has computed the pooled tokens only
             return hidden
         if "first_index" in batch:
             return pool_documents(hidden, batch, self.pool)
@@ -207,13 +207,14 @@ class SequenceHead(nn.Module):
 
 
 def pool_documents(hidden: Tensor, batch: Mapping[str, Tensor], pool: str) -> Tensor:
-    """One vector for each document of packed rows, (B, T, D) -> (N, D).
+    """Return one vector for each document of packed rows, (B, T, D) -> (N, D).
 
     Args:
-        hidden: what the backbone says of each token.
-        batch: with ``first_index`` and ``last_index`` (N,), the ends of the documents in the flattened rows.
-        pool: ``first``, ``last``, or over the tokens ``mean``, ``mean_sqrt_len_tokens``, ``weightedmean`` (by their
-            places) or ``max``.
+        hidden: hidden states of the backbone.
+        batch: has ``first_index`` and ``last_index`` (N,), the first and last token of each document in the flattened
+            rows.
+        pool: ``first``, ``last``, or over the tokens ``mean``, ``mean_sqrt_len_tokens``, ``weightedmean`` (weighted by
+            position, from 1) or ``max``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     first, last = batch["first_index"], batch["last_index"]
@@ -236,7 +237,7 @@ def pool_documents(hidden: Tensor, batch: Mapping[str, Tensor], pool: str) -> Te
 
 
 class TokenHead(nn.Module):
-    """One answer per token, (B, T, D) -> (B, T, C); with two classes it gives the start and end scores of spans."""
+    """Scores per token, (B, T, D) -> (B, T, C); for question answering C = 2, the start and end scores of spans."""
 
     def __init__(
         self,
@@ -262,7 +263,7 @@ class TokenHead(nn.Module):
 def decoder_head(
     config: Any, embedding: nn.Embedding, kind: str, num_labels: int
 ) -> LanguageHead | SequenceHead | TokenHead:
-    """The heads that decoders have in transformers: tied or own projection, a score of the last token, of each."""
+    """Return the head that decoders have in transformers: a projection, or a classifier of the last or every token."""
     if kind == "causal-lm":
         return LanguageHead(embedding, tied=config.tie_embeddings)
     if kind == "sequence-classification":
@@ -278,9 +279,9 @@ def decoder_head(
 def kind_named_by(
     config: Mapping[str, Any], architectures: Mapping[str | None, str], *, causal: bool
 ) -> str | None:
-    """The head that ``architectures`` names; without one, the family's language-model head.
+    """Return the kind of head that ``architectures`` names, or the family's language-model head if there is none.
 
-    None is the body alone, also where the named head is not implemented.
+    None is the body alone; it is also returned if the named head is not implemented.
     """
     names = config.get("architectures")
     default = "causal-lm" if causal else "masked-lm"
@@ -298,7 +299,7 @@ def kind_named_by(
 
 
 def labels_named_by(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Class names from ``id2label``, else ``num_labels`` made-up ones."""
+    """Return the class names of ``id2label``, or ``num_labels`` generated ones."""
     table = config.get("id2label")
     if isinstance(table, Mapping) and table:
         try:

@@ -1,7 +1,7 @@
-"""Llama (arXiv 2302.13971) and Mistral (2310.06825), and what Qwen shares with them.
+"""Llama (arXiv 2302.13971) and Mistral (2310.06825); also the base of the Qwen models.
 
-Rotary positions, root-mean-square norms before each half, gated feed-forward layers, grouped keys and values. The
-relatives differ in biases, in norms on queries and keys, and in which layers look through a sliding window.
+Rotary positions, RMS norms before each sub-layer, gated feed-forward layers, grouped keys and values. The families
+derived from Llama differ in biases, in norms on queries and keys, and in which layers use a sliding window.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(BackboneConfig):
-    """Fields of all relatives.
+    """Fields of Llama and the families derived from it.
 
     Attributes:
         rope: ``rope_parameters`` of config.json: ``rope_theta``, ``rope_type`` and the keys of a scaling.
         attention_bias: biases on the four projections of attention (Qwen2: on three, always).
         mlp_bias: biases in the feed-forward layer.
-        sliding_window: a token sees itself and ``sliding_window - 1`` before it, in the layers that slide.
-        layer_types: ``full_attention`` or ``sliding_attention`` for each layer; None is the family's rule.
+        sliding_window: in sliding layers, a token attends to itself and to ``sliding_window - 1`` tokens before it.
+        layer_types: ``full_attention`` or ``sliding_attention`` for each layer; None makes all layers slide if
+            ``sliding_window`` is set.
     """
 
     activation: str = "silu"
@@ -52,7 +53,7 @@ class LlamaConfig(BackboneConfig):
     free_head_dim: ClassVar[bool] = True
 
     def default_intermediate(self) -> int:
-        """Eight thirds of D keep the parameters of an ungated layer; rounded for the hardware."""
+        """Return 8/3 D, with as many parameters as an ungated layer of width 4 D, rounded up to a multiple of 64."""
         return round_up(8 * self.hidden_size / 3, 64)
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class LlamaConfig(BackboneConfig):
                 raise ConfigError("layer_types has sliding layers, but sliding_window is not set.")
 
     def refuse(self, family: str, *names: str) -> None:
-        """Raise if a field is set that config.json of the family cannot say: it would be lost on saving."""
+        """Raise if a field is set that the family's config.json cannot express: it would be lost on saving."""
         for name in names:
             if getattr(self, name):
                 raise ConfigError(
@@ -80,7 +81,7 @@ class LlamaConfig(BackboneConfig):
                 )
 
     def window_of(self, layer: int) -> int | None:
-        """Distance that this layer looks back; None is all the way."""
+        """Return the distance up to which this layer attends to earlier tokens; None for no limit."""
         if self.sliding_window is None:
             return None
         if self.layer_types is not None and self.layer_types[layer] == "full_attention":
@@ -89,7 +90,7 @@ class LlamaConfig(BackboneConfig):
 
 
 class Llama(Backbone):
-    """Decoder with rotary positions."""
+    """Decoder with rotary positions; base class of the related families."""
 
     model_type: ClassVar[str] = "llama"
     config_class: ClassVar[type[BackboneConfig]] = LlamaConfig
@@ -97,9 +98,9 @@ class Llama(Backbone):
     default_ids: ClassVar[tuple[int | None, int | None]] = (
         1,
         2,
-    )  # bos and eos where config.json has no key
+    )  # bos and eos if config.json lacks the key
     qkv_bias: ClassVar[bool] = (
-        False  # biases on queries, keys and values without a key in config.json
+        False  # biases on queries, keys and values that config.json has no key for
     )
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "LlamaModel",
@@ -141,7 +142,7 @@ class Llama(Backbone):
 
     @property
     def max_length(self) -> int:
-        """The positions of training, lengthened by a rotary scaling."""
+        """Positions of training, extended by a rotary scaling."""
         return usable_positions(self.config.rope, self.config.max_positions)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
@@ -163,7 +164,7 @@ class Llama(Backbone):
         return [self.token_embedding]
 
     def prefix_of(self, kind: str | None) -> str:
-        """Question answering alone has another prefix."""
+        """Return the prefix of the body; transformers uses another one for question answering."""
         return "transformer." if kind == "question-answering" else super().prefix_of(kind)
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
@@ -240,7 +241,7 @@ class Llama(Backbone):
 
     @staticmethod
     def _rope_from_hf(reader: ConfigReader, max_positions: int) -> dict[str, Any]:
-        """``rope_scaling`` beside ``rope_theta`` (transformers 4) goes before ``rope_parameters`` (5), as there."""
+        """Read rotary parameters; ``rope_scaling`` (transformers 4) overrides ``rope_parameters`` (5), as there."""
         new, old = reader.mapping("rope_parameters"), reader.mapping("rope_scaling")
         partial = reader.number("partial_rotary_factor", None)
         rope = dict(old or new or {})
@@ -256,7 +257,7 @@ class Llama(Backbone):
 
     @classmethod
     def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
-        """Keys that only some of the relatives have."""
+        """Return the fields that only some of the derived families have."""
         return {
             "attention_bias": reader.flag("attention_bias", False),
             "mlp_bias": reader.flag("mlp_bias", False),
@@ -286,7 +287,7 @@ class Llama(Backbone):
         if config.dropout:
             written["resid_pdrop"] = (
                 config.dropout
-            )  # ours alone: transformers has no such dropout here
+            )  # an extension of this package: transformers has no such dropout here
         return written | self._family_to_hf()
 
     def _family_to_hf(self) -> dict[str, Any]:
@@ -295,7 +296,7 @@ class Llama(Backbone):
 
 @dataclass(frozen=True, kw_only=True)
 class MistralConfig(LlamaConfig):
-    """``sliding_window`` holds for all layers; None is full attention."""
+    """Llama's fields; ``sliding_window`` applies to all layers, None is full attention."""
 
     def validate(self) -> None:
         super().validate()
@@ -320,7 +321,7 @@ class Mistral(Llama):
 
     @staticmethod
     def _default_groups(heads: int) -> int | None:
-        return 8  # transformers' default where the key is absent
+        return 8  # the default of transformers if the key is absent
 
     @classmethod
     def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:

@@ -30,14 +30,15 @@ class ModernBertConfig(BackboneConfig):
     """Fields of config.json.
 
     Attributes:
-        local_attention: width of the window of sliding layers; a token sees half of it on either side.
-        layer_types: ``full_attention`` or ``sliding_attention`` per layer; None is every third layer full.
+        local_attention: window of sliding layers; a token attends to half of it on either side.
+        layer_types: ``full_attention`` or ``sliding_attention`` per layer; None makes every third layer full, from the
+            first.
         rope: rotary parameters per layer type.
-        norm_bias, attention_bias, mlp_bias, decoder_bias, classifier_bias: where there are biases.
+        norm_bias, attention_bias, mlp_bias, decoder_bias, classifier_bias: whether these parts have biases.
         classifier_pooling: ``cls`` or ``mean``.
-        classifier_activation: in the transform of every head.
-        classifier_dropout: before the classifier.
-        init_cutoff: fresh weights are truncated at so many standard deviations.
+        classifier_activation: activation in the transform of every head.
+        classifier_dropout: dropout before the classifier.
+        init_cutoff: number of standard deviations at which initial weights are truncated.
     """
 
     vocab_size: int = 50368
@@ -57,7 +58,7 @@ class ModernBertConfig(BackboneConfig):
     gated: ClassVar[bool] = True
 
     def default_intermediate(self) -> int:
-        """One and a half D, as in ModernBERT-base."""
+        """Return 1.5 D, as in ModernBERT-base, rounded up to a multiple of 64."""
         return round_up(1.5 * self.hidden_size, 64)
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class ModernBertConfig(BackboneConfig):
 
 
 class ModernBert(Backbone):
-    """Encoder with rotary positions; most layers look through a window."""
+    """Encoder with rotary positions; most layers attend within a window."""
 
     model_type: ClassVar[str] = "modernbert"
     config_class: ClassVar[type[BackboneConfig]] = ModernBertConfig
@@ -122,7 +123,7 @@ class ModernBert(Backbone):
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         for i, layer in enumerate(self.layers):
             module: Any = layer
-            # The embedding has just been normalised, so the first block does not do it again.
+            # The embeddings are already normalised, so the first block has no attention norm.
             module.attention_norm = self._norm(config) if i else nn.Identity()
             module.mlp_norm = self._norm(config)
             for part in ("query", "key", "value", "output"):
@@ -141,7 +142,7 @@ class ModernBert(Backbone):
 
     @property
     def max_length(self) -> int:
-        """The positions of training, lengthened by the rotary scaling of the layers that see whole rows."""
+        """Positions of training, extended by the rotary scaling of the layers with full attention."""
         kind = _FULL if _FULL in self.config.layer_types else _SLIDING
         return usable_positions(self.config.rope[kind], self.config.max_positions)
 
@@ -198,7 +199,7 @@ class ModernBert(Backbone):
         return cutoff
 
     def init_std(self, name: str) -> float:
-        """The vocabulary head starts like an output projection, a classifier with 1/sqrt(D)."""
+        """Return the deviation of an output projection for the vocabulary head, and 1/sqrt(D) for a classifier."""
         if name in ("head.transform.dense.weight", "head.output_weight"):
             return float(self.config.initializer_range / (2 * self.config.num_layers) ** 0.5)
         if name == "head.classifier.weight":
@@ -320,12 +321,12 @@ class ModernBert(Backbone):
                 written["global_attn_every_n_layers"] = every
                 break
         if config.dropout:
-            written["resid_pdrop"] = config.dropout  # ours alone: transformers drops elsewhere
+            written["resid_pdrop"] = config.dropout  # an extension: transformers lacks this dropout
         return written
 
 
 def _rope_from_hf(reader: ConfigReader, max_positions: int) -> dict[str, Any]:
-    """Nested ``rope_parameters`` (transformers 5), else two thetas; ``rope_scaling`` (4) goes before both, as there."""
+    """Read nested ``rope_parameters`` (transformers 5) or two thetas; ``rope_scaling`` (4) overrides both, as there."""
     scaling = reader.mapping("rope_scaling") or {}
     nested = reader.mapping("rope_parameters")
     if nested is None:
@@ -338,7 +339,7 @@ def _rope_from_hf(reader: ConfigReader, max_positions: int) -> dict[str, Any]:
         given = nested.get(kind) or {}
         if not isinstance(given, dict):
             raise ConfigError(f"config.json: rope_parameters.{kind} must be a mapping.")
-        # transformers looks for truncate beside the nested mappings, and so never finds it.
+        # transformers looks for truncate outside the nested mappings, so here it has no effect.
         rope = {k: v for k, v in {**given, **scaling}.items() if k != "truncate"}
         ropes[kind] = reader.rope(
             rope,

@@ -1,6 +1,6 @@
-"""From parameters in memory to tensors on disk: rename, fuse, transpose, and back.
+"""Mapping between parameters in memory and tensors on disk: renaming, fusing and transposing.
 
-A family lists its ``Name`` rules once; reading and writing are the same table in two directions.
+A family lists its ``Name`` rules once; reading and writing use the same table.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ __all__ = [
 # Parameter name -> its full shape.
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Parameters of a low-rank adapter, inside the layers that it adapts, are called so.
+# Prefix of the names of a low-rank adapter's parameters inside the layers that it adapts.
 ADAPTER_PREFIX = "lora_"
 
 
 @dataclass(frozen=True)
 class Name:
-    """One rule. ``{n}`` stands for the layer; suffixes ``.weight`` and ``.bias`` follow by themselves.
+    """One rule. ``{n}`` stands for the layer index; the suffixes ``.weight`` and ``.bias`` are added automatically.
 
     Attributes:
         disk: name on disk, without the body's prefix.
         memory: names in memory; several are concatenated along their first dimension on disk.
-        transpose: matrices lie transposed on disk (GPT-2's Conv1D).
-        body: the body's prefix (``bert.``, ``model.``) goes before the name.
+        transpose: matrices are stored transposed (GPT-2's Conv1D).
+        body: the body's prefix (``bert.``, ``model.``) precedes the name.
     """
 
     disk: str
@@ -57,7 +57,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule applied to one tensor: its name on disk with and without prefix, and the parameters it holds."""
+    """A rule applied to one tensor: its name on disk with and without prefix, and the parameters that it holds."""
 
     disk: str
     bare: str
@@ -68,15 +68,15 @@ class Entry:
 
 @dataclass
 class LoadReport:
-    """What happened to each tensor of a file.
+    """Result of loading a file, by tensor.
 
     Attributes:
-        loaded: tensors that were read into the model.
-        missing: head tensors that the file lacks; they were initialised afresh.
-        unexpected: tensors of the file that the model has no place for.
-        tied: extra copies of a shared tensor that were compared and found equal.
-        untied: heads that the file keeps apart although its config ties them.
-        ignored: buffers that nobody needs.
+        loaded: number of tensors that were read into the model.
+        missing: head tensors that the file lacks; they were newly initialised.
+        unexpected: tensors of the file that have no parameter in the model.
+        tied: additional copies of a shared tensor; those of the embedding were compared and are equal.
+        untied: heads that differ from the embedding in the file although its config ties them.
+        ignored: buffers that are not needed.
     """
 
     loaded: int = 0
@@ -127,10 +127,10 @@ def expand(
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tensors of a file are made of parameters, without the parameters themselves.
+    """How the tensors of a file are built from parameters, without the parameters themselves.
 
     Attributes:
-        sources: name on disk -> the parameters that it is made of.
+        sources: name on disk -> the parameters that it is built from.
         make: name on disk, full parameters by name, device -> the tensor in fp32.
     """
 
@@ -138,26 +138,26 @@ class Packing:
     make: Callable[[str, Mapping[str, Tensor], str], Tensor]
 
     def layout(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name on disk -> a tensor of its shape and dtype on the meta device."""
+        """Return name on disk -> a tensor of its shape and dtype on the meta device."""
         return {name: self.make(name, parameters, "meta") for name in self.sources}
 
     def view(self, parameters: Mapping[str, Tensor]) -> LazyTensors:
-        """The tensors of the file, each made when it is asked for; it may share memory with a parameter."""
+        """Return the tensors of the file, each created on access; it may share memory with a parameter."""
         return LazyTensors(self.layout(parameters), lambda name: self.make(name, parameters, "cpu"))
 
 
 def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") -> Tensor:
-    """The tensor that goes to disk, in fp32; a view of the parameter where nothing is converted or fused."""
+    """Return the tensor for the disk, in fp32; a view of the parameter if nothing is converted or fused."""
     parts = [parameters[name].detach().to(device, torch.float32) for name in entry.memory]
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
     return tensor.T if entry.transpose and tensor.ndim == 2 else tensor
 
 
 def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tensor]]:
-    """Parameters in fp32 from a tensor of the disk.
+    """Return the parameters, in fp32, that a tensor of the file holds.
 
     Raises:
-        CheckpointError: the shape or the type is not what the model needs.
+        CheckpointError: the shape or the dtype does not match the model.
     """
     flip = check_stored(entry, tensor.dtype, tuple(tensor.shape), shapes)
     rows = [shapes[name][0] for name in entry.memory if shapes[name]]
@@ -176,17 +176,17 @@ def unpack_part(
     shapes: Shapes,
     read: Callable[[ShardSlice], Tensor],
 ) -> Tensor:
-    """One box of one parameter from a tensor of the disk that `check_stored` has accepted.
+    """Return one slice of one parameter from a tensor of the file that `check_stored` has accepted.
 
     Args:
-        entry: of the tensor.
+        entry: entry of the tensor.
         name: the parameter, one of ``entry.memory``.
-        region: which box of the full parameter.
-        shapes: of all parameters.
-        read: gives a box of the tensor as it lies on the disk.
+        region: slice of the full parameter.
+        shapes: shapes of all parameters.
+        read: reads a slice of the tensor as it is stored.
 
     Returns:
-        In fp32, contiguous.
+        The slice in fp32, contiguous.
     """
     start, shape = region.start, region.shape
     if start:
@@ -198,10 +198,10 @@ def unpack_part(
 
 
 def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shapes: Shapes) -> bool:
-    """Whether a tensor of the disk lies transposed there.
+    """Return whether a tensor is stored transposed, and check its shape and dtype.
 
     Raises:
-        CheckpointError: the shape or the type is not what the model needs.
+        CheckpointError: the shape or the dtype does not match the model.
     """
     if not dtype.is_floating_point:
         raise CheckpointError(
@@ -223,7 +223,7 @@ def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shape
 
 
 def modern_key(key: str) -> str:
-    """Today's spelling of a tensor name: old BERT files say ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
+    """Return the current spelling of a tensor name: old BERT files use ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
     return re.sub(
         r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
     )

@@ -1,6 +1,6 @@
 """Qwen2 (arXiv 2407.10671) and Qwen3 (2505.09388): Llama with a few biases, or with norms on queries and keys.
 
-In both, any layer may look through a sliding window.
+In both, any layer may use a sliding window.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Qwen2", "Qwen2Config", "Qwen3", "Qwen3Config"]
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config(LlamaConfig):
-    """``layer_types`` says which layers slide."""
+    """Llama's fields; ``layer_types`` selects the layers with a sliding window."""
 
     def validate(self) -> None:
         super().validate()
@@ -47,7 +47,7 @@ class Qwen2(Llama):
         first = reader.integer("max_window_layers", 28)
         types = reader.strings("layer_types")
         if not use or window is None:
-            # "attention" is an older name of full attention.
+            # "attention" is an older name of "full_attention".
             if other := set(types or ()) - {"full_attention", "attention"}:
                 raise ConfigError(
                     f"config.json: 'layer_types' has {', '.join(sorted(other))}, but 'use_sliding_window' is not true "
@@ -72,7 +72,7 @@ class Qwen2(Llama):
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config(LlamaConfig):
-    """``layer_types`` says which layers slide; queries and keys are normalised per head."""
+    """Llama's fields; ``layer_types`` selects the layers with a sliding window."""
 
     def validate(self) -> None:
         super().validate()
@@ -96,7 +96,7 @@ class Qwen3(Qwen2):
 
     @staticmethod
     def _default_head_dim(hidden: int, heads: int) -> int | None:
-        return 128  # transformers' default where the key is absent
+        return 128  # the default of transformers if the key is absent
 
     @classmethod
     def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:

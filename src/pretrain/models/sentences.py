@@ -1,7 +1,7 @@
-"""How a model turns a text into one vector: what the files of a sentence-transformers directory say.
+"""Sentence embeddings: pooling, and the settings in the files of a sentence-transformers directory.
 
-Pooling of token vectors, normalisation, length, case and prompts (Sentence-BERT, arXiv 1908.10084; the weighted mean is
-that of SGPT, 2202.08904). Letters: B texts, T tokens, D hidden.
+The settings are pooling of token vectors, normalisation, length, case and prompts (Sentence-BERT, arXiv 1908.10084; the
+weighted mean is that of SGPT, 2202.08904). Letters: B texts, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain.models.config import drop_code
 
 __all__ = ["POOLINGS", "SentenceSettings", "pool", "pooling_named"]
 
-# Names in 1_Pooling/config.json, in the order in which several are joined, and what older files call them.
+# Names in 1_Pooling/config.json -> keys of older files, in the order in which several poolings are concatenated.
 POOLINGS = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
@@ -32,7 +32,7 @@ _MODULE = "sentence_transformers.models."
 
 
 def pooling_named(value: Any) -> tuple[str, ...]:
-    """Poolings by their names here (``first``, ``last``) or in sentence-transformers; several are joined.
+    """Return one or several poolings by their names in this package (``first``, ``last``) or sentence-transformers.
 
     Raises:
         ConfigError: there is no such pooling.
@@ -51,13 +51,13 @@ def pooling_named(value: Any) -> tuple[str, ...]:
 
 
 def pool(hidden: Tensor, real: Tensor | None, modes: Sequence[str], skip: int = 0) -> Tensor:
-    """Vectors of texts from those of their tokens.
+    """Pool token vectors into one vector per text.
 
     Args:
         hidden: (B, T, D); texts begin in the first column.
-        real: (B, T) 1 for tokens and 0 for padding behind them, or None: there is none.
-        modes: names of ``POOLINGS``.
-        skip: tokens at the start, those of a prompt, that count for nothing.
+        real: (B, T) 1 for tokens and 0 for padding on the right; None if there is no padding.
+        modes: names of ``POOLINGS``; their vectors are concatenated.
+        skip: number of tokens at the start, those of a prompt, that are not pooled.
 
     Returns:
         (B, D times the number of modes).
@@ -87,30 +87,30 @@ class JsonFiles(Protocol):
     """A directory of JSON files, such as ``pretrain.checkpoint.model_directory.ModelDirectory``."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name."""
+        """Return whether there is a file of that name."""
         ...
 
     def json(self, name: str) -> dict[str, Any]:
-        """The object in a file."""
+        """Return the object in a file."""
         ...
 
     def json_list(self, name: str) -> list[Any]:
-        """The list in a file."""
+        """Return the list in a file."""
         ...
 
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """What modules.json and the files beside it say.
+    """Settings in modules.json and the files that it refers to.
 
     Attributes:
         pooling: names of ``POOLINGS``.
-        include_prompt: the tokens of a prompt are pooled as well.
-        normalize: vectors are scaled to length one.
-        max_length: tokens of a text at most; None is the tokenizer's limit.
-        lower_case: texts are lower-cased before the tokenizer reads them.
+        include_prompt: pool the tokens of a prompt as well.
+        normalize: scale vectors to length one.
+        max_length: maximum number of tokens of a text; None is the tokenizer's limit.
+        lower_case: lower-case texts before tokenization.
         config: content of config_sentence_transformers.json, with ``prompts`` and ``default_prompt_name``.
-        missing: what the directory asks for and is not implemented; ``embed`` refuses it by these names.
+        missing: features of the directory that are not implemented, as named in the error that ``embed`` raises.
     """
 
     pooling: tuple[str, ...] = ("mean",)
@@ -122,11 +122,11 @@ class SentenceSettings:
     missing: tuple[str, ...] = ()
 
     def cased(self, text: str) -> str:
-        """A text as the tokenizer is to read it."""
+        """Return the text, lower-cased if the settings ask for it."""
         return text.lower() if self.lower_case else text
 
     def prompt(self, prompt: str | None, name: str | None) -> str:
-        """The text that is put before a text: the one given, the one of that name, or the default of the directory.
+        """Return the prefix of every text: the given prompt, the one of that name, or the default of the directory.
 
         Raises:
             ConfigError: there is no prompt of that name.
@@ -145,7 +145,7 @@ class SentenceSettings:
 
     @classmethod
     def read(cls, directory: JsonFiles) -> SentenceSettings | None:
-        """Understand a directory; None where it has no modules.json."""
+        """Read the settings of a directory; None if it has no modules.json."""
         if not directory.has("modules.json"):
             return None
         modules = directory.json_list("modules.json")
@@ -185,7 +185,7 @@ class SentenceSettings:
         )
 
     def files(self, hidden_size: int) -> dict[str, Any]:
-        """Name -> content of the files that sentence-transformers reads beside the model; none where it is refused."""
+        """Return name -> content of the files of sentence-transformers; empty if a feature is not implemented."""
         if self.missing:
             return {}
         paths = {"Transformer": "", "Pooling": "1_Pooling"}
@@ -213,7 +213,7 @@ class SentenceSettings:
 
 
 def _module(item: Mapping[str, Any], missing: list[str]) -> tuple[str, str]:
-    """Class and folder of an entry of modules.json; only plain folders beside the file are entered."""
+    """Return class and folder of an entry of modules.json; only plain subfolders are accepted."""
     name, path = str(item.get("type")).rpartition(".")[2], item.get("path")
     plain = isinstance(path, str) and path.replace("_", "").replace("-", "").isalnum()
     if name == "Pooling" and not plain:

@@ -1,7 +1,7 @@
-"""A model's weights under their names on disk, and back.
+"""Conversion between a model's parameters and the tensors of its files.
 
-Reading accepts names with and without the body's prefix, the spellings of old BERT files, and extra copies of tied
-tensors. What is missing, left over or tied ends up in a ``LoadReport``: nothing stays random without being named.
+Reading accepts names with and without the body's prefix, the spellings of old BERT files, and additional copies of tied
+tensors. Missing, unexpected and tied tensors are listed in a ``LoadReport``: no parameter stays random unreported.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _BUFFERS = (
 
 
 def entries_of(model: Model) -> list[Entry]:
-    """Every tensor of the file and the parameters that it holds; those of an adapter lie in a file of their own.
+    """Return every tensor of the file and the parameters that it holds, without those of an adapter (a separate file).
 
     Raises:
-        ModelError: the family's name table forgets a parameter.
+        ModelError: the family's name table lacks a parameter.
     """
     parameters = {
         name: p
@@ -81,7 +81,7 @@ def entries_of(model: Model) -> list[Entry]:
 
 
 def disk_state(model: Model) -> dict[str, Tensor]:
-    """All weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
+    """Return all weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
     return {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in disk_view(model).items()
@@ -89,7 +89,7 @@ def disk_state(model: Model) -> dict[str, Tensor]:
 
 
 def disk_view(model: Model) -> LazyTensors:
-    """What ``disk_state`` holds, each tensor made when it is asked for: saving needs no second copy of the model.
+    """Return ``disk_state`` as a lazy mapping: saving needs no second copy of the model.
 
     A tensor may share memory with a parameter, and need not be contiguous.
     """
@@ -97,7 +97,7 @@ def disk_view(model: Model) -> LazyTensors:
 
 
 def disk_packing(model: Model) -> Packing:
-    """Which tensors the files hold, and the parameters that each is made of."""
+    """Return the tensors of the files and the parameters that each is built from."""
     parameters = {name for name, _ in model.named_parameters()}
     entries = {entry.disk: entry for entry in entries_of(model)}
     if not _tied(model) and model.head_kind is not None:
@@ -112,18 +112,19 @@ def disk_packing(model: Model) -> Packing:
 
 @torch.no_grad()
 def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 0) -> LoadReport:
-    """Fill the model from tensors under their names on disk; a model on the meta device becomes real.
+    """Fill the model from tensors under their names on disk; parameters on the meta device are allocated.
 
-    Accepted are names with and without the body's prefix, the spellings of old BERT files, and extra copies of
-    tied tensors, which are compared. Whether the head is tied is decided by the tensors, not by the config.
+    Names with and without the body's prefix, the spellings of old BERT files, and additional copies of tied tensors are
+    accepted. The tensors, not the config, decide whether the head is tied: a head that differs from the embedding is
+    untied.
 
     Args:
-        model: real or on the meta device.
+        model: materialised or on the meta device.
         tensors: read one at a time, so a lazy mapping costs no second copy of the model.
-        seed: for head tensors that are not there and start afresh.
+        seed: seed of head tensors that the file lacks.
 
     Raises:
-        CheckpointError: a tensor of the body is missing, or one has the wrong shape or type.
+        CheckpointError: a tensor of the body is missing, or one has the wrong shape or dtype.
     """
 
     def same(one: str, two: str) -> bool:
@@ -148,7 +149,7 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
 
 
 def make_fresh(model: Model, seed: int) -> None:
-    """Draw what no file has given a value, ``model.fresh``; where it is on the meta device it becomes real."""
+    """Initialise the parameters in ``model.fresh``, which no file holds; those on the meta device are allocated."""
     parameters = dict(model.named_parameters())
     for name in model.fresh:
         if parameters[name].is_meta:
@@ -157,10 +158,10 @@ def make_fresh(model: Model, seed: int) -> None:
 
 
 def modern_keys(names: Iterable[str]) -> dict[str, str]:
-    """Today's spelling of every tensor name of a file -> its spelling there.
+    """Return the current spelling of every tensor name of a file -> its spelling in the file.
 
     Raises:
-        CheckpointError: two of them are one tensor.
+        CheckpointError: two names mean the same tensor.
     """
     keys: dict[str, str] = {}
     for key in names:
@@ -175,18 +176,18 @@ def modern_keys(names: Iterable[str]) -> dict[str, str]:
 def match_disk_state(
     model: Model, names: Collection[str], fill: Callable[[Entry, str], None]
 ) -> tuple[LoadReport, frozenset[str]]:
-    """Give every tensor of a file its place in the model, however it is spelt there.
+    """Match the tensors of a file, in any accepted spelling, to the entries of the model.
 
     Args:
-        model: whose head is tied or not as the file wants it, see ``settle_tying``. Its parameters are not touched.
-        names: of the tensors in the file.
-        fill: called with the place and the name in the file, once for each tensor that is wanted.
+        model: its head is already tied or untied as in the file, see ``settle_tying``. Its parameters are not changed.
+        names: names of the tensors in the file.
+        fill: called once for each matched tensor, with the entry and the name in the file.
 
     Returns:
-        The report, and the parameters that the file lacks (only a head's may be).
+        The report, and the parameters that the file lacks (only those of a head may be missing).
 
     Raises:
-        CheckpointError: a tensor of the body is missing, or is there twice.
+        CheckpointError: a tensor of the body is missing, or any tensor occurs twice.
     """
     report = LoadReport()
     entries = entries_of(model)
@@ -231,12 +232,12 @@ def settle_tying(
     """Untie the head if the file holds a head that differs from the embedding.
 
     Args:
-        model: its shape may change, so this comes before it is cut or wrapped.
+        model: may gain a parameter, so call this before it is sharded or wrapped.
         keys: see ``modern_keys``.
         same: whether two tensors of the file are equal.
 
     Returns:
-        The heads' names on disk; empty where nothing was changed.
+        The names of the head on disk; empty if nothing was changed.
     """
     apart = heads_apart(model, keys, same)
     if apart:
@@ -249,7 +250,7 @@ def settle_tying(
 def heads_apart(
     model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
 ) -> list[str]:
-    """Names on disk of a head that the model ties to its embedding and the file does not; see ``settle_tying``."""
+    """Return the names on disk of a head that the model ties and the file does not; see ``settle_tying``."""
     head = model.head
     if not isinstance(head, LanguageHead) or not head.tied or model.head_kind is None:
         return []
@@ -271,7 +272,7 @@ def heads_apart(
 
 
 def _places(model: Model, entries: list[Entry]) -> dict[str, Entry]:
-    """Every accepted spelling of a name on disk -> its entry; a tensor's own name wins over another's alias."""
+    """Return every accepted spelling of a name on disk -> its entry; a tensor's own name precedes another's alias."""
     places = {}
     for entry in entries:
         for prefix in ("", *model.backbone.prefixes) if entry.body else ():
@@ -280,7 +281,7 @@ def _places(model: Model, entries: list[Entry]) -> dict[str, Entry]:
 
 
 def _make_real(model: Model, name: str, value: Tensor) -> None:
-    """Put a parameter in the place of one on the meta device."""
+    """Replace a parameter on the meta device by one with the given value."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     grad = getattr(module, leaf).requires_grad
@@ -288,7 +289,7 @@ def _make_real(model: Model, name: str, value: Tensor) -> None:
 
 
 def _refuse_half(model: Model, absent: list[Entry]) -> None:
-    """Head tensors may be absent, others not."""
+    """Raise if a tensor of the body is absent; those of a head may be."""
     body = [e.disk for e in absent if not e.memory[0].startswith("head.")]
     if body:
         more = f" (and {len(body) - 8} more)" if len(body) > 8 else ""

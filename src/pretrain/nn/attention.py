@@ -1,6 +1,6 @@
 """Attention (arXiv 1706.03762) with grouped keys (2305.13245), windows, packed documents and a key-value cache.
 
-A batch has one ``AttentionMask``; ``attend`` alone decides from it, the shapes and the device which kernel runs.
+A batch has one ``AttentionMask``; ``attend`` selects the kernel from it, the shapes and the device.
 Shapes: B rows, T queries, S keys, H heads, d head size.
 """
 
@@ -25,15 +25,15 @@ __all__ = ["Attention", "AttentionMask", "KVCache", "attend"]
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Who sees whom, built once per batch and shared by all blocks.
+    """Which keys each query attends to; built once per batch and shared by all blocks.
 
-    Columns are absolute: with S keys and T queries (T < S behind a cache), query i stands at column S - T + i.
+    Columns are absolute: with S keys and T queries (T < S with a cache), query i is at column S - T + i.
 
     Attributes:
-        causal: a query sees no later column.
-        documents: (B, S) ids; only equal ids see each other. Padding is 0 and sees padding, so that no row of the
-            softmax is empty.
-        window: a query sees the columns at distance <= window; None is no limit.
+        causal: a query attends to no later column.
+        documents: (B, S) ids; a query attends only to keys with its own id. Padding has the id 0 and attends to
+            padding, so that no row of the softmax is empty.
+        window: a query attends to the columns at distance <= window; None is no limit.
         bias: (B|1, H|1, T, S) added to the scores.
     """
 
@@ -48,10 +48,10 @@ class AttentionMask:
     def from_batch(
         cls, batch: Mapping[str, Tensor], *, causal: bool, window: int | None = None, past: int = 0
     ) -> AttentionMask:
-        """Build from ``document_ids``, else from ``attention_mask``; neither means that all tokens see each other.
+        """Build from ``document_ids``, or else from ``attention_mask``; without both, ``documents`` is None.
 
-        Ids that cannot change the result are dropped: a single document everywhere, and for a causal model also
-        padding on the right, which no real token looks at.
+        On a CPU, ids that cannot change the result are dropped: a single document everywhere, and for a causal model
+        also padding on the right, which no real token attends to.
 
         Raises:
             ModelError: the ids do not cover the cached and the new columns.
@@ -72,18 +72,19 @@ class AttentionMask:
             documents = documents.long()
         first = documents[:, :1]
         if not documents.is_cpu:
-            # Asking an accelerator would make it wait; collate drops ids that say nothing before they get there.
+            # Inspecting the ids would synchronise the accelerator; the collate function drops ids without an effect
+            # before they get there.
             return cls(causal, documents, window)
         if causal:
             same = documents == first
-            # True everywhere: each row is its first document and then padding.
+            # True if each row is one document followed by padding.
             plain = (same | (documents == 0)).all() & (same[:, 1:] <= same[:, :-1]).all()
         else:
             plain = (documents == first).all()
         return cls(causal, None if bool(plain) else documents, window)
 
     def windowed(self, window: int | None) -> AttentionMask:
-        """The same mask with another window; made once."""
+        """Return the same mask with another window; cached."""
         if window == self.window:
             return self
         key = ("windowed", window)
@@ -95,7 +96,7 @@ class AttentionMask:
         return found
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """(B|1, 1, T, S) booleans, True where a query sees a key; None when everyone sees everyone. Made once."""
+        """Return (B|1, 1, T, S) booleans, True where a query attends to a key; None if nothing is masked. Cached."""
         memo_key = ("dense", queries, keys, device)
         if memo_key not in self._memo:
             self._memo[memo_key] = self._dense(queries, keys, device)
@@ -124,7 +125,7 @@ class AttentionMask:
     def scores(
         self, queries: int, keys: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor | None:
-        """What is added to the scores, in their type: 0 or -inf from ``dense``, plus ``bias``. Made once."""
+        """Return the additive mask in ``dtype``: 0 or -inf from ``dense``, plus ``bias``; None without both. Cached."""
         memo_key = ("scores", queries, keys, device, dtype)
         if memo_key not in self._memo:
             seen = self.dense(queries, keys, device)
@@ -140,12 +141,12 @@ class AttentionMask:
         return found
 
     def prepare(self, columns: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Make what a kernel will ask for, of ``columns`` tokens that see each other."""
+        """Compute the mask that the kernel needs for self-attention over ``columns`` tokens."""
         if not self.only_causal(columns, columns):
             self.scores(columns, columns, device, dtype)
 
     def buckets(self) -> Buckets | None:
-        """How to attend document by document, if that is worth it. Planned once, for all windows."""
+        """Return the plan for attention per document, or None if it is not faster. Planned once, for all windows."""
         if "buckets" not in self._shared:
             docs, found = self.documents, None
             if docs is not None and self.bias is None and docs.is_cpu:
@@ -157,16 +158,16 @@ class AttentionMask:
         return shared
 
     def only_causal(self, queries: int, keys: int) -> bool:
-        """The mask is the plain lower triangle, for which every kernel has a fast path."""
+        """Return whether the mask is the plain lower triangle, for which every kernel has a fast path."""
         narrow = self.window is not None and self.window < keys - 1
         plain = self.documents is None and self.bias is None and not narrow
         return self.causal and plain and queries == keys and queries > 1
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, H_kv, S_max, d) buffers per layer.
+    """Keys and values of earlier tokens, one pair of (B, H_kv, S_max, d) buffers per layer.
 
-    The buffers are taken at the first ``append``, in the type and on the device of what is appended.
+    The buffers are allocated at the first ``append``, with the dtype and on the device of its tensors.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -175,9 +176,9 @@ class KVCache:
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H_kv, T, d) behind what is there; return all keys and values up to and with them.
+        """Append (B, H_kv, T, d) and return all keys and values so far, the new ones included.
 
-        ``length`` moves only with ``advance``, when all layers have appended.
+        ``length`` changes only with ``advance``, after all layers have appended.
 
         Raises:
             ModelError: the tokens do not fit.
@@ -208,11 +209,11 @@ class KVCache:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, scale: float, dropout: float
 ) -> Tensor:
-    """Choose the kernel and run it: q (B, H, T, d), k and v (B, H_kv, S, d) -> (B, H, T, d)."""
+    """Select the kernel and run it: q (B, H, T, d), k and v (B, H_kv, S, d) -> (B, H, T, d)."""
     queries, keys = q.shape[2], k.shape[2]
     how: dict[str, Any] = {}
     if mask is not None and mask.only_causal(queries, keys):
-        # Not the condition itself, which the compiler may hold for a symbol.
+        # The literal True, because torch.compile may treat the condition as symbolic.
         how["is_causal"] = True
     elif mask is not None:
         # The shapes of buckets change with every batch, which a compiled graph could not reuse.
@@ -222,14 +223,14 @@ def attend(
                 return attend_packed(q, k, v, buckets, mask.causal, mask.window, scale, dropout)
         how["attn_mask"] = mask.scores(queries, keys, q.device, q.dtype)
         if how["attn_mask"] is not None and q.is_cuda and k.shape[1] != q.shape[1]:
-            # With a mask, the kernels that share heads of keys are few; the one for all cases keeps (B, H, T, S).
+            # With a mask, few kernels support grouped keys, and the generic fallback materialises (B, H, T, S) scores.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     how["enable_gqa"] = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **how)
 
 
 class Attention(nn.Module):
-    """Multi-head attention, to itself or to a ``context``; (B, T, D) -> (B, T, D).
+    """Multi-head self-attention, or cross-attention to a ``context``; (B, T, D) -> (B, T, D).
 
     Args:
         hidden_size: D.
@@ -237,12 +238,13 @@ class Attention(nn.Module):
         num_kv_heads: heads of keys and values; divides H.
         head_dim: d.
         bias: biases on all four projections.
-        qk_norm: root-mean-square norm of each head's queries and keys, before rotation.
+        qk_norm: RMS norm of each head's queries and keys, before rotation.
+        norm_eps: added to the mean square in that norm.
         scale: factor on the scores; d^-½ when None.
-        dropout: of the attention weights.
+        dropout: dropout on the attention weights.
 
     Attributes:
-        parallel: processes among which the heads are shared; None where this one has all of them.
+        parallel: tensor-parallel group that the heads are split over; None if this rank has all of them.
     """
 
     parallel: Group | None = None
@@ -285,7 +287,7 @@ class Attention(nn.Module):
             x = copy_to_tensor_parallel(x, self.parallel)
             context = None if context is None else copy_to_tensor_parallel(context, self.parallel)
         source = x if context is None else context
-        q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H of this process, d)
+        q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H of this rank, d)
         k = self.key(source).unflatten(-1, (-1, self.head_dim))
         v = self.value(source).unflatten(-1, (-1, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:

@@ -1,7 +1,7 @@
-"""The one transformer block of the package (arXiv 1706.03762; pre-norm: 2002.04745).
+"""The transformer block of all families (arXiv 1706.03762; pre-norm: 2002.04745).
 
-Position, mask, graph and modality reach it as tensors, never as options. Activation checkpointing (1604.06174;
-selective: 2205.05198, section 5) happens inside of it.
+Positions, masks and a context are passed to it as tensors, never as options. It contains activation checkpointing
+(1604.06174; selective: 2205.05198, section 5).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Block", "BlockConfig", "with_bias"]
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What a block can be; a quirk of one family is patched in that family's file instead.
+    """Options of a block; peculiarities of a single family are patched in that family's module instead.
 
     Attributes:
         hidden_size: D.
@@ -40,14 +40,14 @@ class BlockConfig:
         head_dim: size of a head; D / H when None.
         norm: ``layernorm`` or ``rmsnorm``.
         norm_eps: added to the variance.
-        pre_norm: normalise the input of each half (GPT-2 and later) or the sum behind it (BERT).
-        bias: on all projections, and on the layer norms.
+        pre_norm: normalise the input of each sub-layer (GPT-2 and later) or the residual sum after it (BERT).
+        bias: biases on all projections and layer norms.
         activation: name in ``mlp.ACTIVATIONS``.
         gated: the feed-forward layer has a gate.
         qk_norm: normalise queries and keys per head.
         attention_scale: factor on the scores; head_dim^-½ when None.
-        cross_attention: a third half that attends to ``context``.
-        dropout: on the output of each half and on the attention weights.
+        cross_attention: add a sub-layer that attends to ``context``.
+        dropout: dropout on the output of each sub-layer and on the attention weights.
     """
 
     hidden_size: int
@@ -71,14 +71,14 @@ class Block(nn.Module):
     """Attention and a feed-forward layer, each with a norm and a residual connection; (B, T, D) -> (B, T, D).
 
     Class attributes:
-        tensor_parallel: how each part is shared by several processes: ``column`` (a linear layer cut by its outputs),
-            ``row`` (by its inputs) or ``partial`` (whole, and each process has a part of its gradient). What is not
-            named is whole, and so is its gradient.
+        tensor_parallel: tensor-parallel plan of the parts: ``column`` (a linear layer sharded by outputs), ``row`` (by
+            inputs) or ``partial`` (replicated, each rank computing a part of its gradient, which must be summed). Parts
+            not listed are replicated and have the same gradient on all ranks.
 
     Attributes:
-        activation_checkpointing: what the block keeps for its backward pass: everything (``off``), its input and the
-            results of matrix products and of attention, which cost most to compute (``selective``), or its input alone
-            (``full``). The rest is computed a second time. It works in a subclass that overrides ``_forward``.
+        activation_checkpointing: activations saved for the backward pass: all (``off``), the block's input and the
+            results of matrix products and of attention, which cost most to compute (``selective``), or the input alone
+            (``full``). The rest is recomputed. A subclass overrides ``_forward``, not ``forward``, to support it.
     """
 
     tensor_parallel: ClassVar[Mapping[str, str]] = {
@@ -137,9 +137,9 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        """Run the block, under activation checkpointing where that is on; the arguments are those of ``_forward``."""
-        # The checkpoint lies inside of the block: torch.compile must see it in its graph, where the policy tells the
-        # operations apart, and FSDP2 gathers the weights of the block for both of its forward passes.
+        """Run the block, with activation checkpointing if it is on; the arguments are those of ``_forward``."""
+        # The checkpoint is inside the block, so that torch.compile has it in the block's graph, where the policy can
+        # distinguish operations, and FSDP2 gathers the weights of the block for both forward passes.
         trains = self.training and torch.is_grad_enabled() and options.get("cache") is None
         if self.activation_checkpointing == "off" or not trains:
             return self._forward(x, **options)
@@ -164,14 +164,14 @@ class Block(nn.Module):
 
         Args:
             x: (B, T, D).
-            mask: who sees whom among the columns of ``x`` (and of the cache).
-            rope: rotation tables of these positions, or None.
-            context: (B, S, D) that cross-attention reads.
-            context_mask: who sees whom between ``x`` and ``context``.
+            mask: mask of the self-attention over the columns of ``x`` (and of the cache).
+            rope: rotary tables of these positions, or None.
+            context: (B, S, D) that cross-attention attends to.
+            context_mask: mask of the cross-attention from ``x`` to ``context``.
             cache: keys and values of earlier tokens; filled in place.
             layer: index of this block in the cache.
-            keep: (N,) places among the flattened (B * T) that anyone reads; behind the attention, nothing is computed
-                for the others, and the result is (N, D).
+            keep: (N,) indices, into the flattened (B * T) tokens, of the outputs that are needed; after the attention
+                only these are computed, and the result is (N, D).
         """
         h = self.attention_norm(x) if self.pre_norm else x
         x = x + self._drop(self.attention(h, mask=mask, rope=rope, cache=cache, layer=layer))
@@ -206,7 +206,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear"}
 
 
 def with_bias(linear: nn.Linear, bias: bool) -> nn.Linear:
-    """The layer itself, or one of its shape with or without a bias: for families that differ in it."""
+    """Return the layer itself, or a new one of the same shape with or without a bias as asked."""
     if (linear.bias is not None) == bias:
         return linear
     weight = linear.weight

@@ -1,4 +1,4 @@
-"""What the hardware is good at, asked in one place."""
+"""Capabilities of the hardware: size of a forward pass, bf16 support."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 
 __all__ = ["TOKENS_AT_ONCE", "has_matrix_tiles", "multiplies_bf16_fast", "tokens_at_once"]
 
-# Tokens in one forward pass: on a CPU about what its caches carry, on a GPU enough to fill it.
+# Tokens in one forward pass: on a CPU about as many as fit its caches, on a GPU enough to keep it busy.
 TOKENS_AT_ONCE = {"cpu": 8192, "cuda": 65536, "mps": 8192}
 
 
 def tokens_at_once(device: torch.device) -> int:
-    """Tokens in one forward pass, where the caller leaves the number free."""
+    """Return the default number of tokens in one forward pass."""
     return TOKENS_AT_ONCE.get(device.type, 8192)
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones on this device."""
+    """Return whether bf16 products are faster than fp32 ones on this device."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
@@ -25,10 +25,10 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
 
 
 def has_matrix_tiles() -> bool:
-    """Whether this CPU multiplies bf16 tiles in hardware (AMX)."""
+    """Return whether this CPU multiplies bf16 tiles in hardware (AMX)."""
     return _supports("_is_amx_tile_supported")
 
 
 def _supports(name: str) -> bool:
-    # Private names of torch: a release without them costs speed, not correctness.
+    # These are private functions of torch; a release without them loses speed, not correctness.
     return bool(getattr(torch.cpu, name, lambda: False)())

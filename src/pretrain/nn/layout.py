@@ -1,9 +1,9 @@
-"""Which part of every parameter lies on which process: a function of names, shapes and mesh, known to all alike.
+"""Shard layout: which part of every parameter each rank holds, computed from names, shapes and the mesh alone.
 
-Nothing here talks to anyone or needs `torch.distributed`, so that files can be read and written by it as well.
-A parameter is cut for tensor parallelism first, along a dimension of its own, and each piece then along its first
-dimension for sharded data parallelism, as FSDP2 does it. Both cut into pieces of ceil(size / parts), so that the last
-ones may be smaller or empty.
+Nothing here communicates or needs `torch.distributed`, so checkpoint files can be read and written with it as well.
+A parameter is sharded for tensor parallelism first, along a dimension of its own, and each shard then along its first
+dimension for sharded data parallelism, as in FSDP2. Both use shards of ceil(size / parts), so that the last ones may be
+smaller or empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["ShardLayout", "ShardSlice", "local", "piece", "whole"]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process, in the same memory; the tensor itself where it is whole."""
+    """Return the local shard of a DTensor, in the same memory, or the tensor itself if it is not one."""
     shared: Any = tensor
     part: Tensor = shared.to_local() if hasattr(tensor, "to_local") else tensor
     return part
@@ -28,7 +28,7 @@ def local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """A box inside a full tensor: where it starts and how long it is, per dimension."""
+    """A box inside a full tensor: its start and its length in every dimension."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -39,11 +39,11 @@ class ShardSlice:
         return math.prod(self.shape)
 
     def slices(self) -> tuple[slice, ...]:
-        """What cuts the box out of the full tensor."""
+        """Return the index that selects the box in the full tensor."""
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
 
     def cut(self, dim: int, parts: int, index: int) -> ShardSlice:
-        """The ``index``-th of ``parts`` pieces along ``dim``."""
+        """Return the ``index``-th of ``parts`` pieces along ``dim``."""
         start, length = piece(self.shape[dim], parts, index)
         starts, shape = list(self.start), list(self.shape)
         starts[dim] += start
@@ -52,30 +52,30 @@ class ShardSlice:
 
 
 def piece(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and length of the ``index``-th of ``parts`` pieces of ``size`` things."""
+    """Return start and length of the ``index``-th of ``parts`` pieces of a dimension of ``size``."""
     step = -(-size // parts)
     start = min(size, index * step)
     return start, min(size, start + step) - start
 
 
 def whole(shape: tuple[int, ...]) -> ShardSlice:
-    """The box that is everything."""
+    """Return the box that covers a tensor of this shape."""
     return ShardSlice((0,) * len(shape), tuple(shape))
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where the parts of every parameter lie.
+    """The shards of every parameter by rank.
 
-    Processes are numbered ``(replica * dp_shard + shard) * tp + slice``.
+    Ranks are numbered ``(replica * dp_shard + shard) * tp + slice``.
 
     Attributes:
         shapes: full shape of every parameter, by name.
-        dp_replicate: groups that hold the same.
-        dp_shard: processes among which each piece is cut along its first dimension.
-        tp: processes among which the parameters in ``cuts`` are cut.
-        cuts: name -> dimension; the others are not cut for tensor parallelism.
-        rank: of this process.
+        dp_replicate: number of replicas.
+        dp_shard: number of ranks over which each piece is sharded along its first dimension.
+        tp: number of ranks over which the parameters in ``cuts`` are sharded.
+        cuts: name -> dimension of tensor parallelism; parameters not listed are not sharded by it.
+        rank: rank of this process.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -87,11 +87,11 @@ class ShardLayout:
 
     @property
     def world(self) -> int:
-        """Number of processes."""
+        """World size."""
         return self.dp_replicate * self.dp_shard * self.tp
 
     def region(self, name: str, rank: int | None = None) -> ShardSlice:
-        """The part of a parameter that a process (this one by default) holds; it may be empty."""
+        """Return the part of a parameter that a rank (this one by default) holds; it may be empty."""
         rank = self.rank if rank is None else rank
         region = whole(tuple(self.shapes[name]))
         if name in self.cuts:
@@ -101,7 +101,7 @@ class ShardLayout:
         return region
 
     def holders(self, name: str) -> dict[ShardSlice, list[int]]:
-        """The distinct parts that are not empty, and the processes that hold each, lowest first."""
+        """Return the distinct non-empty parts and the ranks that hold each, in ascending order."""
         found: dict[ShardSlice, list[int]] = {}
         for rank in range(self.world):
             region = self.region(name, rank)
@@ -110,6 +110,6 @@ class ShardLayout:
         return found
 
     def counts(self, name: str) -> bool:
-        """Whether this process counts in a sum over all: of those that hold the same part, the lowest does."""
+        """Return whether this rank contributes to a sum over all ranks: the lowest of those with the same part does."""
         replica, slice_ = self.rank // (self.tp * self.dp_shard), self.rank % self.tp
         return replica == 0 and (name in self.cuts or slice_ == 0)

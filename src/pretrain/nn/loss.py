@@ -1,9 +1,9 @@
-"""Cross entropy over a large vocabulary without ever holding all logits.
+"""Cross entropy over a large vocabulary without materialising all logits.
 
 The projection onto the vocabulary, the softmax and the gradients of both are computed chunk by chunk in the
 forward pass, so the largest buffer is one chunk of logits instead of (N, V) logits, their softmax and their
 gradient. The idea is that of Liger Kernel (arXiv 2410.10989) and of cut cross entropy (arXiv 2411.09009);
-this one is plain torch, so it runs on every device.
+this implementation is plain torch, so it runs on every device.
 
 Letters: N targets, D hidden, V vocabulary.
 """
@@ -21,7 +21,7 @@ from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 __all__ = ["IGNORE", "chunked_cross_entropy"]
 
 IGNORE = -100
-# Logits per chunk. Small enough to stay near a CPU's cache, large enough that a GPU's matmul is well fed.
+# Logits per chunk: small enough for a CPU's cache, large enough for efficient matrix products on a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
@@ -35,7 +35,7 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     vocab: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the negative log-likelihoods of ``labels`` under ``softmax(hidden @ weight.T + bias)``.
+    """Return the summed negative log-likelihood of ``labels`` under ``softmax(hidden @ weight.T + bias)``.
 
     Under autocast the products run in the autocast type; the softmax is always fp32.
 
@@ -46,17 +46,17 @@ def chunked_cross_entropy(
         bias: (V,) or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` when given.
         chunk: targets in one chunk; chosen from V and the device when None.
-        vocab: where several processes share the vocabulary: ``weight`` and ``bias`` hold the rows of this one, the
-            rest is alike on all of them, and so is what is returned.
+        vocab: vocabulary sharding of tensor parallelism: ``weight`` and ``bias`` hold the rows of this rank; the other
+            arguments and the result are the same on all ranks of the group.
 
     Returns:
         ``(total, correct)``: the summed loss in nats (fp32 scalar with a gradient) and the number of targets
         that are the argmax of their logits (fp32 scalar without one; of equal logits the lowest id counts, as in
-        ``torch.argmax``). No target at all gives zeros.
+        ``torch.argmax``). Both are zero without targets.
     """
     if chunk is None:
         budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
-        # Processes that share a vocabulary must meet in the same chunks, though the last may hold fewer rows.
+        # All ranks that share a vocabulary must use the same chunks, although the last ones may hold fewer rows.
         rows = weight.shape[0] if vocab is None else vocab.rows
         chunk = max(32, budget // max(1, rows))
     if vocab is not None:
@@ -77,7 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         softcap: float | None,
         chunk: int,
-        grad_enabled: bool,  # autograd switches it off before it comes here
+        grad_enabled: bool,  # passed in, because autograd disables gradients inside forward
         vocab: VocabShard | None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
@@ -87,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = (
             grad_enabled and needed for needed in ctx.needs_input_grad[:3]
         )
-        # Probabilities below fp16's range would vanish before the loss scale can lift them.
+        # Gradients are scaled up in fp16: probabilities below its range would underflow before loss scaling applies.
         lift = 1024.0 if dtype is torch.float16 else 1.0
         with torch.autocast(device, enabled=False):
             low_weight = weight.to(dtype)
@@ -140,13 +140,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _is_argmax(logits: Tensor, index: Tensor) -> Tensor:
-    """Whether ``index`` (n, 1) is the argmax of ``logits`` (n, V): (n,), ties go to the lowest id.
+    """Return (n,) whether ``index`` (n, 1) is the argmax of ``logits`` (n, V); ties go to the lowest id.
 
-    bf16 logits tie often, so a comparison with the largest logit alone would count several tokens as right.
+    bf16 logits tie often, so a comparison with the largest logit alone would count several tokens as correct.
     """
     if not logits.is_cpu:
         return logits.argmax(1, keepdim=True).eq(index).squeeze(1)
-    # On a CPU argmax costs ten times amax, so only the rows that may be hits pay for it.
+    # On a CPU argmax costs ten times as much as amax, so it runs only on the rows that may be hits.
     correct = logits.gather(1, index).squeeze(1) >= logits.amax(1)
     rows = correct.nonzero().squeeze(1)
     correct[rows] = logits[rows].argmax(1, keepdim=True).eq(index[rows]).squeeze(1)
@@ -160,7 +160,7 @@ def _chunk(
     with_grad: bool,
     vocab: VocabShard | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, hits and the gradient with respect to the raw logits of one chunk, (n, V) -> (n, V)."""
+    """Return loss, hits and the gradient with respect to the raw logits of one chunk, (n, V) -> (n, V)."""
     logits = logits.float()
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     valid = target != IGNORE
@@ -184,5 +184,5 @@ def _chunk(
     grad.scatter_add_(1, index, minus)
     if softcap is not None:
         grad = grad * (1 - (capped / softcap).square())
-    # Select, never multiply: an ignored row may hold a NaN and 0 * NaN is NaN.
+    # Rows are selected, not multiplied by zero: an ignored row may hold a NaN, and 0 * NaN is NaN.
     return loss, hits, torch.where(valid.unsqueeze(1), grad, torch.zeros_like(grad))

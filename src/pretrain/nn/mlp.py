@@ -1,4 +1,4 @@
-"""The feed-forward half of a block, plain or gated (GLU variants: arXiv 2002.05202; squared ReLU: 2109.08668)."""
+"""The feed-forward layer of a block, plain or gated (GLU variants: arXiv 2002.05202; squared ReLU: 2109.08668)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-# Several names of one function are the spellings found in published configurations.
+# Some functions have several names, because published configurations spell them differently.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
@@ -53,7 +53,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation function of that name."""
+    """Return the activation function of that name."""
     return ACTIVATIONS[name]
 
 
@@ -61,7 +61,7 @@ class MLP(nn.Module):
     """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when gated; (B, T, D) -> (B, T, D).
 
     Attributes:
-        parallel: processes among which the inner width is shared; None where this one has all of it.
+        parallel: tensor-parallel group that the inner width is split over; None if this rank has all of it.
     """
 
     parallel: Group | None = None

@@ -1,7 +1,7 @@
 """Layer normalisation (arXiv 1607.06450) and root-mean-square normalisation (arXiv 1910.07467).
 
-Both take their statistics in fp32 whatever the input's type. Under autocast they return the autocast type, so that
-the three projections behind a norm do not each convert its output again.
+Both compute their statistics in fp32 whatever the input's dtype. Under autocast they return the autocast dtype, so that
+the three projections after a norm do not each convert its output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["LayerNorm", "RMSNorm", "build_norm", "compute_dtype"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that a matrix product with ``x`` would run in: autocast's where it is on, else that of ``x``."""
+    """Return the dtype in which a matrix product with ``x`` runs: autocast's if enabled, else that of ``x``."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -35,7 +35,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        # FSDP2 may hand out half-precision weights: that must not cost the input its precision.
+        # FSDP2 may provide half-precision weights, which must not lower the precision of the input.
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         bias = None if self.bias is None else self.bias.to(wide)
         return F.layer_norm(x.to(wide), (self.size,), self.weight.to(wide), bias, self.eps).to(
@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         x, weight = x.to(wide), self.weight.to(wide)
         if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # torch has no fused CPU kernel here: its composite backward costs four times this one.
+            # torch has no fused CPU kernel here; its composite backward costs four times as much as this one.
             y: Tensor = _RMSNormCPU.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         else:
             y = F.rms_norm(x, (self.size,), weight, self.eps)
@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNormCPU(torch.autograd.Function):
-    """y = w · x · r with r = (mean(x²) + eps)^-½, and its gradient in as few passes over memory as possible."""
+    """Compute y = w · x · r with r = (mean(x²) + eps)^-½, and its gradient with few passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,7 +98,7 @@ class _RMSNormCPU(torch.autograd.Function):
 
 
 def build_norm(kind: str, size: int, eps: float, bias: bool = True) -> nn.Module:
-    """A norm by name: ``layernorm`` or ``rmsnorm`` (which has no bias)."""
+    """Return a norm by name: ``layernorm`` or ``rmsnorm`` (which has no bias)."""
     if kind == "rmsnorm":
         return RMSNorm(size, eps)
     if kind == "layernorm":

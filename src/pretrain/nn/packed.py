@@ -1,4 +1,4 @@
-"""Attention over packed rows, document by document, for processors without a variable-length kernel.
+"""Attention per document over packed rows, for CPUs, which have no variable-length kernel.
 
 A dense mask over a row of T tokens costs T² whatever the documents in it. Here the documents are gathered into
 buckets of similar length, each bucket is one padded batch, and the results are scattered back.
@@ -20,19 +20,19 @@ from pretrain.nn.device import has_matrix_tiles
 __all__ = ["Buckets", "attend_packed", "pays", "plan"]
 
 # Costs in units of one query-key pair, measured on a CPU: moving a token in and out of its bucket (forward and
-# backward), and one more kernel call.
+# backward), and one additional kernel call.
 _TOKEN, _CALL = 60.0, 2500.0
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Where each real token of a batch goes.
+    """Assignment of the real tokens of a batch to slots in buckets.
 
     Attributes:
-        tokens: (N,) places of the real tokens in the flattened (B · T) batch; None when all are real.
-        slots: (N,) their places among the slots of all buckets.
+        tokens: (N,) indices of the real tokens in the flattened (B · T) batch; None if all are real.
+        slots: (N,) their indices among the slots of all buckets.
         places: B · T.
-        total: slots, padding included.
+        total: number of slots, padding included.
         shapes: (documents, length) of each bucket.
         lengths: (documents,) real lengths in each bucket.
     """
@@ -48,7 +48,7 @@ class Buckets:
     def scores(
         self, bucket: int, causal: bool, window: int | None, dtype: torch.dtype
     ) -> Tensor | None:
-        """What is added to the scores of a bucket, or None where ``causal`` alone, or nothing, is needed."""
+        """Return the additive mask of a bucket, or None if the causal mask alone, or no mask, is needed."""
         _, length = self.shapes[bucket]
         narrow = window is not None and window < length - 1
         sizes = self.lengths[bucket]
@@ -63,7 +63,7 @@ class Buckets:
                 seen = seen & (distance.abs() <= window)
                 if causal:
                     seen = seen & (distance >= 0)
-                # Padding sees itself: a row of the softmax without any key would be NaN.
+                # Padding attends to itself: a row of the softmax without any key would be NaN.
                 seen = seen | (distance == 0)
             added = torch.zeros(seen.shape, dtype=dtype)
             self._memo[key] = added.masked_fill_(~seen, float("-inf"))
@@ -77,7 +77,7 @@ def plan(documents: Tensor) -> Buckets | None:
         documents: (B, T) ids on the CPU, 0 is padding.
 
     Returns:
-        The plan, or None if nothing is real or an id comes in several pieces.
+        The plan, or None if there are no real tokens or the tokens of an id are not contiguous in a row.
     """
     ids = documents.numpy()
     length = ids.shape[1]
@@ -93,7 +93,7 @@ def plan(documents: Tensor) -> Buckets | None:
     owner = np.stack((starts // length, flat[starts]))
     if np.unique(owner, axis=1).shape[1] < starts.size:
         return None
-    # Bucket widths grow by an eighth to a quarter, so that little of a bucket is padding.
+    # Bucket widths grow in steps of an eighth to a quarter, which limits the padding in a bucket.
     step = np.maximum(8, 2 ** np.maximum(np.ceil(np.log2(sizes)).astype(np.int64) - 3, 0))
     width = -(-sizes // step) * step
     order = np.argsort(width, kind="stable")
@@ -107,7 +107,7 @@ def plan(documents: Tensor) -> Buckets | None:
     tokens = np.repeat(starts, sizes) + within
     slots = np.repeat(begin, sizes) + within
     if tokens.size == flat.size:
-        # Every place is real: order the slots by place instead of selecting places.
+        # All tokens are real: order the slots by token, so that no tokens need to be selected.
         ordered = np.empty_like(slots)
         ordered[tokens] = slots
         slots = ordered
@@ -122,7 +122,7 @@ def plan(documents: Tensor) -> Buckets | None:
 
 
 def pays(buckets: Buckets, row_length: int) -> bool:
-    """Whether going document by document costs less than a dense mask over rows of ``row_length`` tokens."""
+    """Return whether attention per document costs less than a dense mask over rows of ``row_length`` tokens."""
     pairs = sum(n * length * length for n, length in buckets.shapes)
     cost = pairs + _TOKEN * buckets.total + _CALL * len(buckets.shapes)
     return cost < buckets.places * row_length
@@ -138,11 +138,11 @@ def attend_packed(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Attention within each document, (B, H, T, d) -> (B, H, T, d); padding gets zeros."""
+    """Compute attention within each document, (B, H, T, d) -> (B, H, T, d); padding gets zeros."""
     rows, heads, length, size = q.shape
     given = q.dtype
     if given in (torch.bfloat16, torch.float16) and not has_matrix_tiles():
-        # Without a matrix unit, low precision makes short documents slower than fp32 does.
+        # Without hardware matrix tiles, attention over short documents is slower in half precision than in fp32.
         q, k, v = q.float(), k.float(), v.float()
     gathered = [_into(part, buckets) for part in (q, k, v)]
     counts = [n * width for n, width in buckets.shapes]
@@ -169,7 +169,7 @@ def attend_packed(
 
 
 def _into(x: Tensor, buckets: Buckets) -> Tensor:
-    """(B, H, T, d) -> (slots, H · d), zeros where a bucket is padded."""
+    """Gather (B, H, T, d) into (slots, H · d), with zeros in the padding of buckets."""
     flat = x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1] * x.shape[3])
     moved: Tensor = _Move.apply(  # type: ignore[no-untyped-call]
         flat, buckets, True
@@ -178,7 +178,7 @@ def _into(x: Tensor, buckets: Buckets) -> Tensor:
 
 
 class _Move(torch.autograd.Function):
-    """Copy rows from places to slots or back; each direction is the gradient of the other."""
+    """Copy vectors from tokens to slots or back; each direction is the gradient of the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, buckets: Buckets, inwards: bool) -> Tensor:

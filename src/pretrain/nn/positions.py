@@ -2,7 +2,7 @@
 
 Scalings: linear (positional interpolation, 2306.15595), dynamic NTK, llama3 (2407.21783), YaRN (2309.00071) and
 LongRoPE (2402.13753).
-Angles are fp32 always; the tables take the type of the activations when they are applied.
+Angles are always fp32; the tables are converted to the dtype of the activations when they are applied.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ _BY_LENGTH = ("dynamic", "longrope")  # frequencies that depend on the longest r
 
 
 class Rope:
-    """Cosines and sines of the positions of one batch, (B|1, T, 1, d), in fp32 and in each type they are used in."""
+    """Cosines and sines of the positions of one batch, (B|1, T, 1, d), in fp32 and in each dtype that is asked for."""
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self._tables = {cos.dtype: (cos, sin)}
         self._wide = (cos, sin)
 
     def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The tables in ``dtype``, converted once."""
+        """Return the tables in ``dtype``, converted once."""
         if dtype not in self._tables:
             with torch.inference_mode(False):
                 self._tables[dtype] = (self._wide[0].to(dtype), self._wide[1].to(dtype))
@@ -86,7 +86,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def document_positions(documents: Tensor) -> Tensor:
-    """Positions that restart with every run of equal ids, (B, T) -> (B, T)."""
+    """Return positions that restart with every run of equal ids, (B, T) -> (B, T)."""
     columns = torch.arange(documents.shape[1], device=documents.device)
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -143,7 +143,7 @@ def check_rope(parameters: Mapping[str, Any], where: str = "rope_parameters") ->
 
 
 def _check_factors(values: Any, where: str) -> None:
-    """Refuse what is no list of positive numbers; that there is one per pair is checked with the head."""
+    """Raise unless this is a list of positive numbers; ``RotaryTable`` checks its length against the head."""
     good = isinstance(values, list | tuple) and all(
         isinstance(v, _NUMBERS) and not isinstance(v, bool) and math.isfinite(v) and v > 0
         for v in values
@@ -153,7 +153,7 @@ def _check_factors(values: Any, where: str) -> None:
 
 
 def usable_positions(rope: Mapping[str, Any], max_positions: int) -> int:
-    """Tokens that a row may have: the length of training, lengthened by a scaling that is for this.
+    """Return the maximum number of tokens in a row: the length of training, extended by the scaling.
 
     Linear and dynamic factors multiply ``max_position_embeddings``; a YaRN factor multiplies the length before
     scaling, which ``original_max_position_embeddings`` names. The other scalings state the final length themselves.
@@ -167,12 +167,14 @@ def usable_positions(rope: Mapping[str, Any], max_positions: int) -> int:
 
 
 class RotaryTable:
-    """Makes ``Rope`` tables from positions. It holds no tensors of the model: nothing to save, nothing to leave empty.
+    """Builds ``Rope`` tables from positions.
+
+    It is not a module: its tensors are neither saved nor left empty by construction on the meta device.
 
     Args:
         head_dim: d, even.
         parameters: as ``check_rope`` returns them.
-        max_positions: the length that the model was built for; ``dynamic`` scaling starts behind it.
+        max_positions: the length that the model was built for; ``dynamic`` scaling applies beyond it.
 
     Raises:
         ConfigError: a list of factors does not fit ``head_dim``.
@@ -193,7 +195,7 @@ class RotaryTable:
         self._recent: tuple[Any, Rope] | None = None
 
     def frequencies(self, length: int, device: torch.device) -> tuple[Tensor, float]:
-        """Inverse frequencies (d/2,) in fp32 and the factor on the tables, for rows of ``length`` positions."""
+        """Return inverse frequencies (d/2,) in fp32 and the factor on the tables, for rows of ``length`` positions."""
         kind, depends = self.parameters["rope_type"], 0
         if kind == "dynamic":
             depends = max(length, self.max_positions)
@@ -201,7 +203,7 @@ class RotaryTable:
             depends = length > self.parameters["original_max_position_embeddings"]
         key = (device, depends)
         if key not in self._frequencies:
-            # What is remembered must not be an inference tensor: a later training step may save it for backward.
+            # Cached tensors must not be inference tensors: a later training step may save them for backward.
             with torch.inference_mode(False), torch.no_grad():
                 values, factor = _frequencies(
                     self.head_dim, self.parameters, self.max_positions, length
@@ -210,7 +212,7 @@ class RotaryTable:
         return self._frequencies[key]
 
     def at(self, start: int, stop: int, device: torch.device) -> Rope:
-        """Tables (1, T, 1, d) of the positions start..stop-1; the last ones are remembered."""
+        """Return tables (1, T, 1, d) of the positions start..stop-1; the most recent ones are cached."""
         key = (start, stop, device)
         if self._recent is None or self._recent[0] != key:
             with torch.inference_mode(False):
@@ -220,7 +222,7 @@ class RotaryTable:
 
     @torch.no_grad()
     def of(self, positions: Tensor, length: int | None = None) -> Rope:
-        """Tables (B, T, 1, d) of the given positions (B, T), of which there are ``length`` in the longest row."""
+        """Return tables (B, T, 1, d) of the positions (B, T); ``length`` is the largest position + 1, if known."""
         if length is None:
             by_length = self.parameters["rope_type"] in _BY_LENGTH
             length = int(positions.max()) + 1 if by_length else 0
@@ -234,12 +236,12 @@ class RotaryTable:
 def _frequencies(
     dim: int, rope: Mapping[str, Any], max_positions: int, length: int
 ) -> tuple[Tensor, float]:
-    """Inverse frequencies and table factor of one scaling, computed on the CPU in fp32."""
+    """Return inverse frequencies and table factor of one scaling, computed on the CPU in fp32."""
     kind, base = rope["rope_type"], rope["rope_theta"]
     with torch.device("cpu"):
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
         if kind == "dynamic":
-            # The base grows with the row once it is longer than the model was trained for.
+            # The base grows with the row length once that exceeds the length of training.
             ratio = rope["factor"] * max(length, max_positions) / max_positions - (
                 rope["factor"] - 1
             )
@@ -257,7 +259,7 @@ def _frequencies(
 
 
 def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
-    """Long waves are stretched, short ones kept, those between are blended."""
+    """Stretch long wavelengths, keep short ones and interpolate between them."""
     length, low, high = (
         rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     )
@@ -268,7 +270,7 @@ def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
 
 
 def _longrope(plain: Tensor, rope: Mapping[str, Any], length: int) -> tuple[Tensor, float]:
-    """Each dimension has a factor of its own, and others in rows longer than the original length."""
+    """Divide each frequency by its own factor, which differs for rows longer than the original length."""
     original, factor = rope["original_max_position_embeddings"], rope["factor"]
     factors = rope["long_factor" if length > original else "short_factor"]
     magnitude = rope.get("attention_factor")
@@ -281,7 +283,7 @@ def _longrope(plain: Tensor, rope: Mapping[str, Any], length: int) -> tuple[Tens
 def _yarn(
     plain: Tensor, dim: int, rope: Mapping[str, Any], max_positions: int
 ) -> tuple[Tensor, float]:
-    """Interpolate the dimensions that turn rarely within the original length, keep those that turn often."""
+    """Interpolate the dimensions with few turns within the original length, and keep those with many."""
     factor, base = rope["factor"], rope["rope_theta"]
     length = rope.get("original_max_position_embeddings") or max_positions
 

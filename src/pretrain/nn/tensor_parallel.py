@@ -1,8 +1,8 @@
-"""Collectives with gradients: for tensor parallelism (Megatron-LM, arXiv 1909.08053), a vocabulary that is cut, and
-losses that compare rows which lie on several processes.
+"""Collectives with gradients: for tensor parallelism (Megatron-LM, arXiv 1909.08053), a sharded vocabulary, and losses
+that compare rows of several ranks.
 
-What several processes compute together begins with ``enter`` and ends with ``leave``; outside, all of them hold the
-same activations and compute the same. Nothing here runs in one process.
+A tensor-parallel region begins with ``copy_to_tensor_parallel`` and ends with ``reduce_from_tensor_parallel``; outside
+of it, all ranks of the group hold the same activations. Without a group no collective is called.
 Letters: N targets, D hidden, V vocabulary.
 """
 
@@ -31,12 +31,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that share each matrix, or each batch.
+    """A process group whose ranks share each matrix (tensor parallelism), or each batch.
 
     Attributes:
         handle: torch's process group.
-        rank: of this process within the group.
-        size: number of processes.
+        rank: rank of this process within the group.
+        size: number of ranks.
     """
 
     handle: dist.ProcessGroup
@@ -48,9 +48,9 @@ class Group:
 
 
 def all_reduce(x: Tensor, group: Group, *, largest: bool = False) -> Tensor:
-    """The sum (or the maximum) over the group, as a new tensor, the same on all its processes; no gradient.
+    """Return the sum (or the maximum) over the group as a new tensor, the same on all ranks; without a gradient.
 
-    On a CPU half precision is summed in fp32: gloo has no wider accumulator.
+    On a CPU, half precision is summed in fp32, because gloo accumulates in the dtype of the tensor.
     """
     half = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
     found = x.to(
@@ -62,13 +62,13 @@ def all_reduce(x: Tensor, group: Group, *, largest: bool = False) -> Tensor:
 
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
-    """``x`` itself, which all processes hold alike; its gradient is summed over the group."""
+    """Return ``x``, which is the same on all ranks; its gradient is all-reduced over the group."""
     found: Tensor = _Enter.apply(x, group)  # type: ignore[no-untyped-call]
     return found
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
-    """The sum over the group of what each process has; the gradient, alike on all of them, goes to each."""
+    """Return the sum of ``x`` over the group; every rank gets the gradient, which is the same on all of them."""
     found: Tensor = _Leave.apply(x, group)  # type: ignore[no-untyped-call]
     return found
 
@@ -76,15 +76,15 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
 def gather_from_tensor_parallel(
     x: Tensor, group: Group, dim: int, sizes: Sequence[int] = (), *, alike: bool = True
 ) -> Tensor:
-    """The slices of all processes side by side along ``dim``.
+    """All-gather the slices of all ranks and concatenate them along ``dim``.
 
     Args:
-        x: the slice of this process.
-        group: whose slices are joined.
-        dim: along which they lie.
-        sizes: length of the slice of each process; all the same when empty.
-        alike: all processes compute the same with the result, so a slice takes its own part of the gradient. Else
-            each makes a summand of the loss with it, and a slice gets the sum of what all of them have for it.
+        x: the slice of this rank.
+        group: the ranks whose slices are gathered.
+        dim: dimension of the concatenation.
+        sizes: length of the slice of each rank; all the same when empty.
+        alike: whether all ranks compute the same with the result. If so, a slice gets its part of the local gradient.
+            If not, each rank computes a summand of the loss, and the gradients are summed over the group.
     """
     sizes = tuple(sizes) or (x.shape[dim],) * group.size
     found: Tensor = _Gather.apply(x, group, dim % x.ndim, sizes, alike)  # type: ignore[no-untyped-call]
@@ -107,7 +107,8 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         found = all_reduce(x, group)
-        # To the compiler of torch 2.11 what a collective wrote into has no gradient: all of them became zero.
+        # torch.compile in torch 2.11 loses the gradient of a tensor that a collective wrote into (gradients became
+        # zero), so it gets a copy.
         return found.clone() if torch.compiler.is_compiling() else found
 
     @staticmethod
@@ -122,7 +123,7 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         ctx.place = (dim, sum(sizes[: group.rank]), sizes[group.rank])
         ctx.summed = None if alike else group
-        # Every process sends as many elements: not all backends take uneven ones.
+        # All ranks send the same number of elements, because not all backends support uneven sizes.
         shape = [*x.shape[:dim], max(sizes), *x.shape[dim + 1 :]]
         half = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
         sent = torch.zeros(shape, dtype=torch.float32 if half else x.dtype, device=x.device)
@@ -141,14 +142,14 @@ class _Gather(torch.autograd.Function):
 
 
 def row_linear(layer: nn.Linear, x: Tensor, group: Group | None) -> Tensor:
-    """``layer(x)``, where each process holds some columns of the weight and the inputs that belong to them.
+    """Return ``layer(x)`` for a row-parallel layer: each rank holds some columns of the weight and their inputs.
 
-    The partial products are summed over the group, and the bias is added to the sum, once.
+    The partial products are all-reduced over the group, and the bias is added once, to the sum.
 
     Args:
-        layer: a linear layer; one that is more than its weight says its ``product(x)``, which has no bias in it.
-        x: (..., I / group.size), or (..., I) where there is no group.
-        group: that shares the layer; None calls it as it is.
+        layer: a linear layer; a layer with an adapter defines ``product(x)``, its output without the bias.
+        x: (..., I / group.size), or (..., I) without a group.
+        group: the ranks that share the layer; with None the layer is called directly.
     """
     if group is None:
         whole: Tensor = layer(x)
@@ -162,10 +163,10 @@ def row_linear(layer: nn.Linear, x: Tensor, group: Group | None) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which rows of a vocabulary this process holds: the ``rank``-th ceil(V / size) of them, fewer at the end.
+    """The rows of a sharded vocabulary that this rank holds: the ``rank``-th ceil(V / size) of them, fewer at the end.
 
     Attributes:
-        group: that shares the vocabulary.
+        group: the ranks that share the vocabulary.
         size: V.
     """
 
@@ -174,25 +175,25 @@ class VocabShard:
 
     @property
     def rows(self) -> int:
-        """Rows of the first process, the most that any has: what all must choose alike follows from it."""
+        """Rows of the first rank, the most of any; used for choices that must be the same on all ranks."""
         return -(-self.size // self.group.size)
 
     @property
     def start(self) -> int:
-        """The first token of this process."""
+        """The first token of this rank."""
         return self.rows * self.group.rank
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of every process of the group."""
+        """Rows of every rank of the group."""
         starts = range(0, self.rows * self.group.size, self.rows)
         return [max(0, min(self.rows, self.size - start)) for start in starts]
 
     def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of ``ids`` among those of this process, and whether they are there (elsewhere the row is 0).
+        """Return the local rows of ``ids`` and whether this rank holds them (if not, the row is 0).
 
-        Ids below 0 count as the first process's and ids from V on as the last one's, where their look-up fails: an id
-        that nobody holds would pass in silence.
+        Ids below 0 are assigned to the first rank and ids from V on to the last one, where the look-up fails: an
+        invalid id that no rank holds would otherwise go unnoticed.
         """
         inside = torch.ones_like(ids, dtype=torch.bool)
         if self.group.rank > 0:
@@ -202,12 +203,12 @@ class VocabShard:
         return torch.where(inside, ids - self.start, 0), inside
 
     def look_up(self, weight: Tensor, ids: Tensor, padding: int | None = None) -> Tensor:
-        """Rows of a table that is cut like the vocabulary, (B, T) -> (B, T, D); the same on all processes.
+        """Look up rows of a table that is sharded like the vocabulary, (B, T) -> (B, T, D); the same on all ranks.
 
         Args:
-            weight: (rows of this process, D).
-            ids: tokens of the whole vocabulary.
-            padding: the token whose row look-ups do not train.
+            weight: (rows of this rank, D).
+            ids: tokens of the full vocabulary.
+            padding: the token whose row gets no gradient.
         """
         index, inside = self.place(ids)
         if padding is not None:
@@ -217,29 +218,29 @@ class VocabShard:
         return reduce_from_tensor_parallel(found, self.group)
 
     def gather(self, scores: Tensor) -> Tensor:
-        """Scores over the whole vocabulary from those of this process, (..., rows) -> (..., V)."""
+        """All-gather scores over the full vocabulary from those of each rank, (..., rows) -> (..., V)."""
         return gather_from_tensor_parallel(scores, self.group, -1, self.sizes)
 
     def log_softmax(
         self, logits: Tensor, ids: Tensor, index: Tensor, inside: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities over the whole vocabulary, without a gradient.
+        """Return log-probabilities over the full vocabulary, without a gradient.
 
         Args:
-            logits: (N, rows) of this process.
-            ids: (N, 1) one token each, of the whole vocabulary.
-            index: (N, 1) rows of these tokens, from ``place``.
-            inside: (N, 1) whether they are there.
+            logits: (N, rows) of this rank.
+            ids: (N, 1) one token each, of the full vocabulary.
+            index: (N, 1) local rows of these tokens, from ``place``.
+            inside: (N, 1) whether this rank holds them.
 
         Returns:
-            (N, rows) of the tokens of this process, (N,) of the token asked for, (N,) whether that token is the argmax:
-            its logit is the largest, and no token with a lower id has the same logit.
+            Log-probabilities (N, rows) of the tokens of this rank and (N,) of ``ids``, and (N,) whether ``ids`` is the
+            argmax: its logit is the largest, and no token with a lower id has the same logit.
         """
         largest, first = logits.max(1, keepdim=True)
         shifted = logits - all_reduce(largest, self.group, largest=True)
         picked = torch.where(inside, shifted.gather(1, index), 0.0).squeeze(1)
         earlier = (shifted.gather(1, first) == 0) & (first + self.start < ids)
-        sums, picked, earlier = all_reduce(  # in one message
+        sums, picked, earlier = all_reduce(  # one collective for all three
             torch.stack((shifted.exp().sum(1), picked, earlier.squeeze(1).to(shifted.dtype))),
             self.group,
         ).unbind()
@@ -247,7 +248,7 @@ class VocabShard:
         return shifted.sub_(logs.unsqueeze(1)), picked - logs, (picked == 0) & (earlier == 0)
 
     def log_probs(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of one token per row, with a gradient: (N, rows), (N,) -> (N,)."""
+        """Return the log-probability of one token per row, with a gradient: (N, rows), (N,) -> (N,)."""
         found: Tensor = _LogProbs.apply(logits, targets, self)  # type: ignore[no-untyped-call]
         return found
 
