@@ -36,6 +36,7 @@ from pretrain.utils.files import note, read_bytes, reading
 from pretrain.utils.tensors import read_header
 
 if TYPE_CHECKING:
+    from pretrain.models.backbone import Backbone
     from pretrain.models.base import Model
 
 __all__ = [
@@ -66,6 +67,7 @@ def load(
     tokenizer: bool = True,
     quiet: bool = False,
     base: Model | str | Path | None = None,
+    family: str | type[Backbone] | None = None,
 ) -> Model:
     """Load a model from a run, from a checkpoint, or from a directory that transformers or peft saved.
 
@@ -81,6 +83,8 @@ def load(
         quiet: do not print the report line.
         base: base of an adapter: a model (which is copied) or a directory; None uses the one named in its
             adapter_config.json.
+        family: class of the model if it is a family of your own, or ``"package.module:Class"``. Once it is named, all
+            functions of this process open its directories.
 
     Returns:
         A `Model` on the CPU in evaluation mode, with `model.adapter` set if the directory holds an adapter.
@@ -91,6 +95,10 @@ def load(
             tokenizer does not fit the model, or the base of an adapter is missing or a different one.
         ConfigError: config.json describes an invalid model.
     """
+    if family is not None:
+        from pretrain.models import own_family
+
+        own_family(family)
     directory = manifest.checked_directory(path)
     options: dict[str, Any] = {"head": head, "verify": verify, "tokenizer": tokenizer}
     options |= {"quiet": quiet, "base": base}

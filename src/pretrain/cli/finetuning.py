@@ -65,6 +65,12 @@ def add_predict(parser: Any) -> None:
     """Declare the options of ``pretrain predict``."""
     add = parser.add_argument
     add("checkpoint", type=str, help="run or model directory")
+    add(
+        "--family",
+        type=str | None,
+        default=None,
+        help="package.module:Class of the model, if it is a family of your own",
+    )
     add("file", type=str, help="rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)")
     add("--out", type=str | None, default=None, help=".jsonl, .csv or .tsv; not given, beside FILE")
     add(

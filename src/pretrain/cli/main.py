@@ -140,7 +140,12 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     with using(interface(name, command.short)):
-        return command.run(parse(parser, name, rest, command.short)) or 0
+        args = parse(parser, name, rest, command.short)
+        if (family := args.pop("family", None)) is not None:
+            from pretrain.models import own_family
+
+            own_family(family)
+        return command.run(args) or 0
 
 
 def _overview() -> str:
@@ -165,6 +170,18 @@ def _note(message: Warning | str, *place: Any, **options: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------------- commands
+
+
+def _add_checkpoint(
+    parser: Any, name: str = "checkpoint", of: str = "run or checkpoint directory"
+) -> None:
+    parser.add_argument(name, type=str, help=of)
+    parser.add_argument(
+        "--family",
+        type=str | None,
+        default=None,
+        help="package.module:Class of the model, if it is a family of your own",
+    )
 
 
 def _add_quickstart(parser: Any) -> None:
@@ -250,7 +267,7 @@ def _slurm(args: Any) -> None:
 
 def _add_generate(parser: Any) -> None:
     add = parser.add_argument
-    add("checkpoint", type=str, help="run or checkpoint directory")
+    _add_checkpoint(parser)
     add("prompt", type=str, help='text to continue, or "-": one prompt per line of standard input')
     add(
         "--max_new_tokens",
@@ -316,7 +333,7 @@ def _prompts(text: str) -> list[str]:
 
 
 def _add_fill_mask(parser: Any) -> None:
-    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    _add_checkpoint(parser)
     parser.add_argument(
         "text", type=str, help='text with [MASK] in it, or "-": one per line of standard input'
     )
@@ -338,7 +355,7 @@ def _fill_mask(args: Any) -> None:
 
 
 def _add_evaluate(parser: Any) -> None:
-    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    _add_checkpoint(parser)
     parser.add_argument(
         "--data",
         type=str | None,
@@ -369,7 +386,7 @@ def _evaluate(args: Any) -> None:
 
 def _add_merge(parser: Any) -> None:
     add = parser.add_argument
-    add("adapter", type=str, help="directory of an adapter, or a run that trained one")
+    _add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
     add("--out", type=str, help="directory to write the whole model to")
     add("--base", type=str | None, default=None, help="its base; not given, the one that it names")
 
@@ -381,7 +398,7 @@ def _merge(args: Any) -> None:
 
 
 def _add_inspect(parser: Any) -> None:
-    parser.add_argument("checkpoint", type=str, help="run or checkpoint directory")
+    _add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

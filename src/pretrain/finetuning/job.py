@@ -32,6 +32,7 @@ from pretrain.finetuning.start import (
     touched_early,
     versions,
 )
+from pretrain.models import own_family
 from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.training.monitor import score as lower_is_better
@@ -97,6 +98,8 @@ class Job:
         task = task_class(settings.task.name)
         check_options(task, settings.task.options)
         source = settings.model.checkpoint if model is None else model
+        if settings.model.family:
+            own_family(settings.model.family)
         data = open_data(settings, objects, task, classes_of(source, task))
         if isinstance(source, str | os.PathLike):
             source = os.fspath(source)
@@ -112,6 +115,8 @@ class Job:
         for name in _LATER:
             if plain["data"][name] is None:
                 del plain["data"][name]
+        if not plain["model"]["family"]:  # runs of before had no such setting
+            del plain["model"]["family"]
         text = json.dumps([plain, self.data.fingerprint], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -75,6 +75,8 @@ class TuneModel:
 
     checkpoint: str = ""
     """A run, a checkpoint, or any Hugging Face directory of a known family."""
+    family: str = ""
+    """package.module:Class of the checkpoint, if it is a family of your own."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pretrain.models.backbone import Backbone
     from pretrain.models.base import Model
 
-__all__ = ["FAMILIES", "build", "family_class"]
+__all__ = ["FAMILIES", "build", "family_class", "own_family"]
 
 FAMILIES = {
     "gpt2": "pretrain.models.gpt2:GPT2",
@@ -30,11 +30,17 @@ FAMILIES = {
 }
 
 
-def family_class(family: str, *, path_allowed: bool = True) -> type[Backbone]:
+# model_type -> class of the families that the caller of this process has named: files with that model_type open as it.
+_OWN: dict[str, type[Backbone]] = {}
+
+
+def family_class(family: str | type[Backbone], *, path_allowed: bool = True) -> type[Backbone]:
     """Return the backbone class of a family.
 
+    An own class becomes known to this process: directories whose config.json has its ``model_type`` open as that class.
+
     Args:
-        family: a key of ``FAMILIES``, or ``"package.module:Class"``.
+        family: a key of ``FAMILIES``, ``"package.module:Class"``, or a class.
         path_allowed: False if the name comes from a file, because a file must never select code to import.
 
     Raises:
@@ -42,17 +48,47 @@ def family_class(family: str, *, path_allowed: bool = True) -> type[Backbone]:
     """
     from pretrain.models.backbone import Backbone
 
-    path = FAMILIES.get(family, family if path_allowed else "")
-    module, _, name = path.partition(":")
-    if not name:
-        raise ConfigError(f"There is no model family {family!r}." + did_you_mean(family, FAMILIES))
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"The model family {family!r} cannot be imported: {error}.") from error
+    if isinstance(family, str):
+        if family in _OWN:
+            return _OWN[family]
+        path = FAMILIES.get(family, family if path_allowed else "")
+        module, _, name = path.partition(":")
+        if not name:
+            raise ConfigError(
+                f"There is no model family {family!r}."
+                + did_you_mean(family, FAMILIES)
+                + " If it is your own, name its class: load(..., family=...) in Python, or "
+                "--family package.module:Class of the command."
+            )
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"The model family {family!r} cannot be imported: {error}."
+            ) from error
+    else:
+        found = family
     if not (inspect.isclass(found) and issubclass(found, Backbone)):
         raise ConfigError(
-            f"The model family {family!r} is not a subclass of pretrain.models.base.Backbone."
+            f"The model family {family!r} is not a subclass of pretrain.models.backbone.Backbone."
+        )
+    if found.model_type not in FAMILIES:
+        _OWN[found.model_type] = found
+    return found
+
+
+def own_family(family: str | type[Backbone]) -> type[Backbone]:
+    """Make a family of the caller's known, so that its directories open; see `family_class`.
+
+    Raises:
+        ConfigError: as `family_class`, or its ``model_type`` is that of another family.
+    """
+    found = family_class(family)
+    usual = FAMILIES.get(found.model_type)
+    if usual is not None and usual != f"{found.__module__}:{found.__qualname__}":
+        raise ConfigError(
+            f"{found.__name__} has the model_type {found.model_type!r} of {usual.partition(':')[2]}: a config.json "
+            f"cannot tell them apart. Give the class a model_type of its own, and save the model again."
         )
     return found
 

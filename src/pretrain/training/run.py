@@ -23,7 +23,7 @@ from pretrain.data.prepare import Prepared, prepare
 from pretrain.distributed.main_process_first import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
-from pretrain.models import build
+from pretrain.models import build, own_family
 from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
 from pretrain.training.evaluate import evaluate_rows
@@ -243,6 +243,10 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
     wanted = objective_class(settings.objective.class_path).head_kind
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None:
+        if (
+            ":" in settings.model.family
+        ):  # of the user's own; which of ours it is, the checkpoint says
+            own_family(settings.model.family)
         model = open_source(settings.model.checkpoint)
         if wanted is not None and model.head_kind != wanted:
             raise ConfigError(
