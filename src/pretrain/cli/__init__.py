@@ -1,1 +1,1 @@
-"""The command line: one function for each command, and how its words become settings."""
+"""The command line: one function per command, and the parsing of arguments into settings."""

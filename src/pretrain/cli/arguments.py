@@ -1,8 +1,7 @@
-"""From words on a command line to values: jsonargparse declares and reads, errors are those of the YAML.
+"""Command-line parsing with jsonargparse, with the same values and errors as in YAML files.
 
-Values are read by `pretrain.config.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and
-behind an option. Whatever is wrong with a setting of ``train`` or ``finetune`` is said by the code that checks the
-YAML.
+Values are read by `pretrain.config.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and on
+the command line. Errors in settings of ``train`` and ``finetune`` are raised by the code that checks the YAML.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from pretrain.errors import ConfigError, did_you_mean
 
 __all__ = ["add_settings", "interface", "make_parser", "parse"]
 
-# Commands whose options are the fields of a settings class, of which only those given count.
+# Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "finetune")
-# Mappings: any name may follow.
+# Prefixes of options that set an item of a mapping: any name may follow.
 _OPEN = {
     "train": ("--model.overrides.", "--objective.init_args."),
     "finetune": ("--data.columns.", "--task.options."),
@@ -30,7 +29,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None]) -> Any:
-    """The jsonargparse parser of the command ``name``; ``add`` declares its options."""
+    """Return the jsonargparse parser of the command ``name``; ``add`` declares its options."""
     from jsonargparse import ArgumentParser, set_loader
 
     set_loader("strict", _value, exceptions=(ConfigError,))
@@ -48,7 +47,7 @@ def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None
 
 
 def interface(name: str, short: Mapping[str, str]) -> Interface:
-    """How messages spell the options of the command ``name``; see `make_parser` and `parse`."""
+    """Return how messages spell the options of the command ``name``."""
     if name not in _SETTINGS:
         return Interface(
             command=True, columns="columns." if name in ("predict", "evaluate") else ""
@@ -59,7 +58,7 @@ def interface(name: str, short: Mapping[str, str]) -> Interface:
         for section, kind in reversed(sections.items())
         for spec in dataclasses.fields(kind)
     }
-    # The short options are the keywords of the Python function too.
+    # The short options are also keywords of the Python function.
     places |= {option.lstrip("-"): option.lstrip("-") for option in short}
     columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
     return Interface(True, places, columns, others)
@@ -87,12 +86,12 @@ def _value(text: str) -> Any:
 
 
 def parse(parser: Any, name: str, words: list[str], short: Mapping[str, str] | None = None) -> Any:
-    """Parse the words after the command; of settings only what was given is returned, without defaults.
+    """Parse the arguments after the command; of settings only those given are returned, without defaults.
 
     Args:
-        parser: what `make_parser` returns.
-        name: of the command.
-        words: after it.
+        parser: parser from `make_parser`.
+        name: name of the command.
+        words: arguments after it.
         short: short option -> the setting that it stands for (``{"--model": "--model.checkpoint"}``).
 
     Raises:
@@ -125,7 +124,7 @@ def _settings(name: str) -> Any:
 
 
 def _spelled_out(words: list[str], short: Mapping[str, str]) -> list[str]:
-    """Put the settings in the place of their short options, as far as a lone ``--``."""
+    """Replace short options by their settings, up to a lone ``--``."""
     end = words.index("--") if "--" in words else len(words)
     whole = []
     for word in words[:end]:
@@ -150,7 +149,7 @@ def _unknown(option: str, options: Iterable[str], name: str) -> ConfigError:
 
 
 def _wrong(error: Exception, name: str, words: list[str]) -> ConfigError:
-    """Say what the parser found, in the words that the same mistake gets in a YAML file."""
+    """Turn an error of the parser into the error that the same mistake gets in a YAML file."""
     text = " ".join(str(error).split())
     found = re.search(r'[Pp]arser key "([^"]+)"|argument --([\w.]+)', text)
     option = (found[1] or found[2]) if found else ""
@@ -172,7 +171,7 @@ def _wrong(error: Exception, name: str, words: list[str]) -> ConfigError:
 
 
 def _given(dotted: str, words: list[str]) -> str | None:
-    """The word that stands for an option on the command line."""
+    """Return the value given for an option on the command line; None if there is none."""
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.lstrip("-").rstrip("+") == dotted and option.startswith("-"):

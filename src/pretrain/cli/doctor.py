@@ -1,4 +1,4 @@
-"""The command ``doctor``: its options, and the one function that it calls."""
+"""The command ``doctor``: its options and the function that it calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_doctor(parser: Any) -> None:
 
 
 def doctor(args: Any) -> int:
-    """Examine, print, and say with the exit code whether something is wrong."""
+    """Examine the machine, print the findings, and return an exit code that is nonzero if something is wrong."""
     from pretrain.distributed.doctor import doctor as examine
 
     return examine(args.device, out=args.out, as_json=args.json, seconds=args.timeout)

@@ -1,4 +1,4 @@
-"""The commands ``finetune`` and ``predict``: their options, and the one function that each of them calls."""
+"""The commands ``finetune`` and ``predict``: their options and the functions that they call."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pretrain.printing import printable
 
 __all__ = ["SHORT", "add_devices", "add_finetune", "add_predict", "finetune", "predict"]
 
-# Short options for the settings that nearly every call names.
+# Short options for the settings that nearly every call gives.
 SHORT = {"--model": "--model.checkpoint", "--data": "--data.train", "--task": "--task.name"}
 
 
 def add_devices(parser: Any) -> None:
-    """Declare ``--devices``, of ``train`` and ``finetune``."""
+    """Declare ``--devices`` for ``train`` and ``finetune``."""
     parser.add_argument(
         "--devices",
         type=int | str,
@@ -41,7 +41,7 @@ def add_finetune(parser: Any) -> None:
 
 
 def finetune(args: Any) -> int:
-    """Fine-tune, and print the place of the report."""
+    """Fine-tune, and print the path of the report."""
     from pretrain.finetuning.settings import TuneConfig
 
     options = args.as_dict()
@@ -110,7 +110,7 @@ def add_predict(parser: Any) -> None:
 
 
 def predict(args: Any) -> None:
-    """Answer a file, and print the place of the answers."""
+    """Predict the rows of a file, and print the path of the predictions."""
     from pretrain.inference.predict import predict_file
 
     options = args.as_dict()

@@ -1,8 +1,8 @@
-"""The command line: ``pretrain COMMAND``. No logic lives here; every command is one call of a public function.
+"""The command line: ``pretrain COMMAND``. Every command is one call of a public function.
 
 Options are declared to jsonargparse: those of ``train`` and ``finetune`` are the fields of the sections of
-`RunConfig` and `TuneConfig`, checked by the same code as the YAML. Nothing heavy is imported before a command has been
-understood, so that help is instant.
+`RunConfig` and `TuneConfig`, checked by the same code as the YAML. Heavy modules are imported only after the arguments
+have been parsed, so that help is instant.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its line in the help, its options, what it calls, and short options for settings."""
+    """One command: its help, its options, the function that runs it, and short options for settings."""
 
     summary: str
     example: str
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; 1 when `inspect` finds a broken checkpoint; 2 for an error in the input, which is said in one paragraph
-        (PRETRAIN_DEBUG=1 shows where it was raised); 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, when a
-        training run has been saved and temporary files are gone.
+        0; 1 when `inspect` finds a broken checkpoint; 2 for an error in the input, which is printed as one paragraph
+        (PRETRAIN_DEBUG=1 shows the traceback); 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, once a
+        training run has been saved and temporary files have been removed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -74,15 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         _complain("interrupted.", "")
         return error.code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
+    except BrokenPipeError:  # the reader of standard output has exited, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (
-        OSError
-    ) as error:  # of a file one of us has made a sentence; what has no name is standard output
+    except OSError as error:
+        # Errors of files have been turned into PretrainErrors; one without a file name is of standard output.
         if os.environ.get("PRETRAIN_DEBUG") == "1" or error.filename is not None:
             raise
-        # What is left in its buffer would fail again when Python ends.
+        # The rest of its buffer would fail again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _complain(f"The output cannot be written: {error.strerror or error}. Make room there.")
         return EXIT_ERROR
@@ -98,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it has begun is cleared away; a second one at once.
+    """Let SIGTERM and SIGHUP end a command like Ctrl-C, so that it cleans up; a second signal ends it at once.
 
-    Processes of a launcher, which repeats its signals, and what nohup ignores are left alone.
+    Not under a launcher, which repeats its signals, and not for signals that are ignored, as by nohup.
     """
     before: dict[int, Any] = {}
 
@@ -157,7 +156,7 @@ def _overview() -> str:
 
 
 def _complain(message: str, label: str = "error: ") -> None:
-    """One paragraph on stderr; characters that could drive the terminal are shown, not sent."""
+    """Print one paragraph on stderr; characters that could control the terminal are escaped."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     if label and sys.stderr.isatty() and not plain:
         label = f"\033[31m{label}\033[0m"
@@ -165,7 +164,7 @@ def _complain(message: str, label: str = "error: ") -> None:
 
 
 def _note(message: Warning | str, *place: Any, **options: Any) -> None:
-    """A warning as one line, without the place in the code."""
+    """Print a warning as one line, without its source location."""
     _complain(str(message), "note: ")
 
 
@@ -421,7 +420,7 @@ def _report(args: Any) -> None:
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
-    """Print a flat mapping, aligned, or as JSON; a stranger's names cannot drive the terminal."""
+    """Print a flat mapping, aligned, or as JSON; characters that could control the terminal are escaped."""
     if as_json:
         import json
 

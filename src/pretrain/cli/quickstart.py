@@ -1,11 +1,11 @@
-"""The first run of a newcomer: no download, no setting, a few minutes on a laptop's CPU.
+"""The ``quickstart`` command: a first run without downloads or settings, in a few minutes on a laptop's CPU.
 
 It prepares the built-in ``python`` corpus (documentation and source of the standard library of the running Python),
-pre-trains a small GPT-like model and shows what it writes, pre-trains a small BERT-like model and fine-tunes it on
-labels that the library has (from which package is this piece of code?), says whether pre-training helped against the
-same model from random weights, and what to type next. It is `pretrain.prepare`, `pretrain.train`, `pretrain.load` and
-`pretrain.finetune` in a row and nothing else: what it does, a user can do. The modules that the held-out pieces of code
-come from are kept out of pre-training, so neither their text nor their labels have been seen when they are asked for.
+pre-trains a small GPT-like model and prints samples of it, pre-trains a small BERT-like model and fine-tunes it to
+classify pieces of code by the package that they come from, reports whether pre-training helped compared with the same
+model from random weights, and prints commands to try next. It only calls `pretrain.prepare`, `pretrain.train`,
+`pretrain.load` and `pretrain.finetune`, as a user can. The modules of the held-out pieces of code are excluded from
+pre-training, so neither their text nor their labels have been seen before the test.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ if TYPE_CHECKING:
 __all__ = ["MINUTES", "PROMPTS", "config", "quickstart", "task", "write_rows"]
 
 MINUTES = 5.0
-"""Budget of the whole story, in minutes, when neither the caller nor PRETRAIN_QUICKSTART_MINUTES says otherwise."""
+"""Default time budget in minutes, if neither the caller nor PRETRAIN_QUICKSTART_MINUTES sets one."""
 PROMPTS = ("def __init__(self", "import")
-"""What the trained model is asked to continue."""
+"""Prompts that the trained model continues."""
 
 _VOCAB_SIZE, _ROW_LENGTH = 4096, 256
-_COUNTS = (64, 15, 40)  # labelled rows of each package: to learn from, to choose by, to score
-_LABELS, _SEEDS = (128, 512), 3  # where the two arms are compared, and how often each learns
-_LRS = (1e-3, 3e-3)  # both arms try both
+_COUNTS = (64, 15, 40)  # labelled rows per package: training, validation, test
+_LABELS, _SEEDS = (128, 512), 3  # numbers of labelled rows and seeds of the comparison
+_LRS = (1e-3, 3e-3)  # learning rates that both arms try
 _BATCH, _MAX_LENGTH = 16, 160
 _FEWEST_STEPS, _MOST_STEPS = 8, 80
-_SECONDS_FOR_ALL_LABELS = 45.0  # with less left, the arms are compared at the largest number alone
-# Evaluating, sampling, saving and the reports are no training, and a slow disk must not break the promise.
+_SECONDS_FOR_ALL_LABELS = 45.0  # with less left, compare at the largest number only
+# Time kept for evaluation, sampling, saving, reports and a slow disk; shares of the rest for pre-training.
 _RESERVE_SECONDS, _SHARES = 20.0, {"gpt": 0.22, "bert": 0.5}
-# A run of fine-tuning opens the model, reads the rows and scores: so many seconds, and passes over the scored rows
-# that cost a third of a training pass.
+# A fine-tuning run also opens the model, reads the rows and scores: a constant number of seconds, and forward passes
+# over the scored rows, each of which costs a third of a training pass.
 _SECONDS_BESIDE, _SHARE_OF_BACKWARD = 0.5, 3
 
 
 def config(kind: str, data: str, out: str, minutes: float, seed: int = 0) -> dict[str, Any]:
-    """The settings of a pre-training run, as ``pretrain train`` takes them.
+    """Return the settings of a pre-training run, as ``pretrain train`` takes them.
 
     Args:
-        kind: ``"gpt"``, which predicts the next token, or ``"bert"``, which fills in hidden ones.
+        kind: ``"gpt"``, which predicts the next token, or ``"bert"``, which fills in masked ones.
         data: prepared directory.
         out: run directory.
         minutes: time for training.
-        seed: of weights, order and samples.
+        seed: seed of weights, order and samples.
     """
     kinds: dict[str, dict[str, Any]] = {
         "gpt": {
@@ -90,12 +90,12 @@ def config(kind: str, data: str, out: str, minutes: float, seed: int = 0) -> dic
 
 
 def task(steps: int, counts: Sequence[int], seed: int = 0) -> dict[str, Any]:
-    """The keyword arguments of ``pretrain.finetune``: what is learnt, and how it is compared with scratch.
+    """Return the keyword arguments of ``pretrain.finetune``: the task, and its comparison with random weights.
 
     Args:
-        steps: of every run, that from the checkpoint and that from random weights.
+        steps: steps of every run, from the checkpoint and from random weights.
         counts: numbers of labelled rows at which the two are compared.
-        seed: of the head and the order.
+        seed: seed of the head and the order.
     """
     return {
         "task": "classification",
@@ -120,19 +120,19 @@ def quickstart(
     seed: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Prepare, pre-train, sample, fine-tune, compare with scratch; every step is said in plain lines.
+    """Prepare, pre-train, sample, fine-tune and compare with training from scratch, reporting every step.
 
     Args:
-        out: run directory. The same call again continues what is there.
-        minutes: budget of the whole story; by default the environment variable PRETRAIN_QUICKSTART_MINUTES, else
+        out: run directory. The same call again resumes it.
+        minutes: time budget of everything; by default the environment variable PRETRAIN_QUICKSTART_MINUTES, else
             ``MINUTES``.
-        seed: of weights, order, samples, and of the choice of labelled rows.
-        say: where the lines go; ``print`` by default.
+        seed: seed of weights, order, samples, and of the choice of labelled rows.
+        say: function that prints the lines; ``print`` by default.
 
     Returns:
         ``run``, ``checkpoint``, ``report`` (paths as text) and ``metrics`` of the GPT-like model, ``samples``
-        (prompt -> text), ``encoder``, ``rows`` and ``finetuned`` (paths as text; empty if it did not come so far),
-        ``comparison`` (a ``Comparison`` or None), ``seconds``, and ``exit_code``, which is not 0 when a signal
+        (prompt -> text), ``encoder``, ``rows`` and ``finetuned`` (paths as text; empty if not reached),
+        ``comparison`` (a ``Comparison`` or None), ``seconds``, and ``exit_code``, which is nonzero if a signal
         stopped it.
 
     Raises:
@@ -143,7 +143,7 @@ def quickstart(
 
 
 class _Story:
-    """One quickstart: what is known so far, and how much time is left."""
+    """One quickstart: its results so far and its time budget."""
 
     def __init__(self, out: str, budget: float, seed: int, say: Callable[[str], None]) -> None:
         self.out, self.budget, self.seed, self.say = out, budget, seed, say
@@ -163,7 +163,7 @@ class _Story:
         return min(_RESERVE_SECONDS, self.budget * 60 * 0.15)
 
     def tell(self) -> dict[str, Any]:
-        """All of it, or as much as a signal lets through."""
+        """Run all steps, or those before a signal; return the results."""
         import pretrain
 
         self.say(
@@ -194,14 +194,14 @@ class _Story:
         return self.result
 
     def stopped(self, name: str, code: int) -> None:
-        """Say what there is when a signal ended it."""
+        """Report what was kept when a signal ended the quickstart, and set the exit code."""
         kept = self.result["finetuned"] or self.result["encoder"] or self.result["checkpoint"]
         where = f"what was learned is in {kept}" if kept else "there is nothing to keep yet"
         self.say(f"\nStopped by {name}; {where}. The same command goes on from there.")
         self.result["exit_code"] = code
 
     def pretrain(self, kind: str, data: str) -> Run:
-        """Train one of the two models for its share of the time that is left."""
+        """Train one of the two models for its share of the remaining time."""
         import pretrain
         from pretrain.report import write
 
@@ -226,7 +226,7 @@ class _Story:
         return run
 
     def sample(self, path: Path, unigram: float | None) -> None:
-        """Say how well the GPT-like model predicts, and let it continue the prompts."""
+        """Print the held-out loss of the GPT-like model and its continuations of the prompts."""
         import pretrain
 
         if "loss" in self.result["metrics"]:
@@ -243,7 +243,7 @@ class _Story:
             self.say(textwrap.indent("\n".join(lines[:4]), "   | "))
 
     def finetune(self, run: Run, rows: Snippets) -> None:
-        """Teach the checkpoint to tell packages apart, and the same model from random weights beside it."""
+        """Fine-tune the checkpoint to classify packages, and the same model from random weights for comparison."""
         import pretrain
 
         folder = write_rows(rows, Path(self.out) / "rows")
@@ -271,7 +271,7 @@ class _Story:
                 label="label",
                 **task(steps, counts, self.seed),
             )
-        finally:  # what an interrupt during the comparison leaves is named, too
+        finally:  # also report what an interrupt during the comparison leaves
             if any(place.glob("checkpoint-*")):
                 self.result["finetuned"] = str(place)
         if result.run.exit_code:
@@ -280,7 +280,7 @@ class _Story:
         self.judge(result)
 
     def judge(self, result: Finetuned) -> None:
-        """Print the table of the comparison, and say what it is worth."""
+        """Print the test accuracy and the table of the comparison."""
         result.report()
         assert result.comparison is not None
         self.result["comparison"] = result.comparison
@@ -295,7 +295,7 @@ class _Story:
             self.say("   (pip install scikit-learn puts a bag-of-words model beside the two)")
 
     def steps(self, run: Run, rows: Snippets, counts: int) -> int:
-        """Steps of every fine-tuning run that fit into the time left, by the pace of pre-training."""
+        """Return the steps per fine-tuning run that fit into the remaining time at the pace of pre-training."""
         paces = [
             r["tokens"] / r["seconds"] for r in run.history if r.get("tokens") and r.get("seconds")
         ]
@@ -304,12 +304,12 @@ class _Story:
             return _FEWEST_STEPS
         scored = (len(rows.valid) + len(rows.test)) / _SHARE_OF_BACKWARD
         tokens = (self.left / runs - _SECONDS_BESIDE) * paces[-1]
-        length = _MAX_LENGTH / 2  # about the mean
+        length = _MAX_LENGTH / 2  # approximately the mean
         steps = int((tokens / length - scored) / _BATCH)
         return min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
 
     def ending(self) -> str:
-        """Where everything lies, and what to type next."""
+        """Return the last message: the paths of the results, and commands to try next."""
         result = self.result
         place, tuned = shlex.quote(result["run"]), shlex.quote(result["finetuned"])
         ask, rows = shlex.quote(PROMPTS[0]), shlex.quote(str(Path(result["rows"]) / "test.jsonl"))
@@ -329,7 +329,7 @@ class _Story:
 
 
 def write_rows(rows: Snippets, folder: Path) -> Path:
-    """Write the labelled rows as train.jsonl, valid.jsonl and test.jsonl; returns the folder."""
+    """Write the labelled rows as train.jsonl, valid.jsonl and test.jsonl; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "valid", "test"):
         text = "".join(json.dumps(row) + "\n" for row in getattr(rows, name))
@@ -338,12 +338,12 @@ def write_rows(rows: Snippets, folder: Path) -> Path:
 
 
 def _library() -> Any:
-    """Where labelled rows are cut from; None is the library of the running Python."""
+    """Return the source of the labelled rows; None is the standard library of the running Python."""
     return None
 
 
 def _corpus(rows: Snippets) -> Source | str:
-    """What pre-training reads."""
+    """Return the source of pre-training."""
     return PythonWithout(rows.held_out)
 
 
@@ -352,7 +352,11 @@ def _print(text: str) -> None:
 
 
 def _budget(minutes: float | None) -> float:
-    """The time for everything, in minutes."""
+    """Return the time budget in minutes.
+
+    Raises:
+        ConfigError: it is not a positive number.
+    """
     where = "minutes"
     text: object = minutes
     if minutes is None:

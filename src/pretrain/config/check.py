@@ -35,10 +35,10 @@ _OPEN = {
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Read a YAML file of sections; return it with the line of every key.
+    """Read a YAML file; return its sections and the line number of every key.
 
     Raises:
-        ConfigError: no such file, not a regular file, too large, not UTF-8, not YAML, no sections.
+        ConfigError: the file is missing, not a regular file, too large, not UTF-8, not YAML, or has no sections.
     """
     from pretrain.config.strict_yaml import MAX_BYTES, parse
 
@@ -95,7 +95,7 @@ def read_sections(
         sections: the dataclass of each section.
         source: see `RunConfig.load`.
         overrides: see `RunConfig.load`.
-        together: checks what no field can see alone.
+        together: checks the built sections together.
 
     Raises:
         ConfigError: see `RunConfig.load`.
@@ -153,7 +153,7 @@ class _Checker:
         return ConfigError(f"{self.name}:{line}: {message}" if line else message)
 
     def nested(self, raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Bring sections and dotted keys into one shape and refuse unknown names."""
+        """Convert sections and dotted keys to nested dicts; raise for unknown names."""
         found: dict[str, dict[str, Any]] = {}
         for key, value in raw.items():
             head, _, rest = str(key).partition(".")
@@ -180,7 +180,7 @@ class _Checker:
         return found
 
     def suggest(self, dotted: str) -> str:
-        """The nearest known key: in its own section, in any section, else all of the section."""
+        """Return a hint: the nearest known key of its section, or of any section, else all keys of its section."""
         head, _, name = dotted.rpartition(".")
         if head in _OPEN:
             near = difflib.get_close_matches(name, self.fields[head], n=1, cutoff=0.75)
@@ -201,7 +201,7 @@ class _Checker:
         for name, value in values.items():
             key = f"{section}.{name}"
             spec = self.fields[section][name]
-            if isinstance(value, bool):  # words that were once true and false
+            if isinstance(value, bool):  # choices that used to be true or false
                 value = spec.metadata.get("flag", {}).get(value, value)
             value = self.value(key, value, self.hints[section][name])
             low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
@@ -213,7 +213,7 @@ class _Checker:
         return self.sections[section](**checked)
 
     def value(self, key: str, value: Any, hint: Any) -> Any:
-        """Return ``value`` as the type ``hint`` wants it, without guessing."""
+        """Return ``value`` as the type ``hint``, without lenient conversions."""
         origin, args = get_origin(hint), get_args(hint)
         if origin in (Union, types.UnionType):
             if value is None and type(None) in args:
@@ -276,7 +276,7 @@ class _Checker:
         return name
 
     def plain(self, key: str, value: Any, depth: int = 0) -> Any:
-        """A value of an open mapping: any plain data."""
+        """Return a value of an open mapping, which may be any plain data."""
         if depth > 16:
             raise self.fail(key, f"{key} is nested too deeply.")
         if value is None or isinstance(value, bool | str):
@@ -294,7 +294,7 @@ class _Checker:
         raise self.wrong(key, value, "plain data (a word, a number, a list or a mapping)")
 
     def sources(self, key: str, value: Any) -> Any:
-        """Sources: one, several, or {source: weight}; what was prepared is named by its path."""
+        """Return checked sources: one, several, or {source: weight}; prepared data are replaced by their path."""
         kept = getattr(value, "path", None)
         if kept is not None and isinstance(kept, str | os.PathLike):
             value = kept
@@ -323,10 +323,12 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 def check_value(key: str, value: Any, hint: Any) -> None:
-    """Hold a value against a type that is plain: numbers, words, and lists, mappings, choices or unions of them.
+    """Check a value against a plain type: numbers, strings, and lists, mappings, choices or unions of them.
+
+    Other types are not checked.
 
     Raises:
-        ConfigError: it is of another type.
+        ConfigError: the value is of another type.
     """
 
     def plain(part: Any) -> bool:
@@ -355,7 +357,7 @@ def check_value(key: str, value: Any, hint: Any) -> None:
 
 
 def check_run(built: Mapping[str, Any]) -> None:
-    """What no field of a pre-training run can see alone."""
+    """Check what the type and range of a single field do not cover, for a pre-training run."""
     from pretrain.config import parse_every, parse_limit
 
     data, train, objective = built["data"], built["train"], built["objective"]
@@ -404,7 +406,7 @@ def _near(value: str, known: Sequence[str]) -> str:
 
 
 def _show(value: Any) -> str:
-    """The value and its type, short."""
+    """Return the value and its type, shortened."""
     if value is None:
         return "nothing"
     text = repr(value) if isinstance(value, str | int | float | bool | list | tuple | dict) else ""
@@ -418,13 +420,13 @@ _named: set[tuple[str, str]] = set()
 
 
 def with_digest(text: str) -> str:
-    """YAML with a comment at its head by which `name_change` knows whether it is still what was written."""
+    """Return YAML text with its digest in a leading comment, by which `name_change` detects later changes."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"# digest {digest} of the lines below\n{text}"
 
 
 def name_change(path: Path, text: str) -> None:
-    """Say once that a file written `with_digest` was changed since, by hand or by a fault; it counts as it stands."""
+    """Print one note if a file written `with_digest` was edited or damaged since; its content is used as it is."""
     from pretrain.utils.files import note
 
     match = _DIGEST.match(text)
@@ -439,10 +441,10 @@ def name_change(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a small file whole or not at all.
+    """Write a small file atomically.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     from pretrain.utils.files import replace_file
 

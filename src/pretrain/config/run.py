@@ -1,9 +1,8 @@
-"""The settings of a run: six sections, strict, torch-free.
+"""The settings of a run: six sections, checked strictly, without importing torch.
 
-A run is data, a model, an objective, an optimizer, a schedule of work and a device. Each section is
-one dataclass; the same fields are the YAML keys, the options of ``pretrain train`` and the keyword
-arguments of `pretrain.train`. Whatever is unknown, of the wrong type or impossible is refused here,
-by name, before anything is allocated.
+Each section is one dataclass: data, model, objective, optimizer, training and parallelism. Its fields are the YAML
+keys, the options of ``pretrain train`` and the keyword arguments of `pretrain.train`. Unknown settings, wrong types and
+impossible values raise an error that names the setting, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ __all__ = [
 
 
 def within(default: Any, low: float, high: float) -> Any:
-    """A field whose value must lie between ``low`` and ``high``, both allowed."""
+    """Return a dataclass field whose value must lie between ``low`` and ``high``, inclusive."""
     return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass
 class DataConfig:
-    """What is learned from."""
+    """Training data."""
 
     train: Any = "python"
     """A prepared directory, or sources: a path, glob, folder, "hub:NAME" or "python" (the built-in
@@ -52,50 +51,50 @@ class DataConfig:
     """Held-out text: a fraction of the documents, a source, or "last:0.1" (the last tenth of a
     single text)."""
     text: str | dict[str, str] = "text"
-    """Column that holds the text in .jsonl, .csv, .tsv and .parquet files; {file: column} where they differ."""
+    """Column that holds the text in .jsonl, .csv, .tsv and .parquet files; {file: column} if they differ."""
     separator: str | None = None
-    """Text between the documents of one file; not given, one file or one row is one document."""
+    """Text that separates the documents of a file; if not given, every file or row is one document."""
     encoding: str | None = None
-    """Encoding of text files and tables; not given, UTF-8."""
+    """Encoding of text files and tables; UTF-8 if not given."""
     tokenizer: str = "bpe"
     """bpe, wordpiece or char (trained on the data), or the path of a tokenizer or a checkpoint."""
     vocab_size: int = within(8192, 8, 1 << 22)
-    """Size of the vocabulary to train."""
+    """Vocabulary size of the tokenizer to train."""
     row_length: int = within(512, 2, 1 << 20)
-    """Tokens in one row."""
+    """Tokens per row."""
     cache: str | None = None
-    """Directory in which prepared data are kept."""
+    """Directory in which prepared data are cached."""
     workers: int | None = within(None, 1, 4096)
-    """Processes that prepare the data; not given, all cores."""
+    """Processes that prepare the data; one per core if not given."""
 
 
 @dataclass
 class ModelConfig:
-    """What learns."""
+    """Model architecture."""
 
     family: str = "qwen3"
     """gpt2, llama, mistral, qwen2, qwen3, bert, roberta, modernbert, or "package.module:Class"."""
     size: str = "small"
-    """Name of a size: tiny, mini, small, base, ..."""
+    """Model size: tiny, mini, small, base, ..."""
     checkpoint: str | None = None
-    """Directory of weights to start from; family and size are then taken from it."""
+    """Directory of a checkpoint to start from; family and size are then taken from it."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's own config, e.g. {num_layers: 6}."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """What is learned."""
+    """Training objective."""
 
     class_path: str = "NextToken"
     """NextToken, MaskedLM, or the import path of an objective of your own."""
     init_args: dict[str, Any] = field(default_factory=dict)
-    """Its arguments, e.g. {rate: 0.3}."""
+    """Arguments of the objective, e.g. {rate: 0.3}."""
 
 
 @dataclass
 class OptimConfig:
-    """How the weights move."""
+    """Optimizer."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
@@ -110,98 +109,98 @@ class OptimConfig:
     weight_decay: float = within(0.1, 0.0, 100.0)
     """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
     clip: float = within(1.0, 0.0, 1e6)
-    """Largest norm of the gradient; 0 is off."""
+    """Maximum gradient norm; 0 disables clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up; wsd is warm-up, stable, decay."""
+    """Learning-rate schedule after the warm-up; wsd is warm-up, stable, decay."""
     warmup: float = within(0.02, 0.0, 1e9)
     """Warm-up: a fraction of the steps (below 1) or a number of steps."""
     decay: float = within(0.4, 0.0, 1.0)
-    """Fraction of the steps spent cooling down (wsd)."""
+    """Fraction of the steps in the decay phase (wsd)."""
     min_lr: float = within(0.1, 0.0, 1.0)
-    """Learning rate at the end, as a fraction of the peak."""
+    """Final learning rate, as a fraction of the peak."""
     ema: float = within(0.0, 0.0, 1.0 - 1e-9)
-    """Decay of the moving average of the weights; 0 is off."""
+    """Decay of the exponential moving average of the weights; 0 disables it."""
     layer_decay: float = within(1.0, 1e-6, 1.0)
-    """Learning rate of every layer as a fraction of that of the layer above it, embeddings last; 1 is the same."""
+    """Learning rate of every layer as a fraction of that of the layer above it (down to the embeddings); 1 is off."""
     unfreeze: float = within(0.0, 0.0, 1.0)
-    """Fraction of the steps over which the layers are released one by one from the top: first the
-    head alone learns, the embeddings come last; 0 is all from the start."""
+    """Fraction of the steps over which the layers are unfrozen one by one from the top (gradual
+    unfreezing): the head first, the embeddings last; 0 trains all layers from the start."""
     l2_sp: float = within(0.0, 0.0, 1e9)
-    """Pull of the weights that were loaded towards where they started, in place of weight decay; 0 is off."""
+    """Strength of L2-SP: loaded weights decay towards their initial values instead of zero; 0 disables it."""
 
 
 @dataclass
 class TrainConfig:
-    """How long, how often, and where to."""
+    """Length of the run, batches, evaluation, checkpoints and logging."""
 
     out: str = "runs/run"
-    """Directory of the run; the same command again resumes it."""
+    """Directory of the run; repeating the command resumes it."""
     limit: str = "1 epochs"
     """When to stop: "500 steps", "1e9 tokens", "3 epochs" or "10 minutes"."""
     batch_rows: int = within(32, 1, 1 << 24)
-    """Rows in one optimizer step, all devices and micro-batches together."""
+    """Rows per optimizer step, over all devices and micro-batches (global batch)."""
     micro_rows: int = within(0, 0, 1 << 24)
-    """Rows in one forward pass of one process; 0 is chosen."""
+    """Rows per forward pass of one process (micro-batch); 0 is automatic."""
     eval_every: str = "5%"
-    """Evaluate every "200 steps", "0.5 epochs" or "5%" of the run; "0 steps" is never."""
+    """Evaluate every "200 steps", "0.5 epochs" or "5%" of the run; "0 steps" is only at the end."""
     eval_rows: int = within(0, 0, 1 << 40)
-    """Held-out rows in one evaluation; 0 is all of them."""
+    """Held-out rows per evaluation; 0 is all of them."""
     save_every: str = "10%"
     """Save every "200 steps", "0.5 epochs" or "10%" of the run; "0 steps" is only at the end."""
     async_save: bool = False
-    """Copy what is saved and write it while training goes on: a short stall for memory of one more copy."""
+    """Write checkpoints in the background: training stalls only for a copy, which takes additional memory."""
     keep: int = within(2, 1, 1 << 20)
-    """Checkpoints that are kept, besides the best."""
+    """Number of checkpoints to keep, besides the best."""
     best: bool = True
-    """Keep the checkpoint that is best on the held-out rows, by train.monitor."""
+    """Keep the checkpoint that is best on the held-out rows by train.monitor."""
     monitor: str = "loss"
-    """Held-out figure that decides which checkpoint is best, and patience: lower is better for loss,
-    perplexity, bits_per_byte, mse, rmse and mae, higher for all others. Of equal figures the one with the
-    lower loss is the better. The last evaluation is taken for the best one unless another figure is higher
-    by more than chance, a standard error of a share of the targets; a loss is taken as it is."""
+    """Held-out metric that selects the best checkpoint and drives early stopping: lower is better for loss,
+    perplexity, bits_per_byte, mse, rmse and mae, higher for all others. Ties are resolved by the lower
+    loss. The last evaluation counts as the best unless an earlier one is better by more than one standard
+    error of a proportion of the targets; losses are compared as they are."""
     patience: int = within(0, 0, 1 << 20)
-    """Evaluations without improvement before stopping; 0 is off."""
+    """Evaluations without improvement before stopping; 0 disables early stopping."""
     log_every: int = within(10, 1, 1 << 30)
     """Steps between two lines of the log."""
     sample: str = ""
-    """Prompt shown at every evaluation; empty is chosen from the held-out rows."""
+    """Prompt of the sample shown at every evaluation; if empty, taken from the held-out rows."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute precision; auto is bf16 where the device is good at it."""
+    """Compute precision; auto is bf16 where the hardware has fast bf16."""
     eval_precision: Literal["fp32", "train"] = "fp32"
-    """Precision of evaluations: fp32, in which a figure does not depend on how rows are batched, or that
-    of training, which is faster."""
+    """Precision of evaluations: fp32, in which metrics do not depend on how rows are batched, or train, the
+    precision of training, which is faster."""
     seed: int = within(0, 0, (1 << 63) - 1)
-    """Seed of the weights, the order, the masks and the dropout."""
+    """Seed of the weights, the data order, the masks and the dropout."""
 
 
 @dataclass
 class ParallelConfig:
-    """What it runs on."""
+    """Device and parallelism."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto, cpu, cuda or mps."""
+    """Device: auto, cpu, cuda or mps."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
     activation_checkpointing: Literal["off", "selective", "full"] = field(
         default="off", metadata={"flag": {True: "full", False: "off"}}
     )
-    """Computed again in the backward pass to save memory: nothing, the cheap half of a block, or all of it."""
+    """Recompute activations in the backward pass to save memory: off, selective (the cheap half of a block) or full."""
     threads: int = within(0, 0, 4096)
-    """CPU threads; 0 is torch's choice, among several processes of a host an equal share of its cores."""
+    """CPU threads per process; 0 is the default of torch, or an equal share of the cores with several processes."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp (each process holds the model), fsdp (each holds a part), or auto: ddp where it fits into memory."""
+    """ddp (every process holds the model), fsdp (the model is sharded), or auto: ddp if the model fits into memory."""
     dp_replicate: int = within(0, 0, 1 << 20)
-    """Copies of the model that see different rows; 0 is what is left."""
+    """Replicas of the model, which get different rows; 0 is as many as the remaining processes allow."""
     dp_shard: int = within(0, 0, 1 << 20)
-    """Processes that one copy is cut over, and that see different rows (fsdp); 0 is chosen."""
+    """Processes over which a replica is sharded, and which get different rows (fsdp); 0 is automatic."""
     tp: int = within(1, 1, 1 << 20)
-    """Processes that each matrix is cut over, and that see the same rows (tensor parallelism)."""
+    """Processes over which each matrix is sharded, and which get the same rows (tensor parallelism)."""
     cpu_offload: bool = False
-    """Keep the cut weights and moments in the memory of the host (fsdp on CUDA): slow, and it fits."""
+    """Keep sharded weights and moments in host memory (fsdp on CUDA): saves GPU memory, but is slow."""
     reproducible: bool = False
-    """The same bits on any number of processes that is a power of two: slower sums, and ddp alone."""
+    """Bitwise equal results on any power-of-two number of processes: slower reductions, and ddp only."""
     timeout: float = within(300.0, 1.0, 1e6)
     """Seconds without progress after which a process counts as hung and the run ends with an error."""
 
@@ -213,7 +212,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Limit:
-    """When a run ends: ``value`` of ``kind``; whole for steps and tokens."""
+    """Limit of a run: ``value`` of ``kind``; a whole number for steps and tokens."""
 
     kind: Literal["steps", "tokens", "epochs", "minutes"]
     value: float
@@ -246,14 +245,14 @@ def _amount(text: object) -> tuple[float, str]:
 
 
 def parse_limit(text: str) -> Limit:
-    """Read when a run ends.
+    """Parse the limit of a run.
 
     Args:
         text: an amount and a unit: ``"500 steps"``, ``"1e9 tokens"``, ``"3 epochs"``,
             ``"10 minutes"``.
 
     Raises:
-        ConfigError: not of that form, not positive, or a fraction of a step or token.
+        ConfigError: the text is not of that form, not positive, or a fraction of a step or token.
     """
     value, unit = _amount(text)
     if unit not in _UNITS:
@@ -272,17 +271,17 @@ def parse_limit(text: str) -> Limit:
 def parse_every(
     text: str, total: int, key: str = "train.eval_every", epoch_steps: float = 1.0
 ) -> int:
-    """Read an interval and return it in steps; 0 is never.
+    """Parse an interval and return it in steps; 0 is never.
 
     Args:
         text: ``"200 steps"``, ``"0.5 epochs"`` or a share of the run, ``"5%"``; the last two are at least one
             step.
         total: steps of the whole run.
-        key: the setting that errors name.
+        key: name of the setting in errors.
         epoch_steps: steps in one epoch.
 
     Raises:
-        ConfigError: not of that form.
+        ConfigError: the text is not of that form.
     """
     value, unit = _amount(text)
     if unit == "step" and value == int(value) and value < 1e18:
@@ -325,15 +324,15 @@ class RunConfig:
         """Read settings and check every one of them.
 
         Args:
-            source: a YAML file, a dict of sections, a RunConfig, or nothing (the defaults).
-            overrides: what replaces settings of the source: sections
+            source: a YAML file, a dict of sections, a RunConfig, or None (the defaults).
+            overrides: settings that replace those of the source: sections
                 (``{"optim": {"lr": 6e-4}}``) or dotted keys (``{"optim.lr": 6e-4}``). Fields of
                 ``model.overrides`` and, while the objective stays the same, of
                 ``objective.init_args`` are merged; everything else is replaced.
 
         Raises:
-            ConfigError: a file that cannot be read, an unknown key (the nearest is named), a wrong
-                type, an impossible value.
+            ConfigError: the file cannot be read, a key is unknown (the nearest one is named), or a value
+                has the wrong type or is out of range.
         """
         from pretrain.config.check import check_run, read_sections
 
@@ -348,19 +347,19 @@ class RunConfig:
         return type(self).load(self)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The sections as plain dicts, lists, strings and numbers."""
+        """Return the sections as plain dicts, lists, strings and numbers."""
         plain: dict[str, dict[str, Any]] = dataclasses.asdict(self)
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
         return plain
 
     def to_yaml(self) -> str:
-        """The settings as YAML that `load` reads back to an equal RunConfig."""
+        """Return the settings as YAML that `load` reads back to an equal RunConfig."""
         from pretrain.config.strict_yaml import dump
 
         return dump(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `to_yaml` with its digest to ``path``: a reader sees the whole old file or the whole new one.
+        """Write `to_yaml` with its digest to ``path``, atomically.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -372,7 +371,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Field:
-    """One setting as a command line or a page of documentation shows it."""
+    """One setting, as the command line and the documentation show it."""
 
     name: str
     type: Any
@@ -381,7 +380,7 @@ class Field:
 
 
 def fields(section: str | type) -> list[Field]:
-    """The settings of a section (a name in `RunConfig`, or a dataclass); the help is the text under each field."""
+    """Return the settings of a section (a name in `RunConfig`, or a dataclass); help is the attribute docstring."""
     import ast
     import inspect
     import textwrap
@@ -389,7 +388,7 @@ def fields(section: str | type) -> list[Field]:
 
     kind = RunConfig.SECTIONS[section] if isinstance(section, str) else section
     helps: dict[str, str] = {}
-    with contextlib.suppress(OSError):  # no source at hand: no help texts
+    with contextlib.suppress(OSError):  # without the source there are no help texts
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
         lines = body.body if isinstance(body, ast.ClassDef) else []
         for line, text in itertools.pairwise(lines):

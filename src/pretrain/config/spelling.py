@@ -1,7 +1,7 @@
-"""Options as the user writes them: keywords in Python, ``--data.text`` on the command line.
+"""Spelling of options in messages: keywords in Python, ``--data.text`` on the command line.
 
-Code that tells the user to set an option names it with `option` or `column`, and the message then fits the interface
-that was used. An interface is entered where a public function or a command begins; Python's is the default.
+Messages name options by `option` or `column`, so that they match the interface that the user works with. Public
+functions and commands set the interface with `using`; Python's is the default.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Interface:
-    """Where options are written.
+    """How options are written: on the command line, or as keywords of a Python function.
 
     Args:
-        command: on a command line; else as keywords in Python.
-        places: option -> its dotted path (``format`` -> ``data.format``), where that is not the name itself.
-        columns: what stands before the role of a column: ``data.columns.``.
-        others: what stands before an option without a place: ``task.options.``.
+        command: command line instead of Python.
+        places: option -> its dotted path (``format`` -> ``data.format``), where that differs from the name.
+        columns: prefix of the role of a column: ``data.columns.``.
+        others: prefix of options that are not in ``places``: ``task.options.``.
     """
 
     command: bool = False
@@ -44,7 +44,7 @@ class Interface:
     others: str = ""
 
     def spell(self, path: str, value: Any) -> str:
-        """An option at a dotted path with its value, as it is written here."""
+        """Return the option at a dotted path with its value, as written in this interface."""
         if self.command:
             return f"--{path} {_argument(value)}"
         section, _, name = path.rpartition(".")
@@ -53,7 +53,7 @@ class Interface:
         )
 
 
-# A file without a header: the names of its columns are `columns` of read_table and `names` of finetune.
+# The column names of a file without a header are called `columns` in read_table and `names` in finetune.
 READ = Interface(places={"names": "columns"})
 FINETUNE = Interface()
 PREDICT = Interface(columns="columns.")
@@ -65,7 +65,7 @@ _current = READ
 
 @contextlib.contextmanager
 def using(interface: Interface) -> Iterator[None]:
-    """Spell options for an interface; a command that has been entered stays, whatever it calls."""
+    """Spell options for an interface within the context; inside a command, the interface of the command stays."""
     global _current
     before = _current
     if not before.command:
@@ -77,28 +77,28 @@ def using(interface: Interface) -> Iterator[None]:
 
 
 def option(name: str, value: Any = ...) -> str:
-    """An option with a value, as the user would write it: ``format='tsv'`` or ``--data.format tsv``.
+    """Return an option with a value, as the user would write it: ``format='tsv'`` or ``--data.format tsv``.
 
     Args:
-        name: of the option, as a keyword of Python.
-        value: a word, a number, a list or a mapping; an ellipsis, also inside of these, stands for what the user knows.
+        name: the option as a Python keyword.
+        value: a string, a number, a list or a mapping; an ellipsis, also inside of these, is for the user to fill in.
     """
     return _current.spell(_current.places.get(name, _current.others + name), value)
 
 
 def option_name(name: str) -> str:
-    """An option without a value: ``format`` or ``--data.format``."""
+    """Return the name of an option: ``format`` or ``--data.format``."""
     path = _current.places.get(name, _current.others + name)
     return f"--{path}" if _current.command else path
 
 
 def column(role: str, name: Any = ...) -> str:
-    """The option that names the column of a role: ``text='review'`` or ``--data.columns.text review``."""
+    """Return the option that names the column of a role: ``text='review'`` or ``--data.columns.text review``."""
     return _current.spell(_current.columns + role, name)
 
 
 def _literal(value: Any) -> str:
-    """A value as Python code, with ``...`` for an ellipsis."""
+    """Return a value as Python code, with ``...`` for an ellipsis."""
     if value is ...:
         return "..."
     if isinstance(value, list | tuple):
@@ -109,7 +109,7 @@ def _literal(value: Any) -> str:
 
 
 def _argument(value: Any) -> str:
-    """A value as a word of a shell, which reads lists and mappings as YAML does."""
+    """Return a value as a shell argument; lists and mappings are written in YAML syntax."""
     text = _yaml(value)
     return text if value is ... else shlex.quote(text)
 

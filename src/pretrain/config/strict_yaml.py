@@ -1,8 +1,8 @@
-"""YAML 1.2 as data, with PyYAML: a strict reader, and a writer that it reads back exactly.
+"""Strict YAML 1.2 reader based on PyYAML, and a writer whose output it reads back exactly.
 
 PyYAML follows YAML 1.1, where ``2e-5`` is a string, ``010`` is eight, ``12:30`` is 750 and ``on`` is a boolean, and
-where a repeated key silently wins. The loader here resolves scalars by the core schema of YAML 1.2 (section 10.3.2)
-and refuses tags, anchors, which let a short file grow without bound, duplicate keys, and absurd sizes.
+where the last of duplicate keys silently wins. The loader here resolves scalars by the core schema of YAML 1.2 (section
+10.3.2) and rejects tags, anchors (which let a short file expand without bound), duplicate keys and excessive sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_DIGITS = 100
 Key = tuple[str, ...]
 
 _TAG = "tag:yaml.org,2002:"
-# Each with the characters that it may begin with, as PyYAML looks it up.
+# Each pattern with its possible first characters, by which PyYAML looks it up.
 _CORE_SCHEMA = (
     ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -41,7 +41,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """A safe dumper that quotes what YAML 1.1 or YAML 1.2 takes for another thing than a string, and shares nothing."""
+    """A safe dumper that quotes strings which YAML 1.1 or 1.2 would read as another type, and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -77,13 +77,13 @@ def parse(text: str, name: str = "settings") -> tuple[Any, dict[Key, int]]:
 
     Args:
         text: the document.
-        name: what errors call it, usually the path.
+        name: name of the document in errors, usually the path.
 
     Returns:
         The value (dict, list, str, int, float, bool or None) and the line of every key.
 
     Raises:
-        ConfigError: not YAML, or YAML that does more than state data.
+        ConfigError: the text is not YAML, or uses YAML features beyond plain data.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise ConfigError(f"{name} is larger than {MAX_BYTES >> 20} MB; is it a config?")
@@ -108,7 +108,7 @@ def _error(name: str, mark: Any, message: str) -> ConfigError:
 
 
 def _check_events(text: str, name: str) -> None:
-    """Refuse what is no plain data, while it is small: before nodes and values are built."""
+    """Reject anything but plain data in the event stream, before nodes and values take memory."""
     depth = num_documents = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -131,7 +131,7 @@ def _check_events(text: str, name: str) -> None:
 
 
 def _check_node(node: yaml.Node, path: Key, lines: dict[Key, int], name: str) -> None:
-    """Refuse duplicate and absurd keys and absurd numbers, make every key a string, and note its line."""
+    """Reject duplicate keys, invalid keys and excessive numbers; make every key a string and record its line."""
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
             _check_node(item, (*path, str(i)), lines, name)
@@ -157,7 +157,7 @@ def dump(value: Any) -> str:
     """Write ``value`` as YAML that `parse` reads back to an equal value.
 
     Raises:
-        ConfigError: the value holds something that is not plain data.
+        ConfigError: the value contains something other than plain data.
     """
     try:
         text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,1 +1,1 @@
-"""The one training loop and what it needs; names no model family and no objective."""
+"""The training loop and its parts, independent of model families and objectives."""

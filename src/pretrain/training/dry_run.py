@@ -1,4 +1,4 @@
-"""Forward and backward passes before step 0, of which nothing is kept: do they fit, and do they make sense?"""
+"""Dry run before step 0: forward and backward passes that check memory, loss and gradients."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["dry_run"]
 
-# Other kernels add in another order, and dropout draws otherwise; what is compiled wrongly is far off.
+# Tolerances: compiled kernels sum in another order and draw other dropout masks; wrong code is far off.
 _LOSS, _NORM, _DRAWS = 0.1, 0.5, 5.0
 
 
 def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Forward and backward of the largest micro-batch, and of one of the first step; nothing is kept.
+    """Run forward and backward on the largest micro-batch and on one of the first step; nothing is kept.
 
     Returns:
         Loss and seconds of the latter.
 
     Raises:
-        TrainingError: there is nothing to learn, it does not fit, the loss is not finite, a coupled loss does not see
-            all rows, or compiled blocks compute something else.
+        TrainingError: there are no targets, memory does not suffice, the loss is not finite, a coupled loss does not
+            gather the rows of all ranks, or compiled blocks compute something else.
     """
     counts = [float(trainer.objective.count(batch)) for batch in batches]
     if trainer.world.all_reduce_sum([sum(counts)])[0] == 0:
@@ -45,7 +45,7 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     largest = trainer.feed.largest()
     trainer.objective.train()
     with _nothing_kept(trainer):
-        # The first run also pays for allocation and kernel selection.
+        # The first pass includes allocation and kernel selection; the time of the second is returned.
         tried = [usable if largest is None else largest, usable]
         try:
             if trainer.strategy.sharded:
@@ -78,7 +78,7 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 def _run(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
-    """Loss over all processes, and seconds, of one pass; the gradients are left."""
+    """Return the loss over all ranks and the seconds of one pass; the gradients are kept."""
     start = time.perf_counter()
     torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
     with trainer.precision.autocast():
@@ -90,7 +90,7 @@ def _run(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _nothing_kept(trainer: Trainer) -> Iterator[None]:
-    """Buffers, random numbers and gradients are afterwards what they were."""
+    """Restore buffers and random state, and clear the gradients, at the end of the context."""
     state = torch.get_rng_state()
     buffers = {name: b.clone() for name, b in trainer.objective.named_buffers()}
     yield
@@ -101,7 +101,7 @@ def _nothing_kept(trainer: Trainer) -> Iterator[None]:
 
 
 def _see_reached(trainer: Trainer, tried: Sequence[Batch]) -> None:
-    """FSDP2 must know before its first backward pass whether all processes will have the same gradients."""
+    """Find the trained parameters: FSDP2 must know before its first backward pass whether all ranks have the same."""
     found: set[str] = set()
     for batch in tried:
         with trainer.precision.autocast():
@@ -110,7 +110,7 @@ def _see_reached(trainer: Trainer, tried: Sequence[Batch]) -> None:
 
 
 def _take_reached(trainer: Trainer, reached: set[str]) -> None:
-    """Tell the strategy which parameters no gradient reaches here, there, or anywhere."""
+    """Tell the strategy which parameters get no gradient on any rank, and whether ranks differ in this."""
     untouched = sorted(trainer.strategy.trainable_parameters().keys() - reached)
     everywhere = [set(names) for names in trainer.world.all_gather_object(untouched)]
     nowhere = set.intersection(*everywhere)
@@ -118,7 +118,7 @@ def _take_reached(trainer: Trainer, reached: set[str]) -> None:
 
 
 def check_coupling(trainer: Trainer) -> None:
-    """A loss that couples the rows of a batch must have asked the other processes for theirs.
+    """Check that a loss that couples the rows of a batch has gathered those of the other ranks.
 
     Raises:
         TrainingError: it has not.
@@ -132,13 +132,13 @@ def check_coupling(trainer: Trainer) -> None:
 
 
 def check_compiled(trainer: Trainer, batch: Batch) -> None:
-    """Hold loss and gradient of compiled blocks against the same without compiler, which may be wrong in silence.
+    """Compare loss and gradient norm of compiled and eager blocks, because the compiler may be silently wrong.
 
     Raises:
         TrainingError: they are far apart.
     """
     found = []
-    # Plain twice: by how much dropout alone moves them.
+    # Eager with two seeds, to measure the effect of dropout alone.
     for stance, seed in (("default", 0), ("force_eager", 0), ("force_eager", 1)):
         trainer.optimizers.zero_grad()
         with torch.compiler.set_stance(stance):

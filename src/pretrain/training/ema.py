@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights (Polyak averaging), kept in fp32 beside them.
+"""Exponential moving average of the weights (Polyak averaging), kept in fp32.
 
-When it is on, what is evaluated and what ``model.safetensors`` holds is the average; the weights that training
-goes on with lie in the checkpoint's ``training/`` folder.
+If enabled, evaluations and ``model.safetensors`` use the average; the raw weights, from which training continues, are
+in the ``training/`` folder of the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class WeightAverage:
 
     Args:
         module: the model.
-        decay: of the average; 0 switches all of this off.
+        decay: decay of the average; 0 disables it.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         params = dict(module.named_parameters()) if decay else {}
-        # Where a parameter is shared out among processes, each keeps the average of its own part.
+        # Every rank keeps the average of its own shards.
         self._params = {name: local(p.detach()) for name, p in params.items()}
         self._shadow = {name: p.clone() for name, p in self._params.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the weights, after optimizer step ``step``, counted from 0.
+        """Update the average after optimizer step ``step``, counted from 0.
 
-        Early on the average is over few steps, so that the random start does not stay in it.
+        The decay is smaller in early steps, so that the random initialisation does not stay in the average.
         """
         if self._shadow:
             torch._foreach_lerp_(
@@ -47,7 +47,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context the model holds the average."""
+        """Swap the average into the model within the context."""
         self._swap()
         try:
             yield
@@ -62,12 +62,12 @@ class WeightAverage:
             shadow.copy_(kept)
 
     def other(self) -> dict[str, Tensor]:
-        """What the model does not hold now: inside ``applied`` the raw weights. Empty when switched off."""
+        """Return the weights that are not in the model now: inside ``applied`` the raw ones. Empty if disabled."""
         return dict(self._shadow)
 
     @torch.no_grad()
     def load(self, raw: Mapping[str, Tensor]) -> None:
-        """Given a model that holds the average, put it aside and continue from the raw weights."""
+        """Given a model that holds the average, set that aside and put the raw weights into the model."""
         for name, shadow in self._shadow.items():
             shadow.copy_(raw[name])
         self._swap()

@@ -1,4 +1,4 @@
-"""Evaluation on held-out rows: sums over targets, the same rows and the same draws every time."""
+"""Evaluation on held-out rows: sums over targets, with the same rows and random draws every time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["EvaluationStopped", "NoTargets", "data_stats", "evaluate_rows", "pro
 
 
 class EvaluationStopped(Exception):
-    """The run was asked to stop, and the evaluation was broken off."""
+    """The evaluation was interrupted because the run was asked to stop."""
 
 
-_SEED = 0x5EED  # of evaluation draws: part of the definition of the figure, so no run can set it
+_SEED = 0x5EED  # seed of evaluation draws; part of the definition of the figures, so not a setting
 
 
 def data_stats(data: Any) -> dict[str, float]:
-    """Figures of a split that turn a loss per token into one per byte; empty when it has no text."""
-    # Every token but the first of a document is predicted; where that is not known, every token.
+    """Return what converts a loss per token into one per byte; empty if the data have no text."""
+    # Every token but the first of a document is a target; if that number is unknown, use all tokens.
     targets = getattr(data, "num_targets", 0) or getattr(data, "num_tokens", 0)
     size = getattr(data, "num_bytes", 0)
     return {"targets_per_byte": targets / size} if targets and size else {}
@@ -50,22 +50,21 @@ def evaluate_rows(
     split: bool = True,
     stopped: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
-    """Evaluate an objective.
+    """Evaluate an objective on held-out rows.
 
     Args:
-        objective: its model is put into evaluation mode and back.
-        data: held-out rows, taken in their own order.
+        objective: it is put into evaluation mode, and back afterwards.
+        data: held-out rows, used in their own order.
         precision: compute type and device.
-        batch_rows: rows in one forward pass.
-        limit: rows at most, spread evenly over the data; 0 takes all.
-        strategy: how the objective is spread over processes; None for this one alone.
-        split: the processes share the batches; else each takes all of them.
-        stopped: asked before every batch, by all processes alike, whether to break off.
+        batch_rows: rows per forward pass.
+        limit: maximum number of rows, spread evenly over the data; 0 uses all.
+        strategy: distribution of the objective over ranks; None for this process alone.
+        split: distribute the batches over ranks; otherwise every rank evaluates all of them.
+        stopped: called by all ranks before every batch; the evaluation is interrupted when it returns True.
 
     Returns:
-        The objective's figures (``loss`` in nats per target and what it adds), with ``targets``: plain numbers,
-        which is what a log, a logger and a checkpoint's metadata can hold. Whatever else ``summarize`` gives is
-        left out.
+        The figures of the objective (``loss`` in nats per target, and others) and ``targets``, as plain numbers that a
+        log, a logger and the metadata of a checkpoint can hold. Other values returned by ``summarize`` are left out.
 
     Raises:
         DataError: there is no row, or no row has a target.
@@ -93,7 +92,8 @@ def evaluate_rows(
                     raise EvaluationStopped
                 if strategy is not None:
                     strategy.world.heartbeat()
-                # Where a model is cut all take every turn: who has no batch left runs one for company and forgets it.
+                # Ranks without a batch left run a dummy forward pass, because the collectives of a sharded model need
+                # every rank; its result is discarded.
                 if k >= len(starts) and not (strategy is not None and strategy.sharded):
                     continue
                 start = starts[k if k < len(starts) else 0]
@@ -120,7 +120,7 @@ def evaluate_rows(
 
 
 def _summed(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics over all batches as ``summarize`` takes them: single numbers as floats."""
+    """Return the metrics over all batches as ``summarize`` takes them: 0-d tensors as floats."""
     return {
         key: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
         for key, value in metrics.items()
@@ -130,7 +130,7 @@ def _summed(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def probe_loss(
     objective: Objective, rows: Examples, precision: Precision, strategy: Strategy | None = None
 ) -> float | None:
-    """Loss on the first two rows, by which a resumed run recognises its own weights; None if they have none."""
+    """Return the loss on the first two rows, by which a resumed run verifies its weights; None if not finite."""
     few = [rows[i] for i in range(min(2, len(rows)))]
     try:
         figures = evaluate_rows(
@@ -142,13 +142,13 @@ def probe_loss(
 
 
 def _plain(loss: Loss) -> Loss:
-    """What one batch gave, on the CPU: tensors in fp64, lists with their tensors there."""
+    """Return the loss and metrics of one batch on the CPU: tensors in fp64; lists keep the types of their tensors."""
     metrics: dict[str, Any] = {}
     for key, value in loss.metrics.items():
         if isinstance(value, list | tuple):
             metrics[key] = [v.detach().cpu() if isinstance(v, Tensor) else v for v in value]
         else:
-            # First to the CPU: not every accelerator has fp64.
+            # Moved to the CPU first, because not every accelerator has fp64.
             metrics[key] = torch.as_tensor(value).detach().cpu().double()
     return Loss(loss.total.cpu().double(), loss.count.cpu(), metrics)
 
@@ -156,7 +156,7 @@ def _plain(loss: Loss) -> Loss:
 def _together(
     found: dict[int, Loss], batches: int, objective: Objective, strategy: Strategy | None
 ) -> tuple[float, float, dict[str, Any]]:
-    """Total, targets and metrics over all batches, in their order: the same numbers on every process."""
+    """Return total, targets and metrics over all batches, summed in order: the same numbers on every rank."""
     if strategy is not None:
         mine = {
             str(k): [float(loss.total), float(loss.count), to_plain(loss.metrics)]
@@ -182,7 +182,7 @@ def _gather(found: dict[str, Any], metrics: Mapping[str, Any], objective: Object
     for key, new in metrics.items():
         before = found.get(key)
         if isinstance(new, list) and isinstance(before, list):
-            before.extend(new)  # a copy per batch would cost the square of the rows
+            before.extend(new)  # a copy per batch would take quadratic time
         elif before is None:
             found[key] = list(new) if isinstance(new, list) else new
         elif isinstance(new, Tensor) and isinstance(before, Tensor) and new.shape == before.shape:
@@ -196,7 +196,7 @@ def _gather(found: dict[str, Any], metrics: Mapping[str, Any], objective: Object
 
 
 def _number(value: Any) -> float | None:
-    """A plain number as a float, None for anything else."""
+    """Return a plain number as a float, None for anything else."""
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     return float(value) if isinstance(value, numbers.Real) else None

@@ -1,7 +1,7 @@
-"""Batches of a step, prepared one step ahead in a background thread.
+"""Micro-batches of optimizer steps, prefetched by a background thread.
 
-What comes at a position is a pure function of (seed, position), so the thread holds no state worth saving: after
-a resume it starts at the position that the checkpoint names.
+The rows at a position are a pure function of (seed, position), so the thread has no state to save: a resumed run starts
+at the position in the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def check_batch(batch: Batch, model: Model, kind: str, rows: Sequence[int]) -> None:
-    """Hold ids, positions and labels against the model, on the CPU, where the error can name the row.
+    """Check ids, positions and labels against the model, on the CPU, where the error can name the row.
 
-    On a GPU an id outside its table is an assertion of the device that names nothing and ends the process.
+    On a GPU an id out of range is a device-side assertion, which names no row and ends the process.
 
     Args:
-        batch: made by an objective.
-        model: whose tables the ids index.
-        kind: what the rows are called in an error.
-        rows: their numbers in the data.
+        batch: collated by an objective.
+        model: the ids must be within its tables.
+        kind: name of the rows in errors.
+        rows: indices of the rows in the data.
 
     Raises:
-        DataError: an id lies outside its table.
+        DataError: an id is out of range.
     """
     backbone = model.backbone
     limits = {
@@ -62,7 +62,7 @@ def check_batch(batch: Batch, model: Model, kind: str, rows: Sequence[int]) -> N
             wrong &= values != IGNORE
         if bool(wrong.any()):
             row, column = (int(i) for i in wrong.nonzero()[0][:2])
-            # Examples that were packed several to a row of the batch are no longer told apart by it.
+            # In a packed batch a row holds several examples, which cannot be told apart here.
             plain = len(rows) == len(values) and "first_index" not in batch
             named = f"row {rows[row]}" if plain else f"rows {_some(rows)}: one of these"
             raise DataError(
@@ -77,7 +77,7 @@ def _some(rows: Sequence[int]) -> str:
 
 
 def check_targets(count: float, step: int, first: int, batch_rows: int) -> None:
-    """There must be something to learn from in a step, and to divide its loss by.
+    """Check that a step has targets, by whose number its loss is divided.
 
     Raises:
         TrainingError: no row of the step has a target.
@@ -98,11 +98,11 @@ class Feed:
     """The micro-batches of optimizer steps.
 
     Args:
-        objective: makes the batches.
-        loader: rows in their training order.
-        batch_rows: rows in a step.
+        objective: collates the batches.
+        loader: rows in training order.
+        batch_rows: rows in a global batch.
         micro_rows: rows in a micro-batch.
-        share: which part of every step is ours, and of how many: each gets neighbouring rows, all the same number.
+        share: data-parallel rank and size; every rank gets an equal number of consecutive rows of a global batch.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Feed:
         self._first = share[0] * self._mine
 
     def step_at(self, position: int) -> list[Batch]:
-        """Our micro-batches of the step whose first row is number ``position`` of the run."""
+        """Return this rank's micro-batches of the step whose first row is number ``position`` of the run."""
         place = position + self._first
         examples = self._loader.examples(place, self._mine)
         rngs = self._loader.rngs(place, self._mine)
@@ -133,7 +133,7 @@ class Feed:
         return batches
 
     def largest(self) -> Batch | None:
-        """A micro-batch of the longest rows, where the data know them; None where all rows have one length."""
+        """Return a micro-batch of the longest rows; None for data whose rows all have one length."""
         rows = self._loader.rows
         if not hasattr(rows, "largest"):
             return None
@@ -144,17 +144,17 @@ class Feed:
         return batch
 
     def indices(self, position: int) -> list[int]:
-        """Numbers, in the data, of the rows of the step at ``position``."""
+        """Return the indices, in the data, of the rows of the global batch at ``position``."""
         return [int(i) for i in self._loader.indices(position, self._batch_rows)]
 
     def steps(self, position: int) -> Generator[list[Batch], None, None]:
-        """Steps without end from ``position``, read ahead by the loader's thread; close it to stop the thread."""
+        """Yield steps from ``position``, endlessly, prefetched by the loader's thread; closing it stops the thread."""
         places = ((at, self._batch_rows) for at in itertools.count(position, self._batch_rows))
         return self._loader.stream(places, lambda at, _: self.step_at(at))
 
 
 def hash_seed(*parts: int) -> int:
-    """A 63-bit seed from integers (the finaliser of SplitMix64), so that near inputs give far seeds."""
+    """Return a 63-bit seed from integers (the finaliser of SplitMix64); similar inputs give unrelated seeds."""
     value = 0x9E3779B97F4A7C15
     for part in parts:
         value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -165,7 +165,7 @@ def hash_seed(*parts: int) -> int:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens that are not padding; rows where a batch has no tokens."""
+    """Return the number of tokens without padding, or of rows if the batch has no tokens."""
     for key in ("document_ids", "attention_mask"):
         if key in batch:
             return int((batch[key] != 0).sum())

@@ -1,4 +1,4 @@
-"""What a run tells: its log file, the bar on the screen and the loggers, written from one place."""
+"""Output of a run: log file, progress bar and external loggers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """The voices of a run.
+    """Send metrics to log.jsonl, the progress bar and external loggers.
 
     Args:
-        out: run directory; ``log.jsonl`` lies in it.
-        loggers: names of further loggers.
-        about: what they are told about the run when they start.
+        out: run directory, which contains ``log.jsonl``.
+        loggers: names of external loggers.
+        about: description of the run that is passed to the loggers.
         quiet: print nothing and show no bar; the log and the loggers get everything.
-        leads: of several processes one speaks; the others write nothing at all.
+        leads: whether this is rank zero; other ranks write nothing.
 
     Attributes:
-        epoch_rows: rows of an epoch; once it is set, evaluations are also placed by epochs.
+        epoch_rows: rows of an epoch; once set, records of evaluations include the epoch.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Journal:
         self.epoch_rows = 0
 
     def open_log(self, keep_until: int | None, last: str = "") -> None:
-        """Start ``log.jsonl``, or go on with its lines up to step ``keep_until``; ``last`` as in ``RunLog``."""
+        """Start ``log.jsonl``, or continue it after step ``keep_until``; arguments as in ``RunLog``."""
         if not self._leads:
             return
         self._log = RunLog(self._out / "log.jsonl", keep_until, last)
@@ -53,7 +53,7 @@ class Journal:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Lines of the log so far."""
+        """Records of the log so far."""
         return [] if self._log is None else self._log.records
 
     @property
@@ -62,7 +62,7 @@ class Journal:
         return "" if self._log is None else self._log.last
 
     def say(self, line: str) -> None:
-        """Print a line where the user looks."""
+        """Print a line above the progress bar, unless quiet."""
         if self._progress is not None:
             self._progress.write(line)
 
@@ -72,13 +72,13 @@ class Journal:
             self._log.write(record)
 
     def steps(self, record: Mapping[str, Any], state: RunState, flops: float, peak: float) -> None:
-        """Write the mean over the steps since the last line, and start the next window.
+        """Log the means over the steps since the last line, and start the next window.
 
         Args:
-            record: of the last step.
-            state: with the sums of the window, which are reset.
-            flops: operations of the window.
-            peak: operations per second that the device can do.
+            record: record of the last step.
+            state: holds the sums of the window, which are reset.
+            flops: floating-point operations of the window.
+            peak: peak FLOP/s of all devices.
         """
         seconds = max(state.window_seconds, 1e-9)
         count = state.window_count
@@ -105,7 +105,7 @@ class Journal:
     def evaluation(
         self, state: RunState, figures: Mapping[str, float], samples: Sequence[str], note: str
     ) -> None:
-        """Write the figures of an evaluation and what the model can do now."""
+        """Log the figures of an evaluation and samples of the model."""
         record = {
             "step": state.step,
             "eval": dict(figures),
@@ -123,12 +123,12 @@ class Journal:
         for logger in list(self._loggers):
             try:
                 logger.log({f"{group}/{key}": value for key, value in figures.items()}, step)
-            except Exception as error:  # whatever a service answers, training goes on without it
+            except Exception as error:  # training continues without a logger that fails
                 self._loggers.remove(logger)
                 self.say(f"a logger failed and is left out from here on: {error}")
 
     def sync(self) -> None:
-        """Make the log durable; called before a checkpoint is."""
+        """Make the log durable (fsync); called before a checkpoint is written."""
         if self._log is not None:
             self._log.sync()
 

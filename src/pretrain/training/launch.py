@@ -1,7 +1,7 @@
-"""A run on several processes of this machine, watched from the one that asked for it.
+"""Runs on several processes of this machine, launched and displayed by the calling process.
 
-Rank 0 relays what it would show, line by line as JSON, and the screen is drawn here: in the notebook's cell, or as the
-bar of a terminal. What is returned is read from the run's directory.
+Rank zero relays its screen output as JSON lines, and the calling process draws it: in the cell of a notebook or as a
+progress bar in a terminal. The result is read from the run directory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pretrain.utils.run_log import read_log
 
 __all__ = ["follow", "on_devices", "read_run"]
 
-_PAUSE = 0.1  # seconds between two looks at what rank 0 tells
+_PAUSE = 0.1  # seconds between two reads of the relayed output
 
 
 def on_devices(
@@ -41,15 +41,15 @@ def on_devices(
     Args:
         command: ``train`` or ``finetune``.
         settings: a ``RunConfig`` or a ``TuneConfig`` whose ``train.out`` is set.
-        devices: how many processes, or ``"auto"``.
-        hooks: of the caller; there can be none.
+        devices: number of processes, or ``"auto"``.
+        hooks: hooks of the caller; must be empty, because other processes do not have these functions.
         quiet: show nothing.
 
     Returns:
-        The run; None if it takes one process only, which is the caller.
+        The run; None if the caller must run it: with one process only, or if a launcher started this process.
 
     Raises:
-        ConfigError: that many processes cannot be started, or they would need what only this one has.
+        ConfigError: that many processes cannot be started, or there are hooks.
         PretrainError: the run failed.
     """
     count = count_devices(devices, settings.parallel.device)
@@ -79,19 +79,19 @@ def on_devices(
 def follow(
     words: Sequence[str], out: Path, devices: int, *, threads: int = 0, quiet: bool = False
 ) -> Run:
-    """Run ``pretrain`` with these words on several processes, show how it goes, and return the run.
+    """Run ``pretrain`` with these arguments on several processes, show the progress, and return the run.
 
-    The first SIGINT or SIGTERM lets the run save and stop; see ``catch_signals`` for a second one.
+    The first SIGINT or SIGTERM makes the run save and stop; see ``catch_signals`` for a second one.
 
     Args:
-        words: of the command line after ``pretrain``.
-        out: directory of the run.
-        devices: how many processes.
+        words: command-line arguments after ``pretrain``.
+        out: run directory.
+        devices: number of processes.
         threads: CPU threads of each; 0 is an equal share.
         quiet: show nothing.
 
     Raises:
-        PretrainError: what the first process that failed raised or said last, also if it failed while it stopped.
+        PretrainError: the error or last output of the first process that failed, also if it failed while stopping.
     """
     with catch_signals() as stop, Launched(words, devices, threads) as group:
         screen = None if quiet else open_screen()
@@ -123,7 +123,7 @@ def _say(screen: Progress | None, line: str) -> None:
 
 
 def _pass_on(group: Launched, screen: Progress | None, out: Path) -> None:
-    """Show what rank 0 has told since the last time."""
+    """Show what rank zero has relayed or printed since the last call."""
     for told in group.told():
         if screen is None:
             continue
@@ -142,14 +142,15 @@ def _pass_on(group: Launched, screen: Progress | None, out: Path) -> None:
 
 
 def read_run(out: Path, stopped: str | None = None) -> Run:
-    """The run that lies in a directory, as ``fit`` would have returned it.
+    """Return the run in a directory, as ``fit`` would have returned it.
 
     Args:
         out: run directory.
-        stopped: the signal that ended it; None reads from the state why it ended.
+        stopped: the signal that ended it; None takes the reason from its state.
 
     Raises:
-        ConfigError: no complete checkpoint lies there.
+        ConfigError: the directory has no complete checkpoint.
+        KeyboardInterrupt: the run was stopped by a signal before its first checkpoint.
     """
     checkpoint = latest(out)
     if checkpoint is None:

@@ -1,7 +1,7 @@
-"""What layers have of their own while a model is tuned: a learning rate, and a step from which they learn.
+"""Learning-rate decay by layer and gradual unfreezing, for fine-tuning.
 
 Layer-wise decay of the learning rate as in BEiT and MAE (arXiv 2106.08254, 2111.06377): the head keeps the full
-rate. (ELECTRA counts from one layer further up, so the same factor means something else there.) Gradual unfreezing:
+rate. (ELECTRA counts from one layer higher, so the same factor means something else there.) Gradual unfreezing:
 ULMFiT, arXiv 1801.06146.
 """
 
@@ -18,18 +18,18 @@ __all__ = ["Layers"]
 
 
 class Layers:
-    """Depths of the trainable parameters: 0 for embeddings, i + 1 for block i, ``top`` for all behind the blocks.
+    """Depths of the trainable parameters: 0 for embeddings, i + 1 for block i, ``top`` for all after the blocks.
 
-    What an objective owns besides the model has the top depth too. Parameters that are frozen when this is made
-    do not occur here, and stay frozen.
+    Parameters of the objective outside the model have depth ``top`` too. Parameters that are frozen on construction
+    are not included, and stay frozen.
 
     Args:
-        objective: the model and what else is trained.
+        objective: the model and other trained modules.
         settings: the ``optim`` section.
 
     Attributes:
-        scales: factor of the learning rate of every parameter, ``layer_decay ** (top - depth)``.
-        fresh: parameters that were initialised and not loaded.
+        scales: factor on the learning rate of every parameter, ``layer_decay ** (top - depth)``.
+        fresh: parameters that were newly initialised, not loaded.
     """
 
     def __init__(self, objective: Objective, settings: OptimConfig) -> None:
@@ -47,7 +47,7 @@ class Layers:
         self.fresh = {p for p in self._depths if p not in named or named[p] in model.fresh}
 
     def lowest(self, step: int, total: int) -> int:
-        """Depth of the lowest layer that learns at ``step`` of ``total``; one with trainable weights always does."""
+        """Return the depth of the lowest unfrozen layer at ``step`` of ``total``; one with parameters always is."""
         span = self._unfreeze * total
         released = (
             d for d in range(self.top + 1) if step >= math.floor(span * (self.top - d) / self.top)
@@ -55,6 +55,6 @@ class Layers:
         return min(min(released), max(self._depths.values(), default=0))
 
     def release(self, lowest: int) -> None:
-        """Let the layers from depth ``lowest`` upwards learn, and no others."""
+        """Unfreeze the layers from depth ``lowest`` upwards, and freeze the others."""
         for p, depth in self._depths.items():
             p.requires_grad_(depth >= lowest)

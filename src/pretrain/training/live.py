@@ -1,7 +1,7 @@
-"""The view of a run in a notebook: bar, loss curve and a table of the evaluations, redrawn in place.
+"""Live view of a run in a notebook: progress bar, loss curve and a table of evaluations, redrawn in place.
 
-It is one self-contained piece of HTML without scripts, so that a saved notebook keeps its last state. Elsewhere, and
-whenever the notebook refuses to draw, the plain bar of `pretrain.training.logging` takes its place.
+The view is self-contained HTML without scripts, so that a saved notebook keeps its last state. Outside of notebooks,
+and if the notebook fails to display it, the plain progress bar of `pretrain.training.logging` is used.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ["LiveView", "open_screen"]
 
 Bundle = dict[str, str]
 
-_INTERVAL = 1.0  # seconds between two drawings
-_SHARE = 20.0  # drawing takes at most one part in so many of the time
+_INTERVAL = 1.0  # seconds between two redraws
+_SHARE = 20.0  # least pause between redraws, as a multiple of the duration of one
 _ROWS, _COLUMNS, _LINES = 24, 8, 12
 _SAMPLE = 400  # characters of a sample
 _STYLE = """
@@ -51,7 +51,7 @@ overflow-wrap:anywhere;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,
 
 
 def open_screen() -> Progress:
-    """The live view where a notebook's kernel runs this, else the bar; or what relays to the process that has them."""
+    """Return the live view in a notebook, else the progress bar; in a launched process, the relay to its parent."""
     relayed = relay()
     if relayed is not None:
         return relayed
@@ -60,8 +60,8 @@ def open_screen() -> Progress:
 
 
 def _publisher() -> Callable[[Bundle], None] | None:
-    """What draws a bundle of MIME types into the running cell, each over the last; None outside of a notebook."""
-    if "IPython" not in sys.modules:  # a kernel has imported it long ago
+    """Return a function that displays a MIME bundle in the running cell, in place; None outside of a notebook."""
+    if "IPython" not in sys.modules:  # notebook kernels have imported it
         return None
     from IPython import get_ipython
 
@@ -76,11 +76,11 @@ def _publisher() -> Callable[[Bundle], None] | None:
 
 
 class LiveView(Progress):
-    """The figures of a run, drawn over themselves about once a second.
+    """Metrics of a run, redrawn in place about once a second.
 
     Args:
-        publish: takes ``{"text/html", "text/plain"}`` and shows it in place of what it showed before. If it raises,
-            the plain bar takes over.
+        publish: displays ``{"text/html", "text/plain"}`` in place of the previous bundle. If it raises, the plain
+            progress bar takes over.
     """
 
     def __init__(self, publish: Callable[[Bundle], None]) -> None:
@@ -98,10 +98,10 @@ class LiveView(Progress):
         self._ended = False
         self._draw()
 
-    # ------------------------------------------------------------------------------------------- what comes in
+    # ------------------------------------------------------------------------------------------- input
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Take over the lines of ``log.jsonl`` that an earlier part of the run wrote."""
+        """Load the records of ``log.jsonl`` from before a resume."""
         for record in records:
             step = int(record.get("step", 0))
             if "eval" in record:
@@ -112,7 +112,7 @@ class LiveView(Progress):
         self._first, self._began = self._step, time.monotonic()
 
     def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
-        """Take over the figures of a step."""
+        """Record the metrics of a step and redraw."""
         self._step, self._total, self._figures = step, total, dict(figures)
         self._train.append((step, figures.get("loss", math.nan)))
         if self._bar is not None:
@@ -121,7 +121,7 @@ class LiveView(Progress):
             self._draw()
 
     def evaluation(self, record: Mapping[str, Any], state: RunState, note: str) -> None:
-        """Take over the figures of an evaluation."""
+        """Record the metrics of an evaluation and redraw."""
         self._best, self._monitor = state.best_step, state.monitor
         self._evaluated(state.step, record)
         if self._bar is not None:
@@ -144,14 +144,14 @@ class LiveView(Progress):
         self._samples = [str(text) for text in record.get("samples", ())]
 
     def _tail(self, after: float) -> list[tuple[float, float]]:
-        """The logged steps after one, without a walk over all that came before."""
+        """Return the losses logged after a step; searches from the end, so the cost does not grow with the run."""
         at = len(self._train)
         while at and self._train[at - 1][0] > after:
             at -= 1
         return self._train[at:]
 
     def write(self, line: str) -> None:
-        """Take over a line; it is shown at once."""
+        """Add a line and show it at once."""
         self._said = [*self._said, printable(line)][-_LINES:]
         if self._bar is not None:
             self._bar.write(line)
@@ -159,14 +159,14 @@ class LiveView(Progress):
             self._draw(force=True)
 
     def close(self) -> None:
-        """Draw what is left to stand in the notebook."""
+        """Draw the final state, which stays in the notebook."""
         self._ended = True
         if self._bar is not None:
             self._bar.close()
         else:
             self._draw(force=True)
 
-    # ------------------------------------------------------------------------------------------- what goes out
+    # ------------------------------------------------------------------------------------------- drawing
 
     def _draw(self, *, force: bool = False) -> None:
         began = time.monotonic()
@@ -174,14 +174,14 @@ class LiveView(Progress):
             return
         try:
             self._publish({"text/html": self.html(), "text/plain": self.text()})
-        except Exception as error:  # no picture is worth the run: a front end may go away
+        except Exception as error:  # a front end that fails or disconnects must not end the run
             self._bar = Progress()
             self._bar.write(f"the live view cannot be drawn ({error}); a plain bar goes on")
         ended = time.monotonic()
         self._next = ended + max(_INTERVAL, _SHARE * (ended - began))
 
     def text(self) -> str:
-        """The table for a reader without HTML."""
+        """Return the view as plain text, for front ends without HTML."""
         lines = [" | ".join(self._top())]
         if self._evals:
             names = self._names()
@@ -198,7 +198,7 @@ class LiveView(Progress):
         return "\n".join([*lines, *self._said])
 
     def html(self) -> str:
-        """The view as one piece of HTML; every text is escaped."""
+        """Return the view as HTML; every text is escaped."""
         share = min(1.0, self._step / self._total) if self._total else 0.0
         top = "".join(
             f"<span{_class('soft', k > 0)}>{escape(text)}</span>"
@@ -216,7 +216,7 @@ class LiveView(Progress):
         return f'<div class="ptl"><style>{_STYLE}</style>{"".join(parts)}</div>'
 
     def _top(self) -> list[str]:
-        """Where the run is and how fast, in words."""
+        """Return progress, state, metrics and times as short texts."""
         if not self._total:
             ended = f"nothing left to do after step {self._step:,}" if self._step else "not started"
             return [ended if self._ended else "getting ready"]
@@ -243,7 +243,9 @@ class LiveView(Progress):
         width = 880 if alone else 440
         drawn = [curve_svg(losses, title="loss", width=width, height=240)]
         if not alone:
-            line = Series("", chosen, dots=True)  # second, in the colour of what is held out
+            line = Series(
+                "", chosen, dots=True
+            )  # second series, for the colour of held-out figures
             title = f"held-out {printable(self._monitor).replace('_', ' ')}"
             drawn.append(curve_svg([Series("", ()), line], title=title, width=width, height=240))
         return f'<div class="pics">{"".join(f"<div>{svg}</div>" for svg in drawn)}</div>'
@@ -252,13 +254,13 @@ class LiveView(Progress):
         return [(e["step"], e["figures"][name]) for e in self._evals if name in e["figures"]]
 
     def _names(self) -> list[str]:
-        """Figures that have a column: the one that decides first, as many as there is room for."""
+        """Return the metrics that get a column: the monitored one first, `_COLUMNS` at most."""
         names = dict.fromkeys(name for e in self._evals for name in e["figures"])
         kept = sorted((name for name in names if name != "targets"), key=self._monitor.__ne__)
         return kept[:_COLUMNS]
 
     def _shown(self) -> list[dict[str, Any]]:
-        """The newest evaluations, and the best one however old it is."""
+        """Return the newest evaluations, and the best one even if it is older."""
         old, new = self._evals[:-_ROWS], self._evals[-_ROWS:]
         return [e for e in old if e["step"] == self._best] + new
 
@@ -308,7 +310,7 @@ def _short(value: float, digits: int = 4) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """90 -> "1:30"."""
+    """Format seconds: 90 -> "1:30"."""
     if not math.isfinite(seconds):
         return ""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)

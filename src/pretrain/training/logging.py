@@ -1,4 +1,4 @@
-"""Where the figures of a run go: ``log.jsonl`` always, a progress bar, and the loggers that are asked for.
+"""Run logging: ``log.jsonl``, the progress bar and external loggers.
 
 Nothing is sent anywhere unless a logger is named.
 """
@@ -26,14 +26,14 @@ __all__ = ["LOGGERS", "Progress", "RunLog", "make_loggers"]
 
 
 class RunLog:
-    """Append-only ``log.jsonl`` that a resumed run continues as if nothing had happened.
+    """Append-only ``log.jsonl``, which a resumed run continues.
 
-    It is history: damage is named, the damaged file is kept under another name, and the run goes on.
+    No result depends on it: a damaged file is reported and kept under another name, and the run continues.
 
     Args:
         path: the file.
-        keep_until: steps after this one are dropped, because the run will take them again; None starts afresh.
-        last: digest of the last line that the checkpoint at that step knows of; "" for none.
+        keep_until: records after this step are dropped, because the run will repeat it; None starts a new log.
+        last: digest of the last line, as recorded in the checkpoint of that step; "" for none.
     """
 
     def __init__(self, path: Path, keep_until: int | None, last: str = "") -> None:
@@ -71,14 +71,14 @@ class RunLog:
         return text[:-1] + f', "chain": "{self.last}"}}\n'.encode()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers keep every bit, non-finite ones become strings."""
+        """Append one record; numbers keep full precision, non-finite ones become strings."""
         line = self._line({key: _plain(value) for key, value in record.items()})
         with writing(self.path):
             self._file.write(line)
             self._file.flush()
 
     def sync(self) -> None:
-        """Make what was written durable; called before a checkpoint is."""
+        """Make the log durable (fsync); called before a checkpoint is written."""
         with writing(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -98,7 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 class Progress:
-    """The tqdm bar with the figures that matter; where nobody looks, a line every half minute."""
+    """A tqdm progress bar with the main metrics; without a terminal or notebook, a line every 30 seconds."""
 
     def __init__(self) -> None:
         from tqdm.auto import tqdm
@@ -112,7 +112,7 @@ class Progress:
         text = " | ".join(f"{key} {value:.4g}" for key, value in figures.items())
         if self._live:
             if self._bar.n == 0:
-                self._bar.initial = step - 1  # a resumed run's pace counts from where it resumed
+                self._bar.initial = step - 1  # the pace of a resumed run counts from the resume
             self._bar.n, self._bar.total = step, total
             self._bar.set_postfix_str(text, refresh=True)
         elif time.monotonic() - self._last_print > 30:
@@ -120,10 +120,10 @@ class Progress:
             print(f"step {step:,} of {total:,} | {printable(text)}", file=sys.stderr, flush=True)
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what an earlier part of the run logged; a bar needs none of it."""
+        """Load the records from before a resume; the progress bar does not need them."""
 
     def evaluation(self, record: Mapping[str, Any], state: RunState, note: str) -> None:
-        """Print the figures of an evaluation, a remark on them, and what the model can do now."""
+        """Print the figures of an evaluation, a note on them, and samples of the model."""
         figures = record["eval"].items()
         shown = [f"{key} {float(value):.4g}" for key, value in figures if key != "targets"]
         self.write(f"step {state.step:,}: held out: {', '.join(shown)}{note}")
@@ -139,12 +139,12 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar; its last state stays visible."""
         self._bar.close()
 
 
 class Logger(Protocol):
-    """What a logger does: take flat figures at a step, and close."""
+    """Interface of an external logger: log flat metrics at a step, and close."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None: ...
 

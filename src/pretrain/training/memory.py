@@ -1,4 +1,4 @@
-"""Memory of a process and of its device: what is free, and the most that has been in use."""
+"""Free and peak memory of a process and its device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PEAK = "VmHWM:"
 
 
 def free_memory(device: torch.device) -> float:
-    """Free bytes on the device, or of the machine, at most what a container may have; 0 where none is told."""
+    """Return the free bytes of the GPU, or of the machine, up to the limit of the container; 0 if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -29,7 +29,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes that this process has held at most: of the GPU, reserved blocks included, else of the machine."""
+    """Return the peak memory of this process in bytes: reserved GPU memory, else resident host memory."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_reserved(device))
     with contextlib.suppress(OSError, ValueError, StopIteration):

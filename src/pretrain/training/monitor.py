@@ -1,4 +1,4 @@
-"""Which evaluation is the best one, and when it has not become better for too long."""
+"""Choice of the best evaluation, and count of evaluations without improvement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["improves", "score"]
 
 
 def score(figures: Mapping[str, float], monitor: str) -> float:
-    """The monitored figure, with its sign turned where higher is better: lower scores are better.
+    """Return the monitored figure, negated if higher is better, so that lower scores are better.
 
     Raises:
         TrainingError: the evaluation has no such figure.
@@ -30,26 +30,25 @@ def score(figures: Mapping[str, float], monitor: str) -> float:
 def improves(
     state: RunState, figures: Mapping[str, float], monitor: str, *, last: bool = False
 ) -> bool:
-    """Whether an evaluation at ``state.step`` is the best so far; the state remembers what the next must beat.
+    """Whether an evaluation at ``state.step`` is the best so far; if so, it is recorded in ``state``.
 
-    Of evaluations with the same figure the one with the lower loss is better: a small held-out set has few different
-    accuracies, and the first model that reaches one is seldom the best of them. A figure that is not a number (a
-    correlation of constants) is never the best.
+    Ties are resolved by the lower loss: a small held-out set has few distinct accuracies, and the first model that
+    reaches one is seldom the best of them. A NaN figure (a correlation of constants) is never the best.
 
-    The best of many evaluations on few rows is so in part by chance, above all of those at a high learning rate, which
-    scatter. At the end of the schedule the rate has come down, so the last evaluation is taken for the best one unless
-    the best figure is above its own by more than a standard error of a share of so many targets (docs/lab-log.md). A
-    loss, which scatters less, is taken as it is.
+    The best of many evaluations on few rows is partly due to chance, in particular at a high learning rate, where
+    figures scatter. At the end of the schedule the rate is low, so the last evaluation counts as the best unless the
+    best figure is above its own by more than one standard error of a proportion of the targets (docs/lab-log.md). A
+    loss, which scatters less, is compared as it is.
 
     Raises:
         TrainingError: as `score`.
     """
     value, loss = score(figures, monitor), figures.get("loss")
-    if state.monitor != monitor:  # the score of another figure says nothing about this one
+    if state.monitor != monitor:  # scores of different figures cannot be compared
         state.monitor, state.best_score, state.evals_since_best = monitor, math.inf, 0
         state.loss_at_best = None
     better = value < state.best_score
-    # Runs from before losses were remembered keep their first evaluation.
+    # Older states lack the loss; then the first of equal evaluations stays the best.
     if value == state.best_score and loss is not None and state.loss_at_best is not None:
         better = loss < state.loss_at_best
     if better:
@@ -62,6 +61,6 @@ def improves(
 
 
 def _chance(state: RunState, figures: Mapping[str, float]) -> float:
-    """Standard error of the best figure as a share of the targets; 0 for what is no share, such as a loss."""
+    """Return the standard error of the best figure as a proportion of the targets; 0 for others, such as a loss."""
     share, targets = -state.best_score, figures.get("targets", 0.0)
     return math.sqrt(share * (1.0 - share) / targets) if targets and 0.0 < share < 1.0 else 0.0

@@ -1,9 +1,9 @@
-"""AdamW and Muon with their parameter groups, and moments that are stored by parameter name.
+"""AdamW and Muon, their parameter groups, and optimizer state keyed by parameter name.
 
 AdamW: arXiv 1711.05101. Muon (momentum, orthogonalised by a Newton-Schulz iteration): Jordan et al., 2024, with
-the quintic coefficients of that work. Muon steps the hidden matrices of the blocks; everything else, embeddings
-and the vocabulary head above all, stays with AdamW. L2-SP (arXiv 1802.01483), decoupled here as weight decay is:
-the pull goes towards the weights that were loaded, not towards zero.
+the quintic coefficients of that work. Muon updates the hidden matrices of the blocks; all other parameters, in
+particular embeddings and the vocabulary head, are updated by AdamW. L2-SP (arXiv 1802.01483) is decoupled here, like
+weight decay, but decays towards the loaded weights instead of zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Push the singular values of a batch of matrices towards 1, (n, r, c) -> (n, r, c).
 
-    Runs in bf16 where the hardware multiplies it fast; the iteration corrects its own rounding.
+    Runs in bf16 where the hardware has fast bf16 products; the iteration corrects its own rounding errors.
     """
     fast = multiplies_bf16_fast(matrices.device)
     x = matrices.to(torch.bfloat16 if fast else torch.float32)
@@ -48,34 +48,34 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Parts(Protocol):
-    """How several processes step whole matrices: how a part becomes a whole, who works on which, and back."""
+    """Distribution of Muon over ranks: gather shards into full matrices, share the work, and shard the results."""
 
     def assemble(self, name: str, part: Tensor) -> Tensor:
-        """The full tensor of which every process holds a part; all must come along, in one order."""
+        """Gather the full tensor from the shards of all ranks; must be called by all ranks, in the same order."""
 
     def shared_out(
         self, wholes: Sequence[Tensor], make: Callable[[Tensor], Tensor], first: int
     ) -> Sequence[Tensor]:
-        """``make`` of all, each made by one process and given to the others; ``first`` is the number of the first."""
+        """Return ``make`` of all matrices, each computed by one rank and broadcast; ``first`` is the first index."""
 
     def cut_out(self, name: str, full: Tensor) -> Tensor:
-        """This process's part of a full tensor."""
+        """Return this rank's shard of a full tensor."""
 
     def full_shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter, however it is cut."""
+        """Return the full shape of a parameter, sharded or not."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates for 2-D weights; equal shapes are stepped in one batch.
+    """Momentum with orthogonalised updates for 2-D weights; matrices of equal shape are updated in one batch.
 
     Args:
         params: 2-D parameters, or groups of them.
-        lr: spectral size of an update; multiplied by sqrt(max(1, rows / columns)).
-        momentum: of the Nesterov average.
-        weight_decay: decoupled.
-        parts: of several processes, each of which makes some of the updates; None makes all of them here. An update
-            is of the whole matrix, also where parameters are shared out.
-        names: of the parameters, for ``parts``.
+        lr: spectral norm of an update; multiplied by sqrt(max(1, rows / columns)).
+        momentum: coefficient of the Nesterov momentum.
+        weight_decay: decoupled weight decay.
+        parts: distributes the updates over ranks; None computes all of them here. Updates are of full matrices,
+            even if parameters are sharded.
+        names: names of the parameters, for ``parts``.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step; parameters without a gradient are left alone."""
+        """Take one step; parameters without a gradient are skipped."""
         done = 0
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -145,7 +145,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _chunks(shapes: Mapping[tuple[int, ...], list[Tensor]]) -> Iterator[list[Tensor]]:
-    """Parameters of one shape, as many at a time as may be gathered and stepped together."""
+    """Yield parameters of equal shape, as many at a time as may be gathered and updated together."""
     for shape, params in shapes.items():
         most = max(1, MATRICES_TOGETHER // math.prod(shape))
         for start in range(0, len(params), most):
@@ -155,14 +155,13 @@ def _chunks(shapes: Mapping[tuple[int, ...], list[Tensor]]) -> Iterator[list[Ten
 class Optimizers:
     """One or two optimizers stepped together, with state keyed by parameter name.
 
-    State by position diverges after the second resume as soon as the order of parameters changes; by name it
-    cannot.
+    State keyed by position would be assigned to the wrong parameters once their order changes between resumes.
 
     Args:
         optimizers: each parameter belongs to one of them.
-        names: of their parameters.
-        anchors: where a parameter started, for those that are pulled back there.
-        pull: strength of that; multiplied by the learning rate of the parameter's group.
+        names: names of their parameters.
+        anchors: initial values of the parameters that L2-SP pulls back to them.
+        pull: strength of L2-SP; multiplied by the learning rate of the parameter's group.
     """
 
     def __init__(
@@ -184,13 +183,13 @@ class Optimizers:
                 group["lr"] = peak * factor
 
     def step(self) -> None:
-        """Step all of them, then pull towards the anchors."""
+        """Step all optimizers, then pull parameters towards their anchors."""
         for opt in self.optimizers:
             opt.step()
             for group in opt.param_groups:
                 held = [p for p in group["params"] if p in self._anchors]
                 if held:
-                    # Beyond 1 the pull would overshoot the anchor, and grow from step to step.
+                    # Above 1 the pull would overshoot the anchor, and diverge.
                     share = min(1.0, group["lr"] * self._pull)
                     with torch.no_grad():
                         anchors = [local(self._anchors[p]) for p in held]
@@ -202,7 +201,7 @@ class Optimizers:
             opt.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments as ``{"exp_avg/blocks.0.weight": tensor}``; scalars become 0-d tensors."""
+        """Return the moments as ``{"exp_avg/blocks.0.weight": tensor}``; scalars become 0-d tensors."""
         found = {f"anchor/{self._names[p]}": value for p, value in self._anchors.items()}
         for opt in self.optimizers:
             for p, state in opt.state.items():
@@ -211,17 +210,17 @@ class Optimizers:
                     found[f"{key}/{self._names[p]}"] = tensor.detach()
         for opt in self.optimizers:
             for group in opt.param_groups:
-                # A parameter that no gradient has reached yet has no moments, which is not the same as lost ones.
+                # Marks parameters without moments, as they had no gradient yet; other missing moments are an error.
                 for p in group["params"]:
                     if p not in opt.state:
                         found[f"absent/{self._names[p]}"] = torch.zeros(())
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned.
+        """Load the tensors that ``state`` returned.
 
         Raises:
-            CheckpointError: moments of unknown parameters, missing moments or other shapes.
+            CheckpointError: moments belong to unknown parameters, are missing or have other shapes.
         """
         params = {name: p for p, name in self._names.items()}
         owner = {
@@ -246,7 +245,7 @@ class Optimizers:
                 if p in self._anchors:
                     local(self._anchors[p]).copy_(tensor)
                 continue
-            # The step counter of fused AdamW lives with the parameter, like its moments.
+            # The step counter of fused AdamW is on the device of the parameter, like its moments.
             state = tensor.clone().to(p.device)
             if tensor.ndim and local(p) is not p:
                 state = torch.zeros_like(p.detach())
@@ -279,16 +278,16 @@ def build_optimizers(
     fresh: AbstractSet[Tensor] = frozenset(),
     parts: Parts | None = None,
 ) -> Optimizers:
-    """Group the trainable parameters of ``module`` and make their optimizers.
+    """Group the trainable parameters of ``module`` and create their optimizers.
 
     Args:
-        module: what is trained. A tied matrix is one parameter, and is stepped once.
+        module: the module to train. A tied matrix is one parameter and is updated once.
         settings: the ``optim`` section.
-        hidden: the blocks, whose 2-D weights Muon takes.
-        device: where the parameters live; fused AdamW is used where torch has it.
-        scales: factors of the learning rates of parameters; 1 for those it lacks.
-        fresh: parameters that were not loaded: ``optim.l2_sp`` leaves them to weight decay.
-        parts: given where several processes step the matrices of Muon together.
+        hidden: the blocks, whose 2-D weights are updated by Muon.
+        device: device of the parameters; fused AdamW is used where torch has it.
+        scales: factors on the learning rates of parameters; 1 if missing.
+        fresh: newly initialised parameters, which get weight decay instead of ``optim.l2_sp``.
+        parts: distributes the updates of Muon over ranks.
 
     Raises:
         ConfigError: the optimizer is not known, or nothing is trainable.

@@ -1,4 +1,4 @@
-"""From the settings of a run to an objective spread over its processes."""
+"""Distribution of a run over ranks: process group, mesh, strategy and run lock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["enter_world", "parallelize", "run_lock"]
 
 
 def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.device]:
-    """Meet the other processes of the run and compare with them; gives the device of this one."""
+    """Return a context that joins the ranks of the run, checks that they agree, and yields the device of this rank."""
     settings = trainer.parallel
     about = _same_for_all(trainer)
     return trainer.world.entered(
@@ -38,9 +38,9 @@ def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.dev
 
 
 def _same_for_all(trainer: Trainer) -> dict[str, Any]:
-    """What every process of a run must have alike; a difference is named before anything starts."""
+    """Return what must be equal on all ranks; a difference is reported before anything starts."""
     sections = ("train", "optim", "parallel")
-    # As they arrive on the other side: JSON knows no tuples.
+    # A round trip through JSON, as on the other ranks: tuples become lists.
     plain = {
         section: json.loads(json.dumps(asdict(getattr(trainer, section)))) for section in sections
     }
@@ -61,26 +61,26 @@ def _same_for_all(trainer: Trainer) -> dict[str, Any]:
 
 
 def parallelize(trainer: Trainer) -> Strategy:
-    """Choose the sizes of the mesh, say why, and put the objective on it.
+    """Choose the sizes of the mesh, print why, and distribute the objective over it.
 
     Raises:
-        ConfigError: the sizes do not fit the processes, the batch or the model; the possible ones are listed.
+        ConfigError: the sizes do not fit the ranks, the batch or the model; the message lists the possible ones.
     """
     world, train, settings = trainer.world, trainer.train, trainer.parallel
     objective, device = trainer.objective, trainer.device
     guess = train.micro_rows
-    if not guess or world.size == 1:  # which tells one process what divides its batch
+    if not guess or world.size == 1:  # with one rank this also checks the divisibility of the batch
         guess = choose_micro_rows(
             train, trainer.train_data, objective, device, even=settings.reproducible
         )
     memory, host, local = common_ground(device, world)
-    # A precision that is chosen by the hardware may differ between hosts, and the mesh must not.
+    # Broadcast, because choices that depend on the hardware may differ between hosts, and the mesh must not.
     needs = Needs(**world.broadcast_object(asdict(needs_of(trainer, guess))))
     choice = choose_mesh(
         settings,
         world.size,
         batch_rows=train.batch_rows,
-        # What is chosen for a reproducible run must not depend on where it runs.
+        # In a reproducible run the choice must not depend on the hardware.
         micro_rows=guess if settings.reproducible else train.micro_rows,
         coupled=objective.couples_examples,
         needs=needs,
@@ -102,20 +102,20 @@ def parallelize(trainer: Trainer) -> Strategy:
 
 
 def gather_type(trainer: Trainer) -> torch.dtype:
-    """The type in which FSDP2 gathers the weights of the blocks."""
+    """Return the type in which FSDP2 all-gathers the weights of the blocks."""
     adapter = trainer.objective.model.adapter
-    # The lengths of DoRA are computed in fp32, which autocast would leave alone.
+    # DoRA computes norms in fp32, also under autocast, so it needs fp32 weights.
     exact = adapter is not None and adapter.config.dora
     return torch.bfloat16 if trainer.precision.name == "bf16" and not exact else torch.float32
 
 
 def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
-    """What the run needs, in counts."""
+    """Return the sizes from which the memory of the run is estimated."""
     objective, optim = trainer.objective, trainer.optim
     model = objective.model
     config, blocks = model.backbone.config, model.backbone.blocks()
     trained = [p for p in objective.parameters() if p.requires_grad]
-    # What `build_optimizers` gives to Muon.
+    # The parameters that `build_optimizers` assigns to Muon.
     embeddings = {m.weight for m in objective.modules() if isinstance(m, torch.nn.Embedding)}
     inside = {p for block in blocks for p in block.parameters() if p.ndim == 2} - embeddings
     head: Any = model.head
@@ -144,11 +144,11 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
 
 
 def common_ground(device: torch.device, world: World) -> tuple[float | None, float | None, int]:
-    """What every process may count on, alike on all, for hosts that differ must choose one mesh.
+    """Return the resources that every rank has, so that different hosts choose the same mesh.
 
     Returns:
-        Bytes of a device, and of a process's share of its host, where the least is; and how many neighbouring
-        processes lie on one host wherever they are counted from a multiple of that number.
+        The least device memory and the least share of host memory per rank, in bytes, and the greatest common divisor
+        of the ranks per host: so many consecutive ranks, from a multiple of it, are on one host.
     """
     mine = [device_memory(device, world), host_share(world), world.local_size]
     devices, hosts, locals_ = zip(*world.all_gather_object(mine), strict=True)
@@ -160,24 +160,24 @@ def _least(found: Sequence[float | None]) -> float | None:
 
 
 def device_memory(device: torch.device, world: World) -> float | None:
-    """Bytes that one process may count on: its GPU, or its share of the host; None if not known."""
+    """Return the bytes available to one rank: of its GPU, or its share of the host; None if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return host_share(world)
 
 
 def host_share(world: World) -> float | None:
-    """Bytes of the host's memory, or of the container's, for each of the processes there."""
+    """Return the bytes of host (or container) memory per local rank; None if unknown."""
     found = host_memory()
     return None if found is None else found / world.local_size
 
 
 @contextlib.contextmanager
 def run_lock(out: Path, world: World) -> Iterator[None]:
-    """The lock of the run directory, held by rank 0 for all.
+    """Hold the lock of the run directory, by rank zero for all ranks.
 
     Raises:
-        RunLocked: on every process, when another run holds it.
+        RunLocked: on all ranks, if another run holds it.
     """
     lock = RunLock(out)
     world.on_rank_zero(lock.acquire)

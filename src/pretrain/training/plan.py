@@ -1,4 +1,4 @@
-"""How many steps a run has and how a global batch is cut, both independent of the number of devices."""
+"""Number of steps of a run, and size of its micro-batches."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length"]
 
 
 def row_length(data: Examples) -> int:
-    """Tokens of the longest row: as the data say, or, where all rows are alike, the longest array of the first."""
+    """Return the tokens of the longest row: as the data record it, else the longest array of the first row."""
     longest: int = getattr(data, "longest", 0)
     return longest or max(len(value) if np.ndim(value) else 1 for value in data[0].values())
 
 
 def mean_length(data: Examples) -> float:
-    """Tokens of a row on average; padding counts where all rows are padded to one length."""
+    """Return the mean tokens per row; padding counts if all rows are padded to one length."""
     if not getattr(data, "longest", 0):
         return float(row_length(data))
     return max(1.0, float(getattr(data, "num_tokens", 0)) / len(data))
@@ -42,22 +42,22 @@ def choose_micro_rows(
     even: bool = False,
     most: int = 0,
 ) -> int:
-    """Rows in one forward pass: as configured, else the largest divisor of the batch that fits a token budget.
+    """Return the rows per forward pass: as configured, else the largest divisor of the share within a token budget.
 
-    Rows of unequal length fit it on average, and the longest of them fit four times the budget.
+    Rows of unequal length must fit the budget on average, and the longest rows four times the budget.
 
     Args:
-        train: settings of the batch.
-        data: whose lengths count.
+        train: batch settings.
+        data: provides the row lengths.
         objective: may couple the rows of a batch.
-        device: has a token budget.
-        share: rows of a batch that one process takes; all of them when 0.
-        even: choose alike for 1, 2, 4 and 8 processes, as far as the batch can be cut so.
-        most: rows that fit into memory, where the choice is free; any number when 0.
+        device: determines the token budget.
+        share: rows of a global batch per rank; 0 is all of them.
+        even: make the same choice for 1, 2, 4 and 8 ranks, as far as the batch is divisible.
+        most: rows that fit into memory, which limit an automatic choice; 0 is no limit.
 
     Raises:
-        ConfigError: the share is no multiple of the micro-batch, or the objective couples its examples and the
-            batch would be cut.
+        ConfigError: the share is not a multiple of the micro-batch, or the objective couples its examples and the
+            batch would be split.
     """
     share = share or train.batch_rows
     rows = train.micro_rows
@@ -87,10 +87,10 @@ def choose_micro_rows(
 
 
 class Plan:
-    """Turns ``train.limit`` into optimizer steps.
+    """Convert ``train.limit`` to optimizer steps.
 
-    Steps, tokens and epochs are exact and known before step 0. Minutes become steps by the measured pace and are
-    planned anew after every step, so that the schedule ends when the time does.
+    Steps, tokens and epochs are exact and known before step 0. Minutes are converted by the measured pace, again after
+    every step, so that the schedule ends when the time does.
     """
 
     def __init__(self, train: TrainConfig, data: Examples, epoch_rows: int) -> None:
@@ -104,7 +104,7 @@ class Plan:
         self.reserve = 1.0  # seconds kept for the last evaluation and the last checkpoint
 
     def total_steps(self, seconds_per_step: float = 1.0) -> int:
-        """Steps of the whole run; ``seconds_per_step`` matters for a limit in minutes alone."""
+        """Return the steps of the whole run; ``seconds_per_step`` is used for a limit in minutes only."""
         value = self.limit.value
         if self.limit.kind == "steps":
             return max(1, int(value))
@@ -115,7 +115,7 @@ class Plan:
         return max(1, int(value * 60 / max(seconds_per_step, 1e-6)))
 
     def first_total(self, state: RunState, seconds_per_step: float) -> int:
-        """Steps of the whole run when it starts or goes on, also under a limit that was changed meanwhile."""
+        """Return the steps of the whole run when it starts or resumes, possibly with another limit."""
         if self.limit.kind != "minutes":
             return self.total_steps()
         if state.limit == self._text:
@@ -124,7 +124,7 @@ class Plan:
         return state.step + max(0, int(left / max(seconds_per_step, 1e-6)))
 
     def replan(self, state: RunState, tell: Callable[[int], int] = int) -> int:
-        """Steps of the whole run as seen after a step; clocks differ, so ``tell`` gives all processes one answer."""
+        """Return the steps of the whole run, estimated after a step; ``tell`` broadcasts it, because clocks differ."""
         return state.total_steps if self.limit.kind != "minutes" else tell(self._replanned(state))
 
     def _replanned(self, state: RunState) -> int:

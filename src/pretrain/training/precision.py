@@ -1,4 +1,4 @@
-"""Which number type to compute in, and why.
+"""Choice of the device and the compute precision.
 
 Weights, moments and reductions are always fp32; only the arithmetic of the forward and backward pass changes.
 fp16 needs loss scaling (arXiv 1710.03740); bf16 does not.
@@ -31,8 +31,8 @@ __all__ = [
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # Dense bf16/fp16 peaks from the vendors' data sheets, FLOP/s.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12}
-_PEAK_SECONDS = 60.0  # between two measurements of what a device can do, which take 0.1 s
-# Device, type and threads -> FLOP/s of the best measurement of this process, and when the last one was taken.
+_PEAK_SECONDS = 60.0  # between two measurements of peak FLOP/s, which take about 0.1 s
+# (device, type, threads) -> best FLOP/s measured in this process, and the time of the last measurement.
 _peaks_seen: dict[tuple[str, str, int], tuple[float, float]] = {}
 
 
@@ -53,10 +53,10 @@ class Precision:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The named device, or the best one at hand.
+    """Return the named device, or the best available one for ``auto``.
 
     Raises:
-        ConfigError: the device is unknown or not at hand, or it is mps and this process is one of several.
+        ConfigError: the device is unknown or not available, or it is mps and this process is one of several.
     """
     known = ("auto", "cpu", "cuda", "mps")
     if name.split(":")[0] not in known:
@@ -85,7 +85,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """Resolve ``auto`` by what the hardware is good at, and refuse what it is hopeless at.
+    """Return the named precision; ``auto`` chooses by the hardware.
 
     Raises:
         ConfigError: unknown name, or fp16 on a CPU.
@@ -114,14 +114,14 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 def evaluation_precision(
     setting: str, compute: Precision, *, gathered: torch.dtype = torch.float32
 ) -> Precision:
-    """Return the precision in which figures are taken.
+    """Return the precision of evaluations.
 
-    In half precision the logits of a row depend on which rows share its batch, so one checkpoint would have a figure
-    for every batch size; fp32 differs in its last bits only.
+    In half precision the logits of a row depend on the other rows of its batch, so the figures of a checkpoint would
+    depend on the batch size; in fp32 only the last bits differ.
 
     Args:
         setting: ``train.eval_precision``.
-        compute: precision of training.
+        compute: compute precision of training.
         gathered: type in which FSDP2 gathers the weights; blocks in half precision cannot compute in fp32.
     """
     if setting == "train" or compute.dtype is torch.float32:
@@ -132,7 +132,7 @@ def evaluation_precision(
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16: two numbers of state, exact in a checkpoint.
+    """Dynamic loss scaling for fp16; its state is two numbers, stored exactly in a checkpoint.
 
     The scale halves when a gradient overflows and doubles after ``interval`` good steps.
     """
@@ -148,7 +148,7 @@ class LossScale:
             torch._foreach_mul_(grads, 1.0 / self.scale)
 
     def update(self, finite: bool) -> None:
-        """Adapt after a step."""
+        """Adapt the scale after a step."""
         if not self.enabled:
             return
         if not finite:
@@ -159,25 +159,25 @@ class LossScale:
             self.scale, self.good = self.scale * 2, 0
 
     def explains(self) -> bool:
-        """Whether an overflow is the scale's doing rather than the model's."""
+        """Whether an overflow can be caused by the scale rather than by the model."""
         return self.enabled and self.scale > 1.0
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; nothing when switched off."""
+        """Return the state for a checkpoint; empty if disabled."""
         return {"scale": self.scale, "good": self.good} if self.enabled else {}
 
     def load(self, state: dict[str, float]) -> None:
-        """Restore what ``state`` returned; a run that changed its precision starts with its own scale."""
+        """Load what ``state`` returned; a run whose precision has changed keeps its initial scale."""
         if not (self.enabled and state):
             return
         self.scale, self.good = float(state["scale"]), int(state["good"])
 
 
 def peak_flops(precision: Precision) -> float:
-    """FLOP/s that the device can reach in this type: the data sheet for known GPUs, else a measured product.
+    """Return the peak FLOP/s of the device in this type: from the data sheet for known GPUs, else measured.
 
-    On a busy machine a measurement is too low, so it is taken again from time to time, and the best one of this
-    process is what the device can do.
+    On a busy machine a measurement is too low, so it is repeated from time to time, and the best one of this process
+    is used.
     """
     if precision.device.type == "cuda" and precision.name != "fp32":
         name = torch.cuda.get_device_name(precision.device)
@@ -193,9 +193,9 @@ def peak_flops(precision: Precision) -> float:
 
 
 def _measured_flops(precision: Precision) -> float:
-    """One square product per try, best of five; it takes a few milliseconds."""
+    """Return the FLOP/s of a square matrix product, best of five."""
     size = 1024 if precision.device.type == "cpu" else 4096
-    # Its own generator: measuring a machine must not move the global random stream.
+    # A separate generator, because a measurement must not advance the global random state.
     draw = torch.Generator().manual_seed(0)
     a = torch.randn(size, size, generator=draw).to(precision.device, precision.dtype)
     best = math.inf

@@ -1,4 +1,4 @@
-"""Everything that is checked before step 0, because it is cheaper to fail now than in an hour."""
+"""Checks before step 0: data, memory, metrics and checkpoints. Failing here is cheaper than failing in an hour."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = ["check_rows", "preflight"]
 
 
 def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
-    """Check data against model, run the largest batch, save and reload, and print what will happen.
+    """Check the data against the model, run the largest batch, save and reload, and print a summary of the run.
 
     Returns:
-        Seconds that one optimizer step takes, estimated.
+        Estimated seconds per optimizer step.
 
     Raises:
         DataError, TrainingError, CheckpointError: see the message.
@@ -50,7 +50,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
         torch.cuda.reset_peak_memory_stats(trainer.device)
     first_loss, seconds = dry_run(trainer, batches)
     check_monitor(trainer)
-    trainer.probe()  # what the first save will need must work now
+    trainer.probe()  # the first save needs it, so it must work now
     if checkpoint is None:
         check_round_trip(trainer)
     lines = describe(trainer, checkpoint, parameters, seconds * len(batches))
@@ -73,28 +73,27 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
 
 
 def checkpoint_size(trainer: Trainer) -> int:
-    """Bytes of one checkpoint: the weights, and beside them moments, anchors and the raw weights behind an average."""
+    """Return the bytes of a checkpoint: weights, moments, L2-SP anchors, and the raw weights if an average is kept."""
     model, optim = trainer.objective.model, trainer.optim
     trained = numel(trainer, trainer.params)
     floats = (2 if optim.ema else 1) * numel(trainer) + (3 if optim.l2_sp else 2) * trained
-    # Of the model alone, and of the parts of it that lie here: `estimated_size` multiplies by the same number.
+    # Divided by the local parameters of the model only, because `estimated_size` multiplies by that number.
     return estimated_size(model, copies=floats / max(1, model.num_parameters()))
 
 
 def numel(trainer: Trainer, names: Iterable[str] | None = None) -> int:
-    """Elements of parameters of the objective, all of them by default, whole though they may be shared out."""
+    """Return the number of elements in the named parameters (default: all) of the objective, unsharded."""
     if names is None:
         names = [name for name, _ in trainer.objective.named_parameters()]
     return sum(math.prod(trainer.strategy.layout.shapes[name]) for name in names)
 
 
 def check_monitor(trainer: Trainer) -> None:
-    """The figure that decides which checkpoint is best must be among those of an evaluation."""
+    """Check that ``train.monitor`` is among the figures of an evaluation."""
     if trainer.eval_data is None or trainer.train.monitor == "loss":
         return
-    with contextlib.suppress(
-        NoTargets
-    ):  # the first few rows may have none; all rows are looked at later
+    # The first few rows may have no targets; all rows are evaluated later.
+    with contextlib.suppress(NoTargets):
         figures = evaluate_rows(
             trainer.objective,
             trainer.eval_data,
@@ -108,7 +107,7 @@ def check_monitor(trainer: Trainer) -> None:
 
 
 def check_rows(data: Examples, batch_rows: int) -> None:
-    """There must be rows, and enough of them for a batch without repeats."""
+    """Check that there are enough rows for a batch without repeats."""
     if len(data) == 0:
         raise DataError(
             "There are no training rows. The source is empty or everything went to validation."
@@ -121,10 +120,10 @@ def check_rows(data: Examples, batch_rows: int) -> None:
 
 
 def check_lengths(trainer: Trainer) -> None:
-    """Rows must fit the positions, and the data's vocabulary the embedding."""
+    """Check that the rows are not longer than the positions of the model."""
     backbone = trainer.objective.model.backbone
     for name, rows in (("training", trainer.train_data), ("held-out", trainer.eval_data or ())):
-        # Of several texts in one row each has positions of its own.
+        # Positions restart with every document of a packed row.
         longest = getattr(rows, "longest_document", 0) or (row_length(rows) if len(rows) else 0)
         if backbone.max_length and longest > backbone.max_length:
             raise DataError(
@@ -135,7 +134,7 @@ def check_lengths(trainer: Trainer) -> None:
 
 
 def check_round_trip(trainer: Trainer) -> None:
-    """Save, reload and compare before anything is spent on training."""
+    """Save the model, reload it and compare, before any training."""
     model, world = trainer.objective.model, trainer.world
     layout = trainer.strategy.layout if world.size > 1 else None
     folder = Path(
@@ -164,7 +163,7 @@ def check_round_trip(trainer: Trainer) -> None:
 
 
 def check_resumed(trainer: Trainer, checkpoint: Path) -> str:
-    """The loss of the probe rows must be what it was when the checkpoint was written."""
+    """Check that the probe loss is what it was when the checkpoint was written; return a line about it."""
     saved = trainer.state.probe_loss
     line = f"resuming {checkpoint.name}: row {trainer.state.rows:,} of the run"
     if saved is None:
@@ -182,7 +181,7 @@ def check_resumed(trainer: Trainer, checkpoint: Path) -> str:
 def describe(
     trainer: Trainer, checkpoint: Path | None, parameters: int, seconds: float
 ) -> list[str]:
-    """The lines that are printed before the first step."""
+    """Return the lines that are printed before the first step."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
     steps = trainer.plan.total_steps(seconds)
     tokens = getattr(data, "num_tokens", 0)
@@ -207,7 +206,7 @@ def describe(
         + (f", unfreezing over {optim.unfreeze:.0%} of the steps" if optim.unfreeze else "")
         + (f", L2-SP {optim.l2_sp:g}" if optim.l2_sp else ""),
         f"memory about {needed / 2**30:.2f} GiB at the peak, {free_memory(trainer.device) / 2**30:.1f} GiB free"
-        # Several processes have said it with the reason of their choice.
+        # With several ranks it was printed with the reason for the mesh.
         + (choice.advice if trainer.world.size == 1 else ""),
         f"output {trainer.out}",
     ]
@@ -223,10 +222,10 @@ def describe(
 
 
 def memory_needed(trainer: Trainer, *, resumed: bool) -> float:
-    """Bytes that this process will hold at most: what the largest batch took, and what the optimizer adds to it.
+    """Return the peak memory of this process in bytes: that of the largest batch, plus what the optimizer will add.
 
-    An estimate from the sizes of the model alone knows neither the libraries nor the allocator, which hold more than a
-    small model does.
+    The former is measured, because an estimate from model sizes misses libraries and the allocator, which take more
+    than a small model.
     """
     estimate = trainer.strategy.choice.memory
     later = 0.0 if estimate is None or resumed else estimate.moments

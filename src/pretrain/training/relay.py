@@ -1,4 +1,4 @@
-"""The screen of a process whose screen another one draws: every call becomes a line of JSON in a file."""
+"""Relay of screen output to the launching process, as JSON lines in a file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Relay", "relay"]
 
 
 def relay() -> Progress | None:
-    """The screen of a process whose screen is drawn by another one; None for all others."""
+    """Return the relay of a process whose output is displayed by another one; None for all others."""
     path = os.environ.get(SCREEN)
     return None if path is None else Relay(Path(path))
 
 
 class Relay(Progress):
-    """Writes down what a screen is told, for another process to show.
+    """Write screen output to a file, for another process to display.
 
     Args:
         path: file that gets one JSON object a line.
@@ -35,12 +35,12 @@ class Relay(Progress):
 
     def _tell(self, what: str, **values: Any) -> None:
         line = json.dumps({"what": what, **values}) + "\n"
-        # A full disk for temporary files costs the screen, not the run.
+        # If the disk for temporary files is full, the run continues without screen output.
         with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
             file.write(line)
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """The reader has the log at hand: it needs to know how far."""
+        """Relay the last step of the records; the reader takes them from the log."""
         self._tell("restore", step=max((int(r.get("step", 0)) for r in records), default=-1))
 
     def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
@@ -56,5 +56,5 @@ class Relay(Progress):
         self._tell("write", line=line)
 
     def close(self) -> None:
-        """Say that nothing more comes."""
+        """Relay the end of the output."""
         self._tell("close")

@@ -1,4 +1,4 @@
-"""A run whose directory is taken away while it goes on: noticed within a second, and saved beside it."""
+"""Detection of a run directory that is deleted or renamed during the run, and saving beside it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pretrain.utils.files import replace_file, writing
 
 __all__ = ["Home"]
 
-_INTERVAL = 1.0  # seconds between two looks
+_INTERVAL = 1.0  # seconds between two checks
 
 
 class Home:
-    """The directory of a run, held open so that it is still known when it has another name or none.
+    """The run directory, held open so that it can be identified after it was renamed or deleted.
 
     Args:
-        path: the run directory, with its lock.
+        path: the run directory, which contains the lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,15 +38,15 @@ class Home:
                 self._kept[name] = (self.path / name).read_bytes()
 
     def lost(self, *, now: bool = False) -> bool:
-        """Whether the run directory is no longer where it was; looks once a second unless ``now``."""
+        """Whether the run directory is no longer at its path; checks at most once a second unless ``now``."""
         if not now and time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + _INTERVAL
-        # Not by its inode, which some network file systems change: a saver may have made an empty one of that name.
+        # By its files: some network file systems change inodes, and a saver may have created an empty directory.
         return not any(os.path.lexists(self.path / name) for name in (runlock.NAME, "log.jsonl"))
 
     def fate(self) -> str:
-        """What happened to it, as far as the system says."""
+        """Return what happened to the directory, as far as the system tells."""
         with contextlib.suppress(OSError):
             now = os.readlink(f"/proc/self/fd/{self._descriptor}")
             if os.fstat(self._descriptor).st_nlink and os.path.isdir(now):
@@ -54,12 +54,12 @@ class Home:
         return "deleted or renamed"
 
     def refuge(self) -> Path:
-        """The name of a directory beside it that is free."""
+        """Return an unused path for a directory beside it."""
         names = (self.path.with_name(f"{self.path.name}.rescued-{k}") for k in count(1))
         return next(name for name in names if not os.path.lexists(name))
 
     def furnish(self, refuge: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write what a run needs beside its checkpoints: settings and log."""
+        """Write what a run needs besides its checkpoints to the new directory: settings and log."""
         with writing(refuge):
             make_directories(refuge)
             for name, data in self._kept.items():
@@ -71,5 +71,5 @@ class Home:
         log.close()
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Close the directory."""
         os.close(self._descriptor)

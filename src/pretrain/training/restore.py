@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a trainer, and putting it back."""
+"""Saving and restoring the state of a trainer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["identity", "load_weights", "origin", "other_tensors", "restore", "tr
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:
-    """What must be the same for the rows consumed so far to be the rows that will not come again."""
+    """Return what must be unchanged on resume, so that no row is repeated or skipped."""
     return {
         "data": trainer.about.get("fingerprint"),
         "rows": len(trainer.train_data),
@@ -38,7 +38,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
 
 
 def origin(objective: Objective) -> dict[str, Any]:
-    """What a run takes from the model it starts from besides the weights, which its checkpoints hold themselves."""
+    """Return what a run takes from its starting model besides the weights: the config and the tokenizer."""
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
     tokenizer = None if model.tokenizer is None else model.tokenizer.fingerprint
@@ -47,7 +47,7 @@ def origin(objective: Objective) -> dict[str, Any]:
 
 
 def training_state(trainer: Trainer) -> TrainingState:
-    """What `restore` will need: this process's parts of the tensors, and plain values."""
+    """Return the state that `restore` needs: this rank's shards of the tensors, and plain values."""
     tensors = {"optimizer": trainer.optimizers.state()}
     if trainer.average.decay:
         tensors["weights"] = trainer.average.other()
@@ -59,19 +59,19 @@ def training_state(trainer: Trainer) -> TrainingState:
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Put a trainer where it was when the checkpoint was written, by whatever number of processes that was.
+    """Restore a trainer from a checkpoint, which may have been written by another number of ranks.
 
     Args:
         trainer: with its model, optimizers and average in place.
-        checkpoint: its files are verified while they are read.
+        checkpoint: its files have been verified by ``latest_together``.
 
     Raises:
         TrainingError: the checkpoint belongs to another model, objective, data set or order.
-        CheckpointError: something that resuming needs is not in it.
+        CheckpointError: the checkpoint lacks state that resuming needs.
     """
     layout = trainer.strategy.layout if trainer.world.size > 1 else None
     peers = trainer.world.peers()
-    # Its bytes were verified when it was found, by one process each.
+    # `latest_together` has verified all bytes, each file on one rank.
     training = read_training_slices(checkpoint, layout, peers, verified=True)
     now, then = identity(trainer), training.state.get("identity", {})
     for key, value in now.items():
@@ -108,7 +108,7 @@ def _short(value: Any) -> str:
 
 
 def other_tensors(objective: Objective) -> dict[str, Tensor]:
-    """What the objective owns besides the model, such as a teacher or a generator."""
+    """Return the tensors of the objective outside the model, such as those of a teacher or a generator."""
     state = objective.state_dict(keep_vars=True)
     return {name: t.detach() for name, t in state.items() if not name.startswith("model.")}
 
@@ -122,15 +122,15 @@ def load_weights(
     peers: Peers = ALONE,
     verified: bool = False,
 ) -> None:
-    """Take the model's weights from a checkpoint, and those of the objective's other modules from ``others``.
+    """Load the model's weights from a checkpoint, and those of the objective's other modules from ``others``.
 
     Args:
-        objective: what they are for.
-        checkpoint: written by any number of processes.
-        others: this process's parts.
-        layout: which parts of the parameters lie where; None: each process has all of them.
-        peers: the processes.
-        verified: the hashes were compared a moment ago.
+        objective: the objective to load into.
+        checkpoint: written by any number of ranks.
+        others: this rank's shards.
+        layout: placement of the parameter shards; None if every rank has all of them.
+        peers: the ranks.
+        verified: the hashes have been checked already.
 
     Raises:
         TrainingError: the checkpoint holds another model or belongs to another objective.
@@ -139,7 +139,7 @@ def load_weights(
         report = load_slices(objective.model, checkpoint, layout, peers, verified=verified)
     except CheckpointError as error:
         if isinstance(error, CheckpointCorrupt) or objective.model.adapter is not None:
-            raise  # it says itself which adapter it holds
+            raise  # the error already names the adapter
         raise TrainingError(
             f"{checkpoint} holds another model than the configuration. {error} Use a new train.out."
         ) from error

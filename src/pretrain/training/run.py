@@ -1,7 +1,7 @@
-"""From a configuration to a finished run: data, model, objective and trainer put together.
+"""Training and evaluation from a configuration: builds the data, model, objective and trainer.
 
-``train`` is what the command line and a notebook call. It is run again to resume: everything it builds is a
-function of the configuration, and the trainer goes on from the newest checkpoint in the output directory.
+``train`` is called by the command line and from Python. Calling it again resumes the run: everything it builds is a
+function of the configuration, and the trainer continues from the newest checkpoint in the output directory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pretrain.utils.files import muted, note
 
 __all__ = ["evaluate", "train"]
 
-# Settings that may differ when a run goes on: they change when it ends or what it reports, not what it learns.
+# Settings that may change on resume: they affect where and how long a run trains and what it reports and saves.
 _FREE = {
     "train.limit",
     "train.keep",
@@ -71,9 +71,9 @@ _FREE = {
     "parallel.timeout",
     "parallel.compile",
 }
-# Of the sources that come with their licence; of other text only the user knows it.
+# Licences of built-in sources; that of other text is known to the user only.
 _LICENCES = {"python": "PSF-2.0"}
-# Embedding rows are padded to a multiple of this, which matrix units like; small vocabularies are left as they are.
+# The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
 _VOCAB_MULTIPLE = 64
 
 
@@ -85,12 +85,12 @@ def train(
     hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
     **sections: Any,
 ) -> Run:
-    """Prepare the data, build the model and train it, or go on where an earlier call stopped.
+    """Prepare the data, build the model and train it, or resume where an earlier call stopped.
 
     Args:
         config: a YAML file, a mapping of sections, a ``RunConfig``, or None for the defaults.
-        devices: processes of this machine that are started for the run, also from a notebook; ``"auto"`` is one for
-            each GPU. With 1 it runs here, or as one of the processes that torchrun started.
+        devices: number of processes to start on this machine, also from a notebook; ``"auto"`` is one for each GPU.
+            With 1 the run takes place in this process, which may be one of those that torchrun started.
         hooks: called after steps with a read-only record.
         **sections: overrides by section, ``data={"train": "books"}``, or by dotted key.
 
@@ -126,7 +126,7 @@ def train(
         )
 
         def begin() -> None:
-            # Under the run's lock: a second command that is refused must not touch the settings of the first.
+            # Called under the run's lock, so that a second command cannot overwrite the settings of the first.
             check_same_run(settings, out)
             settings.save(out / "run.yaml")
 
@@ -134,21 +134,21 @@ def train(
 
 
 class Settings(Protocol):
-    """The settings of a run, of whatever sections."""
+    """Settings of a pre-training or fine-tuning run."""
 
     @classmethod
     def load(cls, source: Any) -> Any:
-        """Read them from a YAML file."""
+        """Read the settings from a YAML file."""
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The sections as plain values."""
+        """Return the sections as plain values."""
 
 
 def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
-    """Refuse to go on in a directory whose run had other settings; harmless changes are printed.
+    """Refuse to resume a run with other settings; changes that do not affect the result are printed.
 
     Raises:
-        ConfigError: a setting that shapes the result differs.
+        ConfigError: a setting that affects the result differs, or the directory holds another kind of run.
     """
     written = out / "run.yaml"
     if not written.exists() or not has_begun(out):
@@ -179,7 +179,7 @@ def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
 
 
 def has_begun(out: Path) -> bool:
-    """Whether there is a checkpoint, whole or not: what it holds is verified when it is opened."""
+    """Whether there is a checkpoint, complete or not: its contents are verified when it is opened."""
     return out.is_dir() and bool(candidates(out))
 
 
@@ -194,7 +194,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
-    """The prepared directory that ``data.train`` names, or the sources it names, prepared (or found in the cache)."""
+    """Open the prepared directory that ``data.train`` names, or prepare (or find in the cache) the sources it names."""
     data = settings.data
     if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
         prepared = Prepared.open(Path(data.train))
@@ -219,7 +219,7 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
 
 
 def say_differences(settings: RunConfig, prepared: Prepared) -> None:
-    """Prepared data are taken as they are: say which settings of this run they overrule."""
+    """Print which settings of this run are overruled by prepared data, which are used as they are."""
     options, defaults = prepared.manifest["options"], DataConfig()
     keys = ("row_length", "vocab_size", "tokenizer", "valid", "text", "separator")
     overruled = [
@@ -234,11 +234,11 @@ def say_differences(settings: RunConfig, prepared: Prepared) -> None:
 
 
 def make_model(settings: RunConfig, data: Prepared) -> Model:
-    """The model to train: fresh, or from ``model.checkpoint``; its tokenizer is the data's.
+    """Return the model to train: newly initialised, or from ``model.checkpoint``; its tokenizer is that of the data.
 
     Raises:
-        TokenizerError: the checkpoint speaks another language than the data.
-        ConfigError: the checkpoint's model has no head for the objective.
+        TokenizerError: the tokenizer of the data does not match the checkpoint.
+        ConfigError: the checkpoint has no head for the objective, or ``model.overrides`` is not valid.
     """
     wanted = objective_class(settings.objective.class_path).head_kind
     tokenizer = data.tokenizer
@@ -290,7 +290,7 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
         settings.model.size,
         head=wanted,
         seed=settings.train.seed,
-        # Several processes share it out before it takes memory.
+        # With several ranks, memory is allocated after sharding only.
         device="meta" if current_world().size > 1 else "cpu",
         **overrides,
     )
@@ -299,7 +299,7 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
 
 
 def about(settings: RunConfig, data: Prepared) -> dict[str, Any]:
-    """What the checkpoint says about its origin; names of sources, never their places on this machine."""
+    """Return what a checkpoint records about its origin; names of sources, without their paths on this machine."""
     manifest, parent = data.manifest, settings.model.checkpoint
     sources = [
         {
@@ -338,21 +338,21 @@ def evaluate(
 
     Args:
         checkpoint: a run, a checkpoint or any Hugging Face directory of a known family.
-        data: a prepared directory (its held-out rows are used) or sources (all of their text is); None takes the
-            data of the run that the checkpoint lies in.
-        objective: name of the objective; the one that the head is for when None.
-        batch_rows: rows in one forward pass.
-        limit: rows at most; 0 takes all.
-        precision: compute type; auto is what the run evaluates in (``train.eval_precision``), fp32 outside of one.
-        device: where to run.
-        model: of the checkpoint, if it has been opened already.
+        data: a prepared directory (its held-out rows are used) or sources (all of their text is used); None uses the
+            held-out rows of the run that contains the checkpoint.
+        objective: name of the objective; None chooses it by the head of the checkpoint.
+        batch_rows: rows per forward pass.
+        limit: maximum number of rows; 0 uses all.
+        precision: compute type; auto is ``train.eval_precision`` of the run, or fp32 if the checkpoint is in no run.
+        device: device to run on.
+        model: model of the checkpoint, if it is already open.
 
     Returns:
         ``loss`` (nats per target), ``perplexity``, ``accuracy``, ``targets`` and, for next-token models,
         ``bits_per_byte``.
 
     Raises:
-        PretrainError: no data, or data that do not fit the model.
+        PretrainError: there are no data, or they do not fit the model.
     """
     path = Path(checkpoint)
     model = load(path, quiet=True) if model is None else model
@@ -389,7 +389,7 @@ def _evaluation_precision(path: Path, name: str, device: torch.device) -> Precis
 
 
 def _held_out(path: Path, data: Any, model: Model) -> Examples:
-    """Held-out rows for ``evaluate``, checked against the checkpoint's tokenizer."""
+    """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer."""
     home = run_of(path)
     if data is None:
         if home is None:
@@ -404,7 +404,7 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
         length = min(_row_length_of(home, model), model.backbone.max_length or 1 << 20)
         source = str(latest(path) or path) if (path / "run.yaml").is_file() else str(path)
-        # All of it is measured: what is said about data to train on (no validation rows) has no meaning here.
+        # All text is evaluated, so notes on training data (no validation rows) would be misleading.
         prepared = prepare(data, tokenizer=source, row_length=length, valid=0.0, quiet=True)
         rows = prepared.train
     mine = model.tokenizer
@@ -421,12 +421,12 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that a directory is, or lies in; None for any other directory."""
+    """Return the run directory that ``path`` is, or that contains it; None if there is none."""
     return next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
 
 
 def no_run(path: Path) -> str:
-    """The sentence for a checkpoint that is to be measured on the rows of its run, and lies in none."""
+    """Return the error message for a checkpoint that is in no run when no data are named."""
     return (
         f"{path} lies in no run of pretrain, so it is not known what to evaluate it on. Name the data: "
         f"pretrain evaluate {path} --data FILE, in Python pretrain.evaluate({str(path)!r}, data)."
@@ -434,7 +434,7 @@ def no_run(path: Path) -> str:
 
 
 def _row_length_of(home: Path | None, model: Model) -> int:
-    """Tokens of the rows that a model was trained on, as its config.json or the settings of its run say."""
+    """Return the row length (tokens) that a model was trained with, from its config.json or the settings of its run."""
     block = model.extra_config.get("pretrain")
     recorded = block.get("row_length") if isinstance(block, Mapping) else None
     if type(recorded) is int and recorded > 1:

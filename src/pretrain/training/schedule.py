@@ -1,7 +1,7 @@
 """Learning-rate schedules as a pure function of the optimizer step.
 
 Warm-up, then cosine (SGDR, arXiv 1608.03983), linear, warm-up-stable-decay (MiniCPM, arXiv 2404.06395) or
-constant. A schedule counts optimizer steps and nothing else, so accumulation and the number of devices cannot
+constant. A schedule depends on optimizer steps only, so gradient accumulation and the number of devices do not
 change it.
 """
 
@@ -17,7 +17,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warm-up: ``warmup`` itself from 1 up, else that share of the run."""
+    """Return the number of warm-up steps: ``warmup`` itself if at least 1, else that share of ``total``."""
     return round(warmup) if warmup >= 1 else round(warmup * total)
 
 
@@ -30,15 +30,15 @@ def lr_factor(
     decay: float = 0.4,
     min_lr: float = 0.0,
 ) -> float:
-    """Factor on the peak learning rate for optimizer step ``step``, counted from 0.
+    """Return the factor on the peak learning rate for optimizer step ``step``, counted from 0.
 
     Args:
         step: the step about to be taken.
         total: steps of the whole run.
         schedule: one of ``SCHEDULES``.
-        warmup: steps, or a share of ``total`` below 1. The first step already learns: (step + 1) / warm-up.
-        decay: share of the run that ``wsd`` spends cooling down.
-        min_lr: factor that is reached at the end.
+        warmup: steps, or a share of ``total`` below 1. The factor is (step + 1) / warm-up, so never 0.
+        decay: share of the run in the decay phase of ``wsd``.
+        min_lr: factor at the end.
 
     Raises:
         ConfigError: the schedule is not known.
@@ -53,7 +53,7 @@ def lr_factor(
     start = warm if schedule != "wsd" else max(warm, total - round(decay * total))
     if step < start:
         return 1.0
-    # The last step (total - 1) lies one stride before the end, so it still learns when min_lr is 0.
+    # The last step (total - 1) is one step before the end, so its factor is above 0 even if min_lr is 0.
     progress = min(1.0, (step - start) / max(1, total - start))
     if schedule == "cosine":
         return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""What a trainer has before its first step, in the order in which one part needs the other."""
+"""Set-up of a trainer before its first step, in the order of dependencies."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ __all__ = ["set_up"]
 
 
 def set_up(trainer: Trainer) -> bool:
-    """Give a trainer its precision, mesh, optimizers, batches and state, and make all checks before step 0.
+    """Set up precision, mesh, optimizers, batches and state of a trainer, and run all checks before step 0.
 
     Returns:
-        True when a checkpoint is resumed.
+        True if a checkpoint is resumed.
     """
     train, world = trainer.train, trainer.world
     check_rows(trainer.train_data, train.batch_rows)
@@ -67,7 +67,7 @@ def set_up(trainer: Trainer) -> bool:
         trainer.device,
         scales=trainer.layers.scales,
         fresh=trainer.layers.fresh,
-        # Made in another company, a product may differ in its last bits.
+        # The last bits of a matrix product may depend on its batch, which changes with the number of ranks.
         parts=Parts(trainer.strategy.layout, world)
         if world.size > 1 and not trainer.parallel.reproducible
         else None,
@@ -106,7 +106,7 @@ def set_up(trainer: Trainer) -> bool:
         trainer.plan.first_total(trainer.state, seconds)
     )
     if trainer.optim.unfreeze:
-        trainer.release()  # DDP must not wait for layers whose turn has not come
+        trainer.release()  # DDP must not wait for gradients of frozen layers
     trainer.strategy.wrap()
     trainer.state.limit = train.limit
     trainer.peak = peak_flops(trainer.precision)
@@ -114,10 +114,10 @@ def set_up(trainer: Trainer) -> bool:
 
 
 def _precision(setting: str, device: torch.device, world: World) -> Precision:
-    """Choose the compute type, the same on every rank.
+    """Choose the compute precision, the same on every rank.
 
     Raises:
-        ConfigError: ``auto`` means different types on different hosts.
+        ConfigError: ``auto`` resolves to different types on different hosts.
     """
     precision = choose_precision(setting, device)
     names = world.all_gather_object(precision.name)

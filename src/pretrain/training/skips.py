@@ -1,4 +1,4 @@
-"""Steps whose numbers are not finite: they change nothing, are named, and end a run when they do not end."""
+"""Steps with a non-finite loss or gradient: skipped, reported, and an error after several in a row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ _MAX_SKIPPED_IN_ROW = 3
 
 
 def count_skips(trainer: Trainer, finite: bool, nll: float, grad_norm: float) -> None:
-    """Skip, name the rows, and give up after a few in a row; moments and weights stay as they were."""
+    """Count a skipped step and report its rows; moments and weights are unchanged.
+
+    Raises:
+        TrainingError: `_MAX_SKIPPED_IN_ROW` steps in a row were skipped.
+    """
     state, step = trainer.state, trainer.state.step + 1
     if finite:
         state.skipped_in_row = 0
         return
-    # The loss itself is never scaled, so only a gradient can be the scale's doing.
+    # The loss is never scaled, so only a non-finite gradient can be caused by the scale.
     if math.isfinite(nll) and trainer.scaler.explains():
         trainer.say(f"step {step}: fp16 overflow at scale {trainer.scaler.scale:g}, skipped")
         return

@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from: opened whole, or by several processes, of which each reads its own part."""
+"""Opening the checkpoint that a run starts from; with several ranks, each reads its own shards only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["open_source"]
 def open_source(
     path: str, *, head: str | None = None, whole: bool = False, quiet: bool = False
 ) -> Model:
-    """The model of a checkpoint; among several processes its weights stay on the disk until it has been shared out.
+    """Return the model of a checkpoint; with several ranks its weights are read after it has been sharded.
 
-    There it lies on the meta device, except for what the checkpoint lacks, and ``model.start`` reads the rest.
+    Until then it is on the meta device, except for weights that the checkpoint lacks; ``model.start`` reads the rest.
 
     Args:
         path: a run, a checkpoint or a Hugging Face directory.
-        head: kind of head to put on instead of the stored one.
-        whole: read everything now. That is also how an adapter is opened.
+        head: kind of head to use instead of the stored one.
+        whole: read all weights now, as is always done for adapters.
         quiet: print no report.
 
     Raises:

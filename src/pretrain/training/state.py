@@ -1,4 +1,4 @@
-"""What a run must remember to go on as if it had never stopped."""
+"""State and result of a run, stop requests by signals, and garbage collection during training."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from pretrain.distributed.launched import launched
 __all__ = ["SIGNALS", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
 
 
-# That ask a run to save and to stop.
+# Signals that ask a run to save and stop.
 SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-_SAME_REQUEST = 2.0  # seconds after a signal in which a second one says nothing new
-# Seconds after the end of a run that was stopped or failed, in which a launcher may still ask again; then it kills.
+_SAME_REQUEST = 2.0  # seconds within which a second signal counts as the same request
+# Seconds after a run was stopped or failed in which a launcher may repeat its signal, before it kills.
 _LINGER = 30.0
 
 
 @dataclass
 class RunState:
-    """The integers and sums behind a run; no random state, because every stream is a function of these.
+    """Counters and sums of a run; no random state, because every random stream is a function of these.
 
     Attributes:
-        step: optimizer steps attempted; skipped ones count, or the schedule would drift.
+        step: optimizer steps attempted; skipped steps count, otherwise the schedule would drift.
         rows: rows consumed, which is the position in the data.
-        tokens: real (not padding) tokens seen.
-        total_steps: steps of the whole run; moves only under a limit in minutes.
-        skipped: steps without an update because a number was not finite; ``skipped_in_row`` of them just now.
-        owed: an evaluation was broken off by a request to stop.
-        best_score: the monitored figure at its best, with the sign that makes lower better; ``monitor`` names it.
-        loss_at_best: loss of that evaluation, which decides between equal figures; None where it is not known.
-        lowest: depth of the lowest layer that gradual unfreezing has released; None before the first step.
+        tokens: tokens seen, without padding.
+        total_steps: steps of the whole run; changes during training only under a limit in minutes.
+        skipped: steps without an update because of non-finite numbers; ``skipped_in_row`` of them in a row just now.
+        owed: an evaluation was interrupted by a stop request, and must be repeated.
+        best_score: best value of the metric ``monitor``, negated if higher is better.
+        loss_at_best: loss of that evaluation, which resolves ties; None if unknown.
+        lowest: depth of the lowest layer unfrozen by gradual unfreezing; None before the first step.
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
-        seconds: wall time of all parts of the run.
+        seconds: wall time of the run, over all resumes.
         lr: peak learning rate of the run.
         log: digest of the last line of ``log.jsonl``.
     """
@@ -74,14 +74,14 @@ class RunState:
     log: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an infinite best score becomes null."""
+        """Return plain values; an infinite best score becomes null."""
         plain = asdict(self)
         plain["best_score"] = None if math.isinf(self.best_score) else self.best_score
         return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> RunState:
-        """Inverse of ``to_json``; also reads states from before there were monitors, with a best loss."""
+        """Inverse of ``to_json``; also reads older states, which have ``best_loss`` and no monitor."""
         plain = {"best_score": plain.get("best_loss"), **plain}
         known = {key: value for key, value in plain.items() if key in cls.__dataclass_fields__}
         if known["best_score"] is None:
@@ -91,14 +91,17 @@ class RunState:
 
 @dataclass
 class Run:
-    """What ``fit`` returns: where the run lies and how it went.
+    """Result of ``fit``: paths, metrics and history of a run.
 
     Attributes:
-        path: run directory; ``checkpoint`` is its newest checkpoint, ``best`` the one that is best on the held-out
-            rows by ``train.monitor``: the newest where nothing was evaluated, None if it was not kept.
-        stopped: why it ended: ``limit``, ``patience``, ``SIGINT``, ``SIGTERM``.
-        metrics: the last evaluation.
+        path: run directory.
+        step: last optimizer step.
+        stopped: why the run ended: ``limit``, ``patience``, ``SIGINT``, ``SIGTERM`` or ``SIGHUP``.
+        metrics: figures of the last evaluation.
         history: records of ``log.jsonl``.
+        checkpoint: newest checkpoint.
+        best: checkpoint that is best on the held-out rows by ``train.monitor``; the newest one if nothing was
+            evaluated, None if it was not kept.
     """
 
     path: Path
@@ -111,7 +114,7 @@ class Run:
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal's number, as a shell expects."""
+        """0, or 128 + the signal number, as shells expect."""
         number = getattr(signal, self.stopped, None) if self.stopped.startswith("SIG") else None
         return 128 + int(number) if number else 0
 
@@ -126,11 +129,11 @@ class Run:
 
 
 class StopRequest:
-    """Set by the first signal; the loop looks at it between steps.
+    """Request to save and stop, set by the first signal and checked by the training loop between steps.
 
     Attributes:
-        name: of the signal that this process received; it may be set at any moment.
-        agreed: of the one that all processes of the run stop by; changes in ``settle`` alone.
+        name: the signal that this process received; may be set at any moment.
+        agreed: the signal that all ranks agreed to stop for; changes in ``settle`` only.
     """
 
     def __init__(self) -> None:
@@ -138,26 +141,26 @@ class StopRequest:
         self.agreed: str | None = None
 
     def flags(self) -> list[float]:
-        """What this process was asked, to be summed over all: a one for the signal among `SIGNALS`."""
+        """Return one flag for each of `SIGNALS`, 1.0 for the received one; to be summed over all ranks."""
         return [float(self.name == name) for name in SIGNALS]
 
     def settle(self, asked: Sequence[float]) -> None:
-        """Take the sums of all flags: whoever was asked, all stop at the same step and for the same reason."""
+        """Take the flags summed over all ranks, so that all stop at the same step for the same reason."""
         if self.agreed is None:
             self.agreed = next((n for n, count in zip(SIGNALS, asked, strict=True) if count), None)
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to save and stop; who asks again is heard at once.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to save and stop; a later one ends the process.
 
-    A second signal within `_SAME_REQUEST` seconds is the same request once more, as when a terminal and a scheduler
-    both send one: it changes nothing. A second one after that, or a third one at any time, ends the process.
+    A second signal within `_SAME_REQUEST` seconds counts as the same request, as when a terminal and a scheduler both
+    send one, and changes nothing. A second one after that, or a third one at any time, ends the process.
 
-    Under a launcher only SIGINT does: the launcher itself repeats the others, to every process that is left when the
-    first has ended, and what is to be saved may not be saved by then.
+    Under a launcher only a repeated SIGINT ends the process: the launcher itself repeats the other signals to all
+    remaining processes when the first one has ended, and the checkpoint may not be complete by then.
 
-    Outside the main thread Python allows no handlers, and the request just stays empty.
+    Outside the main thread Python allows no signal handlers, and the request stays empty.
     """
     request, several, received = StopRequest(), launched(), list[tuple[float, int]]()
     if threading.current_thread() is not threading.main_thread():
@@ -178,7 +181,7 @@ def catch_signals() -> Iterator[StopRequest]:
     for name in SIGNALS:
         number = getattr(signal, name)
         if signal.getsignal(number) in (signal.SIG_IGN, None):
-            continue  # nohup ignores SIGHUP on purpose, and what Python did not set it cannot put back
+            continue  # nohup ignores SIGHUP on purpose; handlers not set by Python cannot be restored
         before[number] = signal.signal(number, handle)
     ended = False
     try:
@@ -187,15 +190,14 @@ def catch_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             if several and not ended and number != signal.SIGINT:
-                _turn_deaf(
-                    number, handler
-                )  # a process that fails with the others has still to say why
+                # A failing process must still print its error.
+                _turn_deaf(number, handler)
             else:
                 signal.signal(number, handler)
 
 
 def _turn_deaf(number: int, then: Any) -> None:
-    """Ignore a signal in a process that stops or fails and is about to end; only after a while it is heard again."""
+    """Ignore a signal for `_LINGER` seconds, in a process that was stopped or failed and is about to end."""
     end = time.monotonic() + _LINGER
 
     def handle(number: int, frame: Any) -> None:
@@ -203,7 +205,7 @@ def _turn_deaf(number: int, then: Any) -> None:
             signal.signal(number, then)
             signal.raise_signal(number)
 
-    def at_exit() -> None:  # Python takes its own handlers away before the process has ended
+    def at_exit() -> None:  # Python removes its handlers before the process ends
         if signal.getsignal(number) is handle:
             signal.signal(number, signal.SIG_IGN)
 
@@ -213,9 +215,9 @@ def _turn_deaf(number: int, then: Any) -> None:
 
 @contextlib.contextmanager
 def heap_at_rest() -> Iterator[None]:
-    """Switch garbage collection off: one in the middle of a step costs up to half a second on large heaps.
+    """Disable garbage collection: one in the middle of a step takes up to half a second on large heaps.
 
-    A caller that has frozen its own heap keeps it so.
+    A heap that the caller has frozen stays frozen.
     """
     collecting, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()

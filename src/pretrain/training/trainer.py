@@ -1,8 +1,8 @@
-"""The training loop. There is one, it knows no model family and no objective, and a step can be read top down.
+"""The training loop, independent of model families and objectives.
 
-The loss of a step is a sum over its targets divided once by their number in the whole global batch, known before
-the first backward pass. Order, masking and dropout are functions of (seed, position) and (seed, step), so a
-resumed run needs no random state. A step whose numbers are not finite changes nothing.
+The loss of a step is a sum over its targets, divided once by the number of targets in the global batch, which is known
+before the first backward pass. Order, masking and dropout are functions of (seed, position) and (seed, step), so a
+resumed run needs no random state. A step with a non-finite loss or gradient norm leaves the weights unchanged.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = ["Hook", "Trainer"]
 
 @dataclass(frozen=True)
 class Hook:
-    """A plain function called after every ``every``-th step with a read-only record of that step."""
+    """A function called on rank zero after every ``every``-th step with a read-only record of that step."""
 
     fn: Callable[[Mapping[str, Any]], None]
     every: int = 1
@@ -66,23 +66,23 @@ class Trainer:
         optim, train, parallel: sections of the configuration; defaults where None.
         eval_data: held-out rows, or None for no evaluation.
         hooks: ``Hook`` objects or plain functions of one record.
-        about: what ``config.json`` shall say about the data (fingerprint, sources); any plain values.
-        quiet: print nothing and show no progress bar; ``log.jsonl`` is written all the same.
-        world: the processes that share the work; those that a launcher started, when None.
+        about: description of the data for ``config.json`` (fingerprint, sources); any plain values.
+        quiet: print nothing and show no progress bar; ``log.jsonl`` is still written.
+        world: the ranks of the run; None uses those that a launcher started.
 
     Raises:
-        TrainingError: at ``fit``: the data do not fit the model, nothing can be learned from them, or numbers
-            stay non-finite.
-        CheckpointError: at ``fit``: the output directory cannot be written or is in use.
+        TrainingError: in ``fit``: the data do not fit the model, have no targets, or the loss or gradient stays
+            non-finite.
+        CheckpointError: in ``fit``: the output directory cannot be written or is in use.
     """
 
-    # What ``set_up`` makes, in this order.
+    # Set by ``fit`` (device, stop) and by ``set_up`` (the others).
     device: torch.device
     precision: Precision
     eval_precision: Precision
     scaler: LossScale
     strategy: Strategy
-    params: dict[str, Tensor]  # those that are trained
+    params: dict[str, Tensor]  # the trainable ones
     layers: Layers
     optimizers: Optimizers
     average: WeightAverage
@@ -117,7 +117,7 @@ class Trainer:
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
-        self.home: Home | None = None  # of the process that writes the log
+        self.home: Home | None = None  # on rank zero only, which writes the log
         self.origin = origin(objective)
         self.peak = 0.0
 
@@ -126,11 +126,11 @@ class Trainer:
         begin: Callable[[], None] | None = None,
         end: Callable[[Run], None] | None = None,
     ) -> Run:
-        """Train until the limit, from the newest checkpoint in the output directory if there is one.
+        """Train until the limit, resuming from the newest checkpoint in the output directory if there is one.
 
         Args:
-            begin: called once the directory is locked for this run, before anything is read from it.
-            end: called on all processes when everything is saved, while they still watch each other.
+            begin: called on rank zero when the directory is locked for this run, before anything is read from it.
+            end: called on all ranks when everything is saved, while the watchdog still runs.
         """
         began, world = time.monotonic(), self.world
         with contextlib.ExitStack() as stack:
@@ -149,7 +149,7 @@ class Trainer:
                 if world.is_rank_zero:
                     self.home = stack.enter_context(contextlib.closing(Home(self.out)))
                 evals = [r["eval"] for r in self._history() if "eval" in r]
-                # The log holds what is not finite as a string.
+                # The log stores non-finite numbers as strings.
                 self.metrics = {key: float(value) for key, value in (evals or [{}])[-1].items()}
                 run = self._loop()
                 if end is not None:
@@ -158,7 +158,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:
-        """Say in a sentence that the memory is full, and what takes less of it."""
+        """Turn out-of-memory errors into a TrainingError that says how to use less memory."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
@@ -180,7 +180,7 @@ class Trainer:
             try:
                 if state.owed and self.eval_data is not None:
                     evaluate(self, last=state.step >= state.total_steps)
-                    state.last_save = -1  # that it has been made belongs into a checkpoint
+                    state.last_save = -1  # the next checkpoint must record this evaluation
                 while state.step < state.total_steps:
                     began = time.perf_counter()
                     shared = self._fetch(steps)
@@ -190,12 +190,15 @@ class Trainer:
                     self._after_step(self._step(*shared, began))
             finally:
                 steps.close()
-                self.layers.release(0)  # the caller gets the model as it was given
+                self.layers.release(0)  # undo gradual unfreezing for the caller
                 self.strategy.release()
             return self._finish(stopped)
 
     def _fetch(self, steps: Iterator[list[Batch]]) -> tuple[list[Batch], float, int]:
-        """Our micro-batches of the next step, and what all must know before it: targets, tokens, who wants to stop."""
+        """Return this rank's micro-batches of the next step, and the targets and tokens of the global batch.
+
+        The same all-reduce tells all ranks about failures, a lost run directory and stop requests.
+        """
         self.world.mark("data", self.state.step)
         failure, batches, mine = None, [], [0.0, 0.0]
         try:
@@ -216,14 +219,14 @@ class Trainer:
         if homeless:
             self._rescue()
         if unsaved:
-            self.saver.wait()  # not all may have got to the end of it yet
+            self.saver.wait()  # raises on all ranks, some of which may still be writing
         self.stop.settle(asked)
         return batches, count, int(tokens)
 
     def _step(
         self, batches: list[Batch], count: float, tokens: int, began: float
     ) -> dict[str, Any]:
-        """One optimizer step over the micro-batches of a global batch; ``began`` includes the wait for them."""
+        """Take one optimizer step over the micro-batches of a global batch; ``began`` is when fetching them started."""
         state = self.state
         check_targets(count, state.step, state.rows, self.train.batch_rows)
         if self.optim.unfreeze and self.release():
@@ -261,7 +264,9 @@ class Trainer:
             self.average.update(state.step)
         self.optimizers.zero_grad()
         count_skips(self, finite, nll, grad_norm)
-        if math.isfinite(nll):  # the loss itself is never scaled, and says nothing about the scale
+        if math.isfinite(
+            nll
+        ):  # the loss is never scaled: a non-finite one says nothing about the scale
             self.scaler.update(finite)
         state.step += 1
         state.rows += self.train.batch_rows
@@ -281,7 +286,10 @@ class Trainer:
         }
 
     def release(self) -> bool:
-        """Let the layers learn whose turn it is, and tell if one is new; none goes back when a run becomes longer."""
+        """Unfreeze the layers that are due at this step (gradual unfreezing); return True if any was newly unfrozen.
+
+        Layers are never frozen again, even if the run becomes longer.
+        """
         state, lowest = self.state, self.layers.lowest(self.state.step, self.state.total_steps)
         before = state.lowest
         state.lowest = lowest if before is None else min(lowest, before)
@@ -320,12 +328,12 @@ class Trainer:
         return 0 < self.train.patience <= self.state.evals_since_best
 
     def probe(self) -> float | None:
-        """Loss on a few fixed rows, by which a resumed run recognises its own weights; None if they have none."""
+        """Return the loss on fixed rows, by which a resumed run verifies its weights; None without a finite loss."""
         rows = self.eval_data if self.eval_data is not None else self.train_data
         return probe_loss(self.objective, rows, self.precision, self.strategy)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step; what was there stays until the new one is durable.
+        """Write a checkpoint of this step; earlier checkpoints are kept until the new one is durable.
 
         Raises:
             TrainingError: the run directory is gone; the checkpoint is written beside it.
@@ -356,20 +364,20 @@ class Trainer:
                 keep=self.train.keep,
                 protect={state.best_step} if self.train.best and state.best_step else set(),
             )
-        gc.collect()  # cheap behind a freeze, and nothing else collects while training
+        gc.collect()  # cheap because the heap is frozen; automatic collection is off
         return self.checkpoint
 
     def _rescue(self) -> None:
-        """Save beside the run directory, which is gone, and end the run.
+        """Save the run beside its directory, which is gone, and end it.
 
         Raises:
-            TrainingError: always; it names both places.
+            TrainingError: always; the message names both directories.
         """
         fate, refuge = self.world.broadcast_object(
             ["", ""] if self.home is None else [self.home.fate(), str(self.home.refuge())]
         )
         with contextlib.suppress(PretrainError):
-            self.saver.wait()  # it may have tried to write to where nothing is
+            self.saver.wait()  # it may have failed to write to the lost directory
         layout = self.strategy.layout if self.world.size > 1 else None
         self._save(Saver(refuge, layout=layout, peers=self.world.peers()))
         if self.home is not None:
@@ -381,12 +389,12 @@ class Trainer:
         )
 
     def asked_to_stop(self) -> bool:
-        """Whether any process has been asked; all must come along, and get the same answer."""
+        """Whether any rank has been asked to stop; must be called by all ranks, which get the same answer."""
         self.stop.settle(self.world.all_reduce_sum(self.stop.flags()))
         return self.stop.agreed is not None
 
     def _finish(self, stopped: str) -> Run:
-        """Save what is not saved yet and say where everything lies."""
+        """Save a last checkpoint if needed, print its path and return the result of the run."""
         state = self.state
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
@@ -395,7 +403,7 @@ class Trainer:
             0
         ]:
             self._rescue()
-        if self.asked_to_stop():  # a signal may have come while that was written
+        if self.asked_to_stop():  # a signal may have arrived during the save
             stopped = self.stop.agreed or stopped
         best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint
         run = Run(
@@ -413,7 +421,7 @@ class Trainer:
         return run
 
     def _history(self) -> list[dict[str, Any]]:
-        """Records of the log; rank 0 writes it, the others read what it wrote."""
+        """Return the records of the log; rank zero writes it, the other ranks read the file."""
         return (
             list(self.journal.records)
             if self.world.is_rank_zero
@@ -421,5 +429,5 @@ class Trainer:
         )
 
     def say(self, line: str) -> None:
-        """Print a line where the user looks."""
+        """Print a line above the progress bar, unless the run is quiet."""
         self.journal.say(line)

@@ -1,4 +1,4 @@
-"""The evaluations of a run: on the held-out rows, logged, and held against the best so far."""
+"""Evaluations of a run on the held-out rows, logged and compared with the best so far."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["evaluate"]
 
 
 def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
-    """Evaluate on the held-out rows and log it; True when it is the best so far.
+    """Evaluate on the held-out rows and log the figures; return True if it is the best so far and to be saved.
 
-    With ``train.eval_rows`` the best is chosen on that sample, and the last evaluation is also made on all rows. Who is
-    asked to stop meanwhile breaks off: there may be no time but for saving.
+    With ``train.eval_rows`` the best is chosen on that sample, and the last evaluation is also made on all rows. A stop
+    request interrupts the evaluation, because there may only be time to save.
     """
     assert trainer.eval_data is not None
     state, limit, strategy = trainer.state, trainer.train.eval_rows, trainer.strategy
@@ -31,7 +31,7 @@ def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
         if last and 0 < limit < len(trainer.eval_data):
             figures, note = _figures(trainer, 0), " on all rows"
     except EvaluationStopped:
-        state.owed = True  # it is made up for when the run goes on, before anything is learned
+        state.owed = True  # repeated on resume, before the next step
         trainer.say(f"asked to stop: the evaluation after step {state.step:,} is broken off")
         return False
     samples: list[str] = []
@@ -52,7 +52,7 @@ def _figures(trainer: Trainer, limit: int) -> dict[str, float]:
     assert trainer.eval_data is not None
     began, train = time.monotonic(), trainer.train
     trainer.world.mark("evaluate", trainer.state.step)
-    # Rows are compared with those of one global batch, however many processes train.
+    # Coupled rows are compared within one global batch, for any number of ranks.
     rows = train.batch_rows if trainer.objective.couples_examples else trainer.micro_rows
     with trainer.average.applied():
         figures = evaluate_rows(
@@ -64,9 +64,8 @@ def _figures(trainer: Trainer, limit: int) -> dict[str, float]:
             strategy=trainer.strategy,
             stopped=trainer.asked_to_stop,
         )
-    figures = dict(
-        trainer.world.broadcast_object(figures)
-    )  # what is decided by them must be decided alike
+    # All ranks must make the same decisions from them.
+    figures = dict(trainer.world.broadcast_object(figures))
     share = min(1.0, limit / len(trainer.eval_data)) if limit else 1.0
     trainer.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
     return figures
