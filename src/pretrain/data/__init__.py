@@ -1,8 +1,8 @@
 """Data: sources, tokenizer, prepared shards, packing, labelled tables. Imports no model and no torch.
 
-The package can be called: ``pretrain.data("reviews.csv", task="classification", tokenizer="runs/books-bert")`` shows
-what fine-tuning would see, see :func:`pretrain.finetuning.preview.look`. One word for "my data" serves the user better
-than a second name beside this package; a module is callable if its class has ``__call__``.
+The package is callable: ``pretrain.data("reviews.csv", task="classification", tokenizer="runs/books-bert")`` previews
+the input of a fine-tuning run, see :func:`pretrain.finetuning.preview.look`. This spares users a second name beside
+the package. A module is callable if its class defines ``__call__``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pretrain.hub import function
 
 
 class _Callable(types.ModuleType):
-    """A module that answers a call."""
+    """A callable module."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Show the data of a fine-tuning run; all arguments go to :func:`pretrain.finetuning.preview.look`."""

@@ -1,4 +1,4 @@
-"""Questions about a context, and where in it their answers stand (the layout of SQuAD, Rajpurkar et al., 2016)."""
+"""Answers of extractive question answering and their positions in the context (SQuAD, Rajpurkar et al., 2016)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Answers:
     """The answers of all rows of a table.
 
     Attributes:
-        texts: every answer of each row; none where the question cannot be answered.
-        spans: first and last character (exclusive) of the first answer that stands in the context, or None.
-        bad: rows with answers of which none stands in the context.
-        repaired: answers that were not where the row said, and that occur just once.
-        first: answers without a place that occur more than once; the first occurrence is taken.
+        texts: all answers of each row; an empty list if the question is unanswerable.
+        spans: first and last character (exclusive) of the first answer that is found in the context, or None.
+        bad: rows with answers of which none is found in the context.
+        repaired: number of answers that are not at their ``answer_start``, or only match after stripping whitespace,
+            but occur exactly once.
+        first: number of answers without ``answer_start`` that occur more than once; the first occurrence is used.
     """
 
     texts: list[list[str]] = field(default_factory=list)
@@ -36,10 +37,10 @@ class Answers:
     first: int = 0
 
     def check(self, table: Table) -> None:
-        """Refuse answers that are not in their context.
+        """Check that at least one answer of every row with answers is in the context.
 
         Raises:
-            DataError: names the first three rows.
+            DataError: some rows have none; names the first three of them.
         """
         if self.bad:
             rows = [
@@ -56,13 +57,13 @@ class Answers:
 
 
 def find_answers(table: Table) -> Answers:
-    """Read the columns ``answers`` and, where there is one, ``answer_start``, and find the answers in ``context``.
+    """Read the columns ``answers`` and ``answer_start`` (optional), and locate the answers in ``context``.
 
-    A cell holds SQuAD's ``{"text": [...], "answer_start": [...]}``, a text, a list of texts, or a list of
-    ``{"text", "answer_start"}``. Nothing, or only empty texts, is a question without an answer.
+    A cell contains SQuAD's ``{"text": [...], "answer_start": [...]}``, a string, a list of strings, or a list of
+    ``{"text", "answer_start"}``. An empty cell, or one with only empty strings, is an unanswerable question.
 
     Raises:
-        DataError: a cell of another kind; names the row.
+        DataError: a cell is of another form; names the row.
     """
     found = Answers()
     for i in range(len(table)):

@@ -1,4 +1,4 @@
-"""Files that may be packed: gzip and zstandard behind one ``open``, whose every fault is a DataError."""
+"""Opening of plain, gzip and zstandard files, with all read errors converted into DataError."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pretrain.errors import DataError
 __all__ = ["COMPRESSIONS", "open_packed"]
 
 COMPRESSIONS = (".gz", ".zst")
-# Unpacked at once, so that a small file of zeros cannot take all memory.
+# Compressed bytes that are decompressed at once; small, so that a decompression bomb cannot fill the memory.
 _PACKED_BLOCK = 4096
 
 
 class _Frames(io.RawIOBase):
-    """The unpacked bytes of a zstandard file of any number of frames; EOFError where a frame is cut.
+    """The decompressed bytes of a zstandard file of any number of frames; raises EOFError on a truncated frame.
 
-    The library's own stream reader takes a file that ends inside a frame for one that ends.
+    The library's own stream reader treats a file that ends inside a frame as complete.
     """
 
     def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
@@ -56,7 +56,7 @@ class _Frames(io.RawIOBase):
 
 @contextmanager
 def open_packed(path: Path, block: int) -> Iterator[BinaryIO]:
-    """Open a file, unpacking it if its name says so; faults of the disk and of the archive become DataError."""
+    """Open a file, decompressing it according to its suffix; errors of the disk and the archive become DataError."""
     suffix = path.suffix.lower()
     kind = "zstandard" if suffix == ".zst" else "gzip"
     try:

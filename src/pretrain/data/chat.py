@@ -1,9 +1,9 @@
-"""Chat templates: conversations as text, and the ids of that text.
+"""Chat templates: rendering conversations as text and encoding that text.
 
-A template is the Jinja program that comes with a tokenizer (``chat_template.jinja``); it is a stranger's and runs in
+A template is the Jinja program that comes with a tokenizer (``chat_template.jinja``); it is untrusted and runs in
 ``template_sandbox``. A conversation is a list of ``{"role", "content"}`` with further keys that the template may read.
-A rendered text holds the special tokens that the model expects, so it is encoded in one place, ``encode_rendered``,
-and nothing is put around it there. Which of its characters the assistant says, ``chat_spans`` finds out.
+A rendered text already contains the special tokens that the model expects, so it is encoded by ``encode_rendered``,
+which adds none. ``chat_spans`` determines which of its characters belong to the assistant.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Message = dict[str, Any]
-# The names under which the thoughts before an answer are published; transformers gives a template the first two.
+# Keys under which data sets publish the reasoning before an answer; transformers passes the first two to a template.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 _SOURCE_LIMIT = 1 << 20  # characters of a template
@@ -46,7 +46,7 @@ _DEFAULT = (
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """What a template sees of the tokenizer, ``{"bos_token": "<s>", ...}``, as the saved tokenizer will have it."""
+    """Return the template variables of the tokenizer, ``{"bos_token": "<s>", ...}``, as in its saved config."""
     found = {
         key: value
         for key, value in tokenizer.config.items()
@@ -60,9 +60,9 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    """A template that needs no new tokens: roles as words, and the end-of-text token after every answer.
+    """Return a template without new tokens: roles as words, and the end-of-text token after every answer.
 
-    It begins with the token that the tokenizer itself puts before a text, if there is one.
+    It begins with the bos token if the tokenizer itself prepends one to a text.
 
     Raises:
         TokenizerError: the tokenizer has no end-of-text token, so a model could not learn to stop.
@@ -82,16 +82,16 @@ class ChatTemplate:
 
     Args:
         source: the Jinja program.
-        tokens: what it sees besides the messages; see ``special_tokens``.
+        tokens: its variables besides the messages; see ``special_tokens``.
         specials: the special tokens of the tokenizer.
 
     Attributes:
-        end: the special token that follows an answer, or None where a template ends it with plain text.
-        marks_answers: the template itself says what is trained on, in ``{% generation %}`` blocks.
-        constants: the strings that the template spells, which it may look for in a message.
+        end: the special token that follows an answer, or None if the template ends answers with plain text.
+        marks_answers: the template marks the text to train on with ``{% generation %}`` blocks.
+        constants: the string literals of the template, which it may search for in a message.
 
     Raises:
-        DataError: the source is no template.
+        DataError: the source is not a valid template.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class ChatTemplate:
                 f"The chat template has {len(source):,} characters; that is none. At most {_SOURCE_LIMIT:,} are read."
             )
         self.source, self.tokens = source, dict(tokens)
-        # The longest first: one may be the beginning of another.
+        # Longest first, because one token may be a prefix of another.
         self.specials = tuple(sorted((t for t in specials if t), key=len, reverse=True))
         self._sandbox = Sandbox()
         try:
             self._template = self._sandbox.template(source)
-        except Exception as error:  # a stranger's program fails in every way
+        except Exception as error:  # an untrusted program can raise anything
             raise DataError(
                 f"The chat template cannot be used: {_said(error)}. Copy chat_template.jinja again from its origin, or "
                 "give your own with chat_template=."
@@ -120,7 +120,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
-        """The template of a tokenizer, ``source`` instead of it, or the default where there is none."""
+        """Return the template ``source``, or else that of the tokenizer, or else the default template."""
         chosen = source or tokenizer.chat_template or default_template(tokenizer)
         inverse = {index: name for name, index in tokenizer.vocab.items()}
         specials = [inverse[i] for i in tokenizer.special_ids if i in inverse]
@@ -134,7 +134,7 @@ class ChatTemplate:
         ]
         try:
             behind = self.render(messages).rpartition(answer)[2].lstrip()
-        except DataError:  # it asks for another form of conversation
+        except DataError:  # the template requires another form of conversation
             return None
         return next((token for token in self.specials if behind.startswith(token)), None)
 
@@ -147,17 +147,17 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         marks: tuple[str, str] = ("", ""),
     ) -> str:
-        """The text of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` gives it.
+        """Return the text of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` does.
 
         Args:
-            messages: ``{"role", "content"}`` each, and what else the template reads.
-            add_generation_prompt: end with what an answer begins after.
-            where: the row, for the error.
+            messages: ``{"role", "content"}`` each, and further keys that the template reads.
+            add_generation_prompt: append the prompt for an answer.
+            where: location of the row, for error messages.
             tools: descriptions of the functions that the assistant may call.
-            marks: what to put before and behind every ``{% generation %}`` block.
+            marks: strings to insert before and after the content of every ``{% generation %}`` block.
 
         Raises:
-            DataError: the template fails, refuses the conversation, or runs wild.
+            DataError: the template fails, rejects the conversation, or exceeds the limits of the sandbox.
         """
         from pretrain.data.template_sandbox import Runaway
 
@@ -191,7 +191,7 @@ def _said(error: BaseException) -> str:
 
 
 def _as_transformers(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it to a template: no key without a value, thoughts under both their names."""
+    """Return a message as transformers passes it to a template: no keys with None, reasoning under both its keys."""
     given = {key: value for key, value in message.items() if value is not None}
     thoughts = next((given[key] for key in REASONING if key in given), None)
     if thoughts is None:
@@ -200,19 +200,19 @@ def _as_transformers(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_trained(message: Mapping[str, Any]) -> bool:
-    """Whether a turn of the assistant is trained on: not with ``weight`` 0 (OpenAI) or ``train`` false (Axolotl)."""
+    """Whether an assistant turn is trained on: not if ``weight`` is 0 (OpenAI) or ``train`` is false (Axolotl)."""
     return message.get("weight") != 0 and message.get("train") is not False
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a rendered conversation, and the characters that each comes from.
+    """Return the ids of a rendered conversation, and the character range of each.
 
-    Special tokens in the text are read as such, and none is added: what a template wrote is what the model sees.
+    Special tokens in the text are recognised, and none is added, because the template has written all of them.
 
     Raises:
         TokenizerError: the text cannot be encoded, or begins with the begin-of-text token twice.
     """
-    # One text in a batch of one: the tokenizer's own function reads it, without the frame that texts get.
+    # frame_texts with a batch of one text and without the usual frame of special tokens.
     encoding = tokenizer.frame_texts([text], framed=False)[0]
     ids = list(encoding.ids)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
@@ -224,10 +224,10 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tu
 
 
 def typed_specials(values: Any, specials: Sequence[str]) -> str | None:
-    """A special token that somebody typed into a conversation, or None: it would be read as the end of a turn.
+    """Return a special token that is typed into a conversation, or None; it would be read as the end of a turn.
 
     Args:
-        values: messages, tools, or anything else of texts, lists and dictionaries.
+        values: messages, tools, or any other nesting of strings, lists and dictionaries.
         specials: the special tokens.
     """
     if isinstance(values, str):

@@ -1,12 +1,12 @@
-"""The characters of a rendered conversation that the assistant says, which are those that are trained on.
+"""Character spans of the assistant's turns in a rendered conversation, which are the text that is trained on.
 
-A template with ``{% generation %}`` blocks says itself what they are. For any other, the contents of the messages are
-rendered once more with probes in them, characters of a private use area that the conversation does not have, and the
-places of the probes in the text tell which message stands where. Only a rendering that is equal to the true one
-without the probes is believed, so that a template may trim, shorten, merge or reorder what it is given; a text is
-never searched for an answer, which could also stand in a question.
+Templates with ``{% generation %}`` blocks mark these spans themselves. For any other template, the messages are
+rendered a second time with probes inserted, characters of a private use area that do not occur in the conversation;
+the positions of the probes in the text show where each message is. Such a rendering is used only if it equals the true
+one after the probes are removed, so a template may trim, shorten, merge or reorder its input. The text is never
+searched for an answer, because the same words could occur in a question.
 
-A turn of the assistant begins where the prompt for it ends and includes the special token behind it.
+A turn of the assistant begins at the end of the generation prompt and includes the special token that closes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PRIVATE_ONES = re.compile(f"[{chr(_PRIVATE[0])}-{chr(_PRIVATE[-1])}]")
 
 
 class Span(NamedTuple):
-    """Characters from ``first`` to before ``end`` that the assistant says in message number ``message``."""
+    """Characters ``first`` to ``end`` (exclusive) of the assistant's turn in message number ``message``."""
 
     first: int
     end: int
@@ -39,11 +39,11 @@ class Span(NamedTuple):
 
 
 class Unplaced(DataError):
-    """The text of a conversation does not show what the assistant says in it.
+    """The assistant's turns cannot be located in the text of a conversation.
 
     Args:
-        reason: half a sentence, under which such rows are counted.
-        where: the row.
+        reason: a clause without a full stop, by which such rows are counted.
+        where: location of the row.
     """
 
     def __init__(self, reason: str, where: str = "") -> None:
@@ -55,7 +55,7 @@ class Unplaced(DataError):
 
 
 class _Mark(NamedTuple):
-    """The place of a probe in the text without probes, and the message that it was put into."""
+    """The position of a probe in the text without probes, and the message that it was inserted into."""
 
     at: int
     message: int
@@ -63,7 +63,13 @@ class _Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class _Probing:
-    """Where probes are put: before and behind texts, into all messages or only the assistant's, into empty texts."""
+    """Where probes are inserted.
+
+    Attributes:
+        before, behind: before, or after, each text.
+        everywhere: into all messages, not only those of the assistant.
+        blanks: also into texts that are empty or only whitespace.
+    """
 
     before: bool
     behind: bool
@@ -71,8 +77,8 @@ class _Probing:
     blanks: bool
 
 
-# From the most to the least: a template that looks at how an answer begins, at what a user says word for word, or at
-# whether there is a text at all, does not render the same with a probe there.
+# From the most to the fewest probes: a template that tests how an answer begins, the exact words of a user, or whether
+# there is any text, renders differently with a probe there.
 _PROBINGS = [
     _Probing(before, behind, everywhere, blanks)
     for blanks in (True, False)
@@ -87,21 +93,21 @@ def assistant_spans(
     where: str = "",
     tools: Sequence[Any] | None = None,
 ) -> tuple[str, list[Span]]:
-    """The text of a conversation, and which characters of it the assistant says.
+    """Render a conversation and locate the assistant's turns in the text.
 
     Args:
         template: renders the conversation.
         messages: the conversation.
-        where: the row, for the error.
+        where: location of the row, for error messages.
         tools: see ``ChatTemplate.render``.
 
     Returns:
-        The text, and the spans in the order of the text: one for each turn of the assistant, or one for each block of
-        a template that marks what is generated.
+        The text, and the spans in text order: one for each turn of the assistant, or, with a template that marks them,
+        one for each ``{% generation %}`` block.
 
     Raises:
         DataError: the template fails.
-        Unplaced: the text does not show an answer, or not where it is.
+        Unplaced: an answer is missing from the text, or cannot be located in it.
     """
     text = template.render(messages, where=where, tools=tools)
     if template.marks_answers:
@@ -124,7 +130,7 @@ def _blocks(
     where: str,
     tools: Sequence[Any] | None,
 ) -> list[Span]:
-    """What lies in the ``{% generation %}`` blocks."""
+    """Return the spans of the ``{% generation %}`` blocks."""
     free = _unused(text)
     marks = (next(free), next(free))
     marked = template.render(messages, tools=tools, marks=marks)
@@ -136,7 +142,7 @@ def _blocks(
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(spans) == len(answers):
         return [span._replace(message=i) for span, i in zip(spans, answers, strict=True)]
-    # A template may generate in several blocks, or not in all turns: the probes say whose a block is.
+    # A turn may have several blocks, or none: the probes show which message a block belongs to.
     found = (_Reading.of(template, messages, tools, text, probing) for probing in _PROBINGS)
     reading = next((r for r in found if r is not None), None)
     marked_messages = [] if reading is None else reading.marks
@@ -144,7 +150,7 @@ def _blocks(
         next((m.message for m in marked_messages if span.first <= m.at <= span.end), None)
         for span in spans
     ]
-    if all(is_trained(messages[i]) for i in answers):  # whose it is makes no difference
+    if all(is_trained(messages[i]) for i in answers):  # the owner of a block makes no difference
         owners = [answers[-1] if i is None else i for i in owners]
     if None in owners:
         raise Unplaced("the chat template does not show which answer it generates where", where)
@@ -155,13 +161,13 @@ def _blocks(
 
 
 def _unused(text: str) -> Iterator[str]:
-    """Private characters that do not stand in the text of a conversation: there they come from probes alone."""
+    """Yield private use characters that do not occur in the text of a conversation, to use as probes."""
     used = set(_PRIVATE_ONES.findall(text))
     return (chr(code) for code in _PRIVATE if chr(code) not in used)
 
 
 def _without(text: str, owners: Mapping[str, int]) -> tuple[str, list[_Mark]]:
-    """A text without its probes, and where they stood."""
+    """Return a text without its probes, and the positions of the probes."""
     pieces, marks, at = [], [], 0
     for piece in re.split(f"([{''.join(owners)}])", text) if owners else [text]:
         if piece in owners:
@@ -178,10 +184,10 @@ def _probed(
     constants: re.Pattern[str] | None,
     probing: _Probing,
 ) -> tuple[list[Message], dict[str, int]]:
-    """The messages of a text with probes in theirs, and the message of each probe.
+    """Return the messages with probes inserted, and the message number of each probe.
 
-    Blanks at the ends of a text stay outside, since templates trim; so do the strings that the template spells, since
-    it may cut there and drop a part (``content.split("</think>")[-1]``).
+    Probes are placed inside leading and trailing whitespace, since templates trim it, and outside the string literals
+    of the template, since it may split there and drop a part (``content.split("</think>")[-1]``).
     """
     free = _unused(text)
     owners: dict[str, int] = {}
@@ -210,11 +216,11 @@ def _probed(
                 if not isinstance(given, str):
                     continue
                 pieces = [given] if constants is None else constants.split(given)
-                # Every second piece is one of the template's own strings.
+                # Every second piece is a string literal of the template.
                 parts = [
                     p if k % 2 or not p.strip() else around(p, number) for k, p in enumerate(pieces)
                 ]
-                # A text may consist of such strings, or be empty.
+                # The text may consist entirely of such literals, or be empty.
                 changed[key] = "".join(parts) if parts != pieces else around(given, number)
         found.append(changed)
     return found, owners
@@ -235,11 +241,11 @@ def _splitting(constants: frozenset[str]) -> re.Pattern[str] | None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A conversation as its probes show it.
+    """A rendered conversation with the positions of its probes.
 
     Attributes:
-        marks: places of the probes in ``text``, in order.
-        seen: where a turn begins or ends in the text between two others, which mostly is the same for all.
+        marks: positions of the probes in ``text``, in order.
+        seen: cache of where a turn begins or ends within the text between two probes, mostly the same for all turns.
     """
 
     template: ChatTemplate
@@ -260,25 +266,25 @@ class _Reading:
         probing: _Probing,
         add_generation_prompt: bool = False,
     ) -> _Reading | None:
-        """Render with probes; None if the template fails, or gives another text than ``text``, the true one."""
+        """Render with probes; return None if the template fails or its text differs from ``text``, the true one."""
         asking: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             text = template.render(messages, **asking) if text is None else text
             probed, owners = _probed(messages, text, _splitter(template), probing)
             rendered = template.render(probed, **asking)
-        except DataError:  # some templates refuse a part of a conversation
+        except DataError:  # some templates reject a partial conversation
             return None
         plain, marks = _without(rendered, owners)
         return cls(template, messages, tools, probing, text, marks) if plain == text else None
 
     def part(self, count: int, add_generation_prompt: bool = False) -> _Reading | None:
-        """The first messages, read in the same way."""
+        """Return the reading of the first ``count`` messages with the same probing, or None."""
         return _Reading.of(
             self.template, self.messages[:count], self.tools, None, self.probing, add_generation_prompt
         )  # fmt: skip
 
     def plain(self, count: int, add_generation_prompt: bool = False) -> str | None:
-        """The text of the first messages; None where the template refuses them."""
+        """Return the text of the first ``count`` messages, or None if the template rejects them."""
         try:
             return self.template.render(
                 self.messages[:count], tools=self.tools, add_generation_prompt=add_generation_prompt
@@ -287,10 +293,11 @@ class _Reading:
             return None
 
     def spans(self, answers: Sequence[int], where: str) -> list[Span] | None:
-        """The spans of these messages; None if the probes do not show one of them.
+        """Return the spans of these messages, or None if the probes do not locate one of them.
 
         Raises:
-            Unplaced: the template leaves an answer out, or prints it twice.
+            Unplaced: the template omits an answer, prints answers twice or in another order, or prints an answer
+                around another message.
         """
         spans: list[Span] = []
         for i in answers:
@@ -313,16 +320,19 @@ class _Reading:
         return any(isinstance(text, str) and text.strip() for text in texts)
 
     def _edges(self, i: int, places: Sequence[int]) -> tuple[_Mark, int]:
-        """The last mark before message ``i`` (message -1 is the beginning), and the first place of a later one."""
+        """Return the last mark before message ``i`` (message -1 is the start of the text) and the next later position.
+
+        The next later position is that of the first mark of a later message, or the end of the text.
+        """
         before = [m for m in self.marks if m.message < i and (not places or m.at <= places[0])]
-        # A system prompt may be written behind later messages; those are no neighbours of a turn without a text.
+        # A template may print a system prompt after later messages, where it is not next to a turn without text.
         nearest = (lambda m: m.at) if places else (lambda m: (m.message, m.at))
         last = max(before, key=nearest, default=_Mark(0, -1))
         ends = [m.at for m in self.marks if m.message > i and m.at >= max([last.at, *places[-1:]])]
         return last, min(ends, default=len(self.text))
 
     def _first(self, i: int, places: Sequence[int], spans: Sequence[Span]) -> int | None:
-        """Where turn ``i`` begins: behind the prompt for it, or where its text begins if it has none."""
+        """Return where turn ``i`` begins: after its generation prompt, or at its text if there is no prompt."""
         last, ceiling = self._edges(i, places)
         if places:
             ceiling = places[0] if self.probing.before else places[-1]
@@ -330,12 +340,12 @@ class _Reading:
         at = self._behind_prompt(i, last, floor, ceiling)
         if at is not None:
             return at
-        if spans and i and spans[-1].message == i - 1:  # turns of one role are written as one
+        if spans and i and spans[-1].message == i - 1:  # the template merges turns of one role
             return spans[-1].end
         return places[0] if places and self.probing.before else None
 
     def _behind_prompt(self, i: int, last: _Mark, floor: int, ceiling: int) -> int | None:
-        """Where the prompt for answer ``i`` ends, if it stands between ``floor`` and ``ceiling``."""
+        """Return where the generation prompt of answer ``i`` ends, or None if not between ``floor`` and ``ceiling``."""
         role = self.messages[last.message]["role"] if last.message >= 0 else ""
         key = (role, last.message == i - 1, floor - last.at, self.text[last.at : ceiling])
         if key in self.seen:  # the same text between turns as before
@@ -343,7 +353,8 @@ class _Reading:
         waiting, asked = self.plain(i), self.plain(i, add_generation_prompt=True)
         at = None
         if waiting is not None and asked is not None:
-            # The text only ever grows, or does from the last message on, whatever became of the earlier ones.
+            # Assume first that the text so far is a prefix of the whole text, then that at least the part after the
+            # last message is, since a template may change earlier messages.
             at = self._behind(waiting, asked, 0)
             part, whole = (self.part(i), self.part(i, True)) if at is None else (None, None)
             if part and whole and part.marks and part.marks[-1].message == last.message:
@@ -353,7 +364,7 @@ class _Reading:
                 at = None
             prompt = asked.removeprefix(waiting)
             if at is None and prompt.strip():
-                # The prompt for an answer, as it is in any conversation, last before the answer.
+                # Fall back to the last occurrence of the generation prompt before the answer.
                 found = self.text.rfind(prompt, floor, ceiling)
                 rest = self.text[found + len(prompt) : ceiling]
                 if found >= 0 and (self.probing.everywhere or not rest.strip()):
@@ -363,13 +374,13 @@ class _Reading:
         return at
 
     def _behind(self, waiting: str, asked: str, start: int) -> int | None:
-        """Where the prompt for an answer ends in the text, if the conversation before it stands at ``start``.
+        """Return where a generation prompt ends in the text, or None if the text before it is not at ``start``.
 
         Args:
-            waiting: what stands before the prompt.
-            start: of what is compared, in the text.
-            asked: the same with the prompt. What a template puts at its end to set the model thinking may not be there
-                in a finished turn.
+            waiting: the text before the prompt.
+            asked: the text with the prompt. Its last part, by which some templates start the model's reasoning, may be
+                absent from a finished turn.
+            start: position of the compared part in the text.
         """
         if not self.text.startswith(waiting, start):
             return None
@@ -379,7 +390,7 @@ class _Reading:
         return at + self._common(asked[len(waiting) :], self.text[at:])
 
     def _end(self, i: int, places: Sequence[int], first: int) -> int:
-        """Where turn ``i`` ends: behind the special token that closes it, or where what closes it ends."""
+        """Return where turn ``i`` ends: after the special token, or else the plain text, that closes it."""
         start = max([first, *places[-1:]])
         tail = self.text[start : self._edges(i, places)[1]]
         if i + 1 < len(self.messages):
@@ -394,11 +405,11 @@ class _Reading:
         found = [match.end() for match in re.finditer(specials, tail)] if specials else []
         if not found:
             return start + len(tail)
-        # The tokens that frame a call of a tool are special ones, too.
+        # The tokens that frame a tool call are special tokens too, so the last one closes such a turn.
         return start + found[-1 if self.messages[i].get("tool_calls") else 0]
 
     def _closing(self, i: int, start: int, tail: str) -> str:
-        """The part of ``tail``, from ``start`` on, that turn ``i`` also ends with when it is the last one."""
+        """Return the beginning of ``tail`` (at ``start``) that also follows turn ``i`` when it is the last message."""
         text, end = self.plain(i + 1), self.template.end or ""
         if (
             text is not None
@@ -413,7 +424,7 @@ class _Reading:
         return tail[: self._common(ended.text[places[-1] :], tail)]
 
     def _common(self, text: str, other: str) -> int:
-        """Characters that two texts begin with alike, in whole special tokens, words and blanks."""
+        """Return the length of the common prefix of two texts, in whole special tokens, words and whitespace runs."""
         specials = "|".join(map(re.escape, self.template.specials))
         cut = re.split(f"({specials})", text) if specials else [text]
         at = 0
@@ -424,16 +435,16 @@ class _Reading:
         return at
 
 
-# ------------------------------------------------------------------------------------------------ what a template reads
+# ------------------------------------------------------------------------------------------------ template input
 
 
 def readable(
     template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None = None
 ) -> list[Message]:
-    """The messages in the form in which the template reads the arguments of calls.
+    """Return the messages with the arguments of tool calls in the form that the template expects.
 
-    OpenAI publishes them as JSON text, while most templates write them as JSON themselves, and would make a string of
-    a string. They are parsed where the template would do that, or fails on them.
+    OpenAI's format has them as JSON text, while most templates serialise them to JSON themselves and would encode such
+    text twice. They are parsed if the template would do that, or fails on them.
     """
     given = list(messages)
     if not any(isinstance(f.get("arguments"), str) for m in given for f in _functions(m)):
@@ -455,7 +466,7 @@ def readable(
 
 
 def _functions(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The functions that a message calls, ``{"name", "arguments"}`` each."""
+    """Return the functions that a message calls, ``{"name", "arguments"}`` each."""
     calls = message.get("tool_calls") or ()
     return [call.get("function", call) for call in calls]
 
@@ -468,7 +479,7 @@ def _parsed(message: Message) -> Message:
         if isinstance(function.get("arguments"), str):
             try:
                 function["arguments"] = json.loads(function["arguments"])
-            except ValueError:  # the template has the last word on it
+            except ValueError:  # not JSON: leave it to the template
                 return message
     return copied
 
@@ -478,7 +489,7 @@ def unread_keys(
     messages: Sequence[Message],
     tools: Sequence[Any] | None = None,
 ) -> list[str]:
-    """What of a conversation does not reach its text: keys of messages, ``tools``, and messages of whole roles.
+    """Return the parts of a conversation that do not affect its text: message keys, ``tools``, messages of a role.
 
     Args:
         template: renders the conversation.
@@ -509,7 +520,7 @@ def unread_keys(
     unread = [
         key
         for key in extra
-        # Without an eye for calls a template may fail on a message that has nothing else.
+        # A template that does not read tool_calls may fail on a message that has only calls.
         if (key == "tool_calls" and key not in template.source)
         or same([{k: v for k, v in m.items() if k != key} for m in messages])
     ]

@@ -1,4 +1,4 @@
-"""Files of one word on a line: CoNLL columns (Tjong Kim Sang and De Meulder 2003) and CoNLL-U (Nivre et al. 2016)."""
+"""Files with one word per line: CoNLL columns (Tjong Kim Sang and De Meulder 2003) and CoNLL-U (Nivre et al. 2016)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.errors import DataError
 
 __all__ = ["Sentence", "conll_sentences", "conllu_sentences"]
 
-Sentence = tuple[int, list[str], list[str]]  # line on which it begins, words, tags
+Sentence = tuple[int, list[str], list[str]]  # first line, words, tags
 
 _CONLLU_COLUMNS = 10
 
@@ -19,11 +19,12 @@ _CONLLU_COLUMNS = 10
 def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentence]:
     """Yield the sentences of a file with one word and its tag on each line, a blank line between sentences.
 
-    Columns stand apart by a tab, or by blanks where no line has a tab; the first is the word, the last its tag, and
-    what lies between (part of speech, chunk) is passed over. ``-DOCSTART-`` lines, which open a document, are no words.
+    Columns are separated by tabs if the first line has a tab, and by whitespace otherwise. The first is the word and
+    the last its tag; columns in between (part of speech, chunk) are ignored. ``-DOCSTART-`` lines, which begin a
+    document, are skipped.
 
     Raises:
-        DataError: a line with fewer or more columns than the first one, with its line.
+        DataError: a line has another number of columns than the first one, or an empty word or tag; names the line.
     """
     width, tabs = 0, True
     for start, rows in _blocks(path, encoding):
@@ -60,10 +61,10 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
 def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentence]:
     """Yield the sentences of a CoNLL-U file: word forms and universal part-of-speech tags (column UPOS).
 
-    Comment lines, the lines of contracted words (``1-2``) and empty nodes (``8.1``) are no words.
+    Comment lines, multiword tokens (``1-2``) and empty nodes (``8.1``) are skipped.
 
     Raises:
-        DataError: a line that has not ten columns, with its line.
+        DataError: a line does not have ten columns; names the line.
     """
     for start, rows in _blocks(path, encoding):
         words: list[str] = []
@@ -86,7 +87,7 @@ def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Senten
 
 
 def _blocks(path: Path, encoding: str | None) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """Yield (first line, lines with their numbers) of each block between lines that hold nothing but white space."""
+    """Yield (first line, lines with their numbers) of each block between blank lines."""
     rows: list[tuple[int, str]] = []
     for number, raw in lines(path, encoding):
         line = decode_line(path, number, raw, encoding).removesuffix("\n").removesuffix("\r")

@@ -1,10 +1,11 @@
-"""Conversations in whatever form they are published, as lists of ``{"role", "content"}`` and what else stands there.
+"""Conversion of the published forms of conversations into lists of ``{"role", "content"}`` messages.
 
-Known: ``messages``; ShareGPT's ``conversations`` of ``from`` and ``value``; ``turns`` of ``speaker`` and ``utterance``;
-prompt and completion; question and answer; instruction, input and output, also as ``instances`` (Self-Instruct).
+Supported: ``messages``; ShareGPT's ``conversations`` of ``from`` and ``value``; ``turns`` of ``speaker`` and
+``utterance``; prompt and completion; question and answer; instruction, input and output, also as ``instances``
+(Self-Instruct).
 
 Further keys of a message (``tool_calls``, ``reasoning_content``, ``name``) are kept for the template. ``weight``
-(OpenAI) and ``train`` (Axolotl) say whether a turn is trained on; see ``chat.is_trained``.
+(OpenAI) and ``train`` (Axolotl) select the turns that are trained on; see ``chat.is_trained``.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ _SPEAKERS = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
-    "function_call": "assistant",  # LLaMA-Factory's: the value is the call
+    "function_call": "assistant",  # LLaMA-Factory: the value is the tool call
 }
 _KEYS = (("role", "content"), ("from", "value"), ("speaker", "utterance"), ("speaker", "text"))
 
@@ -76,18 +77,18 @@ _KEYS = (("role", "content"), ("from", "value"), ("speaker", "utterance"), ("spe
 def to_conversations(
     row: Mapping[str, Any], where: str = "", *, answers: bool = True
 ) -> list[list[Message]]:
-    """The conversations of a row.
+    """Return the conversations of a row.
 
     Args:
         row: values by role; see ``CHAT_ROLES``.
-        where: the row, for the error.
+        where: location of the row, for error messages.
         answers: the row must have an answer; False for prediction.
 
     Returns:
         One conversation, or one for each of ``instances``.
 
     Raises:
-        DataError: no form that is known.
+        DataError: the row is in no supported form.
     """
     place = f"{where}: " if where else ""
     given = row.get("messages")
@@ -149,13 +150,13 @@ def _with_system(row: Mapping[str, Any], messages: list[Message], place: str) ->
 
 
 def as_messages(value: Any, where: str = "") -> list[Message]:
-    """A list of messages in one of the known spellings as ``{"role", "content"}``.
+    """Return a list of messages in one of the supported spellings as ``{"role", "content"}``.
 
     Raises:
-        DataError: it is none.
+        DataError: the value is no such list.
     """
     place = f"{where}: " if where else ""
-    if hasattr(value, "tolist"):  # tables give arrays for lists
+    if hasattr(value, "tolist"):  # some tables hold arrays instead of lists
         value = value.tolist()
     if isinstance(value, Mapping) and all(isinstance(v, list | tuple) for v in value.values()):
         value = [
@@ -179,7 +180,7 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
         name = str(message[keys[0]]).lower()
         role = _SPEAKERS.get(name)
         if keys[0] == "speaker" and spoken == {"user", "system"} and name == "system":
-            role = "assistant"  # in dialogues of tasks the system is who answers
+            role = "assistant"  # in task-oriented dialogues, the "system" is the assistant
         if role is None:
             raise DataError(
                 f"{at} is spoken by {message[keys[0]]!r}; known are {', '.join(_SPEAKERS)}."
@@ -193,10 +194,10 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
 
 
 def as_tools(value: Any, where: str = "") -> list[Any] | None:
-    """The functions that an assistant may call, as a list; they are published as JSON text, too.
+    """Return the functions that the assistant may call as a list, or None; JSON text is parsed.
 
     Raises:
-        DataError: it is no list.
+        DataError: the value is not a list.
     """
     place = f"{where}: " if where else ""
     given = value
@@ -212,7 +213,7 @@ def as_tools(value: Any, where: str = "") -> list[Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value of lists and dictionaries; tables give arrays for lists."""
+    """Return a value with nested arrays converted to lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -221,7 +222,7 @@ def _plain(value: Any) -> Any:
 
 
 def _call_in(value: Any, at: str) -> dict[str, Any]:
-    """A call of a function that is published as JSON text."""
+    """Parse a tool call that is given as JSON text."""
     try:
         call = json.loads(value)
         return {
@@ -235,10 +236,10 @@ def _call_in(value: Any, at: str) -> dict[str, Any]:
 
 
 def _checked(message: Message, at: str) -> Message:
-    """A message whose further keys are what they are by their conventions.
+    """Check the keys ``tool_calls``, ``weight`` and ``train`` of a message, and return it with its content as text.
 
     Raises:
-        DataError: they are not.
+        DataError: a key has an invalid value, or the content is not text.
     """
     calls, weight, train = (message.get(key) for key in ("tool_calls", "weight", "train"))
     if calls and not all(isinstance(call, Mapping) for call in calls):
@@ -258,7 +259,7 @@ def _checked(message: Message, at: str) -> Message:
 
 
 def _content(value: Any, at: str) -> str:
-    """A text, or the parts of one, joined as templates that read parts print them, behind each other."""
+    """Return a text as it is, or the text parts of a list concatenated, as templates print them."""
     value = _plain(value)
     if isinstance(value, list):
         return "".join(_part(part, at) for part in value)

@@ -1,4 +1,4 @@
-"""Rows of cells: CSV and TSV files with or without a header, with or without quoting."""
+"""Delimited files: CSV and TSV with or without a header, with or without quoting."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _CELL = re.compile(r'"([^"]*(?:""[^"]*)*)"(?=\t|\Z)|([^"\t]*)(?=\t|\Z)')
 
 @dataclass
 class Content:
-    """Columns of equal length; ``places`` are the lines of the rows, or None where rows are only counted."""
+    """Columns of equal length; ``places`` are the line numbers of the rows, or None if rows have only an index."""
 
     columns: dict[str, list[Any]]
     places: list[int] | None = None
     label_names: dict[str, list[str]] = field(default_factory=dict)
-    hint: str = ""  # what to add when no column is recognised
+    hint: str = ""  # added to the error if no column is recognised
 
 
 def numbered_names(count: int) -> list[str]:
-    """Return ``column_1``, ``column_2``, ...: the names of columns that have none."""
+    """Return ``column_1``, ``column_2``, ...: names for unnamed columns."""
     return [f"column_{k}" for k in range(1, count + 1)]
 
 
@@ -42,7 +42,7 @@ def read_delimited(
     quoting: bool | None,
     encoding: str | None = None,
 ) -> Content:
-    """Read a file of rows of cells; see :func:`pretrain.data.tables.read_table` for the arguments."""
+    """Read a delimited file; see :func:`pretrain.data.tables.read_table` for the arguments."""
     given = quoting
     between, quoting = cell_form(path, kind, delimiter, quoting, encoding)
     if kind == "tsv" and given is None and quoting:
@@ -76,10 +76,10 @@ def read_delimited(
 def cell_form(
     path: Path, kind: str, delimiter: str | None, quoting: bool | None, encoding: str | None
 ) -> tuple[str, bool]:
-    """Return what stands between the cells of a file and whether quotes enclose them; None is looked up in the file.
+    """Return the delimiter of a file and whether quotes enclose cells; arguments that are None are detected.
 
     Raises:
-        DataError: the delimiter is not one character that can stand there.
+        DataError: the delimiter is not a single character, or is a quote or a line end.
     """
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
         raise DataError(f"{option('delimiter', delimiter)}: it must be one character, such as ';'.")
@@ -109,7 +109,7 @@ def _header(
 
 
 def distinct(where: str, names: list[str]) -> list[str]:
-    """Return `names`; raise DataError if one stands twice."""
+    """Return `names`; raise DataError if one occurs twice."""
     seen: set[str] = set()
     twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
     if twice:
@@ -121,7 +121,7 @@ def distinct(where: str, names: list[str]) -> list[str]:
 
 
 def shown(cells: Sequence[str]) -> str:
-    """Return the first few cells of a row, long ones cut, for a message."""
+    """Return the first few cells of a row, long ones shortened, for a message."""
     short = [cell if len(cell) <= 40 else cell[:37] + "..." for cell in cells[:8]]
     return ", ".join(map(repr, short)) + (", ..." if len(cells) > 8 else "")
 
@@ -140,11 +140,11 @@ def _header_hint(path: Path, top: list[str], delimiter: str) -> str:
 
 
 def _written_with_quotes(path: Path, delimiter: str, encoding: str | None = None) -> bool:
-    """Whether quotes enclose cells, as CSV writers do it, or are ordinary characters.
+    """Whether quotes enclose cells, as CSV writers use them, or are ordinary characters.
 
-    They enclose cells if every cell with a quote is wholly quoted with the quotes inside doubled, and either all cells
-    of the file are quoted or only such cells as must be, at least one of them for a delimiter, a line end or a quote.
-    Anything else is text in which someone quotes.
+    They enclose cells if every cell with a quote is entirely quoted with inner quotes doubled, and either all cells of
+    the file are quoted or only those that need it, at least one of them because of a delimiter, a line end or a quote.
+    Otherwise quotes are part of the text.
     """
     needed, needless, all_quoted, seen = False, False, True, False
     pending: list[str] = []
@@ -157,7 +157,7 @@ def _written_with_quotes(path: Path, delimiter: str, encoding: str | None = None
             continue
         pending.append(line)
         odd ^= bool(line.count('"') % 2)
-        if odd:  # a quote is open: the cell goes on in the next line
+        if odd:  # a quote is open: the cell continues on the next line
             continue
         text = "".join(pending).removesuffix("\n").removesuffix("\r")
         pending.clear()
@@ -174,7 +174,7 @@ def _written_with_quotes(path: Path, delimiter: str, encoding: str | None = None
 
 
 def _cells(row: str) -> list[tuple[bool, str]] | None:
-    """Cut a row of quoted and plain cells; None if a quote stands where no writer puts one."""
+    """Split a row into (quoted, content) cells; return None if a quote is where no CSV writer puts one."""
     cells, place = [], 0
     while True:
         match = _CELL.match(row, place)

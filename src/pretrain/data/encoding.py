@@ -1,9 +1,10 @@
-"""Text to ids in bulk: what ``prepare`` spends its time on.
+"""Bulk encoding of texts, the most expensive part of ``prepare``.
 
-Texts repeat their words, so words are cut out by a regular expression and looked up; only words not met before go
-through the ``tokenizers`` library. The ids are exactly those of the library: the short cut is taken only for rules
-it is proved for (byte-level BPE with GPT-2's expression, BERT's WordPiece, single characters), and only on text of
-characters whose class has not changed between releases of Unicode; everything else goes the long way.
+Words recur, so texts are split into words by a regular expression and the words are looked up in a cache; only new
+words go through the ``tokenizers`` library. The ids are exactly those of the library: the cache is used only for
+tokenizers for which this is known to hold (byte-level BPE with GPT-2's expression, BERT's WordPiece, single
+characters), and only on text of characters whose class has not changed between releases of Unicode; all other text is
+encoded by the library.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ __all__ = ["Encoder", "FastEncoder"]
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
-# The memory of words met before is bounded in words and in ids; longer words are hardly met twice.
+# Bounds of the word cache, in words and in ids; words of more letters hardly recur, so they are not cached.
 _MAX_WORDS = 1 << 18
 _MAX_IDS = 1 << 21
 _MAX_LETTERS = 200
 
 
 class _Words(dict[str, int]):
-    """Numbers words in the order they are met."""
+    """Numbers of words, assigned in the order of first lookup."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class _Words(dict[str, int]):
 
 
 class FastEncoder:
-    """Encode many texts in one process; every text is read as text, special tokens spelt in it included.
+    """Encode many texts in one process; special tokens spelt in a text are read as plain text.
 
     Args:
         backend: a tokenizer that has ``encode_special_tokens`` set.
@@ -75,7 +76,7 @@ class FastEncoder:
         self._sizes = np.zeros(0, dtype=np.int64)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return the ids of all texts one behind the other, and how many each has."""
+        """Return the concatenated ids of all texts, and the number of ids of each."""
         if self._table is not None:
             return self._characters(texts)
         if self.rule not in ("bpe", "wordpiece"):
@@ -126,7 +127,7 @@ class FastEncoder:
         unknown = ids < 0
         if not unknown.any():
             return ids.astype(np.uint32), counts
-        # A character that the vocabulary does not know is spelt by its UTF-8 bytes.
+        # A character that is not in the vocabulary becomes the tokens of its UTF-8 bytes.
         spelt = [
             f"<0x{byte:02X}>"
             for code in codes[unknown].tolist()
@@ -158,7 +159,7 @@ def _merge(
     ids: NDArray[np.uint32], lengths: NDArray[np.int64], late: NDArray[np.uint32], late_lengths: NDArray[np.int64],
     places: NDArray[np.int64],
 ) -> Encoded:  # fmt: skip
-    """Put the ids of the texts at ``places``, which went the long way, between those of the others."""
+    """Insert the ids of the texts at ``places``, which the library encoded, among those of the other texts."""
     total = lengths.copy()
     total[places] = late_lengths
     is_late = np.zeros(len(lengths), dtype=bool)
@@ -171,7 +172,7 @@ def _merge(
 
 
 def _rule(description: dict[str, Any]) -> str | None:
-    """Return the short cut that gives the ids of this tokenizer, or None."""
+    """Return the name of the fast rule that reproduces the ids of this tokenizer, or None."""
     if any(not token.get("special") for token in description.get("added_tokens", [])):
         return None
     model, cutter, normalizer = (
@@ -193,7 +194,7 @@ def _rule(description: dict[str, Any]) -> str | None:
 
 
 def _cuts_like_bert(cutter: dict[str, Any] | None) -> bool:
-    """Whether words are BERT's, or parts of them as WordPiece is trained here."""
+    """Whether a pre-tokenizer splits like BERT's, or like the one that this package trains WordPiece with."""
     if cutter and cutter.get("type") == "Sequence":
         first, *others = cutter.get("pretokenizers") or [None]
         parts = [other.get("pattern") for other in others]
@@ -210,15 +211,18 @@ def _character_table(backend: tokenizers.Tokenizer) -> NDArray[np.int64]:
     return table
 
 
-# BERT cuts at blanks and at punctuation and treats every character by itself, so what stands between ASCII blanks
-# has the same tokens wherever it occurs.
+# BERT splits at whitespace and punctuation and normalises each character by itself, so a string between ASCII
+# whitespace has the same tokens wherever it occurs.
 _BLANK_WORDS = re.compile(r"[^ \t\n\r]+")
 _BLANKS = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 @cache
 def _classes() -> tuple[str, str, list[bool]]:
-    """Return letters and numbers as ranges of a regular expression, and which characters are unsafe."""
+    """Return the letters and the numbers as ranges of a regular expression, and which characters are unsafe.
+
+    A character is unsafe if its Unicode category is unassigned, a surrogate, or another than in Unicode 3.2.
+    """
     old = unicodedata.ucd_3_2_0
     ranges: dict[str, list[list[int]]] = {"L": [], "N": []}
     unsafe = [False] * 0x110000
@@ -256,12 +260,12 @@ def _unsafe() -> NDArray[np.bool_]:
 class Encoder:
     """A :class:`FastEncoder` in this process, or one in each of several child processes.
 
-    Children are plain ``python -c`` processes fed through pipes: they need no import guard in the user's script,
-    inherit no locks, and end when this process ends, however it ends.
+    The children are plain ``python -c`` processes connected by pipes: they need no import guard in the user's script,
+    inherit no locks, and exit when this process exits, even if it is killed.
 
     Args:
-        tokenizer: any kind.
-        workers: child processes; below 2 the work is done here.
+        tokenizer: a tokenizer of any kind.
+        workers: number of child processes; below 2, texts are encoded in this process.
     """
 
     def __init__(self, tokenizer: Tokenizer, workers: int = 1) -> None:
@@ -282,7 +286,7 @@ class Encoder:
                 )  # fmt: skip
                 self._children.append(child)
                 self._idle.put(child)
-                with suppress(BrokenPipeError):  # told when the child is asked for work
+                with suppress(BrokenPipeError):  # encode() reports a child that has exited
                     _send(child.stdin, self._description.encode())
         return self
 
@@ -290,7 +294,7 @@ class Encoder:
         for child in self._children:
             for stream in (child.stdin, child.stdout):
                 if stream is not None:
-                    with suppress(OSError):  # a child that is gone has closed its end already
+                    with suppress(OSError):  # the child may have exited and closed the pipe
                         stream.close()
             try:
                 child.wait(timeout=10)
@@ -299,7 +303,7 @@ class Encoder:
                 child.wait()
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return the ids of all texts one behind the other, and how many each has; may be called from threads."""
+        """Return the concatenated ids of all texts, and the number of ids of each; thread-safe."""
         if self._local is not None:
             return self._local.encode(texts)
         data = [text.encode("utf-8") for text in texts]
@@ -320,7 +324,7 @@ class Encoder:
                 "was finished is kept: run the same command again, with fewer workers."
             ) from error
         finally:
-            # A dead child goes back as well: whoever waits for one must find out, not wait for ever.
+            # A child that has exited is put back too, so that other threads raise instead of waiting forever.
             self._idle.put(child)
         return ids, lengths
 
@@ -343,7 +347,7 @@ def _receive(stream: Any) -> bytes:
 
 
 def serve() -> None:
-    """Answer requests on standard input until it is closed: the life of a child process."""
+    """Main loop of a child process: answer encoding requests on standard input until it is closed."""
     source: BinaryIO = sys.stdin.buffer
     target: BinaryIO = sys.stdout.buffer
     try:
@@ -361,7 +365,7 @@ def serve() -> None:
             try:
                 ids, lengths = encoder.encode(texts)
             except TokenizerError as error:
-                # In place of the lengths, and told from them by a size that is no multiple of eight.
+                # Sent in place of the lengths; its size, which is no multiple of eight, marks it as an error message.
                 message = str(error).encode("utf-8", "replace")
                 _send(target, message + b"\0" * (1 if len(message) % 8 == 0 else 0))
                 continue

@@ -1,4 +1,4 @@
-"""Text files as bytes of UTF-8 with line feeds, whatever their encoding and their line ends."""
+"""Opening of text files of any encoding as UTF-8 bytes, and detection of likely encodings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _MAGIC = {b"\x1f\x8b": "gzip data (name it .gz)", b"(\xb5/\xfd": "zstandard data
           b"PAR1": "parquet data (name it .parquet)", b"PK\x03\x04": "a zip archive (unpack it)"}  # fmt: skip
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
           codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
-# Written for bytes that an encoding does not know; in UTF-8 it stands nowhere, so the readers find it.
+# Replaces undecodable bytes; it becomes the byte 0xff, which never occurs in UTF-8, so the readers detect it.
 _UNKNOWN = "\udcff"
 
 codecs.register_error("pretrain-unknown", lambda error: (_UNKNOWN, cast(Any, error).end))
 
 
 class _Translated(io.RawIOBase):
-    """The bytes of another stream after a function that is given them block by block, the last time b""."""
+    """The bytes of another stream, passed block by block through a function, which gets b"" at the end."""
 
     def __init__(self, raw: BinaryIO, translate: Callable[[bytes], bytes]) -> None:
         self._raw, self._translate = raw, translate
@@ -50,10 +50,10 @@ class _Translated(io.RawIOBase):
 
 
 def check_encoding(name: str | None) -> str | None:
-    """Return the usual name of an encoding, None for UTF-8.
+    """Return the canonical name of an encoding, None for UTF-8.
 
     Raises:
-        DataError: Python knows no such encoding of text.
+        DataError: Python has no such text encoding.
     """
     if name is None:
         return None
@@ -70,10 +70,11 @@ def check_encoding(name: str | None) -> str | None:
 
 @contextmanager
 def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedReader]:
-    """Open a text file, unpacked if need be, as bytes of UTF-8.
+    """Open a text file, decompressed if necessary, as UTF-8 bytes.
 
-    A byte order mark of UTF-16 or UTF-32 is obeyed. Where no line feed but a carriage return ends lines, as on old Macs
-    and in some exports of spreadsheets, it is read as a line feed. Bytes that the encoding does not know become 0xff.
+    Without ``encoding``, a byte order mark of UTF-16 or UTF-32 selects it. If lines end with a carriage return only, as
+    on old Macs and in some exports of spreadsheets, it is replaced by a line feed. In the conversion from another
+    encoding, undecodable bytes become 0xff.
 
     Args:
         path: the file.
@@ -114,15 +115,15 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
 def not_decodable(
     path: Path, line: int, byte: int, value: int, encoding: str | None, *, offset: int | None = None
 ) -> DataError:
-    """The error for a byte that is no text in the encoding of its file, with what the encoding may be.
+    """Return the error for an undecodable byte, with a guess of the encoding of the file.
 
     Args:
         path: the file.
-        line: its number, from 1.
-        byte: the place in the line, from 1.
-        value: of the byte.
-        encoding: that was asked for; None is UTF-8.
-        offset: of the byte in the file, where it is known.
+        line: number of the line, from 1.
+        byte: position of the byte in the line, from 1.
+        value: value of the byte.
+        encoding: the requested encoding; None is UTF-8.
+        offset: position of the byte in the file, if known.
     """
     if encoding is not None:
         return DataError(
@@ -145,21 +146,21 @@ _SCRIPTS = {
     "shift_jis": "\u3040-\u30ff", "euc_jp": "\u3040-\u30ff", "euc_kr": "\uac00-\ud7a3", "gb18030": "\u4e00-\u9fa5",
     "big5": "\u4e00-\u9fa5",
 }  # fmt: skip
-# In each the letters of running text, which are mostly small, lie elsewhere.
+# These differ in the positions of the lower-case letters, which most letters of running text are.
 _CYRILLIC = ("cp1251", "koi8_r", "cp866")
 
 
 def likely_encoding(path: Path) -> str | None:
-    """Guess in what a file is written that is not UTF-8; None where nothing fits."""
+    """Guess the encoding of a file that is not UTF-8; None if no candidate fits."""
     with open_packed(path, _BLOCK) as stream:
         data = stream.read(_BLOCK >> 2)
-        if stream.read(1):  # no character is cut at the end
+        if stream.read(1):  # end at a line feed, so that no character is truncated
             data = data[: data.rfind(b"\n") + 1] or data
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", data)]
     if not runs or data.count(b"\0"):
         return None
     if data.decode("utf-8", "replace").count("\ufffd") * 4 < sum(runs):
-        return None  # nearly all is UTF-8, so the file is damaged
+        return None  # nearly all bytes are valid UTF-8, so the file is damaged
     best, score = None, 0.0
     for name, script in _SCRIPTS.items():
         try:
@@ -169,15 +170,15 @@ def likely_encoding(path: Path) -> str | None:
         foreign = [char for char in text if char > "\x7f"]
         share = len(re.findall(f"[{script}]", "".join(foreign))) / max(1, len(foreign))
         if name in ("gb18030", "big5"):
-            # Any bytes make Chinese characters, but only the right encoding makes many of the frequent ones; kana lie
-            # where Japanese encodings have them.
+            # Any bytes decode to Chinese characters, but only the right encoding yields many of the frequent ones; many
+            # kana indicate a Japanese encoding.
             kana = len(re.findall("[\u3040-\u30ff]", text)) * 5 > len(foreign)
             share *= (
                 0.0 if kana else min(1.0, 4 * sum(c in _FREQUENT for c in foreign) / len(foreign))
             )
         if share > max(score, 0.3):
             best, score = name, share
-    # Two bytes a character, the second of which may be ASCII in these two.
+    # Characters have two bytes, the second of which may be ASCII in shift_jis and big5.
     if best is not None and (best in ("shift_jis", "big5") or sum(runs) / len(runs) >= 2):
         return best
     if sum(runs) / len(runs) >= 3:

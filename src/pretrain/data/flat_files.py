@@ -1,6 +1,6 @@
-"""Flat files of numbers, read piece by piece and held against a checksum of each block when it is first read.
+"""Flat files of numbers, read in ranges; the checksum of each block is verified when it is first read.
 
-Nothing is mapped into memory: a file that is cut while it is read is an error, where a map would end the process.
+Files are not memory-mapped: truncating a mapped file kills the process with SIGBUS, while a read raises an error.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pretrain.utils.files import replace_file
 
 __all__ = ["IN_MEMORY", "FlatFile", "sums_name", "write_sums"]
 
-# Files up to this size are read whole, and hashed whole whenever prepared data are opened.
+# Files up to this size are read into memory, and hashed completely whenever prepared data are opened.
 IN_MEMORY = 64 << 20
-BLOCK = 1 << 16  # bytes under one checksum
+BLOCK = 1 << 16  # bytes per checksum
 _SUM = 8  # bytes of a checksum
 _AGAIN = "Copy the file again, or prepare the data again (delete the directory first)."
 
 
 def sums_name(name: str) -> str:
-    """Return the name of the file that holds the checksums of a file: ``train.tokens.blocks.bin``."""
+    """Return the name of the checksum file of a file: ``train.tokens.blocks.bin``."""
     return f"{name.removesuffix('.bin')}.blocks.bin"
 
 
@@ -36,7 +36,7 @@ def _sum(block: bytes | memoryview) -> bytes:
 
 
 def write_sums(path: Path) -> None:
-    """Write the checksums of a file beside it, if it is too large to be hashed whenever it is opened."""
+    """Write the block checksums of a file beside it, if it is too large to be hashed whenever it is opened."""
     if path.stat().st_size <= IN_MEMORY:
         return
     sums = []
@@ -47,14 +47,15 @@ def write_sums(path: Path) -> None:
 
 
 class FlatFile:
-    """Items of one type, one behind the other.
+    """A flat array of items of one type in a file.
 
     Args:
         path: the file.
-        dtype: of the items.
+        dtype: type of the items.
 
     Raises:
-        DataError: the file cannot be read, or its size is no whole number of items.
+        DataError: the file cannot be read, its size is not a multiple of the item size, or its checksum file has
+            another number of blocks.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
@@ -84,15 +85,15 @@ class FlatFile:
         lengths: NDArray[np.int64],
         rows: Sequence[int] | NDArray[np.int64],
     ) -> NDArray[Any]:
-        """Return the items of several ranges, one range behind the other.
+        """Return the concatenated items of several ranges.
 
         Args:
-            starts: (N,) first item of each range; within the file, which the caller has checked.
-            lengths: (N,) items of each range.
-            rows: (N,) number of the row that each range belongs to, which errors name.
+            starts: (N,) first item of each range; the caller has checked that the ranges are within the file.
+            lengths: (N,) number of items of each range.
+            rows: (N,) number of the row that each range belongs to, for error messages.
 
         Raises:
-            DataError: the file was cut or changed since it was prepared.
+            DataError: the file was truncated or changed since it was prepared.
         """
         if self._whole is not None:
             ends = np.cumsum(lengths)

@@ -1,4 +1,4 @@
-"""The arguments of ``prepare``, understood: sources, split, tokenizer and the fingerprint of them all."""
+"""The checked arguments of ``prepare``: sources, split, tokenizer and a fingerprint of all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Job", "understand"]
 
 @dataclass(frozen=True)
 class Job:
-    """One call of ``prepare`` after its arguments were understood."""
+    """One call of ``prepare`` with its arguments checked and resolved."""
 
     sources: list[Source]
     training: int
@@ -73,7 +73,7 @@ def understand(
         "weights": weights,
         "sources": [source.name for source in train],
     }
-    # Named only where they are chosen, so that older data keep their fingerprint.
+    # Recorded only if set, so that data prepared before these options existed keep their fingerprint.
     if lowercase:
         options["lowercase"] = True
     if (encoding := check_encoding(encoding)) is not None:

@@ -1,7 +1,7 @@
-"""The forms in which several labels of a row are published, read into one: a list of names or numbers for each row.
+"""Reading of multi-label columns, in any published form, as a list of class names or numbers per row.
 
-These are lists of names or of class numbers, vectors of zeros and ones, the printed forms of both in a text file, names
-joined by a comma, and mappings from name to 0 or 1. A column is read in one way as a whole, never cell by cell.
+The forms are lists of names or of class numbers, vectors of zeros and ones, printed forms of both in a text file, names
+joined by a separator, and mappings from name to 0 or 1. The form is determined for a whole column, not cell by cell.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["Several", "is_on", "printed_list", "read_several"]
 
 Where = Callable[[int], str]
 
-_MARKS = ("|", ";", ",")  # between names in one cell
-_RECURRING = 0.9  # share of the joined parts that must stand elsewhere too
+_MARKS = ("|", ";", ",")  # separators of names in one cell
+_RECURRING = 0.9  # share of the parts of joined cells that must occur in other cells too
 _SPELLED = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
 @dataclass
 class Several:
-    """Any number of labels for each row.
+    """A multi-label column: any number of labels per row.
 
     Attributes:
-        rows: names or numbers of the classes of each row; None where each row has one label.
-        names: names of the classes in order, where the rows hold their numbers and the form says so.
-        notes: lines worth printing.
+        rows: names or numbers of the classes of each row; None if each row has a single label.
+        names: names of the classes in order, if the rows contain class numbers and the form defines their names.
+        notes: lines to print.
     """
 
     rows: list[list[Any]] | None
@@ -56,16 +56,16 @@ def read_several(
 
     Args:
         values: the cells.
-        where: where a row stands, for errors.
-        names: names of the classes whose numbers the column holds (``datasets.ClassLabel``).
-        labels: names of the classes, where they are known.
-        spellings: what a cell may hold for them besides their names.
-        separator: what stands between names in one cell; "" where nothing does; None goes by the evidence.
-        always: rows have several labels, whatever the form: a lone name is one of them.
-        column: name of the column, for errors.
+        where: returns the location of a row, for error messages.
+        names: names of the classes whose numbers the column contains (``datasets.ClassLabel``).
+        labels: names of the classes, if known.
+        spellings: values that a cell may contain besides the names.
+        separator: text between names in one cell; "" if names are never joined; None detects it from the column.
+        always: treat the column as multi-label in any form; a single name is a list of one label.
+        column: name of the column, for error messages.
 
     Raises:
-        DataError: a column that mixes forms or can be read in two ways, a vector that is none; names the row.
+        DataError: the column mixes forms, is ambiguous, or has an invalid vector; names the row.
     """
     lists = [i for i, value in enumerate(values) if _is_list(value)]
     mappings = [i for i, value in enumerate(values) if isinstance(value, Mapping)]
@@ -96,7 +96,7 @@ def read_several(
 
 
 def is_on(value: Any) -> bool | None:
-    """Whether a cell that says yes or no says yes: 1, True or "1"; None for anything else."""
+    """Return True for 1, True, "1" and "true", False for 0, False, "0" and "false", and None for any other value."""
     if isinstance(value, bool | int | float):
         return bool(value) if value in (0, 1) else None
     return _SPELLED.get(value.strip().lower()) if isinstance(value, str) else None
@@ -110,7 +110,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _from_mappings(values: Sequence[Any], where: Where, column: str) -> Several:
-    """Mappings from every name to 0 or 1, as spaCy's ``cats``."""
+    """Read mappings from every name to 0 or 1, such as spaCy's ``cats``."""
     names = list(dict.fromkeys(str(name) for value in values for name in value))
     rows = []
     for i, value in enumerate(values):
@@ -163,11 +163,11 @@ def _vector_width(
     labels: Sequence[str] | None,
     column: str,
 ) -> int:
-    """Places of the vectors of zeros and ones that the rows are; 0 where they are lists of names or class numbers.
+    """Return the length of the rows if they are vectors of zeros and ones, or 0 if they list names or class numbers.
 
-    Class numbers are whole numbers that do not repeat within a row, so bools, fractions and repeated zeros make a
-    column of vectors. Two places, in which the numbers 0 and 1 could be both, are a vector: as class numbers nearly
-    all rows would have both classes.
+    Class numbers are integers that do not repeat within a row, so bools, floats and repeated zeros indicate vectors.
+    Rows of two numbers 0 or 1, which could be either, are read as vectors: as class numbers, nearly all rows would have
+    both classes.
     """
     items = [item for row in rows for item in row if not is_missing(item)]
     if names is not None or not items or not all(isinstance(x, bool | int | float) for x in items):
@@ -204,7 +204,7 @@ def _vector_width(
     return width if width > 1 else 0
 
 
-# ------------------------------------------------------------------------------------------------ texts
+# ------------------------------------------------------------------------------------------------ text cells
 
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _PLAIN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|True|False|true|false|None|null|nan|NaN"
@@ -217,7 +217,7 @@ _BETWEEN = re.compile(r"\s*,\s*|\s+")
 
 
 def printed_list(text: str) -> list[Any] | None:
-    """The items of a printed list, tuple, set or array: of Python, JSON or NumPy; None for any other text."""
+    """Return the items of a list, tuple, set or array printed by Python, JSON or NumPy; None for any other text."""
     text = text.strip()
     if match := _WRAPPED.fullmatch(text):
         text = match[1].strip() or "[]"
@@ -237,7 +237,7 @@ def printed_list(text: str) -> list[Any] | None:
 
 
 def _bare_words(inside: str) -> list[Any] | None:
-    """Names without quotes, with commas between: ``[joy, love]``."""
+    """Return the items of a list of unquoted names, such as ``[joy, love]``, or None."""
     parts = [part.strip() for part in inside.split(",")]
     bare = len(parts) > 1 and all(parts) and not re.search(r"""['"\[\](){}:]""", inside)
     return parts if bare else None
@@ -264,7 +264,7 @@ def _from_printed(
     labels: Sequence[str] | None,
     column: str,
 ) -> Several:
-    """A column of printed lists; one that holds other texts too is refused."""
+    """Read a column of printed lists; raise DataError if it has other text too."""
     lists = [i for i, found in enumerate(parsed) if found is not None]
     other = next((i for i, found in enumerate(parsed) if found is None), None)
     if other is not None:
@@ -282,7 +282,7 @@ def _from_printed(
 
 
 def _parts(text: str, mark: str) -> list[str]:
-    if mark == "><":  # tags as <python><pandas>
+    if mark == "><":  # tags such as <python><pandas>
         return [part.strip() for part in text.strip()[1:-1].split("><") if part.strip()]
     return list(dict.fromkeys(part.strip() for part in text.split(mark) if part.strip()))
 
@@ -290,12 +290,12 @@ def _parts(text: str, mark: str) -> list[str]:
 def _separator(
     texts: Sequence[str], labels: Collection[str] | None, column: str, always: bool
 ) -> tuple[str, list[str]]:
-    """What stands between names within one cell, by the evidence of the whole column, and what to print about it.
+    """Detect the separator of names in one cell from the whole column; return it ("" for none) and lines to print.
 
-    Names are joined if nearly all of the parts of joined cells also stand alone or in another combination.
+    A mark is a separator if at least 90 % of the parts of cells with it also occur in other cells.
 
     Raises:
-        DataError: some of the parts do, which leaves both readings open.
+        DataError: fewer of the parts do, but some, so the column is ambiguous.
     """
     cells = {text.strip() for text in texts if text.strip()}
     if labels is not None:

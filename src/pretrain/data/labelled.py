@@ -1,6 +1,6 @@
-"""Labelled rows: which column plays which role, a held-out part with every class in it, rows that stand in both parts.
+"""Labelled rows: roles of columns, stratified train/held-out split, removal of duplicates between the two.
 
-Columns are recognised by the names that the data sets of the field use; nothing else is guessed.
+Columns are recognised by names that are common in public data sets; nothing else is guessed.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ __all__ = [
     "make_label_map", "make_tag_map", "normalised", "number_in", "roles_table", "single_classes", "split",
 ]  # fmt: skip
 
-_BINS = 10  # strata of a quantity
-_SHOWN = 30  # columns that a message names
+_BINS = 10  # strata of a continuous target
+_SHOWN = 30  # maximum number of columns named in a message
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a column is to a task.
+    """The role of a column in a task.
 
     Args:
         name: the role, and the argument by which a user names the column: ``text``, ``label``.
-        known: names by which a column is recognised, the most usual first.
-        required: whether the task can do without.
-        help: half a sentence for errors: ``the text to classify``.
-        target: it holds what is learned, which there is none of when the trained model is asked.
-        many: several columns may play it together, each a label that a row has or not.
+        known: names by which a column is recognised, most common first.
+        required: whether the task needs such a column.
+        help: description for error messages: ``the text to classify``.
+        target: the column holds the training target, which is absent at prediction.
+        many: several columns may have this role together, each a label that a row has or not.
     """
 
     name: str
@@ -59,18 +59,19 @@ def choose_columns(
 ) -> dict[str, Any]:
     """Return the column of every role that has one.
 
-    What the user names is taken; the other roles go, in order, to the first column whose name is one of their `known`
-    names, in their order, an exact spelling before one that differs in case. Columns of no role are told in one line.
+    Columns named by the user are used as given. Each other role, in order, gets the first unused column with one of
+    its `known` names, in their order, an exact spelling before one that differs in case. Unused columns are reported
+    in one line.
 
     Args:
         table: the rows.
         roles: the roles of the task.
-        given: role -> column, or a list of columns for a role of many, or None where the user left it open.
-        quiet: tell nothing about columns that are not used.
+        given: role -> column, or a list of columns for a role with `many`, or None if the user did not name one.
+        quiet: do not report unused columns.
 
     Raises:
-        DataError: a role or column that does not exist, one column for two roles, or a required role without a
-            column; the error names the columns and the call to write.
+        DataError: a role or column does not exist, a column is named for two roles, or a required role has no column;
+            the error lists the columns and the call to write.
     """
     named = {role: column for role, column in given.items() if column is not None}
     by_name = {role.name: role for role in roles}
@@ -141,7 +142,7 @@ def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
 
 
 def column_names(names: Sequence[str]) -> str:
-    """The first names of columns, long ones cut, for a message."""
+    """Return the first column names, long ones shortened, for a message."""
     short = [repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN]]
     more = f", ... ({len(names):,} in all)" if len(names) > _SHOWN else ""
     return ", ".join(short) + more
@@ -165,7 +166,7 @@ def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
 def _missing(
     table: Table, missing: Sequence[Role], chosen: Mapping[str, str], named: Mapping[str, str]
 ) -> str:
-    """Say which roles have no column, what there is, and what to write."""
+    """Return the message that names the roles without a column, the columns present and the call to write."""
     taken = {name for column in chosen.values() for name in _listed(column)}
     left = [name for name in table.columns if name not in taken]
     wanted = " and ".join(role.name + (f" ({role.help})" if role.help else "") for role in missing)
@@ -199,19 +200,19 @@ def _missing(
 
 
 def _marked(table: Table, names: Sequence[str]) -> list[str]:
-    """Those columns that hold 0 and 1 alone, in any spelling."""
+    """Return the columns whose values are all 0 or 1, in any spelling."""
     return [
         name for name in names if all(is_on(value) is not None for value in table.columns[name])
     ]
 
 
 def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
-    """Return the chosen columns under the names of their roles; other columns are left out.
+    """Return a table of the chosen columns, named after their roles; other columns are dropped.
 
-    Several columns for one role become one column with a list in each row: the numbers of those that hold 1.
+    Several columns for one role become one column of lists: the indices of those that are 1 in the row.
 
     Raises:
-        DataError: such a column holds something else than 0 and 1; names the row.
+        DataError: such a column has a value other than 0 and 1; names the row.
     """
     columns, names = {}, {}
     for role, column in chosen.items():
@@ -245,10 +246,11 @@ def _one_column(table: Table, labels: Sequence[str]) -> list[Any]:
 
 
 def label_strata(values: Sequence[Any]) -> list[Hashable]:
-    """Return by what a column of answers is held evenly in both parts of a split.
+    """Return the stratum of every value of a label column, for a stratified split.
 
-    Text, whole numbers and bools stand for themselves; quantities for their tenth; a list (the tags of words, several
-    labels) for the rarest label in it, so that rare entities reach both parts; anything else is of one kind.
+    Strings, integers and bools are their own stratum; continuous values are grouped into deciles; a list (the tags of
+    words, several labels) belongs to its rarest label, so that rare entities are in both parts; all other values form
+    one stratum.
     """
     if values and all(isinstance(v, str) for v in values):
         found = [number_in(v) for v in values]
@@ -285,7 +287,7 @@ def label_strata(values: Sequence[Any]) -> list[Hashable]:
 
 
 def single_classes(keys: Sequence[Hashable]) -> list[Hashable]:
-    """Return the classes of one row, in order: :func:`split` leaves them in training, and the user should know."""
+    """Return the classes with a single row, in order; :func:`split` keeps them in training, so warn the user."""
     return [key for key, count in Counter(keys).items() if count == 1]
 
 
@@ -296,26 +298,26 @@ def split(
     seed: int,
     groups: Sequence[Hashable] | None = None,
 ) -> tuple[Table, Table]:
-    """Hold out `fraction` of the rows, of every class as nearly its share as whole rows allow.
+    """Split the rows into training and held-out rows, stratified by class.
 
-    Of a class of n rows, where rows are not in groups, n x fraction are held out, rounded down or up so that the sum is
-    right; one row at least of each class stays in training, and one row at least is held out. Which rows depends on
-    `seed` and their places alone; both parts keep the order of the rows.
+    Without groups, n x fraction rows of a class of n rows are held out, rounded down or up so that the total is right;
+    at least one row of each class stays in training, and at least one row is held out. The choice depends only on
+    `seed` and the positions of the rows; both parts keep the order of the rows.
 
     Args:
         table: the rows.
-        keys: the class of each row; None: all are of one kind.
-        fraction: share of the rows that is held out, from 0 to less than 1.
-        seed: chooses the rows.
-        groups: the group of each row. Rows of one group stay together, so that the shares are met as well as whole
+        keys: the class of each row; None: all rows are of one class.
+        fraction: share of the rows to hold out, at least 0 and less than 1.
+        seed: seed of the choice.
+        groups: the group of each row. Rows of one group stay together, and the shares are met as closely as whole
             groups allow.
 
     Returns:
         (training rows, held-out rows)
 
     Raises:
-        ConfigError: `fraction` is not a share.
-        DataError: no row can be held out, since all classes have one row.
+        ConfigError: `fraction` is out of range.
+        DataError: no row, or no group, can be held out without emptying a class.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(
@@ -354,10 +356,10 @@ def split(
 def _whole_groups(
     keys: Sequence[Hashable], groups: Sequence[Hashable], fraction: float, seed: int
 ) -> set[int]:
-    """Choose groups whose rows come nearest to the share of every class; each class keeps rows in training.
+    """Return the rows of groups that approximate the share of every class; each class keeps rows in training.
 
-    The largest groups are decided on first, equal ones by lot, each by whether it brings the counts of the classes
-    nearer to their shares; the smaller ones then fill what is left.
+    Greedy: groups are visited by falling size, equal ones in random order, and a group is held out if that brings the
+    counts of the classes closer to their shares.
     """
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
@@ -377,7 +379,7 @@ def _whole_groups(
         own = Counter(keys[i] for i in members[group])
         if any(taken[key] + count >= whole[key] for key, count in own.items()):
             continue
-        # The change of the squared distances from the shares: of each class, and, weighing as much, of all rows.
+        # Change of the squared distance from the shares: of each class, and of all rows with the weight of all classes.
         change = len(whole) * further(len(held), len(members[group]), len(keys))
         change += sum(further(taken[key], count, whole[key]) for key, count in own.items())
         if change < 0:
@@ -385,7 +387,7 @@ def _whole_groups(
             taken.update(own)
         elif nearest is None or change < nearest[0]:
             nearest = (change, group)
-    if not held and nearest is not None:  # even the best group holds more than the share
+    if not held and nearest is not None:  # even the best group exceeds the share
         held.update(members[nearest[1]])
     return held
 
@@ -395,7 +397,7 @@ def _rank(seed: int, what: str, i: int) -> bytes:
 
 
 def _shares(sizes: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """Divide the held-out rows among classes by largest remainder (Hamilton's method), equal ones by lot."""
+    """Apportion the held-out rows to classes by largest remainder (Hamilton's method), ties in random order."""
     total = max(1, round(sum(sizes) * fraction))
     shares = [round(size * fraction, 9) for size in sizes]  # 0.29 of 100 rows are 29
     counts = [min(math.floor(share), size - 1) for share, size in zip(shares, sizes, strict=True)]
@@ -416,10 +418,10 @@ _ASCII = {code: None for code in range(128) if not chr(code).isalnum() and not c
 
 
 def normalised(text: str) -> str:
-    """Return a text as it is compared: NFKC, case folded, letters, their marks and digits only.
+    """Return a text in normalised form for comparison: NFKC, case folded, only letters, their marks and digits.
 
-    Without blanks, so that "top-up", "top up" and "topup" are one, like "don't" and "dont". A text without any of
-    these, such as a smiley, stays as it is but for case.
+    Spaces are removed, so that "top-up", "top up" and "topup" are equal, like "don't" and "dont". A text without
+    letters and digits, such as a smiley, is only normalised by NFKC, case folded and stripped.
     """
     if text.isascii():
         kept = text.casefold().translate(_ASCII)
@@ -447,19 +449,19 @@ def _compared(value: Any) -> str:
 def drop_duplicates(
     train: Table, other: Table, role_names: Sequence[str], what: str
 ) -> tuple[Table, int]:
-    """Leave out the training rows whose text also stands in `other`, so that held-out figures are of unseen rows.
+    """Drop training rows whose text is also in `other`, so that held-out metrics are of unseen text.
 
     Args:
         train: the training rows.
-        other: the held-out rows; they stay.
-        role_names: the columns of text, compared together.
-        what: what `other` is called: ``validation``.
+        other: the held-out rows, which are not changed.
+        role_names: the text columns, compared together.
+        what: name of `other` in messages: ``validation``.
 
     Returns:
-        (remaining training rows, number left out); rows left out are told in one line.
+        (remaining training rows, number dropped); the number is also reported in one line.
 
     Raises:
-        DataError: nothing remains, as when the same rows were given twice.
+        DataError: no training rows remain, as when the same source was given twice.
     """
     used = [name for name in role_names if name in train.columns and name in other.columns]
 

@@ -1,4 +1,4 @@
-"""Labels: from what stands in a column to classes 0..k-1 with names, the same for training and every other part."""
+"""Labels: mapping of column values to class ids 0..k-1 with names, shared by all splits."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = [
 _SHOWN = 3
 _MANY = 1000
 _FEW_ROWS = 20
-LARGEST = 1e37  # a number whose differences and sums over a batch stay within single precision
+LARGEST = 1e37  # largest target; differences and sums over a batch still fit single precision
 
 Where = Callable[[int], str]
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN or blank text."""
+    """Whether a cell is empty: None, NaN or blank text."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -46,8 +46,8 @@ class LabelMap:
     """The classes of a column.
 
     Args:
-        labels: names of the classes; the place of a name is the id of its class.
-        codes: the id of every spelling that a column may hold (as text), when it differs from the name.
+        labels: names of the classes; the index of a name is the id of its class.
+        codes: the class id of every value (as text) that a column may contain.
     """
 
     labels: tuple[str, ...]
@@ -64,23 +64,24 @@ class LabelMap:
         where: Where | None = None,
         column: str = "label",
     ) -> LabelMap:
-        """Find the classes in the training rows.
+        """Determine the classes from the training rows.
 
-        Without `given` or `names`, text keeps its spelling and classes are sorted: numbers by size, text by character.
+        Without `given`, `names` and `checkpoint`, the classes are the distinct values, sorted by size if all are
+        numbers and by character otherwise.
 
         Args:
-            values: one text, whole number or bool for each row.
-            given: names in the order of their ids, fixed by the caller, or a dict from value to name. Names for a
-                column of numbers belong to 0..k-1 or, if k occurs and 0 does not, to 1..k.
-            names: names of the classes whose numbers the column holds (``Table.label_names``).
+            values: one string, integer or bool per row.
+            given: names in the order of their ids, or a dict from value to name, set by the caller. Names for a column
+                of numbers belong to 0..k-1 or, if k occurs and 0 does not, to 1..k.
+            names: names of the classes whose numbers the column contains (``Table.label_names``).
             checkpoint: names of the classes of the checkpoint that is fine-tuned, whose order is kept; the column
-                holds them or their numbers.
-            where: where a row stands, for errors.
-            column: name of the column, for errors.
+                contains these names or their numbers.
+            where: returns the location of a row, for error messages.
+            column: name of the column, for error messages.
 
         Raises:
-            DataError: missing labels, numbers that are not whole, one class only, a value that is not in `given`, or
-                so many classes that the column looks like text.
+            DataError: labels are missing, numbers are not whole, there is only one class, a value is not in `given`,
+                or there are so many classes that the column looks like text.
         """
         at = where or (lambda i: f"row {i + 1}")
         texts = _spelled(values, at, column)
@@ -100,10 +101,10 @@ class LabelMap:
 
     @classmethod
     def numbered(cls, names: Sequence[str]) -> LabelMap:
-        """Classes of which a column may hold the numbers or the names, but not both."""
+        """Return classes for a column that contains either their numbers or their names."""
         codes = {str(k): k for k in range(len(names))}
         spelled = {str(name).strip(): k for k, name in enumerate(names)}
-        # Names that are numbers themselves would be taken for ids, so they are no spelling of a class.
+        # Names that are numbers could be mistaken for ids, so then only ids are accepted.
         return cls(tuple(spelled), codes if codes.keys() & spelled.keys() else codes | spelled)
 
     def ids(
@@ -117,26 +118,24 @@ class LabelMap:
         """Return the class ids of a column.
 
         Args:
-            values: one text, whole number or bool for each row.
-            names: names of the classes whose numbers this column holds, perhaps in another order than here.
-            where: where a row stands, for errors.
-            column: name of the column, for errors.
+            values: one string, integer or bool per row.
+            names: names of the classes whose numbers this column contains, possibly in another order than here.
+            where: returns the location of a row, for error messages.
+            column: name of the column, for error messages.
 
         Raises:
-            DataError: a missing label, or one that training did not have.
+            DataError: a label is missing, or did not occur in training.
         """
         at = where or (lambda i: f"row {i + 1}")
         texts = _spelled(values, at, column)
         known: LabelMap = self
         named = {str(k): str(name).strip() for k, name in enumerate(names or ())}
         places = {label.strip(): k for k, label in enumerate(self.labels)}
-        if (
-            places.keys() & named.values()
-        ):  # none, where the caller has given the classes other names
+        if places.keys() & named.values():  # empty if the caller has given the classes other names
             own = {k: places[name] for k, name in named.items() if name in places}
             known = LabelMap(self.labels, own | places)
         elif self.codes.keys() == set(self.labels) and not self.codes.keys() >= set(texts):
-            # A model that was loaded knows its names only; their numbers say the same where no name is a number.
+            # A loaded model has only class names; their numbers are equivalent if no name is a number.
             known = LabelMap.numbered(self.labels)
         known._check(texts, at, column, "the labels of the training rows")
         return [known.codes[text] for text in texts]
@@ -192,10 +191,10 @@ def make_tag_map(
     where: Where | None = None,
     column: str = "tags",
 ) -> tuple[LabelMap, list[list[int]]]:
-    """Return the classes and ids of a column whose cells are lists: the tags of words, or several labels of a row.
+    """Return the classes and ids of a column of lists: the tags of words, or several labels per row.
 
     Raises:
-        DataError: a cell that is no list, and as :meth:`LabelMap.learn`, with the place in the list.
+        DataError: a cell is not a list, or as in :meth:`LabelMap.learn`, with the position in the list.
     """
     flat, inside = flattened(rows, where, column)
     made = LabelMap.learn(
@@ -208,10 +207,10 @@ def make_tag_map(
 def flattened(
     rows: Sequence[Any], where: Where | None = None, column: str = "tags"
 ) -> tuple[list[Any], Where]:
-    """Return the items of all lists of a column and where each of them stands.
+    """Return the items of all lists of a column, and a function that returns the location of an item.
 
     Raises:
-        DataError: a cell that is no list.
+        DataError: a cell is not a list.
     """
     at = where or (lambda i: f"row {i + 1}")
     flat: list[Any] = []
@@ -243,7 +242,7 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
-    """Return every value as text; whole floats as integers, since a gap turns a column of integers into floats."""
+    """Return every value as a string; whole floats as integers, since missing values turn integers into floats."""
     missing = [i for i, value in enumerate(values) if is_missing(value)]
     if missing:
         places = "; ".join(at(i) for i in missing[:_SHOWN])
@@ -281,7 +280,7 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
 
 
 def blanks_note(values: Iterable[Any], column: str) -> list[str]:
-    """A line on the labels that have blanks around them, which are no part of their name."""
+    """Return a line about labels with surrounding whitespace, which is stripped; an empty list if there are none."""
     padded = [value for value in values if isinstance(value, str) and value != value.strip()]
     return (
         [f"{column}: blanks around {len(padded):,} labels, such as {padded[0]!r}, are left out"]
@@ -305,14 +304,14 @@ def finite_numbers(
     """Return a column as finite numbers.
 
     Args:
-        values: numbers, or texts that spell them.
-        where: where a row stands, for errors.
-        what: what the values are called: ``targets``.
-        cure: the sentence that says what to do about those that are none.
-        bools: False and True are 0 and 1.
+        values: numbers, or strings that spell them.
+        where: returns the location of a row, for error messages.
+        what: name of the values in messages: ``targets``.
+        cure: a sentence on how to correct invalid values, for the error message.
+        bools: accept False and True as 0 and 1.
 
     Raises:
-        DataError: names the first rows whose value is no finite number.
+        DataError: a value is not a finite number, or exceeds ``LARGEST``; names the first such rows.
     """
     found, wrong, large = [], [], []
     for i, value in enumerate(_decimal_points(values, where, what)):
@@ -335,16 +334,16 @@ def finite_numbers(
     return found
 
 
-# Digits with a comma for the point, and points or nothing between thousands; and the same the other way round.
+# Numbers with a decimal comma and optional points between thousands; and with a decimal point and optional commas.
 _COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?([eE][+-]?\d+)?")
 _POINT = re.compile(r"[+-]?\d{1,3}(,\d{3})*(\.\d+)?([eE][+-]?\d+)?")
 
 
 def _decimal_points(values: Sequence[Any], where: Where, what: str) -> Sequence[Any]:
-    """Texts of numbers as Python spells them: with a point for a decimal comma, without commas between thousands.
+    """Return numbers in Python's spelling: decimal commas become points, and thousands separators are removed.
 
     Raises:
-        DataError: every comma could be either, as in ``1,234``.
+        DataError: the commas are ambiguous, as in ``1,234``.
     """
     texts = {
         i: v.strip() for i, v in enumerate(values) if isinstance(v, str) and "," in v and v.strip()
@@ -352,7 +351,7 @@ def _decimal_points(values: Sequence[Any], where: Where, what: str) -> Sequence[
     if not texts:
         return values
     every = [v.strip() for v in values if isinstance(v, str) and v.strip()]
-    # Among decimal commas a lone point would stand between thousands, which no writer leaves to the reader.
+    # In a column with decimal commas, a number with a point but no comma would be ambiguous, so it is not accepted.
     comma = all(_COMMA.fullmatch(text) and ("," in text or "." not in text) for text in every)
     point = all(_POINT.fullmatch(text) or number_in(text) is not None for text in every)
     if comma and point:
@@ -422,7 +421,7 @@ def _given(
     column: str,
     names: Sequence[str] | None = None,
 ) -> LabelMap:
-    """Return the map that the caller's labels describe; see :meth:`LabelMap.learn` for numbers."""
+    """Return the label map for the caller's labels; see :meth:`LabelMap.learn` for columns of numbers."""
     if isinstance(given, str) or not given:
         raise DataError(
             f"{option('labels', given)} must list the labels, as {option('labels', ['negative', 'positive'])}."
@@ -442,9 +441,8 @@ def _given(
     present = set(texts)
     if names is not None:
         own = [str(name).strip() for name in names]
-        if (
-            set(own) <= codes.keys()
-        ):  # the caller's order, or other names, of the classes that the column numbers
+        # The caller reorders or renames the classes whose numbers the column contains.
+        if set(own) <= codes.keys():
             return LabelMap(labels, {str(k): codes[name] for k, name in enumerate(own)} | codes)
         if len(own) == len(labels) and not isinstance(given, Mapping):
             return LabelMap.numbered(labels)
@@ -471,15 +469,15 @@ def _of_checkpoint(
     column: str,
     names: Sequence[str] | None,
 ) -> LabelMap:
-    """Return the classes of a checkpoint that is a classifier already, with its names for those of the column.
+    """Return the label map of a checkpoint that is already a classifier, with the column's spellings as codes.
 
     Raises:
-        DataError: labels that the checkpoint does not have.
+        DataError: the column has labels that the checkpoint does not have.
     """
     labels = tuple(str(label) for label in checkpoint)
     places = {label.strip(): k for k, label in enumerate(labels)}
     folded = {label.strip().casefold(): k for k, label in enumerate(labels)}
-    if len(folded) == len(labels):  # the spelling of the checkpoint, where only the case differs
+    if len(folded) == len(labels):  # match case-insensitively if the names stay distinct
         places |= {text: folded[text.casefold()] for text in texts if text.casefold() in folded}
     if names is not None:
         own = {str(k): str(name).strip() for k, name in enumerate(names)}

@@ -1,7 +1,7 @@
-"""The loader: rows by position, in an order that is computed, with a thread that reads ahead.
+"""Data loader: rows by global position in a computed order, with a prefetch thread.
 
-What comes at a position depends on the seed and the position alone: not on how far ahead the thread reads, not on
-how positions are cut into batches, not on the number of devices.
+The row at a position depends only on the seed and the position, not on the prefetch depth, the batch size or the
+number of devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Examples(Protocol):
-    """Rows to train or evaluate on: a length, and a mapping of arrays at every index."""
+    """Rows to train or evaluate on: a sized sequence whose items are mappings of arrays."""
 
     def __len__(self) -> int: ...
 
@@ -34,9 +34,9 @@ class Examples(Protocol):
 
 
 def row_rng(seed: int, stream: str, position: int) -> np.random.Generator:
-    """Return the random numbers of one row: a function of seed, stream name and the row's global position."""
+    """Return the random generator of one row, a function of seed, stream name and the row's global position."""
     key = _stream_key(seed, stream)
-    # Philox takes its key as it is: the second word is the position, so no two rows share a stream.
+    # Philox uses its key unhashed: the second word is the position, so no two rows share a stream.
     return np.random.Generator(
         np.random.Philox(key=np.array([key, position & (2**64 - 1)], dtype=np.uint64))
     )
@@ -50,18 +50,18 @@ def _stream_key(seed: int, stream: str) -> int:
 
 
 def row_rngs(seed: int, stream: str, position: int, count: int) -> list[np.random.Generator]:
-    """Return the generators of ``count`` rows from global ``position``; see :func:`row_rng`."""
+    """Return the generators of ``count`` rows starting at global ``position``; see :func:`row_rng`."""
     return [row_rng(seed, stream, position + k) for k in range(count)]
 
 
 class Loader:
-    """Examples by their place in the training order.
+    """Examples by position in the training order.
 
     Args:
         rows: a split of prepared data, or any sequence of dicts of arrays.
-        seed: chooses the order.
-        shuffle: False gives the rows as they stand, for evaluation.
-        prefetch: batches that the thread of :meth:`stream` reads ahead; 0 reads in the calling thread.
+        seed: seed of the order.
+        shuffle: False keeps the rows in their stored order, for evaluation.
+        prefetch: batches that the thread of :meth:`stream` prefetches; 0 reads in the calling thread.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Loader:
         return self.order.epoch_length if self.order is not None else len(self.rows)
 
     def indices(self, position: int, count: int) -> NDArray[np.int64]:
-        """Return the row numbers at ``count`` places from ``position``, counted since the start of training."""
+        """Return ``count`` row numbers starting at ``position``, counted in rows since the start of training."""
         if self.order is not None:
             return self.order.indices(position, count)
         return (np.arange(count, dtype=np.int64) + position) % max(1, len(self.rows))
 
     def examples(self, position: int, count: int) -> list[Example]:
-        """Return ``count`` rows from ``position``, each a dict of (T,) arrays."""
+        """Return ``count`` rows starting at ``position``, each a dict of (T,) arrays."""
         indices = self.indices(position, count)
         if not isinstance(self.rows, Rows):
             return [self.rows[int(i)] for i in indices]
@@ -101,8 +101,8 @@ class Loader:
         """Yield ``make(position, count)`` for every place, computed ahead in a thread.
 
         Args:
-            places: positions and counts; may be endless.
-            make: a pure function; what it raises is raised here, at the same place in the order.
+            places: positions and counts; may be infinite.
+            make: a pure function; its exceptions are raised here, at their place in the order.
         """
         return ahead((partial(make, position, count) for position, count in places), self.prefetch)
 
@@ -131,7 +131,7 @@ def ahead(tasks: Iterable[Callable[[], T]], depth: int) -> Generator[T, None, No
                 if stop.is_set() or not put(False, task()):
                     return
             put(True, None)
-        except BaseException as error:  # handed to the consumer, who sees it in its place
+        except BaseException as error:  # re-raised in the consumer at its place in the order
             put(True, error)
 
     thread = threading.Thread(target=work, name="pretrain-loader", daemon=True)
@@ -146,8 +146,7 @@ def ahead(tasks: Iterable[Callable[[], T]], depth: int) -> Generator[T, None, No
             yield value  # type: ignore[misc]
     finally:
         stop.set()
-        with contextlib.suppress(
-            queue.Empty
-        ):  # a place for the result that the thread waits to hand over
+        # Free a slot, in case the thread is blocked putting a result.
+        with contextlib.suppress(queue.Empty):
             results.get_nowait()
         thread.join()

@@ -1,9 +1,9 @@
-"""The order in which rows are visited: a seeded bijection computed on demand, never stored.
+"""Training order of rows: a seeded permutation that is computed on demand and never stored.
 
 Row number ``i`` of epoch ``e`` is a pure function of ``(seed, e, i)``: a Feistel network over the smallest
-power of two that holds ``n``, with cycle walking for the values that fall outside (Black & Rogaway 2002,
-"Ciphers with Arbitrary Finite Domains"). Seeking costs the same at any position, nothing depends on the number
-of workers or devices, and a checkpoint needs one integer.
+power of two that is at least ``n``, with cycle walking for the values outside the range (Black & Rogaway 2002,
+"Ciphers with Arbitrary Finite Domains"). Seeking costs the same at any position, the order does not depend on the
+number of workers or devices, and a checkpoint stores one integer.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Order:
         return int(self._permute(np.array([epoch]), np.array([i]))[0])
 
     def indices(self, position: int, count: int) -> Ints:
-        """Return the rows at ``count`` places from ``position``, counted in rows since the start of training."""
+        """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""
         places = np.arange(count, dtype=np.int64) + np.int64(position)
         return self._permute(places // self.n, places % self.n)
 
@@ -93,7 +93,7 @@ class Order:
         one = np.uint64(1)
         right = values & ((one << right_bits) - one)
         left = values >> right_bits
-        # An unbalanced network: the halves keep their widths and take turns being changed.
+        # An unbalanced network: the two halves keep their widths and are changed in alternation.
         for turn in range(_ROUNDS):
             key = mix64(keys + np.uint64((turn * _GOLDEN) & _MASK64))
             if turn % 2:
@@ -104,14 +104,14 @@ class Order:
 
 
 class MixtureOrder:
-    """Visit several sources in fixed shares: every epoch holds an exact number of rows of each.
+    """Visit several sources in fixed shares: every epoch contains a fixed number of rows of each source.
 
-    A source that is asked for more rows than it has is repeated in a new order each time; one that is asked for
-    fewer goes on in the next epoch where it stopped. So within one source no row is seen a second time before all
-    of its rows were seen once.
+    A source with fewer rows than its share of an epoch is repeated, in a new order each time; a source with more
+    continues in the next epoch where it stopped. Within one source, no row is therefore visited a second time before
+    all of its rows were visited once.
 
     Args:
-        sizes: rows of each source; they lie one behind the other.
+        sizes: number of rows of each source; the rows of the sources are concatenated.
         weights: share of rows of each source (normalised here); ``None`` means every row once per epoch.
         seed: any integer.
     """
@@ -144,7 +144,7 @@ class MixtureOrder:
         return int(self.indices(epoch * self.epoch_length + i, 1)[0])
 
     def indices(self, position: int, count: int) -> Ints:
-        """Return the rows at ``count`` places from ``position``, counted in rows since the start of training."""
+        """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""
         places = np.arange(count, dtype=np.int64) + np.int64(position)
         epochs = places // self.epoch_length
         slots = self._slots.at(places)

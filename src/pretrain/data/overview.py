@@ -1,6 +1,6 @@
-"""What fine-tuning would see, before it starts: balance of the classes, lengths in tokens, and what is trained on.
+"""Preview of fine-tuning data: class balance, lengths in tokens, and the tokens that the loss is computed on.
 
-An :class:`Overview` only draws: whoever knows the task and the tokenizer counts, and hands the counts over.
+An :class:`Overview` only renders counts, which the caller, who knows the task and the tokenizer, has computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _ON, _OFF = "\x1b[1;32m", "\x1b[0m"
 _TEXT_CLASSES, _HTML_CLASSES = 12, 24
-_HEAD, _TAIL = 60, 30  # tokens shown of a longer run of the same kind
+_HEAD, _TAIL = 60, 30  # tokens shown at the start and the end of a longer run of the same kind
 _STYLE = """
 .ptd{font:14px/1.45 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;color:#0b0b0b;background:#fff;
 max-width:920px;padding:14px 18px;border:1px solid #e4e3df;border-radius:10px;--soft:#52514e;--line:#d6d5d0;
@@ -53,21 +53,21 @@ overflow-wrap:anywhere;font:13px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas
 
 @dataclass(repr=False)
 class Overview:
-    """The data of a fine-tuning run in one picture: print it, or let a notebook draw it.
+    """A summary of the data of a fine-tuning run, as text in a terminal or as HTML in a notebook.
 
     Args:
         name: the source: ``reviews.csv``.
-        task: the task.
-        tokenizer: where the tokenizer comes from.
+        task: name of the task.
+        tokenizer: origin of the tokenizer.
         rows: number of rows by split, training first.
-        classes: rows by class, by split; empty for tasks without classes.
-        lengths: tokens of each row, special ones included, before anything is cut.
-        max_length: the longest row that the model is given, in tokens.
-        cut: rows that exceed it.
-        beyond: what happens to these rows: ``cut``, ``dropped``, ``split into windows``.
-        notes: what else the user should know, one sentence each.
-        examples: rows as pieces of text, one for each token, and whether the loss is taken there; the pieces of a row
-            join to its text.
+        classes: number of rows by class, by split; empty for tasks without classes.
+        lengths: tokens of each row, special tokens included, before truncation.
+        max_length: the maximum row length of the model, in tokens.
+        cut: number of rows that exceed it.
+        beyond: how these rows are treated: ``cut``, ``dropped``, ``split into windows``.
+        notes: further remarks for the user, one sentence each.
+        examples: rows as pieces of text, one per token, with whether the loss is computed on the token; the pieces of a
+            row concatenate to its text.
     """
 
     name: str
@@ -82,11 +82,11 @@ class Overview:
     notes: list[str] = field(default_factory=list)
     examples: list[Pieces] = field(default_factory=list)
 
-    # ------------------------------------------------------------------------------------------- sentences
+    # ------------------------------------------------------------------------------------------- text lines
 
     @property
     def title(self) -> str:
-        """The rows by split."""
+        """Number of rows by split."""
         counts = [f"{count:,} {split}" for split, count in self.rows.items()]
         return f"{', '.join(counts)} rows" if counts else ""
 
@@ -110,7 +110,7 @@ class Overview:
 
     @property
     def cut_line(self) -> str:
-        """How many rows exceed the longest that the model is given, and what happens to them."""
+        """Number of rows that exceed the maximum length, and how they are treated."""
         if self.max_length is None or not self.lengths:
             return ""
         if not self.cut:
@@ -123,7 +123,7 @@ class Overview:
         )
 
     def _ranked(self, most: int) -> tuple[list[str], str]:
-        """Classes by falling count, and a sentence about those that are not shown."""
+        """Return the ``most`` largest classes, by falling count, and a line about those that are not shown."""
         labels = list(dict.fromkeys(label for counts in self.classes.values() for label in counts))
         total = {
             label: sum(counts.get(label, 0) for counts in self.classes.values()) for label in labels
@@ -138,7 +138,7 @@ class Overview:
     # ------------------------------------------------------------------------------------------------ text
 
     def __repr__(self) -> str:
-        """Return the overview as text; what is trained on is coloured on a terminal, else set in «»."""
+        """Return the overview as text; tokens in the loss are coloured on a terminal, and otherwise set in «»."""
         colour = _colours()
         lines = [_one_line(text) for text in (self.name, self.title, self.subtitle)]
         if self.classes:
@@ -177,7 +177,7 @@ class Overview:
     # ------------------------------------------------------------------------------------------------ HTML
 
     def _repr_html_(self) -> str:
-        """Return the overview as one self-contained piece of HTML, light or dark as the reader's system is."""
+        """Return the overview as self-contained HTML that follows the light or dark mode of the reader's system."""
         parts = [f"<h3>{escape(self.name)}</h3>"]
         parts += [
             f'<p class="soft">{escape(line)}</p>' for line in (self.title, self.subtitle) if line
@@ -251,7 +251,7 @@ def _one_line(text: str) -> str:
 
 
 def _cells(text: str) -> int:
-    """Columns of a terminal that a text takes: wide characters take two, marks none."""
+    """Return the terminal columns of a text: wide characters take two, combining marks none."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
 
@@ -275,10 +275,10 @@ def _bar(share: float, width: int) -> str:
 def _histogram(
     lengths: Sequence[int], bins: int, limit: int | None = None
 ) -> tuple[int, list[int]]:
-    """Return (width of a bin, counts): bin k holds lengths from k x width up; the last one all that is longer.
+    """Return (bin width, counts): bin k counts lengths from k x width up; the last bin includes all longer ones.
 
-    A few very long rows must not press all others into one bin, so the scale ends at the 99.5th percentile or a little
-    behind the limit.
+    A few very long rows should not squeeze all others into one bin, so the scale ends at the 99.5th percentile, or a
+    little above the limit if rows exceed it.
     """
     order = sorted(lengths)
     top = order[(len(order) - 1) * 995 // 1000]
@@ -350,7 +350,7 @@ def _svg_histogram(lengths: Sequence[int], limit: int | None) -> str:
 
 
 def _runs(row: Pieces) -> list[tuple[list[str], int, list[str], bool]]:
-    """Group tokens of the same kind: (first tokens, number left out, last tokens, whether trained on)."""
+    """Group consecutive tokens of the same kind: (first tokens, number omitted, last tokens, whether in the loss)."""
     groups: list[tuple[list[str], bool]] = []
     for text, trained in row:
         if groups and groups[-1][1] == trained:

@@ -1,7 +1,7 @@
-"""Packing of documents into rows of fixed length: best fit, longest first (Johnson 1974; Krell et al. 2021).
+"""Packing of documents into rows of fixed length: best-fit decreasing (Johnson 1974; Krell et al. 2021).
 
-Lengths are small integers, so bins with equal free space are interchangeable and are handled as whole groups:
-the cost is one numpy call for each pair of a length and a free space that meet, not one step per document.
+Lengths are small integers, so bins with equal free space are interchangeable and are handled as groups: the cost is a
+few numpy calls for each combination of a length and a free space that occurs, not one step per document.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Packing:
-    """Which tokens stand in which row.
+    """The assignment of tokens to rows.
 
     Attributes:
         segments: (S, 2) first token and length of every piece of a document, in row order.
@@ -31,20 +31,20 @@ class Packing:
     rows: Ints
 
     def padding(self, row_length: int) -> float:
-        """Return the share of places that hold no token."""
+        """Return the share of positions without a token."""
         places = (len(self.rows) - 1) * row_length
         return 1.0 - float(self.segments[:, 1].sum()) / places if places else 0.0
 
 
 def split_long(offsets: Ints, row_length: int) -> Ints:
-    """Cut documents into pieces of at most ``row_length`` tokens.
+    """Split documents into pieces of at most ``row_length`` tokens.
 
     Args:
         offsets: (N + 1,) document ``i`` holds tokens ``offsets[i]:offsets[i + 1]``.
         row_length: tokens in a row.
 
     Returns:
-        (S, 2) first token and length of every piece in document order; empty documents give none.
+        (S, 2) first token and length of every piece in document order; empty documents have no pieces.
     """
     starts, lengths = offsets[:-1], np.diff(offsets)
     counts = -(-lengths // row_length)
@@ -59,14 +59,14 @@ def split_long(offsets: Ints, row_length: int) -> Ints:
 
 
 class _Bins:
-    """Bins grouped by free space; a bit per free space finds the tightest group that still fits."""
+    """Bins grouped by free space; a bit mask of the free spaces in use finds the tightest group that fits."""
 
     def __init__(self, capacity: int) -> None:
         self.groups: list[list[Ints]] = [[] for _ in range(capacity + 1)]
         self.mask = 0
 
     def tightest(self, length: int) -> int:
-        """Return the smallest free space >= ``length`` that some bin has, or -1."""
+        """Return the smallest free space >= ``length`` of any bin, or -1."""
         above = self.mask >> length
         return length + (above & -above).bit_length() - 1 if above else -1
 
@@ -87,14 +87,14 @@ class _Bins:
 
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
-    """Assign every item to a bin, longest items first, each into the fullest bin that still holds it.
+    """Assign every item to a bin, longest items first, each to the fullest bin that it fits into.
 
     Args:
-        lengths: (N,) between 1 and ``capacity``.
+        lengths: (N,) lengths between 1 and ``capacity``.
         capacity: size of a bin.
 
     Returns:
-        (N,) bin of every item; bins are numbered from 0 without gaps.
+        (N,) bin number of every item; bins are numbered from 0 without gaps.
     """
     if lengths.size and (int(lengths.min()) < 1 or int(lengths.max()) > capacity):
         raise DataError(
@@ -115,7 +115,7 @@ def best_fit(lengths: Ints, capacity: int) -> Ints:
                 bins.put(space - length, chosen)
                 group = group[chosen.size :]
                 continue
-            # A new bin is the tightest for its own length until it is full, so it takes as many as it holds.
+            # A new bin is the tightest fit for items of this length until it is full, so fill it at once.
             each = capacity // length
             fresh = -(-group.size // each)
             result[group] = opened + np.arange(group.size) // each
@@ -129,21 +129,21 @@ def best_fit(lengths: Ints, capacity: int) -> Ints:
 
 
 def pack(offsets: Ints, row_length: int) -> Packing:
-    """Pack documents into rows; documents longer than a row are cut, all others stay whole.
+    """Pack documents into rows; documents longer than a row are split, all others stay whole.
 
     Args:
         offsets: (N + 1,) token offsets of the documents.
         row_length: tokens in a row.
 
     Returns:
-        A :class:`Packing`; rows stand in the order of their first token, pieces in a row likewise.
+        A :class:`Packing`; rows, and pieces within a row, are in the order of their first token.
     """
     pieces = split_long(offsets, row_length)
     if not len(pieces):
         return Packing(pieces, np.zeros(1, dtype=np.int64))
     bins = best_fit(pieces[:, 1], row_length)
     count = int(bins.max()) + 1
-    # Pieces come in token order, so the first piece met of a bin is its lowest one.
+    # Pieces are in token order, so the first piece of a bin is the one with its first token.
     first = np.full(count, len(pieces), dtype=np.int64)
     np.minimum.at(first, bins, np.arange(len(pieces)))
     rank = np.empty(count, dtype=np.int64)

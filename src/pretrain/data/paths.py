@@ -1,4 +1,4 @@
-"""Where files are: what a name means, what a file contains (by hash), where results are cached."""
+"""Paths: files of a path, glob or folder, content hashes of files, and the cache directory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _GLOB = "*?["
 
 
 class FileHashes:
-    """Content hashes of files, remembered by path, size, times and inode.
+    """Content hashes of files, cached by path, size, times and inode.
 
-    A remembered hash is trusted only if the file was already a while old when it was taken: a file rewritten within
-    one tick of the clock keeps its time.
+    A hash is cached only if the file was at least two seconds old when it was hashed, because a file that is rewritten
+    within one tick of the file system clock keeps its modification time.
     """
 
     def __init__(self, memory: Path | None = None) -> None:
@@ -37,7 +37,7 @@ class FileHashes:
                 known = json.loads(memory.read_text(encoding="utf-8"))
                 self._known = known if isinstance(known, dict) else {}
             except (OSError, ValueError):
-                self._known = {}  # a memory that cannot be read costs time, nothing else
+                self._known = {}  # an unreadable cache only costs time
 
     def of(self, path: Path) -> str:
         """Return the hash of a file's bytes."""
@@ -45,7 +45,7 @@ class FileHashes:
             status = path.stat()
             key = str(path.resolve())
             entry = self._known.get(key)
-            # Size and time of change can be made to look the same (cp -p, tar); these cannot.
+            # Size and mtime can be preserved on a changed file (cp -p, tar); ctime and inode cannot.
             mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             if isinstance(entry, list) and len(entry) == 5 and entry[:4] == mark:
                 return str(entry[4])
@@ -61,7 +61,7 @@ class FileHashes:
         return digest.hexdigest()
 
     def save(self) -> None:
-        """Write the memory, if there is one and it changed; failing to is harmless."""
+        """Write the cache file, if there is one and it changed; errors are ignored."""
         if self.memory is None or not self._changed:
             return
         try:
@@ -72,11 +72,11 @@ class FileHashes:
 
 
 def find_files(name: str) -> list[Path]:
-    """Return the files that a path, glob or folder means, sorted; raise DataError if there are none."""
+    """Return the files of a path, glob or folder, sorted; raise DataError if there are none."""
     try:
         return _find(name)
     except (OSError, RuntimeError, ValueError) as error:
-        # A name that is too long or holds NUL, "~" and a user that does not exist, a folder that may not be read.
+        # The name is too long, contains NUL or "~" with an unknown user, or a folder is not readable.
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         place = str(getattr(error, "filename", None) or name)
         short = place if len(place) <= 200 else place[:200] + "..."
@@ -84,10 +84,10 @@ def find_files(name: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Return the readable kinds of files below a folder, hidden ones left out."""
+    """Return the files of supported formats below a folder, excluding hidden ones."""
 
     def refuse(error: OSError) -> None:
-        raise error  # leaving out what cannot be read would silently train on less
+        raise error  # skipping unreadable folders would silently train on less data
 
     found = []
     for place, folders, names in os.walk(folder, onerror=refuse):
@@ -98,7 +98,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def passed_over(name: str) -> str:
-    """Return a sentence that counts, by suffix, the files of a folder that :func:`find_files` leaves; or nothing."""
+    """Return a sentence that counts, by suffix, the files of a folder that :func:`find_files` skips, or ""."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return ""
@@ -152,6 +152,6 @@ def _find(name: str) -> list[Path]:
 
 
 def cache_home() -> Path:
-    """Return where prepared data are kept: ``$PRETRAIN_CACHE`` or ``~/.cache/pretrain``."""
+    """Return the cache directory: ``$PRETRAIN_CACHE`` or ``~/.cache/pretrain``."""
     chosen = os.environ.get("PRETRAIN_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "pretrain"

@@ -1,6 +1,6 @@
-"""The later passes of ``prepare``: tokenise, pack, baseline.
+"""The later passes of ``prepare``: tokenising, packing and the unigram baseline.
 
-Tokenising appends to flat files and writes a journal from time to time, to which a restart goes back.
+Tokenising appends to flat files and writes a journal every few seconds; a restart resumes from the last journal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SPLITS = ("train", "valid")
 _JOURNAL_SECONDS = 5.0
 _BATCH_CHARS = 1 << 20
 _BATCH_PIECES = 16_384
-# Below this much text, child processes take longer to start than they save.
+# With less text than this, starting child processes takes longer than they save.
 _SMALL_BYTES = 16 << 20
 
 
@@ -50,7 +50,7 @@ class _Tally:
 
 @dataclass
 class Progressed:
-    """The journal of tokenising: everything up to ``pieces`` is on disk."""
+    """The journal of tokenising: the output of the first ``pieces`` pieces is on disk."""
 
     pieces: int = 0
     text_bytes: int = 0
@@ -60,11 +60,11 @@ class Progressed:
     open_tokens: list[int] = field(default_factory=lambda: [0, 0])
     unknown: list[int] = field(default_factory=lambda: [0, 0])
     max_id: int = 0
-    written: dict[str, list[Any]] = field(default_factory=dict)  # file -> bytes and their SHA-256
+    written: dict[str, list[Any]] = field(default_factory=dict)  # file -> [size, SHA-256]
 
     @classmethod
     def load(cls, path: Path, sources: int) -> Progressed:
-        """Return the journal, or a new one where there is none or what it says is on disk is not."""
+        """Return the journal, or a new one if there is none or the files on disk do not match it."""
         try:
             raw = read_sealed(path)
             journal = cls(**raw)
@@ -88,7 +88,7 @@ class Progressed:
 
 @dataclass
 class _Batch:
-    """Pieces on their way to the encoder."""
+    """A batch of pieces to encode."""
 
     texts: list[str] = field(default_factory=list)
     split: list[int] = field(default_factory=list)
@@ -99,7 +99,7 @@ class _Batch:
 
 
 def planned(sources: Sequence[Source], scan: Scan) -> Iterator[tuple[str, int, int, bool]]:
-    """Yield ``(text, split, source, end)`` of all kept documents in order."""
+    """Yield ``(text, split, source, end)`` for the pieces of all kept documents, in order."""
     states = scan.states
     document, passed = 0, 0
     for number, source in enumerate(sources):
@@ -120,7 +120,7 @@ def planned(sources: Sequence[Source], scan: Scan) -> Iterator[tuple[str, int, i
             if left <= 0:
                 yield text, 1, number, end
             elif left >= len(text):
-                # Where the cut falls on the end of this piece, the training part of the document ends with it.
+                # If the cut coincides with the end of this piece, the training part of the document ends here.
                 yield text, 0, number, end or left == len(text)
             else:
                 yield text[:left], 0, number, True
@@ -233,7 +233,7 @@ class _Writer:
         journal.inside = not batch.end[-1]
 
     def commit(self) -> None:
-        """Make everything written so far durable, then say so in the journal."""
+        """Sync everything written so far to disk, then record it in the journal."""
         for stream in (*self.tokens, *self.documents):
             stream.flush()
             os.fsync(stream.fileno())
@@ -245,7 +245,10 @@ class _Writer:
 
 
 class _Appended:
-    """A file that is appended to after its first ``size`` bytes, hashed; what a killed run wrote beyond them goes."""
+    """A file opened for appending after its first ``size`` bytes, with a running SHA-256.
+
+    Bytes beyond ``size``, written by an interrupted run, are truncated.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size, self.digest = path, size, _hash_of(path, size)
@@ -267,7 +270,7 @@ class _Appended:
 
 
 def _hash_of(path: Path, size: int) -> Any:
-    """SHA-256 over the first ``size`` bytes of a file."""
+    """Return the SHA-256 hash object of the first ``size`` bytes of a file."""
     digest = hashlib.sha256()
     if size:
         with path.open("rb") as stream:
@@ -286,15 +289,15 @@ def tokenise(
     workers: int,
     progress: Progress,
 ) -> Progressed:
-    """Encode all kept documents into ``folder``, going on where an earlier run stopped.
+    """Encode all kept documents into ``folder``, resuming an interrupted run from its journal.
 
     Args:
-        folder: holds the token files and the journal.
+        folder: directory of the token files and the journal.
         sources: the sources of the scan.
         scan: result of the first pass.
-        tokenizer: used with every text read as text.
-        workers: processes.
-        progress: told the bytes done.
+        tokenizer: encodes the documents; special tokens spelt in a document are read as plain text.
+        workers: number of processes.
+        progress: called with the number of bytes done since the last call.
     """
     journal = Progressed.load(folder / "journal.json", len(sources))
     progress(journal.text_bytes)
@@ -331,12 +334,12 @@ def tokenise(
 
 
 def pack_split(folder: Path, split: str, documents: Sequence[int], row_length: int) -> list[int]:
-    """Pack the documents of one split, each source by itself; return the rows of each source.
+    """Pack the documents of one split, each source separately; return the number of rows of each source.
 
     Args:
-        folder: holds ``{split}.documents.bin``; segments and rows are written beside it.
+        folder: directory of ``{split}.documents.bin``; segments and rows are written there too.
         split: ``"train"`` or ``"valid"``.
-        documents: documents of each source.
+        documents: number of documents of each source.
         row_length: tokens in a row.
     """
     offsets = np.fromfile(folder / f"{split}.documents.bin", dtype="<i8")
@@ -360,10 +363,10 @@ def pack_split(folder: Path, split: str, documents: Sequence[int], row_length: i
 
 
 def unigram_baseline(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
-    """Return what a model without any context reaches on the validation tokens.
+    """Return the unigram baseline: loss and accuracy of a model without context on the validation tokens.
 
-    ``nats``: cross-entropy of validation tokens under training counts plus one; ``most_frequent``: the accuracy of
-    always guessing the commonest training token. Tokens that are never predicted (the prefix) do not count.
+    ``nats``: cross-entropy of the validation tokens under the training counts plus one; ``most_frequent``: accuracy of
+    always predicting the most frequent training token. Tokens that are never predicted (the prefix) are not counted.
     """
     counts = [_count(folder / f"{split}.tokens.bin", tokenizer) for split in SPLITS]
     train, valid = counts

@@ -1,8 +1,8 @@
-"""``prepare``: from sources to packed rows on disk, once; the second call finds them by their fingerprint.
+"""``prepare``: sources to packed rows on disk; a later call with the same input finds them by their fingerprint.
 
 The result is a directory: ``manifest.json`` (written last), ``tokenizer/`` and four flat files for each split
-(see :mod:`pretrain.data.shards`). Work happens in a hidden directory beside it, which a killed run leaves behind
-and the next one goes on with; the rename at the end is what makes the data exist.
+(see :mod:`pretrain.data.shards`). The data are built in a hidden directory beside it, which a later run resumes if
+this one is killed, and renamed into place at the end, so the target never holds partial data.
 """
 
 from __future__ import annotations
@@ -65,25 +65,25 @@ def prepare(
     quiet: bool = False,
     lowercase: bool = False,
 ) -> Prepared:
-    """Turn text into packed rows of token ids; a second call with the same input costs nothing.
+    """Turn text into packed rows of token ids; a second call with the same input reuses the result.
 
     Args:
         sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, a ``datasets.Dataset``, a list of these, or a
-            mapping from these to their share of the rows. One text file is one document, one table row likewise.
-        out: directory to write; default: a directory in the cache, named by the fingerprint.
+            mapping from these to their share of the rows. Each text file and each table row is one document.
+        out: directory to write; default: a directory in the cache, named after the fingerprint.
         tokenizer: a kind to train (``"bpe"``, ``"wordpiece"``, ``"char"``), or a file, directory or checkpoint.
         vocab_size: upper bound for a trained vocabulary.
         row_length: tokens in a row.
         valid: share of documents held out, chosen by a hash of their content; or ``"last:0.1"`` for the last tenth
             of the text by characters; or a source; or 0.
-        text: column of the text in tables; a mapping gives files (by name, path or pattern) columns of their own.
-        separator: what stands between documents in plain text files, whose lines all end with a line feed.
-        encoding: of text files and tables; default UTF-8, or what a byte order mark says.
-        seed: chooses which documents are held out.
-        workers: processes that encode; default: one for each core.
+        text: column of the text in tables; a mapping sets the column per file (by name, path or pattern).
+        separator: text between documents in plain text files, whose line ends are all read as a line feed.
+        encoding: encoding of text files and tables; default UTF-8, or the encoding of the byte order mark.
+        seed: determines which documents are held out.
+        workers: number of encoding processes; default: one per core.
         cache_dir: default ``$PRETRAIN_CACHE``, else ``~/.cache/pretrain``.
         quiet: print nothing.
-        lowercase: train a WordPiece tokenizer that forgets case and accents.
+        lowercase: train a WordPiece tokenizer that drops case and accents.
 
     Raises:
         DataError: a source cannot be read (with file, line and byte), there is no text, or the disk is full.
@@ -121,7 +121,13 @@ def _place(name: str | Path) -> Path:
 
 
 def _existing(target: Path, job: Job) -> Prepared | None:
-    """Return prepared data that fit; say why data in the way do not fit; refuse to overwrite anything else."""
+    """Return the prepared data in ``target`` if they match the job.
+
+    Prepared data that do not match are reported, and None is returned: they will be replaced.
+
+    Raises:
+        DataError: ``target`` is something else, which must not be overwritten.
+    """
     if target.exists() and not target.is_dir():
         raise DataError(f"{target} is a file; `out` must be a directory.")
     strange = foreign(target) if target.is_dir() else None
@@ -133,7 +139,7 @@ def _existing(target: Path, job: Job) -> Prepared | None:
     try:
         manifest = read_manifest(target)
     except DataError as error:
-        # Only what is surely ours is replaced: a manifest.json alone can be anybody's.
+        # Only directories that prepare() wrote are replaced; other programs write a manifest.json too.
         if not (target / "train.tokens.bin").is_file():
             raise
         job.say(f"{error} Preparing it again.")
@@ -156,7 +162,7 @@ def _existing(target: Path, job: Job) -> Prepared | None:
 
 
 def _ready(target: Path, job: Job) -> Prepared | None:
-    """Open prepared data that have the fingerprint of the job and are whole."""
+    """Return the prepared data in ``target`` if they are intact and have the fingerprint of the job, else None."""
     try:
         manifest = read_manifest(target)
         if manifest is not None and manifest["fingerprint"] == job.fingerprint:
@@ -167,9 +173,8 @@ def _ready(target: Path, job: Job) -> Prepared | None:
 
 
 def _build(out: Path, job: Job) -> Prepared:
-    target = Path(
-        os.path.realpath(out)
-    )  # behind a link the folder itself is replaced, and "." has a name
+    # Resolved, so that a link keeps pointing to the data and "." has a name.
+    target = Path(os.path.realpath(out))
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.preparing-{job.fingerprint[:12]}"
@@ -180,14 +185,14 @@ def _build(out: Path, job: Job) -> Prepared:
     work.mkdir(exist_ok=True)
     with hold(work, job.say):
         ready = _ready(target, job)
-        if ready is not None:  # another process prepared it while this one waited
+        if ready is not None:  # prepared by another process while this one waited for the lock
             shutil.rmtree(work, ignore_errors=True)
             return ready
         work.mkdir(exist_ok=True)
         try:
             scan, tokenizer = _scan(work, job)
         except BaseException:
-            # Nothing of it is of use to a later run.
+            # A later run cannot resume an incomplete scan.
             shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):
                 for folder in made:
@@ -195,7 +200,7 @@ def _build(out: Path, job: Job) -> Prepared:
             raise
         _fill(work, job, scan, tokenizer)
         publish(work, target)
-    # Where `out` is the current folder, that folder is gone with its old content; the full name is not.
+    # If `out` is the current directory, the rename has replaced that directory, so only the absolute path is valid.
     return Prepared.open(out if (out / MANIFEST).is_file() else target)
 
 
@@ -203,7 +208,7 @@ def _build(out: Path, job: Job) -> Prepared:
 def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], Any]]:
     from tqdm.auto import tqdm
 
-    # In a log file a bar is a line of noise for every step; a notebook has no terminal but draws it.
+    # In a log file a progress bar would print a line per update; a notebook has no terminal but renders the bar.
     quiet = quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     with tqdm(
         total=total, desc=label, unit="B", unit_scale=True, disable=quiet, leave=False
@@ -212,7 +217,7 @@ def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int],
 
 
 def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
-    """Return the result of the first pass and the tokenizer, from an earlier run if it got so far."""
+    """Return the result of the first pass and the tokenizer, loaded if an interrupted run completed them."""
     scan = Scan.load(work)
     if scan is not None:
         with suppress(TokenizerError):
@@ -248,14 +253,14 @@ def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
         assert job.tokenizer is not None
         tokenizer = job.tokenizer
     tokenizer.save(work / "tokenizer")
-    # As it is opened again: what a file does not hold is lost.
+    # Fingerprint the tokenizer as reloaded, since parts of it may not be stored in its files.
     scan.tokenizer = Tokenizer.from_directory(work / "tokenizer").fingerprint
     scan.save(work)
     return scan, tokenizer
 
 
 def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
-    """Write everything but the name."""
+    """Write tokens, packed rows, checksums and the manifest into the work directory."""
     with _bar("encoding", scan.text_bytes, job.quiet) as progress:
         done = tokenise(work, job.sources, scan, tokenizer, workers=job.workers, progress=progress)
     row_length = job.options["row_length"]
@@ -281,7 +286,7 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
     if not splits["valid"]["documents"]:
         notes.append("no validation rows: a run on these data cannot measure a validation loss")
     notes += _vocabulary_notes(job, tokenizer, done)
-    for kind in ("tokens", "segments", "rows"):  # what training reads
+    for kind in ("tokens", "segments", "rows"):  # the files that training reads
         for split in SPLITS:
             write_sums(work / f"{split}.{kind}.bin")
     names = sorted(
@@ -313,7 +318,7 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
 
 
 def _vocabulary_notes(job: Job, tokenizer: Tokenizer, done: Progressed) -> list[str]:
-    """Say where the vocabulary does not fit the text: entries that were not made, and text that it does not know."""
+    """Return notes on a vocabulary that is smaller than requested or that does not cover the text."""
     notes = []
     asked = job.options["vocab_size"]
     if job.tokenizer is None and tokenizer.kind != "char" and tokenizer.vocab_size < 0.9 * asked:

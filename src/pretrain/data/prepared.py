@@ -1,4 +1,4 @@
-"""Prepared data as an object: open, check, look at."""
+"""Prepared data: opening, checking and summarising a directory that ``prepare`` wrote."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Prepared:
 
     Attributes:
         path: the directory.
-        manifest: what was prepared: ``fingerprint``, ``options``, ``splits``, ``unigram``, ``notes``, ``files``.
-        tokenizer: the tokenizer the rows were made with.
+        manifest: its manifest: ``fingerprint``, ``options``, ``splits``, ``unigram``, ``notes``, ``files``.
+        tokenizer: the tokenizer that the rows were encoded with.
         row_length: tokens in a row.
-        train, valid: the rows.
+        train, valid: the rows of each split.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -45,12 +45,12 @@ class Prepared:
         """Open a prepared directory.
 
         Args:
-            path: what :func:`prepare` wrote.
-            verify: hash files over 64 MB as a whole now; without it they are verified block by block, when each
-                is first read. Smaller files are always hashed.
+            path: a directory that :func:`prepare` wrote.
+            verify: hash files over 64 MiB completely now; otherwise each of their blocks is verified when it is
+                first read. Smaller files are always hashed.
 
         Raises:
-            DataError: no prepared data there, or a file is missing, cut or changed.
+            DataError: there are no prepared data, or a file is missing, truncated or changed.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -79,25 +79,25 @@ class Prepared:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each predicted token, on validation rows if there are any."""
+        """UTF-8 bytes of text per predicted token, on the validation rows if there are any."""
         rows = self.valid if self.valid.num_targets else self.train
         return rows.num_bytes / max(1, rows.num_targets)
 
     @property
     def unigram_entropy(self) -> float | None:
-        """Nats per token on validation rows for a model that knows only how often each token occurs."""
+        """Unigram baseline: nats per token of the validation rows, given only the frequency of each token."""
         value = self.manifest["unigram"].get("nats")
         return None if value is None else float(value)
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """Name, share asked for, share realised, documents, tokens, bytes and rows of each training source."""
+        """Name, requested share, actual share, documents, tokens, bytes and rows of each training source."""
         found: list[dict[str, Any]] = self.manifest["splits"]["train"]["sources"]
         return found
 
     def table(self) -> str:
         """Return the closing table of ``prepare`` as text."""
-        # Names of files need not be UTF-8; what cannot be printed is spelt out, and no name drives a terminal.
+        # File names need not be UTF-8, and may hold control characters: escape both.
         text = _table(self).encode("utf-8", "backslashreplace").decode("utf-8")
         return "\n".join(map(printable, text.split("\n")))
 
@@ -114,7 +114,11 @@ class Prepared:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a prepared directory, or None where there is none; DataError if it is damaged."""
+    """Return the manifest of a prepared directory, or None if there is none.
+
+    Raises:
+        DataError: the manifest is damaged, belongs to something else, or has another format.
+    """
     file = folder / MANIFEST
     try:
         with file.open("rb") as stream:
@@ -150,12 +154,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Check types and ranges of all that is read from a manifest: it may come from anywhere."""
+    """Check the types and ranges of all manifest fields that are read, since a manifest is untrusted input."""
     _check(file, "", manifest, _SHAPE)
     for split in SPLITS:
         stats = manifest["splits"].get(split)
         _check(file, f"splits.{split}", stats, _SPLIT_SHAPE)
-        if "unknown" in stats:  # older data do not tell it
+        if "unknown" in stats:  # absent from data prepared by older releases
             _check(file, f"splits.{split}", stats, {"unknown": _COUNT})
         for entry in stats["sources"]:
             _check(file, f"splits.{split}.sources", entry, _SOURCE_SHAPE)
@@ -179,14 +183,14 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Range:
-    """A number between two others, both allowed."""
+    """An allowed range of numbers, bounds included."""
 
     kind: type
     low: float
     high: float
 
     def holds(self, value: Any) -> bool:
-        """Whether a number lies between the two."""
+        """Whether a number lies within the range."""
         return bool(self.low <= value <= self.high)
 
 
@@ -213,7 +217,7 @@ def _damaged(file: Path, fault: str) -> DataError:
 
 
 def _check(file: Path, where: str, value: Any, shape: dict[str, Any]) -> None:
-    """Compare a part of the manifest with the keys, types and ranges it must have."""
+    """Raise DataError unless a part of the manifest has the required keys, types and ranges."""
     if not isinstance(value, dict):
         raise _damaged(file, f"{where} is missing or not an object")
     for key, kind in shape.items():

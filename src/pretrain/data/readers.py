@@ -1,7 +1,7 @@
-"""Readers of single files: text in bounded blocks, plain or compressed, with the place of every fault.
+"""Readers of single files: text in bounded blocks, plain or compressed, with the location of every error.
 
-A reader yields pieces ``(text, end)``: ``end`` is True for the last piece of a document, so that a document of
-any size passes through constant memory.
+A reader yields pieces ``(text, end)``, where ``end`` is True for the last piece of a document, so that a plain-text
+document of any size is read in constant memory.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ FORMATS = {
 }  # fmt: skip
 _BLOCK = 1 << 20
 _MAX_LINE = 512 << 20
-_MAX_WHOLE = 1 << 30  # bytes of a file that cannot be read in pieces
+_MAX_WHOLE = 1 << 30  # size limit, in bytes, of files that cannot be read in pieces
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files of documents are read.
+    """Options for reading files of documents.
 
     Args:
         text: column of the text in tables.
-        separator: what stands between documents in plain text; None: a file is one document.
-        encoding: of text and tables; None is UTF-8, or what a byte order mark says.
-        notes: told in one sentence about anything that was left out.
-        undecodable: told of a document that the encoding does not know, which is then left out; None: it is an error.
+        separator: text between documents in plain text; None: a file is one document.
+        encoding: encoding of text and tables; None is UTF-8, or the encoding of the byte order mark.
+        notes: called with one sentence about anything that is skipped.
+        undecodable: called for each document that cannot be decoded, which is then skipped; it receives a function
+            that returns the error. None: such a document raises the error.
     """
 
     text: str = "text"
@@ -59,7 +60,7 @@ class Reading:
 
 
 def file_format(path: Path) -> str | None:
-    """Return the format that the name of a file says, None if it says none."""
+    """Return the format that the suffix of a file name denotes, or None."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -67,7 +68,7 @@ def file_format(path: Path) -> str | None:
 
 
 def found_in_folders(path: Path) -> bool:
-    """Whether a folder is searched for files of this name: ``.json`` is more often a setting than text."""
+    """Whether a search of folders includes this file; ``.json`` is excluded, being mostly used for settings."""
     return bool(file_format(path)) and ".json" not in [s.lower() for s in path.suffixes[-2:]]
 
 
@@ -75,7 +76,7 @@ def read_file(path: Path, how: Reading) -> Iterator[Piece]:
     """Yield the documents of a file in pieces.
 
     Raises:
-        DataError: with file, line and byte or column.
+        DataError: the file cannot be read; names the file, and the line and byte or column.
     """
     kind = file_format(path) or "text"
     if kind == "text":
@@ -94,7 +95,7 @@ def read_file(path: Path, how: Reading) -> Iterator[Piece]:
 
 # --------------------------------------------------------------------------------------------------- plain text
 
-# A byte that is no UTF-8 becomes one of these on the way to the place where its document is left out.
+# Surrogates that stand for invalid bytes until the document that contains them is skipped.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
@@ -103,10 +104,10 @@ def _line_feeds(text: str) -> str:
 
 
 def _decoded(path: Path, how: Reading) -> Iterator[tuple[str, _Fault | None]]:
-    """Yield the text of a file in blocks; a byte order mark is dropped, and every line ends with a line feed.
+    """Yield the text of a file in blocks, without a byte order mark and with line feeds as line ends.
 
-    A block with bytes that are no text is yielded with them escaped, and with the first of them, if documents may be
-    left out.
+    If documents may be skipped, a block with invalid bytes is yielded with these bytes escaped as surrogates, together
+    with a description of the first of them.
     """
     decoder: Any = codecs.getincrementaldecoder("utf-8")("strict")
     ends = io.IncrementalNewlineDecoder(None, translate=True)
@@ -149,7 +150,7 @@ def _decoded(path: Path, how: Reading) -> Iterator[tuple[str, _Fault | None]]:
 
 @dataclass(frozen=True)
 class _Fault:
-    """A byte that cannot be decoded; called, it is the error, for which the encoding of the file is guessed."""
+    """A byte that cannot be decoded; calling it returns the error, for which the encoding of the file is guessed."""
 
     path: Path
     line: int
@@ -169,7 +170,7 @@ def _whole(blocks: Iterator[tuple[str, _Fault | None]], how: Reading) -> Iterato
     for block, fault in blocks:
         if fault is not None:
             if previous is not None or how.undecodable is None:
-                raise fault()  # pieces of a document of more than a block are on their way already
+                raise fault()  # earlier pieces of this document may have been yielded already
             how.undecodable(fault)
             return
         if previous:
@@ -181,13 +182,13 @@ def _whole(blocks: Iterator[tuple[str, _Fault | None]], how: Reading) -> Iterato
 def _separated(
     blocks: Iterator[tuple[str, _Fault | None]], separator: str, how: Reading
 ) -> Iterator[Piece]:
-    """Cut a stream of text at ``separator``; a document longer than a block comes in several pieces."""
+    """Split a stream of text at ``separator``; a document longer than a block is yielded in several pieces."""
     rest, begun, whole = "", False, True
     keep = len(separator) - 1
     last: _Fault | None = None
 
     def left_out(part: str) -> bool:
-        """Whether a document is left out because it is no text; pieces of a long one cannot be taken back."""
+        """Whether a document is skipped because it cannot be decoded; raise if pieces of it were already yielded."""
         if last is None or not _ESCAPED.search(part):
             return False
         if not whole or how.undecodable is None:
@@ -209,7 +210,7 @@ def _separated(
             left_out(rest)
             yield rest[:cut], False
             rest, begun = rest[cut:], False
-    # A separator at the very end closes the last document and opens no new one.
+    # A separator at the very end ends the last document and does not begin another one.
     if (rest or not begun) and not left_out(rest):
         yield rest, True
 
@@ -218,7 +219,11 @@ def _separated(
 
 
 def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) in UTF-8 with the line's end still on it; no line is held that is too long for one row."""
+    """Yield (number, line) in UTF-8, with the line end included.
+
+    Raises:
+        DataError: a line is longer than 512 MiB, or the file cannot be read.
+    """
     number = 0
     with open_text(path, encoding) as stream:
         while True:
@@ -237,7 +242,7 @@ def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, bytes]
 
 
 def decode_line(path: Path, number: int, line: bytes, encoding: str | None = None) -> str:
-    """Return the text of a line; raise DataError with line and byte unless it is in the encoding."""
+    """Return the text of a line; raise DataError with line and byte if it cannot be decoded."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -245,7 +250,7 @@ def decode_line(path: Path, number: int, line: bytes, encoding: str | None = Non
 
 
 def _text_of(path: Path, encoding: str | None) -> str:
-    """Return the text of a file that cannot be read in pieces."""
+    """Return the whole text of a file whose format cannot be read in pieces."""
     parts, size = [], 0
     for number, line in lines(path, encoding):
         size += len(line)
@@ -302,7 +307,7 @@ _INLINE = frozenset(
 
 
 class _HtmlText(HTMLParser):
-    """The text between tags: blocks on lines of their own, blanks as a browser shows them."""
+    """Extracts the text of an HTML page: block elements on their own lines, whitespace collapsed as in a browser."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -328,7 +333,7 @@ class _HtmlText(HTMLParser):
             self._parts.append(data if self._kept else re.sub(r"[ \t\n\r\f]+", " ", data))
 
     def text(self) -> str:
-        """What was seen so far."""
+        """Return the text parsed so far."""
         text = re.sub(
             r" *\n *| {2,}", lambda m: "\n" if "\n" in m[0] else " ", "".join(self._parts)
         )
@@ -357,7 +362,7 @@ def _html(path: Path, how: Reading) -> Iterator[Piece]:
 
 
 def _charset(path: Path) -> str | None:
-    """Return the encoding that a page of HTML says it has, if Python knows it."""
+    """Return the encoding that an HTML page declares, or None if it declares none or one unknown to Python."""
     head = b"".join(
         line for _, line in zip(range(40), (line for _, line in lines(path)), strict=False)
     )
@@ -387,7 +392,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON strictly: DataError for a key that stands twice and for NaN, ValueError for what is no JSON."""
+    """Parse JSON strictly.
+
+    Raises:
+        DataError: an object has a key twice, or a value is NaN or infinite.
+        ValueError: the text is not JSON.
+    """
     return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
 
 
@@ -398,17 +408,17 @@ def json_rows(
     encoding: str | None = None,
     undecodable: Callable[[Callable[[], DataError]], None] | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) of a file of JSON lines; blank lines are passed over, a torn last line is told to `notes`.
+    """Yield (line, value) of a file of JSON lines; blank lines and an incomplete last line are skipped.
 
     Args:
         path: the file.
-        notes: told what is left out.
-        example: shows in errors how a line should look.
+        notes: called with a sentence about an incomplete last line.
+        example: an example of a line, for error messages.
         encoding: None is UTF-8.
-        undecodable: told of lines that the encoding does not know, which are then left out; None: it is an error.
+        undecodable: called for each line that cannot be decoded, which is then skipped; None: it is an error.
 
     Raises:
-        DataError: with line and column.
+        DataError: a line is invalid; names the line and column.
     """
     for number, line in lines(path, encoding):
         complete = line.endswith(b"\n")
@@ -445,7 +455,7 @@ def json_rows(
 
 
 def _json_cause(content: str, error: Exception) -> str:
-    """What is wrong with a line of JSON in words of its own, where that can be seen."""
+    """Return the likely cause of a JSON error in plain words, or the parser's message if none is recognised."""
     text = content.strip()
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
@@ -472,7 +482,7 @@ def _jsonl(path: Path, how: Reading) -> Iterator[Piece]:
 
 
 def _is_one_value(path: Path, encoding: str | None) -> bool:
-    """Whether a file holds one JSON value over all its lines, an array above all, instead of one object a line."""
+    """Whether a file holds a single JSON value over several lines, mostly an array, instead of one object per line."""
     first = next((line.strip() for _, line in lines(path, encoding) if line.strip()), b"")
     if first.startswith(b"["):
         return True
@@ -482,7 +492,10 @@ def _is_one_value(path: Path, encoding: str | None) -> bool:
 
 
 def _json_value(path: Path, how: Reading) -> Iterator[Piece]:
-    """Yield the texts of an array of objects, of an object with one in ``data``, or of an object of columns."""
+    """Yield the texts of an array of objects, of an object with such an array in ``data``, or of an object of columns.
+
+    A single object is one document, and strings in an array are documents themselves.
+    """
     text = _text_of(path, how.encoding)
     try:
         value = parse_json(text)
@@ -524,7 +537,7 @@ def _cell(row: Any, column: str, where: str) -> str:
 
 
 def whole_characters(text: str) -> str:
-    """Replace halves of surrogate pairs: a JSON escape can spell one, but it is no character and has no UTF-8."""
+    """Replace lone surrogates: a JSON escape can denote one, but it is not a character and has no UTF-8 encoding."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -543,7 +556,7 @@ _DELIMITERS = ",;\t|"
 
 
 def delimiter_of(path: Path, kind: str, encoding: str | None = None) -> str:
-    """Return what stands between the cells of a file: of its first line, the mark of its kind, or else another one.
+    """Return the delimiter in the first non-empty line of a file: the usual one of its kind, or else another one.
 
     Args:
         path: the file.
@@ -568,18 +581,18 @@ def csv_rows(
     encoding: str | None = None,
     escaped: bool = False,
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line on which it begins, cells) of every row, the first one included; blank lines are passed over.
+    """Yield (first line, cells) of every row, the first row included; blank lines are skipped.
 
     Args:
         path: the file.
         delimiter: the character between cells.
         quoting: whether double quotes enclose cells; if not, every line is a row and quotes are ordinary characters.
-        first: what an error calls the first row, to which the others must be equal in width.
+        first: name of the first row in error messages; all rows must have as many cells as it.
         encoding: None is UTF-8.
-        escaped: return bytes that the encoding does not know as halves of surrogate pairs instead of raising.
+        escaped: return undecodable bytes as lone surrogates instead of raising.
 
     Raises:
-        DataError: a row of another width, or quotes that do not close, with the line.
+        DataError: a row has another number of cells, or a quote is not closed; names the line.
     """
     decoded = (
         line.decode("utf-8", "surrogateescape")
@@ -606,14 +619,14 @@ def csv_rows(
 
 
 def _plain_rows(decoded: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    # The csv module, even without quoting, takes a carriage return inside a line for the end of a row.
+    # Even without quoting, the csv module treats a carriage return inside a line as the end of the row.
     for number, line in enumerate(decoded, start=1):
         content = line.removesuffix("\n").removesuffix("\r")
         if content:
             yield number, content.split(delimiter)
 
 
-# What the csv module says -> what the user can see.
+# Part of an error message of the csv module -> the cause as the user can see it in the file.
 _CSV_CAUSES = {
     "unexpected end of data": "a double quote that is opened in it is never closed",
     "expected after": "a double quote stands inside a quoted text and is not doubled",
@@ -670,7 +683,7 @@ def _delimited(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
 
 
 def import_parquet() -> tuple[Any, Any]:
-    """Return the modules (pyarrow, pyarrow.parquet); DataError where they are not installed."""
+    """Return the modules (pyarrow, pyarrow.parquet); raise DataError if pyarrow is not installed."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet

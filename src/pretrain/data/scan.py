@@ -1,6 +1,6 @@
-"""The first pass of ``prepare``: empty and duplicate documents, the split, a sample for the tokenizer.
+"""The first pass of ``prepare``: empty and duplicate documents, the validation split, a sample for the tokenizer.
 
-It keeps eight bytes of hash and eight of length for each document, and a bounded sample of text.
+It keeps an 8-byte hash, an 8-byte length and a flag for each document, and a bounded sample of text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Progress = Callable[[int], Any]
 
 
 class Sample:
-    """At most ``limit`` bytes of text, the pieces with the lowest hash: drawn evenly, the same every time."""
+    """A deterministic uniform sample of at most ``limit`` bytes of text: the pieces with the lowest hash."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -38,7 +38,7 @@ class Sample:
         self._kept: list[tuple[int, int, int, str, int]] = []
 
     def add(self, text: str, document: int, start: int) -> None:
-        """Offer a piece that begins at character ``start`` of ``document``."""
+        """Add a piece, which begins at character ``start`` of ``document``, if its hash is low enough."""
         data = text.encode("utf-8")
         key = zlib.crc32(data)
         if not data or key >= self._top:
@@ -57,7 +57,7 @@ class Sample:
     def texts(
         self, keep: Callable[[int, int], int] = lambda document, start: PIECE_CHARS
     ) -> list[str]:
-        """Return the pieces in reading order, of each the first ``keep(document, start)`` characters."""
+        """Return the first ``keep(document, start)`` characters of each piece, in reading order."""
         if self.size > self.limit:
             self._trim()
         chosen = sorted(self._kept, key=lambda entry: entry[1:3])
@@ -67,17 +67,18 @@ class Sample:
 
 @dataclass
 class Scan:
-    """What the first pass found.
+    """Result of the first pass.
 
     Attributes:
-        ends: documents up to the end of each source.
-        documents, empty, duplicates, contaminated: counts; contaminated are training documents that also occur in
-            the validation source.
+        ends: number of documents up to the end of each source.
+        documents, empty, duplicates, contaminated: numbers of documents; contaminated are training documents that also
+            occur in the validation source.
         text_bytes: UTF-8 bytes of all text, duplicates included.
-        cut: characters of kept text before the validation part, or -1 where whole documents are held out.
-        cut_document, cut_inside: the document in which the cut falls, and its characters before the cut.
-        sampled: bytes of text the tokenizer was trained on, 0 if it was given.
-        notes: sentences about what was left out or decided.
+        cut: characters of kept text before the validation part, or -1 if whole documents are held out.
+        cut_document, cut_inside: the document that contains the cut, and its number of characters before the cut.
+        sampled: bytes of text that the tokenizer was trained on, 0 if it was given.
+        notes: sentences about skipped documents and automatic decisions.
+        states: for each document 1 for training, 2 for validation, 0 for dropped.
     """
 
     ends: list[int] = field(default_factory=list)
@@ -90,12 +91,12 @@ class Scan:
     cut_document: int = -1
     cut_inside: int = 0
     sampled: int = 0
-    tokenizer: str = ""  # fingerprint of the one that the second pass encodes with
+    tokenizer: str = ""  # fingerprint of the tokenizer for the second pass
     notes: list[str] = field(default_factory=list)
     states: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
 
     def save(self, folder: Path) -> None:
-        """Write the result; the JSON file comes last and marks it complete."""
+        """Write the result; the JSON file is written last and marks it as complete."""
         replace_file(folder / "states.bin", self.states.tobytes())
         kept = {name: value for name, value in self.__dict__.items() if name != "states"}
         kept["states_sha256"] = hashlib.sha256(self.states.tobytes()).hexdigest()
@@ -126,16 +127,16 @@ def scan_sources(
     sample: Sample | None,
     progress: Progress,
 ) -> Scan:
-    """Read everything once: find empty and duplicate documents, decide the split, draw the sample.
+    """Read all sources once: find empty and duplicate documents, determine the split, draw the sample.
 
     Args:
-        sources: training sources first.
-        training: how many of them are for training; the others are for validation.
-        valid: share to hold out (0 where there are validation sources).
+        sources: all sources, training sources first.
+        training: number of training sources; the others are for validation.
+        valid: share to hold out (0 if there are validation sources).
         last: hold out the end of the text instead of whole documents.
-        seed: chooses which documents are held out.
-        sample: filled with text for the tokenizer.
-        progress: told the bytes read.
+        seed: determines which documents are held out.
+        sample: filled with text to train the tokenizer on; None if a tokenizer is given.
+        progress: called with the number of bytes of each piece that is read.
     """
     scan = Scan()
     digests, lengths = array("Q"), array("Q")
@@ -185,7 +186,7 @@ def scan_sources(
 def _choose(
     scan: Scan, digests: NDArray[np.uint64], blank: NDArray[np.bool_], first_valid: int
 ) -> None:
-    """Mark what is kept: 1 for training, 2 for validation, 0 for empty and duplicate documents."""
+    """Set ``scan.states``: 1 for training, 2 for validation, 0 for empty, duplicate and contaminated documents."""
     states = np.zeros(len(digests), dtype=np.uint8)
     scan.empty = int(blank.sum())
     full = np.flatnonzero(~blank)
@@ -246,9 +247,9 @@ def _split(
 
 
 def sample_filter(scan: Scan) -> Callable[[int, int], int]:
-    """Return how many characters of a piece of the sample are training text.
+    """Return a function that gives the number of characters of a sampled piece that are training text.
 
-    Duplicates of training text do no harm and are left out; nothing behind a cut through the text is used.
+    Dropped documents (duplicates, for example) are excluded, as are validation documents and text after the cut.
     """
     states, cut, inside = scan.states, scan.cut_document, scan.cut_inside
 

@@ -1,8 +1,8 @@
 """Prepared rows on disk: flat files of tokens, documents, pieces and rows.
 
-For each split there are four files: ``tokens`` (uint16 or uint32, all documents one behind the other with their
-framing), ``documents`` (int64 token offsets), ``segments`` (int64 pairs: first token and length of every piece of
-a document, in row order) and ``rows`` (int64 offsets into the segments).
+Each split has four files: ``tokens`` (uint16 or uint32, all documents concatenated, with their special tokens),
+``documents`` (int64 token offsets), ``segments`` (int64 pairs: first token and length of every piece of a document, in
+row order) and ``rows`` (int64 offsets into the segments).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Example", "Rows", "check_files", "file_record", "token_dtype", "writ
 Ints = NDArray[np.int64]
 Example = Mapping[str, NDArray[Any]]  # one row
 
-# The names a manifest may list: a manifest of unknown origin must not make us read files elsewhere.
+# The names that a manifest may list: an untrusted manifest must not make us read files outside its directory.
 _NAMES = re.compile(
     r"(train|valid)\.(tokens|documents|segments|rows)(\.blocks)?\.bin|tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*"
 )
@@ -43,42 +43,46 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that after a crash the file is the old one or the new one, never a torn one."""
+    """Write JSON atomically: after a crash the file is either the old or the new one."""
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    # File names that are not UTF-8 hold lone surrogates; written as \\udcXX they are valid JSON.
+    # File names that are not UTF-8 contain lone surrogates, which are valid JSON when escaped as \\udcXX.
     replace_file(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Write an object with a digest of itself; see ``read_sealed``."""
+    """Write a JSON object together with its digest; see ``read_sealed``."""
     write_json(path, {**value, "digest": _digest(value)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Return what ``write_sealed`` wrote.
+    """Return the object in a file that ``write_sealed`` wrote.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is damaged.
+        OSError: the file does not exist or cannot be read.
+        ValueError: the file is damaged.
     """
     return unsealed(json.loads(path.read_text(encoding="utf-8")))
 
 
 def unsealed(value: Any) -> dict[str, Any]:
-    """Return what ``write_sealed`` was given from what is read of its file; ValueError if it is damaged."""
+    """Return the object without its digest, given the parsed content of a file of ``write_sealed``.
+
+    Raises:
+        ValueError: the content is no object, or does not match its digest.
+    """
     if not isinstance(value, dict) or value.pop("digest", None) != _digest(value):
         raise ValueError("the content does not agree with its digest")
     return value
 
 
 def _digest(value: dict[str, Any]) -> str:
-    # As it is read back: JSON knows no tuples, and has texts for keys.
+    # Hash the value as it is read back: JSON turns tuples into lists and keys into strings.
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames within a folder durable, where the system can."""
+    """Make renames within a folder durable with fsync; a no-op on Windows."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -97,7 +101,7 @@ def _sha256(path: Path) -> str:
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Return size and SHA-256 of a file for the manifest."""
+    """Return the size and SHA-256 of a file for the manifest."""
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -106,11 +110,11 @@ def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> N
 
     Args:
         folder: the prepared directory.
-        files: name to size and SHA-256.
+        files: the size and SHA-256 of each file by name.
         full: hash the large files too.
 
     Raises:
-        DataError: naming the file that is missing, cut or changed, or a name or record that is not ours.
+        DataError: a file is missing, truncated or changed, or the manifest has an invalid name or record.
     """
     again = "Prepare the data again (delete the directory first)."
     for name, record in files.items():
@@ -148,8 +152,8 @@ class Rows:
         split: ``"train"`` or ``"valid"``.
         stats: the manifest's entry of this split.
         row_length: T.
-        vocab_size: decides the type of the stored ids.
-        pad_id: id written where no token stands.
+        vocab_size: determines the type of the stored ids.
+        pad_id: id of the padding positions.
     """
 
     def __init__(
@@ -192,42 +196,42 @@ class Rows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens stored, framing included, padding not."""
+        """Number of stored tokens, special tokens included and padding excluded."""
         return int(self.stats["tokens"])
 
     @property
     def num_targets(self) -> int:
-        """Tokens that a model which sees whole documents predicts: all but the first of each document."""
+        """Number of tokens that are predicted when a model sees whole documents: all but the first of each."""
         return int(self.stats["targets"])
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text."""
+        """Number of UTF-8 bytes of the text."""
         return int(self.stats["bytes"])
 
     @property
     def num_characters(self) -> int:
-        """Characters of the text."""
+        """Number of characters of the text."""
         return int(self.stats["characters"])
 
     @property
     def num_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return int(self.stats["documents"])
 
     @property
     def padding(self) -> float:
-        """Share of places that hold no token."""
+        """Share of positions without a token."""
         return float(self.stats["padding"])
 
     @property
     def source_rows(self) -> list[int]:
-        """Rows of each source; they lie one behind the other."""
+        """Number of rows of each source; the rows of the sources are concatenated."""
         return [int(source["rows"]) for source in self.stats["sources"]]
 
     @property
     def weights(self) -> list[float] | None:
-        """Shares of the sources in the mixture, or None where every row comes once per epoch."""
+        """Shares of the sources in the mixture, or None if every row is visited once per epoch."""
         found = [source.get("weight") for source in self.stats["sources"]]
         return (
             None if any(weight is None for weight in found) else [float(weight) for weight in found]
@@ -241,11 +245,11 @@ class Rows:
         return MixtureOrder(self.source_rows, weights, seed)
 
     def bits_per_byte(self, nats_per_token: float) -> float:
-        """Turn a mean loss in nats per predicted token into bits per byte of text."""
+        """Convert a mean loss in nats per predicted token into bits per byte of text."""
         return nats_per_token / float(np.log(2)) * self.num_targets / max(1, self.num_bytes)
 
     def tokens_in(self, index: int) -> int:
-        """Return the tokens in a row, padding not counted."""
+        """Return the number of tokens in a row, padding excluded."""
         self._check(index)
         return int(self._pieces(np.array([index % len(self)]))[1][:, 1].sum())
 
@@ -257,7 +261,7 @@ class Rows:
         """Return (B,) the number of pieces of each row, and (N, 2) first token and length of all of them.
 
         Raises:
-            DataError: the files point beyond each other, or at more tokens than a row has.
+            DataError: an offset points outside the file it refers to, or a row has more tokens than its length.
         """
         pairs = self._rows.read(chosen, np.full(len(chosen), 2), chosen).reshape(-1, 2)
         counts = np.diff(pairs, axis=1)[:, 0]
@@ -302,7 +306,7 @@ class Rows:
         starts, lengths = pieces[:, 0], pieces[:, 1]
         ends = np.cumsum(lengths)
         position = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-        # Where each piece begins in its row: tokens before it, less the tokens of all earlier rows.
+        # Start of each piece in its row: the number of tokens before it minus the tokens of all earlier rows.
         row_tokens = np.bincount(row, weights=lengths, minlength=len(chosen)).astype(np.int64)
         offset = (ends - lengths) - (np.cumsum(row_tokens) - row_tokens)[row]
         place = np.repeat(row * self.row_length + offset, lengths) + position

@@ -1,8 +1,8 @@
-"""Labelled rows that every Python has: pieces of the standard library, and the package that each was taken from.
+"""A built-in classification data set: pieces of the standard library, labelled with their package.
 
-The rows are split by file, so that no test row has a neighbour in the training rows, and the files of the test rows
-can be kept out of pre-training, too. What would give the answer away is taken out: import lines are dropped, and the
-names of the packages are replaced by one word wherever they occur.
+The rows are split by file, so that no test row is adjacent to a training row, and the files of the test rows can be
+excluded from pre-training too. Giveaways are removed: import statements are dropped, and the names of the packages are
+replaced by one word wherever they occur.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = (
     "asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "xml", "ctypes",
     "http", "urllib", "concurrent", "logging", "json", "sqlite3",
 )  # fmt: skip
-"""Packages to tell apart, in the order in which they are taken; some systems leave some of them out."""
+"""Packages to classify, in order of preference; some systems do not install all of them."""
 
 _MASK = "package"
 _IMPORT = re.compile(
@@ -36,7 +36,7 @@ class PythonWithout(PythonSource):
     """The built-in corpus without some of its modules.
 
     Args:
-        left_out: the modules, as paths relative to the library (``"xml/dom/minidom.py"``).
+        left_out: the excluded modules, as paths relative to the library (``"xml/dom/minidom.py"``).
     """
 
     def __init__(self, left_out: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ class PythonWithout(PythonSource):
         self.left_out = frozenset(left_out)
 
     def files(self) -> list[Path]:
-        """Return the modules that stay, sorted by name."""
+        """Return the remaining modules, sorted by name."""
         return [
             path
             for path in super().files()
@@ -58,8 +58,8 @@ class Snippets:
 
     Attributes:
         packages: the labels.
-        train, valid, test: rows, as many of each package.
-        held_out: modules that the validation and test rows were taken from.
+        train, valid, test: the rows of each split, with equally many of each package.
+        held_out: modules of the validation and test rows.
     """
 
     packages: list[str]
@@ -77,14 +77,14 @@ def snippets(
     packages: int = 8,
     source: PythonSource | None = None,
 ) -> Snippets:
-    """Cut modules of the standard library into labelled pieces.
+    """Split modules of the standard library into labelled pieces.
 
     Args:
-        counts: rows of each package for training, validation and test; a package with fewer is left out.
-        seed: chooses the files of each part and the pieces of each file.
-        lines: of a piece; blank lines do not count and are left out.
-        packages: how many to tell apart, at most.
-        source: where the modules lie; the library of the running Python by default.
+        counts: rows of each package for training, validation and test; packages with fewer are skipped.
+        seed: determines the files of each split and the pieces of each file.
+        lines: lines per piece; blank lines are dropped and not counted.
+        packages: maximum number of packages.
+        source: source of the modules; default: the library of the running Python.
 
     Raises:
         DataError: fewer than two packages have enough lines.
@@ -120,7 +120,7 @@ def snippets(
 
 
 def _pieces(path: Path, lines: int, mask: re.Pattern[str]) -> Iterator[str]:
-    """Consecutive lines of a module that do not overlap, without what names the package."""
+    """Yield non-overlapping pieces of consecutive lines of a module, without imports and names of packages."""
     try:
         with tokenize.open(path) as stream:
             text = stream.read()
@@ -137,12 +137,13 @@ Part = list[tuple[str, str]]
 def _parts(
     files: list[tuple[str, list[str]]], counts: tuple[int, int, int], rng: random.Random
 ) -> tuple[Part, Part, Part] | None:
-    """Whole files for training, validation and test, and as many pieces of them as are wanted; None if too few."""
+    """Assign whole files to training, validation and test, and return ``counts`` pieces of each; None if too few."""
     files = list(files)
     rng.shuffle(files)
     total = sum(len(pieces) for _, pieces in files)
     parts: list[list[tuple[str, list[str]]]] = [[], [], []]
-    for index in (2, 1):  # the rest, with files too long for these, is for training
+    # The remaining files, including those too long for test and validation, are for training.
+    for index in (2, 1):
         wanted = max(counts[index], total * counts[index] // sum(counts) // 2)
         have = 0
         for file in list(files):
@@ -158,7 +159,7 @@ def _parts(
 
 
 def _spread(files: list[tuple[str, list[str]]], count: int, rng: random.Random) -> Part:
-    """Pieces by chance, one of each file in turn, so that a long file does not stand for the package."""
+    """Return random pieces, taken from the files in turn, so that a long file does not dominate its package."""
     waiting = [(name, rng.sample(pieces, len(pieces))) for name, pieces in files]
     chosen: Part = []
     while waiting and len(chosen) < count:

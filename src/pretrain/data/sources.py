@@ -1,7 +1,7 @@
 """Sources of documents: files, globs, folders, ``datasets.Dataset``, hub names and the built-in ``python`` corpus.
 
-A source can be read any number of times, gives the same documents in the same order each time, holds no more than
-a block of text in memory, and has a fingerprint that changes with its content.
+A source can be read any number of times, yields the same documents in the same order each time, holds at most a block
+of text in memory, and has a fingerprint that changes with its content.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PIECE_CHARS = 32_768
 
 @runtime_checkable
 class Source(Protocol):
-    """Where documents come from. Any object with these members can be given to :func:`pretrain.prepare`."""
+    """A source of documents. Any object with these members can be passed to :func:`pretrain.prepare`."""
 
     name: str
     notes: list[str]
@@ -51,23 +51,23 @@ class Source(Protocol):
         ...
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        """Return a text that changes whenever the documents change."""
+        """Return a string that changes whenever the documents change."""
         ...
 
 
-# A source of which more than this share of the documents cannot be decoded is an error.
+# It is an error if more than this share of the documents of a source cannot be decoded.
 _FEW = 0.05
 
 
 class FileSource:
-    """Files read one behind the other; see :func:`pretrain.data.readers.read_file`.
+    """Files read in sequence; see :func:`pretrain.data.readers.read_file`.
 
     Args:
-        name: as the user wrote it.
-        files: in the order in which they are read.
+        name: the source as the user spelt it.
+        files: paths, in reading order.
         text: column of the text in tables, or columns by file; see :func:`column_of`.
         separator, encoding: see :class:`pretrain.data.readers.Reading`.
-        remark: a sentence about what was not read, kept in ``notes``.
+        remark: a sentence about files that were skipped, kept in ``notes``.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class FileSource:
         self.notes: list[str] = []
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the documents of all files in pieces; the few that cannot be decoded are left out and counted.
+        """Yield the documents of all files in pieces; documents that cannot be decoded are skipped and counted.
 
         Raises:
-            DataError: a file cannot be read, or many documents cannot be decoded.
+            DataError: a file cannot be read, or more than 5 % of the documents cannot be decoded.
         """
         self.notes[:] = [self._remark] if self._remark else []
         left_out: list[Callable[[], DataError]] = []
@@ -124,18 +124,18 @@ class FileSource:
             )
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        """Hash contents and formats; names and places do not matter, the order of the files does."""
+        """Hash the contents and formats of the files in their order; names and locations do not matter."""
         return "files:" + ",".join(f"{file_format(file)}={hashes.of(file)}" for file in self.files)
 
 
 def column_of(text: str | Mapping[str, str], file: Path | str, source: str = "") -> str:
-    """Return the column of the text in a file.
+    """Return the name of the text column of a file.
 
     Args:
-        text: one column for all, or a mapping from a file, a pattern of files (``"news/*.csv"``) or a source to its
-            column; the first key that fits counts, and ``text`` is the column where none does.
-        file: its path.
-        source: the name of the source to which it belongs.
+        text: one column for all files, or a mapping from a file, a pattern of files (``"news/*.csv"``) or a source to
+            its column; the first matching key is used, and the column is ``text`` if no key matches.
+        file: path of the file.
+        source: the name of the source that the file belongs to.
     """
     if isinstance(text, str):
         return text
@@ -147,7 +147,7 @@ def column_of(text: str | Mapping[str, str], file: Path | str, source: str = "")
 
 
 def check_columns(text: Any, sources: Sequence[Source]) -> None:
-    """Raise DataError unless ``text`` is a column or a mapping of which every key fits something."""
+    """Raise DataError unless ``text`` is a column name, or a mapping whose keys all match a file or a source."""
     if isinstance(text, str):
         return
     if not isinstance(text, Mapping) or not all(
@@ -171,7 +171,7 @@ def check_columns(text: Any, sources: Sequence[Source]) -> None:
 
 
 class DatasetSource:
-    """A ``datasets.Dataset`` (random access, so it can be read twice)."""
+    """A ``datasets.Dataset``, which has random access and can therefore be read twice."""
 
     def __init__(self, dataset: Any, text: str = "text", name: str = "dataset") -> None:
         self.name = name
@@ -190,7 +190,7 @@ class DatasetSource:
                 yield _cell({self.text: value}, self.text, f"{self.name}, row {number}"), True
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        """Hash the text column itself: the library's own fingerprint does not survive a reload from memory."""
+        """Hash the text column: the library's own fingerprint differs between in-memory copies of the same data."""
         digest = hashlib.blake2b(digest_size=16)
         for text, _ in self.pieces():
             digest.update(f"{len(text)}:".encode() + text.encode("utf-8"))
@@ -198,7 +198,7 @@ class DatasetSource:
 
 
 class HubSource:
-    """A data set of the hub, streamed once into a local file: ``hub:NAME@CONFIG:SPLIT``.
+    """A data set of the hub, streamed once into a local file.
 
     Spelling: ``hub:owner/name``, optionally ``@config`` and ``:split`` (default ``train``).
     """
@@ -214,12 +214,12 @@ class HubSource:
         self.file = spool / f"hub-{key}.jsonl"
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the rows of the local copy, fetching it first if there is none."""
+        """Yield the rows of the local copy, which is downloaded first if it does not exist."""
         self._fetch()
         yield from read_file(self.file, Reading(notes=self.notes.append))
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        """Hash the local copy; delete that file to fetch anew."""
+        """Hash the local copy; delete that file to download the data set again."""
         self._fetch()
         return f"hub:{hashes.of(self.file)}"
 
@@ -232,7 +232,7 @@ class HubSource:
             raise DataError(
                 f"{self.name} needs the datasets package: pip install datasets"
             ) from error
-        # Two processes may fetch the same data set: each writes its own copy, and the last rename stays.
+        # Two processes may download the same data set: each writes its own temporary file, and the last rename wins.
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -247,9 +247,7 @@ class HubSource:
             _spool(stream, self.text, self.name, self.file)
         except DataError:
             raise
-        except (
-            Exception
-        ) as error:  # the library raises many kinds for a missing name, split or network
+        except Exception as error:  # many types, for a missing name, split or network
             raise DataError(
                 f"{self.name} cannot be streamed ({type(error).__name__}: {error}). Check the name, the config after "
                 "'@', the split after ':', and the network."
@@ -265,7 +263,7 @@ def _spool(stream: Any, column: str, name: str, target: Path) -> None:
 
 
 class PythonSource:
-    """The standard library of the running Python: its reference topics and every module's source and docstrings."""
+    """The standard library of the running Python: its reference topics and the source of every module."""
 
     name = "python"
     _SKIPPED = frozenset(
@@ -291,11 +289,11 @@ class PythonSource:
         for folder, folders, names in os.walk(self.root):
             folders[:] = sorted(name for name in folders if name not in self._SKIPPED)
             paths = (Path(folder) / name for name in names if name.endswith(".py"))
-            found += [path for path in paths if path.is_file()]  # a link may point nowhere
+            found += [path for path in paths if path.is_file()]  # skips dangling links
         return sorted(found, key=lambda path: path.relative_to(self.root).as_posix())
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the reference topics, then one document for each module."""
+        """Yield the reference topics, then one document per module."""
         from pydoc_data.topics import topics
 
         self.notes.clear()
@@ -309,7 +307,7 @@ class PythonSource:
                 self.notes.append(f"{file}: not readable as Python source; left out")
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        """Hash version, names and sizes: the library of one Python release does not change."""
+        """Hash the Python version and the names and sizes of the modules, which are fixed for one Python release."""
         files = self.files()
         if not files:
             raise DataError(
@@ -324,7 +322,7 @@ class PythonSource:
 
 
 def documents(source: Source) -> Iterator[str]:
-    """Yield whole documents; only for sources whose documents fit in memory."""
+    """Yield whole documents; each must fit in memory."""
     parts: list[str] = []
     for text, end in source.pieces():
         parts.append(text)
@@ -334,10 +332,11 @@ def documents(source: Source) -> Iterator[str]:
 
 
 def sized_pieces(pieces: Iterator[Piece], limit: int = PIECE_CHARS) -> Iterator[Piece]:
-    """Cut documents into pieces of at most ``limit`` characters, whatever blocks they arrive in.
+    """Split documents into pieces of at most ``limit`` characters, independently of the blocks they arrive in.
 
-    A cut falls before a blank or a line end that follows a visible character; there the byte-level and WordPiece
-    rules cut as well, so the tokens are those of the whole document. Text without any blank is cut at ``limit``.
+    A document is split before a space or line feed that follows a non-space character. Byte-level and WordPiece
+    pre-tokenizers split there too, so the tokens are those of the whole document. Text without such a place in the
+    second half of a piece is split at ``limit``.
     """
     rest = ""
     for text, end in pieces:
@@ -357,7 +356,7 @@ def sized_pieces(pieces: Iterator[Piece], limit: int = PIECE_CHARS) -> Iterator[
 
 
 def _boundary(text: str, first: int, last: int) -> int:
-    """Return the last harmless place to cut in ``text[first:last]``, at least half-way; else ``last``."""
+    """Return the last place in the second half of ``text[first:last]`` where a split keeps all tokens, or ``last``."""
     middle = first + (last - first) // 2
     end = last
     while True:
@@ -377,18 +376,18 @@ def resolve_sources(
     encoding: str | None = None,
     spool: Path | None = None,
 ) -> tuple[list[Source], list[float] | None]:
-    """Turn what the user wrote into sources and, for a mapping, their shares.
+    """Turn the ``sources`` argument of a user into source objects and, for a mapping, their shares.
 
     Args:
         sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, ``datasets.Dataset``, a source object, a list of
             these, or a mapping from these to their share of the rows.
         text: column of the text in tables, or columns by file; see :func:`column_of`.
-        separator: what stands between documents in plain text files.
-        encoding: of text files and tables; None is UTF-8.
-        spool: where data sets of the hub are copied to.
+        separator: text between documents in plain text files.
+        encoding: encoding of text files and tables; None is UTF-8.
+        spool: directory for local copies of hub data sets.
 
     Raises:
-        DataError: nothing found (the nearest name is suggested), wrong column, wrong type.
+        DataError: nothing was found (the nearest name is suggested), or a column or type is wrong.
     """
     if separator == "":
         raise DataError(
@@ -429,7 +428,7 @@ def _resolve(
 ) -> Source:
     if isinstance(item, str | Path):
         name = str(item)
-        # The word means the corpus whatever lies in the current folder; "./python" names a folder or file.
+        # "python" always names the built-in corpus; "./python" names a file or folder of the current directory.
         if name == "python" and (isinstance(item, str) or not item.exists()):
             return PythonSource()
         if name.startswith("hub:"):

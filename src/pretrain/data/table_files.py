@@ -1,7 +1,6 @@
-"""Files of labelled rows: CSV, TSV, JSON, JSON lines, SQuAD, Parquet and CoNLL, plain or packed.
+"""Files of labelled rows: CSV, TSV, JSON, JSON lines, SQuAD, Parquet and CoNLL, plain or compressed.
 
-A reader returns columns of equal length and the place of every row in its file, so that each later complaint about a
-row can say where it stands.
+A reader returns columns of equal length and, where it can, the line of every row, so that later errors can name it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ TABLE_FORMATS = {
     ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".parquet": "parquet", ".conll": "conll", ".conllu": "conllu",
 }  # fmt: skip
-_MAX_WHOLE = 1 << 30  # bytes of a file that cannot be read line by line
+_MAX_WHOLE = 1 << 30  # size limit, in bytes, of files that cannot be read line by line
 
 
 def read_table_file(
@@ -49,7 +48,7 @@ def read_table_file(
     """Read a file; see :func:`pretrain.data.tables.read_table` for the arguments.
 
     Raises:
-        DataError: with file, line and byte or column.
+        DataError: the file is invalid; names the file, and the line and byte or column.
     """
     kind = _kind(path, format)
     if kind in ("csv", "tsv"):
@@ -100,10 +99,12 @@ def _kind(path: Path, format: str | None) -> str:
 def columns_of_rows(
     rows: Iterable[tuple[str, Any]], source: str
 ) -> tuple[dict[str, list[Any]], int]:
-    """Turn (place, object) pairs into columns; a key that some rows lack is None there, and one line says so.
+    """Turn (location, object) pairs into columns and the number of rows.
+
+    A key that is missing from some rows is None there, which is reported in one line.
 
     Raises:
-        DataError: a row that is not an object, with its place.
+        DataError: a row is not an object, or has a key twice; names the location.
     """
     columns: dict[str, list[Any]] = {}
     lacking: dict[str, tuple[int, str]] = {}
@@ -141,7 +142,7 @@ def columns_of_rows(
 
 
 def unhalved(value: Any) -> Any:
-    """Return `value` with all halves of surrogate pairs in its texts replaced."""
+    """Return `value` with all lone surrogates in its strings replaced."""
     if isinstance(value, str):
         return whole_characters(value)
     if isinstance(value, list):
@@ -183,7 +184,7 @@ def _json(path: Path, encoding: str | None = None) -> Content:
     try:
         value = unhalved(parse_json(text))
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object behind the other: JSON lines by another name
+        if error.msg == "Extra data":  # several values: JSON lines in a file named .json
             return _json_lines(path, encoding)
         raise DataError(
             f"{path}:{error.lineno}:{error.colno} is not valid JSON: {error.msg}. Often a comma or a bracket is "
@@ -216,7 +217,10 @@ def _json(path: Path, encoding: str | None = None) -> Content:
 
 
 def _squad(path: Path, articles: list[Any]) -> Content:
-    """Return the questions of a SQuAD file (Rajpurkar et al. 2016, 2018), one row each; no answer is an empty list."""
+    """Return the questions of a SQuAD file (Rajpurkar et al. 2016, 2018), one per row.
+
+    The answers of an unanswerable question are empty lists.
+    """
     rows: list[tuple[str, Any]] = []
     where = ""
     try:
@@ -267,12 +271,12 @@ def _parquet(path: Path) -> Content:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the names of classes that the datasets library wrote into a parquet file, by column."""
+    """Return the class names, by column, that the datasets library stores in the metadata of a parquet file."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {name: found for name, kind in features.items() if (found := _names_in(kind))}
     except (KeyError, ValueError, TypeError, AttributeError):
-        return {}  # another writer, or another layout of the note: then the values stand for themselves
+        return {}  # written by another library, or in another layout: the values are used as they are
 
 
 def _names_in(feature: Any) -> list[str]:

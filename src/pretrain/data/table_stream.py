@@ -1,4 +1,4 @@
-"""Files of rows that are longer than the memory: read some rows at a time, written row by row, in order."""
+"""Streaming of tables larger than memory: reading in chunks of rows and writing row by row, in order."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ __all__ = ["WRITABLE", "Chunk", "RowWriter", "stream_chunks", "table_kind"]
 
 WRITABLE = (".jsonl", ".csv", ".tsv")
 _BUFFER = 64 << 10  # bytes
-_MOST_WAITING = (
-    100_000  # rows without an answer before the first with one, whose keys name the columns
-)
+# Limit of the rows that wait for the first answer, whose keys determine the columns.
+_MOST_WAITING = 100_000
 
 
 def table_kind(path: Path) -> str:
-    """Format that the name of a file says, compression aside; empty where it says none."""
+    """Return the format that the suffix of a file name denotes, apart from compression, or "" if none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -40,18 +39,18 @@ def table_kind(path: Path) -> str:
 
 @dataclass
 class Chunk:
-    """Some rows of a file.
+    """A chunk of rows of a file.
 
     Attributes:
-        rows: as they stand there: a row of JSON lines lacks the keys that it lacks.
-        table: the same as columns; what a row lacks is None.
+        rows: the rows as in the file; a row of JSON lines has only its own keys.
+        table: the same rows as columns; missing values are None.
     """
 
     rows: list[dict[str, Any]]
     table: Table
 
     def with_columns(self, names: Iterable[str]) -> Table:
-        """The table, with a column of None for each of ``names`` that no row of this chunk has."""
+        """Return the table with a column of None for each of ``names`` that no row of this chunk has."""
         columns = self.table.columns
         missing = {name: [None] * len(self.rows) for name in names if name not in columns}
         return self.table.with_columns({**columns, **missing}, self.table.label_names)
@@ -65,12 +64,12 @@ def stream_chunks(
     quoting: bool | None = None,
     encoding: str | None = None,
 ) -> Iterator[Chunk]:
-    """The rows of a file, ``size`` at a time: CSV, TSV and JSON lines from the disk, other formats from memory.
+    """Yield the rows of a file in chunks of ``size``; CSV, TSV and JSON lines are streamed, other formats read whole.
 
     ``delimiter``, ``quoting`` and ``encoding`` are those of :func:`pretrain.data.tables.read_table`.
 
     Raises:
-        DataError: no such file, no rows, or a broken row, with its line.
+        DataError: the file does not exist or has no rows, or a row is invalid (the error names its line).
     """
     kind = table_kind(path)
     if kind not in ("csv", "tsv", "jsonl"):
@@ -121,17 +120,17 @@ def _delimited(
 
 
 class RowWriter:
-    """Rows and their answers into a .jsonl, .csv or .tsv file, which appears when all are written.
+    """Write rows with their predictions to a .jsonl, .csv or .tsv file, which is created atomically at the end.
 
-    The columns of the answers follow those of the rows; ``label`` is written as ``predicted_label``, and so is every
-    other name that the rows have already. A row without an answer has empty cells, or nulls.
+    The columns of the answers follow those of the rows; ``label`` is written as ``predicted_label``, and any other name
+    that the rows already have gets the same prefix. A row without an answer has empty cells, or nulls.
 
     Args:
-        path: the file; an old one stays until the new one is whole.
-        names: columns of the rows; a .csv or .tsv file cannot take others later.
+        path: the file; an existing one is kept until the new one is complete.
+        names: columns of the rows; a .csv or .tsv file cannot get further columns later.
 
     Raises:
-        DataError: the file cannot be written, a row has a new column, or the rows hold answers already.
+        DataError: the file cannot be written, a row has a new column, or the rows already contain predictions.
     """
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
@@ -160,11 +159,11 @@ class RowWriter:
             if kind is not None:
                 self._stack.__exit__(kind, error, trace)
                 return
-            with self._stack:  # what goes wrong in the end leaves no file either
+            with self._stack:  # an error in these last writes leaves no file either
                 self._begin({})
 
     def write(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Append a row and its answer, {} for none."""
+        """Append a row and its answer, which is {} if there is none."""
         if not self.answers and not answer:
             self._waiting.append(row)
             if len(self._waiting) > _MOST_WAITING:
@@ -177,7 +176,7 @@ class RowWriter:
             self._put(row, answer)
 
     def _begin(self, answer: Mapping[str, Any]) -> None:
-        """Settle the columns with the first answer, and write what waited for it."""
+        """Determine the columns from the first answer, and write the rows that waited for it."""
         if not self.answers:
             taken = set(self.names)
             self.answers = {
@@ -216,18 +215,18 @@ class RowWriter:
 
 
 class _Lines:
-    """Text into a file of bytes, as UTF-8."""
+    """Text adapter that writes UTF-8 to a binary file."""
 
     def __init__(self, file: HashingFile) -> None:
         self._file = file
 
     def write(self, text: str) -> None:
-        """Append a text."""
+        """Append a string."""
         self._file.write(text.encode("utf-8"))
 
 
 def _cell(value: Any) -> Any:
-    """Lists and mappings as JSON; None as an empty cell."""
+    """Return a value for a cell: lists and mappings as JSON, None as it is (an empty cell)."""
     if value is None or isinstance(value, str | int | float):
         return value
     return json.dumps(value, ensure_ascii=False)

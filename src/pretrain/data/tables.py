@@ -1,4 +1,4 @@
-"""Tables of labelled rows from any source: files, lists, frames and data sets become columns that know their places."""
+"""Tables of labelled rows from files, lists, data frames and data sets, with the location of every row."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ HELD_OUT = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Table:
-    """Columns of equal length; never changed once made.
+    """Immutable columns of equal length.
 
     Args:
-        name: what messages call it: ``reviews.csv``, ``a list of 12 rows``.
-        columns: values by column, as the source had them; the text of a CSV file stays text.
-        label_names: names of the classes of columns that hold their numbers (``datasets.ClassLabel``), by column.
-        places: where each row stands in its source: a line, or an index from 0; None: row i has index i.
-        origin: what :meth:`where` calls the source.
-        unit: ``line`` of a file, ``row`` of a file, or what an index of an object in memory is called.
-        hint: a sentence for the error that no column was recognised.
+        name: name for messages: ``reviews.csv``, ``a list of 12 rows``.
+        columns: values by column, unconverted; the cells of a CSV file stay strings.
+        label_names: class names, by column, of the columns that contain class numbers (``datasets.ClassLabel``).
+        places: location of each row in its source: a line number, or an index from 0; None: row i has index i.
+        origin: name of the source in :meth:`where`.
+        unit: ``line`` or ``row`` of a file, or the name of an index of an object in memory.
+        hint: a sentence to add to the error if no column is recognised.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Table:
     hint: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse columns of unequal length."""
+        """Raise DataError if the columns, or the places, differ in length."""
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"{self.name}: the columns differ in length: {lengths}.")
@@ -62,7 +62,7 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def __repr__(self) -> str:
-        """Return name, size and columns in one line."""
+        """Return the name, size and columns in one line."""
         return f"Table({self.name!r}: {len(self):,} rows; columns {', '.join(self.columns)})"
 
     @property
@@ -79,7 +79,7 @@ class Table:
         return (self.row(i) for i in range(len(self)))
 
     def where(self, i: int) -> str:
-        """Return where row `i` stands in its source: ``reviews.csv, line 13`` or ``row 12 of a list (index 11)``."""
+        """Return the location of row `i` in its source: ``reviews.csv, line 13`` or ``row 12 of a list (index 11)``."""
         place = i if self.places is None else self.places[i]
         origin = self.origin or self.name
         if self.unit == "line":
@@ -88,7 +88,7 @@ class Table:
         return f"row {place + 1} of {origin}{counter}"
 
     def take(self, indices: Sequence[int]) -> Table:
-        """Return the rows `indices`, in that order; :meth:`where` still answers with their first places."""
+        """Return the rows `indices`, in that order; :meth:`where` still returns their original locations."""
         places = indices if self.places is None else [self.places[i] for i in indices]
         columns = {name: [column[i] for i in indices] for name, column in self.columns.items()}
         return self.with_columns(columns, self.label_names, places=list(places))
@@ -100,13 +100,13 @@ class Table:
         *,
         places: Sequence[int] | None = None,
     ) -> Table:
-        """Return a table of other columns and the same source; `places` as here unless given."""
+        """Return a table with other columns and the same source, and the same `places` unless given."""
         kept = self.places if places is None else places
         return Table(self.name, columns, label_names, kept, self.origin, self.unit, self.hint)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names and values, in hex; the order of the columns does not matter, that of the rows does."""
+        """SHA-256 over names and values, in hex; it depends on the order of the rows but not on that of the columns."""
         digest = hashlib.sha256(json.dumps(self.label_names, sort_keys=True).encode())
         for name in sorted(self.columns):
             digest.update(f"\0{json.dumps(name)}\0{len(self)}".encode())
@@ -136,25 +136,26 @@ def read_table(
     Args:
         source: a path or a glob that matches one file: ``.csv .tsv .jsonl .ndjson .json .parquet .conll .conllu``,
             plain, ``.gz`` or ``.zst``; a list of dicts; a dict of lists; a pandas frame; a ``datasets.Dataset``; a
-            dict of splits, of which ``train`` is taken (see :func:`splits`); a list of tuples with `columns`; a Table.
-        name: what messages call a source that has no name.
-        format: one of ``csv tsv jsonl json parquet conll conllu`` for a file whose name does not say it.
-        columns: names of the columns of a CSV or TSV file without a header, or of a list of tuples. A first line that
-            spells just these names is still taken for the header.
-        header: whether the first line of a CSV or TSV file holds names; None: it does unless `columns` are given.
-        delimiter: what stands between the cells of a line; None: comma in CSV and tab in TSV, or what the header shows.
+            dict of splits, of which ``train`` is used (see :func:`splits`); a list of tuples with `columns`; a Table.
+        name: name for messages of a source that has none.
+        format: one of ``csv tsv jsonl json parquet conll conllu``, for a file whose suffix does not show its format.
+        columns: names of the columns of a CSV or TSV file without a header, or of a list of tuples. A first line with
+            exactly these names is still treated as the header.
+        header: whether the first line of a CSV or TSV file has names; None: it does unless `columns` are given.
+        delimiter: character between cells; None: comma in CSV and tab in TSV, or detected from the first line.
         quoting: whether double quotes enclose cells; None: in CSV they do. In TSV they do if the whole file is quoted
-            as a CSV writer would (quotes around cells that hold a tab, comma, quote or line end and no others, quotes
-            inside doubled, or quotes around every cell); otherwise each line is a row and quotes are characters.
-        encoding: of a file of text, such as ``cp1252``; None: UTF-8, or what a byte order mark says.
+            like a CSV writer does (quotes around exactly the cells that contain a tab, comma, quote or line end, with
+            inner quotes doubled, or around every cell); otherwise each line is a row and quotes are characters.
+        encoding: encoding of a text file, such as ``cp1252``; None: UTF-8, or the encoding of the byte order mark.
 
     Returns:
-        At least one row. JSON in the layout of SQuAD gives ``id, context, question, answers``; ``.conll`` gives
-        ``tokens, ner_tags`` and ``.conllu`` gives ``tokens, pos_tags``. Values are not converted, except that NumPy
-        values become Python's and what pandas calls missing becomes None.
+        A table of at least one row. JSON in the layout of SQuAD has the columns ``id, context, question, answers``,
+        ``.conll`` has ``tokens, ner_tags`` and ``.conllu`` has ``tokens, pos_tags``. Values are not converted, except
+        that NumPy values become Python values and missing values of pandas become None.
 
     Raises:
-        DataError: nothing found, another kind of object, no rows, a broken file (with line and byte or column).
+        DataError: nothing is found, the source is of another type or has no rows, or a file is invalid (the error
+            names the line and byte or column).
     """
     options = {
         "format": format, "columns": columns, "header": header, "delimiter": delimiter, "quoting": quoting,
@@ -170,10 +171,11 @@ def read_table(
 
 
 def splits(source: Any) -> dict[str, Any]:
-    """Return the parts of a ``datasets.DatasetDict`` or of a dict from split to source; empty for a single source."""
+    """Return the splits of a ``datasets.DatasetDict`` or of a dict from split to source; empty for a single source."""
     if not isinstance(source, Mapping) or not source:
         return {}
-    named = any(part in _TRAIN for part in source)  # else {"text": "a.b"} would be taken for a file
+    # Strings are taken for paths only if a training split is named: the value of {"text": "a.b"} is no path.
+    named = any(part in _TRAIN for part in source)
     kinds = (str, Path, Table) if named else (Path, Table)
     if all(
         isinstance(value, kinds) or _is_data(value) or (named and _is_rows(value))
@@ -184,7 +186,7 @@ def splits(source: Any) -> dict[str, Any]:
 
 
 def held_out_splits(source: Any) -> dict[str, tuple[str, Any]]:
-    """Return the names and the sources of the splits for ``valid`` and ``test``, where a dict of splits has them."""
+    """Return the name and source of the splits for ``valid`` and ``test``, if a dict of splits has them."""
     parts, found = splits(source), {}
     if not any(part in _TRAIN for part in parts):
         return {}
@@ -196,7 +198,7 @@ def held_out_splits(source: Any) -> dict[str, tuple[str, Any]]:
 
 
 def _is_rows(value: Any) -> bool:
-    """Whether a value is rows with names, or columns of them, and not a column itself."""
+    """Whether a value is a table (a list of dicts or tuples, or a dict of columns) and not a single column."""
     if isinstance(value, Mapping):
         return bool(value) and all(isinstance(column, list | tuple) for column in value.values())
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping | tuple)
@@ -299,7 +301,7 @@ def _table(name: str, content: Content, *, origin: str, unit: str) -> Table:
 
 
 def _plain(value: Any) -> Any:
-    """Return Python's own value for NumPy's, with texts that UTF-8 can write."""
+    """Convert NumPy values to Python values, and replace lone surrogates in strings, recursively."""
     kind = type(value)
     if kind is str:
         return value if value.isascii() else unhalved(value)

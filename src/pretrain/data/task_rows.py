@@ -1,7 +1,7 @@
-"""Labelled rows as token ids: framed as ``AutoTokenizer`` frames them, of unequal length, never padded here.
+"""Labelled rows as token ids, with special tokens as added by ``AutoTokenizer``, of unequal length and not padded.
 
-The framing (``[CLS] a [SEP] b [SEP]`` and its relatives) is the post-processor of the tokenizer's own file, so that
-what is trained here is what any other library feeds to the saved model.
+The special tokens (``[CLS] a [SEP] b [SEP]`` and similar frames) are added by the post-processor of the tokenizer's own
+file, so that training sees the same input that other libraries feed to the saved model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["TaskEncoder", "TaskRows"]
 
 
 class TaskEncoder:
-    """Texts, pairs, words and windows to ids.
+    """Encodes texts, pairs of texts, lists of words, and windows over long texts.
 
     Args:
-        tokenizer: of the model.
-        max_length: tokens that an example may have, framing included.
-        segments: the model tells the two texts of a pair apart by ``token_type_ids``.
+        tokenizer: tokenizer of the model.
+        max_length: maximum tokens of an example, special tokens included.
+        segments: the model distinguishes the two texts of a pair by ``token_type_ids``.
 
-    Special tokens typed into a text are read as text: a review must not be able to end itself. What comes back for a
-    text is what ``Tokenizer.frame_texts`` returns.
+    Special tokens typed into a text are read as plain text, so that a review cannot end its own example. The encodings
+    are those of ``Tokenizer.frame_texts``.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, *, segments: bool = False) -> None:
@@ -47,9 +47,9 @@ class TaskEncoder:
         Args:
             texts: one for each example.
             pairs: the second text of each example.
-            stride: tokens by which windows over the *second* text overlap (what does not fit into one window comes
-                in ``overflowing``); None cuts the longer of the two.
-            framed: put the special tokens around them.
+            stride: tokens by which windows over the *second* text overlap (windows after the first are in
+                ``overflowing``); None truncates the longer of the two texts.
+            framed: add the special tokens.
         """
         return self.tokenizer.frame_texts(
             texts,
@@ -62,13 +62,13 @@ class TaskEncoder:
         )
 
     def words(self, sentences: Sequence[Sequence[str]]) -> list[Any]:
-        """Encode sentences that come as lists of words; ``word_ids`` of the result say whose piece a token is."""
+        """Encode sentences given as lists of words; ``word_ids`` of the result maps tokens to words."""
         return self.tokenizer.frame_texts(
             sentences, max_length=self.max_length, special=False, words=True
         )
 
     def example(self, encoding: Any) -> dict[str, NDArray[np.int64]]:
-        """The arrays of one example: ``input_ids`` (n,) and, where the model has them, ``token_type_ids`` (n,)."""
+        """Return the arrays of one example: ``input_ids`` (n,) and, if the model uses them, ``token_type_ids`` (n,)."""
         arrays = {"input_ids": np.asarray(encoding.ids, dtype=np.int64)}
         if self.segments:
             arrays["token_type_ids"] = np.asarray(encoding.type_ids, dtype=np.int64)
@@ -77,15 +77,15 @@ class TaskEncoder:
 
 @dataclass
 class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
-    """Examples of a task, in the order of their rows; a row may give several (windows over a long text).
+    """Examples of a task, in the order of their rows; a row may have several (windows over a long text).
 
     Attributes:
         examples: arrays of each example; all have ``input_ids`` (n,), of unequal n.
         owners: row of the table that each example comes from.
-        info: what is needed to turn outputs into answers (offsets, words), for each example; never trained on.
-        cut: rows of which something did not fit.
-        dropped: reason -> rows that gave no example.
-        remarks: what people should know -> rows that it holds for, which give examples all the same.
+        info: data needed to convert outputs into answers (offsets, words), for each example; not used in training.
+        cut: rows that were truncated.
+        dropped: reason -> rows without an example.
+        remarks: remark for the user -> rows that it applies to, which have examples nevertheless.
     """
 
     examples: list[dict[str, NDArray[Any]]] = field(default_factory=list)
@@ -102,11 +102,11 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
         self.info.append(info)
 
     def drop(self, row: int, reason: str) -> None:
-        """Note that a row gave no example."""
+        """Record that a row has no example, and why."""
         self.dropped.setdefault(reason, []).append(row)
 
     def remark(self, row: int, text: str) -> None:
-        """Note what people should know of a row that is used all the same."""
+        """Record a remark for the user about a row that is used nevertheless."""
         self.remarks.setdefault(text, []).append(row)
 
     def __len__(self) -> int:
@@ -120,36 +120,36 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return [len(example["input_ids"]) for example in self.examples]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all examples."""
+        """Number of tokens of all examples."""
         return sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Number of tokens of the longest example."""
         return max(self.lengths, default=0)
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest text that the model reads by itself: some examples are several, with ``lengths``."""
+        """Number of tokens of the longest document; an example with ``lengths`` consists of several documents."""
         found = (example.get("lengths", [len(example["input_ids"])]) for example in self.examples)
         return max((int(max(lengths)) for lengths in found), default=0)
 
     def largest(self, count: int) -> list[int]:
-        """Indices of the ``count`` longest examples."""
+        """Return the indices of the ``count`` longest examples."""
         lengths = self.lengths
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:count]
 
     def batches(self, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-        """Indices of examples for one forward pass after another, similar lengths together.
+        """Yield batches of example indices for forward passes, grouped by length.
 
         Args:
-            max_rows: examples in a batch.
-            max_tokens: of a batch, counted as padded to its longest; a longer example stands alone.
+            max_rows: maximum examples in a batch.
+            max_tokens: maximum tokens of a batch, padding to its longest included; a longer example is a batch alone.
         """
         lengths = self.lengths
         batch: list[int] = []
@@ -162,7 +162,7 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
             yield batch
 
     def take(self, indices: Iterable[int]) -> TaskRows:
-        """The examples at ``indices``; owners stay what they are."""
+        """Return the examples at ``indices`` with their owners and info, but no ``cut``, ``dropped`` or ``remarks``."""
         chosen = list(indices)
         return TaskRows(
             [self.examples[i] for i in chosen],

@@ -1,9 +1,9 @@
 """Sandbox for chat templates: Jinja's immutable sandbox, with limits on steps, time and the size of every value.
 
-A chat template comes with a checkpoint and is a stranger's program. Jinja's own sandbox keeps it from reaching Python,
-but lets it run for ever and fill the memory. A deadline alone does not help: ``'a' * 10 ** 10`` and ``7 ** 10 ** 9``
-are single operations that nothing interrupts. So every loop, call, filter, test and operator reports here; every value
-is measured when it is made, and beforehand where a single operation can make a huge one of small ones.
+A chat template comes with a checkpoint and is an untrusted program. Jinja's own sandbox prevents access to Python, but
+does not limit time or memory. A deadline alone is not enough: ``'a' * 10 ** 10`` and ``7 ** 10 ** 9`` are single
+operations that cannot be interrupted. Therefore every loop, call, filter, test and operator is counted, every value is
+measured when it is created, and operations that can make a huge value of small ones are checked beforehand.
 
 The settings, globals, filters and tags are those of ``transformers.utils.chat_template_utils``.
 """
@@ -28,15 +28,16 @@ from jinja2.visitor import NodeTransformer
 
 __all__ = ["Runaway", "Sandbox"]
 
-MAX_STEPS = 2_000_000  # passes, calls and items of one rendering; 64 characters count as one item
+MAX_STEPS = 2_000_000  # iterations, calls and items per rendering; 64 characters are one item
 MAX_SIZE = 4_000_000  # characters of a text, items of a list
 MAX_SECONDS = 10.0
-_MAX_BITS = 4096  # of a whole number
+_MAX_BITS = 4096  # of an integer
 
-# Filters and methods whose results are not bounded by what they are given, or (random) differ between renderings.
+# Filters and methods whose results are not bounded by the size of their input, or (random) differ between renderings.
 _NO_FILTERS = ("batch", "center", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr")
 _NO_METHODS = ("center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill")
-_WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")  # a width that is large, or comes from elsewhere
+# Matches a format width that is large, or taken from an argument.
+_WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")
 
 
 class Runaway(jinja2.TemplateError):
@@ -44,7 +45,7 @@ class Runaway(jinja2.TemplateError):
 
 
 class _Metered(NodeTransformer):
-    """Replace what Jinja lets no sandbox intercept, loops, ``~`` and literals, by calls of the sandbox."""
+    """Replace loops, ``~`` and literals, which a Jinja sandbox cannot intercept, by calls of the sandbox."""
 
     def _call(self, name: str, *arguments: Any) -> nodes.Call:
         return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None)
@@ -60,14 +61,14 @@ class _Metered(NodeTransformer):
 
     def _literal(self, node: Any) -> nodes.Expr:
         self.generic_visit(node)
-        # A tuple that is assigned to, as in ``for key, value in ...``, makes no value.
+        # A tuple that is an assignment target, as in ``for key, value in ...``, is not a value.
         return node if getattr(node, "ctx", "load") != "load" else self._call("measured", node)
 
     visit_List = visit_Tuple = visit_Dict = _literal
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag ``{% generation %}``: marks what the assistant says, and prints it between the marks of the sandbox."""
+    """The tag ``{% generation %}`` for text of the assistant, which is printed between the marks of the sandbox."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -85,14 +86,14 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace that does not print what it holds, which may be itself many times over."""
+    """A namespace whose repr omits its content, which may contain the namespace itself many times."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 class _Dict:
-    """The global ``dict`` without the methods of the class, which would change the dictionaries of the caller."""
+    """The global ``dict`` without the methods of the class, which could modify the dictionaries of the caller."""
 
     def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:
         return dict(*args, **named)
@@ -105,13 +106,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment in which one chat template is compiled and rendered.
 
     Attributes:
-        marks: what ``render`` puts before and behind the content of every ``{% generation %}`` block.
+        marks: strings that ``render`` prints before and after the content of every ``{% generation %}`` block.
         has_generation: the template has such blocks.
-        constants: the strings that the template itself spells, which it may look for in a message.
+        constants: the string literals of the template, which it may search for in a message.
 
     Raises:
-        jinja2.TemplateError: from ``template`` and ``render``: a syntax error, what the template itself raises, or
-            ``Runaway``.
+        jinja2.TemplateError: from ``template`` and ``render``: a syntax error, an error raised by the template itself,
+            or ``Runaway``.
     """
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
@@ -154,7 +155,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         }
 
     def template(self, source: str) -> jinja2.Template:
-        """Compile a template, with its meters."""
+        """Compile a template, with metering calls inserted."""
         tree = self.parse(source)
         constants = (node.value for node in tree.find_all(nodes.Const))
         self.constants = frozenset(value for value in constants if isinstance(value, str))
@@ -178,7 +179,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # ------------------------------------------------------------------ meters
 
     def step(self, count: int = 1) -> None:
-        """Count steps, and look at the clock."""
+        """Count steps; raise ``Runaway`` if they or the time exceed their limits."""
         self._steps_left -= count
         if self._steps_left < 0 or time.monotonic() > self._deadline:
             raise Runaway(f"it takes more than {MAX_STEPS:,} steps or {MAX_SECONDS:.0f} seconds")
@@ -188,7 +189,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise Runaway(f"it makes more than {MAX_SIZE:,} characters or items")
 
     def size(self, value: Any) -> int:
-        """Count the items of a value and the characters of its texts, as often as they occur in it."""
+        """Return the number of items and characters in a value, counting shared ones at each occurrence."""
         if isinstance(value, str):
             self.step(1 + len(value) // 64)
             self._check_size(len(value))
@@ -206,25 +207,26 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return total
 
     def measured(self, value: Any) -> Any:
-        """Return a value that is not too large."""
+        """Return the value, or raise ``Runaway`` if it is too large."""
         if isinstance(value, str | list | tuple | dict | set | frozenset):
             self.size(value)
         return value
 
     def printed(self, value: Any) -> str:
-        """Return the text of a value."""
+        """Return the value as a string; raise ``Runaway`` if it is too long."""
         text = str(value)
         self.size(text)
         return text
 
     def metered_items(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Yield the items that a loop passes through."""
+        """Yield the items of a loop, counting a step for each."""
         for value in values:
             self.step()
             yield value
 
     def _metered(self, function: Any) -> Callable[..., Any]:
-        @functools.wraps(function)  # carries over whether Jinja passes itself along
+        # wraps() copies the attribute by which Jinja marks functions that take its context.
+        @functools.wraps(function)
         def metered(*args: Any, **named: Any) -> Any:
             self.step()
             return self.measured(function(*args, **named))
@@ -256,7 +258,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0
     ) -> Any:
         if not isinstance(start, int | float):
-            # A sum of lists would copy them once for every summand.
+            # Summing lists copies the partial sum for every item.
             raise jinja2.TemplateError("sum is open to numbers only")
         return jinja2.filters.sync_do_sum(self, values, attribute, start)
 
@@ -264,13 +266,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self, value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
         sort_keys: bool = False,
     ) -> str:  # fmt: skip
-        """Write JSON without the escapes for HTML that Jinja's own filter makes."""
+        """Return JSON without the HTML escapes of Jinja's own filter."""
         if indent is not None and not (isinstance(indent, int) and indent <= 16):
             raise Runaway(f"it indents by {indent!r}")
         encoder = json.JSONEncoder(
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
-        # Indents and separators multiply, so such texts are made piece by piece.
+        # Indents and separators can multiply the size, so such texts are generated and measured piece by piece.
         whole = indent is None and separators is None
         return self.concat([encoder.encode(value)] if whole else encoder.iterencode(value))
 
@@ -300,7 +302,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._check_size((text.count("{") + text.count("%")) * (self.size(values) + 1000))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute with two values, unless the result would be too large."""
+        """Apply a binary operator; raise ``Runaway`` if the result would be too large."""
         self.step()
         if operator == "%" and isinstance(left, str):
             self._check_format(left, right)

@@ -1,8 +1,8 @@
-"""Tokenizers: one class around Hugging Face's ``tokenizers``, saved so that transformers opens it.
+"""Tokenizers: one class around Hugging Face's ``tokenizers``, saved in a form that transformers opens.
 
-Kinds trained here: byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Schuster & Nakajima
-2012; Devlin et al. 2019) and characters with the 256 bytes behind them. Byte-level BPE and characters give every
-text back byte for byte; WordPiece normalises blanks and control characters, and case if asked to.
+Kinds that can be trained: byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Schuster & Nakajima
+2012; Devlin et al. 2019) and characters with byte fallback. Byte-level BPE and characters reproduce every text byte
+for byte; WordPiece normalises whitespace and control characters, and optionally case.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ _UNENCODABLE = (
     "Give strings without halves of surrogate pairs, and a vocabulary with an unknown token."
 )
 _ROOM = " Choose a max_length that leaves room for text beside the special tokens, and more than the overlap."
-# How transformers joins what WordPiece has cut apart, where the files ask for it.
+# Replacements of transformers' clean_up_tokenization_spaces, applied to decoded text if the config enables them.
 _JOINED = [(f" {mark}", mark) for mark in (".", "?", "!", ",")] + [(" ' ", "'")]
 _JOINED += [(f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")]
-_BATCH = 1024  # texts that are encoded at once
-_SIBLINGS = 16  # ways of reading and cutting that a tokenizer keeps ready
+_BATCH = 1024  # texts encoded at once
+_SIBLINGS = 16  # cached backends per tokenizer, one for each combination of encoding options
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Args:
         backend: the wrapped tokenizer of the ``tokenizers`` library.
-        roles: which token is ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent.
-        config: other keys of ``tokenizer_config.json`` that are to be kept.
+        roles: the tokens that are ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent.
+        config: further keys of ``tokenizer_config.json`` to keep.
 
     Attributes:
-        chat_template: the Jinja program that writes a conversation as text, or None; it is carried, never run here.
+        chat_template: the Jinja program that renders a conversation as text, or None; it is stored, not run here.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Tokenizer:
         roles: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        # Padding and truncation that a file stores are instructions of another program's batches. They are kept for
-        # ``save`` and never act here: a text has the same ids alone and among others.
+        # Padding and truncation stored in a file configure another program's batches. They are kept for ``save`` but
+        # not applied, so that the ids of a text do not depend on the other texts of its batch.
         self.stored_padding, self.stored_truncation = backend.padding, backend.truncation
         self.backend = sibling(backend)
         self.config = dict(config or {})
@@ -73,7 +73,7 @@ class Tokenizer:
         if not self.vocab:
             raise TokenizerError("the tokenizer has an empty vocabulary.")
         self.vocab_size = max(self.vocab.values()) + 1
-        # Tables have a place for every id up to the largest; a stray id must not take gigabytes.
+        # Tables have an entry for every id up to the largest; a stray large id must not allocate gigabytes.
         if self.vocab_size > 2 * len(self.vocab) + 1024:
             name = max(self.vocab, key=self.vocab.__getitem__)
             raise TokenizerError(
@@ -122,21 +122,21 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int | None:
-        """Id of the token that hides another one."""
+        """Id of the mask token."""
         return self._id("mask")
 
     @property
     def unk_id(self) -> int | None:
-        """Id of the token for what the vocabulary does not know."""
+        """Id of the token for text that is not in the vocabulary."""
         return self._id("unk")
 
     @property
     def plain(self) -> tokenizers.Tokenizer:
-        """The same tokenizer reading every text as text: ``"<eos>"`` in a document is five characters, not an end."""
+        """The backend without special tokens: ``"<eos>"`` in a document is encoded as five characters."""
         return self._sibling(special=False)
 
     def _sibling(self, *, special: bool, **cut: Any) -> tokenizers.Tokenizer:
-        """The tokenizer with one way of reading and cutting; it shares the vocabulary and is never changed again."""
+        """Return the backend for a combination of encoding options; it shares the vocabulary and is never modified."""
         key = (special, *sorted(cut.items()))
         if key not in self._siblings:
             made = sibling(self.backend)
@@ -153,23 +153,23 @@ class Tokenizer:
 
     @property
     def segments(self) -> bool:
-        """Whether the model is told which text of a pair a token belongs to, as the tokenizer's files say."""
+        """Whether the model takes ``token_type_ids``, according to ``model_input_names`` in the tokenizer's files."""
         names = self.config.get("model_input_names")
         return not isinstance(names, list) or "token_type_ids" in names
 
     @property
     def truncation_side(self) -> str:
-        """The end of a text that is cut off, ``left`` or ``right``, as the tokenizer's files say."""
+        """The side on which texts are truncated, ``left`` or ``right``, according to the tokenizer's files."""
         stored = (self.stored_truncation or {}).get("direction", "right")
         side = self.config.get("truncation_side", stored)
         return side if side in ("left", "right") else "right"
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the ids of ``text`` without framing.
+        """Return the ids of ``text`` without a frame of special tokens.
 
         Args:
             text: any string.
-            special: read special tokens written in the text (``"<mask>"``) as such; documents are read without.
+            special: recognise special tokens spelt in the text (``"<mask>"``); off for the documents of pre-training.
         """
         with library_errors("the text cannot be encoded", _UNENCODABLE):
             backend = self._sibling(special=special)
@@ -177,7 +177,7 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Return the ids of many texts without framing; all cores are used."""
+        """Return the ids of many texts without frames; uses all cores."""
         with library_errors("the texts cannot be encoded", _UNENCODABLE):
             backend = self._sibling(special=special)
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -195,28 +195,28 @@ class Tokenizer:
         framed: bool = True,
         words: bool = False,
     ) -> list[tokenizers.Encoding]:
-        """Encode texts, or pairs of texts, as a model reads them: what ``AutoTokenizer`` gives for the same files.
+        """Encode texts, or pairs of texts, for a model, exactly as ``AutoTokenizer`` does with the same files.
 
-        The frame (``[CLS] a [SEP] b [SEP]`` and its relatives) is the post-processor of the tokenizer's own file. A
-        text that is cut keeps it.
+        The frame (special tokens as in ``[CLS] a [SEP] b [SEP]``) is added by the post-processor of the tokenizer's
+        own file, also around truncated texts.
 
         Args:
             texts: one for each example; with ``words``, lists of words.
             pairs: the second text of each example.
-            max_length: tokens that an example may have, frame included; None cuts nothing.
-            strategy: which text of a pair is cut; ``longest_first`` cuts the longer one.
-            stride: tokens by which the pieces of a text that was cut overlap.
-            special: read special tokens written in a text (``"<mask>"``) as such.
-            framed: put the frame around the texts.
-            words: the texts come as lists of words.
+            max_length: maximum tokens of an example, frame included; None disables truncation.
+            strategy: which text of a pair is truncated; ``longest_first`` truncates the longer one.
+            stride: tokens by which the pieces of a truncated text overlap.
+            special: recognise special tokens spelt in a text (``"<mask>"``).
+            framed: add the frame.
+            words: the texts are lists of words.
 
         Returns:
             For each example an ``Encoding`` of the ``tokenizers`` library: ``ids``, ``type_ids``, ``offsets``
             (characters of the text, empty for the frame), ``special_tokens_mask``, ``word_ids``, ``sequence_ids``, and
-            in ``overflowing`` what did not fit.
+            ``overflowing`` with the truncated parts.
 
         Raises:
-            TokenizerError: a text that cannot be encoded, or no room for a text beside its frame.
+            TokenizerError: a text cannot be encoded, or ``max_length`` leaves no room for text.
         """
         cut: dict[str, Any] = (
             {}
@@ -246,7 +246,7 @@ class Tokenizer:
         return encodings
 
     def frame_size(self, *, pair: bool = False) -> int:
-        """Tokens that the frame of a text, or of a pair, takes."""
+        """Return the number of special tokens in the frame of a text, or of a pair."""
         return int(self.backend.num_special_tokens_to_add(pair))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -266,12 +266,12 @@ class Tokenizer:
         return text
 
     def frame_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts that a causal model is to continue.
+        """Return the ids of prompts for a causal model.
 
-        They are those of ``frame_texts``, so a tokenizer whose own post-processor ends every text with a special token
-        ends a prompt with it too, as ``AutoTokenizer`` does. A tokenizer that was trained by this package is the
-        exception: its models have read documents framed by role, so a prompt begins like a document and stays open.
-        An empty prompt begins with the beginning or the end of a text.
+        They are those of ``frame_texts``, so a tokenizer whose post-processor appends a special token to every text
+        appends it to a prompt too, as ``AutoTokenizer`` does. Tokenizers trained by this package are the exception:
+        their models were trained on documents between bos and eos, so a prompt begins like a document and has no eos.
+        An empty prompt becomes the bos token, or eos if there is no bos.
         """
         start = self.prefix or self.suffix
         if self.trained_here:
@@ -282,25 +282,24 @@ class Tokenizer:
 
     @property
     def trained_here(self) -> bool:
-        """Whether the tokenizer was trained by this package: its first tokens are the roles in their order."""
+        """Whether the tokenizer was trained by this package: its first tokens are those of the roles, in order."""
         return trained_here(self.vocab)
 
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """Return a whole document, its beginning and its end around ``ids``.
+        """Return ``ids`` as a whole document with its special tokens.
 
-        Both are by role for a tokenizer that was trained by this package, and the frame of its post-processor for any
-        other.
+        These are bos and eos for a tokenizer trained by this package, and those of the post-processor for any other.
         """
         before, after = self._frame_ids()
         return [*before, *ids, *after]
 
     def frame_document(self, ids: Sequence[int]) -> list[int]:
-        """Return a document to learn from, which always has an end that a model can learn to stop at."""
+        """Return ``ids`` as a training document, which always ends with eos so that a model can learn to stop."""
         framed = self.frame(ids)
         return framed if framed[-1:] == self.suffix else [*framed, *self.suffix]
 
     def _frame_ids(self) -> tuple[list[int], list[int]]:
-        """The ids before and after a text."""
+        """Return the ids of the frame before and after a text."""
         if self.trained_here:
             return self.prefix, self.suffix
         encoding = self.frame_texts(["a"])[0]
@@ -327,7 +326,7 @@ class Tokenizer:
         return self._words.starts(np.asarray(ids, dtype=np.int64))
 
     def word_ids(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:
-        """Return (T,) the number of the word of every token, counted from 0."""
+        """Return (T,) the number of the word that each token belongs to, counted from 0."""
         return np.cumsum(self.word_starts(ids)) - 1
 
     @property
@@ -337,7 +336,7 @@ class Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _stored(self) -> tokenizers.Tokenizer:
-        """The tokenizer as its file holds it, with the padding and truncation that were found there."""
+        """Return the backend as it is saved, with the padding and truncation of the file it was opened from."""
         stored = sibling(self.backend)
         if self.stored_truncation is not None:
             stored.enable_truncation(**self.stored_truncation)
@@ -346,11 +345,11 @@ class Tokenizer:
         return stored
 
     def save(self, directory: str | Path, *, max_length: int | None = None) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``; transformers 4 and 5 open the directory.
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers 4 and 5 can open.
 
         Args:
             directory: created if missing.
-            max_length: positions of the model, written as ``model_max_length``.
+            max_length: number of positions of the model, written as ``model_max_length``.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -365,23 +364,24 @@ class Tokenizer:
         others = [
             inverse[index] for index in sorted(self.special_ids) if inverse[index] not in named
         ]
-        if others:  # one spelling for each major version of transformers
+        if others:  # transformers 5 and 4 use different keys
             config["extra_special_tokens"] = config["additional_special_tokens"] = others
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         config.setdefault("clean_up_tokenization_spaces", False)
         if max_length is not None:
             config["model_max_length"] = max_length
-        if self.chat_template is not None:  # older readers look for it here, newer ones in its file
+        # Older releases of transformers read the template from the config, newer ones from its own file.
+        if self.chat_template is not None:
             config["chat_template"] = self.chat_template
             replace_file(folder / _TEMPLATE, self.chat_template.encode())
-        # Written by Python so that the files get the mode that the umask asks for.
+        # Written by Python, not by the library, so that the file modes follow the umask.
         replace_file(folder / "tokenizer.json", self._stored().to_str(pretty=True).encode())
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         replace_file(folder / "tokenizer_config.json", f"{text}\n".encode())
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Open a file of the ``tokenizers`` library; a ``tokenizer.json`` with the small files beside it."""
+        """Open a file of the ``tokenizers`` library; a ``tokenizer.json`` together with its companion files."""
         file = Path(path)
         return (
             cls.from_directory(file.parent)
@@ -393,8 +393,8 @@ class Tokenizer:
     def from_directory(cls, path: str | Path) -> Tokenizer:
         """Open the tokenizer of a directory as ``AutoTokenizer`` of transformers 5 does.
 
-        That is ``tokenizer.json``, or BERT's ``vocab.txt``, or ``vocab.json`` with ``merges.txt``, with the class and
-        the tokens that the small files beside them name.
+        It holds ``tokenizer.json``, or BERT's ``vocab.txt``, or ``vocab.json`` with ``merges.txt``; its class and
+        special tokens come from the companion files (``tokenizer_config.json`` and others).
         """
         folder = Path(path)
         backend, roles, config = open_directory(folder)
@@ -421,7 +421,7 @@ class Tokenizer:
 
 
 def _template_in(value: Any) -> str | None:
-    """The chat template of tokenizer_config.json: a text, or the default one of several named ones."""
+    """Return the chat template in tokenizer_config.json: a string, or the default one of several named templates."""
     if isinstance(value, list):
         named = [item for item in value if isinstance(item, dict)]
         value = next((n.get("template") for n in named if n.get("name") == "default"), None)
@@ -429,7 +429,7 @@ def _template_in(value: Any) -> str | None:
 
 
 def _read_template(folder: Path) -> str | None:
-    """The chat template in its own file, which goes before the one in tokenizer_config.json."""
+    """Return the chat template in its own file, which takes precedence over the one in tokenizer_config.json."""
     file = folder / _TEMPLATE
     if not file.is_file():
         return None
@@ -469,18 +469,18 @@ def train_tokenizer(
     """Train a tokenizer with distinct pad, eos, bos, mask and unk tokens.
 
     Args:
-        sources: what :func:`pretrain.prepare` takes: files, globs, folders, a ``datasets.Dataset``, ``"python"``.
+        sources: as for :func:`pretrain.prepare`: files, globs, folders, a ``datasets.Dataset``, ``"python"``.
         kind: ``"bpe"`` (byte level), ``"wordpiece"`` or ``"char"``.
-        vocab_size: upper bound, special tokens included; characters take what the text has.
-        lowercase: WordPiece only: forget the case and the accents.
+        vocab_size: upper bound, special tokens included; ignored for ``"char"``, which has all characters of the text.
+        lowercase: WordPiece only: drop case and accents.
         text: column of the text in tables.
-        separator: what stands between documents in plain text files.
-        encoding: of text files and tables; default UTF-8.
-        sample_bytes: the tokenizer sees at most this much text, drawn evenly from all sources.
+        separator: text between documents in plain text files.
+        encoding: encoding of text files and tables; default UTF-8.
+        sample_bytes: the tokenizer is trained on at most this much text, sampled evenly from all sources.
 
     Raises:
-        TokenizerError: unknown kind, or too small a vocabulary.
-        DataError: a source cannot be read, or holds no text.
+        TokenizerError: the kind is unknown, or the vocabulary is too small.
+        DataError: a source cannot be read, or there is no text.
     """
     from pretrain.data.scan import Sample
     from pretrain.data.sources import resolve_sources, sized_pieces

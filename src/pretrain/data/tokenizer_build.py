@@ -1,6 +1,6 @@
-"""What a :class:`pretrain.data.tokenizer.Tokenizer` is made of: files, rules and trained vocabularies.
+"""Training and inspection of tokenizer backends of the ``tokenizers`` library.
 
-Everything here works on the backend of the ``tokenizers`` library.
+:class:`pretrain.data.tokenizer.Tokenizer` wraps such a backend.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ KINDS = ("bpe", "wordpiece", "char")
 ROLES = ("pad", "bos", "eos", "mask", "unk")
 _TAGS = {role: f"<{role}>" for role in ROLES}
 _BERT_TAGS = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "unk": "[UNK]"}
-# The special tokens, in the order of ROLES and with the ids from 0 on, of every tokenizer that is trained here.
+# Special tokens of the tokenizers trained by this package, in the order of ROLES; their ids count from 0.
 TRAINED = [[tags[role] for role in ROLES] for tags in (_TAGS, _BERT_TAGS)]
-# Where a directory does not say which token plays a role, these spellings are recognised, first match wins.
+# Recognised spellings for roles that the files of a tokenizer do not name; the first match is used.
 KNOWN = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
     "bos": ("<bos>", "<s>", "[CLS]", "<|begin_of_text|>"),
@@ -31,17 +31,17 @@ KNOWN = {
     "mask": ("<mask>", "[MASK]"),
     "unk": ("<unk>", "[UNK]"),
 }
-# A word of this many bytes is no word; longer tokens only memorise rulers and runs of blanks.
+# Bytes of the longest BPE token; longer ones would only memorise horizontal rules and runs of spaces.
 _MAX_TOKEN = 32
-# The longest part of a word that WordPiece looks up: the limit of its model in the ``tokenizers`` library.
+# Words are split into parts of at most 100 characters, the limit of the WordPiece model in the ``tokenizers`` library.
 WORDPIECE_CUT = ".{1,100}"
 
 
 @contextmanager
 def library_errors(what: str, fix: str = "") -> Iterator[None]:
-    """Turn whatever the ``tokenizers`` library raises into TokenizerError.
+    """Convert errors of the ``tokenizers`` library into TokenizerError.
 
-    It raises bare Exception for what it cannot parse, and its panics are no Exception at all.
+    The library raises bare Exception for input that it cannot parse, and its panics derive from BaseException only.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def library_errors(what: str, fix: str = "") -> Iterator[None]:
 
 
 def sibling(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A tokenizer with the same rules and added tokens, without padding and truncation; both share one vocabulary."""
+    """Return a tokenizer with the same rules, added tokens and shared vocabulary, without padding and truncation."""
     made = tokenizers.Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         rule = getattr(backend, part)
@@ -64,12 +64,12 @@ def sibling(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def trained_here(vocab: Mapping[str, int]) -> bool:
-    """Whether a vocabulary begins as those that are trained here do."""
+    """Whether a vocabulary begins with the special tokens of tokenizers trained by this package."""
     return any(all(vocab.get(name) == i for i, name in enumerate(names)) for names in TRAINED)
 
 
 def kind_of(backend: tokenizers.Tokenizer) -> str:
-    """Return ``bpe``, ``wordpiece``, ``char`` or the name of another model in lower case."""
+    """Return ``bpe``, ``wordpiece``, ``char`` or the lower-case name of another model."""
     model = backend.model
     if isinstance(model, models.WordPiece):
         return "wordpiece"
@@ -104,7 +104,7 @@ def _wordpiece_pipeline(backend: tokenizers.Tokenizer, lowercase: bool) -> token
 
 
 def _frame_pairs(backend: tokenizers.Tokenizer, first: str, last: str) -> None:
-    """Let transformers put ``[CLS]`` and ``[SEP]`` around what it encodes, as models of this kind expect."""
+    """Set a post-processor that frames texts with ``[CLS]`` and ``[SEP]``, as BERT models expect."""
     ids = [(name, backend.token_to_id(name)) for name in (first, last)]
     if all(index is not None for _, index in ids):
         backend.post_processor = processors.TemplateProcessing(
@@ -115,7 +115,7 @@ def _frame_pairs(backend: tokenizers.Tokenizer, first: str, last: str) -> None:
 def train_backend(
     texts: Iterable[str], kind: str, *, vocab_size: int, lowercase: bool
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Train on texts; return the backend and which token plays which role."""
+    """Train on texts; return the backend and the token of each role."""
     if kind not in KINDS:
         raise TokenizerError(f"unknown kind of tokenizer {kind!r}.{did_you_mean(kind, KINDS)}")
     tags = _BERT_TAGS if kind == "wordpiece" else _TAGS
@@ -140,7 +140,7 @@ def train_backend(
     )
     backend.train_from_iterator(texts, trainer)
     _begin(backend, tags["bos"])
-    # Words carry the blank before them, so a mask takes it as well, as in RoBERTa.
+    # Tokens include the space before a word, so the mask token absorbs it too, as in RoBERTa.
     mask = tokenizers.AddedToken(tags["mask"], lstrip=True, special=True)
     backend.add_special_tokens([mask])
     return backend, tags
@@ -149,17 +149,17 @@ def train_backend(
 def _train_wordpiece(
     texts: list[str], special: list[str], vocab_size: int, lowercase: bool
 ) -> tokenizers.Tokenizer:
-    """Train WordPiece so that the same text always gives the same vocabulary.
+    """Train WordPiece deterministically: the same text always gives the same vocabulary.
 
-    The library numbers the pieces of one character inside words ("##a") in the order of a hash table that differs
-    from run to run, and so breaks ties of its merges differently each time. A first training finds these pieces;
-    the second is given them in sorted order.
+    The library numbers the single-character pieces inside words ("##a") in the order of a hash table that differs from
+    run to run, and therefore breaks ties between merges differently each time. A first training run finds these pieces;
+    the second run is given them in sorted order.
     """
     unknown = special[ROLES.index("unk")]
 
     def pipeline(model: models.WordPiece) -> tokenizers.Tokenizer:
         backend = _wordpiece_pipeline(tokenizers.Tokenizer(model), lowercase)
-        # What is longer becomes [UNK] as a whole: a web address, or a sentence in a script without blanks.
+        # A longer word, such as a URL or a sentence in a script without spaces, would become a single [UNK].
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.BertPreTokenizer(),
@@ -193,11 +193,12 @@ def _train_wordpiece(
 
 
 def _alphabet(texts: list[str], normalize: Callable[[str], str], room: int) -> list[str]:
-    """Return the characters of a WordPiece vocabulary, the commonest first.
+    """Return the characters of a WordPiece vocabulary, most frequent first.
 
-    A word with a character that is left out becomes [UNK]. Half of the room is for characters, and more where it takes
-    more to leave out less than one in 2,000 of the text, as in scripts of thousands of characters. A character takes
-    one place, and one more if it occurs inside words, as those of Chinese do not.
+    A word with a character that is not included becomes [UNK]. Characters get half of the available entries, and more
+    where that is needed to omit less than one in 2,000 characters of the text, as in scripts of thousands of
+    characters. A character takes one entry, and a second one if it occurs inside words, which Chinese characters do
+    not.
     """
     counts, inside = np.zeros(0x110000, dtype=np.int64), np.zeros(0x110000, dtype=bool)
     for start in range(0, len(texts), 64):
@@ -220,12 +221,12 @@ def _alphabet(texts: list[str], normalize: Callable[[str], str], room: int) -> l
 
 
 def _divides_words(char: str) -> bool:
-    """Whether BERT's rule cuts at a character."""
+    """Whether BERT's pre-tokenizer splits at a character."""
     return char.isspace() or char in string.punctuation or unicodedata.category(char)[0] == "P"
 
 
 def _begin(backend: tokenizers.Tokenizer, first: str) -> None:
-    """Let transformers begin every text as documents began in training, ready to be continued."""
+    """Set a post-processor that prepends the bos token, so that a text is framed like the start of a document."""
     backend.post_processor = processors.TemplateProcessing(
         single=f"{first} $A",
         pair=f"{first} $A $B:1",
@@ -234,7 +235,7 @@ def _begin(backend: tokenizers.Tokenizer, first: str) -> None:
 
 
 def _characters(texts: Iterable[str], special: list[str]) -> tokenizers.Tokenizer:
-    """Build a vocabulary of the characters seen, with the 256 bytes behind them for all others."""
+    """Build a tokenizer of all characters in the texts, with byte fallback for all others."""
     seen: set[str] = set()
     for text in texts:
         seen.update(text)

@@ -1,8 +1,8 @@
-"""Directories of tokenizers, opened with the rules that ``AutoTokenizer`` of transformers 5 applies to their files.
+"""Opening of tokenizer directories by the rules of ``AutoTokenizer`` of transformers 5.
 
-A directory holds ``tokenizer.json``, or the vocabulary of an older tokenizer, and small files beside it. Which of them
-counts depends on the class of the tokenizer: transformers builds the rules of many classes anew from the vocabulary and
-``tokenizer_config.json``, and takes the rules of all others from ``tokenizer.json`` as they are.
+A directory holds ``tokenizer.json``, or the vocabulary of an older tokenizer, and companion files such as
+``tokenizer_config.json``. Which of them is used depends on the class of the tokenizer: transformers rebuilds the rules
+of many classes from the vocabulary and ``tokenizer_config.json``, and uses ``tokenizer.json`` as it is for all others.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _CONVERT = (
     "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
 )
 
-# ---------------------------------------------------------------------------- which class opens a directory
+# ---------------------------------------------------------------------------- tokenizer class of a directory
 
-# The class that transformers registers for a type of model, where tokenizer_config.json names none.
+# Class that transformers registers for a model type -> model types; used if tokenizer_config.json names no class.
 _MODELS = {
     "BertTokenizer": "align bark bert blip bros chinese_clip convbert distilbert electra ernie flava git "
     "grounding-dino layoutlm lxmert megatron-bert mobilebert nezha nomic_bert qdqbert realm retribert squeezebert tvp "
@@ -72,23 +72,23 @@ _MODELS = {
     "olmo_hybrid persimmon stablelm umt5 xlm-roberta-xl",
 }
 _CLASS_OF_MODEL = {model: name for name, types in _MODELS.items() for model in types.split()}
-# Types of models whose published files name a wrong class; the registered class, or the file, counts for them.
+# Model types whose published files name a wrong class; the registered class, or tokenizer.json, is used for them.
 _MISNAMED_TYPES = (
     "arctic chatlm cohere_asr ernie4_5 ernie4_5_moe fuyu hyperclovax internlm2 internlm3 jamba llava llava_next "
     "minicpm3 minicpmv minimax_m2 modernbert modernbert-decoder molmo molmo2 nemotron phi3 phi3_v phimoe qwen2 qwen3_5 "
     "qwen3_5_moe qwen3_5_moe_text qwen4_exp smolvlm vipllava"
 )
 _MISNAMED = set(_MISNAMED_TYPES.split())
-# Other names of the classes that are built here.
+# Aliases of the classes that are built here.
 _ALIASES = {
     "BertTokenizer": "ConvBert DistilBert DPRContextEncoder DPRQuestionEncoder DPRReader Electra LayoutLM Lxmert "
     "MobileBert Retribert SqueezeBert",
     "RobertaTokenizer": "Bart LED Longformer Mvp",
 }
 _ALIAS_OF = {f"{a}Tokenizer": name for name, known in _ALIASES.items() for a in known.split()}
-# Classes that tell the texts of a pair apart by token_type_ids where model_input_names does not say it.
+# Classes that use token_type_ids if model_input_names is not set.
 _SEGMENTS = {"BertTokenizer", "DebertaTokenizer", "DebertaV2Tokenizer", "FNetTokenizer"}
-# Classes whose rules are a Python program of transformers: what they do stands in no file.
+# Classes that transformers implements in Python, so their rules are not in any file.
 _PROGRAM_NAMES = (
     "Bartpho BertJapanese Bertweet BioGpt BlenderbotSmall ByT5 CTRL Canine Cpm CpmAnt Esm FSMT Flaubert "
     "GPTNeoXJapanese MyT5 PLBart Perceiver Phobert ProphetNet Rag RoCBert Tapas XLM"
@@ -97,11 +97,11 @@ _PROGRAMS = {f"{name}Tokenizer" for name in _PROGRAM_NAMES.split()}
 
 
 def _class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: bool) -> str:
-    """The class that AutoTokenizer takes; ``TokenizersBackend`` where the file itself is the tokenizer.
+    """Return the class that AutoTokenizer chooses; ``TokenizersBackend`` if tokenizer.json is used as it is.
 
     Args:
-        config: tokenizer_config.json.
-        model: config.json.
+        config: content of tokenizer_config.json.
+        model: content of config.json.
         byte_level: ``tokenizer.json`` is byte-level BPE.
     """
     family = model.get("model_type")
@@ -119,7 +119,7 @@ def _class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level:
     return _ALIAS_OF.get(declared, declared)
 
 
-# ---------------------------------------------------------------------------- the rules of the classes
+# ---------------------------------------------------------------------------- rules of the classes
 
 _SPLIT = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?{letters}+|\p{N}| ?[^\s{others}\p{N}]+[\r\n]*|\s*[\r\n]+"""
@@ -130,12 +130,12 @@ _BYTE_LEVEL = {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ig
 
 @dataclass
 class _Rules:
-    """What a class makes of a vocabulary.
+    """The rules by which a class turns a vocabulary into a tokenizer.
 
     Attributes:
-        model: parameters of the model beside the vocabulary.
-        frame: makes the post-processor of the ids of the named tokens; None where that of the file stays.
-        defaults: named tokens that the class has by itself.
+        model: parameters of the model besides the vocabulary.
+        frame: builds the post-processor from the named tokens and their ids; None keeps that of the file.
+        defaults: default named tokens of the class.
     """
 
     model: dict[str, Any]
@@ -203,7 +203,7 @@ def _mpnet(config: Mapping[str, Any]) -> _Rules:
 
 
 def _byte_level(config: Mapping[str, Any], **rules: Any) -> _Rules:
-    """Byte-level BPE in the way of GPT-2."""
+    """Return the rules of byte-level BPE as in GPT-2."""
     blank = _flag(config, "add_prefix_space", False)
     rules.setdefault("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=blank))
     return _Rules({"type": "BPE", **_BYTE_LEVEL}, decoder=decoders.ByteLevel(), **rules)
@@ -276,7 +276,7 @@ _BUILT: dict[str, Callable[[Mapping[str, Any]], _Rules]] = {
 
 
 def _ends(named: Mapping[str, tuple[str, int]], config: Mapping[str, Any]) -> Any:
-    """The post-processor that ``add_bos_token`` and ``add_eos_token`` ask for."""
+    """Return the post-processor that ``add_bos_token`` and ``add_eos_token`` of the config specify."""
     bos = named.get("bos") if config.get("add_bos_token") else None
     eos = named.get("eos") if config.get("add_eos_token") else None
     start, end = (f"{bos[0]}:%d " if bos else "", f" {eos[0]}:%d" if eos else "")
@@ -288,7 +288,7 @@ def _ends(named: Mapping[str, tuple[str, int]], config: Mapping[str, Any]) -> An
     )
 
 
-# ---------------------------------------------------------------------------- the small files
+# ---------------------------------------------------------------------------- companion files
 
 
 def _read(file: Path) -> str:
@@ -303,7 +303,7 @@ def _read(file: Path) -> str:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object of a small file; empty where there is no such file."""
+    """Return the JSON object in a companion file, or an empty one if the file does not exist."""
     if not file.is_file():
         return {}
     try:
@@ -318,13 +318,13 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _content(value: Any) -> str | None:
-    """The spelling of a token that stands in JSON as a text or as an object."""
+    """Return the content of a token that JSON gives as a string or as an object, or None."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
 
 
 def _added(value: Any, **options: Any) -> AddedToken | None:
-    """A token of a small file as the library has it; None where the value is no token."""
+    """Return a token of a companion file as an AddedToken, or None if the value is not a token."""
     text = _content(value)
     if not text:
         return None
@@ -336,13 +336,13 @@ def _added(value: Any, **options: Any) -> AddedToken | None:
 
 @dataclass
 class _Beside:
-    """What the small files beside a tokenizer say, in the order in which transformers reads them.
+    """The content of the companion files of a tokenizer, merged in the order in which transformers reads them.
 
     Attributes:
-        config: tokenizer_config.json, tokens as texts.
+        config: tokenizer_config.json, with tokens as strings.
         named: key -> token of every ``*_token``.
         extra: further special tokens.
-        added: id -> token; the ids only give the order.
+        added: id -> token; the ids only determine the order.
     """
 
     config: dict[str, Any]
@@ -352,11 +352,11 @@ class _Beside:
 
     @classmethod
     def read(cls, folder: Path, stored: Mapping[str, Any]) -> _Beside:
-        """Read the files of a folder.
+        """Read the companion files of a directory.
 
         Args:
-            folder: of the tokenizer.
-            stored: the content of ``tokenizer.json``, if there is one.
+            folder: directory of the tokenizer.
+            stored: the content of ``tokenizer.json``, empty if there is none.
         """
         config = _object(folder / "tokenizer_config.json")
         decoder = config.pop("added_tokens_decoder", None)
@@ -367,7 +367,7 @@ class _Beside:
             for index, value in decoder.items():
                 _place(added, index, _added(value))
         else:
-            # Only directories without added_tokens_decoder have these files read: they are older than it.
+            # These files predate added_tokens_decoder, so transformers only reads them in its absence.
             special = _object(folder / "special_tokens_map.json")
             found |= {k: v for k, v in special.items() if k.endswith("_token") and _content(v)}
             listed = listed or special.get("additional_special_tokens")
@@ -391,10 +391,10 @@ class _Beside:
         return cls({**config, **texts}, named, [t for t in extra if t is not None], added)
 
     def roles(self, defaults: Mapping[str, str]) -> dict[str, str]:
-        """Role -> token, as this package calls them.
+        """Return role -> token with the role names of this package.
 
         Args:
-            defaults: named tokens of the class; the end of a text plays no other role by default.
+            defaults: named tokens of the class; a default that equals the default eos is used for eos only.
         """
         end = defaults.get("eos")
         texts = {f"{r}_token": text for r, text in defaults.items() if r == "eos" or text != end}
@@ -413,10 +413,11 @@ class _Beside:
         return roles
 
     def tokens(self, defaults: Mapping[str, str], vocab: Mapping[str, int]) -> list[AddedToken]:
-        """The tokens that transformers adds to a tokenizer when it opens it, in its order.
+        """Return the tokens that transformers adds to a tokenizer on opening it, in the same order.
 
         Args:
-            defaults: named tokens of the class; one that the vocabulary lacks is not added, as no model has read it.
+            defaults: named tokens of the class; those missing from the vocabulary are not added, since no model was
+                trained on them.
             vocab: the vocabulary.
         """
         tokens = [token for _, token in sorted(self.added.items())]
@@ -439,7 +440,7 @@ def _values(listed: Any) -> list[Any]:
 
 
 def _place(added: dict[int, AddedToken], index: Any, token: AddedToken | None) -> None:
-    """Note a token at its id, if both are what they should be."""
+    """Store a token under its id if both are valid."""
     try:
         place = int(index)
     except (TypeError, ValueError):
@@ -452,10 +453,10 @@ def _place(added: dict[int, AddedToken], index: Any, token: AddedToken | None) -
 
 
 def open_file(file: Path) -> tokenizers.Tokenizer:
-    """Open a file of the ``tokenizers`` library as it is.
+    """Open a file of the ``tokenizers`` library without companion files.
 
     Raises:
-        TokenizerError: it cannot be read, or asks for more memory than any text needs.
+        TokenizerError: the file cannot be read, or its rules could fill the memory; see ``check_harmless``.
     """
     return _from_content(file, _stored(file))
 
@@ -485,10 +486,10 @@ def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
     """Open the tokenizer of a directory as ``AutoTokenizer`` of transformers 5 does.
 
     Returns:
-        The tokenizer; role -> token, as far as the files say; the other keys of tokenizer_config.json.
+        The tokenizer; role -> token, as far as the files define them; tokenizer_config.json with tokens as strings.
 
     Raises:
-        TokenizerError: there is none, it is damaged, or its class cannot be built here.
+        TokenizerError: there is no tokenizer, it is damaged, or its class cannot be built here.
     """
     file = folder / _JSON
     stored = _stored(file) if file.is_file() else {}
@@ -523,14 +524,14 @@ def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
 
 
 def _guess(folder: Path) -> str:
-    """The class where no file says anything of it."""
+    """Return the class of a tokenizer for which no file names one."""
     if (folder / _JSON).is_file():
         return "TokenizersBackend"
     return "BertTokenizer" if (folder / "vocab.txt").is_file() else "GPT2Tokenizer"
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    """config.json of the model beside the tokenizer; what is wrong in it is told where the model is opened."""
+    """Return config.json of the model beside the tokenizer; errors in it are reported when the model is opened."""
     try:
         return _object(folder / "config.json")
     except TokenizerError:
@@ -546,9 +547,10 @@ def _has_byte_level(stored: Mapping[str, Any]) -> bool:
 
 
 def _made_here(stored: Mapping[str, Any]) -> bool:
-    """Whether this package has written rules into a file that the class of its model would overwrite.
+    """Whether a file has rules of this package that rebuilding by the class of its model would overwrite.
 
-    Those are its own tokenizers, and the blank before words that come in lists.
+    These are the rules of tokenizers trained by this package, and a normalizer that prepends a space to words (see
+    ``blanks_before_words``).
     """
     vocab = stored.get("model", {}).get("vocab")
     blank = any(
@@ -559,7 +561,7 @@ def _made_here(stored: Mapping[str, Any]) -> bool:
 
 
 def _rebuilt(file: Path, stored: dict[str, Any], rules: _Rules) -> tokenizers.Tokenizer:
-    """The vocabulary of a file with the rules of a class; parts that say the same stay as they are written."""
+    """Return a tokenizer with the vocabulary of a file and the rules of a class; equivalent parts stay unchanged."""
     model = stored.get("model")
     if not isinstance(model, dict):
         return _from_content(file, stored)
@@ -589,7 +591,7 @@ _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
 def _canonical(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer file as the library of today writes it; empty where it cannot be read."""
+    """Return the content of a tokenizer file as the installed library writes it, or {} if it cannot be read."""
     base: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -599,14 +601,14 @@ def _canonical(content: Mapping[str, Any]) -> dict[str, Any]:
     base |= {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
     try:
         text = tokenizers.Tokenizer.from_str(json.dumps(base | dict(content))).to_str()
-    except Exception:  # the library raises plain Exception; the file is read as a whole later on
+    except Exception:  # raised by the library; errors are reported when the whole file is opened
         return {}
     found: dict[str, Any] = json.loads(text)
     return found
 
 
 def _written(key: str, rule: Any) -> Any:
-    """A rule as the library writes it into a file."""
+    """Return a rule as the library serialises it."""
     if rule is None:
         return None
     made = tokenizers.Tokenizer(models.BPE())
@@ -615,7 +617,7 @@ def _written(key: str, rule: Any) -> Any:
 
 
 def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a model beside its vocabulary; an empty prefix is none."""
+    """Return the parameters of a model besides its vocabulary, with empty values as None."""
     return {k: v or None for k, v in model.items() if k not in ("vocab", "merges")}
 
 
@@ -651,7 +653,7 @@ _OTHERS = ("bpe.codes", "tekken.json", "vocab.bpe", "spiece.vocab")
 
 def _pieces(file: Path, rules: _Rules) -> tokenizers.Tokenizer:
     """Build BERT's WordPiece from its list of pieces."""
-    _read(file)  # names a file that is not UTF-8
+    _read(file)  # raises if the file is not UTF-8
     fix = "Copy it again from its origin."
     with library_errors(f"{file} is not a vocabulary of BERT", fix):
         vocab = models.WordPiece.read_file(str(file))
@@ -673,7 +675,10 @@ def _dressed(model: Any, rules: _Rules) -> tokenizers.Tokenizer:
 
 
 def _add(backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules | None, rows: Any) -> None:
-    """Add the tokens of the small files; one whose id would be behind the rows of the model's embedding is left out."""
+    """Add the tokens of the companion files, except those whose id would exceed the rows of the model's embedding.
+
+    ``rows`` is the model's ``vocab_size``, if known.
+    """
     vocab = backend.get_vocab(with_added_tokens=True)
     room = (
         rows - (max(vocab.values(), default=-1) + 1) if isinstance(rows, int) else len(vocab) + 1024
@@ -689,13 +694,13 @@ def _add(backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules | None, r
 def _reframe(
     backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules, *, explicit: bool
 ) -> None:
-    """Give a built tokenizer the post-processor of its class.
+    """Set the post-processor of a rebuilt tokenizer to that of its class.
 
     Args:
         backend: the tokenizer.
-        beside: its small files.
-        rules: of its class.
-        explicit: there is no tokenizer.json, so ``add_bos_token`` and ``add_eos_token`` of the config count.
+        beside: its companion files.
+        rules: the rules of its class.
+        explicit: there is no tokenizer.json, so ``add_bos_token`` and ``add_eos_token`` of the config apply.
     """
     config = {} if not explicit else beside.config
     texts = dict(rules.defaults)
@@ -714,7 +719,7 @@ def _reframe(
         return
     try:
         wanted = rules.frame(named)
-    except KeyError:  # the vocabulary has no token to frame with
+    except KeyError:  # the vocabulary lacks a token of the frame
         return
     if not explicit and _frames_alike(backend, wanted):
         return
@@ -722,7 +727,7 @@ def _reframe(
 
 
 def _frames_alike(backend: tokenizers.Tokenizer, frame: Any) -> bool:
-    """Whether another post-processor does to a text and to a pair what that of the tokenizer does."""
+    """Whether a post-processor frames a text and a pair in the same way as that of the tokenizer."""
     probe = tokenizers.Tokenizer(backend.model)
     made = []
     for processor in (backend.post_processor, frame):
@@ -735,7 +740,7 @@ def _frames_alike(backend: tokenizers.Tokenizer, frame: Any) -> bool:
 
 
 def _trims(processor: Any) -> list[Any]:
-    """How a post-processor takes blanks out of the offsets of tokens."""
+    """Return how a post-processor trims spaces from the offsets of tokens."""
     return [
         part.get("trim_offsets") and (True, part.get("add_prefix_space"))
         for part in _parts(_written("post_processor", processor))
@@ -743,21 +748,19 @@ def _trims(processor: Any) -> list[Any]:
     ]
 
 
-# ---------------------------------------------------------------------------- files that nobody has written in earnest
+# ---------------------------------------------------------------------------- malicious files
 
-_MOST_ADDED = (
-    64  # tokens that a frame puts around a text, and characters that a rule puts in one place
-)
-_MOST_GROWTH = 1024  # times that the rules may lengthen a text
+_MOST_ADDED = 64  # tokens that a frame adds, and characters that a rule inserts at one place
+_MOST_GROWTH = 1024  # factor by which the rules may lengthen a text
 _MOST_STEPS = 256
 _MOST_PADDING = 1 << 20
 
 
 def check_harmless(content: Mapping[str, Any], file: Path) -> None:
-    """Refuse a tokenizer file whose rules make of a short text one that fills the memory.
+    """Reject a tokenizer file whose rules would expand a short text until it fills the memory.
 
     Raises:
-        TokenizerError: names the rule.
+        TokenizerError: a rule exceeds a limit; names the rule.
     """
 
     def refuse(what: str) -> None:
@@ -795,7 +798,7 @@ def check_harmless(content: Mapping[str, Any], file: Path) -> None:
 
 
 def _parts(rule: Any) -> Iterator[dict[str, Any]]:
-    """The rules of a part of a tokenizer file, those in sequences one after another."""
+    """Yield the rules of a part of a tokenizer file, with nested sequences flattened."""
     waiting = [rule]
     while waiting:
         item = waiting.pop()
@@ -814,14 +817,14 @@ def _parts(rule: Any) -> Iterator[dict[str, Any]]:
 
 
 def _longest(part: Mapping[str, Any]) -> int:
-    """Characters that a rule writes in one place."""
+    """Return the number of characters that a rule inserts at one place."""
     return max(
         (len(v) for k in ("content", "prepend") if isinstance(v := part.get(k), str)), default=0
     )
 
 
 def _growth(part: Mapping[str, Any]) -> float:
-    """Times that a rule may lengthen a text."""
+    """Return the largest factor by which a rule can lengthen a text."""
     if part.get("type") != "Replace":
         return 1.0
     pattern, content = part.get("pattern"), part.get("content")

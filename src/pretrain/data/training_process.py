@@ -1,6 +1,7 @@
-"""Training a tokenizer in a process of its own, which can be ended at any moment.
+"""Training of a tokenizer in a child process that can be interrupted at any moment.
 
-The ``tokenizers`` library does not return before it has finished, whatever signal has come: minutes, on much text.
+The training function of the ``tokenizers`` library ignores signals until it has finished, which takes minutes on much
+text.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from pretrain.errors import DataError, PretrainError, TokenizerError
 
 __all__ = ["serve", "stoppable", "train_apart"]
 
-# Less text is learned from in less time than a process takes to start.
+# Training on less text than this takes less time than starting a process.
 _SMALL_CHARS = 500_000
 
 
 def train_apart(texts: Sequence[str], kind: str, *, vocab_size: int, lowercase: bool) -> Tokenizer:
-    """Train on texts as :func:`pretrain.data.tokenizer.train_from_texts` does; an interrupt ends it at once.
+    """Train like :func:`pretrain.data.tokenizer.train_from_texts`, but stop immediately on an interrupt.
 
     Raises:
-        TokenizerError: unknown kind, or too small a vocabulary.
-        DataError: the process ended before it had an answer.
+        TokenizerError: the kind is unknown, or the vocabulary is too small.
+        DataError: the child process exited without a result.
     """
     if sum(map(len, texts)) < _SMALL_CHARS:
         return train_from_texts(texts, kind, vocab_size=vocab_size, lowercase=lowercase)
     code = "import sys; sys.path[:] = sys.argv[1:]; from pretrain.data.training_process import serve; serve()"
-    # Of a process group of its own: Ctrl-C in a terminal is for the parent, which then ends this one.
+    # The child gets its own session, so that Ctrl-C in a terminal reaches only the parent, which then kills the child.
     child = subprocess.Popen(
         [sys.executable, "-c", code, *map(os.path.abspath, sys.path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
@@ -62,7 +63,7 @@ def train_apart(texts: Sequence[str], kind: str, *, vocab_size: int, lowercase: 
 
 
 def serve() -> None:
-    """Train what standard input asks for: the life of the child, which ends when its parent does."""
+    """Entry point of the child: train as requested on standard input, and exit when the parent exits."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
     try:
         options, texts = json.loads(_receive(source))
@@ -84,7 +85,7 @@ def _end_with_parent(source: Any) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit(143), so that what was begun is cleared away, unless somebody handles it."""
+    """Make SIGTERM raise SystemExit(143), so that temporary files are cleaned up, unless a handler is set already."""
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -1,9 +1,9 @@
-"""Where words begin in a row of token ids, in scripts with blanks between words and in scripts without.
+"""Word boundaries in a row of token ids, in scripts with and without spaces between words.
 
-Ids are turned back into the bytes of their text and words are found there, so the answer does not depend on how a
-tokenizer cuts a character into pieces: a token begins a word where its first byte does. A word is a run of letters,
-digits and marks with the blank before it; in scripts that are written without blanks it is a single character with its
-marks, and everything else is a word of its own.
+Ids are converted back to the bytes of their text and words are found there, so the result does not depend on how a
+tokenizer splits a character: a token begins a word if its first byte does. A word is a run of letters, digits and
+marks with the space before it; in scripts that are written without spaces it is a single character with its marks. Any
+other character is a word by itself.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ __all__ = ["WordFinder", "token_bytes"]
 
 # Classes of characters.
 _OTHER, _LETTER, _UNSPACED, _MARK, _BLANK, _UNKNOWN = range(6)
-# Scripts whose words are not divided by blanks, by the first words of their characters' Unicode names: those of the
-# line breaking classes ID (ideographs, kana) and SA (South East Asia), and their like.
+# Scripts without spaces between words, by the beginning of their characters' Unicode names: those of the line breaking
+# classes ID (ideographs, kana) and SA (South East Asia), and similar ones.
 _UNSPACED_NAMES = (
     "CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "KANGXI", "YI ", "TANGUT", "NUSHU",
     "KHITAN", "THAI", "LAO", "KHMER", "MYANMAR", "TAI ", "NEW TAI LUE", "AHOM", "CHAM", "TIBETAN", "JAVANESE",
     "BALINESE",
 )  # fmt: skip
 _JOINERS = "\u200c\u200d"  # inside words of Persian and Indic scripts, and inside emoji
-# Stands where no text does: it begins no character of UTF-8, and what follows it begins a word.
+# Represents tokens that are not text; this byte never occurs in UTF-8, and the character after it begins a word.
 _BREAK = b"\xff"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _METASPACE = "\u2581"
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return which byte each printable stand-in of byte-level BPE means (the table of GPT-2)."""
+    """Return the byte that each printable character of byte-level BPE represents (the table of GPT-2)."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(kept)]
     return {chr(byte): byte for byte in kept} | {
@@ -48,7 +48,7 @@ _BYTES = _byte_alphabet()
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the names of tokens spell bytes by the stand-ins of byte-level BPE."""
+    """Whether the names of tokens use the printable byte characters of byte-level BPE."""
     parts = (backend.decoder, backend.pre_tokenizer, backend.normalizer)
     return any(part is not None and b"ByteLevel" in part.__getstate__() for part in parts)
 
@@ -56,17 +56,17 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 def token_bytes(
     backend: tokenizers.Tokenizer, vocab: Mapping[str, int], special: Collection[int], size: int
 ) -> list[bytes]:
-    """Return the UTF-8 bytes that each id stands for in a text, or a piece of them; never empty.
+    """Return the UTF-8 bytes, possibly of part of a character, that each id represents; never empty.
 
     Args:
-        backend: tells by which rule its names spell text.
+        backend: determines how the names of its tokens spell text.
         vocab: id of every name.
-        special: ids that are no text.
+        special: ids that are not text.
         size: length of the result.
     """
     byte_level = _is_byte_level(backend)
     model = type(backend.model).__name__
-    whole_words = model in ("WordPiece", "WordLevel")  # blanks are not part of the tokens
+    whole_words = model in ("WordPiece", "WordLevel")  # spaces are not part of the tokens
     prefix = getattr(backend.model, "continuing_subword_prefix", None) or ""
     suffix = getattr(backend.model, "end_of_word_suffix", None) or ""
     found = [_BREAK] * size
@@ -90,7 +90,7 @@ def token_bytes(
 
 
 class WordFinder:
-    """Finds the words of rows.
+    """Finds the word boundaries of rows.
 
     Args:
         tokens: the bytes of every id; see :func:`token_bytes`.
@@ -103,7 +103,7 @@ class WordFinder:
         self._classes = np.full(0x110000, _UNKNOWN, dtype=np.int8)
 
     def starts(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-        """Return (T,) True where a token begins a word; ids beyond the table stand for no text."""
+        """Return (T,) True where a token begins a word; ids outside the table are treated as non-text."""
         if not len(ids):
             return np.zeros(0, dtype=bool)
         known = (ids >= 0) & (ids < len(self._sizes))
@@ -116,11 +116,11 @@ class WordFinder:
         return result
 
     def _word_starts(self, text: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Return (N,) True at each byte with which a word begins."""
+        """Return (N,) True at the first byte of each word."""
         after_break = np.concatenate([[True], text[:-1] == _BREAK[0]])
         first = np.flatnonzero(((text & 0xC0) != 0x80) | after_break)
         classes = self._classes_of(_characters(text, first))
-        # A mark belongs to the character before it, so the one after them meets that character's class.
+        # A mark belongs to the character before it, so the character after marks is compared with that one's class.
         base = np.maximum.accumulate(np.where(classes == _MARK, 0, np.arange(len(classes))))
         before = np.concatenate([[_OTHER], classes[base][:-1]])
         joined = (classes == _MARK) | (
@@ -140,11 +140,11 @@ class WordFinder:
 
 
 def _characters(text: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the code points that begin at ``first``; 0 for what is no whole character of UTF-8."""
+    """Return the code points that begin at ``first``; 0 for incomplete or invalid UTF-8."""
     data = np.concatenate([text, np.zeros(3, dtype=np.uint8)]).astype(np.int64)
     lead = data[first]
     tails = [data[first + k] & 0x3F for k in (1, 2, 3)]
-    size = np.searchsorted([0x80, 0xC2, 0xE0, 0xF0, 0xF5], lead, side="right")  # 1 is no lead byte
+    size = np.searchsorted([0x80, 0xC2, 0xE0, 0xF0, 0xF5], lead, side="right")  # 1: not a lead byte
     codes = np.zeros(len(first), dtype=np.int64)
     two, three, four = (size == k for k in (2, 3, 4))
     codes[size == 0] = lead[size == 0]
@@ -162,5 +162,5 @@ def _class_of(char: str) -> int:
         return _MARK
     if not char.isalnum():
         return _OTHER
-    name = unicodedata.name(char, "IDEOGRAPHIC")  # the only letters without a name are ideographs
+    name = unicodedata.name(char, "IDEOGRAPHIC")  # the only unnamed letters are ideographs
     return _UNSPACED if name.startswith(_UNSPACED_NAMES) else _LETTER

@@ -1,4 +1,4 @@
-"""Sentences that come as lists of words: their tags, windows over them, and a tokenizer that reads words as texts."""
+"""Pre-split sentences for token classification: words, tags, windows, and a tokenizer adapted to separate words."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["blanks_before_words", "read_tags", "read_words", "word_windows"]
 
 
 def read_words(table: Table) -> list[list[str]]:
-    """The words of every row of the column ``tokens``; a printed list is read, another text cut at its blanks.
+    """Return the words of each row of the column ``tokens``; printed lists are parsed, other text is split at spaces.
 
     Raises:
-        DataError: a cell that is no list of texts.
+        DataError: a cell is not a list of strings.
     """
     found = []
     for i in range(len(table)):
@@ -35,10 +35,10 @@ def read_words(table: Table) -> list[list[str]]:
 
 
 def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """The tags of every row of the column ``label``, as the source spells them.
+    """Return the tags of each row of the column ``label``, as spelt in the source.
 
     Raises:
-        DataError: a row with more or fewer tags than words; names the first three.
+        DataError: a row has more or fewer tags than words; names the first three.
     """
     found, wrong = [], []
     for i, words in enumerate(sentences):
@@ -70,15 +70,15 @@ def _listed(table: Table, i: int, role: str, what: str) -> list[Any]:
 
 
 def word_windows(sizes: Sequence[int], room: int, overlap: int) -> list[tuple[int, int]]:
-    """Cut a sentence into windows of whole words.
+    """Split a sentence into windows of whole words.
 
     Args:
-        sizes: tokens of each word.
-        room: tokens that a window may have; a longer word has a window to itself.
-        overlap: tokens that neighbours share at most.
+        sizes: number of tokens of each word.
+        room: maximum tokens of a window; a longer word gets its own window.
+        overlap: maximum tokens that adjacent windows share.
 
     Returns:
-        First word and last word (exclusive) of each window; both grow, and every word is in a window.
+        First and last word (exclusive) of each window; both increase, and every word is in a window.
     """
     windows, start = [], 0
     while True:
@@ -98,12 +98,12 @@ def word_windows(sizes: Sequence[int], room: int, overlap: int) -> list[tuple[in
 
 
 def blanks_before_words(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer that encodes words given one by one as it encodes them in a text.
+    """Return a tokenizer that encodes the words of a list as it encodes them in running text.
 
-    Byte-level BPE joins a word with the blank before it, and words that come in a list have none: ``Paris`` would be
-    another token than in all texts that the model has read. RoBERTa and GPT-2 have ``add_prefix_space`` for this; the
-    others get a rule that puts a blank in front. A tokenizer that needs nothing, or that this does not help, is
-    returned as it is.
+    Byte-level BPE includes the space before a word in its token, and words of a list have none: ``Paris`` would become
+    another token than in the texts that the model was trained on. RoBERTa and GPT-2 have ``add_prefix_space`` for this;
+    other tokenizers get a normalizer that prepends a space. If no change is needed, or the change does not help, the
+    tokenizer is returned unchanged.
     """
     import tokenizers
     from tokenizers import normalizers, pre_tokenizers
@@ -121,7 +121,7 @@ def blanks_before_words(tokenizer: Tokenizer) -> Tokenizer:
         blank = normalizers.Prepend(" ")
         known = backend.normalizer
         backend.normalizer = blank if known is None else normalizers.Sequence([known, blank])
-        # A class of one family would write its own rules over those of the file.
+        # A model-specific class would overwrite the rules of the file with its own.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if not _reads_words_as_text(backend):
         return tokenizer

@@ -1,4 +1,4 @@
-"""The hidden directory in which ``prepare`` works: its lock, its faults, and the rename that ends the work."""
+"""The hidden work directory of ``prepare``: locking, disk errors, cleanup, and the final rename."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json"}
 
 
 def foreign(target: Path) -> str | None:
-    """Return the first entry of a directory that ``prepare`` did not write, or None: only ours may be replaced."""
+    """Return the first entry of a directory that ``prepare`` did not write, or None if it may be replaced."""
     for name in sorted(os.listdir(target)):
         if name not in _OURS:
             return name
@@ -44,7 +44,7 @@ def foreign(target: Path) -> str | None:
 
 
 def _alive(pid: int) -> bool:
-    # A process with our own number is an earlier one: containers give the same numbers again.
+    # Our own pid means an earlier process with the same pid, since containers reuse pids.
     if pid == os.getpid() or os.name == "nt":
         return False
     try:
@@ -57,9 +57,9 @@ def _alive(pid: int) -> bool:
 
 
 def sweep(target: Path, say: Callable[[str], None]) -> None:
-    """Clear up after a run that was killed between the two renames of :func:`publish`.
+    """Clean up after a run that was killed between or after the renames of :func:`publish`.
 
-    Data that were moved aside get their name back if nothing took it, and go otherwise.
+    Old data that were moved aside are restored if ``target`` does not exist, and deleted otherwise.
     """
     pattern = re.compile(re.escape(f".{target.name}.old-") + r"(\d{1,10})")
     if not target.parent.is_dir():
@@ -77,7 +77,7 @@ def sweep(target: Path, say: Callable[[str], None]) -> None:
 
 
 def unlink_links(work: Path) -> None:
-    """Remove a link of the name of the work directory, and links inside of it: nothing is written through them."""
+    """Remove the work directory if it is a link, and links inside it, so that nothing is written through them."""
     if work.is_symlink():
         work.unlink()
     if work.is_dir():
@@ -87,7 +87,7 @@ def unlink_links(work: Path) -> None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the leavings of a killed run, unless a live one is at work in them."""
+    """Remove the leftovers of a killed run, unless a running process holds their lock."""
     handle = _try_lock(folder / "lock", wait=False)
     if handle is not None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -101,7 +101,7 @@ def _try_lock(file: Path, *, wait: bool) -> int | None:
         return None
     try:
         import fcntl
-    except ImportError:  # no such locks on this system: two runs must not share a directory there
+    except ImportError:  # no flock on this system: two runs must not share a directory there
         return handle
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -113,7 +113,7 @@ def _try_lock(file: Path, *, wait: bool) -> int | None:
 
 @contextmanager
 def hold(work: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the work directory; a second process that prepares the same data waits and finds them ready."""
+    """Lock the work directory; a second process that prepares the same data waits for the first one to finish."""
     handle = _try_lock(work / "lock", wait=False)
     if handle is None:
         say(f"another process is preparing the same data in {work}: waiting for it")
@@ -128,7 +128,7 @@ def hold(work: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn faults of the disk into one DataError that says what to do."""
+    """Convert OSError into a DataError that says how to proceed."""
     try:
         yield
     except OSError as error:
@@ -147,7 +147,11 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def publish(work: Path, target: Path) -> None:
-    """Give finished data their name; data that stood there before go only when the new ones stand."""
+    """Rename finished data to ``target``; data that were there before are deleted only after the rename.
+
+    Raises:
+        DataError: ``target`` contains a file that ``prepare`` did not write.
+    """
     for name in ("journal.json", "scan.json", "states.bin"):
         (work / name).unlink(missing_ok=True)
     sync_folder(work)
