@@ -122,8 +122,8 @@ def test_two_processes_give_what_one_gives(place: Path, capfd: pytest.CaptureFix
     capfd.readouterr()
     run = pretrain.train(devices=2, **sections())
     shown = capfd.readouterr().err
-    assert "2 ranks" in shown and "held out: loss" in shown and "done at step 6" in shown
-    assert shown.count("held out:") == sum("eval" in r for r in run.history)
+    assert "2 ranks" in shown and "validation: loss" in shown and "done at step 6" in shown
+    assert shown.count("validation:") == sum("eval" in r for r in run.history)
     assert run.path == Path("runs/one") and (run.step, run.stopped) == (6, "limit")
     assert losses(run.path) == pytest.approx(losses(alone.path), rel=2e-2)
     assert run.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=2e-2)

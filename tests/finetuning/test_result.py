@@ -24,7 +24,7 @@ def result(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_it_says_where_and_how_well(result: Any) -> None:
     text = repr(result)
     assert "classification with bert" in text and str(result.run.best) in text
-    for part in ("held out", "test", "knowing only the labels"):
+    for part in ("validation", "test", "majority baseline"):
         assert part in text
     assert f"{result.test_metrics['accuracy']:.4f}" in text
     page = result._repr_html_()

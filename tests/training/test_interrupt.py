@@ -215,7 +215,7 @@ def test_a_quiet_run_prints_nothing_and_logs_everything(
     options: dict[str, Any] = {"eval_rows": Rows(4, seed=1), "eval_every": "6 steps"}
     loud = trainer(tmp_path / "loud", objective(), Rows(8), **options)
     loud.fit()
-    assert "held out" in capfd.readouterr().err
+    assert "validation:" in capfd.readouterr().err
     quiet = trainer(tmp_path / "quiet", objective(), Rows(8), **options)
     quiet.quiet = True
     run = quiet.fit()

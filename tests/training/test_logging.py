@@ -218,7 +218,7 @@ def test_a_notebook_that_refuses_to_draw_does_not_stop_the_run(
     monkeypatch.setattr(live, "_SHARE", 0.0)
     run = trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(2, seed=1), limit="3 steps").fit()
     said = capsys.readouterr().err
-    assert run.step == 3 and "the socket is gone" in said and "step 3: held out" in said
+    assert run.step == 3 and "the socket is gone" in said and "step 3: validation" in said
 
 
 def test_a_resumed_run_shows_all_of_its_curve(

@@ -71,7 +71,7 @@ def test_the_best_checkpoint_is_that_of_the_figure(
 ) -> None:
     task, run = _run(tmp_path, values, name)
     assert run.best is not None and run.best.name == f"checkpoint-{best}" and run.best.is_dir()
-    lines = [line for line in capsys.readouterr().err.splitlines() if "held out" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "validation:" in line]
     marked = [i + 1 for i, line in enumerate(lines) if line.endswith("(best)")]
     assert marked[-1] == best
     want = values[best - 1]

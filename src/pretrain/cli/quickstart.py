@@ -230,7 +230,7 @@ class _Story:
         import pretrain
 
         if "loss" in self.result["metrics"]:
-            known = f" ({unigram:.3f} would be knowing only how often each token occurs)"
+            known = f" (unigram baseline {unigram:.3f})"
             loss = f"Held-out text: loss {self.result['metrics']['loss']:.3f} nats per token"
             self.say(f"   {loss}{known if unigram else ''}. What it writes so far:")
         model = pretrain.load(path, quiet=True)

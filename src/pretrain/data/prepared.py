@@ -273,7 +273,7 @@ def _table(prepared: Prepared) -> str:
     lines.append(_tokenizer_line(prepared))
     if manifest["unigram"]:
         lines.append(
-            f"knowing only token counts: {manifest['unigram']['nats']:.4f} nats per validation token"
+            f"unigram baseline: {manifest['unigram']['nats']:.4f} nats per validation token"
         )
     if len(prepared.sources) > 1:
         lines += [

@@ -249,7 +249,7 @@ def baselines(result: Finetuned) -> list[tuple[str, Mapping[str, float]]]:
     """The figures of the trivial baseline, with what it is called, on the held-out rows and on the test rows."""
     name, parts = (
         result.task.trivial_name,
-        (("held out", result.trivial), ("test", result.trivial_test)),
+        (("validation", result.trivial), ("test", result.trivial_test)),
     )
     if not result.trivial_test:
         return [(name, result.trivial)] if result.trivial else []
@@ -257,7 +257,7 @@ def baselines(result: Finetuned) -> list[tuple[str, Mapping[str, float]]]:
 
 
 def _figures(result: Finetuned) -> list[str]:
-    parts: list[tuple[str, Mapping[str, float]]] = [("held out", result.metrics)]
+    parts: list[tuple[str, Mapping[str, float]]] = [("validation", result.metrics)]
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
     parts += baselines(result)

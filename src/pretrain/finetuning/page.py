@@ -145,7 +145,7 @@ def _curves(result: Finetuned, history: History) -> str:
 
 def _figures(result: Finetuned) -> str:
     """All figures of all parts, the trivial baseline beside them."""
-    parts: list[tuple[str, Mapping[str, float]]] = [("held out", result.metrics)]
+    parts: list[tuple[str, Mapping[str, float]]] = [("validation", result.metrics)]
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
     parts += baselines(result)

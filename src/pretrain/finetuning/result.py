@@ -247,7 +247,7 @@ class Finetuned:
         return write_report(self, out)
 
     def _figures(self) -> list[tuple[str, Mapping[str, float]]]:
-        found: list[tuple[str, Mapping[str, float]]] = [("held out", self.metrics)]
+        found: list[tuple[str, Mapping[str, float]]] = [("validation", self.metrics)]
         if self.test_metrics is not None:
             found.append(("test", self.test_metrics))
         found += baselines(self)

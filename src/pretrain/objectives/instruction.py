@@ -192,7 +192,7 @@ class Instruction(Task, TokenObjective):
     name: ClassVar[str] = "chat"
     roles: ClassVar[tuple[Role, ...]] = CHAT_ROLES
     metric: str = "loss"
-    trivial_name: ClassVar[str] = "knowing only the frequencies of tokens"
+    trivial_name: ClassVar[str] = "unigram baseline"
     head_kind: ClassVar[str | None] = "causal-lm"
 
     def __init__(

@@ -171,7 +171,7 @@ class Task(Objective):
     name: ClassVar[str]
     roles: ClassVar[tuple[Role, ...]]
     metric: str = "loss"
-    trivial_name: ClassVar[str] = "knowing only the labels"
+    trivial_name: ClassVar[str] = "majority baseline"
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:

@@ -117,7 +117,7 @@ def loss_svg(history: History, *, title: str = "loss (nats per target)", **optio
         options: passed on to `curve_svg` (``references``, ``width``, ``height``, ...).
     """
     lines = [
-        Series("train", history.points("loss")),
-        Series("held out", history.eval_points(), dots=True),
+        Series("training", history.points("loss")),
+        Series("validation", history.eval_points(), dots=True),
     ]
     return curve_svg(lines, title=title, **options)

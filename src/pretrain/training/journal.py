@@ -96,7 +96,7 @@ class Journal:
         self.write(line)
         self._send("train", state.step, {k: float(v) for k, v in line.items() if k != "step"})
         shown = {key: line[key] for key in ("loss", "lr", "mfu")}
-        shown["tok/s"] = line["tokens_per_second"]
+        shown["tokens/s"] = line["tokens_per_second"]
         if self._progress is not None:
             self._progress.show(state.step, shown, state.total_steps)
         state.window_total = state.window_count = state.window_seconds = 0.0

@@ -224,7 +224,7 @@ class LiveView(Progress):
         state = ("done" if share >= 1 else "stopped") if self._ended else f"{share:.0%}"
         words = [f"step {self._step:,} of {self._total:,}", state]
         words += [
-            f"{printable(key)} {f'{value:,.0f}' if key == 'tok/s' else f'{value:.4g}'}"
+            f"{printable(key)} {f'{value:,.0f}' if key == 'tokens/s' else f'{value:.4g}'}"
             for key, value in self._figures.items()
             if math.isfinite(value) and (key != "mfu" or value >= 0.01)
         ]
@@ -237,7 +237,7 @@ class LiveView(Progress):
         if len(self._train) < 2:
             return ""
         held_out = self._points("loss")
-        losses = [Series("train", self._train), Series("held out", held_out, dots=True)]
+        losses = [Series("training", self._train), Series("validation", held_out, dots=True)]
         chosen = self._points(self._monitor) if self._monitor != "loss" else []
         alone = len(chosen) < 2
         width = 880 if alone else 440

@@ -126,7 +126,7 @@ class Progress:
         """Print the figures of an evaluation, a note on them, and samples of the model."""
         figures = record["eval"].items()
         shown = [f"{key} {float(value):.4g}" for key, value in figures if key != "targets"]
-        self.write(f"step {state.step:,}: held out: {', '.join(shown)}{note}")
+        self.write(f"step {state.step:,}: validation: {', '.join(shown)}{note}")
         for line in record.get("samples", ()):
             self.write(f"    {line!r}")
 
