@@ -1,6 +1,6 @@
-"""What is trained: one file per objective, each a model together with its loss.
+"""Training objectives, one per file: each combines a model with its loss.
 
-``OBJECTIVES`` gives the short names that a configuration may use; any other class is named by its import path.
+``OBJECTIVES`` holds the short names that a configuration may use; any other class is named by its import path.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "task_class",
 ]
 
-# What a model can be fine-tuned for; a task of your own is named by its import path.
+# Built-in fine-tuning tasks; a custom task is named by its import path.
 TASKS = {
     "classification": "pretrain.objectives.classification.Classification",
     "regression": "pretrain.objectives.regression.Regression",
@@ -99,7 +99,7 @@ def objective_for(head_kind: str | None) -> str | None:
 
 
 def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> Objective:
-    """Build an objective around ``model``; unknown or missing arguments are named with their dotted key."""
+    """Build an objective around ``model``; errors name unknown or missing arguments by their dotted key."""
     cls = objective_class(class_path)
     check_arguments(cls, init_args, lambda key: f"objective.init_args.{key}")
     try:
@@ -110,10 +110,10 @@ def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> O
 
 
 def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
-    """Hold the options of a task against its signature; they are spelled as the user gave them.
+    """Check the options of a task against its signature; errors spell them as the user wrote them.
 
     Raises:
-        ConfigError: an option that the task does not have (the nearest is named), or one of another type.
+        ConfigError: an unknown option (the nearest is suggested), or a value of the wrong type.
     """
     if "max_length" in options:
         raise ConfigError(
@@ -128,16 +128,16 @@ def check_arguments(
     spell: Callable[[str], str],
     others: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Hold arguments against the signature and the annotations of a class.
+    """Check arguments against the signature and annotations of a class.
 
     Args:
         cls: an objective, whose first argument is the model.
         given: its other arguments.
-        spell: how an argument is called in errors.
-        others: further arguments that are known, with their types.
+        spell: returns the spelling of an argument in errors.
+        others: further accepted arguments and their types.
 
     Raises:
-        ConfigError: an unknown argument, or one of another type where the annotation is plain.
+        ConfigError: an unknown argument, or a value that does not match a plain annotation.
     """
     parameters = inspect.signature(cls.__init__).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -157,7 +157,7 @@ def check_arguments(
 
 
 def _annotation(cls: type, written: Any) -> Any:
-    """The type that an annotation names; None where it is known to type checkers only."""
+    """Resolve an annotation to a type; None if it is known to type checkers only."""
     module = sys.modules.get(cls.__init__.__module__)  # type: ignore[misc]
     alone = SimpleNamespace(__annotations__={"it": written})
     try:

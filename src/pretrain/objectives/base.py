@@ -1,7 +1,7 @@
-"""The contract between a loss and the trainer.
+"""Interface between objectives and the trainer.
 
-An objective owns a model, turns examples into batches (masking, corruption and pairing happen here) and returns
-sums, never means: the trainer divides once, by the number of targets in the whole global batch.
+An objective owns a model, collates examples into batches (including masking, corruption and pairing) and returns
+sums instead of means: the trainer divides once, by the number of targets in the global batch.
 
 Letters: B rows, T tokens, D hidden, V vocabulary, N targets.
 """
@@ -37,9 +37,9 @@ class Loss:
     Attributes:
         total: summed loss, in nats for likelihoods; scalar with a gradient.
         count: number of targets; scalar.
-        metrics: what else an evaluation gathers: a tensor of any one shape, which is summed over the batches
-            (the number of correct answers, a confusion matrix), or a list, which is joined over them (a score
-            and an answer per row, for a correlation).
+        metrics: further quantities that an evaluation accumulates. Tensors of a fixed shape are summed over the
+            batches (the number of correct answers, a confusion matrix); lists are concatenated (a score and an
+            answer per row, for a correlation).
     """
 
     total: Tensor
@@ -50,10 +50,10 @@ class Loss:
 def stack(examples: Sequence[Example], keys: Sequence[str]) -> Batch:
     """Stack the named arrays of equally shaped examples into tensors with a leading row dimension.
 
-    Whole numbers become int64, which is what indexes an embedding. The first key must be there.
+    Integers become int64, the index type of embeddings. The first key is required.
 
     Raises:
-        DataError: rows of different lengths, or a key that rows lack.
+        DataError: rows of different lengths, or a key that some rows lack.
     """
     batch = {}
     for key in keys:
@@ -73,9 +73,9 @@ def stack(examples: Sequence[Example], keys: Sequence[str]) -> Batch:
 
 
 def drop_plain_documents(batch: Batch) -> Batch:
-    """Leave out ids that say nothing: where every row is one document without padding, no mask is needed.
+    """Remove ``document_ids`` if every row is one document without padding, which needs no mask.
 
-    Decided here, on the CPU, because asking an accelerator would make every step wait for it.
+    The check runs here, on the CPU, because on an accelerator it would synchronise every step.
     """
     documents = batch.get("document_ids")
     if documents is not None and bool((documents == 1).all()):
@@ -84,15 +84,15 @@ def drop_plain_documents(batch: Batch) -> Batch:
 
 
 class Objective(nn.Module):
-    """A model and its loss: the thing that is trained, sharded and compiled.
+    """A model with its loss: the module that is trained, sharded and compiled.
 
-    A subclass writes ``collate`` and ``forward``. Other modules that it needs (a generator, a teacher) are
-    children of it, and the trainer saves them beside the model.
+    A subclass implements ``collate`` and ``forward``. Other modules that it needs (a generator, a teacher) are
+    child modules, which the trainer saves beside the model.
 
     Attributes:
-        batch_group: the processes among which each training batch is shared out, in the order of its rows, each with
-            as many; None where the loss does not couple examples, or this process has all of them. Set for training.
-        compared: ``whole_batch`` has been called.
+        batch_group: process group over whose ranks each training batch is split, into equally many consecutive rows;
+            None if the loss does not couple examples or this rank has the whole batch. Set for training.
+        compared: whether ``whole_batch`` has been called.
     """
 
     couples_examples: ClassVar[bool] = (
@@ -113,13 +113,13 @@ class Objective(nn.Module):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """Turn examples into a batch. Called from the loader's thread too, so it must not change the objective.
+        """Collate examples into a batch. Also called in the loader's thread, so it must not modify the objective.
 
         Args:
             examples: one mapping of arrays per row.
-            rngs: one generator per row, keyed by the row's place in the run, so that what is drawn for a row
-                depends neither on its neighbours nor on how many processes share the work.
-            evaluation: the batch is for evaluation, where each row gets the same draw every time.
+            rngs: one generator per row, keyed by the row's position in the run, so that its random draws depend
+                neither on its neighbours nor on the world size.
+            evaluation: whether the batch is for evaluation, where the draws of a row are always the same.
         """
         raise NotImplementedError
 
@@ -131,17 +131,17 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def whole_batch(self, rows: Tensor) -> tuple[Tensor, int]:
-        """What all processes have for their rows of a training batch; a loss that couples examples needs it.
+        """All-gather the rows of a training batch, for losses that couple examples.
 
-        Each process adds the loss of its own rows to the sum, against the rows of all, and what is computed with
-        those of another process sends its gradient there.
+        Each rank computes the loss of its own rows against the rows of all ranks, and gradients with respect to
+        gathered rows flow back to the rank that owns them.
 
         Args:
-            rows: (n, ...) of this process.
+            rows: (n, ...), the rows of this rank.
 
         Returns:
-            (N, ...) in the order of the batch, and the place of this process's first row among them. In an
-            evaluation each batch lies in one process.
+            (N, ...) in the order of the batch, and the index of this rank's first row. In evaluation each batch lies
+            on one rank, so the rows are returned unchanged.
         """
         self.compared = True
         group = self.batch_group
@@ -152,36 +152,35 @@ class Objective(nn.Module):
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """Turn the sums over an evaluation into the figures that are shown.
+        """Turn the sums over an evaluation into reported metrics.
 
-        By default a summed number is divided by ``count``; what is a tensor or a list, a subclass must turn into
-        figures itself.
+        By default summed scalars are divided by ``count``; a subclass must reduce tensors and lists itself.
 
         Args:
             total: summed loss.
             count: number of targets.
-            metrics: those of ``Loss`` over all batches: a float for a 0-d tensor, a float64 tensor on the CPU for
-                one with dimensions, a list for a list.
-            stats: figures of the data, such as ``targets_per_byte``.
+            metrics: ``Loss.metrics`` accumulated over all batches: a float for a 0-d tensor, a float64 tensor on the
+                CPU for one with dimensions, a list for a list.
+            stats: statistics of the data, such as ``targets_per_byte``.
         """
         mean = total / count if count else math.nan
         sums = {key: value for key, value in metrics.items() if isinstance(value, float | int)}
         return {"loss": mean} | {key: value / count for key, value in sums.items() if count}
 
     def survey(self, rows: Examples) -> list[str]:
-        """Check the training rows before the first step; return what the user should know of them, a line each."""
+        """Check the training rows before the first step; return notes for the user, one line each."""
         return []
 
     def expected_first_loss(self) -> float | None:
-        """Loss of a model that has learned nothing, to hold the first step against; None if unknown."""
+        """Loss of an untrained model, for a sanity check of the first step; None if unknown."""
         return None
 
     def flops(self, tokens: int, targets: int, row_length: int) -> float:
         """Floating-point operations of one forward and backward pass (PaLM appendix B, arXiv 2204.02311).
 
         Every matrix of the blocks costs 6 operations per weight and token, attention 12·D·T per layer and token
-        (both directions counted, causal or not, by convention), and the vocabulary 6·D·V per *target*. It is the
-        work of all processes that share the model, whatever part of it lies here.
+        (the full matrix is counted, causal or not, by convention), and the vocabulary 6·D·V per *target*. The count
+        is for the whole model, not for the shard of this rank.
         """
         blocks = self.model.backbone.blocks()
         body = self._numel(p for block in blocks for p in block.parameters() if p.ndim >= 2)
@@ -190,22 +189,22 @@ class Objective(nn.Module):
         return 6.0 * (body + attention) * tokens + 6.0 * head * targets
 
     def head_weights(self) -> int:
-        """Weights that every target is multiplied with."""
+        """Number of head weights that each target is multiplied with."""
         return 0 if self.model.head is None else self._numel(self.model.head.parameters())
 
     def _numel(self, parameters: Iterable[Tensor]) -> int:
-        """Elements of parameters of the model, whole though they may be cut over several processes."""
+        """Number of elements of model parameters, counted unsharded."""
         layout = self.model.layout
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         shapes = (p.shape if layout is None else layout.shapes[names[p]] for p in parameters)
         return sum(math.prod(shape) for shape in shapes)
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
-        """A few lines that show what the model can do now, for the log; none by default."""
+        """Return a few lines for the log that show what the model can do now; none by default."""
         return []
 
     def describe(self) -> dict[str, Any]:
-        """What ``config.json`` records about the objective."""
+        """Return what ``config.json`` records about the objective."""
         return {"name": type(self).__name__}
 
 
@@ -213,7 +212,7 @@ class TokenObjective(Objective):
     """Cross entropy at chosen positions of a token sequence, through the model's vocabulary head."""
 
     def forward(self, batch: Batch) -> Loss:
-        """Gather the target positions first, then project: logits exist only where there is a target."""
+        """Gather the target positions before the projection, so that logits exist only for targets."""
         inputs = {
             key: value for key, value in batch.items() if key not in ("labels", "target_index")
         }
@@ -245,10 +244,10 @@ class TokenObjective(Objective):
         return figures
 
     def head_weights(self) -> int:
-        """The vocabulary projection counts although it may be tied to the embedding."""
+        """The vocabulary projection, counted even if it is tied to the embedding."""
         head: Any = self.model.head
         return self._numel([head.weight()])
 
     def expected_first_loss(self) -> float | None:
-        """A model that has learned nothing spreads its probability over the whole vocabulary."""
+        """The log of the vocabulary size: an untrained model predicts a uniform distribution."""
         return math.log(self.model.backbone.vocab_size)

@@ -1,4 +1,4 @@
-"""Classification of texts and of pairs of texts: one class each, or any number of them (Devlin et al., 2019, §4.1).
+"""Classification of texts and text pairs, with one class each or any number of classes (Devlin et al., 2019, §4.1).
 
 Letters: N examples, C classes.
 """
@@ -49,10 +49,10 @@ _SINGLE, _MULTI = "single_label", "multi_label"
 
 
 def encode_texts(task: Task, table: Table) -> tuple[TaskRows, list[int]]:
-    """Encode ``text`` and, where there is one, ``pair``; returns the rows and the indices that hold an example.
+    """Encode ``text`` and, if present, ``pair``; return the rows and the indices of those that give an example.
 
     Raises:
-        DataError: a value that is no text.
+        DataError: a value is not a string.
     """
     rows, kept, texts, pairs = TaskRows(), [], [], []
     paired = "pair" in table.names
@@ -79,20 +79,20 @@ def encode_texts(task: Task, table: Table) -> tuple[TaskRows, list[int]]:
 
 
 class Classification(Task):
-    """Say which class, or which classes, a text belongs to.
+    """Predict the class or classes of a text.
 
     Args:
-        model: with a sequence-classification head and ``labels``.
+        model: a model with a sequence-classification head and ``labels``.
         problem: ``"single_label"`` or ``"multi_label"``.
         class_weights: weight of each class in the loss: ``"balanced"`` (rows / (C * rows of the class), counted on
             the training rows), a list in the order of the labels, or a mapping from label to weight.
         label_smoothing: share of a target that is spread over all classes; in training only.
-        threshold: probability from which a class is named, where there may be several.
+        threshold: probability above which a class is predicted, for multi-label problems.
         codes: class number of every spelling of a label in the column; by default the labels themselves.
         max_length, pack: see ``Task``.
 
-    Options for the rows: ``labels``, the names of the classes in order; ``label_separator``, what stands between
-    several labels in one cell of text, "" where nothing does.
+    Row options: ``labels``, the class names in order; ``label_separator``, the separator between several labels in
+    one text cell, "" for none.
 
     Raises:
         ConfigError: an option out of range.
@@ -157,7 +157,7 @@ class Classification(Task):
 
     @property
     def single(self) -> bool:
-        """Every text has exactly one class."""
+        """Whether every text has exactly one class."""
         return self.problem == _SINGLE
 
     @classmethod
@@ -197,7 +197,7 @@ class Classification(Task):
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """Rows whose labels are names, or lists of names, where the source has another form or blanks around them."""
+        """Strip blanks around labels, and replace other forms of labels by names or lists of names."""
         if "label" not in table.names:
             return table
         labels = learned.labels or ()
@@ -233,7 +233,7 @@ class Classification(Task):
         """The target of every row: a class number, or (C,) zeros and ones.
 
         Raises:
-            DataError: a label that is not among those of the model.
+            DataError: a label is not among those of the model.
         """
         rows = _class_numbers(table, self._map, single=self.single)
         if self.single:
@@ -244,7 +244,7 @@ class Classification(Task):
         return list(targets)
 
     def truth(self, table: Table) -> list[Any]:
-        """The right answers, in the form in which ``decode`` gives them."""
+        """The correct answers, in the form that ``decode`` returns."""
         if self.single:
             return [self.labels[int(i)] for i in self.targets(table)]
         return [
@@ -268,7 +268,7 @@ class Classification(Task):
         return batch
 
     def count(self, batch: Batch) -> Tensor:
-        """Examples, or the sum of their weights: a weighted mean is divided by the weights."""
+        """Number of examples, or the sum of their weights, which normalises a weighted mean."""
         if "weights" in batch:
             return batch["weights"].sum()
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
@@ -289,14 +289,14 @@ class Classification(Task):
         each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         total = (each * batch["weights"]).sum() if "weights" in batch else each.sum()
         classes = logits.shape[-1]
-        pairs = labels * classes + logits.argmax(-1)  # (N,) places in the flattened (C, C)
+        pairs = labels * classes + logits.argmax(-1)  # (N,) indices into the flattened (C, C)
         matrix = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
         return Loss(total, self.count(batch), {"confusion": matrix})
 
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """Accuracy, macro-averaged F1 and Matthews' correlation; with several classes micro- and macro-F1."""
+        """Accuracy, macro-F1 and Matthews' correlation; for multi-label problems accuracy, micro- and macro-F1."""
         figures = {"loss": total / count if count else math.nan}
         if self.single:
             matrix = np.asarray(metrics["confusion"])
@@ -313,7 +313,7 @@ class Classification(Task):
         }
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
-        """Accuracy of the most frequent class of the training rows."""
+        """Majority baseline: accuracy of the most frequent class of the training rows."""
         if not self.single or not len(held_out):
             return {}
         known = [int(i) for i in self.targets(train)]
@@ -329,16 +329,16 @@ class Classification(Task):
     def decode(
         self, outputs: Sequence[Any], infos: Sequence[Any], *, top_k: int | str | None = "best"
     ) -> dict[str, Any]:
-        """``label`` and ``score``; lists of both where a text may have several classes.
+        """Return ``label`` and ``score``, as lists if a text may have several classes.
 
         Args:
             outputs: probabilities of the classes.
             infos: see ``Task.decode``.
-            top_k: ``"best"`` is the likeliest class, or the classes above the threshold. A number gives lists of so
-                many classes and their probabilities, the likeliest first, None those of all classes.
+            top_k: ``"best"`` for the most probable class, or the classes above the threshold; a number for lists of
+                that many classes and their probabilities, most probable first; None for lists of all classes.
 
         Raises:
-            ConfigError: none of these.
+            ConfigError: ``top_k`` is none of these.
         """
         chances = outputs[0]
         if top_k == "best":
@@ -371,10 +371,10 @@ class Classification(Task):
 def _class_numbers(
     table: Table, known: LabelMap, *, single: bool, separator: str | None = None
 ) -> list[list[int]]:
-    """The classes of every row of the column of labels, in any form: one of each row, or any number of them.
+    """Class numbers of every row of the label column, whatever its form: one per row, or any number.
 
     Raises:
-        DataError: a label that is not known, a row without one where each must have one; names the row.
+        DataError: an unknown label, or not exactly one label where one is required; the message names the row.
     """
     values, names = table.columns["label"], table.label_names.get("label")
     if single and not any(isinstance(value, list | tuple | Mapping) for value in values):
@@ -399,10 +399,10 @@ def _class_numbers(
 
 
 def _only(rows: Sequence[Sequence[Any]], where: Callable[[int], str]) -> list[Any]:
-    """The one label of each row.
+    """The single label of each row.
 
     Raises:
-        DataError: a row with none or several.
+        DataError: a row has none or several.
     """
     for i, row in enumerate(rows):
         if len(row) != 1:
@@ -414,7 +414,7 @@ def _only(rows: Sequence[Sequence[Any]], where: Callable[[int], str]) -> list[An
 
 
 def _checked_codes(codes: Mapping[str, int] | None, labels: Sequence[str]) -> dict[str, int]:
-    """What may stand in the column for each class; a file may hold anything, so numbers that are none are refused."""
+    """Check the class numbers of label spellings, which may come from a file; by default number the labels."""
     if codes is None:
         return {label.strip(): k for k, label in enumerate(labels)}
     for spelling, k in codes.items():
@@ -435,7 +435,7 @@ def _logit(chance: float) -> float:
 
 
 def given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
-    """Weights that the caller gave, in the order of the labels; None where there are none yet."""
+    """Class weights that the caller gave, in the order of the labels; None for none or ``"balanced"``."""
     if weights is None or weights == "balanced":
         return None
     if isinstance(weights, Mapping):

@@ -1,9 +1,9 @@
-"""Texts as vectors: pairs that belong together are near, all others of a batch are far.
+"""Text embeddings by contrastive learning with in-batch negatives.
 
-The network reads both texts of a pair (Sentence-BERT, arXiv 1908.10084); every other second text of the batch is a
-negative (multiple negatives ranking, arXiv 1705.00652, §4.4; InfoNCE, arXiv 1807.03748).
+The same network encodes both texts of a pair (Sentence-BERT, arXiv 1908.10084); the second texts of all other pairs of
+the batch are negatives (multiple negatives ranking, arXiv 1705.00652, §4.4; InfoNCE, arXiv 1807.03748).
 
-Letters: n pairs in this process, N in the whole batch, C candidates, D hidden.
+Letters: n pairs on this rank, N in the whole batch, C candidates, D hidden.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ if TYPE_CHECKING:
 __all__ = ["Embedding"]
 
 _PARTS = ("anchor", "positive", "negative")
-_ANCHORS = 512  # that are compared with all candidates at once
-_LIKE = 0.8  # share of the highest score from which two texts count as alike
+_ANCHORS = 512  # anchors that are compared with all candidates at once
+_LIKE = 0.8  # share of the highest score from which two texts count as a pair
 
 
 class Embedding(Task):
-    """Give texts of one meaning vectors of one direction.
+    """Train vectors whose cosine similarity is high for texts of the same meaning.
 
-    Its head, if the model has one, is not used and not trained. More rows in a batch are more negatives.
+    The head of the model, if any, is neither used nor trained. More rows in a batch mean more negatives.
 
     Args:
-        model: any, with a tokenizer.
-        pooling: as of ``model.embed``; not given, it is what the model's directory says, or ``mean``.
-        normalize: the vectors that the model gives are scaled to length one, as those that are compared always are;
-            not given, what the model's directory says, or not. Saved with the pooling for sentence-transformers.
-        scale: what cosines are multiplied with before the softmax; the inverse of a temperature.
-        symmetric: also look for the anchor of every positive.
-        min_score: where rows have a score of similarity, those below are no pair: their texts are only negatives of
-            others. Given by ``learn``.
+        model: any model with a tokenizer.
+        pooling: as in ``model.embed``; not given, that of the model's directory, else ``mean``.
+        normalize: whether the vectors that the model returns have unit length (those in the loss always do); not
+            given, as in the model's directory, else False. Saved with the pooling for sentence-transformers.
+        scale: factor on cosine similarities before the softmax; the inverse of a temperature.
+        symmetric: also train to find the anchor of every positive.
+        min_score: if rows have similarity scores, rows below this one are not pairs, and their texts are only
+            negatives of others. Set by ``learn``.
         max_length, pack: see ``Task``.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option is out of range.
     """
 
     name: ClassVar[str] = "embedding"
@@ -120,7 +120,7 @@ class Embedding(Task):
             )
         if not (math.isfinite(scale) and scale > 0):
             raise ConfigError(f"scale is {scale}; it must be a positive number.")
-        # The model is trained without a prompt, so that its directory has no default one afterwards.
+        # The model is trained without a prompt, so its directory must not name a default one.
         self.sentences = model.sentences = replace(
             stored,
             pooling=modes,
@@ -137,7 +137,7 @@ class Embedding(Task):
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
-        """Where rows have scores, find out from which score on two texts count as a pair."""
+        """If rows have scores, determine the score from which two texts count as a pair."""
         if "label" not in table.names:
             return Learned()
         top = max(_scores(table), default=0.0)
@@ -191,7 +191,7 @@ class Embedding(Task):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """All texts as documents of packed rows: first the anchors, then the positives, then the negatives."""
+        """Pack all texts as documents: first the anchors, then the positives, then the negatives."""
         pieces: list[dict[str, Any]] = []
         parts = len(examples[0]["lengths"])
         ends = [np.cumsum(example["lengths"]) for example in examples]
@@ -207,17 +207,17 @@ class Embedding(Task):
         return batch
 
     def count(self, batch: Batch) -> Tensor:
-        """Anchors that have a positive; both directions count where both are trained."""
+        """Number of anchors with a positive; doubled if both directions are trained."""
         return self._pairs(batch).sum() * (2 if self.symmetric else 1)
 
     def _pairs(self, batch: Batch) -> Tensor:
-        """(N,) which rows are pairs."""
+        """Mask of the rows that are pairs, (n,)."""
         if "score" not in batch or self.min_score is None:
             return torch.ones(len(batch["texts"]), dtype=torch.bool, device=batch["texts"].device)
         return batch["score"] >= self.min_score - 1e-6
 
     def vectors(self, batch: Batch) -> Tensor:
-        """One vector for each text, (texts, D) in fp32, of any length."""
+        """One vector per text, not normalised, (texts, D) in fp32; (texts, k·D) for k pooling modes."""
         keys = ("input_ids", "document_ids", "position_ids", "token_type_ids")
         hidden = self.model.backbone({key: batch[key] for key in keys if key in batch})
         names = {"cls": "first", "lasttoken": "last"}
@@ -231,7 +231,7 @@ class Embedding(Task):
         texts, pairs = batch["texts"], self._pairs(batch)  # (n, parts), (n,)
         count, parts = texts.shape
         units = F.normalize(self.vectors(batch), dim=-1).view(parts, count, -1)
-        # Our anchors are compared with the texts of the whole batch.
+        # The anchors of this rank are compared with the texts of the whole batch.
         every, first = self.whole_batch(units.transpose(0, 1))  # (N, parts, D)
         known, _ = self.whole_batch(texts)
         mine = slice(first, first + count)
@@ -255,10 +255,10 @@ class Embedding(Task):
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """How the positive of an anchor ranks among the texts of all held-out rows, and Spearman's correlation.
+        """Ranking metrics over the texts of all held-out rows, and Spearman's correlation if rows have scores.
 
-        ``accuracy`` is how often it is the nearest, ``mrr`` the mean of 1 / its rank. Only the loss is one over
-        batches, and falls with their size.
+        ``accuracy`` is how often the positive is the nearest text to its anchor, ``mrr`` the mean of 1 / its rank.
+        Only the loss is computed within batches, so it depends on the batch size: smaller batches have a lower loss.
         """
         figures = {"loss": total / count if count else math.nan}
         if not metrics.get("units"):
@@ -273,7 +273,7 @@ class Embedding(Task):
         return figures
 
     def head_weights(self) -> int:
-        """None: the head is not used."""
+        """0, because the head is not used."""
         return 0
 
     def outputs(self, batch: Batch) -> list[Any]:
@@ -281,7 +281,7 @@ class Embedding(Task):
         return list((F.normalize(vectors, dim=-1) if self.sentences.normalize else vectors).cpu())
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``embedding``, D numbers, as ``model.embed`` gives them."""
+        """Return ``embedding``, D numbers, as ``model.embed`` returns them."""
         return {"embedding": [float(value) for value in outputs[0]]}
 
     def describe(self) -> dict[str, Any]:
@@ -299,11 +299,11 @@ class Embedding(Task):
 
 
 def _alike(texts: Tensor, rows: slice = slice(None), places: slice | None = None) -> Tensor:
-    """(anchors, candidates) that are no negatives of an anchor, because they, or their anchors, are the same text.
+    """Mask (anchors, candidates) of false negatives: candidates that are, or whose anchors are, the same text.
 
     Args:
-        texts: (N, 2 or 3) numbers of the texts of each row: anchor, positive, negative.
-        rows: whose anchors are asked for.
+        texts: (N, 2 or 3) ids of the texts of each row: anchor, positive, negative.
+        rows: rows of the anchors.
         places: rows whose positives are the candidates; None takes the positives and then the negatives of all.
     """
     kept = slice(None) if places is None else places
@@ -318,13 +318,13 @@ def _alike(texts: Tensor, rows: slice = slice(None), places: slice | None = None
 
 
 def _ranks(units: Tensor, texts: Tensor) -> Tensor:
-    """(N,) rank of the positive of each anchor among all candidates, from 1.
+    """Rank of the positive of each anchor among all candidates, (N,), counted from 1.
 
-    Ties count against it: where all vectors are one, nothing has been found.
+    Ties count against the positive, so that collapsed vectors, which are all equal, score badly.
 
     Args:
-        units: (N, 2 or 3, D) of length one: anchor, positive, negative.
-        texts: (N, 2 or 3) their numbers.
+        units: (N, 2 or 3, D) unit vectors of anchor, positive, negative.
+        texts: (N, 2 or 3) their ids.
     """
     count, found = len(units), []
     others = units[:, 1:].transpose(0, 1).reshape(-1, units.shape[-1])  # (C, D)
@@ -337,7 +337,7 @@ def _ranks(units: Tensor, texts: Tensor) -> Tensor:
 
 
 def _text_id(text: str) -> int:
-    """The same number for the same text, different ones for different texts."""
+    """64-bit hash of a text, without regard to differences in white space."""
     plain = " ".join(text.split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little", signed=True)
 
@@ -346,7 +346,7 @@ def _scores(table: Table) -> list[float]:
     """The column of scores as finite numbers.
 
     Raises:
-        DataError: names the first rows whose score is none.
+        DataError: a score is not a finite number; the message names the first such rows.
     """
     cure = "A score says how alike two texts are; where there is none, rename the column."
     return finite_numbers(table.columns["label"], table.where, what="scores", cure=cure, bools=True)

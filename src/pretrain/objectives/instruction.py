@@ -1,8 +1,8 @@
-"""Instruction tuning: conversations, with a loss on what the assistant says only (InstructGPT, arXiv 2203.02155, §3.5).
+"""Instruction tuning on conversations, with a loss on the assistant's turns only (InstructGPT, arXiv 2203.02155, §3.5).
 
-A conversation is written by the chat template of the tokenizer, or by a plain one where it has none, and encoded
-without anything around it. The targets are the tokens of the assistant with the token that ends its turn, so that the
-model learns to stop.
+A conversation is rendered by the chat template of the tokenizer, or by a plain one if it has none, and encoded without
+further special tokens. The targets are the tokens of the assistant and the token that ends its turn, so that the model
+learns to stop.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ __all__ = [
 ]  # fmt: skip
 
 _NEW_TOKENS = 128
-# Options of generation that ask for chance; without one, answers that are measured are the likeliest ones.
+# Generation options that imply sampling; without any of them decoding is greedy.
 _CHANCE = {"temperature", "top_k", "top_p", "min_p", "seed", "do_sample"}
 TYPED = "special tokens are typed into the text"
 _UNANSWERED = "no turn of the assistant"
-# What becomes of a conversation that is too long, and how that is said.
+# What happens to a conversation that is too long, and its wording in messages.
 _LONG = {
     "right": "cut to their first turns",
     "left": "cut to their last turns",
@@ -57,14 +57,14 @@ _LONG = {
 
 
 def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
-    """The chat template of a model, which from now on carries it, with the ids that end its answers.
+    """Return the chat template of a model, and store it in the model with the ids that end an answer.
 
     Args:
         model: a causal model with a tokenizer.
-        source: instead of the template of the tokenizer.
+        source: template that replaces that of the tokenizer.
 
     Raises:
-        ModelError: no tokenizer.
+        ModelError: the model has no tokenizer.
         DataError: the template cannot be used.
     """
     tokenizer = model.tokenizer
@@ -75,7 +75,7 @@ def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
         )
     template = ChatTemplate.of(tokenizer, source)
     if tokenizer.chat_template != template.source:
-        # Other models may hold the same tokenizer.
+        # The tokenizer is copied, because other models may share it.
         model.tokenizer = tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template.source
     ends = [] if template.end is None else [tokenizer.vocab[template.end]]
@@ -98,12 +98,12 @@ def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
 def shifted_labels(
     ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """The target at every place, (n,): the token that follows, where it lies in a span, else ``IGNORE``.
+    """The target at every position, (n,): the next token if it overlaps a span, else ``IGNORE``.
 
     Args:
-        ids: of the tokens.
-        offsets: characters of each token.
-        spans: characters that are trained on.
+        ids: token ids.
+        offsets: character range of each token.
+        spans: character ranges that are trained on.
     """
     labels = np.full(len(ids), IGNORE, dtype=np.int64)
     for t in range(1, len(ids)):
@@ -122,18 +122,18 @@ def encode_conversation(
     where: str = "",
     tools: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a conversation and the target at each of them, both (n,).
+    """Encode a conversation; return its token ids and the target at each position, both (n,).
 
     Args:
-        model: whose tokenizer is used.
-        template: writes the conversation.
+        model: model whose tokenizer is used.
+        template: template that renders the conversation.
         messages: the conversation.
-        last_only: only the last turn of the assistant is trained on.
-        where: the row, for errors.
+        last_only: whether to train on the last turn of the assistant only.
+        where: name of the row in errors.
         tools: see ``ChatTemplate.render``.
 
     Raises:
-        Unplaced: the text does not show what the assistant says.
+        Unplaced: the assistant's turns cannot be located in the rendered text.
     """
     text, spans = assistant_spans(template, messages, where, tools)
     assert model.tokenizer is not None
@@ -154,7 +154,7 @@ def note_unread(
     messages: Sequence[Message],
     tools: Sequence[Any] | None,
 ) -> bool:
-    """Remark what of a conversation the template does not write; False if it is left out for that."""
+    """Record what the template does not render of a conversation; return False if the row is dropped for it."""
     unread = unread_keys(template, messages, tools)
     if "tool_calls" in unread:
         rows.drop(i, "the chat template does not write tool_calls")
@@ -165,28 +165,28 @@ def note_unread(
 
 
 def shown_shifted(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Tokens with the marks of their targets, where the target at a place is the token that follows."""
+    """Shift the target marks of tokens by one, because the target at a position is the next token."""
     marks = [False, *(mark for _, mark in pieces)]
     return [(text, mark) for (text, _), mark in zip(pieces, marks, strict=False)]
 
 
 class Instruction(Task, TokenObjective):
-    """Answer as the assistant of the training conversations does.
+    """Answer like the assistant of the training conversations.
 
     Args:
-        model: causal, with a language-model head. Its tokenizer carries the chat template from now on.
-        chat_template: a Jinja program instead of the tokenizer's own.
-        drop_unanswered: leave out conversations in which the assistant says nothing, instead of refusing them.
-        long: what becomes of a conversation of more than ``max_length`` tokens. ``"right"`` keeps the turns from its
-            start that fit, ``"left"`` those at its end (from a turn of the user on), ``"split"`` makes several
-            conversations of it, each beginning with a turn of the user, ``"drop"`` leaves it out. What the system says
-            at the beginning stays in every part.
+        model: a causal model with a language-model head. The chat template is stored in its tokenizer.
+        chat_template: Jinja template that replaces the tokenizer's own.
+        drop_unanswered: drop conversations without a turn of the assistant, instead of raising an error.
+        long: what happens to a conversation of more than ``max_length`` tokens. ``"right"`` keeps the turns from its
+            start that fit, ``"left"`` those at its end (beginning with a user turn), ``"split"`` makes several
+            conversations, each beginning with a user turn, ``"drop"`` drops it. System messages at the beginning are
+            kept in every part.
         max_length, pack: see ``Task``.
 
     Raises:
-        ConfigError: ``long`` is something else.
-        ModelError: another head.
-        DataError: a template that cannot be used.
+        ConfigError: ``long`` is none of these.
+        ModelError: the model has another head.
+        DataError: the template cannot be used.
     """
 
     name: ClassVar[str] = "chat"
@@ -213,7 +213,7 @@ class Instruction(Task, TokenObjective):
         self.template = chat_template_of(model, chat_template)
         self.drop_unanswered, self.long = drop_unanswered, long
         self.beyond, self.beyond_chosen = _LONG[long], long != "right"
-        self._encoded: list[tuple[Table, TaskRows]] = []  # what ``trivial`` is asked about
+        self._encoded: list[tuple[Table, TaskRows]] = []  # reused by ``trivial``
 
     @property
     def shorten(self) -> str:
@@ -221,7 +221,7 @@ class Instruction(Task, TokenObjective):
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
-        """Hold the columns against what a conversation needs, and look for conversations without an answer."""
+        """Check that the columns form conversations, and find conversations without an answer."""
         names = set(table.names)
         if "messages" not in names and not ("prompt" in names and names & {"answer", "instances"}):
             raise DataError(
@@ -274,9 +274,7 @@ class Instruction(Task, TokenObjective):
         if not any(is_trained(m) for m in messages if m["role"] == "assistant"):
             rows.drop(i, "no turn of the assistant is to be trained on (weight 0, or train: false)")
             return
-        while (
-            messages[-1]["role"] != "assistant"
-        ):  # what stands behind the last answer is never a target
+        while messages[-1]["role"] != "assistant":  # turns after the last answer are never targets
             messages = messages[:-1]
         if not note_unread(rows, i, self.template, messages, tools):
             return
@@ -303,7 +301,7 @@ class Instruction(Task, TokenObjective):
         tools: list[Any] | None,
         where: str,
     ) -> list[list[Message]]:
-        """The conversation in parts that fit, as ``long`` says; what does not fit is noted."""
+        """Shorten or split the conversation into parts that fit, as set by ``long``, and record what does not fit."""
 
         def fits(part: Sequence[Message]) -> bool:
             assert self.model.tokenizer is not None
@@ -348,7 +346,7 @@ class Instruction(Task, TokenObjective):
     def _ask(
         self, rows: TaskRows, i: int, messages: list[Message], tools: list[Any] | None
     ) -> None:
-        """The prompt for the answer to the last turn that is not the assistant's."""
+        """Add the prompt for an answer to the last turn that is not the assistant's."""
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
@@ -382,7 +380,7 @@ class Instruction(Task, TokenObjective):
         return shown_shifted(super().show(example))
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
-        """Cross entropy of the held-out tokens of the assistant by their frequencies in training (plus one each)."""
+        """Unigram baseline: cross entropy of the assistant's held-out tokens under add-one smoothed frequencies."""
         parts = []
         for table in (train, held_out):
             known = next((rows for other, rows in self._encoded if other is table), None)
@@ -402,11 +400,11 @@ class Instruction(Task, TokenObjective):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """Pack conversations; ``labels[:, t]`` is the target at place t, as in ``NextToken``."""
+        """Pack conversations; ``labels[:, t]`` is the target at position t, as in ``NextToken``."""
         return token_batch(self, examples)
 
     def expected_first_loss(self) -> float | None:
-        """None: the model has learned something before."""
+        """None, because the model is already trained."""
         return None
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
@@ -435,13 +433,13 @@ class Instruction(Task, TokenObjective):
 
         Args:
             table: conversations, columns named by role.
-            batch_rows: answers that are written at once.
-            max_new_tokens: tokens of an answer at most.
-            options: see ``pretrain.inference.generate``; without any the likeliest token is taken each time.
+            batch_rows: number of answers that are generated at once.
+            max_new_tokens: maximum tokens of an answer.
+            options: see ``pretrain.inference.generate``; without sampling options decoding is greedy.
 
         Returns:
-            ``answer`` and ``messages``, the conversation with it, for each row; both None where there is no room for
-            an answer, or special tokens were typed into the text.
+            ``answer`` and ``messages``, the conversation including it, for each row; both None if there is no room
+            for an answer, or special tokens were typed into the text.
         """
         if not _CHANCE & options.keys():
             options["do_sample"] = False
@@ -457,7 +455,7 @@ class Instruction(Task, TokenObjective):
             self.count_unanswered(rows)
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``answer``, and ``messages`` with it."""
+        """Return ``answer``, and ``messages`` including it."""
         text, messages = outputs[0], infos[0]
         if text is None:
             return {"answer": None, "messages": None}
@@ -468,19 +466,19 @@ class Instruction(Task, TokenObjective):
 
     def describe(self) -> dict[str, Any]:
         about = super().describe() | {"task": self.name, "max_length": self.max_length}
-        # Runs that began before there was a choice describe themselves without it.
+        # The default is left out, as in the descriptions of runs from before this option existed.
         return about | ({"long": self.long} if self.beyond_chosen else {})
 
 
 def token_batch(task: Task, examples: Sequence[Example]) -> Batch:
-    """Examples with ``labels`` (n,) as a packed batch, and the places of its targets, ``target_index`` (M,)."""
+    """Pack examples with ``labels`` (n,) into a batch with the positions of its targets, ``target_index`` (M,)."""
     batch = task.pack_batch(examples, {"labels": IGNORE})
     batch["target_index"] = (batch["labels"].reshape(-1) != IGNORE).nonzero().squeeze(1)
     return batch
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """What the system says at the beginning, and the rest cut before every turn of the user."""
+    """Split a conversation into its leading system messages and the exchanges that begin with a user turn."""
     start = next(
         (k for k, m in enumerate(messages) if m["role"] not in ("system", "developer")),
         len(messages),
@@ -499,7 +497,7 @@ def _together(lead: Sequence[Message], exchanges: Sequence[Sequence[Message]]) -
 
 
 def _most(count: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to ``count`` that fits, if every smaller one does; 0 if none does."""
+    """Find the largest number up to ``count`` that fits by bisection, if all smaller ones fit; 0 if none does."""
     low, high = 0, count
     while low < high:
         middle = (low + high + 1) // 2
@@ -521,7 +519,7 @@ def prompt_ids(
     where: str = "",
     tools: Sequence[Any] | None = None,
 ) -> list[int]:
-    """Ids of a conversation that waits for an answer."""
+    """Token ids of a conversation with the generation prompt."""
     assert model.tokenizer is not None
     text = template.render(messages, add_generation_prompt=True, where=where, tools=tools)
     return encode_rendered(model.tokenizer, text)[0]
@@ -530,13 +528,13 @@ def prompt_ids(
 def _write(
     model: Model, prompts: list[list[int]], max_new_tokens: int, options: Mapping[str, Any]
 ) -> list[str]:
-    """The answers that follow prompts, without what ends them."""
+    """Generate the answers to prompts, as text without the tokens that end them."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     whole = model.generate(prompts, max_new_tokens=max_new_tokens, **options)
     texts = []
     for prompt, ids in zip(prompts, whole, strict=True):
-        # The blanks between words of some tokenizers show only behind other words.
+        # Some tokenizers decode the blank before a word only if other words precede it.
         before, both = (
             tokenizer.decode(prompt[-8:]),
             tokenizer.decode([*prompt[-8:], *ids[len(prompt) :]]),
@@ -559,10 +557,10 @@ def reply(
     """Answer a conversation.
 
     Args:
-        model: causal; its tokenizer's chat template writes the conversation.
+        model: a causal model; the chat template of its tokenizer renders the conversation.
         messages: ``{"role", "content"}`` each, the last one the user's.
-        tools: descriptions of functions, for a template that writes them.
-        max_new_tokens: tokens of the answer at most.
+        tools: descriptions of functions, for a template that renders them.
+        max_new_tokens: maximum tokens of the answer.
         options: see ``pretrain.inference.generate``.
 
     Raises:

@@ -1,7 +1,8 @@
-"""Go on with pre-training on the texts of a table (domain-adaptive pre-training, arXiv 2004.10964).
+"""Continued pre-training on the texts of a table (domain-adaptive pre-training, arXiv 2004.10964).
 
-The loss is that of pre-training itself: next-token prediction or masked-language modelling, as the model's head says.
-Texts are framed as documents were, and packed into rows; a long text is cut into pieces, and nothing is lost.
+The loss is that of pre-training: next-token prediction or masked language modelling, depending on the model's head.
+Texts are framed like documents in pre-training and packed into rows; a long text is split into pieces, and no token is
+dropped.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ __all__ = ["LanguageModelling"]
 
 
 class LanguageModelling(Task):
-    """Model new text with the objective of pre-training.
+    """Model new text with the pre-training objective.
 
     Args:
-        model: with a language-model head, causal or masked.
+        model: a model with a language-model head, causal or masked.
         max_length, pack: see ``Task``. With ``pack=False`` every text, or piece of one, has a row of its own.
-        options: of the pre-training objective (``rate``, ``whole_word``, ... of ``MaskedLM``).
+        options: arguments of the pre-training objective (``rate``, ``whole_word``, ... of ``MaskedLM``).
 
     Raises:
         ModelError: the model has no language-model head.
@@ -70,20 +71,20 @@ class LanguageModelling(Task):
             inner = kind(model, **options)
         except TypeError as error:
             raise ModelError(f"{kind.__name__} takes no such option: {error}.") from error
-        # In a tuple it is no child: every parameter has one owner and one name.
+        # The tuple keeps it from being registered as a submodule: every parameter has one owner and one name.
         self._inner = (inner,)
 
     @classmethod
     def recorded_options(cls, model: Model) -> set[str]:
-        """Those of the objective of pre-training as well."""
+        """Include the arguments of the pre-training objective."""
         inner = set(inspect.signature(_objective_of(model).__init__).parameters) - {"self", "model"}
         return (super().recorded_options(model) - {"options"}) | inner
 
     @property
     def inner(self) -> Objective:
-        """The objective of pre-training, around the same model."""
+        """The pre-training objective, around the same model."""
         inner = self._inner[0]
-        if inner.model is not self.model:  # it was wrapped since
+        if inner.model is not self.model:  # the model has been wrapped since
             inner.model = self.model
         return inner
 
@@ -91,7 +92,7 @@ class LanguageModelling(Task):
         """Frame the texts as documents and pack them into rows of one length.
 
         For prediction (``targets=False``) the pieces of each text are examples of their own, so that each text gets
-        its own figure.
+        its own loss.
         """
         rows, kept, texts = TaskRows(), [], []
         for i, row in enumerate(table.rows()):
@@ -108,7 +109,7 @@ class LanguageModelling(Task):
             texts.append(text)
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
-        # Special tokens typed into a text are read as text, as when data are prepared.
+        # Special tokens that are typed into a text are encoded as plain text, as in data preparation.
         encoded = tokenizer.encode_batch(texts, special=False)
         documents = [tokenizer.frame_document(ids) for ids in encoded]
         if targets and self.pack and documents:
@@ -140,7 +141,7 @@ class LanguageModelling(Task):
                 arrays["document_ids"][place] = number
                 arrays["position_ids"][place] = np.arange(length)
                 at += length
-            # The row of the table that the packed row begins with; the others stand in its info.
+            # A packed row belongs to the table row that it begins with; its info lists all of its table rows.
             texts = [int(kept[int(owners[s])]) for s in mine]
             rows.add(texts[0], arrays, texts)
 
@@ -151,10 +152,10 @@ class LanguageModelling(Task):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """What the objective of pre-training makes of packed rows; single pieces are put into rows first."""
+        """Collate packed rows with the pre-training objective; single pieces are put into rows first."""
         if "document_ids" in examples[0]:
             return self.inner.collate(examples, rngs, evaluation=evaluation)
-        # Alone in its row, a piece is masked the same whatever stands beside it.
+        # A piece that is alone in its row gets the same masks whatever the rest of the batch.
         pieces = [{key: value for key, value in e.items() if key == "input_ids"} for e in examples]
         batch = pack_examples(pieces, pad_id=self.pad_id, pack=False)
         keys = ("input_ids", "document_ids", "position_ids")
@@ -173,23 +174,23 @@ class LanguageModelling(Task):
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """The figures of the objective of pre-training: loss, perplexity, accuracy."""
+        """Metrics of the pre-training objective: loss, perplexity, accuracy."""
         return self.inner.summarize(total, count, metrics, stats)
 
     def survey(self, rows: Examples) -> list[str]:
-        """What the objective of pre-training says of the rows."""
+        """Notes of the pre-training objective on the rows."""
         return self.inner.survey(rows)
 
     def expected_first_loss(self) -> float | None:
-        """None: the model has learned something before."""
+        """None, because the model is already trained."""
         return None
 
     def head_weights(self) -> int:
-        """Weights that every target is multiplied with."""
+        """Number of head weights that each target is multiplied with."""
         return self.inner.head_weights()
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
-        """A continuation, or masked words with their guesses."""
+        """A continuation, or masked words with their predictions."""
         return self.inner.preview(examples, prompt, seed)
 
     def outputs(self, batch: Batch) -> list[Any]:
@@ -203,16 +204,16 @@ class LanguageModelling(Task):
         return list(zip(sums.tolist(), numbers.tolist(), strict=True))
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``loss`` in nats per target, ``perplexity``, and ``tokens``, the number of targets.
+        """Return ``loss`` in nats per target, ``perplexity``, and ``tokens``, the number of targets.
 
-        Of a masked-language model it is the loss at the fixed masks of evaluation.
+        For a masked language model the loss is that at the fixed masks of evaluation.
         """
         total, count = (float(sum(values)) for values in zip(*outputs, strict=True))
         loss = total / count if count else math.nan
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(count)}
 
     def _answers(self, rows: TaskRows, batch_rows: int, device: Any) -> Any:
-        # One generator for each piece: draws must not depend on how pieces are put into batches.
+        # Each piece has its own generator, so that its masks do not depend on the batching.
         found: dict[int, tuple[list[Any], list[Any]]] = {}
         for part in rows.batches(batch_rows, tokens_at_once(device)):
             rngs = [np.random.default_rng(0) for _ in part]

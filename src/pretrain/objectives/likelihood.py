@@ -1,4 +1,4 @@
-"""Log-probabilities of single targets, where a sum over all of them is not enough.
+"""Per-target log-probabilities, for losses that need more than their sum.
 
 Letters: B rows, T tokens, D hidden, V vocabulary, M targets.
 """
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["target_log_probs"]
 
-_LOGITS = 1 << 22  # that exist at once
+_LOGITS = 1 << 22  # logits that exist at once
 
 
 def target_log_probs(model: Model, batch: Batch) -> Tensor:
     """Log-probability of every target, (M,) in fp32 with a gradient, in the order of ``target_index``.
 
-    The projection is done in pieces whose logits are computed again for the gradient, so that no (M, V) buffer exists.
+    The projection runs in chunks whose logits are recomputed in the backward pass, so that no (M, V) buffer exists.
 
     Args:
-        model: with a vocabulary head.
-        batch: ``input_ids`` and what belongs to it (B, T), ``labels`` (B, T), and perhaps ``target_index`` (M,).
+        model: a model with a vocabulary head.
+        batch: ``input_ids`` and the other inputs (B, T), ``labels`` (B, T), and optionally ``target_index`` (M,).
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "target_index")}
     hidden = model.backbone(inputs)  # (B, T, D)
@@ -43,7 +43,7 @@ def target_log_probs(model: Model, batch: Batch) -> Tensor:
     features = head.features(hidden.reshape(-1, hidden.shape[-1])[index])  # (M, D)
     targets, weight, bias = labels[index], head.weight(), head.bias()
     vocab = head.vocab
-    # Processes that share the vocabulary must meet in the same pieces, though the last may hold fewer rows.
+    # Ranks that shard the vocabulary must use the same chunks, although the shard of the last may be smaller.
     size = max(32, _LOGITS // (weight.shape[0] if vocab is None else vocab.rows))
     if vocab is not None:
         features = copy_to_tensor_parallel(features, vocab.group)

@@ -1,11 +1,11 @@
-"""Masked-language modelling: hide some tokens, predict them from both sides (BERT, arXiv 1810.04805).
+"""Masked language modelling: predict masked tokens from the context on both sides (BERT, arXiv 1810.04805).
 
 The rate is 30 % by default, as in MosaicBERT and ModernBERT (the case for more than 15 % is made in arXiv
-2202.08005); evaluation is always at the conventional 15 % and always with the same masks, so that figures of
-different runs can be compared.
+2202.08005); evaluation uses the conventional 15 % by default, and always the same masks, so that metrics of different
+runs can be compared.
 
-With ``whole_word`` all tokens of a word are hidden together. A word is cut where it alone would exceed the share of its
-row, so the share that is hidden is the one asked for in every script.
+With ``whole_word`` all tokens of a word are masked together. A word that alone would exceed the share of its row is
+cut, so that the masked share is the requested one in every script.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 __all__ = ["MaskedLM"]
 
-# The share of hidden tokens may differ by this much from the one asked for.
+# Largest accepted difference between the share of masked tokens and the requested rate.
 _TOLERANCE = 0.03
-# Rows that are masked on trial to measure it.
+# Number of rows that ``survey`` masks to measure this share.
 _TRIAL_ROWS = 64
 
 
 class MaskedLM(TokenObjective):
-    """Predict hidden tokens.
+    """Predict masked tokens.
 
     Args:
         model: a bidirectional model with a masked-LM head and a tokenizer that has a mask token.
         rate: share of the maskable tokens of a row that become targets while training.
-        eval_rate: the same while evaluating.
+        eval_rate: the same in evaluation.
         mask_share: share of the targets that are replaced by the mask token.
         random_share: share of the targets that are replaced by a random ordinary token; the rest stay.
         whole_word: choose whole words; each of their pieces is still predicted alone.
@@ -100,7 +100,7 @@ class MaskedLM(TokenObjective):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """Hide tokens of each row with the row's own generator; special tokens and padding are never targets."""
+        """Mask tokens of each row with the row's own generator; special tokens and padding are never targets."""
         batch = stack(
             examples,
             ("input_ids", "document_ids", "position_ids", "attention_mask", "token_type_ids"),
@@ -125,10 +125,10 @@ class MaskedLM(TokenObjective):
         return found
 
     def _begins(self, ids: np.ndarray, documents: torch.Tensor | None) -> np.ndarray | None:
-        """(B, T) True where a token begins a word or a document; None where words do not matter."""
+        """(B, T), True where a token begins a word or a document; None without ``whole_word``."""
         if self._word_starts is None:
             return None
-        # An id that is no token stands between rows, so that no row depends on its neighbour.
+        # An invalid id is put between rows, so that no row depends on its neighbour.
         apart = np.concatenate([np.full((len(ids), 1), -1), ids], axis=1)
         begins: np.ndarray = self._word_starts(apart.reshape(-1)).reshape(apart.shape)[:, 1:]
         if documents is not None:
@@ -148,16 +148,16 @@ class MaskedLM(TokenObjective):
             candidates: (n,) positions that may become targets.
             begins: (T,) True where words begin; None to choose single tokens.
             rate: share of the candidates, at least one of them.
-            rng: the row's own.
+            rng: generator of the row.
 
         Returns:
-            (m,) positions in rising order.
+            (m,) positions in ascending order.
         """
         if candidates.size == 0:
             return candidates
         wanted = max(1.0, rate * candidates.size)
         if begins is None:
-            # In a short row the nearest whole number is too far from the rate, so chance rounds there.
+            # In a short row the nearest integer is too far from the rate, so rounding is random there.
             near = _TOLERANCE * candidates.size >= 0.5
             count = round(wanted) if near else int(wanted + rng.random())
             return np.sort(rng.choice(candidates, count, replace=False))
@@ -180,10 +180,10 @@ class MaskedLM(TokenObjective):
         )
 
     def survey(self, rows: Examples) -> list[str]:
-        """Mask some training rows on trial and say which share of the tokens is hidden.
+        """Mask a sample of training rows and report the share of masked tokens.
 
         Raises:
-            TrainingError: it is not the share asked for.
+            TrainingError: it is not the requested share.
         """
         said = []
         for name, rate in (("rate", self.rate), ("eval_rate", self.eval_rate)):
@@ -216,7 +216,7 @@ class MaskedLM(TokenObjective):
         )
 
     def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
-        """Show masked words of a held-out row with the guess and the truth."""
+        """Show masked tokens of a held-out row with the prediction and the truth."""
         model: Any = self.model
         rng = np.random.Generator(np.random.Philox(seed))
         batch = self.collate(examples[:1], [rng], evaluation=True)
@@ -249,12 +249,12 @@ class MaskedLM(TokenObjective):
 
 
 def _longest_word(count: int, wanted: float) -> int:
-    """Tokens of one word that may be hidden together, so that with the last word drawn a row stays below half."""
+    """Maximum tokens of a word that are masked together; keeps a row below half even with the last word drawn."""
     return max(1, int(min(wanted, max(count / 2 - wanted, wanted / 4))))
 
 
 def _cut(begins: np.ndarray, most: int) -> np.ndarray:
-    """Number the words that begin where told, (n,) -> (n,), each cut into parts of at most ``most`` tokens."""
+    """Number the words that start at ``begins``, (n,) -> (n,), each cut into parts of at most ``most`` tokens."""
     places = np.arange(begins.size)
     begins = begins | (places == 0)
     within = places - np.maximum.accumulate(np.where(begins, places, 0))
@@ -264,10 +264,10 @@ def _cut(begins: np.ndarray, most: int) -> np.ndarray:
 def _draw_words(
     sizes: np.ndarray, wanted: float, count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Numbers of words, drawn until they have ``wanted`` of ``count`` tokens.
+    """Draw words until they have ``wanted`` of ``count`` tokens; return their numbers.
 
-    The word with which they would have more is taken with the probability that makes ``wanted`` the mean, for to leave
-    it out always would hide less, and longer words less often.
+    The word that exceeds ``wanted`` is taken with the probability that makes ``wanted`` the mean, because to always
+    leave it out would mask too few tokens, and longer words less often.
     """
     order = rng.permutation(sizes.size)
     totals = np.cumsum(sizes[order])

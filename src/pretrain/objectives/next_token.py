@@ -47,9 +47,9 @@ class NextToken(TokenObjective):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """Rows of token ids to a batch; ``labels[:, t]`` is the token that follows position t.
+        """Collate rows of token ids; ``labels[:, t]`` is the token that follows position t.
 
-        The last token of a document predicts nothing: its successor belongs to another document.
+        The last token of a document has no target, because its successor belongs to another document.
         """
         batch = stack(examples, ("input_ids", "document_ids", "position_ids", "attention_mask"))
         ids = batch["input_ids"]  # (B, T)
@@ -83,7 +83,7 @@ class NextToken(TokenObjective):
             prompt = model.tokenizer.decode([i for i in start if i not in special])
         room = (
             model.backbone.max_length - len(model.tokenizer.encode(prompt)) - 2
-        )  # it may be framed
+        )  # the prompt may get two special tokens
         if not prompt or room < 1:
             return []
         text = model.generate(

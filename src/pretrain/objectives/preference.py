@@ -1,8 +1,9 @@
-"""Prefer one answer to another: direct preference optimisation (DPO, arXiv 2305.18290).
+"""Preference learning by direct preference optimisation (DPO, arXiv 2305.18290).
 
-The reward of an answer is beta times how much likelier it is under the model than under the model before training.
-The probabilities before training do not change, so they are computed once (``prepare_reference``); no second model is
-kept. With label smoothing it is the conservative loss of Mitchell (2023, "A note on DPO with noisy preferences").
+The reward of an answer is beta times the log-ratio of its probabilities under the model and under the reference model,
+which is the model before training. Reference probabilities do not change, so they are computed once
+(``prepare_reference``) and no second model is kept. With label smoothing it is the conservative loss of Mitchell (2023,
+"A note on DPO with noisy preferences").
 
 Letters: N pairs, M targets.
 """
@@ -48,18 +49,18 @@ _REFERENCE = ("ref_chosen", "ref_rejected")
 
 
 class Preference(Task):
-    """Make chosen answers likelier than rejected ones.
+    """Make chosen answers more probable than rejected ones.
 
     Args:
-        model: causal, with a language-model head. Its tokenizer carries the chat template from now on.
-        beta: how dearly distance from the model before training is paid for.
-        label_smoothing: share of the preferences that are taken to be wrong.
-        chat_template: a Jinja program instead of the tokenizer's own.
-        max_length: tokens of a prompt with its answer; pairs of which one is longer are left out.
+        model: a causal model with a language-model head. The chat template is stored in its tokenizer.
+        beta: strength of the penalty on deviation from the reference model.
+        label_smoothing: assumed share of wrong preferences.
+        chat_template: Jinja template that replaces the tokenizer's own.
+        max_length: maximum tokens of a prompt with its answer; pairs with a longer one are dropped.
         pack: see ``Task``.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option is out of range.
     """
 
     name: ClassVar[str] = "preference"
@@ -96,7 +97,7 @@ class Preference(Task):
         self.template = chat_template_of(model, chat_template)
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
-        """Both answers behind the prompt; the targets are the tokens of the last turn, its end included."""
+        """Encode the prompt with either answer; the targets are the tokens of the last turn, its end included."""
         rows = TaskRows()
         for i, row in enumerate(table.rows()):
             where = table.where(i)
@@ -148,14 +149,14 @@ class Preference(Task):
         *,
         evaluation: bool = False,
     ) -> Batch:
-        """Two documents for each example, chosen before rejected; ``owner`` (M,) is the document of each target."""
+        """Pack two documents per example, chosen before rejected; ``owner`` (M,) is the document of each target."""
         pieces = []
         for example in examples:
             middle = int(example["lengths"][0])
             for part in (slice(0, middle), slice(middle, None)):
                 pieces.append({key: example[key][part] for key in ("input_ids", "labels")})
         batch = token_batch(self, pieces)
-        order = torch.argsort(batch["first_index"])  # documents in the order of their places
+        order = torch.argsort(batch["first_index"])  # documents in the order of their positions
         place = torch.searchsorted(batch["first_index"][order], batch["target_index"], right=True)
         batch["owner"] = order[place - 1]
         for key in _REFERENCE:
@@ -165,7 +166,7 @@ class Preference(Task):
         return batch
 
     def count(self, batch: Batch) -> Tensor:
-        """Pairs."""
+        """Number of pairs."""
         return torch.tensor(len(batch["first_index"]) // 2, device=batch["input_ids"].device)
 
     def log_probs(self, batch: Batch) -> Tensor:
@@ -191,7 +192,7 @@ class Preference(Task):
         return Loss(each.sum(), self.count(batch), metrics)
 
     def expected_first_loss(self) -> float | None:
-        """At the start nothing differs from the model before training: ln 2."""
+        """The value is ln 2, because the model equals the reference at the first step."""
         return math.log(2)
 
     @torch.no_grad()
@@ -201,15 +202,15 @@ class Preference(Task):
         batch_rows: int = 8,
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        """Add to every example how likely its answers are now: ``ref_chosen`` and ``ref_rejected``, in nats.
+        """Add the current log-probabilities of the answers to the examples: ``ref_chosen``, ``ref_rejected``, in nats.
 
-        To be called before the first step, on the rows for training and on those for evaluation. A run that is
-        resumed computes the same numbers again from the weights that it began with.
+        Call it before the first step, on the rows for training and on those for evaluation. A resumed run computes
+        the same numbers again from its initial weights.
 
         Args:
-            rows: from ``encode``.
+            rows: rows from ``encode``.
             batch_rows: pairs in one forward pass.
-            context: what the passes run in, such as autocast.
+            context: context manager of the forward passes, such as autocast.
         """
         device = self.model.device
         was_training = self.training
@@ -230,7 +231,7 @@ class Preference(Task):
         return list(self.log_probs(batch).cpu().numpy())
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``logprob_chosen``, ``logprob_rejected`` in nats, and ``margin``, their difference."""
+        """Return ``logprob_chosen``, ``logprob_rejected`` in nats, and ``margin``, their difference."""
         chosen, rejected = (float(value) for value in outputs[0])
         return {
             "logprob_chosen": chosen,
@@ -239,7 +240,7 @@ class Preference(Task):
         }
 
     def head_weights(self) -> int:
-        """The vocabulary projection counts although it may be tied to the embedding."""
+        """The vocabulary projection, counted even if it is tied to the embedding."""
         head: Any = self.model.head
         return self._numel([head.weight()])
 
@@ -253,10 +254,10 @@ class Preference(Task):
 
 
 def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message]:
-    """Prompt and one of the answers, as messages that end with the assistant's.
+    """The prompt and one of the answers, as messages of which the last is the assistant's.
 
     Raises:
-        DataError: a side is neither a text nor messages, or nobody is answered.
+        DataError: a side is neither a text nor messages, or there is no prompt.
     """
     prompt, answer = row.get("prompt"), row[side]
     start: list[Message] = []
@@ -268,7 +269,9 @@ def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message
         end: list[Message] = [{"role": "assistant", "content": answer}]
     else:
         end = as_messages(answer, f"{where}, {side}")
-        if start and end[: len(start)] == start:  # whole conversations beside their prompt
+        if (
+            start and end[: len(start)] == start
+        ):  # the answer is a whole conversation that repeats the prompt
             start = []
     messages = start + end
     if len(messages) < 2 or messages[-1]["role"] != "assistant":

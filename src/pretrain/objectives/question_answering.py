@@ -1,7 +1,7 @@
-"""Extractive question answering: the answer is a stretch of the context (Devlin et al., 2019, §4.2 and §4.3).
+"""Extractive question answering: the answer is a span of the context (Devlin et al., 2019, §4.2 and §4.3).
 
-A long context is read in windows that overlap. Each window is an example: it has a start and an end token, or, where
-the answer is not in it, its first token for both, as SQuAD 2.0 is trained (Rajpurkar et al., 2018).
+A long context is read in overlapping windows. Each window is an example with a start and an end token as targets; if
+the answer is not in the window, its first token is the target of both, as in SQuAD 2.0 (Rajpurkar et al., 2018).
 
 Letters: B rows of a batch, T tokens, N examples, S tokens of the longest example, W tokens of an answer, K candidates.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QuestionAnswering", "best_spans"]
 
-_OVERLAP = 4  # windows share this part of max_length
+_OVERLAP = 4  # windows overlap by 1 / _OVERLAP of max_length
 _BAD = ("error", "drop")
 
 
@@ -42,18 +42,17 @@ class QuestionAnswering(Task):
     """Find the answer to a question in its context.
 
     Args:
-        model: with a question-answering head.
+        model: a model with a question-answering head.
         stride: tokens by which the windows over a long context overlap; a quarter of ``max_length`` when None.
-        max_answer_tokens: tokens that an answer has at most.
-        n_best: stretches that compete for the answer of a row, and for the probability that ``score`` is.
-        allow_no_answer: the model may say that the context does not answer the question; follows from the training
-            rows.
-        null_threshold: it says so where the score of no answer exceeds that of the best stretch by more (in nats).
-        bad_answers: ``"drop"`` leaves out rows whose answers are not in their context; ``"error"`` refuses them.
+        max_answer_tokens: maximum tokens of an answer.
+        n_best: number of candidate spans for the answer of a row, over which ``score`` is normalised.
+        allow_no_answer: whether the model may predict that the context has no answer; set from the training rows.
+        null_threshold: it does so if the score of no answer exceeds that of the best span by more than this (in nats).
+        bad_answers: ``"drop"`` drops rows whose answers are not in their context; ``"error"`` raises an error.
         max_length, pack: see ``Task``.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option is out of range.
     """
 
     name: ClassVar[str] = "question-answering"
@@ -84,7 +83,7 @@ class QuestionAnswering(Task):
         super().__init__(model, max_length=max_length, pack=pack)
         special = self.encoder.tokenizer.frame_size(pair=True)
         self.stride = self.max_length // _OVERLAP if stride is None else stride
-        # A window must go on behind the tokens that it shares with the one before.
+        # A window must extend beyond the tokens that it shares with the previous one.
         self.question_room = min(self.max_length // 2, self.max_length - special - self.stride - 1)
         if self.stride < 0 or self.question_room < 1:
             raise ConfigError(
@@ -165,7 +164,7 @@ class QuestionAnswering(Task):
         return rows
 
     def _questions(self, rows: TaskRows, kept: Sequence[int], table: Table) -> list[str]:
-        """The questions, cut where they would leave too little room for the context."""
+        """The questions, truncated if they would leave too little room for the context."""
         texts = [table.columns["question"][i] for i in kept]
         found = self.encoder.texts(texts, framed=False) if kept else []
         for k, encoding in enumerate(found):
@@ -173,7 +172,7 @@ class QuestionAnswering(Task):
             if len(encoding.ids) > room:
                 rows.cut.append(kept[k])
             while len(encoding.ids) > self.question_room:
-                # The last word may fall into more tokens when what followed is gone.
+                # The last word may be encoded as more tokens without the text that followed it.
                 texts[k] = texts[k][: encoding.offsets[room - 1][1]]
                 room -= 1
                 encoding = self.encoder.texts(texts[k : k + 1], framed=False)[0]
@@ -182,7 +181,7 @@ class QuestionAnswering(Task):
     def _add(
         self, rows: TaskRows, i: int, context: str, windows: Sequence[Any], answers: Answers | None
     ) -> None:
-        """Add the windows over one context."""
+        """Add the windows over one context as examples."""
         span = None if answers is None else answers.spans[i]
         inside = False
         for encoding in windows:
@@ -195,16 +194,16 @@ class QuestionAnswering(Task):
                 example["reference"] = _reference(context, starts, ends, answers.texts[i])
             rows.add(i, example, (context, starts, ends))
         if span is not None and not inside and i not in rows.cut:
-            rows.cut.append(i)  # longer than every window
+            rows.cut.append(i)  # the answer is in no window
 
     def truth(self, table: Table) -> list[Any]:
-        """The first answer of every row, "" where there is none: what ``decode`` calls ``answer``."""
+        """The first correct answer of every row, "" if there is none, to compare with ``answer`` of ``decode``."""
         return [texts[0] if texts else "" for texts in find_answers(table).texts]
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
-        """What the most frequent answer of the training rows reaches, which may be that there is none.
+        """Majority baseline: scores of the most frequent answer of the training rows, which may be no answer.
 
-        Where every third question has no answer, a third of the score is to be had without reading.
+        If a third of the questions has no answer, a third of the score is reached without reading the context.
         """
         if not len(held_out):
             return {}
@@ -242,7 +241,7 @@ class QuestionAnswering(Task):
         if "labels" in examples[0]:
             batch["labels"] = sequence_labels(examples, torch.int64)
             if evaluation:
-                # Texts travel as bytes: a batch holds tensors only, and the task remembers no rows.
+                # Texts are passed as bytes, because a batch holds tensors only and the task stores no rows.
                 texts = [np.frombuffer(e["reference"].item(), np.uint8) for e in examples]
                 batch["rows"] = torch.tensor([int(example["row"]) for example in examples])
                 batch["reference"] = torch.from_numpy(np.concatenate(texts))
@@ -253,13 +252,13 @@ class QuestionAnswering(Task):
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     def _scores(self, batch: Batch) -> Tensor:
-        """Start and end scores of the tokens of each example, (N, S, 2); -inf behind its end."""
+        """Start and end scores of the tokens of each example, (N, S, 2); -inf after its end."""
         flat: Tensor = self.model(batch).float().reshape(-1, 2)
         places = batch["window_index"]
         return flat[places.clamp(min=0)].masked_fill((places < 0)[..., None], -math.inf)
 
     def _best(self, scores: Tensor, batch: Batch, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of the best stretches, (N, K), and their first and last characters (exclusive)."""
+        """Scores of the best spans, (N, K), and their first and last characters (exclusive)."""
         places = batch["window_index"].clamp(min=0)
         starts, ends = batch["starts"].flatten()[places], batch["ends"].flatten()[places]
         allowed = (ends > starts) & (batch["window_index"] >= 0)
@@ -288,7 +287,7 @@ class QuestionAnswering(Task):
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """Exact match and F1 of the words of the answers, by the rules of SQuAD; means over questions."""
+        """Exact match and word F1 of the answers by the rules of SQuAD, averaged over questions."""
         found: dict[int, tuple[float, str, float, list[str]]] = {}
         for row, value, said, null, answers in metrics["windows"]:
             if row in found:
@@ -308,25 +307,25 @@ class QuestionAnswering(Task):
         }
 
     def _declines(self, best: float, null: float) -> bool:
-        """No answer is better than the best one."""
+        """Whether no answer is predicted instead of the best span."""
         return self.allow_no_answer and null - best > self.null_threshold
 
     # ------------------------------------------------------------------ answers
 
     def outputs(self, batch: Batch) -> list[Any]:
-        """For each window its best stretches (K, 3), as score, first and last character, and the score of none."""
+        """For each window its best spans (K, 3), as score, first and last character, and the score of no answer."""
         scores = self._scores(batch)
         found = torch.stack([t.float() for t in self._best(scores, batch, self.n_best)], dim=-1)
         nulls = scores[:, 0].sum(-1).tolist()
         return list(zip(found.detach().cpu().numpy(), nulls, strict=True))
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """The best stretch over all windows, with its ``start`` and ``end`` (characters of the context).
+        """Return the best span over all windows, with its ``start`` and ``end`` (characters of the context).
 
-        Windows are compared by the sum of the two scores before any softmax, and a question has no answer only if
-        all windows say so (the least of their scores of no answer), as is usual for SQuAD. ``score`` and
-        ``no_answer_score`` are the shares of the two in a softmax over the best ``n_best`` stretches and no answer.
-        Without an answer, ``answer`` is empty and ``start`` and ``end`` are None.
+        Windows are compared by the sum of start and end score before any softmax, and a question has no answer only
+        if all windows agree (the minimum of their no-answer scores), as is usual for SQuAD. ``score`` and
+        ``no_answer_score`` are probabilities in a softmax over the best ``n_best`` spans and no answer. Without an
+        answer, ``answer`` is empty and ``start`` and ``end`` are None.
         """
         best: dict[tuple[int, int], float] = {}
         for found, _ in outputs:
@@ -362,13 +361,13 @@ class QuestionAnswering(Task):
 def best_spans(
     scores: Tensor, allowed: Tensor, longest: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The stretches with the highest sum of start and end score, all of them compared.
+    """Find the spans with the highest sum of start and end score by exhaustive search.
 
     Args:
         scores: (N, S, 2), start and end.
-        allowed: (N, S), tokens at which a stretch may begin or end.
-        longest: tokens of a stretch at most.
-        count: stretches to find for each example.
+        allowed: (N, S), tokens at which a span may begin or end.
+        longest: maximum tokens of a span.
+        count: spans to find for each example.
 
     Returns:
         Sums (N, K), highest first, -inf where there are no more; first and last token of each, (N, K).
@@ -383,7 +382,7 @@ def best_spans(
 
 
 def _offsets(encoding: Any, context: str) -> tuple[np.ndarray, np.ndarray]:
-    """First and last character (exclusive) of the tokens of the context, without blanks; 0 and 0 elsewhere."""
+    """First and last character (exclusive) of each context token, without blanks; 0 and 0 for other tokens."""
     starts, ends = np.zeros((2, len(encoding.ids)), dtype=np.int32)
     for k, (text, (begin, end)) in enumerate(
         zip(encoding.sequence_ids, encoding.offsets, strict=True)
@@ -398,7 +397,7 @@ def _offsets(encoding: Any, context: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tokens_of(span: tuple[int, int] | None, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """First and last token of a stretch of characters, (2,); 0 and 0 if it is not wholly among the tokens."""
+    """First and last token of a span of characters, (2,); 0 and 0 if the tokens do not cover all of it."""
     real = np.flatnonzero(ends > starts)
     if span is None or not len(real) or starts[real[0]] > span[0] or ends[real[-1]] < span[1]:
         return np.zeros(2, dtype=np.int64)
@@ -410,7 +409,7 @@ def _tokens_of(span: tuple[int, int] | None, starts: np.ndarray, ends: np.ndarra
 def _reference(
     context: str, starts: np.ndarray, ends: np.ndarray, answers: Sequence[str]
 ) -> np.ndarray:
-    """What an evaluation needs of a window, as bytes: its first character's place, its text, the right answers."""
+    """Serialise what evaluation needs of a window: the offset of its first character, its text, the correct answers."""
     real = ends > starts
     base, end = (int(starts[real].min()), int(ends[real].max())) if real.any() else (0, 0)
     text = json.dumps([base, context[base:end], list(answers)])

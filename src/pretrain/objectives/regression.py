@@ -28,14 +28,14 @@ __all__ = ["Regression"]
 
 
 class Regression(Task):
-    """Give a text a number.
+    """Predict a number for a text.
 
     Args:
-        model: with a sequence-classification head of one output.
-        center: mean of the training targets; where a fresh head starts.
-        scale: their standard deviation. The loss is the squared error over its square, so that it starts near 1
-            and one learning rate serves scores from 0 to 1 and prices in thousands. The model's output stays in the
-            targets' own units.
+        model: a model with a sequence-classification head of one output.
+        center: mean of the training targets; the initial bias of a fresh head.
+        scale: their standard deviation. The loss is the squared error divided by its square, so that it starts near 1
+            and one learning rate suits scores from 0 to 1 and prices in thousands. The model's output is in the
+            units of the targets.
         max_length, pack: see ``Task``.
 
     Raises:
@@ -95,7 +95,7 @@ class Regression(Task):
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """Rows with numbers where a text file has decimal commas."""
+        """Convert numbers with decimal commas, as in some text files."""
         tidied = numbers(table).tolist()
         if not any(isinstance(value, str) and "," in value for value in table.columns["label"]):
             return table
@@ -110,7 +110,7 @@ class Regression(Task):
         return rows
 
     def truth(self, table: Table) -> list[Any]:
-        """The right answers, in the form in which ``decode`` gives them."""
+        """The correct answers, in the form that ``decode`` returns."""
         return [float(value) for value in numbers(table)]
 
     def collate(
@@ -131,7 +131,7 @@ class Regression(Task):
     def forward(self, batch: Batch) -> Loss:
         values, wanted = self.model(batch).float().squeeze(-1), batch["labels"]  # (N,)
         total = ((values - wanted) / self.scale).square().sum()
-        if self.training:  # reading the values would make every step wait for the device
+        if self.training:  # copying the values to the CPU would synchronise every step
             return Loss(total, self.count(batch), {})
         pairs = torch.stack((values.detach(), wanted), dim=-1).cpu().tolist()
         return Loss(total, self.count(batch), {"pairs": pairs})
@@ -152,7 +152,7 @@ class Regression(Task):
         return list(self.model(batch).float().squeeze(-1).cpu().numpy())
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``score``, in the units of the targets."""
+        """Return ``score``, in the units of the targets."""
         return {"score": float(outputs[0])}
 
     def describe(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def numbers(table: Table) -> np.ndarray:
     """The column of labels as finite numbers, (rows,).
 
     Raises:
-        DataError: names the first rows whose target is none.
+        DataError: a target is not a finite number; the message names the first such rows.
     """
     named = option("task", "classification")
     cure = f"Remove, correct or rescale these rows; for named classes use {named}."

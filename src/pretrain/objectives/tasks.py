@@ -1,9 +1,9 @@
-"""The contract of a fine-tuning task: an objective that also knows its columns, labels, encoding and answers.
+"""Base class of fine-tuning tasks: objectives that also define columns, labels, encoding and answers.
 
-One task is one file beside this one. A task names the columns it reads (``roles``), finds out what must be known
-before there is a model (``learn``: the labels), turns rows into examples of unequal length (``encode``), and turns
-outputs into plain answers (``outputs``, ``decode``). Examples are packed when they are batched: several stand behind
-each other in one row, told apart by ``document_ids``, so that no padding enters the model (Krell et al., 2021,
+Each task is one file in this folder. A task names the columns it reads (``roles``), derives from the rows what must
+be known before the model is built (``learn``: the labels), encodes rows as examples of unequal length (``encode``),
+and turns outputs into plain answers (``outputs``, ``decode``). Examples are packed when they are batched: several are
+concatenated in one row, separated by ``document_ids``, so that little padding enters the model (Krell et al., 2021,
 arXiv 2107.02027).
 
 Letters: B rows of a batch, T tokens, N examples, C classes, D hidden.
@@ -43,13 +43,13 @@ _PREDICT_ROWS = 64
 
 @dataclass
 class Learned:
-    """What the training rows say before there is a model.
+    """What is derived from the training rows before the model is built.
 
     Attributes:
         labels: names of the classes, or None where the task has none.
         strata: class of each row for a stratified split, or None.
         options: arguments of the task that follow from the rows (``problem="multi_label"``).
-        notes: lines worth printing.
+        notes: lines to print.
     """
 
     labels: tuple[str, ...] | None = None
@@ -59,7 +59,7 @@ class Learned:
 
 
 def _is_finite(value: Any, *, infinite: bool = False) -> bool:
-    """Whether all floats in arrays, lists and mappings are numbers; infinite ones are allowed where scores mask."""
+    """Whether all floats in arrays, lists and mappings are finite; ``infinite`` allows -inf and inf (masked scores)."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind != "f":
             return True
@@ -74,9 +74,9 @@ def _is_finite(value: Any, *, infinite: bool = False) -> bool:
 
 
 def balanced(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Spread items over as few rows as ``capacity`` asks for, longest first onto the emptiest row (Graham 1969).
+    """Distribute items over as few rows as ``capacity`` asks for, longest first to the emptiest row (Graham 1969).
 
-    Rows end up about equally full, so that little of the rectangle they are put into is padding.
+    Rows end up about equally long, so that the batch needs little padding.
     """
     count = max(1, -(-sum(lengths) // max(capacity, max(lengths, default=1))))
     heap = [(0, i) for i in range(count)]
@@ -95,23 +95,23 @@ def pack_examples(
     pad_id: int = 0,
     pack: bool = True,
 ) -> Batch:
-    """Put examples of unequal length into one batch.
+    """Pack examples of unequal length into one batch.
 
     Args:
-        examples: each with ``input_ids`` (n,) and perhaps ``token_type_ids`` (n,).
-        token_keys: further keys with one value per token, and what stands where there is none.
-        pad_id: what fills the ends of rows; masked, so that any id will do.
-        pack: several examples in a row; False gives each its own row.
+        examples: each with ``input_ids`` (n,) and optionally ``token_type_ids`` (n,).
+        token_keys: further keys with one value per token, and their fill values.
+        pad_id: id that pads the rows; it is masked, so any id will do.
+        pack: whether to put several examples into a row; if False, each has its own row.
 
     Returns:
         ``input_ids``, ``document_ids`` (0 is padding), ``position_ids`` and the token keys, all (B, T); and
-        ``first_index``, ``last_index`` (N,), the places of each example's ends in the flattened batch, in the order
-        of ``examples``.
+        ``first_index``, ``last_index`` (N,), the positions of each example's first and last token in the flattened
+        batch, in the order of ``examples``.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     rows = balanced(lengths, _PACKED_TOKENS) if pack else [[i] for i in range(len(lengths))]
     width = max(sum(lengths[i] for i in row) for row in rows)
-    # Kernels are prepared, and kept, for every new shape: a few widths cost less than a few places of padding.
+    # Kernels are prepared and cached for every new shape, which costs more than padding to a few widths.
     width = -(-width // _WIDTH_STEP) * _WIDTH_STEP if pack else width
     fills = {"input_ids": pad_id, "document_ids": 0, "position_ids": 0, **(token_keys or {})}
     if any("token_type_ids" in example for example in examples):
@@ -136,36 +136,37 @@ def pack_examples(
 
 
 def sequence_labels(examples: Sequence[Example], dtype: torch.dtype) -> torch.Tensor:
-    """The answers of examples that have one each: (N,) or (N, C)."""
+    """Stack the labels of examples that have one label, or one row of labels, each: (N,) or (N, C)."""
     return torch.from_numpy(np.stack([example["labels"] for example in examples])).to(dtype)
 
 
 class Task(Objective):
-    """What a model is fine-tuned for.
+    """Base class of fine-tuning tasks.
 
-    A subclass sets the class variables and writes ``learn``, ``encode``, ``collate``, ``forward``, ``summarize``,
-    ``outputs`` and ``decode``.
+    A subclass sets the class variables and implements ``learn``, ``encode``, ``collate``, ``forward``,
+    ``summarize``, ``outputs`` and ``decode``.
 
     Class attributes:
-        name: what users type.
+        name: name of the task in settings.
         roles: the columns it reads, with the names by which they are recognised.
-        metric: the figure that the best evaluation is chosen by; an instance may set another.
-        trivial_name: what the baseline of ``trivial`` is called.
+        metric: metric by which the best evaluation is chosen; an instance may set another.
+        trivial_name: name of the baseline that ``trivial`` computes.
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read, with their types.
 
     Args:
-        model: with the head of the task.
-        max_length: tokens of an example at most; the model's positions when None.
-        pack: several examples in a row of a batch; the answers are the same without, only slower.
+        model: a model with the head of the task.
+        max_length: maximum tokens of an example; the model's positions when None.
+        pack: whether to pack several examples into a row of a batch; answers are the same without, only slower.
 
     Attributes:
-        beyond: what becomes of rows that exceed ``max_length``: ``cut``.
-        beyond_chosen: the user asked for that, so that it is no error.
-        unanswered: reason -> inputs that got no answer for it in ``predict``.
+        beyond: what happens to rows that exceed ``max_length``, as messages say it: ``cut``.
+        beyond_chosen: whether the user chose this, so that it is not an error.
+        unanswered: reason -> number of inputs of ``predict`` that got no answer because of it.
 
     Raises:
         ModelError: the model has another head, or no tokenizer.
+        DataError: ``max_length`` is out of range.
     """
 
     name: ClassVar[str]
@@ -197,12 +198,12 @@ class Task(Objective):
 
     @property
     def shorten(self) -> str:
-        """What to do about rows that are too long, besides a larger ``max_length``."""
+        """Advice on rows that are too long, besides a larger ``max_length``."""
         return "split the texts"
 
     @cached_property
     def encoder(self) -> TaskEncoder:
-        """Encodes texts for this model."""
+        """The text encoder for this model."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         several = getattr(self.model.backbone.config, "type_vocab_size", 1) > 1
@@ -211,78 +212,78 @@ class Task(Objective):
 
     @property
     def pad_id(self) -> int:
-        """What fills the ends of rows."""
+        """The id that pads rows; 0 if the model defines none."""
         pad = self.model.backbone.config.pad_id
         return 0 if pad is None else int(pad)
 
     @classmethod
     def recorded_options(cls, model: Model) -> set[str]:
-        """Names of the arguments that a task around this model takes back from what ``describe`` recorded."""
+        """Names of the arguments that are restored from the record of ``describe``, for a task around this model."""
         return set(inspect.signature(cls.__init__).parameters) - {"self", "model", "name"}
 
-    # ------------------------------------------------------------------ what a task writes
+    # ------------------------------------------------------------------ what a task implements
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
-        """Read what must be known of the training rows before there is a model.
+        """Derive from the training rows what must be known before the model is built.
 
         Args:
             table: the training rows, columns named by role.
-            options: arguments of the task that the caller gave, those of ``row_options`` among them; ``labels`` is
-                the order of the classes, ``checkpoint_labels`` that of a checkpoint with the head of this task.
+            options: task arguments that the caller gave, including those of ``row_options``; ``labels`` is the class
+                order, ``checkpoint_labels`` that of a checkpoint with the head of this task.
 
         Raises:
-            DataError: the targets cannot be what this task trains on; names rows.
+            DataError: the targets are not valid for this task; the message names rows.
         """
         return Learned()
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """Rows with their targets in the one form in which the task trains, whatever form the source has.
+        """Convert the targets to the one form that the task trains on, whatever their form in the source.
 
         Args:
             table: training or held-out rows, columns named by role.
-            learned: what `learn` found in the training rows.
-            options: as `learn` got them.
+            learned: result of `learn` for the training rows.
+            options: the options that `learn` got.
 
         Raises:
-            DataError: a target that training did not have; names the row.
+            DataError: a target that is not among the training rows; the message names the row.
         """
         return table
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
-        """Turn rows into examples.
+        """Encode rows as examples.
 
         Args:
             table: columns named by role.
-            targets: also read the targets; False for prediction.
+            targets: whether to read the targets too; False for prediction.
 
         Raises:
-            DataError: a row that cannot be used; names the row.
+            DataError: a row cannot be used; the message names it.
         """
         raise NotImplementedError
 
     def outputs(self, batch: Batch) -> list[Any]:
-        """Run the model on a batch of ``collate`` and return what it says about each example, as small arrays."""
+        """Run the model on a batch from ``collate`` and return its output for each example, as small arrays."""
         raise NotImplementedError
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """Turn the outputs for all examples of one row into its answer, in plain values."""
+        """Combine the outputs of all examples of one row into its answer, in plain values."""
         raise NotImplementedError
 
     def truth(self, table: Table) -> list[Any] | None:
-        """The right answers of all rows, in the form in which ``decode`` gives them; None where there is no such."""
+        """The correct answers of all rows, in the form that ``decode`` returns; None if the task has none."""
         return None
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
-        """What knowing nothing but the training rows' targets reaches on the held-out rows."""
+        """Metrics on the held-out rows of a trivial baseline that is fitted to the training rows."""
         return {}
 
     def prepare_reference(self, rows: TaskRows) -> None:
-        """Add to the examples what the model says of them before it is trained; called once, before step 0."""
+        """Add the outputs of the model before training to the examples; called once, before step 0."""
 
     def show(self, example: Example) -> list[tuple[str, bool]]:
-        """The tokens of an example as text, and whether each is trained on, for people to look at."""
+        """The tokens of an example as text, each with whether it is trained on, for display."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         ids = [int(i) for i in example["input_ids"]]
@@ -293,7 +294,7 @@ class Task(Objective):
         pieces = [tokenizer.decode([i], skip_special=False) for i in ids]
         if (
             tokenizer.kind == "wordpiece"
-        ):  # its pieces say where a word goes on, not where one begins
+        ):  # its tokens mark the continuation of a word, not its beginning
             pieces = [p[2:] if p.startswith("##") else f" {p}" for p in pieces]
         return list(zip(pieces, marks, strict=True))
 
@@ -306,13 +307,13 @@ class Task(Objective):
         *,
         pooled: bool = False,
     ) -> Batch:
-        """``pack_examples`` as this task wants it.
+        """Call ``pack_examples`` with the padding and packing of this task.
 
         Args:
-            examples: of unequal length.
+            examples: examples of unequal length.
             token_keys: see ``pack_examples``.
-            pooled: only the head reads the result; where it takes one token of each example, ``keep_index`` (N,) says
-                which, and the last block works for no other.
+            pooled: whether only the head reads the result; if it pools one token of each example, ``keep_index`` (N,)
+                holds its position, and the last block computes no others.
         """
         batch = pack_examples(examples, token_keys=token_keys, pad_id=self.pad_id, pack=self.pack)
         pool = getattr(self.model.head, "pool", "")
@@ -323,7 +324,7 @@ class Task(Objective):
     def predict(
         self, table: Table, batch_rows: int = _PREDICT_ROWS, **options: Any
     ) -> Iterator[dict[str, Any]]:
-        """Answer every row of a table, in order; one chunk of rows is in memory at a time.
+        """Predict the rows of a table, in order, with one chunk of rows in memory at a time.
 
         Args:
             table: columns named by role.
@@ -331,7 +332,7 @@ class Task(Objective):
             **options: keyword arguments of the task's ``decode``.
 
         Returns:
-            The answers; a row that gives no example (an empty text) has an empty one.
+            An iterator over the answers; a row without an example (an empty text) has an empty dict.
 
         Raises:
             TypeError: an option that ``decode`` does not have.
@@ -370,7 +371,7 @@ class Task(Objective):
             self.train(was_training)
 
     def count_unanswered(self, rows: TaskRows) -> None:
-        """Add to ``unanswered`` why rows of an input gave no example."""
+        """Count in ``unanswered``, by reason, the rows that gave no example."""
         answered = set(rows.owners)
         for reason, places in rows.dropped.items():
             self.unanswered[reason] += len(set(places) - answered)

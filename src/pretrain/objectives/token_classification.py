@@ -1,7 +1,7 @@
 """Classification of words: named entities, parts of speech (Devlin et al., 2019, §5.3).
 
-A word is several sub-word tokens; its answer is read from the first of them. Sentences that do not fit are read in
-windows that overlap, and each word is answered for by the window in which it stands farthest from an end.
+A word may be several sub-word tokens; its prediction is that of the first. Sentences that do not fit are read in
+overlapping windows, and each word is predicted by the window in which it is farthest from an edge.
 
 Letters: B rows of a batch, T tokens, N examples, C classes, M targets, D hidden.
 """
@@ -35,31 +35,31 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenClassification"]
 
-_OVERLAP = 4  # windows share this part of their tokens
+_OVERLAP = 4  # windows overlap by 1 / _OVERLAP of their tokens
 _OUTSIDE = "O"
 
 
 class TokenClassification(Task):
-    """Say of every word of a sentence which class it has.
+    """Predict the class of every word of a sentence.
 
-    Where the labels are tags of spans (``B-PER``, ``I-PER``, ``O``) the figure is the F1 of whole entities, else the
-    accuracy over words.
+    If the labels are span tags (``B-PER``, ``I-PER``, ``O``) the metric is the F1 of whole entities, else the accuracy
+    over words.
 
     Args:
-        model: with a token-classification head and ``labels``.
-        all_pieces: train on every piece of a word, not only on the first; answers are always those of the first.
-        empty_tag: the answer for words that encode to no token (a zero-width character); None is ``"O"`` if that is
+        model: a model with a token-classification head and ``labels``.
+        all_pieces: train on every sub-word token of a word, not only the first; predictions always use the first.
+        empty_tag: prediction for words that encode to no token (a zero-width character); None is ``"O"`` if that is
             a label, else the first label.
-        word_blanks: where the tokenizer joins a word with the blank before it (byte-level BPE), let it see words
-            that come one by one as it sees them in a text. This changes the model's tokenizer, which is saved with
-            it, so that other libraries encode the same ids. On in fine-tuning; off, the tokenizer is as it comes.
-        codes: what may stand in the column of tags -> label, where the two differ (tags that are numbers).
+        word_blanks: if the tokenizer joins a word with the blank before it (byte-level BPE), encode the words of a
+            list as they would be encoded in a text. This changes the model's tokenizer, which is saved with it, so
+            that other libraries encode the same ids. Fine-tuning turns it on; off, the tokenizer is unchanged.
+        codes: value in the column of tags -> label, if the two differ (tags that are numbers).
         class_weights: as in ``Classification``, over the targets.
         label_smoothing: share of a target that is spread over all classes; in training only.
         max_length, pack: see ``Task``.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option is out of range.
     """
 
     name: ClassVar[str] = "token-classification"
@@ -197,7 +197,7 @@ class TokenClassification(Task):
         offset: int,
         own: tuple[int, int],
     ) -> None:
-        """Add an example that begins at word ``offset`` and answers for the words ``own``, end exclusive."""
+        """Add an example that begins at word ``offset`` and predicts the words ``own``, end exclusive."""
         marks = np.full(len(encoding.ids), -1, np.int32)
         labels = np.full(len(encoding.ids), IGNORE, np.int64)
         before = None
@@ -218,7 +218,7 @@ class TokenClassification(Task):
         """The class numbers of the words of every row, (words,) each.
 
         Raises:
-            DataError: a row with more or fewer tags than words, or a tag that is not among the model's labels.
+            DataError: a row has more or fewer tags than words, or a tag that is not among the model's labels.
         """
         tags, places = (
             read_tags(table, read_words(table)),
@@ -237,11 +237,11 @@ class TokenClassification(Task):
         return [order[np.asarray(row, dtype=np.int64)] for row in ids]
 
     def truth(self, table: Table) -> list[Any]:
-        """The right tags of every row, in the form in which ``decode`` gives them."""
+        """The correct tags of every row, in the form that ``decode`` returns."""
         return [[self.labels[k] for k in row] for row in self.targets(table)]
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
-        """What a look-up reaches: of each word its most frequent tag in the training rows, of others that of all."""
+        """Majority baseline per word: its most frequent tag in the training rows; for unseen words that of all."""
         if not len(held_out):
             return {}
         known: dict[str, Counter[int]] = {}
@@ -276,7 +276,7 @@ class TokenClassification(Task):
             wanted |= batch["labels"] != IGNORE
         if evaluation:
             wanted |= batch["words"] >= 0
-        # Found here, on the CPU, because asking an accelerator would make every step wait for it.
+        # Computed here, on the CPU, because on an accelerator it would synchronise every step.
         batch["target_index"] = wanted.flatten().nonzero().squeeze(1)
         if labelled and evaluation:
             batch["rows"] = torch.tensor([int(example["row"]) for example in examples])
@@ -288,11 +288,11 @@ class TokenClassification(Task):
         return batch
 
     def count(self, batch: Batch) -> Tensor:
-        """Targets, or the sum of their weights: a weighted mean is divided by the weights."""
+        """Number of targets, or the sum of their weights, which normalises a weighted mean."""
         return batch["weights"].sum() if "weights" in batch else super().count(batch)
 
     def _logits(self, batch: Batch) -> Tensor:
-        """Scores at the targets and at the words that are asked for, (M, C)."""
+        """Logits at the targets and at the words to predict, (M, C)."""
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "words")}
         hidden = self.model.backbone(inputs)  # (B, T, D)
         head: Any = self.model.head
@@ -332,13 +332,13 @@ class TokenClassification(Task):
         return {"loss": total / count if count else math.nan} | self._scores(list(found.values()))
 
     def _scores(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-        """The figures of sentences, each the right classes of its words and those that were named."""
+        """Metrics of sentences, each given as the true and the predicted classes of its words."""
         true = np.concatenate([tags for tags, _ in pairs])
         said = np.concatenate([classes for _, classes in pairs])
         matrix = figures_of.confusion_matrix(true, said, len(self.labels))
         figures = {"accuracy": figures_of.accuracy(matrix)}
         if not self.bio:
-            # Micro-averaged over words, F1 and accuracy are one number.
+            # Micro-averaged over words, F1 equals accuracy.
             return figures | {"f1": figures["accuracy"], "macro_f1": figures_of.macro_f1(matrix)}
         named = [[[self.labels[k] for k in row] for row in pair] for pair in pairs]
         scores = figures_of.entity_f1(
@@ -347,17 +347,17 @@ class TokenClassification(Task):
         return figures | {key: float(scores[key]) for key in ("f1", "precision", "recall")}
 
     def expected_first_loss(self) -> float | None:
-        """An untrained head finds all classes equally likely."""
+        """The log of the number of classes: an untrained head predicts a uniform distribution."""
         return math.log(len(self.labels))
 
     # ------------------------------------------------------------------ answers
 
     def outputs(self, batch: Batch) -> list[Any]:
-        """For each example the words that it answers for, (w,), and the chances of their classes, (w, C)."""
+        """For each example the indices of the words that it predicts, (w,), and their class probabilities, (w, C)."""
         return _by_example(batch, self._logits(batch).softmax(-1))
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """``tags`` and their ``scores``, one of each for every word, and ``entities`` where the tags name spans.
+        """Return ``tags`` and their ``scores``, one of each per word, and ``entities``, empty without span tags.
 
         An entity has ``type``, ``start`` and ``end`` (words, the end exclusive), ``text`` and ``score``, the mean of
         those of its words. A word that encodes to no token has the ``empty_tag`` and the score 0.
@@ -387,13 +387,13 @@ class TokenClassification(Task):
             "all_pieces": self.all_pieces,
             "empty_tag": self.empty_tag,
             "max_length": self.max_length,
-            # Further rows may spell the tags as the training rows did.
+            # Rows that are evaluated later may spell the tags as the training rows did.
             "codes": self.codes,
         }
 
 
 def _by_example(batch: Batch, values: Tensor) -> list[Any]:
-    """Split what was computed at ``target_index`` by example: [(words (w,), values (w, ...)), ...]."""
+    """Split values computed at ``target_index`` by example: [(words (w,), values (w, ...)), ...]."""
     index = batch["target_index"].cpu().numpy()
     words = batch["words"].flatten().cpu().numpy()[index]
     begins = np.searchsorted(index, batch["first_index"].cpu().numpy())
