@@ -1,4 +1,4 @@
-"""Figures of any checkpoint: a language model on held-out text, a fine-tuned model on labelled rows."""
+"""Evaluation of any checkpoint: a language model on held-out text, a fine-tuned model on labelled rows."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ def evaluate(
     precision: str = "auto",
     device: str = "auto",
 ) -> dict[str, float]:
-    """Measure a checkpoint: a fine-tuned model by the figures of its task, a language model by its loss on text.
+    """Evaluate a checkpoint: a fine-tuned model by the metrics of its task, a language model by its loss on text.
 
     Args:
-        checkpoint: a run (of a fine-tuned one its best checkpoint is taken), a checkpoint, an adapter, or any Hugging
+        checkpoint: a run (the best checkpoint of a fine-tuned one is used), a checkpoint, an adapter, or any Hugging
             Face directory of a known family.
-        data: of a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
-            Of a language model a prepared directory, whose held-out rows are used, or sources, of which all text is
-            used, in rows of the length that it was trained on. None takes the held-out rows of the run.
-        columns: role -> column of labelled rows; by default those of the training rows, where these rows have them.
-        base: the model before training, which an adapter and the task ``preference`` need, where it is not found.
-        objective: name of the objective of a language model; None is the one that the head is for.
+        data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
+            For a language model a prepared directory, whose held-out rows are used, or sources, all text of which is
+            used, in rows of the length that it was trained on. None uses the held-out rows of the run.
+        columns: role -> column of labelled rows; by default those of the training rows, if present.
+        base: the model before training, if an adapter or the task ``preference`` needs it and it is not found.
+        objective: name of the objective of a language model; None chooses it by the head.
         batch_rows: rows in one forward pass.
-        limit: rows at most, spread evenly over the data; 0 takes all.
-        precision: compute type: bf16, fp16, fp32, or auto: what the run takes its figures in, which is fp32 unless
-            ``train.eval_precision`` says otherwise.
+        limit: maximum number of rows, spread evenly over the data; 0 uses all.
+        precision: compute type: bf16, fp16, fp32, or auto for that of the run's evaluations, which is fp32 unless
+            ``train.eval_precision`` is set otherwise.
         device: auto, cpu, cuda or mps.
 
     Returns:
-        The figures, ``loss`` and ``targets`` (how many answers or tokens were judged) among them: for the same rows
-        those of the run's summary.
+        The metrics, including ``loss`` and ``targets`` (the number of evaluated answers or tokens); for the same rows
+        they are those of the run's summary.
 
     Raises:
-        PretrainError: no rows, or rows that do not fit the model or are not those of the run any more.
+        PretrainError: no rows, rows that do not fit the model, or rows that have changed since the run.
     """
     path = Path(checkpoint)
     model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
@@ -102,21 +102,21 @@ def evaluate(
 
 
 def _batch_rows_of(model: Model) -> int:
-    """Rows of a batch that a model was fine-tuned with, as its config.json says."""
+    """Batch size with which a model was fine-tuned, from its config.json; else the default."""
     block = model.extra_config.get("pretrain")
     recorded = block.get("batch_rows") if isinstance(block, Mapping) else None
     return recorded if type(recorded) is int and recorded > 0 else TuneTrain().batch_rows
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether ``load`` finds an adapter there, which stands on a base."""
+    """Whether ``load`` finds an adapter there, which needs a base model."""
     known = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     run = [] if known else best_first(path)
     return bool(ModelDirectory(run[0] if run else path, verify=False).is_adapter)
 
 
 def _settings_of(home: Path | None) -> TuneConfig | None:
-    """The settings of a fine-tuning run; None for what is none."""
+    """The settings of a fine-tuning run; None if ``home`` is not one."""
     if home is None or not is_task(home / "run.yaml"):
         return None
     return TuneConfig.load(home / "run.yaml")
@@ -136,10 +136,12 @@ def _held_out(path: Path, settings: TuneConfig | None, task: Task) -> Table:
         raise DataError(
             f"The rows of {path} were objects in memory, so that they cannot be read again. {give}."
         )
-    with muted():  # the run has said it all
+    with muted():  # the run has already printed its notes
         source, labels = settings.model.checkpoint, None
         if not from_memory(source):
-            with contextlib.suppress(CheckpointError):  # what it was trained from may be gone
+            with contextlib.suppress(
+                CheckpointError
+            ):  # the checkpoint that it was trained from may be gone
                 labels = classes_of(source, type(task))
         data = open_data(settings, {}, type(task), labels)
     block = task.model.extra_config.get("pretrain")
@@ -156,10 +158,10 @@ def _held_out(path: Path, settings: TuneConfig | None, task: Task) -> Table:
 
 
 def _before_training(path: Path, task: Task, settings: TuneConfig | None, base: Any) -> Task:
-    """The task around the model that it was trained from.
+    """The task around the model before training.
 
     Raises:
-        ModelError: it is not known which that was.
+        ModelError: that model is not known.
     """
     source = base
     if source is None and settings is not None and not from_memory(settings.model.checkpoint):

@@ -1,9 +1,9 @@
-"""Figures of merit as pure functions of numpy: from sums that a run accumulates, or from whole columns of numbers.
+"""Evaluation metrics as pure numpy functions, from accumulated sums or from whole columns of numbers.
 
 Classification and regression follow the conventions of scikit-learn (Pedregosa et al., 2011) and scipy, entity
 scores those of CoNLL-2000 (Tjong Kim Sang and Buchholz) in the lenient reading that seqeval made common, answers the
-rules of SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016, 2018), intervals Student (1908). A figure that is not defined
-(no rows, a constant column) is nan, without a warning; scores are in [0, 1], not in percent.
+rules of SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016, 2018), intervals Student (1908). An undefined metric (no rows, a
+constant column) is nan, without a warning; scores are in [0, 1], not in percent.
 
 Letters in shapes: C classes, L labels, N rows.
 """
@@ -138,7 +138,7 @@ def matthews(matrix: ArrayLike) -> float:
 
 
 def multilabel_counts(true: ArrayLike, predicted: ArrayLike) -> tuple[Ints, Ints, Ints, int]:
-    """Count tp, fp and fn per label, each (L,), and rows right in every label, from two tables (N, L) of 0 and 1."""
+    """Count tp, fp and fn per label, each (L,), and rows correct in every label, from two (N, L) tables of 0 and 1."""
     truth, guess = np.asarray(true, dtype=bool), np.asarray(predicted, dtype=bool)
     if truth.shape != guess.shape or truth.ndim != 2:
         raise DataError(
@@ -158,12 +158,12 @@ def multilabel_scores(
         tp: true positives per label, (L,).
         fp: false positives per label, (L,).
         fn: false negatives per label, (L,).
-        exact: rows that are right in every label.
-        rows: all rows.
+        exact: number of rows that are correct in every label.
+        rows: number of all rows.
 
     Returns:
         ``micro_f1`` over all decisions, ``macro_f1`` the mean over all labels (0 / 0 counts as 0, as in
-        scikit-learn with ``zero_division=0``), ``exact_match`` the share of rows right in every label.
+        scikit-learn with ``zero_division=0``), ``exact_match`` the share of rows correct in every label.
     """
     hits, extra, missed = (np.asarray(one, np.float64) for one in (tp, fp, fn))
     f1 = _ratios(2 * hits, 2 * hits + extra + missed)
@@ -218,9 +218,9 @@ def r2(true: ArrayLike, predicted: ArrayLike) -> float:
 
 
 def is_bio(labels: Iterable[str]) -> bool:
-    """Whether these are tags of spans: O, and B- or I- (also E- or S-) with a type, with at least one span tag.
+    """Whether the labels are span tags: O, and B- or I- (also E- or S-) with a type, with at least one span tag.
 
-    L- and U-, and W- in place of S-, M- in place of I-, are other letters for the same places of a span.
+    L- and U-, M- and W- are accepted as other letters for the same positions of a span as E- and S-, I- and S-.
     """
     found = set(labels)
     return len(found - {"O"}) > 0 and all(
@@ -228,16 +228,16 @@ def is_bio(labels: Iterable[str]) -> bool:
     )
 
 
-# The last and the only word of a span in BILOU, the middle and the only one in BMES and BMEW.
+# The last and the only word of a span in BILOU; the middle word in BMES and BMEW, and the only word in BMEW.
 _OTHER_LETTERS = {"L": "E", "U": "S", "M": "I", "W": "S"}
 
 
 def entities(tags: Sequence[str]) -> list[Span]:
-    """Read the spans out of one sequence of tags: (type, first, last) with ``last`` included, in order.
+    """Extract the spans of one sequence of tags: (type, first, last) with ``last`` included, in order.
 
-    A span begins at B (or S), and also at any tag inside a span of another type or of none: an I without a B
-    begins one (IOB1, and the broken sequences that models write). It ends before O, before the next beginning, and
-    behind E or S. A tag without a type has the type ``_``.
+    A span begins at B (or S), and at any other tag that does not continue a span of its type: an I without a B begins
+    one (IOB1, and the invalid sequences that models predict). It ends before O, before the next beginning, and after E
+    or S. A tag without a type has the type ``_``.
 
     Raises:
         DataError: a tag is neither O nor one of B, I, E, S with a type.
@@ -270,8 +270,8 @@ def entity_counts(
 ) -> dict[str, tuple[int, int, int]]:
     """Count true positives, false positives and false negatives per type over sequences of tags.
 
-    A predicted span is right if type, first and last place are those of a true one. Counts of several batches may
-    be added.
+    A predicted span is correct if type, first and last position are those of a true one. Counts of several batches
+    may be added.
 
     Raises:
         DataError: the number of sequences or the length of one differs.
@@ -314,21 +314,21 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no English articles, single blanks: the form in which SQuAD compares."""
+    """Normalise an answer as SQuAD does: lower case, no ASCII punctuation, no English articles, single blanks."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction equals one of the answers after ``normalize_answer``, else 0.0.
 
-    No answer (an empty list, or answers of which nothing is left) means that the question cannot be answered: then
-    only a prediction of which nothing is left either is right.
+    An empty list, or answers that are all empty after normalisation, mean that the question cannot be answered: then
+    only a prediction that is empty after normalisation is correct.
     """
     return float(normalize_answer(prediction) in _gold(answers))
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """F1 of the words (as a bag) shared by prediction and answer after ``normalize_answer``; the best over answers.
+    """F1 of the bags of words of prediction and answer after ``normalize_answer``; the best over all answers.
 
     Where one side is empty the score is 1.0 if both are and 0.0 otherwise, as SQuAD 2.0 scores questions that cannot
     be answered.

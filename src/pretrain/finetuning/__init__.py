@@ -1,1 +1,1 @@
-"""Fine-tuning a pre-trained model on a task, and the report that says whether pre-training was worth it."""
+"""Fine-tuning of a pre-trained model on a task, its report, and the comparison with training from scratch."""

@@ -1,11 +1,11 @@
-"""Baselines under a linear model: what a task yields without fine-tuning, at the same labels, tuned on the same rows.
+"""Linear baselines without fine-tuning, trained on the same labels and tuned on the same rows as the model.
 
-Two of them do without a transformer. TF-IDF of words and pairs of words under a linear model (Joachims, 1998; Wang and
-Manning, 2012) sees the labelled rows alone, like a model trained from scratch. Latent semantic analysis (Deerwester et
-al., 1990) first reads unlabelled text, as pre-training does, so that it is the honest opponent of a model that was
-pre-trained on the text of the task. The third is a linear probe (Alain and Bengio, 2016): the same linear model on the
-checkpoint's own embeddings, which stay as they are. Strength of the penalty and stop words are chosen on the validation
-rows; the test rows are used once, after the choice. All need scikit-learn, the extra ``eval``.
+Two use no transformer. TF-IDF of unigrams and bigrams under a linear model (Joachims, 1998; Wang and Manning, 2012)
+uses the labelled rows only, like a model trained from scratch. Latent semantic analysis (Deerwester et al., 1990) first
+reads unlabelled text, as pre-training does, so it is the fair baseline for a model that was pre-trained on the text of
+the task. The third is a linear probe (Alain and Bengio, 2016): the same linear model on the frozen embeddings of the
+checkpoint. Strength of the penalty and stop words are chosen on the validation rows; the test rows are used once, after
+the choice. All need scikit-learn, the extra ``eval``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
 PROBE_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # embeddings of variance 1 need a stronger penalty
 
-# What a baseline can be tuned for and scored by; higher is better for every one of them.
+# Metrics for tuning and scoring of baselines; higher is better for all of them.
 _OF_CLASSES: dict[str, Callable[[Any], float]] = {
     "accuracy": metrics.accuracy,
     "macro_f1": metrics.macro_f1,
@@ -60,27 +60,27 @@ def tfidf_baseline(
     metric: str = "accuracy",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """TF-IDF of words and pairs of words, under logistic regression or (for a correlation) ridge regression.
+    """TF-IDF of unigrams and bigrams, under logistic regression or (for a correlation) ridge regression.
 
     Args:
-        train_texts: texts, or pairs of texts; of a pair the features are those of either side, their products and
-            absolute differences word by word, and the cosine.
+        train_texts: texts, or pairs of texts; the features of a pair are those of both sides, their element-wise
+            products and absolute differences, and the cosine.
         train_labels: classes of any hashable kind, or numbers if ``metric`` is a correlation.
         valid_texts: rows on which ``C`` and the stop words are chosen.
         valid_labels: their labels.
-        test_texts: rows that only the chosen model sees, once.
+        test_texts: rows on which only the chosen model is scored, once.
         test_labels: their labels.
         grid: values of C, the inverse strength of the penalty (ridge: 1 / alpha), to choose from.
         stop_words: lists of stop words to choose from: None, or ``"english"`` (scikit-learn's).
         metric: one of ``METRICS``; a correlation makes it a regression.
-        seed: of the solver.
+        seed: seed of the solver.
 
     Returns:
         ``score_valid``, ``score_test`` (as the metric counts, not in percent), ``C`` and ``settings``.
 
     Raises:
         ConfigError: scikit-learn is not installed, or an option is unknown.
-        DataError: texts and labels do not fit each other, or there is nothing to learn from.
+        DataError: texts and labels do not match, or there is nothing to learn from.
     """
     text = _sklearn("feature_extraction.text")
     rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
@@ -99,14 +99,14 @@ def tfidf_baseline(
 class Lsa:
     """Latent semantic features, learnt once from unlabelled text and used for any number of labelled subsets.
 
-    TF-IDF of words (sublinear, words of at least two texts; of one if that leaves nothing), a truncated singular
-    value decomposition, rows of unit length.
+    TF-IDF of words (sublinear; words in at least two texts, or in one if that leaves none), a truncated singular value
+    decomposition, rows of unit length.
 
     Args:
-        corpus_texts: texts or pairs of texts without labels; equal texts count once. Leave out what is tested on.
-        dimensions: of the features; fewer if the corpus is smaller.
-        stop_words: lists of stop words, each of which gives a space of its own to choose from.
-        seed: of the randomised decomposition.
+        corpus_texts: texts or pairs of texts without labels; equal texts count once. Do not include test texts.
+        dimensions: dimensions of the features; fewer if the corpus is smaller.
+        stop_words: lists of stop words, each of which gives a separate space to choose from.
+        seed: seed of the randomised decomposition.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -145,7 +145,7 @@ class Lsa:
             size = min(self.dimensions, min(counts.shape) - 1)
             if size >= 1:
                 svd = decomposition.TruncatedSVD(size, random_state=seed).fit(counts)
-                # A text without a known word stays at 0.
+                # A text without a known word keeps the zero vector.
                 steps = pipeline.make_pipeline(vectorizer, svd, preprocessing.Normalizer())
                 transform: Vectors = steps.transform
                 return transform
@@ -168,16 +168,16 @@ def lsa_baseline(
     """Latent semantic features of unlabelled text, under logistic or ridge regression.
 
     Args:
-        corpus: the text that pre-training read, or an ``Lsa`` made of it, which many subsets can share.
+        corpus: the text of pre-training, or an ``Lsa`` fitted on it, which many subsets can share.
         train_texts: texts or pairs of texts, as for ``tfidf_baseline``.
         train_labels: classes, or numbers if ``metric`` is a correlation.
         valid_texts: rows on which ``C`` and the stop words are chosen.
         valid_labels: their labels.
-        test_texts: rows that only the chosen model sees, once.
+        test_texts: rows on which only the chosen model is scored, once.
         test_labels: their labels.
         grid: values of C to choose from.
         metric: one of ``METRICS``.
-        seed: of the decomposition and the solver.
+        seed: seed of the decomposition and the solver.
 
     Returns:
         The same as ``tfidf_baseline``, and the same errors are raised.
@@ -196,7 +196,7 @@ def lsa_baseline(
 
 
 def embeddings(model: Model) -> Vectors:
-    """The mean of the last hidden states of each text; long texts are cut without a word, as all arms cut them."""
+    """Return a function from texts to their mean last hidden states; it truncates silently, as all arms do."""
     from pretrain.inference.generate import embed
 
     def transform(texts: Sequence[str]) -> Any:
@@ -220,19 +220,19 @@ def probe_baseline(
     metric: str = "accuracy",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A linear probe: what a frozen model makes of the texts, under logistic or ridge regression.
+    """Linear probe: embeddings of a frozen model, under logistic or ridge regression.
 
     Args:
-        embed: a vector of each text, such as ``embeddings(model)``.
+        embed: function that returns a vector for each text, such as ``embeddings(model)``.
         train_texts: texts or pairs of texts, as for ``tfidf_baseline``.
         train_labels: classes, or numbers if ``metric`` is a correlation.
         valid_texts: rows on which ``C`` is chosen.
         valid_labels: their labels.
-        test_texts: rows that only the chosen model sees, once.
+        test_texts: rows on which only the chosen model is scored, once.
         test_labels: their labels.
         grid: values of C to choose from.
         metric: one of ``METRICS``.
-        seed: of the solver.
+        seed: seed of the solver.
 
     Returns:
         The same as ``tfidf_baseline``, and the same errors are raised.
@@ -242,7 +242,7 @@ def probe_baseline(
     scaler = _sklearn("preprocessing").StandardScaler()
 
     def features(texts: Sequence[Text]) -> Any:
-        x = raw(texts)  # those of the training rows are asked for first
+        x = raw(texts)  # called for the training rows first
         return scaler.fit_transform(x) if texts is train_texts else scaler.transform(x)
 
     settings = {"features": "embeddings of the checkpoint", "stop_words": None}
@@ -256,7 +256,7 @@ def _tuned(
     metric: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Fit every variant at every C, keep the first that is best on the validation rows, and test that one alone."""
+    """Fit every variant at every C, keep the first that is best on the validation rows, and test only that one."""
     (train_texts, _), (valid_texts, _), (test_texts, _) = rows
     train, valid, test = _targets([labels for _, labels in rows], metric)
     best: tuple[float, float, dict[str, Any], Features, Any] | None = None
@@ -265,7 +265,7 @@ def _tuned(
         for strength in sorted(grid):
             model = _fit(x_train, train, strength, metric, seed)
             score = _score(metric, valid, model.predict(x_valid))
-            # A constant prediction has no correlation: any figure is better than none.
+            # The correlation of a constant prediction is nan, and any number is better.
             if best is None or score > best[0] or (math.isnan(best[0]) and not math.isnan(score)):
                 best = (score, strength, settings, features, model)
     if best is None:
@@ -287,7 +287,7 @@ def _fit(x: Any, y: Any, strength: float, metric: str, seed: int) -> Any:
     if metric in _OF_NUMBERS:
         return linear.Ridge(alpha=1.0 / strength, random_state=seed).fit(x, y)
     with warnings.catch_warnings():
-        # At a very weak penalty the last digits of the weights need more steps than the predictions do.
+        # With a very weak penalty the predictions converge before the last digits of the weights do.
         warnings.simplefilter("ignore", errors.ConvergenceWarning)
         return linear.LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(x, y)
 
@@ -332,7 +332,7 @@ def _checked(
     stop_words: Sequence[str | None],
     metric: str,
 ) -> bool:
-    """Refuse what cannot be tuned; return whether the rows are pairs of texts."""
+    """Check the arguments; return whether the rows are pairs of texts."""
     if metric not in METRICS:
         raise ConfigError(f"A baseline has no metric {metric!r}. Known: {', '.join(METRICS)}.")
     if not grid or min(grid) <= 0 or not stop_words:
@@ -358,12 +358,12 @@ def _flat(texts: Iterable[Text]) -> list[str]:
 
 
 def _features(transform: Callable[[Sequence[Any]], Any], pairs: bool) -> Features:
-    """Features of rows from the features of texts."""
+    """Return a function for the features of rows, given one for the features of texts."""
     if not pairs:
         return transform
 
     def both(texts: Sequence[Text]) -> Any:
-        # What the sides share and where they differ: a linear model cannot see either in the sides alone.
+        # Products and differences are added, because a linear model cannot compute them from the two sides.
         left, right = (transform([text[side] for text in texts]) for side in (0, 1))
         if isinstance(left, np.ndarray):
             shared = left * right
@@ -377,11 +377,11 @@ def _features(transform: Callable[[Sequence[Any]], Any], pairs: bool) -> Feature
 
 
 def _fitted(vectorizer: Any, texts: Sequence[str]) -> bool:
-    """Learn the words; False if none is left."""
+    """Fit the vocabulary; return False if it is empty."""
     try:
         vectorizer.fit(texts)
     except ValueError as error:
-        # Nothing left but stop words, or no word frequent enough; anything else is a bug and goes up.
+        # Only stop words are left, or no word is frequent enough; any other error is a bug and is raised.
         if "empty vocabulary" in str(error) or "no terms remain" in str(error):
             return False
         if "max_df corresponds to < documents than min_df" in str(error):

@@ -1,7 +1,7 @@
-"""The model card of a fine-tuned model: README.md with the head that the Hugging Face hub reads.
+"""Model card of a fine-tuned model: README.md with the YAML metadata that the Hugging Face hub reads.
 
-The head follows the hub's model card metadata (github.com/huggingface/hub-docs, modelcard.md): ``model-index`` holds
-the figures. Every text in it is quoted and escaped.
+The metadata follows the hub's format (github.com/huggingface/hub-docs, modelcard.md): ``model-index`` holds the
+metrics. All text in it is quoted and escaped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["baselines", "example_input", "model_card"]
 
 # Tasks whose pipeline is not that of their head.
 _PIPELINES = {"embedding": "sentence-similarity", "chat": "text-generation"}
-# Our figure -> metric of the hub, where it has one, and what people call it.
+# Metric -> metric id of the hub, if it has one, and display name.
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "macro_f1": ("f1", "Macro F1"),
@@ -76,12 +76,12 @@ _PEFT_CLASSES = {
 
 
 def model_card(result: Finetuned) -> str:
-    """README.md of a fine-tuned model.
+    """Return README.md of a fine-tuned model.
 
-    A license is named only where the checkpoint records one, and languages and data sets never: they are not known.
+    A license is named only if the checkpoint records one, and languages and data sets never, as they are not known.
 
     Args:
-        result: what ``pretrain.finetune`` returned.
+        result: result of ``pretrain.finetune``.
     """
     model, task = result.model, result.task
     name = result.run.path.resolve().name if result.run is not None else task.name
@@ -128,7 +128,7 @@ def model_card(result: Finetuned) -> str:
 
 
 def base_model(checkpoint: str) -> str | None:
-    """Name of the model that was fine-tuned: of the hub where it lies in its cache, else of its directory."""
+    """Name of the model that was fine-tuned: its hub id if it is in the hub's cache, else that of its directory."""
     if not checkpoint or checkpoint.startswith("a "):
         return None
     found = _SNAPSHOT.search(checkpoint)
@@ -148,7 +148,7 @@ def _pipeline(result: Finetuned) -> str:
 
 
 def _head(result: Finetuned, name: str, base: str | None) -> list[str]:
-    """The YAML head, fences included."""
+    """The YAML metadata, including the fences."""
     adapted = getattr(result.model, "adapter", None) is not None
     lines = ["---", f"library_name: {'peft' if adapted else 'transformers'}"]
     lines.append(f"pipeline_tag: {_pipeline(result)}")
@@ -187,7 +187,7 @@ def _head(result: Finetuned, name: str, base: str | None) -> list[str]:
 
 
 def _measured(result: Finetuned) -> tuple[str, dict[str, float]]:
-    """The figures that the head states: those of the test rows where there are some."""
+    """Metrics for the metadata: those of the test rows if there are any, else of the held-out rows."""
     part, figures = (
         ("test", result.test_metrics) if result.test_metrics else ("held", result.metrics)
     )
@@ -205,13 +205,13 @@ def _licence(result: Finetuned) -> str | None:
 
 
 def example_input(result: Finetuned) -> str:
-    """An input of the task, as Python."""
+    """An example input of the task, as Python code."""
     read = _read(result)
     return '"..."' if len(read) < 2 else "{" + ", ".join(f'"{role}": "..."' for role in read) + "}"
 
 
 def _read(result: Finetuned) -> list[str]:
-    """The roles that the rows of this run have, those that are learned aside."""
+    """Roles of the inputs that the rows of this run have, without the targets."""
     from pretrain.inference.predict import roles_read
 
     data: Any = getattr(result, "data", None)
@@ -246,7 +246,7 @@ def _use(result: Finetuned) -> str:
 
 
 def baselines(result: Finetuned) -> list[tuple[str, Mapping[str, float]]]:
-    """The figures of the trivial baseline, with what it is called, on the held-out rows and on the test rows."""
+    """Name and metrics of the trivial baseline, on the held-out rows and on the test rows."""
     name, parts = (
         result.task.trivial_name,
         (("validation", result.trivial), ("test", result.trivial_test)),

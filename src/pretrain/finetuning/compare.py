@@ -1,10 +1,10 @@
-"""Did pre-training help? The same rows, budget and seeds from random weights, and a classical baseline beside them.
+"""Comparison with training from scratch, on the same rows, budget and seeds, and with classical baselines.
 
-Each arm is tuned alone: all of its learning rates run with all seeds, the one with the best mean on the held-out
-rows is taken, and its scores on the test rows are what is compared, seed by seed. Without test rows the held-out
-rows are halved, one half to choose by and one to score. Arms have the same number of optimizer steps. The model that
-is saved is trained at the rate that was chosen for the pre-trained arm; where that was settled before, by the user or
-because the run has begun, the arm is trained at it and no other.
+Each arm is tuned separately: all of its learning rates are run with all seeds, the one with the best mean on the
+held-out rows is chosen, and its scores on the test rows are compared seed by seed. Without test rows the held-out
+rows are halved, one half for the choice and one for the scores. Both arms have the same number of optimizer steps. The
+saved model is trained at the learning rate chosen for the pre-trained arm; if that rate is already fixed, by the user
+or because the run has begun, the arm is trained only at this rate.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_arms", "stratified_subset"]
 
-_FACTORS = (1.0, 3.0)  # of the automatic learning rate, the same for both arms
+_FACTORS = (1.0, 3.0)  # factors on the automatic learning rate, the same for both arms
 
 
 def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) -> list[int]:
     """Choose ``count`` rows with every class in its share, as nearly as whole rows allow.
 
     Args:
-        keys: class of each row; None for a plain sample (its length is then not known, so it must be given).
-        count: rows to choose.
-        seed: chooses among the rows of a class.
+        keys: class of each row; None is an error, as the number of rows is then not known.
+        count: number of rows to choose.
+        seed: seed of the choice among the rows of a class.
 
     Raises:
-        DataError: there are not so many rows.
+        DataError: there are fewer rows.
     """
     if keys is None or count > len(keys):
         have = 0 if keys is None else len(keys)
@@ -54,7 +54,7 @@ def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) ->
         groups.setdefault(key, []).append(i)
     exact = [count * len(rows) / len(keys) for rows in groups.values()]
     take = [min(len(rows), int(x)) for rows, x in zip(groups.values(), exact, strict=True)]
-    # What rounding left over goes to the classes that lost most by it, ties by chance.
+    # Rows left over by rounding go to the classes that lost most by it; ties are broken at random.
     order = sorted(range(len(take)), key=lambda g: (take[g] - exact[g], rng.random()))
     for g in order[: count - sum(take)]:
         take[g] += 1
@@ -65,16 +65,16 @@ def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) ->
 
 
 def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Comparison:
-    """Train both arms and the baselines at every number of labels, and let the job take the rate that was chosen.
+    """Train both arms and the baselines at every number of labels, and set the chosen learning rate in the job.
 
     Args:
-        job: of the run that the user asked for.
+        job: job of the main run.
         label_counts: numbers of training rows; all of them when None.
-        seeds: paired seeds of each arm.
+        seeds: number of paired seeds of each arm.
 
     Raises:
         ConfigError: fewer than two seeds.
-        DataError: nothing held out, or more labels asked for than there are.
+        DataError: too few held-out rows, or a label count above the number of rows.
     """
     if seeds < 2:
         raise ConfigError(f"seeds is {seeds}; an interval over seeds needs at least 2.")
@@ -105,7 +105,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             notes.settings.setdefault(arm, {})[f"lr at {count}"] = lr
             if (
                 arm == "pretrained"
-            ):  # at the most labels in the end: what the user gets is trained on all
+            ):  # the last count is the largest: the saved model is trained on all rows
                 job.compared_lr = lr
             notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
             if not job.quiet:
@@ -124,7 +124,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
 
 
 def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]:
-    """Numbers of labels to compare at; who asked for all rows gets all that are left without the recurring ones."""
+    """Numbers of labels to compare at; a request for all rows means all that are left without the recurring ones."""
     if not asked:
         return [rows]
     return sorted({rows if rows < n <= rows + recurring else int(n) for n in asked})
@@ -133,11 +133,11 @@ def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]
 def _arm(
     job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table
 ) -> tuple[float, list[float]]:
-    """The learning rate that is best on ``choose``, and what it reaches on ``score``, for every seed."""
+    """The learning rate with the best mean on ``choose``, and its scores on ``score``, one per seed."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
     settled = job.settled_lr(task, Path(job.settings.train.out))
     if arm == "pretrained" and settled is not None:
-        lrs = [settled]  # what is reported is what the user gets
+        lrs = [settled]  # the reported arm is trained like the saved model
     elif not lrs:
         middle = job.lr(task)
         lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
@@ -164,13 +164,13 @@ class _Baselines:
         from pretrain.finetuning.baseline import Lsa
 
         self.metric = job.monitor
-        # Pre-training may have read the task's own text, so one classical model reads all of it, too.
+        # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.
         self.lsa = Lsa(texts_of(job.data.train))
         self.model = job.build(seed=0).model
         self.vectors: dict[str, Any] = {}
 
     def embed(self, texts: Sequence[str]) -> Any:
-        """A vector of each text; rows that several seeds share are read once."""
+        """A vector for each text; texts that several seeds share are embedded once."""
         from pretrain.finetuning.baseline import embeddings
 
         new = list(dict.fromkeys(text for text in texts if text not in self.vectors))
@@ -180,7 +180,7 @@ class _Baselines:
 
     @classmethod
     def of(cls, job: Job) -> _Baselines | None:
-        """The baselines, or None where they do not apply."""
+        """The baselines, or None if they do not apply."""
         applies = job.task.name in ("classification", "regression")
         if not applies or job.monitor not in ("accuracy", "macro_f1", "pearson"):
             return None
@@ -196,7 +196,7 @@ class _Baselines:
     def scores(
         self, subsets: Sequence[Table], choose: Table, score: Table
     ) -> dict[str, list[dict[str, Any]]]:
-        """What each reaches with each subset."""
+        """Results of each baseline, one for each subset."""
         from pretrain.finetuning.baseline import lsa_baseline, probe_baseline, tfidf_baseline
 
         held = (texts_of(choose), choose.columns["label"], texts_of(score), score.columns["label"])
@@ -210,7 +210,7 @@ class _Baselines:
 
 
 def _pretraining(job: Job) -> tuple[int, float]:
-    """Tokens that the checkpoint has seen and the seconds it took, as far as its run tells; else 0."""
+    """Tokens and seconds of pre-training, from the log of the checkpoint's run; 0 if not known."""
     tokens, seconds = 0, 0.0
     if isinstance(job.source, str):
         run = Path(job.source)

@@ -1,4 +1,4 @@
-"""What a head start is worth in steps: how soon one learning curve reaches the best of another."""
+"""Steps that pre-training saves: how soon one learning curve reaches the best score of another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def steps_to_best(
 
     Returns:
         Steps of the pre-trained model divided by those of scratch, and the same with pre-training added; infinity
-        if the score is never reached; None if scratch never gets beyond its first step.
+        if the score is never reached; None if scratch has no score, or its best one at step 0.
     """
     sign = -1.0 if lower else 1.0
     usable = [(step, sign * score) for step, score in scratch if not math.isnan(score)]

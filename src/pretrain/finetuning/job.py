@@ -1,4 +1,4 @@
-"""One fine-tuning job, rows and settings, and all runs over them: the main one, a sweep, the arms of a comparison."""
+"""A fine-tuning job: rows, settings and all runs over them (the main one, a sweep, the arms of a comparison)."""
 
 from __future__ import annotations
 
@@ -49,36 +49,37 @@ if TYPE_CHECKING:
 __all__ = ["Job"]
 
 _MOST_EVALS = 20
-# A run takes three epochs, and more where that is fewer than 500 steps: at most twenty, but at least 100 steps.
+# A run takes three epochs, or more if that is fewer than 500 steps: at most twenty, but at least 100 steps.
 _EPOCHS, _FEW_STEPS, _EPOCHS_OF_FEW, _LEAST_STEPS = 3.0, 500, 20, 100
 _SWEEP_STEPS = 250
 _SWEEP = (1 / 3, 1.0, 3.0)
-# Settings that runs of earlier versions did not have, whose directories keep their names while they are not given.
+# Settings that earlier versions did not have. If not given, they are left out of the key of a run, so that the
+# directories of earlier runs keep their names.
 _LATER = ("delimiter", "quoting", "encoding", "group")
 
 
 def automatic_steps(epoch: int) -> int:
-    """Steps of a run whose length nobody has set; ``epoch`` is the steps of one pass over its rows."""
+    """Number of steps of a run whose length is not set; ``epoch`` is the number of steps of one pass over its rows."""
     few = min(_FEW_STEPS, max(_EPOCHS_OF_FEW * epoch, _LEAST_STEPS))
     return max(round(_EPOCHS * epoch), few)
 
 
 def grid(middle: float) -> list[float]:
-    """Learning rates around one."""
+    """Grid of learning rates around ``middle``."""
     return [float(f"{middle * factor:.1e}") for factor in _SWEEP]
 
 
 @dataclass
 class Job:
-    """Everything that is the same for all runs over the same rows.
+    """The state that all runs over the same rows share.
 
     Attributes:
-        source: what the model is opened from.
-        settings: of the run.
+        source: checkpoint path or ``Model`` that runs start from.
+        settings: settings of the main run.
         data: its rows.
         task: class of the task.
         quiet: print nothing.
-        metric: of the task as it was built for these labels.
+        metric: metric of the task, set when it is built for these labels.
         compared_lr: learning rate that a comparison chose for the run, or None.
     """
 
@@ -94,7 +95,7 @@ class Job:
     def open(
         cls, model: Any, settings: TuneConfig, objects: Mapping[str, Any], *, quiet: bool = False
     ) -> Job:
-        """Read the rows and settle where the run lies."""
+        """Read the rows and set the output directory."""
         task = task_class(settings.task.name)
         check_options(task, settings.task.options)
         source = settings.model.checkpoint if model is None else model
@@ -109,13 +110,13 @@ class Job:
         return job
 
     def key(self) -> str:
-        """Eight hexadecimal digits of settings and rows."""
+        """Hash of settings and rows, eight hexadecimal digits."""
         plain = self.settings.to_dict()
         plain["train"].pop("out")
         for name in _LATER:
             if plain["data"][name] is None:
                 del plain["data"][name]
-        if not plain["model"]["family"]:  # runs of before had no such setting
+        if not plain["model"]["family"]:  # earlier versions had no such setting
             del plain["model"]["family"]
         text = json.dumps([plain, self.data.fingerprint], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -123,16 +124,16 @@ class Job:
     def build(
         self, *, seed: int, scratch: bool = False, quiet: bool = True, whole: bool = True
     ) -> Task:
-        """The task around a model that is ready to train.
+        """Build the task around a model that is ready to train.
 
         Args:
-            seed: of what is new.
-            scratch: all of it is.
-            quiet: do not say what was loaded.
-            whole: with all weights; else several processes may leave them on the disk until they have shared it out.
+            seed: seed of new weights.
+            scratch: initialise all weights anew.
+            quiet: do not print what was loaded.
+            whole: read all weights; if False, several ranks may leave them on disk until the model is sharded.
         """
         settings, method = self.settings, self.settings.method
-        # What the model says before it is trained, and the lengths of its rows, are asked for before.
+        # Reference outputs and the row norms of DoRA are computed from the weights before sharding.
         whole |= method.dora or self.task.prepare_reference is not Task.prepare_reference
         model = starting_model(
             self.source,
@@ -171,11 +172,11 @@ class Job:
 
     @property
     def monitor(self) -> str:
-        """The figure that everything is chosen by: the settings', or the task's own, which may go by its labels."""
+        """Metric for all choices: that of the settings, else that of the task, which may depend on its labels."""
         return self.settings.train.monitor or self.metric or self.task.metric
 
     def lr(self, task: Task) -> float:
-        """The learning rate that the settings name, or the automatic one."""
+        """Learning rate of the settings, or the automatic one."""
         lr = self.settings.optim.lr
         if isinstance(lr, str):
             if lr not in ("auto", "sweep"):
@@ -188,7 +189,7 @@ class Job:
         return lr
 
     def settled_lr(self, task: Task, out: Path) -> float | None:
-        """The rate of a run where it can be chosen no more: the settings name it, or the run began with it."""
+        """Learning rate that is already fixed, by the settings or because the run began with it; else None."""
         lr = self.settings.optim.lr
         if not isinstance(lr, str):
             return lr
@@ -198,7 +199,7 @@ class Job:
         return before
 
     def steps(self, examples: int) -> tuple[str, int]:
-        """When a run over so many examples ends, and the steps of one epoch."""
+        """Limit of a run over so many examples, and the number of steps of one epoch."""
         train = self.settings.train
         epoch = math.ceil(examples / min(train.batch_rows, examples))
         if train.limit:
@@ -208,7 +209,7 @@ class Job:
         return f"{automatic_steps(epoch)} steps", epoch
 
     def settle(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
-        """Learning rate and length of the run: those given, else those it began with, else those of sweep and rules."""
+        """Learning rate and length of the run: as given, else as it began, else from comparison, sweep or defaults."""
         settings, begun = self.settings, has_begun(out)
         lr, (limit, _) = self.lr(task), self.steps(examples)
         if isinstance(settings.optim.lr, str):
@@ -238,7 +239,7 @@ class Job:
         save: bool = True,
         hooks: Sequence[Any] = (),
     ) -> Trainer:
-        """The trainer of pre-training over these examples."""
+        """Build the trainer over these examples."""
         settings = self.settings
         _, epoch = self.steps(len(rows))
         every = settings.train.eval_every
@@ -267,7 +268,7 @@ class Job:
         )
 
     def about(self) -> dict[str, Any]:
-        """What the checkpoint says about its origin."""
+        """Provenance that is recorded in checkpoints."""
         names, counts = self.data.names, self.data.counts
         parent = self.source if isinstance(self.source, str) else None
         return {
@@ -275,13 +276,13 @@ class Job:
             "sources": [{"name": Path(names["train"]).name, "rows": counts["train"], "share": 1.0}],
             "rows": counts,
             "columns": self.data.columns,
-            # Figures of examples that are compared with each other depend on it.
+            # Metrics of objectives that couple examples depend on it.
             "batch_rows": self.settings.train.batch_rows,
             "parent": Path(parent).name if parent else None,
         }
 
     def train(self, hooks: Sequence[Any] = ()) -> Finetuned:
-        """The run that the user asked for: trained, the best evaluation restored, everything written."""
+        """Train the main run, restore the best evaluation and write all results."""
         settings, data = self.settings, self.data
         out, seed = Path(settings.train.out), settings.train.seed
         check_same_run(settings, out, say=False)
@@ -311,14 +312,14 @@ class Job:
         def begin() -> None:
             check_same_run(settings, out)
             settings.save(out / "run.yaml")
-            (out / BEST).unlink(missing_ok=True)  # what was best may not be so at the end
+            (out / BEST).unlink(missing_ok=True)  # the previous best may not be the best at the end
             if chosen:
                 write_choice(out / SWEEP, {"lr": lr})
 
         figures: list[dict[str, float]] = []
 
         def end(run: Run) -> None:
-            # Who was asked to stop may have no time for it.
+            # A run that was asked to stop may have no time for the evaluation.
             if task.model.layout is not None and not run.exit_code:
                 figures.extend(measure_in_parts(trainer, run, [held_out, tested]))
 
@@ -334,23 +335,22 @@ class Job:
         notes: list[str],
         figures: Sequence[dict[str, float]] = (),
     ) -> Finetuned:
-        """Restore the best evaluation and measure it; whoever opens the run gets it as well.
+        """Restore and evaluate the best checkpoint, and record it as the one that opening the run loads.
 
         Args:
-            task: that was trained.
-            run: of it.
-            held_out: rows, and ``tested``: further ones.
-            tested: see there.
-            notes: on the rows.
-            figures: of the two, where the processes that share the model have measured them; an empty mapping where
-                there are no rows.
+            task: the trained task.
+            run: its run.
+            held_out: encoded held-out rows, or None.
+            tested: encoded test rows, or None.
+            notes: notes on the rows.
+            figures: metrics of the two if they were computed on the sharded model; an empty mapping for missing rows.
         """
         chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
         if chosen is not None:
             world.on_rank_zero(lambda: write_choice(run.path / BEST, {"checkpoint": chosen.name}))
 
         def restored() -> Task:
-            # Shared out among processes it cannot be used by itself: who asks for it gets a whole one.
+            # A sharded model cannot be used on one rank alone, so a whole one is built when it is needed.
             found = task if shared is None else self.build(seed=self.settings.train.seed)
             if chosen is not None:
                 load_weights(found, chosen, {})
@@ -376,7 +376,7 @@ class Job:
         return result
 
     def overview(self, rows: TaskRows, task: Task) -> list[str]:
-        """What will be trained on, in a few lines."""
+        """Summarise rows, lengths, labels and trained parameters in a few lines."""
         data = self.data
         counts = ", ".join(f"{count:,} {name}" for name, count in data.counts.items())
         lengths = sorted(rows.lengths)
@@ -425,10 +425,10 @@ class Job:
     def score(
         self, *parts: Table, lr: float, limit: str, seed: int, scratch: bool = False
     ) -> list[float]:
-        """Train once on the first table without keeping anything, and measure on the others.
+        """Train once on the first table without keeping the run, and evaluate on the others.
 
         Returns:
-            The monitored figure on each of the others, with the sign that makes higher better.
+            The monitored metric on each of the others, with the sign that makes higher better.
 
         Raises:
             Interrupted: a signal asked the run to stop.
@@ -443,7 +443,7 @@ class Job:
             run = self.trainer(
                 task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False
             ).fit()
-            # A trial that was cut short says nothing, and whoever cut it means all of them.
+            # An interrupted trial has no valid score, and its signal is meant to stop all of them.
             if run.exit_code:
                 raise Interrupted(run.exit_code)
         finally:

@@ -1,4 +1,4 @@
-"""Fine-tuning on several processes of this machine: they train, and the one that asked opens what they found."""
+"""Fine-tuning on several processes of this machine: they train, and the calling process loads the result."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["check_spread", "train_on"]
 
 
 def check_spread(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
-    """Other processes read files; they do not see what lies in the memory of this one.
+    """Check that other processes can run the job: they read files and cannot access the memory of this one.
 
     Args:
-        model: that the caller gave, or None.
+        model: model that the caller gave, or None.
         objects: rows that the caller gave as objects.
-        compare: the other arm that was asked for.
+        compare: the requested comparison, or None.
 
     Raises:
-        ConfigError: they would need something of this process.
+        ConfigError: model or rows are objects in memory, or a comparison is requested.
     """
     tail = "or leave devices out."
     if model is not None and not isinstance(model, str | os.PathLike):
@@ -49,7 +49,7 @@ def train_on(job: Job, devices: int | str, hooks: Sequence[Any] = ()) -> Finetun
     """Train a job on several processes and return the result as if it had been trained here.
 
     Returns:
-        The result, with the weights of the best evaluation; None if it takes one process only.
+        The result, with the weights of the best evaluation; None if only one process is needed.
     """
     settings = job.settings
     run = on_devices("finetune", settings, devices, hooks=hooks, quiet=job.quiet)

@@ -1,4 +1,4 @@
-"""The figures of a fine-tuned model: on further rows, and by the processes that share it out."""
+"""Evaluation of fine-tuned models: on labelled rows by one process, and on the ranks that shard a model."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 
 __all__ = ["labelled", "measure", "measure_in_parts", "reported_precision", "score"]
 
-_ROWS = 64  # in one forward pass
+_ROWS = 64  # maximum rows in one forward pass
 
 
 def evaluation_rows(
     objective: Objective, rows: TaskRows, coupled_rows: int, device: torch.device
 ) -> int:
-    """Examples in one forward pass of an evaluation.
+    """Number of examples in one forward pass of an evaluation.
 
-    A loss that compares the rows of a batch has the figure of batches of one size, that of training; else rows are only
-    limited by memory, so that an evaluation needs no more than training does.
+    Metrics of a loss that couples the rows of a batch depend on the batch size, so that of training is used; otherwise
+    rows are only limited by memory, so that an evaluation needs no more than training does.
 
     Args:
-        objective: may couple its examples.
-        rows: whose longest counts.
-        coupled_rows: where examples are coupled.
-        device: has a token budget.
+        objective: objective, which may couple its examples.
+        rows: encoded rows, of which the longest counts.
+        coupled_rows: number of rows if examples are coupled.
+        device: device, which has a token budget.
     """
     if objective.couples_examples:
         return coupled_rows
@@ -59,17 +59,17 @@ def evaluation_rows(
 def labelled(
     source: Any, task: Task, columns: Mapping[str, Any], section: TuneData | None = None
 ) -> Table:
-    """Further rows for a task, by role.
+    """Read further labelled rows for a task, with columns named by role.
 
     Args:
-        source: as ``read_table`` takes it.
-        task: around the model, which remembers the columns of its training rows.
-        columns: role -> column, named by the caller; other columns are those of the training rows, where these rows
-            have them, or recognised by name.
-        section: settings of the run, which may say how its files are read.
+        source: source of rows, as for ``read_table``.
+        task: task around the model, which records the columns of its training rows.
+        columns: role -> column, named by the caller; other columns are those of the training rows, if present, or
+            recognised by name.
+        section: settings of the run, which may define how its files are read.
 
     Raises:
-        DataError: as ``read_table``, or a column that the task needs is missing.
+        DataError: as for ``read_table``, or a column that the task needs is missing.
     """
     given = dict(columns)
     options = {} if section is None else section.reading(source)
@@ -91,7 +91,7 @@ def measure(
     batch_rows: int | None = None,
     limit: int = 0,
 ) -> dict[str, float]:
-    """The figures of a task on encoded rows, on one process; see ``evaluation_rows`` for the size of a batch."""
+    """Evaluate a task on encoded rows, on one process; ``batch_rows`` defaults to ``evaluation_rows``."""
     task.to(precision.device)
     batch_rows = batch_rows or evaluation_rows(task, rows, coupled_rows, precision.device)
     with naming_memory("the evaluation", lambda: smaller_batch(batch_rows)):
@@ -101,7 +101,7 @@ def measure(
 def reported_precision(
     train: TuneTrain | None, name: str = "auto", device: str = "auto"
 ) -> Precision:
-    """The precision that figures are taken in: what is named, else that of the run, fp32 outside of one."""
+    """Precision of reported metrics: the named one, else that of the run, or fp32 without a run."""
     chosen = choose_device(device)
     if name != "auto" or train is None:
         return choose_precision("fp32" if name == "auto" else name, chosen)
@@ -115,20 +115,20 @@ def score(
     precision: Precision,
     **options: Any,
 ) -> dict[str, float]:
-    """The figures of a task on labelled rows; what is cut or left out is said.
+    """Evaluate a task on labelled rows; print which are truncated or dropped.
 
     Args:
-        task: around the fine-tuned model.
+        task: task around the fine-tuned model.
         table: rows by role.
-        before_training: gives the task around the model that it was trained from, for tasks that compare with it.
+        before_training: returns the task around the model before training, for tasks that compare with it.
         precision: see ``reported_precision``.
-        **options: of ``measure``.
+        **options: options of ``measure``.
     """
     notes: list[str] = []
     rows = encode(task, table, "evaluation", 1.0, notes)
     for line in notes:
         note(line)
-    # The texts of the model before training are asked for by few tasks, and its weights are on the disk.
+    # Few tasks need the model before training, and its weights must be read from disk.
     if type(task).prepare_reference is not Task.prepare_reference:
         before_training().prepare_reference(rows)
     return measure(task, rows, precision, **options)
@@ -137,15 +137,17 @@ def score(
 def measure_in_parts(
     trainer: Trainer, run: Run, parts: Sequence[TaskRows | None]
 ) -> list[dict[str, float]]:
-    """Measure the weights of the best evaluation where they lie: no process may be able to hold all of them.
+    """Evaluate the best checkpoint on the sharded model, because no single rank may be able to hold all weights.
+
+    All ranks must call it.
 
     Args:
-        trainer: that has just trained; all processes call it.
-        run: what came of it.
-        parts: rows, or None where there are none.
+        trainer: trainer that has just finished.
+        run: its run.
+        parts: encoded rows, or None if there are none.
 
     Returns:
-        The figures of each part, the same on all processes; empty for None.
+        The metrics of each part, the same on all ranks; empty for None.
     """
     chosen, strategy, world = run.best or run.checkpoint, trainer.strategy, trainer.world
     assert chosen is not None

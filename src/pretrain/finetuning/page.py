@@ -1,7 +1,7 @@
-"""The report of a fine-tuning run: one HTML file with figures, curves, mistakes and how to do it again.
+"""HTML report of a fine-tuning run: metrics, curves, mistakes and how to repeat it, in one file.
 
-Like the report of a pre-training run it is self-contained and has no script; every text that comes from rows, labels
-or settings is escaped.
+Like the report of a pre-training run it is self-contained and has no script; all text from rows, labels or settings
+is escaped.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _STYLE = """
 """
 _MISTAKES = 20
 _CURVES = 4
-_COUNTS = ("targets", "examples", "rows", "tokens")  # figures that count, and are no scores
+_COUNTS = ("targets", "examples", "rows", "tokens")  # counts, which are not scores
 
 
 def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -> Path:
-    """Write the page, and the model card as README.md of the run; returns the path of the page.
+    """Write the page, and the model card as README.md of the run; return the path of the page.
 
-    Of several processes that call it only the first writes.
+    Only rank zero writes.
 
     Args:
-        result: what ``pretrain.finetune`` returned.
+        result: result of ``pretrain.finetune``.
         out: file to write; ``report.html`` of the run by default.
 
     Raises:
-        DataError: the run was kept nowhere and no file is named, or a file cannot be written.
+        DataError: the result has no run directory and no file is named, or a file cannot be written.
     """
     if out is None and result.run is None:
         raise DataError("This trial was kept nowhere. Name the file: report(out=FILE).")
@@ -105,7 +105,7 @@ def _tiles(result: Finetuned) -> str:
 
 
 def _comparison(result: Finetuned) -> str:
-    """Whether pre-training helped; the picture, and the whole account behind it."""
+    """The comparison with training from scratch: plot and full report."""
     found = result.comparison
     if found is None:
         return ""
@@ -144,7 +144,7 @@ def _curves(result: Finetuned, history: History) -> str:
 
 
 def _figures(result: Finetuned) -> str:
-    """All figures of all parts, the trivial baseline beside them."""
+    """All metrics of all parts, beside those of the trivial baseline."""
     parts: list[tuple[str, Mapping[str, float]]] = [("validation", result.metrics)]
     if result.test_metrics:
         parts.append(("test", result.test_metrics))
@@ -187,7 +187,7 @@ def _classes(result: Finetuned) -> str:
 def _mistakes(result: Finetuned) -> str:
     try:
         errors = result.errors(_MISTAKES)
-    except DataError:  # nothing to hold answers against
+    except DataError:  # the task has no correct answers to compare with
         return ""
     if not errors:
         return ""
@@ -235,11 +235,11 @@ def _data(result: Finetuned) -> str:
 
 
 def command(result: Finetuned) -> str:
-    """What does it again: a command line, or a line of Python where something came from memory."""
+    """How to repeat the run: a command line, or a line of Python if model or rows were objects in memory."""
     settings = result.settings
     sources = [settings.data.train, settings.data.valid, settings.data.test]
     memory = [value for value in (settings.model.checkpoint, *sources) if from_memory(value)]
-    run: Any = result.run  # None of a trial
+    run: Any = result.run  # None for a trial
     config = None if run is None else run.path / "run.yaml"
     again = f"{f'runs/{result.task.name}' if run is None else run.path}-again"
     if config is not None and not memory:

@@ -1,4 +1,4 @@
-"""``pretrain.data(...)``: what fine-tuning would see of labelled rows, before anything is trained."""
+"""``pretrain.data(...)``: preview of labelled rows as fine-tuning reads them."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def look(
     test: Any = None,
     **keywords: Any,
 ) -> Overview:
-    """Show class balance, lengths, rows that will be cut, and three examples as they will be fed.
+    """Show class balance, lengths, rows that will be truncated, and three examples as the model reads them.
 
     Args:
-        data: rows, as ``pretrain.finetune`` takes them.
-        task: what they are for.
-        model: the checkpoint that will be fine-tuned; its tokenizer and its positions measure the rows. Without one
-            the rows are counted in words.
+        data: rows, as for ``pretrain.finetune``.
+        task: name of the task.
+        model: the checkpoint that will be fine-tuned; its tokenizer and positions measure the rows. Without one
+            lengths are in words.
         tokenizer: another name for ``model``.
-        valid: held-out rows, or the share that is held out.
-        test: rows that will be looked at once.
+        valid: held-out rows, or the fraction that is held out.
+        test: test rows.
         **keywords: columns by role (``text="review"``), options of the task, ``max_length``.
 
     Returns:
-        An overview that prints in a terminal and draws itself in a notebook.
+        An overview that can be printed in a terminal and is rendered in a notebook.
 
     Raises:
         PretrainError: the rows cannot be used; the message says what to do.
@@ -101,7 +101,7 @@ def look(
 
 
 def _examples(task: Task, table: Table, rows: TaskRows) -> list[list[tuple[str, bool]]]:
-    """A few examples as they will be fed; one answer for the whole text stands behind it."""
+    """A few examples as the model reads them; an answer for the whole text is appended to it."""
     chosen = _spread(len(rows))
     truth = task.truth(table.take([rows.owners[i] for i in chosen])) if chosen else None
     shown = []
@@ -114,7 +114,7 @@ def _examples(task: Task, table: Table, rows: TaskRows) -> list[list[tuple[str, 
 
 
 def _classes(table: Table, data: Data) -> dict[str, int]:
-    """Rows of each class, in the order of the labels; empty where a row has none or several."""
+    """Number of rows of each class, in the order of the labels; empty if rows have lists of labels."""
     values = table.columns.get("label", [])
     if any(isinstance(value, list | tuple | Mapping) for value in values):
         return {}
@@ -129,5 +129,5 @@ def _words(values: Any) -> int:
 
 
 def _spread(count: int) -> Sequence[int]:
-    """A few indices over the whole range."""
+    """A few indices, spread evenly over the whole range."""
     return sorted({i * count // _EXAMPLES for i in range(_EXAMPLES)} if count else ())

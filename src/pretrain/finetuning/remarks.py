@@ -1,8 +1,7 @@
-"""What the figures of a fine-tuned model say about how it was trained, in sentences for the summary and the report.
+"""Remarks on the training of a fine-tuned model, derived from its metrics, for the summary and the report.
 
-A run that ended too early, one that overfitted, a model that gives the same answer to everything, one that is worse
-than a linear model on counts of words, and held-out rows of another kind than the test rows all end without an error.
-Each of them is said in one line.
+A run that ended too early or overfitted, a model that gives the same answer to everything or is worse than a linear
+model on word counts, and held-out rows of another kind than the test rows raise no error. Each is reported in one line.
 """
 
 from __future__ import annotations
@@ -22,20 +21,21 @@ if TYPE_CHECKING:
 
 __all__ = ["remarks", "texts_of"]
 
-# An improvement at the end that is worth a line: of a figure between 0 and 1, and of any other one as a share of it.
+# Smallest improvement at the end that is reported: absolute for a metric between 0 and 1, else relative.
 _RISE, _RELATIVE_RISE = 0.005, 0.01
-# The held-out loss of an overfitted run ends so many times its lowest value.
+# A run is reported as overfitted if its held-out loss ends at this multiple of its lowest value.
 _OVERFIT = 1.15
-# The classical baseline is only computed where it takes seconds: rows times classes, and characters. On one core 1,000
+# The classical baseline is only computed if it takes seconds: rows times classes, and characters. On one core 1,000
 # rows of 77 classes take 5 s, 1,600 film reviews of 6 million characters 8 s, 6,000 short phrases of two classes 0.5 s.
 _CELLS, _CHARACTERS = 100_000, 8_000_000
-# Figures that are means over rows, those that are correlations, and the standard errors that one in a hundred exceeds.
+# Metrics that are means over rows, and correlations; the number of standard errors that one difference in a hundred
+# exceeds by chance, and the fewest rows for this test.
 _SHARES, _CORRELATIONS = ("accuracy", "exact_match", "exact"), ("pearson", "spearman")
 _ONE_IN_A_HUNDRED, _FEWEST = 2.576, 20
 
 
 def remarks(result: Finetuned) -> list[str]:
-    """One sentence for each of them that applies; none for a trial that kept nothing."""
+    """Return the remarks that apply, one sentence each; none for a trial, which has no run."""
     run: Run | None = result.run
     if run is None:
         return []
@@ -50,7 +50,7 @@ def remarks(result: Finetuned) -> list[str]:
 
 
 def still_improving(history: Sequence[Mapping[str, Any]], monitor: str) -> str | None:
-    """The last evaluation is the best, and clearly better than all but the last fifth of the evaluations."""
+    """Remark if the last evaluation is the best, and clearly better than all but the last fifth of the evaluations."""
     curve = _curve(history, monitor)
     if len(curve) < 3:
         return None
@@ -69,7 +69,7 @@ def still_improving(history: Sequence[Mapping[str, Any]], monitor: str) -> str |
 
 
 def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
-    """The held-out loss ended well above its lowest value while the training loss fell."""
+    """Remark if the held-out loss ended well above its lowest value while the training loss fell."""
     held_out = _curve(history, "loss")
     training = [(int(r["step"]), float(r["loss"])) for r in history if "loss" in r]
     if len(held_out) < 2 or len(training) < 2:
@@ -89,10 +89,10 @@ def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
 def beyond_chance(
     held_out: Mapping[str, float], test: Mapping[str, float], rows: Mapping[str, int]
 ) -> str | None:
-    """The held-out figure and the test figure differ by more than two samples of one kind of rows would.
+    """Remark if held-out and test metric differ by more than those of two samples of the same distribution would.
 
-    Shares of right rows are compared by the test of two proportions, correlations by Fisher's transformation; figures
-    of words count as many independent observations as there are rows.
+    Shares of correct rows are compared by the test of two proportions, correlations by Fisher's transformation; metrics
+    over words count as many independent observations as there are rows.
     """
     name = next((n for n in (*_SHARES, *_CORRELATIONS) if n in held_out and n in test), None)
     counts = (rows.get("valid", 0), rows.get("test", 0))
@@ -118,9 +118,9 @@ def beyond_chance(
 
 
 def _constant(result: Finetuned) -> str | None:
-    """All held-out rows get one answer, though they have several."""
+    """Remark if all held-out rows get the same answer."""
     figures, table = result.metrics, result.data.valid
-    # These figures are 0, or no number, wherever the answers are all alike; only then is it worth predicting.
+    # These metrics are 0 or nan if all answers are the same; only then are the rows predicted again.
     suspect = [figures[name] for name in ("mcc", "micro_f1", "f1", "pearson") if name in figures]
     if not len(table) or not suspect or (suspect[0] != 0.0 and not math.isnan(suspect[0])):
         return None
@@ -137,7 +137,7 @@ def _constant(result: Finetuned) -> str | None:
 
 
 def _classical(result: Finetuned) -> str | None:
-    """TF-IDF under a linear model does better on the same rows."""
+    """Remark if TF-IDF under a linear model does better on the same rows."""
     found = classical_baseline(result)
     if found is None:
         return None
@@ -152,10 +152,10 @@ def _classical(result: Finetuned) -> str | None:
 
 
 def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | None:
-    """Metric, the figure of TF-IDF, that of the model, and the rows they were taken on.
+    """Return the metric, its value for TF-IDF and for the model, and the name of the rows.
 
-    None where there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
-    are so many rows that it would take more than a moment.
+    None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
+    are so many rows that it would take more than a few seconds.
     """
     from pretrain.finetuning.baseline import METRICS, tfidf_baseline
 
@@ -192,6 +192,6 @@ def texts_of(table: Any) -> list[Any]:
 
 
 def _curve(history: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[int, float]]:
-    """(step, figure) of every evaluation that has a number there."""
+    """(step, value) of every evaluation in which the metric is finite."""
     points = [(int(r["step"]), r["eval"].get(figure, math.nan)) for r in history if "eval" in r]
     return [(step, float(value)) for step, value in points if math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""What ``pretrain.finetune`` returns: the trained model, its figures, its mistakes, and where everything lies."""
+"""Result of ``pretrain.finetune``: the trained model, its metrics, its mistakes and its files."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ __all__ = ["Finetuned"]
 
 
 class Finetuned:
-    """A fine-tuned model and how it came about.
+    """A fine-tuned model with its run, rows and metrics.
 
     Attributes:
         run: directory, checkpoints and history; None for a trial that kept nothing.
-        settings: of the run.
+        settings: settings of the run.
         data: the rows by role, with ``names``, ``counts`` and ``fingerprint``.
-        notes: what was cut, dropped or found twice.
-        metrics: of the best evaluation, on the held-out rows.
-        test_metrics: on the test rows, or None.
-        trivial: figures of a baseline that knows the labels of the training rows alone, on the held-out rows.
+        notes: notes on rows that were truncated, dropped or found twice.
+        metrics: metrics of the best evaluation, on the held-out rows.
+        test_metrics: metrics on the test rows, or None.
+        trivial: metrics of the task's trivial baseline, fitted to the training rows, on the held-out rows.
         trivial_test: the same on the test rows; empty without any.
-        comparison: the other arms, if they were asked for.
+        comparison: comparison with other arms, if it was requested.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Finetuned:
     def task(self) -> Task:
         """The objective, which also predicts.
 
-        Where the processes that trained it shared it out, it is read from the disk when it is first asked for.
+        If it was sharded in training, it is read from disk on first access.
         """
         if self._task is None:
             self._task = self._opened()
@@ -78,10 +78,10 @@ class Finetuned:
         return self._task
 
     def describe(self) -> None:
-        """Give the model the card of this run and its figures on the test rows, which are then saved with it."""
+        """Attach model card and test metrics to the model, so that they are saved with it."""
         if self._task is None or self.run is None:
             return
-        # They go by figures that are new, where this is called again.
+        # Metrics may have changed since an earlier call, so cached remarks are discarded.
         vars(self).pop("remarks", None)
         model = self._task.model
         block = model.extra_config.get("pretrain")
@@ -101,12 +101,12 @@ class Finetuned:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows of each part."""
+        """Number of rows of each part."""
         return self.data.counts
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where the rows of each part came from."""
+        """Source of the rows of each part."""
         return self.data.names
 
     @property
@@ -116,12 +116,12 @@ class Finetuned:
 
     @property
     def monitor(self) -> str:
-        """The figure that the best evaluation was chosen by."""
+        """The metric by which the best evaluation was chosen."""
         return self.settings.train.monitor or self.task.metric
 
     @cached_property
     def remarks(self) -> list[str]:
-        """Sentences on the run: that it ended too early, overfitted, learnt nothing, or is below a baseline."""
+        """Remarks on the run, such as that it ended too early, overfitted, learnt nothing, or is below a baseline."""
         from pretrain.finetuning.remarks import remarks
 
         return remarks(self)
@@ -132,7 +132,7 @@ class Finetuned:
         return self.run.path
 
     def measure(self, rows: TaskRows) -> dict[str, float]:
-        """The figures of the task on encoded rows."""
+        """Evaluate the task on encoded rows."""
         return measure(
             self.task, rows, self._precision, coupled_rows=self.settings.train.batch_rows
         )
@@ -142,7 +142,7 @@ class Finetuned:
         return reported_precision(self.settings.train, device=self.settings.parallel.device)
 
     def evaluate(self, data: Any) -> dict[str, float]:
-        """The figures of the task on further labelled rows: a file, a list, a frame or a data set."""
+        """Evaluate the task on further labelled rows: a file, a list, a frame or a data set."""
         settings, base = self.settings, self._base
         if base is None:
             raise DataError("A trial is measured once, on the rows that it was made for.")
@@ -164,7 +164,7 @@ class Finetuned:
 
     @property
     def judged(self) -> Table:
-        """The rows that mistakes are shown of: the test rows, else the held-out ones."""
+        """The rows whose mistakes are shown: the test rows, else the held-out ones."""
         return self.data.test if self.data.test is not None else self.data.valid
 
     @cached_property
@@ -177,7 +177,7 @@ class Finetuned:
         return list(zip(truth, self.task.predict(table), strict=True))
 
     def confusion(self) -> Confusion:
-        """How often each class was taken for each other.
+        """Confusion matrix of the judged rows.
 
         Raises:
             DataError: the task has no single class per row, or nothing was held out.
@@ -198,10 +198,10 @@ class Finetuned:
         return Confusion(labels, matrix)
 
     def errors(self, count: int = 10) -> Errors:
-        """The worst mistakes on the judged rows, the surest first.
+        """The worst mistakes on the judged rows: highest score first, for numbers largest error first.
 
         Raises:
-            DataError: the task has no single truth to hold answers against.
+            DataError: the task has no single correct answer per row.
         """
         from pretrain.finetuning.views import Errors
 
@@ -237,7 +237,7 @@ class Finetuned:
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the model as a Hugging Face directory (an adapter as a PEFT directory)."""
         model = self.model
-        self.describe()  # with all that is known by now
+        self.describe()  # with all metrics that are known by now
         return model.save(Path(directory))
 
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:

@@ -1,7 +1,7 @@
-"""The rows of a fine-tuning run: read, named by role, split, held against each other, encoded.
+"""Rows of a fine-tuning run: reading, roles, splits, duplicates between splits, encoding.
 
-Everything that usually goes wrong without a word (columns taken for others, rows cut, labels that only validation
-has, training rows that recur in the test) is an error here, or one line in ``notes``.
+Problems that usually go unnoticed (confused columns, truncated rows, labels that occur only in validation, training
+rows that recur in the test) are errors here, or one line in ``notes``.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ __all__ = ["Data", "encode", "open_data"]
 
 @dataclass
 class Data:
-    """Rows by role, and what is known of them.
+    """Rows by role, and their metadata.
 
     Attributes:
         train, valid, test: tables whose columns are named by role; ``test`` may be None, ``valid`` empty.
-        learned: labels and options that the training rows gave.
-        names: where the rows came from.
-        notes: lines worth printing.
+        learned: labels and options that are derived from the training rows.
+        names: part -> source of its rows.
+        notes: lines to print.
         fingerprint: SHA-256 over the content of all rows, in order.
         columns: role -> column of the training rows.
-        recurring: training rows whose text also stands among the rows of another part, by its name; they were left
-            out. A row that stands in both parts counts in each.
-        left_out: training rows that were left out because of it.
+        recurring: part -> number of training rows whose text recurs in it; they were left out. A row that recurs in
+            both parts counts in each.
+        left_out: number of training rows that were left out because of this.
     """
 
     train: Table
@@ -78,13 +78,13 @@ def open_data(
     """Read the sources that the settings name, or the objects that were given instead.
 
     Args:
-        settings: of the run.
-        objects: ``train``, ``valid`` and ``test`` that are no paths: lists, frames, data sets.
-        task: says which columns there must be, and what its labels are.
-        labels: classes of the checkpoint, where it has the head of the task already.
+        settings: settings of the run.
+        objects: ``train``, ``valid`` and ``test`` if they are not paths: lists, frames, data sets.
+        task: task class, which defines the required columns and derives the labels.
+        labels: classes of the checkpoint, if it already has the head of the task.
 
     Raises:
-        DataError: nothing to read, a missing column, labels that cannot be; names the row.
+        DataError: nothing to read, a missing column, or invalid labels; the message names the row.
     """
     section = settings.data
     source = objects.get("train", section.train)
@@ -151,13 +151,13 @@ def open_data(
 def _without_recurring(
     train: Table, valid: Table, test: Table | None, task: type[Task], notes: list[str]
 ) -> tuple[Table, dict[str, int]]:
-    """The training rows whose text does not stand among the held-out ones, and how many did, by part."""
+    """Drop training rows whose text recurs in held-out rows; return the rest, and how many recur, by part."""
     roles = [role.name for role in task.roles if role.name in train.names and not role.target]
     given, recurring = train, {}
     for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
         if other is not None and len(other):
             _, count = drop_duplicates(given, other, roles, what)
-            with muted():  # it has just been said, and the report repeats it
+            with muted():  # the call above has printed it, and the report repeats it
                 train, _ = drop_duplicates(train, other, roles, what)
             if count:
                 recurring[part] = count
@@ -170,7 +170,7 @@ def _without_recurring(
 
 
 def _groups(table: Table, column: str | None, *, required: bool = False) -> list[str] | None:
-    """The group of every row; a row without one is a group of its own. None where there is no such column.
+    """The group of every row; a row without one is a group of its own. None if there is no such column.
 
     Raises:
         DataError: there is no such column, and it is required.
@@ -189,7 +189,7 @@ def _groups(table: Table, column: str | None, *, required: bool = False) -> list
 
 
 def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:
-    """Columns that the settings name; labels that are all names of columns are one column each."""
+    """Columns that the settings name; if all ``labels`` are names of columns, each label is one column."""
     given, labels = dict(settings.data.columns), settings.task.options.get("labels")
     role = next((role for role in task.roles if role.many), None)
     if (
@@ -206,7 +206,7 @@ def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict
 def _shared_groups(
     groups: Sequence[str], others: Sequence[str] | None, column: str | None, what: str
 ) -> list[str]:
-    """A line on the groups that stand both in the training rows and in others."""
+    """Note on the groups that occur both in the training rows and in held-out rows."""
     if not (both := set(groups) & set(others or ())):
         return []
     count = sum(group in both for group in groups)
@@ -225,14 +225,14 @@ def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
 
 
 def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
-    """Names for rows that are tuples: the roles that the task needs, or all of its roles, by their number."""
+    """Names for rows that are tuples: the required roles of the task, or all of them, whichever number matches."""
     every = [role.name for role in task.roles if role.name in role.known]
     needed = [role.name for role in task.roles if role.required and role.name in role.known]
     return next((names for names in (needed, every) if len(names) == len(row)), None)
 
 
 def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:
-    """Held-out rows: the columns of the training rows where they have them, else recognised ones."""
+    """Held-out rows by role: the columns of the training rows if present, else those recognised by name."""
     known = {role: column for role, column in columns.items() if has_columns(table, column)}
     return roles_table(table, choose_columns(table, task.roles, known))
 
@@ -243,7 +243,7 @@ def _fingerprint(*tables: Table | None) -> str:
 
 
 def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]) -> TaskRows:
-    """Turn rows into examples; say what was cut and what was left out.
+    """Encode rows as examples; add to ``notes`` what was truncated and what was dropped.
 
     Raises:
         DataError: more than ``max_cut`` of the rows do not fit, or none gives an example.

@@ -1,7 +1,7 @@
-"""Fine-tuning: a checkpoint, labelled rows and a task become a trained model, on the trainer of pre-training.
+"""Entry point of fine-tuning: train a checkpoint on labelled rows for a task, with the trainer of pre-training.
 
-``finetune`` is what a notebook and the command line call. It is run again to resume: everything it builds is a
-function of its settings and rows, and the trainer goes on from the newest checkpoint in the output directory.
+``finetune`` is called from notebooks and by the command line. The same call resumes a run: everything it builds is a
+function of its settings and rows, and the trainer continues from the newest checkpoint in the output directory.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ def finetune(
     quiet: bool = False,
     **keywords: Any,
 ) -> Finetuned:
-    """Fine-tune a checkpoint on labelled rows, or go on where an earlier call stopped.
+    """Fine-tune a checkpoint on labelled rows, or resume where an earlier call stopped.
 
     Args:
         model: a run, a checkpoint, any Hugging Face directory of a known family, or a ``Model``.
-        data: rows to learn from: a file (.csv .tsv .jsonl .json .parquet .conll), a list of dicts, a pandas frame or
-            a ``datasets.Dataset``.
+        data: training rows: a file (.csv .tsv .jsonl .json .parquet .conll), a list of dicts, a pandas frame or a
+            ``datasets.Dataset``.
         task: ``classification``, ``regression``, ``token-classification``, ``question-answering``, ``chat``,
-            ``language-modelling``, ``embedding``, ``preference``, or the import path of a task of your own.
+            ``language-modelling``, ``embedding``, ``preference``, or the import path of a custom task.
         config: a YAML file or a mapping of sections with further settings.
         valid: held-out rows, or the fraction of the rows that is held out (a tenth, stratified by class).
-        test: rows that are looked at once, at the end.
+        test: test rows, which are evaluated once, at the end.
         out: directory of the run; by default one under ``runs/`` named by task and fingerprint, so that the same
             call finds its result again.
-        compare: ``"scratch"`` also trains the same architecture from random weights, on the same rows, budget and
-            seeds, beside a classical baseline, and reports whether pre-training helped.
+        compare: ``"scratch"`` also trains the same architecture from random weights, with the same rows, budget and
+            seeds, and classical baselines, and reports whether pre-training helped.
         label_counts: numbers of training rows at which to compare; all of them when None.
-        seeds: how many paired seeds the comparison takes.
-        devices: processes of this machine that are started for the run, also from a notebook; ``"auto"`` is one for
-            each GPU. Model and rows must then be files.
+        seeds: number of paired seeds of the comparison.
+        devices: number of processes to start on this machine, also from a notebook; ``"auto"`` is one for each GPU.
+            Model and rows must then be files.
         hooks: called after steps with a read-only record.
         quiet: print nothing.
         **keywords: columns by role (``text="review", label="stars"``), options of the task
             (``class_weights="balanced"``), or settings of any section (``lora=16, lr=3e-5, epochs=4``).
 
     Returns:
-        The trained model with its figures; see ``Finetuned``. The weights are those of the best evaluation.
+        The trained model with its metrics; see ``Finetuned``. The weights are those of the best evaluation.
 
     Raises:
         PretrainError: a setting, the rows or the checkpoint cannot be used; the message says what to do.
@@ -90,7 +90,7 @@ def finetune(
         if compare is not None:
             from pretrain.finetuning.compare import compare_arms
 
-            # First, because the run takes the learning rate that it chooses.
+            # The comparison comes first, because the run uses the learning rate that it chooses.
             check_same_run(settings, Path(settings.train.out), say=False)
             comparison = compare_arms(job, label_counts, seeds)
         result = train_on(job, devices, hooks) if devices != 1 else None

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run: the sections of a pre-training run, with a task and a method in them.
+"""Settings of a fine-tuning run: sections like those of a pre-training run, with a task and a method.
 
 The same fields are the YAML keys, the options of ``pretrain finetune`` and, without their section, the keyword
 arguments of ``pretrain.finetune``. Section ``parallel`` is that of pre-training.
@@ -26,41 +26,41 @@ __all__ = ["TuneConfig", "from_keywords", "from_memory"]
 
 @dataclass
 class TuneData:
-    """Labelled rows."""
+    """Training, validation and test rows."""
 
     train: str | None = None
-    """Rows: .csv .tsv .jsonl .json .parquet .conll (also .gz); in Python also a list of dicts, a pandas
-    frame or a datasets.Dataset."""
+    """Training rows: .csv .tsv .jsonl .json .parquet .conll (also .gz); in Python also a list of dicts, a
+    pandas frame or a datasets.Dataset."""
     valid: float | str = 0.1
-    """Held-out rows: a fraction of the training rows, stratified by class, or a source of its own."""
+    """Validation rows: a fraction of the training rows, stratified by class, or a separate source."""
     test: str | None = None
-    """Rows that are looked at once, when everything has been chosen."""
+    """Test rows, which are evaluated once, after all choices have been made."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Which column plays which part, e.g. {text: review, label: stars}, or {label: [toxic, obscene]} for one column per
-    label; others are recognised by name."""
+    """Column of each role, e.g. {text: review, label: stars}, or {label: [toxic, obscene]} for one column per
+    label; other columns are recognised by name."""
     names: list[str] | None = None
     """Names of the columns of a file without a header line, or of rows that are tuples."""
     format: str | None = None
-    """Format of a file whose name does not tell: csv, tsv, jsonl, json, parquet, conll, conllu."""
+    """Format of a file whose name does not show it: csv, tsv, jsonl, json, parquet, conll, conllu."""
     delimiter: str | None = None
-    """What stands between the cells of a .csv or .tsv file, e.g. ";"; not given, a comma or a tab."""
+    """Delimiter of the cells of a .csv or .tsv file, e.g. ";"; not given, a comma or a tab."""
     quoting: bool | None = None
-    """Whether double quotes enclose cells of a .csv or .tsv file; not given, the file tells."""
+    """Whether double quotes enclose cells of a .csv or .tsv file; not given, it is detected."""
     encoding: str | None = None
-    """Encoding of files of text, e.g. cp1252; not given, UTF-8 or what a byte order mark says."""
+    """Encoding of text files, e.g. cp1252; not given, that of a byte order mark, else UTF-8."""
     group: str | None = None
-    """Column whose rows of one value never stand on both sides of a split: patient, author, template."""
+    """Column of groups, such as patient, author or template; a group stays whole when validation rows are split off."""
     max_length: int | None = within(None, 3, 1 << 20)
-    """Tokens of an example at most; not given, the model's positions."""
+    """Maximum tokens of an example; not given, the model's positions."""
     max_cut: float = within(0.01, 0.0, 1.0)
-    """Share of the rows that may be cut to max_length before it is an error."""
+    """Share of the rows that may be truncated to max_length; more is an error."""
 
     def reading(self, source: Any) -> dict[str, Any]:
-        """Arguments of ``read_table`` for one of the sources: what these settings say of files of its kind."""
+        """Arguments of ``read_table`` for one of the sources: the settings that apply to files of its kind."""
         if not isinstance(source, str | os.PathLike):
             return {}
         kind = table_kind(Path(source))
-        # A file whose name says another format than that of the training rows is what its name says.
+        # A file whose name shows another format than that of the training rows is read in that format.
         other = kind and kind != table_kind(Path(self.train or ""))
         options: dict[str, Any] = {"encoding": self.encoding}
         options["format"] = None if other else self.format
@@ -71,7 +71,7 @@ class TuneData:
 
 @dataclass
 class TuneModel:
-    """What is fine-tuned."""
+    """Model to fine-tune."""
 
     checkpoint: str = ""
     """A run, a checkpoint, or any Hugging Face directory of a known family."""
@@ -81,42 +81,42 @@ class TuneModel:
 
 @dataclass
 class TuneTask:
-    """What it is fine-tuned for."""
+    """Task to fine-tune for."""
 
     name: str = ""
     """classification, regression, token-classification, question-answering, chat, language-modelling,
-    embedding, preference, or the import path of a task of your own."""
+    embedding, preference, or the import path of a custom task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the task, e.g. {label_smoothing: 0.1, class_weights: balanced}."""
 
 
 @dataclass
 class TuneMethod:
-    """Which weights move."""
+    """Trainable weights: all of them, an adapter, or a part."""
 
     lora: int = within(0, 0, 1 << 16)
     """Rank of a LoRA adapter; 0 trains the weights themselves."""
     alpha: float | None = within(None, 1e-9, 1e9)
-    """Scale of the adapter is alpha / rank; not given, alpha is twice the rank."""
+    """The adapter is scaled by alpha / rank; not given, alpha is twice the rank."""
     lora_dropout: float = within(0.0, 0.0, 0.99)
-    """Dropout before the adapter."""
+    """Dropout on the input of the adapter."""
     dora: bool = False
-    """Learn the length of every row apart from its direction (DoRA)."""
+    """Train the norm of every weight row separately from its direction (DoRA)."""
     targets: list[str] | str | None = None
     """Modules that get an adapter, by the last part of their name in the file, or "all-linear"."""
     freeze: str | int = ""
-    """What stays as it is: "backbone", "embeddings", or the number of lowest blocks (with the embeddings)."""
+    """Part to freeze: "backbone", "embeddings", or the number of lowest blocks (with the embeddings)."""
 
 
 @dataclass
 class TuneOptim:
-    """How the weights move."""
+    """Optimizer."""
 
     lr: float | str = "auto"
-    """Peak learning rate; "auto" goes by width and layers of the model, "sweep" tries a grid in short runs."""
+    """Peak learning rate; "auto" derives it from the model's width and depth, "sweep" tries a grid in short runs."""
     lrs: list[float] = field(default_factory=list)
-    """Grid of the sweep, and of either arm of a comparison; not given, a third, once and three times the automatic
-    one, in a comparison once and three times."""
+    """Learning rates of the sweep, and of both arms of a comparison; not given, 1/3, 1 and 3 times the automatic
+    one, in a comparison 1 and 3 times."""
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
     muon_lr: float = within(0.002, 0.0, 100.0)
@@ -128,64 +128,67 @@ class TuneOptim:
     weight_decay: float = within(0.01, 0.0, 100.0)
     """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
     clip: float = within(1.0, 0.0, 1e6)
-    """Largest norm of the gradient; 0 is off."""
+    """Maximum gradient norm; 0 disables clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"
-    """Shape of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     warmup: float = within(0.1, 0.0, 1e9)
     """Warm-up: a fraction of the steps (below 1) or a number of steps."""
     min_lr: float = within(0.0, 0.0, 1.0)
-    """Learning rate at the end, as a fraction of the peak."""
+    """Final learning rate, as a fraction of the peak."""
     ema: float = within(0.0, 0.0, 1.0 - 1e-9)
-    """Decay of the moving average of the weights; 0 is off."""
+    """Decay of the exponential moving average of the weights; 0 disables it."""
     layer_decay: float = within(1.0, 1e-6, 1.0)
     """Learning rate of every layer as a fraction of that of the layer above it."""
     unfreeze: float = within(0.0, 0.0, 1.0)
-    """Fraction of the steps over which the layers are released one by one from the top."""
+    """Fraction of the steps over which the layers are unfrozen one by one from the top (gradual unfreezing); 0 trains
+    all layers from the start."""
     l2_sp: float = within(0.0, 0.0, 1e9)
-    """Pull towards the pre-trained weights, in place of weight decay."""
+    """Strength of L2-SP: weights decay towards their pre-trained values instead of zero; 0 disables it."""
 
     def at(self, lr: float) -> OptimConfig:
-        """The section of the trainer, with this learning rate."""
+        """Return the trainer's section, with this learning rate."""
         plain = {k: v for k, v in vars(self).items() if k not in ("lr", "lrs")}
         return OptimConfig(lr=lr, **plain)
 
 
 @dataclass
 class TuneTrain:
-    """How long, how often, and where to."""
+    """Length of the run, batches, evaluation and logging."""
 
     out: str = ""
-    """Directory of the run; the same command again resumes it. Not given, runs/TASK-FINGERPRINT."""
+    """Directory of the run; repeating the command resumes it. Not given, runs/TASK-FINGERPRINT."""
     epochs: float = within(0.0, 0.0, 1e6)
-    """Passes over the training rows; 0 is three, or more (at most twenty) where that is fewer than 500 steps."""
+    """Passes over the training rows; 0 is three, or more if that is fewer than 500 steps (at most twenty
+    passes or 100 steps, whichever is more)."""
     limit: str = ""
-    """When to stop, if not by epochs: "500 steps", "1e6 tokens" or "10 minutes"."""
+    """Length of the run in place of epochs: "500 steps", "1e6 tokens" or "10 minutes"."""
     batch_rows: int = within(32, 1, 1 << 24)
-    """Examples in one optimizer step."""
+    """Examples per optimizer step (global batch)."""
     micro_rows: int = within(0, 0, 1 << 24)
-    """Examples in one forward pass; 0 is chosen."""
+    """Examples per forward pass of one process (micro-batch); 0 is automatic."""
     eval_every: str = "1 epochs"
     """Evaluate every "1 epochs", "200 steps" or "5%" of the run; "1 epochs" is at most
     twenty times in a run of steps."""
     patience: int = within(0, 0, 1 << 20)
-    """Evaluations without improvement before stopping; 0 is off. The best evaluation is restored in any case."""
+    """Evaluations without improvement before stopping; 0 disables early stopping. The best evaluation is restored
+    in any case."""
     monitor: str = ""
-    """Figure that decides which evaluation is best; not given, the task's own. Of equal figures the one with
-    the lower loss is the better; the last one is taken unless another is better by more than chance."""
+    """Metric that selects the best evaluation; not given, that of the task. Ties are resolved by the lower loss.
+    The last evaluation counts as the best unless an earlier one is better by more than chance."""
     log_every: int = within(10, 1, 1 << 30)
     """Steps between two lines of the log."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute precision; auto is bf16 where the device is good at it."""
+    """Compute precision; auto is bf16 where the hardware has fast bf16."""
     eval_precision: Literal["fp32", "train"] = "fp32"
-    """Precision of evaluations: fp32, in which a figure does not depend on how rows are batched, or that
-    of training, which is faster."""
+    """Precision of evaluations: fp32, in which metrics do not depend on how rows are batched, or train, the
+    precision of training, which is faster."""
     seed: int = within(0, 0, (1 << 63) - 1)
-    """Seed of the new head, the split, the order and the dropout."""
+    """Seed of the new head, the split, the data order and dropout."""
 
     def at(self, out: str, limit: str, *, save: bool) -> TrainConfig:
-        """The section of the trainer."""
+        """Return the trainer's section."""
         names = ("micro_rows", "batch_rows", "eval_every", "patience", "monitor", "log_every")
         plain = {
             name: getattr(self, name)
@@ -251,11 +254,11 @@ class TuneConfig:
 def from_keywords(
     config: Any, model: Any, task: str | None, keywords: Mapping[str, Any]
 ) -> tuple[TuneConfig, dict[str, Any]]:
-    """Settings from a YAML file or mapping and from keyword arguments without their sections.
+    """Build settings from a YAML file or mapping and from keyword arguments without their sections.
 
     Args:
         config: a file, a mapping of sections, a ``TuneConfig`` or None.
-        model: path of a checkpoint, or anything else (a ``Model``), which is named in the settings only.
+        model: path of a checkpoint, or an object (a ``Model``), which is only mentioned in the settings.
         task: name of the task; None takes the config's.
         keywords: columns by role (``text="review"``), options of the task, or fields of any section; or whole
             sections (``optim={...}``).
@@ -264,7 +267,7 @@ def from_keywords(
         The settings, and the data that were given as objects: ``train``, ``valid``, ``test``.
 
     Raises:
-        ConfigError: no model, no task, or a keyword that nothing knows; the nearest is named.
+        ConfigError: no model, no task, or an unknown keyword (the nearest is suggested).
     """
     from pretrain.objectives import TASKS, task_class
 
@@ -334,14 +337,14 @@ def from_memory(value: Any) -> bool:
 
 
 def _is_section(key: str, value: Any) -> bool:
-    """Whether a keyword is a section of settings; rows, whose keyword is ``train``, may be a mapping too."""
+    """Whether a keyword is a section of settings; training rows, given as ``train``, may be a mapping too."""
     if key not in TuneConfig.SECTIONS or not isinstance(value, Mapping):
         return False
     return key != "train" or set(value) <= {f.name for f in dataclasses.fields(TuneTrain)}
 
 
 def _with_held_out_splits(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords with the splits of the rows as ``valid`` and, to be used if it has labels, ``spare_test``."""
+    """Add the held-out splits of the rows as ``valid`` and ``spare_test``, which is used if it has labels."""
     found = dict(keywords)
     for key, (_, part) in held_out_splits(found.get("train")).items():
         if found.get(key) is None:

@@ -1,4 +1,4 @@
-"""The model that a fine-tuning run starts from: any checkpoint with the head of the task, or the same from scratch."""
+"""Initial model of a fine-tuning run: a checkpoint with the head of the task, or the same architecture from scratch."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def starting_model(
 ) -> Model:
     """Open a checkpoint, or copy a model, with the head that the task needs.
 
-    What the file has of the head is kept where it fits (the pooler of a published BERT; the whole head of a
-    classifier with the same labels); the rest is new, drawn from the seed, and named in one line.
+    Head weights of the checkpoint are kept if they fit (the pooler of a published BERT; the whole head of a classifier
+    with the same labels); the rest is initialised from the seed and listed in one line.
 
     Args:
-        source: a directory, or a ``Model``, which is left as it is.
-        task: whose head is wanted; a task without a wish keeps the head there is.
+        source: a directory, or a ``Model``, which is not modified.
+        task: task whose head is needed; with ``head_kind`` None the existing head is kept.
         labels: classes of a head with labels.
-        seed: of all that is new.
-        scratch: throw the weights away and start all of them anew: the other arm of a comparison.
-        whole: read all weights now; else several processes leave them on the disk, see ``open_source``.
-        quiet: do not say what was loaded.
+        seed: seed of all new weights.
+        scratch: initialise all weights anew, for the from-scratch arm of a comparison.
+        whole: read all weights now; if False, several ranks leave them on disk, see ``open_source``.
+        quiet: do not print what was loaded.
 
     Raises:
         ModelError: the family has no such head, or the model no tokenizer.
-        CheckpointError: nothing that can be opened.
+        CheckpointError: the source cannot be opened.
     """
     kind = task.head_kind
     if isinstance(source, Model):
@@ -86,7 +86,7 @@ def starting_model(
 
 
 def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:
-    """Classes of a checkpoint that has the head of the task already; None where it has none, or they have no names."""
+    """Classes of a checkpoint that already has the head of the task; None if it has not, or its classes are unnamed."""
     if task.head_kind not in LABELLED:
         return None
     if isinstance(source, Model):
@@ -101,15 +101,15 @@ def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:
 
 
 def versions(model: Model) -> dict[int, int]:
-    """How often each parameter was written to, by identity."""
+    """Number of in-place writes to each parameter, by its identity."""
     return {id(p): p._version for p in model.parameters()}
 
 
 def touched_early(task: Task, before: dict[int, int]) -> bool:
-    """Whether a task that was built around weights still on the disk wrote to them, copied or replaced some.
+    """Whether a task built around weights that are still on disk wrote to, copied or replaced some of them.
 
     Args:
-        task: just built.
+        task: the task, just after it was built.
         before: ``versions`` of its model before that.
     """
     if task.model.start is None:
@@ -121,7 +121,7 @@ def touched_early(task: Task, before: dict[int, int]) -> bool:
 
 
 def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Model:
-    """A copy with the wanted head; the original is not touched."""
+    """Copy a model with the requested head; the original is not modified."""
     if kind is None or kind == source.head_kind:
         return copy.deepcopy(source)
     backbone = copy.deepcopy(source.backbone)
@@ -144,7 +144,7 @@ def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Mo
 
 
 def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
-    """Name the classes; another number of them, or other names, need a new last layer."""
+    """Set the class names; another number of classes, or other names, need a new last layer."""
     if model.labels == labels:
         return
     head: Any = model.head
@@ -163,7 +163,7 @@ def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
 
 
 def _set_padding(model: Model) -> None:
-    """A decoder with one answer per text needs an id for padding, or transformers refuses to batch the result."""
+    """Set the padding id of a sequence classifier, because transformers refuses to batch decoders without one."""
     config, tokenizer = model.backbone.config, model.tokenizer
     if model.head_kind != "sequence-classification" or config.pad_id is not None:
         return
@@ -181,15 +181,15 @@ def _set_padding(model: Model) -> None:
 
 
 def freeze(model: Model, what: str | int) -> int:
-    """Keep part of a model as it is; returns the number of parameters that stay.
+    """Freeze part of a model; return the number of frozen parameters.
 
     Args:
-        model: whose parameters are marked.
+        model: model to freeze in place.
         what: ``"backbone"``, ``"embeddings"``, a number of lowest blocks (with the embeddings), or ``""`` for
             nothing.
 
     Raises:
-        ConfigError: none of these, or more blocks than there are.
+        ConfigError: ``what`` is none of these, or more blocks than there are.
     """
     if what in ("", 0, "0"):
         return 0
@@ -215,11 +215,11 @@ def freeze(model: Model, what: str | int) -> int:
 def automatic_lr(model: Model, *, adapter: bool = False) -> float:
     """Peak learning rate of AdamW by the size of the model: a third of 1 / (width * layers).
 
-    A step of Adam moves every weight by the learning rate, so that the output of a matrix moves with its width, and
-    what the blocks add to the residual stream with their number. That is 3.6e-5 for BERT-base and 1.4e-5 for
+    A step of Adam changes every weight by about the learning rate, so the change of a matrix's output grows with its
+    width, and that of the residual stream with the number of blocks. The rate is 3.6e-5 for BERT-base and 1.4e-5 for
     BERT-large, as in the appendix A.3 of their paper, and 1.3e-3 for two layers of 128; docs/lab-log.md has the
-    measurements. It is cut at 4e-3, from where small models no longer gain, and at 1e-5, which larger ones are
-    fine-tuned with. An adapter gets ten times as much.
+    measurements. It is at most 4e-3, above which small models no longer gain, and at least 1e-5, with which larger ones
+    are fine-tuned. The rate of an adapter is ten times as high.
     """
     size = int(model.backbone.config.hidden_size) * len(model.backbone.blocks())
     low, high = _LR_BOUNDS
@@ -228,6 +228,6 @@ def automatic_lr(model: Model, *, adapter: bool = False) -> float:
 
 
 def earlier_lr(model: Model, *, adapter: bool = False) -> float:
-    """The automatic rate of runs that were begun before ``automatic_lr`` counted layers, for going on with them."""
+    """Automatic rate of runs that began before ``automatic_lr`` considered the number of layers, to resume them."""
     lr = 3e-5 * (768 / int(model.backbone.config.hidden_size)) ** 1.5
     return float(f"{lr * (10 if adapter else 1):.2g}")

@@ -1,9 +1,9 @@
-"""Was pre-training worth it? The statistics and the words of the comparison with an equal model from scratch.
+"""Statistics and report of the comparison between a pre-trained model and the same model trained from scratch.
 
 Both arms share architecture, rows, label subsets, seeds and optimizer steps, so their scores are paired by seed, and
-the gain is the mean of the paired differences with Student's t interval (Student, 1908). A verdict needs both the
-interval and the seeds on one side. Classical baselines at the same labels stand beside the two arms, because a gain
-over a badly trained model is worth nothing: a baseline that is better is said as plainly as a gain.
+the gain is the mean of the paired differences with Student's t interval (Student, 1908). A verdict requires both the
+interval and four of five seeds on one side of 0. Classical baselines at the same labels are reported beside the two
+arms, because a gain over a badly trained model is worth nothing; the verdict names a baseline that is better.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _SHORT = {
     "lsa": "LSA",
     "probe": "frozen",
 }
-_FEW_SEEDS = 3  # with fewer, an interval of any real spread holds 0
+_FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
 _WORTH_TRYING = (
-    4  # times the seeds: a gain that would show with so many is not called no difference
+    4  # times the seeds: a gain that so many would show is not reported as no difference
 )
 _MOST_SEEDS = 100
 _HINTS = (
@@ -51,12 +51,12 @@ class Gain(NamedTuple):
     low: float
     high: float
     positive: int
-    """Seeds with a gain above 0."""
+    """Number of seeds with a gain above 0."""
 
 
 @dataclass
 class Arm:
-    """The test scores of one way to learn the task: label count -> one score per seed, in the order of the seeds."""
+    """Test scores of one arm: label count -> one score per seed, in the order of the seeds."""
 
     name: str
     scores: dict[int, list[float]]
@@ -64,21 +64,21 @@ class Arm:
 
 @dataclass
 class Notes:
-    """What belongs beside the scores.
+    """Context of the scores in the report.
 
     Args:
-        data: name of the set.
-        stratified: whether every subset holds the classes in the proportions of the whole.
-        dropped: training rows left out because their normalised text recurs in the rows that are scored.
-        scored_on: what these rows are called: ``test``, or ``held-out`` where there are no test rows.
-        valid_rows: rows on which every arm was tuned.
-        settings: what was chosen per arm, as ``{"scratch": {"lr": 1e-3}, "tfidf": {"C": 10.0}}``; a list is one
-            value per seed.
-        seconds: of fine-tuning per arm, and of ``"pre-training"``.
-        tokens: read by pre-training.
-        steps: share of scratch's steps to its best score that the pre-trained model needs for the same score, and
-            that share with pre-training counted in; see ``steps_to_best``.
-        saved: how the model that is saved is trained, in the terms of ``settings``.
+        data: name of the data set.
+        stratified: whether every subset has the class proportions of the whole.
+        dropped: number of training rows left out because their normalised text recurs in the scored rows.
+        scored_on: name of the scored rows: ``test``, or ``held-out`` if there are no test rows.
+        valid_rows: number of rows on which every arm was tuned.
+        settings: hyperparameters chosen per arm, as ``{"scratch": {"lr": 1e-3}, "tfidf": {"C": 10.0}}``; a list is
+            one value per seed.
+        seconds: seconds of fine-tuning per arm, and of ``"pre-training"``.
+        tokens: tokens of pre-training.
+        steps: steps of the pre-trained model to scratch's best score as a share of scratch's own, without and with
+            the steps of pre-training; see ``steps_to_best``.
+        saved: hyperparameters of the saved model, in the terms of ``settings``.
     """
 
     data: str = ""
@@ -95,17 +95,17 @@ class Notes:
 
 @dataclass(repr=False)
 class Comparison:
-    """Scores of all arms at a few label counts, and what they say.
+    """Scores of all arms at a few label counts, with statistics, verdicts and report.
 
     Args:
         metric: name of the score. Those of ``metrics.LOWER_IS_BETTER`` are reported as they are, all others are in
             [0, 1] or a correlation and are reported in points, 100 times the score.
         counts: numbers of labels, ascending.
-        arms: arm -> label count -> one test score per seed. ``"pretrained"`` and ``"scratch"`` must be there, with
+        arms: arm -> label count -> one test score per seed. ``"pretrained"`` and ``"scratch"`` are required, with
             every count; every other arm is a baseline.
-        seeds: of fine-tuning, in the order of the scores.
-        test_rows: rows behind every score, touched once.
-        notes: what else the report says.
+        seeds: seeds of fine-tuning, in the order of the scores.
+        test_rows: number of rows behind every score, used once.
+        notes: context of the scores in the report.
 
     Raises:
         DataError: an arm, a count or a score is missing.
@@ -146,7 +146,7 @@ class Comparison:
         """The arms that are neither pre-trained nor from scratch."""
         return [name for name in self.arms if name not in (PRETRAINED, SCRATCH)]
 
-    # What the scores say
+    # Statistics and verdicts
 
     def gain(self, count: int) -> Gain:
         """The paired gain at a number of labels with its 95 % t interval, in points (or units of the metric)."""
@@ -154,7 +154,7 @@ class Comparison:
         return Gain(*mean_interval(differences), sum(value > 0 for value in differences))
 
     def best_baseline(self, count: int) -> tuple[str, float] | None:
-        """The baseline with the best mean, and by how much that is better than the pre-trained mean."""
+        """The baseline with the best mean, and its lead over the pre-trained mean; None without baselines."""
         leads = {
             name: statistics.fmean(self._differences(name, PRETRAINED, count))
             for name in self.baselines
@@ -167,7 +167,7 @@ class Comparison:
     def outcome(self, count: int) -> str:
         """``"helps"``, ``"hurts"``, ``"no difference"`` or ``"unknown"`` (one seed, or a score is missing).
 
-        Helping needs an interval above 0 and four of five seeds with a gain; hurting is its mirror image.
+        ``"helps"`` needs an interval above 0 and a gain in four of five seeds; ``"hurts"`` is the mirror image.
         """
         gain, seeds = self.gain(count), len(self.seeds)
         if math.isnan(gain.low):
@@ -178,7 +178,7 @@ class Comparison:
         return "hurts" if gain.high < 0 and 5 * negative >= 4 * seeds else "no difference"
 
     def verdict(self, count: int) -> str:
-        """One sentence for a number of labels; a better baseline is named in it, whatever the gain."""
+        """Verdict for a number of labels, in one sentence; it names a better baseline, whatever the gain."""
         gain, outcome, best = self.gain(count), self.outcome(count), self.best_baseline(count)
         size = (
             f"{self._plain(abs(gain.mean))} ± {self._plain((gain.high - gain.low) / 2)}{self._unit}"
@@ -207,9 +207,9 @@ class Comparison:
         return f"{text}; and {other}" if worse else text
 
     def seeds_needed(self, count: int) -> int | None:
-        """The fewest seeds at which this gain, with this spread over the seeds, has an interval on one side of 0.
+        """The fewest seeds at which this gain, with this spread over the seeds, has an interval that excludes 0.
 
-        None where it takes more than `_MOST_SEEDS`, or a score is missing.
+        None if it takes more than `_MOST_SEEDS`, or a score is missing.
         """
         values = self._differences(PRETRAINED, SCRATCH, count)
         if len(values) < 2 or not all(map(math.isfinite, values)):
@@ -225,9 +225,9 @@ class Comparison:
         )
 
     def _open_verdict(self, count: int, gain: Gain) -> str:
-        """The words for an interval that holds 0: there is no difference to be seen, or too few seeds to see one.
+        """Verdict for an inconclusive result: no difference is seen, or there are too few seeds to see one.
 
-        Few seeds have intervals so wide that they say nothing about a difference; only more of them do.
+        With few seeds the interval is too wide to rule a difference out.
         """
         seeds, needed = len(self.seeds), self.seeds_needed(count)
         facts = (
@@ -240,10 +240,10 @@ class Comparison:
             return f"{seeds} seeds cannot tell ({facts}): run at least 5"
         return f"no difference seen ({facts})"
 
-    # How it is shown
+    # Report
 
     def table(self) -> str:
-        """The whole report as plain text: the scores, the gain per seed, what was chosen, the cost, the verdicts."""
+        """The whole report as plain text: scores, gain per seed, chosen hyperparameters, cost and verdicts."""
         head, *body = self._cells()
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = [self._title(), ""]
@@ -293,10 +293,10 @@ class Comparison:
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
-        """Read what ``to_json`` wrote.
+        """Read the output of ``to_json``.
 
         Raises:
-            DataError: the text is something else.
+            DataError: the text is not a saved comparison.
         """
         try:
             raw = parse_json(text.encode("utf-8"), "the comparison")
@@ -312,7 +312,7 @@ class Comparison:
             if not isinstance(raw["metric"], str):
                 raise TypeError("the metric is no name")
             found = cls(raw["metric"], counts, arms, seeds, int(raw["test_rows"]), notes)
-            found.table()  # whatever cannot be shown is found here and not in a notebook
+            found.table()  # content that cannot be shown raises here and not in a notebook
             return found
         except (LookupError, TypeError, ValueError, AttributeError, PretrainError) as error:
             raise DataError(
@@ -320,7 +320,7 @@ class Comparison:
                 f"Comparison.to_json wrote, unchanged."
             ) from None
 
-    # Parts
+    # Helpers
 
     @property
     def _scale(self) -> float:
@@ -417,7 +417,7 @@ class Comparison:
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; nan if there are none, 0 for the deviation of one."""
+    """Mean and standard deviation; nan if there are no values or one is not finite, deviation 0 for one value."""
     if not values or not all(map(math.isfinite, values)):
         return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""What a classifier confuses and where it is most wrong, for terminals and notebooks; every text is escaped."""
+"""Confusion matrix and worst mistakes for terminals and notebooks; all text is escaped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BORDER = "border:1px solid #8884;padding:4px 9px;"
 
 
 class Confusion:
-    """How often each class was taken for each other class.
+    """Confusion matrix: how often each class was predicted for each class.
 
     Args:
         labels: the C classes.
@@ -65,7 +65,7 @@ class Confusion:
 
     @property
     def small(self) -> bool:
-        """The whole matrix is worth showing."""
+        """Whether the whole matrix is shown."""
         return len(self.labels) <= _MATRIX
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class Confusion:
         return f'<table style="border-collapse:collapse;width:auto">{"".join(lines)}</table>'
 
     def _cell(self, i: int, k: int) -> str:
-        """A count on a ground as strong as its share of the row: blue where right, orange where wrong."""
+        """A count on a background as strong as its share of the row: blue if correct, orange if wrong."""
         share = self.matrix[i, k] / max(1, self.matrix[i].sum())
         red, green, blue = (42, 111, 214) if i == k else (217, 72, 15)
         ground = f"background:rgba({red},{green},{blue},{share * 0.6:.2f});" if share else ""
@@ -168,7 +168,7 @@ def _html_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int) -
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Columns of a terminal; the first ``left`` to the left, numbers to the right."""
+    """Align columns for a terminal: the first ``left`` to the left, numbers to the right."""
     cells = [[_line(cell, _WIDE) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -181,7 +181,7 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
 
 
 def _line(value: Any, limit: int) -> str:
-    """A value on one line that cannot drive a terminal, cut where it is long."""
+    """A value on one line without terminal control characters, truncated to ``limit``."""
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         value = ", ".join(value) or "none"
     text = printable(str(value)).strip()
