@@ -357,7 +357,7 @@ def test_peers_that_go_away_leave_no_litter(tmp_path):
             raise RuntimeError("Connection closed by peer")
 
     peers = Gone(Room(2), 0)
-    peers.gather = lambda value: [value, value]
+    peers.all_gather_object = lambda value: [value, value]
     saver = Saver(tmp_path, background=True, layout=at(layout, 0), peers=peers)
     saver.save(cut_model(model, layout, 0), step=1, tokens=1, pretrain_block={})
     with pytest.raises(CheckpointError, match="RuntimeError: Connection closed by peer"):
