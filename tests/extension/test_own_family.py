@@ -11,10 +11,12 @@ import pytest
 import pretrain
 import pretrain.models
 from pretrain.cli.main import main
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, ModelError
 
 FAMILY = "own_gpt:OwnGPT"
 CODE = '''
+from torch import nn
+
 from pretrain.models.gpt2 import GPT2
 
 
@@ -23,6 +25,14 @@ class OwnGPT(GPT2):
 
     model_type = "own-gpt"
     architectures = {**GPT2.architectures, None: "OwnGPTModel", "causal-lm": "OwnGPTLMHeadModel"}
+
+
+class Normed(OwnGPT):
+    """With running statistics."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.statistics = nn.BatchNorm1d(config.hidden_size)
 
 
 class Nameless(GPT2):
@@ -134,3 +144,10 @@ def test_a_config_never_names_code(unknown: None) -> None:
 def test_a_family_without_a_name_of_its_own_is_refused(unknown: None) -> None:
     with pytest.raises(ConfigError, match="model_type of its own"):
         pretrain.load("saved", family="own_gpt:Nameless")
+
+
+def test_running_statistics_which_no_file_would_hold_are_refused(unknown: None) -> None:
+    with pytest.raises(
+        ModelError, match=r"3 buffers .*'backbone\.statistics\.num_batches_tracked'"
+    ):
+        pretrain.build("own_gpt:Normed", "tiny", hidden_size=16, num_heads=2, num_layers=1)

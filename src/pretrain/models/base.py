@@ -96,6 +96,19 @@ class Model(ModelMethods, nn.Module):
         self.layout: Any = None
         self.computes_on: torch.device | None = None
         self.start: Callable[[Model], object] | None = None
+        self._refuse_persistent_buffers()
+
+    def _refuse_persistent_buffers(self) -> None:
+        """Refuse state that no checkpoint would hold, such as the running statistics of BatchNorm."""
+        parameters = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        kept = sorted(name for name in self.state_dict() if name not in parameters)
+        if kept:
+            raise ModelError(
+                f"{type(self.backbone).__name__} has {len(kept)} buffers that belong to its state, the first is "
+                f"{kept[0]!r}. Checkpoints hold parameters only, so they would be lost. Use a layer without running "
+                "statistics (LayerNorm, GroupNorm), or register a buffer that init_buffers() can compute again with "
+                "persistent=False."
+            )
 
     @property
     def device(self) -> torch.device:
