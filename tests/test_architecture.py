@@ -146,6 +146,24 @@ def test_only_the_hub_finds_our_modules_by_name():
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_trainer_sets_its_own_attributes():
+    """Whoever is given a trainer reads it: what it holds is decided in one file."""
+    wrong = []
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            targets = (
+                node.targets
+                if isinstance(node, ast.Assign)
+                else [node.target]
+                if isinstance(node, ast.AnnAssign | ast.AugAssign)
+                else []
+            )
+            for item in (item for target in targets for item in ast.walk(target)):
+                if isinstance(item, ast.Attribute) and dotted(item).startswith("trainer."):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} sets {dotted(item)}")
+    assert not wrong, "\n".join(wrong)
+
+
 def family_names() -> set[str]:
     """Model types and class names in the visible table ``FAMILIES`` of models/__init__.py."""
     for node in tree(SRC / "models" / "__init__.py").body:

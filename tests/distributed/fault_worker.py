@@ -26,7 +26,7 @@ from typing import Any
 
 from pretrain.cli.main import main
 from pretrain.distributed.world import World
-from pretrain.training import trainer as training
+from pretrain.training.trainer import Trainer
 
 PHASES = ("start", "data", "forward", "backward", "update", "evaluate", "save")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -71,19 +71,19 @@ def prepare() -> None:
         own = Path(os.environ["OWN"], os.environ["RANK"])
         own.mkdir(parents=True, exist_ok=True)
         os.chdir(own)
-    mark, set_up = World.mark, training.set_up
+    mark, set_up = World.mark, Trainer._set_up
 
     def marked(world: World, phase: str, step: int) -> None:
         mark(world, phase, step)
         reached(world.rank, phase, step)
 
-    def with_start(trainer: training.Trainer) -> bool:
+    def with_start(trainer: Trainer) -> bool:
         reached(trainer.world.rank, "start", 0)
         resumed = set_up(trainer)
         tell("began", step=trainer.state.step)
         return resumed
 
-    World.mark, training.set_up = marked, with_start  # type: ignore[method-assign]
+    World.mark, Trainer._set_up = marked, with_start  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import TrainingError
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
-from pretrain.training.setup import set_up
-from pretrain.training.trainer import Hook
+from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.run_log import read_log
 from tiny import Rows, losses, objective, trainer
 
@@ -259,12 +258,14 @@ def test_only_a_gradient_moves_the_loss_scale(
 
     task.hooks = [Hook(arm)]
 
+    set_up = Trainer._set_up
+
     def with_scale(trainer: Any) -> bool:
         done = set_up(trainer)
         trainer.scaler.enabled, trainer.scaler.scale = True, 8.0
         return done
 
-    monkeypatch.setattr("pretrain.training.trainer.set_up", with_scale)
+    monkeypatch.setattr(Trainer, "_set_up", with_scale)
     task.fit()
     assert [skipped for skipped, _, _ in seen] == [False, False, True, False]
     assert seen[1][1:] == (8.0, 2) and seen[-1][1:] == (scale, good)

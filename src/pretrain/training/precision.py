@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,15 @@ from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
 
+if TYPE_CHECKING:
+    from pretrain.distributed.world import World
+
 __all__ = [
     "LossScale",
     "Precision",
     "choose_device",
     "choose_precision",
+    "common_precision",
     "evaluation_precision",
     "peak_flops",
 ]
@@ -205,3 +209,19 @@ def _measured_flops(precision: Precision) -> float:
         b[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
+
+
+def common_precision(setting: str, device: torch.device, world: World) -> Precision:
+    """Choose the compute precision, the same on every rank.
+
+    Raises:
+        ConfigError: ``auto`` resolves to different types on different hosts.
+    """
+    precision = choose_precision(setting, device)
+    names = world.all_gather_object(precision.name)
+    if len(set(names)) > 1:
+        types = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))
+        raise ConfigError(
+            f"train.precision=auto means {types}: the hosts are not alike. Set train.precision to one that all can do."
+        )
+    return precision

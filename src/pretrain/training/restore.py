@@ -58,7 +58,7 @@ def training_state(trainer: Trainer) -> TrainingState:
     return TrainingState(tensors=tensors, state=state)
 
 
-def restore(trainer: Trainer, checkpoint: Path) -> None:
+def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     """Restore a trainer from a checkpoint, which may have been written by another number of ranks.
 
     Args:
@@ -85,9 +85,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
                 f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
                 "repeat some rows and skip others. Restore what was changed, or use a new train.out."
             )
-    trainer.state = RunState.from_json(training.state["run"])
-    trainer.checkpoint = checkpoint
-    trainer.scaler.load(trainer.state.scale)
+    state = RunState.from_json(training.state["run"])
+    trainer.scaler.load(state.scale)
     others = training.tensors.get("objective", {})
     load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)
     wanted = ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]
@@ -100,6 +99,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     if trainer.average.decay:
         trainer.average.load(training.tensors["weights"])
     trainer.optimizers.load(training.tensors["optimizer"])
+    return state
 
 
 def _short(value: Any) -> str:

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import Saver
+from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
-from pretrain.data.loader import Examples
+from pretrain.data.loader import Examples, Loader
 from pretrain.distributed.strategy import Strategy
+from pretrain.distributed.whole_parameters import Parts, align
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import PretrainError, TrainingError, out_of_memory
 from pretrain.nn.layout import local
@@ -33,17 +35,23 @@ from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, real_tokens, to_device
 from pretrain.training.journal import Journal
 from pretrain.training.layers import Layers
-from pretrain.training.optim import Optimizers
-from pretrain.training.parallelize import enter_world, run_lock
-from pretrain.training.plan import Plan
-from pretrain.training.precision import LossScale, Precision
+from pretrain.training.optim import Optimizers, build_optimizers
+from pretrain.training.parallelize import enter_world, parallelize, run_lock
+from pretrain.training.plan import Plan, choose_micro_rows, mean_length
+from pretrain.training.precision import (
+    LossScale,
+    Precision,
+    common_precision,
+    evaluation_precision,
+    peak_flops,
+)
+from pretrain.training.preflight import check_rows, preflight
 from pretrain.training.rescue import Home
-from pretrain.training.restore import origin, training_state
+from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.schedule import lr_factor
-from pretrain.training.setup import set_up
 from pretrain.training.skips import count_skips
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
-from pretrain.training.validation import evaluate
+from pretrain.training.validation import run_validation
 from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
@@ -76,7 +84,7 @@ class Trainer:
         CheckpointError: in ``fit``: the output directory cannot be written or is in use.
     """
 
-    # Set by ``fit`` (device, stop) and by ``set_up`` (the others).
+    # Set by ``fit`` (device, stop) and by ``_set_up`` (the others).
     device: torch.device
     precision: Precision
     eval_precision: Precision
@@ -143,7 +151,7 @@ class Trainer:
                 self.out, self.train.loggers, self.about, self.quiet, leads=world.is_rank_zero
             )
             with contextlib.closing(self.journal), self._memory():
-                resumed = set_up(self)
+                resumed = self._set_up()
                 self._began = began - self.state.seconds
                 self.journal.open_log(self.state.step if resumed else None, self.state.log)
                 if world.is_rank_zero:
@@ -155,6 +163,80 @@ class Trainer:
                 if end is not None:
                     end(run)
                 return run
+
+    def _set_up(self) -> bool:
+        """Set up precision, mesh, optimizers, batches and state in the order of their dependencies, and run all checks.
+
+        Returns:
+            True if a checkpoint is resumed.
+        """
+        train, world = self.train, self.world
+        check_rows(self.train_data, train.batch_rows)
+        if self.parallel.threads:
+            torch.set_num_threads(self.parallel.threads)
+        self.precision = common_precision(train.precision, self.device, world)
+        self.scaler = LossScale(self.precision.name == "fp16")
+        if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
+            self.say("the weights are converted to fp32: half-precision weights lose small updates")
+            self.objective.float()
+        checkpoint = latest_together(self.out, world.peers())
+        self.strategy = parallelize(self)
+        self.eval_precision = evaluation_precision(
+            train.eval_precision, self.precision, gathered=self.strategy.gathered
+        )
+        self.strategy.fill(initialise=checkpoint is None)
+        align(self.objective, self.strategy.layout, world)
+        self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+        self.layers = Layers(self.objective, self.optim)
+        self.optimizers = build_optimizers(
+            self.objective,
+            self.optim,
+            self.objective.model.backbone.blocks(),
+            self.device,
+            scales=self.layers.scales,
+            fresh=self.layers.fresh,
+            # The last bits of a matrix product may depend on its batch, which changes with the number of ranks.
+            parts=Parts(self.strategy.layout, world)
+            if world.size > 1 and not self.parallel.reproducible
+            else None,
+        )
+        self.average = WeightAverage(self.objective.model, self.optim.ema)
+        self.saver = Saver(
+            self.out,
+            background=train.async_save,
+            layout=self.strategy.layout if world.size > 1 else None,
+            peers=world.peers(background=train.async_save),
+        )
+        sizes = self.strategy.choice.sizes
+        self.micro_rows = choose_micro_rows(
+            train,
+            self.train_data,
+            self.objective,
+            self.device,
+            share=train.batch_rows // sizes.dp,
+            even=self.parallel.reproducible,
+            most=self.strategy.choice.micro_rows,
+        )
+        self.feed = Feed(
+            self.objective,
+            loader := Loader(self.train_data, seed=train.seed),
+            batch_rows=train.batch_rows,
+            micro_rows=self.micro_rows,
+            share=(world.dp_rank, sizes.dp),
+        )
+        self.plan = Plan(train, self.train_data, loader.epoch_length)
+        self.journal.epoch_rows = self.plan.epoch_rows
+        self.row_length = round(mean_length(self.train_data))
+        if checkpoint is not None:
+            self.state, self.checkpoint = restore(self, checkpoint), checkpoint
+        seconds = preflight(self, checkpoint)
+        self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
+        if self.optim.unfreeze:
+            self.release()  # DDP must not wait for gradients of frozen layers
+        self.strategy.wrap()
+        self.state.limit = train.limit
+        self.peak = peak_flops(self.precision)
+        return checkpoint is not None
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:
@@ -179,7 +261,7 @@ class Trainer:
         with heap_at_rest(), self.saver:
             try:
                 if state.owed and self.eval_data is not None:
-                    evaluate(self, last=state.step >= state.total_steps)
+                    self._evaluate(last=state.step >= state.total_steps)
                     state.last_save = -1  # the next checkpoint must record this evaluation
                 while state.step < state.total_steps:
                     began = time.perf_counter()
@@ -311,13 +393,23 @@ class Trainer:
         if self.eval_data is not None and (
             last or self._due(self.train.eval_every, state.last_eval, "eval")
         ):
-            improved = evaluate(self, last=last)
+            improved = self._evaluate(last=last)
         if last or improved or self._due(self.train.save_every, state.last_save, "save"):
             self.save()
         read_only = MappingProxyType(record)
         for hook in self.hooks:
             if state.step % hook.every == 0 and self.world.is_rank_zero:
                 hook.fn(read_only)
+
+    def _evaluate(self, *, last: bool) -> bool:
+        """Evaluate on the held-out rows and log the figures; return True if they are to be saved as the best so far."""
+        found = run_validation(self, last=last)
+        if found is None:
+            return False
+        self.metrics, self.peak = dict(found.figures), peak_flops(self.precision)
+        self.plan.reserve = 1.0 + 1.2 * found.seconds
+        self.journal.evaluation(self.state, self.metrics, found.samples, found.note)
+        return found.improved and self.train.best
 
     def _due(self, every: str, last: int, name: str) -> bool:
         epoch = self.plan.epoch_rows / self.train.batch_rows

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pretrain.training.evaluate import EvaluationStopped, evaluate_rows
 from pretrain.training.monitor import improves
-from pretrain.training.precision import peak_flops
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["evaluate"]
+__all__ = ["Evaluation", "run_validation"]
 
 
-def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
-    """Evaluate on the held-out rows and log the figures; return True if it is the best so far and to be saved.
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one evaluation.
+
+    Attributes:
+        figures: metrics on the held-out rows, the same on all ranks.
+        samples: texts of the model for the log; empty except on the ranks that write them.
+        improved: whether the figures are the best so far.
+        note: what the console adds to the line.
+        seconds: time that an evaluation on all rows takes.
+    """
+
+    figures: Mapping[str, float]
+    samples: list[str]
+    improved: bool
+    note: str
+    seconds: float
+
+
+def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None:
+    """Evaluate on the held-out rows and compare with the best so far; return None if a stop request interrupts it.
 
     With ``train.eval_rows`` the best is chosen on that sample, and the last evaluation is also made on all rows. A stop
     request interrupts the evaluation, because there may only be time to save.
@@ -24,16 +44,16 @@ def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
     assert trainer.eval_data is not None
     state, limit, strategy = trainer.state, trainer.train.eval_rows, trainer.strategy
     try:
-        figures = _figures(trainer, limit)
+        figures, seconds = _figures(trainer, limit)
         state.last_eval, state.owed = state.step, False
         improved = improves(state, figures, trainer.train.monitor, last=last)
         note = " (best)" if improved else ""
         if last and 0 < limit < len(trainer.eval_data):
-            figures, note = _figures(trainer, 0), " on all rows"
+            (figures, seconds), note = _figures(trainer, 0), " on all rows"
     except EvaluationStopped:
         state.owed = True  # repeated on resume, before the next step
         trainer.say(f"asked to stop: the evaluation after step {state.step:,} is broken off")
-        return False
+        return None
     samples: list[str] = []
     trainer.world.mark("evaluate", state.step)
     if strategy.speaks:
@@ -42,13 +62,11 @@ def evaluate(trainer: Trainer, *, last: bool = False) -> bool:
             samples = trainer.objective.preview(
                 [trainer.eval_data[0]], trainer.train.sample, trainer.train.seed
             )
-    trainer.metrics = figures
-    trainer.peak = peak_flops(trainer.precision)
-    trainer.journal.evaluation(state, figures, samples, note)
-    return improved and trainer.train.best
+    return Evaluation(figures, samples, improved, note, seconds)
 
 
-def _figures(trainer: Trainer, limit: int) -> dict[str, float]:
+def _figures(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
+    """Return the metrics on ``limit`` rows (0: all), and the seconds that all rows would take."""
     assert trainer.eval_data is not None
     began, train = time.monotonic(), trainer.train
     trainer.world.mark("evaluate", trainer.state.step)
@@ -67,5 +85,4 @@ def _figures(trainer: Trainer, limit: int) -> dict[str, float]:
     # All ranks must make the same decisions from them.
     figures = dict(trainer.world.broadcast_object(figures))
     share = min(1.0, limit / len(trainer.eval_data)) if limit else 1.0
-    trainer.plan.reserve = 1.0 + 1.2 * (time.monotonic() - began) / share
-    return figures
+    return figures, (time.monotonic() - began) / share
