@@ -280,7 +280,10 @@ def test_exit_codes_of_interruptions(monkeypatch: pytest.MonkeyPatch, capsys: An
         cli.main(["train"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_the_run_and_sets_the_exit_code(
     number: int, code: int, tmp_path: Path
 ) -> None:

@@ -272,6 +272,7 @@ def test_python_corpus(tmp_path: Path) -> None:
     assert sum(map(len, texts)) > 3_000_000 and len(texts) > len(files)
 
 
+@pytest.mark.slow
 def test_padding_on_real_text(data_sets: Path) -> None:
     sources = [data_sets / "books", data_sets / "python_peps"]
     tokenizer = pretrain.train_tokenizer(sources, vocab_size=2048, sample_bytes=1_000_000)

@@ -245,6 +245,7 @@ def test_a_wrong_config_is_refused_before_it_is_in_the_queue(place: Path) -> Non
 # ---------------------------------------------------------------------------------------------- end to end
 
 
+@pytest.mark.slow
 def test_two_hosts_train_one_model(place: Path) -> None:
     """Data first, then the check, then one process on each of two "hosts"; all of them leave."""
     job = written(place)

@@ -87,7 +87,11 @@ def killings(calls):
 
 
 @pytest.mark.parametrize(
-    ("base", "new"), [((1, 2), 3), ((1, 2), 2)], ids=["next-step", "same-step-again"]
+    ("base", "new"),
+    [
+        pytest.param((1, 2), 3, id="next-step"),
+        pytest.param((1, 2), 2, id="same-step-again", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_every_call_of_save_and_rotate(model, tmp_path, monkeypatch, base, new, capfd):
     for step in base:

@@ -213,6 +213,7 @@ def test_the_probe_is_the_linear_model_of_sklearn_on_scaled_embeddings() -> None
     assert found["score_valid"] == pytest.approx(model.score(x[40:60], labels[40:60]))
 
 
+@pytest.mark.slow
 def test_published_figures_on_ag_news(data_sets):
     """200 stratified labels, fixed settings, against figures that were measured by a separate script."""
     parts = {}

@@ -96,6 +96,7 @@ def test_asking_for_all_rows_allows_for_those_that_recur():
     assert _counts([513, 128], 511, 1) == [128, 513]  # refused later: there are not so many
 
 
+@pytest.mark.slow
 def test_the_model_that_is_saved_has_the_rate_that_was_compared(
     checkpoint: str, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_run(folder: Path, name: str) -> None:
     assert_as_expected(name, runs.record(folder, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named(processes=2))
 def test_run_on_mesh(on_meshes: dict[str, Any], name: str) -> None:
     assert_as_expected(name, on_meshes[name])

@@ -462,6 +462,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peaks[1] < 1.2 * peaks[0] < 4_000_000
 
 
+@pytest.mark.slow
 def test_memory_of_predictions_does_not_grow(model: Model, tmp_path: Path) -> None:
     peaks = []
     for count in (3_000, 9_000):

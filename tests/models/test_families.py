@@ -140,7 +140,7 @@ def test_bf16_autocast_keeps_the_head_and_attention_low():
         assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_blocks_compile_without_a_graph_break(packed: bool):
     model = build("qwen3", **TINY)
     batch = {"input_ids": torch.arange(80).reshape(2, 40) % 61}

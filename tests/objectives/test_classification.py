@@ -41,7 +41,7 @@ def logits_of(task: Classification, rows: Any) -> torch.Tensor:
         return task.model(batch_of(task, rows)).float()
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_contract(family: str, tmp_path: Path) -> None:
     rows = alike(task_of(family).encode(read_table(rows_of(90))))
     check_objective(lambda: Placeless(task_of(family).model, pack=False), rows, tmp_path)

@@ -86,7 +86,7 @@ def test_every_token_stands_in_one_row(texts: list[str], length: int) -> None:
     assert sorted(found) == pieces
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "bert"])
 def test_contract(family: str, tmp_path: Path) -> None:
     rows = LanguageModelling(model(family)).encode(
         read_table([{"text": t} for t in tiny.TEXTS * 2])

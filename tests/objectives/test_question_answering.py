@@ -531,6 +531,7 @@ def test_figures_are_squads_over_the_predictions(max_length: int) -> None:
 # ------------------------------------------------------------------ learning
 
 
+@pytest.mark.slow
 def test_learns(tmp_path: Path) -> None:
     goal = task()
     held_out = goal.encode(table(rows_of(40, seed=9)))

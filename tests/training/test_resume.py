@@ -48,6 +48,7 @@ def _same(a: Path, b: Path) -> None:
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 @given(
     crashes=st.lists(st.integers(1, 17), min_size=1, max_size=4),
     kind=st.sampled_from(["NextToken", "MaskedLM"]),
