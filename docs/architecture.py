@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pretrain
@@ -86,27 +87,26 @@ def observed(code: str, tokenizer: str, *, profile: bool = False) -> tuple[list[
     return files, [file for file in step if file.startswith(str(PACKAGE))]
 
 
-def folder_graph() -> dict[str, set[str]]:
-    """Folder, or module that lies in none -> those that it imports, wherever in the file."""
-    graph: dict[str, set[str]] = {}
-    for path in PACKAGE.rglob("*.py"):
+def folder_graph() -> dict[str, dict[str, str]]:
+    """Folder, or module that lies in none -> those that it imports, wherever in the file -> one line that does so."""
+    graph: dict[str, dict[str, str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
         own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        names = set()
+        edges = graph.setdefault(own, {})
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
             if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        parts = {name.split(".")[1] for name in names if name.startswith("pretrain.")}
-        graph.setdefault(own, set()).update(
-            part
-            for part in parts - {own}
-            if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file()
-        )
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for part in {name.split(".")[1] for name in names if name.startswith("pretrain.")}:
+                is_ours = (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file()
+                if is_ours and part != own:
+                    edges.setdefault(part, f"{path.relative_to(SRC.parent)}:{node.lineno}")
     return graph
 
 
-def circle(graph: dict[str, set[str]]) -> set[str]:
+def circle(graph: Mapping[str, Collection[str]]) -> set[str]:
     """Folders that import each other, directly or by way of others."""
     left = {name: set(targets) for name, targets in graph.items()}
     while leaves := {name for name, targets in left.items() if not targets & set(left)}:
@@ -116,22 +116,19 @@ def circle(graph: dict[str, set[str]]) -> set[str]:
     return set(left)
 
 
-def set_from_outside() -> set[str]:
-    """Attributes of a Trainer that other modules set."""
-    found = set()
-    for path in (PACKAGE / "training").glob("*.py"):
-        if path.name == "trainer.py":
-            continue
+def set_on_trainers() -> dict[str, str]:
+    """What modules set on a Trainer that they are given -> one line that does so."""
+    found: dict[str, str] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            targets = (
-                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            )
-            for target in (
-                targets if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) else []
-            ):
-                for item in ast.walk(target) if target is not None else ():
-                    if isinstance(item, ast.Attribute) and ast.unparse(item.value) == "trainer":
-                        found.add(item.attr)
+            targets: list[ast.expr] = []
+            if isinstance(node, ast.Assign):
+                targets = node.targets
+            elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+                targets = [node.target]
+            for item in (item for target in targets for item in ast.walk(target)):
+                if isinstance(item, ast.Attribute) and ast.unparse(item).startswith("trainer."):
+                    found[ast.unparse(item)] = f"{path.relative_to(SRC.parent)}:{node.lineno}"
     return found
 
 
@@ -150,7 +147,7 @@ def main() -> None:
         ("files / lines in which a BERT step runs code", f"{len(step)} / {lines(step):,}"),
         ("imported by a fine-tuning run", f"{len(tuned)} / {lines(tuned):,}"),
         ("folders in a circle, delayed imports counted", str(len(circle(folder_graph())))),
-        ("attributes of Trainer set from outside", str(len(set_from_outside()))),
+        ("attributes of Trainer set from outside", str(len(set_on_trainers()))),
     ]
     print("| figure | now |\n|---|---|")
     for name, figure in rows:

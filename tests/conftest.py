@@ -47,9 +47,13 @@ def pytest_collection_finish() -> None:
     ):  # many tests: what most of them import at last is imported at once
         for name in ("pandas", "sklearn.linear_model", "torch._dynamo", "torch.distributed.fsdp"):
             importlib.import_module(name)
-    gc.enable()
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtestloop() -> None:
+    """Collect garbage again, in the processes that run tests and in the one that distributes them."""
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

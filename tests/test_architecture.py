@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from architecture import circle, folder_graph, set_on_trainers
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "pretrain"
@@ -75,41 +76,17 @@ def imports(path: Path, *, everywhere: bool) -> Iterator[tuple[str, int]]:
     return visit(tree(path))
 
 
-def inner(name: str) -> str | None:
-    """pretrain.models.base -> models.base; None for modules of others and for the package itself."""
-    return name.removeprefix("pretrain.") if name.startswith("pretrain.") else None
-
-
-@cache
-def folder_graph() -> dict[str, dict[str, str]]:
-    """Folder -> folders that it imports -> one line that does so; delayed and type-only imports count."""
-    graph: dict[str, dict[str, str]] = {}
-    for path in sources():
-        own = folder(module_name(path))
-        edges = graph.setdefault(own, {})
-        for full, line in imports(path, everywhere=True):
-            target = inner(full)
-            if target is not None and folder(target) != own:
-                edges.setdefault(folder(target), f"{path.relative_to(ROOT)}:{line}")
-    return graph
-
-
 def test_folders_import_each_other_in_one_direction():
     """What imports a folder is imported by none of its imports: delayed and type-only imports are imports."""
-    graph = {name: dict(edges) for name, edges in folder_graph().items()}
-    order = []
-    while leaves := sorted(name for name, edges in graph.items() if not set(edges) & set(graph)):
-        order += leaves
-        for name in leaves:
-            del graph[name]
-    print("from the ground up:", ", ".join(order))
+    graph = folder_graph()
+    inside = circle(graph)
     knot = [
-        f"{name} -> {target} ({where})"
-        for name, edges in graph.items()
-        for target, where in edges.items()
-        if target in graph
+        f"{name} -> {target} ({graph[name][target]})"
+        for name in sorted(inside)
+        for target in graph[name]
+        if target in inside
     ]
-    assert not knot, "these folders import each other in a circle:\n" + "\n".join(knot)
+    assert not inside, "these folders import each other in a circle:\n" + "\n".join(knot)
 
 
 def test_the_ground_stays_small():
@@ -148,19 +125,7 @@ def test_only_the_hub_finds_our_modules_by_name():
 
 def test_a_trainer_sets_its_own_attributes():
     """Whoever is given a trainer reads it: what it holds is decided in one file."""
-    wrong = []
-    for path in sources():
-        for node in ast.walk(tree(path)):
-            targets = (
-                node.targets
-                if isinstance(node, ast.Assign)
-                else [node.target]
-                if isinstance(node, ast.AnnAssign | ast.AugAssign)
-                else []
-            )
-            for item in (item for target in targets for item in ast.walk(target)):
-                if isinstance(item, ast.Attribute) and dotted(item).startswith("trainer."):
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} sets {dotted(item)}")
+    wrong = [f"{where} sets {name}" for name, where in set_on_trainers().items()]
     assert not wrong, "\n".join(wrong)
 
 

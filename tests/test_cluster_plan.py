@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
+import cluster_plan as plan
 import pytest
 
 from pretrain.distributed.estimates import MeshShape, activation_bytes
@@ -16,16 +14,6 @@ from pretrain.distributed.estimates import MeshShape, activation_bytes
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cluster_plan", DOCS / "cluster_plan.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cluster_plan"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-plan = load_script()
 LLAMA = replace(plan.LLAMA, checkpointing="selective")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pretrain.config.spelling import Interface
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["add_settings", "interface", "make_parser", "parse"]
+__all__ = ["add_checkpoint", "add_settings", "interface", "make_parser", "parse"]
 
 # Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "finetune")
@@ -44,6 +44,19 @@ def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None
     )
     add(parser)
     return parser
+
+
+def add_checkpoint(
+    parser: Any, name: str = "checkpoint", text: str = "run or checkpoint directory"
+) -> None:
+    """Declare the directory that a command reads, and ``--family`` for the class of its model."""
+    parser.add_argument(name, type=str, help=text)
+    parser.add_argument(
+        "--family",
+        type=str | None,
+        default=None,
+        help="package.module:Class of the model, if it is a family of your own",
+    )
 
 
 def interface(name: str, short: Mapping[str, str]) -> Interface:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.cli.arguments import add_settings
+from pretrain.cli.arguments import add_checkpoint, add_settings
 from pretrain.printing import printable
 
 __all__ = ["SHORT", "add_devices", "add_finetune", "add_predict", "finetune", "predict"]
@@ -64,13 +64,7 @@ def finetune(args: Any) -> int:
 def add_predict(parser: Any) -> None:
     """Declare the options of ``pretrain predict``."""
     add = parser.add_argument
-    add("checkpoint", type=str, help="run or model directory")
-    add(
-        "--family",
-        type=str | None,
-        default=None,
-        help="package.module:Class of the model, if it is a family of your own",
-    )
+    add_checkpoint(parser, text="run or model directory")
     add("file", type=str, help="rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)")
     add("--out", type=str | None, default=None, help=".jsonl, .csv or .tsv; not given, beside FILE")
     add(

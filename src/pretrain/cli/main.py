@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cli import finetuning as commands
-from pretrain.cli.arguments import add_settings, interface, make_parser, parse
+from pretrain.cli.arguments import add_checkpoint, add_settings, interface, make_parser, parse
 from pretrain.cli.doctor import add_doctor, doctor
 from pretrain.config.spelling import using
 from pretrain.distributed.error_printing import prints_error
@@ -171,18 +171,6 @@ def _note(message: Warning | str, *place: Any, **options: Any) -> None:
 # --------------------------------------------------------------------------------------------- commands
 
 
-def _add_checkpoint(
-    parser: Any, name: str = "checkpoint", of: str = "run or checkpoint directory"
-) -> None:
-    parser.add_argument(name, type=str, help=of)
-    parser.add_argument(
-        "--family",
-        type=str | None,
-        default=None,
-        help="package.module:Class of the model, if it is a family of your own",
-    )
-
-
 def _add_quickstart(parser: Any) -> None:
     parser.add_argument("--out", type=str, default="runs/quickstart", help="directory of the run")
     parser.add_argument("--minutes", type=float | None, default=None, help="time for everything")
@@ -266,7 +254,7 @@ def _slurm(args: Any) -> None:
 
 def _add_generate(parser: Any) -> None:
     add = parser.add_argument
-    _add_checkpoint(parser)
+    add_checkpoint(parser)
     add("prompt", type=str, help='text to continue, or "-": one prompt per line of standard input')
     add(
         "--max_new_tokens",
@@ -332,7 +320,7 @@ def _prompts(text: str) -> list[str]:
 
 
 def _add_fill_mask(parser: Any) -> None:
-    _add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument(
         "text", type=str, help='text with [MASK] in it, or "-": one per line of standard input'
     )
@@ -354,7 +342,7 @@ def _fill_mask(args: Any) -> None:
 
 
 def _add_evaluate(parser: Any) -> None:
-    _add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument(
         "--data",
         type=str | None,
@@ -385,7 +373,7 @@ def _evaluate(args: Any) -> None:
 
 def _add_merge(parser: Any) -> None:
     add = parser.add_argument
-    _add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
+    add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
     add("--out", type=str, help="directory to write the whole model to")
     add("--base", type=str | None, default=None, help="its base; not given, the one that it names")
 
@@ -397,7 +385,7 @@ def _merge(args: Any) -> None:
 
 
 def _add_inspect(parser: Any) -> None:
-    _add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -55,7 +55,7 @@ _SWEEP_STEPS = 250
 _SWEEP = (1 / 3, 1.0, 3.0)
 # Settings that earlier versions did not have. If not given, they are left out of the key of a run, so that the
 # directories of earlier runs keep their names.
-_LATER = ("delimiter", "quoting", "encoding", "group")
+_LATER = {"data": ("delimiter", "quoting", "encoding", "group"), "model": ("family",)}
 
 
 def automatic_steps(epoch: int) -> int:
@@ -99,7 +99,7 @@ class Job:
         task = task_class(settings.task.name)
         check_options(task, settings.task.options)
         source = settings.model.checkpoint if model is None else model
-        if settings.model.family:
+        if settings.model.family is not None:
             own_family(settings.model.family)
         data = open_data(settings, objects, task, classes_of(source, task))
         if isinstance(source, str | os.PathLike):
@@ -113,11 +113,10 @@ class Job:
         """Hash of settings and rows, eight hexadecimal digits."""
         plain = self.settings.to_dict()
         plain["train"].pop("out")
-        for name in _LATER:
-            if plain["data"][name] is None:
-                del plain["data"][name]
-        if not plain["model"]["family"]:  # earlier versions had no such setting
-            del plain["model"]["family"]
+        for section, names in _LATER.items():
+            for name in names:
+                if plain[section][name] is None:
+                    del plain[section][name]
         text = json.dumps([plain, self.data.fingerprint], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -75,7 +75,7 @@ class TuneModel:
 
     checkpoint: str = ""
     """A run, a checkpoint, or any Hugging Face directory of a known family."""
-    family: str = ""
+    family: str | None = None
     """package.module:Class of the checkpoint, if it is a family of your own."""
 
 
