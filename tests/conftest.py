@@ -51,6 +51,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # the first answer ends this hook, and the loop of xdist answers
 def pytest_runtestloop() -> None:
     """Collect garbage again, in the processes that run tests and in the one that distributes them."""
     gc.enable()
