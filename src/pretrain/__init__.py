@@ -20,6 +20,7 @@ _PUBLIC = {
     "Objective": "pretrain.objectives.base",
     "Prepared": "pretrain.data.prepare",
     "PretrainError": "pretrain.errors",
+    "RowSource": "pretrain.data.row_source",
     "RunConfig": "pretrain.config",
     "Tokenizer": "pretrain.data.tokenizer",
     "Trainer": "pretrain.training.trainer",

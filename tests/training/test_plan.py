@@ -15,6 +15,7 @@ from pretrain.training.state import RunState
 from tiny import Rows, objective
 
 ROWS = Rows(10)
+GOAL = objective()
 
 
 @pytest.mark.parametrize(
@@ -22,14 +23,16 @@ ROWS = Rows(10)
     [("7 steps", 7), ("1 epochs", 3), ("2.5 epochs", 7), (f"{ROWS.num_tokens} tokens", 3)],
 )
 def test_limits(limit: str, steps: int) -> None:
-    assert Plan(TrainConfig(limit=limit, batch_rows=4), ROWS, len(ROWS)).total_steps() == steps
+    assert (
+        Plan(TrainConfig(limit=limit, batch_rows=4), ROWS, GOAL, len(ROWS)).total_steps() == steps
+    )
 
 
 def test_minutes_follow_the_measured_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned at 1 s a step, run at 2 s: the plan halves, and the run ends when the time does."""
     clock = [100.0]
     monkeypatch.setattr(planning.time, "monotonic", lambda: clock[0])
-    plan = Plan(TrainConfig(limit="2 minutes", batch_rows=4), ROWS, len(ROWS))
+    plan = Plan(TrainConfig(limit="2 minutes", batch_rows=4), ROWS, GOAL, len(ROWS))
     state = RunState(total_steps=plan.total_steps(1.0))
     assert state.total_steps == 120
     totals = []
@@ -62,7 +65,7 @@ def test_micro_rows_are_a_divisor_that_fits_the_budget(monkeypatch: pytest.Monke
 
 
 def test_a_longer_limit_in_minutes_goes_on() -> None:
-    plan = Plan(TrainConfig(limit="20 minutes", batch_rows=4), ROWS, len(ROWS))
+    plan = Plan(TrainConfig(limit="20 minutes", batch_rows=4), ROWS, GOAL, len(ROWS))
     done = RunState(step=300, total_steps=300, seconds=600.0, limit="10 minutes")
     assert plan.first_total(done, 2.0) == 600
     same = RunState(step=300, total_steps=300, seconds=1200.0, limit="20 minutes")

@@ -63,10 +63,10 @@ class Padding(Objective):
 
 
 def test_lengths_of_equal_and_unequal_rows() -> None:
-    equal, ragged = Rows(4), Ragged([3, 9, 6])
-    assert (row_length(equal), mean_length(equal)) == (16, 16.0)
-    assert (row_length(ragged), mean_length(ragged)) == (9, 6.0)
-    assert row_length([{"input_ids": np.arange(7), "labels": np.float32(0.5)}]) == 7
+    equal, ragged, goal = Rows(4), Ragged([3, 9, 6]), objective()
+    assert (row_length(equal, goal), mean_length(equal, goal)) == (16, 16.0)
+    assert (row_length(ragged, goal), mean_length(ragged, goal)) == (9, 6.0)
+    assert row_length([{"input_ids": np.arange(7), "labels": np.float32(0.5)}], goal) == 7
 
 
 @given(

@@ -180,7 +180,7 @@ def draft_of(
         texts=texts,
         groups=tuple(groups),
         state=encoded_state(training.state) if training is not None else None,
-        tokenizer=None if model.tokenizer is None else (model.tokenizer, segments),
+        tokenizer=None if model.processor is None else (model.processor, segments),
         about=manifest.environment(torch.get_num_threads(), str(torch.__version__)),
         pieces=pieces,
     )

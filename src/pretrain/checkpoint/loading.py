@@ -185,7 +185,9 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
     if directory.intact("generation_config.json"):
         model.generation_config = drop_code(directory.json("generation_config.json"))
     model.sentences = SentenceSettings.read(directory) or model.sentences
-    if tokenizer:
+    if tokenizer and model.backbone.processor_class is not None:
+        model.processor = model.backbone.processor_class.from_directory(directory.path)
+    elif tokenizer:
         _open_tokenizer(model, directory)
 
 
@@ -367,6 +369,8 @@ def _contents(directory: ModelDirectory) -> dict[str, Any]:
             "base": settings.get("base_model_name_or_path"),
             **adapter_sizes(directory),
         }
+    size = config.get("vocab_size")
+    vocabulary = {} if size == 0 else {"vocabulary": size}  # 0 in a model whose input is not text
     return {
         "family": config.get("model_type"),
         "architecture": architectures[0] if isinstance(architectures, list) else None,
@@ -374,5 +378,5 @@ def _contents(directory: ModelDirectory) -> dict[str, Any]:
         "objective": objective_name(block),
         "tokens_seen": block.get("tokens_seen"),
         "step": block.get("step"),
-        "vocabulary": config.get("vocab_size"),
+        **vocabulary,
     } | about

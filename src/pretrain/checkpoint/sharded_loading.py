@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from pathlib import Path
@@ -314,6 +314,7 @@ def read_training_slices(
     *,
     verified: bool = False,
     quiet: bool = False,
+    stems: Collection[str] | None = None,
 ) -> TrainingState:
     """Read this rank's shards of the training folder of a checkpoint; see ``pretrain.checkpoint.read_training``.
 
@@ -323,6 +324,7 @@ def read_training_slices(
         peers: the ranks.
         verified: the hashes have just been compared by ``latest_together``.
         quiet: do not report differences in library versions and thread count.
+        stems: read only these groups of tensors.
 
     Returns:
         The training state. Tensors that belong to sharded parameters are this rank's shards; all other tensors, and
@@ -341,6 +343,8 @@ def read_training_slices(
             listed = open_training(directory, quiet=quiet or peers.rank != 0)
             found.state = read_state(directory, listed)
             groups = tensor_files(directory, listed.training)
+            if stems is not None:
+                groups = {stem: names for stem, names in groups.items() if stem in stems}
             for stem, names in groups.items():
                 paths = {name: directory / name for name in names}
                 opened[stem] = stack.enter_context(StoredTensors(paths, slashes=True))

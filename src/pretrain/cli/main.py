@@ -358,6 +358,9 @@ def _add_evaluate(parser: Any) -> None:
         help="of labelled rows role: column, e.g. --columns.label stars; not given, those of the training rows",
     )
     add("--base", type=str | None, default=None, help="model before training, of an adapter")
+    add(
+        "--objective", type=str | None, default=None, help="package.module:Class, if it is your own"
+    )
     add("--batch_rows", type=int | None, default=None, help="rows in one forward pass")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     add("--json", action="store_true", help="print JSON")

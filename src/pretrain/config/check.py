@@ -372,10 +372,10 @@ def check_run(built: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.valid is {data.valid}; as a fraction it must lie between 0 and 1.")
     if not train.out.strip():
         raise ConfigError("train.out is empty; name the directory of the run.")
-    parts = objective.class_path.split(".")
+    parts = objective.class_path.replace(":", ".", 1).split(".")
     if not all(part.isidentifier() for part in parts):
         raise ConfigError(
-            f"objective.class_path is {objective.class_path!r}; write a name or package.module.Class."
+            f"objective.class_path is {objective.class_path!r}; write a name or package.module:Class."
         )
 
 

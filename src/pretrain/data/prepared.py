@@ -18,6 +18,8 @@ __all__ = ["FORMAT", "MANIFEST", "Prepared", "read_manifest"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Licences of built-in sources; that of other text is known to the user only.
+_LICENCES = {"python": "PSF-2.0"}
 
 
 class Prepared:
@@ -94,6 +96,35 @@ class Prepared:
         """Name, requested share, actual share, documents, tokens, bytes and rows of each training source."""
         found: list[dict[str, Any]] = self.manifest["splits"]["train"]["sources"]
         return found
+
+    @property
+    def processor(self) -> Tokenizer:
+        """The tokenizer, as what a model reads its inputs with."""
+        return self.tokenizer
+
+    def about(self) -> dict[str, Any]:
+        """Return what a checkpoint records about the rows; names of sources, without their paths on this machine."""
+        sources = [
+            {
+                "name": source["name"]
+                if str(source["name"]).startswith("hub:")
+                else Path(source["name"]).name,
+                "licence": _LICENCES.get(source["name"]),
+                "documents": source["documents"],
+                "tokens": source["tokens"],
+                "share": source["share"],
+            }
+            for source in self.sources
+        ]
+        return {
+            "fingerprint": self.fingerprint,
+            "sources": sources,
+            "left_out": {
+                key: self.manifest[key] for key in ("duplicates", "empty", "contaminated")
+            },
+            "unigram_nats": self.unigram_entropy,
+            "row_length": self.row_length,
+        }
 
     def table(self) -> str:
         """Return the closing table of ``prepare`` as text."""

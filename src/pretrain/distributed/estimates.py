@@ -66,6 +66,7 @@ class Needs:
         parameters: P, all that are held: of the model and whatever else the objective keeps.
         trainable: number of trainable parameters; ``muon`` of them have one moment instead of two.
         hidden, layers, intermediate, vocabulary: D, L, F, V.
+        kept: bytes per token that one block keeps for the backward pass, if the widths do not tell it.
         query, key_value: total width of the query heads, and of the key heads; 0 means D.
         gated: the feed-forward layer has two input projections.
         tied: the vocabulary projection is the embedding.
@@ -84,6 +85,7 @@ class Needs:
     layers: int
     intermediate: int
     vocabulary: int = 0
+    kept: float | None = None
     row_length: int = 1
     query: int = 0
     key_value: int = 0
@@ -135,6 +137,8 @@ def kept_per_token(needs: Needs, tp: int = 1) -> float:
 
     The residual stream is fp32 and is not sharded by tensor parallelism; the inside of attention and MLP is.
     """
+    if needs.kept is not None:
+        return needs.kept
     d, b = needs.hidden, needs.compute_bytes
     q, kv = needs.query or d, needs.key_value or d
     ways = 2 if needs.gated else 1

@@ -6,11 +6,11 @@ path, ``"package.module:Class"``.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import ConfigError, did_you_mean
+from pretrain.utils.imports import import_named
 
 if TYPE_CHECKING:
     from pretrain.models.backbone import Backbone
@@ -52,20 +52,14 @@ def family_class(family: str | type[Backbone], *, path_allowed: bool = True) -> 
         if family in _OWN:
             return _OWN[family]
         path = FAMILIES.get(family, family if path_allowed else "")
-        module, _, name = path.partition(":")
-        if not name:
+        if ":" not in path:
             raise ConfigError(
                 f"There is no model family {family!r}."
                 + did_you_mean(family, FAMILIES)
                 + " If it is your own, name its class: load(..., family=...) in Python, or "
                 "--family package.module:Class of the command."
             )
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"The model family {family!r} cannot be imported: {error}."
-            ) from error
+        found = import_named(path, "model.family")
     else:
         found = family
     if not (inspect.isclass(found) and issubclass(found, Backbone)):

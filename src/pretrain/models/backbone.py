@@ -11,6 +11,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,15 +27,41 @@ from pretrain.nn.norm import compute_dtype
 from pretrain.nn.positions import Rope, document_positions
 from pretrain.nn.tensor_parallel import VocabShard
 
-__all__ = ["Backbone", "Batch"]
+__all__ = ["Backbone", "Batch", "ModelStats"]
 
 _TF32 = "TensorFloat32 tensor cores|Please use the new API settings to control TF32"
 
 Batch = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class ModelStats:
+    """Widths of a backbone from which the memory of a run is estimated.
+
+    Attributes:
+        hidden, layers, intermediate: D, number of blocks, width of the feed-forward layer.
+        query, key_value: total width of the query heads, and of the key heads; 0 means D.
+        gated: the feed-forward layer has two input projections.
+        vocabulary: V, the classes of a head over the vocabulary; 0 without one.
+        kept: bytes per unit that one block keeps for the backward pass, where the widths do not tell it (convolutions);
+            None computes it as for a transformer.
+    """
+
+    hidden: int
+    layers: int
+    intermediate: int
+    query: int = 0
+    key_value: int = 0
+    gated: bool = False
+    vocabulary: int = 0
+    kept: float | None = None
+
+
 class Backbone(nn.Module):
-    """Base class of the models without a head: token ids (B, T) -> hidden states (B, T, D).
+    """Base class of the models without a head: a batch, such as token ids (B, T) -> hidden states (B, T, D).
+
+    A family whose input is not text says in ``units`` what a batch costs, in ``unit_name`` what it counts, and in
+    ``id_limits`` that it has no ids; its config sets ``vocab_size`` and ``max_positions`` to 0.
 
     Class attributes of a family:
         model_type: name of the family in config.json.
@@ -43,6 +70,8 @@ class Backbone(nn.Module):
         prefix: prefix of the body's tensors in a file with a head; ``prefixes`` lists all that are accepted.
         architectures: head kind (None is the body alone) -> class name in config.json; lists the available heads.
         residual_scale: divide the initial standard deviation of output projections by sqrt(2 L), as in GPT-2.
+        processor_class: reads the processor of a saved model (``from_directory``); None for a tokenizer.
+        unit_name: what ``units`` counts, in the plural, for messages: tokens, patches, nodes.
     """
 
     model_type: ClassVar[str]
@@ -52,6 +81,8 @@ class Backbone(nn.Module):
     prefixes: ClassVar[tuple[str, ...]] = ("model.", "transformer.")
     architectures: ClassVar[Mapping[str | None, str]] = {}
     residual_scale: ClassVar[bool] = False
+    processor_class: ClassVar[Any] = None
+    unit_name: ClassVar[str] = "tokens"
     # The rows of the token embedding that this rank holds under tensor parallelism, or None.
     vocab: VocabShard | None = None
 
@@ -69,11 +100,13 @@ class Backbone(nn.Module):
 
     @classmethod
     def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
-        """Return the configuration of a config.json."""
-        raise NotImplementedError
+        """Return the configuration of a config.json; by default every field has its own name there."""
+        return reader.fields(cls.config_class)
 
     def to_hf_config(self) -> dict[str, Any]:
-        """Return the keys of config.json; a family adds its own."""
+        """Return the keys of config.json; a family of Hugging Face adds those that it has there."""
+        if type(self).config_from_hf.__func__ is Backbone.config_from_hf.__func__:  # type: ignore[attr-defined]
+            return asdict(self.config)
         config = self.config
         return {
             "vocab_size": config.vocab_size,
@@ -85,8 +118,8 @@ class Backbone(nn.Module):
         }
 
     def names(self) -> list[Name]:
-        """Return the rules that map the backbone's parameters to names on disk."""
-        raise NotImplementedError
+        """Return the rules that map the backbone's parameters to names on disk; by default these are the same."""
+        return [Name(name, (name,)) for name, _ in self.named_parameters()]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
         """Return the rules for the parameters of a head; names in memory start with ``head.``."""
@@ -109,6 +142,57 @@ class Backbone(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """Return the blocks from first to last: the units of sharding, activation checkpointing and compilation."""
         return list(self.layers)
+
+    def units(self, batch: Batch) -> int:
+        """Return what a batch costs, without padding, in ``unit_name``: by it limits, speed and FLOPs are counted.
+
+        Raises:
+            ModelError: the batch has no token ids, and the family does not say what its batches cost.
+        """
+        for key in ("document_ids", "attention_mask"):
+            if key in batch:
+                return int((batch[key] != 0).sum())
+        if "input_ids" not in batch:
+            raise ModelError(
+                f"A batch with {', '.join(batch)} has no token ids to count. Let {type(self).__name__} have a method "
+                "units(batch), which returns for example the number of patches of all images, and set unit_name."
+            )
+        return batch["input_ids"].numel()
+
+    def id_limits(self) -> dict[str, tuple[str, int]]:
+        """Return batch key -> (name of the table, size) of the ids that are checked before they reach the model."""
+        return {
+            "input_ids": ("vocabulary", self.vocab_size),
+            "labels": ("vocabulary", self.vocab_size),
+            "position_ids": ("number of positions", self.max_length or 2**62),
+        }
+
+    def stats(self) -> ModelStats:
+        """Return the widths from which memory is estimated."""
+        config, blocks = self.config, self.blocks()
+        width = config.head_dim or config.hidden_size // config.num_heads
+        return ModelStats(
+            hidden=config.hidden_size,
+            layers=len(blocks),
+            intermediate=config.intermediate_size or 4 * config.hidden_size,
+            query=width * config.num_heads,
+            key_value=width * (config.num_kv_heads or config.num_heads),
+            gated=any(getattr(getattr(b, "mlp", None), "gate", None) is not None for b in blocks),
+            vocabulary=self.vocab_size,
+        )
+
+    def flops_per_unit(self, weights: int, row_length: int) -> float:
+        """Return the floating-point operations of forward and backward pass of the blocks, per unit.
+
+        Six for each weight, and 12·D·T for attention in each layer: the full matrix is counted, causal or not, by
+        convention (PaLM, appendix B, arXiv 2204.02311).
+
+        Args:
+            weights: number of elements in the matrices of all blocks, not only in the shard of this rank.
+            row_length: units of a row, T.
+        """
+        stats = self.stats()
+        return 6.0 * (weights + 2 * stats.layers * stats.hidden * row_length)
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """Set the activation checkpointing of all blocks: ``off``, ``selective`` or ``full``, see ``Block``.

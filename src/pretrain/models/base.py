@@ -52,6 +52,9 @@ class Model(ModelMethods, nn.Module):
         labels: names of the classes of a classification head.
 
     Attributes:
+        processor: what turns raw inputs into batches: a tokenizer, an image processor, or one for pairs that has a
+            ``tokenizer``. Its ``save(directory)`` writes its files beside the weights, and the family's
+            ``processor_class`` reads them; its ``fingerprint`` tells two apart.
         generation_config: content of generation_config.json.
         extra_config: unused keys of config.json, kept for the next save; this package's own block is ``pretrain``.
         sentences: settings of ``embed`` from the files of a sentence-transformers directory, or None.
@@ -81,7 +84,7 @@ class Model(ModelMethods, nn.Module):
         self.backbone = backbone
         self.head = head
         self.head_kind = head_kind
-        self.tokenizer = tokenizer
+        self.processor: Any = tokenizer
         self.labels = None if labels is None else tuple(labels)
         self.generation_config: dict[str, Any] = {}
         self.extra_config: dict[str, Any] = {}
@@ -109,6 +112,17 @@ class Model(ModelMethods, nn.Module):
                 "statistics (LayerNorm, GroupNorm), or register a buffer that init_buffers() can compute again with "
                 "persistent=False."
             )
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The processor if it is a tokenizer, or the tokenizer that it contains; None without one."""
+        held: Any = self.processor
+        return held if hasattr(held, "pad_id") else getattr(held, "tokenizer", None)
+
+    @tokenizer.setter
+    def tokenizer(self, value: Tokenizer | None) -> None:
+        """Make a tokenizer the processor."""
+        self.processor = value
 
     @property
     def device(self) -> torch.device:
@@ -282,12 +296,15 @@ class Model(ModelMethods, nn.Module):
         devices = sorted({str(p.device) for p in parameters})
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         adapter = {} if self.adapter is None else {"adapter": f"{self.adapter}, trains {trained:,}"}
+        text = {
+            "vocabulary": f"{config.vocab_size:,}",
+            "positions": f"{self.backbone.max_length:,}",
+        }
         return {
             "family": self.backbone.model_type,
             "head": self.head_kind or "none",
             "layers x hidden x heads": f"{config.num_layers} x {config.hidden_size} x {config.num_heads}",
-            "vocabulary": f"{config.vocab_size:,}",
-            "positions": f"{self.backbone.max_length:,}",
+            **{key: value for key, value in text.items() if value != "0"},
             "parameters": f"{self.num_parameters():,}",
             "memory": f"{memory:,.1f} MiB",
             "dtype": f"{', '.join(types)} on {', '.join(devices)}",

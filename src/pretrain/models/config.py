@@ -44,7 +44,7 @@ _LIMITS = {
     "sliding_window": 1 << 24,
     "local_attention": 1 << 24,
 }
-_ZERO_ALLOWED = {"type_vocab_size"}
+_ZERO_ALLOWED = {"type_vocab_size", "vocab_size", "max_positions"}  # none: the input is not text
 
 
 def round_up(value: float, multiple: int) -> int:
@@ -423,6 +423,14 @@ class ConfigReader:
                     self.remarks.append(f"{where}.{key}")
                 del rope[key]
         return check_rope(rope, f"config.json: {where}")
+
+    def fields(self, kind: type[Self]) -> Self:
+        """Return a configuration whose fields are read under their own names; its constructor checks their types."""
+        known = {
+            spec.name: self._config[spec.name] for spec in fields(kind) if spec.name in self._config
+        }
+        self._used.update(known)
+        return kind(**known)
 
     def rest(self) -> dict[str, Any]:
         """Return the keys that were not read; they are kept as data and written back on saving."""

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import torch
+
 from pretrain.config.check import check_value
 from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.objectives.base import Loss, Objective
+from pretrain.utils.imports import import_named
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
@@ -57,19 +59,13 @@ def objective_class(class_path: str) -> type[Objective]:
         ConfigError: nothing of that name exists, or it is not an ``Objective``.
     """
     path = OBJECTIVES.get(class_path, class_path)
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
+    if "." not in path and ":" not in path:
         raise ConfigError(
             f"objective.class_path: no objective is called {class_path!r}."
             + did_you_mean(class_path, OBJECTIVES)
+            + " An objective of your own is named by its import path, package.module:Class."
         )
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"objective.class_path: cannot import {path!r} ({error}). Name a class by its full import path, "
-            f"or use one of {', '.join(OBJECTIVES)}."
-        ) from error
+    found = import_named(path, "objective.class_path")
     if not (inspect.isclass(found) and issubclass(found, Objective)):
         raise ConfigError(
             f"objective.class_path: {path!r} is not a subclass of pretrain.Objective."
@@ -85,7 +81,7 @@ def task_class(name: str) -> type[Task]:
     """
     from pretrain.objectives.tasks import Task
 
-    if name not in TASKS and "." not in name:
+    if name not in TASKS and "." not in name and ":" not in name:
         raise ConfigError(f"There is no task {name!r}." + did_you_mean(name, TASKS))
     found = objective_class(TASKS.get(name, name))
     if not issubclass(found, Task):
@@ -98,15 +94,23 @@ def objective_for(head_kind: str | None) -> str | None:
     return next((n for n in OBJECTIVES if objective_class(n).head_kind == head_kind), None)
 
 
-def build_objective(class_path: str, init_args: dict[str, Any], model: Any) -> Objective:
-    """Build an objective around ``model``; errors name unknown or missing arguments by their dotted key."""
+def build_objective(
+    class_path: str, init_args: dict[str, Any], model: Any, seed: int = 0
+) -> Objective:
+    """Build an objective around ``model``; modules of its own (a decoder) are initialised with ``seed``.
+
+    Raises:
+        ConfigError: there is no such objective, or an argument is unknown, missing or of the wrong type.
+    """
     cls = objective_class(class_path)
     check_arguments(cls, init_args, lambda key: f"objective.init_args.{key}")
     try:
         inspect.signature(cls).bind(model, **init_args)
     except TypeError as error:
         raise ConfigError(f"objective.init_args: {cls.__name__}: {error}.") from error
-    return cls(model, **init_args)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cls(model, **init_args)
 
 
 def check_options(task: type[Task], options: Mapping[str, Any]) -> None:

@@ -86,8 +86,15 @@ def drop_plain_documents(batch: Batch) -> Batch:
 class Objective(nn.Module):
     """A model with its loss: the module that is trained, sharded and compiled.
 
-    A subclass implements ``collate`` and ``forward``. Other modules that it needs (a generator, a teacher) are
-    child modules, which the trainer saves beside the model.
+    A subclass implements ``collate`` and ``forward``. Other modules that it needs are child modules: those that are
+    trained (a generator, a decoder) are saved beside the model, those that ``frozen`` names (a teacher) are not.
+
+    Class attributes:
+        couples_examples: the loss compares the rows of a batch, so it is not additive over micro-batches.
+        head_kind: the head that a fresh model for this objective gets.
+        frozen: names of child modules that are never trained: kept in evaluation mode and written to no file. A
+            checkpoint records the path that they came from and a hash of their weights, and a resumed run refuses
+            others.
 
     Attributes:
         batch_group: process group over whose ranks each training batch is split, into equally many consecutive rows;
@@ -95,16 +102,22 @@ class Objective(nn.Module):
         compared: whether ``whole_batch`` has been called.
     """
 
-    couples_examples: ClassVar[bool] = (
-        False  # a loss over pairs of rows is not additive over micro-batches
-    )
-    head_kind: ClassVar[str | None] = None  # the head that a fresh model for this objective gets
+    couples_examples: ClassVar[bool] = False
+    head_kind: ClassVar[str | None] = None
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
         self.batch_group: Group | None = None
         self.compared = False
+
+    def train(self, mode: bool = True) -> Objective:
+        """Set the training mode of all modules but the frozen ones, which stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).requires_grad_(False).eval()
+        return self
 
     def collate(
         self,
@@ -126,6 +139,15 @@ class Objective(nn.Module):
     def count(self, batch: Batch) -> Tensor:
         """Number of targets in the batch, as a scalar tensor."""
         return (batch["labels"] != IGNORE).sum()
+
+    def units(self, batch: Batch) -> int:
+        """Return what the batch costs, in ``unit_name``: by it limits, speed and FLOPs are counted."""
+        return self.model.backbone.units(batch)
+
+    @property
+    def unit_name(self) -> str:
+        """What ``units`` counts, in the plural, for messages."""
+        return self.model.backbone.unit_name
 
     def forward(self, batch: Batch) -> Loss:
         raise NotImplementedError
@@ -175,18 +197,19 @@ class Objective(nn.Module):
         """Loss of an untrained model, for a sanity check of the first step; None if unknown."""
         return None
 
-    def flops(self, tokens: int, targets: int, row_length: int) -> float:
-        """Floating-point operations of one forward and backward pass (PaLM appendix B, arXiv 2204.02311).
+    def flops(self, units: int, targets: int, row_length: int) -> float:
+        """Floating-point operations of one forward and backward pass.
 
-        Every matrix of the blocks costs 6 operations per weight and token, attention 12·D·T per layer and token
-        (the full matrix is counted, causal or not, by convention), and the vocabulary 6·D·V per *target*. The count
-        is for the whole model, not for the shard of this rank.
+        Those of the blocks per unit (``Backbone.flops_per_unit``), and 6 per weight of the head and *target*, such as
+        6·D·V for a vocabulary. The count is for the whole model, not for the shard of this rank.
         """
-        blocks = self.model.backbone.blocks()
-        body = self._numel(p for block in blocks for p in block.parameters() if p.ndim >= 2)
-        attention = 2 * len(blocks) * int(self.model.backbone.config.hidden_size) * row_length
-        head = self.head_weights()
-        return 6.0 * (body + attention) * tokens + 6.0 * head * targets
+        backbone = self.model.backbone
+        body = self._numel(
+            p for block in backbone.blocks() for p in block.parameters() if p.ndim >= 2
+        )
+        return (
+            backbone.flops_per_unit(body, row_length) * units + 6.0 * self.head_weights() * targets
+        )
 
     def head_weights(self) -> int:
         """Number of head weights that each target is multiplied with."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
     from pretrain.objectives.base import Batch, Objective
 
-__all__ = ["Feed", "check_batch", "check_targets", "hash_seed", "real_tokens", "to_device"]
+__all__ = ["Feed", "check_batch", "check_targets", "hash_seed", "to_device"]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -47,13 +47,7 @@ def check_batch(batch: Batch, model: Model, kind: str, rows: Sequence[int]) -> N
     Raises:
         DataError: an id is out of range.
     """
-    backbone = model.backbone
-    limits = {
-        "input_ids": ("vocabulary", backbone.vocab_size),
-        "labels": ("vocabulary", backbone.vocab_size),
-        "position_ids": ("number of positions", backbone.max_length or 2**62),
-    }
-    for key, (what, size) in limits.items():
+    for key, (what, size) in model.backbone.id_limits().items():
         values = batch.get(key)
         if values is None or values.ndim < 2 or (key == "labels" and not _is_vocabulary(model)):
             continue
@@ -162,13 +156,3 @@ def hash_seed(*parts: int) -> int:
         value = value * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         value ^= value >> 29
     return value >> 1
-
-
-def real_tokens(batch: Batch) -> int:
-    """Return the number of tokens without padding, or of rows if the batch has no tokens."""
-    for key in ("document_ids", "attention_mask"):
-        if key in batch:
-            return int((batch[key] != 0).sum())
-    if "input_ids" in batch:
-        return batch["input_ids"].numel()
-    return len(next(iter(batch.values())))

@@ -36,8 +36,9 @@ class Journal:
         quiet: bool = False,
         *,
         leads: bool = True,
+        unit: str = "tokens",
     ) -> None:
-        self._out, self._leads = out, leads
+        self._out, self._leads, self._unit = out, leads, unit
         self._loggers: list[Logger] = make_loggers(loggers if leads else (), out, about)
         self._progress = None if quiet or not leads else open_screen()
         self._log: RunLog | None = None
@@ -96,7 +97,7 @@ class Journal:
         self.write(line)
         self._send("train", state.step, {k: float(v) for k, v in line.items() if k != "step"})
         shown = {key: line[key] for key in ("loss", "lr", "mfu")}
-        shown["tokens/s"] = line["tokens_per_second"]
+        shown[f"{self._unit}/s"] = line["tokens_per_second"]
         if self._progress is not None:
             self._progress.show(state.step, shown, state.total_steps)
         state.window_total = state.window_count = state.window_seconds = 0.0

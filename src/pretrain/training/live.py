@@ -224,7 +224,7 @@ class LiveView(Progress):
         state = ("done" if share >= 1 else "stopped") if self._ended else f"{share:.0%}"
         words = [f"step {self._step:,} of {self._total:,}", state]
         words += [
-            f"{printable(key)} {f'{value:,.0f}' if key == 'tokens/s' else f'{value:.4g}'}"
+            f"{printable(key)} {f'{value:,.0f}' if key.endswith('/s') else f'{value:.4g}'}"
             for key, value in self._figures.items()
             if math.isfinite(value) and (key != "mfu" or value >= 0.01)
         ]

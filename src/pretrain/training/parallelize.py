@@ -113,27 +113,22 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
     """Return the sizes from which the memory of the run is estimated."""
     objective, optim = trainer.objective, trainer.optim
     model = objective.model
-    config, blocks = model.backbone.config, model.backbone.blocks()
     trained = [p for p in objective.parameters() if p.requires_grad]
     # The parameters that `build_optimizers` assigns to Muon.
     embeddings = {m.weight for m in objective.modules() if isinstance(m, torch.nn.Embedding)}
-    inside = {p for block in blocks for p in block.parameters() if p.ndim == 2} - embeddings
+    inside = {
+        p for block in model.backbone.blocks() for p in block.parameters() if p.ndim == 2
+    } - embeddings
     head: Any = model.head
-    width = config.head_dim or config.hidden_size // config.num_heads
+    length = row_length(trainer.train_data, objective)
     return Needs(
+        **vars(model.backbone.stats()),
         parameters=sum(p.numel() for p in objective.parameters()),
         trainable=sum(p.numel() for p in trained),
-        hidden=config.hidden_size,
-        layers=len(blocks),
-        intermediate=config.intermediate_size or 4 * config.hidden_size,
-        vocabulary=model.backbone.vocab_size,
-        row_length=row_length(trainer.train_data),
-        query=width * config.num_heads,
-        key_value=width * (config.num_kv_heads or config.num_heads),
-        gated=any(getattr(getattr(b, "mlp", None), "gate", None) is not None for b in blocks),
+        row_length=length,
         tied=bool(getattr(head, "tied", True)),
         muon=sum(p.numel() for p in trained if p in inside) if optim.name == "muon" else 0,
-        micro_tokens=micro_rows * row_length(trainer.train_data),
+        micro_tokens=micro_rows * length,
         ema=bool(optim.ema),
         anchors=bool(optim.l2_sp),
         compute_bytes=trainer.precision.dtype.itemsize,

@@ -6,11 +6,10 @@ import math
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from pretrain.config import TrainConfig, parse_limit
-from pretrain.data.loader import Examples
+from pretrain.data.loader import Examples, row_rngs
 from pretrain.errors import ConfigError
 from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.base import Objective
@@ -19,16 +18,20 @@ from pretrain.training.state import RunState
 __all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length"]
 
 
-def row_length(data: Examples) -> int:
-    """Return the tokens of the longest row: as the data record it, else the longest array of the first row."""
-    longest: int = getattr(data, "longest", 0)
-    return longest or max(len(value) if np.ndim(value) else 1 for value in data[0].values())
+def row_length(data: Examples, objective: Objective) -> int:
+    """Return the units of the longest row: as the data record it, else those of the first row and its padding."""
+    if longest := int(getattr(data, "longest", 0)):
+        return longest
+    first = data[0]
+    if objective.unit_name == "tokens" and "input_ids" in first:
+        return len(first["input_ids"])
+    return max(1, objective.units(objective.collate([first], row_rngs(0, "collate", 0, 1))))
 
 
-def mean_length(data: Examples) -> float:
-    """Return the mean tokens per row; padding counts if all rows are padded to one length."""
+def mean_length(data: Examples, objective: Objective) -> float:
+    """Return the mean units per row; padding counts if all rows are padded to one length."""
     if not getattr(data, "longest", 0):
-        return float(row_length(data))
+        return float(row_length(data, objective))
     return max(1.0, float(getattr(data, "num_tokens", 0)) / len(data))
 
 
@@ -42,15 +45,15 @@ def choose_micro_rows(
     even: bool = False,
     most: int = 0,
 ) -> int:
-    """Return the rows per forward pass: as configured, else the largest divisor of the share within a token budget.
+    """Return the rows per forward pass: as configured, else the largest divisor of the share within a budget of units.
 
     Rows of unequal length must fit the budget on average, and the longest rows four times the budget.
 
     Args:
         train: batch settings.
         data: provides the row lengths.
-        objective: may couple the rows of a batch.
-        device: determines the token budget.
+        objective: counts the units of a row; may couple the rows of a batch.
+        device: determines the budget.
         share: rows of a global batch per rank; 0 is all of them.
         even: make the same choice for 1, 2, 4 and 8 ranks, as far as the batch is divisible.
         most: rows that fit into memory, which limit an automatic choice; 0 is no limit.
@@ -64,7 +67,8 @@ def choose_micro_rows(
     if rows == 0:
         whole = math.gcd(train.batch_rows, 8) if even else 1
         tokens = tokens_at_once(device)
-        budget = max(1, min(int(tokens / mean_length(data)), 4 * tokens // row_length(data)))
+        mean, longest = mean_length(data, objective), row_length(data, objective)
+        budget = max(1, min(int(tokens / mean), 4 * tokens // longest))
         budget = min(budget, most) if most and not even else budget
         cut = train.batch_rows // whole if even else share
         rows = max(d for d in range(1, cut + 1) if cut % d == 0 and d <= budget)
@@ -93,12 +97,14 @@ class Plan:
     every step, so that the schedule ends when the time does.
     """
 
-    def __init__(self, train: TrainConfig, data: Examples, epoch_rows: int) -> None:
+    def __init__(
+        self, train: TrainConfig, data: Examples, objective: Objective, epoch_rows: int
+    ) -> None:
         self.limit = parse_limit(train.limit)
         self._text = train.limit
         self._batch_rows = train.batch_rows
         self.epoch_rows = epoch_rows
-        tokens = getattr(data, "num_tokens", 0) or row_length(data) * len(data)
+        tokens = getattr(data, "num_tokens", 0) or row_length(data, objective) * len(data)
         self._tokens_per_row = tokens / len(data)
         self._first: tuple[float, int] | None = None
         self.reserve = 1.0  # seconds kept for the last evaluation and the last checkpoint

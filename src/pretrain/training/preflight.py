@@ -124,12 +124,14 @@ def check_lengths(trainer: Trainer) -> None:
     backbone = trainer.objective.model.backbone
     for name, rows in (("training", trainer.train_data), ("held-out", trainer.eval_data or ())):
         # Positions restart with every document of a packed row.
-        longest = getattr(rows, "longest_document", 0) or (row_length(rows) if len(rows) else 0)
+        longest = getattr(rows, "longest_document", 0)
+        if not longest and len(rows):
+            longest = row_length(rows, trainer.objective)
         if backbone.max_length and longest > backbone.max_length:
             raise DataError(
-                f"The {name} rows have {longest} tokens, but the model has {backbone.max_length} "
-                "positions. Prepare shorter rows (data.row_length) or build a model with more (model.overrides "
-                "max_positions)."
+                f"The {name} rows have {longest} {trainer.objective.unit_name}, but the model has "
+                f"{backbone.max_length} positions. Prepare shorter rows (data.row_length) or build a model with more "
+                "(model.overrides max_positions)."
             )
 
 
@@ -184,19 +186,20 @@ def describe(
     """Return the lines that are printed before the first step."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
     steps = trainer.plan.total_steps(seconds)
-    tokens = getattr(data, "num_tokens", 0)
+    tokens = getattr(data, "num_tokens", 0) or len(data) * row_length(data, trainer.objective)
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
     choice = trainer.strategy.choice
     sizes, needed = choice.sizes, memory_needed(trainer, resumed=checkpoint is not None)
     accumulation = train.batch_rows // (trainer.micro_rows * sizes.dp)
     config = trainer.objective.model.backbone.config
-    size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data)}"
+    size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
         f"evaluation in {trainer.eval_precision.name}, {torch.get_num_threads()} threads",
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
-        f"data {len(data):,} rows of {size} tokens, {tokens:,} in all, {epochs:.2f} epochs in {steps:,} steps",
+        f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {tokens:,} in all, {epochs:.2f} epochs in "
+        f"{steps:,} steps",
         f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x "
         f"{sizes.dp} rank{'s' * (sizes.dp > 1)}",
         f"schedule {optim.schedule}, {optim.name} lr {optim.lr:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,11 +19,21 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
+from pretrain.utils.tensors import tensor_bytes
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["identity", "load_weights", "origin", "other_tensors", "restore", "training_state"]
+__all__ = [
+    "frozen_modules",
+    "identity",
+    "load_others",
+    "load_weights",
+    "origin",
+    "other_tensors",
+    "restore",
+    "training_state",
+]
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:
@@ -38,12 +49,28 @@ def identity(trainer: Trainer) -> dict[str, Any]:
 
 
 def origin(objective: Objective) -> dict[str, Any]:
-    """Return what a run takes from its starting model besides the weights: the config and the tokenizer."""
+    """Return what a run takes from its starting models besides the weights that are trained.
+
+    These are the config, the tokenizer or other processor, and the frozen modules of the objective.
+    """
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
-    tokenizer = None if model.tokenizer is None else model.tokenizer.fingerprint
-    plain: dict[str, Any] = json.loads(json.dumps({"tokenizer": tokenizer, **config}, default=str))
+    tokenizer = None if model.processor is None else model.processor.fingerprint
+    found = {"tokenizer": tokenizer, **config, **frozen_modules(objective)}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+def frozen_modules(objective: Objective) -> dict[str, str]:
+    """Return name of a frozen module -> SHA-256 of its names and weights, by which a changed teacher is noticed."""
+    found = {}
+    for child in objective.frozen:
+        digest = hashlib.sha256()
+        for name, value in sorted(objective.get_submodule(child).state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(tensor_bytes(value.detach().cpu().contiguous()))
+        found[child] = digest.hexdigest()
+    return found
 
 
 def training_state(trainer: Trainer) -> TrainingState:
@@ -108,9 +135,31 @@ def _short(value: Any) -> str:
 
 
 def other_tensors(objective: Objective) -> dict[str, Tensor]:
-    """Return the tensors of the objective outside the model, such as those of a teacher or a generator."""
-    state = objective.state_dict(keep_vars=True)
-    return {name: t.detach() for name, t in state.items() if not name.startswith("model.")}
+    """Return the tensors of the objective's own trained modules, such as those of a generator or a decoder."""
+    state, others = objective.state_dict(keep_vars=True), ("model", *objective.frozen)
+    left_out = tuple(f"{name}." for name in others)
+    return {name: t.detach() for name, t in state.items() if not name.startswith(left_out)}
+
+
+def load_others(objective: Objective, checkpoint: Path) -> None:
+    """Load the weights of the objective's own trained modules, to evaluate a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint has no training folder, which holds them, or they do not fit.
+    """
+    wanted = other_tensors(objective)
+    if not wanted:
+        return
+    training = read_training_slices(checkpoint, None, ALONE, quiet=True, stems=("objective",))
+    found = training.tensors.get("objective", {})
+    for name, tensor in wanted.items():
+        if name not in found or found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{checkpoint}/training has no {name!r} of shape {tuple(tensor.shape)}, which "
+                f"{type(objective).__name__} needs. It was trained with another objective or other arguments."
+            )
+        with torch.no_grad():
+            tensor.copy_(found[name])
 
 
 def load_weights(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
+from pretrain.data.row_source import RowSource, open_rows
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.distributed.main_process_first import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
@@ -35,6 +38,7 @@ from pretrain.training.precision import (
     choose_precision,
     evaluation_precision,
 )
+from pretrain.training.restore import load_others
 from pretrain.training.starting_model import open_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
@@ -71,8 +75,8 @@ _FREE = {
     "parallel.timeout",
     "parallel.compile",
 }
-# Licences of built-in sources; that of other text is known to the user only.
-_LICENCES = {"python": "PSF-2.0"}
+# The import path of a function that returns rows, package.module:function; a hub source begins with "hub:".
+_FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
 _VOCAB_MULTIPLE = 64
 
@@ -83,6 +87,7 @@ def train(
     *,
     devices: int | str = 1,
     hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
+    rows: RowSource | None = None,
     **sections: Any,
 ) -> Run:
     """Prepare the data, build the model and train it, or resume where an earlier call stopped.
@@ -92,6 +97,8 @@ def train(
         devices: number of processes to start on this machine, also from a notebook; ``"auto"`` is one for each GPU.
             With 1 the run takes place in this process, which may be one of those that torchrun started.
         hooks: called after steps with a read-only record.
+        rows: rows of any kind, instead of those that ``data`` names; for ``devices=1``. Name a function by
+            ``data.source`` to have them from the command line too.
         **sections: overrides by section, ``data={"train": "books"}``, or by dotted key.
 
     Returns:
@@ -101,17 +108,27 @@ def train(
         PretrainError: a setting, the data or the output directory cannot be used; the message says what to do.
     """
     settings = RunConfig.load(config, sections or None)
+    if rows is not None and (devices != 1 or settings.data.source is not None):
+        raise ConfigError(
+            "rows= holds rows of this process only, and data.source names others. Let a function return them and name "
+            'it alone: data={"source": "package.module:function"}.'
+        )
     if devices != 1 and (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
         return run
     out, world = Path(settings.train.out), current_world()
     with muted(not world.is_rank_zero):
         check_same_run(settings, out, say=False)
         data = main_process_first(
-            world, lambda: open_data(settings, quiet=not world.is_rank_zero), "prepare the data"
+            world,
+            lambda: rows or _rows_of(settings, quiet=not world.is_rank_zero),
+            "prepare the data",
         )
         model = make_model(settings, data)
         objective = build_objective(
-            settings.objective.class_path, settings.objective.init_args, model
+            settings.objective.class_path,
+            settings.objective.init_args,
+            model,
+            settings.train.seed,
         )
         trainer = Trainer(
             objective,
@@ -131,6 +148,13 @@ def train(
             settings.save(out / "run.yaml")
 
         return trainer.fit(begin)
+
+
+def _rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:
+    data = settings.data
+    if data.source is not None:
+        return open_rows(data.source, data.source_args)
+    return open_data(settings, quiet=quiet)
 
 
 class Settings(Protocol):
@@ -194,7 +218,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
-    """Open the prepared directory that ``data.train`` names, or prepare (or find in the cache) the sources it names."""
+    """Open the prepared directory that ``data.train`` names, or prepare (or find in the cache) the text it names."""
     data = settings.data
     if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
         prepared = Prepared.open(Path(data.train))
@@ -233,15 +257,15 @@ def say_differences(settings: RunConfig, prepared: Prepared) -> None:
         note(f"{prepared.path} was prepared with {', '.join(overruled)}; it is taken as it is")
 
 
-def make_model(settings: RunConfig, data: Prepared) -> Model:
-    """Return the model to train: newly initialised, or from ``model.checkpoint``; its tokenizer is that of the data.
+def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
+    """Return the model to train: newly initialised, or from ``model.checkpoint``; its processor is that of the data.
 
     Raises:
         TokenizerError: the tokenizer of the data does not match the checkpoint.
         ConfigError: the checkpoint has no head for the objective, or ``model.overrides`` is not valid.
     """
     wanted = objective_class(settings.objective.class_path).head_kind
-    tokenizer = data.tokenizer
+    tokenizer = data.tokenizer if isinstance(data, Prepared) else None
     if settings.model.checkpoint is not None:
         if (
             ":" in settings.model.family
@@ -253,6 +277,9 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
                 f"{settings.model.checkpoint} has the head {model.head_kind!r}, and {settings.objective.class_path} "
                 f"trains {wanted!r}. Choose the objective that fits, or another checkpoint."
             )
+        if tokenizer is None:
+            model.processor = data.processor if model.processor is None else model.processor
+            return model
         if model.tokenizer is not None and model.tokenizer.fingerprint != tokenizer.fingerprint:
             raise TokenizerError(
                 f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of "
@@ -272,19 +299,10 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
                 f"model.overrides.{key} is no field of a model's config; it is set elsewhere (model.family, "
                 "model.size, train.seed, data.tokenizer, objective)."
             )
-    vocab = len(tokenizer)
-    overrides: dict[str, Any] = {
-        "vocab_size": vocab if vocab < 1024 else -(-vocab // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
-        "pad_id": tokenizer.pad_id,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-    }
-    overrides |= settings.model.overrides
-    if isinstance(overrides["vocab_size"], int) and overrides["vocab_size"] < vocab:
-        raise ConfigError(
-            f"model.overrides.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab} tokens. Leave "
-            "it out, or prepare the data with a smaller data.vocab_size."
-        )
+    if isinstance(data, Prepared):
+        overrides = vocabulary_of(data.tokenizer, settings.model.overrides)
+    else:
+        overrides = {**data.overrides, **settings.model.overrides}
     model = build(
         settings.model.family,
         settings.model.size,
@@ -294,33 +312,36 @@ def make_model(settings: RunConfig, data: Prepared) -> Model:
         device="meta" if current_world().size > 1 else "cpu",
         **overrides,
     )
-    model.tokenizer = tokenizer
+    model.processor = data.processor
     return model
 
 
-def about(settings: RunConfig, data: Prepared) -> dict[str, Any]:
-    """Return what a checkpoint records about its origin; names of sources, without their paths on this machine."""
-    manifest, parent = data.manifest, settings.model.checkpoint
-    sources = [
-        {
-            "name": source["name"]
-            if str(source["name"]).startswith("hub:")
-            else Path(source["name"]).name,
-            "licence": _LICENCES.get(source["name"]),
-            "documents": source["documents"],
-            "tokens": source["tokens"],
-            "share": source["share"],
-        }
-        for source in manifest["splits"]["train"]["sources"]
-    ]
-    return {
-        "fingerprint": data.fingerprint,
-        "sources": sources,
-        "left_out": {key: manifest[key] for key in ("duplicates", "empty", "contaminated")},
-        "unigram_nats": data.unigram_entropy,
-        "row_length": data.manifest["options"]["row_length"],
-        "parent": Path(parent).name if parent else None,
+def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides of a model's config, with vocabulary size and special ids of the tokenizer as defaults.
+
+    Raises:
+        ConfigError: the overridden vocabulary is smaller than the tokenizer's.
+    """
+    vocab = len(tokenizer)
+    found: dict[str, Any] = {
+        "vocab_size": vocab if vocab < 1024 else -(-vocab // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
+        "pad_id": tokenizer.pad_id,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        **overrides,
     }
+    if isinstance(found["vocab_size"], int) and found["vocab_size"] < vocab:
+        raise ConfigError(
+            f"model.overrides.vocab_size is {found['vocab_size']}, but the tokenizer has {vocab} tokens. Leave "
+            "it out, or prepare the data with a smaller data.vocab_size."
+        )
+    return found
+
+
+def about(settings: RunConfig, data: Prepared | RowSource) -> dict[str, Any]:
+    """Return what a checkpoint records about its origin."""
+    parent = settings.model.checkpoint
+    return data.about() | {"parent": Path(parent).name if parent else None}
 
 
 def evaluate(
@@ -338,8 +359,9 @@ def evaluate(
 
     Args:
         checkpoint: a run, a checkpoint or any Hugging Face directory of a known family.
-        data: a prepared directory (its held-out rows are used) or sources (all of their text is used); None uses the
-            held-out rows of the run that contains the checkpoint.
+        data: a prepared directory, a ``RowSource`` or the import path of a function that returns one (the held-out
+            rows are used), or sources of text (all of it is used); None uses the held-out rows of the run that
+            contains the checkpoint.
         objective: name of the objective; None chooses it by the head of the checkpoint.
         batch_rows: rows per forward pass.
         limit: maximum number of rows; 0 uses all.
@@ -356,21 +378,22 @@ def evaluate(
     """
     path = Path(checkpoint)
     model = load(path, quiet=True) if model is None else model
-    name, options = objective, {}
-    if name is None:
-        name = objective_for(model.head_kind)
-        recorded = model.extra_config.get("pretrain", {}).get("objective")
-        if isinstance(recorded, Mapping) and recorded.get("name") == name:
-            options = {key: value for key, value in recorded.items() if key != "name"}
+    name, options = objective or objective_for(model.head_kind), {}
     if name is None:
         raise ConfigError(
-            f"{path} has the head {model.head_kind!r}, which no language objective evaluates."
+            f"{path} has the head {model.head_kind!r}, which no language objective evaluates. If the objective is your "
+            f"own, name its class: {option('objective')}, as package.module:Class."
         )
+    recorded = model.extra_config.get("pretrain", {}).get("objective")
+    if isinstance(recorded, Mapping) and recorded.get("name") == objective_class(name).__name__:
+        options = {key: value for key, value in recorded.items() if key != "name"}
     rows = _held_out(path, data, model)
     built = build_objective(name, options, model)
-    if model.backbone.max_length and row_length(rows) > model.backbone.max_length:
+    load_others(built, latest(path) or path)
+    longest = row_length(rows, built)
+    if model.backbone.max_length and longest > model.backbone.max_length:
         raise DataError(
-            f"The rows have {row_length(rows)} tokens and the model {model.backbone.max_length} positions. Prepare "
+            f"The rows have {longest} tokens and the model {model.backbone.max_length} positions. Prepare "
             f"the data with row_length={model.backbone.max_length} or less."
         )
     chosen = _evaluation_precision(path, precision, choose_device(device))
@@ -394,8 +417,19 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
     if data is None:
         if home is None:
             raise DataError(no_run(path))
-        prepared = open_data(RunConfig.load(home / "run.yaml"))
+        settings = RunConfig.load(home / "run.yaml")
+        if settings.data.source is not None:
+            raise DataError(
+                f"The rows of {home} come from a function, {settings.data.source}, and no file names code that is run. "
+                f"Name it: {option('data', settings.data.source)}."
+            )
+        prepared = open_data(settings)
         rows: Examples = prepared.valid
+    elif isinstance(data, RowSource):
+        return data.valid
+    elif isinstance(data, str) and _FUNCTION.fullmatch(data):
+        named = DataConfig() if home is None else RunConfig.load(home / "run.yaml").data
+        return open_rows(data, named.source_args if named.source == data else {}).valid
     elif isinstance(data, str | os.PathLike) and (Path(data) / "manifest.json").is_file():
         prepared = Prepared.open(Path(data))
         rows = prepared.valid

@@ -32,7 +32,7 @@ from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
-from pretrain.training.feed import Feed, check_targets, hash_seed, real_tokens, to_device
+from pretrain.training.feed import Feed, check_targets, hash_seed, to_device
 from pretrain.training.journal import Journal
 from pretrain.training.layers import Layers
 from pretrain.training.optim import Optimizers, build_optimizers
@@ -126,6 +126,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
         self.home: Home | None = None  # on rank zero only, which writes the log
+        objective.train(objective.training)  # freezes what the objective says is frozen
         self.origin = origin(objective)
         self.peak = 0.0
 
@@ -148,7 +149,12 @@ class Trainer:
             if begin is not None:
                 world.on_rank_zero(begin)
             self.journal = Journal(
-                self.out, self.train.loggers, self.about, self.quiet, leads=world.is_rank_zero
+                self.out,
+                self.train.loggers,
+                self.about,
+                self.quiet,
+                leads=world.is_rank_zero,
+                unit=self.objective.unit_name,
             )
             with contextlib.closing(self.journal), self._memory():
                 resumed = self._set_up()
@@ -224,9 +230,9 @@ class Trainer:
             micro_rows=self.micro_rows,
             share=(world.dp_rank, sizes.dp),
         )
-        self.plan = Plan(train, self.train_data, loader.epoch_length)
+        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
         self.journal.epoch_rows = self.plan.epoch_rows
-        self.row_length = round(mean_length(self.train_data))
+        self.row_length = round(mean_length(self.train_data, self.objective))
         if checkpoint is not None:
             self.state, self.checkpoint = restore(self, checkpoint), checkpoint
         seconds = preflight(self, checkpoint)
@@ -277,7 +283,7 @@ class Trainer:
             return self._finish(stopped)
 
     def _fetch(self, steps: Iterator[list[Batch]]) -> tuple[list[Batch], float, int]:
-        """Return this rank's micro-batches of the next step, and the targets and tokens of the global batch.
+        """Return this rank's micro-batches of the next step, and the targets and units of the global batch.
 
         The same all-reduce tells all ranks about failures, a lost run directory and stop requests.
         """
@@ -287,7 +293,7 @@ class Trainer:
             batches = next(steps)
             if self.world.tp_rank == 0:
                 mine[0] = sum(float(self.objective.count(batch)) for batch in batches)
-                mine[1] = float(sum(real_tokens(batch) for batch in batches))
+                mine[1] = float(sum(self.objective.units(batch) for batch in batches))
         except PretrainError as error:
             failure = error
         failing = self.saver.failed

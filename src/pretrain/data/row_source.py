@@ -1,0 +1,76 @@
+"""Rows of any kind - images, pairs, graphs - that a user's own function provides instead of prepared text.
+
+The function is named in a configuration by its import path (``data.source``), or its result is given to
+``pretrain.train`` in Python. A checkpoint never names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pretrain.data.loader import Examples
+from pretrain.errors import DataError
+from pretrain.utils.imports import import_named
+
+__all__ = ["RowSource", "open_rows"]
+
+
+@dataclass
+class RowSource:
+    """Rows for training and for evaluation, with what reads their raw form.
+
+    Attributes:
+        train: rows, a sequence of mappings of arrays, such as ``{"pixel_values": (3, 32, 32)}``.
+        valid: held-out rows of the same kind; empty for none.
+        processor: what turns raw inputs into such arrays (a tokenizer, an image processor); saved beside the weights.
+        overrides: fields of the model's config that the rows determine, such as an image size.
+        name: what the checkpoint records as the origin of the rows.
+    """
+
+    train: Examples
+    valid: Examples = ()
+    processor: Any = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "rows"
+    # Rows of tokens are measured against their unigram baseline, others are not.
+    unigram_entropy: ClassVar[None] = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the number of rows and up to 64 training rows: a resumed run refuses changed data."""
+        digest, count = hashlib.sha256(), len(self.train)
+        for i in sorted({j * count // 64 for j in range(64)} if count else ()):
+            for key, value in sorted(self.train[i].items()):
+                array = np.ascontiguousarray(value)
+                digest.update(f"{key} {array.dtype.str} {array.shape}".encode())
+                digest.update(array.tobytes())
+        digest.update(f"{count} {len(self.valid)}".encode())
+        return digest.hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """Return what a checkpoint records about the rows."""
+        return {"fingerprint": self.fingerprint, "sources": [{"name": self.name, "share": 1.0}]}
+
+
+def open_rows(path: str, arguments: Mapping[str, Any]) -> RowSource:
+    """Call the user's function or class and return its rows.
+
+    Args:
+        path: its import path, ``package.module:function``.
+        arguments: its keyword arguments.
+
+    Raises:
+        ConfigError: it cannot be imported.
+        DataError: it does not return a ``RowSource``.
+    """
+    found = import_named(path, "data.source")(**arguments)
+    if not isinstance(found, RowSource):
+        raise DataError(
+            f"data.source: {path} returned {type(found).__name__}, and must return a pretrain.RowSource(train, valid)."
+        )
+    return found
