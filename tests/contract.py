@@ -76,13 +76,13 @@ def check_shapes(model: Model, outputs: int | None) -> None:
 
 def check_seed(build: Build) -> None:
     torch.manual_seed(1)
-    first = dict(build(seed=3).named_parameters())
+    first = build(seed=3).state_dict()
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    second = dict(build(seed=3).named_parameters())
+    second = build(seed=3).state_dict()
     torch.set_rng_state(state)
     assert all(torch.equal(first[n], second[n]) for n in first)
-    third = dict(build(seed=4).named_parameters())
+    third = build(seed=4).state_dict()
     assert any(not torch.equal(first[n], third[n]) for n in first)
 
 
@@ -116,6 +116,8 @@ def check_save_and_load(build: Build) -> None:
     model, other = build(seed=0).eval(), build(seed=1).eval()
     report = other.load_disk_state(model.disk_state())
     assert not report.missing and not report.unexpected
+    kept = other.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     batch = batch_for(model)
     assert torch.equal(model(batch), other(batch))
     if type(model.backbone).__module__.startswith("pretrain."):

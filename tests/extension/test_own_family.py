@@ -18,6 +18,7 @@ CODE = '''
 from torch import nn
 
 from pretrain.models.gpt2 import GPT2
+from pretrain.models.names import Name
 
 
 class OwnGPT(GPT2):
@@ -33,6 +34,31 @@ class Normed(OwnGPT):
     def __init__(self, config):
         super().__init__(config)
         self.statistics = nn.BatchNorm1d(config.hidden_size)
+
+    def names(self):
+        return [*super().names(), Name("statistics", ("statistics",))]
+
+
+class Forgotten(Normed):
+    """Without a name for them."""
+
+    def names(self):
+        return super().names()[:-1]
+
+
+class Hidden(OwnGPT):
+    """With state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"seen": 1}
+
+
+class Early(OwnGPT):
+    """With a buffer computed from weights that are not there yet."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("norms", self.token_embedding.weight.detach().norm(dim=1))
 
 
 class Nameless(GPT2):
@@ -146,8 +172,20 @@ def test_a_family_without_a_name_of_its_own_is_refused(unknown: None) -> None:
         pretrain.load("saved", family="own_gpt:Nameless")
 
 
-def test_running_statistics_which_no_file_would_hold_are_refused(unknown: None) -> None:
-    with pytest.raises(
-        ModelError, match=r"3 buffers .*'backbone\.statistics\.num_batches_tracked'"
-    ):
-        pretrain.build("own_gpt:Normed", "tiny", hidden_size=16, num_heads=2, num_layers=1)
+def test_an_adapter_on_running_statistics_is_refused(unknown: None) -> None:
+    model = pretrain.build("own_gpt:Normed", "tiny", hidden_size=16, num_heads=2, num_layers=1)
+    with pytest.raises(ModelError, match=r"without its base.*'backbone\.statistics\.running_mean'"):
+        pretrain.lora.apply_lora(model)
+
+
+def test_a_name_table_without_a_buffer_is_refused(unknown: None) -> None:
+    model = pretrain.build("own_gpt:Forgotten", "tiny", hidden_size=16, num_heads=2, num_layers=1)
+    with pytest.raises(ModelError, match="no line for backbone.statistics.bias"):
+        model.save("saved")
+
+
+def test_state_that_no_file_would_hold_is_refused(unknown: None) -> None:
+    with pytest.raises(ModelError, match=r"extra state 'backbone\._extra_state'"):
+        pretrain.build("own_gpt:Hidden", "tiny", hidden_size=16, num_heads=2, num_layers=1)
+    with pytest.raises(ModelError, match=r"'backbone\.norms' of Early is computed from parameters"):
+        pretrain.build("own_gpt:Early", "tiny", hidden_size=16, num_heads=2, num_layers=1)

@@ -21,6 +21,7 @@ from pretrain.adapters.layer import LoraLinear
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.models.heads import LABELLED, LanguageHead
 from pretrain.models.names import Entry, pack
+from pretrain.nn.buffers import persistent_buffers
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -197,11 +198,17 @@ def attach(
     The base may be on the meta device, but not for DoRA, whose magnitudes are initialised to the norms of its rows.
 
     Raises:
-        ModelError: the model has an adapter already, or a row of zeros, which DoRA cannot use.
+        ModelError: the model has an adapter already, running statistics, or a row of zeros, which DoRA cannot use.
     """
     if model.adapter is not None:
         raise ModelError(
             "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
+        )
+    if statistics := persistent_buffers(model):
+        raise ModelError(
+            f"An adapter is stored without its base, but training would change {next(iter(statistics))!r} of the base, "
+            f"a running statistic. Train all of this {model.backbone.model_type} model, or use a norm without "
+            "running statistics."
         )
     # If the weights of the base are not loaded yet, their loader (load_slices) computes the sample.
     later = any(parameter.is_meta for parameter in model.parameters())

@@ -42,6 +42,7 @@ from pretrain.checkpoint.training_state import (
 )
 from pretrain.errors import CheckpointError
 from pretrain.models.state import disk_packing
+from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record
@@ -146,7 +147,7 @@ def draft_of(
         CheckpointError: a value cannot be stored, or a shard does not have the shape given by the layout.
     """
     pieces = Pieces(layout, peers)
-    parts = {name: local(p).detach() for name, p in model.named_parameters()}
+    parts = {name: local(tensor).detach() for name, tensor in stored_tensors(model).items()}
     full = pieces.full(parts)
     config = _config(model, block, full)
     packing = disk_packing(model) if model.adapter is None else adapter_packing(model)
@@ -169,7 +170,7 @@ def draft_of(
         for stem, tensors in sorted(training.tensors.items()):
             check_stem(stem)
             groups.append(_training_group(stem, tensors, pieces))
-    count = sum(tensor.numel() for tensor in full.values())
+    count = sum(full[name].numel() for name, _ in model.named_parameters())
     texts = model_texts(model, config, count, in_run=step is not None)
     if len(shards) > 1:
         texts = {model_directory.INDEX: index_json(shards, weights), **texts}

@@ -36,6 +36,7 @@ from pretrain.checkpoint.training_state import (
 from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
 from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
 from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
+from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, ShardSlice, local
 from pretrain.utils import files
 from pretrain.utils.files import note
@@ -192,8 +193,8 @@ def load_slices(
         path: a checkpoint or a Hugging Face directory, not a run; of an adapted model, a checkpoint of that adapter.
         layout: sharding of the parameters; None if every rank holds them whole.
         peers: the ranks.
-        put: called with the name of a parameter and its shard in fp32 on the CPU, and the model is not changed; None
-            copies the shard into the parameter and fills the buffers. Empty shards are left out.
+        put: called with the name of a parameter or persistent buffer and its shard on the CPU, and the model is not
+            changed; None copies the shard into the parameter. Empty shards are left out.
         seed: seed for tensors of the head that are missing and newly initialised.
         own: parameters that keep their values, whatever the directory holds.
         base: the directory is that of the base of the model's adapter; the adapter is not changed.
@@ -238,9 +239,9 @@ def load_slices(
             sample = parts.sample(model, stored) if base and peers.rank == 0 else ""
             stored.check_unchanged()
             if put is None:
-                model.backbone.init_buffers()
                 model.fresh |= fresh
-            for name in sorted(fresh - own):
+                model.reset_buffers(fresh - own)
+            for name in sorted((fresh - own) & {name for name, _ in model.named_parameters()}):
                 value = torch.empty(parts.shapes[name], dtype=torch.float32, device="cpu")
                 model.backbone.init_parameter(name, value, seed)
                 parts.put_whole(name, value)
@@ -253,20 +254,20 @@ def load_slices(
 
 
 class _Parts:
-    """The shards of a model's parameters on this rank, and the functions that fill them."""
+    """The shards of a model's parameters on this rank, its persistent buffers, and the functions that fill them."""
 
     def __init__(
         self, model: Model, pieces: Pieces, put: Put | None, own: AbstractSet[str]
     ) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._tensors = stored_tensors(model)
         self._pieces, self._put, self._own = pieces, put or self._copy, own
         self._keys: dict[str, str] = {}
-        self.full = pieces.full({name: local(p) for name, p in self._parameters.items()})
+        self.full = pieces.full({name: local(p) for name, p in self._tensors.items()})
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.full.items()}
 
     @torch.no_grad()
     def _copy(self, name: str, value: Tensor) -> None:
-        local(self._parameters[name]).copy_(value)
+        local(self._tensors[name]).copy_(value)
 
     def put_whole(self, name: str, value: Tensor) -> None:
         """Store this rank's shard of a whole parameter."""

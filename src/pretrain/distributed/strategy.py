@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from pretrain.config import ParallelConfig
 from pretrain.distributed.ddp import wrap_ddp
@@ -33,6 +34,8 @@ from pretrain.distributed.unused_parameters import (
     refuse_lost,
 )
 from pretrain.distributed.world import World
+from pretrain.errors import ConfigError
+from pretrain.nn.buffers import persistent_buffers
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.nn.tensor_parallel import Group
 from pretrain.objectives.base import Batch, Loss, Objective
@@ -92,6 +95,13 @@ class Strategy:
         self.uneven = False
         self._ddp: Any = None
         self._root = _Root(objective)
+        self._buffers: dict[str, Tensor] = {}  # copies of the persistent ones before the step
+        if settings.reproducible and (found := persistent_buffers(objective.model)):
+            raise ConfigError(
+                f"parallel.reproducible gives the same bits on any number of processes, but {next(iter(found))!r} of "
+                f"this {objective.model.backbone.model_type} model is a statistic over the rows of one process. Leave "
+                "reproducible out, or use a norm without running statistics (GroupNorm, LayerNorm)."
+            )
         model = objective.model
         shapes = _shapes(objective)
         self.tp: TensorParallel | None = None
@@ -140,8 +150,6 @@ class Strategy:
         # The checkpoint of an adapter does not hold the weights of its base model.
         if model.start is not None and (initialise or model.adapter is not None):
             model.start(model)
-        else:
-            model.backbone.init_buffers()
         model.start = None
 
     # ------------------------------------------------------------------ building
@@ -172,6 +180,11 @@ class Strategy:
         )
         # The root unit holds the embeddings, the last norm and the head: in fp32, as on one device.
         plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if self._gather is not torch.float32:
+            # torch normalises with fp32 running statistics only if weight and bias are in fp32 as well.
+            for module in self.objective.modules():
+                if isinstance(module, _NormBase) and module.affine:
+                    fully_shard(module, mesh=mesh, mp_policy=plain, offload_policy=offload)
         for block in self.objective.model.backbone.blocks():
             fully_shard(
                 block,
@@ -249,6 +262,7 @@ class Strategy:
         Returns:
             The results of ``run``, in order.
         """
+        self._buffers = {n: b.clone() for n, b in persistent_buffers(self.objective).items()}
         if self.settings.reproducible:
             totals = self._tree(run, count)
         else:
@@ -268,7 +282,27 @@ class Strategy:
                 if p.grad is not None
             }
             reduce_partial_gradients(named, self.tp)
+        self._broadcast_buffers()
         return totals
+
+    def _broadcast_buffers(self) -> None:
+        """Broadcast the persistent buffers of rank zero, as DDP does: each rank has updated them from its own rows."""
+        buffers = list(persistent_buffers(self.objective).values()) if self._buffers else []
+        if self.world.size == 1:
+            return
+        for dtype in sorted({b.dtype for b in buffers}, key=str):
+            held = [b for b in buffers if b.dtype is dtype]
+            flat = torch.cat([b.reshape(-1) for b in held])
+            dist.broadcast(flat, 0)
+            for buffer, part in zip(
+                held, torch.split(flat, [b.numel() for b in held]), strict=True
+            ):
+                buffer.copy_(part.view_as(buffer))
+
+    def restore_buffers(self) -> None:
+        """Undo what the forward passes of this step did to persistent buffers; called if the step is skipped."""
+        for name, buffer in persistent_buffers(self.objective).items() if self._buffers else ():
+            buffer.copy_(self._buffers[name])
 
     @contextlib.contextmanager
     def _synced(self, last: bool) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.distributed.world import World
+from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local
 
 if TYPE_CHECKING:
@@ -85,16 +86,17 @@ class Parts:
 
 @torch.no_grad()
 def copy_whole(model: Model, whole: Model, world: World) -> None:
-    """Copy the weights of a sharded model into an unsharded one; a collective, which all ranks must call.
+    """Copy parameters and persistent buffers of a sharded model into an unsharded one; all ranks must call it.
 
     Args:
         model: sharded, with a layout, on any device.
         whole: a model whose parameters have the same names and are complete.
         world: the processes that share ``model``.
     """
-    parts, there = Parts(model.layout, world), dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        there[name].copy_(parts.assemble(name, local(parameter.detach())))
+    parts, there = Parts(model.layout, world), stored_tensors(whole)
+    for name, tensor in stored_tensors(model).items():
+        sharded = name in model.layout.shapes
+        there[name].copy_(parts.assemble(name, local(tensor.detach())) if sharded else tensor)
 
 
 def align(module: nn.Module, layout: ShardLayout, world: World) -> None:

@@ -13,6 +13,7 @@ from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
+from pretrain.nn.buffers import stored_tensors
 from pretrain.training.starting_model import open_source
 from pretrain.utils.files import note
 
@@ -135,7 +136,7 @@ def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Mo
     model.backbone, model.source = backbone, source.source
     if model.head is not None:
         model.head.to_empty(device="cpu")
-    fresh = {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    fresh = {name for name in stored_tensors(model) if name.startswith("head.")}
     model.init_weights(0, fresh)
     model.fresh = frozenset(fresh)
     model.generation_config = dict(source.generation_config)

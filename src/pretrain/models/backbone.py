@@ -23,6 +23,7 @@ from pretrain.models.config import BackboneConfig, ConfigReader
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
+from pretrain.nn.buffers import persistent_buffers
 from pretrain.nn.norm import compute_dtype
 from pretrain.nn.positions import Rope, document_positions
 from pretrain.nn.tensor_parallel import VocabShard
@@ -201,6 +202,12 @@ class Backbone(nn.Module):
             ConfigError: a block of a custom family does not support it.
         """
         for block in self.blocks():
+            if mode != "off" and (statistics := persistent_buffers(block)):
+                raise ConfigError(
+                    f"parallel.activation_checkpointing={mode} computes a block twice, so the block of this "
+                    f"{self.model_type} model would update {next(iter(statistics))} twice. Set "
+                    "parallel.activation_checkpointing=off."
+                )
             if isinstance(block, Block) and type(block).forward is Block.forward:
                 block.activation_checkpointing = mode
             elif mode != "off":
@@ -365,9 +372,6 @@ class Backbone(nn.Module):
         for block in self.layers:
             assert isinstance(block, Block)
             block.attention.dropout = self.config.attention_dropout
-
-    def init_buffers(self) -> None:
-        """Compute the buffers of a family that has any: after construction on the meta device they are empty."""
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
         """Initialise one fp32 CPU tensor: norms with ones, biases with zeros, matrices from a (truncated) normal."""

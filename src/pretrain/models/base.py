@@ -23,6 +23,7 @@ from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_na
 from pretrain.models.names import Entry, LoadReport, Name
 from pretrain.models.sentences import SentenceSettings
 from pretrain.models.state import disk_state, disk_view, entries_of, load_disk_state
+from pretrain.nn.buffers import parameters_on_meta
 from pretrain.nn.layout import local
 
 if TYPE_CHECKING:
@@ -99,18 +100,20 @@ class Model(ModelMethods, nn.Module):
         self.layout: Any = None
         self.computes_on: torch.device | None = None
         self.start: Callable[[Model], object] | None = None
-        self._refuse_persistent_buffers()
+        self._refuse_lost_state()
 
-    def _refuse_persistent_buffers(self) -> None:
-        """Refuse state that no checkpoint would hold, such as the running statistics of BatchNorm."""
-        parameters = {name for name, _ in self.named_parameters(remove_duplicate=False)}
-        kept = sorted(name for name in self.state_dict() if name not in parameters)
-        if kept:
+    def _refuse_lost_state(self) -> None:
+        """Refuse state that no file would hold, and buffers whose values are not known yet."""
+        tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers()]
+        if lost := sorted(self.state_dict().keys() - {name for name, _ in tensors}):
             raise ModelError(
-                f"{type(self.backbone).__name__} has {len(kept)} buffers that belong to its state, the first is "
-                f"{kept[0]!r}. Checkpoints hold parameters only, so they would be lost. Use a layer without running "
-                "statistics (LayerNorm, GroupNorm), or register a buffer that init_buffers() can compute again with "
-                "persistent=False."
+                f"{type(self.backbone).__name__} has the extra state {lost[0]!r}. Files hold parameters and buffers "
+                "only, so it would be lost. Register it as a buffer."
+            )
+        if empty := [name for name, buffer in self.named_buffers() if buffer.is_meta]:
+            raise ModelError(
+                f"The buffer {empty[0]!r} of {type(self.backbone).__name__} is computed from parameters, which have no "
+                "values yet when the model is constructed. Compute it from the config, or in forward()."
             )
 
     @property
@@ -139,7 +142,7 @@ class Model(ModelMethods, nn.Module):
         labels: Sequence[str] | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> Model:
-        """Build a model on the meta device, without memory; ``materialize`` or loading gives it weights.
+        """Build a model whose parameters are on the meta device, without memory; ``materialize`` or loading fills them.
 
         Raises:
             ModelError: the family has no such head.
@@ -153,7 +156,7 @@ class Model(ModelMethods, nn.Module):
             )
         if head in LABELLED and labels is None:
             labels = ("LABEL_0", "LABEL_1")
-        with torch.device("meta"):
+        with parameters_on_meta():
             backbone = backbone_class(config)
             module = None if head is None else backbone.build_head(head, len(labels or ()) or 2)
         return cls(backbone, module, head_kind=head, tokenizer=tokenizer, labels=labels)
@@ -205,7 +208,7 @@ class Model(ModelMethods, nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, names: Collection[str] | None = None) -> None:
-        """Initialise the parameters as the family's paper does.
+        """Initialise the parameters as the family's paper does, and the buffers as their modules do.
 
         Each tensor is drawn with a generator seeded by ``seed`` and the parameter name. The result does not depend on
         torch's global generator, the device, the other tensors or the sharding: every rank draws the full tensors, one
@@ -213,9 +216,9 @@ class Model(ModelMethods, nn.Module):
 
         Args:
             seed: seed of all draws.
-            names: initialise only these parameters.
+            names: initialise only these parameters and buffers.
         """
-        self.backbone.init_buffers()
+        self.reset_buffers(names)
         for name, parameter in self.named_parameters():
             if names is None or name in names:
                 layout = self.layout
@@ -225,6 +228,18 @@ class Model(ModelMethods, nn.Module):
                 if layout is not None:
                     value = value[layout.region(name).slices()]
                 local(parameter).copy_(value)
+
+    @torch.no_grad()
+    def reset_buffers(self, names: Collection[str] | None = None) -> None:
+        """Give all buffers, or those named, the values that their modules have after construction."""
+        buffers = {n: b for n, b in self.named_buffers() if names is None or n in names}
+        if not buffers:
+            return
+        family, config = type(self.backbone), self.backbone.config
+        new = Model.build(family, config, head=self.head_kind, labels=self.labels)
+        for name, value in new.named_buffers():
+            if name in buffers:
+                buffers[name].copy_(value)
 
     def forward(self, batch: Batch, *, cache: Any = None) -> Tensor:
         """Return logits: (B, T, V) over the vocabulary, (B, C) per row, (B, T, C) per token; (B, T, D) if no head."""

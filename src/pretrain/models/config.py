@@ -330,6 +330,15 @@ class ConfigReader:
         found: dict[str, Any] | None = self._get(key, None, (dict,), "a mapping")
         return found
 
+    def integers(self, key: str) -> tuple[int, ...] | None:
+        """Return a list of whole numbers, or None."""
+        found = self._get(key, None, (list,), "a list of whole numbers")
+        if found is not None and not all(type(item) is int for item in found):
+            raise ConfigError(
+                f"config.json: {key!r} is {found!r}; it must be a list of whole numbers."
+            )
+        return None if found is None else tuple(found)
+
     def strings(self, key: str) -> tuple[str, ...] | None:
         """Return a list of strings, or None."""
         found = self._get(key, None, (list,), "a list of texts")

@@ -27,6 +27,7 @@ __all__ = [
     "expand",
     "modern_key",
     "pack",
+    "stored_dtype",
     "unpack",
     "unpack_part",
 ]
@@ -40,7 +41,9 @@ ADAPTER_PREFIX = "lora_"
 
 @dataclass(frozen=True)
 class Name:
-    """One rule. ``{n}`` stands for the layer index; the suffixes ``.weight`` and ``.bias`` are added automatically.
+    """One rule, for a tensor or for a module with all of its own parameters and persistent buffers.
+
+    ``{n}`` stands for the layer index. What a module holds (``.weight``, ``.bias``, ``.running_mean``) keeps its name.
 
     Attributes:
         disk: name on disk, without the body's prefix.
@@ -57,13 +60,17 @@ class Name:
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule applied to one tensor: its name on disk with and without prefix, and the parameters that it holds."""
+    """A rule applied to one tensor: its name on disk with and without prefix, and the parameters that it holds.
+
+    ``dtype`` is the one on disk: fp32, or that of a buffer of integers.
+    """
 
     disk: str
     bare: str
     memory: tuple[str, ...]
     transpose: bool
     body: bool
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -76,7 +83,7 @@ class LoadReport:
         unexpected: tensors of the file that have no parameter in the model.
         tied: additional copies of a shared tensor; those of the embedding were compared and are equal.
         untied: heads that differ from the embedding in the file although its config ties them.
-        ignored: buffers that are not needed.
+        ignored: buffers of the file that this package computes itself.
     """
 
     loaded: int = 0
@@ -105,24 +112,31 @@ def _some(names: list[str], most: int = 6) -> str:
 
 
 def expand(
-    names: Iterable[Name], layers: int, parameters: Mapping[str, Tensor], prefix: str
+    names: Iterable[Name], layers: int, tensors: Mapping[str, Tensor], prefix: str
 ) -> list[Entry]:
-    """Apply the rules to the parameters that exist."""
+    """Apply the rules to the parameters and buffers that exist."""
+    leaves: dict[str, list[str]] = {}
+    for name in tensors:
+        owner, _, leaf = name.rpartition(".")
+        leaves.setdefault(owner, []).append(f".{leaf}")
     entries = []
     for rule in names:
         for n in range(layers) if "{n}" in rule.disk else (0,):
             memory = tuple(m.replace("{n}", str(n)) for m in rule.memory)
             disk = rule.disk.replace("{n}", str(n))
-            for suffix in ("", ".weight", ".bias"):
-                if memory[0] + suffix in parameters:
-                    bare = disk + suffix
-                    full = prefix + bare if rule.body else bare
-                    entries.append(
-                        Entry(
-                            full, bare, tuple(m + suffix for m in memory), rule.transpose, rule.body
-                        )
-                    )
+            own = [""] if memory[0] in tensors else leaves.get(memory[0], [])
+            for suffix in own:
+                bare = disk + suffix
+                full = prefix + bare if rule.body else bare
+                dtype = stored_dtype(tensors[memory[0] + suffix])
+                held = tuple(m + suffix for m in memory)
+                entries.append(Entry(full, bare, held, rule.transpose, rule.body, dtype))
     return entries
+
+
+def stored_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a tensor on disk: fp32, or its own if it is not floating-point."""
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class Packing:
 
     Attributes:
         sources: name on disk -> the parameters that it is built from.
-        make: name on disk, full parameters by name, device -> the tensor in fp32.
+        make: name on disk, full parameters by name, device -> the tensor in its dtype on disk.
     """
 
     sources: Mapping[str, tuple[str, ...]]
@@ -147,14 +161,14 @@ class Packing:
 
 
 def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") -> Tensor:
-    """Return the tensor for the disk, in fp32; a view of the parameter if nothing is converted or fused."""
-    parts = [parameters[name].detach().to(device, torch.float32) for name in entry.memory]
+    """Return the tensor for the disk; a view of the parameter if nothing is converted or fused."""
+    parts = [parameters[name].detach().to(device, entry.dtype) for name in entry.memory]
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
     return tensor.T if entry.transpose and tensor.ndim == 2 else tensor
 
 
 def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tensor]]:
-    """Return the parameters, in fp32, that a tensor of the file holds.
+    """Return the parameters or buffers that a tensor of the file holds, in their dtype on disk.
 
     Raises:
         CheckpointError: the shape or the dtype does not match the model.
@@ -164,7 +178,7 @@ def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tens
     tensor = tensor.T if flip else tensor
     parts = torch.split(tensor, rows) if len(entry.memory) > 1 else (tensor,)
     return [
-        (name, part.to(torch.float32, copy=True).contiguous())
+        (name, part.to(entry.dtype, copy=True).contiguous())
         for name, part in zip(entry.memory, parts, strict=True)
     ]
 
@@ -186,15 +200,15 @@ def unpack_part(
         read: reads a slice of the tensor as it is stored.
 
     Returns:
-        The slice in fp32, contiguous.
+        The slice in its dtype on disk, contiguous.
     """
     start, shape = region.start, region.shape
     if start:
         before = entry.memory[: entry.memory.index(name)]
         start = (start[0] + sum(shapes[other][0] for other in before), *start[1:])
     if entry.transpose and len(shape) == 2:
-        return read(ShardSlice(start[::-1], shape[::-1])).T.to(torch.float32).contiguous()
-    return read(ShardSlice(start, shape)).to(torch.float32).contiguous()
+        return read(ShardSlice(start[::-1], shape[::-1])).T.to(entry.dtype).contiguous()
+    return read(ShardSlice(start, shape)).to(entry.dtype).contiguous()
 
 
 def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shapes: Shapes) -> bool:
@@ -203,10 +217,10 @@ def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shape
     Raises:
         CheckpointError: the shape or the dtype does not match the model.
     """
-    if not dtype.is_floating_point:
-        raise CheckpointError(
-            f"Tensor {entry.disk!r} has the type {dtype}; weights must be floating-point."
-        )
+    fits = dtype.is_floating_point if entry.dtype.is_floating_point else dtype == entry.dtype
+    if not fits:
+        wanted = "floating-point" if entry.dtype.is_floating_point else str(entry.dtype)
+        raise CheckpointError(f"Tensor {entry.disk!r} has the type {dtype}; it must be {wanted}.")
     flip = entry.transpose and len(shape) == 2
     parts = [tuple(shapes[name]) for name in entry.memory]
     expected = parts[0]

@@ -1,4 +1,4 @@
-"""Conversion between a model's parameters and the tensors of its files.
+"""Conversion between a model's parameters and persistent buffers and the tensors of its files.
 
 Reading accepts names with and without the body's prefix, the spellings of old BERT files, and additional copies of tied
 tensors. Missing, unexpected and tied tensors are listed in a ``LoadReport``: no parameter stays random unreported.
@@ -25,6 +25,7 @@ from pretrain.models.names import (
     pack,
     unpack,
 )
+from pretrain.nn.buffers import stored_tensors
 from pretrain.utils.tensors import LazyTensors
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ def entries_of(model: Model) -> list[Entry]:
     """Return every tensor of the file and the parameters that it holds, without those of an adapter (a separate file).
 
     Raises:
-        ModelError: the family's name table lacks a parameter.
+        ModelError: the family's name table lacks a parameter or a persistent buffer.
     """
-    parameters = {
-        name: p
-        for name, p in model.named_parameters()
+    tensors = {
+        name: tensor
+        for name, tensor in stored_tensors(model).items()
         if not name.rpartition(".")[2].startswith(ADAPTER_PREFIX)
     }
     rules = [
@@ -70,9 +71,9 @@ def entries_of(model: Model) -> list[Entry]:
     if model.head is not None and model.head_kind is not None:
         rules += model.backbone.head_names(model.head_kind, _tied(model))
     prefix = model.backbone.prefix_of(model.head_kind)
-    entries = expand(rules, len(model.backbone.blocks()), parameters, prefix)
+    entries = expand(rules, len(model.backbone.blocks()), tensors, prefix)
     covered = {name for entry in entries for name in entry.memory}
-    if forgotten := sorted(set(parameters) - covered):
+    if forgotten := sorted(set(tensors) - covered):
         raise ModelError(
             f"The name table of {model.backbone.model_type} has no line for {', '.join(forgotten[:5])}. "
             "Add one to names() or head_names()."
@@ -93,11 +94,11 @@ def disk_view(model: Model) -> LazyTensors:
 
     A tensor may share memory with a parameter, and need not be contiguous.
     """
-    return disk_packing(model).view(dict(model.named_parameters()))
+    return disk_packing(model).view(stored_tensors(model))
 
 
 def disk_packing(model: Model) -> Packing:
-    """Return the tensors of the files and the parameters that each is built from."""
+    """Return the tensors of the files and the parameters or buffers that each is built from."""
     parameters = {name for name, _ in model.named_parameters()}
     entries = {entry.disk: entry for entry in entries_of(model)}
     if not _tied(model) and model.head_kind is not None:
@@ -131,15 +132,15 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
         return torch.equal(tensors[one], tensors[two])
 
     untied = settle_tying(model, modern_keys(tensors), same)
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    there = stored_tensors(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in there.items()}
 
     def fill(entry: Entry, key: str) -> None:
         for name, value in unpack(entry, tensors[key], shapes):
-            if parameters[name].is_meta:
+            if there[name].is_meta:
                 _make_real(model, name, value)
             else:
-                parameters[name].copy_(value)
+                there[name].copy_(value)
 
     report, fresh = match_disk_state(model, tensors, fill)
     report.untied = untied
@@ -149,11 +150,10 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
 
 
 def make_fresh(model: Model, seed: int) -> None:
-    """Initialise the parameters in ``model.fresh``, which no file holds; those on the meta device are allocated."""
-    parameters = dict(model.named_parameters())
-    for name in model.fresh:
-        if parameters[name].is_meta:
-            _make_real(model, name, torch.empty(parameters[name].shape, device="cpu"))
+    """Initialise what is in ``model.fresh``, which no file holds; parameters on the meta device are allocated."""
+    for name, parameter in list(model.named_parameters()):
+        if name in model.fresh and parameter.is_meta:
+            _make_real(model, name, torch.empty(parameter.shape, device="cpu"))
     model.init_weights(seed, model.fresh)
 
 

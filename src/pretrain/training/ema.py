@@ -18,7 +18,7 @@ __all__ = ["WeightAverage"]
 
 
 class WeightAverage:
-    """Average of the parameters of ``module``.
+    """Average of the parameters of ``module``; its buffers, such as running statistics, are averages already.
 
     Args:
         module: the model.

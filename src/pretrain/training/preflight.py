@@ -17,6 +17,7 @@ from pretrain.checkpoint import check_writable, estimated_size, save_model
 from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
+from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import local
 from pretrain.training.dry_run import dry_run
 from pretrain.training.evaluate import NoTargets, evaluate_rows
@@ -142,7 +143,7 @@ def check_round_trip(trainer: Trainer) -> None:
     folder = Path(
         world.broadcast_object(os.fspath(temporary_name(trainer.out / "preflight", "new")))
     )
-    mine = {name: local(p.detach()) for name, p in model.named_parameters()}
+    mine = {name: local(tensor.detach()) for name, tensor in stored_tensors(model).items()}
     seen = {}
 
     def compare(name: str, value: Tensor) -> None:

@@ -350,6 +350,8 @@ class Trainer:
             self.optimizers.set_factor(factor)
             self.optimizers.step()
             self.average.update(state.step)
+        else:
+            self.strategy.restore_buffers()
         self.optimizers.zero_grad()
         count_skips(self, finite, nll, grad_norm)
         if math.isfinite(
