@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.models import build
 from pretrain.models.backbone import Backbone
-from pretrain.models.config import BackboneConfig
+from pretrain.models.config import BackboneConfig, Key
 from pretrain.models.names import Name
 from pretrain.objectives.base import Loss, Objective, stack
 from pretrain.training.trainer import Trainer
@@ -53,6 +53,7 @@ class ResNet(Backbone):
     config_class = ResNetConfig
     prefix = "resnet."
     prefixes = ("resnet.",)
+    hf_keys = {"channels": Key("hidden_sizes", (4, 8, 8))}
     architectures = {
         None: "TinyResNet",
         "sequence-classification": "TinyResNetForSequenceClassification",
@@ -92,13 +93,6 @@ class ResNet(Backbone):
             Name(f"classifier.{i}", (f"head.{n}",), body=False)
             for i, n in enumerate(("norm", "out"))
         ]
-
-    @classmethod
-    def config_from_hf(cls, reader: Any) -> ResNetConfig:
-        return ResNetConfig(channels=tuple(reader.integers("hidden_sizes")))
-
-    def to_hf_config(self) -> dict[str, Any]:
-        return {"hidden_sizes": list(self.config.channels)}
 
 
 class Classifier(nn.Module):

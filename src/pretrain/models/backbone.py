@@ -11,7 +11,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import ConfigError, ModelError
-from pretrain.models.config import BackboneConfig, ConfigReader
+from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
@@ -69,6 +69,9 @@ class Backbone(nn.Module):
         config_class: configuration class.
         causal: a token attends to no later token.
         prefix: prefix of the body's tensors in a file with a head; ``prefixes`` lists all that are accepted.
+        projection: name on disk of the vocabulary projection, of which a file with a tied head may hold a copy.
+        hf_keys: field of the configuration -> its key in config.json, for reading and writing; if it is empty, every
+            field has its own name there.
         architectures: head kind (None is the body alone) -> class name in config.json; lists the available heads.
         residual_scale: divide the initial standard deviation of output projections by sqrt(2 L), as in GPT-2.
         processor_class: reads the processor of a saved model (``from_directory``); None for a tokenizer.
@@ -80,6 +83,8 @@ class Backbone(nn.Module):
     causal: ClassVar[bool] = True
     prefix: ClassVar[str] = "model."
     prefixes: ClassVar[tuple[str, ...]] = ("model.", "transformer.")
+    projection: ClassVar[str] = "lm_head.weight"
+    hf_keys: ClassVar[Mapping[str, Key]] = {}
     architectures: ClassVar[Mapping[str | None, str]] = {}
     residual_scale: ClassVar[bool] = False
     processor_class: ClassVar[Any] = None
@@ -101,22 +106,25 @@ class Backbone(nn.Module):
 
     @classmethod
     def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
-        """Return the configuration of a config.json; by default every field has its own name there."""
-        return reader.fields(cls.config_class)
+        """Return the configuration of a config.json."""
+        return cls.config_class(**cls.fields_from_hf(reader))
+
+    @classmethod
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
+        """Return the fields that ``hf_keys`` names, or all of them; a family adds those of several keys, and refusals."""
+        if not cls.hf_keys:
+            return reader.own(cls.config_class)
+        specs = {spec.name: spec for spec in fields(cls.config_class)}
+        return {name: reader.read(specs[name], key) for name, key in cls.hf_keys.items()}
 
     def to_hf_config(self) -> dict[str, Any]:
-        """Return the keys of config.json; a family of Hugging Face adds those that it has there."""
-        if type(self).config_from_hf.__func__ is Backbone.config_from_hf.__func__:  # type: ignore[attr-defined]
+        """Return the keys of config.json; a family adds those that are not in ``hf_keys``."""
+        if not self.hf_keys:
             return asdict(self.config)
-        config = self.config
-        return {
-            "vocab_size": config.vocab_size,
-            "initializer_range": config.initializer_range,
-            "tie_word_embeddings": config.tie_embeddings,
-            "pad_token_id": config.pad_id,
-            "bos_token_id": config.bos_id,
-            "eos_token_id": config.eos_id,
-        }
+        written: dict[str, Any] = {}
+        for name, key in self.hf_keys.items():
+            written |= key.write(getattr(self.config, name))
+        return written
 
     def names(self) -> list[Name]:
         """Return the rules that map the backbone's parameters to names on disk; by default these are the same."""
@@ -128,7 +136,8 @@ class Backbone(nn.Module):
 
     def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
         """Return name on disk -> parameter for duplicates of a tensor in old files; only untied heads write them."""
-        return {}
+        language = tied and kind in ("causal-lm", "masked-lm")
+        return {self.projection: "backbone.token_embedding.weight"} if language else {}
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
         """Return a head of the kind, uninitialised."""
@@ -366,12 +375,6 @@ class Backbone(nn.Module):
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout to the embeddings."""
         return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
-
-    def set_attention_dropout(self) -> None:
-        """Set the dropout on attention weights, which ``BlockConfig`` does not separate from the other dropout."""
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.attention.dropout = self.config.attention_dropout
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
         """Initialise one fp32 CPU tensor: norms with ones, biases with zeros, matrices from a (truncated) normal."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation
-from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform
+from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform, architectures_of
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
-from pretrain.nn.block import Block, BlockConfig
+from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
 
 __all__ = ["Bert", "BertConfig", "Roberta", "RobertaConfig"]
@@ -41,25 +41,30 @@ class Bert(Backbone):
     causal: ClassVar[bool] = False
     prefix: ClassVar[str] = "bert."
     prefixes: ClassVar[tuple[str, ...]] = ("bert.",)
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "BertModel",
-        "masked-lm": "BertForMaskedLM",
-        "sequence-classification": "BertForSequenceClassification",
-        "token-classification": "BertForTokenClassification",
-        "question-answering": "BertForQuestionAnswering",
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Bert", "ForMaskedLM")
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "hidden_size": Key("hidden_size"),
+        "num_layers": Key("num_hidden_layers"),
+        "num_heads": Key("num_attention_heads"),
+        "intermediate_size": Key("intermediate_size"),
+        "activation": Key("hidden_act", "gelu"),
+        "dropout": Key("hidden_dropout_prob", 0.1),
+        "attention_dropout": Key("attention_probs_dropout_prob", 0.1),
+        "max_positions": Key("max_position_embeddings", 512),
+        "initializer_range": Key("initializer_range", 0.02),
+        "norm_eps": Key("layer_norm_eps", 1e-12),
+        "tie_embeddings": Key("tie_word_embeddings", True),
+        "pad_id": Key("pad_token_id", 0),
+        "bos_id": Key("bos_token_id", None),
+        "eos_id": Key("eos_token_id", None),
+        "type_vocab_size": Key("type_vocab_size", 2),
+        "classifier_dropout": Key("classifier_dropout", None),
     }
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            config.hidden_size,
-            config.num_heads,
-            config.intermediate_size or 0,
-            norm_eps=config.norm_eps,
-            pre_norm=False,
-            activation=config.activation,
-            dropout=config.dropout,
-        )
+        block = config.block(pre_norm=False)
         self.token_embedding = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_id
         )
@@ -67,7 +72,6 @@ class Bert(Backbone):
         self.segment_embedding = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.embedding_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
-        self.set_attention_dropout()
 
     def build_positions(self, config: BertConfig) -> nn.Embedding:
         """Return the table of position embeddings."""
@@ -200,51 +204,14 @@ class Bert(Backbone):
         }
 
     @classmethod
-    def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
         reader.refuse("position_embedding_type", "absolute", None)
         reader.refuse("is_decoder", False, None)
         reader.refuse("add_cross_attention", False, None)
-        config_class: Any = cls.config_class
-        config: BackboneConfig = config_class(
-            vocab_size=reader.integer("vocab_size"),
-            hidden_size=reader.integer("hidden_size"),
-            num_layers=reader.integer("num_hidden_layers"),
-            num_heads=reader.integer("num_attention_heads"),
-            intermediate_size=reader.integer("intermediate_size"),
-            activation=reader.text("hidden_act", "gelu"),
-            dropout=reader.number("hidden_dropout_prob", 0.1),
-            attention_dropout=reader.number("attention_probs_dropout_prob", 0.1),
-            max_positions=reader.integer("max_position_embeddings", 512),
-            initializer_range=reader.number("initializer_range", 0.02),
-            norm_eps=reader.number("layer_norm_eps", 1e-12),
-            tie_embeddings=reader.flag("tie_word_embeddings", True),
-            pad_id=reader.token("pad_token_id", cls.default_ids[0]),
-            bos_id=reader.token("bos_token_id", cls.default_ids[1]),
-            eos_id=reader.token("eos_token_id", cls.default_ids[2]),
-            type_vocab_size=reader.integer("type_vocab_size", 2),
-            classifier_dropout=reader.number("classifier_dropout", None),
-        )
-        return config
-
-    # Pad, bos and eos if config.json lacks the key.
-    default_ids: ClassVar[tuple[int | None, int | None, int | None]] = (0, None, None)
+        return super().fields_from_hf(reader)
 
     def to_hf_config(self) -> dict[str, Any]:
-        config = self.config
-        return super().to_hf_config() | {
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "intermediate_size": config.intermediate_size,
-            "hidden_act": hf_activation(config.activation),
-            "hidden_dropout_prob": config.dropout,
-            "attention_probs_dropout_prob": config.attention_dropout,
-            "max_position_embeddings": config.max_positions,
-            "type_vocab_size": config.type_vocab_size,
-            "layer_norm_eps": config.norm_eps,
-            "classifier_dropout": config.classifier_dropout,
-            "position_embedding_type": "absolute",
-        }
+        return super().to_hf_config() | {"position_embedding_type": "absolute"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,20 +242,19 @@ class Roberta(Bert):
     config_class: ClassVar[type[BackboneConfig]] = RobertaConfig
     prefix: ClassVar[str] = "roberta."
     prefixes: ClassVar[tuple[str, ...]] = ("roberta.",)
-    default_ids: ClassVar[tuple[int | None, int | None, int | None]] = (1, 0, 2)
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        **Bert.hf_keys,
+        "pad_id": Key("pad_token_id", 1),
+        "bos_id": Key("bos_token_id", 0),
+        "eos_id": Key("eos_token_id", 2),
+    }
     mlm_names: ClassVar[tuple[str, str, str, str]] = (
         "lm_head.dense",
         "lm_head.layer_norm",
         "lm_head.bias",
         "lm_head.decoder",
     )
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "RobertaModel",
-        "masked-lm": "RobertaForMaskedLM",
-        "sequence-classification": "RobertaForSequenceClassification",
-        "token-classification": "RobertaForTokenClassification",
-        "question-answering": "RobertaForQuestionAnswering",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Roberta", "ForMaskedLM")
 
     @property
     def max_length(self) -> int:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from pretrain.errors import ConfigError, did_you_mean
+from pretrain.nn.block import BlockConfig
 from pretrain.nn.mlp import ACTIVATIONS
 from pretrain.nn.positions import ROPE_TYPES, check_rope
 
-__all__ = ["SIZES", "BackboneConfig", "ConfigReader", "drop_code", "hf_activation", "round_up"]
+__all__ = ["SIZES", "BackboneConfig", "ConfigReader", "Key", "drop_code", "round_up"]
 
 Self = TypeVar("Self", bound="BackboneConfig")
 
@@ -52,9 +53,33 @@ def round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def hf_activation(name: str) -> str:
-    """Return the name of an activation in transformers."""
-    return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
+_REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Key:
+    """The key of config.json that a field of a configuration is read from and written to.
+
+    Attributes:
+        name: the key.
+        default: value of the field if the key is absent; without a default the key is required.
+        optional: written only if the field differs from the default.
+    """
+
+    name: str
+    default: Any = _REQUIRED
+    optional: bool = False
+
+    def write(self, value: Any) -> dict[str, Any]:
+        """Return the key with the value in the spelling of transformers, or nothing if it need not be written."""
+        if self.optional and value == self.default:
+            return {}
+        value = list(value) if isinstance(value, tuple) else value
+        return {self.name: "gelu_pytorch_tanh" if value == "gelu_tanh" else value}
+
+
+def _annotation(spec: Field[Any]) -> str:
+    return str(spec.type).removeprefix("<class '")  # the class itself without postponed annotations
 
 
 def _physical_memory() -> int:
@@ -133,6 +158,20 @@ class BackboneConfig:
                 object.__setattr__(self, name, value)
         self.validate()
 
+    def block(self, **options: Any) -> BlockConfig:
+        """Return the options of the blocks; ``options`` are those that the fields all families share do not say."""
+        shared: dict[str, Any] = {
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "norm_eps": self.norm_eps,
+            "activation": self.activation,
+            "gated": self.gated,
+            "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+        }
+        width = self.intermediate_size or 0
+        return BlockConfig(self.hidden_size, self.num_heads, width, **(shared | options))
+
     def default_intermediate(self) -> int:
         """Return the width of the feed-forward layer that is used if none is given."""
         return 4 * self.hidden_size
@@ -140,7 +179,7 @@ class BackboneConfig:
     def _check_fields(self) -> None:
         """Check type, finiteness and bounds of every field, by its annotation."""
         for spec in fields(self):
-            value, kind = getattr(self, spec.name), str(spec.type)
+            value, kind = getattr(self, spec.name), _annotation(spec)
             if value is None and "None" in kind:
                 continue
             where = f"{spec.name} of the model is {value!r}"
@@ -239,7 +278,6 @@ class BackboneConfig:
         return cls(**{**values, **overrides})
 
 
-_MISSING: Any = object()
 _CODE_KEYS = {
     "auto_map",
     "custom_pipelines",
@@ -299,7 +337,7 @@ class ConfigReader:
         self._used.add(key)
         value = self._config.get(key)
         if value is None:
-            if default is _MISSING:
+            if default is _REQUIRED:
                 raise ConfigError(
                     f"config.json of this {self._family} model lacks {key!r}, {wanted}."
                 )
@@ -308,20 +346,33 @@ class ConfigReader:
             raise ConfigError(f"config.json: {key!r} is {value!r}; it must be {wanted}.")
         return value
 
-    def integer(self, key: str, default: Any = _MISSING) -> Any:
+    def read(self, spec: Field[Any], key: Key) -> Any:
+        """Return the value of a field from its key, by the annotation of the field; see the methods below."""
+        if spec.name.endswith("_id"):
+            return self.token(key.name, key.default)
+        kind = _annotation(spec).partition(" |")[0].removesuffix("'>")
+        if kind.startswith("tuple"):
+            found = (self.integers if "int" in kind else self.strings)(key.name)
+            return key.default if found is None else found
+        read = {"int": self.integer, "float": self.number, "bool": self.flag, "str": self.text}[
+            kind
+        ]
+        return read(key.name, key.default)
+
+    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         """Return a whole number, or the default if the key is absent or null."""
         return self._get(key, default, (int,), "a whole number")
 
-    def number(self, key: str, default: Any = _MISSING) -> Any:
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
         """Return a number, as float."""
         value = self._get(key, default, (int, float), "a number")
         return value if value is None else float(value)
 
-    def flag(self, key: str, default: Any = _MISSING) -> Any:
+    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
         """Return a boolean."""
         return self._get(key, default, (bool,), "true or false")
 
-    def text(self, key: str, default: Any = _MISSING) -> Any:
+    def text(self, key: str, default: Any = _REQUIRED) -> Any:
         """Return a string."""
         return self._get(key, default, (str,), "a text")
 
@@ -433,13 +484,11 @@ class ConfigReader:
                 del rope[key]
         return check_rope(rope, f"config.json: {where}")
 
-    def fields(self, kind: type[Self]) -> Self:
-        """Return a configuration whose fields are read under their own names; its constructor checks their types."""
-        known = {
-            spec.name: self._config[spec.name] for spec in fields(kind) if spec.name in self._config
-        }
-        self._used.update(known)
-        return kind(**known)
+    def own(self, kind: type[BackboneConfig]) -> dict[str, Any]:
+        """Return the fields of a configuration that stand under their own names; its constructor checks their types."""
+        names = {spec.name for spec in fields(kind)} & self._config.keys()
+        self._used |= names
+        return {name: self._config[name] for name in sorted(names)}
 
     def rest(self) -> dict[str, Any]:
         """Return the keys that were not read; they are kept as data and written back on saving."""

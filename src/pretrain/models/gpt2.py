@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation
-from pretrain.models.heads import decoder_head
+from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.heads import architectures_of, decoder_head
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
-from pretrain.nn.block import Block, BlockConfig
+from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
 
 __all__ = ["GPT2", "GPT2Config"]
@@ -38,29 +38,34 @@ class GPT2(Backbone):
     prefix: ClassVar[str] = "transformer."
     prefixes: ClassVar[tuple[str, ...]] = ("transformer.",)
     residual_scale: ClassVar[bool] = True
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "GPT2Model",
-        "causal-lm": "GPT2LMHeadModel",
-        "sequence-classification": "GPT2ForSequenceClassification",
-        "token-classification": "GPT2ForTokenClassification",
-        "question-answering": "GPT2ForQuestionAnswering",
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("GPT2", "LMHeadModel")
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "hidden_size": Key("n_embd"),
+        "num_layers": Key("n_layer"),
+        "num_heads": Key("n_head"),
+        "intermediate_size": Key("n_inner", None),
+        "max_positions": Key("n_positions", 1024),
+        "activation": Key("activation_function", "gelu_new"),
+        "norm_eps": Key("layer_norm_epsilon", 1e-5),
+        "dropout": Key("resid_pdrop", 0.1),
+        "embedding_dropout": Key("embd_pdrop", 0.1),
+        "attention_dropout": Key("attn_pdrop", 0.1),
+        "initializer_range": Key("initializer_range", 0.02),
+        "classifier_dropout": Key("classifier_dropout", None),
+        "tie_embeddings": Key("tie_word_embeddings", True),
+        "pad_id": Key("pad_token_id", None),
+        "bos_id": Key("bos_token_id", 50256),
+        "eos_id": Key("eos_token_id", 50256),
     }
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            config.hidden_size,
-            config.num_heads,
-            config.intermediate_size or 0,
-            norm_eps=config.norm_eps,
-            activation=config.activation,
-            dropout=config.dropout,
-        )
+        block = config.block()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.set_attention_dropout()
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         start, stop = self.span(batch, cache)
@@ -112,15 +117,8 @@ class GPT2(Backbone):
             return [Name("lm_head.weight", ("head.output_weight",), body=False)]
         return [Name(disk[kind], ("head.classifier",), body=False)]
 
-    def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
-        return (
-            {"lm_head.weight": "backbone.token_embedding.weight"}
-            if kind == "causal-lm" and tied
-            else {}
-        )
-
     @classmethod
-    def config_from_hf(cls, reader: ConfigReader) -> GPT2Config:
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
         reader.refuse("scale_attn_weights", True)
         reader.refuse("scale_attn_by_inverse_layer_idx", False)
         reader.refuse("is_causal", True, None)
@@ -131,44 +129,12 @@ class GPT2(Backbone):
             n_head="num_attention_heads",
             n_positions="max_position_embeddings",
         )
-        reader.flag(
-            "reorder_and_upcast_attn", False
-        )  # no effect: the same function, computed in another order
-        return GPT2Config(
-            vocab_size=reader.integer("vocab_size"),
-            hidden_size=reader.integer("n_embd"),
-            num_layers=reader.integer("n_layer"),
-            num_heads=reader.integer("n_head"),
-            intermediate_size=reader.integer("n_inner", None),
-            max_positions=reader.integer("n_positions", 1024),
-            activation=reader.text("activation_function", "gelu_new"),
-            norm_eps=reader.number("layer_norm_epsilon", 1e-5),
-            dropout=reader.number("resid_pdrop", 0.1),
-            embedding_dropout=reader.number("embd_pdrop", 0.1),
-            attention_dropout=reader.number("attn_pdrop", 0.1),
-            initializer_range=reader.number("initializer_range", 0.02),
-            classifier_dropout=reader.number("classifier_dropout", None),
-            tie_embeddings=reader.flag("tie_word_embeddings", True),
-            pad_id=reader.token("pad_token_id"),
-            bos_id=reader.token("bos_token_id", 50256),
-            eos_id=reader.token("eos_token_id", 50256),
-        )
+        reader.flag("reorder_and_upcast_attn", False)  # the same function in another order
+        return super().fields_from_hf(reader)
 
     def to_hf_config(self) -> dict[str, Any]:
-        config = self.config
         return super().to_hf_config() | {
-            "n_embd": config.hidden_size,
-            "n_layer": config.num_layers,
-            "n_head": config.num_heads,
-            "n_inner": config.intermediate_size,
-            "n_positions": config.max_positions,
-            "n_ctx": config.max_positions,
-            "activation_function": hf_activation(config.activation),
-            "layer_norm_epsilon": config.norm_eps,
-            "resid_pdrop": config.dropout,
-            "embd_pdrop": config.embedding_dropout,
-            "attn_pdrop": config.attention_dropout,
-            "classifier_dropout": config.classifier_dropout,
+            "n_ctx": self.config.max_positions,
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
             "reorder_and_upcast_attn": False,

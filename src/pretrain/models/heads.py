@@ -24,6 +24,7 @@ __all__ = [
     "SequenceHead",
     "TokenHead",
     "Transform",
+    "architectures_of",
     "decoder_head",
     "kind_named_by",
     "labels_named_by",
@@ -50,6 +51,17 @@ ARCHITECTURES = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
+
+
+def architectures_of(name: str, language: str = "ForCausalLM") -> dict[str | None, str]:
+    """Return kind of head -> class name in transformers, of a family with a language-model head and three others."""
+    endings = (
+        language,
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+    )
+    return {None: f"{name}Model"} | {ARCHITECTURES[ending]: name + ending for ending in endings}
 
 
 class Transform(nn.Module):

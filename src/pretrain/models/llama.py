@@ -14,17 +14,39 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation, round_up
-from pretrain.models.heads import decoder_head
+from pretrain.models.config import BackboneConfig, ConfigReader, Key, round_up
+from pretrain.models.heads import architectures_of, decoder_head
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
-from pretrain.nn.block import Block, BlockConfig, with_bias
+from pretrain.nn.block import Block
 from pretrain.nn.norm import RMSNorm
 from pretrain.nn.positions import RotaryTable, check_rope, usable_positions
 
-__all__ = ["LAYER_TYPES", "Llama", "LlamaConfig", "Mistral", "MistralConfig"]
+__all__ = ["KEYS", "LAYER_TYPES", "Llama", "LlamaConfig", "Mistral", "MistralConfig"]
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# What the config.json of all families derived from Llama say alike.
+KEYS = {
+    "vocab_size": Key("vocab_size"),
+    "hidden_size": Key("hidden_size"),
+    "intermediate_size": Key("intermediate_size"),
+    "num_layers": Key("num_hidden_layers"),
+    "num_heads": Key("num_attention_heads"),
+    "num_kv_heads": Key("num_key_value_heads", None),
+    "head_dim": Key("head_dim", None),
+    "activation": Key("hidden_act", "silu"),
+    "norm_eps": Key("rms_norm_eps", 1e-6),
+    "max_positions": Key("max_position_embeddings", 2048),
+    "initializer_range": Key("initializer_range", 0.02),
+    "dropout": Key("resid_pdrop", 0.0, optional=True),  # transformers has no such dropout here
+    "attention_dropout": Key("attention_dropout", 0.0),
+    "classifier_dropout": Key("classifier_dropout", None, optional=True),
+    "tie_embeddings": Key("tie_word_embeddings", False),
+    "pad_id": Key("pad_token_id", None),
+    "bos_id": Key("bos_token_id", None),
+    "eos_id": Key("eos_token_id", None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,50 +117,33 @@ class Llama(Backbone):
     model_type: ClassVar[str] = "llama"
     config_class: ClassVar[type[BackboneConfig]] = LlamaConfig
     qk_norm: ClassVar[bool] = False
-    default_ids: ClassVar[tuple[int | None, int | None]] = (
-        1,
-        2,
-    )  # bos and eos if config.json lacks the key
     qkv_bias: ClassVar[bool] = (
         False  # biases on queries, keys and values that config.json has no key for
     )
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "LlamaModel",
-        "causal-lm": "LlamaForCausalLM",
-        "sequence-classification": "LlamaForSequenceClassification",
-        "token-classification": "LlamaForTokenClassification",
-        "question-answering": "LlamaForQuestionAnswering",
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Llama")
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        **KEYS,
+        "bos_id": Key("bos_token_id", 1),
+        "eos_id": Key("eos_token_id", 2),
+        "attention_bias": Key("attention_bias", False),
+        "mlp_bias": Key("mlp_bias", False),
     }
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            config.hidden_size,
-            config.num_heads,
-            config.intermediate_size or 0,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
+        block = config.block(
             norm="rmsnorm",
-            norm_eps=config.norm_eps,
             bias=config.mlp_bias,
-            activation=config.activation,
-            gated=True,
+            attention_bias=config.attention_bias or self.qkv_bias,
+            output_bias=config.attention_bias,
             qk_norm=self.qk_norm,
-            dropout=config.dropout,
         )
         self.token_embedding = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_id
         )
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
-        for layer in self.layers:
-            attention: Any = layer.attention
-            for part in ("query", "key", "value"):
-                wanted = config.attention_bias or self.qkv_bias
-                setattr(attention, part, with_bias(getattr(attention, part), wanted))
-            attention.output = with_bias(attention.output, config.attention_bias)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = RotaryTable(config.head_dim or 0, config.rope or {}, config.max_positions)
-        self.set_attention_dropout()
 
     @property
     def max_length(self) -> int:
@@ -195,49 +200,13 @@ class Llama(Backbone):
         disk = "qa_outputs" if kind == "question-answering" else "score"
         return [Name(disk, ("head.classifier",), body=False)]
 
-    def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
-        return (
-            {"lm_head.weight": "backbone.token_embedding.weight"}
-            if kind == "causal-lm" and tied
-            else {}
-        )
-
     @classmethod
-    def config_from_hf(cls, reader: ConfigReader) -> BackboneConfig:
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
         reader.refuse("is_causal", True, None)
-        heads = reader.integer("num_attention_heads")
-        hidden = reader.integer("hidden_size")
-        fields: dict[str, Any] = {
-            "vocab_size": reader.integer("vocab_size"),
-            "hidden_size": hidden,
-            "intermediate_size": reader.integer("intermediate_size"),
-            "num_layers": reader.integer("num_hidden_layers"),
-            "num_heads": heads,
-            "num_kv_heads": reader.integer("num_key_value_heads", cls._default_groups(heads)),
-            "head_dim": reader.integer("head_dim", cls._default_head_dim(hidden, heads)),
-            "activation": reader.text("hidden_act", "silu"),
-            "norm_eps": reader.number("rms_norm_eps", 1e-6),
-            "max_positions": reader.integer("max_position_embeddings", 2048),
-            "initializer_range": reader.number("initializer_range", 0.02),
-            "dropout": reader.number("resid_pdrop", 0.0),
-            "attention_dropout": reader.number("attention_dropout", 0.0),
-            "classifier_dropout": reader.number("classifier_dropout", None),
-            "tie_embeddings": reader.flag("tie_word_embeddings", False),
-            "pad_id": reader.token("pad_token_id"),
-            "bos_id": reader.token("bos_token_id", cls.default_ids[0]),
-            "eos_id": reader.token("eos_token_id", cls.default_ids[1]),
-        }
-        fields["rope"] = cls._rope_from_hf(reader, fields["max_positions"])
-        fields |= cls._family_from_hf(reader, fields["num_layers"])
-        return cls.config_class(**fields)
-
-    @staticmethod
-    def _default_groups(heads: int) -> int | None:
-        return heads
-
-    @staticmethod
-    def _default_head_dim(hidden: int, heads: int) -> int | None:
-        return hidden // heads if heads > 0 else None
+        found = super().fields_from_hf(reader)
+        if found["head_dim"] is None and found["num_heads"] > 0:  # need not divide the hidden size
+            found["head_dim"] = found["hidden_size"] // found["num_heads"]
+        return found | {"rope": cls._rope_from_hf(reader, found["max_positions"])}
 
     @staticmethod
     def _rope_from_hf(reader: ConfigReader, max_positions: int) -> dict[str, Any]:
@@ -255,43 +224,14 @@ class Llama(Backbone):
             original=reader.integer("original_max_position_embeddings", None),
         )
 
-    @classmethod
-    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
-        """Return the fields that only some of the derived families have."""
-        return {
-            "attention_bias": reader.flag("attention_bias", False),
-            "mlp_bias": reader.flag("mlp_bias", False),
-        }
-
     def to_hf_config(self) -> dict[str, Any]:
-        config = self.config
-        rope = dict(config.rope)
+        rope = dict(self.config.rope)
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        written = super().to_hf_config() | {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "hidden_act": hf_activation(config.activation),
-            "rms_norm_eps": config.norm_eps,
-            "max_position_embeddings": config.max_positions,
-            "attention_dropout": config.attention_dropout,
+        return super().to_hf_config() | {
             "rope_parameters": rope,
             "rope_theta": rope["rope_theta"],
             "rope_scaling": scaling if rope["rope_type"] != "default" else None,
         }
-        if config.classifier_dropout is not None:
-            written["classifier_dropout"] = config.classifier_dropout
-        if config.dropout:
-            written["resid_pdrop"] = (
-                config.dropout
-            )  # an extension of this package: transformers has no such dropout here
-        return written | self._family_to_hf()
-
-    def _family_to_hf(self) -> dict[str, Any]:
-        return {"attention_bias": self.config.attention_bias, "mlp_bias": self.config.mlp_bias}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,24 +248,20 @@ class Mistral(Llama):
 
     model_type: ClassVar[str] = "mistral"
     config_class: ClassVar[type[BackboneConfig]] = MistralConfig
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "MistralModel",
-        "causal-lm": "MistralForCausalLM",
-        "sequence-classification": "MistralForSequenceClassification",
-        "token-classification": "MistralForTokenClassification",
-        "question-answering": "MistralForQuestionAnswering",
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Mistral")
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        **KEYS,
+        "num_kv_heads": Key("num_key_value_heads", 8),  # as in transformers
+        "bos_id": Key("bos_token_id", 1),
+        "eos_id": Key("eos_token_id", 2),
     }
 
     def prefix_of(self, kind: str | None) -> str:
         return Backbone.prefix_of(self, kind)
 
-    @staticmethod
-    def _default_groups(heads: int) -> int | None:
-        return 8  # the default of transformers if the key is absent
-
     @classmethod
-    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
-        return {"sliding_window": reader.window()}
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
+        return super().fields_from_hf(reader) | {"sliding_window": reader.window()}
 
-    def _family_to_hf(self) -> dict[str, Any]:
-        return {"sliding_window": self.config.sliding_window}
+    def to_hf_config(self) -> dict[str, Any]:
+        return super().to_hf_config() | {"sliding_window": self.config.sliding_window}

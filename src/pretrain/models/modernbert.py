@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.config import BackboneConfig, ConfigReader, hf_activation, round_up
-from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform
+from pretrain.models.config import BackboneConfig, ConfigReader, Key, round_up
+from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform, architectures_of
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
-from pretrain.nn.block import Block, BlockConfig, with_bias
+from pretrain.nn.block import Block
 from pretrain.nn.mlp import ACTIVATIONS
 from pretrain.nn.norm import LayerNorm
 from pretrain.nn.positions import RotaryTable, check_rope, usable_positions
@@ -65,7 +65,7 @@ class ModernBertConfig(BackboneConfig):
         super().__post_init__()
         types = self.layer_types
         if types is None:
-            types = tuple(_SLIDING if i % 3 else _FULL for i in range(self.num_layers))
+            types = _types(self.num_layers, 3)
         if len(types) != self.num_layers or set(types) - set(_THETA):
             raise ConfigError(
                 f"layer_types must name one of {', '.join(_THETA)} for each of the {self.num_layers} layers, not "
@@ -96,44 +96,55 @@ class ModernBert(Backbone):
     causal: ClassVar[bool] = False
     prefixes: ClassVar[tuple[str, ...]] = ("model.",)
     residual_scale: ClassVar[bool] = True
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "ModernBertModel",
-        "masked-lm": "ModernBertForMaskedLM",
-        "sequence-classification": "ModernBertForSequenceClassification",
-        "token-classification": "ModernBertForTokenClassification",
-        "question-answering": "ModernBertForQuestionAnswering",
+    projection: ClassVar[str] = "decoder.weight"
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of(
+        "ModernBert", "ForMaskedLM"
+    )
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "hidden_size": Key("hidden_size"),
+        "intermediate_size": Key("intermediate_size"),
+        "num_layers": Key("num_hidden_layers"),
+        "num_heads": Key("num_attention_heads"),
+        "activation": Key("hidden_activation", "gelu"),
+        "max_positions": Key("max_position_embeddings", 8192),
+        "initializer_range": Key("initializer_range", 0.02),
+        "init_cutoff": Key("initializer_cutoff_factor", 2.0),
+        "norm_eps": Key("norm_eps", 1e-5),
+        "norm_bias": Key("norm_bias", False),
+        "attention_bias": Key("attention_bias", False),
+        "mlp_bias": Key("mlp_bias", False),
+        "decoder_bias": Key("decoder_bias", True),
+        "classifier_bias": Key("classifier_bias", False),
+        "classifier_pooling": Key("classifier_pooling", "cls"),
+        "classifier_activation": Key("classifier_activation", "gelu"),
+        "classifier_dropout": Key("classifier_dropout", 0.0),
+        "dropout": Key("resid_pdrop", 0.0, optional=True),  # transformers has no such dropout here
+        "attention_dropout": Key("attention_dropout", 0.0),
+        "local_attention": Key("local_attention", 128),
+        "tie_embeddings": Key("tie_word_embeddings", True),
+        "pad_id": Key("pad_token_id", 50283),
+        "bos_id": Key("bos_token_id", 50281),
+        "eos_id": Key("eos_token_id", 50282),
     }
 
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__(config)
-        block = BlockConfig(
-            config.hidden_size,
-            config.num_heads,
-            config.intermediate_size or 0,
-            norm_eps=config.norm_eps,
-            bias=config.mlp_bias,
-            activation=config.activation,
-            gated=True,
-            dropout=config.dropout,
+        options = config.block(
+            bias=config.mlp_bias, attention_bias=config.attention_bias, norm_bias=config.norm_bias
         )
         self.token_embedding = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_id
         )
         self.embedding_norm = self._norm(config)
-        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
-        for i, layer in enumerate(self.layers):
-            module: Any = layer
-            # The embeddings are already normalised, so the first block has no attention norm.
-            module.attention_norm = self._norm(config) if i else nn.Identity()
-            module.mlp_norm = self._norm(config)
-            for part in ("query", "key", "value", "output"):
-                linear = getattr(module.attention, part)
-                setattr(module.attention, part, with_bias(linear, config.attention_bias))
-            if config.attention_dropout:
-                module.dropout = (
-                    config.attention_dropout
-                )  # also on the output of attention, as published
-        self.set_attention_dropout()
+        self.layers = nn.ModuleList(Block(options) for _ in range(config.num_layers))
+        # The embeddings are already normalised, so the first block has no attention norm.
+        first: Any = self.layers[0]
+        first.attention_norm = nn.Identity()
+        if config.attention_dropout:  # also on the output of attention, as published
+            for layer in self.layers:
+                block: Any = layer
+                block.dropout = config.attention_dropout
         self.final_norm = self._norm(config)
         self.rotary = {
             kind: RotaryTable(config.head_dim or 0, (config.rope or {})[kind], config.max_positions)
@@ -233,80 +244,29 @@ class ModernBert(Backbone):
         }
         return [Name(disk, (memory,), body=False) for disk, memory in pairs.items()]
 
-    def copies(self, kind: str, *, tied: bool) -> dict[str, str]:
-        return (
-            {"decoder.weight": "backbone.token_embedding.weight"}
-            if kind == "masked-lm" and tied
-            else {}
-        )
-
     @classmethod
-    def config_from_hf(cls, reader: ConfigReader) -> ModernBertConfig:
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
         for key in ("embedding_dropout", "mlp_dropout"):
             reader.no_effect(key, 0, "that dropout is not applied in training")
-        layers = reader.integer("num_hidden_layers")
-        every = reader.integer("global_attn_every_n_layers", 3)
+        found = super().fields_from_hf(reader)
+        layers, every = found["num_layers"], reader.integer("global_attn_every_n_layers", 3)
         types = reader.strings("layer_types")
         if types is None:
             if every < 1:
                 raise ConfigError(
                     f"config.json: 'global_attn_every_n_layers' is {every}; it must be at least 1."
                 )
-            types = tuple(
-                _SLIDING if i % every else _FULL for i in range(max(0, min(layers, 1 << 12)))
-            )
-        positions = reader.integer("max_position_embeddings", 8192)
-        return ModernBertConfig(
-            vocab_size=reader.integer("vocab_size"),
-            hidden_size=reader.integer("hidden_size"),
-            intermediate_size=reader.integer("intermediate_size"),
-            num_layers=layers,
-            num_heads=reader.integer("num_attention_heads"),
-            activation=reader.text("hidden_activation", "gelu"),
-            max_positions=positions,
-            initializer_range=reader.number("initializer_range", 0.02),
-            init_cutoff=reader.number("initializer_cutoff_factor", 2.0),
-            norm_eps=reader.number("norm_eps", 1e-5),
-            norm_bias=reader.flag("norm_bias", False),
-            attention_bias=reader.flag("attention_bias", False),
-            mlp_bias=reader.flag("mlp_bias", False),
-            decoder_bias=reader.flag("decoder_bias", True),
-            classifier_bias=reader.flag("classifier_bias", False),
-            classifier_pooling=reader.text("classifier_pooling", "cls"),
-            classifier_activation=reader.text("classifier_activation", "gelu"),
-            classifier_dropout=reader.number("classifier_dropout", 0.0),
-            dropout=reader.number("resid_pdrop", 0.0),
-            attention_dropout=reader.number("attention_dropout", 0.0),
-            local_attention=reader.integer("local_attention", 128),
-            layer_types=types,
-            rope=_rope_from_hf(reader, positions),
-            tie_embeddings=reader.flag("tie_word_embeddings", True),
-            pad_id=reader.token("pad_token_id", 50283),
-            bos_id=reader.token("cls_token_id", reader.token("bos_token_id", 50281)),
-            eos_id=reader.token("sep_token_id", reader.token("eos_token_id", 50282)),
-        )
+            types = _types(max(0, min(layers, 1 << 12)), every)
+        return found | {
+            "layer_types": types,
+            "rope": _rope_from_hf(reader, found["max_positions"]),
+            "bos_id": reader.token("cls_token_id", found["bos_id"]),
+            "eos_id": reader.token("sep_token_id", found["eos_id"]),
+        }
 
     def to_hf_config(self) -> dict[str, Any]:
         config = self.config
         written = super().to_hf_config() | {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "hidden_activation": hf_activation(config.activation),
-            "max_position_embeddings": config.max_positions,
-            "initializer_cutoff_factor": config.init_cutoff,
-            "norm_eps": config.norm_eps,
-            "norm_bias": config.norm_bias,
-            "attention_bias": config.attention_bias,
-            "mlp_bias": config.mlp_bias,
-            "decoder_bias": config.decoder_bias,
-            "classifier_bias": config.classifier_bias,
-            "classifier_pooling": config.classifier_pooling,
-            "classifier_activation": hf_activation(config.classifier_activation),
-            "classifier_dropout": config.classifier_dropout,
-            "attention_dropout": config.attention_dropout,
-            "local_attention": config.local_attention,
             "layer_types": list(config.layer_types),
             "rope_parameters": {kind: dict(rope) for kind, rope in config.rope.items()},
             "global_rope_theta": config.rope[_FULL]["rope_theta"],
@@ -314,15 +274,16 @@ class ModernBert(Backbone):
             "cls_token_id": config.bos_id,
             "sep_token_id": config.eos_id,
         }
-        for every in range(1, config.num_layers + 1):
-            if config.layer_types == tuple(
-                _SLIDING if i % every else _FULL for i in range(config.num_layers)
-            ):
-                written["global_attn_every_n_layers"] = every
-                break
-        if config.dropout:
-            written["resid_pdrop"] = config.dropout  # an extension: transformers lacks this dropout
+        layers = config.num_layers
+        for every in range(1, layers + 1):
+            if config.layer_types == _types(layers, every):
+                return written | {"global_attn_every_n_layers": every}
         return written
+
+
+def _types(layers: int, every: int) -> tuple[str, ...]:
+    """Return the layer types if every so many layers, from the first, have full attention."""
+    return tuple(_SLIDING if i % every else _FULL for i in range(layers))
 
 
 def _rope_from_hf(reader: ConfigReader, max_positions: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pretrain.errors import ConfigError
-from pretrain.models.config import BackboneConfig, ConfigReader
-from pretrain.models.llama import LAYER_TYPES, Llama, LlamaConfig
+from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.heads import architectures_of
+from pretrain.models.llama import KEYS, LAYER_TYPES, Llama, LlamaConfig
 
 __all__ = ["Qwen2", "Qwen2Config", "Qwen3", "Qwen3Config"]
 
@@ -31,17 +32,12 @@ class Qwen2(Llama):
     model_type: ClassVar[str] = "qwen2"
     config_class: ClassVar[type[BackboneConfig]] = Qwen2Config
     qkv_bias: ClassVar[bool] = True
-    default_ids: ClassVar[tuple[int | None, int | None]] = (None, None)
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "Qwen2Model",
-        "causal-lm": "Qwen2ForCausalLM",
-        "sequence-classification": "Qwen2ForSequenceClassification",
-        "token-classification": "Qwen2ForTokenClassification",
-        "question-answering": "Qwen2ForQuestionAnswering",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Qwen2")
+    hf_keys: ClassVar[Mapping[str, Key]] = KEYS
 
     @classmethod
-    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
+        found = super().fields_from_hf(reader)
         use = reader.flag("use_sliding_window", False)
         window = reader.window()
         first = reader.integer("max_window_layers", 28)
@@ -53,16 +49,16 @@ class Qwen2(Llama):
                     f"config.json: 'layer_types' has {', '.join(sorted(other))}, but 'use_sliding_window' is not true "
                     "or 'sliding_window' is null; one of them is wrong."
                 )
-            return {}
+            return found
         if types is None:
-            types = tuple(LAYER_TYPES[i >= first] for i in range(min(layers, 1 << 12)))
-        return {"sliding_window": window, "layer_types": types}
+            types = tuple(LAYER_TYPES[i >= first] for i in range(min(found["num_layers"], 1 << 12)))
+        return found | {"sliding_window": window, "layer_types": types}
 
-    def _family_to_hf(self) -> dict[str, Any]:
+    def to_hf_config(self) -> dict[str, Any]:
         config = self.config
         windows = [config.window_of(i) is not None for i in range(config.num_layers)]
         first = windows.index(True) if any(windows) else config.num_layers
-        return {
+        return super().to_hf_config() | {
             "use_sliding_window": any(windows),
             "sliding_window": config.sliding_window if any(windows) else None,
             "max_window_layers": first,
@@ -86,23 +82,9 @@ class Qwen3(Qwen2):
     config_class: ClassVar[type[BackboneConfig]] = Qwen3Config
     qk_norm: ClassVar[bool] = True
     qkv_bias: ClassVar[bool] = False
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "Qwen3Model",
-        "causal-lm": "Qwen3ForCausalLM",
-        "sequence-classification": "Qwen3ForSequenceClassification",
-        "token-classification": "Qwen3ForTokenClassification",
-        "question-answering": "Qwen3ForQuestionAnswering",
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Qwen3")
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        **KEYS,
+        "head_dim": Key("head_dim", 128),  # as in transformers
+        "attention_bias": Key("attention_bias", False),
     }
-
-    @staticmethod
-    def _default_head_dim(hidden: int, heads: int) -> int | None:
-        return 128  # the default of transformers if the key is absent
-
-    @classmethod
-    def _family_from_hf(cls, reader: ConfigReader, layers: int) -> dict[str, Any]:
-        return super()._family_from_hf(reader, layers) | {
-            "attention_bias": reader.flag("attention_bias", False)
-        }
-
-    def _family_to_hf(self) -> dict[str, Any]:
-        return super()._family_to_hf() | {"attention_bias": self.config.attention_bias}

@@ -238,6 +238,7 @@ class Attention(nn.Module):
         num_kv_heads: heads of keys and values; divides H.
         head_dim: d.
         bias: biases on all four projections.
+        output_bias: bias on the output projection, if not as ``bias`` says.
         qk_norm: RMS norm of each head's queries and keys, before rotation.
         norm_eps: added to the mean square in that norm.
         scale: factor on the scores; d^-½ when None.
@@ -257,6 +258,7 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         bias: bool,
+        output_bias: bool | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         scale: float | None = None,
@@ -269,7 +271,8 @@ class Attention(nn.Module):
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        out = bias if output_bias is None else output_bias
+        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=out)
         self.query_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.key_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
 

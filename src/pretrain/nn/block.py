@@ -25,12 +25,12 @@ from pretrain.nn.mlp import MLP
 from pretrain.nn.norm import build_norm
 from pretrain.nn.positions import Rope
 
-__all__ = ["Block", "BlockConfig", "with_bias"]
+__all__ = ["Block", "BlockConfig"]
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Options of a block; peculiarities of a single family are patched in that family's module instead.
+    """Options of a block; what only one family has stays in the module of that family.
 
     Attributes:
         hidden_size: D.
@@ -41,13 +41,17 @@ class BlockConfig:
         norm: ``layernorm`` or ``rmsnorm``.
         norm_eps: added to the variance.
         pre_norm: normalise the input of each sub-layer (GPT-2 and later) or the residual sum after it (BERT).
-        bias: biases on all projections and layer norms.
+        bias: biases on all projections and layer norms, where the next three are None.
+        attention_bias: biases on queries, keys and values, and where ``output_bias`` is None on the output as well.
+        output_bias: bias on the output projection of attention.
+        norm_bias: biases of the layer norms.
         activation: name in ``mlp.ACTIVATIONS``.
         gated: the feed-forward layer has a gate.
         qk_norm: normalise queries and keys per head.
         attention_scale: factor on the scores; head_dim^-½ when None.
         cross_attention: add a sub-layer that attends to ``context``.
-        dropout: dropout on the output of each sub-layer and on the attention weights.
+        dropout: dropout on the output of each sub-layer and, where ``attention_dropout`` is None, as that.
+        attention_dropout: dropout on the attention weights.
     """
 
     hidden_size: int
@@ -59,12 +63,16 @@ class BlockConfig:
     norm_eps: float = 1e-5
     pre_norm: bool = True
     bias: bool = True
+    attention_bias: bool | None = None
+    output_bias: bool | None = None
+    norm_bias: bool | None = None
     activation: str = "gelu"
     gated: bool = False
     qk_norm: bool = False
     attention_scale: float | None = None
     cross_attention: bool = False
     dropout: float = 0.0
+    attention_dropout: float | None = None
 
 
 class Block(nn.Module):
@@ -120,20 +128,24 @@ class Block(nn.Module):
 
     @staticmethod
     def _norm(config: BlockConfig) -> nn.Module:
-        return build_norm(config.norm, config.hidden_size, config.norm_eps, config.bias)
+        bias = config.bias if config.norm_bias is None else config.norm_bias
+        return build_norm(config.norm, config.hidden_size, config.norm_eps, bias)
 
     @staticmethod
     def _attention(config: BlockConfig) -> Attention:
+        bias = config.bias if config.attention_bias is None else config.attention_bias
+        dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         return Attention(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads or config.num_heads,
             config.head_dim or config.hidden_size // config.num_heads,
-            bias=config.bias,
+            bias=bias,
+            output_bias=config.output_bias,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             scale=config.attention_scale,
-            dropout=config.dropout,
+            dropout=dropout,
         )
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
@@ -203,13 +215,3 @@ def _keep_products(context: Any, op: Any, *args: Any, **options: Any) -> Checkpo
 
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear"}
-
-
-def with_bias(linear: nn.Linear, bias: bool) -> nn.Linear:
-    """Return the layer itself, or a new one of the same shape with or without a bias as asked."""
-    if (linear.bias is not None) == bias:
-        return linear
-    weight = linear.weight
-    return nn.Linear(
-        linear.in_features, linear.out_features, bias=bias, device=weight.device, dtype=weight.dtype
-    )
