@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pretrain.adapters.config import from_peft
-from pretrain.adapters.layer import LoraLinear
 from pretrain.checkpoint import inspect, latest, load, save_model, verify
 from pretrain.cli import main as cli
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, ModelError
 from pretrain.lora import LoraConfig, apply_lora, load_adapter, merge, save_adapter, unload
+from pretrain.lora.layer import LoraLinear
+from pretrain.lora.peft_format import from_peft
 from pretrain.models import FAMILIES, build
 from pretrain.models.base import Model
 from pretrain.training.trainer import Hook

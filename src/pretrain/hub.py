@@ -21,7 +21,7 @@ _FUNCTIONS = {
     "chat": "pretrain.inference.predict",
     "save_model": "pretrain.checkpoint",
     "load": "pretrain.checkpoint",
-    "merge": "pretrain.adapters.attach",
+    "merge": "pretrain.lora.attach",
     "look": "pretrain.finetuning.preview",
 }
 
@@ -69,6 +69,6 @@ class ModelMethods:
         return model
 
     def merge_adapter(self, check: bool = True) -> Self:
-        """Merge the adapter into the weights; see ``pretrain.adapters.attach.merge``."""
+        """Merge the adapter into the weights; see ``pretrain.lora.attach.merge``."""
         model: Self = function("merge")(self, check)
         return model

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain.adapters.attach import base_sample, body_shapes, fingerprint
-from pretrain.adapters.config import PeftSettings, from_peft
-from pretrain.adapters.layout import attach_stored, fill, head_of
 from pretrain.checkpoint import manifest
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
@@ -22,6 +19,9 @@ from pretrain.checkpoint.model_directory import (
     verify_rest,
 )
 from pretrain.errors import CheckpointError, ConfigError, ModelError
+from pretrain.lora.attach import base_sample, body_shapes, fingerprint
+from pretrain.lora.config import PeftSettings, from_peft
+from pretrain.lora.peft_format import attach_stored, fill, head_of
 from pretrain.models.heads import LABELLED
 from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, reading

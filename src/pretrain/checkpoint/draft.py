@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pretrain import __version__
-from pretrain.adapters.layout import adapter_packing
 from pretrain.checkpoint import manifest, model_directory
 from pretrain.checkpoint.adapter_files import adapter_facts
 from pretrain.checkpoint.model_directory import is_finite
@@ -41,6 +40,7 @@ from pretrain.checkpoint.training_state import (
     shard_name,
 )
 from pretrain.errors import CheckpointError
+from pretrain.lora.peft_format import adapter_packing
 from pretrain.models.state import disk_packing
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pretrain.adapters.layout import adapter_config
 from pretrain.checkpoint import model_directory
 from pretrain.checkpoint.model_card import readme
 from pretrain.checkpoint.sharded_saving import SMALLEST_SHARE, spread
+from pretrain.lora.peft_format import adapter_config
 from pretrain.models.config import drop_code
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pretrain.adapters.attach import base_sample
 from pretrain.checkpoint import manifest
 from pretrain.checkpoint.adapter_files import adapted_values
 from pretrain.checkpoint.best import best_first
@@ -34,6 +33,7 @@ from pretrain.checkpoint.training_state import (
     tensor_files,
 )
 from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
+from pretrain.lora.attach import base_sample
 from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
 from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
 from pretrain.nn.buffers import stored_tensors

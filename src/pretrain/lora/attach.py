@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.adapters.config import LoraConfig
-from pretrain.adapters.layer import LoraLinear
 from pretrain.errors import ConfigError, ModelError, did_you_mean
+from pretrain.lora.config import LoraConfig
+from pretrain.lora.layer import LoraLinear
 from pretrain.models.heads import LABELLED, LanguageHead
 from pretrain.models.names import Entry, pack
 from pretrain.nn.buffers import persistent_buffers

@@ -13,10 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.adapters.attach import attach, choose_full, choose_sites, draw, merge, unload
-from pretrain.adapters.config import LoraConfig
-from pretrain.checkpoint import load, save_model
 from pretrain.errors import ModelError
+from pretrain.hub import function
+from pretrain.lora.attach import attach, choose_full, choose_sites, draw, merge, unload
+from pretrain.lora.config import LoraConfig
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -71,7 +71,8 @@ def save_adapter(model: Model, directory: str | Path) -> Path:
     """
     if model.adapter is None:
         raise ModelError("The model has no adapter to save. Add one with apply_lora.")
-    return save_model(model, directory)
+    path: Path = function("save_model")(model, directory)
+    return path
 
 
 def merge_to(adapter: str | Path, out: str | Path, base: Model | str | Path | None = None) -> Path:
@@ -88,7 +89,8 @@ def merge_to(adapter: str | Path, out: str | Path, base: Model | str | Path | No
         ModelError: the directory holds no adapter, or a merged weight is not finite.
         CheckpointError: see ``load_adapter``; or ``out`` cannot be written.
     """
-    return save_model(merge(load_adapter(adapter, base)), out)
+    path: Path = function("save_model")(merge(load_adapter(adapter, base)), out)
+    return path
 
 
 def load_adapter(directory: str | Path, base: Model | str | Path | None = None) -> Model:
@@ -107,12 +109,10 @@ def load_adapter(directory: str | Path, base: Model | str | Path | None = None) 
             settings that this package does not implement.
         CheckpointCorrupt: a file is damaged.
     """
-    if not (Path(directory) / "adapter_config.json").exists():
-        # The directory may be a run, whose checkpoint holds the adapter.
-        model = load(directory, base=base)
-        if model.adapter is None:
-            raise ModelError(
-                f"{directory} holds a whole model, not an adapter. Open it with pretrain.load."
-            )
-        return model
-    return load(directory, base=base)
+    model: Model = function("load")(directory, base=base)
+    # A run has no such file, but its checkpoint may hold an adapter.
+    if model.adapter is None:
+        raise ModelError(
+            f"{directory} holds a whole model, not an adapter. Open it with pretrain.load."
+        )
+    return model

@@ -1,4 +1,7 @@
-"""Conversion of adapters to and from PEFT's files: tensor names and adapter_config.json.
+"""Adapters in PEFT's files: adapter_config.json, and the names of the tensors of adapter_model.safetensors.
+
+The files are untrusted input: types and bounds are checked, unsupported settings are refused by name, and no string in
+them is used as a regular expression.
 
 ``base_model.model.<module>.lora_A.weight`` is (r, I), ``.lora_B.weight`` (O, r), ``.lora_magnitude_vector`` (O,);
 a fully trained module is stored under its own name after the same prefix.
@@ -6,29 +9,40 @@ a fully trained module is stored under its own name after the same prefix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pretrain.adapters.attach import (
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.lora.attach import (
     Adapter,
     Site,
     attach,
     matches,
     sites_of,
 )
-from pretrain.adapters.config import PeftSettings, pattern_value, plain
-from pretrain.errors import CheckpointError
+from pretrain.lora.config import MODULE, LoraConfig, is_number
 from pretrain.models.names import Entry, Packing, Shapes, pack, unpack
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["TASKS", "adapter_config", "adapter_packing", "attach_stored", "fill", "head_of"]
+__all__ = [
+    "TASKS",
+    "PeftSettings",
+    "adapter_config",
+    "adapter_packing",
+    "attach_stored",
+    "fill",
+    "from_peft",
+    "head_of",
+]
 
 PREFIX = "base_model.model."
+_TEXT_LIMIT = 4096
 _A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # transformers also uses these names for poolers and transforms, even where this package's model has none.
 _TOO_GENERAL = {"dense"}
@@ -59,14 +73,10 @@ def adapter_packing(model: Model) -> Packing:
     def make(name: str, full: Mapping[str, Tensor], device: str) -> Tensor:
         if name in whole:
             return pack(whole[name], full, device)
-        return _cat((full[part] for part in parts[name]), device)
+        tensors = [full[part].detach().to(device, torch.float32) for part in parts[name]]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
     return Packing({**parts, **{name: entry.memory for name, entry in whole.items()}}, make)
-
-
-def _cat(parts: Iterable[Tensor], device: str) -> Tensor:
-    tensors = [part.detach().to(device, torch.float32) for part in parts]
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _full_entries(model: Model) -> list[Entry]:
@@ -83,8 +93,17 @@ def adapter_config(model: Model) -> dict[str, Any]:
         if r != config.r:
             ranks[module] = r
         if alpha != config.full_alpha:
-            alphas[module] = plain(alpha)
-    return config.to_peft() | {
+            alphas[module] = _plain(alpha)
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": _plain(config.full_alpha),
+        "lora_dropout": float(config.dropout),
+        "use_dora": config.dora,
+        "use_rslora": config.rslora,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
         "base_model_name_or_path": adapter.base,
         "task_type": TASKS.get(model.head_kind),
         "auto_mapping": _class_of(model) if model.head_kind not in TASKS else None,
@@ -94,6 +113,11 @@ def adapter_config(model: Model) -> dict[str, Any]:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
+
+
+def _plain(value: float) -> int | float:
+    """Return a whole number as an int, which other readers of adapter_config.json expect for alpha."""
+    return int(value) if float(value).is_integer() else value
 
 
 def _class_of(model: Model) -> dict[str, str]:
@@ -108,7 +132,7 @@ def _class_of(model: Model) -> dict[str, str]:
 def target_names(chosen: set[str], model: Model) -> list[str]:
     """Return the shortest suffixes of module names that match the chosen modules and no others of the model."""
     others = {entry.disk.rpartition(".")[0] for entry in model.entries()} - chosen
-    others = {name for name in others if name not in _inside_saved(model)}
+    others -= {name.rpartition(".")[0] for name in model.adapter.full}  # which PEFT never adapts
     names: list[str] = []
     for module in sorted(chosen):
         if matches(module, names):
@@ -120,11 +144,6 @@ def target_names(chosen: set[str], model: Model) -> list[str]:
                 names.append(ending)
                 break
     return sorted(names)
-
-
-def _inside_saved(model: Model) -> set[str]:
-    """Return the names of the fully trained modules, which PEFT never adapts."""
-    return {name.rpartition(".")[0] for name in model.adapter.full}
 
 
 def saved_names(model: Model) -> list[str]:
@@ -141,6 +160,122 @@ def saved_names(model: Model) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+# Keys that do not affect the result of a trained adapter, or are read elsewhere. The adapted modules are determined
+# from the tensors, so the settings that selected them are ignored.
+_FREE = frozenset(
+    {
+        *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("fan_in_fan_out", "task_type", "lora_dropout"),
+    }
+)
+# Other keys -> the values that have no effect; a key that is not listed may only be null, false or empty.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "megatron_core": ("megatron.core", None),
+    "qalora_group_size": (16, None),
+}
+_READ = frozenset({"r", "lora_alpha", "use_dora", "use_rslora", "modules_to_save"})
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """Content of adapter_config.json.
+
+    Attributes:
+        lora: the settings.
+        base: path or name of the base model.
+        task: PEFT's task type.
+        ranks: module name -> rank, where it differs from ``lora.r``.
+        alphas: module name -> alpha, where it differs from ``lora.alpha``.
+    """
+
+    lora: LoraConfig
+    base: str | None
+    task: str | None
+    ranks: dict[str, float] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+
+def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
+    """Read adapter_config.json.
+
+    Args:
+        content: the parsed file.
+        where: file name for error messages.
+
+    Raises:
+        CheckpointError: a key has the wrong type, or a value that this package does not implement.
+    """
+    for key, value in content.items():
+        if key in _FREE or key in _READ or key in _PATTERNS:
+            continue
+        neutral = _NEUTRAL.get(key)
+        # Compared one by one and by type too, because a list is not hashable and 1 == True.
+        known = neutral is not None and any(type(value) is type(n) and value == n for n in neutral)
+        if not known and (neutral is not None or value not in (None, False, "", [], {})):
+            allowed = f"; supported: {', '.join(map(repr, neutral))}" if neutral else ""
+            raise CheckpointError(
+                f"{where}: {key!r} is {str(value)[:80]!r}, which this package does not implement{allowed}. Merge the "
+                "adapter into its base with peft and load the merged model instead."
+            )
+    if "peft_type" not in content:
+        raise CheckpointError(f"{where} has no 'peft_type'. Is it the file of a PEFT adapter?")
+    base, task = content.get("base_model_name_or_path"), content.get("task_type")
+    for key, text in (("base_model_name_or_path", base), ("task_type", task)):
+        if text is not None and (not isinstance(text, str) or len(text) > _TEXT_LIMIT):
+            raise CheckpointError(f"{where}: {key!r} is {str(text)[:80]!r}; it must be a text.")
+    saved = content.get("modules_to_save") or ()
+    if not isinstance(saved, list | tuple):
+        raise CheckpointError(
+            f"{where}: 'modules_to_save' is {str(saved)[:80]!r}; it must be a list."
+        )
+    try:
+        lora = LoraConfig(
+            r=content.get("r", 8),
+            alpha=content.get("lora_alpha", 8),
+            dropout=content.get("lora_dropout") or 0.0,
+            dora=content.get("use_dora") or False,
+            rslora=content.get("use_rslora") or False,
+            modules_to_save=tuple(saved),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    ranks, alphas = (_pattern(content.get(key), key, where) for key in _PATTERNS)
+    return PeftSettings(lora, base, task, ranks, alphas)
+
+
+def _pattern(value: Any, key: str, where: object) -> dict[str, float]:
+    """Parse a mapping of module names to numbers. The names are regular expressions in PEFT, and literal here."""
+    if value in (None, {}):
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: {key!r} is {str(value)[:80]!r}; it must be a mapping.")
+    found = {}
+    for name, number in value.items():
+        bare = name.removeprefix("^")
+        if not MODULE.fullmatch(bare):
+            raise CheckpointError(
+                f"{where}: {key!r} names its modules by the pattern {name[:80]!r}; only plain module names are read."
+            )
+        if not is_number(number) or number <= 0:
+            raise CheckpointError(
+                f"{where}: {key!r} gives {name[:80]!r} the value {str(number)[:40]!r}; it must be a positive number."
+            )
+        found[bare] = float(number)
+    return found
+
+
+def _pattern_value(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """Return the value of the first name in ``pattern`` that is a suffix of the module's name, else ``default``."""
+    for name, value in pattern.items():
+        if module == name or module.endswith("." + name):
+            return value
+    return default
 
 
 def head_of(
@@ -193,20 +328,16 @@ def attach_stored(
     Raises:
         CheckpointError: a tensor is unexpected, has the wrong shape, or lacks its counterpart; the first one is named.
     """
-    names = _spellings(model)
+    head: Any = model.head
+    if model.head_kind == "causal-lm" and head.tied and f"{PREFIX}lm_head.weight" in tensors:
+        head.untie()  # the adapter stores it apart from the embedding
     sites = _stored_sites(model, settings, tensors, where)
-    entries = {entry.disk: entry for entry in _entries_after_untying(model, tensors)}
-    full = {}
-    unused = []
-    for key in tensors:
-        bare = _bare_key(key, where)
-        if ".lora_" in bare:
-            continue
-        module, _, leaf = bare.rpartition(".")
-        disk = f"{names.get(module, module)}.{leaf}"
-        if disk in entries:
-            full[disk] = entries[disk]
-        else:
+    entries = {entry.disk: entry for entry in model.entries()}
+    full, unused = {}, []
+    for key, _, name in _own_names(model, tensors, where):
+        if name in entries:
+            full[name] = entries[name]
+        elif ".lora_" not in name:
             unused.append(key)
     if unused and strict:
         raise CheckpointError(
@@ -233,62 +364,56 @@ def _stored_sites(
     model: Model, settings: PeftSettings, tensors: Mapping[str, Tensor], where: object
 ) -> dict[str, tuple[Site, int, float]]:
     """Return the adapted modules of a file with rank and alpha, determined from its lora_A tensors."""
-    names, known = _spellings(model), sites_of(model)
+    known = sites_of(model)
     sites = {}
-    for key, tensor in tensors.items():
-        if not key.endswith(_A):
+    for key, given, name in _own_names(model, tensors, where):
+        if not name.endswith(_A):
             continue
-        given = _bare_key(key, where).removesuffix(_A)
-        module = names.get(given, "")
+        tensor, module = tensors[key], name.removesuffix(_A)
         if module not in known:
             raise CheckpointError(
                 f"{where} adapts {given!r}, which is no linear layer of this {model.backbone.model_type} model. The "
                 "adapter was trained on another base, or on a part that this model lacks."
             )
-        wanted = pattern_value(settings.ranks, given, settings.lora.r)
+        wanted = _pattern_value(settings.ranks, given, settings.lora.r)
         r = tensor.shape[0] if tensor.ndim == 2 else 0
         if r != wanted or r < 1:
             raise CheckpointError(
                 f"{where}: {key!r} has the shape {tuple(tensor.shape)}, so rank {r}, and adapter_config.json says "
                 f"{wanted:g}."
             )
-        alpha = pattern_value(settings.alphas, given, settings.lora.full_alpha)
+        alpha = _pattern_value(settings.alphas, given, settings.lora.full_alpha)
         sites[module] = (known[module], r, alpha)
     if not sites:
         raise CheckpointError(f"{where} holds no lora_A tensor: it adapts nothing.")
     return sites
 
 
-def _entries_after_untying(model: Model, tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Return the entries of the model, after untying a head that the adapter stores separately from the embedding."""
-    head: Any = model.head
-    if model.head_kind == "causal-lm" and head.tied and f"{PREFIX}lm_head.weight" in tensors:
-        head.untie()
-    return model.entries()
+def _own_names(
+    model: Model, tensors: Mapping[str, Tensor], where: object
+) -> Iterator[tuple[str, str, str]]:
+    """Yield every name in a file, its module as spelled there, and the name that this model has for the tensor.
 
-
-def _bare_key(key: str, where: object) -> str:
-    if not key.startswith(PREFIX):
-        raise CheckpointError(
-            f"{where}: the tensor {key[:80]!r} does not begin with {PREFIX!r}; it is no PEFT adapter of a whole model."
-        )
-    return key.removeprefix(PREFIX)
-
-
-def _spellings(model: Model) -> dict[str, str]:
-    """Return module name with any accepted prefix -> its name in this model.
-
-    The prefixes differ if the body was trained with another head.
+    The prefixes of the modules differ if the body was trained with another head.
     """
-    found: dict[str, str] = {}
-    for entry in model.entries():
-        own, bare = entry.disk.rpartition(".")[0], entry.bare.rpartition(".")[0]
-        if entry.body:
-            for prefix in ("", *model.backbone.prefixes):
-                found.setdefault(prefix + bare, own)
-    return found | {
-        name: name for name in (entry.disk.rpartition(".")[0] for entry in model.entries())
-    }
+    own: dict[str, str] = {}
+    entries = model.entries()
+    for entry in entries:
+        for prefix in ("", *model.backbone.prefixes) if entry.body else ():
+            module = prefix + entry.bare.rpartition(".")[0]
+            own.setdefault(module, entry.disk.rpartition(".")[0])
+    own |= {name: name for name in (entry.disk.rpartition(".")[0] for entry in entries)}
+    for key in tensors:
+        if not key.startswith(PREFIX):
+            raise CheckpointError(
+                f"{where}: the tensor {key[:80]!r} does not begin with {PREFIX!r}; it is no PEFT adapter of a whole "
+                "model."
+            )
+        name = key.removeprefix(PREFIX)
+        name = name.removesuffix(".weight") if name.endswith(_M + ".weight") else name
+        leaf = next((e for e in (_A, _B, _M) if name.endswith(e)), f".{name.rpartition('.')[2]}")
+        module = name.removesuffix(leaf)
+        yield key, module, own.get(module, module) + leaf
 
 
 def fill(
@@ -306,22 +431,11 @@ def fill(
         CheckpointError: a tensor is missing, unexpected, or has the wrong shape or type.
     """
     adapter: Adapter = model.adapter
-    names = _spellings(model)
     given: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = _bare_key(key, where)
-        ending = next((e for e in (_A, _B, _M + ".weight", _M) if name.endswith(e)), None)
-        if ending is None:
-            module, _, leaf = name.rpartition(".")
-            name = f"{names.get(module, module)}.{leaf}"
-        else:
-            module = name.removesuffix(ending)
-            name = names.get(module, module) + ending.removesuffix(
-                ".weight" if "vec" in ending else ""
-            )
+    for key, _, name in _own_names(model, tensors, where):
         if name in given:
             raise CheckpointError(f"{where}: {key!r} and another tensor are one and the same.")
-        given[name] = tensor
+        given[name] = tensors[key]
     values: dict[str, Tensor] = {}
     shapes = shapes or {name: tuple(p.shape) for name, p in model.named_parameters()}
     for module, (site, r, _) in adapter.sites.items():
