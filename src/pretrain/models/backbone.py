@@ -111,7 +111,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
-        """Return the fields that ``hf_keys`` names, or all of them; a family adds those of several keys, and refusals."""
+        """Return the fields that ``hf_keys`` names, or all; a family adds those of several keys, and refusals."""
         if not cls.hf_keys:
             return reader.own(cls.config_class)
         specs = {spec.name: spec for spec in fields(cls.config_class)}

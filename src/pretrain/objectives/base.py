@@ -25,9 +25,15 @@ from pretrain.nn.tensor_parallel import Group, gather_from_tensor_parallel
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["Batch", "Example", "Loss", "Objective", "drop_plain_documents", "stack"]
+__all__ = [
+    "Batch", "Example", "ExampleList", "Loss", "Objective", "Rngs", "TokenObjective", "drop_plain_documents", "stack",
+]  # fmt: skip
 
 Batch = dict[str, Tensor]
+ExampleList = Sequence[Example]  # the rows of a batch
+Rngs = Sequence[
+    "np.random.Generator"
+]  # one generator per row; in quotes, because numpy loads it late
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Loss:
     metrics: dict[str, Tensor | list[Any]] = field(default_factory=dict)
 
 
-def stack(examples: Sequence[Example], keys: Sequence[str]) -> Batch:
+def stack(examples: ExampleList, keys: Sequence[str]) -> Batch:
     """Stack the named arrays of equally shaped examples into tensors with a leading row dimension.
 
     Integers become int64, the index type of embeddings. The first key is required.
@@ -119,13 +125,7 @@ class Objective(nn.Module):
             self.get_submodule(name).requires_grad_(False).eval()
         return self
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Collate examples into a batch. Also called in the loader's thread, so it must not modify the objective.
 
         Args:
@@ -222,7 +222,7 @@ class Objective(nn.Module):
         shapes = (p.shape if layout is None else layout.shapes[names[p]] for p in parameters)
         return sum(math.prod(shape) for shape in shapes)
 
-    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+    def preview(self, examples: ExampleList, prompt: str, seed: int) -> list[str]:
         """Return a few lines for the log that show what the model can do now; none by default."""
         return []
 

@@ -22,14 +22,21 @@ from pretrain.data.labelled import Role
 from pretrain.data.labels import LabelMap, blanks_note, flattened, make_tag_map
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.objectives.base import Batch, Example, Loss
-from pretrain.objectives.tasks import Learned, Task, sequence_labels
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
+from pretrain.objectives.tasks import (
+    ClassTask,
+    Learned,
+    Task,
+    count_examples,
+    read_texts,
+    sequence_labels,
+)
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["PAIR", "TEXT", "Classification", "encode_texts", "given_weights"]
+__all__ = ["PAIR", "TEXT", "Classification", "encode_texts"]
 
 TEXT = Role(
     "text",
@@ -54,23 +61,10 @@ def encode_texts(task: Task, table: Table) -> tuple[TaskRows, list[int]]:
     Raises:
         DataError: a value is not a string.
     """
-    rows, kept, texts, pairs = TaskRows(), [], [], []
-    paired = "pair" in table.names
-    for i, row in enumerate(table.rows()):
-        values = [row["text"], row["pair"]] if paired else [row["text"]]
-        for value in values:
-            if value is not None and not isinstance(value, str):
-                raise DataError(
-                    f"{table.where(i)}: the text is {type(value).__name__} {str(value)[:40]!r}, not a text. Name the "
-                    "column that holds the text, or turn its values into strings."
-                )
-        if not all(value and value.strip() for value in values):
-            rows.drop(i, "empty text")
-            continue
-        kept.append(i)
-        texts.append(values[0])
-        pairs.append(values[-1])
-    encodings = task.encoder.texts(texts, pairs if paired else None) if kept else []
+    rows, columns = TaskRows(), ["text", "pair"] if "pair" in table.names else ["text"]
+    kept = read_texts(table, columns, rows)
+    texts = [[table.columns[name][i] for i in kept] for name in columns]
+    encodings = task.encoder.texts(*texts) if kept else []
     for i, encoding in zip(kept, encodings, strict=True):
         if encoding.overflowing:
             rows.cut.append(i)
@@ -78,15 +72,13 @@ def encode_texts(task: Task, table: Table) -> tuple[TaskRows, list[int]]:
     return rows, kept
 
 
-class Classification(Task):
+class Classification(ClassTask):
     """Predict the class or classes of a text.
 
     Args:
         model: a model with a sequence-classification head and ``labels``.
         problem: ``"single_label"`` or ``"multi_label"``.
-        class_weights: weight of each class in the loss: ``"balanced"`` (rows / (C * rows of the class), counted on
-            the training rows), a list in the order of the labels, or a mapping from label to weight.
-        label_smoothing: share of a target that is spread over all classes; in training only.
+        class_weights, label_smoothing: see ``ClassTask``.
         threshold: probability above which a class is predicted, for multi-label problems.
         codes: class number of every spelling of a label in the column; by default the labels themselves.
         max_length, pack: see ``Task``.
@@ -123,6 +115,7 @@ class Classification(Task):
         ),
     )
     metric: str = "accuracy"
+    recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     head_kind: ClassVar[str | None] = "sequence-classification"
     row_options: ClassVar[Mapping[str, Any]] = {**Task.row_options, "label_separator": str | None}
 
@@ -138,21 +131,16 @@ class Classification(Task):
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
-        super().__init__(model, max_length=max_length, pack=pack)
+        super().__init__(model, class_weights, label_smoothing, max_length, pack)
         if problem not in (_SINGLE, _MULTI):
             raise ConfigError(f"problem is {problem!r}; it must be {_SINGLE!r} or {_MULTI!r}.")
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
         if problem == _MULTI and (label_smoothing or class_weights is not None):
             option = "label_smoothing" if label_smoothing else "class_weights"
             raise ConfigError(
                 f"{option} is for texts with one class each, and here a text may have several. Leave it out."
             )
-        self.labels: tuple[str, ...] = tuple(model.labels or ())
         self.problem, self.threshold = problem, threshold
         self._map = LabelMap(self.labels, _checked_codes(codes, self.labels))
-        self.label_smoothing, self.class_weights = label_smoothing, class_weights
-        self._weights = given_weights(class_weights, self.labels)
         model.extra_config["problem_type"] = f"{problem}_classification"
 
     @property
@@ -224,9 +212,8 @@ class Classification(Task):
         answers = self.targets(table)
         for example, i in zip(rows.examples, kept, strict=True):
             example["labels"] = answers[i]
-        if self.class_weights == "balanced" and self._weights is None and self.single:
-            counts = np.bincount([int(answers[i]) for i in kept], minlength=len(self.labels))
-            self._weights = len(kept) / (len(self.labels) * np.maximum(counts, 1.0))
+        if self.single:
+            self.balance([int(answers[i]) for i in kept])
         return rows
 
     def targets(self, table: Table) -> list[np.ndarray]:
@@ -252,13 +239,7 @@ class Classification(Task):
             for row in self.targets(table)
         ]
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         batch = self.pack_batch(examples, pooled=True)
         if "labels" in examples[0]:
             kind = torch.int64 if self.single else torch.float32
@@ -268,10 +249,8 @@ class Classification(Task):
         return batch
 
     def count(self, batch: Batch) -> Tensor:
-        """Number of examples, or the sum of their weights, which normalises a weighted mean."""
-        if "weights" in batch:
-            return batch["weights"].sum()
-        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+        """Number of examples, or the sum of their weights; one for all the classes of a multi-label example."""
+        return super().count(batch) if self.single else count_examples(batch)
 
     def forward(self, batch: Batch) -> Loss:
         logits, labels = self.model(batch).float(), batch["labels"]  # (N, C)
@@ -285,9 +264,7 @@ class Classification(Task):
             return Loss(
                 total / logits.shape[-1], self.count(batch), {"counts": counts, "exact": exact}
             )
-        smoothing = self.label_smoothing if self.training else 0.0
-        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        total = (each * batch["weights"]).sum() if "weights" in batch else each.sum()
+        total = self.cross_entropy(logits, labels, batch.get("weights"))
         classes = logits.shape[-1]
         pairs = labels * classes + logits.argmax(-1)  # (N,) indices into the flattened (C, C)
         matrix = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
@@ -359,13 +336,8 @@ class Classification(Task):
 
     def describe(self) -> dict[str, Any]:
         codes = dict(self._map.codes)
-        return super().describe() | {
-            "task": self.name,
-            "problem": self.problem,
-            "max_length": self.max_length,
-            "threshold": self.threshold,
-            **({} if codes.keys() == set(self.labels) else {"codes": codes}),
-        }
+        known = codes.keys() == set(self.labels)
+        return super().describe() | ({} if known else {"codes": codes})
 
 
 def _class_numbers(
@@ -432,25 +404,3 @@ def _f1(hit: float, extra: float, missed: float) -> float:
 
 def _logit(chance: float) -> float:
     return math.log(chance / (1 - chance))
-
-
-def given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
-    """Class weights that the caller gave, in the order of the labels; None for none or ``"balanced"``."""
-    if weights is None or weights == "balanced":
-        return None
-    if isinstance(weights, Mapping):
-        if unknown := [key for key in weights if str(key) not in labels]:
-            raise ConfigError(
-                f"class_weights names {unknown[0]!r}, which is no label: {', '.join(labels[:20])}."
-            )
-        weights = [weights.get(label, 1.0) for label in labels]
-    try:
-        array = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError):
-        array = np.zeros(0)
-    if array.shape != (len(labels),) or not np.isfinite(array).all() or (array <= 0).any():
-        raise ConfigError(
-            f'class_weights must be "balanced", or {len(labels)} positive numbers, one for each label; found '
-            f"{weights!r}."
-        )
-    return array

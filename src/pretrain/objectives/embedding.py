@@ -26,8 +26,8 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.models.heads import pool_documents
 from pretrain.models.sentences import SentenceSettings, pooling_named
-from pretrain.objectives.base import Batch, Example, Loss
-from pretrain.objectives.tasks import Learned, Task
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
+from pretrain.objectives.tasks import Learned, Task, read_texts
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -91,6 +91,7 @@ class Embedding(Task):
     metric: str = "accuracy"
     head_kind: ClassVar[str | None] = None
     couples_examples: ClassVar[bool] = True
+    recorded: ClassVar[tuple[str, ...]] = ("scale", "symmetric", "min_score")
 
     def __init__(
         self,
@@ -152,23 +153,10 @@ class Embedding(Task):
         return Learned(options={"min_score": least}, notes=[note])
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
-        rows, kept = TaskRows(), []
+        rows = TaskRows()
         parts = [p for p in _PARTS if p in table.names] if targets else ["anchor"]
-        texts: dict[str, list[str]] = {part: [] for part in parts}
-        for i, row in enumerate(table.rows()):
-            values = [row[part] for part in parts]
-            for part, value in zip(parts, values, strict=True):
-                if value is not None and not isinstance(value, str):
-                    raise DataError(
-                        f"{table.where(i)}: the {part} is {type(value).__name__} {str(value)[:40]!r}, not a text. Name "
-                        "the column that holds it, or turn its values into strings."
-                    )
-            if not all(value and value.strip() for value in values):
-                rows.drop(i, "empty text")
-                continue
-            kept.append(i)
-            for part, value in zip(parts, values, strict=True):
-                texts[part].append(self.sentences.cased(value))
+        kept = read_texts(table, parts, rows)
+        texts = {p: [self.sentences.cased(table.columns[p][i]) for i in kept] for p in parts}
         encoded = {part: self.encoder.texts(texts[part]) if kept else [] for part in parts}
         scores = _scores(table) if targets and "label" in table.names else None
         for n, i in enumerate(kept):
@@ -184,13 +172,7 @@ class Embedding(Task):
             rows.add(i, example)
         return rows
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Pack all texts as documents: first the anchors, then the positives, then the negatives."""
         pieces: list[dict[str, Any]] = []
         parts = len(examples[0]["lengths"])
@@ -285,16 +267,10 @@ class Embedding(Task):
         return {"embedding": [float(value) for value in outputs[0]]}
 
     def describe(self) -> dict[str, Any]:
+        modes = self.sentences.pooling
         return super().describe() | {
-            "task": self.name,
-            "pooling": self.sentences.pooling[0]
-            if len(self.sentences.pooling) == 1
-            else list(self.sentences.pooling),
+            "pooling": modes[0] if len(modes) == 1 else list(modes),
             "normalize": self.sentences.normalize,
-            "scale": self.scale,
-            "symmetric": self.symmetric,
-            "min_score": self.min_score,
-            "max_length": self.max_length,
         }
 
 

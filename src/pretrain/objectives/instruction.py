@@ -31,7 +31,7 @@ from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, TokenObjective
+from pretrain.objectives.base import Batch, Example, ExampleList, Rngs, TokenObjective
 from pretrain.objectives.tasks import Learned, Task
 
 if TYPE_CHECKING:
@@ -393,13 +393,7 @@ class Instruction(Task, TokenObjective):
         loss = -sum(math.log((counts[t] + 1) / total) for t in parts[1]) / len(parts[1])
         return {"loss": loss, "perplexity": math.exp(loss)}
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Pack conversations; ``labels[:, t]`` is the target at position t, as in ``NextToken``."""
         return token_batch(self, examples)
 
@@ -407,7 +401,7 @@ class Instruction(Task, TokenObjective):
         """None, because the model is already trained."""
         return None
 
-    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+    def preview(self, examples: ExampleList, prompt: str, seed: int) -> list[str]:
         """Answer the first turn of a held-out conversation, or ``prompt``."""
         ids = [int(t) for t in examples[0]["input_ids"]]
         first = int(np.flatnonzero(examples[0]["labels"] != IGNORE)[0]) + 1
@@ -465,12 +459,11 @@ class Instruction(Task, TokenObjective):
         }
 
     def describe(self) -> dict[str, Any]:
-        about = super().describe() | {"task": self.name, "max_length": self.max_length}
         # The default is left out, as in the descriptions of runs from before this option existed.
-        return about | ({"long": self.long} if self.beyond_chosen else {})
+        return super().describe() | ({"long": self.long} if self.beyond_chosen else {})
 
 
-def token_batch(task: Task, examples: Sequence[Example]) -> Batch:
+def token_batch(task: Task, examples: ExampleList) -> Batch:
     """Pack examples with ``labels`` (n,) into a batch with the positions of its targets, ``target_index`` (M,)."""
     batch = task.pack_batch(examples, {"labels": IGNORE})
     batch["target_index"] = (batch["labels"].reshape(-1) != IGNORE).nonzero().squeeze(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,13 +19,12 @@ from torch import Tensor
 from pretrain.data.labelled import Role
 from pretrain.data.packing import pack
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import DataError, ModelError
-from pretrain.nn.device import tokens_at_once
-from pretrain.objectives.base import Batch, Example, Loss, Objective
+from pretrain.errors import ModelError
+from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
 from pretrain.objectives.likelihood import target_log_probs
 from pretrain.objectives.masked_lm import MaskedLM
 from pretrain.objectives.next_token import NextToken
-from pretrain.objectives.tasks import Task, pack_examples
+from pretrain.objectives.tasks import Task, pack_examples, read_texts
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
@@ -66,13 +66,8 @@ class LanguageModelling(Task):
                 f"Language modelling needs a model with a language-model head, and this one has {model.head_kind!r}. "
                 'Open it with pretrain.load(PATH, head="causal-lm"), or "masked-lm" for an encoder.'
             )
-        kind = _objective_of(model)
-        try:
-            inner = kind(model, **options)
-        except TypeError as error:
-            raise ModelError(f"{kind.__name__} takes no such option: {error}.") from error
-        # The tuple keeps it from being registered as a submodule: every parameter has one owner and one name.
-        self._inner = (inner,)
+        self._options = options
+        _ = self.inner  # refuses options that the pre-training objective does not have
 
     @classmethod
     def recorded_options(cls, model: Model) -> set[str]:
@@ -80,13 +75,21 @@ class LanguageModelling(Task):
         inner = set(inspect.signature(_objective_of(model).__init__).parameters) - {"self", "model"}
         return (super().recorded_options(model) - {"options"}) | inner
 
+    @cached_property
+    def _inner(self) -> Objective:
+        # A cached property is no submodule: every parameter has one owner and one name.
+        kind = _objective_of(self.model)
+        try:
+            return kind(self.model, **self._options)
+        except TypeError as error:
+            raise ModelError(f"{kind.__name__} takes no such option: {error}.") from error
+
     @property
     def inner(self) -> Objective:
         """The pre-training objective, around the same model."""
-        inner = self._inner[0]
-        if inner.model is not self.model:  # the model has been wrapped since
-            inner.model = self.model
-        return inner
+        if self._inner.model is not self.model:  # the model has been wrapped since
+            self._inner.model = self.model
+        return self._inner
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         """Frame the texts as documents and pack them into rows of one length.
@@ -94,23 +97,12 @@ class LanguageModelling(Task):
         For prediction (``targets=False``) the pieces of each text are examples of their own, so that each text gets
         its own loss.
         """
-        rows, kept, texts = TaskRows(), [], []
-        for i, row in enumerate(table.rows()):
-            text = row["text"]
-            if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f"{table.where(i)}: the text is {type(text).__name__} {str(text)[:40]!r}, not a text. Name the "
-                    "column that holds the text, or turn its values into strings."
-                )
-            if not text or not text.strip():
-                rows.drop(i, "empty text")
-                continue
-            kept.append(i)
-            texts.append(text)
+        rows = TaskRows()
+        kept = read_texts(table, ("text",), rows)
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         # Special tokens that are typed into a text are encoded as plain text, as in data preparation.
-        encoded = tokenizer.encode_batch(texts, special=False)
+        encoded = tokenizer.encode_batch([table.columns["text"][i] for i in kept], special=False)
         documents = [tokenizer.frame_document(ids) for ids in encoded]
         if targets and self.pack and documents:
             self._pack(rows, kept, documents)
@@ -145,13 +137,7 @@ class LanguageModelling(Task):
             texts = [int(kept[int(owners[s])]) for s in mine]
             rows.add(texts[0], arrays, texts)
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Collate packed rows with the pre-training objective; single pieces are put into rows first."""
         if "document_ids" in examples[0]:
             return self.inner.collate(examples, rngs, evaluation=evaluation)
@@ -189,7 +175,7 @@ class LanguageModelling(Task):
         """Number of head weights that each target is multiplied with."""
         return self.inner.head_weights()
 
-    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+    def preview(self, examples: ExampleList, prompt: str, seed: int) -> list[str]:
         """A continuation, or masked words with their predictions."""
         return self.inner.preview(examples, prompt, seed)
 
@@ -211,19 +197,6 @@ class LanguageModelling(Task):
         total, count = (float(sum(values)) for values in zip(*outputs, strict=True))
         loss = total / count if count else math.nan
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(count)}
-
-    def _answers(self, rows: TaskRows, batch_rows: int, device: Any) -> Any:
-        # Each piece has its own generator, so that its masks do not depend on the batching.
-        found: dict[int, tuple[list[Any], list[Any]]] = {}
-        for part in rows.batches(batch_rows, tokens_at_once(device)):
-            rngs = [np.random.default_rng(0) for _ in part]
-            batch = self.collate([rows[i] for i in part], rngs, evaluation=True)
-            batch = {key: value.to(device) for key, value in batch.items()}
-            for i, output in zip(part, self.outputs(batch), strict=True):
-                outputs, infos = found.setdefault(rows.owners[i], ([], []))
-                outputs.append(output)
-                infos.append(rows.info[i])
-        return found
 
     def describe(self) -> dict[str, Any]:
         return self.inner.describe() | {"task": self.name, "max_length": self.max_length}

@@ -10,7 +10,6 @@ cut, so that the masked share is the requested one in every script.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,7 +17,14 @@ import torch
 
 from pretrain.errors import ConfigError, ModelError, TokenizerError, TrainingError
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, TokenObjective, drop_plain_documents, stack
+from pretrain.objectives.base import (
+    Batch,
+    ExampleList,
+    Rngs,
+    TokenObjective,
+    drop_plain_documents,
+    stack,
+)
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
@@ -93,13 +99,7 @@ class MaskedLM(TokenObjective):
         self._ordinary_ids = np.flatnonzero(ordinary)
         self._word_starts = tokenizer.word_starts if whole_word else None
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Mask tokens of each row with the row's own generator; special tokens and padding are never targets."""
         batch = stack(
             examples,
@@ -215,7 +215,7 @@ class MaskedLM(TokenObjective):
             "whole_word=False, or correct the subclass."
         )
 
-    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+    def preview(self, examples: ExampleList, prompt: str, seed: int) -> list[str]:
         """Show masked tokens of a held-out row with the prediction and the truth."""
         model: Any = self.model
         rng = np.random.Generator(np.random.Philox(seed))

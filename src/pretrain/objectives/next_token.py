@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
 from pretrain.errors import ModelError
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, TokenObjective, drop_plain_documents, stack
+from pretrain.objectives.base import (
+    Batch,
+    ExampleList,
+    Rngs,
+    TokenObjective,
+    drop_plain_documents,
+    stack,
+)
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -40,13 +46,7 @@ class NextToken(TokenObjective):
                 "(gpt2, llama, mistral, qwen2, qwen3)."
             )
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Collate rows of token ids; ``labels[:, t]`` is the token that follows position t.
 
         The last token of a document has no target, because its successor belongs to another document.
@@ -72,7 +72,7 @@ class NextToken(TokenObjective):
             figures["bits_per_byte"] = figures["loss"] / math.log(2) * stats["targets_per_byte"]
         return figures
 
-    def preview(self, examples: Sequence[Example], prompt: str, seed: int) -> list[str]:
+    def preview(self, examples: ExampleList, prompt: str, seed: int) -> list[str]:
         """Continue the prompt, or the first tokens of a held-out row."""
         model: Any = self.model
         if model.tokenizer is None:

@@ -26,8 +26,7 @@ from pretrain.data.conversations import TOOLS, as_messages, as_tools
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.nn.device import tokens_at_once
-from pretrain.objectives.base import Batch, Example, Loss
+from pretrain.objectives.base import Batch, Example, ExampleList, Loss, Rngs
 from pretrain.objectives.instruction import (
     TYPED,
     chat_template_of,
@@ -77,6 +76,7 @@ class Preference(Task):
     )
     metric: str = "loss"
     head_kind: ClassVar[str | None] = "causal-lm"
+    recorded: ClassVar[tuple[str, ...]] = ("beta", "label_smoothing")
 
     def __init__(
         self,
@@ -142,13 +142,7 @@ class Preference(Task):
     def show(self, example: Example) -> list[tuple[str, bool]]:
         return shown_shifted(super().show(example))
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Pack two documents per example, chosen before rejected; ``owner`` (M,) is the document of each target."""
         pieces = []
         for example in examples:
@@ -212,16 +206,13 @@ class Preference(Task):
             batch_rows: pairs in one forward pass.
             context: context manager of the forward passes, such as autocast.
         """
-        device = self.model.device
         was_training = self.training
         self.eval()
         try:
-            for chosen in rows.batches(batch_rows, tokens_at_once(device)):
-                rngs = [np.random.default_rng(0)] * len(chosen)
-                batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
+            for chosen, batch in self.batches(rows, batch_rows):
                 with context():
-                    found = self.log_probs({k: v.to(device) for k, v in batch.items()})
-                for i, pair in zip(chosen, found.float().cpu().numpy(), strict=True):
+                    log_probs = self.log_probs(batch)
+                for i, pair in zip(chosen, log_probs.float().cpu().numpy(), strict=True):
                     for key, value in zip(_REFERENCE, pair, strict=True):
                         rows.examples[i][key] = np.asarray(value, dtype=np.float32)
         finally:
@@ -243,14 +234,6 @@ class Preference(Task):
         """The vocabulary projection, counted even if it is tied to the embedding."""
         head: Any = self.model.head
         return self._numel([head.weight()])
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {
-            "task": self.name,
-            "beta": self.beta,
-            "label_smoothing": self.label_smoothing,
-            "max_length": self.max_length,
-        }
 
 
 def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message]:

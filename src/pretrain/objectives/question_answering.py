@@ -24,8 +24,14 @@ from pretrain.data.answers import find_answers
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.objectives.base import Batch, Example, Loss
-from pretrain.objectives.tasks import Learned, Task, sequence_labels
+from pretrain.objectives.base import Batch, Example, ExampleList, Loss, Rngs
+from pretrain.objectives.tasks import (
+    Learned,
+    Task,
+    count_examples,
+    read_texts,
+    sequence_labels,
+)
 
 if TYPE_CHECKING:
     from pretrain.data.answers import Answers
@@ -66,6 +72,9 @@ class QuestionAnswering(Task):
     metric: str = "f1"
     trivial_name: ClassVar[str] = "always the most frequent answer"
     head_kind: ClassVar[str | None] = "question-answering"
+    recorded: ClassVar[tuple[str, ...]] = (
+        "stride", "max_answer_tokens", "n_best", "allow_no_answer", "null_threshold", "bad_answers",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -135,19 +144,8 @@ class QuestionAnswering(Task):
     # ------------------------------------------------------------------ rows to examples
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
-        rows, kept = TaskRows(), []
-        for i in range(len(table)):
-            texts = [table.columns[role][i] for role in ("question", "context")]
-            for role, text in zip(("question", "context"), texts, strict=True):
-                if text is not None and not isinstance(text, str):
-                    raise DataError(
-                        f"{table.where(i)}: the {role} is {type(text).__name__} {str(text)[:40]!r}, not a text. Name "
-                        "the column that holds it, or turn its values into strings."
-                    )
-            if all(text and text.strip() for text in texts):
-                kept.append(i)
-            else:
-                rows.drop(i, "empty text")
+        rows = TaskRows()
+        kept = read_texts(table, ("question", "context"), rows)
         answers = find_answers(table) if targets else None
         if answers is not None and answers.bad:
             if self.bad_answers == "error":
@@ -227,13 +225,7 @@ class QuestionAnswering(Task):
 
     # ------------------------------------------------------------------ batches and loss
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         batch = self.pack_batch(examples, {"starts": 0, "ends": 0} if evaluation else None)
         first, last = batch["first_index"], batch["last_index"]
         places = first[:, None] + torch.arange(int((last - first).max()) + 1)
@@ -249,7 +241,7 @@ class QuestionAnswering(Task):
         return batch
 
     def count(self, batch: Batch) -> Tensor:
-        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+        return count_examples(batch)
 
     def _scores(self, batch: Batch) -> Tensor:
         """Start and end scores of the tokens of each example, (N, S, 2); -inf after its end."""
@@ -344,18 +336,6 @@ class QuestionAnswering(Task):
             none = {"answer": infos[0][0][begin:end], "start": begin, "end": end}
             none["score"] = float(chances[1])
         return none | {"no_answer_score": float(chances[0])}
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {
-            "task": self.name,
-            "stride": self.stride,
-            "max_answer_tokens": self.max_answer_tokens,
-            "n_best": self.n_best,
-            "allow_no_answer": self.allow_no_answer,
-            "null_threshold": self.null_threshold,
-            "bad_answers": self.bad_answers,
-            "max_length": self.max_length,
-        }
 
 
 def best_spans(

@@ -16,9 +16,9 @@ from pretrain.data.labelled import Role
 from pretrain.data.labels import finite_numbers
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.objectives.base import Batch, Example, Loss
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import PAIR, TEXT, encode_texts
-from pretrain.objectives.tasks import Learned, Task, sequence_labels
+from pretrain.objectives.tasks import Learned, Task, count_examples, sequence_labels
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -54,6 +54,7 @@ class Regression(Task):
         ),
     )
     metric: str = "pearson"
+    recorded: ClassVar[tuple[str, ...]] = ("center", "scale")
     head_kind: ClassVar[str | None] = "sequence-classification"
 
     def __init__(
@@ -113,20 +114,14 @@ class Regression(Task):
         """The correct answers, in the form that ``decode`` returns."""
         return [float(value) for value in numbers(table)]
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         batch = self.pack_batch(examples, pooled=True)
         if "labels" in examples[0]:
             batch["labels"] = sequence_labels(examples, torch.float32)
         return batch
 
     def count(self, batch: Batch) -> Tensor:
-        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+        return count_examples(batch)
 
     def forward(self, batch: Batch) -> Loss:
         values, wanted = self.model(batch).float().squeeze(-1), batch["labels"]  # (N,)
@@ -154,14 +149,6 @@ class Regression(Task):
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """Return ``score``, in the units of the targets."""
         return {"score": float(outputs[0])}
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {
-            "task": self.name,
-            "center": self.center,
-            "scale": self.scale,
-            "max_length": self.max_length,
-        }
 
 
 def numbers(table: Table) -> np.ndarray:

@@ -25,16 +25,16 @@ import torch
 
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskEncoder, TaskRows
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.nn.device import tokens_at_once
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, Objective
+from pretrain.objectives.base import Batch, Example, ExampleList, Objective
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["Learned", "Task", "pack_examples", "sequence_labels"]
+__all__ = ["ClassTask", "Learned", "Task", "pack_examples", "read_texts", "sequence_labels"]
 
 _WIDTH_STEP = 32
 _PACKED_TOKENS = 1024  # wider rows gain nothing, and a dense mask over them costs more
@@ -89,7 +89,7 @@ def balanced(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_examples(
-    examples: Sequence[Example],
+    examples: ExampleList,
     *,
     token_keys: Mapping[str, int] | None = None,
     pad_id: int = 0,
@@ -135,9 +135,36 @@ def pack_examples(
     return batch | {"first_index": torch.from_numpy(first), "last_index": torch.from_numpy(last)}
 
 
-def sequence_labels(examples: Sequence[Example], dtype: torch.dtype) -> torch.Tensor:
+def read_texts(table: Table, columns: Sequence[str], rows: TaskRows) -> list[int]:
+    """Return the indices of the rows that have a text in all ``columns``; the others are recorded in ``rows``.
+
+    Raises:
+        DataError: a value is no string; the message names the row.
+    """
+    kept = []
+    for i in range(len(table)):
+        values = [table.columns[name][i] for name in columns]
+        for name, value in zip(columns, values, strict=True):
+            if value is not None and not isinstance(value, str):
+                raise DataError(
+                    f"{table.where(i)}: the {name} is {type(value).__name__} {str(value)[:40]!r}, not a text. Name "
+                    "the column that holds it, or turn its values into strings."
+                )
+        if all(value and value.strip() for value in values):
+            kept.append(i)
+        else:
+            rows.drop(i, "empty text")
+    return kept
+
+
+def sequence_labels(examples: ExampleList, dtype: torch.dtype) -> torch.Tensor:
     """Stack the labels of examples that have one label, or one row of labels, each: (N,) or (N, C)."""
     return torch.from_numpy(np.stack([example["labels"] for example in examples])).to(dtype)
+
+
+def count_examples(batch: Batch) -> torch.Tensor:
+    """Return the number of examples of a batch of ``sequence_labels``, as a scalar tensor."""
+    return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
 
 class Task(Objective):
@@ -153,6 +180,7 @@ class Task(Objective):
         trivial_name: name of the baseline that ``trivial`` computes.
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read, with their types.
+        recorded: attributes that ``describe`` records in config.json, as arguments of a later task.
 
     Args:
         model: a model with the head of the task.
@@ -174,6 +202,7 @@ class Task(Objective):
     metric: str = "loss"
     trivial_name: ClassVar[str] = "majority baseline"
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
+    recorded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:
         super().__init__(model)
@@ -220,6 +249,11 @@ class Task(Objective):
     def recorded_options(cls, model: Model) -> set[str]:
         """Names of the arguments that are restored from the record of ``describe``, for a task around this model."""
         return set(inspect.signature(cls.__init__).parameters) - {"self", "model", "name"}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the name of the task, and those of its options that its model depends on."""
+        options = {name: getattr(self, name) for name in ("max_length", *self.recorded)}
+        return super().describe() | {"task": self.name} | options
 
     # ------------------------------------------------------------------ what a task implements
 
@@ -302,7 +336,7 @@ class Task(Objective):
 
     def pack_batch(
         self,
-        examples: Sequence[Example],
+        examples: ExampleList,
         token_keys: Mapping[str, int] | None = None,
         *,
         pooled: bool = False,
@@ -345,7 +379,6 @@ class Task(Objective):
     def _predictions(
         self, table: Table, batch_rows: int, options: Mapping[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        device = self.model.device
         was_training = self.training
         self.eval()
         try:
@@ -353,7 +386,7 @@ class Task(Objective):
                 part = table.take(range(start, min(start + batch_rows, len(table))))
                 rows = self.encode(part, targets=False)
                 with torch.inference_mode():
-                    found = self._answers(rows, batch_rows, device)
+                    found = self._answers(rows, batch_rows)
                 for row in range(len(part)):
                     if (of_row := found.get(row)) is None:
                         yield {}
@@ -376,19 +409,92 @@ class Task(Objective):
         for reason, places in rows.dropped.items():
             self.unanswered[reason] += len(set(places) - answered)
 
-    def _answers(
-        self, rows: TaskRows, batch_rows: int, device: torch.device
-    ) -> dict[int, tuple[list[Any], list[Any]]]:
-        found: dict[int, tuple[list[Any], list[Any]]] = {}
-        said: list[Any] = [None] * len(rows)
-        for chosen in rows.batches(batch_rows, tokens_at_once(device)):
-            rngs = [np.random.default_rng(0)] * len(chosen)
-            batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
-            batch = {key: value.to(device) for key, value in batch.items()}
+    def _answers(self, rows: TaskRows, batch_rows: int) -> dict[int, tuple[list[Any], list[Any]]]:
+        """Return row -> the outputs and the infos of its examples, in their order."""
+        outputs: list[Any] = [None] * len(rows)
+        for chosen, batch in self.batches(rows, batch_rows):
             for i, output in zip(chosen, self.outputs(batch), strict=True):
-                said[i] = output
-        for i, owner in enumerate(rows.owners):
-            outputs, infos = found.setdefault(owner, ([], []))
-            outputs.append(said[i])
-            infos.append(rows.info[i])
-        return found
+                outputs[i] = output
+        answers: dict[int, tuple[list[Any], list[Any]]] = {}
+        for owner, output, info in zip(rows.owners, outputs, rows.info, strict=True):
+            of_row = answers.setdefault(owner, ([], []))
+            of_row[0].append(output)
+            of_row[1].append(info)
+        return answers
+
+    def batches(self, rows: TaskRows, batch_rows: int) -> Iterator[tuple[list[int], Batch]]:
+        """Yield the indices of examples of similar length, and their batch for evaluation on the model's device."""
+        device = self.model.device
+        for chosen in rows.batches(batch_rows, tokens_at_once(device)):
+            # Each example has its own generator, so that its masks do not depend on the batching.
+            rngs = [np.random.default_rng(0) for _ in chosen]
+            batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
+            yield chosen, {key: value.to(device) for key, value in batch.items()}
+
+
+class ClassTask(Task):
+    """Base class of tasks that choose among the ``labels`` of the model, with weights of the classes in the loss.
+
+    Args:
+        model: a model with ``labels``.
+        class_weights: weight of each class in the loss: ``"balanced"`` (targets / (C * targets of the class), counted
+            on the training rows), a list in the order of the labels, or a mapping from label to weight.
+        label_smoothing: share of a target that is spread over all classes; in training only.
+        max_length, pack: see ``Task``.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    def __init__(
+        self, model: Model, class_weights: Any, label_smoothing: float, max_length: int | None, pack: bool
+    ) -> None:  # fmt: skip
+        super().__init__(model, max_length=max_length, pack=pack)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
+        self.labels: tuple[str, ...] = tuple(model.labels or ())
+        self.label_smoothing = label_smoothing
+        self._balanced = class_weights == "balanced"
+        self._weights = None if self._balanced else _given_weights(class_weights, self.labels)
+
+    def balance(self, classes: Sequence[int] | np.ndarray) -> None:
+        """Compute balanced weights from the targets of the training rows, which are encoded first."""
+        if self._balanced and self._weights is None:
+            counts = np.bincount(np.asarray(classes, dtype=np.int64), minlength=len(self.labels))
+            self._weights = len(classes) / (len(self.labels) * np.maximum(counts, 1.0))
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Number of targets, or the sum of their weights, which normalises a weighted mean."""
+        return batch["weights"].sum() if "weights" in batch else super().count(batch)
+
+    def cross_entropy(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the summed loss of logits (M, C) against labels (M,), each multiplied with its weight if given."""
+        smoothing = self.label_smoothing if self.training else 0.0
+        each = torch.nn.functional.cross_entropy(
+            logits, labels, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing
+        )
+        return each.sum() if weights is None else (each * weights).sum()
+
+
+def _given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
+    """Return the class weights that the caller gave in the order of the labels, (C,), or None."""
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        if unknown := [key for key in weights if str(key) not in labels]:
+            raise ConfigError(
+                f"class_weights names {unknown[0]!r}, which is no label: {', '.join(labels[:20])}."
+            )
+        weights = [weights.get(label, 1.0) for label in labels]
+    try:
+        array = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.shape != (len(labels),) or not np.isfinite(array).all() or (array <= 0).any():
+        raise ConfigError(
+            f'class_weights must be "balanced", or {len(labels)} positive numbers, one for each label; found '
+            f"{weights!r}."
+        )
+    return array

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
@@ -25,9 +24,8 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.data.words import blanks_before_words, read_tags, read_words, word_windows
 from pretrain.errors import ConfigError
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, Loss
-from pretrain.objectives.classification import given_weights
-from pretrain.objectives.tasks import Learned, Task
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
+from pretrain.objectives.tasks import ClassTask, Learned
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -39,7 +37,7 @@ _OVERLAP = 4  # windows overlap by 1 / _OVERLAP of their tokens
 _OUTSIDE = "O"
 
 
-class TokenClassification(Task):
+class TokenClassification(ClassTask):
     """Predict the class of every word of a sentence.
 
     If the labels are span tags (``B-PER``, ``I-PER``, ``O``) the metric is the F1 of whole entities, else the accuracy
@@ -54,8 +52,7 @@ class TokenClassification(Task):
             list as they would be encoded in a text. This changes the model's tokenizer, which is saved with it, so
             that other libraries encode the same ids. Fine-tuning turns it on; off, the tokenizer is unchanged.
         codes: value in the column of tags -> label, if the two differ (tags that are numbers).
-        class_weights: as in ``Classification``, over the targets.
-        label_smoothing: share of a target that is spread over all classes; in training only.
+        class_weights, label_smoothing: see ``ClassTask``.
         max_length, pack: see ``Task``.
 
     Raises:
@@ -75,6 +72,8 @@ class TokenClassification(Task):
     metric: str = "f1"
     trivial_name: ClassVar[str] = "each word's most frequent tag"
     head_kind: ClassVar[str | None] = "token-classification"
+    # The codes, because rows that are evaluated later may spell the tags as the training rows did.
+    recorded: ClassVar[tuple[str, ...]] = ("all_pieces", "empty_tag", "codes")
 
     def __init__(
         self,
@@ -89,10 +88,7 @@ class TokenClassification(Task):
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
-        super().__init__(model, max_length=max_length, pack=pack)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
-        self.labels: tuple[str, ...] = tuple(model.labels or ())
+        super().__init__(model, class_weights, label_smoothing, max_length, pack)
         self.bio = figures_of.is_bio(self.labels)
         self.metric = "f1" if self.bio else "accuracy"
         if empty_tag is None:
@@ -103,8 +99,6 @@ class TokenClassification(Task):
             )
         self.all_pieces, self.empty_tag = all_pieces, empty_tag
         self.codes = dict(codes) if codes else None
-        self.label_smoothing, self.class_weights = label_smoothing, class_weights
-        self._weights = given_weights(class_weights, self.labels)
         if word_blanks and model.tokenizer is not None:
             model.tokenizer = blanks_before_words(model.tokenizer)
 
@@ -162,10 +156,8 @@ class TokenClassification(Task):
             else:
                 own = (0, len(sentences[i]))
                 self._add(rows, i, encoding, sentences[i], answers, 0, own)
-        if tags is not None and self.class_weights == "balanced" and self._weights is None:
-            every = np.concatenate([tags[i] for i in kept]) if kept else np.zeros(0, np.int64)
-            counts = np.bincount(every, minlength=len(self.labels))
-            self._weights = len(every) / (len(self.labels) * np.maximum(counts, 1.0))
+        if tags is not None:
+            self.balance(np.concatenate([tags[i] for i in kept]) if kept else ())
         return rows
 
     def _add_windows(
@@ -261,13 +253,7 @@ class TokenClassification(Task):
 
     # ------------------------------------------------------------------ batches and loss
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        rngs: Sequence[np.random.Generator],
-        *,
-        evaluation: bool = False,
-    ) -> Batch:
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         labelled = "labels" in examples[0]
         keys = ({"labels": IGNORE} if labelled else {}) | ({"words": -1} if evaluation else {})
         batch = self.pack_batch(examples, keys)
@@ -287,10 +273,6 @@ class TokenClassification(Task):
             batch["weights"] = weights[batch["labels"].clamp(min=-1)]
         return batch
 
-    def count(self, batch: Batch) -> Tensor:
-        """Number of targets, or the sum of their weights, which normalises a weighted mean."""
-        return batch["weights"].sum() if "weights" in batch else super().count(batch)
-
     def _logits(self, batch: Batch) -> Tensor:
         """Logits at the targets and at the words to predict, (M, C)."""
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "words")}
@@ -301,16 +283,8 @@ class TokenClassification(Task):
 
     def forward(self, batch: Batch) -> Loss:
         logits, index = self._logits(batch), batch["target_index"]
-        each = F.cross_entropy(
-            logits,
-            batch["labels"].flatten()[index],
-            reduction="none",
-            ignore_index=IGNORE,
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
-        total = (
-            (each * batch["weights"].flatten()[index]).sum() if "weights" in batch else each.sum()
-        )
+        weights = batch["weights"].flatten()[index] if "weights" in batch else None
+        total = self.cross_entropy(logits, batch["labels"].flatten()[index], weights)
         if self.training or "words" not in batch:
             return Loss(total, self.count(batch))
         answers = _by_example(batch, logits.argmax(-1))
@@ -380,16 +354,6 @@ class TokenClassification(Task):
             for kind, first, last in spans
         ]
         return {"tags": tags, "entities": entities, "scores": scores}
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {
-            "task": self.name,
-            "all_pieces": self.all_pieces,
-            "empty_tag": self.empty_tag,
-            "max_length": self.max_length,
-            # Rows that are evaluated later may spell the tags as the training rows did.
-            "codes": self.codes,
-        }
 
 
 def _by_example(batch: Batch, values: Tensor) -> list[Any]:
