@@ -15,9 +15,9 @@ import pytest
 
 import pretrain
 from pretrain.data.paths import FileHashes, find_files
+from pretrain.data.pipeline import Sample, sample_filter, scan_sources
 from pretrain.data.prepare import Prepared
 from pretrain.data.readers import Reading, read_file
-from pretrain.data.scan import Sample, sample_filter, scan_sources
 from pretrain.data.sources import FileSource, HubSource, PythonSource, resolve_sources
 from pretrain.errors import DataError, PretrainError
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +10,50 @@ import numpy as np
 import pytest
 
 import pretrain
-from pretrain.data import encoding, tokenizer_build
-from pretrain.data.encoding import Encoder, FastEncoder
+from pretrain.data import encoding, tokenizer_build, workers
+from pretrain.data.encoding import FastEncoder
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
+from pretrain.data.workers import encode_batches
 from pretrain.errors import DataError, PretrainError, TokenizerError
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, walking and talking. "] * 4
 
 
-def test_all_encoding_processes_dead_is_told_not_waited_for() -> None:
+def texts_of(batch: list[str]) -> list[str]:
+    return batch
+
+
+def test_batches_come_back_in_order_and_a_dead_encoding_process_is_told() -> None:
     tokenizer = train_from_texts(TEXTS, "bpe", vocab_size=300)
-    told: list[BaseException] = []
-    with Encoder(tokenizer, 2) as encoder:
-        assert len(encoder.encode(TEXTS)[1]) == len(TEXTS)
-        for child in encoder._children:
-            child.kill()
-            child.wait()
+    batches = [[text] * size for size in (9, 1, 30, 2, 1) for text in (TEXTS[0], "é")]
+    alone = list(encode_batches(tokenizer, batches, texts_of, 1))
+    children: list[Any] = []
+    init = workers._Child.__init__
 
-        def work() -> None:
-            try:
-                encoder.encode(TEXTS)
-            except DataError as error:
-                told.append(error)
+    def made(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        children.append(self)
 
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + 20
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        assert not any(thread.is_alive() for thread in threads), "a batch waits for dead processes"
-    assert len(told) == 6 and all("ended unexpectedly" in str(error) for error in told)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers._Child, "__init__", made)
+        together = list(encode_batches(tokenizer, batches, texts_of, 3))
+        assert len(children) == 3 and all(child.process.poll() is not None for child in children)
+        for (batch, one), (other, several) in zip(alone, together, strict=True):
+            assert batch is other and all(map(np.array_equal, one, several))
+        running = encode_batches(tokenizer, batches, texts_of, 2)
+        next(running)
+        for child in children[3:]:
+            child.process.kill()
+        with pytest.raises(DataError, match=r"ended unexpectedly \(exit code -9\).*fewer workers"):
+            list(running)
 
 
 def test_encoding_error_comes_back_from_a_child() -> None:
     import tokenizers
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
-    with (
-        Encoder(Tokenizer(backend), 2) as encoder,
-        pytest.raises(TokenizerError, match="cannot encode a text"),
-    ):
-        encoder.encode(["b"])
+    with pytest.raises(TokenizerError, match="cannot encode a text"):
+        list(encode_batches(Tokenizer(backend), [["b"]], texts_of, 2))
     with pytest.raises(TokenizerError, match="cannot encode a text"):
         FastEncoder(backend).encode(["b"])
     with pytest.raises(TokenizerError, match="cannot be encoded"):

@@ -445,7 +445,7 @@ def test_an_interrupt_while_a_tokenizer_is_trained_leaves_nothing(
 
 
 def test_a_tokenizer_trained_apart_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pretrain.data.training_process as apart
+    import pretrain.data.workers as apart
 
     texts = [paragraph(k) for k in range(30)]
     for kind in ("bpe", "wordpiece"):

@@ -34,7 +34,7 @@ from pretrain.checkpoint.best import best_first, swept_rate
 from pretrain.checkpoint.peers import ALONE
 from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.config import RunConfig, check
-from pretrain.data.prepared import Prepared
+from pretrain.data.shards import Prepared
 from pretrain.errors import PretrainError
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.report.history import read_history

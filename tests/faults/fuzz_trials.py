@@ -37,7 +37,7 @@ from pretrain.cli.main import COMMANDS
 from pretrain.config import RunConfig
 from pretrain.data.chat import ChatTemplate
 from pretrain.data.conversations import to_conversations
-from pretrain.data.prepared import Prepared
+from pretrain.data.shards import Prepared
 from pretrain.data.tables import read_table
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import PretrainError

@@ -367,8 +367,8 @@ def test_dead_encoding_process_is_told(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pretrain.data.pipeline._SMALL_BYTES", 0)
-    monkeypatch.setattr("pretrain.data.encoding.sys.executable", "/bin/false")
-    with pytest.raises(DataError, match="an encoding process ended unexpectedly"):
+    monkeypatch.setattr("pretrain.data.workers.sys.executable", "/bin/false")
+    with pytest.raises(DataError, match="the process for encoding ended unexpectedly"):
         prepare(good, tmp_path / "out", workers=2)
     monkeypatch.undo()
     assert len(prepare(good, tmp_path / "out").train)

@@ -10,27 +10,20 @@ encoded by the library.
 from __future__ import annotations
 
 import json
-import os
-import queue
 import re
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.tokenizer_build import WORDPIECE_CUT, library_errors
-from pretrain.errors import DataError, TokenizerError
 
-__all__ = ["Encoder", "FastEncoder"]
+__all__ = ["Encoded", "FastEncoder"]
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
@@ -255,121 +248,3 @@ def _gpt2_words() -> re.Pattern[str]:
 @cache
 def _unsafe() -> NDArray[np.bool_]:
     return np.array(_classes()[2])
-
-
-class Encoder:
-    """A :class:`FastEncoder` in this process, or one in each of several child processes.
-
-    The children are plain ``python -c`` processes connected by pipes: they need no import guard in the user's script,
-    inherit no locks, and exit when this process exits, even if it is killed.
-
-    Args:
-        tokenizer: a tokenizer of any kind.
-        workers: number of child processes; below 2, texts are encoded in this process.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, workers: int = 1) -> None:
-        self.lanes = max(1, workers)
-        self._local = FastEncoder(tokenizer.plain) if workers < 2 else None
-        self._description = "" if workers < 2 else tokenizer.plain.to_str()
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-
-    def __enter__(self) -> Encoder:
-        if self._local is None:
-            code = "import sys; sys.path[:] = sys.argv[1:]; from pretrain.data.encoding import serve; serve()"
-            environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-            for _ in range(self.lanes):
-                child = subprocess.Popen(
-                    [sys.executable, "-c", code, *map(os.path.abspath, sys.path)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                )  # fmt: skip
-                self._children.append(child)
-                self._idle.put(child)
-                with suppress(BrokenPipeError):  # encode() reports a child that has exited
-                    _send(child.stdin, self._description.encode())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for child in self._children:
-            for stream in (child.stdin, child.stdout):
-                if stream is not None:
-                    with suppress(OSError):  # the child may have exited and closed the pipe
-                        stream.close()
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return the concatenated ids of all texts, and the number of ids of each; thread-safe."""
-        if self._local is not None:
-            return self._local.encode(texts)
-        data = [text.encode("utf-8") for text in texts]
-        sizes = np.array([len(item) for item in data], dtype="<i8")
-        child = self._idle.get()
-        try:
-            _send(child.stdin, sizes.tobytes())
-            _send(child.stdin, b"".join(data))
-            answer = _receive(child.stdout)
-            if len(answer) % 8:
-                raise TokenizerError(answer.rstrip(b"\0").decode("utf-8"))
-            lengths = np.frombuffer(answer, dtype="<i8")
-            ids = np.frombuffer(_receive(child.stdout), dtype="<u4")
-        except (OSError, EOFError) as error:
-            code = child.poll()
-            raise DataError(
-                f"an encoding process ended unexpectedly (exit code {code}); often the system was out of memory. What "
-                "was finished is kept: run the same command again, with fewer workers."
-            ) from error
-        finally:
-            # A child that has exited is put back too, so that other threads raise instead of waiting forever.
-            self._idle.put(child)
-        return ids, lengths
-
-
-def _send(stream: Any, data: bytes) -> None:
-    stream.write(len(data).to_bytes(8, "little"))
-    stream.write(data)
-    stream.flush()
-
-
-def _receive(stream: Any) -> bytes:
-    head: bytes = stream.read(8)
-    if len(head) < 8:
-        raise EOFError
-    size = int.from_bytes(head, "little")
-    data: bytes = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return data
-
-
-def serve() -> None:
-    """Main loop of a child process: answer encoding requests on standard input until it is closed."""
-    source: BinaryIO = sys.stdin.buffer
-    target: BinaryIO = sys.stdout.buffer
-    try:
-        backend = tokenizers.Tokenizer.from_str(_receive(source).decode())
-        backend.encode_special_tokens = True
-        encoder = FastEncoder(backend)
-        while True:
-            sizes = np.frombuffer(_receive(source), dtype="<i8")
-            data = _receive(source)
-            stops = np.cumsum(sizes)
-            texts = [
-                data[stop - size : stop].decode("utf-8")
-                for stop, size in zip(stops, sizes, strict=True)
-            ]
-            try:
-                ids, lengths = encoder.encode(texts)
-            except TokenizerError as error:
-                # Sent in place of the lengths; its size, which is no multiple of eight, marks it as an error message.
-                message = str(error).encode("utf-8", "replace")
-                _send(target, message + b"\0" * (1 if len(message) % 8 == 0 else 0))
-                continue
-            _send(target, lengths.astype("<i8").tobytes())
-            _send(target, ids.astype("<u4").tobytes())
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return

@@ -8,31 +8,46 @@ this one is killed, and renamed into place at the end, so the target never holds
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pretrain.config.spelling import option
+from pretrain.data.encodings import check_encoding
 from pretrain.data.flat_files import write_sums
-from pretrain.data.job import Job, understand
 from pretrain.data.paths import FileHashes, cache_home
 from pretrain.data.pipeline import (
-    SPLITS,
     Progressed,
+    Sample,
+    Scan,
     pack_split,
+    sample_filter,
+    scan_sources,
     tokenise,
     unigram_baseline,
 )
-from pretrain.data.prepared import FORMAT, MANIFEST, Prepared, read_manifest
-from pretrain.data.scan import Sample, Scan, sample_filter, scan_sources
-from pretrain.data.shards import file_record, write_sealed
+from pretrain.data.shards import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    Prepared,
+    file_record,
+    read_manifest,
+    write_sealed,
+)
+from pretrain.data.sources import Source, check_columns, resolve_sources
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
-from pretrain.data.training_process import stoppable, train_apart
+from pretrain.data.tokenizer_build import KINDS
 from pretrain.data.workdir import (
     disk_errors,
     foreign,
@@ -42,6 +57,7 @@ from pretrain.data.workdir import (
     sweep,
     unlink_links,
 )
+from pretrain.data.workers import train_apart
 from pretrain.errors import DataError, TokenizerError
 from pretrain.printing import printable
 
@@ -92,7 +108,7 @@ def prepare(
     cache = _place(cache_dir) if cache_dir is not None else cache_home()
     with disk_errors(cache):
         hashes = FileHashes(cache / "files.json")
-        job = understand(
+        job = _understand(
             sources, tokenizer, vocab_size, row_length, valid, text, separator, seed, workers, cache, hashes,
             quiet, lowercase, encoding,
         )  # fmt: skip
@@ -104,11 +120,130 @@ def prepare(
     if found is not None:
         job.say(f"prepared data found in {target}: nothing to do")
         return found
-    with disk_errors(target), stoppable():
+    with disk_errors(target), _stoppable():
         prepared = _build(target, job)
     if not quiet:
         print(printable(prepared.table(), lines=True), file=sys.stderr)
     return prepared
+
+
+# ------------------------------------------------------------------------------------------------ the arguments
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of ``prepare`` with its arguments checked and resolved."""
+
+    sources: list[Source]
+    training: int
+    weights: list[float] | None
+    valid: float
+    last: bool
+    tokenizer: Tokenizer | None
+    options: dict[str, Any]
+    fingerprint: str
+    workers: int
+    say: Callable[[str], None]
+    quiet: bool
+
+
+def _understand(
+    sources: Any, tokenizer: Any, vocab_size: int, row_length: int, valid: Any, text: Any, separator: str | None,
+    seed: int, workers: int | None, cache: Path, hashes: FileHashes, quiet: bool, lowercase: bool = False,
+    encoding: str | None = None,
+) -> _Job:  # fmt: skip
+    """Check the arguments, find the sources and compute the fingerprint."""
+    if row_length < 2:
+        raise DataError(f"row_length must be at least 2, found {row_length}.")
+    spool = cache / "hub"
+    resolve = partial(
+        resolve_sources, text=text, separator=separator, encoding=encoding, spool=spool
+    )
+    train, weights = resolve(sources)
+    share, last, held = _understand_valid(valid, resolve)
+    check_columns(text, [*train, *held])
+    given = _understand_tokenizer(tokenizer)
+    if lowercase and tokenizer != "wordpiece":
+        raise TokenizerError(
+            "lowercase goes with tokenizer='wordpiece' only: the other kinds give every text back as it was, and a "
+            "tokenizer that exists already has its own rule."
+        )
+    options = {
+        "tokenizer": given.kind if given else str(tokenizer),
+        "vocab_size": given.vocab_size if given else vocab_size,
+        "row_length": row_length,
+        "valid": valid if isinstance(valid, int | float | str) else "source",
+        "text": text,
+        "separator": separator,
+        "seed": seed,
+        "weights": weights,
+        "sources": [source.name for source in train],
+    }
+    # Recorded only if set, so that data prepared before these options existed keep their fingerprint.
+    if lowercase:
+        options["lowercase"] = True
+    if (encoding := check_encoding(encoding)) is not None:
+        options["encoding"] = encoding
+    content = {
+        "format": FORMAT,
+        "options": {
+            name: value for name, value in options.items() if name not in ("sources", "valid")
+        },
+        "share": [share, last],
+        "sources": [source.fingerprint(hashes) for source in train],
+        "valid": [source.fingerprint(hashes) for source in held],
+        "tokenizer": given.fingerprint if given else SAMPLE_BYTES,
+    }
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(printable(line), file=sys.stderr)
+
+    return _Job(
+        sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,
+        options=options, fingerprint=fingerprint, workers=workers or os.cpu_count() or 1, say=say, quiet=quiet,
+    )  # fmt: skip
+
+
+def _understand_valid(
+    valid: Any, resolve: Callable[[Any], tuple[list[Source], list[float] | None]]
+) -> tuple[float, bool, list[Source]]:
+    last = isinstance(valid, str) and valid.startswith("last:")
+    number = valid.removeprefix("last:") if last else valid
+    if isinstance(number, str) and not last:
+        try:
+            number = float(number)
+        except ValueError:
+            return 0.0, False, resolve(valid)[0]
+    if isinstance(number, int | float | str) and not isinstance(number, bool):
+        try:
+            share = float(number)
+        except ValueError as error:
+            raise DataError(
+                f"valid={valid!r}: expected a number after 'last:', as in 'last:0.1'."
+            ) from error
+        if not 0 <= share < 1:
+            raise DataError(f"valid={valid!r}: the share held out must be at least 0 and below 1.")
+        return share, last and share > 0, []
+    if valid is None or isinstance(valid, bool):
+        return 0.0, False, []
+    return 0.0, False, resolve(valid)[0]
+
+
+def _understand_tokenizer(tokenizer: Any) -> Tokenizer | None:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str) and tokenizer in KINDS:
+        return None
+    if isinstance(tokenizer, str | Path):
+        return Tokenizer.open(tokenizer)
+    raise TokenizerError(
+        f"{type(tokenizer).__name__} is not a tokenizer; give a kind {KINDS}, a path or a Tokenizer."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the directory
 
 
 def _place(name: str | Path) -> Path:
@@ -120,7 +255,7 @@ def _place(name: str | Path) -> Path:
         raise DataError(f"{str(name)!r} is no directory: {error}") from error
 
 
-def _existing(target: Path, job: Job) -> Prepared | None:
+def _existing(target: Path, job: _Job) -> Prepared | None:
     """Return the prepared data in ``target`` if they match the job.
 
     Prepared data that do not match are reported, and None is returned: they will be replaced.
@@ -161,7 +296,7 @@ def _existing(target: Path, job: Job) -> Prepared | None:
     return None
 
 
-def _ready(target: Path, job: Job) -> Prepared | None:
+def _ready(target: Path, job: _Job) -> Prepared | None:
     """Return the prepared data in ``target`` if they are intact and have the fingerprint of the job, else None."""
     try:
         manifest = read_manifest(target)
@@ -172,7 +307,7 @@ def _ready(target: Path, job: Job) -> Prepared | None:
     return None
 
 
-def _build(out: Path, job: Job) -> Prepared:
+def _build(out: Path, job: _Job) -> Prepared:
     # Resolved, so that a link keeps pointing to the data and "." has a name.
     target = Path(os.path.realpath(out))
     made = [folder for folder in target.parents if not folder.exists()]
@@ -205,6 +340,24 @@ def _build(out: Path, job: Job) -> Prepared:
 
 
 @contextmanager
+def _stoppable() -> Iterator[None]:
+    """Make SIGTERM raise SystemExit(143), so that temporary files are cleaned up, unless a handler is set already."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], Any]]:
     from tqdm.auto import tqdm
 
@@ -216,7 +369,7 @@ def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int],
         yield bar.update
 
 
-def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
+def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
     """Return the result of the first pass and the tokenizer, loaded if an interrupted run completed them."""
     scan = Scan.load(work)
     if scan is not None:
@@ -259,7 +412,7 @@ def _scan(work: Path, job: Job) -> tuple[Scan, Tokenizer]:
     return scan, tokenizer
 
 
-def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
+def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
     """Write tokens, packed rows, checksums and the manifest into the work directory."""
     with _bar("encoding", scan.text_bytes, job.quiet) as progress:
         done = tokenise(work, job.sources, scan, tokenizer, workers=job.workers, progress=progress)
@@ -317,7 +470,7 @@ def _fill(work: Path, job: Job, scan: Scan, tokenizer: Tokenizer) -> None:
     write_sealed(work / MANIFEST, manifest)
 
 
-def _vocabulary_notes(job: Job, tokenizer: Tokenizer, done: Progressed) -> list[str]:
+def _vocabulary_notes(job: _Job, tokenizer: Tokenizer, done: Progressed) -> list[str]:
     """Return notes on a vocabulary that is smaller than requested or that does not cover the text."""
     notes = []
     asked = job.options["vocab_size"]
@@ -338,7 +491,7 @@ def _vocabulary_notes(job: Job, tokenizer: Tokenizer, done: Progressed) -> list[
 
 
 def _source_entry(
-    job: Job, k: int, split: int, tally: dict[str, int], rows: list[int]
+    job: _Job, k: int, split: int, tally: dict[str, int], rows: list[int]
 ) -> dict[str, Any]:
     training = range(job.training)
     weight = job.weights[k] if job.weights is not None and split == 0 else None

@@ -482,7 +482,7 @@ def train_tokenizer(
         TokenizerError: the kind is unknown, or the vocabulary is too small.
         DataError: a source cannot be read, or there is no text.
     """
-    from pretrain.data.scan import Sample
+    from pretrain.data.pipeline import Sample
     from pretrain.data.sources import resolve_sources, sized_pieces
     from pretrain.errors import DataError
 

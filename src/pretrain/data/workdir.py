@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain.data.shards import sync_folder
 from pretrain.errors import DataError
+from pretrain.utils.files import fsync_directory
 
 __all__ = ["disk_errors", "foreign", "hold", "publish", "remove_unused", "sweep", "unlink_links"]
 
@@ -154,7 +154,7 @@ def publish(work: Path, target: Path) -> None:
     """
     for name in ("journal.json", "scan.json", "states.bin"):
         (work / name).unlink(missing_ok=True)
-    sync_folder(work)
+    fsync_directory(work)
     old = None
     if target.exists():
         strange = foreign(target)
@@ -167,6 +167,6 @@ def publish(work: Path, target: Path) -> None:
         target.rename(old)
     (work / "lock").unlink(missing_ok=True)
     work.rename(target)
-    sync_folder(target.parent)
+    fsync_directory(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
