@@ -18,13 +18,15 @@ import tiny
 from pretrain.data import template_sandbox
 from pretrain.data.chat import (
     ChatTemplate,
+    as_messages,
+    as_tools,
     default_template,
     encode_rendered,
     special_tokens,
+    to_conversations,
     typed_specials,
 )
 from pretrain.data.chat_spans import assistant_spans
-from pretrain.data.conversations import as_messages, as_tools, to_conversations
 from pretrain.data.tables import read_table
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import DataError, TokenizerError
@@ -254,7 +256,10 @@ WILD = [
 def test_template_that_runs_wild_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "MAX_STEPS", 100_000)
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"row 3: the chat template runs wild: .*chat_template="):
+    with pytest.raises(
+        DataError,
+        match=r"row 3: the chat template exceeds the limits of the sandbox: .*chat_template=",
+    ):
         ChatTemplate(source, {}).render(CHAT, where="row 3")
     assert time.monotonic() - began < 5
 
@@ -263,7 +268,7 @@ def test_template_that_is_slow_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.2)
     slow = "{% set x = 'a' * 3000000 %}{% for i in range(99999) %}{% if 'b' in x %}{% endif %}{% endfor %}"
     began = time.monotonic()
-    with pytest.raises(DataError, match="runs wild"):
+    with pytest.raises(DataError, match="exceeds the limits"):
         ChatTemplate(slow, {}).render(CHAT)
     assert time.monotonic() - began < 5
 
@@ -391,7 +396,7 @@ def test_conversations_in_every_form() -> None:
         ({"messages": "hello"}, "a list of messages"),
         ({"messages": [{"role": "user"}]}, "message 1"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "'alien'"),
-        ({"messages": [{"role": "user", "content": None}]}, "no text"),
+        ({"messages": [{"role": "user", "content": None}]}, "not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
         ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "train 'no'"),
@@ -400,7 +405,7 @@ def test_conversations_in_every_form() -> None:
             "Only turns of the assis",
         ),
         ({"messages": [{"role": "assistant", "tool_calls": ["look"]}]}, "tool_calls"),
-        ({"messages": [{"from": "function_call", "value": "look()"}]}, "a call of a function"),
+        ({"messages": [{"from": "function_call", "value": "look()"}]}, "a function call"),
         ({"prompt": "q", "answer": None}, "the answer is None"),
         ({"prompt": "q", "answer": 3}, "the answer is 3"),
     ],

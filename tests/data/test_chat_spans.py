@@ -515,7 +515,7 @@ def test_private_characters_of_a_conversation_stay() -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (CHATML.replace("m['content']", "(m['content'] | length | string)"), "leaves out an answer|recognition"),
+        (CHATML.replace("m['content']", "(m['content'] | length | string)"), "leaves out an answer|cannot be located"),
         (CHATML.replace("m['content']", "m['content'] | truncate(5, true)"), "leaves out an answer"),
         (CHATML.replace("m['content']", "(m['content'] if m.role == 'user' else '')"), "leaves out an answer"),
         (CHATML + "{{ messages[1].content }}", "twice|around"),

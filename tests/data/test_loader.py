@@ -107,7 +107,7 @@ def test_an_error_comes_at_its_place_and_the_thread_ends() -> None:
     endless = ahead((lambda: 0 for _ in iter(int, 1)), 2)
     next(endless)
     endless.close()
-    assert not [t for t in threading.enumerate() if t.name == "pretrain-loader"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("pretrain-loader")]
 
 
 def test_a_batch_of_rows_equals_its_rows(rows) -> None:

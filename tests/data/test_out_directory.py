@@ -196,7 +196,7 @@ def test_manifest_that_names_files_elsewhere(source: Path, tmp_path: Path, name:
     del manifest["digest"]
     manifest["files"] = {name: {"size": 1, "sha256": "0"}, **manifest["files"]}
     (data.path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="is no file of prepared data"):
+    with pytest.raises(DataError, match="is not a file of prepared data"):
         Prepared.open(data.path)
 
 

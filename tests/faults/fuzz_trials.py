@@ -35,8 +35,7 @@ from pretrain.checkpoint.manifest import read_manifest
 from pretrain.cli.arguments import make_parser, parse
 from pretrain.cli.main import COMMANDS
 from pretrain.config import RunConfig
-from pretrain.data.chat import ChatTemplate
-from pretrain.data.conversations import to_conversations
+from pretrain.data.chat import ChatTemplate, to_conversations
 from pretrain.data.shards import Prepared
 from pretrain.data.tables import read_table
 from pretrain.data.tokenizer import Tokenizer, train_from_texts

@@ -389,7 +389,7 @@ def test_positions_end_with_one_counted_line() -> None:
         ([7] * 65, "64 positions"),
         ([1, 61], "61"),
         ([-1, 2], "-1"),
-        ([[1], []], "Prompt 1 has no tokens"),
+        ([[1], []], "Prompt 1 is empty"),
     ],
 )
 def test_impossible_prompts_are_named(prompt: Any, match: str) -> None:

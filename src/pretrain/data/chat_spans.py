@@ -120,7 +120,7 @@ def assistant_spans(
         spans = None if reading is None else reading.spans(answers, where)
         if spans is not None:
             return text, spans
-    raise Unplaced("the chat template rewrites an answer beyond recognition", where)
+    raise Unplaced("the chat template changes an answer so that it cannot be located", where)
 
 
 def _blocks(
@@ -136,7 +136,10 @@ def _blocks(
     marked = template.render(messages, tools=tools, marks=marks)
     plain, places = _without(marked, dict.fromkeys(marks, 0))
     if plain != text:
-        raise Unplaced("the chat template changes what it generates once it is marked", where)
+        raise Unplaced(
+            "the chat template writes another text when its {% generation %} blocks are marked",
+            where,
+        )
     edges = [mark.at for mark in places]
     spans = [Span(a, b, -1) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -153,7 +156,10 @@ def _blocks(
     if all(is_trained(messages[i]) for i in answers):  # the owner of a block makes no difference
         owners = [answers[-1] if i is None else i for i in owners]
     if None in owners:
-        raise Unplaced("the chat template does not show which answer it generates where", where)
+        raise Unplaced(
+            "the {% generation %} blocks of the chat template cannot be assigned to the answers",
+            where,
+        )
     return [Span(a, b, i) for (a, b, _), i in zip(spans, owners, strict=True) if i is not None]
 
 
@@ -179,10 +185,7 @@ def _without(text: str, owners: Mapping[str, int]) -> tuple[str, list[_Mark]]:
 
 
 def _probed(
-    messages: Sequence[Message],
-    text: str,
-    constants: re.Pattern[str] | None,
-    probing: _Probing,
+    messages: Sequence[Message], text: str, constants: re.Pattern[str] | None, probing: _Probing
 ) -> tuple[list[Message], dict[str, int]]:
     """Return the messages with probes inserted, and the message number of each probe.
 
@@ -226,10 +229,6 @@ def _probed(
     return found, owners
 
 
-def _splitter(template: ChatTemplate) -> re.Pattern[str] | None:
-    return _splitting(template.constants)
-
-
 @functools.lru_cache(maxsize=16)
 def _splitting(constants: frozenset[str]) -> re.Pattern[str] | None:
     words = sorted((c for c in constants if len(c.strip()) > 1), key=len, reverse=True)
@@ -270,7 +269,7 @@ class _Reading:
         asking: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             text = template.render(messages, **asking) if text is None else text
-            probed, owners = _probed(messages, text, _splitter(template), probing)
+            probed, owners = _probed(messages, text, _splitting(template.constants), probing)
             rendered = template.render(probed, **asking)
         except DataError:  # some templates reject a partial conversation
             return None
@@ -485,9 +484,7 @@ def _parsed(message: Message) -> Message:
 
 
 def unread_keys(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    tools: Sequence[Any] | None = None,
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None = None
 ) -> list[str]:
     """Return the parts of a conversation that do not affect its text: message keys, ``tools``, messages of a role.
 

@@ -6,11 +6,10 @@ number of devices.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -113,40 +112,14 @@ def ahead(tasks: Iterable[Callable[[], T]], depth: int) -> Generator[T, None, No
         for task in tasks:
             yield task()
         return
-    results: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(done: bool, value: T | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                results.put((done, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for task in tasks:
-                if stop.is_set() or not put(False, task()):
-                    return
-            put(True, None)
-        except BaseException as error:  # re-raised in the consumer at its place in the order
-            put(True, error)
-
-    thread = threading.Thread(target=work, name="pretrain-loader", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="pretrain-loader")
+    waiting: deque[Future[T]] = deque()
     try:
-        while True:
-            done, value = results.get()
-            if done:
-                if isinstance(value, BaseException):
-                    raise value
-                return
-            yield value  # type: ignore[misc]
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        stop.set()
-        # Free a slot, in case the thread is blocked putting a result.
-        with contextlib.suppress(queue.Empty):
-            results.get_nowait()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

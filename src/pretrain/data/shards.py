@@ -119,8 +119,8 @@ def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> N
     for name, record in files.items():
         if not _NAMES.fullmatch(name):
             raise DataError(
-                f"{folder}/manifest.json lists {name!r}, which is no file of prepared data; it was not written by "
-                f"this package or was changed. {again}"
+                f"{folder}/manifest.json lists {name!r}, which is not a file of prepared data; the manifest was "
+                f"changed or written by another program. {again}"
             )
         if not isinstance(record, dict) or not {"size", "sha256"} <= set(record):
             raise DataError(
@@ -132,7 +132,7 @@ def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> N
         size = path.stat().st_size
         if size != record["size"]:
             raise DataError(
-                f"{path} has {size} bytes, its manifest says {record['size']}; it was cut or changed. {again}"
+                f"{path} has {size} bytes, its manifest says {record['size']}; it was truncated or changed. {again}"
             )
         if (full or size <= flat_files.IN_MEMORY) and _sha256(path) != record["sha256"]:
             raise DataError(
@@ -153,6 +153,14 @@ class Rows:
         row_length: T.
         vocab_size: determines the type of the stored ids.
         pad_id: id of the padding positions.
+
+    Attributes:
+        num_tokens: stored tokens, special tokens included and padding excluded.
+        num_targets: tokens that are predicted when a model sees whole documents: all but the first of each.
+        num_bytes, num_characters: UTF-8 bytes and characters of the text.
+        num_documents: documents.
+        padding: share of positions without a token.
+        source_rows: rows of each source; the rows of the sources are concatenated.
     """
 
     def __init__(
@@ -167,13 +175,17 @@ class Rows:
     ) -> None:
         self.folder, self.split, self.stats = folder, split, stats
         self.row_length, self.vocab_size, self.pad_id = row_length, vocab_size, pad_id
+        self.num_tokens, self.num_targets = int(stats["tokens"]), int(stats["targets"])
+        self.num_bytes, self.num_characters = int(stats["bytes"]), int(stats["characters"])
+        self.num_documents, self.padding = int(stats["documents"]), float(stats["padding"])
+        self.source_rows = [int(source["rows"]) for source in stats["sources"]]
         self._tokens = FlatFile(folder / f"{split}.tokens.bin", token_dtype(vocab_size))
         self._segments = FlatFile(folder / f"{split}.segments.bin", np.dtype("<i8"))
         self._rows = FlatFile(folder / f"{split}.rows.bin", np.dtype("<i8"))
         found = {
             "tokens": len(self._tokens), "rows": len(self._rows) - 1, "segments": len(self._segments) // 2,
         }  # fmt: skip
-        told = {"tokens": int(stats["tokens"]), "rows": int(stats["rows"])}
+        told = {"tokens": self.num_tokens, "rows": int(stats["rows"])}
         if any(found[name] != count for name, count in told.items()) or len(self._segments) % 2:
             raise DataError(
                 f"{folder} holds {found} in its {split} split, but its manifest says {told}; they do not belong "
@@ -192,41 +204,6 @@ class Rows:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of stored tokens, special tokens included and padding excluded."""
-        return int(self.stats["tokens"])
-
-    @property
-    def num_targets(self) -> int:
-        """Number of tokens that are predicted when a model sees whole documents: all but the first of each."""
-        return int(self.stats["targets"])
-
-    @property
-    def num_bytes(self) -> int:
-        """Number of UTF-8 bytes of the text."""
-        return int(self.stats["bytes"])
-
-    @property
-    def num_characters(self) -> int:
-        """Number of characters of the text."""
-        return int(self.stats["characters"])
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return int(self.stats["documents"])
-
-    @property
-    def padding(self) -> float:
-        """Share of positions without a token."""
-        return float(self.stats["padding"])
-
-    @property
-    def source_rows(self) -> list[int]:
-        """Number of rows of each source; the rows of the sources are concatenated."""
-        return [int(source["rows"]) for source in self.stats["sources"]]
 
     @property
     def weights(self) -> list[float] | None:
@@ -280,8 +257,8 @@ class Rows:
 
     def _inconsistent(self, kind: str, row: int) -> DataError:
         return DataError(
-            f"{self.folder}/{self.split}.{kind}.bin is damaged: for row {row} it points at what is not there. Prepare "
-            "the data again (delete the directory first)."
+            f"{self.folder}/{self.split}.{kind}.bin is damaged: row {row} refers to positions that do not exist. "
+            "Prepare the data again (delete the directory first)."
         )
 
     def __getitem__(self, index: int) -> Example:
@@ -511,7 +488,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     for name, record in manifest["files"].items():
         _check(file, f"files.{name[:80]}", record, {"size": _COUNT, "sha256": str})
     if any(not isinstance(note, str) for note in manifest["notes"]):
-        raise _damaged(file, "notes holds something that is no text")
+        raise _damaged(file, "an entry of notes is not a string")
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     ) -> Any:
         if not isinstance(start, int | float):
             # Summing lists copies the partial sum for every item.
-            raise jinja2.TemplateError("sum is open to numbers only")
+            raise jinja2.TemplateError("sum is available for numbers only")
         return jinja2.filters.sync_do_sum(self, values, attribute, start)
 
     def _to_json(
@@ -298,7 +298,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _check_format(self, text: str, values: Any) -> None:
         if _WIDE.search(text.replace("{{", "").replace("}}", "")):
-            raise Runaway(f"it formats with a width that is no small number: {text[:40]!r}")
+            raise Runaway(f"it formats with a large or computed width: {text[:40]!r}")
         self._check_size((text.count("{") + text.count("%")) * (self.size(values) + 1000))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -323,7 +323,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str | int) and name in _NO_METHODS:
             raise jinja2.TemplateError(
-                f"{type(owner).__name__}.{name} is not open to chat templates"
+                f"{type(owner).__name__}.{name} is not available in chat templates"
             )
         if isinstance(owner, str):
             if name in ("format", "format_map"):

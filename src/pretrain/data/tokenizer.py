@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from pretrain.data.tokenizer_build import (
 )
 from pretrain.data.tokenizer_files import open_directory, open_file
 from pretrain.data.word_boundaries import WordFinder, token_bytes
-from pretrain.errors import TokenizerError, did_you_mean
+from pretrain.errors import DataError, TokenizerError, did_you_mean
 from pretrain.utils.files import replace_file
 
 __all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
@@ -218,20 +218,15 @@ class Tokenizer:
         Raises:
             TokenizerError: a text cannot be encoded, or ``max_length`` leaves no room for text.
         """
-        cut: dict[str, Any] = (
-            {}
-            if max_length is None
-            else {"max_length": max_length, "strategy": strategy, "stride": stride}
-        )
-        if (
-            framed
-            and max_length is not None
-            and max_length < self.frame_size(pair=pairs is not None)
-        ):
-            raise TokenizerError(
-                f"max_length {max_length} is less than the {self.frame_size(pair=pairs is not None)} tokens of the "
-                f"frame that this tokenizer puts around texts.{_ROOM}"
-            )
+        cut: dict[str, Any] = {}
+        if max_length is not None:
+            cut = {"max_length": max_length, "strategy": strategy, "stride": stride}
+            frame = self.frame_size(pair=pairs is not None) if framed else 0
+            if max_length < frame:
+                raise TokenizerError(
+                    f"max_length {max_length} is less than the {frame} special tokens that this tokenizer puts around "
+                    f"texts.{_ROOM}"
+                )
         backend = self._sibling(special=special, **cut)
         inputs: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         if words and pairs is None:
@@ -264,6 +259,13 @@ class Tokenizer:
             for apart, joined in _JOINED:
                 text = text.replace(apart, joined)
         return text
+
+    def continuation(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """Return the text of ``new`` after ``ids``, without special tokens."""
+        # Blanks between words, and characters of several tokens, depend on the tokens before.
+        context = ids[-8:]
+        before, whole = self.decode(context), self.decode([*context, *new])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(new)
 
     def frame_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of prompts for a causal model.
@@ -383,11 +385,8 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Open a file of the ``tokenizers`` library; a ``tokenizer.json`` together with its companion files."""
         file = Path(path)
-        return (
-            cls.from_directory(file.parent)
-            if file.name == "tokenizer.json"
-            else cls(open_file(file))
-        )
+        whole = file.name == "tokenizer.json"
+        return cls.from_directory(file.parent) if whole else cls(open_file(file))
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -484,20 +483,12 @@ def train_tokenizer(
     """
     from pretrain.data.pipeline import Sample
     from pretrain.data.sources import resolve_sources, sized_pieces
-    from pretrain.errors import DataError
 
     sample = Sample(sample_bytes)
-
-    def read() -> Iterator[None]:
-        for source in resolve_sources(sources, text=text, separator=separator, encoding=encoding)[
-            0
-        ]:
-            for piece, _ in sized_pieces(source.pieces()):
-                sample.add(piece, 0, 0)
-                yield
-
-    for _ in read():
-        pass
+    found, _ = resolve_sources(sources, text=text, separator=separator, encoding=encoding)
+    for source in found:
+        for piece, _ in sized_pieces(source.pieces()):
+            sample.add(piece, 0, 0)
     texts = sample.texts()
     if not texts:
         raise DataError("there is no text to train a tokenizer on: every document is empty.")

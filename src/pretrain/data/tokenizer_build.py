@@ -74,42 +74,11 @@ def kind_of(backend: tokenizers.Tokenizer) -> str:
     if isinstance(model, models.WordPiece):
         return "wordpiece"
     if isinstance(model, models.BPE):
+        whole = model.byte_fallback and backend.pre_tokenizer is None
         return (
-            "char"
-            if model.byte_fallback and backend.pre_tokenizer is None and _no_merges(backend)
-            else "bpe"
+            "char" if whole and not json.loads(backend.to_str())["model"].get("merges") else "bpe"
         )
     return type(model).__name__.lower()
-
-
-def _no_merges(backend: tokenizers.Tokenizer) -> bool:
-    return not json.loads(backend.to_str())["model"].get("merges")
-
-
-def _bpe_pipeline(
-    backend: tokenizers.Tokenizer, prefix_space: bool = False
-) -> tokenizers.Tokenizer:
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _wordpiece_pipeline(backend: tokenizers.Tokenizer, lowercase: bool) -> tokenizers.Tokenizer:
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    return backend
-
-
-def _frame_pairs(backend: tokenizers.Tokenizer, first: str, last: str) -> None:
-    """Set a post-processor that frames texts with ``[CLS]`` and ``[SEP]``, as BERT models expect."""
-    ids = [(name, backend.token_to_id(name)) for name in (first, last)]
-    if all(index is not None for _, index in ids):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A {last}", pair=f"{first} $A {last} $B:1 {last}:1", special_tokens=ids
-        )
 
 
 def train_backend(
@@ -129,7 +98,9 @@ def train_backend(
         return _characters(texts, special), tags
     if kind == "wordpiece":
         return _train_wordpiece(list(texts), special, vocab_size, lowercase), tags
-    backend = _bpe_pipeline(tokenizers.Tokenizer(models.BPE()))
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -158,7 +129,11 @@ def _train_wordpiece(
     unknown = special[ROLES.index("unk")]
 
     def pipeline(model: models.WordPiece) -> tokenizers.Tokenizer:
-        backend = _wordpiece_pipeline(tokenizers.Tokenizer(model), lowercase)
+        backend = tokenizers.Tokenizer(model)
+        backend.normalizer = normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
+        )
+        backend.decoder = decoders.WordPiece(prefix="##")
         # A longer word, such as a URL or a sentence in a script without spaces, would become a single [UNK].
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -188,7 +163,10 @@ def _train_wordpiece(
     vocab = train(vocab_size, special + inside)
     backend = pipeline(models.WordPiece(vocab, unk_token=unknown))
     backend.add_special_tokens(special)
-    _frame_pairs(backend, _BERT_TAGS["bos"], _BERT_TAGS["eos"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )  # fmt: skip
     return backend
 
 

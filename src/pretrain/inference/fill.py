@@ -18,7 +18,6 @@ from pretrain.inference.prompts import (
     check_ids,
     evaluating,
     fill_id,
-    frame,
     pad,
     tokenizer_of,
 )
@@ -68,7 +67,7 @@ def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[A
         for spelling in _MASKS:
             item = item.replace(spelling, name) if name not in item else item
         plain.append(item)
-    encodings = frame(model, plain)
+    encodings = tokenizer.frame_texts(plain)
     check_ids(model, [encoding.ids for encoding in encodings], "Text")
     for i, encoding in enumerate(encodings):
         if tokenizer.mask_id not in encoding.ids:
@@ -188,7 +187,7 @@ def _rows(model: Model, texts: list[str], stored: SentenceSettings) -> list[list
         longest = stored.max_length or tokenizer.config.get("model_max_length")
         limit = min(limit, longest) if type(longest) is int and longest > 0 else limit
     texts = [stored.cased(text) for text in texts]
-    encodings = frame(model, texts, limit)
+    encodings = tokenizer.frame_texts(texts, max_length=limit)
     rows = [encoding.ids for encoding in encodings]
     long = sum(bool(encoding.overflowing) for encoding in encodings)
     if long:

@@ -17,14 +17,7 @@ from torch import Tensor
 
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.fill import embed, fill_mask
-from pretrain.inference.prompts import (
-    Prompts,
-    check_ids,
-    evaluating,
-    fill_id,
-    pad,
-    tokenizer_of,
-)
+from pretrain.inference.prompts import Prompts, check_ids, evaluating, fill_id, pad, tokenizer_of
 from pretrain.inference.sampling import banned
 from pretrain.inference.settings import Settings
 from pretrain.nn.attention import KVCache
@@ -154,12 +147,7 @@ def _answer(
 
 def _continuation(model: Model, ids: list[int], new: list[int], stops: Sequence[str] = ()) -> str:
     """Return the text of ``new`` after ``ids``, cut before the first stop text."""
-    tokenizer = tokenizer_of(model, "write text")
-    context = ids[
-        -8:
-    ]  # blanks between words and characters of several tokens depend on the tokens before
-    before, whole = tokenizer.decode(context), tokenizer.decode([*context, *new])
-    text: str = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
+    text: str = tokenizer_of(model, "write text").continuation(ids, new)
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
@@ -168,7 +156,7 @@ class _Watch:
 
     def __init__(self, model: Model, asked: Prompts, stops: tuple[str, ...], stream: Any) -> None:
         if stream is not None and len(asked.ids) != 1:
-            raise ConfigError(f"stream shows one prompt, and {len(asked.ids)} were given.")
+            raise ConfigError(f"stream works with one prompt, but {len(asked.ids)} were given.")
         tokenizer_of(model, "look for stop texts or stream")
         self.model, self.ids, self.stops, self.stream = model, asked.ids, stops, stream
         self.shown = ""

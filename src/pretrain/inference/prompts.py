@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain.errors import ModelError
 
 if TYPE_CHECKING:
+    from pretrain.data.tokenizer import Tokenizer
     from pretrain.models.base import Model
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "end_ids",
     "evaluating",
     "fill_id",
-    "frame",
     "pad",
     "tokenizer_of",
 ]
@@ -69,7 +69,8 @@ class Prompts:
             ModelError: another form, or texts without a tokenizer.
         """
         if isinstance(prompts, str):
-            return cls(_encode(model, [prompts]), [prompts], "one")
+            tokenizer = tokenizer_of(model, "read text")
+            return cls(tokenizer.frame_prompts([prompts]), [prompts], "one")
         if isinstance(prompts, Tensor):
             if prompts.ndim not in (1, 2) or prompts.dtype not in _WHOLE:
                 raise ModelError(
@@ -80,7 +81,7 @@ class Prompts:
         listed = isinstance(prompts, Iterable) and not isinstance(prompts, bytes | bytearray)
         items = list(prompts) if listed else []
         if items and all(isinstance(item, str) for item in items):
-            return cls(_encode(model, items), items, "many")
+            return cls(tokenizer_of(model, "read text").frame_prompts(items), items, "many")
         if items and all(type(item) is int for item in items):
             return cls([items], None, "one")
         lists = [_id_list(item) for item in items]
@@ -118,13 +119,7 @@ def as_texts(texts: Any) -> list[str]:
     return found
 
 
-def _encode(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    """Return prompts as ids; see ``Tokenizer.frame_prompts``."""
-    prompts: list[list[int]] = tokenizer_of(model, "read text").frame_prompts(texts)
-    return prompts
-
-
-def tokenizer_of(model: Model, purpose: str) -> Any:
+def tokenizer_of(model: Model, purpose: str) -> Tokenizer:
     """Return the model's tokenizer.
 
     Raises:
@@ -147,7 +142,7 @@ def check_ids(model: Model, ids: list[list[int]], what: str = "Prompt") -> None:
     for i, row in enumerate(ids):
         if not row:
             raise ModelError(
-                f"{what} {i} has no tokens, and the tokenizer has none to begin with. Write something."
+                f"{what} {i} is empty, and the tokenizer has no token that begins a text. Give some text."
             )
         wrong = max(row) if max(row) >= size else min(row)
         if not 0 <= wrong < size:
@@ -195,11 +190,3 @@ def pad(
         ids[i, where] = torch.tensor(row, dtype=torch.long)
         real[i, where] = 1
     return ids.to(device), None if all(len(row) == width for row in rows) else real.to(device)
-
-
-def frame(model: Model, texts: Sequence[str], max_length: int | None = None) -> list[Any]:
-    """Return texts as encodings with special tokens; see ``Tokenizer.frame_texts``."""
-    encodings: list[Any] = tokenizer_of(model, "read text").frame_texts(
-        texts, max_length=max_length
-    )
-    return encodings

@@ -47,11 +47,9 @@ TEXT = Role(
     help="the text to read",
 )
 PAIR = Role(
-    "pair",
-    ("pair", "sentence2", "hypothesis", "sentence_b", "text_b", "text_pair", "question2"),
-    required=False,
-    help="a second text, read together with the first",
-)
+    "pair", ("pair", "sentence2", "hypothesis", "sentence_b", "text_b", "text_pair", "question2"), False,
+    "a second text, read together with the first",
+)  # fmt: skip
 _SINGLE, _MULTI = "single_label", "multi_label"
 
 
@@ -97,23 +95,12 @@ class Classification(ClassTask):
         Role(
             "label",
             (
-                *(
-                    "label",
-                    "labels",
-                    "category",
-                    "class",
-                    "stars",
-                    "rating",
-                    "intent",
-                    "gold_label",
-                ),
-                *("entailment_judgment", "target", "topic", "sentiment", "coarse_label"),
+                "label", "labels", "category", "class", "stars", "rating", "intent", "gold_label",
+                "entailment_judgment", "target", "topic", "sentiment", "coarse_label",
             ),
-            help="the class, or a list of classes",
-            target=True,
-            many=True,
+            help="the class, or a list of classes", target=True, many=True,
         ),
-    )
+    )  # fmt: skip
     metric: str = "accuracy"
     recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     head_kind: ClassVar[str | None] = "sequence-classification"

@@ -63,31 +63,18 @@ class Embedding(Task):
     name: ClassVar[str] = "embedding"
     roles: ClassVar[tuple[Role, ...]] = (
         Role(
-            "anchor",
-            ("anchor", "sentence1", "query", "question", "text1", "premise", "sentence_a", "text"),
+            "anchor", ("anchor", "sentence1", "query", "question", "text1", "premise", "sentence_a", "text"),
             help="a text",
         ),
         Role(
-            "positive",
-            ("positive", "sentence2", "answer", "hypothesis", "text2", "sentence_b"),
-            help="a text that belongs to it",
-            target=True,
+            "positive", ("positive", "sentence2", "answer", "hypothesis", "text2", "sentence_b"),
+            help="a text that belongs to it", target=True,
         ),
+        Role("negative", ("negative", "hard_negative"), False, "one that does not", target=True),
         Role(
-            "negative",
-            ("negative", "hard_negative"),
-            required=False,
-            help="one that does not",
-            target=True,
+            "label", ("score", "similarity", "relatedness_score"), False, "the similarity, a number", target=True,
         ),
-        Role(
-            "label",
-            ("score", "similarity", "relatedness_score"),
-            required=False,
-            help="how alike the two are, a number",
-            target=True,
-        ),
-    )
+    )  # fmt: skip
     metric: str = "accuracy"
     head_kind: ClassVar[str | None] = None
     couples_examples: ClassVar[bool] = True

@@ -19,14 +19,17 @@ import numpy as np
 
 from pretrain.config.spelling import option
 from pretrain.data.chat import (
+    CHAT_ROLES,
     ChatTemplate,
     Message,
+    as_messages,
+    as_tools,
     encode_rendered,
     is_trained,
+    to_conversations,
     typed_specials,
 )
 from pretrain.data.chat_spans import Unplaced, assistant_spans, readable, unread_keys
-from pretrain.data.conversations import CHAT_ROLES, as_messages, as_tools, to_conversations
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
@@ -208,7 +211,7 @@ class Instruction(Task, TokenObjective):
         super().__init__(model, max_length=max_length, pack=pack)
         if long not in _LONG:
             raise ConfigError(
-                f"{option('long', long)}: there is no such way.{did_you_mean(long, _LONG)}"
+                f"{option('long', long)}: it must be one of {', '.join(_LONG)}.{did_you_mean(long, _LONG)}"
             )
         self.template = chat_template_of(model, chat_template)
         self.drop_unanswered, self.long = drop_unanswered, long
@@ -294,12 +297,7 @@ class Instruction(Task, TokenObjective):
             rows.add(i, {"input_ids": ids, "labels": labels})
 
     def _fitting(
-        self,
-        rows: TaskRows,
-        i: int,
-        messages: list[Message],
-        tools: list[Any] | None,
-        where: str,
+        self, rows: TaskRows, i: int, messages: list[Message], tools: list[Any] | None, where: str
     ) -> list[list[Message]]:
         """Shorten or split the conversation into parts that fit, as set by ``long``, and record what does not fit."""
 
@@ -453,10 +451,7 @@ class Instruction(Task, TokenObjective):
         text, messages = outputs[0], infos[0]
         if text is None:
             return {"answer": None, "messages": None}
-        return {
-            "answer": text,
-            "messages": [*messages, {"role": "assistant", "content": text}],
-        }
+        return {"answer": text, "messages": [*messages, {"role": "assistant", "content": text}]}
 
     def describe(self) -> dict[str, Any]:
         # The default is left out, as in the descriptions of runs from before this option existed.
@@ -524,19 +519,9 @@ def _write(
     """Generate the answers to prompts, as text without the tokens that end them."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    whole = model.generate(prompts, max_new_tokens=max_new_tokens, **options)
-    texts = []
-    for prompt, ids in zip(prompts, whole, strict=True):
-        # Some tokenizers decode the blank before a word only if other words precede it.
-        before, both = (
-            tokenizer.decode(prompt[-8:]),
-            tokenizer.decode([*prompt[-8:], *ids[len(prompt) :]]),
-        )
-        new = (
-            both[len(before) :] if both.startswith(before) else tokenizer.decode(ids[len(prompt) :])
-        )
-        texts.append(new.strip())
-    return texts
+    answers = model.generate(prompts, max_new_tokens=max_new_tokens, **options)
+    pairs = zip(prompts, answers, strict=True)
+    return [tokenizer.continuation(ids, every[len(ids) :]).strip() for ids, every in pairs]
 
 
 def reply(

@@ -49,9 +49,7 @@ class LanguageModelling(Task):
     name: ClassVar[str] = "language-modelling"
     roles: ClassVar[tuple[Role, ...]] = (
         Role(
-            "text",
-            ("text", "content", "document", "sentence", "body", "article"),
-            help="the text to read",
+            "text", ("text", "content", "document", "sentence", "body", "article"), help="the text"
         ),
     )
     metric: str = "loss"

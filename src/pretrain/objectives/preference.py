@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.data.chat import Message, typed_specials
+from pretrain.data.chat import TOOLS, Message, as_messages, as_tools, typed_specials
 from pretrain.data.chat_spans import Unplaced, readable
-from pretrain.data.conversations import TOOLS, as_messages, as_tools
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
@@ -65,15 +64,13 @@ class Preference(Task):
     name: ClassVar[str] = "preference"
     roles: ClassVar[tuple[Role, ...]] = (
         Role(
-            "prompt",
-            ("prompt", "question", "instruction", "input", "query"),
-            required=False,
-            help="a text, or messages; may be the common beginning of the two conversations",
+            "prompt", ("prompt", "question", "instruction", "input", "query"), False,
+            "a text, or messages; may be the common beginning of the two conversations",
         ),
         Role("chosen", ("chosen", "preferred", "accepted"), help="the better answer"),
         Role("rejected", ("rejected", "dispreferred"), help="the worse answer"),
         TOOLS,
-    )
+    )  # fmt: skip
     metric: str = "loss"
     head_kind: ClassVar[str | None] = "causal-lm"
     recorded: ClassVar[tuple[str, ...]] = ("beta", "label_smoothing")
@@ -224,11 +221,7 @@ class Preference(Task):
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """Return ``logprob_chosen``, ``logprob_rejected`` in nats, and ``margin``, their difference."""
         chosen, rejected = (float(value) for value in outputs[0])
-        return {
-            "logprob_chosen": chosen,
-            "logprob_rejected": rejected,
-            "margin": chosen - rejected,
-        }
+        return {"logprob_chosen": chosen, "logprob_rejected": rejected, "margin": chosen - rejected}
 
     def head_weights(self) -> int:
         """The vocabulary projection, counted even if it is tied to the embedding."""

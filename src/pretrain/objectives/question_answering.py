@@ -25,13 +25,7 @@ from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, ExampleList, Loss, Rngs
-from pretrain.objectives.tasks import (
-    Learned,
-    Task,
-    count_examples,
-    read_texts,
-    sequence_labels,
-)
+from pretrain.objectives.tasks import Learned, Task, count_examples, read_texts, sequence_labels
 
 if TYPE_CHECKING:
     from pretrain.data.answers import Answers

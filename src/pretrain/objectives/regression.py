@@ -47,12 +47,10 @@ class Regression(Task):
         TEXT,
         PAIR,
         Role(
-            "label",
-            ("label", "score", "target", "relatedness_score", "similarity", "rating", "value"),
-            help="the number to predict",
-            target=True,
+            "label", ("label", "score", "target", "relatedness_score", "similarity", "rating", "value"),
+            help="the number to predict", target=True,
         ),
-    )
+    )  # fmt: skip
     metric: str = "pearson"
     recorded: ClassVar[tuple[str, ...]] = ("center", "scale")
     head_kind: ClassVar[str | None] = "sequence-classification"

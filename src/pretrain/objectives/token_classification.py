@@ -63,12 +63,10 @@ class TokenClassification(ClassTask):
     roles: ClassVar[tuple[Role, ...]] = (
         Role("tokens", ("tokens", "words", "text_tokens"), help="the words, as a list"),
         Role(
-            "label",
-            ("ner_tags", "tags", "labels", "pos_tags", "upos", "ner", "label"),
-            help="one tag for each word, as a list",
-            target=True,
+            "label", ("ner_tags", "tags", "labels", "pos_tags", "upos", "ner", "label"),
+            help="one tag for each word, as a list", target=True,
         ),
-    )
+    )  # fmt: skip
     metric: str = "f1"
     trivial_name: ClassVar[str] = "each word's most frequent tag"
     head_kind: ClassVar[str | None] = "token-classification"
