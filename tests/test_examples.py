@@ -103,7 +103,7 @@ def shown(outputs):
 def test_pretraining_notebook(tmp_path, monkeypatch):
     pages = shown(run_notebook("pretrain.ipynb", tmp_path, monkeypatch))
     assert any(page.startswith("<p>") and "<svg" in page for page in pages), "no curve of the run"
-    (live,) = [page for page in pages if 'class="ptl"' in page]
+    (live,) = [page for page in pages if 'class="pt view live"' in page]
     assert "step 8 of 8" in live and "done" in live
     assert "<svg" in live and live.count('<tr class="best">') == 1
     assert (tmp_path / "runs" / "notebook" / "report.html").is_file()
@@ -112,12 +112,12 @@ def test_pretraining_notebook(tmp_path, monkeypatch):
 def test_finetuning_notebook(tmp_path, monkeypatch):
     outputs = run_notebook("finetune.ipynb", tmp_path, monkeypatch)
     pages = shown(outputs)
-    views = [page for page in pages if 'class="ptl"' in page]
+    views = [page for page in pages if 'class="pt view live"' in page]
     assert len(views) == 3, "pre-training, fine-tuning and the adapter each have one live view"
     for live in views[1:]:
         assert "step 10 of 10" in live and "accuracy" in live and '<tr class="best">' in live
         assert "<script" not in live
-    assert any('class="ptd"' in page for page in pages), "no overview of the rows"
+    assert any('class="pt view overview"' in page for page in pages), "no overview of the rows"
     assert any("taken for" in page for page in pages), "no confusion matrix"
     text = "".join(output.get("text", "") for output in outputs)
     assert "Traceback" not in text and "parameters are trained" in text

@@ -7,8 +7,9 @@ Everything that is printed goes through `printable`; files keep the original tex
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
-__all__ = ["printable"]
+__all__ = ["aligned", "printable"]
 
 
 def printable(text: str, *, lines: bool = False) -> str:
@@ -31,3 +32,15 @@ def _visible(text: str) -> str:
     return "".join(
         c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text
     )
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 0, between: str = "  ") -> list[str]:
+    """Return a table as lines: the first ``left`` columns are aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    return [
+        between.join(
+            side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

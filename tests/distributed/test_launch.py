@@ -257,7 +257,7 @@ def test_a_notebook_shows_the_run_in_its_cell(place: Path, monkeypatch: pytest.M
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
     nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
     pages = [o.get("data", {}).get("text/html", "") for o in notebook.cells[1].outputs]
-    (live,) = [page for page in pages if 'class="ptl"' in page]
+    (live,) = [page for page in pages if 'class="pt view live"' in page]
     assert "step 6 of 6" in live and "done" in live and "2 ranks" in live
     assert any(page.startswith("<p>Run(") for page in pages)
 

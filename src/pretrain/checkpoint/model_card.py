@@ -1,11 +1,19 @@
-"""The model card of a checkpoint: README.md with the YAML front matter of the Hugging Face hub."""
+"""Model cards: README.md with the YAML front matter of the Hugging Face hub; all text in it is quoted and escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["PIPELINES", "model_card", "objective_name", "one_line", "readme", "yaml_scalar"]
+__all__ = [
+    "PIPELINES",
+    "front_matter",
+    "markdown_table",
+    "model_card",
+    "objective_name",
+    "one_line",
+    "readme",
+]
 
 # kind of head -> pipeline tag of the hub
 PIPELINES = {
@@ -33,12 +41,7 @@ def readme(
     """
     block = config.get("pretrain")
     fingerprint = block.get("fingerprint") if isinstance(block, Mapping) else None
-    if (
-        written is not None
-        and isinstance(fingerprint, str)
-        and fingerprint
-        and fingerprint in written
-    ):
+    if written and isinstance(fingerprint, str) and fingerprint and fingerprint in written:
         return written.encode("utf-8", "replace")
     return model_card(config, head_kind, parameters)
 
@@ -60,34 +63,32 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
     licences = [
         str(source[key]) for source in sources for key in ("license", "licence") if source.get(key)
     ]
-    pipeline = PIPELINES.get(head_kind, "feature-extraction")
     library = "peft" if isinstance(block.get("adapter"), Mapping) else "transformers"
-    head = ["---", f"library_name: {library}", f"pipeline_tag: {pipeline}"]
-    if len(set(licences)) == 1 and len(licences) == len(sources):
-        head.append(f"license: {yaml_scalar(licences[0])}")
-    head += ["tags:", "- pretrain", f"- {yaml_scalar(family)}", "---"]
-    title = f"# {one_line(family)}, {parameters / 1e6:,.1f} M parameters"
+    one_licence = len(set(licences)) == 1 and len(licences) == len(sources)
+    fields = {
+        "library_name": library,
+        "pipeline_tag": PIPELINES.get(head_kind, "feature-extraction"),
+        "license": licences[0] if one_licence else None,
+        "tags": ["pretrain", family],
+    }
     lines = [
-        *head,
-        "",
-        title,
+        front_matter(fields),
+        f"# {one_line(family)}, {parameters / 1e6:,.1f} M parameters",
         "",
         f"Trained with `pretrain`; opens in `{library}` and in `pretrain.load`.",
         "",
     ]
     if family in _OWN_TOKENIZER:
         lines[-1:] = ["", _OWN_TOKENIZER[family], ""]
-    for label, value in _facts(block).items():
-        lines.append(f"- {label}: {one_line(value)}")
-    if sources:
-        lines += ["", "| source | licence | tokens |", "|---|---|---:|"]
+    lines += [f"- {label}: {one_line(value)}" for label, value in _facts(block).items()]
+    rows = []
     for source in sources:
         licence = source.get("license") or source.get("licence") or "not stated"
         tokens = source.get("tokens")
         count = f"{tokens:,}" if isinstance(tokens, int) else "not counted"
-        lines.append(
-            f"| {one_line(source.get('name', 'unnamed'))} | {one_line(licence)} | {count} |"
-        )
+        rows.append((source.get("name", "unnamed"), licence, count))
+    if rows:
+        lines += ["", *markdown_table(("source", "licence", "tokens"), rows, left=2)]
     return ("\n".join(lines).rstrip() + "\n").encode("utf-8")
 
 
@@ -117,7 +118,26 @@ def objective_name(block: Mapping[str, Any]) -> str | None:
     return str(objective) if objective else None
 
 
-def yaml_scalar(value: str) -> str:
+def front_matter(fields: Mapping[str, Any]) -> str:
+    """Return a mapping of texts, numbers, lists and mappings as YAML between fences; None and [] are left out."""
+    return "\n".join(["---", *_yaml(fields), "---", ""])
+
+
+def _yaml(fields: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield f"{key}:"
+            yield from (f"  {line}" for line in _yaml(value))
+        elif isinstance(value, list):
+            yield from [f"{key}:"] if value else []
+            for one in value:
+                lines = list(_yaml(one)) if isinstance(one, Mapping) else [_quoted(one)]
+                yield from (f"{'  ' if k else '- '}{line}" for k, line in enumerate(lines))
+        elif value is not None:
+            yield f"{key}: {_quoted(value) if isinstance(value, str) else repr(value)}"
+
+
+def _quoted(value: str) -> str:
     """Return a text as a double-quoted YAML string in printable ASCII.
 
     JSON's escapes cannot be used, because YAML has no surrogate pairs. Lone surrogates, which cannot be encoded in
@@ -133,6 +153,13 @@ def _escaped(character: str) -> str:
     if 0x20 <= code < 0x7F:
         return character
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> list[str]:
+    """Return the lines of a table with escaped cells; the columns after the first ``left`` are aligned as numbers."""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
+    lines = [f"| {' | '.join(map(one_line, row))} |" for row in (head, *rows)]
+    return [lines[0], rule, *lines[1:]]
 
 
 def one_line(value: Any) -> str:

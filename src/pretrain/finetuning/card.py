@@ -1,23 +1,23 @@
 """Model card of a fine-tuned model: README.md with the YAML metadata that the Hugging Face hub reads.
 
 The metadata follows the hub's format (github.com/huggingface/hub-docs, modelcard.md): ``model-index`` holds the
-metrics. All text in it is quoted and escaped.
+metrics.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.model_card import PIPELINES, one_line, yaml_scalar
+from pretrain.checkpoint.model_card import PIPELINES, front_matter, markdown_table, one_line
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
 
-__all__ = ["baselines", "example_input", "model_card"]
+__all__ = ["COUNTS", "example_input", "measured_parts", "model_card"]
 
 # Tasks whose pipeline is not that of their head.
 _PIPELINES = {"embedding": "sentence-similarity", "chat": "text-generation"}
@@ -37,7 +37,7 @@ _METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
     "loss": ("loss", "Loss"),
 }
-_COUNTS = ("targets", "examples", "rows", "tokens")
+COUNTS = ("targets", "examples", "rows", "tokens")  # metrics that are counts and not scores
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _MOST_LABELS = 60
 _READS = """\
@@ -88,43 +88,34 @@ def model_card(result: Finetuned) -> str:
     family = model.backbone.model_type
     base = base_model(result.settings.model.checkpoint)
     train = one_line(result.sources.get("train", "rows in memory"))
-    lines = [
-        *_head(result, name, base),
-        f"# {one_line(name)}",
-        "",
+    rows = [
+        (part, result.sources.get(part, ""), f"{count:,}")
+        for part, count in result.counts.items()
+        if count
+    ]
+    parts = [
+        f"{_head(result, name, base)}# {one_line(name)}",
         f"A {one_line(family)} with {model.num_parameters():,} parameters, fine-tuned for {task.name} on {train}"
         + (f", from {one_line(base)}" if base else "")
         + ". Made with `pretrain`.",
-        "",
         "## Use",
-        "",
-        _use(result),
+        _use(result).rstrip(),
         "## Figures",
-        "",
-        *_figures(result),
-        "",
-        *(f"- {one_line(line)}" for line in result.remarks),
-        *([""] if result.remarks else []),
-        *_labels(result),
+        _figures(result),
+        _bullets(map(one_line, result.remarks)),
+        _labels(result.labels or ()),
         "## Data",
-        "",
-        "| part | source | rows |",
-        "|---|---|---:|",
-        *(
-            f"| {part} | {one_line(result.sources.get(part, ''))} | {count:,} |"
-            for part, count in result.counts.items()
-            if count
-        ),
-        "",
+        "\n".join(markdown_table(("part", "source", "rows"), rows, left=2)),
         f"Fingerprint of the rows (SHA-256): `{one_line(result.fingerprint)}`",
-        "",
-        *(f"- {one_line(line)}" for line in result.notes),
-        *([""] if result.notes else []),
+        _bullets(map(one_line, result.notes)),
         "## Limits",
-        "",
-        *_limits(result),
+        _bullets(_limits(result)),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def base_model(checkpoint: str) -> str | None:
@@ -139,69 +130,48 @@ def base_model(checkpoint: str) -> str | None:
     return path.parent.name if inside else path.name or None
 
 
-# ------------------------------------------------------------------------------------------------ head
-
-
 def _pipeline(result: Finetuned) -> str:
     pipeline = _PIPELINES.get(result.task.name)
     return pipeline or PIPELINES.get(result.model.head_kind, "feature-extraction")
 
 
-def _head(result: Finetuned, name: str, base: str | None) -> list[str]:
+def _head(result: Finetuned, name: str, base: str | None) -> str:
     """The YAML metadata, including the fences."""
-    adapted = getattr(result.model, "adapter", None) is not None
-    lines = ["---", f"library_name: {'peft' if adapted else 'transformers'}"]
-    lines.append(f"pipeline_tag: {_pipeline(result)}")
-    if licence := _licence(result):
-        lines.append(f"license: {yaml_scalar(licence)}")
-    if base:
-        lines.append(f"base_model: {yaml_scalar(base)}")
-    tags = ["pretrain", result.model.backbone.model_type, result.task.name]
-    lines += ["tags:", *(f"- {yaml_scalar(tag)}" for tag in dict.fromkeys(tags))]
+    model, block = result.model, result.model.extra_config.get("pretrain")
+    licence = block.get("license") if isinstance(block, Mapping) else None
+    tags = ["pretrain", model.backbone.model_type, result.task.name]
+    fields: dict[str, Any] = {
+        "library_name": "transformers" if getattr(model, "adapter", None) is None else "peft",
+        "pipeline_tag": _pipeline(result),
+        "license": licence if isinstance(licence, str) and licence else None,
+        "base_model": base,
+        "tags": list(dict.fromkeys(tags)),
+    }
     part, figures = _measured(result)
-    known = [key for key in figures if key != "loss"]
-    if not known:
-        return [*lines, "---", ""]
-    types = dict.fromkeys(_METRICS.get(key, (key, key))[0] for key in known)
-    lines += ["metrics:", *(f"- {yaml_scalar(kind)}" for kind in types)]
-    data = result.sources.get("test" if part == "test" else "train", "rows in memory")
-    lines += [
-        "model-index:",
-        f"- name: {yaml_scalar(name)}",
-        "  results:",
-        "  - task:",
-        f"      type: {_pipeline(result)}",
-        f"      name: {yaml_scalar(result.task.name)}",
-        "    dataset:",
-        f"      type: {yaml_scalar(Path(data).stem)}",
-        f"      name: {yaml_scalar(data)}",
-        f"      split: {'test' if part == 'test' else 'validation'}",
-        "    metrics:",
+    metrics = [
+        {"type": kind, "value": value, "name": called}
+        for key, value in figures.items()
+        for kind, called in [_METRICS.get(key, (key, key.replace("_", " ")))]
+        if key != "loss"
     ]
-    for key in known:
-        kind, called = _METRICS.get(key, (key, key.replace("_", " ")))
-        lines.append(f"    - type: {yaml_scalar(kind)}")
-        lines.append(f"      value: {figures[key]!r}")
-        lines.append(f"      name: {yaml_scalar(called)}")
-    return [*lines, "---", ""]
+    if metrics:
+        data = result.sources.get("test" if part == "test" else "train", "rows in memory")
+        found = {
+            "task": {"type": _pipeline(result), "name": result.task.name},
+            "dataset": {"type": Path(data).stem, "name": data, "split": part},
+            "metrics": metrics,
+        }
+        fields["metrics"] = list(dict.fromkeys(metric["type"] for metric in metrics))
+        fields["model-index"] = [{"name": name, "results": [found]}]
+    return front_matter(fields)
 
 
 def _measured(result: Finetuned) -> tuple[str, dict[str, float]]:
     """Metrics for the metadata: those of the test rows if there are any, else of the held-out rows."""
-    part, figures = (
-        ("test", result.test_metrics) if result.test_metrics else ("held", result.metrics)
-    )
-    plain = {key: float(value) for key, value in figures.items() if key not in _COUNTS}
-    return part, {key: value for key, value in plain.items() if math.isfinite(value)}
-
-
-def _licence(result: Finetuned) -> str | None:
-    block = result.model.extra_config.get("pretrain")
-    licence = block.get("license") if isinstance(block, Mapping) else None
-    return licence if isinstance(licence, str) and licence else None
-
-
-# ------------------------------------------------------------------------------------------------ body
+    tested = result.test_metrics
+    plain = {k: float(v) for k, v in (tested or result.metrics).items() if k not in COUNTS}
+    finite = {key: value for key, value in plain.items() if math.isfinite(value)}
+    return "test" if tested else "validation", finite
 
 
 def example_input(result: Finetuned) -> str:
@@ -245,61 +215,57 @@ def _use(result: Finetuned) -> str:
     )
 
 
-def baselines(result: Finetuned) -> list[tuple[str, Mapping[str, float]]]:
-    """Name and metrics of the trivial baseline, on the held-out rows and on the test rows."""
-    name, parts = (
-        result.task.trivial_name,
-        (("validation", result.trivial), ("test", result.trivial_test)),
-    )
-    if not result.trivial_test:
-        return [(name, result.trivial)] if result.trivial else []
-    return [(f"{name}, {part}", figures) for part, figures in parts if figures]
-
-
-def _figures(result: Finetuned) -> list[str]:
-    parts: list[tuple[str, Mapping[str, float]]] = [("validation", result.metrics)]
-    if result.test_metrics:
-        parts.append(("test", result.test_metrics))
-    parts += baselines(result)
-    keys = [k for k in dict.fromkeys(k for _, f in parts for k in f) if k not in _COUNTS]
-    if not keys:
-        return ["None were measured: no rows were held out."]
-    lines = [
-        "| | " + " | ".join(name for name, _ in parts) + " |",
-        "|---|" + "---:|" * len(parts),
+def measured_parts(result: Finetuned) -> list[tuple[str, Mapping[str, float]]]:
+    """Name and metrics of each part that was evaluated, and of the trivial baseline on the same rows."""
+    name = result.task.trivial_name
+    both = bool(result.trivial_test)
+    parts = [
+        ("validation", result.metrics),
+        ("test", result.test_metrics or {}),
+        (f"{name}, validation" if both else name, result.trivial),
+        (f"{name}, test", result.trivial_test),
     ]
-    for key in keys:
-        cells = [f"{float(f[key]):.4g}" if key in f else "" for _, f in parts]
-        called = _METRICS.get(key, ("", key.replace("_", " ")))[1]
-        lines.append(f"| {one_line(called)} | {' | '.join(cells)} |")
-    return lines
+    return [(part, figures) for part, figures in parts if figures]
 
 
-def _labels(result: Finetuned) -> list[str]:
-    labels = result.labels or ()
+def _figures(result: Finetuned) -> str:
+    parts = measured_parts(result)
+    keys = [k for k in dict.fromkeys(k for _, f in parts for k in f) if k not in COUNTS]
+    if not keys:
+        return "None were measured: no rows were held out."
+    rows = [
+        (
+            _METRICS.get(key, ("", key.replace("_", " ")))[1],
+            *(f"{float(figures[key]):.4g}" if key in figures else "" for _, figures in parts),
+        )
+        for key in keys
+    ]
+    return "\n".join(markdown_table(("", *(name for name, _ in parts)), rows))
+
+
+def _labels(labels: Sequence[str]) -> str:
     if len(labels) < 2:
-        return []
+        return ""
     shown = ", ".join(one_line(label) for label in labels[:_MOST_LABELS])
     more = f" and {len(labels) - _MOST_LABELS:,} more" if len(labels) > _MOST_LABELS else ""
-    return ["## Labels", "", f"{shown}{more}", ""]
+    return f"## Labels\n\n{shown}{more}"
 
 
 def _limits(result: Finetuned) -> list[str]:
-    counts, monitor = result.counts, result.settings.train.monitor or result.task.metric
-    lines = []
+    counts, lines = result.counts, []
     if result.test_metrics:
         lines.append(
-            f"- The test figures come from {counts.get('test', 0):,} rows that were looked at once."
+            f"The test figures come from {counts.get('test', 0):,} rows that were looked at once."
         )
     elif result.metrics:
         lines.append(
-            f"- The best evaluation was chosen by {one_line(monitor)} on the same {counts.get('valid', 0):,} rows that "
-            "the figures come from, so they are a little too good."
+            f"The best evaluation was chosen by {one_line(result.monitor)} on the same {counts.get('valid', 0):,} rows "
+            "that the figures come from, so they are a little too good."
         )
-    lines.append(f"- A text is cut after {result.task.max_length:,} tokens.")
+    lines.append(f"A text is cut after {result.task.max_length:,} tokens.")
     if len(result.labels or ()) > 1:
-        lines.append("- It knows no other labels, and names one of them for any text.")
+        lines.append("It knows no other labels, and names one of them for any text.")
     lines.append(
-        "- It was measured on rows like those it learned from; on other sources, languages or times it was not."
+        "It was measured on rows like those it learned from; on other sources, languages or times it was not."
     )
     return lines

@@ -1,27 +1,43 @@
-"""``pretrain.data(...)``: preview of labelled rows as fine-tuning reads them."""
+"""``pretrain.data(...)``: preview of labelled rows as fine-tuning reads them.
+
+It shows class balance, lengths in tokens, and the tokens that the loss is computed on, as text or in a notebook.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import FINETUNE, using
-from pretrain.data.overview import Overview
 from pretrain.finetuning.rows import Data, open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.finetuning.start import classes_of, starting_model
 from pretrain.objectives import check_options, task_class
+from pretrain.printing import printable
+from pretrain.utils.curves import histogram_svg
+from pretrain.utils.html import Html, bullets, notebook_view, section, table
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
     from pretrain.objectives.tasks import Task
 
-__all__ = ["look"]
+__all__ = ["Overview", "look"]
+
+Pieces = list[tuple[str, bool]]
 
 _EXAMPLES = 3
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_TEXT_CLASSES, _HTML_CLASSES = 12, 24
+_HEAD, _TAIL = 60, 30  # tokens shown at the start and the end of a longer run of the same kind
 
 
 @using(FINETUNE)
@@ -75,9 +91,7 @@ def look(
     if model is None:
         words = [_words(row.values()) for row in found.train.rows()]
         notes.append("lengths are in words: name a model to count its tokens and see its examples")
-        return Overview(
-            **common, tokenizer="words", lengths=words, max_length=0, cut=0, examples=[]
-        )
+        return Overview(**common, lengths=words)
     ready = starting_model(model, cls, found.learned.labels, quiet=True)
     options = {**found.learned.options, **settings.task.options}
     options = {k: v for k, v in options.items() if k not in cls.row_options}
@@ -131,3 +145,267 @@ def _words(values: Any) -> int:
 def _spread(count: int) -> Sequence[int]:
     """A few indices, spread evenly over the whole range."""
     return sorted({i * count // _EXAMPLES for i in range(_EXAMPLES)} if count else ())
+
+
+@dataclass(repr=False)
+class Overview:
+    """A summary of the data of a fine-tuning run, as text in a terminal or as HTML in a notebook.
+
+    Args:
+        name: the source: ``reviews.csv``.
+        task: name of the task.
+        tokenizer: origin of the tokenizer; "" if lengths are in words.
+        rows: number of rows by split, training first.
+        classes: number of rows by class, by split; empty for tasks without classes.
+        lengths: tokens of each row, special tokens included, before truncation.
+        max_length: the maximum row length of the model, in tokens.
+        cut: number of rows that exceed it.
+        beyond: how these rows are treated: ``cut``, ``dropped``, ``split into windows``.
+        notes: further remarks for the user, one sentence each.
+        examples: rows as pieces of text, one per token, with whether the loss is computed on the token; the pieces of a
+            row concatenate to its text.
+    """
+
+    name: str
+    task: str = ""
+    tokenizer: str = ""
+    rows: dict[str, int] = field(default_factory=dict)
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    max_length: int | None = None
+    cut: int = 0
+    beyond: str = "cut"
+    notes: list[str] = field(default_factory=list)
+    examples: list[Pieces] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Number of rows by split."""
+        counts = [f"{count:,} {split}" for split, count in self.rows.items()]
+        return f"{', '.join(counts)} rows" if counts else ""
+
+    @property
+    def subtitle(self) -> str:
+        """Task and tokenizer."""
+        parts = [
+            self.task and f"task {self.task}",
+            self.tokenizer and f"tokens of {self.tokenizer}",
+        ]
+        return " · ".join(part for part in parts if part)
+
+    @property
+    def length_line(self) -> str:
+        """Median, 95th percentile and maximum of the lengths."""
+        order, unit = sorted(self.lengths), "tokens" if self.tokenizer else "words"
+        middle, most = order[(len(order) - 1) // 2], order[(len(order) - 1) * 95 // 100]
+        return f"median {middle:,} {unit}, 95 % of rows up to {most:,}, longest {order[-1]:,}"
+
+    @property
+    def cut_line(self) -> str:
+        """Number of rows that exceed the maximum length, and how they are treated."""
+        limit, total = self.max_length, len(self.lengths)
+        if limit is None:
+            return ""
+        if not self.cut:
+            return f"no row exceeds {limit:,} tokens"
+        verb = "exceeds" if self.cut == 1 else "exceed"
+        share = _percent(self.cut, total)
+        return f"{self.cut:,} of {total:,} rows ({share}) {verb} {limit:,} tokens: {self.beyond}"
+
+    def _ranked(self, most: int) -> tuple[list[str], str]:
+        """Return the ``most`` largest classes, by falling count, and a line about those that are not shown."""
+        total: Counter[str] = Counter()
+        for counts in self.classes.values():
+            total.update(counts)
+        labels = [label for label, _ in total.most_common()]
+        if len(labels) <= most:
+            return labels, ""
+        rest = [total[label] for label in labels[most:]]
+        span = f"{min(rest):,}" if min(rest) == max(rest) else f"{min(rest):,} to {max(rest):,}"
+        return labels[:most], f"and {len(rest):,} more classes of {span} rows each"
+
+    def __repr__(self) -> str:
+        """Return the overview as text; tokens in the loss are coloured on a terminal, and otherwise set in «»."""
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        marks = ("«", "»") if plain or not sys.stdout.isatty() else ("\x1b[1;32m", "\x1b[0m")
+        blocks = [[self.name, self.title, self.subtitle]]
+        if self.classes:
+            blocks.append(["classes", *self._text_bars()])
+        if self.lengths:
+            chart = _text_histogram(self.lengths)
+            blocks.append([f"lengths: {self.length_line}", *chart, self.cut_line])
+        blocks.append([f"- {text}" for text in self.notes])
+        lines = "\n\n".join(
+            "\n".join(_one_line(line) for line in block if line) for block in blocks if any(block)
+        )
+        if not self.examples:
+            return lines
+        how = "in «»" if marks[0] == "«" else "coloured"
+        shown = [f"  {k}  {_text_example(row, *marks)}" for k, row in enumerate(self.examples, 1)]
+        return "\n".join([lines, "", f"examples (what the loss is computed on is {how})", *shown])
+
+    def _text_bars(self) -> list[str]:
+        labels, more = self._ranked(_TEXT_CLASSES)
+        shown = {label: _fitted(_one_line(label), 28) for label in labels}
+        width = max(map(_cells, shown.values()))
+        first = next(iter(self.classes.values()))
+        highest = max(1, *(first.get(label, 0) for label in labels))
+        lines = []
+        for label, text in shown.items():
+            numbers = [
+                f"{count.get(label, 0):>7,} {split} ({_percent(count.get(label, 0), sum(count.values()))})"
+                for split, count in self.classes.items()
+            ]
+            pad, bar = " " * (width - _cells(text)), _bar(first.get(label, 0) / highest, 30)
+            lines.append(f"  {text}{pad}  {bar}  {'  '.join(numbers)}")
+        return [*lines, f"  {more}"] if more else lines
+
+    def _repr_html_(self) -> str:
+        """Return the overview as self-contained HTML that follows the light or dark mode of the reader's system."""
+        parts = [f"<h2>{escape(self.name)}</h2>"]
+        parts += [
+            f'<div class="soft">{escape(line)}</div>'
+            for line in (self.title, self.subtitle)
+            if line
+        ]
+        if self.classes:
+            parts.append(section("Classes", self._html_bars()))
+        if self.lengths:
+            width, counts = _histogram(self.lengths, 60, self.max_length)
+            chart = histogram_svg(
+                counts,
+                width,
+                open_end=max(self.lengths) >= width * len(counts),
+                limit=self.max_length,
+                x_label="tokens of a row" if self.tokenizer else "words of a row",
+            )
+            lines = [
+                f'<div class="soft">{escape(line)}</div>'
+                for line in (self.length_line, self.cut_line)
+            ]
+            parts.append(section("Lengths", lines[0], chart, lines[1]))
+        parts.append(section("Notes", bullets(self.notes)))
+        if self.examples:
+            title = "Examples (the loss is computed on the marked tokens)"
+            parts.append(section(title, *map(_html_example, self.examples)))
+        return notebook_view("overview", *parts)
+
+    def _html_bars(self) -> str:
+        labels, more = self._ranked(_HTML_CLASSES)
+        totals = {split: max(1, sum(counts.values())) for split, counts in self.classes.items()}
+        highest = max(
+            counts.get(label, 0) / totals[split]
+            for split, counts in self.classes.items()
+            for label in labels
+        )
+        rows = []
+        for label in labels:
+            numbers = {split: counts.get(label, 0) for split, counts in self.classes.items()}
+            bars = "".join(
+                f'<div class="bar f{k % 3}" style="width:{100 * n / totals[split] / (highest or 1):.1f}%"></div>'
+                for k, (split, n) in enumerate(numbers.items())
+            )
+            shares = (f"{n:,} ({_percent(n, totals[split])})" for split, n in numbers.items())
+            rows.append([label, Html(f'<div class="bars">{bars}</div>'), *shares])
+        rest = f'<div class="soft">{escape(more)}</div>' if more else ""
+        return table(["", "", *self.classes], rows, left=2) + rest
+
+
+def _percent(count: int, total: int) -> str:
+    share = 100 * count / total if total else 0.0
+    if 0 < share < 0.01:
+        return "<0.01 %"
+    digits = 0 if share >= 10 or share == 0 else 1 if share >= 1 else 2
+    return f"{share:.{digits}f} %"
+
+
+def _one_line(text: str) -> str:
+    return printable(text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " "))
+
+
+def _cells(text: str) -> int:
+    """Return the terminal columns of a text: wide characters take two, combining marks none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def _fitted(text: str, width: int) -> str:
+    if _cells(text) <= width:
+        return text
+    while _cells(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _bar(share: float, width: int) -> str:
+    eighths = round(share * width * 8)
+    if share > 0:
+        eighths = max(1, eighths)
+    whole, rest = divmod(eighths, 8)
+    return (_EIGHTHS[-1] * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def _histogram(
+    lengths: Sequence[int], bins: int, limit: int | None = None
+) -> tuple[int, list[int]]:
+    """Return (bin width, counts): bin k counts lengths from k x width up; the last bin includes all longer ones.
+
+    A few very long rows should not squeeze all others into one bin, so the scale ends at the 99.5th percentile, or a
+    little above the limit if rows exceed it.
+    """
+    order = sorted(lengths)
+    top = order[(len(order) - 1) * 995 // 1000]
+    if limit is not None and order[-1] > limit:
+        top = max(top, min(order[-1], limit + max(1, limit // 8)))
+    width = max(1, -(-(top + 1) // bins))
+    counts = [0] * (top // width + 1)
+    for length in order:
+        counts[min(length // width, len(counts) - 1)] += 1
+    return width, counts
+
+
+def _text_histogram(lengths: Sequence[int]) -> list[str]:
+    width, counts = _histogram(lengths, 60)
+    highest = max(counts)
+    bars = "".join(_BLOCKS[-(-count * 8 // highest)] for count in counts)
+    last = width * (len(counts) - 1)
+    tail = f"{last:,} or more" if max(lengths) >= last + width else f"{width * len(counts) - 1:,}"
+    return [f"  {bars}", f"  0{tail:>{max(len(counts) - 1, len(tail) + 1)}}"]
+
+
+def _runs(row: Pieces) -> Iterator[tuple[list[str], int, list[str], bool]]:
+    """Group consecutive tokens of the same kind: (first tokens, number omitted, last tokens, whether in the loss)."""
+    for trained, group in itertools.groupby(row, key=lambda piece: piece[1]):
+        texts = [text for text, _ in group]
+        hidden = len(texts) - _HEAD - _TAIL
+        yield (
+            (texts[:_HEAD], hidden, texts[-_TAIL:], trained)
+            if hidden > 0
+            else (texts, 0, [], trained)
+        )
+
+
+def _text_example(row: Pieces, before: str, after: str) -> str:
+    parts = []
+    for head, hidden, tail, trained in _runs(row):
+        more = f" … {hidden:,} more tokens … " if hidden else ""
+        text = f"{_one_line(''.join(head))}{more}{_one_line(''.join(tail))}"
+        parts.append(f"{before}{text}{after}" if trained else text)
+    return "".join(parts)
+
+
+def _html_example(row: Pieces) -> str:
+    parts = []
+    for head, hidden, tail, trained in _runs(row):
+        kind = "token on" if trained else "token"
+        shown = [
+            [f'<span class="{kind}">{_visible(text)}</span>' for text in t] for t in (head, tail)
+        ]
+        more = f'<i class="soft"> … {hidden:,} more tokens … </i>' if hidden else ""
+        parts += [*shown[0], more, *shown[1]]
+    return f'<pre dir="auto">{"".join(parts)}</pre>'
+
+
+def _visible(text: str) -> str:
+    shown = text.replace("\r\n", "\n").replace("\n", "⏎\n")
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pretrain.errors import DataError
-from pretrain.finetuning.card import baselines, model_card
+from pretrain.finetuning.card import measured_parts, model_card
 from pretrain.finetuning.measure import labelled, measure, reported_precision, score
 from pretrain.printing import printable
 
@@ -246,16 +246,9 @@ class Finetuned:
 
         return write_report(self, out)
 
-    def _figures(self) -> list[tuple[str, Mapping[str, float]]]:
-        found: list[tuple[str, Mapping[str, float]]] = [("validation", self.metrics)]
-        if self.test_metrics is not None:
-            found.append(("test", self.test_metrics))
-        found += baselines(self)
-        return [(name, figures) for name, figures in found if figures]
-
     def __repr__(self) -> str:
         lines = [f"{self.task.name} with {self.model.backbone.model_type}, {_where(self.run)}"]
-        for name, figures in self._figures():
+        for name, figures in measured_parts(self):
             shown = [f"{k} {v:.4f}" for k, v in figures.items() if k != "targets"]
             lines.append(f"  {name}: {', '.join(shown)}")
         lines += [f"  note: {line}" for line in self.remarks]
@@ -263,24 +256,21 @@ class Finetuned:
 
     def _repr_html_(self) -> str:
         from pretrain.report.history import loss_svg, sort_records
+        from pretrain.utils.html import bullets, notebook_view, table
 
-        names = list(dict.fromkeys(k for _, f in self._figures() for k in f if k != "targets"))
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-        body = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(part)}</th>{_cells(names, figures)}</tr>"
-            for part, figures in self._figures()
+        parts = measured_parts(self)
+        names = list(dict.fromkeys(k for _, f in parts for k in f if k != "targets"))
+        rows = [
+            [part, *(f"{figures[name]:.4f}" if name in figures else "" for name in names)]
+            for part, figures in parts
+        ]
+        return notebook_view(
+            "result",
+            f"<p>{escape(repr(self).splitlines()[0])}</p>",
+            table(["", *names], rows),
+            bullets(self.remarks),
+            loss_svg(sort_records(self.run.history)) if self.run is not None else "",
         )
-        picture = loss_svg(sort_records(self.run.history)) if self.run is not None else ""
-        title = html.escape(repr(self).splitlines()[0])
-        said = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks)
-        said = f"<ul>{said}</ul>" if said else ""
-        return f"<p>{title}</p><table><tr><th></th>{head}</tr>{body}</table>{said}{picture}"
-
-
-def _cells(names: Sequence[str], figures: Mapping[str, float]) -> str:
-    return "".join(
-        f"<td>{figures[name]:.4f}</td>" if name in figures else "<td></td>" for name in names
-    )
 
 
 def _where(run: Any) -> str:

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 from pretrain.errors import DataError, PretrainError
 from pretrain.finetuning.cost import steps_to_best
 from pretrain.metrics import LOWER_IS_BETTER
+from pretrain.printing import aligned
 from pretrain.utils.curves import Series, curve_svg
+from pretrain.utils.html import bullets, notebook_view, table
 from pretrain.utils.intervals import mean_interval, student_t
 from pretrain.utils.strict_json import parse_json
 
@@ -244,11 +246,7 @@ class Comparison:
 
     def table(self) -> str:
         """The whole report as plain text: scores, gain per seed, chosen hyperparameters, cost and verdicts."""
-        head, *body = self._cells()
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [self._title(), ""]
-        for row in (head, *body):
-            lines.append(" | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        lines = [self._title(), "", *aligned(self._cells(), between=" | ")]
         lines += ["", *self._remarks(), ""]
         lines += [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
         return "\n".join(lines)
@@ -275,17 +273,16 @@ class Comparison:
         return self.table()
 
     def _repr_html_(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        head, *body = self._cells()
-        rows = row(head, "th") + "".join(row(cells, "td") for cells in body)
-        verdicts = "".join(
-            f"<p><b>{count:,} labels: {escape(self.verdict(count))}</b></p>"
-            for count in self.counts
+        head, *rows = self._cells()
+        verdicts = [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
+        return notebook_view(
+            "comparison",
+            f"<p>{escape(self._title())}</p>",
+            *(f"<p><b>{escape(verdict)}</b></p>" for verdict in verdicts),
+            table(head, rows, left=0),
+            self.svg(),
+            bullets(self._remarks()),
         )
-        remarks = "".join(f"<li>{escape(line)}</li>" for line in self._remarks())
-        return f"<div><p>{escape(self._title())}</p>{verdicts}<table>{rows}</table>{self.svg()}<ul>{remarks}</ul></div>"
 
     def to_json(self) -> str:
         """Everything as strict JSON (a score that is not finite becomes null); ``from_json`` reads it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import DataError
-from pretrain.printing import printable
+from pretrain.printing import aligned, printable
+from pretrain.utils.html import Html, notebook_view, show, table
 
 __all__ = ["Confusion", "Errors"]
 
 _MATRIX = 12  # labels up to which the whole matrix is shown
 _PAIRS = 15
 _WIDE = 18  # characters of a label in a terminal
-_TEXT = 300  # characters of a text
-_BORDER = "border:1px solid #8884;padding:4px 9px;"
+_TEXT = 300  # characters of a text in a notebook
 
 
 class Confusion:
@@ -71,39 +71,36 @@ class Confusion:
     def __repr__(self) -> str:
         right, total = int(self.matrix.trace()), int(self.matrix.sum())
         top = f"Confusion of {len(self.labels)} classes, {right:,} of {total:,} right"
+        if self.small:
+            rows = [
+                (label, *(f"{n:,}" for n in row))
+                for label, row in zip(self.labels, self.matrix, strict=True)
+            ]
+            rows, left = [("right \\ predicted", *self.labels), *rows], 1
+        else:
+            rows = [(label, said, f"{n:,}") for label, said, n in self.pairs()]
+            rows, left, top = [("right", "predicted", "times"), *rows], 2, f"{top}; most confused:"
+        return "\n".join([top, *aligned([[_line(c, _WIDE) for c in row] for row in rows], left)])
+
+    def html(self) -> str:
+        """The matrix, or the most frequent mistakes if it is large, as HTML without a style of its own."""
         if not self.small:
-            rows = [[label, said, f"{n:,}"] for label, said, n in self.pairs()]
-            return f"{top}; most confused:\n" + _aligned(
-                [["right", "predicted", "times"], *rows], 2
-            )
-        head = ["right \\ predicted", *self.labels]
-        body = [
-            [label, *(f"{n:,}" for n in row)]
-            for label, row in zip(self.labels, self.matrix, strict=True)
-        ]
-        return f"{top}\n" + _aligned([head, *body], 1)
+            return table(["right", "predicted", "times"], self.pairs(), left=2)
+        classes = range(len(self.labels))
+        rows = [[self.labels[i], *(self._cell(i, k) for k in classes)] for i in classes]
+        return table(["right \\ predicted", *self.labels], rows)
 
     def _repr_html_(self) -> str:
-        if not self.small:
-            return _html_table(["right", "predicted", "times"], self.pairs(), left=2)
-        head = "".join(f'<th style="{_BORDER}">{escape(label)}</th>' for label in self.labels)
-        lines = [f'<tr><th style="{_BORDER}font-weight:400">right \\ predicted</th>{head}</tr>']
-        for i, label in enumerate(self.labels):
-            cells = "".join(self._cell(i, k) for k in range(len(self.labels)))
-            lines.append(
-                f'<tr><th style="{_BORDER}text-align:left">{escape(label)}</th>{cells}</tr>'
-            )
-        return f'<table style="border-collapse:collapse;width:auto">{"".join(lines)}</table>'
+        return notebook_view("confusion", self.html())
 
-    def _cell(self, i: int, k: int) -> str:
+    def _cell(self, i: int, k: int) -> Html:
         """A count on a background as strong as its share of the row: blue if correct, orange if wrong."""
         share = self.matrix[i, k] / max(1, self.matrix[i].sum())
-        red, green, blue = (42, 111, 214) if i == k else (217, 72, 15)
-        ground = f"background:rgba({red},{green},{blue},{share * 0.6:.2f});" if share else ""
+        colour = "42,111,214" if i == k else "217,72,15"
         words = f"{self.labels[i]} taken for {self.labels[k]}: {share:.1%} of its rows"
-        return (
-            f'<td style="{_BORDER}{ground}text-align:right;font-variant-numeric:tabular-nums" '
-            f'title="{escape(words)}">{int(self.matrix[i, k]):,}</td>'
+        return Html(
+            f'<span class="heat" style="background:rgba({colour},{share * 0.6:.2f})" title="{escape(words)}">'
+            f"{int(self.matrix[i, k]):,}</span>"
         )
 
 
@@ -129,62 +126,29 @@ class Errors(Sequence[Mapping[str, Any]]):
             return "no mistakes"
         return "\n".join(
             f"{_line(row.get('where'), 80)}: {_line(row.get('label'), 80)} taken for "
-            f"{_line(row.get('predicted'), 80)} ({_short(row.get('score'))})\n    {_line(row.get('text'), 110)}"
+            f"{_line(row.get('predicted'), 80)} ({_short(row.get('score'))})\n"
+            f"    {_line(row.get('text'), 110)}"
             for row in self.rows
         )
 
-    def _repr_html_(self) -> str:
-        if not self.rows:
-            return "<p>no mistakes</p>"
-        return _html_table(
-            ["where", "text", "right", "predicted", "score"],
+    def html(self, text: int = _TEXT) -> str:
+        """A table as HTML without a style of its own; texts are truncated to ``text`` characters."""
+        rows = [
             [
-                [
-                    _line(row.get("where"), 200), _line(row.get("text"), _TEXT), _line(row.get("label"), 120),
-                    _line(row.get("predicted"), 120), _short(row.get("score")),
-                ]
-                for row in self.rows
-            ],
-            left=4,
-        )  # fmt: skip
+                _line(row.get("text"), text), _line(row.get("label"), 120), _line(row.get("predicted"), 120),
+                row.get("score"), _line(row.get("where"), 200),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        return table(["text", "right", "predicted", "score", "where"], rows, left=5)
 
-
-def _html_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int) -> str:
-    side = ["left" if i < left else "right" for i in range(len(head))]
-    top = "".join(
-        f'<th style="{_BORDER}text-align:{s}">{escape(text)}</th>'
-        for text, s in zip(head, side, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td style="{_BORDER}text-align:{s};vertical-align:top;overflow-wrap:break-word">{escape(str(value))}</td>'
-            for value, s in zip(row, side, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table style="border-collapse:collapse">{f"<tr>{top}</tr>"}{body}</table>'
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Align columns for a terminal: the first ``left`` to the left, numbers to the right."""
-    cells = [[_line(cell, _WIDE) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    def _repr_html_(self) -> str:
+        return notebook_view("errors", self.html() if self.rows else "<p>no mistakes</p>")
 
 
 def _line(value: Any, limit: int) -> str:
     """A value on one line without terminal control characters, truncated to ``limit``."""
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        value = ", ".join(value) or "none"
-    text = printable(str(value)).strip()
+    text = printable(show(value)).strip() if value not in ([], ()) else "none"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

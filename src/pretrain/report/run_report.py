@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.report.history import History, loss_svg, number, read_history
-from pretrain.report.page import page, show, table, tile_row, write_page
 from pretrain.utils.curves import Series, curve_svg
+from pretrain.utils.html import card, details, page, pre, section, show, table, tile_row, write_page
 
 __all__ = ["render", "write"]
 
@@ -51,18 +51,19 @@ def render(run_dir: str | os.PathLike[str]) -> str:
     history = read_history(folder)
     config = _read_config(folder)
     name = folder.resolve().name
+    damage = f"log.jsonl is damaged and shown in part: {history.damage}."
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<div class="soft">{escape(_subtitle(config))}</div>',
-        _damage(history),
-        _tiles(history),
-        _pictures(history),
-        _evaluations(history),
-        _samples(history),
-        _data(folder, history),
-        _checkpoints(folder),
-        _repeat(folder, config),
-        _events(history),
+        card(escape(damage)) if history.damage else "",
+        tile_row(_tiles(history)),
+        _charts(history),
+        section("Evaluations on held-out rows", _evaluations(history)),
+        section("What it wrote", _samples(history)),
+        section("Data and origin", _data(folder, history)),
+        section("Checkpoints", _checkpoints(folder)),
+        section("Repeat it", _repeat(folder) if config else ""),
+        section("Events", _events(history)),
     ]
     return page(name, sections)
 
@@ -75,38 +76,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / "run.yaml").read_text(encoding="utf-8")
         name_change(folder / "run.yaml", text)
-        parsed = parse(text, "run.yaml")
+        tree = parse(text, "run.yaml")[0]
     except (OSError, UnicodeDecodeError, ConfigError):
         return {}
-    tree = parsed[0]
-    return (
-        {key: value for key, value in tree.items() if isinstance(value, dict)}
-        if isinstance(tree, dict)
-        else {}
-    )
+    sections = tree.items() if isinstance(tree, dict) else ()
+    return {key: value for key, value in sections if isinstance(value, dict)}
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:
     model, objective, data = (config.get(key, {}) for key in ("model", "objective", "data"))
     words = [
-        model.get("checkpoint") or f"{model.get('family', '')} {model.get('size', '')}".strip()
-    ]
-    words += [
-        str(objective.get("class_path", "")),
+        model.get("checkpoint") or f"{model.get('family', '')} {model.get('size', '')}".strip(),
+        objective.get("class_path", ""),
         f"on {data['train']}" if "train" in data else "",
     ]
     return " · ".join(str(word) for word in words if word)
 
 
-def _damage(history: History) -> str:
-    if not history.damage:
-        return ""
-    return (
-        f'<div class="card">log.jsonl is damaged and shown in part: {escape(history.damage)}.</div>'
-    )
-
-
-def _tiles(history: History) -> str:
+def _tiles(history: History) -> list[tuple[str, str]]:
     tiles = []
     if history.train:
         last = history.train[-1]
@@ -129,12 +116,11 @@ def _tiles(history: History) -> str:
     lost = sum(not math.isfinite(y) for _, y in history.points("loss"))
     if lost:
         tiles.append(("steps with a non-finite loss", show(lost)))
-    return tile_row(tiles)
+    return tiles
 
 
-def _pictures(history: History) -> str:
-    parts = ['<div class="card wide">', loss_svg(history, width=920, height=360), "</div>"]
-    small: list[tuple[str, list[tuple[float, float]], bool]] = [
+def _charts(history: History) -> str:
+    small = [
         ("learning rate", history.points("lr"), True),
         ("tokens per second", history.points("tokens_per_second"), True),
         ("norm of the gradient", history.points("grad_norm"), True),
@@ -142,44 +128,38 @@ def _pictures(history: History) -> str:
         ("held-out bits per byte", history.eval_points("bits_per_byte"), False),
     ]
     drawn = [
-        f'<div class="card">{curve_svg([Series("", points)], title=title, width=450, height=230, zero=zero)}</div>'
+        card(curve_svg([Series("", points)], title=title, width=450, height=230, zero=zero))
         for title, points, zero in small
         if any(math.isfinite(y) for _, y in points)
     ]
-    return "".join(parts) + f'<div class="pair">{"".join(drawn)}</div>'
+    loss = card(loss_svg(history, width=920, height=360), wide=True)
+    return f'{loss}<div class="pair">{"".join(drawn)}</div>'
 
 
 def _evaluations(history: History) -> str:
-    if not history.evals:
-        return ""
-    keys = list(dict.fromkeys(key for record in history.evals for key in record["eval"]))
-    keys = [
-        key for key in keys if any(math.isfinite(number(r["eval"].get(key))) for r in history.evals)
+    figures = [
+        {key: value for key, text in record["eval"].items() if math.isfinite(value := number(text))}
+        for record in history.evals
     ]
+    keys = list(dict.fromkeys(key for row in figures for key in row))
     rows = [
         [
-            int(number(r["step"])),
-            *(number(r["eval"][key]) if key in r["eval"] else None for key in keys),
+            int(number(record["step"])),
+            *(number(record["eval"][key]) if key in record["eval"] else None for key in keys),
         ]
-        for r in history.evals
+        for record in history.evals
     ]
-    return "<h2>Evaluations on held-out rows</h2>" + table(
-        ["step", *[k.replace("_", " ") for k in keys]], rows
-    )
+    return table(["step", *(key.replace("_", " ") for key in keys)], rows) if rows else ""
 
 
 def _samples(history: History) -> str:
-    samples = history.samples
-    if not samples:
-        return ""
-    steps = sorted({step for step, _ in samples})
-    last = steps[-1]
-    blocks = []
-    for step in reversed(steps):
-        texts = "".join(f"<pre>{escape(text)}</pre>" for at, text in samples if at == step)
-        state = " open" if step == last else ""
-        blocks.append(f"<details{state}><summary>step {step:,}</summary>{texts}</details>")
-    return f'<h2>What it wrote</h2><div class="card">{"".join(blocks)}</div>'
+    texts: dict[int, str] = {}
+    for step, text in history.samples:
+        texts[step] = texts.get(step, "") + pre(text)
+    blocks = [
+        details(f"step {step:,}", texts[step], shown=step == max(texts)) for step in reversed(texts)
+    ]
+    return card(*blocks) if blocks else ""
 
 
 def _data(folder: Path, history: History) -> str:
@@ -187,73 +167,55 @@ def _data(folder: Path, history: History) -> str:
     about: dict[str, Any] = {}
     for record in history.events:
         about |= record["data"] if isinstance(record.get("data"), Mapping) else {}
-    for _, path in _found(folder)[-1:]:
+    for path in _complete(folder)[-1:]:
         with contextlib.suppress(OSError, ValueError):
             block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("pretrain")
             about |= block if isinstance(block, Mapping) else {}
     sources = about.pop("sources", None)
     rows = [
-        (key.replace("_", " "), about[key])
-        for key in about
-        if key != "metrics" and about[key] is not None
+        (key.replace("_", " "), value)
+        for key, value in about.items()
+        if key != "metrics" and value is not None
     ]
     parts = table(["", ""], rows, left=2) if rows else ""
     if isinstance(sources, list) and sources and all(isinstance(one, Mapping) for one in sources):
         keys = list(dict.fromkeys(key for one in sources for key in one))
         parts += table(keys, [[one.get(key) for key in keys] for one in sources])
-    return f"<h2>Data and origin</h2>{parts}" if parts else ""
+    return parts
 
 
-def _found(folder: Path) -> list[tuple[int, Path]]:
-    """Return the steps and paths of the checkpoints that have a manifest, oldest first."""
-    names = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
-    return sorted(
-        (int(n), path) for n, path in names if n.isdigit() and (path / "manifest.json").is_file()
-    )
+def _complete(folder: Path) -> list[Path]:
+    """Return the checkpoints that have a manifest, oldest first."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    steps = sorted((step for step in found if step.isdigit()), key=int)
+    return [found[step] for step in steps if (found[step] / "manifest.json").is_file()]
 
 
 def _checkpoints(folder: Path) -> str:
-    found = _found(folder)
+    found = _complete(folder)
     if not found:
         return ""
-    newest = found[-1][1].resolve()
-    names = ", ".join(path.name for _, path in found)
+    newest, names = str(found[-1].resolve()), ", ".join(path.name for path in found)
     code = (
-        f"import pretrain\nmodel = pretrain.load({str(newest)!r})\n\n"
+        f"import pretrain\nmodel = pretrain.load({newest!r})\n\n"
         "# or with Hugging Face transformers, from the same directory\n"
-        f"from transformers import AutoModel\nmodel = AutoModel.from_pretrained({str(newest)!r})"
+        f"from transformers import AutoModel\nmodel = AutoModel.from_pretrained({newest!r})"
     )
-    return (
-        f'<h2>Checkpoints</h2><div class="card"><div>{escape(names)} in <code>{escape(str(folder.resolve()))}</code>'
-        f"</div><pre>{escape(code)}</pre></div>"
-    )
+    place = f"<div>{escape(names)} in <code>{escape(str(folder.resolve()))}</code></div>"
+    return card(place, pre(code))
 
 
-def _repeat(folder: Path, config: Mapping[str, Any]) -> str:
-    if not config:
-        return ""
+def _repeat(folder: Path) -> str:
     path = folder / "run.yaml"
-    again = shlex.join(
-        ["pretrain", "train", "--config", str(path), "--train.out", f"{folder}-again"]
-    )
+    words = ["pretrain", "train", "--config", str(path), "--train.out", f"{folder}-again"]
     text = path.read_text(encoding="utf-8", errors="replace")
-    return (
-        f'<h2>Repeat it</h2><div class="card"><pre>{escape(again)}</pre>'
-        f"<details><summary>all settings (run.yaml)</summary><pre>{escape(text)}</pre></details></div>"
-    )
+    return card(pre(shlex.join(words)), details("all settings (run.yaml)", pre(text)))
 
 
 def _events(history: History) -> str:
-    if not history.events:
-        return ""
     lines = []
     for record in history.events:
         rest = {k: v for k, v in record.items() if k not in ("event", "data", "sample", "samples")}
-        lines.append(
-            f"{record.get('event', '')}  {json.dumps(rest, ensure_ascii=False, default=str)}"
-        )
-    text = escape("\n".join(lines))
-    return (
-        f'<h2>Events</h2><div class="card"><details><summary>{len(lines):,} recorded</summary>'
-        f"<pre>{text}</pre></details></div>"
-    )
+        text = json.dumps(rest, ensure_ascii=False, default=str)
+        lines.append(f"{record.get('event', '')}  {text}")
+    return card(details(f"{len(lines):,} recorded", pre("\n".join(lines)))) if lines else ""

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pretrain.printing import aligned, printable
 from pretrain.training.logging import Progress
 from pretrain.training.relay import relay
 from pretrain.training.state import RunState
 from pretrain.utils.curves import Series, curve_svg
-from pretrain.utils.files import printable
+from pretrain.utils.html import card, notebook_view, pre, table
 
 __all__ = ["LiveView", "open_screen"]
 
@@ -27,27 +28,6 @@ _INTERVAL = 1.0  # seconds between two redraws
 _SHARE = 20.0  # least pause between redraws, as a multiple of the duration of one
 _ROWS, _COLUMNS, _LINES = 24, 8, 12
 _SAMPLE = 400  # characters of a sample
-_STYLE = """
-.ptl{font:14px/1.45 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;color:#0b0b0b;background:#fff;
-max-width:920px;padding:12px 16px;border:1px solid #e4e3df;border-radius:10px;--soft:#52514e;--line:#e4e3df;
---a:#2a6fd6;--best:#e7f4ea;--ink:#0f6b3a;--well:#ececea}
-.ptl .soft{color:var(--soft)}.ptl .top{display:flex;flex-wrap:wrap;gap:2px 18px;font-variant-numeric:tabular-nums}
-.ptl .bar{height:7px;border-radius:4px;background:var(--well);margin:7px 0 10px;overflow:hidden}
-.ptl .bar i{display:block;height:100%;background:var(--a);border-radius:4px}
-.ptl .pics{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(360px,100%),1fr));gap:4px 12px}
-.ptl svg{display:block;width:100%;height:auto}.ptl .wide{overflow-x:auto}
-.ptl table.runs{border-collapse:collapse;border:0;width:auto;margin:8px 0 2px;font-size:13px;color:inherit;
-font-variant-numeric:tabular-nums}
-.ptl table.runs thead tr:nth-child(n),.ptl table.runs tbody tr:nth-child(n){background:none;border:0}
-.ptl table.runs th:nth-child(n),.ptl table.runs td:nth-child(n){padding:3px 12px;text-align:right;color:inherit;
-border:0;border-bottom:1px solid var(--line);white-space:nowrap}
-.ptl table.runs thead th:nth-child(n){color:var(--soft);font-weight:500}
-.ptl table.runs tbody tr.best:nth-child(n){background:var(--best);color:var(--ink);font-weight:600}
-.ptl pre.said:nth-child(n){margin:6px 0 0;padding:0;background:none;color:var(--soft);white-space:pre-wrap;
-overflow-wrap:anywhere;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-@media (prefers-color-scheme:dark){.ptl{color:#f2f3f5;background:#16181d;border-color:#2b2f37;--soft:#b9bdc6;
---line:#2b2f37;--a:#6ea8fe;--best:#17301f;--ink:#8fe0b0;--well:#2b2f37}}
-""".replace("\n", "")
 
 
 def open_screen() -> Progress:
@@ -185,35 +165,20 @@ class LiveView(Progress):
         lines = [" | ".join(self._top())]
         if self._evals:
             names = self._names()
-            table = [
-                self._heads(names),
-                *(self._cells(e, names) for e in self._shown()),
-            ]
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            marks = ["", *(" *" * (e["step"] == self._best) for e in self._shown())]
-            lines += [
-                "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + mark
-                for row, mark in zip(table, marks, strict=True)
-            ]
+            rows = [self._heads(names), *(self._cells(one, names) for one in self._shown())]
+            marks = ["", *(" *" * (one["step"] == self._best) for one in self._shown())]
+            lines += [line + mark for line, mark in zip(aligned(rows), marks, strict=True)]
         return "\n".join([*lines, *self._said])
 
     def html(self) -> str:
         """Return the view as HTML; every text is escaped."""
         share = min(1.0, self._step / self._total) if self._total else 0.0
-        top = "".join(
-            f"<span{_class('soft', k > 0)}>{escape(text)}</span>"
-            for k, text in enumerate(self._top())
-        )
-        parts = [
-            f'<div class="top">{top}</div><div class="bar"><i style="width:{share:.2%}"></i></div>',
-            self._pictures(),
-            self._table(),
-        ]
+        first, *rest = map(escape, self._top())
+        top = f'<div>{first} <span class="soft">{" · ".join(["", *rest])}</span></div>'
+        bar = f'<div class="well"><div class="bar" style="margin:0;width:{share:.2%}"></div></div>'
         samples = [repr(text[:_SAMPLE] + "…" * (len(text) > _SAMPLE)) for text in self._samples]
-        for lines in (samples, self._said):
-            if lines:
-                parts.append(f'<pre class="said">{escape(chr(10).join(lines))}</pre>')
-        return f'<div class="ptl"><style>{_STYLE}</style>{"".join(parts)}</div>'
+        said = [pre("\n".join(lines)) for lines in (samples, self._said) if lines]
+        return notebook_view("live", top, bar, self._pictures(), self._table(), *said)
 
     def _top(self) -> list[str]:
         """Return progress, state, metrics and times as short texts."""
@@ -248,7 +213,7 @@ class LiveView(Progress):
             )  # second series, for the colour of held-out figures
             title = f"held-out {printable(self._monitor).replace('_', ' ')}"
             drawn.append(curve_svg([Series("", ()), line], title=title, width=width, height=240))
-        return f'<div class="pics">{"".join(f"<div>{svg}</div>" for svg in drawn)}</div>'
+        return f'<div class="pair">{"".join(map(card, drawn))}</div>'
 
     def _points(self, name: str) -> list[tuple[float, float]]:
         return [(e["step"], e["figures"][name]) for e in self._evals if name in e["figures"]]
@@ -282,25 +247,15 @@ class LiveView(Progress):
     def _table(self) -> str:
         if not self._evals:
             return ""
-        names = self._names()
-        heads = [*self._heads(names), "time", ""]
-        body = []
-        for one in self._shown():
-            best = one["step"] == self._best
-            cells = [*self._cells(one, names), _clock(one["seconds"]), "best" if best else ""]
-            row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            body.append(f"<tr{_class('best', best)}>{row}</tr>")
-        head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-        hidden = len(self._evals) - len(body)
+        names, shown = self._names(), self._shown()
+        best = [k for k, one in enumerate(shown) if one["step"] == self._best]
+        rows = [
+            [*self._cells(one, names), _clock(one["seconds"]), "best" * (k in best)]
+            for k, one in enumerate(shown)
+        ]
+        hidden = len(self._evals) - len(rows)
         rest = f'<div class="soft">and {hidden:,} earlier evaluations</div>' if hidden else ""
-        return (
-            f'<div class="wide"><table class="runs"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{''.join(body)}</tbody></table></div>{rest}"
-        )
-
-
-def _class(name: str, given: bool) -> str:
-    return f' class="{name}"' if given else ""
+        return table([*self._heads(names), "time", ""], rows, left=0, best=best) + rest
 
 
 def _short(value: float, digits: int = 4) -> str:

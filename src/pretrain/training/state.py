@@ -124,8 +124,10 @@ class Run:
 
     def _repr_html_(self) -> str:
         from pretrain.report.history import loss_svg, sort_records
+        from pretrain.utils.html import notebook_view
 
-        return f"<p>{html.escape(repr(self))}</p>{loss_svg(sort_records(self.history))}"
+        chart = loss_svg(sort_records(self.history))
+        return notebook_view("run", f"<p>{html.escape(repr(self))}</p>", chart)
 
 
 class StopRequest:

@@ -1,7 +1,7 @@
-"""Line charts as self-contained SVG text: no plotting library, no script, no remote resource.
+"""Line charts and histograms as self-contained SVG text: no plotting library, no script, no remote resource.
 
-Used by the run report, by notebooks (``Run._repr_html_``) and by the figures of the documentation. A style sheet inside
-the picture follows the light or dark setting of the reader, so that one file serves both.
+Used by reports, by notebook views and by the figures of the documentation. A style sheet inside the picture follows the
+light or dark setting of the reader, so that one file serves both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Series", "curve_svg", "nice_ticks", "thin"]
+__all__ = ["Series", "curve_svg", "histogram_svg", "nice_ticks", "thin"]
 
 Point = tuple[float, float]
 
@@ -121,22 +121,86 @@ def curve_svg(
         lines = [(i, one, [p for p in points if p[0] > 0]) for i, one, points in lines]
     lines = [item for item in lines if item[2]]
     kept = {name: y for name, y in (references or {}).items() if math.isfinite(y)}
-    head = (
-        f'<svg class="pc" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title or y_label or "curve")}" style="max-width:100%;height:auto" '
-        f'width="{width}" height="{height}"><style>{_STYLE}</style>'
-        f'<rect class="bg" width="{width}" height="{height}" rx="8"/>'
-    )
-    caption = f'<text class="title" x="14" y="21">{escape(title)}</text>' if title else ""
     if not lines:
-        empty = f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">nothing to draw yet</text>'
-        return f"{head}{caption}{empty}</svg>"
-    frame = _Frame.around(lines, kept, width, height, zero, log_x)
-    body = [head, caption, frame.axes(x_label, y_label)]
-    body += [frame.reference(name, y) for name, y in kept.items()]
-    body += [frame.line(index % 4, one, points) for index, one, points in lines]
-    body.append(_legend([(index % 4, one.label) for index, one, _ in lines if one.label], width))
-    return "".join(body) + "</svg>"
+        body = [_text(width / 2, height / 2, "nothing to draw yet", "middle")]
+    else:
+        frame = _Frame.around(lines, kept, width, height, zero, log_x)
+        body = [frame.axes(x_label, y_label)]
+        body += [frame.reference(name, y) for name, y in kept.items()]
+        body += [frame.line(index % 4, one, points) for index, one, points in lines]
+        named = [(index % 4, one.label) for index, one, _ in lines if one.label]
+        body.append(_legend(named, width))
+    return _picture(title, y_label or "curve", width, height, body)
+
+
+def histogram_svg(
+    counts: Sequence[int],
+    bin_width: int,
+    *,
+    open_end: bool,
+    limit: int | None = None,
+    title: str = "",
+    x_label: str = "",
+    width: int = 880,
+    height: int = 190,
+) -> str:
+    """Draw a histogram of whole numbers and return the SVG text.
+
+    Args:
+        counts: number of values in each bin, of which the first begins at 0; at least one is not 0.
+        bin_width: width of a bin.
+        open_end: whether the last bin includes all larger values.
+        limit: a vertical line after this value; bins beyond it have another colour.
+        title: printed above the chart and read by screen readers.
+        x_label: label of the horizontal axis.
+        width: width of the chart in pixels; it scales to its container.
+        height: height of the chart in pixels.
+    """
+    end, last = bin_width * len(counts), len(counts) - 1
+    left, top, right, bottom = _MARGIN
+    ticks = [tick for tick in nice_ticks(0, end, 8) if tick <= (0.85 * end if open_end else end)]
+    box = (left, top, width - right, height - bottom)
+    scales = (nice_ticks(0, max(counts), count) for count in (4, 3, 2, 1))
+    whole = next(scale for scale in scales if all(map(float.is_integer, scale)))
+    frame = _Frame(0, end, whole, box, False, ticks)
+    body = [frame.axes(x_label, "")]
+    for k, count in enumerate(counts):
+        first = k * bin_width
+        span = f"{first:,}" if bin_width == 1 else f"{first:,} to {first + bin_width - 1:,}"
+        span = f"{first:,} or more" if open_end and k == last else span
+        x, y, colour = (
+            frame.x(first) + 0.5,
+            frame.y(count),
+            int(limit is not None and first > limit),
+        )
+        size = f'width="{max(1.0, frame.x(first + bin_width) - x - 0.5):.1f}" height="{box[3] - y:.1f}"'
+        words = f"<title>{span}: {count:,}</title>"
+        if count:
+            body.append(f'<rect class="f{colour}" x="{x:.1f}" y="{y:.1f}" {size}>{words}</rect>')
+    if open_end:
+        body.append(_text(box[2], box[3] + 17, f"{end - bin_width:,} or more", "end"))
+    if limit is not None and limit < end:
+        at = frame.x(limit + 1)
+        body.append(f'<line class="ref" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{box[3]}"/>')
+        anchor = "end" if at > width * 0.8 else "start"
+        body.append(
+            _text(at + (-6 if anchor == "end" else 6), top + 10, f"limit {limit:,}", anchor)
+        )
+    return _picture(title, "histogram", width, height, body)
+
+
+def _picture(title: str, label: str, width: int, height: int, body: Iterable[str]) -> str:
+    caption = f'<text class="title" x="14" y="21">{escape(title)}</text>' if title else ""
+    return (
+        f'<svg class="pc" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title or label)}" style="max-width:100%;height:auto" '
+        f'width="{width}" height="{height}"><style>{_STYLE}</style>'
+        f'<rect class="bg" width="{width}" height="{height}" rx="8"/>{caption}{"".join(body)}</svg>'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 @dataclass(frozen=True)
@@ -196,22 +260,14 @@ class _Frame:
             parts.append(
                 f'<line class="grid" x1="{left}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
             )
-            text = _number(tick, digits)
-            parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+            parts.append(_text(left - 8, at + 4, _number(tick, digits), "end"))
         digits = _digits(self.x_ticks)
         for tick in self.x_ticks:
-            at = self.x(tick)
-            text = _number(tick, digits)
-            parts.append(
-                f'<text x="{at:.1f}" y="{bottom + 17:.1f}" text-anchor="middle">{text}</text>'
-            )
+            parts.append(_text(self.x(tick), bottom + 17, _number(tick, digits), "middle"))
         parts.append(
             f'<line class="axis" x1="{left}" x2="{right:.1f}" y1="{bottom}" y2="{bottom}"/>'
         )
-        middle = (left + right) / 2
-        parts.append(
-            f'<text x="{middle:.1f}" y="{bottom + 34:.1f}" text-anchor="middle">{escape(x_label)}</text>'
-        )
+        parts.append(_text((left + right) / 2, bottom + 34, x_label, "middle"))
         if y_label:
             middle = (top + bottom) / 2
             parts.append(
@@ -225,7 +281,7 @@ class _Frame:
         at = self.y(value)
         return (
             f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            f'<text x="{right - 4:.1f}" y="{at - 5:.1f}" text-anchor="end">{escape(name)} {value:.4g}</text>'
+            + _text(right - 4, at - 5, f"{name} {value:.4g}", "end")
         )
 
     def line(self, colour: int, one: Series, points: list[Point]) -> str:
@@ -243,12 +299,10 @@ class _Frame:
                 at, bottom, top = self.x(x), self.y(low), self.y(high)
                 stroke = f"M{at - 4:.1f} {top:.1f}h8m-4 0V{bottom:.1f}m-4 0h8"
                 parts.append(f'<path class="line whisker s{colour}" d="{stroke}"/>')
-        if one.dots or len(groups) == 1:
-            for x, y, _, _ in thin(points, 60):
-                spot = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"'
-                parts.append(f'<circle class="dot f{colour}" {spot} r="3.5"/>')
         for x, y, _, _ in thin(points, 60):
             spot = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"'
+            if one.dots or len(groups) == 1:
+                parts.append(f'<circle class="dot f{colour}" {spot} r="3.5"/>')
             words = escape(f"{one.label} {y:.4g} at {_plain(x)}".strip())
             parts.append(f'<circle class="hit" {spot} r="7"><title>{words}</title></circle>')
         return "".join(parts)
@@ -297,12 +351,9 @@ def _digits(ticks: Sequence[float]) -> int:
     steps = [b - a for a, b in itertools.pairwise(ticks) if b > a]
     if not steps:
         return 2
-    return max(0, min(9, math.ceil(-math.log10(min(steps)) - 1e-9) + _is_quarter(min(steps))))
-
-
-def _is_quarter(step: float) -> bool:
-    mantissa = step / 10.0 ** math.floor(math.log10(step))
-    return abs(mantissa - 2.5) < 1e-6
+    step = min(steps)
+    quarter = abs(step / 10.0 ** math.floor(math.log10(step)) - 2.5) < 1e-6  # 2.5, 0.25, ...
+    return max(0, min(9, math.ceil(-math.log10(step) - 1e-9) + quarter))
 
 
 def _number(value: float, digits: int) -> str:
