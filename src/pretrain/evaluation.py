@@ -14,7 +14,7 @@ from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.distributed.slurm import is_task
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
-from pretrain.finetuning.measure import labelled, reported_precision, score
+from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import classes_of, starting_model
@@ -91,14 +91,9 @@ def evaluate(
         table = labelled(data, task, columns or {}, None if settings is None else settings.data)
     train = TuneTrain() if settings is None else settings.train
     chosen = reported_precision(None if settings is None else train, precision, device)
-    return score(
-        task,
-        table,
-        lambda: _before_training(path, task, settings, base),
-        chosen,
-        coupled_rows=train.batch_rows if settings is not None else _batch_rows_of(model),
-        **options,
-    )
+    rows = encoded(task, table, lambda: _before_training(path, task, settings, base))
+    coupled_rows = train.batch_rows if settings is not None else _batch_rows_of(model)
+    return measure(task, rows, chosen, coupled_rows=coupled_rows, **options)
 
 
 def _batch_rows_of(model: Model) -> int:

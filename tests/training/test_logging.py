@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from pretrain.errors import ConfigError
 from pretrain.training import live
-from pretrain.training.journal import Journal
 from pretrain.training.live import LiveView
-from pretrain.training.logging import Progress, RunLog, make_loggers
+from pretrain.training.logging import Journal, Progress, RunLog, make_loggers
 from pretrain.training.state import RunState
 from pretrain.utils.run_log import read_log
 from tiny import Rows, objective, trainer

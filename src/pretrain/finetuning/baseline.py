@@ -6,6 +6,18 @@ reads unlabelled text, as pre-training does, so it is the fair baseline for a mo
 the task. The third is a linear probe (Alain and Bengio, 2016): the same linear model on the frozen embeddings of the
 checkpoint. Strength of the penalty and stop words are chosen on the validation rows; the test rows are used once, after
 the choice. All need scikit-learn, the extra ``eval``.
+
+Each baseline takes six columns: texts and labels of the training rows, of the validation rows, and of the test rows.
+Texts are strings or pairs of strings; the features of a pair are those of both sides, their element-wise products and
+absolute differences, and the cosine. Labels are classes of any hashable kind, or numbers if the metric is a
+correlation. The result has ``score_valid`` and ``score_test`` (as the metric counts, not in percent), the chosen ``C``
+and ``settings``. Common options and errors:
+
+- ``grid``: values of C, the inverse strength of the penalty (ridge: 1 / alpha), to choose from.
+- ``metric``: one of ``METRICS``; a correlation makes it a regression.
+- ``seed``: seed of the solver.
+- ``ConfigError``: scikit-learn is not installed, or an option is unknown.
+- ``DataError``: texts and labels do not match, or there is nothing to learn from.
 """
 
 from __future__ import annotations
@@ -27,8 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "Lsa", "embeddings", "lsa_baseline", "probe_baseline", "tfidf_baseline"]
 
 Text = str | tuple[str, str]
-Features = Callable[[Sequence[Text]], Any]
 Vectors = Callable[[Sequence[str]], Any]
+# Settings that are reported, and a function from texts to features.
+Variant = tuple[dict[str, Any], Vectors]
 
 GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
@@ -48,52 +61,31 @@ METRICS = (*_OF_CLASSES, *_OF_NUMBERS)
 
 
 def tfidf_baseline(
-    train_texts: Sequence[Text],
-    train_labels: Sequence[Any],
-    valid_texts: Sequence[Text],
-    valid_labels: Sequence[Any],
-    test_texts: Sequence[Text],
-    test_labels: Sequence[Any],
-    *,
+    *columns: Sequence[Any],
     grid: Sequence[float] = GRID,
     stop_words: Sequence[str | None] = STOP_WORDS,
     metric: str = "accuracy",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """TF-IDF of unigrams and bigrams, under logistic regression or (for a correlation) ridge regression.
+    """TF-IDF of unigrams and bigrams under logistic regression, or ridge regression for a correlation.
 
     Args:
-        train_texts: texts, or pairs of texts; the features of a pair are those of both sides, their element-wise
-            products and absolute differences, and the cosine.
-        train_labels: classes of any hashable kind, or numbers if ``metric`` is a correlation.
-        valid_texts: rows on which ``C`` and the stop words are chosen.
-        valid_labels: their labels.
-        test_texts: rows on which only the chosen model is scored, once.
-        test_labels: their labels.
-        grid: values of C, the inverse strength of the penalty (ridge: 1 / alpha), to choose from.
+        *columns: texts and labels, see above.
+        grid: see above.
         stop_words: lists of stop words to choose from: None, or ``"english"`` (scikit-learn's).
-        metric: one of ``METRICS``; a correlation makes it a regression.
-        seed: seed of the solver.
-
-    Returns:
-        ``score_valid``, ``score_test`` (as the metric counts, not in percent), ``C`` and ``settings``.
-
-    Raises:
-        ConfigError: scikit-learn is not installed, or an option is unknown.
-        DataError: texts and labels do not match, or there is nothing to learn from.
+        metric: see above.
+        seed: see above.
     """
     text = _sklearn("feature_extraction.text")
-    rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
-    pairs = _checked(rows, grid, stop_words, metric)
 
-    def variants() -> Iterable[tuple[dict[str, Any], Features]]:
+    def variants(train: Sequence[str]) -> Iterable[Variant]:
         for words in stop_words:
             vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), stop_words=words)
-            if _fitted(vectorizer, _flat(train_texts)):
+            if _fitted(vectorizer, train):
                 settings = {"features": "TF-IDF of words and pairs of words", "stop_words": words}
-                yield settings, _features(vectorizer.transform, pairs)
+                yield settings, vectorizer.transform
 
-    return _tuned(variants(), rows, grid, metric, seed)
+    return _tuned(variants, columns, grid, metric, seed, stop_words)
 
 
 class Lsa:
@@ -154,45 +146,24 @@ class Lsa:
 
 def lsa_baseline(
     corpus: Lsa | Sequence[Text],
-    train_texts: Sequence[Text],
-    train_labels: Sequence[Any],
-    valid_texts: Sequence[Text],
-    valid_labels: Sequence[Any],
-    test_texts: Sequence[Text],
-    test_labels: Sequence[Any],
-    *,
+    *columns: Sequence[Any],
     grid: Sequence[float] = GRID,
     metric: str = "accuracy",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Latent semantic features of unlabelled text, under logistic or ridge regression.
+    """Latent semantic features of unlabelled text under a linear model.
 
     Args:
         corpus: the text of pre-training, or an ``Lsa`` fitted on it, which many subsets can share.
-        train_texts: texts or pairs of texts, as for ``tfidf_baseline``.
-        train_labels: classes, or numbers if ``metric`` is a correlation.
-        valid_texts: rows on which ``C`` and the stop words are chosen.
-        valid_labels: their labels.
-        test_texts: rows on which only the chosen model is scored, once.
-        test_labels: their labels.
-        grid: values of C to choose from.
-        metric: one of ``METRICS``.
-        seed: seed of the decomposition and the solver.
-
-    Returns:
-        The same as ``tfidf_baseline``, and the same errors are raised.
+        *columns: texts and labels, see above.
+        grid: see above.
+        metric: see above.
+        seed: see above.
     """
-    rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
-    space = corpus if isinstance(corpus, Lsa) else Lsa(corpus, seed=seed)
-    pairs = _checked(rows, grid, [words for words, _ in space.spaces], metric)
-    variants = (
-        (
-            {"features": f"LSA of at most {space.dimensions} dimensions", "stop_words": words},
-            _features(transform, pairs),
-        )
-        for words, transform in space.spaces
-    )
-    return _tuned(variants, rows, grid, metric, seed)
+    found = corpus if isinstance(corpus, Lsa) else Lsa(corpus, seed=seed)
+    name = f"LSA of at most {found.dimensions} dimensions"
+    variants = [({"features": name, "stop_words": words}, space) for words, space in found.spaces]
+    return _tuned(lambda train: variants, columns, grid, metric, seed)
 
 
 def embeddings(model: Model) -> Vectors:
@@ -209,59 +180,51 @@ def embeddings(model: Model) -> Vectors:
 
 def probe_baseline(
     embed: Vectors,
-    train_texts: Sequence[Text],
-    train_labels: Sequence[Any],
-    valid_texts: Sequence[Text],
-    valid_labels: Sequence[Any],
-    test_texts: Sequence[Text],
-    test_labels: Sequence[Any],
-    *,
+    *columns: Sequence[Any],
     grid: Sequence[float] = PROBE_GRID,
     metric: str = "accuracy",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Linear probe: embeddings of a frozen model, under logistic or ridge regression.
+    """Linear probe: embeddings of a frozen model, scaled to variance 1, under a linear model.
 
     Args:
         embed: function that returns a vector for each text, such as ``embeddings(model)``.
-        train_texts: texts or pairs of texts, as for ``tfidf_baseline``.
-        train_labels: classes, or numbers if ``metric`` is a correlation.
-        valid_texts: rows on which ``C`` is chosen.
-        valid_labels: their labels.
-        test_texts: rows on which only the chosen model is scored, once.
-        test_labels: their labels.
-        grid: values of C to choose from.
-        metric: one of ``METRICS``.
-        seed: seed of the solver.
-
-    Returns:
-        The same as ``tfidf_baseline``, and the same errors are raised.
+        *columns: texts and labels, see above.
+        grid: see above.
+        metric: see above.
+        seed: see above.
     """
-    rows = [(train_texts, train_labels), (valid_texts, valid_labels), (test_texts, test_labels)]
-    raw = _features(embed, _checked(rows, grid, STOP_WORDS, metric))
-    scaler = _sklearn("preprocessing").StandardScaler()
-
-    def features(texts: Sequence[Text]) -> Any:
-        x = raw(texts)  # called for the training rows first
-        return scaler.fit_transform(x) if texts is train_texts else scaler.transform(x)
-
     settings = {"features": "embeddings of the checkpoint", "stop_words": None}
-    return _tuned([(settings, features)], rows, grid, metric, seed)
+    scaler = _sklearn("preprocessing").StandardScaler()
+    return _tuned(lambda train: [(settings, embed)], columns, grid, metric, seed, scaler=scaler)
 
 
 def _tuned(
-    variants: Iterable[tuple[dict[str, Any], Features]],
-    rows: Sequence[tuple[Sequence[Text], Sequence[Any]]],
+    variants: Callable[[Sequence[str]], Iterable[Variant]],
+    columns: Sequence[Sequence[Any]],
     grid: Sequence[float],
     metric: str,
     seed: int,
+    stop_words: Sequence[str | None] = STOP_WORDS,
+    scaler: Any = None,
 ) -> dict[str, Any]:
     """Fit every variant at every C, keep the first that is best on the validation rows, and test only that one."""
-    (train_texts, _), (valid_texts, _), (test_texts, _) = rows
-    train, valid, test = _targets([labels for _, labels in rows], metric)
-    best: tuple[float, float, dict[str, Any], Features, Any] | None = None
-    for settings, features in variants:
-        x_train, x_valid = features(train_texts), features(valid_texts)
+    if metric not in METRICS:
+        raise ConfigError(f"A baseline has no metric {metric!r}. Known: {', '.join(METRICS)}.")
+    if not grid or min(grid) <= 0 or not stop_words:
+        raise ConfigError(
+            f"grid={grid!r} and stop_words={stop_words!r}: a baseline is chosen from at least one C above 0 and one "
+            f"entry of stop words (None for no list)."
+        )
+    texts, labels = columns[::2], columns[1::2]
+    pairs = _are_pairs(texts, labels)
+    train, valid, test = _targets(labels, metric)
+    best: tuple[float, float, dict[str, Any], Any, Any] | None = None
+    for settings, transform in variants(_flat(texts[0])):
+        features = _of_pairs(transform) if pairs else transform
+        x_train, x_valid = features(texts[0]), features(texts[1])
+        if scaler is not None:
+            x_train, x_valid = scaler.fit_transform(x_train), scaler.transform(x_valid)
         for strength in sorted(grid):
             model = _fit(x_train, train, strength, metric, seed)
             score = _score(metric, valid, model.predict(x_valid))
@@ -274,9 +237,11 @@ def _tuned(
             "and stop words are left out): check that the text column is the right one."
         )
     score, strength, settings, features, model = best
+    x_test = features(texts[2])
+    x_test = x_test if scaler is None else scaler.transform(x_test)
     return {
         "score_valid": score,
-        "score_test": _score(metric, test, model.predict(features(test_texts))),
+        "score_test": _score(metric, test, model.predict(x_test)),
         "C": float(strength),
         "settings": {**settings, "metric": metric, "seed": seed},
     }
@@ -326,27 +291,15 @@ def _targets(columns: Sequence[Sequence[Any]], metric: str) -> list[Any]:
     return [np.asarray(column, np.int64) for column in found]
 
 
-def _checked(
-    rows: Sequence[tuple[Sequence[Text], Sequence[Any]]],
-    grid: Sequence[float],
-    stop_words: Sequence[str | None],
-    metric: str,
-) -> bool:
-    """Check the arguments; return whether the rows are pairs of texts."""
-    if metric not in METRICS:
-        raise ConfigError(f"A baseline has no metric {metric!r}. Known: {', '.join(METRICS)}.")
-    if not grid or min(grid) <= 0 or not stop_words:
-        raise ConfigError(
-            f"grid={grid!r} and stop_words={stop_words!r}: a baseline is chosen from at least one C above 0 and one "
-            f"entry of stop words (None for no list)."
-        )
-    for name, (texts, labels) in zip(("training", "validation", "test"), rows, strict=True):
-        if len(texts) != len(labels) or not len(texts):
+def _are_pairs(texts: Sequence[Sequence[Text]], labels: Sequence[Sequence[Any]]) -> bool:
+    """Check the columns; return whether the rows are pairs of texts."""
+    for name, some, theirs in zip(("training", "validation", "test"), texts, labels, strict=True):
+        if len(some) != len(theirs) or not len(some):
             raise DataError(
-                f"The {name} rows have {len(texts):,} texts and {len(labels):,} labels; there must be as many of one "
+                f"The {name} rows have {len(some):,} texts and {len(theirs):,} labels; there must be as many of one "
                 f"as of the other, and at least one."
             )
-    kinds = {isinstance(text, str) for texts, _ in rows for text in texts}
+    kinds = {isinstance(text, str) for column in texts for text in column}
     if len(kinds) > 1:
         raise DataError("Some rows are single texts and some are pairs; all must be of one kind.")
     return not kinds.pop()
@@ -357,12 +310,10 @@ def _flat(texts: Iterable[Text]) -> list[str]:
     return [one for text in texts for one in ((text,) if isinstance(text, str) else text)]
 
 
-def _features(transform: Callable[[Sequence[Any]], Any], pairs: bool) -> Features:
-    """Return a function for the features of rows, given one for the features of texts."""
-    if not pairs:
-        return transform
+def _of_pairs(transform: Vectors) -> Callable[[Sequence[Any]], Any]:
+    """Return a function for the features of pairs, given one for the features of texts."""
 
-    def both(texts: Sequence[Text]) -> Any:
+    def both(texts: Sequence[tuple[str, str]]) -> Any:
         # Products and differences are added, because a linear model cannot compute them from the two sides.
         left, right = (transform([text[side] for text in texts]) for side in (0, 1))
         if isinstance(left, np.ndarray):
@@ -377,14 +328,12 @@ def _features(transform: Callable[[Sequence[Any]], Any], pairs: bool) -> Feature
 
 
 def _fitted(vectorizer: Any, texts: Sequence[str]) -> bool:
-    """Fit the vocabulary; return False if it is empty."""
+    """Fit the vocabulary; return False if no word is left or none is frequent enough."""
     try:
         vectorizer.fit(texts)
     except ValueError as error:
-        # Only stop words are left, or no word is frequent enough; any other error is a bug and is raised.
-        if "empty vocabulary" in str(error) or "no terms remain" in str(error):
-            return False
-        if "max_df corresponds to < documents than min_df" in str(error):
+        empty = ("empty vocabulary", "no terms remain", "max_df corresponds to < documents")
+        if any(words in str(error) for words in empty):
             return False
         raise
     return True

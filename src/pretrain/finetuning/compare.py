@@ -5,33 +5,72 @@ held-out rows is chosen, and its scores on the test rows are compared seed by se
 rows are halved, one half for the choice and one for the scores. Both arms have the same number of optimizer steps. The
 saved model is trained at the learning rate chosen for the pre-trained arm; if that rate is already fixed, by the user
 or because the run has begun, the arm is trained only at this rate.
+
+The scores are paired by seed, and the gain is the mean of the paired differences with Student's t interval (Student,
+1908). A verdict requires both the interval and four of five seeds on one side of 0. Classical baselines at the same
+labels are reported beside the two arms, because a gain over a badly trained model is worth nothing; the verdict names
+a baseline that is better.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import statistics
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pretrain.errors import ConfigError, DataError
-from pretrain.finetuning.remarks import texts_of
-from pretrain.finetuning.transfer import Comparison, Notes
-from pretrain.metrics import LOWER_IS_BETTER
+from pretrain.config.spelling import option
+from pretrain.errors import ConfigError, DataError, PretrainError
+from pretrain.finetuning.remarks import text_columns
+from pretrain.metrics import LOWER_IS_BETTER, mean_interval, student_t
+from pretrain.printing import aligned
 from pretrain.report.history import read_history
+from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.files import note
+from pretrain.utils.html import bullets, notebook_view, table
+from pretrain.utils.strict_json import parse_json
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.finetuning.job import Job
 
-__all__ = ["compare_arms", "stratified_subset"]
+__all__ = [
+    "PRETRAINED",
+    "SCRATCH",
+    "Comparison",
+    "Gain",
+    "Notes",
+    "compare_arms",
+    "stratified_subset",
+]
 
 _FACTORS = (1.0, 3.0)  # factors on the automatic learning rate, the same for both arms
+PRETRAINED, SCRATCH = "pretrained", "scratch"
+_SHORT = {
+    PRETRAINED: "pre-trained",
+    SCRATCH: "from scratch",
+    "tfidf": "TF-IDF",
+    "lsa": "LSA",
+    "probe": "frozen",
+}
+_LINEAR = ("tfidf", "lsa", "probe")  # baselines under a linear model
+_FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
+# A gain that this many times the seeds would show is not reported as no difference.
+_WORTH_TRYING = 4
+_MOST_SEEDS = 100
+_HINTS = (
+    "try a lower learning rate, optim.layer_decay or optim.l2_sp, go on pre-training on this text "
+    '(task="language-modelling") before fine-tuning, and look whether the tokenizer fits the text (tokens per word)'
+)
 
 
 def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) -> list[int]:
@@ -47,7 +86,9 @@ def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) ->
     """
     if keys is None or count > len(keys):
         have = 0 if keys is None else len(keys)
-        raise DataError(f"{count:,} training rows were asked for, and there are {have:,}.")
+        raise DataError(
+            f"A comparison with {count:,} training rows was requested, and there are {have:,}: request fewer."
+        )
     rng = np.random.default_rng([seed, count])
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
@@ -77,50 +118,54 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         DataError: too few held-out rows, or a label count above the number of rows.
     """
     if seeds < 2:
-        raise ConfigError(f"seeds is {seeds}; an interval over seeds needs at least 2.")
+        raise ConfigError(
+            f"seeds is {seeds}; the interval of a gain over seeds needs at least 2, better 5."
+        )
     train, choose, score = job.data.train, job.data.valid, job.data.test
+    tested = score is not None
     if score is None:
         if len(choose) < 4:
-            raise DataError("A comparison needs held-out rows to choose and to score by.")
+            raise DataError(
+                f"A comparison without test rows chooses on one half of the held-out rows and scores on the other, so "
+                f"it needs at least 4, and there are {len(choose)}. Give test rows: {option('test')}, or hold out more."
+            )
         score = choose.take(range(1, len(choose), 2))
         choose = choose.take(range(0, len(choose), 2))
     counts = _counts(label_counts, len(train), job.data.left_out)
     strata = job.task.learn(train, job.settings.task.options).strata or [0] * len(train)
     arms: dict[str, dict[int, list[float]]] = {}
-    part = "valid" if job.data.test is None else "test"
     notes = Notes(
         data=job.data.names["train"],
-        dropped=job.data.recurring.get(part, 0),
-        scored_on="held-out" if job.data.test is None else "test",
+        dropped=job.data.recurring.get("test" if tested else "valid", 0),
+        scored_on="test" if tested else "held-out",
         valid_rows=len(choose),
     )
     notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
-    baselines = _Baselines.of(job)
+    baselines = _baselines(job)
     for count in counts:
         subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
-        for arm in ("pretrained", "scratch"):
+        for arm in (PRETRAINED, SCRATCH):
             began = time.monotonic()
             lr, scores = _arm(job, arm, subsets, choose, score)
             arms.setdefault(arm, {})[count] = scores
             notes.settings.setdefault(arm, {})[f"lr at {count}"] = lr
-            if (
-                arm == "pretrained"
-            ):  # the last count is the largest: the saved model is trained on all rows
+            if arm == PRETRAINED:  # the saved model is trained on all rows, the last count
                 job.compared_lr = lr
             notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
-            if not job.quiet:
-                shown = " ".join(f"{abs(x):.3f}" for x in scores)
-                note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
-        for name, found in (baselines.scores(subsets, choose, score) if baselines else {}).items():
+            shown = " ".join(f"{abs(x):.3f}" for x in scores)
+            note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
+        for name, baseline in baselines.items():
+            found = [
+                baseline(*text_columns(rows, choose, score), metric=job.monitor, seed=seed)
+                for seed, rows in enumerate(subsets)
+            ]
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
     notes.saved = f"lr {job.compared_lr:g} on all {len(train):,} rows"
     lower = job.monitor in LOWER_IS_BETTER
     for by_count in arms.values() if lower else ():
         by_count.update({n: [-x for x in scores] for n, scores in by_count.items()})
-    return Comparison(
-        job.monitor, counts, arms, seeds=list(range(seeds)), test_rows=len(score), notes=notes
-    )
+    return Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
 
 
 def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]:
@@ -136,7 +181,7 @@ def _arm(
     """The learning rate with the best mean on ``choose``, and its scores on ``score``, one per seed."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
     settled = job.settled_lr(task, Path(job.settings.train.out))
-    if arm == "pretrained" and settled is not None:
+    if arm == PRETRAINED and settled is not None:
         lrs = [settled]  # the reported arm is trained like the saved model
     elif not lrs:
         middle = job.lr(task)
@@ -145,7 +190,7 @@ def _arm(
     found: dict[float, list[list[float]]] = {}
     for lr in lrs:
         found[lr] = [
-            job.score(rows, choose, score, lr=lr, limit=limit, seed=seed, scratch=arm == "scratch")
+            job.score(rows, choose, score, lr=lr, limit=limit, seed=seed, scratch=arm == SCRATCH)
             for seed, rows in enumerate(subsets)
         ]
 
@@ -157,56 +202,37 @@ def _arm(
     return best, [pair[1] for pair in found[best]]
 
 
-class _Baselines:
-    """TF-IDF, LSA and the checkpoint's own embeddings under a linear model, tuned on the same rows."""
+def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
+    """TF-IDF, LSA and a probe of the checkpoint's own embeddings; empty if they do not apply."""
+    from pretrain.finetuning import baseline
 
-    def __init__(self, job: Job) -> None:
-        from pretrain.finetuning.baseline import Lsa
-
-        self.metric = job.monitor
+    labels = job.data.train.columns.get("label", ())
+    if (
+        job.task.name not in ("classification", "regression")
+        or job.monitor not in ("accuracy", "macro_f1", "pearson")
+        or any(isinstance(value, list | tuple) for value in labels[:50])
+    ):
+        return {}
+    try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.
-        self.lsa = Lsa(texts_of(job.data.train))
-        self.model = job.build(seed=0).model
-        self.vectors: dict[str, Any] = {}
+        space = baseline.Lsa(text_columns(job.data.train)[0])
+    except ConfigError as error:
+        note(f"no classical baseline: {error}")
+        return {}
+    embed, vectors = baseline.embeddings(job.build(seed=0).model), dict[str, Any]()
 
-    def embed(self, texts: Sequence[str]) -> Any:
+    def embedded(texts: Sequence[str]) -> Any:
         """A vector for each text; texts that several seeds share are embedded once."""
-        from pretrain.finetuning.baseline import embeddings
-
-        new = list(dict.fromkeys(text for text in texts if text not in self.vectors))
+        new = list(dict.fromkeys(text for text in texts if text not in vectors))
         if new:
-            self.vectors.update(zip(new, embeddings(self.model)(new), strict=True))
-        return np.stack([self.vectors[text] for text in texts])
+            vectors.update(zip(new, embed(new), strict=True))
+        return np.stack([vectors[text] for text in texts])
 
-    @classmethod
-    def of(cls, job: Job) -> _Baselines | None:
-        """The baselines, or None if they do not apply."""
-        applies = job.task.name in ("classification", "regression")
-        if not applies or job.monitor not in ("accuracy", "macro_f1", "pearson"):
-            return None
-        if any(isinstance(value, list | tuple) for value in job.data.train.columns["label"][:50]):
-            return None
-        try:
-            return cls(job)
-        except ConfigError as error:
-            if not job.quiet:
-                note(f"no classical baseline: {error}")
-            return None
-
-    def scores(
-        self, subsets: Sequence[Table], choose: Table, score: Table
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Results of each baseline, one for each subset."""
-        from pretrain.finetuning.baseline import lsa_baseline, probe_baseline, tfidf_baseline
-
-        held = (texts_of(choose), choose.columns["label"], texts_of(score), score.columns["label"])
-        found: dict[str, list[dict[str, Any]]] = {"tfidf": [], "lsa": [], "probe": []}
-        for seed, rows in enumerate(subsets):
-            args: Any = (texts_of(rows), rows.columns["label"], *held)
-            found["tfidf"].append(tfidf_baseline(*args, metric=self.metric, seed=seed))
-            found["lsa"].append(lsa_baseline(self.lsa, *args, metric=self.metric, seed=seed))
-            found["probe"].append(probe_baseline(self.embed, *args, metric=self.metric, seed=seed))
-        return found
+    return {
+        "tfidf": baseline.tfidf_baseline,
+        "lsa": partial(baseline.lsa_baseline, space),
+        "probe": partial(baseline.probe_baseline, embedded),
+    }
 
 
 def _pretraining(job: Job) -> tuple[int, float]:
@@ -219,3 +245,349 @@ def _pretraining(job: Job) -> tuple[int, float]:
                 tokens = int(record.get("tokens", tokens))
                 seconds = float(record.get("seconds", seconds))
     return tokens, seconds
+
+
+class Gain(NamedTuple):
+    """Pre-trained minus scratch, paired over seeds; above 0 is better for every metric."""
+
+    mean: float
+    low: float
+    high: float
+    positive: int
+    """Number of seeds with a gain above 0."""
+
+
+@dataclass
+class Notes:
+    """Context of the scores in the report.
+
+    Args:
+        data: name of the data set.
+        dropped: number of training rows left out because their normalised text recurs in the scored rows.
+        scored_on: name of the scored rows: ``test``, or ``held-out`` if there are no test rows.
+        valid_rows: number of rows on which every arm was tuned.
+        settings: hyperparameters chosen per arm, as ``{"scratch": {"lr": 1e-3}, "tfidf": {"C": 10.0}}``; a list is
+            one value per seed.
+        seconds: seconds of fine-tuning per arm, and of ``"pre-training"``.
+        tokens: tokens of pre-training.
+        saved: hyperparameters of the saved model, in the terms of ``settings``.
+    """
+
+    data: str = ""
+    dropped: int = 0
+    scored_on: str = "test"
+    valid_rows: int = 0
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    saved: str = ""
+
+
+@dataclass(repr=False)
+class Comparison:
+    """Scores of all arms at a few label counts, with statistics, verdicts and report.
+
+    Args:
+        metric: name of the score. Those of ``metrics.LOWER_IS_BETTER`` are reported as they are, all others are in
+            [0, 1] or a correlation and are reported in points, 100 times the score.
+        counts: numbers of labels, ascending.
+        arms: arm -> label count -> one test score per seed. ``"pretrained"`` and ``"scratch"`` are required, with
+            every count; every other arm is a baseline.
+        seeds: seeds of fine-tuning, in the order of the scores.
+        test_rows: number of rows behind every score, used once.
+        notes: context of the scores in the report.
+
+    Raises:
+        DataError: an arm, a count or a score is missing.
+    """
+
+    metric: str
+    counts: list[int]
+    arms: dict[str, dict[int, list[float]]]
+    seeds: list[int]
+    test_rows: int
+    notes: Notes = field(default_factory=Notes)
+
+    def __post_init__(self) -> None:
+        for needed in (PRETRAINED, SCRATCH):
+            if needed not in self.arms:
+                raise DataError(
+                    f"A comparison needs the arms {PRETRAINED!r} and {SCRATCH!r}; here are "
+                    f"{', '.join(map(repr, self.arms)) or 'none'}."
+                )
+        if not self.counts or not self.seeds:
+            raise DataError("A comparison needs at least one number of labels and one seed.")
+        self.counts = sorted(self.counts)
+        self.arms = {n: self.arms[n] for n in (*_SHORT, *self.arms) if n in self.arms}
+        for name, scores in self.arms.items():
+            for count in self.counts if name in (PRETRAINED, SCRATCH) else scores:
+                found = len(scores.get(count, ()))
+                if found != len(self.seeds):
+                    raise DataError(
+                        f"Arm {name!r} has {found} scores at {count} labels but there are {len(self.seeds)} seeds; "
+                        f"every arm needs one score per seed (nan for a run that failed)."
+                    )
+
+    @property
+    def baselines(self) -> list[str]:
+        """The arms that are neither pre-trained nor from scratch."""
+        return [name for name in self.arms if name not in (PRETRAINED, SCRATCH)]
+
+    # Statistics and verdicts
+
+    def gain(self, count: int) -> Gain:
+        """The paired gain at a number of labels with its 95 % t interval, in points (or units of the metric)."""
+        differences = self._differences(PRETRAINED, SCRATCH, count)
+        return Gain(*mean_interval(differences), sum(value > 0 for value in differences))
+
+    def best_baseline(self, count: int) -> tuple[str, float] | None:
+        """The baseline with the best mean, and its lead over the pre-trained mean; None without baselines."""
+        leads = {
+            name: statistics.fmean(self._differences(name, PRETRAINED, count))
+            for name in self.baselines
+            if count in self.arms[name]
+        }
+        known = {name: lead for name, lead in leads.items() if not math.isnan(lead)}
+        name = max(known, key=known.__getitem__, default=None)
+        return None if name is None else (name, known[name])
+
+    def outcome(self, count: int) -> str:
+        """``"helps"``, ``"hurts"``, ``"no difference"`` or ``"unknown"`` (one seed, or a score is missing).
+
+        ``"helps"`` needs an interval above 0 and a gain in four of five seeds; ``"hurts"`` is the mirror image.
+        """
+        gain, seeds = self.gain(count), len(self.seeds)
+        if math.isnan(gain.low):
+            return "unknown"
+        negative = sum(value < 0 for value in self._differences(PRETRAINED, SCRATCH, count))
+        if gain.low > 0 and 5 * gain.positive >= 4 * seeds:
+            return "helps"
+        return "hurts" if gain.high < 0 and 5 * negative >= 4 * seeds else "no difference"
+
+    def verdict(self, count: int) -> str:
+        """Verdict for a number of labels, in one sentence; it names a better baseline, whatever the gain."""
+        gain, outcome, best = self.gain(count), self.outcome(count), self.best_baseline(count)
+        half = (gain.high - gain.low) / 2
+        size = f"{self._plain(abs(gain.mean))} ± {self._plain(half)}{self._unit}"
+        worse, other = best is not None and best[1] > 0, ""
+        if best is not None:
+            other = f"{self._long(best[0])} is better by {self._plain(best[1])}{self._unit}"
+        if outcome == "unknown" and len(self.seeds) < 2:
+            text = "no verdict: one seed has no interval, run at least two and better five"
+        elif outcome == "unknown":
+            text = "no verdict: a score is missing"
+        elif outcome == "helps" and worse:
+            return f"pre-training helps against scratch by {size}, but {other}"
+        elif outcome == "helps":
+            above = f", {self._plain(-best[1])} above {self._long(best[0])}" if best else ""
+            return f"pre-training helps by {size}{above}"
+        elif outcome == "hurts":
+            text = f"pre-training hurts here by {size}; {_HINTS}"
+        else:
+            text = self._open_verdict(count, gain)
+        return f"{text}; and {other}" if worse else text
+
+    def seeds_needed(self, count: int) -> int | None:
+        """The fewest seeds at which this gain, with this spread over the seeds, has an interval that excludes 0.
+
+        None if it takes more than `_MOST_SEEDS`, or a score is missing.
+        """
+        values = self._differences(PRETRAINED, SCRATCH, count)
+        if len(values) < 2 or not all(map(math.isfinite, values)):
+            return None
+        mean, spread = abs(statistics.fmean(values)), statistics.stdev(values)
+        counts = range(2, _MOST_SEEDS + 1)
+        shown = (n for n in counts if mean > student_t(0.975, n - 1) * spread / math.sqrt(n))
+        return next(shown, None)
+
+    def _open_verdict(self, count: int, gain: Gain) -> str:
+        """Verdict for an inconclusive result: no difference is seen, or there are too few seeds to see one.
+
+        With few seeds the interval is too wide to rule a difference out.
+        """
+        seeds, needed = len(self.seeds), self.seeds_needed(count)
+        facts = (
+            f"{self._signed(gain.mean)}{self._unit}, 95 % interval {self._signed(gain.low)} to "
+            f"{self._signed(gain.high)}, {gain.positive} of {seeds} seeds better"
+        )
+        if needed is not None and seeds < needed <= _WORTH_TRYING * seeds:
+            return f"{seeds} seeds cannot tell ({facts}): if the gain is real, about {needed} seeds would show it"
+        if seeds < _FEW_SEEDS:
+            return f"{seeds} seeds cannot tell ({facts}): run at least 5"
+        return f"no difference seen ({facts})"
+
+    # Report
+
+    def table(self) -> str:
+        """The whole report as plain text: scores, gain per seed, chosen hyperparameters, cost and verdicts."""
+        lines = [self._title(), "", *aligned(self._cells(), between=" | ")]
+        lines += ["", *self._remarks(), ""]
+        lines += [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
+        return "\n".join(lines)
+
+    __str__ = table
+
+    def svg(self) -> str:
+        """Score against number of labels, one line per arm; whiskers are ± one standard deviation over the seeds."""
+        series = []
+        for name, scores in self.arms.items():
+            points, bars = [], []
+            for count in (c for c in self.counts if c in scores):
+                mean, spread = _mean_sd([self._scale * score for score in scores[count]])
+                points.append((float(count), mean))
+                bars.append((float(count), mean - spread, mean + spread))
+            series.append(Series(_SHORT.get(name, name), points, dots=True, whiskers=bars))
+        title = f"{self.metric} on {self.notes.data}" if self.notes.data else self.metric
+        title = title if len(title) <= 40 else title[:39] + "…"
+        return curve_svg(
+            series, title=title, x_label="labels", y_label=self._title_unit, log_x=True
+        )
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        head, *rows = self._cells()
+        verdicts = [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
+        return notebook_view(
+            "comparison",
+            f"<p>{escape(self._title())}</p>",
+            *(f"<p><b>{escape(verdict)}</b></p>" for verdict in verdicts),
+            table(head, rows, left=0),
+            self.svg(),
+            bullets(self._remarks()),
+        )
+
+    def to_json(self) -> str:
+        """Everything as strict JSON (a score that is not finite becomes null); ``from_json`` reads it."""
+        return json.dumps(_without_nan(asdict(self)), allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """Read the output of ``to_json``.
+
+        Raises:
+            DataError: the text is not a saved comparison.
+        """
+        try:
+            raw = parse_json(text.encode("utf-8"), "the comparison")
+            arms = {
+                str(name): {int(n): list(map(_number, column)) for n, column in scores.items()}
+                for name, scores in raw["arms"].items()
+            }
+            # Earlier versions wrote two more entries.
+            context = {k: v for k, v in raw["notes"].items() if k not in ("stratified", "steps")}
+            notes = Notes(**context)
+            counts, seeds = ([int(n) for n in raw[key]] for key in ("counts", "seeds"))
+            if not isinstance(raw["metric"], str):
+                raise TypeError("the metric is no name")
+            found = cls(raw["metric"], counts, arms, seeds, int(raw["test_rows"]), notes)
+            found.table()  # content that cannot be shown raises here and not in a notebook
+            return found
+        except (LookupError, TypeError, ValueError, AttributeError, PretrainError) as error:
+            raise DataError(
+                f"This is not a saved comparison ({type(error).__name__}: {error}). Give the text that "
+                f"Comparison.to_json wrote, unchanged."
+            ) from None
+
+    # Helpers
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.metric in LOWER_IS_BETTER else 100.0
+
+    @property
+    def _unit(self) -> str:
+        return f" ({self.metric})" if self.metric in LOWER_IS_BETTER else " points"
+
+    def _plain(self, value: float) -> str:
+        return f"{value:.4g}" if self.metric in LOWER_IS_BETTER else f"{value:.1f}"
+
+    def _signed(self, value: float) -> str:
+        return "–" if math.isnan(value) else f"{'+' if value > 0 else ''}{self._plain(value)}"
+
+    def _long(self, name: str) -> str:
+        linear = (
+            "ridge regression" if self.metric in ("pearson", "spearman") else "logistic regression"
+        )
+        return f"{_SHORT[name]} + {linear}" if name in _LINEAR else name
+
+    def _differences(self, one: str, other: str, count: int) -> list[float]:
+        if count not in self.counts:
+            raise DataError(f"There are no scores at {count} labels, only at {self.counts}.")
+        sign = -1.0 if self.metric in LOWER_IS_BETTER else self._scale
+        pairs = zip(self.arms[one][count], self.arms[other][count], strict=True)
+        return [sign * (a - b) for a, b in pairs]
+
+    @property
+    def _title_unit(self) -> str:
+        return self.metric if self.metric in LOWER_IS_BETTER else f"{self.metric} in %"
+
+    def _title(self) -> str:
+        notes = self.notes
+        tuned = f", tuned on {notes.valid_rows:,} validation rows" if notes.valid_rows else ""
+        return (
+            f"{notes.data or 'this data'}: {self._title_unit}, stratified subsets, {len(self.seeds)} paired seeds, "
+            f"{self.test_rows:,} {notes.scored_on} rows touched once{tuned}; dropped {notes.dropped:,} training rows "
+            f"that recur in the {notes.scored_on} rows"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        both, others = (SCRATCH, PRETRAINED), self.baselines
+        titles = [f"{_SHORT[n]} + linear" if n in _LINEAR else n for n in others]
+        rows = [["labels", *(_SHORT[n] for n in both), "gain [95 %]", "seeds better", *titles]]
+        for count in self.counts:
+            gain = self.gain(count)
+            mean, low, high = map(self._signed, gain[:3])
+            scores = [self._cell(name, count) for name in (*both, *others)]
+            middle = [f"{mean} [{low}, {high}]", f"{gain.positive}/{len(self.seeds)}"]
+            rows.append([f"{count:,}", *scores[:2], *middle, *scores[2:]])
+        return rows
+
+    def _cell(self, name: str, count: int) -> str:
+        mean, spread = _mean_sd([self._scale * score for score in self.arms[name].get(count, [])])
+        return "–" if math.isnan(mean) else f"{self._plain(mean)} ± {self._plain(spread)}"
+
+    def _remarks(self) -> list[str]:
+        notes, lines = self.notes, []
+        for count in self.counts:
+            each = " ".join(map(self._signed, self._differences(PRETRAINED, SCRATCH, count)))
+            lines.append(f"gain per seed at {count:,} labels: {each}")
+        chosen = [
+            f"{_SHORT.get(name, name)} "
+            + ", ".join(f"{k} {_value(v)}" for k, v in settings.items())
+            for name, settings in notes.settings.items()
+        ]
+        if chosen:
+            lines.append("chosen on validation: " + " | ".join(chosen))
+        if notes.saved:
+            lines.append(f"the saved model: {notes.saved}")
+        cost = [f"{_SHORT.get(name, name)} {value:,.0f} s" for name, value in notes.seconds.items()]
+        cost += [f"{notes.tokens:,} tokens of pre-training"] if notes.tokens else []
+        return [*lines, "cost: " + " | ".join(cost)] if cost else lines
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; nan if there are no values or one is not finite, deviation 0 for one value."""
+    if not values or not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        parts = [_value(one) for one in value]
+        return parts[0] if len(set(parts)) == 1 else " ".join(parts)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

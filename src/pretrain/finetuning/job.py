@@ -131,24 +131,19 @@ class Job:
             quiet: do not print what was loaded.
             whole: read all weights; if False, several ranks may leave them on disk until the model is sharded.
         """
-        settings, method = self.settings, self.settings.method
+        settings, method, learned = self.settings, self.settings.method, self.data.learned
         # Reference outputs and the row norms of DoRA are computed from the weights before sharding.
         whole |= method.dora or self.task.prepare_reference is not Task.prepare_reference
+        new = {"seed": seed, "scratch": scratch}
         model = starting_model(
-            self.source,
-            self.task,
-            self.data.learned.labels,
-            seed=seed,
-            scratch=scratch,
-            whole=whole,
-            quiet=quiet,
+            self.source, self.task, learned.labels, whole=whole, quiet=quiet, **new
         )
         before = versions(model)
-        options = {**self.data.learned.options, **settings.task.options}
+        options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         task = self.task(model, max_length=settings.data.max_length, **options)
         if touched_early(task, before):
-            return self.build(seed=seed, scratch=scratch, quiet=True)
+            return self.build(**new)
         self.metric = task.metric
         if method.lora and not scratch:
             from pretrain.lora import LoraConfig, apply_lora
@@ -209,17 +204,16 @@ class Job:
 
     def settle(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
         """Learning rate and length of the run: as given, else as it began, else from comparison, sweep or defaults."""
-        settings, begun = self.settings, has_begun(out)
+        settings = self.settings
         lr, (limit, _) = self.lr(task), self.steps(examples)
-        if isinstance(settings.optim.lr, str):
-            before = self.settled_lr(task, out)
-            if before is not None:
-                lr = before
-            elif self.compared_lr is not None:
-                lr = self.compared_lr
-            elif settings.optim.lr == "sweep":
-                lr = self.sweep(lr)
-        if begun and not settings.train.limit and not settings.train.epochs:
+        settled = self.settled_lr(task, out)
+        if settled is not None:
+            lr = settled
+        elif self.compared_lr is not None:
+            lr = self.compared_lr
+        elif settings.optim.lr == "sweep":
+            lr = self.sweep(lr)
+        if has_begun(out) and not settings.train.limit and not settings.train.epochs:
             states = map(run_state, candidates(out))
             known = [state["total_steps"] for state in states if state.get("total_steps")]
             limit = f"{known[0]} steps" if known else limit
@@ -288,22 +282,15 @@ class Job:
         notes = list(data.notes)
         task = self.build(seed=seed, quiet=self.quiet, whole=False)
         rows = encode(task, data.train, "training", settings.data.max_cut, notes)
-        held_out = None
-        if len(data.valid):
-            held_out = encode(task, data.valid, "validation", settings.data.max_cut, notes)
+        task.prepare_reference(rows)
+        held_out, tested = self.held_out(task, notes)
         lr, limit = self.settle(task, len(rows), out)
         chosen = self.compared_lr is not None or settings.optim.lr == "sweep"
         if chosen:
             notes.append(f"the learning rate is {lr:g}, chosen on the held-out rows")
-        said = [line for line in notes if "recur" not in line]
-        for line in () if self.quiet else (*self.overview(rows, task), *said):
+        new = [line for line in notes if "recur" not in line]  # the others have been printed
+        for line in (*self.overview(rows, task), *new):
             note(line)
-        tested = None
-        if data.test is not None:
-            tested = encode(task, data.test, "test", settings.data.max_cut, notes)
-        for part in (rows, held_out, tested):
-            if part is not None:
-                task.prepare_reference(part)
         trainer = self.trainer(
             task, rows, held_out, out=out, lr=lr, limit=limit, seed=seed, hooks=hooks
         )
@@ -324,6 +311,18 @@ class Job:
 
         run = trainer.fit(begin, end)
         return self.finish(task, run, held_out, tested, notes, figures)
+
+    def held_out(self, task: Task, notes: list[str]) -> tuple[TaskRows | None, TaskRows | None]:
+        """Encode the validation and the test rows, with the reference outputs that a task may need; None for none."""
+        valid = self.data.valid if len(self.data.valid) else None
+        parts = []
+        for table, name in ((valid, "validation"), (self.data.test, "test")):
+            rows = None
+            if table is not None:
+                rows = encode(task, table, name, self.settings.data.max_cut, notes)
+                task.prepare_reference(rows)
+            parts.append(rows)
+        return parts[0], parts[1]
 
     def finish(
         self,
@@ -415,10 +414,9 @@ class Job:
             for lr in self.settings.optim.lrs or grid(middle)
         }
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
-        if not self.quiet:
-            note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
-            for lr, score in found.items():
-                note(f"  {lr:<8g} {abs(score):.4f}{'  <- chosen' if lr == best else ''}")
+        note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
+        for lr, score in found.items():
+            note(f"  {lr:<8g} {abs(score):.4f}{'  <- chosen' if lr == best else ''}")
         return best
 
     def score(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pretrain.training.state import Run
     from pretrain.training.trainer import Trainer
 
-__all__ = ["labelled", "measure", "measure_in_parts", "reported_precision", "score"]
+__all__ = ["encoded", "labelled", "measure", "measure_in_parts", "reported_precision"]
 
 _ROWS = 64  # maximum rows in one forward pass
 
@@ -42,14 +42,8 @@ def evaluation_rows(
 ) -> int:
     """Number of examples in one forward pass of an evaluation.
 
-    Metrics of a loss that couples the rows of a batch depend on the batch size, so that of training is used; otherwise
-    rows are only limited by memory, so that an evaluation needs no more than training does.
-
-    Args:
-        objective: objective, which may couple its examples.
-        rows: encoded rows, of which the longest counts.
-        coupled_rows: number of rows if examples are coupled.
-        device: device, which has a token budget.
+    Metrics of a loss that couples the rows of a batch depend on the batch size, so that of training, ``coupled_rows``,
+    is used; otherwise rows are only limited by memory, so that an evaluation needs no more than training does.
     """
     if objective.couples_examples:
         return coupled_rows
@@ -108,21 +102,13 @@ def reported_precision(
     return evaluation_precision(train.eval_precision, choose_precision(train.precision, chosen))
 
 
-def score(
-    task: Task,
-    table: Table,
-    before_training: Callable[[], Task],
-    precision: Precision,
-    **options: Any,
-) -> dict[str, float]:
-    """Evaluate a task on labelled rows; print which are truncated or dropped.
+def encoded(task: Task, table: Table, before_training: Callable[[], Task]) -> TaskRows:
+    """Encode labelled rows for an evaluation; print which are truncated or dropped.
 
     Args:
         task: task around the fine-tuned model.
         table: rows by role.
         before_training: returns the task around the model before training, for tasks that compare with it.
-        precision: see ``reported_precision``.
-        **options: options of ``measure``.
     """
     notes: list[str] = []
     rows = encode(task, table, "evaluation", 1.0, notes)
@@ -131,7 +117,7 @@ def score(
     # Few tasks need the model before training, and its weights must be read from disk.
     if type(task).prepare_reference is not Task.prepare_reference:
         before_training().prepare_reference(rows)
-    return measure(task, rows, precision, **options)
+    return rows
 
 
 def measure_in_parts(
@@ -153,18 +139,18 @@ def measure_in_parts(
     assert chosen is not None
     world.mark("evaluate", run.step)
     load_weights(trainer.objective, chosen, {}, layout=strategy.layout, peers=world.peers())
-    found = []
+    found: list[dict[str, float]] = []
     for rows in parts:
-        figures: dict[str, float] = {}
-        if rows is not None:
-            figures = evaluate_rows(
-                trainer.objective,
-                rows,
-                trainer.eval_precision,
-                batch_rows=evaluation_rows(
-                    trainer.objective, rows, trainer.train.batch_rows, trainer.device
-                ),
-                strategy=strategy,
+        if rows is None:
+            found.append({})
+            continue
+        batch_rows = evaluation_rows(
+            trainer.objective, rows, trainer.train.batch_rows, trainer.device
+        )
+        precision = trainer.eval_precision
+        found.append(
+            evaluate_rows(
+                trainer.objective, rows, precision, batch_rows=batch_rows, strategy=strategy
             )
-        found.append(figures)
+        )
     return found

@@ -54,7 +54,9 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
         DataError: the result has no run directory and no file is named, or a file cannot be written.
     """
     if out is None and result.run is None:
-        raise DataError("This trial was kept nowhere. Name the file: report(out=FILE).")
+        raise DataError(
+            "This result has no run directory to write to. Name the file: report(out=FILE)."
+        )
     place = Path(out) if out is not None else result.run.path / "report.html"
     if not current_world().is_rank_zero:
         return place

@@ -16,9 +16,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import FINETUNE, using
+from pretrain.finetuning.job import Job
 from pretrain.finetuning.rows import Data, open_data
 from pretrain.finetuning.settings import from_keywords
-from pretrain.finetuning.start import classes_of, starting_model
+from pretrain.finetuning.start import classes_of
 from pretrain.objectives import check_options, task_class
 from pretrain.printing import printable
 from pretrain.utils.curves import histogram_svg
@@ -92,10 +93,7 @@ def look(
         words = [_words(row.values()) for row in found.train.rows()]
         notes.append("lengths are in words: name a model to count its tokens and see its examples")
         return Overview(**common, lengths=words)
-    ready = starting_model(model, cls, found.learned.labels, quiet=True)
-    options = {**found.learned.options, **settings.task.options}
-    options = {k: v for k, v in options.items() if k not in cls.row_options}
-    made = cls(ready, max_length=settings.data.max_length, **options)
+    made = Job(model, settings, found, cls, quiet=True).build(seed=0)
     rows = made.encode(found.train)
     for reason, places in rows.dropped.items():
         notes.append(
@@ -272,13 +270,9 @@ class Overview:
             parts.append(section("Classes", self._html_bars()))
         if self.lengths:
             width, counts = _histogram(self.lengths, 60, self.max_length)
-            chart = histogram_svg(
-                counts,
-                width,
-                open_end=max(self.lengths) >= width * len(counts),
-                limit=self.max_length,
-                x_label="tokens of a row" if self.tokenizer else "words of a row",
-            )
+            longer = max(self.lengths) >= width * len(counts)
+            unit = "tokens of a row" if self.tokenizer else "words of a row"
+            chart = histogram_svg(counts, width, unit, open_end=longer, limit=self.max_length)
             lines = [
                 f'<div class="soft">{escape(line)}</div>'
                 for line in (self.length_line, self.cut_line)

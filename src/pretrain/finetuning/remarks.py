@@ -16,10 +16,11 @@ from pretrain.errors import DataError
 from pretrain.metrics import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
+    from pretrain.data.tables import Table
     from pretrain.finetuning.result import Finetuned
     from pretrain.training.state import Run
 
-__all__ = ["remarks", "texts_of"]
+__all__ = ["remarks", "text_columns"]
 
 # Smallest improvement at the end that is reported: absolute for a metric between 0 and 1, else relative.
 _RISE, _RELATIVE_RISE = 0.005, 0.01
@@ -166,29 +167,26 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
         return None
     if not len(data.valid) or metric not in ours or importlib.util.find_spec("sklearn") is None:
         return None
-    parts = [(texts_of(table), table.columns["label"]) for table in (data.train, data.valid, held)]
-    size = sum(len(str(text)) for texts, _ in parts for text in texts)
+    columns = text_columns(data.train, data.valid, held)
+    size = sum(len(str(text)) for texts in columns[::2] for text in texts)
     classes = len(result.labels or ()) or 2
     if len(data.train) * classes > _CELLS or size > _CHARACTERS:
         return None
     try:
-        found = tfidf_baseline(
-            *(column for part in parts for column in part),
-            grid=(1.0, 10.0),
-            stop_words=(None,),
-            metric=metric,
-        )
+        found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
     except DataError:
         return None
     return metric, found["score_test"], ours[metric], where
 
 
-def texts_of(table: Any) -> list[Any]:
-    """The texts of a table by role: single ones, or pairs."""
-    columns = table.columns
-    if "pair" in columns:
-        return list(zip(columns["text"], columns["pair"], strict=True))
-    return list(columns["text"])
+def text_columns(*tables: Table) -> list[Any]:
+    """Return the columns of a baseline: the texts (or pairs of texts) and the labels of each table."""
+    columns = []
+    for table in tables:
+        pairs = [table.columns[name] for name in ("text", "pair") if name in table.columns]
+        texts = list(zip(*pairs, strict=True)) if len(pairs) > 1 else list(pairs[0])
+        columns += [texts, table.columns["label"]]
+    return columns
 
 
 def _curve(history: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[int, float]]:

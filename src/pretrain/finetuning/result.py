@@ -13,19 +13,19 @@ import numpy as np
 
 from pretrain.errors import DataError
 from pretrain.finetuning.card import measured_parts, model_card
-from pretrain.finetuning.measure import labelled, measure, reported_precision, score
+from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
+from pretrain.metrics import confusion_matrix
 from pretrain.printing import printable
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
+    from pretrain.finetuning.compare import Comparison
     from pretrain.finetuning.rows import Data
     from pretrain.finetuning.settings import TuneConfig
-    from pretrain.finetuning.transfer import Comparison
     from pretrain.finetuning.views import Confusion, Errors
     from pretrain.models.base import Model
     from pretrain.objectives.tasks import Task
-    from pretrain.training.precision import Precision
     from pretrain.training.state import Run
 
 __all__ = ["Finetuned"]
@@ -37,7 +37,10 @@ class Finetuned:
     Attributes:
         run: directory, checkpoints and history; None for a trial that kept nothing.
         settings: settings of the run.
-        data: the rows by role, with ``names``, ``counts`` and ``fingerprint``.
+        data: the rows by role.
+        counts: number of rows of each part.
+        sources: source of the rows of each part.
+        fingerprint: SHA-256 over the content of all rows.
         notes: notes on rows that were truncated, dropped or found twice.
         metrics: metrics of the best evaluation, on the held-out rows.
         test_metrics: metrics on the test rows, or None.
@@ -59,6 +62,7 @@ class Finetuned:
         self._opened = opened
         self._task: Task | None = None
         self.settings, self.data, self.notes = settings, data, notes
+        self.counts, self.sources, self.fingerprint = data.counts, data.names, data.fingerprint
         self.run: Run = run
         self.metrics: dict[str, float] = dict(run.metrics) if run is not None else {}
         self.test_metrics: dict[str, float] | None = None
@@ -100,21 +104,6 @@ class Finetuned:
         return self.model.labels
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Number of rows of each part."""
-        return self.data.counts
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """Source of the rows of each part."""
-        return self.data.names
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the content of all rows."""
-        return self.data.fingerprint
-
-    @property
     def monitor(self) -> str:
         """The metric by which the best evaluation was chosen."""
         return self.settings.train.monitor or self.task.metric
@@ -133,34 +122,29 @@ class Finetuned:
 
     def measure(self, rows: TaskRows) -> dict[str, float]:
         """Evaluate the task on encoded rows."""
-        return measure(
-            self.task, rows, self._precision, coupled_rows=self.settings.train.batch_rows
-        )
-
-    @property
-    def _precision(self) -> Precision:
-        return reported_precision(self.settings.train, device=self.settings.parallel.device)
+        train = self.settings.train
+        precision = reported_precision(train, device=self.settings.parallel.device)
+        return measure(self.task, rows, precision, coupled_rows=train.batch_rows)
 
     def evaluate(self, data: Any) -> dict[str, float]:
         """Evaluate the task on further labelled rows: a file, a list, a frame or a data set."""
         settings, base = self.settings, self._base
         if base is None:
-            raise DataError("A trial is measured once, on the rows that it was made for.")
-        return score(
+            raise DataError(
+                "This is the result of a trial, which is evaluated only once, on its own rows."
+            )
+        rows = encoded(
             self.task,
             labelled(data, self.task, {}, settings.data),
             lambda: base(seed=settings.train.seed),
-            self._precision,
-            coupled_rows=settings.train.batch_rows,
         )
+        return self.measure(rows)
 
     def predict(self, inputs: Any, **options: Any) -> Any:
         """Answer one input with a dict, or several with a list of dicts; see ``pretrain.inference.predict.predict``."""
         from pretrain.inference.predict import predict_with
 
         return predict_with(self.task, inputs, **options)
-
-    # ------------------------------------------------------------------ mistakes
 
     @property
     def judged(self) -> Table:
@@ -184,18 +168,16 @@ class Finetuned:
         """
         from pretrain.finetuning.views import Confusion
 
-        labels = self.labels
+        labels = self.labels or ()
         said = [(truth, found.get("label")) for truth, found in self.answers]
         pairs = [(a, b) for a, b in said if isinstance(a, str) and isinstance(b, str)]
-        if not pairs or labels is None:
+        if not pairs or not labels:
             raise DataError(
                 "A confusion matrix needs held-out rows with one class each, and there are none."
             )
-        places = {label: k for k, label in enumerate(labels)}
-        matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
-        for truth, found in pairs:
-            matrix[places[truth], places[found]] += 1
-        return Confusion(labels, matrix)
+        ids = {label: k for k, label in enumerate(labels)}
+        truth, answers = ([ids[label] for label in column] for column in zip(*pairs, strict=True))
+        return Confusion(labels, confusion_matrix(truth, answers, len(labels)))
 
     def errors(self, count: int = 10) -> Errors:
         """The worst mistakes on the judged rows: highest score first, for numbers largest error first.
@@ -206,7 +188,9 @@ class Finetuned:
         from pretrain.finetuning.views import Errors
 
         if not self.answers:
-            raise DataError(f"The task {self.task.name} has no single right answer for each row.")
+            raise DataError(
+                f"The task {self.task.name} has no single correct answer per row, so there are no mistakes to list."
+            )
         wrong = []
         for i, (truth, found) in enumerate(self.answers):
             answer = found.get("label", found.get("score", found.get("answer")))
@@ -219,20 +203,15 @@ class Finetuned:
                 weight = float(score.max()) if score.size else 0.0
             wrong.append((weight, i, truth, answer))
         wrong.sort(key=lambda item: (-item[0], item[1]))
-        return Errors([self._mistake(*item) for item in wrong[:count]])
-
-    def _mistake(self, weight: float, i: int, truth: Any, answer: Any) -> dict[str, Any]:
-        row = self.judged.row(i)
-        inputs = [str(row[r.name]) for r in self.task.roles if r.name in row and not r.target]
-        return {
-            "where": self.judged.where(i),
-            "text": " | ".join(inputs),
-            "label": truth,
-            "predicted": answer,
-            "score": weight,
-        }
-
-    # ------------------------------------------------------------------ keeping and showing
+        table, mistakes = self.judged, []
+        for weight, i, truth, answer in wrong[:count]:
+            row = table.row(i)
+            inputs = [str(row[r.name]) for r in self.task.roles if r.name in row and not r.target]
+            mistakes.append({
+                "where": table.where(i), "text": " | ".join(inputs), "label": truth, "predicted": answer,
+                "score": weight,
+            })  # fmt: skip
+        return Errors(mistakes)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the model as a Hugging Face directory (an adapter as a PEFT directory)."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import DataError
+from pretrain.metrics import per_class
 from pretrain.printing import aligned, printable
 from pretrain.utils.html import Html, notebook_view, show, table
 
@@ -53,15 +54,10 @@ class Confusion:
 
     def per_class(self) -> list[dict[str, Any]]:
         """``label, precision, recall, f1, support`` of every class; a class never predicted has precision 0."""
-        hits = self.matrix.diagonal().astype(float)
-        wanted, said = self.matrix.sum(1), self.matrix.sum(0)
-        precision = hits / np.maximum(said, 1)
-        recall = hits / np.maximum(wanted, 1)
-        f1 = 2 * hits / np.maximum(wanted + said, 1)
-        return [
-            {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-            for label, p, r, f, n in zip(self.labels, precision, recall, f1, wanted, strict=True)
-        ]  # fmt: skip
+        columns = (self.labels, *(column.tolist() for column in per_class(self.matrix)))
+        names = ("label", "precision", "recall", "f1", "support")
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [row | {"support": int(row["support"])} for row in rows]
 
     @property
     def small(self) -> bool:

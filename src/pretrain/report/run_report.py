@@ -59,7 +59,7 @@ def render(run_dir: str | os.PathLike[str]) -> str:
         tile_row(_tiles(history)),
         _charts(history),
         section("Evaluations on held-out rows", _evaluations(history)),
-        section("What it wrote", _samples(history)),
+        section("Generated samples", _samples(history)),
         section("Data and origin", _data(folder, history)),
         section("Checkpoints", _checkpoints(folder)),
         section("Repeat it", _repeat(folder) if config else ""),

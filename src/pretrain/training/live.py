@@ -156,7 +156,9 @@ class LiveView(Progress):
             self._publish({"text/html": self.html(), "text/plain": self.text()})
         except Exception as error:  # a front end that fails or disconnects must not end the run
             self._bar = Progress()
-            self._bar.write(f"the live view cannot be drawn ({error}); a plain bar goes on")
+            self._bar.write(
+                f"the live view cannot be drawn ({error}); a plain progress bar replaces it"
+            )
         ended = time.monotonic()
         self._next = ended + max(_INTERVAL, _SHARE * (ended - began))
 

@@ -1,10 +1,11 @@
-"""Run logging: ``log.jsonl``, the progress bar and external loggers.
+"""Output of a run: ``log.jsonl``, the progress bar, external loggers, and the journal that writes to all of them.
 
 Nothing is sent anywhere unless a logger is named.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from pretrain.utils import files
 from pretrain.utils.files import note, replace_file, writing
 from pretrain.utils.run_log import LogFile, line_digest, open_log
 
-__all__ = ["LOGGERS", "Progress", "RunLog", "make_loggers"]
+__all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "make_loggers"]
 
 
 class RunLog:
@@ -60,8 +61,8 @@ class RunLog:
         if os.path.lexists(self.path):
             os.rename(self.path, aside)
         note(
-            f"{self.path} is damaged: {found.damage}. It is history, which no result depends on: the run goes on with "
-            f"the {len(found.records)} lines that hold, and the file is kept as {aside.name}."
+            f"{self.path} is damaged: {found.damage}. No result depends on it: the run continues with its "
+            f"{len(found.records)} intact lines, and the damaged file is kept as {aside.name}."
         )
 
     def _line(self, record: dict[str, Any]) -> bytes:
@@ -152,33 +153,27 @@ class Logger(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(out / "tensorboard"))
+        self.close = self._writer.close
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         for key, value in figures.items():
             self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class _Tracked:
     """Weights & Biases and trackio, which share one interface."""
 
     def __init__(self, module: str, out: Path, config: Mapping[str, Any]) -> None:
-        import importlib
-
         self._library: Any = importlib.import_module(module)
         self._library.init(project="pretrain", name=out.name, config=dict(config))
+        self.close = self._library.finish
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         self._library.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._library.finish()
 
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -195,9 +190,8 @@ def make_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any]) -> 
         if name not in LOGGERS:
             raise ConfigError(f"train.loggers names {name!r}." + did_you_mean(name, LOGGERS))
         try:
-            loggers.append(
-                _TensorBoard(out, config) if name == "tensorboard" else _Tracked(name, out, config)
-            )
+            tracked = name != "tensorboard"
+            loggers.append(_Tracked(name, out, config) if tracked else _TensorBoard(out))
         except ImportError as error:
             raise ConfigError(
                 f"train.loggers names {name!r}, whose package is not installed ({error}). "
@@ -206,3 +200,128 @@ def make_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any]) -> 
         except Exception as error:  # no key, no network, a service that is down
             raise ConfigError(f"The logger {name!r} cannot start: {error}") from error
     return loggers
+
+
+class Journal:
+    """Send metrics to log.jsonl, the progress bar and external loggers.
+
+    Args:
+        out: run directory, which contains ``log.jsonl``.
+        loggers: names of external loggers.
+        about: description of the run that is passed to the loggers.
+        quiet: print nothing and show no bar; the log and the loggers get everything.
+        leads: whether this is rank zero; other ranks write nothing.
+        unit: what the speed counts, see ``Objective.unit_name``.
+
+    Attributes:
+        epoch_rows: rows of an epoch; once set, records of evaluations include the epoch.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        loggers: Sequence[str],
+        about: Mapping[str, Any],
+        quiet: bool = False,
+        *,
+        leads: bool = True,
+        unit: str = "tokens",
+    ) -> None:
+        from pretrain.training.live import open_screen
+
+        self._out, self._leads, self._unit = out, leads, unit
+        self._loggers: list[Logger] = make_loggers(loggers if leads else (), out, about)
+        self._progress = None if quiet or not leads else open_screen()
+        self._log: RunLog | None = None
+        self.epoch_rows = 0
+
+    def open_log(self, keep_until: int | None, last: str = "") -> None:
+        """Start ``log.jsonl``, or continue it after step ``keep_until``; arguments as in ``RunLog``."""
+        if not self._leads:
+            return
+        self._log = RunLog(self._out / "log.jsonl", keep_until, last)
+        if self._progress is not None:
+            self._progress.restore(self._log.records)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Records of the log so far."""
+        return [] if self._log is None else self._log.records
+
+    @property
+    def last(self) -> str:
+        """Digest of the last line of the log."""
+        return "" if self._log is None else self._log.last
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar, unless quiet."""
+        if self._progress is not None:
+            self._progress.write(line)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record to the log."""
+        if self._log is not None:
+            self._log.write(record)
+
+    def steps(self, record: Mapping[str, Any], state: RunState, flops: float, peak: float) -> None:
+        """Log the means over the steps since the last line, and start the next window.
+
+        Args:
+            record: record of the last step.
+            state: holds the sums of the window, which are reset.
+            flops: floating-point operations of the window.
+            peak: peak FLOP/s of all devices.
+        """
+        seconds = max(state.window_seconds, 1e-9)
+        count = state.window_count
+        line = {
+            "step": state.step,
+            "loss": state.window_total / count if count else math.nan,
+            "lr": record["lr"],
+            "grad_norm": record["grad_norm"],
+            "tokens": state.tokens,
+            "rows": state.rows,
+            "tokens_per_second": state.window_tokens / seconds,
+            "mfu": flops / seconds / peak,
+            "seconds": state.seconds,
+        }
+        self.write(line)
+        self._send("train", state.step, {k: float(v) for k, v in line.items() if k != "step"})
+        shown = {key: line[key] for key in ("loss", "lr", "mfu")}
+        shown[f"{self._unit}/s"] = line["tokens_per_second"]
+        if self._progress is not None:
+            self._progress.show(state.step, shown, state.total_steps)
+        state.window_total = state.window_count = state.window_seconds = 0.0
+        state.window_tokens = 0
+
+    def evaluation(
+        self, state: RunState, figures: Mapping[str, float], samples: Sequence[str], note: str
+    ) -> None:
+        """Log the figures of an evaluation and samples of the model."""
+        record = {"step": state.step, "eval": dict(figures), "samples": list(samples)}
+        record["seconds"] = state.seconds
+        if self.epoch_rows:
+            record["epoch"] = round(state.rows / self.epoch_rows, 4)
+        self.write(record)
+        self._send("eval", state.step, figures)
+        if self._progress is not None:
+            self._progress.evaluation(record, state, note)
+
+    def _send(self, group: str, step: int, figures: Mapping[str, float]) -> None:
+        for logger in list(self._loggers):
+            try:
+                logger.log({f"{group}/{key}": value for key, value in figures.items()}, step)
+            except Exception as error:  # training continues without a logger that fails
+                self._loggers.remove(logger)
+                self.say(f"a logger failed and is not used any more: {error}")
+
+    def sync(self) -> None:
+        """Make the log durable (fsync); called before a checkpoint is written."""
+        if self._log is not None:
+            self._log.sync()
+
+    def close(self) -> None:
+        """Close the log, the bar and the loggers."""
+        for sink in (self._progress, self._log, *self._loggers):
+            if sink is not None:
+                sink.close()

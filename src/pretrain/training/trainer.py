@@ -33,8 +33,8 @@ from pretrain.objectives.base import Batch, Objective
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, to_device
-from pretrain.training.journal import Journal
 from pretrain.training.layers import Layers
+from pretrain.training.logging import Journal
 from pretrain.training.optim import Optimizers, build_optimizers
 from pretrain.training.parallelize import enter_world, parallelize, run_lock
 from pretrain.training.plan import Plan, choose_micro_rows, mean_length

@@ -134,59 +134,44 @@ def curve_svg(
 
 
 def histogram_svg(
-    counts: Sequence[int],
-    bin_width: int,
-    *,
-    open_end: bool,
-    limit: int | None = None,
-    title: str = "",
-    x_label: str = "",
-    width: int = 880,
-    height: int = 190,
+    counts: Sequence[int], bin_width: int, x_label: str, *, open_end: bool, limit: int | None = None
 ) -> str:
     """Draw a histogram of whole numbers and return the SVG text.
 
     Args:
         counts: number of values in each bin, of which the first begins at 0; at least one is not 0.
         bin_width: width of a bin.
+        x_label: label of the horizontal axis.
         open_end: whether the last bin includes all larger values.
         limit: a vertical line after this value; bins beyond it have another colour.
-        title: printed above the chart and read by screen readers.
-        x_label: label of the horizontal axis.
-        width: width of the chart in pixels; it scales to its container.
-        height: height of the chart in pixels.
     """
-    end, last = bin_width * len(counts), len(counts) - 1
-    left, top, right, bottom = _MARGIN
+    end, (left, top, right, bottom) = bin_width * len(counts), (58.0, 16.0, 864.0, 148.0)
     ticks = [tick for tick in nice_ticks(0, end, 8) if tick <= (0.85 * end if open_end else end)]
-    box = (left, top, width - right, height - bottom)
     scales = (nice_ticks(0, max(counts), count) for count in (4, 3, 2, 1))
     whole = next(scale for scale in scales if all(map(float.is_integer, scale)))
-    frame = _Frame(0, end, whole, box, False, ticks)
+    frame = _Frame(0, end, whole, (left, top, right, bottom), x_ticks=ticks)
     body = [frame.axes(x_label, "")]
+    step = (right - left) / len(counts)
     for k, count in enumerate(counts):
-        first = k * bin_width
+        if not count:
+            continue
+        first, y = k * bin_width, min(frame.y(count), bottom - 1.5)
         span = f"{first:,}" if bin_width == 1 else f"{first:,} to {first + bin_width - 1:,}"
-        span = f"{first:,} or more" if open_end and k == last else span
-        x, y, colour = (
-            frame.x(first) + 0.5,
-            frame.y(count),
-            int(limit is not None and first > limit),
+        if open_end and k == len(counts) - 1:
+            span = f"{first:,} or more"
+        colour = "f0" if limit is None or first <= limit else "f1"
+        body.append(
+            f'<rect class="{colour}" x="{left + k * step + 0.5:.1f}" y="{y:.1f}" width="{max(1.0, step - 1):.1f}" '
+            f'height="{bottom - y:.1f}"><title>{span}: {count:,}</title></rect>'
         )
-        size = f'width="{max(1.0, frame.x(first + bin_width) - x - 0.5):.1f}" height="{box[3] - y:.1f}"'
-        words = f"<title>{span}: {count:,}</title>"
-        if count:
-            body.append(f'<rect class="f{colour}" x="{x:.1f}" y="{y:.1f}" {size}>{words}</rect>')
     if open_end:
-        body.append(_text(box[2], box[3] + 17, f"{end - bin_width:,} or more", "end"))
+        body.append(_text(right, bottom + 17, f"{end - bin_width:,} or more", "end"))
     if limit is not None and limit < end:
         at = frame.x(limit + 1)
-        body.append(f'<line class="ref" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{box[3]}"/>')
-        anchor = "end" if at > width * 0.8 else "start"
-        body.append(
-            _text(at + (-6 if anchor == "end" else 6), top + 10, f"limit {limit:,}", anchor)
-        )
-    return _picture(title, "histogram", width, height, body)
+        body.append(_line("ref", at, top, at, bottom))
+        side, anchor = (-6, "end") if at > right * 0.8 else (6, "start")
+        body.append(_text(at + side, top + 10, f"limit {limit:,}", anchor))
+    return _picture("", x_label, 880, 190, body)
 
 
 def _picture(title: str, label: str, width: int, height: int, body: Iterable[str]) -> str:
@@ -197,6 +182,10 @@ def _picture(title: str, label: str, width: int, height: int, body: Iterable[str
         f'width="{width}" height="{height}"><style>{_STYLE}</style>'
         f'<rect class="bg" width="{width}" height="{height}" rx="8"/>{caption}{"".join(body)}</svg>'
     )
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
@@ -257,16 +246,12 @@ class _Frame:
         digits = _digits(self.y_ticks)
         for tick in self.y_ticks:
             at = self.y(tick)
-            parts.append(
-                f'<line class="grid" x1="{left}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            )
+            parts.append(_line("grid", left, at, right, at))
             parts.append(_text(left - 8, at + 4, _number(tick, digits), "end"))
         digits = _digits(self.x_ticks)
         for tick in self.x_ticks:
             parts.append(_text(self.x(tick), bottom + 17, _number(tick, digits), "middle"))
-        parts.append(
-            f'<line class="axis" x1="{left}" x2="{right:.1f}" y1="{bottom}" y2="{bottom}"/>'
-        )
+        parts.append(_line("axis", left, bottom, right, bottom))
         parts.append(_text((left + right) / 2, bottom + 34, x_label, "middle"))
         if y_label:
             middle = (top + bottom) / 2
@@ -279,10 +264,8 @@ class _Frame:
     def reference(self, name: str, value: float) -> str:
         left, _, right, _ = self.box
         at = self.y(value)
-        return (
-            f'<line class="ref" x1="{left}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            + _text(right - 4, at - 5, f"{name} {value:.4g}", "end")
-        )
+        text = _text(right - 4, at - 5, f"{name} {value:.4g}", "end")
+        return _line("ref", left, at, right, at) + text
 
     def line(self, colour: int, one: Series, points: list[Point]) -> str:
         groups = thin(points, 400)
