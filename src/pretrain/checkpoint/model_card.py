@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -119,40 +120,12 @@ def objective_name(block: Mapping[str, Any]) -> str | None:
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
-    """Return a mapping of texts, numbers, lists and mappings as YAML between fences; None and [] are left out."""
-    return "\n".join(["---", *_yaml(fields), "---", ""])
+    """Return plain data as YAML between fences; None and [] are left out, lone surrogates are replaced."""
+    from pretrain.config.strict_yaml import dump
 
-
-def _yaml(fields: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield f"{key}:"
-            yield from (f"  {line}" for line in _yaml(value))
-        elif isinstance(value, list):
-            yield from [f"{key}:"] if value else []
-            for one in value:
-                lines = list(_yaml(one)) if isinstance(one, Mapping) else [_quoted(one)]
-                yield from (f"{'  ' if k else '- '}{line}" for k, line in enumerate(lines))
-        elif value is not None:
-            yield f"{key}: {_quoted(value) if isinstance(value, str) else repr(value)}"
-
-
-def _quoted(value: str) -> str:
-    """Return a text as a double-quoted YAML string in printable ASCII.
-
-    JSON's escapes cannot be used, because YAML has no surrogate pairs. Lone surrogates, which cannot be encoded in
-    UTF-8, are replaced.
-    """
-    return '"' + "".join(map(_escaped, value.encode("utf-8", "replace").decode("utf-8"))) + '"'
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if character in '"\\':
-        return "\\" + character
-    if 0x20 <= code < 0x7F:
-        return character
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+    kept = {key: value for key, value in fields.items() if value not in (None, [])}
+    encodable = json.dumps(kept, ensure_ascii=False).encode("utf-8", "replace")
+    return f"---\n{dump(json.loads(encodable))}---\n"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> list[str]:
