@@ -76,9 +76,7 @@ class LiveView(Progress):
         self._began = time.monotonic()
         self._next = -math.inf
         self._ended = False
-        self._draw()
-
-    # ------------------------------------------------------------------------------------------- input
+        self._draw(lambda bar: None)
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Load the records of ``log.jsonl`` from before a resume."""
@@ -95,19 +93,13 @@ class LiveView(Progress):
         """Record the metrics of a step and redraw."""
         self._step, self._total, self._figures = step, total, dict(figures)
         self._train.append((step, figures.get("loss", math.nan)))
-        if self._bar is not None:
-            self._bar.show(step, figures, total)
-        else:
-            self._draw()
+        self._draw(lambda bar: bar.show(step, figures, total))
 
     def evaluation(self, record: Mapping[str, Any], state: RunState, note: str) -> None:
         """Record the metrics of an evaluation and redraw."""
         self._best, self._monitor = state.best_step, state.monitor
         self._evaluated(state.step, record)
-        if self._bar is not None:
-            self._bar.evaluation(record, state, note)
-        else:
-            self._draw()
+        self._draw(lambda bar: bar.evaluation(record, state, note))
 
     def _evaluated(self, step: int, record: Mapping[str, Any]) -> None:
         since = self._evals[-1]["step"] if self._evals else -1
@@ -133,22 +125,18 @@ class LiveView(Progress):
     def write(self, line: str) -> None:
         """Add a line and show it at once."""
         self._said = [*self._said, printable(line)][-_LINES:]
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            self._draw(force=True)
+        self._draw(lambda bar: bar.write(line), force=True)
 
     def close(self) -> None:
         """Draw the final state, which stays in the notebook."""
         self._ended = True
+        self._draw(Progress.close, force=True)
+
+    def _draw(self, plain: Callable[[Progress], None], *, force: bool = False) -> None:
+        """Publish the view, once a second at most unless ``force``; after a failure call ``plain`` on the plain bar."""
         if self._bar is not None:
-            self._bar.close()
-        else:
-            self._draw(force=True)
-
-    # ------------------------------------------------------------------------------------------- drawing
-
-    def _draw(self, *, force: bool = False) -> None:
+            plain(self._bar)
+            return
         began = time.monotonic()
         if began < self._next and not force:
             return
