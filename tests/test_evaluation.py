@@ -241,7 +241,7 @@ def test_rows_that_are_not_there_any_more(tmp_path: Path, capsys: Any) -> None:
     nothing = pretrain.finetune(
         model, str(file), "classification", out=tmp_path / "none", **(quick | {"valid": 0})
     )
-    with pytest.raises(DataError, match="held no rows out"):
+    with pytest.raises(DataError, match="has no held-out rows"):
         pretrain.evaluate(nothing.path)
 
 

@@ -129,7 +129,7 @@ def _held_out(path: Path, settings: TuneConfig | None, task: Task) -> Table:
     sources = (settings.data.train, settings.data.valid, settings.data.test)
     if any(map(from_memory, sources)):
         raise DataError(
-            f"The rows of {path} were objects in memory, so that they cannot be read again. {give}."
+            f"The rows of {path} were objects in memory and cannot be read again. {give}."
         )
     with muted():  # the run has already printed its notes
         source, labels = settings.model.checkpoint, None
@@ -144,10 +144,10 @@ def _held_out(path: Path, settings: TuneConfig | None, task: Task) -> Table:
     if recorded != data.fingerprint:
         raise DataError(
             f"The rows of {', '.join(dict.fromkeys(data.names.values()))} are not those that {path} was trained and "
-            f"measured on: a file was changed since. Bring the old one back, or give labelled rows: {option('data')}."
+            f"measured on: a file has changed since. Restore it, or give labelled rows: {option('data')}."
         )
     if not len(data.valid):
-        raise DataError(f"The run {path} held no rows out. {give}.")
+        raise DataError(f"The run {path} has no held-out rows. {give}.")
     note(f"{len(data.valid):,} held-out rows of the run: {data.names['valid']}")
     return data.valid
 

@@ -66,8 +66,8 @@ def test_a_classifier_is_kept_where_its_labels_are_the_same(
         )
         assert equal == kept
         assert torch.equal(found.head.transform.dense.weight, model.head.transform.dense.weight)
-        assert ("nothing new" in said) == kept
-        assert kept or "new: head.classifier.bias, head.classifier.weight" in said
+        assert ("newly initialised: none" in said) == kept
+        assert kept or "newly initialised: head.classifier.bias, head.classifier.weight" in said
 
 
 def test_made_up_names_are_renamed(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_classifier_of_theirs_with_the_same_labels_is_kept(tmp_path: Path, cap
     path = saved_by_transformers(tmp_path / "theirs", ANIMALS)
     before = theirs(path)
     result = tune(str(path), rows_of(24), tmp_path / "run", lr=1e-12, limit="1 steps", quiet=False)
-    assert "nothing new" in "".join(capfd.readouterr())
+    assert "newly initialised: none" in "".join(capfd.readouterr())
     torch.testing.assert_close(theirs(result.save(tmp_path / "saved")), before, rtol=0, atol=1e-4)
 
 
@@ -136,7 +136,8 @@ def test_a_classifier_of_theirs_with_other_labels_gets_a_new_last_layer(
     result = tune(str(path), rows_of(24), tmp_path / "run", labels=list(ANIMALS), **options)
     said = "".join(capfd.readouterr())
     assert (
-        "new: head.classifier.bias, head.classifier.weight" in said and "head.transform" not in said
+        "newly initialised: head.classifier.bias, head.classifier.weight" in said
+        and "head.transform" not in said
     )
     assert result.labels == ANIMALS and theirs(result.save(tmp_path / "saved")).shape == (4, 3)
     old, new = (

@@ -380,8 +380,8 @@ class Job:
         lengths = sorted(rows.lengths)
         lines = [
             f"{task.name}: {counts} rows from {data.names['train']}",
-            f"tokens of an example: {lengths[len(lengths) // 2]} (median), {lengths[-1]} (longest), "
-            f"{task.max_length} fit",
+            f"tokens of an example: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, at most "
+            f"{task.max_length} are read",
         ]
         if data.learned.strata is not None and data.learned.labels and len(data.learned.labels) > 1:
             lines.append(

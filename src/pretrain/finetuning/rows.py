@@ -89,7 +89,7 @@ def open_data(
     section = settings.data
     source = objects.get("train", section.train)
     if source is None:
-        raise DataError("There are no rows to learn from: name a file, or give a list of dicts.")
+        raise DataError("There are no training rows: name a file, or give a list of dicts.")
     whole = _read(source, section, "train", task)
     columns = choose_columns(whole, task.roles, _named_columns(whole, task, settings))
     train = roles_table(whole, columns)
@@ -258,7 +258,7 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
     if not len(rows):
         why = "; ".join(f"{reason}: {len(found)}" for reason, found in rows.dropped.items())
         raise DataError(
-            f"None of the {len(table):,} {what} rows gives an example ({why or 'no reason'})."
+            f"None of the {len(table):,} {what} rows can be used ({why or 'there are none'})."
             + (f" {cure[0].upper()}{cure[1:]}." if rows.cut else "")
         )
     for remark, places in rows.remarks.items():

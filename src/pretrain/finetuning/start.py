@@ -80,9 +80,9 @@ def starting_model(
     _set_padding(model)
     model.card = None
     if not quiet:
-        new = sorted(model.fresh)
-        what = "all of it random" if scratch else f"new: {', '.join(new)}" if new else "nothing new"
-        note(f"{model.backbone.model_type} with {model.num_parameters():,} parameters, {what}")
+        new = "all" if scratch else ", ".join(sorted(model.fresh)) or "none"
+        size = f"{model.backbone.model_type} with {model.num_parameters():,} parameters"
+        note(f"{size}, newly initialised: {new}")
     return model
 
 
@@ -169,7 +169,9 @@ def _set_padding(model: Model) -> None:
     if model.head_kind != "sequence-classification" or config.pad_id is not None:
         return
     if tokenizer is None:
-        raise ModelError("The checkpoint has no tokenizer, so no text can be read with it.")
+        raise ModelError(
+            "The checkpoint has no tokenizer, so it cannot be fine-tuned on text. Save it with its tokenizer."
+        )
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     if pad is None:
         return
