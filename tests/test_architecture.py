@@ -231,7 +231,6 @@ def test_heavy_libraries_are_imported_where_they_are_used():
         "datasets",
         "pyarrow",
         "pandas",
-        "jsonargparse",
         "tensorboard",
         "wandb",
         "trackio",
@@ -394,7 +393,7 @@ def test_everything_public_resolves_and_costs_little_more_than_torch():
         "new = {m for m in set(sys.modules) - before}\n"
         "print('MISSING', names)\n"
         "print('OTHERS', len({m for m in new if m.split('.')[0] != 'pretrain'}))\n"
-        "print('HEAVY', [m for m in ('datasets', 'transformers', 'pyarrow', 'pandas', 'jsonargparse') if m in new])"
+        "print('HEAVY', [m for m in ('datasets', 'transformers', 'pyarrow', 'pandas') if m in new])"
     )
     lines = python(code).splitlines()[-3:]
     print("\n".join(lines))

@@ -19,7 +19,7 @@ import pytest
 
 import tiny
 from pretrain.cli import main as cli
-from pretrain.config import RunConfig, fields
+from pretrain.config import RunConfig, fields, strict_yaml
 from pretrain.errors import TrainingError
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
@@ -94,7 +94,7 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
             assert field.help and f"--{section}.{field.name} " in text
             assert field.help.split(".")[0][:30] in text
     for short in ("--model", "--data", "--task"):
-        assert f"(also {short}) " in text
+        assert f" TEXT, {short} TEXT " in text
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("pretrain 0.")
 
@@ -124,17 +124,23 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
         (["finetune", "--lr", "3"], ["'lr'", "'optim.lr'"]),
         (["finetune", "--comparee", "x"], ["--comparee", "compare"]),
         (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
-        (["finetune", "--label_counts", "many"], ["label_counts"]),
-        (["finetune", "--model"], ["--model.checkpoint", "value"]),
+        (["finetune", "--label_counts", "many"], ["--label_counts", "a list", "'many'"]),
+        (["finetune", "--label_counts", "[5, x]"], ["--label_counts.1", "whole number", "'x'"]),
+        (["finetune", "--model"], ["--model", "value"]),
+        (["finetune", "--model", "--task", "chat"], ["--model", "value"]),
         (["finetune", "--method.lora", "1.5"], ["method.lora", "whole number"]),
         (["finetune", "--model", "x", "--data", "y"], ["task"]),
         (["finetune", "--config", "nope.yaml"], ["nope.yaml"]),
         (["predict", "x"], ["file"]),
+        (["predict", "x", "y", "--columns", "text"], ["--columns", "a mapping", "'text'"]),
+        (["predict", "x", "-y.csv"], ["-y.csv", "write --"]),
+        (["merge", "x"], ["--out"]),
+        (["doctor", "--timeout", "true"], ["--timeout", "a number", "True"]),
         (["predict", "x", "y.csv", "--colums.text", "a"], ["--colums.text", "columns"]),
         (["predict", "x", "/no/such.csv"], ["/no/such.csv"]),
         (["generate", "x"], ["prompt"]),
         (["generate", "x", "y", "--topk", "3"], ["--topk", "'--top_k'"]),
-        (["generate", "x", "y", "--top_k", "3.5"], ["--top_k", "whole number", "'3.5'"]),
+        (["generate", "x", "y", "--top_k", "3.5"], ["--top_k", "whole number", "3.5"]),
         (["generate", "x", "y", "--top_p", "most"], ["--top_p", "a number"]),
         (["inspect", "/no/such/run"], ["/no/such/run"]),
         (["report", "/no/such/run"], ["/no/such/run"]),
@@ -188,38 +194,74 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
         monkeypatch.setattr(sys.modules[parent], leaf, module, raising=False)
 
 
-def test_train_passes_the_file_and_only_what_was_given(
+def test_train_passes_the_file_with_what_was_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen: list[Any] = []
+    seen: list[RunConfig] = []
 
-    def train(config: Any, **sections: Any) -> Any:
-        seen.append((config, sections))
+    def train(config: Any, *, devices: Any) -> Any:
+        seen.append(config)
         return types.SimpleNamespace(exit_code=143)
 
     fake(monkeypatch, "pretrain.training.run", train=train)
-    words = "train --config c.yaml --data.train books --optim.lr 6e-4 --optim.betas [0.9,0.99]"
-    words += " --objective.class_path MaskedLM --objective.init_args.rate 0.2 --model.overrides.num_layers 3"
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "optim: {lr: 1, min_lr: 0.5}\nmodel: {overrides: {num_heads: 2, num_layers: 1}}\n"
+    )
+    words = f"train --config {path} --data.train books --optim.lr 6e-4 --optim.betas [0.9,0.99]"
+    words += " --objective.init_args.rate 0.2 --objective.class_path MaskedLM --model.overrides.num_layers 3"
+    words += " --model.overrides.rope.type linear --model.overrides.rope.factor 2"
     words += (
-        " --train.batch_rows 010 --data.separator on --parallel.compile true --data.valid last:0.1"
+        " --train.batch_rows 010 --data.separator on --parallel.compile=true --data.valid last:0.1"
     )
     assert cli.main(words.split()) == 143
-    config, sections = seen[0]
-    assert config == "c.yaml"
-    assert sections == {
-        "data": {"train": "books", "separator": "on", "valid": "last:0.1"},
-        "optim": {"lr": 6e-4, "betas": (0.9, 0.99)},
-        "objective": {"class_path": "MaskedLM", "init_args": {"rate": 0.2}},
-        "model": {"overrides": {"num_layers": 3}},
-        "train": {"batch_rows": 10},
-        "parallel": {"compile": True},
-    }
-    checked = RunConfig.load(None, sections)
-    assert checked.train.batch_rows == 10 and checked.objective.init_args == {"rate": 0.2}
-    cli.main(["train", "--data.train", "{a.txt: 2, b.txt: 1}"])
-    cli.main(["train", "--data.train", "[a.txt, b.txt]"])
-    assert seen[1][1]["data"]["train"] == {"a.txt": 2, "b.txt": 1}
-    assert seen[2] == (None, {"data": {"train": ["a.txt", "b.txt"]}})
+    assert seen[0] == RunConfig.load(
+        {
+            "data": {"train": "books", "separator": "on", "valid": "last:0.1"},
+            "optim": {"lr": 6e-4, "betas": (0.9, 0.99), "min_lr": 0.5},
+            "objective": {"class_path": "MaskedLM", "init_args": {"rate": 0.2}},
+            "model": {
+                "overrides": {
+                    "num_heads": 2,
+                    "num_layers": 3,
+                    "rope": {"type": "linear", "factor": 2},
+                }
+            },
+            "train": {"batch_rows": 10},
+            "parallel": {"compile": True},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("data.train", "{a.txt: 2, b.txt: 1}", {"a.txt": 2, "b.txt": 1}),
+        ("data.train", "[a.txt, b.txt]", ["a.txt", "b.txt"]),
+        ("data.train", "*.txt", "*.txt"),
+        ("data.text", "{a.csv: t}", {"a.csv": "t"}),
+        ("data.text", "12", "12"),
+        ("data.valid", "0.5", 0.5),
+        ("data.valid", "books", "books"),
+        ("data.separator", "#", "#"),
+        ("data.separator", "---", "---"),
+        ("data.separator", "null", None),
+        ("data.separator", "'", "'"),
+        ("data.workers", "null", None),
+        ("model.checkpoint", "", ""),
+        ("train.sample", "-1e-3", "-1e-3"),
+        ("train.sample", "Once: upon", "Once: upon"),
+        ("train.out", "010", "010"),
+        ("train.loggers", "[]", []),
+        ("parallel.activation_checkpointing", "true", "full"),
+    ],
+)
+def test_text_stays_as_it_was_typed(option: str, text: str, value: Any, capsys: Any) -> None:
+    for words in ([f"--{option}", text], [f"--{option}={text}"]):
+        assert cli.main(["train", *words, "--show_config"]) == 0
+        section, name = option.split(".")
+        shown = strict_yaml.parse(capsys.readouterr().out)[0]
+        assert shown[section][name] == value
 
 
 def test_show_config_is_a_file_that_gives_the_same_run(capsys: Any, tmp_path: Path) -> None:
@@ -245,13 +287,13 @@ def test_finetune_passes_settings_and_the_comparison(
     assert cli.main([*words.split(), "--compare", "scratch", "--label_counts", "[50, 200]"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     config = seen[0].pop("config")
-    assert seen[0] == {"compare": "scratch", "label_counts": [50, 200]}
+    assert seen[0] == {"compare": "scratch", "label_counts": [50, 200], "seeds": 5, "devices": 1}
     assert (config.model.checkpoint, config.data.train) == ("runs/books-bert", "reviews.csv")
     assert config.data.columns == {"text": "review"} and config.method.lora == 8
     assert config.task.name == "classification" and config.optim.lr == 2e-5
     assert config.task.options["class_weights"] == "balanced" and config.optim.layer_decay == 0.9
     assert cli.main(["finetune", "--task", "regression", "--model", "m", "--data", "d"]) == 0
-    assert set(seen[1]) == {"config"} and seen[1]["config"].task.name == "regression"
+    assert seen[1]["config"].task.name == "regression" and seen[1]["compare"] is None
 
 
 def test_show_config_of_finetune_reads_back(capsys: Any, tmp_path: Path) -> None:

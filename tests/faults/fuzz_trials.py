@@ -32,7 +32,7 @@ import pretrain
 from faults import products
 from pretrain.checkpoint import load
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.cli.arguments import make_parser, parse
+from pretrain.cli.arguments import make_parser, read_settings
 from pretrain.cli.main import COMMANDS
 from pretrain.config import RunConfig
 from pretrain.data.chat import ChatTemplate, to_conversations
@@ -220,7 +220,7 @@ def of_settings(work: Path, run: Path) -> dict[str, Reader]:
             if rng.random() < 0.9
             else mutated(rng.choice(dotted).encode(), rng).decode("latin-1")
         )
-        parse(parser, "train", [f"--{key}", word.replace("\x00", "")], train.short)
+        read_settings(RunConfig, parser.parse([f"--{key}", word.replace("\x00", "")]))
 
     return {"YAML": yaml, "overrides": overrides, "command line": line}
 

@@ -1,47 +1,148 @@
-"""Command-line parsing with jsonargparse, with the same values and errors as in YAML files.
+"""Command-line parsing with argparse, with the same values and errors as in YAML files.
 
 Values are read by `pretrain.config.strict_yaml`, so that ``2e-5``, ``010`` and ``on`` mean the same in a file and on
-the command line. Errors in settings of ``train`` and ``finetune`` are raised by the code that checks the YAML.
+the command line; an option that takes text gets it as it was typed. Settings of ``train`` and ``finetune`` are checked
+by the code that checks the YAML, other options by their annotations.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pretrain.config.spelling import Interface
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["add_checkpoint", "add_settings", "interface", "make_parser", "parse"]
+__all__ = ["Parser", "add_checkpoint", "add_settings", "interface", "make_parser", "read_settings"]
 
 # Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "finetune")
-# Prefixes of options that set an item of a mapping: any name may follow.
-_OPEN = {
-    "train": ("--model.overrides.", "--objective.init_args."),
-    "finetune": ("--data.columns.", "--task.options."),
-    "predict": ("--columns.",),
-    "evaluate": ("--columns.",),
+_NULLS = ("null", "Null", "NULL", "~")
+_METAVARS: dict[Any, str] = {
+    int: "INT",
+    float: "NUMBER",
+    bool: "{true,false}",
+    str: "TEXT",
+    list: "LIST",
 }
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_METAVARS |= {tuple: "LIST", dict: "MAPPING"}
 
 
-def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None]) -> Any:
-    """Return the jsonargparse parser of the command ``name``; ``add`` declares its options."""
-    from jsonargparse import ArgumentParser, set_loader
+class Parser(argparse.ArgumentParser):
+    """The parser of one command.
 
-    set_loader("strict", _value, exceptions=(ConfigError,))
-    parser = ArgumentParser(
-        prog=f"pretrain {name}",
-        description=summary,
-        epilog=f"example: {example}",
-        exit_on_error=False,
-        default_env=False,
-        allow_abbrev=False,
-        parser_mode="strict",
-    )
+    The ``type`` of an option is an annotation, such as ``int | None``. Items of an option that takes a mapping may be
+    given one by one: ``--columns.text review``. All errors are `ConfigError`.
+    """
+
+    def __init__(self, name: str, summary: str, example: str) -> None:
+        self.name = name
+        self.takes_value: dict[str, bool] = {}
+        self.mappings: dict[str, tuple[Any, bool]] = {}
+        super().__init__(
+            prog=f"pretrain {name}",
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Declare an option.
+
+        Args:
+            *names: as in argparse.
+            **options: as in argparse, except for ``type``, an annotation, ``group``, the group of the help, and
+                ``check=False``, which leaves the check of the value to the caller.
+        """
+        container = options.pop("group", None)
+        hint, check = options.pop("type", None), options.pop("check", True)
+        text = options.get("help") or ""
+        if hint is not None:
+            options["type"] = partial(_checked if check else _value, names[0], hint)
+            if names[0].startswith("-"):
+                options["metavar"] = _metavar(hint)
+            if get_origin(hint) is dict:
+                self.mappings[names[0]] = (get_args(hint)[1], check)
+            text += _default(options.get("default"))
+        if text != argparse.SUPPRESS:
+            options["help"] = text.replace("%", "%%")
+        add = super().add_argument if container is None else container.add_argument
+        action: argparse.Action = add(*names, **options)
+        self.takes_value |= dict.fromkeys(action.option_strings, action.nargs != 0)
+        return action
+
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        """Parse the arguments after the command; of settings only those given are returned, without defaults.
+
+        Raises:
+            ConfigError: an unknown option (the nearest is named), a wrong type, a missing argument.
+        """
+        end = words.index("--") if "--" in words else len(words)
+        glued, rest = [], iter(words[:end])
+        for word in rest:
+            option, equals, _ = word.partition("=")
+            if option.startswith("--"):
+                self._know(option)
+                # argparse takes a separate value that starts with a dash, such as -1e-3, for an option.
+                if self.takes_value[option] and not equals:
+                    value = next(rest, None)
+                    if value is None or value.partition("=")[0] in self.takes_value:
+                        raise ConfigError(f"{option} needs a value. See {self.prog} --help.")
+                    word = f"{option}={value}"
+            elif word[:1] == "-" and word[1:2].isalpha() and " " not in word:
+                raise ConfigError(
+                    f"{self.prog} has no option {word}. If it is a file or a text, write -- before it."
+                )
+            glued.append(word)
+        return self.parse_args(glued + words[end:])
+
+    def error(self, message: str) -> NoReturn:
+        """Raise an error of argparse as a `ConfigError`."""
+        raise ConfigError(f"{self.prog}: {message}. See {self.prog} --help.")
+
+    def _know(self, option: str) -> None:
+        """Declare an item of a mapping when it is first used; raise for an unknown option."""
+        if option in self.takes_value:
+            return
+        for name, (hint, check) in self.mappings.items():
+            if option.startswith(f"{name}."):
+                dest, default = name.lstrip("-"), argparse.SUPPRESS
+                self.add_argument(
+                    option, dest=dest, type=hint, check=check, default=default, action=_Item
+                )
+                return
+        plain = [known.lstrip("-") for known in self.takes_value if "." not in known]
+        near = did_you_mean(option.lstrip("-"), plain)
+        if self.name in _SETTINGS and ("." in option or "mean" not in near):
+            _settings(self.name).load(None, {option.lstrip("-"): None})
+        near = did_you_mean(option, [known for known in self.takes_value if known != "-h"])
+        raise ConfigError(f"{self.prog} has no option {option}.{near}")
+
+
+class _Item(argparse.Action):
+    """Set one item of a mapping; further dots name items of mappings inside it."""
+
+    def __call__(self, parser: Any, space: Any, value: Any, option: str | None = None) -> None:
+        *path, last = str(option).removeprefix(f"--{self.dest}.").split(".")
+        known = getattr(space, self.dest, None)
+        whole = place = dict(known) if isinstance(known, Mapping) else {}
+        for part in path:
+            inner = place.get(part)
+            place[part] = dict(inner) if isinstance(inner, Mapping) else {}
+            place = place[part]
+        place[last] = value
+        setattr(space, self.dest, whole)
+
+
+def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None]) -> Parser:
+    """Return the parser of the command ``name``; ``add`` declares its options."""
+    parser = Parser(name, summary, example)
     add(parser)
     return parser
 
@@ -54,9 +155,55 @@ def add_checkpoint(
     parser.add_argument(
         "--family",
         type=str | None,
-        default=None,
         help="package.module:Class of the model, if it is a family of your own",
     )
+
+
+def add_settings(parser: Parser, kind: Any, short: Mapping[str, str]) -> None:
+    """Declare ``--config``, ``--show_config`` and every field of the sections of ``kind``.
+
+    Args:
+        parser: parser of the command.
+        kind: ``RunConfig`` or ``TuneConfig``.
+        short: setting -> a shorter option for it.
+    """
+    from pretrain.config import fields
+
+    parser.usage = f"{parser.prog} [--config FILE] [--SECTION.SETTING VALUE ...] [options]"
+    add = parser.add_argument
+    add("--config", type=str | None, help="YAML file of settings")
+    add("--show_config", action="store_true", help="print the settings as YAML and exit")
+    for section, of in kind.SECTIONS.items():
+        group = parser.add_argument_group(section, of.__doc__)
+        for spec in fields(of):
+            name = f"--{section}.{spec.name}"
+            names = (name, short[name]) if name in short else (name,)
+            text = spec.help + _default(spec.default)
+            add(
+                *names,
+                group=group,
+                type=spec.type,
+                check=False,
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+
+
+def read_settings(kind: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the settings of ``--config`` and the given fields, and the other options.
+
+    With ``--show_config`` the settings are printed, and None is returned for them.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    others: dict[str, Any] = {}
+    for key, value in vars(args).items():
+        section, dot, name = key.partition(".")
+        (sections.setdefault(section, {}) if dot else others)[name or key] = value
+    settings = kind.load(others.pop("config", None), sections)
+    if others.pop("show_config"):
+        print(settings.to_yaml(), end="")
+        return None, others
+    return settings, others
 
 
 def interface(name: str, short: Mapping[str, str]) -> Interface:
@@ -72,58 +219,9 @@ def interface(name: str, short: Mapping[str, str]) -> Interface:
         for spec in dataclasses.fields(kind)
     }
     # The short options are also keywords of the Python function.
-    places |= {option.lstrip("-"): option.lstrip("-") for option in short}
+    places |= {option.lstrip("-"): option.lstrip("-") for option in short.values()}
     columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
     return Interface(True, places, columns, others)
-
-
-def add_settings(parser: Any, sections: Mapping[str, type], short: Mapping[str, str]) -> None:
-    """Declare ``--config``, ``--show_config`` and every field of the sections; the help names the short options."""
-    from pretrain.config import fields
-
-    parser.add_argument("--config", type=str | None, default=None, help="YAML file of settings")
-    parser.add_argument("--show_config", action="store_true", help="show the settings and leave")
-    other = {setting: option for option, setting in short.items()}
-    for section, kind in sections.items():
-        group = parser.add_argument_group(f"{section}: {(kind.__doc__ or '').rstrip('.')}")
-        for spec in fields(kind):
-            name = f"--{section}.{spec.name}"
-            also = f"(also {other[name]}) " if name in other else ""
-            group.add_argument(name, type=spec.type, default=spec.default, help=also + spec.help)
-
-
-def _value(text: str) -> Any:
-    from pretrain.config.strict_yaml import parse
-
-    return parse(text, "command line")[0]
-
-
-def parse(parser: Any, name: str, words: list[str], short: Mapping[str, str] | None = None) -> Any:
-    """Parse the arguments after the command; of settings only those given are returned, without defaults.
-
-    Args:
-        parser: parser from `make_parser`.
-        name: name of the command.
-        words: arguments after it.
-        short: short option -> the setting that it stands for (``{"--model": "--model.checkpoint"}``).
-
-    Raises:
-        ConfigError: an unknown option (the nearest is named), a wrong type, a missing argument.
-    """
-    from argparse import ArgumentError
-
-    words = _spelled_out(words, short or {})
-    options = [option for action in parser._actions for option in action.option_strings]
-    for word in words:
-        if word == "--":
-            break
-        option = word.partition("=")[0]
-        if option.startswith("--") and not _known(option, options, name):
-            raise _unknown(option, options, name)
-    try:
-        return parser.parse_args(words, defaults=name not in _SETTINGS)
-    except ArgumentError as error:
-        raise _wrong(error, name, words) from None
 
 
 def _settings(name: str) -> Any:
@@ -136,57 +234,47 @@ def _settings(name: str) -> Any:
     return TuneConfig
 
 
-def _spelled_out(words: list[str], short: Mapping[str, str]) -> list[str]:
-    """Replace short options by their settings, up to a lone ``--``."""
-    end = words.index("--") if "--" in words else len(words)
-    whole = []
-    for word in words[:end]:
-        option, equals, value = word.partition("=")
-        whole.append(short.get(option, option) + equals + value)
-    return whole + words[end:]
+def _value(name: str, hint: Any, text: str) -> Any:
+    """Read a value as YAML, or keep it as it was typed where ``hint`` allows text and no other type fits."""
+    from pretrain.config.check import check_value
+    from pretrain.config.strict_yaml import parse
+
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    as_text = str in kinds or hint is Any
+    try:
+        value = parse(text, name)[0]
+    except ConfigError:
+        if as_text:
+            return text
+        raise
+    if not as_text:
+        return value
+    if isinstance(value, str) or (value is None and text not in _NULLS):
+        return text
+    for kind in kinds:
+        if kind is not str:
+            with contextlib.suppress(ConfigError):
+                return check_value(name, value, kind)
+    return text
 
 
-def _known(option: str, options: Iterable[str], name: str) -> bool:
-    return option in options or option.startswith(_OPEN.get(name, ()))
+def _checked(name: str, hint: Any, text: str) -> Any:
+    from pretrain.config.check import check_value
+
+    return check_value(name, _value(name, hint, text), hint)
 
 
-def _unknown(option: str, options: Iterable[str], name: str) -> ConfigError:
-    plain = [known.lstrip("-") for known in options if "." not in known]
-    near = did_you_mean(option.lstrip("-"), plain)
-    if name in _SETTINGS and ("." in option or "mean" not in near):
-        try:
-            _settings(name).load(None, {option.lstrip("-"): None})
-        except ConfigError as error:
-            return error
-    return ConfigError(f"pretrain {name} has no option {option}.{did_you_mean(option, options)}")
+def _metavar(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return "|".join(_metavar(kind) for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Literal:
+        return f"{{{','.join(get_args(hint))}}}"
+    return _METAVARS.get(get_origin(hint) or hint, "VALUE")
 
 
-def _wrong(error: Exception, name: str, words: list[str]) -> ConfigError:
-    """Turn an error of the parser into the error that the same mistake gets in a YAML file."""
-    text = " ".join(str(error).split())
-    found = re.search(r'[Pp]arser key "([^"]+)"|argument --([\w.]+)', text)
-    option = (found[1] or found[2]) if found else ""
-    given = _given(option, words)
-    if given is None and option:
-        return ConfigError(f"--{option} needs a value. See pretrain {name} --help.")
-    if name in _SETTINGS and "." in option and given is not None:
-        try:
-            _settings(name).load(None, {option: _value(given)})
-        except ConfigError as same:
-            return same
-    if "Expected a" in text and given is not None:
-        kind = re.search(r"Expected a .*?\b(int|float|bool)\b", text.partition("Got value")[0])
-        wanted = _KINDS.get(kind[1] if kind else "", "of another type")
-        return ConfigError(f"--{option} must be {wanted}, found {given!r}.")
-    return ConfigError(
-        f"pretrain {name}: {text[:1].lower()}{text[1:]}. See pretrain {name} --help."
-    )
-
-
-def _given(dotted: str, words: list[str]) -> str | None:
-    """Return the value given for an option on the command line; None if there is none."""
-    for i, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option.lstrip("-").rstrip("+") == dotted and option.startswith("-"):
-            return value if equals else (words[i + 1] if i + 1 < len(words) else None)
-    return None
+def _default(value: Any) -> str:
+    """Return the end of a help text; an empty default is described by the text itself."""
+    if value in (None, "", [], {}, argparse.SUPPRESS):
+        return ""
+    shown = list(value) if isinstance(value, tuple) else value
+    return f" (default: {str(shown).lower() if isinstance(shown, bool) else shown})"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.cli.arguments import add_checkpoint, add_settings
+from pretrain.cli.arguments import add_checkpoint, add_settings, read_settings
 from pretrain.printing import printable
 
 __all__ = ["SHORT", "add_devices", "add_finetune", "add_predict", "finetune", "predict"]
 
 # Short options for the settings that nearly every call gives.
-SHORT = {"--model": "--model.checkpoint", "--data": "--data.train", "--task": "--task.name"}
+SHORT = {"--model.checkpoint": "--model", "--data.train": "--data", "--task.name": "--task"}
 
 
 def add_devices(parser: Any) -> None:
@@ -28,29 +28,23 @@ def add_finetune(parser: Any) -> None:
     from pretrain.finetuning.settings import TuneConfig
 
     add = parser.add_argument
-    add("--compare", type=str | None, default=None, help="scratch: also train from random weights")
+    add("--compare", type=str | None, help="scratch: also train from random weights")
     add(
         "--label_counts",
         type=list[int] | None,
-        default=None,
         help="numbers of training rows at which to compare, e.g. [50,200]; not given, all rows",
     )
     add("--seeds", type=int, default=5, help="paired seeds of the comparison")
     add_devices(parser)
-    add_settings(parser, TuneConfig.SECTIONS, SHORT)
+    add_settings(parser, TuneConfig, SHORT)
 
 
 def finetune(args: Any) -> int:
     """Fine-tune, and print the path of the report."""
     from pretrain.finetuning.settings import TuneConfig
 
-    options = args.as_dict()
-    sections = {key: options.pop(key) for key in TuneConfig.SECTIONS if key in options}
-    settings = TuneConfig.load(options.pop("config", None), sections)
-    if options.pop("show_config", False):
-        from pretrain.config.strict_yaml import dump
-
-        print(dump(settings.to_dict()), end="")
+    settings, options = read_settings(TuneConfig, args)
+    if settings is None:
         return 0
     from pretrain.distributed.world import current_world
     from pretrain.finetuning import run
@@ -66,7 +60,7 @@ def add_predict(parser: Any) -> None:
     add = parser.add_argument
     add_checkpoint(parser, text="run or model directory")
     add("file", type=str, help="rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)")
-    add("--out", type=str | None, default=None, help=".jsonl, .csv or .tsv; not given, beside FILE")
+    add("--out", type=str | None, help=".jsonl, .csv or .tsv; not given, beside FILE")
     add(
         "--columns",
         type=dict[str, str],
@@ -77,7 +71,6 @@ def add_predict(parser: Any) -> None:
     add(
         "--top_k",
         type=int | str | None,
-        default=None,
         help="of a classifier the likeliest K classes with their probabilities, or all; not given, the likeliest "
         "class, or those above the threshold",
     )
@@ -85,19 +78,16 @@ def add_predict(parser: Any) -> None:
     add(
         "--delimiter",
         type=str | None,
-        default=None,
         help="between the cells of .csv or .tsv; not given, comma or tab, or what the header shows",
     )
     add(
         "--quoting",
         type=bool | None,
-        default=None,
         help="whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do",
     )
     add(
         "--encoding",
         type=str | None,
-        default=None,
         help="of the file, e.g. cp1252; not given, UTF-8",
     )
     add("--quiet", action="store_true", help="no progress bar")
@@ -107,7 +97,7 @@ def predict(args: Any) -> None:
     """Predict the rows of a file, and print the path of the predictions."""
     from pretrain.inference.predict import predict_file
 
-    options = args.as_dict()
+    options = vars(args)
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
     if (top_k := options.pop("top_k")) is not None:
         options["top_k"] = None if top_k == "all" else top_k

@@ -1,8 +1,7 @@
 """The command line: ``pretrain COMMAND``. Every command is one call of a public function.
 
-Options are declared to jsonargparse: those of ``train`` and ``finetune`` are the fields of the sections of
-`RunConfig` and `TuneConfig`, checked by the same code as the YAML. Heavy modules are imported only after the arguments
-have been parsed, so that help is instant.
+The options of ``train`` and ``finetune`` are the fields of the sections of `RunConfig` and `TuneConfig`, checked by the
+same code as the YAML. Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
 
 from __future__ import annotations
@@ -19,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cli import finetuning as commands
-from pretrain.cli.arguments import add_checkpoint, add_settings, interface, make_parser, parse
+from pretrain.cli.arguments import (
+    add_checkpoint,
+    add_settings,
+    interface,
+    make_parser,
+    read_settings,
+)
 from pretrain.cli.doctor import add_doctor, doctor
 from pretrain.config.spelling import using
 from pretrain.distributed.error_printing import prints_error
@@ -139,8 +144,8 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     with using(interface(name, command.short)):
-        args = parse(parser, name, rest, command.short)
-        if (family := args.pop("family", None)) is not None:
+        args = parser.parse(rest)
+        if (family := vars(args).pop("family", None)) is not None:
             from pretrain.models import own_family
 
             own_family(family)
@@ -173,7 +178,7 @@ def _note(message: Warning | str, *place: Any, **options: Any) -> None:
 
 def _add_quickstart(parser: Any) -> None:
     parser.add_argument("--out", type=str, default="runs/quickstart", help="directory of the run")
-    parser.add_argument("--minutes", type=float | None, default=None, help="time for everything")
+    parser.add_argument("--minutes", type=float | None, help="time for everything")
     parser.add_argument("--seed", type=int, default=0, help="seed")
 
 
@@ -186,8 +191,8 @@ def _quickstart(args: Any) -> int:
 def _add_prepare(parser: Any) -> None:
     add = parser.add_argument
     add("sources", nargs="*", type=str, help='files, globs, folders, "hub:NAME", or "python"')
-    add("--config", type=str | None, default=None, help="prepare what this config trains on")
-    add("--out", type=str | None, default=None, help="directory to write; not given, the cache")
+    add("--config", type=str | None, help="prepare what this config trains on")
+    add("--out", type=str | None, help="directory to write; not given, the cache")
     add("--tokenizer", type=str, default="bpe", help="bpe, wordpiece, char, or a path")
     add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
     add("--row_length", type=int, default=512, help="tokens in one row")
@@ -198,16 +203,16 @@ def _add_prepare(parser: Any) -> None:
         default="text",
         help="column of .jsonl, .csv, .tsv and .parquet files, or {file: column, ...}",
     )
-    add("--separator", type=str | None, default=None, help="text between the documents of a file")
-    add("--encoding", type=str | None, default=None, help="of text files; not given, UTF-8")
+    add("--separator", type=str | None, help="text between the documents of a file")
+    add("--encoding", type=str | None, help="of text files; not given, UTF-8")
     add("--seed", type=int, default=0, help="seed of the order")
-    add("--workers", type=int | None, default=None, help="processes; not given, all cores")
+    add("--workers", type=int | None, help="processes; not given, all cores")
     add("--lowercase", action="store_true", help="wordpiece only: forget case and accents")
     add("--quiet", action="store_true", help="no progress bar and no table")
 
 
 def _prepare(args: Any) -> None:
-    options = {k: v for k, v in args.as_dict().items() if k not in ("sources", "config")}
+    options = {k: v for k, v in vars(args).items() if k not in ("sources", "config")}
     if (args.config is None) == (not args.sources):
         raise ConfigError("Name sources to prepare, or a config that names them: --config FILE.")
     if args.config is not None:
@@ -227,20 +232,18 @@ def _add_train(parser: Any) -> None:
     from pretrain.config import RunConfig
 
     commands.add_devices(parser)
-    add_settings(parser, RunConfig.SECTIONS, {})
+    add_settings(parser, RunConfig, {})
 
 
 def _train(args: Any) -> int:
-    sections = args.as_dict()
-    config = sections.pop("config", None)
-    if sections.pop("show_config", False):
-        from pretrain.config import RunConfig
+    from pretrain.config import RunConfig
 
-        print(RunConfig.load(config, sections).to_yaml(), end="")
+    settings, options = read_settings(RunConfig, args)
+    if settings is None:
         return 0
     from pretrain.training.run import train
 
-    return int(train(config, **sections).exit_code)
+    return int(train(settings, **options).exit_code)
 
 
 def _slurm(args: Any) -> None:
@@ -249,7 +252,7 @@ def _slurm(args: Any) -> None:
     from pretrain.finetuning.settings import TuneConfig
 
     (TuneConfig if is_task(args.config) else RunConfig).load(args.config)
-    print(write(**args.as_dict()), end="")
+    print(write(**vars(args)), end="")
 
 
 def _add_generate(parser: Any) -> None:
@@ -259,32 +262,28 @@ def _add_generate(parser: Any) -> None:
     add(
         "--max_new_tokens",
         type=int | None,
-        default=None,
         help="tokens to add at most; not given, what generation_config.json says, or 64",
     )
     add(
         "--temperature",
         type=float | None,
-        default=None,
         help="0 takes the likeliest token; not given, what generation_config.json says, or 1 with --top_k, --top_p, "
         "--min_p or --seed, else 0",
     )
-    add("--top_k", type=int | None, default=None, help="sample from the k likeliest tokens")
-    add("--top_p", type=float | None, default=None, help="sample from the likeliest of this mass")
-    add("--min_p", type=float | None, default=None, help="drop below this share of the likeliest")
+    add("--top_k", type=int | None, help="sample from the k likeliest tokens")
+    add("--top_p", type=float | None, help="sample from the likeliest of this mass")
+    add("--min_p", type=float | None, help="drop below this share of the likeliest")
     add(
         "--repetition_penalty",
         type=float | None,
-        default=None,
         help="above 1: less of what was there",
     )
     add(
         "--stop",
         type=list[str] | str | None,
-        default=None,
         help="text, or [list, of, texts], at which to stop",
     )
-    add("--seed", type=int | None, default=None, help="the same seed gives the same text")
+    add("--seed", type=int | None, help="the same seed gives the same text")
     add(
         "--chat",
         action="store_true",
@@ -296,13 +295,13 @@ def _generate(args: Any) -> None:
     from pretrain.checkpoint import load
     from pretrain.inference.generate import generate
 
-    options = {k: v for k, v in args.as_dict().items() if k not in ("checkpoint", "prompt")}
+    options = {k: v for k, v in vars(args).items() if k not in ("checkpoint", "prompt")}
     prompts = _prompts(args.prompt)
     model = load(args.checkpoint)
     if options.pop("chat"):
         from pretrain.inference.predict import chat
 
-        given = {key: value for key, value in options.items() if value not in (None, [])}
+        given = {key: value for key, value in options.items() if value is not None}
         texts = [chat(model, prompt, **given) for prompt in prompts]
     else:
         texts = generate(model, prompts, **options)
@@ -346,7 +345,6 @@ def _add_evaluate(parser: Any) -> None:
     parser.add_argument(
         "--data",
         type=str | None,
-        default=None,
         help="of a fine-tuned model a file of labelled rows, of a language model a prepared directory or source; "
         "not given, the run's held-out rows",
     )
@@ -357,11 +355,9 @@ def _add_evaluate(parser: Any) -> None:
         default={},
         help="of labelled rows role: column, e.g. --columns.label stars; not given, those of the training rows",
     )
-    add("--base", type=str | None, default=None, help="model before training, of an adapter")
-    add(
-        "--objective", type=str | None, default=None, help="package.module:Class, if it is your own"
-    )
-    add("--batch_rows", type=int | None, default=None, help="rows in one forward pass")
+    add("--base", type=str | None, help="model before training, of an adapter")
+    add("--objective", type=str | None, help="package.module:Class, if it is your own")
+    add("--batch_rows", type=int | None, help="rows in one forward pass")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     add("--json", action="store_true", help="print JSON")
 
@@ -369,7 +365,7 @@ def _add_evaluate(parser: Any) -> None:
 def _evaluate(args: Any) -> None:
     from pretrain.evaluation import evaluate
 
-    options = args.as_dict()
+    options = vars(args)
     as_json = options.pop("json")
     _show(evaluate(options.pop("checkpoint"), **options), as_json)
 
@@ -377,8 +373,8 @@ def _evaluate(args: Any) -> None:
 def _add_merge(parser: Any) -> None:
     add = parser.add_argument
     add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
-    add("--out", type=str, help="directory to write the whole model to")
-    add("--base", type=str | None, default=None, help="its base; not given, the one that it names")
+    add("--out", type=str, required=True, help="directory to write the whole model to")
+    add("--base", type=str | None, help="its base; not given, the one that it names")
 
 
 def _merge(args: Any) -> None:

@@ -216,25 +216,26 @@ class _Checker:
         """Return ``value`` as the type ``hint``, without lenient conversions."""
         origin, args = get_origin(hint), get_args(hint)
         if origin in (Union, types.UnionType):
-            if value is None and type(None) in args:
+            kinds = [arg for arg in args if arg is not type(None)]
+            if len(kinds) < len(args) and value is None:
                 return None
-            if isinstance(value, str) and str in args:
-                return self.value(key, value, str)
-            kinds = [arg for arg in args if arg not in (type(None), str)] or [str]
-            with contextlib.suppress(ConfigError):
+            if len(kinds) == 1:
                 return self.value(key, value, kinds[0])
-            raise self.wrong(
-                key, value, " or ".join(_name(arg) for arg in args if arg is not type(None))
-            )
+            for kind in sorted(kinds, key=lambda kind: kind is not str):  # text stays text
+                with contextlib.suppress(ConfigError):
+                    return self.value(key, value, kind)
+            raise self.wrong(key, value, " or ".join(map(_name, kinds)))
         if origin is Literal:
+            if value in args and type(value) in map(type, args):
+                return value
             if not isinstance(value, str):
-                raise self.wrong(key, value, f"one of {', '.join(args)}")
-            if value not in args:
-                raise self.fail(
-                    key,
-                    f"{key} is {value!r}; it must be one of {', '.join(args)}.{_near(value, args)}",
-                )
-            return value
+                raise self.wrong(key, value, _name(hint))
+            near = _near(value, list(map(str, args)))
+            raise self.fail(key, f"{key} is {value!r}; it must be {_name(hint)}.{near}")
+        if hint in (list, tuple, dict):
+            if isinstance(value, dict if hint is dict else list | tuple):
+                return value
+            raise self.wrong(key, value, _name(hint))
         if origin is list:
             if not isinstance(value, list | tuple):
                 raise self.wrong(key, value, f"a list, e.g. [{_example(args[0])}]")
@@ -255,7 +256,7 @@ class _Checker:
         return self.scalar(key, value, hint)
 
     def scalar(self, key: str, value: Any, hint: Any) -> Any:
-        if hint is bool and isinstance(value, bool):
+        if isinstance(value, bool | None) and type(value) is hint:
             return value
         if hint is int and isinstance(value, int) and not isinstance(value, bool):
             return int(value)
@@ -319,11 +320,11 @@ class _Checker:
         return self.fail(key, f"{key} must be {expected}, found {_show(value)}.")
 
 
-_PLAIN = (int, float, bool, str, type(None))
+_PLAIN = (int, float, bool, str, type(None), list, dict, tuple)
 
 
-def check_value(key: str, value: Any, hint: Any) -> None:
-    """Check a value against a plain type: numbers, strings, and lists, mappings, choices or unions of them.
+def check_value(key: str, value: Any, hint: Any) -> Any:
+    """Return a value as a plain type: a number, text, or lists, mappings, choices or unions of them.
 
     Other types are not checked.
 
@@ -332,28 +333,14 @@ def check_value(key: str, value: Any, hint: Any) -> None:
     """
 
     def plain(part: Any) -> bool:
-        if part in _PLAIN or part in (list, dict, tuple) or get_origin(part) is Literal:
+        if part in _PLAIN or get_origin(part) is Literal:
             return True
         known = get_origin(part) in (Union, types.UnionType, list, dict)
         return known and all(map(plain, get_args(part)))
 
     if hint is None or not plain(hint):
-        return
-    checker, options = _Checker({}, "", {}), get_args(hint)
-    for part in options if get_origin(hint) in (Union, types.UnionType) else (hint,):
-        whole = (list, tuple) if part is list else part
-        if part in (list, dict, tuple) and isinstance(value, whole):
-            return
-        if part is type(None) and value is None:
-            return
-        if part not in (list, dict, tuple, type(None)):
-            with contextlib.suppress(ConfigError):
-                checker.value(key, value, part)
-                return
-    names = [_name(part) for part in (options or (hint,)) if part is not type(None)]
-    if get_origin(hint) is Literal:
-        names = [f"one of {', '.join(map(str, options))}"]
-    raise checker.wrong(key, value, " or ".join(names))
+        return value
+    return _Checker({}, "", {}).value(key, value, hint)
 
 
 def check_run(built: Mapping[str, Any]) -> None:
@@ -385,19 +372,25 @@ def _is_unicode(text: str) -> bool:
 
 
 def _name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
     names = {
         int: "a whole number",
         float: "a number",
         bool: "true or false",
         str: "text",
         list: "a list",
+        tuple: "a list",
         dict: "a mapping",
+        type(None): "nothing",
     }
-    return names.get(hint, str(hint))
+    kind = get_origin(hint) or hint
+    return names.get(kind, str(kind))
 
 
 def _example(hint: Any) -> str:
-    return str(get_args(hint)[0]) if get_args(hint) else "..."
+    examples = {int: "1, 2", float: "0.1, 0.2", str: "a, b"}
+    return examples.get(hint) or str((get_args(hint) or ("...",))[0])
 
 
 def _near(value: str, known: Sequence[str]) -> str:

@@ -243,12 +243,17 @@ class TuneConfig:
         plain["optim"]["betas"] = list(plain["optim"]["betas"])
         return plain
 
+    def to_yaml(self) -> str:
+        """The settings as YAML that ``load`` reads back."""
+        from pretrain.config.strict_yaml import dump
+
+        return dump(self.to_dict())
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the settings as YAML that ``load`` reads back."""
         from pretrain.config.check import with_digest, write_text
-        from pretrain.config.strict_yaml import dump
 
-        return write_text(Path(path), with_digest(dump(self.to_dict())))
+        return write_text(Path(path), with_digest(self.to_yaml()))
 
 
 def from_keywords(
