@@ -15,12 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 import tiny
 from pretrain.cli import main as cli
 from pretrain.config import RunConfig, fields, strict_yaml
-from pretrain.errors import TrainingError
+from pretrain.errors import ConfigError, TrainingError
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
 
@@ -33,6 +34,7 @@ COMMANDS = [
     "finetune",
     "doctor",
     "slurm",
+    "schema",
     "predict",
     "generate",
     "fill-mask",
@@ -291,7 +293,8 @@ def test_finetune_passes_settings_and_the_comparison(
     assert (config.model.checkpoint, config.data.train) == ("runs/books-bert", "reviews.csv")
     assert config.data.columns == {"text": "review"} and config.method.lora == 8
     assert config.task.name == "classification" and config.optim.lr == 2e-5
-    assert config.task.options["class_weights"] == "balanced" and config.optim.layer_decay == 0.9
+    assert config.task.options == {"label_smoothing": 0.05, "class_weights": "balanced"}
+    assert config.optim.layer_decay == 0.9
     assert cli.main(["finetune", "--task", "regression", "--model", "m", "--data", "d"]) == 0
     assert seen[1]["config"].task.name == "regression" and seen[1]["compare"] is None
 
@@ -302,6 +305,47 @@ def test_show_config_of_finetune_reads_back(capsys: Any, tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_text(capsys.readouterr().out)
     assert TuneConfig.load(path) == TuneConfig.load({"task.name": "chat", "optim.lr": 2e-5})
+
+
+def test_the_schema_describes_the_configs(capsys: Any) -> None:
+    """What `load` reads, an editor accepts, and the other way round."""
+    schemas = {}
+    for name, kind in (("train", RunConfig), ("finetune", TuneConfig)):
+        assert cli.main(["schema", name]) == 0
+        schemas[name] = json.loads(capsys.readouterr().out)
+        jsonschema.Draft7Validator.check_schema(schemas[name])
+        jsonschema.validate(kind().to_dict(), schemas[name])
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        name = "finetune" if "pretrain finetune" in text else "train"
+        jsonschema.validate(strict_yaml.parse(text)[0], schemas[name])
+    for text, good in {
+        "objective: MaskedLM": True,
+        "optim.lr: 2e-5": True,
+        "optim:": True,
+        "parallel: {activation_checkpointing: true}": True,
+        "data: {train: {a.txt: 2}, workers: null}": True,
+        "data: {text: {a.csv: body}}": True,
+        "optim: {betas: [0.9, 0.99]}": True,
+        "optim: {betas: [0.9]}": False,
+        "optim: {betas: [0.9, 1.5]}": False,
+        "optim: {lrr: 3}": False,
+        "optim: {lr: fast}": False,
+        "optim: {lr: -1}": False,
+        "optim: {name: adam}": False,
+        "train: {batch_rows: 1.5}": False,
+        "lr: 3": False,
+    }.items():
+        value = strict_yaml.parse(text)[0]
+        assert jsonschema.Draft7Validator(schemas["train"]).is_valid(value) == good, text
+        if good:
+            RunConfig.load(value)
+        else:
+            with pytest.raises(ConfigError):
+                RunConfig.load(value)
+    assert cli.main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == schemas["train"]
+    assert "train, finetune" in fails(capsys, "schema", "tune")
 
 
 def test_exit_codes_of_interruptions(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finetuning.conftest import rows_of
+from pretrain.config import OptimConfig, TrainConfig
 from pretrain.errors import ConfigError
 from pretrain.finetuning.settings import TuneConfig, from_keywords
 
@@ -105,6 +106,28 @@ def test_every_setting_says_what_it_is() -> None:
             assert names.setdefault(field.name, section) == section or field.name == "train", (
                 field.name
             )
+
+
+def test_settings_of_pre_training_that_fine_tuning_fixes() -> None:
+    for key in ("optim.decay", "train.keep", "train.best", "train.save_every", "train.sample"):
+        section, name = key.split(".")
+        with pytest.raises(ConfigError, match=f"'{key}' is not a setting"):
+            TuneConfig.load({key: 1})
+        with pytest.raises(ConfigError, match=name):
+            settled(**{name: 1})
+        assert name not in TuneConfig().to_dict()[section]
+    made = TuneConfig.load({"optim.weight_decay": 0.5, "train.micro_rows": 4})
+    optim, train = made.optim.at(0.25), made.train.at("runs/x", "5 steps", save=True)
+    assert optim == OptimConfig(
+        lr=0.25, muon_lr=0.002, betas=(0.9, 0.999), weight_decay=0.5, schedule="linear", warmup=0.1,
+        min_lr=0.0,
+    )  # fmt: skip
+    assert train == TrainConfig(
+        out="runs/x", limit="5 steps", micro_rows=4, eval_every="1 epochs", save_every="25%", keep=1,
+        monitor="",
+    )  # fmt: skip
+    trial = made.train.at("runs/x", "5 steps", save=False)
+    assert (trial.best, trial.save_every) == (False, "0 steps")
 
 
 def test_no_task_and_no_model() -> None:

@@ -18,7 +18,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pretrain.config.spelling import Interface
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["Parser", "add_checkpoint", "add_settings", "interface", "make_parser", "read_settings"]
+__all__ = [
+    "Parser", "add_checkpoint", "add_settings", "interface", "make_parser", "read_settings", "settings_class",
+]  # fmt: skip
 
 # Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "finetune")
@@ -120,7 +122,7 @@ class Parser(argparse.ArgumentParser):
         plain = [known.lstrip("-") for known in self.takes_value if "." not in known]
         near = did_you_mean(option.lstrip("-"), plain)
         if self.name in _SETTINGS and ("." in option or "mean" not in near):
-            _settings(self.name).load(None, {option.lstrip("-"): None})
+            settings_class(self.name).load(None, {option.lstrip("-"): None})
         near = did_you_mean(option, [known for known in self.takes_value if known != "-h"])
         raise ConfigError(f"{self.prog} has no option {option}.{near}")
 
@@ -212,11 +214,12 @@ def interface(name: str, short: Mapping[str, str]) -> Interface:
         return Interface(
             command=True, columns="columns." if name in ("predict", "evaluate") else ""
         )
-    sections = _settings(name).SECTIONS
+    sections = settings_class(name).SECTIONS
     places = {
         spec.name: f"{section}.{spec.name}"
         for section, kind in reversed(sections.items())
         for spec in dataclasses.fields(kind)
+        if spec.init
     }
     # The short options are also keywords of the Python function.
     places |= {option.lstrip("-"): option.lstrip("-") for option in short.values()}
@@ -224,7 +227,8 @@ def interface(name: str, short: Mapping[str, str]) -> Interface:
     return Interface(True, places, columns, others)
 
 
-def _settings(name: str) -> Any:
+def settings_class(name: str) -> Any:
+    """Return ``RunConfig`` for ``train``, ``TuneConfig`` for ``finetune``."""
     if name == "train":
         from pretrain.config import RunConfig
 

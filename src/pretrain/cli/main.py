@@ -15,15 +15,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pretrain.cli import finetuning as commands
 from pretrain.cli.arguments import (
     add_checkpoint,
     add_settings,
     interface,
     make_parser,
     read_settings,
+    settings_class,
 )
 from pretrain.cli.doctor import add_doctor, doctor
 from pretrain.config.spelling import using
@@ -41,6 +41,8 @@ from pretrain.printing import printable
 
 __all__ = ["COMMANDS", "main"]
 
+# Short options for the settings of finetune that nearly every call gives.
+_SHORT = {"--model.checkpoint": "--model", "--data.train": "--data", "--task.name": "--task"}
 EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -178,7 +180,7 @@ def _note(message: Warning | str, *place: Any, **options: Any) -> None:
 
 def _add_quickstart(parser: Any) -> None:
     parser.add_argument("--out", type=str, default="runs/quickstart", help="directory of the run")
-    parser.add_argument("--minutes", type=float | None, help="time for everything")
+    parser.add_argument("--minutes", type=float | None, help="time limit of all steps together")
     parser.add_argument("--seed", type=int, default=0, help="seed")
 
 
@@ -191,7 +193,7 @@ def _quickstart(args: Any) -> int:
 def _add_prepare(parser: Any) -> None:
     add = parser.add_argument
     add("sources", nargs="*", type=str, help='files, globs, folders, "hub:NAME", or "python"')
-    add("--config", type=str | None, help="prepare what this config trains on")
+    add("--config", type=str | None, help="YAML file of pretrain train: prepare its data")
     add("--out", type=str | None, help="directory to write; not given, the cache")
     add("--tokenizer", type=str, default="bpe", help="bpe, wordpiece, char, or a path")
     add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
@@ -203,11 +205,15 @@ def _add_prepare(parser: Any) -> None:
         default="text",
         help="column of .jsonl, .csv, .tsv and .parquet files, or {file: column, ...}",
     )
-    add("--separator", type=str | None, help="text between the documents of a file")
+    add(
+        "--separator",
+        type=str | None,
+        help="text that separates the documents of a file; not given, a file is one",
+    )
     add("--encoding", type=str | None, help="of text files; not given, UTF-8")
-    add("--seed", type=int, default=0, help="seed of the order")
-    add("--workers", type=int | None, help="processes; not given, all cores")
-    add("--lowercase", action="store_true", help="wordpiece only: forget case and accents")
+    add("--seed", type=int, default=0, help="seed of the choice of held-out documents")
+    add("--workers", type=int | None, help="processes; not given, one per core")
+    add("--lowercase", action="store_true", help="wordpiece only: ignore case and accents")
     add("--quiet", action="store_true", help="no progress bar and no table")
 
 
@@ -228,10 +234,20 @@ def _prepare(args: Any) -> None:
     print(printable(str(prepared.path)))
 
 
+def _add_devices(parser: Any) -> None:
+    """Declare ``--devices`` for ``train`` and ``finetune``."""
+    parser.add_argument(
+        "--devices",
+        type=int | str,
+        default=1,
+        help="processes to start on this machine; auto is one for each GPU",
+    )
+
+
 def _add_train(parser: Any) -> None:
     from pretrain.config import RunConfig
 
-    commands.add_devices(parser)
+    _add_devices(parser)
     add_settings(parser, RunConfig, {})
 
 
@@ -246,6 +262,40 @@ def _train(args: Any) -> int:
     return int(train(settings, **options).exit_code)
 
 
+def _add_finetune(parser: Any) -> None:
+    from pretrain.finetuning.settings import TuneConfig
+
+    add = parser.add_argument
+    add(
+        "--compare",
+        type=str | None,
+        help="scratch: also train the same model from random weights, and baselines",
+    )
+    add(
+        "--label_counts",
+        type=list[int] | None,
+        help="numbers of training rows at which to compare, e.g. [50,200]; not given, all rows",
+    )
+    add("--seeds", type=int, default=5, help="paired seeds of the comparison")
+    _add_devices(parser)
+    add_settings(parser, TuneConfig, _SHORT)
+
+
+def _finetune(args: Any) -> int:
+    from pretrain.finetuning.settings import TuneConfig
+
+    settings, options = read_settings(TuneConfig, args)
+    if settings is None:
+        return 0
+    from pretrain.distributed.world import current_world
+    from pretrain.finetuning import run
+
+    result = run.finetune(config=settings, **options)
+    if not result.run.exit_code and current_world().is_rank_zero:
+        print(printable(str(result.report())))
+    return int(result.run.exit_code)
+
+
 def _slurm(args: Any) -> None:
     from pretrain.config import RunConfig
     from pretrain.distributed.slurm import is_task, write
@@ -255,6 +305,54 @@ def _slurm(args: Any) -> None:
     print(write(**vars(args)), end="")
 
 
+def _add_predict(parser: Any) -> None:
+    add = parser.add_argument
+    add_checkpoint(parser, text="run or model directory")
+    add("file", type=str, help="rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)")
+    add("--out", type=str | None, help=".jsonl, .csv or .tsv; not given, beside FILE")
+    add(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        help="column of each role, e.g. --columns.text review",
+    )
+    add("--batch_rows", type=int, default=64, help="examples in one forward pass")
+    add(
+        "--top_k",
+        type=int | str | None,
+        help="number of likeliest classes to write with their probabilities, or all; not given, the likeliest class, "
+        "or those above the threshold",
+    )
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add(
+        "--delimiter",
+        type=str | None,
+        help="delimiter of the cells of .csv or .tsv; not given, comma or tab, or what the header shows",
+    )
+    add(
+        "--quoting",
+        type=bool | None,
+        help="whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do",
+    )
+    add(
+        "--encoding",
+        type=str | None,
+        help="encoding of the file, e.g. cp1252; not given, UTF-8",
+    )
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def _predict(args: Any) -> None:
+    from pretrain.inference.predict import predict_file
+
+    options = vars(args)
+    places = [options.pop(key) for key in ("checkpoint", "file", "out")]
+    if (top_k := options.pop("top_k")) is not None:
+        options["top_k"] = None if top_k == "all" else top_k
+    out = predict_file(*places, progress=not options.pop("quiet"), **options)
+    print(printable(str(out)))
+
+
 def _add_generate(parser: Any) -> None:
     add = parser.add_argument
     add_checkpoint(parser)
@@ -262,21 +360,29 @@ def _add_generate(parser: Any) -> None:
     add(
         "--max_new_tokens",
         type=int | None,
-        help="tokens to add at most; not given, what generation_config.json says, or 64",
+        help="maximum number of new tokens; not given, that of generation_config.json, or 64",
     )
     add(
         "--temperature",
         type=float | None,
-        help="0 takes the likeliest token; not given, what generation_config.json says, or 1 with --top_k, --top_p, "
+        help="0 takes the likeliest token; not given, that of generation_config.json, or 1 with --top_k, --top_p, "
         "--min_p or --seed, else 0",
     )
     add("--top_k", type=int | None, help="sample from the k likeliest tokens")
-    add("--top_p", type=float | None, help="sample from the likeliest of this mass")
-    add("--min_p", type=float | None, help="drop below this share of the likeliest")
+    add(
+        "--top_p",
+        type=float | None,
+        help="sample from the likeliest tokens, together of this probability",
+    )
+    add(
+        "--min_p",
+        type=float | None,
+        help="drop tokens below this share of the likeliest one's probability",
+    )
     add(
         "--repetition_penalty",
         type=float | None,
-        help="above 1: less of what was there",
+        help="above 1 makes tokens that occurred less likely",
     )
     add(
         "--stop",
@@ -345,17 +451,21 @@ def _add_evaluate(parser: Any) -> None:
     parser.add_argument(
         "--data",
         type=str | None,
-        help="of a fine-tuned model a file of labelled rows, of a language model a prepared directory or source; "
-        "not given, the run's held-out rows",
+        help="labelled rows for a fine-tuned model, a prepared directory or text for a language model; not given, the "
+        "held-out rows of the run",
     )
     add = parser.add_argument
     add(
         "--columns",
         type=dict[str, str],
         default={},
-        help="of labelled rows role: column, e.g. --columns.label stars; not given, those of the training rows",
+        help="column of each role in labelled rows, e.g. --columns.label stars; not given, as in the training rows",
     )
-    add("--base", type=str | None, help="model before training, of an adapter")
+    add(
+        "--base",
+        type=str | None,
+        help="the model before training, if it is needed and not found",
+    )
     add("--objective", type=str | None, help="package.module:Class, if it is your own")
     add("--batch_rows", type=int | None, help="rows in one forward pass")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
@@ -374,7 +484,7 @@ def _add_merge(parser: Any) -> None:
     add = parser.add_argument
     add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
     add("--out", type=str, required=True, help="directory to write the whole model to")
-    add("--base", type=str | None, help="its base; not given, the one that it names")
+    add("--base", type=str | None, help="its base model; not given, the one that it names")
 
 
 def _merge(args: Any) -> None:
@@ -404,6 +514,24 @@ def _report(args: Any) -> None:
     from pretrain.report import write
 
     print(printable(str(write(Path(args.run)))))
+
+
+def _add_schema(parser: Any) -> None:
+    parser.add_argument(
+        "command",
+        nargs="?",
+        type=Literal["train", "finetune"],
+        default="train",
+        help="the command whose config file the schema describes: train or finetune",
+    )
+
+
+def _schema(args: Any) -> None:
+    import json
+
+    from pretrain.config.schema import schema
+
+    print(json.dumps(schema(settings_class(args.command)), indent=2))
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
@@ -440,11 +568,11 @@ COMMANDS = {
         _train,
     ),
     "finetune": Command(
-        "Teach a checkpoint a task from labelled rows; the same command again resumes it.",
+        "Fine-tune a checkpoint on labelled rows; the same command again resumes it.",
         "pretrain finetune --config configs/classify.yaml --model runs/books-bert --data reviews.csv",
-        commands.add_finetune,
-        commands.finetune,
-        commands.SHORT,
+        _add_finetune,
+        _finetune,
+        _SHORT,
     ),
     "doctor": Command(
         "Say what this machine has and what is wrong; under torchrun, whether all can talk.",
@@ -458,11 +586,17 @@ COMMANDS = {
         add_slurm,
         _slurm,
     ),
+    "schema": Command(
+        "Print the JSON schema of a config file, with which an editor completes and checks it.",
+        "pretrain schema finetune > finetune.schema.json",
+        _add_schema,
+        _schema,
+    ),
     "predict": Command(
-        "Answer every row of a file.",
+        "Predict every row of a file with a fine-tuned model.",
         "pretrain predict runs/reviews new.csv --out answers.csv --columns.text review",
-        commands.add_predict,
-        commands.predict,
+        _add_predict,
+        _predict,
     ),
     "generate": Command(
         "Continue a text.",
@@ -477,19 +611,19 @@ COMMANDS = {
         _fill_mask,
     ),
     "evaluate": Command(
-        "Measure a checkpoint on the run's held-out rows, or on others.",
+        "Evaluate a checkpoint on the held-out rows of its run, or on other data.",
         "pretrain evaluate runs/reviews --data more.csv",
         _add_evaluate,
         _evaluate,
     ),
     "merge": Command(
-        "Fold an adapter into its base: a whole model that transformers opens.",
+        "Merge an adapter into its base and write the whole model.",
         "pretrain merge runs/reviews-lora --out models/reviews",
         _add_merge,
         _merge,
     ),
     "inspect": Command(
-        "Say what a checkpoint holds and whether it is whole.",
+        "Show what a checkpoint contains and whether its files are intact.",
         "pretrain inspect runs/books-gpt --json",
         _add_inspect,
         _inspect,

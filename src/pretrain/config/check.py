@@ -11,14 +11,13 @@ import os
 import re
 import stat
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.errors import ConfigError, did_you_mean
 
 __all__ = [
-    "check_run",
     "check_value",
     "name_change",
     "read_file",
@@ -27,7 +26,6 @@ __all__ = [
     "write_text",
 ]
 
-_MERGED = ("model.overrides", "objective.init_args")
 _OPEN = {
     "model": "Fields of the family's own config belong under model.overrides.",
     "objective": "Arguments of the objective belong under objective.init_args.",
@@ -68,7 +66,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         return {}, {}
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path}: a config holds sections (data, model, ...), found {_show(value)}."
+            f"{path}: a config is a mapping of sections (data: ..., model: ...), found {_show(value)}."
         )
     return value, lines
 
@@ -87,7 +85,6 @@ def read_sections(
     sections: Mapping[str, type],
     source: Any,
     overrides: Mapping[str, Any] | None,
-    together: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Merge ``source`` and ``overrides`` and build one checked dataclass per section.
 
@@ -95,7 +92,6 @@ def read_sections(
         sections: the dataclass of each section.
         source: see `RunConfig.load`.
         overrides: see `RunConfig.load`.
-        together: checks the built sections together.
 
     Raises:
         ConfigError: see `RunConfig.load`.
@@ -118,21 +114,8 @@ def read_sections(
     late = _Checker(sections, "", {})
     for section, values in late.nested(overrides or {}).items():
         checker.touched.update(f"{section}.{key}" for key in values)
-        _merge(merged.setdefault(section, {}), values, section)
-    built = {section: checker.section(section, merged.get(section, {})) for section in sections}
-    if together is not None:
-        together(built)
-    return built
-
-
-def _merge(into: dict[str, Any], values: dict[str, Any], section: str) -> None:
-    current = into.get("class_path", "NextToken")
-    if section == "objective" and values.get("class_path", current) != current:
-        into.pop("init_args", None)  # they belong to another objective
-    for key, value in values.items():
-        old = into.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        into[key] = {**old, **value} if both and f"{section}.{key}" in _MERGED else value  # type: ignore[dict-item]
+        checker.merge(merged.setdefault(section, {}), values, section)
+    return {section: checker.section(section, merged.get(section, {})) for section in sections}
 
 
 class _Checker:
@@ -144,7 +127,8 @@ class _Checker:
         self.sections, self.name, self.lines = sections, name, lines
         self.hints = {section: get_type_hints(kind) for section, kind in sections.items()}
         self.fields = {
-            key: {f.name: f for f in dataclasses.fields(kind)} for key, kind in sections.items()
+            key: {f.name: f for f in dataclasses.fields(kind) if f.init}
+            for key, kind in sections.items()
         }
         self.touched: set[str] = set()
 
@@ -176,8 +160,19 @@ class _Checker:
                 if str(name) not in self.fields[head]:
                     dotted = f"{head}.{name}"
                     raise self.fail(dotted, f"{dotted!r} is not a setting.{self.suggest(dotted)}")
-            _merge(found.setdefault(head, {}), dict(value), head)
+            self.merge(found.setdefault(head, {}), dict(value), head)
         return found
+
+    def merge(self, into: dict[str, Any], values: dict[str, Any], section: str) -> None:
+        """Replace values of a section; items of mappings of any names are replaced one by one."""
+        current = into.get("class_path", "NextToken")
+        if section == "objective" and values.get("class_path", current) != current:
+            into.pop("init_args", None)  # they belong to another objective
+        for key, value in values.items():
+            old, is_open = into.get(key), get_origin(self.hints[section][key]) is dict
+            if is_open and isinstance(old, Mapping) and isinstance(value, Mapping):
+                value = {**old, **value}
+            into[key] = value
 
     def suggest(self, dotted: str) -> str:
         """Return a hint: the nearest known key of its section, or of any section, else all keys of its section."""
@@ -284,7 +279,7 @@ class _Checker:
             return value
         if isinstance(value, int | float):
             if not math.isfinite(value) or abs(value) >= 1 << 63:
-                raise self.fail(key, f"{key} is {value:.6g}; no setting is that large.")
+                raise self.fail(key, f"{key} is {value:.6g}; it must be finite and below 2^63.")
             return value
         if isinstance(value, list | tuple):
             return [self.plain(f"{key}.{i}", item, depth + 1) for i, item in enumerate(value)]
@@ -343,29 +338,6 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     return _Checker({}, "", {}).value(key, value, hint)
 
 
-def check_run(built: Mapping[str, Any]) -> None:
-    """Check what the type and range of a single field do not cover, for a pre-training run."""
-    from pretrain.config import parse_every, parse_limit
-
-    data, train, objective = built["data"], built["train"], built["objective"]
-    parse_limit(train.limit)
-    for key in ("eval_every", "save_every"):
-        parse_every(getattr(train, key), 100, f"train.{key}")
-    if train.micro_rows > train.batch_rows:
-        raise ConfigError(
-            f"train.micro_rows is {train.micro_rows}, more than train.batch_rows ({train.batch_rows})."
-        )
-    if isinstance(data.valid, float) and not 0 <= data.valid < 1:
-        raise ConfigError(f"data.valid is {data.valid}; as a fraction it must lie between 0 and 1.")
-    if not train.out.strip():
-        raise ConfigError("train.out is empty; name the directory of the run.")
-    parts = objective.class_path.replace(":", ".", 1).split(".")
-    if not all(part.isidentifier() for part in parts):
-        raise ConfigError(
-            f"objective.class_path is {objective.class_path!r}; write a name or package.module:Class."
-        )
-
-
 def _is_unicode(text: str) -> bool:
     """Whether the text has no lone surrogates, which no file can hold."""
     return text.encode("utf-8", "replace").decode() == text
@@ -419,7 +391,7 @@ def with_digest(text: str) -> str:
 
 
 def name_change(path: Path, text: str) -> None:
-    """Print one note if a file written `with_digest` was edited or damaged since; its content is used as it is."""
+    """Print one note if a file written `with_digest` was edited or damaged since."""
     from pretrain.utils.files import note
 
     match = _DIGEST.match(text)
@@ -429,7 +401,7 @@ def name_change(path: Path, text: str) -> None:
     if key not in _named:
         _named.add(key)
         note(
-            f"{path} is not as it was written (edited, or damaged); its settings are taken as they stand."
+            f"{path} was edited or damaged after it was written; its settings are used as they are."
         )
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pretrain.errors import ConfigError
 
@@ -35,9 +35,19 @@ __all__ = [
 ]
 
 
-def within(default: Any, low: float, high: float) -> Any:
-    """Return a dataclass field whose value must lie between ``low`` and ``high``, inclusive."""
-    return field(default=default, metadata={"low": low, "high": high})
+def setting(
+    default: Any, low: float = -math.inf, high: float = math.inf, *, resumable: bool = False
+) -> Any:
+    """Return the dataclass field of a setting.
+
+    Args:
+        default: its default.
+        low: smallest number that is allowed.
+        high: largest number that is allowed.
+        resumable: it may change when a run is resumed, because it affects only where and how long the run trains and
+            what it reports and saves.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "resumable": resumable})
 
 
 @dataclass
@@ -63,13 +73,13 @@ class DataConfig:
     """Encoding of text files and tables; UTF-8 if not given."""
     tokenizer: str = "bpe"
     """bpe, wordpiece or char (trained on the data), or the path of a tokenizer or a checkpoint."""
-    vocab_size: int = within(8192, 8, 1 << 22)
+    vocab_size: int = setting(8192, 8, 1 << 22)
     """Vocabulary size of the tokenizer to train."""
-    row_length: int = within(512, 2, 1 << 20)
+    row_length: int = setting(512, 2, 1 << 20)
     """Tokens per row."""
-    cache: str | None = None
+    cache: str | None = setting(None, resumable=True)
     """Directory in which prepared data are cached."""
-    workers: int | None = within(None, 1, 4096)
+    workers: int | None = setting(None, 1, 4096, resumable=True)
     """Processes that prepare the data; one per core if not given."""
 
 
@@ -103,34 +113,34 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
-    lr: float = within(1e-3, 0.0, 100.0)
+    lr: float = setting(1e-3, 0.0, 100.0)
     """Peak learning rate of AdamW."""
-    muon_lr: float = within(0.02, 0.0, 100.0)
+    muon_lr: float = setting(0.02, 0.0, 100.0)
     """Peak learning rate of Muon."""
-    betas: tuple[float, float] = within((0.9, 0.95), 0.0, 1.0 - 1e-9)
+    betas: tuple[float, float] = setting((0.9, 0.95), 0.0, 1.0 - 1e-9)
     """Decay of the two moments of AdamW."""
-    eps: float = within(1e-8, 1e-30, 1.0)
+    eps: float = setting(1e-8, 1e-30, 1.0)
     """Added to the square root of the second moment."""
-    weight_decay: float = within(0.1, 0.0, 100.0)
+    weight_decay: float = setting(0.1, 0.0, 100.0)
     """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
-    clip: float = within(1.0, 0.0, 1e6)
+    clip: float = setting(1.0, 0.0, 1e6)
     """Maximum gradient norm; 0 disables clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Learning-rate schedule after the warm-up; wsd is warm-up, stable, decay."""
-    warmup: float = within(0.02, 0.0, 1e9)
+    warmup: float = setting(0.02, 0.0, 1e9)
     """Warm-up: a fraction of the steps (below 1) or a number of steps."""
-    decay: float = within(0.4, 0.0, 1.0)
+    decay: float = setting(0.4, 0.0, 1.0)
     """Fraction of the steps in the decay phase (wsd)."""
-    min_lr: float = within(0.1, 0.0, 1.0)
+    min_lr: float = setting(0.1, 0.0, 1.0)
     """Final learning rate, as a fraction of the peak."""
-    ema: float = within(0.0, 0.0, 1.0 - 1e-9)
+    ema: float = setting(0.0, 0.0, 1.0 - 1e-9)
     """Decay of the exponential moving average of the weights; 0 disables it."""
-    layer_decay: float = within(1.0, 1e-6, 1.0)
+    layer_decay: float = setting(1.0, 1e-6, 1.0)
     """Learning rate of every layer as a fraction of that of the layer above it (down to the embeddings); 1 is off."""
-    unfreeze: float = within(0.0, 0.0, 1.0)
+    unfreeze: float = setting(0.0, 0.0, 1.0)
     """Fraction of the steps over which the layers are unfrozen one by one from the top (gradual
     unfreezing): the head first, the embeddings last; 0 trains all layers from the start."""
-    l2_sp: float = within(0.0, 0.0, 1e9)
+    l2_sp: float = setting(0.0, 0.0, 1e9)
     """Strength of L2-SP: loaded weights decay towards their initial values instead of zero; 0 disables it."""
 
 
@@ -138,45 +148,47 @@ class OptimConfig:
 class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logging."""
 
-    out: str = "runs/run"
+    out: str = setting("runs/run", resumable=True)
     """Directory of the run; repeating the command resumes it."""
-    limit: str = "1 epochs"
+    limit: str = setting("1 epochs", resumable=True)
     """When to stop: "500 steps", "1e9 tokens", "3 epochs" or "10 minutes"."""
-    batch_rows: int = within(32, 1, 1 << 24)
+    batch_rows: int = setting(32, 1, 1 << 24)
     """Rows per optimizer step, over all devices and micro-batches (global batch)."""
-    micro_rows: int = within(0, 0, 1 << 24)
+    micro_rows: int = setting(0, 0, 1 << 24)
     """Rows per forward pass of one process (micro-batch); 0 is automatic."""
-    eval_every: str = "5%"
+    eval_every: str = setting("5%", resumable=True)
     """Evaluate every "200 steps", "0.5 epochs" or "5%" of the run; "0 steps" is only at the end."""
-    eval_rows: int = within(0, 0, 1 << 40)
+    eval_rows: int = setting(0, 0, 1 << 40, resumable=True)
     """Held-out rows per evaluation; 0 is all of them."""
-    save_every: str = "10%"
+    save_every: str = setting("10%", resumable=True)
     """Save every "200 steps", "0.5 epochs" or "10%" of the run; "0 steps" is only at the end."""
-    async_save: bool = False
+    async_save: bool = setting(False, resumable=True)
     """Write checkpoints in the background: training stalls only for a copy, which takes additional memory."""
-    keep: int = within(2, 1, 1 << 20)
+    keep: int = setting(2, 1, 1 << 20, resumable=True)
     """Number of checkpoints to keep, besides the best."""
-    best: bool = True
+    best: bool = setting(True, resumable=True)
     """Keep the checkpoint that is best on the held-out rows by train.monitor."""
     monitor: str = "loss"
     """Held-out metric that selects the best checkpoint and drives early stopping: lower is better for loss,
     perplexity, bits_per_byte, mse, rmse and mae, higher for all others. Ties are resolved by the lower
     loss. The last evaluation counts as the best unless an earlier one is better by more than one standard
     error of a proportion of the targets; losses are compared as they are."""
-    patience: int = within(0, 0, 1 << 20)
+    patience: int = setting(0, 0, 1 << 20, resumable=True)
     """Evaluations without improvement before stopping; 0 disables early stopping."""
-    log_every: int = within(10, 1, 1 << 30)
+    log_every: int = setting(10, 1, 1 << 30, resumable=True)
     """Steps between two lines of the log."""
-    sample: str = ""
+    sample: str = setting("", resumable=True)
     """Prompt of the sample shown at every evaluation; if empty, taken from the held-out rows."""
-    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        default_factory=list, metadata={"resumable": True}
+    )
     """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute precision; auto is bf16 where the hardware has fast bf16."""
-    eval_precision: Literal["fp32", "train"] = "fp32"
+    eval_precision: Literal["fp32", "train"] = setting("fp32", resumable=True)
     """Precision of evaluations: fp32, in which metrics do not depend on how rows are batched, or train, the
     precision of training, which is faster."""
-    seed: int = within(0, 0, (1 << 63) - 1)
+    seed: int = setting(0, 0, (1 << 63) - 1)
     """Seed of the weights, the data order, the masks and the dropout."""
 
 
@@ -184,29 +196,29 @@ class TrainConfig:
 class ParallelConfig:
     """Device and parallelism."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", resumable=True)
     """Device: auto, cpu, cuda or mps."""
-    compile: bool = False
+    compile: bool = setting(False, resumable=True)
     """Compile the blocks with torch.compile."""
     activation_checkpointing: Literal["off", "selective", "full"] = field(
-        default="off", metadata={"flag": {True: "full", False: "off"}}
+        default="off", metadata={"flag": {True: "full", False: "off"}, "resumable": True}
     )
     """Recompute activations in the backward pass to save memory: off, selective (the cheap half of a block) or full."""
-    threads: int = within(0, 0, 4096)
+    threads: int = setting(0, 0, 4096, resumable=True)
     """CPU threads per process; 0 is the default of torch, or an equal share of the cores with several processes."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", resumable=True)
     """ddp (every process holds the model), fsdp (the model is sharded), or auto: ddp if the model fits into memory."""
-    dp_replicate: int = within(0, 0, 1 << 20)
+    dp_replicate: int = setting(0, 0, 1 << 20, resumable=True)
     """Replicas of the model, which get different rows; 0 is as many as the remaining processes allow."""
-    dp_shard: int = within(0, 0, 1 << 20)
+    dp_shard: int = setting(0, 0, 1 << 20, resumable=True)
     """Processes over which a replica is sharded, and which get different rows (fsdp); 0 is automatic."""
-    tp: int = within(1, 1, 1 << 20)
+    tp: int = setting(1, 1, 1 << 20, resumable=True)
     """Processes over which each matrix is sharded, and which get the same rows (tensor parallelism)."""
-    cpu_offload: bool = False
+    cpu_offload: bool = setting(False, resumable=True)
     """Keep sharded weights and moments in host memory (fsdp on CUDA): saves GPU memory, but is slow."""
     reproducible: bool = False
     """Bitwise equal results on any power-of-two number of processes: slower reductions, and ddp only."""
-    timeout: float = within(300.0, 1.0, 1e6)
+    timeout: float = setting(300.0, 1.0, 1e6, resumable=True)
     """Seconds without progress after which a process counts as hung and the run ends with an error."""
 
     def __post_init__(self) -> None:
@@ -300,50 +312,44 @@ def parse_every(
     )
 
 
-@dataclass
-class RunConfig:
-    """The six sections of a run."""
+class Sections:
+    """Settings in sections: reading, checking and writing, for pre-training and fine-tuning runs."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    SECTIONS: ClassVar[dict[str, type]] = {
-        "data": DataConfig,
-        "model": ModelConfig,
-        "objective": ObjectiveConfig,
-        "optim": OptimConfig,
-        "train": TrainConfig,
-        "parallel": ParallelConfig,
-    }
+    SECTIONS: ClassVar[dict[str, type]]
 
     @classmethod
     def load(
         cls,
-        source: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
+        source: str | os.PathLike[str] | Mapping[str, Any] | Sections | None = None,
         overrides: Mapping[str, Any] | None = None,
-    ) -> RunConfig:
+    ) -> Self:
         """Read settings and check every one of them.
 
         Args:
-            source: a YAML file, a dict of sections, a RunConfig, or None (the defaults).
+            source: a YAML file, a dict of sections, settings of this class, or None (the defaults).
             overrides: settings that replace those of the source: sections
-                (``{"optim": {"lr": 6e-4}}``) or dotted keys (``{"optim.lr": 6e-4}``). Fields of
-                ``model.overrides`` and, while the objective stays the same, of
-                ``objective.init_args`` are merged; everything else is replaced.
+                (``{"optim": {"lr": 6e-4}}``) or dotted keys (``{"optim.lr": 6e-4}``). Items of settings that are
+                mappings of any names (``model.overrides``, ``task.options``) are merged, those of
+                ``objective.init_args`` while the objective stays the same; everything else is replaced.
 
         Raises:
             ConfigError: the file cannot be read, a key is unknown (the nearest one is named), or a value
                 has the wrong type or is out of range.
         """
-        from pretrain.config.check import check_run, read_sections
+        from pretrain.config.check import read_sections
 
-        return cls(**read_sections(cls.SECTIONS, source, overrides, check_run))
+        settings = cls(**read_sections(cls.SECTIONS, source, overrides))
+        settings.check()
+        return settings
 
-    def validate(self) -> RunConfig:
+    def check(self) -> None:
+        """Check what the type and range of a single field do not cover.
+
+        Raises:
+            ConfigError: a value is impossible by itself or with another.
+        """
+
+    def validate(self) -> Self:
         """Check every field again, e.g. after changing one in Python, and return the checked copy.
 
         Raises:
@@ -353,12 +359,16 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return the sections as plain dicts, lists, strings and numbers."""
-        plain: dict[str, dict[str, Any]] = dataclasses.asdict(self)
-        plain["optim"]["betas"] = list(plain["optim"]["betas"])
+        plain: dict[str, dict[str, Any]] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        for section, kind in self.SECTIONS.items():
+            for spec in dataclasses.fields(kind):
+                value = plain[section].pop(spec.name)
+                if spec.init:
+                    plain[section][spec.name] = list(value) if isinstance(value, tuple) else value
         return plain
 
     def to_yaml(self) -> str:
-        """Return the settings as YAML that `load` reads back to an equal RunConfig."""
+        """Return the settings as YAML that `load` reads back to equal settings."""
         from pretrain.config.strict_yaml import dump
 
         return dump(self.to_dict())
@@ -374,6 +384,47 @@ class RunConfig:
         return write_text(Path(path), with_digest(self.to_yaml()))
 
 
+def sections_of(kind: Any) -> dict[str, type]:
+    """Return section -> its dataclass, for a dataclass of sections."""
+    return {spec.name: spec.default_factory for spec in dataclasses.fields(kind)}  # type: ignore[misc]
+
+
+@dataclass
+class RunConfig(Sections):
+    """The six sections of a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def check(self) -> None:
+        """See `Sections.check`."""
+        data, train, name = self.data, self.train, self.objective.class_path
+        parse_limit(train.limit)
+        for key in ("eval_every", "save_every"):
+            parse_every(getattr(train, key), 100, f"train.{key}")
+        if train.micro_rows > train.batch_rows:
+            raise ConfigError(
+                f"train.micro_rows is {train.micro_rows}, more than train.batch_rows ({train.batch_rows})."
+            )
+        if isinstance(data.valid, float) and not 0 <= data.valid < 1:
+            raise ConfigError(
+                f"data.valid is {data.valid}; as a fraction it must lie between 0 and 1."
+            )
+        if not train.out.strip():
+            raise ConfigError("train.out is empty; name the directory of the run.")
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(
+                f"objective.class_path is {name!r}; write a name or package.module.Class."
+            )
+
+
+RunConfig.SECTIONS = sections_of(RunConfig)
+
+
 @dataclass(frozen=True)
 class Field:
     """One setting, as the command line and the documentation show it."""
@@ -382,10 +433,14 @@ class Field:
     type: Any
     default: Any
     help: str
+    metadata: Mapping[str, Any]
 
 
 def fields(section: str | type) -> list[Field]:
-    """Return the settings of a section (a name in `RunConfig`, or a dataclass); help is the attribute docstring."""
+    """Return the settings of a section (a name in `RunConfig`, or a dataclass), its own before inherited ones.
+
+    The help is the docstring of the attribute, or that of the class from which a setting is inherited.
+    """
     import ast
     import inspect
     import textwrap
@@ -393,19 +448,22 @@ def fields(section: str | type) -> list[Field]:
 
     kind = RunConfig.SECTIONS[section] if isinstance(section, str) else section
     helps: dict[str, str] = {}
-    with contextlib.suppress(OSError):  # without the source there are no help texts
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-        lines = body.body if isinstance(body, ast.ClassDef) else []
-        for line, text in itertools.pairwise(lines):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                value = text.value if isinstance(text, ast.Expr) else None
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    helps[line.target.id] = " ".join(value.value.split())
+    order: dict[str, None] = {}
+    for of in kind.__mro__[:-1]:
+        order |= dict.fromkeys(inspect.get_annotations(of))
+        with contextlib.suppress(OSError):  # without the source there are no help texts
+            node: Any = ast.parse(textwrap.dedent(inspect.getsource(of))).body[0]
+            for line, text in itertools.pairwise(node.body):
+                match line, text:
+                    case (
+                        ast.AnnAssign(target=ast.Name(id=name)),
+                        ast.Expr(value=ast.Constant(value=str(words))),
+                    ):
+                        helps.setdefault(name, " ".join(words.split()))
     hints, defaults = get_type_hints(kind), kind()
-    for spec in dataclasses.fields(kind):
-        if "flag" in spec.metadata:
-            hints[spec.name] |= bool
+    specs = {spec.name: spec for spec in dataclasses.fields(kind) if spec.init}
     return [
-        Field(spec.name, hints[spec.name], getattr(defaults, spec.name), helps.get(spec.name, ""))
-        for spec in dataclasses.fields(kind)
+        Field(n, hints[n], getattr(defaults, n), helps.get(n, ""), specs[n].metadata)
+        for n in order
+        if n in specs
     ]

@@ -119,7 +119,7 @@ def _check_events(text: str, name: str) -> None:
         if getattr(event, "anchor", None):
             message = "anchors (&) and aliases (*) are not allowed."
         elif tag not in (None, "!"):
-            message = f"the tag {tag!r} is not allowed; a config is data."
+            message = f"the tag {tag!r} is not allowed; a config is plain data."
         elif getattr(event, "tags", None):
             message = "%TAG directives are not allowed."
         elif depth > MAX_DEPTH:
@@ -138,11 +138,15 @@ def _check_node(node: yaml.Node, path: Key, lines: dict[Key, int], name: str) ->
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == _TAG + "null":
-                raise _error(name, key.start_mark, "a key must be a word.")
+                raise _error(
+                    name,
+                    key.start_mark,
+                    "a key must be a word or a number, not a list, a mapping or null.",
+                )
             key.tag = _TAG + "str"
             key_path = (*path, key.value)
             if key_path in lines:
-                message = f"the key {key.value!r} stands twice; remove one of them."
+                message = f"the key {key.value!r} is given twice; remove one of them."
                 raise _error(name, key.start_mark, message)
             lines[key_path] = key.start_mark.line + 1
             _check_node(value, key_path, lines, name)

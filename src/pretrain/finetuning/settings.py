@@ -12,10 +12,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
-from pretrain.config.run import within
+from pretrain.config.run import Sections, sections_of, setting
 from pretrain.config.spelling import option
 from pretrain.data.table_stream import table_kind
 from pretrain.data.tables import held_out_splits
@@ -50,9 +50,9 @@ class TuneData:
     """Encoding of text files, e.g. cp1252; not given, that of a byte order mark, else UTF-8."""
     group: str | None = None
     """Column of groups, such as patient, author or template; a group stays whole when validation rows are split off."""
-    max_length: int | None = within(None, 3, 1 << 20)
+    max_length: int | None = setting(None, 3, 1 << 20)
     """Maximum tokens of an example; not given, the model's positions."""
-    max_cut: float = within(0.01, 0.0, 1.0)
+    max_cut: float = setting(0.01, 0.0, 1.0)
     """Share of the rows that may be truncated to max_length; more is an error."""
 
     def reading(self, source: Any) -> dict[str, Any]:
@@ -94,11 +94,11 @@ class TuneTask:
 class TuneMethod:
     """Trainable weights: all of them, an adapter, or a part."""
 
-    lora: int = within(0, 0, 1 << 16)
+    lora: int = setting(0, 0, 1 << 16)
     """Rank of a LoRA adapter; 0 trains the weights themselves."""
-    alpha: float | None = within(None, 1e-9, 1e9)
+    alpha: float | None = setting(None, 1e-9, 1e9)
     """The adapter is scaled by alpha / rank; not given, alpha is twice the rank."""
-    lora_dropout: float = within(0.0, 0.0, 0.99)
+    lora_dropout: float = setting(0.0, 0.0, 0.99)
     """Dropout on the input of the adapter."""
     dora: bool = False
     """Train the norm of every weight row separately from its direction (DoRA)."""
@@ -108,104 +108,73 @@ class TuneMethod:
     """Part to freeze: "backbone", "embeddings", or the number of lowest blocks (with the embeddings)."""
 
 
+def _fixed(value: Any) -> Any:
+    """Return the dataclass field of an inherited setting that fine-tuning does not offer."""
+    return field(default=value, init=False, repr=False)
+
+
 @dataclass
-class TuneOptim:
+class TuneOptim(OptimConfig):
     """Optimizer."""
 
-    lr: float | str = "auto"
+    lr: float | str = "auto"  # type: ignore[assignment]
     """Peak learning rate; "auto" derives it from the model's width and depth, "sweep" tries a grid in short runs."""
     lrs: list[float] = field(default_factory=list)
     """Learning rates of the sweep, and of both arms of a comparison; not given, 1/3, 1 and 3 times the automatic
     one, in a comparison 1 and 3 times."""
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
-    muon_lr: float = within(0.002, 0.0, 100.0)
-    """Peak learning rate of Muon."""
-    betas: tuple[float, float] = within((0.9, 0.999), 0.0, 1.0 - 1e-9)
-    """Decay of the two moments of AdamW."""
-    eps: float = within(1e-8, 1e-30, 1.0)
-    """Added to the square root of the second moment."""
-    weight_decay: float = within(0.01, 0.0, 100.0)
-    """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
-    clip: float = within(1.0, 0.0, 1e6)
-    """Maximum gradient norm; 0 disables clipping."""
+    muon_lr: float = setting(0.002, 0.0, 100.0)
+    betas: tuple[float, float] = setting((0.9, 0.999), 0.0, 1.0 - 1e-9)
+    weight_decay: float = setting(0.01, 0.0, 100.0)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"
-    """Learning-rate schedule after the warm-up."""
-    warmup: float = within(0.1, 0.0, 1e9)
-    """Warm-up: a fraction of the steps (below 1) or a number of steps."""
-    min_lr: float = within(0.0, 0.0, 1.0)
-    """Final learning rate, as a fraction of the peak."""
-    ema: float = within(0.0, 0.0, 1.0 - 1e-9)
-    """Decay of the exponential moving average of the weights; 0 disables it."""
-    layer_decay: float = within(1.0, 1e-6, 1.0)
-    """Learning rate of every layer as a fraction of that of the layer above it."""
-    unfreeze: float = within(0.0, 0.0, 1.0)
-    """Fraction of the steps over which the layers are unfrozen one by one from the top (gradual unfreezing); 0 trains
-    all layers from the start."""
-    l2_sp: float = within(0.0, 0.0, 1e9)
-    """Strength of L2-SP: weights decay towards their pre-trained values instead of zero; 0 disables it."""
+    warmup: float = setting(0.1, 0.0, 1e9)
+    decay: float = _fixed(0.4)
+    min_lr: float = setting(0.0, 0.0, 1.0)
 
     def at(self, lr: float) -> OptimConfig:
         """Return the trainer's section, with this learning rate."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("lr", "lrs")}
-        return OptimConfig(lr=lr, **plain)
+        names = [spec.name for spec in dataclasses.fields(OptimConfig)]
+        return OptimConfig(**{name: getattr(self, name) for name in names} | {"lr": lr})
 
 
 @dataclass
-class TuneTrain:
+class TuneTrain(TrainConfig):
     """Length of the run, batches, evaluation and logging."""
 
-    out: str = ""
+    out: str = setting("", resumable=True)
     """Directory of the run; repeating the command resumes it. Not given, runs/TASK-FINGERPRINT."""
-    epochs: float = within(0.0, 0.0, 1e6)
+    epochs: float = setting(0.0, 0.0, 1e6, resumable=True)
     """Passes over the training rows; 0 is three, or more if that is fewer than 500 steps (at most twenty
     passes or 100 steps, whichever is more)."""
-    limit: str = ""
+    limit: str = setting("", resumable=True)
     """Length of the run in place of epochs: "500 steps", "1e6 tokens" or "10 minutes"."""
-    batch_rows: int = within(32, 1, 1 << 24)
-    """Examples per optimizer step (global batch)."""
-    micro_rows: int = within(0, 0, 1 << 24)
-    """Examples per forward pass of one process (micro-batch); 0 is automatic."""
-    eval_every: str = "1 epochs"
+    eval_every: str = setting("1 epochs", resumable=True)
     """Evaluate every "1 epochs", "200 steps" or "5%" of the run; "1 epochs" is at most
     twenty times in a run of steps."""
-    patience: int = within(0, 0, 1 << 20)
+    patience: int = setting(0, 0, 1 << 20, resumable=True)
     """Evaluations without improvement before stopping; 0 disables early stopping. The best evaluation is restored
     in any case."""
     monitor: str = ""
     """Metric that selects the best evaluation; not given, that of the task. Ties are resolved by the lower loss.
     The last evaluation counts as the best unless an earlier one is better by more than chance."""
-    log_every: int = within(10, 1, 1 << 30)
-    """Steps between two lines of the log."""
-    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute precision; auto is bf16 where the hardware has fast bf16."""
-    eval_precision: Literal["fp32", "train"] = "fp32"
-    """Precision of evaluations: fp32, in which metrics do not depend on how rows are batched, or train, the
-    precision of training, which is faster."""
-    seed: int = within(0, 0, (1 << 63) - 1)
+    seed: int = setting(0, 0, (1 << 63) - 1)
     """Seed of the new head, the split, the data order and dropout."""
+    eval_rows: int = _fixed(0)
+    save_every: str = _fixed("25%")
+    async_save: bool = _fixed(False)
+    keep: int = _fixed(1)
+    best: bool = _fixed(True)
+    sample: str = _fixed("")
 
     def at(self, out: str, limit: str, *, save: bool) -> TrainConfig:
         """Return the trainer's section."""
-        names = ("micro_rows", "batch_rows", "eval_every", "patience", "monitor", "log_every")
-        plain = {
-            name: getattr(self, name)
-            for name in (*names, "loggers", "precision", "eval_precision", "seed")
-        }
-        return TrainConfig(
-            out=out,
-            limit=limit,
-            save_every="25%" if save else "0 steps",
-            keep=1,
-            best=save,
-            **plain,
-        )
+        names = [spec.name for spec in dataclasses.fields(TrainConfig)]
+        given = {"out": out, "limit": limit, "best": save}
+        given |= {} if save else {"save_every": "0 steps"}
+        return TrainConfig(**{name: getattr(self, name) for name in names} | given)
 
 
 @dataclass
-class TuneConfig:
+class TuneConfig(Sections):
     """The sections of a fine-tuning run."""
 
     data: TuneData = field(default_factory=TuneData)
@@ -216,44 +185,8 @@ class TuneConfig:
     train: TuneTrain = field(default_factory=TuneTrain)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
-    SECTIONS: ClassVar[dict[str, type]] = {
-        "data": TuneData,
-        "model": TuneModel,
-        "task": TuneTask,
-        "method": TuneMethod,
-        "optim": TuneOptim,
-        "train": TuneTrain,
-        "parallel": ParallelConfig,
-    }
 
-    @classmethod
-    def load(cls, source: Any = None, overrides: Mapping[str, Any] | None = None) -> TuneConfig:
-        """Read settings and check every one of them; see ``RunConfig.load``."""
-        from pretrain.config.check import read_sections
-
-        return cls(**read_sections(cls.SECTIONS, source, overrides))
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The sections as plain dicts, lists, strings and numbers."""
-        plain: dict[str, dict[str, Any]] = {
-            key: {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
-            for key in self.SECTIONS
-            for section in [getattr(self, key)]
-        }
-        plain["optim"]["betas"] = list(plain["optim"]["betas"])
-        return plain
-
-    def to_yaml(self) -> str:
-        """The settings as YAML that ``load`` reads back."""
-        from pretrain.config.strict_yaml import dump
-
-        return dump(self.to_dict())
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the settings as YAML that ``load`` reads back."""
-        from pretrain.config.check import with_digest, write_text
-
-        return write_text(Path(path), with_digest(self.to_yaml()))
+TuneConfig.SECTIONS = sections_of(TuneConfig)
 
 
 def from_keywords(
@@ -281,13 +214,15 @@ def from_keywords(
     name = task or base.task.name
     if not name:
         raise ConfigError(
-            f"Say what the model shall learn: {option('task', 'classification')}, or another of {', '.join(TASKS)}."
+            f"No task is given. Name one: {option('task', 'classification')}, or another of {', '.join(TASKS)}."
         )
     sections["task"] = {"name": name}
     if model is not None:
         sections["model"] = {"checkpoint": os.fspath(model) if _is_path(model) else "a model"}
     elif not base.model.checkpoint:
-        raise ConfigError(f"Name the checkpoint to fine-tune: {option('model', 'DIRECTORY')}.")
+        raise ConfigError(
+            f"No checkpoint to fine-tune is given. Name one: {option('model', 'DIRECTORY')}."
+        )
     cls = task_class(name)
     roles = {role.name for role in cls.roles}
     options = set(inspect.signature(cls.__init__).parameters) - {"self", "model", "max_length"}
@@ -296,6 +231,7 @@ def from_keywords(
         f.name: key
         for key in ("parallel", "data", "train", "optim", "method")
         for f in dataclasses.fields(TuneConfig.SECTIONS[key])
+        if f.init
     }
     columns, given = dict(base.data.columns), dict(base.task.options)
     objects: dict[str, Any] = {}
@@ -345,7 +281,7 @@ def _is_section(key: str, value: Any) -> bool:
     """Whether a keyword is a section of settings; training rows, given as ``train``, may be a mapping too."""
     if key not in TuneConfig.SECTIONS or not isinstance(value, Mapping):
         return False
-    return key != "train" or set(value) <= {f.name for f in dataclasses.fields(TuneTrain)}
+    return key != "train" or set(value) <= {f.name for f in dataclasses.fields(TuneTrain) if f.init}
 
 
 def _with_held_out_splits(keywords: Mapping[str, Any]) -> dict[str, Any]:

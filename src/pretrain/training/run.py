@@ -7,17 +7,19 @@ function of the configuration, and the trainer continues from the newest checkpo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from pretrain.checkpoint import latest, load
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, RunConfig, TrainConfig
+from pretrain.config.run import Sections
 from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
@@ -46,35 +48,6 @@ from pretrain.utils.files import muted, note
 
 __all__ = ["evaluate", "train"]
 
-# Settings that may change on resume: they affect where and how long a run trains and what it reports and saves.
-_FREE = {
-    "train.limit",
-    "train.keep",
-    "train.eval_every",
-    "train.eval_rows",
-    "train.eval_precision",
-    "train.save_every",
-    "train.log_every",
-    "train.sample",
-    "train.loggers",
-    "train.patience",
-    "train.epochs",
-    "train.out",
-    "train.best",
-    "data.workers",
-    "data.cache",
-    "train.async_save",
-    "parallel.threads",
-    "parallel.device",
-    "parallel.strategy",
-    "parallel.dp_replicate",
-    "parallel.dp_shard",
-    "parallel.tp",
-    "parallel.cpu_offload",
-    "parallel.activation_checkpointing",
-    "parallel.timeout",
-    "parallel.compile",
-}
 # The import path of a function that returns rows, package.module:function; a hub source begins with "hub:".
 _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
@@ -157,18 +130,7 @@ def _rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:
     return open_data(settings, quiet=quiet)
 
 
-class Settings(Protocol):
-    """Settings of a pre-training or fine-tuning run."""
-
-    @classmethod
-    def load(cls, source: Any) -> Any:
-        """Read the settings from a YAML file."""
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the sections as plain values."""
-
-
-def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
+def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
     """Refuse to resume a run with other settings; changes that do not affect the result are printed.
 
     Raises:
@@ -181,24 +143,30 @@ def check_same_run(settings: Settings, out: Path, *, say: bool = True) -> None:
         before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())
     except ConfigError as error:
         raise ConfigError(
-            f"{out} holds a run of another kind ({error}). Name a new directory: {option('out')}."
+            f"{out} holds a run of another kind ({error}). Name a new directory with {option('out')}."
         ) from error
+    free = {
+        f"{section}.{spec.name}"
+        for section, kind in settings.SECTIONS.items()
+        for spec in dataclasses.fields(kind)
+        if spec.metadata.get("resumable")
+    }
     changed = {
         key: (before.get(key), now.get(key))
         for key in before | now
         if before.get(key) != now.get(key)
     }
     for key, (old, new) in changed.items():
-        if key in _FREE and say:
-            note(f"{out} goes on with {key} {new!r} (was {old!r})")
-    shaping = {key: values for key, values in changed.items() if key not in _FREE}
+        if key in free and say:
+            note(f"{out} is resumed with {key} {new!r} (was {old!r})")
+    shaping = {key: values for key, values in changed.items() if key not in free}
     if shaping:
         text = "; ".join(
             f"{key} is {new!r}, was {old!r}" for key, (old, new) in sorted(shaping.items())
         )
         raise ConfigError(
-            f"{out} holds a run with other settings, so resuming it would not give what either command says: "
-            f"{text}. Name a new directory with {option('out')}, or take the old settings back from {written}."
+            f"{out} holds a run with other settings, which cannot change when it is resumed: {text}. Name a new "
+            f"directory with {option('out')}, or use the settings in {written}."
         )
 
 
