@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.config.check import check_value
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.inference.prompts import end_ids
 from pretrain.inference.sampling import Sampler
@@ -246,8 +247,8 @@ def _name_missing(stored: Mapping[str, Any], *, sampling: bool) -> None:
 def _sampler(reader: _Reader) -> Sampler:
     """Return a sampler if the caller or the file turns sampling on, with the numbers of both; else a greedy one."""
     given, stored = reader.given, reader.stored
-    penalty = reader.number("repetition_penalty", 1.0)
-    seed, do_sample = given.get("seed"), reader.flag("do_sample")
+    penalty = reader.read("repetition_penalty", float, 1.0)
+    seed, do_sample = given.get("seed"), reader.read("do_sample", bool, False)
     heat = given.get("temperature")
     greedy = given.get("do_sample") is False or heat == 0
     asked = given.get("do_sample") is True or any(key in given for key in CHANCE)
@@ -256,7 +257,10 @@ def _sampler(reader: _Reader) -> Sampler:
     checked = Sampler(**numbers, repetition_penalty=penalty, seed=seed)
     if greedy or not (asked or do_sample):
         return Sampler(0.0, repetition_penalty=penalty, seed=seed)
-    values: dict[str, Any] = {key: reader.number(key, None) for key in numbers}
+    values: dict[str, Any] = {
+        key: reader.read(key, int | None if key == "top_k" else float | None, None)
+        for key in numbers
+    }
     if values["top_k"] is None and stored.get("do_sample") is True:
         values["top_k"] = _DEFAULT_TOP_K
     if values["top_k"] == 0 and "top_k" not in given:
@@ -277,6 +281,11 @@ class _Reader:
     ) -> None:
         self.stored, self.given, self.vocabulary = stored, given, vocabulary
 
+    def read(self, key: str, hint: Any, default: Any) -> Any:
+        """Return a setting that is checked against a type."""
+        where = "" if key in self.given else f"{FILE}: "
+        return check_value(where + key, self._value(key, default), hint)
+
     def _value(self, key: str, default: Any) -> Any:
         return self.given.get(key, self.stored.get(key, default))
 
@@ -284,38 +293,21 @@ class _Reader:
         where = "" if key in self.given else f"{FILE}: "
         return ConfigError(f"{where}{key} must be {wanted}, found {self._value(key, None)!r}.")
 
-    def flag(self, key: str) -> bool:
-        value = self._value(key, False)
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
-        return value
-
-    def number(self, key: str, default: float | None) -> Any:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise self._wrong(key, "a number")
-        return value
-
     def whole(self, key: str, default: int | None) -> Any:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | None) or (value or 0) < 0:
-            raise self._wrong(key, "a whole number from 0 on")
+        value = self.read(key, int | None, default)
+        if value is not None and value < 0:
+            raise self._wrong(key, "0 or more")
         return value
 
     def ids(self, key: str) -> tuple[int, ...]:
         """Return an id or a list of ids, without those outside the vocabulary, which have no effect."""
-        value = self._value(key, ())
-        listed = [value] if type(value) is int else value
-        if not isinstance(listed, list | tuple) or not all(type(i) is int for i in listed):
-            raise self._wrong(key, "a token id or a list of them")
+        value = self.read(key, int | list[int], ())
+        listed = [value] if isinstance(value, int) else value
         return tuple(i for i in listed if 0 <= i < self.vocabulary)
 
     def texts(self, key: str) -> tuple[str, ...]:
-        value = self._value(key, ())
-        listed = [value] if isinstance(value, str) else value
-        if not isinstance(listed, list | tuple) or not all(isinstance(t, str) for t in listed):
-            raise self._wrong(key, "a text or a list of texts")
-        return tuple(text for text in listed if text)
+        value = self.read(key, str | list[str], ())
+        return tuple(text for text in ([value] if isinstance(value, str) else value) if text)
 
     def sequence(self, key: str, value: Any) -> tuple[int, ...]:
         good = isinstance(value, list | tuple) and len(value) > 0
@@ -337,10 +329,7 @@ class _Reader:
 
     def bad_words(self) -> tuple[tuple[int, ...], ...]:
         key = "bad_words_ids"
-        value = self._value(key, ())
-        if not isinstance(value, list | tuple):
-            raise self._wrong(key, "a list of lists of token ids")
-        return tuple(self.sequence(key, item) for item in value)
+        return tuple(self.sequence(key, item) for item in self.read(key, list[list[int]], ()))
 
     def lengths(self) -> tuple[int | None, int | None]:
         """Return the limits on new tokens and on the total length; the caller's arguments override the file."""
