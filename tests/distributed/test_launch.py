@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 import pretrain
-from pretrain.distributed import launch
 from pretrain.distributed.launch import Launched
 from pretrain.errors import CheckpointError, ConfigError, DataError, DistributedError
 from pretrain.training.launch import on_devices, read_run
@@ -237,7 +236,7 @@ def test_nobody_outlives_the_caller(place: Path) -> None:
     caller = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL)
     spare = Path(tempfile.gettempdir())
     assert eventually(lambda: len(losses(Path("runs/one"))) > 2, 120)
-    assert len(processes(spare)) == 3, "the keeper and two processes"
+    assert len(processes(spare)) == 2
     caller.kill()
     caller.wait()
     assert eventually(lambda: not processes(spare), 60)
@@ -265,20 +264,16 @@ def test_a_notebook_shows_the_run_in_its_cell(place: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------------- small parts
 
 
-def test_processes_are_found_without_proc(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on macOS; with their keeper killed they would run on."""
-    monkeypatch.setattr(launch, "_PROC", place / "no-proc")
+def test_none_runs_on_after_the_launch(place: Path) -> None:
+    """Also one that hears no signal that it could answer."""
     spare = Path(tempfile.gettempdir())
     settings = pretrain.RunConfig.load(sections(limit="100000 steps"))
     config = settings.save(spare / "train.yaml")
     with Launched(["train", "--config", str(config)], 2) as group:
-        found = lambda: launch._children(group._keeper.pid)  # noqa: E731
-        assert eventually(lambda: len(found()) == 2, 60)
-        workers = found()
-        assert all(launch._is_ours(pid) for pid in workers) and not launch._is_ours(os.getpid())
-        group.kill()
-        assert eventually(lambda: not processes(spare), 5)
-    assert not any(launch._is_ours(pid) for pid in workers)
+        assert eventually(lambda: len(processes(spare)) == 2, 60)
+        os.killpg(group._processes[0].pid, signal.SIGSTOP)
+        assert group.running()
+    assert not processes(spare) and not group.folder.exists()
 
 
 def test_what_other_processes_cannot_have_is_refused(
@@ -304,12 +299,14 @@ def test_what_other_processes_cannot_have_is_refused(
         on_devices("train", settings, 2)
 
 
-def test_a_launcher_that_cannot_start_says_why(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONHOME", "/nowhere")
-    with Launched(["train"], 2) as group:
-        while group.running():
-            time.sleep(0.05)
-        error = group.failure()
-    assert "could not be started" in str(error) and group.code != 0
+def test_processes_that_cannot_start_say_why(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONHOME", "/nowhere")
+        with Launched(["train"], 2) as group:
+            while group.running():
+                time.sleep(0.05)
+            error = group.failure()
+    assert "failed with exit code 1" in str(error) and "Fatal Python error" in str(error)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(DistributedError, match="0 of 2 could not be started: No such file"):
+        Launched(["train"], 2)

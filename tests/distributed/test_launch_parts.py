@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.distributed import launch
+from pretrain.distributed import launch, launched
 from pretrain.distributed.launch import Launched, count_devices
 from pretrain.errors import ConfigError, NoTargets
 from pretrain.training.live import open_screen
@@ -40,14 +41,17 @@ def test_the_gpu_of_a_mac_has_room_for_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def ended(folder: Path, codes: dict[int, int], *logs: str) -> Launched:
-    """Processes that have ended: their exit codes, but for zeros, and what they wrote to stderr."""
+    """Processes that have ended: their exit codes, but for zeros, and what they wrote to stderr.
+
+    A line ``ERROR: TEXT`` stands for a PretrainError.
+    """
     group = object.__new__(Launched)
-    group.folder, group.devices, group._asked = folder, len(logs), True
-    failures = [{"rank": rank, "code": code} for rank, code in codes.items()]
-    (folder / "failures.json").write_text(json.dumps(failures))
+    group.folder, group.devices, group._asked, group.failures = folder, len(logs), True, codes
     for rank, text in enumerate(logs):
-        (log := folder / f"x/attempt_0/{rank}/stderr.log").parent.mkdir(parents=True)
-        log.write_text(text)
+        (place := folder / str(rank)).mkdir()
+        (place / "stderr.log").write_text(text)
+        if match := re.fullmatch(r"(\w+): (.*)\n", text, re.S):
+            (place / launched.ERROR).write_text(json.dumps(match.groups()))
     return group
 
 
@@ -56,8 +60,8 @@ def ended(folder: Path, codes: dict[int, int], *logs: str) -> Launched:
     [
         ({0: 143, 1: 143}, ("", ""), False),
         ({0: 130}, ("", ""), False),
-        ({0: -15, 1: 75}, ("", "pretrain.errors.DistributedError: rank 0 is lost\n"), False),
-        ({0: -15, 1: 1}, ("", "pretrain.errors.CheckpointError: full\n"), True),
+        ({0: -15, 1: 75}, ("", "DistributedError: rank 0 is lost\n"), False),
+        ({0: -15, 1: 1}, ("", "CheckpointError: full\n"), True),
         ({0: -15, 1: -9}, ("", ""), True),
         ({0: 143, 1: 3}, ("", "its last words\n"), True),
     ],
@@ -74,18 +78,12 @@ def test_what_is_no_agreed_stop(
         assert "s after it was asked to stop" in str(group.failure())
 
 
-@pytest.mark.parametrize("before", ["", "[rank0]: "])
-def test_the_last_words_of_libraries_are_no_part_of_an_error(tmp_path: Path, before: str) -> None:
-    said = ["Traceback (most recent call last):", "pretrain.errors.NoTargets: No row", "  has one."]
-    noise = [
-        "[rank0]:[W1012 10:15:20.12 ProcessGroupNCCL.cpp:1553] Warning: WARNING: destroy_process_group() was not "
-        "called before program exit",
-        "and a line of its own",
-    ]
-    lines = [before + line for line in said] + noise
-    error = ended(tmp_path, {0: 1}, "\n".join(lines)).failure()
-    assert str(error) == "No row\n  has one."
-    assert type(error) is NoTargets, "a class that is not in pretrain.errors cannot come back"
+def test_the_error_of_the_cause_is_raised(tmp_path: Path) -> None:
+    """Not that of a process that lost its connection to it, which may have ended first."""
+    error = ended(
+        tmp_path, {0: 1, 1: 1}, "DistributedError: lost\n", "NoTargets: No row\n  has one.\n"
+    ).failure()
+    assert str(error) == "No row\n  has one." and type(error) is NoTargets
 
 
 def test_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -96,9 +94,10 @@ def test_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ]
     assert threads == ["4", "1", "3"]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     env = launch._environment(2, 0, tmp_path)
-    assert env["OMP_NUM_THREADS"] == "2" and "RANK" not in env
+    assert env["OMP_NUM_THREADS"] == "2" and env["WORLD_SIZE"] == "2"
+    assert not any(name.startswith("TORCHELASTIC") for name in env), "of another launcher"
 
 
 def test_the_processes_of_one_host_talk_over_loopback(
@@ -125,7 +124,7 @@ def test_a_full_disk_for_the_screen_does_not_end_the_run() -> None:
 def test_the_relay_is_the_screen_of_a_launched_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(launch.SCREEN, str(tmp_path / "screen.jsonl"))
+    monkeypatch.setenv(launched.SCREEN, str(tmp_path / "screen.jsonl"))
     screen = open_screen()
     assert isinstance(screen, Relay)
     screen.show(3, {"loss": float("nan")}, 10)

@@ -27,8 +27,7 @@ from pretrain.cli.arguments import (
 )
 from pretrain.cli.doctor import add_doctor, doctor
 from pretrain.config.spelling import using
-from pretrain.distributed.error_printing import prints_error
-from pretrain.distributed.launched import launched
+from pretrain.distributed.launched import launched, prints_error
 from pretrain.distributed.slurm import add_slurm
 from pretrain.errors import (
     ConfigError,

@@ -416,9 +416,9 @@ class RunConfig(Sections):
             )
         if not train.out.strip():
             raise ConfigError("train.out is empty; name the directory of the run.")
-        if not all(part.isidentifier() for part in name.split(".")):
+        if not all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")):
             raise ConfigError(
-                f"objective.class_path is {name!r}; write a name or package.module.Class."
+                f"objective.class_path is {name!r}; write a name or package.module:Class."
             )
 
 

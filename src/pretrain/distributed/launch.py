@@ -1,15 +1,17 @@
 """Launching of several processes on this machine from a notebook, a script, or `--devices` on the command line.
 
-The processes are started by `torchrun`, inside a keeper process (this module, run as a program). The keeper's standard
-input is a pipe from the launching process, so that all processes end when that one does, however it ends. The keeper
-also records the order in which processes failed. Output of the processes goes to files; that of rank 0 is followed.
+The launching process starts and ends them itself, with the environment that `torchrun` would give them, because it must
+know their exit codes in order and let them save for longer than torchrun waits. Their standard input is a pipe from
+it, so that all of them stop when it ends, however it ends. Their output goes to files; that of rank 0 is followed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,32 +20,26 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from pretrain.distributed.launched import ERROR, GRACE, SCREEN
 from pretrain.distributed.watch import EXIT_LOST
 from pretrain.errors import ConfigError, DistributedError, PretrainError, named_error
 
-__all__ = ["SCREEN", "Launched", "count_devices"]
+__all__ = ["Launched", "count_devices"]
 
-# Environment variable with the path of the file to which the run relays its screen instead of drawing it.
-SCREEN = "PRETRAIN_SCREEN"
-_GRACE = 600  # seconds within which a run that was asked to stop must save
 _HURRY = 30  # seconds for the remaining processes to end after one has failed
 _TAIL = 25  # last lines of output that are shown for a failure
 _NOISE = re.compile(
-    r"^(\[rank\d+\]:)?\[?[WIE]\d{3,} |^\[[WI]\d|^\*{5,}|^W\d{4} |socket\.cpp|^\[Gloo\]|OMP_NUM_THREADS"
-    r"|resource_tracker\.py:|^Exception ignored "
+    r"^(\[rank\d+\]:)?\[?[WIE]\d{3,} |^\[[WI]\d|socket\.cpp|^\[Gloo\]|resource_tracker\.py:|^Exception ignored "
 )
-_OURS = re.compile(r"^(\[rank\d+\]: )?pretrain\.errors\.(\w+): ")
 _RANK = re.compile(r"^\[rank\d+\]: ?", re.M)  # before traceback lines if there is a process group
 _RAISED = "Traceback (most recent call last):"
 # Exit codes of processes that were asked to stop: they saved and ended, or had not installed their handlers yet.
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, -signal.SIGTERM}
-_PROC = Path("/proc")  # exists on Linux only
 
 
 def count_devices(devices: int | str, device: str = "auto") -> int:
@@ -91,28 +87,44 @@ class Launched:
 
     Attributes:
         folder: directory of the output of the processes; removed on exit unless ``keep`` is True.
-        screen: file to which rank 0 relays its screen.
+        failures: rank -> exit code of the processes that failed, in the order in which they ended.
+
+    Raises:
+        DistributedError: the system refuses to start them.
     """
 
     def __init__(self, words: Sequence[str], devices: int, threads: int = 0) -> None:
         self.devices, self.keep = devices, False
         self.folder = Path(tempfile.mkdtemp(prefix="pretrain-"))
-        self.screen = self.folder / "screen.jsonl"
-        self._readers: dict[str, _Tail] = {}
-        self._workers: set[int] = set()
-        self._looked, self._raised, self._asked = 0.0, False, False
-        command = [sys.executable, "-m", "pretrain.distributed.launch", str(self.folder)]
-        # Without --local-addr, torchrun uses the address that the host name resolves to, which may be unreachable.
-        command += ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(devices)]
-        command += ["--log-dir", str(self.folder), "--redirects", "3"]
-        command += ["-m", "pretrain", *words]
-        with open(self.folder / "launcher.log", "wb") as log:
-            self._keeper = subprocess.Popen(
+        self.failures: dict[int, int] = {}
+        self._asked = self._raised = False
+        self._deadline = math.inf
+        self._processes: list[subprocess.Popen[bytes]] = []
+        screen = self.folder / "screen.jsonl"
+        screen.touch()
+        command = [sys.executable, "-m", "pretrain.distributed.launched", *words]
+        env = _environment(devices, threads, screen)
+        try:
+            for rank in range(devices):
+                self._processes.append(self._start(rank, command, env))
+        except OSError as error:
+            self.__exit__()
+            raise DistributedError(
+                f"Process {rank} of {devices} could not be started: {error.strerror or error}."
+            ) from error
+        self._screen = _Tail(screen)
+        self._said = [_Tail(self.folder / "0" / name) for name in ("stdout.log", "stderr.log")]
+
+    def _start(self, rank: int, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        place = self.folder / str(rank)
+        place.mkdir()
+        with open(place / "stdout.log", "wb") as out, open(place / "stderr.log", "wb") as err:
+            return subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(devices, threads, self.screen),
+                stdin=subprocess.PIPE,  # closed when this process ends
+                stdout=out,
+                stderr=err,
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,  # Ctrl-C must reach this process only, which passes it on
             )
 
@@ -120,72 +132,71 @@ class Launched:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
-        for tail in self._readers.values():
-            tail.close()
+        self._signal(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         if not self.keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def running(self) -> bool:
-        """Return whether the processes run; records their ids, so that they can be killed without their keeper."""
-        if self._keeper.poll() is not None:
-            return False
-        if time.monotonic() - self._looked > 1.0:
-            self._looked = time.monotonic()
-            self._workers |= _children(self._keeper.pid)
-        return True
+        """Return whether a process still runs. When one has failed, the others are ended within half a minute."""
+        hurried = not self._asked and bool(self.failures)
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            # A process that a signal from here has ended did not fail.
+            if code and rank not in self.failures and not (hurried and code < 0):
+                self.failures[rank] = code
+        if self.failures and self._deadline == math.inf:
+            self._end(_HURRY)
+        elif time.monotonic() > self._deadline:
+            self._signal(signal.SIGKILL)
+        return any(process.returncode is None for process in self._processes)
 
     def stop(self) -> None:
         """Ask the run to save and end."""
-        self._asked = True
-        with contextlib.suppress(ProcessLookupError):
-            self._keeper.send_signal(signal.SIGTERM)
+        if not self.failures:
+            self._asked = True
+            self._end(GRACE)
 
-    def kill(self) -> None:
-        """Kill all processes that still run."""
-        if self._keeper.poll() is None:
-            self._workers |= _children(self._keeper.pid)
-            self._keeper.kill()
-        for pid in self._workers:
-            if _is_ours(pid):
+    def _end(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the processes that still run, and to those that they have started."""
+        for process in self._processes:
+            if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)
-        self._keeper.wait()
-        if self._keeper.stdin is not None:
-            self._keeper.stdin.close()
-
-    @property
-    def code(self) -> int:
-        """Wait for the keeper to end, and return its exit code."""
-        return int(self._keeper.wait())
+                    os.killpg(process.pid, number)
 
     def told(self) -> Iterator[dict[str, Any]]:
         """Yield the screen updates that rank 0 has relayed since the last call."""
-        for line in self._follow("screen", self.screen):
+        for line in self._screen.lines():
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
     def said(self) -> Iterator[str]:
         """Yield the lines that rank 0 has printed since the last call, without library noise and tracebacks."""
-        for name in ("stdout", "stderr"):
-            path = self._log(0, name)
-            for line in () if path is None else self._follow(name, path):
+        for tail in self._said:
+            for line in tail.lines():
                 self._raised |= line.startswith(_RAISED)
                 if line.strip() and not (self._raised or _RANK.match(line) or _NOISE.search(line)):
                     yield line
 
     def stopped(self) -> str | None:
         """Return the name of the signal by which all processes were asked to stop from outside, or None."""
-        codes = {int(failure["code"]) for failure in self._failures()}
+        codes = set(self.failures.values())
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # torchrun sends SIGTERM to the processes that have not ended yet.
+            # A process without a handler yet is ended by the SIGTERM that follows the end of the first one.
             if 128 + number in codes and codes <= {128 + number, -signal.SIGTERM}:
                 return number.name
         return None
 
     def broke(self) -> bool:
         """Return whether a run that was asked to stop failed instead, e.g. could not save because the disk is full."""
-        codes = {int(failure["code"]) for failure in self._failures()}
+        codes = set(self.failures.values())
         others = codes - _STOPPED
         if -signal.SIGTERM in codes and all(code > 0 for code in others):
             # A process that SIGTERM ended before it had a handler causes a DistributedError in the others: no failure.
@@ -194,97 +205,50 @@ class Launched:
 
     def failure(self) -> PretrainError:
         """Return the error that ended the run, as raised by the process that failed first."""
-        found = self._first_failure()
-        if (found is None or found["code"] > 0) and (own := self._own_errors()):
+        rank, code = min(self.failures.items(), key=lambda item: _blame(item[1]))
+        if code > 0 and (own := self._own_errors()):
             return own[0]
         self.keep = True
-        if found is None:
-            text = _last(self.folder / "launcher.log")
-            return DistributedError(
-                f"The processes could not be started (exit code {self.code}). The launcher said:\n{text}"
-            )
-        rank, code = int(found["rank"]), int(found["code"])
-        path = self._log(rank, "stderr")
         return DistributedError(
-            f"Process {rank} of {self.devices} {_ended(code, self._asked)}. Its last lines:\n{_last(path)}\nThe "
-            f"output of all processes lies in {self.folder}."
+            f"Process {rank} of {self.devices} {_ended(code, self._asked)}. Its last lines:\n"
+            f"{_last(self.folder / str(rank) / 'stderr.log')}\nThe output of all processes lies in {self.folder}."
         )
 
     def _own_errors(self) -> list[PretrainError]:
         """Return the PretrainErrors that processes ended with, the most informative first."""
-        own = [error for r in range(self.devices) if (error := self._raised_by(r)) is not None]
+        own = []
+        for rank in range(self.devices):
+            with contextlib.suppress(OSError, ValueError):
+                path = self.folder / str(rank) / ERROR
+                own.append(named_error(*json.loads(path.read_text(encoding="utf-8"))))
         # A DistributedError often only reports the failure of another process, whose own error says more.
         return sorted(own, key=lambda error: isinstance(error, DistributedError))
 
-    def _raised_by(self, rank: int) -> PretrainError | None:
-        """Return the PretrainError that a process ended with, or None."""
-        path = self._log(rank, "stderr")
-        if path is None:
-            return None
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [(n, match) for n, line in enumerate(lines) if (match := _OURS.match(line))]
-        if not found:
-            return None
-        start, match = found[-1]
-        before, said = match[1] or "", [lines[start][match.end() :]]
-        for line in lines[start + 1 :]:  # libraries may print further lines after the message
-            if not line.startswith(before) or _NOISE.search(line):
-                break
-            said.append(line.removeprefix(before))
-        return named_error(match[2], "\n".join(said).strip())
-
-    def _failures(self) -> list[dict[str, Any]]:
-        """Return rank and exit code of the processes that failed, in the order in which they failed."""
-        try:
-            return list(json.loads((self.folder / "failures.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return []
-
-    def _first_failure(self) -> Mapping[str, Any] | None:
-        failures = self._failures()
-        # A process that was killed is the cause; the others then lost their connection to it.
-        killed = [f for f in failures if f["code"] < 0 and -f["code"] != signal.SIGTERM]
-        told = [f for f in failures if f["code"] > 0]
-        # A survivor (EXIT_LOST) may end before the process that raised the error; a process that stopped as asked has
-        # no error.
-        told.sort(key=lambda f: (f["code"] in _STOPPED, f["code"] == EXIT_LOST))
-        return next(iter([*killed, *told, *failures]), None)
-
-    def _log(self, rank: int, name: str) -> Path | None:
-        found = sorted(self.folder.glob(f"*/attempt_*/{rank}/{name}.log"))
-        return found[-1] if found else None
-
-    def _follow(self, name: str, path: Path) -> Iterator[str]:
-        if name not in self._readers:
-            if not path.exists():
-                return
-            self._readers[name] = _Tail(path)
-        yield from self._readers[name].lines()
-
 
 class _Tail:
-    """Reader of the complete lines of a growing file."""
+    """Reader of the complete lines of a growing file; each state of a progress bar is one."""
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[str] = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 - until close
-        self._rest = ""
+        self._path, self._position, self._rest = path, 0, b""
 
     def lines(self) -> list[str]:
-        *whole, self._rest = (self._rest + self._file.read()).split("\n")
-        return whole
-
-    def close(self) -> None:
-        self._file.close()
+        with open(self._path, "rb") as file:
+            file.seek(self._position)
+            *whole, self._rest = (self._rest + file.read().replace(b"\r", b"\n")).split(b"\n")
+            self._position = file.tell()
+        return [line.decode("utf-8", "replace") for line in whole]
 
 
 def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
-    """Return the environment of the processes: that of this process, a share of the cores, its module paths, loopback.
+    """Return the environment of all processes: that of this one, as torchrun would set it for processes of one host.
 
-    Rank and rendezvous variables of an outer launcher are removed.
+    They get a share of the cores, the module paths of this process, and loopback as their network. What an outer
+    launcher has set is replaced.
     """
-    env = {**os.environ, SCREEN: str(screen), "PRETRAIN_DEBUG": "1", "PYTHONUNBUFFERED": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        env.pop(name, None)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+    env |= {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    env |= {SCREEN: str(screen), "PRETRAIN_DEBUG": "1", "PYTHONUNBUFFERED": "1"}
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -303,36 +267,21 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
     return env
 
 
-def _children(pid: int) -> set[int]:
-    """Return the ids of the child processes of a process; torchrun starts each in its own session."""
-    found = set()
-    if not (_PROC / "self" / "stat").exists():
-        pairs = [line.split() for line in _ps("-A", "-o", "pid=", "-o", "ppid=")]
-        return {int(child) for child, parent in pairs if int(parent) == pid}
-    for path in _PROC.glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.add(int(path.parent.name))
-    return found
+def _free_port() -> int:
+    """Return a free port of this host below those that the system gives to connections (Linux, macOS)."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise DistributedError("No port between 20000 and 32000 is free on this machine.")
 
 
-def _is_ours(pid: int) -> bool:
-    """Return whether a process id still belongs to a process of this launch: ids are reused."""
-    with contextlib.suppress(OSError):
-        if (_PROC / "self" / "stat").exists():
-            words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
-        else:
-            words = " ".join(_ps("-ww", "-o", "args=", "-p", str(pid))).encode().split()
-        return b"pretrain" in words and os.getpgid(pid) == pid
-    return False
-
-
-def _ps(*options: str) -> list[str]:
-    """Return the lines that ``ps`` prints, which every Unix has."""
-    with contextlib.suppress(OSError):
-        done = subprocess.run(["ps", *options], capture_output=True, text=True, errors="replace")
-        return done.stdout.splitlines()
-    return []
+def _blame(code: int) -> int:
+    """Return the place of an exit code in the search for the first failure; lower ones are likelier the cause."""
+    if code < 0:  # the others have lost their connection to a process that was killed
+        return 4 if code == -signal.SIGTERM else 0
+    # A survivor may end before the process that raised the error; a process that stopped as asked has none.
+    return 3 if code in _STOPPED else 2 if code == EXIT_LOST else 1
 
 
 def _ended(code: int, asked: bool) -> str:
@@ -341,59 +290,15 @@ def _ended(code: int, asked: bool) -> str:
     name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
     why = ""
     if -code == signal.SIGKILL:
-        late = f", or it had not saved {_GRACE} s after it was asked to stop" if asked else ""
+        late = f", or it had not saved {GRACE} s after it was asked to stop" if asked else ""
         why = f" (probably the memory of the machine ran out{late})"
     return f"was killed by {name}{why}"
 
 
-def _last(path: Path | None) -> str:
-    if path is None or not path.exists():
-        return "    (nothing)"
-    lines = _RANK.sub("", path.read_text(encoding="utf-8", errors="replace")).splitlines()
+def _last(path: Path) -> str:
+    try:
+        lines = _RANK.sub("", path.read_text(encoding="utf-8", errors="replace")).splitlines()
+    except OSError:
+        lines = []
     kept = [line for line in lines if line.strip() and not _NOISE.search(line)]
     return "\n".join(f"    {line[:400]}" for line in kept[-_TAIL:]) or "    (nothing)"
-
-
-# ---------------------------------------------------------------------------------------------------- keeper
-
-
-def _tell(folder: Path, failures: Sequence[Mapping[str, int]]) -> None:
-    with contextlib.suppress(OSError):  # a full disk, which the processes report themselves
-        (folder / "failures.json").write_text(json.dumps(failures), encoding="utf-8")
-
-
-def _keep(folder: Path, words: Sequence[str]) -> int:
-    """Run torchrun in this process until the run ends, or stop it when standard input is closed."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
-
-    def watch() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-    close = SubprocessContext.close
-
-    def close_and_tell(self: Any, death_sig: Any = None, timeout: int = _HURRY) -> None:
-        # ``death_sig`` is given when the run was asked to stop; torchrun then does not report the exit codes itself.
-        close(self, death_sig, timeout if death_sig is None else _GRACE)
-        codes = {rank: one.proc.poll() for rank, one in self.subprocess_handlers.items()}
-        _tell(folder, [{"rank": rank, "code": code} for rank, code in codes.items() if code])
-
-    SubprocessContext.close = close_and_tell  # type: ignore[method-assign]
-    try:
-        main([*words])
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    except ChildFailedError as error:
-        failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-        _tell(folder, [{"rank": rank, "code": failure.exitcode} for rank, failure in failures])
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_keep(Path(sys.argv[1]), sys.argv[2:]))

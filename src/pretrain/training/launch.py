@@ -112,9 +112,9 @@ def follow(
             if screen is not None:
                 screen.close()
         stopped = stop.name or group.stopped()
-        if group.code and (stopped is None or group.broke()):
+        if group.failures and (stopped is None or group.broke()):
             raise group.failure()
-    return read_run(out, stopped if group.code else None)
+    return read_run(out, stopped if group.failures else None)
 
 
 def _say(screen: Progress | None, line: str) -> None:

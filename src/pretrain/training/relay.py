@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain.distributed.launch import SCREEN
+from pretrain.distributed.launched import SCREEN
 from pretrain.training.logging import Progress
 from pretrain.training.state import RunState
 

@@ -25,7 +25,7 @@ from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import RowSource, open_rows
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.distributed.main_process_first import main_process_first
+from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, own_family
