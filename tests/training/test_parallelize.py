@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,14 @@ class Company(World):
 
 def test_hosts_that_differ_have_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least memory, and groups of processes that lie inside of every host."""
-    monkeypatch.setattr(spreading, "host_memory", lambda: 1200.0)
+    monkeypatch.setattr(spreading, "total_memory", lambda: 1200.0)
     alike = Company(4, [[300.0, 300.0, 4]] * 3)
     assert common_ground(CPU, alike) == (300.0, 300.0, 4)
     poorer = Company(4, [[300.0, 250.0, 4], [200.0, 400.0, 4]])
     assert common_ground(CPU, poorer) == (200.0, 250.0, 4)
     assert common_ground(CPU, Company(4, [[300.0, 300.0, 6]])) == (300.0, 300.0, 2)
     assert common_ground(CPU, Company(8, [[None, None, 4]])) == (150.0, 150.0, 4)
-    monkeypatch.setattr(spreading, "host_memory", lambda: None)
+    monkeypatch.setattr(spreading, "total_memory", lambda: math.inf)
     assert common_ground(CPU, World()) == (None, None, 1)
 
 
@@ -145,7 +146,7 @@ def test_a_mesh_is_chosen_by_the_poorest_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rich process and a poor one choose the same, whichever of them asks."""
-    monkeypatch.setattr(spreading, "host_memory", lambda: 8.0 * (1 << 30))
+    monkeypatch.setattr(spreading, "total_memory", lambda: 8.0 * (1 << 30))
     asked = []
 
     def choose(*args: Any, **options: Any) -> Any:
@@ -165,7 +166,7 @@ def test_a_mesh_is_chosen_by_the_poorest_host(
 
 
 def test_a_cpu_has_what_its_container_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spreading, "host_memory", lambda: 1000.0)
+    monkeypatch.setattr(spreading, "total_memory", lambda: 1000.0)
     assert spreading.device_memory(CPU, World()) == 1000.0
     assert spreading.device_memory(CPU, Company(4, [])) == 250.0
 
@@ -177,7 +178,7 @@ def small_host(monkeypatch: pytest.MonkeyPatch, task: Trainer, rows: int) -> Non
     """A host on which so many rows fit, and not one more."""
     needs = needs_of(task, 1)
     total = memory(needs, MeshShape(), "single", rows * needs.row_length).total
-    monkeypatch.setattr(spreading, "host_memory", lambda: total / USABLE)
+    monkeypatch.setattr(spreading, "total_memory", lambda: total / USABLE)
 
 
 def test_a_micro_batch_is_chosen_that_fits(

@@ -279,7 +279,7 @@ def test_a_file_larger_than_memory_is_refused(tmp_path, monkeypatch):
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + 2**46)
     except OSError:
-        monkeypatch.setattr("pretrain.utils.tensors.memory_bytes", lambda: 10)
+        monkeypatch.setattr("pretrain.utils.tensors.total_memory", lambda: 10)
         write_tensors(tmp_path / "small", {"a": torch.zeros(100)})
         path = tmp_path / "small"
     with pytest.raises(CheckpointError, match="memory"):

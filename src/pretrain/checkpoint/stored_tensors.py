@@ -22,9 +22,9 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.nn.layout import ShardSlice, whole
 from pretrain.utils import files
 from pretrain.utils.files import CHUNK, Record, open_regular
+from pretrain.utils.memory_info import total_memory
 from pretrain.utils.tensors import (
     TensorInfo,
-    memory_bytes,
     parse_header,
     read_header_bytes,
     tensor_bytes,
@@ -141,9 +141,9 @@ class StoredTensors:
         place = self._places[key]
         shape = (count, *place.info.shape[1:])
         size = math.prod(shape) * place.info.dtype.itemsize
-        if size > (total := memory_bytes()):
+        if size > (total := total_memory()):
             raise CheckpointError(
-                f"{place.path}: {key!r} takes {size:,} bytes; this machine has {total:,} bytes of memory."
+                f"{place.path}: {key!r} takes {size:,} bytes; this machine has {total:,.0f} bytes of memory."
             )
         tensor = torch.empty(shape, dtype=place.info.dtype)
         row = math.prod(place.info.shape[1:]) * place.info.dtype.itemsize

@@ -1,17 +1,21 @@
 """``pretrain doctor``: facts and problems of this machine, and a check of the links between the processes of a launch.
 
-Started alone it examines this machine and tries an all-reduce of two processes. Started by ``torchrun`` it exchanges
-the introductions of all processes and measures the links between them, as a training run does before its first step.
+Started alone it examines this machine. Started by ``torchrun`` it exchanges the introductions of all processes and
+measures the links between them, as a training run does before its first step.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import statistics
 import sys
+import time
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,23 +23,23 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from pretrain.distributed.fitting import differences
 from pretrain.distributed.handshake import check_links, handshake, introduce
-from pretrain.distributed.launched import launched
-from pretrain.distributed.machine import (
-    Facts,
-    describe,
-    examine,
-    free_memory,
-    multiplication_speed,
-    problems_of,
-)
+from pretrain.distributed.launched import cores, launched
+from pretrain.distributed.network import interfaces
 from pretrain.distributed.store import get, put, wait
 from pretrain.distributed.world import World
 from pretrain.errors import ConfigError, DistributedError, did_you_mean
+from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.utils.files import printable
+from pretrain.utils.memory_info import free_memory, total_memory
 
 __all__ = ["doctor"]
 
+Facts = dict[str, Any]
+
 _STRAGGLER = 0.7  # of the median speed
+_MEASURED = 0.3  # seconds for each dtype; on a busy machine even the best run is too slow
+_LITTLE = 1 << 30  # bytes of free memory or disk; less is reported as a problem
+_LITTLE_SHARED = 256 << 20  # bytes of /dev/shm: NCCL and data workers fail with less
 
 
 def doctor(
@@ -45,7 +49,7 @@ def doctor(
 
     Args:
         device: "auto", "cpu", "cuda" or "mps".
-        out: run directory that all processes must see.
+        out: run directory: the disk whose free space is reported, and that all processes must see.
         as_json: print JSON.
         seconds: time limit for each communication test.
 
@@ -60,13 +64,146 @@ def doctor(
         raise ConfigError(f"--device is {device!r}." + did_you_mean(device, known))
     if launched():
         return _together(device, out, as_json, seconds)
-    facts = examine(device, out or ".", seconds)
+    facts = examine(device, out or ".")
     problems = problems_of(facts, device)
-    if as_json:
-        print(json.dumps(facts | {"problems": problems}, indent=2))
-    else:
-        _print_lines([*describe(facts), "", *_verdict(problems)])
+    hint = "To test the links between processes: torchrun --nproc-per-node 2 -m pretrain doctor"
+    lines = [*describe(facts), "", *_verdict(problems), hint]
+    _show(facts | {"problems": problems}, lines, as_json)
     return 1 if problems else 0
+
+
+# ------------------------------------------------------------------------------------------- this machine
+
+
+def examine(device: str, folder: str) -> Facts:
+    """Return the facts about this machine, with the speed of its device.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "mps".
+        folder: a path on the disk whose free space is reported.
+    """
+    chosen = _choose(device)
+    me = introduce(chosen)
+    versions, gpus = me["versions"] | {"python": platform.python_version()}, []
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{about.major}.{about.minor}"
+        gpus.append({"name": about.name, "free": free, "total": total, "capability": capability})
+    place = Path(os.path.abspath(folder))
+    while not place.exists():
+        place = place.parent
+    return {
+        "host": me["host"],
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "versions": versions,
+        "device": str(chosen),
+        "gpus": gpus,
+        "cores": cores(),
+        "threads": me["threads"],
+        "memory": {"free": free_memory(torch.device("cpu")), "total": total_memory()},
+        "disk": shutil.disk_usage(place).free,
+        "shared_memory": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
+        "speed": multiplication_speed(chosen) | {"bf16_fast": multiplies_bf16_fast(chosen)},
+        "network": interfaces(),
+        "backends": {name: name in _backends() for name in ("gloo", "nccl")},
+    }
+
+
+def _choose(device: str) -> torch.device:
+    """Return the device that a run would use; the CPU if the wanted one cannot be used."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = next((name for name, is_there in there.items() if is_there), "cpu")
+    return torch.device(device if there.get(device) else "cpu")
+
+
+def _backends() -> list[str]:
+    names = ("gloo", "nccl") if dist.is_available() else ()
+    return [name for name in names if getattr(dist, f"is_{name}_available")()]
+
+
+def multiplication_speed(device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s of a product of two square matrices in fp32 and in bf16, the best of several runs."""
+    size = 4096 if device.type == "cuda" else 512
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        best, end = float("inf"), time.perf_counter() + _MEASURED
+        while (began := time.perf_counter()) < end or best == float("inf"):
+            product = matrix @ matrix
+            float(product[0, 0])  # synchronises with the device
+            best = min(best, time.perf_counter() - began)
+        found[name] = 2 * size**3 / best
+    return found
+
+
+def problems_of(facts: Facts, device: str) -> list[str]:
+    """Return the problems that will stop a run on this machine, each with its remedy."""
+    found = []
+    if device in ("cuda", "mps") and facts["device"] != device:
+        found.append(f"no {device} device can be used. {_why_no_gpu(facts)}")
+    elif device == "auto" and os.path.exists("/dev/nvidiactl") and not facts["gpus"]:
+        found.append(
+            f"this machine has an NVIDIA GPU that torch does not use. {_why_no_gpu(facts)}"
+        )
+    if facts["memory"]["free"] < _LITTLE:
+        found.append(
+            f"only {_gib(facts['memory']['free'])} of memory are free. End other programs."
+        )
+    if facts["disk"] < _LITTLE:
+        found.append(
+            f"only {_gib(facts['disk'])} of disk are free here, and a checkpoint takes 12 bytes for each parameter. "
+            "Delete something, or name another place with --out."
+        )
+    shared = facts["shared_memory"]
+    if shared is not None and shared < _LITTLE_SHARED:
+        found.append(
+            f"/dev/shm has only {shared >> 20} MiB free, and NCCL needs it between the GPUs of a host. In a container "
+            "give it more, e.g. docker run --shm-size=1g."
+        )
+    if not any(facts["backends"].values()):
+        found.append("this build of torch has no torch.distributed. Install one that has.")
+    if len(facts["gpus"]) > 1 and not facts["backends"]["nccl"]:
+        found.append("this machine has several GPUs, but torch has no NCCL. Install a CUDA build.")
+    return found
+
+
+def _why_no_gpu(facts: Facts) -> str:
+    if "cuda" not in facts["versions"] and facts["device"] != "mps":
+        return f"torch {facts['versions']['torch']} is a build without CUDA: install one with it."
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or check it against nvidia-smi."
+    return "Check with nvidia-smi that the driver works and is new enough for torch's CUDA."
+
+
+def describe(facts: Facts) -> list[str]:
+    """Return the facts as aligned lines of text."""
+    memory, speed, versions = facts["memory"], facts["speed"], facts["versions"]
+    faster = "faster" if speed["bf16_fast"] else "not faster"
+    rows = [
+        ("host", f"{facts['host']}, {facts['system']}"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+        ("device", facts["device"]),
+        *((f"  cuda:{n}", _gpu(gpu)) for n, gpu in enumerate(facts["gpus"])),
+        ("processor", f"{facts['cores']} cores, torch uses {facts['threads']} threads"),
+        ("memory", f"{_gib(memory['free'])} free of {_gib(memory['total'])}"),
+        ("disk", f"{_gib(facts['disk'])} free"),
+        (
+            "speed",
+            f"fp32 {_flops(speed['fp32'])}, bf16 {_flops(speed['bf16'])}: bf16 is {faster} on this hardware",
+        ),
+        ("network", "; ".join(map(_interface, facts["network"])) or "no address"),
+        (
+            "torch.distributed",
+            ", ".join(f"{k} {'yes' if v else 'no'}" for k, v in facts["backends"].items()),
+        ),
+    ]
+    if facts["shared_memory"] is not None:
+        rows.insert(-3, ("shared memory", f"{_gib(facts['shared_memory'])} free in /dev/shm"))
+    return _aligned(rows, "<<")
 
 
 # ------------------------------------------------------------------------------------------- several processes
@@ -90,21 +227,25 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
         put(store, f"links/{world.rank}", links)
         keys = [f"links/{rank}" for rank in range(world.size)]
         if not wait(store, keys, seconds):
-            late = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise DistributedError(f"The all-reduce came back here, but not on rank {late}.")
+            late = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+            raise DistributedError(
+                f"The all-reduce ended on rank {world.rank}, but not on rank {late} within {seconds:g} seconds. "
+                "Look there for a problem of its device or network."
+            )
     except DistributedError as error:
         # Rank 0 prints the problems that it found for all; other ranks print only the errors that they ran into alone.
         if world.is_rank_zero or not store.check(["verdict"]) or everybody:
-            _print_problem(str(error), everybody, as_json)
-        _leave(1)
+            said = {"ranks": everybody, "problems": [str(error)]}
+            _show(said, _verdict([str(error)]), as_json)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the teardown of a process group would wait for missing processes
     if world.is_rank_zero:
         for facts, key in zip(everybody, keys, strict=True):
             facts["links"] = get(store, key)
         notes = [*differences(everybody), *_stragglers(everybody)]
-        if as_json:
-            print(json.dumps({"ranks": everybody, "notes": notes, "problems": []}, indent=2))
-        else:
-            _print_lines([*table(everybody), "", *(f"note: {n}" for n in notes), *_verdict([])])
+        lines = [*table(everybody), "", *(f"note: {n}" for n in notes), *_verdict([])]
+        _show({"ranks": everybody, "notes": notes, "problems": []}, lines, as_json)
         put(store, "over", True)
     wait(store, ["over"], seconds)  # rank 0 may host the store
     world.destroy_process_group()
@@ -112,22 +253,16 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
 
 
 def _own_device(device: str, world: World) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        number = torch.cuda.device_count()
-        if not number:
-            raise DistributedError(
-                f"Rank {world.rank} (host {world.host}) has no CUDA device. Install a CUDA build of torch and the "
-                "driver, or use --device cpu."
-            )
-        torch.cuda.set_device(world.local_rank % number)
-        return torch.device("cuda", world.local_rank % number)
-    return torch.device(device)
-
-
-def _backends() -> list[str]:
-    return [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()]
+    found = _choose("cuda" if device == "auto" else device)
+    if device not in ("auto", found.type):
+        raise DistributedError(
+            f"Rank {world.rank} (host {world.host}) has no {device} device. Install a torch build for its hardware "
+            "and the driver, or use --device cpu."
+        )
+    if found.type == "cuda":
+        found = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(found)
+    return found
 
 
 def _stragglers(everybody: Sequence[Facts]) -> list[str]:
@@ -159,21 +294,13 @@ def table(everybody: Sequence[Facts]) -> list[str]:
                 f"{links['latency_us']:.0f}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in (1, 2) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
     megabytes = everybody[0]["links"]["megabytes"]
     versions = ", ".join(f"{name} {number}" for name, number in everybody[0]["versions"].items())
-    lines.append("")
-    lines.append(
-        f"all have {versions}; GB/s is the bus bandwidth of an all-reduce of {megabytes:.0f} MiB"
-    )
-    return lines
+    return [
+        *_aligned(rows, "><<>>>>>"),
+        "",
+        f"all have {versions}; GB/s is the bus bandwidth of an all-reduce of {megabytes:.0f} MiB",
+    ]
 
 
 # ------------------------------------------------------------------------------------------- printing
@@ -183,19 +310,34 @@ def _verdict(problems: Sequence[str]) -> list[str]:
     return [f"problem: {problem}" for problem in problems] or ["no problems found"]
 
 
-def _print_problem(text: str, everybody: Sequence[Facts], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"ranks": list(everybody), "problems": [text]}, indent=2))
-    else:
-        _print_lines([f"problem: {text}"])
+def _show(report: Facts, lines: Sequence[str], as_json: bool) -> None:
+    text = json.dumps(report, indent=2) if as_json else "\n".join(map(printable, lines))
+    print(text, flush=True)
 
 
-def _print_lines(lines: Sequence[str]) -> None:
-    print("\n".join(map(printable, lines)), flush=True)
+def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Return rows of cells as lines, with columns aligned to the ``sides``, < or > for each."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
-def _leave(code: int) -> NoReturn:
-    """Exit at once: the teardown of a process group would wait for missing processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _gpu(gpu: Facts) -> str:
+    free, total = _gib(gpu["free"]), _gib(gpu["total"])
+    return f"{gpu['name']}, {free} free of {total}, compute capability {gpu['capability']}"
+
+
+def _interface(one: Facts) -> str:
+    speed = one.get("speed", -1)
+    rate = f", {speed / 1000:g} Gbit/s" if isinstance(speed, int) and speed > 0 else ""
+    return f"{one['name']} {one['address']}{rate}".strip()
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _flops(speed: float) -> str:
+    return f"{speed / 1e12:.1f} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.0f} GFLOP/s"

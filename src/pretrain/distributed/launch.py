@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.distributed.launched import ERROR, GRACE, SCREEN
+from pretrain.distributed.launched import ERROR, GRACE, SCREEN, cores
 from pretrain.distributed.watch import EXIT_LOST
 from pretrain.errors import ConfigError, DistributedError, PretrainError, named_error
 
@@ -249,11 +249,8 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
     env |= {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     env |= {SCREEN: str(screen), "PRETRAIN_DEBUG": "1", "PYTHONUNBUFFERED": "1"}
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     if threads or "OMP_NUM_THREADS" not in os.environ:
-        env["OMP_NUM_THREADS"] = str(threads or max(1, cores // devices))
+        env["OMP_NUM_THREADS"] = str(threads or max(1, cores() // devices))
     names = [name for _, name in socket.if_nameindex()]
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
     if loopback is not None:

@@ -22,7 +22,7 @@ from pretrain.errors import DistributedError, PretrainError
 if TYPE_CHECKING:  # both import torch, which a command without a launcher does not need here
     from pretrain.distributed.world import World
 
-__all__ = ["ERROR", "GRACE", "SCREEN", "launched", "main_process_first", "prints_error"]
+__all__ = ["ERROR", "GRACE", "SCREEN", "cores", "launched", "main_process_first", "prints_error"]
 
 SCREEN = "PRETRAIN_SCREEN"
 """Environment variable with the path of the file to which the run relays its screen instead of drawing it."""
@@ -40,6 +40,13 @@ T = TypeVar("T")
 def launched() -> bool:
     """Return whether a launcher such as torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def prints_error(error: PretrainError) -> bool:

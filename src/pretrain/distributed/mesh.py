@@ -7,12 +7,9 @@ a list of those that can. Nothing here needs `torch.distributed`. Memory is esti
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pretrain.config import ParallelConfig
 from pretrain.distributed.estimates import Memory, MeshShape, Needs, keeps_whole, memory
@@ -24,7 +21,6 @@ __all__ = [
     "ParallelPlan",
     "check_batch",
     "choose_mesh",
-    "host_memory",
     "possible_worlds",
 ]
 
@@ -376,16 +372,3 @@ def _listed(numbers: Sequence[int], around: int = 0) -> str:
         sorted(numbers, key=lambda n: abs(n - around))[:_SHOWN] if around else numbers[:_SHOWN]
     )
     return ", ".join(f"{n:,}" for n in kept) + ", ..." * (len(kept) < len(numbers))
-
-
-def host_memory() -> float | None:
-    """Return the bytes of memory of this host, or of its container; None if the system does not report them."""
-    found = []
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            found.append(float(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
-        except (OSError, ValueError):
-            continue
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    return min(found, default=None)

@@ -23,9 +23,9 @@ from pretrain.data.tables import Table, read_table, splits
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import TASKS, build_objective, task_class
 from pretrain.objectives.tasks import Task
-from pretrain.training.memory import peak_memory
 from pretrain.training.precision import choose_device
 from pretrain.utils.files import note
+from pretrain.utils.memory_info import peak_memory
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

@@ -6,7 +6,6 @@ A config.json is untrusted input: types are checked, numbers are bounded, and ke
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +14,7 @@ from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.block import BlockConfig
 from pretrain.nn.mlp import ACTIVATIONS
 from pretrain.nn.positions import ROPE_TYPES, check_rope
+from pretrain.utils.memory_info import physical_memory
 
 __all__ = ["SIZES", "BackboneConfig", "ConfigReader", "Key", "drop_code", "round_up"]
 
@@ -80,14 +80,6 @@ class Key:
 
 def _annotation(spec: Field[Any]) -> str:
     return str(spec.type).removeprefix("<class '")  # the class itself without postponed annotations
-
-
-def _physical_memory() -> int:
-    """Return the bytes of memory of this machine, or 2^50 where the system does not report them."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +227,7 @@ class BackboneConfig:
             value = getattr(self, name)
             if value is not None and value >= self.vocab_size:
                 raise ConfigError(f"{name} {value} is not below vocab_size {self.vocab_size}.")
-        needed, memory = 4 * self.parameter_count(), _physical_memory()
+        needed, memory = 4 * self.parameter_count(), physical_memory()
         if needed > memory:
             raise ConfigError(
                 f"This model would have {needed // 4:,} parameters, {needed / 2**30:,.0f} GiB in fp32, and this "

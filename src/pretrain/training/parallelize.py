@@ -15,12 +15,13 @@ import torch
 from pretrain.checkpoint import RunLock
 from pretrain.distributed.estimates import Needs
 from pretrain.distributed.handshake import fingerprint
-from pretrain.distributed.mesh import choose_mesh, host_memory
+from pretrain.distributed.mesh import choose_mesh
 from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.tensor_parallel import possible_tp
 from pretrain.distributed.world import World
 from pretrain.training.plan import choose_micro_rows, row_length
 from pretrain.training.precision import choose_device
+from pretrain.utils.memory_info import total_memory
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
@@ -163,8 +164,8 @@ def device_memory(device: torch.device, world: World) -> float | None:
 
 def host_share(world: World) -> float | None:
     """Return the bytes of host (or container) memory per local rank; None if unknown."""
-    found = host_memory()
-    return None if found is None else found / world.local_size
+    found = total_memory()
+    return None if math.isinf(found) else found / world.local_size
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import local
 from pretrain.training.dry_run import dry_run
 from pretrain.training.evaluate import NoTargets, evaluate_rows
-from pretrain.training.memory import free_memory, peak_memory
 from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
 from pretrain.utils.directories import temporary_name
+from pretrain.utils.memory_info import free_memory, peak_memory
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils.files import CHUNK, HashingFile, Record, open_regular
+from pretrain.utils.memory_info import total_memory
 from pretrain.utils.strict_json import parse_json
 
 __all__ = [
     "LazyTensors",
     "TensorFile",
     "TensorInfo",
-    "memory_bytes",
     "parse_header",
     "read_header",
     "read_header_bytes",
@@ -391,13 +391,8 @@ def _naturals(value: object) -> bool:
     )
 
 
-def memory_bytes() -> int:
-    """Return the physical memory of this machine in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def _fits_memory(path: Path, size: int) -> None:
-    if size > (total := memory_bytes()):
+    if size > (total := total_memory()):
         raise CheckpointError(
-            f"{path} holds {size:,} bytes; this machine has {total:,} bytes of memory."
+            f"{path} holds {size:,} bytes; this machine has {total:,.0f} bytes of memory."
         )
