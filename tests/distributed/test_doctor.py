@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main as cli
-from pretrain.distributed import doctor, network
+from pretrain.distributed import doctor
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -110,17 +110,3 @@ def test_a_slow_rank_is_noted() -> None:
     assert "rank 2 (host n2) computes at 40%" in note
 
 
-def test_where_a_run_listens(monkeypatch: Any) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert network.on_one_host(2) and not network.on_one_host(4)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setenv("MASTER_ADDR", "10.9.9.9")
-    assert not network.on_one_host(2)
-    sock, addresses = network.listen(True)
-    assert addresses == ["127.0.0.1"] == [sock.getsockname()[0]]
-    sock.close()
-    sock, addresses = network.listen(False)  # nobody here has that address
-    assert addresses and "10.9.9.9" not in addresses
-    sock.close()
-    with pytest.raises(OSError):
-        network.connect([], 1, 0.1)

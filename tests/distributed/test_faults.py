@@ -21,7 +21,7 @@ import pytest
 from distributed.cluster import environment
 from distributed.fault_table import SIGNALS, STRATEGIES, WORKER, Stage, events, result, trial
 from distributed.fault_worker import PHASES
-from pretrain.distributed.lifeline import EXIT_LOST
+from pretrain.distributed.watchdog import EXIT_LOST
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="its processes end with their parent on Linux only"

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from distributed.fault_table import SILENCE, STEPS, WORKER, Stage, events, found, result
-from distributed.lifeline_worker import Crew
 from distributed.netns import Hosts, permitted
 from distributed.torchrun import Torchrun
+from distributed.watchdog_worker import Crew
 from pretrain.distributed import record
-from pretrain.distributed.lifeline import EXIT_LOST
+from pretrain.distributed.watchdog import EXIT_LOST
 
 WATCHED = 3.0  # seconds of silence in the tests of the watchdog alone
 
@@ -80,6 +80,7 @@ def test_both_sides_of_a_cut_link_name_whom_they_lost(
     began = time.time()
     getattr(hosts, how)(1)
     codes = crews[0].wait(20) | crews[1].wait(5)
+    hosts.mend(1) if how == "cut" else hosts.plug(1)
     assert codes == dict.fromkeys(range(4), EXIT_LOST)
     late = max(at for crew in crews for _, at in crew.ended.values()) - began
     print(f"\nall left {late:.2f} s after the link was {how}")
@@ -90,7 +91,6 @@ def test_both_sides_of_a_cut_link_name_whom_they_lost(
     for rank in range(4):
         named = lost[rank // 2]["rank"]
         assert f"Rank {named} of 4" in crews[rank // 2].err(rank)
-    hosts.mend(1) if how == "cut" else hosts.plug(1)
 
 
 def _ended(pid: int) -> bool:

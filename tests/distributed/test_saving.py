@@ -15,8 +15,8 @@ from distributed.cluster import environment
 from distributed.saving_worker import LIMIT
 from distributed.torchrun import launch
 from pretrain.checkpoint import latest, verify
-from pretrain.distributed.lifeline import EXIT_LOST, SLOW
 from pretrain.distributed.record import FILE
+from pretrain.distributed.watchdog import EXIT_LOST, SLOW
 
 WORKER = Path(__file__).with_name("saving_worker.py")
 

@@ -14,6 +14,7 @@ server ends, however it does, everything it started is killed.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import json
@@ -283,7 +284,8 @@ class Torchrun:
     def kill(self) -> None:
         """End what runs, at once."""
         if self.pid and self._code < 0:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(self.pid, signal.SIGKILL)
             self._expect("ended", 10)
             self._code = 137
 

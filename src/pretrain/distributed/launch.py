@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.distributed.launched import ERROR, GRACE, SCREEN, cores
-from pretrain.distributed.watch import EXIT_LOST
+from pretrain.distributed.watchdog import EXIT_LOST
 from pretrain.errors import ConfigError, DistributedError, PretrainError, named_error
 
 __all__ = ["Launched", "count_devices"]

@@ -21,10 +21,10 @@ from typing import Any
 from pretrain.utils.files import printable, replace_file
 
 __all__ = [
+    "ENDED",
     "FILE",
     "Record",
     "describe",
-    "forget",
     "is_waiting",
     "main_stack",
     "process_state",
@@ -34,13 +34,14 @@ __all__ = [
 ]
 
 FILE = "failure.json"
+ENDED = "dead"
 Record = dict[str, Any]
 
 _FRAMES, _TEXT = 60, 12_000  # limits for one stack: frames, characters
 _SHOWN = 8  # frames of this process's own stack on stderr
 _REMEDIES = {
     "died": "It was killed or it crashed: see its own output, and `dmesg` of its host for the out-of-memory killer.",
-    "silent": "Its process is stopped, its host is off, or the network between the hosts is cut.",
+    "silent": "Its process is stopped or dead, its host is off, or the network between the hosts is cut.",
     "hung": "Its stack shows where. If that work may take so long, raise parallel.timeout.",
     "raised": "What it says is the first failure; failures of other processes follow from it.",
 }
@@ -108,19 +109,22 @@ def is_waiting(stack: str) -> bool:
 def process_state(pid: int) -> str:
     """Return the state of a process of this host that does not run, e.g. "stopped by a signal"; "" otherwise.
 
-    Only Linux reports it.
+    Other systems than Linux only report whether it has ended.
     """
     known = {
         "T": "stopped by a signal",
         "t": "stopped by a debugger",
         "D": "in uninterruptible input or output",
-        "Z": "dead, not yet collected by its parent",
+        "Z": ENDED,  # not yet collected by its parent
     }
-    try:
+    with contextlib.suppress(OSError):
         text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return known.get(text.rpartition(")")[2].split()[0], "")
+        return known.get(text.rpartition(")")[2].split()[0], "")
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return ENDED if isinstance(error, ProcessLookupError) else ""
+    return ""
 
 
 def describe(record: Mapping[str, Any], size: int) -> str:
@@ -170,18 +174,13 @@ def write(run_dir: Path, record: Record, stacks: Mapping[int, str]) -> None:
         if json.loads(path.read_bytes()[: 4 << 20]).get("run") == record.get("run"):
             return
     same = defaultdict(list)
-    for rank, stack in sorted(stacks.items()):
+    own = {record["rank"]: record["stack"]} if record.get("stack") else {}
+    for rank, stack in sorted((dict(stacks) | own).items()):
         same[stack].append(rank)
     whole = record | {"stacks": [{"ranks": r, "stack": s.split("\n")} for s, r in same.items()]}
     text = json.dumps(_without_places(whole), indent=2, ensure_ascii=True)
     with contextlib.suppress(OSError):
         replace_file(path, f"{text}\n".encode())
-
-
-def forget(run_dir: Path) -> None:
-    """Remove the record of an earlier attempt, after a normal end of the run."""
-    with contextlib.suppress(OSError):
-        (run_dir / FILE).unlink()
 
 
 def _without_places(value: Any) -> Any:

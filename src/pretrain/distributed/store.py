@@ -1,14 +1,19 @@
-"""JSON values on the key-value store of the rendezvous, for communication before the process group exists."""
+"""Key-value store of the rendezvous: JSON values before the process group exists, and a part for each start."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["all_here", "get", "put", "wait"]
+from torch.distributed.distributed_c10d import PrefixStore
+
+from pretrain.errors import DistributedError
+
+__all__ = ["all_here", "get", "put", "store_of_this_start", "wait"]
 
 _PATIENT = 60.0  # seconds between messages that name the ranks that are waited for
 _LARGEST = 64 << 20  # maximum bytes of a value
@@ -43,3 +48,44 @@ def all_here(store: Any, rank: int, size: int, say: Callable[[str], object]) -> 
         late = [str(one) for one, key in enumerate(keys) if not store.check([key])]
         if rank == 0 and late:
             say(f"waiting for rank {', '.join(late)}, still preparing data or model")
+
+
+def store_of_this_start(store: Any, rank: int, size: int, patience: float = 300.0) -> Any:
+    """Return the part of a store that only the processes of this start use; rank 0 and the others wait for each other.
+
+    A launcher that restarts all processes keeps its store, with the old keys, and the launchers of several hosts may
+    count restarts differently, so no number in the environment identifies a start. Instead rank 0 gives its start a
+    random name, and each other rank asks for it with a random nonce. The name of an earlier start is never read,
+    because only the running rank 0 answers a fresh nonce.
+
+    Args:
+        store: shared by all ranks (`torch.distributed.Store`).
+        rank: of this process.
+        size: world size.
+        patience: seconds to wait for rank 0, and for rank 0 to wait for the others.
+
+    Raises:
+        DistributedError: a rank is missing.
+    """
+    name, missing, end = secrets.token_hex(8), set(range(1, size)), time.monotonic() + patience
+    if rank:
+        store.set(f"asked/{rank}", name)
+        if wait(store, [f"answer/{name}"], patience):
+            name, missing = store.get(f"answer/{name}").decode(), set()
+            store.set(f"start/{name}/came/{rank}", "")
+        else:
+            missing = {0}
+    # Not in a thread: another thread that waits on the store would block its connection meanwhile.
+    while rank == 0 and missing and time.monotonic() < end:
+        for other in sorted(missing):
+            if store.check([f"start/{name}/came/{other}"]):
+                missing.discard(other)
+            elif store.check([f"asked/{other}"]):
+                store.set(f"answer/{store.get(f'asked/{other}').decode()}", name)
+        time.sleep(0.02 if missing else 0)
+    if missing:
+        raise DistributedError(
+            f"Rank {', '.join(map(str, sorted(missing)))} of {size} did not come within {patience:g} seconds, says "
+            f"rank {rank}. Check on its host that the process was started, and what it printed."
+        )
+    return PrefixStore(f"start/{name}", store)

@@ -25,10 +25,9 @@ from pretrain.checkpoint.peers import errors_on_all_ranks, raise_on_all_ranks
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.handshake import check_links, handshake, introduce
 from pretrain.distributed.launched import launched
-from pretrain.distributed.lifeline import SLOW, Lifeline, WriterPeers
 from pretrain.distributed.point_to_point import Callers, Peers, connect, gather_json
-from pretrain.distributed.restarts import store_of_this_start
-from pretrain.distributed.store import all_here, put, wait
+from pretrain.distributed.store import all_here, put, store_of_this_start, wait
+from pretrain.distributed.watchdog import SLOW, Watchdog, WriterPeers
 from pretrain.errors import DistributedError, PretrainError
 from pretrain.utils.directories import make_directories
 from pretrain.utils.files import note, writing
@@ -70,7 +69,7 @@ class World:
         self._control: Any = None  # process group for Python values; None is the default group
         self._place = ("start", 0)
         self.turns = self._entries = 0
-        self._lifeline: Lifeline | None = None
+        self._watchdog: Watchdog | None = None
         self.links: dict[str, float] = {}
 
     # ------------------------------------------------------------------ before the process group exists
@@ -255,9 +254,9 @@ class World:
         except DistributedError as error:
             error.everywhere = True
             raise
-        watched = PrefixStore("lifeline", store)
-        with Lifeline(watched, self.rank, self.size, run_dir=out, timeout=timeout) as lifeline:
-            self._lifeline = lifeline
+        watched = PrefixStore("watchdog", store)
+        with Watchdog(watched, self.rank, self.size, run_dir=out, timeout=timeout) as watchdog:
+            self._watchdog = watchdog
             try:
                 new = not self.joined
                 device = self.init_process_group(device)
@@ -265,17 +264,16 @@ class World:
                     self.links = check_links(dist.all_reduce, device, self.rank, self.size)
                 yield device
                 # A launcher may send SIGTERM to the other processes when the first one exits: all wait for each other.
-                with lifeline.waiting():
-                    self.all_reduce_sum([0.0])
+                self.all_reduce_sum([0.0])
             except PretrainError as error:
                 error.everywhere |= self._all_failed(store)
                 if not error.everywhere:
                     # The caller may catch the error and continue, so this process must not be ended.
-                    lifeline.fail(error, end_within=None)
-                lifeline.close()
+                    watchdog.fail(error, end_within=None)
+                watchdog.close()
                 raise
             finally:
-                self._lifeline = None
+                self._watchdog = None
 
     def _all_failed(self, store: Any) -> bool:
         """Return whether all other ranks fail as well, as they do for a setting that is wrong on all ranks."""
@@ -285,8 +283,8 @@ class World:
     def mark(self, phase: str, step: int) -> None:
         """Report the phase and step of this process to the watchdog, which needs them to find a hung process."""
         self._place = phase, step
-        if self._lifeline is not None:
-            self._lifeline.mark(phase, step)
+        if self._watchdog is not None:
+            self._watchdog.mark(phase, step)
 
     def heartbeat(self) -> None:
         """Report progress within the phase and step that were marked last."""
@@ -377,7 +375,7 @@ class World:
         if self._background is None:
             # The writer thread may wait for a slow disk: the watchdog detects a hang, not the timeout of this group.
             self._background = dist.new_group(None, datetime.timedelta(days=1), "gloo")
-        return WriterPeers(self.rank, self.size, self._background, lambda: self._lifeline)
+        return WriterPeers(self.rank, self.size, self._background, lambda: self._watchdog)
 
 
 _world: World | None = None

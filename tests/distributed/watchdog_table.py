@@ -1,6 +1,6 @@
 """How long the survivors need after each signal to each rank in each phase: a table for the documentation.
 
-    PYTHONPATH=src:tests python tests/distributed/lifeline_table.py --ranks 3 --silence 5
+    PYTHONPATH=src:tests python tests/distributed/watchdog_table.py --ranks 3 --silence 5
 
 Each cell is a run of real processes (gloo, this host); the rank sends the signal to itself, 0.4 s into that phase. A
 time is that from the signal to the end of the last survivor; for SIGSTOP it contains the silence. "named" counts runs
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from distributed.lifeline_worker import PHASES, Crew
-from pretrain.distributed.lifeline import EXIT_LOST
+from distributed.watchdog_worker import PHASES, Crew
+from pretrain.distributed.watchdog import EXIT_LOST
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 

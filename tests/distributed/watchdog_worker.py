@@ -8,9 +8,9 @@ What a process does comes as JSON. Keys, all optional, where ``[rank, step]`` sa
 - ``fork``: leave a child behind that outlives this process;
 - ``signal``: [rank, step, phase, number] sends itself a signal, ``into`` seconds later, having printed the time;
 - ``only``: {phase: rank} marks an own phase at the end of every step and stays there for a moment;
-- ``options``: of `Lifeline`;  ``run_dir``.
+- ``options``: of `Watchdog`;  ``run_dir``.
 
-One process by hand: ``RANK=0 WORLD_SIZE=2 MASTER_PORT=... python tests/distributed/lifeline_worker.py '{...}'``.
+One process by hand: ``RANK=0 WORLD_SIZE=2 MASTER_PORT=... python tests/distributed/watchdog_worker.py '{...}'``.
 With ``--serve`` it imports torch once and forks a process for every line that it reads; see ``Crew``.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.distributed.lifeline import Lifeline
+from pretrain.distributed.watchdog import Watchdog
 from pretrain.errors import PretrainError, TrainingError
 
 PHASES = ("data", "forward", "backward", "update", "evaluate", "save")
@@ -55,12 +55,12 @@ def reached(orders: dict[str, Any], rank: int, number: int, phase: str) -> None:
         os.kill(os.getpid(), signal_number)
 
 
-def step(orders: dict[str, Any], rank: int, number: int, lifeline: Lifeline) -> None:
+def step(orders: dict[str, Any], rank: int, number: int, watchdog: Watchdog) -> None:
     """Data, forward, backward with the meeting of all, update, and what was ordered."""
     here = [rank, number]
     seconds = orders.get("seconds", 0.05)
     for phase in PHASES:
-        lifeline.mark(phase, number)
+        watchdog.mark(phase, number)
         reached(orders, rank, number, phase)
         if phase == "forward":
             if orders.get("hang") == here:
@@ -78,7 +78,7 @@ def step(orders: dict[str, Any], rank: int, number: int, lifeline: Lifeline) -> 
         time.sleep(seconds / 6)
     for phase, who in orders.get("only", {}).items():
         if rank == who:
-            lifeline.mark(phase, number)
+            watchdog.mark(phase, number)
             time.sleep(seconds)
 
 
@@ -97,9 +97,9 @@ def work(orders: dict[str, Any]) -> None:
         "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=limit
     )
     options = orders.get("options", {})
-    with Lifeline(
+    with Watchdog(
         dist.PrefixStore("life", store), rank, size, run_dir=orders.get("run_dir"), **options
-    ) as lifeline:
+    ) as watchdog:
         if orders.get("fork") and os.fork() == 0:
             os.close(1)
             os.close(2)
@@ -107,7 +107,7 @@ def work(orders: dict[str, Any]) -> None:
             os._exit(0)
         reached(orders, rank, 0, "start")
         for number in range(orders.get("steps", 5)):
-            step(orders, rank, number, lifeline)
+            step(orders, rank, number, watchdog)
             print(f"step {number} {time.time():.3f}", flush=True)
     print("done", flush=True)
     dist.destroy_process_group()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,10 +17,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from distributed.lifeline_worker import PHASES, Crew
+from distributed.watchdog_worker import PHASES, Crew
 from pretrain.distributed import record
-from pretrain.distributed.json_socket import Wire
-from pretrain.distributed.lifeline import EXIT_LOST, Lifeline
+from pretrain.distributed.watchdog import EXIT_LOST, Member, Watchdog
 from pretrain.errors import DistributedError
 
 DEATH = 5.0  # seconds in which the survivors must have left
@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_others(crew: Crew, lost: int) -> None:
     assert found["phase"] in ("start", *PHASES)
     stacks = {rank: one["stack"] for one in written(crew)["stacks"] for rank in one["ranks"]}
     assert set(stacks) >= ({0, 1} if lost else set()) or 1 in stacks or 2 in stacks
-    assert any("lifeline_worker.py" in line for one in stacks.values() for line in one)
+    assert any("watchdog_worker.py" in line for one in stacks.values() for line in one)
     assert not any(line.startswith("/") for one in stacks.values() for line in one)
     del keep
 
@@ -190,88 +190,60 @@ def test_all_stopped_and_continued_goes_on(crew: Crew) -> None:
     del keep
 
 
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "silent")])
+def test_all_leave_when_the_store_of_the_launcher_is_lost(
+    crew: Crew, number: int, kind: str
+) -> None:
+    code = (
+        "import sys, torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True)\n"
+        "sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        port = int(launcher.stdout.readline())
+        orders = {"steps": LONG, "run_dir": str(crew.folder), "options": {"silence": 3.0}}
+        crew.start([0, 1], 2, port, orders)
+        crew.until(1, "step 1")
+        launcher.send_signal(number)
+        began = time.time()
+        assert crew.wait(3.0 + DEATH + 3) == {0: EXIT_LOST, 1: EXIT_LOST}
+        assert max(at for _, at in crew.ended.values()) - began < 3.0 + DEATH
+        launcher.kill()
+    for rank in range(2):
+        found = said(crew, rank)
+        assert (found["rank"], found["kind"]) == (0, kind) and "store" in found["what"]
+    assert written(crew)["rank"] == 0
+
+
 # ------------------------------------------------------------------------------------------ without processes
 
 
 def test_one_process_has_nothing_to_watch() -> None:
-    with Lifeline(None, 0, 1) as lifeline:
-        lifeline.mark("forward", 1)
-        with lifeline.waiting():
-            pass
-    lifeline.fail(RuntimeError("x"))
-    with pytest.raises(ValueError), Lifeline(None, 0, 1):
+    with Watchdog(None, 0, 1) as watchdog:
+        watchdog.mark("forward", 1)
+    watchdog.fail(RuntimeError("x"))
+    with pytest.raises(ValueError), Watchdog(None, 0, 1):
         raise ValueError
 
 
 def test_marks_are_cheap() -> None:
-    lifeline = Lifeline(None, 0, 1)
+    watchdog = Watchdog(None, 0, 1)
     began = time.perf_counter()
     for step in range(20_000):
-        lifeline.mark("forward", step)
+        watchdog.mark("forward", step)
     assert (
         time.perf_counter() - began
     ) / 20_000 < 20e-6  # well below a microsecond on a quiet machine
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    with pytest.raises(DistributedError, match=r"of 2 processes waited 0\.3 seconds for rank 1"):
-        Lifeline(dist.HashStore(), 0, 2, patience=0.3)
-    with pytest.raises(DistributedError, match="cannot reach the watchdog of rank 0"):
-        Lifeline(dist.HashStore(), 1, 2, patience=0.3)
-
-
-def test_a_stranger_is_not_let_in() -> None:
-    """Without the token of the run a connection is cut off, and what it says is not even parsed for long."""
-    store, failures = dist.HashStore(), []
-
-    def build() -> None:
-        try:
-            Lifeline(store, 0, 2, patience=2.0)
-        except DistributedError as error:
-            failures.append(str(error))
-
-    hub = threading.Thread(target=build)
-    hub.start()
-    store.wait(["lifeline"], datetime.timedelta(seconds=30))
-    place = json.loads(store.get("lifeline"))
-    assert place["addresses"] == ["127.0.0.1"] and len(place["token"]) == 32
-    for line in (
-        b'{"token": "guess", "rank": 1}\n',
-        b'{"rank": 1}\n',
-        b'{"token": "\\ud800", "rank": 1}\n',
-        b'{"token": "%s", "rank": [1]}\n' % place["token"].encode(),
-        b'{"token": "%s", "rank": 1e999}\n' % place["token"].encode(),
-        b"x" * 40_000,
-        b"[1]\n",
-        b'{"token": "%s", "rank": 7}\n' % place["token"].encode(),
-        b"\x80\x04K\x01.\n",
-    ):
-        with socket.create_connection(("127.0.0.1", place["port"]), timeout=5) as sock:
-            try:
-                sock.sendall(line)
-                assert sock.recv(100) == b"", line
-            except ConnectionError:
-                pass
-    hub.join(30)
-    assert "seconds for rank 1" in failures[0]
-
-
-def test_messages_arrive_whole_in_any_pieces() -> None:
-    left, right = (Wire(sock) for sock in socket.socketpair())
-    left.send({"a": "x" * 100_000})
-    left.send({"b": 1})
-    received: list[Any] = []
-    for _ in range(100):
-        left.flush()
-        received += right.receive()
-        if received and received[-1] == {"b": 1}:
-            break
-    assert received == [{"a": "x" * 100_000}, {"b": 1}]
-    left.send({"c": 2})
-    left.send({"d": 3})
-    assert right.ask(1.0) == {"c": 2} and right.ask(1.0) == {"d": 3} and right.ask(0.1) is None
-    left.close()
-    assert right.receive() == [] and right.ended and "without a goodbye" in right.gone
+    with pytest.raises(DistributedError, match=r"rank 0 of 2 waited 0\.3 seconds for rank 1\."):
+        Watchdog(dist.HashStore(), 0, 2, patience=0.3)
+    with pytest.raises(DistributedError, match=r"rank 1 of 2 waited .* seconds for rank 0\."):
+        Watchdog(dist.HashStore(), 1, 2, patience=0.3)
 
 
 def test_what_waits_is_told_from_what_works() -> None:
@@ -289,13 +261,35 @@ def test_what_waits_is_told_from_what_works() -> None:
     assert not any(record.is_waiting(line) for line in working)
 
 
+def test_a_failed_collective_is_no_first_failure_while_a_process_is_missing() -> None:
+    """As of a process that dies alone on its host, where no other one can look for it."""
+
+    def member(rank: int, sent: float, error: str | None = None) -> Member:
+        beat = {"rank": rank, "host": "a", "pid": 1, "phase": "backward", "step": 2, "signs": 1}
+        found = None if error is None else {"rank": rank, "what": error}
+        beat |= {"time": sent, "done": False, "tentative": error is not None, "error": found}
+        return Member().take(json.dumps(beat).encode(), sent)
+
+    watchdog = Watchdog(None, 0, 1)
+    watchdog._interval = 1.0
+    lost = member(2, 9.5)
+    watchdog._members = {0: member(0, 10.0, "RuntimeError: gone"), 1: member(1, 11.0), 2: lost}
+    assert watchdog._first_error(10.3) is None and watchdog._first_error(12.4) is None
+    found = watchdog._first_error(12.6)
+    assert found is not None and (found["rank"], found["kind"]) == (2, "silent")
+    assert "since rank 0 said RuntimeError: gone" in found["what"]
+    watchdog._members[2] = member(2, 10.4)
+    found = watchdog._first_error(10.6)
+    assert found is not None and found["rank"] == 0
+
+
 def test_a_writer_speaks_for_the_main_thread_only_while_that_waits_for_it() -> None:
-    lifeline, ready, done = Lifeline(None, 0, 1), threading.Event(), list[bool]()
-    lifeline.mark("update", 3)
-    place, signs = lifeline._place, []
+    watchdog, ready, done = Watchdog(None, 0, 1), threading.Event(), list[bool]()
+    watchdog.mark("update", 3)
+    place, signs = watchdog._place, []
 
     def looping() -> None:
-        lifeline.written()
+        watchdog.written()
         signs.append(place.signs)
         ready.set()
         while not done:
@@ -305,11 +299,11 @@ def test_a_writer_speaks_for_the_main_thread_only_while_that_waits_for_it() -> N
         ready.clear()
         done.clear()
         writer = threading.Thread(target=looping, name="writer")
-        with lifeline.awaiting(writer) if waits else contextlib.nullcontext():
+        with watchdog.awaiting(writer) if waits else contextlib.nullcontext():
             before = place.signs
             writer.start()
             assert ready.wait(10)
-            lifeline.written()  # by another thread than the one that is waited for
+            watchdog.written()  # by another thread than the one that is waited for
             assert place.signs == signs[-1] == before + waits
             assert place.phase == ("save" if waits else "update")
             stack = record.main_stack(place.writer)
@@ -325,7 +319,7 @@ def test_the_record_names_no_place_of_this_machine(tmp_path: Path) -> None:
     record.write(tmp_path, found, {0: record.main_stack(), 1: ""})
     text = (tmp_path / record.FILE).read_text()
     assert "rows.bin" in text and str(tmp_path) not in text and "secret" not in text
-    assert "test_lifeline.py" in text and str(Path(__file__).parent) not in text
+    assert "test_watchdog.py" in text and str(Path(__file__).parent) not in text
     record.write(tmp_path, found | {"what": "later"}, {})
     assert (tmp_path / record.FILE).read_text() == text  # the first one counts
     record.write(tmp_path, found | {"run": "b"}, {})

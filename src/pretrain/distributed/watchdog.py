@@ -1,0 +1,616 @@
+"""The watchdog: ends all processes of a run within seconds when one of them dies, stops, hangs or fails, naming it.
+
+A collective waits forever for a missing process. Every process therefore has a thread with a connection of its own to
+the key-value store of the rendezvous, where it publishes a heartbeat with its phase, step and progress. Each process
+looks whether the processes of its host still exist and whether rank 0 is heard; rank 0 reads the heartbeats of all. No
+heartbeat for ``silence`` seconds: the process is stopped or disconnected. Heartbeats without progress of any process
+for ``timeout`` seconds: one of them hangs, the one that is behind the others and does not wait for another. The first
+process that notices a loss collects the stacks and publishes a record of it. All survivors print that record, and it
+is written to ``failure.json`` in the run directory. Then they end with exit code 75 through `os._exit`, since nothing
+else ends a thread inside a collective.
+
+Keys: ``beat/RANK`` is a heartbeat. ``notice`` holds the name of the run at first, then also the loss as found by the
+process that has claimed the verdict (this asks for ``stack/RANK``), and at last the record (``left/RANK`` confirms).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import multiprocessing
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pretrain.distributed import record
+from pretrain.distributed.point_to_point import Peers
+from pretrain.distributed.record import Record
+from pretrain.distributed.store import wait
+from pretrain.errors import DistributedError, PretrainError
+
+__all__ = ["EXIT_LOST", "SLOW", "Watchdog", "WriterPeers"]
+
+EXIT_LOST = 75  # EX_TEMPFAIL: starting the same command again may help
+
+# Phases that may take longer without progress: factors on ``timeout``.
+SLOW = {"start": 4.0, "data": 2.0, "evaluate": 2.0, "save": 4.0}
+
+_BEAT = 1.0  # seconds between heartbeats
+_GLANCE = 0.1  # seconds between looks at the others
+_PER_SECOND = 1024  # limit for the store; with more ranks each one looks and beats less often
+_SILENCE = 30.0  # seconds without a heartbeat, by default
+_SUSPECT = 0.5  # seconds to wait for news of a lost process before a failed collective counts as the first failure
+_STACKS = 2.0  # seconds to wait for stacks
+_BOUND = 4.5  # seconds from a verdict to the end of the process, whatever blocks
+_SETTLE = 4.0  # seconds to wait until the others know of an error
+_GOODBYE = 2.0  # seconds that rank 0, which may host the store, waits for the others at the end
+_OTHERS = 64  # lost processes that are named besides the first one
+_CLOSED = re.compile("closed|reset|broken pipe|refused", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Place:
+    """Progress of the main thread, which alone writes here, except for ``written``."""
+
+    phase: str = "start"
+    step: int = 0
+    count: int = 0  # number of all marks
+    first: int = 0  # ``count`` at which the step began
+    writer: threading.Thread | None = None  # thread of this process that the main thread waits for
+    written: int = 0  # progress reports of such threads, which alone write it
+
+    @property
+    def signs(self) -> int:
+        """A number that changes with every sign of progress."""
+        return self.count + self.written
+
+
+@dataclass
+class Member:
+    """The last heartbeat of a process, and when it came, in seconds of the clock of this watchdog.
+
+    Attributes:
+        beat: as made by `Watchdog._state`.
+        seen: when it came.
+        progressed: when the last one with progress came; ``moved`` is when that was sent, by the clock of the sender.
+        failed: when the first one with an error came.
+    """
+
+    beat: dict[str, Any] = field(default_factory=dict)
+    seen: float = 0.0
+    progressed: float = 0.0
+    moved: float = 0.0
+    failed: float = 0.0
+
+    def take(self, raw: bytes, now: float) -> Member:
+        """Update the state from a heartbeat, unless it is the last one still."""
+        beat, last = json.loads(raw), self.beat
+        if beat != last:
+            if beat["signs"] != last.get("signs"):
+                self.progressed, self.moved = now, beat["time"]
+            if beat["error"] and not last.get("error"):
+                self.failed = now
+            self.beat, self.seen = beat, now
+        return self
+
+    def lost(self, kind: str, what: str) -> Record:
+        """Return the record of its loss; the time is of its own clock, so that it is the same on all ranks."""
+        at = self.moved if kind == "hung" else self.beat["time"]
+        since = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
+        place = {key: self.beat[key] for key in ("rank", "host", "pid", "phase", "step")}
+        return place | {"kind": kind, "what": what, "since": since}
+
+
+class Watchdog:
+    """Watchdog of the processes of a run; a context manager that reports an exception that leaves it to the others.
+
+    The constructor waits for all processes. With one process nothing is done at all. The ``failure.json`` of an earlier
+    attempt is removed when the processes have come to a normal end.
+
+    Args:
+        store: key-value store shared by all ranks, with keys of this attempt only (`torch.distributed.Store`).
+        rank, size: rank of this process, and the world size.
+        run_dir: directory of ``failure.json``; None to write none.
+        timeout: seconds without progress of any process after which the process that is behind counts as hung.
+        silence: seconds without a heartbeat after which a process counts as lost; by default 30, or ``timeout`` if
+            that is less; at least three heartbeats.
+        patience: seconds to wait for all processes.
+
+    Raises:
+        DistributedError: not all processes come in time.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        *,
+        run_dir: str | os.PathLike[str] | None = None,
+        timeout: float = 300.0,
+        silence: float | None = None,
+        patience: float = 60.0,
+    ) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.run_dir = None if run_dir is None else Path(os.path.abspath(run_dir))
+        self._place = Place()
+        self._thread: threading.Thread | None = None
+        if size == 1:
+            return
+        self._interval = max(_BEAT, size / _PER_SECOND)
+        self._glance = max(_GLANCE, size / _PER_SECOND)
+        wanted = min(timeout, _SILENCE) if silence is None else silence
+        self._silence = max(wanted, 3 * self._interval)
+        self._clock = self._answered = 0.0  # the clock stands still while this process is stopped
+        host, pid = socket.gethostname(), os.getpid()
+        self._who = {"rank": rank, "host": host, "pid": pid, "space": _process_space()}
+        self._error: Record | None = None
+        self._tentative = False  # the error may only follow from the loss of another process
+        self._settled = threading.Event()  # no further verdict will be made
+        self._wake = threading.Event()
+        self._closing = False
+        self._guard: threading.Timer | None = None
+        self._asked: float | None = None
+        self._store = store.clone()  # another connection: the main thread may block the first one
+        self._members = {one: Member() for one in (range(size) if rank == 0 else (0, rank))}
+        self._notice, self._noticed = dict[str, Any](), b""
+        self._neighbours = self._meet(patience)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._tick, name="watchdog-clock", daemon=True).start()
+
+    # ------------------------------------------------------------------ called by the main thread
+
+    def mark(self, phase: str, step: int) -> None:
+        """Set the current phase and step; every call counts as progress and costs less than a microsecond.
+
+        Args:
+            phase: any word; `SLOW` names the phases with a longer time limit.
+            step: optimizer step.
+        """
+        place = self._place
+        place.count += 1
+        if step != place.step:
+            place.first = place.count
+        place.phase, place.step = phase, step
+
+    @contextlib.contextmanager
+    def awaiting(self, writer: threading.Thread) -> Iterator[None]:
+        """Mark the main thread as waiting for a thread of this process that writes a checkpoint, inside the context.
+
+        Progress of that thread then counts as progress of the process, see ``written``. If the run hangs, the stack of
+        that thread shows whether this process waits for others.
+        """
+        place = self._place
+        before = place.phase
+        place.phase, place.writer = "save", writer
+        place.count += 1
+        try:
+            yield
+        finally:
+            place.phase, place.writer = before, None
+            place.count += 1
+
+    def written(self) -> None:
+        """Report progress of the calling writer thread.
+
+        It counts only while the main thread waits for that thread: otherwise it would hide that the main thread hangs.
+        """
+        place = self._place
+        if place.writer is threading.current_thread():
+            place.written += 1
+
+    def fail(self, error: BaseException, *, end_within: float | None = 5.0) -> None:
+        """Report the error that ends this process to the others, which print it and exit.
+
+        Returns when they know it, after 4 seconds at most. For an error that only follows from the loss of another
+        process (a failed collective) it does not return: this process then ends like the other survivors.
+
+        Args:
+            error: the exception.
+            end_within: seconds after which this process is ended with exit code 1 if its shutdown blocks (as the
+                teardown of a process group can); None for never.
+        """
+        # A forked child has no such thread.
+        if self._thread is None or not self._thread.is_alive() or self._settled.is_set():
+            return
+        text = f"{type(error).__name__}: {error}".strip().replace("\n", " ")[:4000]
+        found = Member(self._state()).lost("raised", text)
+        self._tentative = _may_follow(error)
+        self._error = found | {"stack": record.stack_of(error.__traceback__)}
+        if end_within is not None:
+            _end_within(end_within)
+        self._wake.set()
+        self._settled.wait(_SETTLE)
+
+    def close(self) -> None:
+        """End the watchdog normally, after which nothing is detected any more; a second call does nothing."""
+        thread, self._thread = self._thread, None
+        if thread is not None and thread.is_alive():
+            self._closing = True
+            self._wake.set()
+            thread.join(_GOODBYE + 1.0)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        way: TracebackType | None,
+    ) -> None:
+        watched = self._thread is not None
+        failed = error is not None and not (isinstance(error, SystemExit) and not error.code)
+        if failed and error is not None:
+            self.fail(error)
+        self.close()
+        # Not at the start: a user who restarts a failing run several times still needs the record.
+        if watched and self.rank == 0 and self.run_dir is not None and not failed:
+            with contextlib.suppress(OSError):
+                (self.run_dir / record.FILE).unlink()
+
+    # ------------------------------------------------------------------ heartbeats
+
+    def _state(self) -> dict[str, Any]:
+        """Return the heartbeat."""
+        place = self._place
+        where = {"phase": place.phase, "step": place.step, "within": place.count - place.first}
+        news = {"error": self._error, "tentative": self._tentative, "done": self._closing}
+        return self._who | where | {"signs": place.signs, "time": time.time()} | news
+
+    def _beat(self) -> None:
+        raw = json.dumps(self._state()).encode()
+        self._store.set(f"beat/{self.rank}", raw)
+        self._members[self.rank].take(raw, self._clock)
+
+    def _get(self, keys: Sequence[str]) -> list[bytes]:
+        """Return the values of keys that exist."""
+        store = self._store
+        return list(store.multi_get(keys) if store.has_extended_api() else map(store.get, keys))
+
+    def _read(self) -> None:
+        """Read the notice and the heartbeats."""
+        self._noticed, *beats = self._get(["notice", *(f"beat/{rank}" for rank in self._members)])
+        for member, raw in zip(self._members.values(), beats, strict=True):
+            member.take(raw, self._clock)
+        self._notice = json.loads(self._noticed)
+        self._answered = self._clock
+
+    def _everybody(self) -> list[Member]:
+        """Return all ranks, also on those that watch only some of them."""
+        if self.rank == 0:
+            return list(self._members.values())
+        beats = self._get([f"beat/{rank}" for rank in range(self.size)])
+        return [Member().take(raw, self._clock) for raw in beats]
+
+    def _meet(self, patience: float) -> dict[int, int]:
+        """Wait until all ranks are there, and return the process ids of the other ranks on this host."""
+        store, beats = self._store, [f"beat/{rank}" for rank in range(self.size)]
+        try:
+            store.compare_set("notice", "", json.dumps({"run": secrets.token_hex(6)}))
+            self._beat()
+            if not wait(store, beats, patience):
+                late = [str(rank) for rank, key in enumerate(beats) if not store.check([key])]
+                raise DistributedError(
+                    f"The watchdog of rank {self.rank} of {self.size} waited {patience:g} seconds for rank "
+                    f"{', '.join(late[:16])}{', ...' * (len(late) > 16)}. Look at what these ranks printed."
+                )
+            self._read()
+            everybody = [member.beat for member in self._everybody()]
+        except RuntimeError as error:  # raised by the store
+            raise DistributedError(
+                f"The watchdog of rank {self.rank} of {self.size} lost the store of the rendezvous: {error}. Look at "
+                "what rank 0 and the launcher on its host printed."
+            ) from error
+        here = [beat for beat in everybody if beat["space"] == self._who["space"]]
+        return {beat["rank"]: beat["pid"] for beat in here if beat["rank"] != self.rank}
+
+    def _tick(self) -> None:
+        """Advance the clock, and notice that the store does not answer the thread that watches."""
+        before = time.monotonic()
+        while not self._settled.wait(self._glance):
+            now = time.monotonic()
+            # No more than one interval: the time in which this process was stopped is held against nobody.
+            self._clock += min(now - before, self._interval)
+            before = now
+            silent = self._clock - self._answered > self._silence
+            if silent and self._guard is None and not self._closing:
+                what = (
+                    "nothing was heard from it, nor from the store that it or its launcher keeps,"
+                )
+                self._lose_store("silent", self._silent(0, what))
+
+    def _watch(self) -> None:
+        try:
+            self._loop()
+        except RuntimeError as error:  # raised by the store
+            if not self._closing:
+                text = f"it or its launcher kept the store, which is lost: {error}".splitlines()[0]
+                self._lose_store("died" if _CLOSED.search(text) else "silent", text)
+        except Exception:  # a bug here must not leave a run without a watchdog
+            text = traceback.format_exc().strip().replace("\n", " | ")
+            self._leave(Member(self._state()).lost("raised", f"its watchdog failed: {text}"))
+        self._settled.set()
+
+    def _loop(self) -> None:
+        due, told = 0.0, False
+        while not self._closing:
+            signs = self._place.signs
+            news = self._error is not None and not told
+            if self._clock >= due or news or signs != self._members[self.rank].beat["signs"]:
+                told |= news
+                self._beat()
+                due = self._clock + self._interval
+            self._read()
+            if self._decide():
+                return
+            self._wake.wait(self._glance)
+            self._wake.clear()
+        self._beat()
+        end = time.monotonic() + _GOODBYE
+        while self.rank == 0 and time.monotonic() < end:
+            self._read()
+            if all(one.beat["done"] for one in self._members.values()):
+                break
+            time.sleep(0.02)
+
+    # ------------------------------------------------------------------ verdicts
+
+    def _decide(self) -> bool:
+        """Act on the current state; return True if this process ends by an error of its own."""
+        now, notice = self._clock, self._notice
+        if "record" in notice:
+            self._store.set(f"left/{self.rank}", "")
+            return self._leave(notice["record"])
+        if "want" in notice:
+            self._bound()
+            if self._asked is None:
+                self._asked = now
+                self._store.set(f"stack/{self.rank}", record.main_stack(self._place.writer))
+            elif now - self._asked > 1.5 * _STACKS and notice["want"] is not None:
+                return self._leave(notice["want"])  # the judge is lost as well
+            return False
+        for rank in [rank for rank in self._neighbours if self._pid_state(rank) == record.ENDED]:
+            member = Member().take(self._get([f"beat/{rank}"])[0], now)
+            if member.beat["error"] or not member.beat["done"]:
+                lost = member.lost("died", "its process ended without a goodbye")
+                return self._conclude(member.beat["error"] or lost)
+            del self._neighbours[rank]
+        others = [member for rank, member in self._members.items() if rank != self.rank]
+        watched = [member for member in others if not member.beat["done"]]
+        if self.rank == 0 and (found := self._first_error(now)) is not None:
+            return self._conclude(found)
+        quiet = min(watched, key=lambda m: m.seen, default=None)
+        if quiet is not None and now - quiet.seen > self._silence:
+            return self._conclude(quiet.lost("silent", self._silent(quiet.beat["rank"])))
+        if self.rank == 0 and self._stands_still(now):
+            return self._conclude(None)
+        self._closing |= not watched
+        return False
+
+    def _first_error(self, now: float) -> Record | None:
+        """Return the first error, once it is certain that it does not follow from the loss of a process.
+
+        Otherwise it follows from the loss of a process that is not heard any more since then, which is returned.
+        """
+        members = self._members.values()
+        failed = [member for member in members if member.beat["error"]]
+        if not failed:
+            return None
+        first = min(failed, key=lambda m: (m.beat["tentative"], m.failed))
+        error: Record = first.beat["error"]
+        since = now - first.failed
+        quiet = [
+            member
+            for member in members
+            if not (member.beat["error"] or member.beat["done"] or member.seen > first.failed)
+        ]
+        if not first.beat["tentative"] or (since > _SUSPECT and not quiet):
+            return error
+        if quiet and since > 2.5 * self._interval:
+            what = f"nothing was heard from it since rank {error['rank']} said {error['what']}"
+            return quiet[0].lost("silent", what)
+        return None
+
+    def _stands_still(self, now: float) -> bool:
+        members = [one for one in self._members.values() if not one.beat["done"]]
+        factor = max(SLOW.get(one.beat["phase"], 1.0) for one in members)
+        return now - max(one.progressed for one in members) > factor * self.timeout
+
+    def _pid_state(self, rank: int) -> str:
+        """Return `record.process_state` of another rank, "" if it is on another host."""
+        pid = self._neighbours.get(rank)
+        return "" if pid is None else record.process_state(pid)
+
+    def _silent(self, rank: int, what: str = "nothing was heard from it") -> str:
+        state = self._pid_state(rank)
+        its = f" (its process is {state})" if state else ""
+        return f"{what} for {self._silence:g} seconds{its}"
+
+    def _lose_store(self, kind: str, what: str) -> None:
+        """Leave without the store, which rank 0 or its launcher keeps."""
+        first = self._members[0]
+        found = self._notice.get("want") or first.beat["error"]
+        if found is None and self._pid_state(0) == record.ENDED:
+            kind, what = "died", "its process ended without a goodbye"
+        found = found or first.lost(kind, what)
+        self._leave({"also": []} | found | {"run": self._notice["run"]})
+
+    def _conclude(self, found: Record | None) -> bool:
+        """Claim the verdict, collect the stacks, complete the record, send it to all ranks, and leave.
+
+        Args:
+            found: the record of the first loss; None for a hang.
+
+        Returns:
+            As ``_decide``; False if another process has claimed the verdict.
+        """
+        store = self._store
+        claim = json.dumps(self._notice | {"want": found, "judge": self.rank})
+        if store.compare_set("notice", self._noticed.decode(), claim) != claim.encode():
+            return False
+        self._bound()
+        self._notice["want"] = found
+        members = {m.beat["rank"]: m for m in self._everybody() if not m.beat["done"]}
+        gone = {}  # others that will not answer, as when their whole host is lost
+        for rank, member in members.items():
+            if self._pid_state(rank) == record.ENDED:
+                gone[rank] = "its process ended"
+            elif self._clock - member.seen > max(2 * self._interval, self._silence / 2):
+                gone[rank] = "it is silent"
+        named = None if found is None else found["rank"]
+        asked = [rank for rank in members if rank not in (named, self.rank, *gone)]
+        wait(store, [f"stack/{rank}" for rank in asked], _STACKS)
+        stacks = {self.rank: record.main_stack(self._place.writer)}
+        for rank in asked:
+            if store.check([f"stack/{rank}"]):
+                stacks[rank] = store.get(f"stack/{rank}").decode()
+        found = found or self._hung(list(members.values()), stacks)
+        also = [
+            {"rank": rank, "host": members[rank].beat["host"], "what": what}
+            for rank, what in gone.items()
+            if rank != found["rank"] and not members[rank].beat["error"]
+        ]
+        found |= {"also": also[:_OTHERS], "run": self._notice["run"]}
+        store.set("notice", json.dumps(self._notice | {"record": found}))
+        wait(store, [f"left/{rank}" for rank in asked], 0.5)  # this process may host the store
+        return self._leave(found, stacks)
+
+    def _hung(self, members: Sequence[Member], stacks: dict[int, str]) -> Record:
+        """Return the record of the process that is furthest behind, preferring those that do not wait for others."""
+
+        def order(member: Member) -> tuple[bool, int, int, int]:
+            beat = member.beat
+            waits = record.is_waiting(stacks.get(beat["rank"], ""))
+            return waits, beat["step"], beat["within"], beat["rank"]
+
+        first = min(members, key=order)
+        idle = self._clock - max(member.progressed for member in members)
+        what = f"nobody made progress for {idle:.0f} seconds, and "
+        if not order(first)[0]:
+            what += "this process is the one that does not wait for another"
+        elif len({order(member)[1:3] for member in members}) > 1:
+            what += "this process is behind the others"
+        else:
+            what += "all wait for each other: the stacks show in which operation"
+        return first.lost("hung", what) | {"stack": stacks.get(first.beat["rank"], "(no answer)")}
+
+    # ------------------------------------------------------------------ the end
+
+    def _bound(self) -> None:
+        """Start a timer that ends this process, in case a disk, a pipe or the store blocks the remaining work."""
+        if self._guard is None:
+            self._guard = threading.Timer(_BOUND, os._exit, (EXIT_LOST,))
+            self._guard.daemon = True
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down already
+                self._guard.start()
+
+    def _leave(self, found: Record, stacks: dict[int, str] | None = None) -> bool:
+        """Print and write the record and end this process; return True if the process ends by an error of its own.
+
+        Args:
+            found: the record.
+            stacks: stacks by rank, if this process has collected them; it then writes the record.
+        """
+        own_error = found["rank"] == self.rank and found["kind"] == "raised"
+        ends_itself = self._error is not None and (own_error or not self._tentative)
+        if not ends_itself:
+            self._bound()
+            own = (stacks or {}).get(self.rank) or record.main_stack(self._place.writer)
+            record.say(found, self.rank, self.size, own, EXIT_LOST)
+            if stacks is None and "record" not in self._notice:  # nobody has collected them
+                time.sleep(min(1.0, 0.05 * self.rank))  # on a shared disk the first survivor writes
+                stacks = {self.rank: own}
+        if stacks is not None and self.run_dir is not None:
+            record.write(self.run_dir, found, stacks)
+        if ends_itself:
+            if self._guard is not None:
+                self._guard.cancel()
+            self._settled.set()
+            return True
+        with contextlib.suppress(RuntimeError):
+            clean = threading.Thread(target=_clean_up, daemon=True)
+            clean.start()
+            clean.join(1.0)
+        os._exit(EXIT_LOST)
+
+
+class WriterPeers(Peers):
+    """Peers for a thread that writes checkpoints in the background and reports its progress to the watchdog.
+
+    Args:
+        rank: of this process.
+        size: world size.
+        group: process group of `torch.distributed` for CPU tensors, which only this thread uses.
+        watchdog: returns the watchdog of this process, or None while there is none.
+    """
+
+    def __init__(
+        self, rank: int, size: int, group: Any, watchdog: Callable[[], Watchdog | None]
+    ) -> None:
+        def moved() -> None:
+            if (found := watchdog()) is not None:
+                found.written()
+
+        # Not a method: a reference cycle would keep the process group alive beyond the shutdown of torch.
+        super().__init__(rank, size, group, moved)
+        self._watchdog = watchdog
+        self.moved: Callable[[], None] = moved  # reports progress of the calling thread
+
+    def awaiting(self, writer: threading.Thread) -> contextlib.AbstractContextManager[None]:
+        """Mark the main thread as waiting for the writer thread, inside the context; see `Watchdog.awaiting`."""
+        found = self._watchdog()
+        return contextlib.nullcontext() if found is None else found.awaiting(writer)
+
+
+def _clean_up() -> None:
+    """Kill the worker processes and flush the output buffers."""
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(Exception):
+            child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _process_space() -> str:
+    """Return a name that is equal for two processes that find each other by process id and are on one host."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.readlink('/proc/self/ns/net')}"
+    return socket.gethostname()
+
+
+def _may_follow(error: BaseException | None) -> bool:
+    """Return whether an error may follow from the loss of another process: a failed collective is a RuntimeError."""
+    if isinstance(error, OSError) and not isinstance(error, PretrainError):
+        return True
+    while error is not None:
+        if isinstance(error, RuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _end_within(seconds: float) -> None:
+    # Python threads do not run while the interpreter shuts down; the thread of faulthandler is written in C.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        global _nowhere
+        _nowhere = _nowhere or open(os.devnull, "w")  # noqa: SIM115  # must stay open until the end
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_nowhere)
+
+
+_nowhere: Any = None
