@@ -15,13 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.distributed import store as board
-from pretrain.distributed.fitting import differences, misfit, ranks
 from pretrain.distributed.handshake import (
     bounded,
     check_links,
+    differences,
     fingerprint,
     handshake,
     introduce,
+    misfit,
+    ranks,
 )
 from pretrain.distributed.store import all_here
 from pretrain.errors import DistributedError

@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from pretrain.distributed.fitting import differences
-from pretrain.distributed.handshake import check_links, handshake, introduce
+from pretrain.distributed.handshake import check_links, differences, handshake, introduce
 from pretrain.distributed.launched import cores, launched
 from pretrain.distributed.network import interfaces
 from pretrain.distributed.store import get, put, wait

@@ -1,7 +1,8 @@
 """Checks before the first step: whether the processes of a run match, and whether the links between them work.
 
 The introductions are exchanged as JSON through the key-value store of the rendezvous, before any process group is
-used. Rank 0 compares them and decides; all ranks then raise the same error, or continue.
+used: a group whose members disagree about its size, or of which two say to have one rank, would wait and not say why.
+Rank 0 compares them and decides; all ranks then raise the same error, or continue.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,44 @@ import torch
 from torch import Tensor
 
 from pretrain import __version__
-from pretrain.distributed.fitting import misfit, ranks
 from pretrain.distributed.store import get, put, wait
 from pretrain.errors import DistributedError
 from pretrain.utils.files import write_file
 
-__all__ = ["bounded", "check_links", "fingerprint", "handshake", "introduce"]
+__all__ = [
+    "bounded",
+    "check_links",
+    "differences",
+    "fingerprint",
+    "handshake",
+    "introduce",
+    "misfit",
+    "ranks",
+]
 
 Hello = dict[str, Any]
 
 _GRACE = 8.0  # seconds within which a new file must become visible on a network file system
 _MARGIN = 15.0  # seconds to wait for rank 0's verdict beyond its own time limits
-_SIZES = {"cuda": 256 << 20}  # bytes of the all-reduce that measures the bandwidth
-_SMALLER = 16 << 20
+_INSTALL = "Install the same versions on all hosts"
+# Values that must be equal on all ranks -> remedy.
+_EQUAL = {
+    "size": "Start all hosts with the same --nnodes and --nproc-per-node",
+    "versions.pretrain": _INSTALL,
+    "versions.torch": _INSTALL,
+    "versions.python": _INSTALL,
+    "versions.cuda": _INSTALL,
+    "versions.nccl": _INSTALL,
+    "device.type": "Set parallel.device to what every host has, or leave the other hosts out",
+    "settings": "Give every process the same configuration file and options",
+    "data": "Give every host the same prepared data (copy the directory, or share it)",
+    "model": "Give every host the same checkpoint and configuration of the model",
+}
+# Values that may differ at a cost -> the cost.
+_BETTER_EQUAL = {
+    "threads": "the slowest one sets the pace, and other thread counts round differently",
+    "device.name": "the slowest one sets the pace",
+}
 
 
 def fingerprint(value: Any) -> str:
@@ -107,83 +134,66 @@ def handshake(
     if size == 1:
         return [mine]
     try:
-        return _exchange(store, rank, size, mine, timeout, folder)
+        if store.add(f"came/{rank}", 1) > 1:
+            text = (
+                f"Two processes are rank {rank} of {size}, the second one on host {mine['host']} (process "
+                f"{mine['pid']}). Give every host its own --node-rank, and start each only once."
+            )
+            put(store, "twice", text)
+            raise DistributedError(text)
+        if rank == 0:
+            put(store, "verdict", _compare(store, size, mine, timeout, folder))
+        else:
+            put(store, f"hello/{rank}", mine)
+            if not wait(store, ["hello/0"], timeout):
+                raise DistributedError(_missing([0], size, timeout))
+            nonce = get(store, "hello/0")["nonce"]
+            put(store, f"sees/{rank}", "yes" if nonce is None else _sees(folder, nonce))
+            if not wait(store, ["verdict"], 2 * timeout + _MARGIN):
+                raise DistributedError(
+                    f"Rank 0 came, and then said nothing for {2 * timeout + _MARGIN:g} seconds: it died or hangs. "
+                    "Look at its output."
+                )
+        verdict = get(store, "verdict")
     except RuntimeError as error:  # raised by the store when the process that hosts it is gone
         raise DistributedError(
-            f"Rank {rank} of {size} (host {mine.get('host')}) lost the store of the rendezvous at {_master()}: "
-            f"{error}. Look at the output of rank 0 and of the launcher on that host."
+            f"Rank {rank} of {size} (host {mine['host']}) lost the store of the rendezvous at {_master()}: {error}. "
+            "Look at the output of rank 0 and of the launcher on that host."
         ) from error
+    if isinstance(verdict, str):
+        raise DistributedError(verdict)
+    return list(verdict)
 
 
-def _exchange(
-    store: Any, rank: int, size: int, mine: Hello, timeout: float, folder: Path | None
-) -> list[Hello]:
-    if store.add(f"came/{rank}", 1) > 1:
-        _twice(store, rank, size, mine)
-    if rank == 0:
-        return _receive(store, size, mine, timeout, folder)
-    put(store, f"hello/{rank}", mine)
-    if not wait(store, ["hello/0"], timeout):
-        raise DistributedError(_missing([0], size, timeout))
-    nonce = get(store, "hello/0").get("nonce")
-    if nonce is not None:
-        put(store, f"sees/{rank}", _sees(folder, str(nonce)))
-    if not wait(store, ["verdict"], 2 * timeout + _MARGIN):
-        raise DistributedError(
-            f"Rank 0 came, and then said nothing for {2 * timeout + _MARGIN:g} seconds: it died or hangs. Look at "
-            "its output."
-        )
-    verdict = get(store, "verdict")
-    if verdict["error"]:
-        raise DistributedError(verdict["error"])
-    return list(verdict["all"])
-
-
-def _receive(
+def _compare(
     store: Any, size: int, mine: Hello, timeout: float, folder: Path | None
-) -> list[Hello]:
-    """Collect the introductions on rank 0, compare them, and publish the verdict."""
+) -> str | list[Hello]:
+    """Collect the introductions on rank 0, and return them, or what is wrong with them."""
     others = range(1, size)
-    nonce = None if folder is None else f".handshake-{secrets.token_hex(8)}"
-    path = None if folder is None or nonce is None else folder / nonce
-    error, everybody = "", [mine]
+    path = None if folder is None else folder / f".handshake-{secrets.token_hex(8)}"
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, b"rank 0 was here; safe to delete\n")
-        put(store, "hello/0", mine | {"nonce": nonce})
+        put(store, "hello/0", mine | {"nonce": path and path.name})
         if not wait(store, [f"hello/{rank}" for rank in others], timeout):
             missing = [rank for rank in others if not store.check([f"hello/{rank}"])]
-            error = _missing(missing, size, timeout)
-        else:
-            everybody += [get(store, f"hello/{rank}") for rank in others]
-            if path is not None:
-                wait(store, [f"sees/{rank}" for rank in others], timeout)
-                for rank in others:
-                    key = f"sees/{rank}"
-                    everybody[rank]["sees"] = get(store, key) if store.check([key]) else "nothing"
-            twice = get(store, "twice") if store.check(["twice"]) else ""
-            error = twice or misfit(everybody, str(folder))
+            return _missing(missing, size, timeout)
+        everybody = [mine, *(get(store, f"hello/{rank}") for rank in others)]
+        if path is not None:
+            wait(store, [f"sees/{rank}" for rank in others], timeout)
+            for rank in others:
+                key = f"sees/{rank}"
+                everybody[rank]["sees"] = get(store, key) if store.check([key]) else "nothing"
+        twice = get(store, "twice") if store.check(["twice"]) else ""
+        return twice or misfit(everybody, str(folder)) or everybody
     except OSError as failure:
-        error = f"Rank 0 on host {mine.get('host')} cannot write into {folder}: {failure}."
         put(store, "hello/0", mine | {"nonce": None})
+        return f"Rank 0 on host {mine['host']} cannot write into {folder}: {failure}."
     finally:
         if path is not None:
             with contextlib.suppress(OSError):
                 path.unlink()
-    put(store, "verdict", {"error": error, "all": [] if error else everybody})
-    if error:
-        raise DistributedError(error)
-    return everybody
-
-
-def _twice(store: Any, rank: int, size: int, mine: Hello) -> None:
-    text = (
-        f"Two processes are rank {rank} of {size}, the second one on host {mine.get('host')} (process "
-        f"{mine.get('pid')}). Give every host its own --node-rank, and start each only once."
-    )
-    put(store, "twice", text)
-    raise DistributedError(text)
 
 
 def _missing(missing: Sequence[int], size: int, seconds: float) -> str:
@@ -211,6 +221,117 @@ def _sees(folder: Path | None, nonce: str) -> str:
             break
         time.sleep(0.1)
     return "nothing"
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+def misfit(everybody: Sequence[Hello], run_dir: str) -> str:
+    """Return the first mismatch as a sentence with its remedy, or "" if all ranks match.
+
+    Args:
+        everybody: introductions by rank.
+        run_dir: rank 0's run directory, for the message.
+    """
+    return _unequal(everybody) or _shared_device(everybody) or _unseen(everybody, run_dir)
+
+
+def differences(everybody: Sequence[Hello]) -> list[str]:
+    """Return the differences that are not errors, one line each."""
+    lines = []
+    for path, why in _BETTER_EQUAL.items():
+        groups = _by_value(everybody, path)
+        if len(groups) > 1:
+            each = "; ".join(f"{_at(everybody[r[0]], path)} on rank {ranks(r)}" for r in groups)
+            lines.append(f"{path} differs ({each}): {why}")
+    return lines
+
+
+def ranks(found: Sequence[int]) -> str:
+    """Return rank numbers as text, with ranges (``0-7, 9``)."""
+    parts: list[list[int]] = []
+    for rank in sorted(found):
+        if parts and rank == parts[-1][1] + 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in parts]
+    return ", ".join(shown[:12]) + ", ..." * (len(shown) > 12)
+
+
+def _unequal(everybody: Sequence[Hello]) -> str:
+    for path, remedy in _EQUAL.items():
+        _, *others = _by_value(everybody, path)
+        if others:
+            here, there = (_at(everybody[group], path) for group in (0, others[0][0]))
+            while isinstance(here, Mapping) and isinstance(there, Mapping):
+                keys = sorted({*here, *there}, key=str)
+                key = next(k for k in keys if here.get(k) != there.get(k))
+                path, here, there = f"{path}.{key}", here.get(key), there.get(key)
+            verb = "does" if len(others[0]) == 1 else "do"
+            return (
+                f"{_who(everybody, others[0])} {verb} not fit rank 0: {path} is {repr(there)[:80]} there, and "
+                f"{repr(here)[:80]} on rank 0 (host {everybody[0]['host']}). {remedy}."
+            )
+    return ""
+
+
+def _shared_device(everybody: Sequence[Hello]) -> str:
+    users: dict[Any, list[int]] = defaultdict(list)
+    for rank, hello in enumerate(everybody):
+        device = hello["device"]
+        if device["type"] == "cuda":
+            users[device.get("uuid") or (hello["host"], device["index"])].append(rank)
+    for shared in users.values():
+        if len(shared) > 1:
+            first = everybody[shared[0]]
+            device = first["device"]
+            return (
+                f"Ranks {ranks(shared)} on host {first['host']} share one GPU, cuda:{device['index']} "
+                f"({device['name']}), which NCCL cannot do. Start at most one process per GPU (--nproc-per-node), "
+                "and let CUDA_VISIBLE_DEVICES show all GPUs, or each process its own."
+            )
+    return ""
+
+
+def _unseen(everybody: Sequence[Hello], run_dir: str) -> str:
+    seen = {rank: hello.get("sees", "yes") for rank, hello in enumerate(everybody)}
+    blind = [rank for rank, answer in seen.items() if answer == "nothing"]
+    closed = [rank for rank, answer in seen.items() if answer == "read-only"]
+    if blind:
+        return (
+            f"{_who(everybody, blind)} {'does' if len(blind) == 1 else 'do'} not see the run directory {run_dir} of "
+            f"rank 0 (host {everybody[0]['host']}): a file left there did not appear. Every process writes its part "
+            "of a checkpoint: put train.out on a file system that all hosts share, and name it by the same absolute "
+            "path."
+        )
+    if closed:
+        return (
+            f"{_who(everybody, closed)} cannot write into the run directory {run_dir}. Every process writes its part "
+            "of a checkpoint: change the permissions, or mount it writable."
+        )
+    return ""
+
+
+def _who(everybody: Sequence[Hello], found: Sequence[int]) -> str:
+    hosts = list(dict.fromkeys(str(everybody[rank]["host"]) for rank in found))
+    shown = ", ".join(hosts[:4]) + ", ..." * (len(hosts) > 4)
+    return f"Rank{'s' * (len(found) > 1)} {ranks(found)} (host{'s' * (len(hosts) > 1)} {shown})"
+
+
+def _by_value(everybody: Sequence[Hello], path: str) -> list[list[int]]:
+    """Return the ranks with equal values of an item, as groups; that of rank 0 is the first."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for rank, hello in enumerate(everybody):
+        groups[json.dumps(_at(hello, path), sort_keys=True)].append(rank)
+    return list(groups.values())
+
+
+def _at(hello: Hello, path: str) -> Any:
+    value: Any = hello
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ links
@@ -276,21 +397,19 @@ def bounded(run: Callable[[], object], what: str, device: torch.device, timeout:
     thread = threading.Thread(target=work, name="bounded", daemon=True)
     thread.start()
     thread.join(timeout)
-    where = f"(host {socket.gethostname()}, {device})"
-    if thread.is_alive():
-        raise DistributedError(
-            f"{what} {where}, did not come back within {timeout:g} seconds. {_own_name()}Check that a firewall lets "
-            "the hosts talk on all ports, and that GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (CUDA) names the "
-            "interface between them; NCCL_DEBUG=INFO shows what NCCL tries."
-        )
     if failures and isinstance(failures[0], DistributedError):
         raise failures[0]
-    if failures:
+    if failures or thread.is_alive():
+        failed = (
+            f"failed: {failures[0]}"
+            if failures
+            else f"did not come back within {timeout:g} seconds"
+        )
         raise DistributedError(
-            f"{what} {where}, failed: {failures[0]}. {_own_name()}Look for the rank that failed first, and whether "
-            "GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (CUDA) names an interface that is there; NCCL_DEBUG=INFO "
-            "shows what NCCL tries."
-        ) from failures[0]
+            f"{what} (host {socket.gethostname()}, {device}), {failed}. {_own_name()}Look for the rank that failed "
+            "first; check that a firewall lets the hosts talk on all ports, and that GLOO_SOCKET_IFNAME (CPU) or "
+            "NCCL_SOCKET_IFNAME (CUDA) names the interface between them; NCCL_DEBUG=INFO shows what NCCL tries."
+        ) from (failures[0] if failures else None)
 
 
 def _own_name() -> str:
@@ -343,8 +462,8 @@ def _measure(
         if turn >= 4 and sum(times) > 2.0:
             break
     latency = statistics.median(times[2:])
-    large = torch.zeros(_SIZES.get(device.type, _SMALLER) // 4, device=device)
-    nbytes = large.numel() * large.element_size()
+    nbytes = (256 if device.type == "cuda" else 16) << 20
+    large = torch.zeros(nbytes // 4, device=device)
     times = []
     for _ in range(4):
         began = time.perf_counter()
