@@ -24,7 +24,6 @@ __all__ = [
     "ENDED",
     "FILE",
     "Record",
-    "describe",
     "is_waiting",
     "main_stack",
     "process_state",
@@ -127,25 +126,17 @@ def process_state(pid: int) -> str:
     return ""
 
 
-def describe(record: Mapping[str, Any], size: int) -> str:
-    """Return the record as text, with the remedy."""
-    others = "".join(f" Rank {one['rank']} too: {one['what']}." for one in record.get("also", ()))
-    return (
-        f"Rank {record['rank']} of {size} (host {record['host']}, process {record['pid']}) was lost in phase "
-        f"{record['phase']!r} of step {record['step']}: {record['what']}.{others} "
-        f"{_REMEDIES.get(str(record.get('kind')), '')}"
-    )
-
-
 def say(record: Mapping[str, Any], rank: int, size: int, own: str, code: int) -> None:
     """Print the record to stderr: a sentence, the record in JSON (the same on all ranks), and this process's stack.
 
     It writes to the file descriptor, because the hung main thread may hold the locks of Python's buffers.
     """
+    others = "".join(f" Rank {one['rank']} too: {one['what']}." for one in record["also"])
     lines = [
         "",
-        f"error: {describe(record, size)}",
-        f"first failure: {json.dumps({k: v for k, v in record.items() if k != 'stacks'})}",
+        f"error: Rank {record['rank']} of {size} (host {record['host']}, process {record['pid']}) was lost in phase "
+        f"{record['phase']!r} of step {record['step']}: {record['what']}.{others} {_REMEDIES[record['kind']]}",
+        f"first failure: {json.dumps(record)}",
     ]
     stack = str(record.get("stack", ""))
     if stack:

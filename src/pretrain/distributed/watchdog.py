@@ -445,9 +445,8 @@ class Watchdog:
         first = self._members[0]
         found = self._notice.get("want") or first.beat["error"]
         if found is None and self._pid_state(0) == record.ENDED:
-            kind, what = "died", "its process ended without a goodbye"
-        found = found or first.lost(kind, what)
-        self._leave({"also": []} | found | {"run": self._notice["run"]})
+            kind, what = "died", f"its process ended, and {what}"
+        self._leave(found or first.lost(kind, what))
 
     def _conclude(self, found: Record | None) -> bool:
         """Claim the verdict, collect the stacks, complete the record, send it to all ranks, and leave.
@@ -484,7 +483,7 @@ class Watchdog:
             for rank, what in gone.items()
             if rank != found["rank"] and not members[rank].beat["error"]
         ]
-        found |= {"also": also[:_OTHERS], "run": self._notice["run"]}
+        found |= {"run": self._notice["run"], "also": also[:_OTHERS]}
         store.set("notice", json.dumps(self._notice | {"record": found}))
         wait(store, [f"left/{rank}" for rank in asked], 0.5)  # this process may host the store
         return self._leave(found, stacks)
@@ -525,6 +524,7 @@ class Watchdog:
             found: the record.
             stacks: stacks by rank, if this process has collected them; it then writes the record.
         """
+        found = {"also": [], "run": self._notice["run"]} | found
         own_error = found["rank"] == self.rank and found["kind"] == "raised"
         ends_itself = self._error is not None and (own_error or not self._tentative)
         if not ends_itself:
