@@ -134,7 +134,7 @@ class Job:
         settings, method, learned = self.settings, self.settings.method, self.data.learned
         # Reference outputs and the row norms of DoRA are computed from the weights before sharding.
         whole |= method.dora or self.task.prepare_reference is not Task.prepare_reference
-        new = {"seed": seed, "scratch": scratch}
+        new: dict[str, Any] = {"seed": seed, "scratch": scratch}
         model = starting_model(
             self.source, self.task, learned.labels, whole=whole, quiet=quiet, **new
         )
