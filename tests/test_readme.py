@@ -7,6 +7,7 @@ replaced, by the table ``SMALLER``, so that it takes seconds.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import pretrain
+from pretrain import objectives
 from pretrain.cli import main as cli
 from pretrain.cli.arguments import read_settings, settings_class
 from pretrain.finetuning.settings import TuneConfig
@@ -144,12 +146,32 @@ def test_the_task_of_the_guide_trains(place):
         tuned = pretrain.finetune(
             model,
             rows,
-            task="shouting_of_the_guide.Shouting",
+            task="shouting_of_the_guide:Shouting",
             valid=0.2,
             limit="3 steps",
             out="runs/loud",
         )
         answer = tuned.predict("AHAHAH sea")
+        # A directory never names code: who opens it names the class.
+        objectives._OWN_TASKS.clear()
+        loud = pretrain.load("runs/loud", quiet=True)
+        with pytest.raises(
+            pretrain.PretrainError, match="no task 'shouting'.*package.module:Class"
+        ):
+            loud.predict("AHAHAH sea")
+        named = "shouting_of_the_guide:Shouting"
+        assert loud.predict("AHAHAH sea", task=named)["loudness"] == pytest.approx(
+            answer["loudness"], abs=1e-5
+        )
+        Path("more.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+        objectives._OWN_TASKS.clear()
+        for words in (
+            ["predict", "runs/loud", "more.jsonl"],
+            ["evaluate", "runs/loud", "--data", "more.jsonl"],
+        ):
+            assert cli.main(words) == 2
+            assert cli.main([*words, "--task", named]) == 0
+            objectives._OWN_TASKS.clear()
     finally:
         sys.path.remove(str(place))
         sys.modules.pop("shouting_of_the_guide", None)

@@ -19,6 +19,7 @@ from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import classes_of, starting_model
 from pretrain.inference.predict import rebuilt, recorded_task, smaller_batch, task_of
+from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
 from pretrain.training import run as language
 from pretrain.utils.files import muted, note
@@ -39,6 +40,7 @@ def evaluate(
     *,
     columns: Mapping[str, str] | None = None,
     base: Model | str | Path | None = None,
+    task: str | type[Task] | None = None,
     objective: str | None = None,
     batch_rows: int | None = None,
     limit: int = 0,
@@ -55,7 +57,9 @@ def evaluate(
             used, in rows of the length that it was trained on. None uses the held-out rows of the run.
         columns: role -> column of labelled rows; by default those of the training rows, if present.
         base: the model before training, if an adapter or the task ``preference`` needs it and it is not found.
-        objective: name of the objective of a language model; None chooses it by the head.
+        task: class of the fine-tuned model's task, or its import path, if it is your own.
+        objective: name of the objective of a language model, or the import path of your own; None chooses it by the
+            head.
         batch_rows: rows in one forward pass.
         limit: maximum number of rows, spread evenly over the data; 0 uses all.
         precision: compute type: bf16, fp16, fp32, or auto for that of the run's evaluations, which is fp32 unless
@@ -73,6 +77,8 @@ def evaluate(
     model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
     options: dict[str, Any] = {"limit": limit}
     options |= {} if batch_rows is None else {"batch_rows": batch_rows}
+    if task is not None:
+        task_class(task)
     fine_tuned = recorded_task(model) is not None or model.head_kind in _LABELLED_HEADS
     if objective is not None or not fine_tuned:
         if columns:
@@ -83,17 +89,17 @@ def evaluate(
         options |= {"precision": precision, "device": device}
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
-    task, home = task_of(model), language.run_of(path)
+    trained, home = task_of(model), language.run_of(path)
     settings = _settings_of(home)
     if data is None:
-        table = _held_out(path, settings, task)
+        table = _held_out(path, settings, trained)
     else:
-        table = labelled(data, task, columns or {}, None if settings is None else settings.data)
+        table = labelled(data, trained, columns or {}, None if settings is None else settings.data)
     train = TuneTrain() if settings is None else settings.train
     chosen = reported_precision(None if settings is None else train, precision, device)
-    rows = encoded(task, table, lambda: _before_training(path, task, settings, base))
+    rows = encoded(trained, table, lambda: _before_training(path, trained, settings, base))
     coupled_rows = train.batch_rows if settings is not None else _batch_rows_of(model)
-    return measure(task, rows, chosen, coupled_rows=coupled_rows, **options)
+    return measure(trained, rows, chosen, coupled_rows=coupled_rows, **options)
 
 
 def _batch_rows_of(model: Model) -> int:

@@ -108,5 +108,3 @@ def test_a_slow_rank_is_noted() -> None:
     ]
     (note,) = doctor._stragglers(everybody)
     assert "rank 2 (host n2) computes at 40%" in note
-
-

@@ -150,6 +150,10 @@ def _dispatch(arguments: list[str]) -> int:
             from pretrain.models import own_family
 
             own_family(family)
+        if command.run in (_predict, _evaluate) and (task := vars(args).pop("task")) is not None:
+            from pretrain.objectives import task_class
+
+            task_class(task)
         return command.run(args) or 0
 
 
@@ -315,6 +319,7 @@ def _add_predict(parser: Any) -> None:
         default={},
         help="column of each role, e.g. --columns.text review",
     )
+    add("--task", type=str | None, help="package.module:Class of the task, if it is your own")
     add("--batch_rows", type=int, default=64, help="examples in one forward pass")
     add(
         "--top_k",
@@ -465,7 +470,8 @@ def _add_evaluate(parser: Any) -> None:
         type=str | None,
         help="the model before training, if it is needed and not found",
     )
-    add("--objective", type=str | None, help="package.module:Class, if it is your own")
+    add("--task", type=str | None, help="package.module:Class of the task, if it is your own")
+    add("--objective", type=str | None, help="package.module:Class of it, if it is your own")
     add("--batch_rows", type=int | None, help="rows in one forward pass")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     add("--json", action="store_true", help="print JSON")

@@ -21,7 +21,7 @@ from pretrain.data.table_files import TABLE_FORMATS
 from pretrain.data.table_stream import WRITABLE, RowWriter, stream_chunks, table_kind
 from pretrain.data.tables import Table, read_table, splits
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
-from pretrain.objectives import TASKS, build_objective, task_class
+from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.training.precision import choose_device
 from pretrain.utils.files import note
@@ -55,11 +55,13 @@ def task_of(model: Model) -> Task:
 
     Args:
         model: a model of ``pretrain.load``, trained by this package or by another one. Its recorded task is untrusted
-            input: only tasks of ``pretrain.objectives.TASKS`` and options that they have are accepted.
+            input: only tasks of this package, and own ones that the caller has named, and options that they have are
+            accepted.
 
     Raises:
         ModelError: the model makes no predictions (a language model, or a body without a head); the message names the
             method to use instead. Also if the recorded options do not fit the task.
+        ConfigError: it was trained for a task that is not of this package, and the caller has not named its class.
     """
     name = recorded_task(model)
     if name is not None:
@@ -74,9 +76,13 @@ def _recorded(model: Model) -> Mapping[str, Any]:
 
 
 def recorded_task(model: Model) -> str | None:
-    """Return the name of the task in config.json, or None if it is unknown or the model lacks the head for it."""
+    """Return the name of the task in config.json, or None if there is none or the model lacks the head for it.
+
+    Raises:
+        ConfigError: the task is not of this package, and the caller has not named its class.
+    """
     name = _recorded(model).get("task")
-    if not isinstance(name, str) or name not in TASKS:
+    if not isinstance(name, str):
         return None
     return name if task_class(name).head_kind in (None, model.head_kind) else None
 
@@ -119,7 +125,7 @@ def _build(model: Model, name: str, options: Mapping[str, Any]) -> Task:
             "those of random weights"
         )
     try:
-        built = build_objective(TASKS[name], chosen, model)
+        built = build_objective(f"{cls.__module__}:{cls.__qualname__}", chosen, model)
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"config.json records options of the task {name} that it does not take: {error}. Repair the block "
@@ -137,6 +143,7 @@ def predict(
     inputs: Any,
     *,
     columns: Mapping[str, str] | None = None,
+    task: str | type[Task] | None = None,
     batch_rows: int = _BATCH_ROWS,
     **options: Any,
 ) -> Any:
@@ -149,6 +156,7 @@ def predict(
             predictions. For tasks over words a text is split at blanks, and a tuple holds the words of one text.
             A ``str`` is always a text, never the name of a file.
         columns: role -> column, for columns without a conventional name.
+        task: class of the task that the model was trained for, or its import path, if it is your own.
         batch_rows: examples in one forward pass; it does not change the predictions.
         **options: options of the task's ``predict`` and ``decode``: ``max_new_tokens`` of a chat; ``top_k`` of a
             classifier, a number of classes or None for all, which gives lists of labels and their probabilities.
@@ -163,6 +171,8 @@ def predict(
         DataError: inputs of another kind, or without a column that the task needs.
         ConfigError: an option that the task does not have.
     """
+    if task is not None:
+        task_class(task)
     return predict_with(task_of(model), inputs, columns=columns, batch_rows=batch_rows, **options)
 
 

@@ -46,6 +46,8 @@ TASKS = {
     "embedding": "pretrain.objectives.embedding.Embedding",
     "preference": "pretrain.objectives.preference.Preference",
 }
+# name -> class of the tasks that the caller of this process has named.
+_OWN_TASKS: dict[str, type[Task]] = {}
 OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
@@ -73,19 +75,35 @@ def objective_class(class_path: str) -> type[Objective]:
     return found
 
 
-def task_class(name: str) -> type[Task]:
-    """Resolve the name of a task, or the import path of one, to its class.
+def task_class(name: str | type[Task]) -> type[Task]:
+    """Return the class of a task.
+
+    An own class becomes known to this process: models whose config.json records its ``name`` are used with it.
+
+    Args:
+        name: a key of ``TASKS``, the import path of a class, or a class.
 
     Raises:
         ConfigError: there is no such task.
     """
     from pretrain.objectives.tasks import Task
 
-    if name not in TASKS and "." not in name and ":" not in name:
-        raise ConfigError(f"There is no task {name!r}." + did_you_mean(name, TASKS))
-    found = objective_class(TASKS.get(name, name))
+    if not isinstance(name, str):
+        found: type[Objective] = name
+    elif name in _OWN_TASKS:
+        return _OWN_TASKS[name]
+    elif name not in TASKS and "." not in name and ":" not in name:
+        raise ConfigError(
+            f"There is no task {name!r}."
+            + did_you_mean(name, TASKS)
+            + f" If it is your own, name its class: {option('task', 'package.module:Class')}."
+        )
+    else:
+        found = objective_class(TASKS.get(name, name))
     if not issubclass(found, Task):
         raise ConfigError(f"{name!r} is an objective but no task: it does not say what rows mean.")
+    if found.name not in TASKS:
+        _OWN_TASKS[found.name] = found
     return found
 
 
