@@ -35,6 +35,10 @@ class Normed(OwnGPT):
         super().__init__(config)
         self.statistics = nn.BatchNorm1d(config.hidden_size)
 
+    def forward(self, batch, *, cache=None):
+        x = super().forward(batch, cache=cache)
+        return self.statistics(x.reshape(-1, x.shape[-1])).view_as(x)
+
     def names(self):
         return [*super().names(), Name("statistics", ("statistics",))]
 
@@ -85,6 +89,8 @@ def forget() -> None:
 
 
 def test_every_command(unknown: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """With running statistics in the family, which every command must carry along."""
+    family = "own_gpt:Normed"
     sizes = ["--model.overrides.hidden_size", "16", "--model.overrides.num_layers", "1"]
     sizes += [
         "--model.overrides.num_heads",
@@ -101,7 +107,7 @@ def test_every_command(unknown: None, capsys: pytest.CaptureFixture[str]) -> Non
         "--data.tokenizer",
         "char",
         "--model.family",
-        FAMILY,
+        family,
     ]
     train += [*sizes, "--train.out", "run", "--parallel.device", "cpu"]
     assert main([*train, "--train.limit", "2 steps"]) == 0
@@ -109,21 +115,21 @@ def test_every_command(unknown: None, capsys: pytest.CaptureFixture[str]) -> Non
     forget()
     assert main([*train, "--train.limit", "4 steps"]) == 0  # resumed
     assert "resuming" in capsys.readouterr().err
-    known = ["--family", FAMILY]
+    known = ["--family", family]
     tune = ["finetune", "--model", "run", "--data", "rows.jsonl", "--task", "classification"]
     tune += ["--train.out", "tuned", "--train.limit", "2 steps", "--data.valid", "0.3"]
     commands = [
         ["generate", "run", "the cat", "--max_new_tokens", "3"],
         ["evaluate", "run"],
         ["inspect", "run"],
-        [*tune, "--model.family", FAMILY],
+        [*tune, "--model.family", family],
         ["evaluate", "tuned"],
         ["predict", "tuned", "rows.jsonl", "--out", "answers.jsonl"],
     ]
     for words in commands:
         forget()
         if words[0] != "inspect":
-            assert main([word for word in words if word not in ("--model.family", FAMILY)]) == 2
+            assert main([word for word in words if word not in ("--model.family", family)]) == 2
             assert "--family" in capsys.readouterr().err
         named = words if words[0] == "finetune" else [*words, *known]
         assert main(named) == 0, words

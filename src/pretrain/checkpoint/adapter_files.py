@@ -20,8 +20,7 @@ from pretrain.checkpoint.model_directory import (
 )
 from pretrain.errors import CheckpointError, ConfigError, ModelError
 from pretrain.lora.attach import base_sample, body_shapes, fingerprint
-from pretrain.lora.config import PeftSettings, from_peft
-from pretrain.lora.peft_format import attach_stored, fill, head_of
+from pretrain.lora.peft_format import PeftSettings, attach_stored, fill, from_peft, head_of
 from pretrain.models.heads import LABELLED
 from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, reading
@@ -70,9 +69,7 @@ def open_adapter(
     if not facts:  # written by peft, without a model configuration: that of the base is used
         config = dict(source.config)
         if kind is None:
-            kind, classes = head_of(settings, tensors, path / ADAPTER_CONFIG)
-            if kind in LABELLED and classes:
-                config = _with_labels(config, classes)
+            kind, config = _peft_head(config, settings, tensors, path / ADAPTER_CONFIG)
     try:
         model = Model.from_hf_config(config, head=kind)
     except ModelError as error:
@@ -183,9 +180,7 @@ def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
         if not _facts(config):
             config = dict(_Base(_find(settings.base, path), verify=False).config)
             heads = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
-            kind, classes = head_of(settings, heads, path / ADAPTER_CONFIG)
-            if kind in LABELLED and classes:
-                config = _with_labels(config, classes)
+            kind, config = _peft_head(config, settings, heads, path / ADAPTER_CONFIG)
         from pretrain.models.base import Model
 
         whole = Model.from_hf_config(config, head=kind).num_parameters() + added
@@ -194,13 +189,17 @@ def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
     return {"trainable_parameters": trained, "total_parameters": whole}
 
 
-def _with_labels(config: dict[str, Any], classes: int) -> dict[str, Any]:
-    """Return the configuration of the base with as many labels as the head of the adapter has rows."""
+def _peft_head(
+    config: dict[str, Any], settings: PeftSettings, tensors: Mapping[str, Tensor], where: Path
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the head that peft trained, and the configuration of the base with as many labels as that has rows."""
+    kind, classes = head_of(settings, tensors, where)
     labels = config.get("id2label")
-    if isinstance(labels, dict) and len(labels) == classes:
-        return config
-    config.pop("num_labels", None)
-    return config | {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}}
+    known = isinstance(labels, dict) and len(labels) == classes
+    if kind in LABELLED and classes and not known:
+        config = {key: value for key, value in config.items() if key != "num_labels"}
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
+    return kind, config
 
 
 def _refuse_other_base(model: Model, source: _Base, facts: Mapping[str, Any], path: Path) -> None:

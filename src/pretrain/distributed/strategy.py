@@ -95,6 +95,7 @@ class Strategy:
         self.uneven = False
         self._ddp: Any = None
         self._root = _Root(objective)
+        self._has_buffers = bool(persistent_buffers(objective))
         self._buffers: dict[str, Tensor] = {}  # copies of the persistent ones before the step
         if settings.reproducible and (found := persistent_buffers(objective.model)):
             raise ConfigError(
@@ -262,7 +263,8 @@ class Strategy:
         Returns:
             The results of ``run``, in order.
         """
-        self._buffers = {n: b.clone() for n, b in persistent_buffers(self.objective).items()}
+        if self._has_buffers:
+            self._buffers = {n: b.clone() for n, b in persistent_buffers(self.objective).items()}
         if self.settings.reproducible:
             totals = self._tree(run, count)
         else:
@@ -287,9 +289,9 @@ class Strategy:
 
     def _broadcast_buffers(self) -> None:
         """Broadcast the persistent buffers of rank zero, as DDP does: each rank has updated them from its own rows."""
-        buffers = list(persistent_buffers(self.objective).values()) if self._buffers else []
-        if self.world.size == 1:
+        if not self._has_buffers or self.world.size == 1:
             return
+        buffers = list(persistent_buffers(self.objective).values())
         for dtype in sorted({b.dtype for b in buffers}, key=str):
             held = [b for b in buffers if b.dtype is dtype]
             flat = torch.cat([b.reshape(-1) for b in held])
@@ -301,8 +303,9 @@ class Strategy:
 
     def restore_buffers(self) -> None:
         """Undo what the forward passes of this step did to persistent buffers; called if the step is skipped."""
-        for name, buffer in persistent_buffers(self.objective).items() if self._buffers else ():
-            buffer.copy_(self._buffers[name])
+        if self._has_buffers:
+            for name, buffer in persistent_buffers(self.objective).items():
+                buffer.copy_(self._buffers[name])
 
     @contextlib.contextmanager
     def _synced(self, last: bool) -> Iterator[None]:
