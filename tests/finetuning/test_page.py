@@ -19,8 +19,8 @@ import tiny
 from pretrain.errors import DataError
 from pretrain.finetuning.card import base_model, model_card
 from pretrain.finetuning.page import command, render, write_report
+from pretrain.finetuning.result import Confusion, Errors
 from pretrain.finetuning.settings import TuneConfig
-from pretrain.finetuning.views import Confusion, Errors
 from pretrain.inference.predict import task_of
 from pretrain.models import build
 from pretrain.training.state import Run

@@ -1,21 +1,24 @@
-"""Result of ``pretrain.finetune``: the trained model, its metrics, its mistakes and its files."""
+"""Result of ``pretrain.finetune``: the trained model, its metrics, its mistakes and its files; all text is escaped."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pretrain.errors import DataError
 from pretrain.finetuning.card import measured_parts, model_card
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
-from pretrain.metrics import confusion_matrix
-from pretrain.printing import printable
+from pretrain.metrics import confusion_matrix, per_class
+from pretrain.printing import aligned, printable
+from pretrain.utils.html import Html, bullets, notebook_view, show, table
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -23,12 +26,16 @@ if TYPE_CHECKING:
     from pretrain.finetuning.compare import Comparison
     from pretrain.finetuning.rows import Data
     from pretrain.finetuning.settings import TuneConfig
-    from pretrain.finetuning.views import Confusion, Errors
     from pretrain.models.base import Model
     from pretrain.objectives.tasks import Task
     from pretrain.training.state import Run
 
-__all__ = ["Finetuned"]
+__all__ = ["Confusion", "Errors", "Finetuned"]
+
+_MATRIX = 12  # labels up to which the whole matrix is shown
+_PAIRS = 15
+_WIDE = 18  # characters of a label in a terminal
+_TEXT = 300  # characters of a text in a notebook
 
 
 class Finetuned:
@@ -154,11 +161,11 @@ class Finetuned:
     @cached_property
     def answers(self) -> list[tuple[Any, dict[str, Any]]]:
         """(truth, prediction) of every judged row; empty where the task has no single truth."""
-        table = self.judged
-        truth = self.task.truth(table) if len(table) else None
+        judged = self.judged
+        truth = self.task.truth(judged) if len(judged) else None
         if truth is None:
             return []
-        return list(zip(truth, self.task.predict(table), strict=True))
+        return list(zip(truth, self.task.predict(judged), strict=True))
 
     def confusion(self) -> Confusion:
         """Confusion matrix of the judged rows.
@@ -166,8 +173,6 @@ class Finetuned:
         Raises:
             DataError: the task has no single class per row, or nothing was held out.
         """
-        from pretrain.finetuning.views import Confusion
-
         labels = self.labels or ()
         said = [(truth, found.get("label")) for truth, found in self.answers]
         pairs = [(a, b) for a, b in said if isinstance(a, str) and isinstance(b, str)]
@@ -185,8 +190,6 @@ class Finetuned:
         Raises:
             DataError: the task has no single correct answer per row.
         """
-        from pretrain.finetuning.views import Errors
-
         if not self.answers:
             raise DataError(
                 f"The task {self.task.name} has no single correct answer per row, so there are no mistakes to list."
@@ -203,12 +206,12 @@ class Finetuned:
                 weight = float(score.max()) if score.size else 0.0
             wrong.append((weight, i, truth, answer))
         wrong.sort(key=lambda item: (-item[0], item[1]))
-        table, mistakes = self.judged, []
+        judged, mistakes = self.judged, []
         for weight, i, truth, answer in wrong[:count]:
-            row = table.row(i)
+            row = judged.row(i)
             inputs = [str(row[r.name]) for r in self.task.roles if r.name in row and not r.target]
             mistakes.append({
-                "where": table.where(i), "text": " | ".join(inputs), "label": truth, "predicted": answer,
+                "where": judged.where(i), "text": " | ".join(inputs), "label": truth, "predicted": answer,
                 "score": weight,
             })  # fmt: skip
         return Errors(mistakes)
@@ -235,7 +238,6 @@ class Finetuned:
 
     def _repr_html_(self) -> str:
         from pretrain.report.history import loss_svg, sort_records
-        from pretrain.utils.html import bullets, notebook_view, table
 
         parts = measured_parts(self)
         names = list(dict.fromkeys(k for _, f in parts for k in f if k != "targets"))
@@ -257,3 +259,134 @@ def _where(run: Any) -> str:
         return "kept nowhere"
     best = run.best or run.checkpoint
     return f"step {run.step:,}, best {best}" if run.best else f"step {run.step:,}, {best}"
+
+
+class Confusion:
+    """Confusion matrix: how often each class was predicted for each class.
+
+    Args:
+        labels: the C classes.
+        matrix: (C, C) counts; row: the right class, column: the predicted one.
+
+    Raises:
+        DataError: the matrix has another shape, or holds negative counts.
+    """
+
+    def __init__(self, labels: Sequence[str], matrix: Any) -> None:
+        self.labels = tuple(map(str, labels))
+        self.matrix: NDArray[np.int64] = np.asarray(matrix, dtype=np.int64)
+        if self.matrix.shape != (len(self.labels),) * 2 or (self.matrix < 0).any():
+            raise DataError(
+                f"A confusion matrix of {len(self.labels)} labels has that many rows and columns of counts; found the "
+                f"shape {self.matrix.shape}{', with negative counts' if (self.matrix < 0).any() else ''}."
+            )
+
+    def pairs(self, count: int = _PAIRS) -> list[tuple[str, str, int]]:
+        """The most frequent mistakes: (right class, predicted class, how often), most frequent first."""
+        wrong = self.matrix * (1 - np.eye(len(self.labels), dtype=np.int64))
+        order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+        places = [divmod(int(i), len(self.labels)) for i in order]
+        return [
+            (self.labels[i], self.labels[k], int(wrong[i, k])) for i, k in places if wrong[i, k]
+        ]
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """``label, precision, recall, f1, support`` of every class; a class never predicted has precision 0."""
+        columns = (self.labels, *(column.tolist() for column in per_class(self.matrix)))
+        names = ("label", "precision", "recall", "f1", "support")
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [row | {"support": int(row["support"])} for row in rows]
+
+    @property
+    def small(self) -> bool:
+        """Whether the whole matrix is shown."""
+        return len(self.labels) <= _MATRIX
+
+    def __repr__(self) -> str:
+        right, total = int(self.matrix.trace()), int(self.matrix.sum())
+        top = f"Confusion of {len(self.labels)} classes, {right:,} of {total:,} right"
+        if self.small:
+            rows = [
+                (label, *(f"{n:,}" for n in row))
+                for label, row in zip(self.labels, self.matrix, strict=True)
+            ]
+            rows, left = [("right \\ predicted", *self.labels), *rows], 1
+        else:
+            rows = [(label, said, f"{n:,}") for label, said, n in self.pairs()]
+            rows, left, top = [("right", "predicted", "times"), *rows], 2, f"{top}; most confused:"
+        return "\n".join([top, *aligned([[_line(c, _WIDE) for c in row] for row in rows], left)])
+
+    def html(self) -> str:
+        """The matrix, or the most frequent mistakes if it is large, as HTML without a style of its own."""
+        if not self.small:
+            return table(["right", "predicted", "times"], self.pairs(), left=2)
+        classes = range(len(self.labels))
+        rows = [[self.labels[i], *(self._cell(i, k) for k in classes)] for i in classes]
+        return table(["right \\ predicted", *self.labels], rows)
+
+    def _repr_html_(self) -> str:
+        return notebook_view("confusion", self.html())
+
+    def _cell(self, i: int, k: int) -> Html:
+        """A count on a background as strong as its share of the row: blue if correct, orange if wrong."""
+        share = self.matrix[i, k] / max(1, self.matrix[i].sum())
+        colour = "42,111,214" if i == k else "217,72,15"
+        words = f"{self.labels[i]} taken for {self.labels[k]}: {share:.1%} of its rows"
+        return Html(
+            f'<span class="heat" style="background:rgba({colour},{share * 0.6:.2f})" title="{escape(words)}">'
+            f"{int(self.matrix[i, k]):,}</span>"
+        )
+
+
+@dataclass(repr=False)
+class Errors(Sequence[Mapping[str, Any]]):
+    """Mistakes, the worst first.
+
+    Args:
+        rows: each ``where`` (place in the source), ``text``, ``label`` (the right answer), ``predicted`` and
+            ``score`` (how sure the model was, or how far off).
+    """
+
+    rows: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Errors(self.rows[index]) if isinstance(index, slice) else self.rows[index]
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return "no mistakes"
+        return "\n".join(
+            f"{_line(row.get('where'), 80)}: {_line(row.get('label'), 80)} taken for "
+            f"{_line(row.get('predicted'), 80)} ({_short(row.get('score'))})\n"
+            f"    {_line(row.get('text'), 110)}"
+            for row in self.rows
+        )
+
+    def html(self, text: int = _TEXT) -> str:
+        """A table as HTML without a style of its own; texts are truncated to ``text`` characters."""
+        rows = [
+            [
+                _line(row.get("text"), text), _line(row.get("label"), 120), _line(row.get("predicted"), 120),
+                row.get("score"), _line(row.get("where"), 200),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        return table(["text", "right", "predicted", "score", "where"], rows, left=5)
+
+    def _repr_html_(self) -> str:
+        return notebook_view("errors", self.html() if self.rows else "<p>no mistakes</p>")
+
+
+def _line(value: Any, limit: int) -> str:
+    """A value on one line without terminal control characters, truncated to ``limit``."""
+    text = printable(show(value)).strip() if value not in ([], ()) else "none"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, int | float) else _line(value, 40)
