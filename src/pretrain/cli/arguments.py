@@ -25,14 +25,8 @@ __all__ = [
 # Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "finetune")
 _NULLS = ("null", "Null", "NULL", "~")
-_METAVARS: dict[Any, str] = {
-    int: "INT",
-    float: "NUMBER",
-    bool: "{true,false}",
-    str: "TEXT",
-    list: "LIST",
-}
-_METAVARS |= {tuple: "LIST", dict: "MAPPING"}
+_METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}
+_METAVARS |= {list: "LIST", tuple: "LIST", dict: "MAPPING"}
 
 
 class Parser(argparse.ArgumentParser):
