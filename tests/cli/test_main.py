@@ -627,7 +627,7 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(
     """What a command has begun is cleared away: here the temporary file of its answers."""
     import signal
 
-    from pretrain.data.table_stream import RowWriter
+    from pretrain.data.row_writer import RowWriter
 
     def answer(arguments: Any) -> int:
         with RowWriter(tmp_path / "answers.csv", ["text"]) as output:

@@ -134,6 +134,8 @@ def test_wrong_encoding_option(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"a\n\x81 b")
     with pytest.raises(DataError, match=r"b\.txt:2 is not cp1252"):
         texts(tmp_path / "b.txt", encoding="cp1252")
+    with pytest.raises(DataError, match=r"b\.txt is not utf-16: .*start with BOM"):
+        texts(tmp_path / "b.txt", encoding="utf-16")
 
 
 @pytest.mark.parametrize("kind", ["files", "separator", "jsonl", "csv"])

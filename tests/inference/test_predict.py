@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import pretrain
 import tiny
 from pretrain.cli import main as cli
-from pretrain.data.table_stream import RowWriter, stream_chunks
+from pretrain.data.row_writer import RowWriter
+from pretrain.data.tables import stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.inference.predict import predict, predict_file, predict_with, task_of
 from pretrain.models import build

@@ -1,22 +1,28 @@
-"""Opening of text files of any encoding as UTF-8 bytes, and detection of likely encodings."""
+"""Opening of files, plain or compressed and in any encoding, as UTF-8 bytes; detection of likely encodings."""
 
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from pretrain.config.spelling import option
-from pretrain.data.archives import open_packed
 from pretrain.errors import DataError
 
-__all__ = ["check_encoding", "likely_encoding", "not_decodable", "open_text"]
+__all__ = [
+    "COMPRESSIONS", "check_encoding", "likely_encoding", "not_decodable", "open_packed", "open_text",
+]  # fmt: skip
 
+COMPRESSIONS = (".gz", ".zst")
 _BLOCK = 1 << 20
+# Compressed bytes that are decompressed at once; small, so that a decompression bomb cannot fill the memory.
+_PACKED_BLOCK = 4096
 _HEAD = 8192
 _MAGIC = {b"\x1f\x8b": "gzip data (name it .gz)", b"(\xb5/\xfd": "zstandard data (name it .zst)",
           b"PAR1": "parquet data (name it .parquet)", b"PK\x03\x04": "a zip archive (unpack it)"}  # fmt: skip
@@ -31,8 +37,10 @@ codecs.register_error("pretrain-unknown", lambda error: (_UNKNOWN, cast(Any, err
 class _Translated(io.RawIOBase):
     """The bytes of another stream, passed block by block through a function, which gets b"" at the end."""
 
-    def __init__(self, raw: BinaryIO, translate: Callable[[bytes], bytes]) -> None:
-        self._raw, self._translate = raw, translate
+    def __init__(
+        self, raw: BinaryIO, translate: Callable[[bytes], bytes], block: int = _BLOCK
+    ) -> None:
+        self._raw, self._translate, self._block = raw, translate, block
         self._ready, self._ended = memoryview(b""), False
 
     def readable(self) -> bool:
@@ -40,13 +48,66 @@ class _Translated(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready and not self._ended:
-            block = self._raw.read(_BLOCK)
+            block = self._raw.read(self._block)
             self._ended = not block
             self._ready = memoryview(self._translate(block))
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
+
+
+def _zstandard() -> Callable[[bytes], bytes]:
+    """Return a function that decompresses the blocks of a zstandard file of any number of frames.
+
+    It raises EOFError on a truncated frame, which the library's own stream reader treats as complete.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(
+            "reading .zst files needs the zstandard package: pip install zstandard"
+        ) from error
+    decompressor, frame = zstandard.ZstdDecompressor(), None
+
+    def unpack(block: bytes) -> bytes:
+        nonlocal frame
+        if not block and frame is not None:
+            raise EOFError("it ends inside a frame")
+        parts = []
+        while block:
+            frame = frame or decompressor.decompressobj()
+            parts.append(frame.decompress(block))
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        return b"".join(parts)
+
+    return unpack
+
+
+@contextmanager
+def open_packed(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, decompressing it according to its suffix; errors of the disk and the archive become DataError."""
+    suffix = path.suffix.lower()
+    try:
+        with path.open("rb") as raw:
+            if suffix == ".gz":
+                with gzip.open(raw, "rb") as unpacked:
+                    yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked), _BLOCK))
+            elif suffix == ".zst":
+                frames = _Translated(raw, _zstandard(), _PACKED_BLOCK)
+                yield cast(BinaryIO, io.BufferedReader(frames, _BLOCK))
+            else:
+                yield raw
+    except Exception as error:
+        damaged = isinstance(error, EOFError | gzip.BadGzipFile | zlib.error)
+        if damaged or type(error).__name__ == "ZstdError":
+            kind = "zstandard" if suffix == ".zst" else "gzip"
+            raise DataError(
+                f"{path} is a damaged or cut {kind} file ({error}); fetch or write it again."
+            ) from error
+        if isinstance(error, OSError):
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise
 
 
 def check_encoding(name: str | None) -> str | None:
@@ -83,7 +144,7 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
     Raises:
         DataError: the file is binary, or cannot be read.
     """
-    with open_packed(path, _BLOCK) as opened:
+    with open_packed(path) as opened:
         stream = cast(io.BufferedReader, opened)
         head = stream.peek(_HEAD)[:_HEAD]
         for magic, meaning in _MAGIC.items():
@@ -96,7 +157,13 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
             decoder = codecs.getincrementaldecoder(encoding)("pretrain-unknown")
 
             def recode(block: bytes) -> bytes:
-                return decoder.decode(block, final=not block).encode("utf-8", "surrogateescape")
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeError as error:  # UTF-16 and UTF-32 without a byte order mark
+                    raise DataError(
+                        f"{path} is not {encoding}: {error}. Choose another {option('encoding')}, or correct the file."
+                    ) from error
+                return text.encode("utf-8", "surrogateescape")
 
             stream = io.BufferedReader(_Translated(stream, recode), _BLOCK)
             head = stream.peek(_HEAD)[:_HEAD]
@@ -152,7 +219,7 @@ _CYRILLIC = ("cp1251", "koi8_r", "cp866")
 
 def likely_encoding(path: Path) -> str | None:
     """Guess the encoding of a file that is not UTF-8; None if no candidate fits."""
-    with open_packed(path, _BLOCK) as stream:
+    with open_packed(path) as stream:
         data = stream.read(_BLOCK >> 2)
         if stream.read(1):  # end at a line feed, so that no character is truncated
             data = data[: data.rfind(b"\n") + 1] or data

@@ -23,9 +23,9 @@ from pretrain.data.paths import FileHashes, cache_home, find_files, passed_over
 from pretrain.data.readers import (
     Piece,
     Reading,
-    _cell,
-    _no_column,
+    cell_text,
     file_format,
+    no_column,
     read_file,
 )
 from pretrain.errors import DataError
@@ -179,7 +179,7 @@ class DatasetSource:
         self.text = text
         self.notes: list[str] = []
         if text not in dataset.column_names:
-            raise _no_column(f"the data set {name!r}", text, list(dataset.column_names))
+            raise no_column(f"the data set {name!r}", text, list(dataset.column_names))
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the rows of the text column."""
@@ -187,7 +187,7 @@ class DatasetSource:
         column = self.dataset.select_columns([self.text])
         for first in range(0, len(column), step):
             for number, value in enumerate(column[first : first + step][self.text], start=first):
-                yield _cell({self.text: value}, self.text, f"{self.name}, row {number}"), True
+                yield cell_text({self.text: value}, self.text, f"{self.name}, row {number}"), True
 
     def fingerprint(self, hashes: FileHashes) -> str:
         """Hash the text column: the library's own fingerprint differs between in-memory copies of the same data."""
@@ -258,7 +258,7 @@ def _spool(stream: Any, column: str, name: str, target: Path) -> None:
     """Write the text column of an iterable of rows as JSON lines."""
     with replacing(target) as out:
         for number, row in enumerate(stream):
-            text = _cell(row, column, f"{name}, row {number}")
+            text = cell_text(row, column, f"{name}, row {number}")
             out.write(json.dumps({"text": text}).encode() + b"\n")
 
 

@@ -5,21 +5,43 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from pretrain.config.spelling import option
-from pretrain.data.delimited import Content, distinct, numbered_names
 from pretrain.data.paths import find_files
-from pretrain.data.table_files import columns_of_rows, read_table_file, unhalved
-from pretrain.errors import DataError
+from pretrain.data.readers import (
+    COMPRESSIONS,
+    TABLE_FORMATS,
+    cell_form,
+    conll_sentences,
+    conllu_sentences,
+    csv_rows,
+    json_rows,
+    json_value,
+    open_parquet,
+    table_kind,
+    whole_characters,
+)
+from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.files import note
 
-__all__ = ["Table", "held_out_splits", "read_table", "splits"]
+__all__ = [
+    "Chunk",
+    "Table",
+    "held_out_splits",
+    "read_table",
+    "shortened",
+    "splits",
+    "stream_chunks",
+]
 
+_EXAMPLE = '{"text": "...", "label": "..."}'
+_TRANSPOSED = 1024  # rows of a delimited file that are turned into columns at once
 _TRAIN = ("train", "training")
 HELD_OUT = {
     "valid": ("validation", "valid", "val", "dev", "eval"),
@@ -53,7 +75,9 @@ class Table:
         """Raise DataError if the columns, or the places, differ in length."""
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) > 1:
-            raise DataError(f"{self.name}: the columns differ in length: {lengths}.")
+            raise DataError(
+                f"{self.name}: the columns differ in length: {lengths}. Every row needs a value in each column."
+            )
         if self.places is not None and len(self.places) != len(self):
             raise DataError(f"{self.name}: {len(self.places)} places for {len(self)} rows.")
 
@@ -102,7 +126,7 @@ class Table:
     ) -> Table:
         """Return a table with other columns and the same source, and the same `places` unless given."""
         kept = self.places if places is None else places
-        return Table(self.name, columns, label_names, kept, self.origin, self.unit, self.hint)
+        return replace(self, columns=columns, label_names=label_names, places=kept)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -231,7 +255,7 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
             note(f"{name}: the split {part!r} is taken of {len(parts)} ({', '.join(rest)} left)")
         return _resolve(parts[part], name, options)
     if isinstance(source, str | Path):
-        return _file(source, options)
+        return _read_file(_one_file(source), **options)
     extra = [key for key, value in options.items() if value is not None and key != "columns"]
     tuples = isinstance(source, list | tuple) and source and isinstance(source[0], list | tuple)
     if extra or (options["columns"] is not None and not tuples):
@@ -259,52 +283,14 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     )
 
 
-# ------------------------------------------------------------------------------------------------ sources
-
-
-def _file(source: str | Path, options: dict[str, Any]) -> Table:
-    spelled = str(source)
-    if spelled.startswith("hub:"):
-        raise DataError(
-            f"{spelled!r}: rows of the hub are not fetched here. Load them first and give the result: "
-            f"datasets.load_dataset({spelled.removeprefix('hub:')!r})."
-        )
-    folder = os.path.expanduser(spelled)
-    if os.path.isdir(folder):
-        try:
-            inside = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-        except OSError as error:
-            raise DataError(f"{spelled} cannot be read: {error.strerror}.") from error
-        saved = {"dataset_info.json", "dataset_dict.json"} & set(inside)
-        cure = (
-            "It was saved by the datasets library: give datasets.load_from_disk(...) of it"
-            if saved
-            else f"Give one of its files; it holds {', '.join(inside[:8]) or 'nothing'}"
-        )
-        raise DataError(f"{spelled} is a folder, not a file of rows. {cure}.")
-    found = find_files(spelled)
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found[:4])
-        raise DataError(
-            f"{spelled!r} matches {len(found)} files ({names}{', ...' if len(found) > 4 else ''}). Give one, or join "
-            "them first."
-        )
-    content = read_table_file(found[0], **options)
-    unit = "row" if content.places is None else "line"
-    return _table(found[0].name, content, origin=str(found[0]), unit=unit)
-
-
-def _table(name: str, content: Content, *, origin: str, unit: str) -> Table:
-    return Table(
-        name, content.columns, content.label_names, content.places, origin, unit, content.hint
-    )
+# ----------------------------------------------------------------------------------------------- objects
 
 
 def _plain(value: Any) -> Any:
     """Convert NumPy values to Python values, and replace lone surrogates in strings, recursively."""
     kind = type(value)
     if kind is str:
-        return value if value.isascii() else unhalved(value)
+        return whole_characters(value)
     if value is None or kind in (int, float, bool):
         return value
     if kind is list or kind is tuple:
@@ -338,17 +324,12 @@ def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Ta
         else:
             cure = 'Give dicts: [{"text": "...", "label": "..."}, ...].'
         raise DataError(
-            f"row {k + 1} of {name} (index {k}) is {_brief(row)}, which has no columns. {cure}"
+            f"row {k + 1} of {name} (index {k}) is {type(row).__name__} {shortened(row)}, which has no columns. {cure}"
         )
     named = ((f"row {k + 1} of a list (index {k})", _plain(row)) for k, row in enumerate(source))
     made, count = columns_of_rows(named, name)
     called = f"a list of {count:,} rows"
     return Table(called, made, origin="a list", unit="index")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
 def _columns(source: Mapping[Any, Any], name: str) -> Table:
@@ -357,18 +338,13 @@ def _columns(source: Mapping[Any, Any], name: str) -> Table:
         column = column.tolist() if hasattr(column, "tolist") else column
         if not isinstance(column, list | tuple):
             raise DataError(
-                f"{name} is a dict whose key {key!r} holds {_brief(column)}. Give a list for every column, or a list "
-                "of dicts, one for each row."
+                f"{name} is a dict whose key {key!r} holds {type(column).__name__} {shortened(column)}. "
+                "Give a list for every column, or a list of dicts, one for each row."
             )
         if str(key) in made:
             raise DataError(f"{name} has the column {str(key)!r} twice.")
         made[str(key)] = [_plain(value) for value in column]
-    lengths = {key: len(column) for key, column in made.items()}
-    if len(set(lengths.values())) > 1:
-        raise DataError(
-            f"{name}: the columns differ in length: {lengths}. Every row needs a value in each column."
-        )
-    count = next(iter(lengths.values()), 0)
+    count = len(next(iter(made.values()), ()))
     return Table(f"a dict of {count:,} rows", made, origin="a dict of columns", unit="index")
 
 
@@ -407,3 +383,398 @@ def _dataset(dataset: Any, name: str) -> Table:
             label_names[key] = [str(label) for label in inner.names]
     called = f"a data set of {len(dataset):,} rows"
     return Table(called, made, label_names, origin="a data set", unit="index")
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def _one_file(source: str | Path) -> Path:
+    spelled = str(source)
+    if spelled.startswith("hub:"):
+        raise DataError(
+            f"{spelled!r}: rows of the hub are not fetched here. Load them first and give the result: "
+            f"datasets.load_dataset({spelled.removeprefix('hub:')!r})."
+        )
+    folder = os.path.expanduser(spelled)
+    if os.path.isdir(folder):
+        try:
+            inside = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError as error:
+            raise DataError(f"{spelled} cannot be read: {error.strerror}.") from error
+        saved = {"dataset_info.json", "dataset_dict.json"} & set(inside)
+        cure = (
+            "It was saved by the datasets library: give datasets.load_from_disk(...) of it"
+            if saved
+            else f"Give one of its files; it holds {', '.join(inside[:8]) or 'nothing'}"
+        )
+        raise DataError(f"{spelled} is a folder, not a file of rows. {cure}.")
+    found = find_files(spelled)
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:4])
+        raise DataError(
+            f"{spelled!r} matches {len(found)} files ({names}{', ...' if len(found) > 4 else ''}). Give one, or join "
+            "them first."
+        )
+    return found[0]
+
+
+def _read_file(path: Path, format: str | None, encoding: str | None, **form: Any) -> Table:
+    """Read a file; ``form`` are the arguments of :func:`read_table` for CSV and TSV."""
+    kind = _kind(path, format)
+    if kind in ("csv", "tsv"):
+        return _delimited_table(path, kind, encoding, **form)
+    if any(value is not None for value in form.values()):
+        raise DataError(
+            f"{', '.join(form)} are for CSV and TSV files; {path} is read as {kind}, which has names for its columns."
+        )
+    if kind == "jsonl":
+        return _json_lines(path, encoding)
+    if kind == "json":
+        return _json(path, encoding)
+    if kind == "parquet":
+        return _parquet(path)
+    sentences = conll_sentences if kind == "conll" else conllu_sentences
+    found = list(sentences(path, encoding))
+    tag = "ner_tags" if kind == "conll" else "pos_tags"
+    columns = {"tokens": [words for _, words, _ in found], tag: [tags for _, _, tags in found]}
+    return _of_file(path, columns, [line for line, _, _ in found])
+
+
+def _of_file(
+    path: Path, columns: dict[str, list[Any]], lines: Sequence[int] | None = None, **more: Any
+) -> Table:
+    unit = "row" if lines is None else "line"
+    return Table(path.name, columns, places=lines, origin=str(path), unit=unit, **more)
+
+
+def _kind(path: Path, format: str | None) -> str:
+    known = sorted(set(TABLE_FORMATS.values()))
+    kind = table_kind(path) if format is None else format.lower().removeprefix(".")
+    if format is None and not kind:
+        raise DataError(
+            f"the name of {path} does not say how its rows are written. Name it {' '.join(TABLE_FORMATS)} (plain or "
+            f"{' '.join(COMPRESSIONS)}), or say it: {option('format', 'tsv')}, one of {', '.join(known)}."
+        )
+    if kind not in known:
+        raise DataError(f"{option('format', format)} is not known.{did_you_mean(kind, known)}")
+    return kind
+
+
+def _delimited(
+    path: Path,
+    kind: str,
+    encoding: str | None,
+    columns: Sequence[str] | None = None,
+    header: bool | None = None,
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+) -> tuple[list[str], Iterator[tuple[int, list[str]]], str]:
+    """Return the names of the columns, (line, cells) of the rows, and the hint of :class:`Table`."""
+    between, quoted = cell_form(path, kind, delimiter, quoting, encoding)
+    if kind == "tsv" and quoting is None and quoted:
+        note(
+            f"{path}: cells are enclosed in double quotes where needed, as a CSV writer does, and read so; "
+            f"{option('quoting', False)} keeps the quotes"
+        )
+    headless = header is False or (columns is not None and not header)
+    rows = csv_rows(
+        path,
+        delimiter=between,
+        quoting=quoted,
+        first="the first row" if headless else "the header",
+        encoding=encoding,
+        cure=f" If quotes are ordinary characters in this file: {option('quoting', False)}.",
+    )
+    number, top = next(rows, (1, []))
+    if not top:
+        raise DataError(f"{path} is empty: no header and no rows.")
+    names, top_is_row = _header(path, number, top, columns, header)
+    if top_is_row:
+        rows = chain([(number, top)], rows)
+    return names, rows, "" if top_is_row or header else _header_hint(path, top, between)
+
+
+def _delimited_table(path: Path, kind: str, encoding: str | None, **form: Any) -> Table:
+    names, rows, hint = _delimited(path, kind, encoding, **form)
+    lines: list[int] = []
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    while some := list(islice(rows, _TRANSPOSED)):
+        lines += [line for line, _ in some]
+        for column, cells in zip(
+            columns.values(), zip(*(cells for _, cells in some), strict=True), strict=True
+        ):
+            column.extend(cells)
+    return _of_file(path, columns, lines, hint=hint)
+
+
+def _header(
+    path: Path, number: int, top: list[str], columns: Sequence[str] | None, header: bool | None
+) -> tuple[list[str], bool]:
+    """Return the names of the columns and whether the first row is already data."""
+    if columns is None:
+        if header is False:
+            return numbered_names(len(top)), True
+        named = zip((cell.strip() for cell in top), numbered_names(len(top)), strict=True)
+        return distinct(f"{path}:{number}", [name or number for name, number in named]), False
+    names = distinct("columns", list(columns))
+    if len(names) != len(top):
+        raise DataError(
+            f"{option('names', names)} names {len(names)} columns, but the rows of {path} have {len(top)}: "
+            f"{shown(top)}. Give a name for every column."
+        )
+    same = [cell.strip().casefold() for cell in top] == [name.casefold() for name in names]
+    return names, not (same if header is None else header)
+
+
+def numbered_names(count: int) -> list[str]:
+    """Return ``column_1``, ``column_2``, ...: names for unnamed columns."""
+    return [f"column_{k}" for k in range(1, count + 1)]
+
+
+def distinct(where: str, names: list[str]) -> list[str]:
+    """Return `names`; raise DataError if one occurs twice."""
+    seen: set[str] = set()
+    twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    if twice:
+        raise DataError(
+            f"{where} names the column {twice[0]!r} twice: {shown(names)}. Names must differ; if this line is a row "
+            f"and not a header, give the names: {option('names', [...])}."
+        )
+    return names
+
+
+def shortened(value: Any) -> str:
+    """Return the ``repr`` of a value for a message, at most 60 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def shown(cells: Sequence[str]) -> str:
+    """Return the first few cells of a row, long ones shortened, for a message."""
+    short = [cell if len(cell) <= 40 else cell[:37] + "..." for cell in cells[:8]]
+    return ", ".join(map(repr, short)) + (", ..." if len(cells) > 8 else "")
+
+
+def _header_hint(path: Path, top: list[str], delimiter: str) -> str:
+    text = f"The first line of {path} was taken for the header: {shown(top)}."
+    if len(top) == 1:
+        other = next((mark for mark in ("\t", ";", "|", ",") if mark in top[0]), None)
+        if other and other != delimiter:
+            return (
+                f"{text} If {other!r} stands between columns, say so: {option('delimiter', other)}."
+            )
+    names = ["label", "text", *numbered_names(9)[2:]][: len(top)]
+    names += [...] if len(top) > len(names) else []  # type: ignore[list-item]
+    return f"{text} If it is a row, name the columns instead, for example {option('names', names)}."
+
+
+def columns_of_rows(
+    rows: Iterable[tuple[str, Any]], source: str
+) -> tuple[dict[str, list[Any]], int]:
+    """Turn (location, object) pairs into columns and the number of rows.
+
+    A key that is missing from some rows is None there, which is reported in one line.
+
+    Raises:
+        DataError: a row is not an object; names the location.
+    """
+    columns: dict[str, list[Any]] = {}
+    lacking: dict[str, tuple[int, str]] = {}
+    count = 0
+    for where, row in rows:
+        for name, value in _object(row, where).items():
+            if name not in columns:
+                columns[name] = [None] * count
+                if count:
+                    lacking[name] = (count, "the first row")
+            columns[name].append(value)
+        count += 1
+        if len(row) != len(columns):
+            for name, column in columns.items():
+                if len(column) < count:
+                    column.append(None)
+                    number, place = lacking.get(name, (0, where))
+                    lacking[name] = (number + 1, place)
+    if lacking:
+        told = [
+            f"{name!r} ({number:,} of {count:,} rows, first: {place})"
+            for name, (number, place) in lacking.items()
+        ]
+        more = f" and {len(told) - 3} other columns" if len(told) > 3 else ""
+        note(f"{source}: None stands where rows have no {', '.join(told[:3])}{more}")
+    return columns, count
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where} holds {type(row).__name__}, not an object with named columns. Write each row as "
+            f"{_EXAMPLE}."
+        )
+    return row
+
+
+def _json_lines(path: Path, encoding: str | None = None) -> Table:
+    lines: list[int] = []
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for line, row in json_rows(path, note, _EXAMPLE, encoding):
+            lines.append(line)
+            yield f"{path}:{line}", row
+
+    columns, _ = columns_of_rows(rows(), str(path))
+    return _of_file(path, columns, lines)
+
+
+def _json(path: Path, encoding: str | None) -> Table:
+    try:
+        value = json_value(path, encoding)
+    except DataError as error:
+        if getattr(error.__cause__, "msg", "") == "Extra data":  # several values: JSON lines
+            return _json_lines(path, encoding)
+        raise
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+        if value and isinstance(value[0], dict) and "paragraphs" in value[0]:
+            return _squad(path, value)
+    if isinstance(value, list):
+        named = ((f"row {k} of {path}", row) for k, row in enumerate(value, start=1))
+        return _of_file(path, columns_of_rows(named, str(path))[0])
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        lengths = {name: len(column) for name, column in value.items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(
+                f"{path} holds lists of different lengths: {lengths}. As columns of a table they must be equal; "
+                "otherwise write a list of objects."
+            )
+        return _of_file(path, value)
+    keys = f" with the keys {shown(list(value))}" if isinstance(value, dict) else ""
+    raise DataError(
+        f"{path} holds {type(value).__name__}{keys}, which is no table. Write a list of objects, an object of columns "
+        "of equal length, or questions in the layout of SQuAD (pandas: to_json(path, orient='records'))."
+    )
+
+
+def _squad(path: Path, articles: list[Any]) -> Table:
+    """Return the questions of a SQuAD file (Rajpurkar et al. 2016, 2018), one per row.
+
+    The answers of an unanswerable question are empty lists.
+    """
+    rows: list[tuple[str, Any]] = []
+    where = ""
+    try:
+        for a, article in enumerate(articles):
+            for p, paragraph in enumerate(article["paragraphs"]):
+                where = f"data[{a}].paragraphs[{p}]"
+                context = paragraph["context"]
+                for q, question in enumerate(paragraph["qas"]):
+                    where = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                    found = [] if question.get("is_impossible") else question.get("answers") or []
+                    answers = {
+                        "text": [answer["text"] for answer in found],
+                        "answer_start": [answer["answer_start"] for answer in found],
+                    }
+                    row = {"id": question.get("id"), "context": context}
+                    rows.append(
+                        (where, row | {"question": question["question"], "answers": answers})
+                    )
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else "is not built like SQuAD"
+        raise DataError(
+            f"{path}: {where or 'data'} {what}. Expected data[].paragraphs[] with context and qas[], each of these "
+            "with question and answers[] of text and answer_start."
+        ) from error
+    return _of_file(path, columns_of_rows(rows, str(path))[0])
+
+
+def _parquet(path: Path) -> Table:
+    with open_parquet(path) as file:
+        table = file.read()
+        names = distinct(str(path), list(table.schema.names))
+        try:
+            columns = {name: table.column(name).to_pylist() for name in names}
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} holds text that is not UTF-8 (byte {error.start} of a cell); write the file again with valid "
+                "strings."
+            ) from error
+    return _of_file(path, columns, label_names=_class_names(table.schema.metadata))
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the class names, by column, that the datasets library stores in the metadata of a parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: found for name, kind in features.items() if (found := _names_in(kind))}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}  # written by another library, or in another layout: the values are used as they are
+
+
+def _names_in(feature: Any) -> list[str]:
+    while isinstance(feature, dict):
+        if feature.get("_type") == "ClassLabel":
+            return [str(name) for name in feature["names"]]
+        feature = feature.get("feature")
+    return []
+
+
+# ------------------------------------------------------------------------------------------------- chunks
+
+
+@dataclass
+class Chunk:
+    """A chunk of rows of a file.
+
+    Attributes:
+        rows: the rows as in the file; a row of JSON lines has only its own keys.
+        table: the same rows as columns; missing values are None.
+    """
+
+    rows: list[dict[str, Any]]
+    table: Table
+
+    def with_columns(self, names: Iterable[str]) -> Table:
+        """Return the table with a column of None for each of ``names`` that no row of this chunk has."""
+        columns = self.table.columns
+        missing = {name: [None] * len(self.rows) for name in names if name not in columns}
+        return self.table.with_columns({**columns, **missing}, self.table.label_names)
+
+
+def stream_chunks(
+    path: Path,
+    size: int,
+    *,
+    delimiter: str | None = None,
+    quoting: bool | None = None,
+    encoding: str | None = None,
+) -> Iterator[Chunk]:
+    """Yield the rows of a file in chunks of ``size``; CSV, TSV and JSON lines are streamed, other formats read whole.
+
+    ``delimiter``, ``quoting`` and ``encoding`` are those of :func:`read_table`.
+
+    Raises:
+        DataError: the file does not exist or has no rows, or a row is invalid (the error names its line).
+    """
+    kind = table_kind(path)
+    if kind not in ("csv", "tsv", "jsonl"):
+        whole = read_table(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
+        for start in range(0, len(whole), size):
+            part = whole.take(range(start, min(start + size, len(whole))))
+            yield Chunk(list(part.rows()), part)
+        return
+    file = _one_file(path)
+    rows: Iterator[tuple[int, dict[str, Any]]]
+    if kind == "jsonl":
+        found = json_rows(file, note, _EXAMPLE, encoding)
+        rows = ((line, _object(row, f"{file}:{line}")) for line, row in found)
+    else:
+        names, cells, _ = _delimited(file, kind, encoding, delimiter=delimiter, quoting=quoting)
+        rows = ((line, dict(zip(names, row, strict=True))) for line, row in cells)
+    empty = True
+    while some := list(islice(rows, size)):
+        empty = False
+        keys = dict.fromkeys(name for _, row in some for name in row)
+        columns = {key: [row.get(key) for _, row in some] for key in keys}
+        yield Chunk([row for _, row in some], _of_file(file, columns, [line for line, _ in some]))
+    if empty:
+        raise DataError(f"{path} holds no rows. Check that it is the right file.")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.config.run import Sections, sections_of, setting
 from pretrain.config.spelling import option
-from pretrain.data.table_stream import table_kind
+from pretrain.data.readers import table_kind
 from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
 

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, option, using
-from pretrain.data.archives import COMPRESSIONS
 from pretrain.data.labelled import Role, choose_columns, roles_table
-from pretrain.data.table_files import TABLE_FORMATS
-from pretrain.data.table_stream import WRITABLE, RowWriter, stream_chunks, table_kind
-from pretrain.data.tables import Table, read_table, splits
+from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
+from pretrain.data.row_writer import WRITABLE, RowWriter
+from pretrain.data.tables import Table, read_table, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task

@@ -1,122 +1,24 @@
-"""Streaming of tables larger than memory: reading in chunks of rows and writing row by row, in order."""
+"""Writing of rows with their predictions to a table, row by row, in order."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pretrain.data.archives import COMPRESSIONS
-from pretrain.data.delimited import cell_form, distinct, numbered_names
-from pretrain.data.paths import find_files
-from pretrain.data.readers import csv_rows, json_rows
-from pretrain.data.table_files import TABLE_FORMATS, unhalved
-from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
-from pretrain.utils.files import HashingFile, note, replacing
+from pretrain.utils.files import HashingFile, replacing
 
-__all__ = ["WRITABLE", "Chunk", "RowWriter", "stream_chunks", "table_kind"]
+__all__ = ["WRITABLE", "RowWriter"]
 
 WRITABLE = (".jsonl", ".csv", ".tsv")
 _BUFFER = 64 << 10  # bytes
 # Limit of the rows that wait for the first answer, whose keys determine the columns.
 _MOST_WAITING = 100_000
-
-
-def table_kind(path: Path) -> str:
-    """Return the format that the suffix of a file name denotes, apart from compression, or "" if none."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return TABLE_FORMATS.get(suffixes[-1], "") if suffixes else ""
-
-
-@dataclass
-class Chunk:
-    """A chunk of rows of a file.
-
-    Attributes:
-        rows: the rows as in the file; a row of JSON lines has only its own keys.
-        table: the same rows as columns; missing values are None.
-    """
-
-    rows: list[dict[str, Any]]
-    table: Table
-
-    def with_columns(self, names: Iterable[str]) -> Table:
-        """Return the table with a column of None for each of ``names`` that no row of this chunk has."""
-        columns = self.table.columns
-        missing = {name: [None] * len(self.rows) for name in names if name not in columns}
-        return self.table.with_columns({**columns, **missing}, self.table.label_names)
-
-
-def stream_chunks(
-    path: Path,
-    size: int,
-    *,
-    delimiter: str | None = None,
-    quoting: bool | None = None,
-    encoding: str | None = None,
-) -> Iterator[Chunk]:
-    """Yield the rows of a file in chunks of ``size``; CSV, TSV and JSON lines are streamed, other formats read whole.
-
-    ``delimiter``, ``quoting`` and ``encoding`` are those of :func:`pretrain.data.tables.read_table`.
-
-    Raises:
-        DataError: the file does not exist or has no rows, or a row is invalid (the error names its line).
-    """
-    kind = table_kind(path)
-    if kind not in ("csv", "tsv", "jsonl"):
-        whole = read_table(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
-        for start in range(0, len(whole), size):
-            part = whole.take(range(start, min(start + size, len(whole))))
-            yield Chunk(list(part.rows()), part)
-        return
-    found = find_files(str(path))
-    if len(found) != 1:
-        raise DataError(f"{path} matches {len(found)} files. Give one.")
-    if kind == "jsonl":
-        rows = _json_lines(found[0], encoding)
-    else:
-        rows = _delimited(found[0], kind, delimiter, quoting, encoding)
-    any_rows = False
-    while some := list(islice(rows, size)):
-        any_rows = True
-        names = list(dict.fromkeys(name for _, row in some for name in row))
-        columns = {name: [row.get(name) for _, row in some] for name in names}
-        places = [place for place, _ in some]
-        table = Table(path.name, columns, places=places, origin=str(path), unit="line")
-        yield Chunk([row for _, row in some], table)
-    if not any_rows:
-        raise DataError(f"{path} holds no rows. Check that it is the right file.")
-
-
-def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, row in json_rows(path, note, '{"text": "..."}', encoding):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}:{number} holds {type(row).__name__}, not an object with named columns. Write each row as "
-                '{"text": "..."}.'
-            )
-        yield number, unhalved(row)
-
-
-def _delimited(
-    path: Path, kind: str, delimiter: str | None, quoting: bool | None, encoding: str | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    between, quoted = cell_form(path, kind, delimiter, quoting, encoding)
-    rows = csv_rows(path, delimiter=between, quoting=quoted, encoding=encoding)
-    number, top = next(rows, (1, []))
-    named = zip((cell.strip() for cell in top), numbered_names(len(top)), strict=True)
-    names = distinct(f"{path}:{number}", [name or spare for name, spare in named])
-    for number, cells in rows:
-        yield number, dict(zip(names, cells, strict=True))
 
 
 class RowWriter:
