@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.config.spelling import FINETUNE, using
-from pretrain.data.label_forms import printed_list, read_several
 from pretrain.data.labelled import choose_columns, roles_table
+from pretrain.data.labels import printed_list, read_several
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
 from pretrain.objectives.classification import Classification

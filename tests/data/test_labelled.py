@@ -14,19 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.labelled import (
-    LabelMap,
     Role,
     choose_columns,
     drop_duplicates,
-    is_missing,
     label_strata,
-    make_label_map,
-    make_tag_map,
     normalised,
     roles_table,
     single_classes,
     split,
 )
+from pretrain.data.labels import LabelMap, is_missing, make_tag_map
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import ConfigError, DataError
 
@@ -34,6 +31,14 @@ TEXT = Role("text", ("text", "sentence", "review"), help="the text to classify")
 LABEL = Role("label", ("label", "labels", "category"))
 EXTRA = Role("weight", ("weight",), required=False)
 ROLES = (TEXT, LABEL, EXTRA)
+
+
+def make_label_map(
+    values: Any, given: Any = None, *, names: Any = None, **told: Any
+) -> tuple[tuple[str, ...], list[int]]:
+    """The names of the classes, and the class of every row."""
+    made = LabelMap.learn(values, given, names=names, **told)
+    return made.labels, made.ids(values, **told)
 
 
 def table(*names: str, rows: int = 3) -> Table:

@@ -17,7 +17,7 @@ from tokenizers import normalizers
 
 from contract import check_objective
 from pretrain import metrics
-from pretrain.data.answers import find_answers
+from pretrain.data.columns import find_answers
 from pretrain.data.tables import Table, read_table
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import ConfigError, DataError

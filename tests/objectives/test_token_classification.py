@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as Backend
 
 from contract import check_objective
 from pretrain.data.tables import Table, read_table
+from pretrain.data.task_rows import blanks_before_words, word_windows
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
-from pretrain.data.words import blanks_before_words, word_windows
 from pretrain.errors import ConfigError, DataError
 from pretrain.models import build
 from pretrain.nn.loss import IGNORE

@@ -15,15 +15,14 @@ from typing import Any
 
 from pretrain.config.spelling import column as column_option
 from pretrain.config.spelling import option
-from pretrain.data.label_forms import is_on
-from pretrain.data.labels import LabelMap, is_missing, make_label_map, make_tag_map, number_in
+from pretrain.data.labels import is_missing, is_on, make_tag_map, number_in
 from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError, did_you_mean
 from pretrain.utils.files import note
 
 __all__ = [
-    "LabelMap", "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata",
-    "make_label_map", "make_tag_map", "normalised", "number_in", "roles_table", "single_classes", "split",
+    "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata", "make_tag_map",
+    "normalised", "roles_table", "single_classes", "split",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a continuous target

@@ -1,37 +1,46 @@
-"""Labels: mapping of column values to class ids 0..k-1 with names, shared by all splits."""
+"""Labels: class ids 0..k-1 with names for the values of a column, columns of several labels per row, and numbers.
+
+Several labels per row are published as lists of names or of class numbers, vectors of zeros and ones, printed forms of
+both in a text file, names joined by a separator, and mappings from name to 0 or 1. The form is determined for a whole
+column, not cell by cell.
+"""
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
 from pretrain.config.spelling import option
+from pretrain.data.tables import shortened
 from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.files import note
 
 __all__ = [
-    "LabelMap",
-    "blanks_note",
-    "finite_numbers",
-    "flattened",
-    "is_missing",
-    "make_label_map",
-    "make_tag_map",
-    "number_in",
-]
+    "LabelMap", "Several", "blanks_note", "finite_numbers", "flattened", "is_missing", "is_on", "make_tag_map",
+    "number_in", "printed_list", "read_several",
+]  # fmt: skip
 
 _SHOWN = 3
 _MANY = 1000
 _FEW_ROWS = 20
 LARGEST = 1e37  # largest target; differences and sums over a batch still fit single precision
 
+_MARKS = ("|", ";", ",")  # separators of names in one cell
+_RECURRING = 0.9  # share of the parts of joined cells that must occur in other cells too
+_SPELLED = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+
 Where = Callable[[int], str]
+
+
+def _row(i: int) -> str:
+    return f"row {i + 1}"
 
 
 def is_missing(value: Any) -> bool:
@@ -61,7 +70,7 @@ class LabelMap:
         *,
         names: Sequence[str] | None = None,
         checkpoint: Sequence[str] | None = None,
-        where: Where | None = None,
+        where: Where = _row,
         column: str = "label",
     ) -> LabelMap:
         """Determine the classes from the training rows.
@@ -83,20 +92,19 @@ class LabelMap:
             DataError: labels are missing, numbers are not whole, there is only one class, a value is not in `given`,
                 or there are so many classes that the column looks like text.
         """
-        at = where or (lambda i: f"row {i + 1}")
-        texts = _spelled(values, at, column)
+        texts = _spelled(values, where, column)
         what = "its classes"
         if given is not None:
             made, what = _given(given, texts, column, names), "the labels given"
         elif checkpoint is not None:
-            made = _of_checkpoint(checkpoint, texts, at, column, names)
+            made = _of_checkpoint(checkpoint, texts, where, column, names)
             what = "the classes of the checkpoint"
         elif names is not None:
             made = cls.numbered(names)
         else:
-            labels = _sorted_labels(texts, values, at, column)
+            labels = _sorted_labels(texts, values, where, column)
             made = cls(labels, {label: k for k, label in enumerate(labels)})
-        made._check(texts, at, column, what)
+        made._check(texts, where, column, what)
         return made
 
     @classmethod
@@ -112,7 +120,7 @@ class LabelMap:
         values: Sequence[Any],
         *,
         names: Sequence[str] | None = None,
-        where: Where | None = None,
+        where: Where = _row,
         column: str = "label",
     ) -> list[int]:
         """Return the class ids of a column.
@@ -126,8 +134,7 @@ class LabelMap:
         Raises:
             DataError: a label is missing, or did not occur in training.
         """
-        at = where or (lambda i: f"row {i + 1}")
-        texts = _spelled(values, at, column)
+        texts = _spelled(values, where, column)
         known: LabelMap = self
         named = {str(k): str(name).strip() for k, name in enumerate(names or ())}
         places = {label.strip(): k for k, label in enumerate(self.labels)}
@@ -137,7 +144,7 @@ class LabelMap:
         elif self.codes.keys() == set(self.labels) and not self.codes.keys() >= set(texts):
             # A loaded model has only class names; their numbers are equivalent if no name is a number.
             known = LabelMap.numbered(self.labels)
-        known._check(texts, at, column, "the labels of the training rows")
+        known._check(texts, where, column, "the labels of the training rows")
         return [known.codes[text] for text in texts]
 
     def _check(self, texts: Sequence[str], at: Where, column: str, what: str) -> None:
@@ -169,26 +176,13 @@ class LabelMap:
         )
 
 
-def make_label_map(
-    values: Sequence[Any],
-    given: Sequence[Any] | Mapping[Any, str] | None = None,
-    *,
-    names: Sequence[str] | None = None,
-    where: Where | None = None,
-    column: str = "label",
-) -> tuple[tuple[str, ...], list[int]]:
-    """Return the names of the classes and the class id of every row; see :meth:`LabelMap.learn`."""
-    made = LabelMap.learn(values, given, names=names, where=where, column=column)
-    return made.labels, made.ids(values, where=where, column=column)
-
-
 def make_tag_map(
     rows: Sequence[Any],
     given: Sequence[Any] | Mapping[Any, str] | None = None,
     *,
     names: Sequence[str] | None = None,
     checkpoint: Sequence[str] | None = None,
-    where: Where | None = None,
+    where: Where = _row,
     column: str = "tags",
 ) -> tuple[LabelMap, list[list[int]]]:
     """Return the classes and ids of a column of lists: the tags of words, or several labels per row.
@@ -205,26 +199,25 @@ def make_tag_map(
 
 
 def flattened(
-    rows: Sequence[Any], where: Where | None = None, column: str = "tags"
+    rows: Sequence[Any], where: Where = _row, column: str = "tags"
 ) -> tuple[list[Any], Where]:
     """Return the items of all lists of a column, and a function that returns the location of an item.
 
     Raises:
         DataError: a cell is not a list.
     """
-    at = where or (lambda i: f"row {i + 1}")
     flat: list[Any] = []
     places: list[tuple[int, int]] = []
     for i, row in enumerate(rows):
         if not isinstance(row, list | tuple):
             raise DataError(
-                f"{at(i)}: {column} holds {_short(repr(row))}, not a list of labels. Give a list for every row."
+                f"{where(i)}: {column} holds {shortened(row)}, not a list of labels. Give a list for every row."
             )
         flat.extend(row)
         places.extend((i, k) for k in range(len(row)))
 
     def inside(j: int) -> str:
-        return f"{at(places[j][0])}, item {places[j][1] + 1}"
+        return f"{where(places[j][0])}, item {places[j][1] + 1}"
 
     return flat, inside
 
@@ -266,7 +259,7 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
                 "one label" if isinstance(value, list | tuple | dict) else "text or a whole number"
             )
             raise DataError(
-                f"{at(i)}: {column} holds {type(value).__name__} {_short(repr(value))!r}; a row must have {cure}."
+                f"{at(i)}: {column} holds {type(value).__name__} {shortened(value)}; a row must have {cure}."
             )
         kinds.setdefault(kind, i)
         texts.append(text)
@@ -321,7 +314,7 @@ def finite_numbers(
             number = math.nan
         found.append(number)
         if not math.isfinite(number):
-            wrong.append(f"{where(i)}: {_short(repr(values[i]))}")
+            wrong.append(f"{where(i)}: {shortened(values[i])}")
         elif abs(number) > LARGEST:
             large.append(f"{where(i)}: {number:g}")
     for places, fault in (
@@ -497,3 +490,323 @@ def _of_checkpoint(
         f"already: {_listed(labels)}. Rows for it hold these names or their numbers from 0; to teach it other classes "
         f"with a new last layer, list them: {option('labels', [*list(dict.fromkeys(texts))[:3], ...])}."
     )
+
+
+# ------------------------------------------------------------------------------------- several labels per row
+
+
+@dataclass
+class Several:
+    """A multi-label column: any number of labels per row.
+
+    Attributes:
+        rows: names or numbers of the classes of each row; None if each row has a single label.
+        names: names of the classes in order, if the rows contain class numbers and the form defines their names.
+        notes: lines to print.
+    """
+
+    rows: list[list[Any]] | None
+    names: tuple[str, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_several(
+    values: Sequence[Any],
+    where: Where,
+    *,
+    names: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    spellings: Collection[str] = (),
+    separator: str | None = None,
+    always: bool = False,
+    column: str = "label",
+) -> Several:
+    """Read a column in which rows may have any number of labels.
+
+    Args:
+        values: the cells.
+        where: returns the location of a row, for error messages.
+        names: names of the classes whose numbers the column contains (``datasets.ClassLabel``).
+        labels: names of the classes, if known.
+        spellings: values that a cell may contain besides the names.
+        separator: text between names in one cell; "" if names are never joined; None detects it from the column.
+        always: treat the column as multi-label in any form; a single name is a list of one label.
+        column: name of the column, for error messages.
+
+    Raises:
+        DataError: the column mixes forms, is ambiguous, or has an invalid vector; names the row.
+    """
+    lists = [i for i, value in enumerate(values) if _is_list(value)]
+    mappings = [i for i, value in enumerate(values) if isinstance(value, Mapping)]
+    if mappings and len(mappings) == len(values):
+        return _from_mappings(values, where, column)
+    if lists:
+        if len(lists) < len(values):
+            i = next(i for i, value in enumerate(values) if not _is_list(value))
+            raise DataError(
+                f"{where(i)}: {column} holds {shortened(values[i])}, but other rows have lists of labels. Give every "
+                "row a list, [] where no class fits."
+            )
+        return _from_lists([list(value) for value in values], where, names, labels, column)
+    texts = ["" if is_missing(value) else value for value in values]
+    notes: list[str] = []
+    if any(texts) and all(isinstance(text, str) for text in texts):
+        if separator is None:
+            parsed = [printed_list(text) for text in texts]
+            if any(found is not None for found in parsed):
+                return _from_printed(texts, parsed, where, names, labels, column)
+            known = None if labels is None else {str(label) for label in (*labels, *spellings)}
+            separator, notes = _separator(texts, known, column, always)
+        if separator:
+            return Several([_parts(text, separator) for text in texts], None, notes)
+    if always:
+        return Several([[] if is_missing(value) else [value] for value in values])
+    return Several(None, None, notes)
+
+
+def is_on(value: Any) -> bool | None:
+    """Return True for 1, True, "1" and "true", False for 0, False, "0" and "false", and None for any other value."""
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    return _SPELLED.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+# -------------------------------------------------------------------------------------------- lists and vectors
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | frozenset)
+
+
+def _from_mappings(values: Sequence[Any], where: Where, column: str) -> Several:
+    """Read mappings from every name to 0 or 1, such as spaCy's ``cats``."""
+    names = list(dict.fromkeys(str(name) for value in values for name in value))
+    rows = []
+    for i, value in enumerate(values):
+        on = {str(name): is_on(mark) for name, mark in value.items() if mark is not None}
+        if strange := [name for name, mark in on.items() if mark is None]:
+            raise DataError(
+                f"{where(i)}: {column} gives {strange[0]!r} the value {shortened(value[strange[0]])}; as a mapping of "
+                "labels it holds 0 or 1 for each. Round shares, or give a list of the labels that fit."
+            )
+        rows.append([k for k, name in enumerate(names) if on.get(name)])
+    return Several(rows, tuple(names))
+
+
+def _from_lists(
+    rows: list[list[Any]],
+    where: Where,
+    names: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    column: str,
+) -> Several:
+    width = _vector_width(rows, where, names, labels, column)
+    if width:
+        if labels is not None and len(labels) != width:
+            raise DataError(
+                f"{where(0)}: {column} is a vector of {width} zeros and ones, and there are {len(labels)} labels: "
+                f"{', '.join(map(str, labels[:12]))}. Give one label for each place, in order: "
+                f"{option('labels', [...])}."
+            )
+        known = tuple(map(str, range(width) if labels is None else labels))
+        found = Several([[k for k, on in enumerate(row) if on] for row in rows], known)
+        if labels is None:
+            found.notes.append(
+                f"{column}: vectors of {width} zeros and ones, one place for each label; the labels are called 0 to "
+                f"{width - 1} ({option('labels', ['name', ...])} names them)"
+            )
+        return found
+    missing = sum(is_missing(item) for row in rows for item in row)
+    found = Several([[item for item in row if not is_missing(item)] for row in rows])
+    if missing:
+        found.notes.append(
+            f"{column}: {missing:,} items of the lists hold nothing (None, NaN or blanks) and are left out"
+        )
+    return found
+
+
+def _vector_width(
+    rows: list[list[Any]],
+    where: Where,
+    names: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    column: str,
+) -> int:
+    """Return the length of the rows if they are vectors of zeros and ones, or 0 if they list names or class numbers.
+
+    Class numbers are integers that do not repeat within a row, so bools, floats and repeated zeros indicate vectors.
+    Rows of two numbers 0 or 1, which could be either, are read as vectors: as class numbers, nearly all rows would have
+    both classes.
+    """
+    items = [item for row in rows for item in row if not is_missing(item)]
+    if names is not None or not items or not all(isinstance(x, bool | int | float) for x in items):
+        return 0
+    sure = [i for i, row in enumerate(rows) if any(isinstance(x, bool | float) for x in row)]
+    widths = {len(row) for row in rows}
+    if any(is_missing(item) for row in rows for item in row):
+        sure = [i for i in sure if any(isinstance(x, bool) for x in rows[i])]
+    if strange := [i for i in sure if any(x not in (0, 1) for x in rows[i])]:
+        i = strange[0]
+        value = next(x for x in rows[i] if x not in (0, 1))
+        raise DataError(
+            f"{where(i)}: {column} is a list with the number {value!r}. Labels are names, whole numbers of classes, or "
+            "a vector of zeros and ones; shares of labels are not trained on, so round them."
+        )
+    if len(widths) > 1 or not all(x in (0, 1) for x in items):
+        wrong = sure or [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
+        if wrong:
+            i, sizes = wrong[0], sorted(widths)
+            what = f"other rows have lists of {sizes[0]} to {sizes[-1]} items"
+            if len(widths) == 1:
+                what = "other rows hold numbers above 1"
+            raise DataError(
+                f"{where(i)}: {column} is {shortened(rows[i])}, like a vector of zeros and ones, but {what}. Give "
+                "vectors of one length, or the list of the classes that fit."
+            )
+        return 0
+    width = widths.pop()
+    if width == 1 and sure:
+        raise DataError(
+            f"{where(0)}: {column} is a vector of one place, which is one class only. Give two classes: 0 and 1, or "
+            "two names."
+        )
+    return width if width > 1 else 0
+
+
+# ------------------------------------------------------------------------------------------------ text cells
+
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_PLAIN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|True|False|true|false|None|null|nan|NaN"
+_ITEM = re.compile(rf"(?:np\.\w+|numpy\.\w+)\(\s*({_QUOTED}|{_PLAIN})\s*\)|({_QUOTED}|{_PLAIN})")
+_WRAPPED = re.compile(
+    r"(?:array|tensor|set|frozenset|list)\((.*?)(?:,\s*dtype=[\w.'<>]+)?\)", re.DOTALL
+)
+_WORDS = {"true": True, "True": True, "false": False, "False": False}
+_BETWEEN = re.compile(r"\s*,\s*|\s+")
+
+
+def printed_list(text: str) -> list[Any] | None:
+    """Return the items of a list, tuple, set or array printed by Python, JSON or NumPy; None for any other text."""
+    text = text.strip()
+    if match := _WRAPPED.fullmatch(text):
+        text = match[1].strip() or "[]"
+    if len(text) < 2 or text[0] + text[-1] not in ("[]", "()", "{}"):
+        return None
+    inside, items, place = text[1:-1].strip(), [], 0
+    while place < len(inside):
+        match = _ITEM.match(inside, place)
+        if match is None:
+            return _bare_words(inside) if text[0] == "[" else None
+        items.append(_item(match[1] or match[2]))
+        between = _BETWEEN.match(inside, match.end())
+        if between is None and match.end() < len(inside):
+            return _bare_words(inside) if text[0] == "[" else None
+        place = between.end() if between else match.end()
+    return items
+
+
+def _bare_words(inside: str) -> list[Any] | None:
+    """Return the items of a list of unquoted names, such as ``[joy, love]``, or None."""
+    parts = [part.strip() for part in inside.split(",")]
+    bare = len(parts) > 1 and all(parts) and not re.search(r"""['"\[\](){}:]""", inside)
+    return parts if bare else None
+
+
+def _item(token: str) -> Any:
+    if token[0] in "'\"":
+        try:
+            return ast.literal_eval(token)
+        except (ValueError, SyntaxError):
+            return token[1:-1]
+    if token in _WORDS:
+        return _WORDS[token]
+    if token in ("None", "null", "nan", "NaN"):
+        return None
+    return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
+
+
+def _from_printed(
+    texts: Sequence[str],
+    parsed: Sequence[list[Any] | None],
+    where: Where,
+    names: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    column: str,
+) -> Several:
+    """Read a column of printed lists; raise DataError if it has other text too."""
+    lists = [i for i, found in enumerate(parsed) if found is not None]
+    other = next((i for i, found in enumerate(parsed) if found is None), None)
+    if other is not None:
+        if labels is not None and all(text in labels for text in texts):
+            return Several(None)
+        raise DataError(
+            f"{where(other)}: {column} holds {shortened(texts[other])}, but {where(lists[0])} holds the printed list "
+            f"{shortened(texts[lists[0]])}. Write every row as a list, [] where no class fits."
+        )
+    found = _from_lists([list(items or ()) for items in parsed], where, names, labels, column)
+    found.notes.insert(
+        0, f"{column}: printed lists, such as {shortened(texts[0])}, are read as lists of labels"
+    )
+    return found
+
+
+def _parts(text: str, mark: str) -> list[str]:
+    if mark == "><":  # tags such as <python><pandas>
+        return [part.strip() for part in text.strip()[1:-1].split("><") if part.strip()]
+    return list(dict.fromkeys(part.strip() for part in text.split(mark) if part.strip()))
+
+
+def _separator(
+    texts: Sequence[str], labels: Collection[str] | None, column: str, always: bool
+) -> tuple[str, list[str]]:
+    """Detect the separator of names in one cell from the whole column; return it ("" for none) and lines to print.
+
+    A mark is a separator if at least 90 % of the parts of cells with it also occur in other cells.
+
+    Raises:
+        DataError: fewer of the parts do, but some, so the column is ambiguous.
+    """
+    cells = {text.strip() for text in texts if text.strip()}
+    if labels is not None:
+        known = {str(label).strip() for label in labels}
+        if cells <= known:
+            return "", []
+        for mark in _MARKS:
+            if all(cell in known or set(_parts(cell, mark)) <= known for cell in cells):
+                return mark, []
+    if cells and all(re.fullmatch(r"(<[^<>]+>)+", cell) for cell in cells):
+        return "><", []
+    notes = []
+    for mark in _MARKS:
+        split = {cell: _parts(cell, mark) for cell in cells if len(cell) < 1000}
+        joined = sorted(cell for cell, parts in split.items() if len(parts) > 1)
+        if not joined:
+            continue
+        holders = Counter(part for parts in split.values() for part in parts)
+        parts = {part for cell in joined for part in split[cell]}
+        share = sum(holders[part] > 1 for part in parts) / len(parts)
+        either = (
+            f"{option('label_separator', mark)} reads several labels, "
+            f"{option('problem', 'single_label')} one class for each text"
+        )
+        if mark == "," and all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells):
+            raise DataError(
+                f"{column} holds {shortened(joined[0])}, which can be a number with a decimal comma "
+                f"({option('task', 'regression')}) or several class numbers "
+                f"({option('label_separator', mark)}). Say which."
+            )
+        numbers = all(part.isdecimal() for parts in split.values() for part in parts)
+        if share >= _RECURRING or numbers or (always and share > 0):
+            text = f"{column}: {mark!r} stands between several labels of a row, such as {shortened(joined[0])}"
+            return mark, [f"{text} ({either})"]
+        if share > 0:
+            raise DataError(
+                f"{column} holds {shortened(joined[0])} and other texts with {mark!r}, some of whose parts are labels "
+                f"of other rows too, so they can be several labels or one: {either}."
+            )
+        if all(number_in(part) is None for part in parts):
+            notes.append(
+                f"{column}: {len(joined)} classes have {mark!r} in their name, such as {shortened(joined[0])}; each is "
+                f"one class ({option('label_separator', mark)} reads several labels)"
+            )
+    return "", notes

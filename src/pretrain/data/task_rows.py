@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer
 
-__all__ = ["TaskEncoder", "TaskRows"]
+__all__ = ["TaskEncoder", "TaskRows", "blanks_before_words", "word_windows"]
 
 
 class TaskEncoder:
@@ -169,3 +168,70 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
             [self.owners[i] for i in chosen],
             [self.info[i] for i in chosen],
         )
+
+
+def word_windows(sizes: Sequence[int], room: int, overlap: int) -> list[tuple[int, int]]:
+    """Split a sentence into windows of whole words.
+
+    Args:
+        sizes: number of tokens of each word.
+        room: maximum tokens of a window; a longer word gets its own window.
+        overlap: maximum tokens that adjacent windows share.
+
+    Returns:
+        First and last word (exclusive) of each window; both increase, and every word is in a window.
+    """
+    windows, start = [], 0
+    while True:
+        end, used = start, 0
+        while end < len(sizes) and (end == start or used + sizes[end] <= room):
+            used += sizes[end]
+            end += 1
+        windows.append((start, end))
+        if end >= len(sizes):
+            return windows
+        start, shared = end, 0
+        while start - 1 > windows[-1][0] and shared + sizes[start - 1] <= min(
+            overlap, room - sizes[end]
+        ):
+            start -= 1
+            shared += sizes[start]
+
+
+def blanks_before_words(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that encodes the words of a list as it encodes them in running text.
+
+    Byte-level BPE includes the space before a word in its token, and words of a list have none: ``Paris`` would become
+    another token than in the texts that the model was trained on. RoBERTa and GPT-2 have ``add_prefix_space`` for this;
+    other tokenizers get a normalizer that prepends a space. If no change is needed, or the change does not help, the
+    tokenizer is returned unchanged.
+    """
+    import tokenizers
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    if _reads_words_as_text(backend):
+        return tokenizer
+    config = dict(tokenizer.config)
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        backend.pre_tokenizer.add_prefix_space = True
+        config["add_prefix_space"] = True
+    else:
+        blank = normalizers.Prepend(" ")
+        known = backend.normalizer
+        backend.normalizer = blank if known is None else normalizers.Sequence([known, blank])
+        # A model-specific class would overwrite the rules of the file with its own.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if not _reads_words_as_text(backend):
+        return tokenizer
+    changed = Tokenizer(backend, tokenizer.roles, config)
+    changed.chat_template = tokenizer.chat_template
+    return changed
+
+
+def _reads_words_as_text(backend: Any) -> bool:
+    words = ["a", "the", "x7", "Paris"]
+    one = backend.encode(words, is_pretokenized=True, add_special_tokens=False)
+    return bool(one.ids == backend.encode(" ".join(words), add_special_tokens=False).ids)

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
-from pretrain.data.label_forms import read_several
 from pretrain.data.labelled import Role
-from pretrain.data.labels import LabelMap, blanks_note, flattened, make_tag_map
+from pretrain.data.labels import LabelMap, blanks_note, flattened, make_tag_map, read_several
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
-from pretrain.data.answers import find_answers
+from pretrain.data.columns import find_answers
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from pretrain.objectives.base import Batch, Example, ExampleList, Loss, Rngs
 from pretrain.objectives.tasks import Learned, Task, count_examples, read_texts, sequence_labels
 
 if TYPE_CHECKING:
-    from pretrain.data.answers import Answers
+    from pretrain.data.columns import Answers
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 

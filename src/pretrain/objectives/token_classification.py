@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
+from pretrain.data.columns import read_tags, read_words
 from pretrain.data.labelled import Role, label_strata, make_tag_map
-from pretrain.data.task_rows import TaskRows
-from pretrain.data.words import blanks_before_words, read_tags, read_words, word_windows
+from pretrain.data.task_rows import TaskRows, blanks_before_words, word_windows
 from pretrain.errors import ConfigError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs

@@ -1,20 +1,72 @@
-"""Answers of extractive question answering and their positions in the context (SQuAD, Rajpurkar et al., 2016)."""
+"""Structured columns of tasks: words with their tags, and answers with their positions in a context (SQuAD)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pretrain.data.labels import is_missing
+from pretrain.data.labels import is_missing, printed_list
+from pretrain.data.tables import Table, shortened
 from pretrain.errors import DataError
 
-if TYPE_CHECKING:
-    from pretrain.data.tables import Table
-
-__all__ = ["Answers", "find_answers"]
+__all__ = ["Answers", "find_answers", "read_tags", "read_words"]
 
 Given = tuple[str, int | None]
+
+
+def read_words(table: Table) -> list[list[str]]:
+    """Return the words of each row of the column ``tokens``; printed lists are parsed, other text is split at spaces.
+
+    Raises:
+        DataError: a cell is not a list of strings.
+    """
+    found = []
+    for i in range(len(table)):
+        words = _listed(table, i, "tokens", "words")
+        for word in words:
+            if not isinstance(word, str):
+                raise DataError(
+                    f"{table.where(i)}: the word {word!r} is {type(word).__name__}, not a text. Name the column that "
+                    "holds lists of words."
+                )
+        found.append(words)
+    return found
+
+
+def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """Return the tags of each row of the column ``label``, as spelt in the source.
+
+    Raises:
+        DataError: a row has more or fewer tags than words; names the first three.
+    """
+    found, wrong = [], []
+    for i, words in enumerate(sentences):
+        tags = _listed(table, i, "label", "tags")
+        if len(tags) != len(words):
+            wrong.append(f"{table.where(i)}: {len(words)} words, {len(tags)} tags")
+        found.append(tags)
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} rows have not one tag for each word: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}. "
+            "Correct or remove them; tags belong to words, not to sub-word tokens."
+        )
+    return found
+
+
+def _listed(table: Table, i: int, role: str, what: str) -> list[Any]:
+    value = table.columns[role][i]
+    if isinstance(value, str):
+        text = value.strip()
+        listed = text.startswith(("['", '["')) or (role == "label" and text.startswith("["))
+        parsed = printed_list(text) if listed else None
+        return value.split() if parsed is None else parsed
+    if not isinstance(value, list | tuple):
+        raise DataError(
+            f"{table.where(i)}: the {what} are {type(value).__name__} {shortened(value)}. Give a list with one for "
+            "each word."
+        )
+    return list(value)
 
 
 @dataclass
@@ -44,7 +96,7 @@ class Answers:
         """
         if self.bad:
             rows = [
-                f"{table.where(i)}: {_short(self.texts[i][0])} in {_short(table.columns['context'][i])}"
+                f"{table.where(i)}: {shortened(self.texts[i][0])} in {shortened(table.columns['context'][i])}"
                 for i in self.bad[:3]
             ]
             raise DataError(
@@ -128,11 +180,6 @@ def _given(table: Table, i: int) -> list[Given]:
 
 def _strange(table: Table, i: int, value: Any) -> DataError:
     return DataError(
-        f"{table.where(i)}: an answer is {type(value).__name__} {_short(value)}. Give a text, a list of texts, or "
+        f"{table.where(i)}: an answer is {type(value).__name__} {shortened(value)}. Give a text, a list of texts, or "
         '{"text": [...], "answer_start": [...]} as SQuAD does.'
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
