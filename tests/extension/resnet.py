@@ -18,15 +18,19 @@ from torch.nn import functional as F
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.models import build
-from pretrain.models.backbone import Backbone
+from pretrain.models.backbone import Backbone, ModelStats
 from pretrain.models.config import BackboneConfig, Key
 from pretrain.models.names import Name
 from pretrain.objectives.base import Loss, Objective, stack
 from pretrain.training.trainer import Trainer
 
+_PIXELS = 36  # of an image
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig(BackboneConfig):
+    vocab_size: int = 0
+    max_positions: int = 0
     channels: tuple[int, ...] = (4, 8, 8)
 
 
@@ -58,6 +62,7 @@ class ResNet(Backbone):
         None: "TinyResNet",
         "sequence-classification": "TinyResNetForSequenceClassification",
     }
+    unit_name = "images"
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
@@ -75,6 +80,19 @@ class ResNet(Backbone):
 
     def embeddings(self) -> list[nn.Module]:
         return [self.stem, self.stem_norm]
+
+    def units(self, batch: Mapping[str, Tensor]) -> int:
+        return len(batch["pixel_values"])
+
+    def id_limits(self) -> dict[str, tuple[str, int]]:
+        return {}
+
+    def stats(self) -> ModelStats:
+        wide = max(self.config.channels)
+        return ModelStats(wide, len(self.layers), wide, kept=4.0 * 6 * wide * _PIXELS)
+
+    def flops_per_unit(self, weights: int, row_length: int) -> float:
+        return 6.0 * weights * _PIXELS
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
         return Classifier(self.config.channels[-1], num_labels)
