@@ -42,7 +42,7 @@ def good(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.gz"])
 def test_empty_source(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
-    with pytest.raises(DataError, match="nothing to learn from"):
+    with pytest.raises(DataError, match="no text to train on"):
         prepare(tmp_path / name)
 
 

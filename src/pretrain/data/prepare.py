@@ -252,7 +252,7 @@ def _place(name: str | Path) -> Path:
             raise ValueError("it holds a NUL character")
         return Path(name).expanduser()
     except (RuntimeError, ValueError) as error:
-        raise DataError(f"{str(name)!r} is no directory: {error}") from error
+        raise DataError(f"{str(name)!r} is not a valid directory name: {error}") from error
 
 
 def _existing(target: Path, job: _Job) -> Prepared | None:
@@ -292,7 +292,7 @@ def _existing(target: Path, job: _Job) -> Prepared | None:
         f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]
     ]
     reason = "; ".join(changed) or "the content of a source or the tokenizer changed"
-    job.say(f"{target} was prepared from something else ({reason}): preparing it again")
+    job.say(f"{target} was prepared from other sources or options ({reason}): preparing it again")
     return None
 
 
@@ -388,7 +388,7 @@ def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
     if not (scan.states == 1).any():
         names = ", ".join(source.name for source in job.sources[: job.training])
         raise DataError(
-            f"there is nothing to learn from in {names}: {scan.documents} documents, {scan.empty} of them empty, "
+            f"there is no text to train on in {names}: {scan.documents} documents, {scan.empty} of them empty, "
             f"{scan.contaminated} also in the validation source. Check the path, and "
             f"{option('text', job.options['text'])}."
         )

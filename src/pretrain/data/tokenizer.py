@@ -78,7 +78,7 @@ class Tokenizer:
             name = max(self.vocab, key=self.vocab.__getitem__)
             raise TokenizerError(
                 f"the tokenizer gives {name!r} the id {self.vocab_size - 1}, but has only {len(self.vocab)} tokens; "
-                "its file is damaged. Number the tokens without large gaps."
+                "its file is damaged. Token ids must have no large gaps."
             )
         self.roles = {role: name for role, name in (roles or {}).items() if name in self.vocab}
         for role, names in KNOWN.items():
@@ -415,7 +415,7 @@ class Tokenizer:
         if file:
             return cls.from_file(place)
         raise TokenizerError(
-            f"no tokenizer file or directory {str(place)!r}, and no kind of that name.{did_you_mean(str(path), KINDS)}"
+            f"{str(place)!r} is no file, directory or kind of a tokenizer.{did_you_mean(str(path), KINDS)}"
         )
 
 

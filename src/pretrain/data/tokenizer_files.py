@@ -493,7 +493,7 @@ def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
     """
     file = folder / _JSON
     stored = _stored(file) if file.is_file() else {}
-    odd = f"the files beside the tokenizer in {folder} hold what is no name of a token"
+    odd = f"the files beside the tokenizer in {folder} hold an invalid token"
     with library_errors(odd, _DAMAGED):
         beside = _Beside.read(folder, stored)
     config, model = beside.config, _model_config(folder)
@@ -501,8 +501,8 @@ def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
     if name in _PROGRAMS:
         keep = " To use the tokenizer.json as it is, remove tokenizer_class." if stored else ""
         raise TokenizerError(
-            f"{folder} needs the tokenizer class {name}, whose rules are a program of transformers and stand in no "
-            f"file. Use a model with a tokenizer.json.{keep}"
+            f"{folder} needs the tokenizer class {name}, which transformers implements in Python, so no file "
+            f"holds its rules. Use a model with a tokenizer.json.{keep}"
         )
     rules = _BUILT[name](config) if name in _BUILT else None
     if stored:
@@ -660,8 +660,8 @@ def _pieces(file: Path, rules: _Rules) -> tokenizers.Tokenizer:
         unknown = rules.model["unk_token"]
         if unknown not in vocab:
             raise TokenizerError(
-                f"{file} has no {unknown}, so it cannot encode what it does not know; it is cut, or no vocabulary of "
-                "BERT."
+                f"{file} has no {unknown}, so it cannot encode unknown words; it is truncated, or not a "
+                "vocabulary of BERT."
             )
         return _dressed(models.WordPiece(vocab, unk_token=unknown), rules)
 
@@ -765,7 +765,7 @@ def check_harmless(content: Mapping[str, Any], file: Path) -> None:
 
     def refuse(what: str) -> None:
         raise TokenizerError(
-            f"{file}: {what}; no text needs that, and it would fill the memory. Copy the file again from its origin."
+            f"{file}: {what}; no text needs that, and it would exhaust the memory. Copy the file again from its origin."
         )
 
     padding = content.get("padding")

@@ -101,7 +101,9 @@ def task_class(name: str | type[Task]) -> type[Task]:
     else:
         found = objective_class(TASKS.get(name, name))
     if not issubclass(found, Task):
-        raise ConfigError(f"{name!r} is an objective but no task: it does not say what rows mean.")
+        raise ConfigError(
+            f"{name!r} is an objective but not a subclass of pretrain.objectives.tasks.Task."
+        )
     if found.name not in TASKS:
         _OWN_TASKS[found.name] = found
     return found

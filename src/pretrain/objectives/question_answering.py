@@ -91,7 +91,7 @@ class QuestionAnswering(Task):
         if self.stride < 0 or self.question_room < 1:
             raise ConfigError(
                 f"stride {self.stride} and max_length {self.max_length}: with {special} special tokens no room is left "
-                "for question and context. Windows must be longer than what they share; take a smaller stride."
+                "for question and context. Windows must be longer than their overlap; use a smaller stride."
             )
         for key, value in (("max_answer_tokens", max_answer_tokens), ("n_best", n_best)):
             if value < 1:
