@@ -147,7 +147,7 @@ def traffic(
         accumulation: micro-batches of one device in a step.
         local: processes of one host.
         reshard: fsdp gives a block back after the forward pass and gathers it again for the backward pass.
-        whole: see `estimates.keeps_whole`.
+        whole: fsdp keeps whole weights and gradients between the micro-batches.
     """
 
     def ring(size: int) -> float:

@@ -17,7 +17,6 @@ from pretrain.distributed.estimates import (
     MeshShape,
     Needs,
     activation_bytes,
-    keeps_whole,
     memory,
 )
 from pretrain.distributed.mesh import ParallelPlan, choose_mesh, possible_worlds
@@ -378,7 +377,8 @@ def test_memory_by_part() -> None:
         for mode in ("full", "selective", "off")
     ]
     assert order == sorted(order) and order[0] < order[2] / 5
-    assert keeps_whole(SMALL, 1, 80 * GIB) and not keeps_whole(LLAMA, 1, 80 * GIB)
+    assert choose(8, strategy="fsdp").whole
+    assert not choose(8, LLAMA, strategy="fsdp").whole
 
 
 @settings(max_examples=200, deadline=None)

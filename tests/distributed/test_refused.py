@@ -77,7 +77,7 @@ def no_share(rank: int, plain: Settings) -> None:
         # The same for all, found before they meet, while they do, and after.
         (misspelt, ["'optim.lrr' is not a setting. Did you mean 'optim.lr'?"]),
         (no_data, ["no such file", "that-nobody-made"]),
-        (no_share, ["7 rows", "cannot be shared by 2 processes"]),
+        (no_share, ["7 rows", "cannot be split equally over 2 processes"]),
     ],
 )
 def test_one_message_is_said_once(

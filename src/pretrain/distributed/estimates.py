@@ -11,15 +11,15 @@ Letters: P parameters, D hidden, L layers, F intermediate, V vocabulary, T token
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
+    "FP32",
     "MATRICES_TOGETHER",
     "ROOMY",
     "Memory",
     "MeshShape",
     "Needs",
-    "keeps_whole",
     "memory",
 ]
 
@@ -155,8 +155,7 @@ def activation_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
     """Return the activation bytes of a micro-batch of ``tokens`` on one device, with one recomputed block."""
     kept = needs.layers * kept_per_token(needs, tp)
     if needs.checkpointing != "off":
-        plain = Needs(**{**vars(needs), "checkpointing": "off"})
-        kept += kept_per_token(plain, tp)
+        kept += kept_per_token(replace(needs, checkpointing="off"), tp)
     return tokens * kept
 
 
@@ -169,17 +168,6 @@ def logits_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
     chunk = min(tokens, max(32, budget // max(1, math.ceil(mine)))) * mine
     cast = needs.compute_bytes if needs.compute_bytes < FP32 else 0
     return chunk * _CHUNK_BYTES + mine * needs.hidden * (FP32 + cast) + tokens * needs.hidden * FP32
-
-
-def keeps_whole(needs: Needs, tp: int, budget: float) -> bool:
-    """Return whether FSDP2 may keep whole weights and gradients between micro-batches, to communicate once per step.
-
-    Args:
-        needs: of the run.
-        tp: size of the tensor-parallel group.
-        budget: bytes of a device.
-    """
-    return 2.0 * FP32 * needs.parameters / tp <= ROOMY * budget
 
 
 def memory(
@@ -199,7 +187,7 @@ def memory(
         sizes: of the mesh.
         strategy: ``single``, ``ddp`` or ``fsdp``; under fsdp a block is gathered, used and resharded.
         tokens: tokens of a micro-batch on one device.
-        whole: see `keeps_whole`.
+        whole: fsdp keeps whole weights and gradients between the micro-batches.
         offload: the sharded weights, gradients and moments lie in host memory.
         trees: further copies of the gradients (sums in a fixed order).
     """

@@ -8,11 +8,11 @@ a list of those that can. Nothing here needs `torch.distributed`. Memory is esti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pretrain.config import ParallelConfig
-from pretrain.distributed.estimates import Memory, MeshShape, Needs, keeps_whole, memory
+from pretrain.distributed.estimates import FP32, ROOMY, Memory, MeshShape, Needs, memory
 from pretrain.errors import ConfigError
 
 __all__ = [
@@ -116,12 +116,14 @@ class _Plan:
 
     def made(self, sizes: MeshShape, strategy: str, reason: str) -> ParallelPlan:
         """Return a plan with its memory estimate."""
-        whole = strategy == "fsdp" and not self.settings.cpu_offload and self.holds(sizes.tp)
+        whole = strategy == "fsdp" and self.keeps_whole(sizes.tp)
         rows = self.rows(sizes, strategy)
         return ParallelPlan(sizes, strategy, reason, whole, self.memory(sizes, strategy), rows)
 
-    def holds(self, tp: int) -> bool:
-        return self.budget is not None and keeps_whole(self.needs, tp, self.budget)
+    def keeps_whole(self, tp: int) -> bool:
+        """Return whether FSDP2 keeps whole weights and gradients between micro-batches, to communicate once a step."""
+        room = 0.0 if self.settings.cpu_offload else ROOMY * (self.budget or 0.0)
+        return 2.0 * FP32 * self.needs.parameters / tp <= room
 
     @property
     def room(self) -> float:
@@ -133,7 +135,7 @@ class _Plan:
         if self.micro:
             return self.micro
         most = self.needs.micro_tokens // self.needs.row_length
-        for rows in sorted(_divisors(self.share), reverse=True):
+        for rows in reversed(_divisors(self.share)):
             if rows <= most and self.memory(sizes, strategy, needs, rows).total <= self.room:
                 return rows
         return 1
@@ -148,7 +150,7 @@ class _Plan:
             sizes,
             strategy,
             rows * self.needs.row_length,
-            whole=self.holds(sizes.tp) and not self.settings.cpu_offload,
+            whole=self.keeps_whole(sizes.tp),
             offload=self.settings.cpu_offload,
             trees=(self.share // rows).bit_length() if self.settings.reproducible else 0,
         )
@@ -169,19 +171,19 @@ class _Plan:
         copies = MeshShape(dp, 1, tp)
         name = "ddp" if dp > 1 else "single"
         if dp == 1:
-            return self.made(copies, name, f"{self.arithmetic(copies, name)}")
+            return self.made(copies, name, self.arithmetic(copies, name))
         if wanted == "ddp" or settings.reproducible or (fixed and fixed.dp_replicate == dp):
             why = "for reproducible sums" if settings.reproducible else "as configured"
             return self.made(copies, name, f"ddp {why}: {self.arithmetic(copies, name)}")
-        sizes = self.sharded(dp, tp)
         needed = self.memory(copies, name).total
-        if self.fits(copies, name) or sizes.dp_shard == 1:
+        if needed <= self.room:
             rows = self.rows(copies, name)
             saved = needed - self.memory(MeshShape(1, dp, tp), "fsdp", rows=rows).total
             reason = f"ddp: {self.arithmetic(copies, name)}"
             if saved > 0.05 * needed:
                 reason += f"; fsdp would save {_gib(saved)}"
             return self.made(copies, name, reason)
+        sizes = self.sharded(dp, tp)
         reason = f"fsdp over {sizes.dp_shard}: {self.arithmetic(sizes, 'fsdp')}, ddp {_gib(needed)}"
         if sizes.dp_replicate > 1:
             reason += f"; {sizes.dp_replicate} copies"
@@ -217,8 +219,7 @@ class _Plan:
         found = []
         for mode in ("selective", "full"):
             other = replace(self.needs, checkpointing=mode)
-            better = other.checkpointing != self.needs.checkpointing
-            if better and self.fits(choice.sizes, choice.strategy, other):
+            if other != self.needs and self.fits(choice.sizes, choice.strategy, other):
                 found.append(f"parallel.activation_checkpointing={mode}")
                 break
         free = not self.coupled and self.micro > 1
@@ -245,8 +246,8 @@ def _check_tp(settings: ParallelConfig, world: int, possible: Sequence[int]) -> 
     fitting = sorted({n for n in possible if world % n == 0} | {1})
     if tp not in possible and tp != 1:
         raise ConfigError(
-            f"parallel.tp is {tp}, but with this model it may be {_listed(sorted({1, *possible}))}: heads, groups of "
-            "keys and the feed-forward layer must come out even."
+            f"parallel.tp is {tp}, but with this model it may be {_listed(sorted({1, *possible}))}: it must "
+            "divide the heads, the key-value heads and the width of the feed-forward layer."
         )
     if world % tp:
         raise ConfigError(
@@ -273,7 +274,7 @@ def _configured(settings: ParallelConfig, world: int) -> MeshShape | None:
         given = " x ".join(f"{key} {value}" for key, value in names.items() if value)
         raise ConfigError(
             f"parallel: {given} does not make {world} processes: dp_replicate x dp_shard x tp must be {world}. "
-            f"With tp {tp}, (dp_replicate, dp_shard) may be {_pairs(dp)}; 0 is what is left."
+            f"With tp {tp}, (dp_replicate, dp_shard) may be {_pairs(dp)}; 0 stands for what is left."
         )
     return MeshShape(replicate or dp // shard, shard or dp // replicate, tp)
 
@@ -299,9 +300,8 @@ def check_batch(world: int, tp: int, batch: int, micro: int) -> None:
     also = f", each {tp} times for parallel.tp" if tp > 1 else ""
     worlds = [n * tp for n in possible_worlds(batch, micro)]
     raise ConfigError(
-        f"A global batch of {batch} rows{each} cannot be shared by {dp} processes alike: it must not depend on their "
-        f"number. Possible numbers of processes{also} are {_listed(worlds, around=world)}; with {world}, "
-        f"train.batch_rows may be {_listed(near)}."
+        f"A global batch of {batch} rows{each} cannot be split equally over {dp} processes. Possible numbers of "
+        f"processes{also} are {_listed(worlds, around=world)}; with {world}, train.batch_rows may be {_listed(near)}."
         + (" Or set train.micro_rows to 0." if micro and batch % dp == 0 else "")
     )
 
@@ -311,7 +311,7 @@ def possible_worlds(batch_rows: int, micro_rows: int = 0) -> list[int]:
     micro = micro_rows or 1
     if batch_rows % micro:
         return []
-    return sorted(_divisors(batch_rows // micro))
+    return _divisors(batch_rows // micro)
 
 
 def _check_reproducible(settings: ParallelConfig, world: int, batch: int, micro: int) -> None:
@@ -335,7 +335,7 @@ def _check_offload(settings: ParallelConfig, needs: Needs) -> None:
         return
     if settings.strategy == "ddp" or settings.reproducible:
         raise ConfigError(
-            "parallel.cpu_offload moves the parts that fsdp cuts to the host; ddp and reproducible runs cut nothing. "
+            "parallel.cpu_offload moves what fsdp shards to the host; ddp and reproducible runs shard nothing. "
             "Set parallel.strategy to fsdp, or leave cpu_offload out."
         )
     if needs.device != "cuda":
@@ -351,16 +351,13 @@ def _gib(count: float) -> str:
     return f"{count / _GIB:.1f}" if count >= _GIB else f"{count / _GIB:.2g}"
 
 
-def _divisors(number: int) -> Iterator[int]:
-    for low in range(1, math.isqrt(number) + 1):
-        if number % low == 0:
-            yield low
-            if low != number // low:
-                yield number // low
+def _divisors(number: int) -> list[int]:
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
 
 
 def _pairs(dp: int) -> str:
-    pairs = [f"({dp // s}, {s})" for s in sorted(_divisors(dp))]
+    pairs = [f"({dp // s}, {s})" for s in _divisors(dp)]
     return ", ".join(pairs[:_SHOWN]) + ", ..." * (len(pairs) > _SHOWN)
 
 
