@@ -24,10 +24,10 @@ from pretrain.checkpoint import (
     load,
     read_training,
     save_checkpoint,
+    saving,
 )
-from pretrain.checkpoint import async_saving as background
-from pretrain.checkpoint.async_saving import Staging
-from pretrain.checkpoint.draft import draft_of, kept
+from pretrain.checkpoint.draft import draft_of
+from pretrain.checkpoint.saving import Staging, gathered
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointError
 from pretrain.models import build
@@ -161,8 +161,9 @@ def test_staging_copies_every_kind_of_tensor():
         torch.randn(4, requires_grad=True),
     ]
     for _ in range(2):
-        copies = staging.copy(iter(tensors))
-        for copy, tensor in zip(copies, tensors, strict=True):
+        for copy, tensor in zip(staging.rooms(tensors, pin=False), tensors, strict=True):
+            with torch.no_grad():
+                copy.copy_(tensor)
             assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
             assert copy.is_contiguous() and not copy.requires_grad
             assert copy.data_ptr() % copy.element_size() == 0
@@ -170,7 +171,7 @@ def test_staging_copies_every_kind_of_tensor():
 
 def test_each_tensor_is_copied_by_one_process_alone(monkeypatch):
     """Where all processes hold everything (DDP), each copies what it will write, and no more."""
-    monkeypatch.setattr("pretrain.checkpoint.model_files.SMALLEST_SHARE", 1000)
+    monkeypatch.setattr("pretrain.checkpoint.draft.SMALLEST_SHARE", 1000)
     model = tiny()
     layout = layout_of(model, 4, 1, 1)
     state = training(model)
@@ -185,7 +186,8 @@ def test_each_tensor_is_copied_by_one_process_alone(monkeypatch):
             layout=at(layout, peers.rank),
             peers=peers,
         )
-        return [(group.stem, key) for group in kept(draft).groups for key in group.parts]
+        draft = gathered(draft, peers)
+        return [(group.stem, key) for group in draft.groups for key in group.parts]
 
     shares = on_all(4, work)
     together = [key for share in shares for key in share]
@@ -273,7 +275,7 @@ def test_a_bug_in_the_background_is_a_checkpoint_error_with_its_cause(tmp_path, 
     def broken(*arguments, **options):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(background, "write_checkpoint", broken)
+    monkeypatch.setattr(saving, "write_tensors", broken)
     saver = Saver(tmp_path, background=True)
     save(saver, tiny(), 1)
     with pytest.raises(CheckpointError, match="ZeroDivisionError: oh") as caught:
@@ -353,15 +355,14 @@ def test_peers_that_go_away_leave_no_litter(tmp_path):
     layout = layout_of(model, 1, 2, 1)
 
     class Gone(ThreadPeers):
-        def recv(self, tensor, source):
+        def gather(self, shards, owners, ranks):
             raise RuntimeError("Connection closed by peer")
 
     peers = Gone(Room(2), 0)
-    peers.all_gather_object = lambda value: [value, value]
+    peers.all_gather_object = lambda value, progress=True: [value, value]
     saver = Saver(tmp_path, background=True, layout=at(layout, 0), peers=peers)
-    saver.save(cut_model(model, layout, 0), step=1, tokens=1, pretrain_block={})
-    with pytest.raises(CheckpointError, match="RuntimeError: Connection closed by peer"):
-        saver.wait()
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        saver.save(cut_model(model, layout, 0), step=1, tokens=1, pretrain_block={})
     assert os.listdir(tmp_path) == []
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -40,22 +40,25 @@ class ThreadPeers:
     def __init__(self, room: Room, rank: int) -> None:
         self.room, self.rank, self.size = room, rank, room.size
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        assert tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.numel()
-        assert to != self.rank
-        self.room.sent_bytes[self.rank] += tensor.nbytes
-        self.room.mail[self.rank, to].put(tensor)
+    def gather(
+        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
+    ) -> list[list[Tensor]]:
+        assert self.rank in ranks and all(owner in ranks for owner in owners)
+        for shard, owner in zip(shards, owners, strict=True):
+            assert shard.is_contiguous() and shard.dtype is torch.uint8 and shard.numel()
+            self.room.sent_bytes[self.rank] += shard.nbytes * (owner != self.rank)
+            self.room.mail[self.rank, owner].put(shard)
+        found = []
+        for shard, owner in zip(shards, owners, strict=True):
+            mail = [self.room.mail[rank, owner] for rank in ranks] if owner == self.rank else []
+            found.append([box.get(timeout=PATIENCE) for box in mail])
+            assert all(one.shape == shard.shape for one in found[-1])
+        return found
 
-    def recv(self, tensor: Tensor, source: int) -> None:
-        assert tensor.is_contiguous() and tensor.numel()
-        found = self.room.mail[source, self.rank].get(timeout=PATIENCE)
-        assert found.shape == tensor.shape and found.dtype == tensor.dtype
-        tensor.copy_(found)
-
-    def wait_until_sent(self) -> None:
+    def heartbeat(self) -> None:
         pass
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
         self.room.values[self.rank] = json.dumps(value)
         self.room.meeting.wait(PATIENCE)
         found = [json.loads(text) for text in self.room.values]

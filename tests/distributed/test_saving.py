@@ -68,7 +68,7 @@ def test_a_process_that_is_killed_while_it_saves(tmp_path):
 
 @pytest.mark.slow
 def test_a_slow_disk_in_the_background_is_no_hang(tmp_path):
-    """All wait for a file that takes longer than the limit, and every tensor of it is a sign of life."""
+    """All wait for a file that takes longer than the limit, and every tensor of it is progress."""
     assert in_two_processes("slow", tmp_path) == [0, 0]
     waited = [float((tmp_path / f"waited-{rank}").read_text()) for rank in range(2)]
     assert min(waited) > 1.5 * LIMIT * SLOW["save"], "too short to show anything"
@@ -78,15 +78,14 @@ def test_a_slow_disk_in_the_background_is_no_hang(tmp_path):
 
 @pytest.mark.slow
 def test_the_process_whose_writer_is_stuck_is_named(tmp_path):
-    """Both main threads wait for their writers, and one writer for the other."""
+    """Its main thread waits for the writer, and the other process for the main thread."""
     assert in_two_processes("stuck", tmp_path) == [EXIT_LOST, EXIT_LOST]
     found = json.loads((tmp_path / "run" / FILE).read_text())
     assert (found["rank"], found["kind"], found["phase"]) == (1, "hung", "save"), found
     assert "does not wait" in found["what"]
-    main, _, writer = found["stack"].partition("which waits for the thread pretrain-saver:")
-    assert "join" in main and "looping" in writer.split("\n")[-1]
+    assert "join" in found["stack"], "its main thread waits for its writer"
     stacks = {rank: one["stack"] for one in found["stacks"] for rank in one["ranks"]}
-    assert "torch/distributed/" in stacks[0][-1], "the other one's writer waits for it"
+    assert "torch/distributed/" in stacks[0][-1], "the other one waits for it"
 
 
 @pytest.mark.slow

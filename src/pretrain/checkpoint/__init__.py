@@ -18,11 +18,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.async_saving import Saver
     from pretrain.checkpoint.loading import inspect, load, state_of
     from pretrain.checkpoint.manifest import latest, rotate, verify
-    from pretrain.checkpoint.saving import estimated_size, save_checkpoint, save_model
-    from pretrain.checkpoint.training_state import TrainingState, read_training
+    from pretrain.checkpoint.saving import Saver, estimated_size, save_checkpoint, save_model
+    from pretrain.checkpoint.sharded_loading import read_training
+    from pretrain.checkpoint.training_state import TrainingState
     from pretrain.utils.directories import check_writable
     from pretrain.utils.runlock import RunLock
 
@@ -45,14 +45,14 @@ __all__ = [
 
 _PLACES = {
     "RunLock": "pretrain.utils.runlock",
-    "Saver": "pretrain.checkpoint.async_saving",
+    "Saver": "pretrain.checkpoint.saving",
     "TrainingState": "pretrain.checkpoint.training_state",
     "check_writable": "pretrain.utils.directories",
     "estimated_size": "pretrain.checkpoint.saving",
     "inspect": "pretrain.checkpoint.loading",
     "latest": "pretrain.checkpoint.manifest",
     "load": "pretrain.checkpoint.loading",
-    "read_training": "pretrain.checkpoint.training_state",
+    "read_training": "pretrain.checkpoint.sharded_loading",
     "rotate": "pretrain.checkpoint.manifest",
     "save_checkpoint": "pretrain.checkpoint.saving",
     "save_model": "pretrain.checkpoint.saving",

@@ -1,16 +1,16 @@
-"""Collective writing of a model directory by all ranks, in the foreground or in the background.
+"""The planned contents of a model directory: which tensors go into which files, and the small files beside them.
 
-A `Draft` holds the contents of the directory and no reference to the model, so that its tensors can be copied to a
-staging buffer and written while training continues.
+A `Draft` holds no reference to the model, so that its tensors can be copied to a staging buffer and written while
+training continues. Its files are independent of the world size: each holds whole tensors and has one owner, the rank
+that writes it. Every rank makes the same plan, without communication.
 """
 
 from __future__ import annotations
 
-import errno
+import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,48 +20,55 @@ from torch import Tensor
 from pretrain import __version__
 from pretrain.checkpoint import manifest, model_directory
 from pretrain.checkpoint.adapter_files import adapter_facts
-from pretrain.checkpoint.model_directory import is_finite
-from pretrain.checkpoint.model_files import (
-    finite_json,
-    index_json,
-    model_texts,
-    shares,
-    total_bytes,
-    weight_files,
-    write_tokenizer,
-)
-from pretrain.checkpoint.peers import Peers, errors_on_all_ranks, refuse_differences
-from pretrain.checkpoint.sharded_saving import FilePlan, Pieces, given, spread, write_files
-from pretrain.checkpoint.training_state import (
-    STATE,
-    TrainingState,
-    check_stem,
-    encoded_state,
-    shard_name,
-)
-from pretrain.errors import CheckpointError
-from pretrain.lora.peft_format import adapter_packing
+from pretrain.checkpoint.model_card import readme
+from pretrain.checkpoint.peers import Peers, Pieces
+from pretrain.checkpoint.training_state import TrainingState, check_stem, encoded_state, shard_name
+from pretrain.lora.peft_format import adapter_config, adapter_packing
+from pretrain.models.config import drop_code
 from pretrain.models.state import disk_packing
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record
-from pretrain.utils.runlock import is_held
-from pretrain.utils.strict_json import names_only
+from pretrain.utils.strict_json import names_only, parse_json, to_json
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
     from pretrain.models.base import Model
 
 __all__ = [
+    "MAX_SHARD_BYTES",
     "Draft",
+    "FilePlan",
     "Group",
-    "check_numbers",
     "draft_of",
-    "kept",
-    "write_checkpoint",
-    "write_directory",
+    "spread",
+    "write_tokenizer",
 ]
+
+MAX_SHARD_BYTES = 5_000_000_000
+SMALLEST_SHARE = 64 << 20  # bytes; smallest average size of the files of a group of tensors
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """Plan of one file of tensors, the same on all ranks.
+
+    Attributes:
+        name: path inside the directory.
+        owner: the rank that writes the file.
+        layout: name of a tensor in the file -> its shape and dtype, as a tensor on the meta device.
+        sources: name of a tensor in the file -> keys of the whole tensors that it is made of.
+        make: function that makes a tensor of the file from its name and those whole tensors.
+        slashes: allow "/" in names.
+    """
+
+    name: str
+    owner: int
+    layout: Mapping[str, Tensor]
+    sources: Mapping[str, tuple[str, ...]]
+    make: Callable[[str, Mapping[str, Tensor]], Tensor]
+    slashes: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,14 +119,6 @@ class Draft:
     def num_bytes(self) -> int:
         """Upper bound of the size of the directory in bytes."""
         return sum(group.num_bytes for group in self.groups) + len(self.state or b"") + (1 << 20)
-
-
-def check_numbers(keep: int, step: int) -> None:
-    """Raise CheckpointError if ``keep`` is below 1 or ``step`` is negative."""
-    if keep < 1 or step < 0:
-        raise CheckpointError(
-            f"keep is {keep} and step is {step}; at least 1 checkpoint stays, steps count from 0."
-        )
 
 
 def draft_of(
@@ -218,167 +217,141 @@ def _training_group(stem: str, tensors: Mapping[str, Tensor], pieces: Pieces) ->
     return Group(stem, tuple(plans), parts, full)
 
 
-def kept(draft: Draft) -> Draft:
-    """Return the draft with only those shards that this rank sends or writes."""
-    groups = []
-    for group in draft.groups:
-        needed = given(group.plans, group.full, draft.pieces)
-        parts = {key: part for key, part in group.parts.items() if key in needed}
-        groups.append(replace(group, parts=parts))
-    return replace(draft, groups=tuple(groups))
+# ------------------------------------------------------------------------------------------------ files
 
 
-# ------------------------------------------------------------------------------------------------ writing
+def spread(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Divide tensors into at most ``count`` groups of about equal size in bytes, preserving their order."""
+    total = sum(tensor.nbytes for tensor in layout.values())
+    groups: dict[int, dict[str, Tensor]] = {}
+    before = 0
+    for name, tensor in layout.items():
+        middle = before + tensor.nbytes / 2
+        index = min(count - 1, int(middle * count / total)) if total else 0
+        groups.setdefault(index, {})[name] = tensor
+        before += tensor.nbytes
+    return [groups[index] for index in sorted(groups)] or [{}]
 
 
-def write_checkpoint(
-    run: Path,
-    draft: Draft,
-    peers: Peers,
-    *,
-    keep: int,
-    protect: Collection[int] = (),
-    moved: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write ``run/checkpoint-<step>``, durable and verified, then delete old checkpoints that need not be kept.
+def weight_files(
+    layout: Mapping[str, Tensor], limit: int, size: int, *, adapter: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Divide the weights into files: file name -> its tensors, on the meta device.
 
     Args:
-        run: the run directory.
-        draft: the contents of the checkpoint.
-        peers: the ranks.
-        keep: number of complete checkpoints to keep.
-        protect: steps that are never deleted.
-        moved: called to report progress, after each tensor and each file that this rank has written.
-
-    Raises:
-        CheckpointError: on all ranks, if any of them failed; earlier checkpoints are untouched.
+        layout: all weights, on the meta device.
+        limit: largest size of a file in bytes, unless a single tensor is larger; approximate if several ranks write.
+        size: number of ranks that write; large weights are divided into about that many files or more.
+        adapter: the weights are those of an adapter, which are stored in one file.
     """
-    assert draft.step is not None
-    target = run / f"checkpoint-{draft.step}"
-    with errors_on_all_ranks(peers), files.writing(run):
-        if peers.rank == 0:
-            directories.make_directories(run)
-            directories.sweep(run, exclusive=is_held(run))
-            if os.path.islink(target):
-                raise CheckpointError(
-                    f"{target} is a link. Remove it; a checkpoint is written to its own directory."
-                )
-    write_directory(target, draft, peers, moved)
-    with errors_on_all_ranks(peers), files.writing(run):
-        if peers.rank == 0:
-            protected = {*protect, draft.step}
-            manifest.rotate(run, keep=keep, protect=protected, newest=draft.step)
-    return target
+    if adapter:
+        return {model_directory.ADAPTER_WEIGHTS: dict(layout)}
+    if size == 1:
+        return _named(_groups(layout, limit))
+    return _named(spread(layout, max(shares(layout, size), math.ceil(total_bytes(layout) / limit))))
 
 
-def write_directory(
-    target: Path, draft: Draft, peers: Peers, moved: Callable[[], None] = lambda: None
-) -> None:
-    """Write a temporary directory collectively, verify it and rename it; ``moved`` as in `write_checkpoint`.
+def shares(layout: Mapping[str, Tensor], size: int) -> int:
+    """Return the number of files into which a group of tensors is divided if ``size`` ranks write it."""
+    return max(1, min(size, total_bytes(layout) // SMALLEST_SHARE))
 
-    Raises:
-        CheckpointError: on all ranks, if any of them failed; the temporary directory is removed, and an existing
-            target is untouched.
+
+def index_json(shards: Mapping[str, Mapping[str, Tensor]], layout: Mapping[str, Tensor]) -> bytes:
+    """Return the content of model.safetensors.index.json."""
+    parameters = sum(tensor.numel() for tensor in layout.values())
+    weight_map = {tensor: name for name, part in shards.items() for tensor in part}
+    return to_json(
+        {
+            "metadata": {"total_size": total_bytes(layout), "total_parameters": parameters},
+            "weight_map": weight_map,
+        }
+    )
+
+
+def model_texts(
+    model: Model, config: dict[str, Any], count: int, *, in_run: bool = False
+) -> dict[str, bytes]:
+    """Return name -> content of the small files of a model directory: configurations and model card.
+
+    Args:
+        model: the model, for its kind of head, generation settings, sentence settings and adapter.
+        config: content of config.json.
+        count: number of parameters.
+        in_run: the directory is a checkpoint of a run, which always has a config.json.
     """
-    needed = draft.num_bytes
-    with errors_on_all_ranks(peers):
-        _refuse_non_finite(draft.groups[0])
-    _same_plan(draft, peers)
-    with _shared_directory(target, draft, peers) as temporary:
-        records: dict[str, Record] = {}
-        for group in draft.groups:
-            records |= write_files(
-                temporary,
-                group.plans,
-                group.parts,
-                group.full,
-                draft.pieces,
-                peers,
-                guard=lambda: _guarded(target, needed, moved),
-            )
-        for told in peers.all_gather_object(
-            {name: [r.size, r.sha256] for name, r in records.items()}
-        ):
-            records |= {name: Record(*record) for name, record in told.items()}
-        with errors_on_all_ranks(peers), files.writing(target, needed):
-            if peers.rank == 0:
-                _finish(temporary, draft, records)
-                directories.publish(temporary, target)
+    own = "config.json" if model.adapter is None or in_run else model_directory.ADAPTED_MODEL
+    texts = {own: to_json(config)}
+    if model.adapter is not None:
+        texts[model_directory.ADAPTER_CONFIG] = to_json(adapter_config(model))
+    if model.head_kind == "causal-lm":
+        texts["generation_config.json"] = to_json(_generation_config(model, config))
+    if model.sentences is not None and model.head_kind in (None, "masked-lm", "causal-lm"):
+        contents = model.sentences.files(model.backbone.config.hidden_size)
+        texts |= {name: to_json(content) for name, content in contents.items()}
+    texts["README.md"] = readme(config, model.head_kind, count, model.card)
+    return texts
 
 
-@contextmanager
-def _guarded(target: Path, needed: int, moved: Callable[[], None]) -> Iterator[None]:
-    with files.writing(target, needed):
-        yield
-    moved()
+def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+    ids = {
+        key: config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if config.get(key) is not None
+    }
+    return dict(finite_json(names_only({**ids, **drop_code(model.generation_config)})))
 
 
-def _refuse_non_finite(weights: Group) -> None:
-    for name, tensor in weights.parts.items():
-        if not is_finite(tensor):
-            raise CheckpointError(
-                f"The weight {name!r} holds NaN or infinity, so the model is not saved. The last checkpoint is "
-                f"untouched; lower the learning rate or look for the step where the loss became non-finite."
-            )
+def write_tokenizer(
+    directory: Path, tokenizer: Tokenizer, *, segments: bool
+) -> Iterator[tuple[str, Record]]:
+    """Write the files of a tokenizer durably, with absolute paths removed, and yield the name and record of each.
+
+    The tokenizer first saves them to a temporary subdirectory.
+
+    Args:
+        directory: directory of the model.
+        tokenizer: the tokenizer.
+        segments: the model was trained with token type ids, which AutoTokenizer would otherwise leave out.
+    """
+    aside = directory / "tokenizer"
+    tokenizer.save(aside)
+    inputs = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
+    for name in sorted(os.listdir(aside)):
+        data = files.read_bytes(aside / name)
+        if name == "tokenizer_config.json":
+            data = to_json(names_only({**parse_json(data, name), "model_input_names": inputs}))
+        yield name, files.write_file(directory / name, data)
+    directories.remove_tree(aside)
 
 
-def _same_plan(draft: Draft, peers: Peers) -> None:
-    """Raise CheckpointError unless all ranks save the same tensors; otherwise sends and receives would deadlock."""
-    if peers.size == 1:
-        return
-    table: dict[str, Any] = {"step": str(draft.step)}
-    for group in draft.groups:
-        for key, tensor in group.full.items():
-            table[f"{group.stem}:{key}"] = f"{tensor.dtype} {list(tensor.shape)}"
-    refuse_differences(peers, "what to save", table)
+def _groups(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Divide tensors into groups of at most `limit` bytes, in order; a larger tensor gets a group of its own."""
+    groups: list[dict[str, Tensor]] = [{}]
+    for name, tensor in weights.items():
+        if groups[-1] and total_bytes(groups[-1]) + total_bytes({name: tensor}) > limit:
+            groups.append({})
+        groups[-1][name] = tensor
+    return groups
 
 
-@contextmanager
-def _shared_directory(target: Path, draft: Draft, peers: Peers) -> Iterator[Path]:
-    """Create a temporary directory on rank zero for all ranks to write to; it is removed unless published."""
-    with ExitStack() as stack:
-        name = ""
-        with errors_on_all_ranks(peers), files.writing(target, draft.num_bytes):
-            if peers.rank == 0:
-                if files.free_bytes(target.parent) < draft.num_bytes:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-                made = stack.enter_context(directories.temporary_directory(target))
-                if draft.state is not None:
-                    files.IO.mkdir(made / manifest.TRAINING)
-                name = made.name
-        path = target.parent / str(peers.all_gather_object(name)[0])
-        with errors_on_all_ranks(peers):
-            if not directories.appears(path):
-                raise CheckpointError(
-                    f"{target.parent} is not the directory that process 0 writes to: what that made there is not seen "
-                    f"here. The output directory must lie on a file system that all hosts share."
-                )
-        yield path
+def _named(groups: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    if len(groups) == 1:
+        return {model_directory.SINGLE: groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        for i, group in enumerate(groups, start=1)
+    }
 
 
-def _finish(temporary: Path, draft: Draft, records: dict[str, Record]) -> None:
-    """Write the files that only rank zero writes: the small files and, last, the manifest."""
-    small = []
-    for folder in {os.path.dirname(name) for name in draft.texts} - {""}:
-        files.IO.mkdir(temporary / folder)
-    for name, data in draft.texts.items():
-        records[name] = files.write_file(temporary / name, data)
-        small.append(name)
-    if draft.tokenizer is not None:
-        tokenizer, segments = draft.tokenizer
-        for name, record in write_tokenizer(temporary, tokenizer, segments=segments):
-            records[name] = record
-            small.append(name)
-    if draft.state is not None:
-        records[STATE] = files.write_file(temporary / STATE, draft.state)
-        small.append(STATE)
-        files.fsync_directory(temporary / manifest.TRAINING)
-    for folder in {os.path.dirname(name) for name in draft.texts} - {""}:
-        files.fsync_directory(temporary / folder)
-    manifest.write_manifest(temporary, draft.step, records, dict(draft.about))
-    files.fsync_directory(temporary)
-    listed = manifest.read_manifest(temporary)
-    # Files of tensors have already been read back and hashed by the ranks that wrote them.
-    manifest.check_files(temporary, listed, hashes=())
-    for name in small:
-        manifest.check_hash(temporary / name, listed.files[name])
+def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the total size of tensors in bytes, also for tensors on the meta device."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def finite_json(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    return [finite_json(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The communication interface of checkpointing: ranks that write or read one directory collectively.
+"""The ranks that write or read one directory collectively: their communication, and the shards that each of them holds.
 
 Checkpointing does not depend on a communication library: distributed training passes a `Peers`, and a single process
 needs none. An error on one rank is raised on all ranks, before anything is published or used.
@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError, named_error
+from pretrain.nn.layout import ShardLayout, ShardSlice, whole
 from pretrain.utils.strict_json import to_json
 
 __all__ = [
     "ALONE",
     "Alone",
     "Peers",
+    "Pieces",
     "errors_on_all_ranks",
     "raise_on_all_ranks",
     "refuse_differences",
@@ -29,8 +33,8 @@ __all__ = [
 class Peers(Protocol):
     """Ranks that call the same functions in the same order.
 
-    A background thread needs peers of its own, so that its messages do not mix with those of training. No call may use
-    pickle. After an exception from any call, the ranks can no longer be synchronised.
+    Only the main thread calls them. No call may use pickle. After an exception from any call, the ranks can no longer
+    be synchronised.
 
     Attributes:
         rank: rank of this process, from 0.
@@ -43,20 +47,28 @@ class Peers(Protocol):
     @property
     def size(self) -> int: ...
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        """Start to send a contiguous CPU tensor, of any dtype; returns without waiting for the receiver.
+    def gather(
+        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """Gather each of several tensors on one of the ranks that take part.
 
-        Tensors sent to one rank arrive there in order. The tensor is kept alive until `wait_until_sent`.
+        Args:
+            shards: tensors of bytes; the i-th has the same length and kind of device on all ranks that take part.
+            owners: the rank that gets the i-th tensor of all ranks.
+            ranks: the ranks that take part, all or those of one replica, in ascending order.
+
+        Returns:
+            For every tensor, those of all ``ranks`` in their order on its owner, and nothing on the others.
         """
 
-    def recv(self, tensor: Tensor, source: int) -> None:
-        """Receive the next tensor from ``source`` into a contiguous CPU tensor; returns when it is filled."""
+    def heartbeat(self) -> None:
+        """Report to the watchdog that this process makes progress; called in the main thread only."""
 
-    def wait_until_sent(self) -> None:
-        """Wait until all sent tensors have been received."""
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
+        """Gather the JSON values of all ranks on all ranks, in rank order; waits for all ranks.
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Gather the JSON values of all ranks on all ranks, in rank order; waits for all ranks."""
+        ``progress`` tells whether the call counts as a `heartbeat`.
+        """
 
 
 class Alone:
@@ -65,23 +77,87 @@ class Alone:
     rank = 0
     size = 1
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        """Raise CheckpointError: there is no other rank."""
-        raise CheckpointError(f"One process alone cannot send to process {to}.")
+    def gather(
+        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """Return the tensors: there is no other rank."""
+        return [[shard] for shard in shards]
 
-    def recv(self, tensor: Tensor, source: int) -> None:
-        """Raise CheckpointError: there is no other rank."""
-        raise CheckpointError(f"One process alone cannot receive from process {source}.")
+    def heartbeat(self) -> None:
+        """Do nothing: there is no watchdog."""
 
-    def wait_until_sent(self) -> None:
-        """Return at once: nothing was sent."""
-
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
         """Return a list with the value of this process only."""
         return [value]
 
 
 ALONE = Alone()
+
+
+class Pieces:
+    """The sharding of tensors over the ranks, looked up by their keys in a file.
+
+    A key is the name of a parameter, or of a per-parameter state (``exp_avg/backbone.wte.weight``); the name may be
+    that in the model or in the objective, where it begins with ``model.``. Tensors that belong to no parameter of the
+    layout, and all 0-d tensors, are whole on every rank.
+
+    Args:
+        layout: sharding of the parameters; None if all of them are whole on every rank.
+        peers: the ranks, as many as the layout has.
+
+    Raises:
+        CheckpointError: the layout is for another world size.
+    """
+
+    def __init__(self, layout: ShardLayout | None, peers: Peers) -> None:
+        if layout is not None and layout.world != peers.size:
+            raise CheckpointError(
+                f"The layout is for {layout.world} processes, and there are {peers.size}."
+            )
+        self.layout, self.rank, self.size = layout, peers.rank, peers.size
+
+    def parameter(self, key: str) -> str | None:
+        """Return the parameter that a key belongs to; None if it is not in the layout."""
+        if self.layout is None:
+            return None
+        bare = key.partition("/")[2] or key
+        names = (bare, bare.removeprefix("model."), f"model.{bare}")
+        return next((name for name in names if name in self.layout.shapes), None)
+
+    def region(self, key: str, shape: Sequence[int]) -> ShardSlice:
+        """Return the region of a tensor, given its full shape, that this rank holds; it may be empty."""
+        name = self.parameter(key) if shape else None
+        if name is None or self.layout is None:
+            return whole(tuple(shape))
+        return self.layout.region(name, self.rank)
+
+    def is_cut(self, key: str, shape: Sequence[int]) -> bool:
+        """Whether some rank holds only a part of a tensor, given its full shape."""
+        name = self.parameter(key) if shape else None
+        if name is None or self.layout is None or not math.prod(shape):
+            return False
+        ranks = self.layout.replica_ranks
+        return any(self.layout.region(name, rank) != whole(tuple(shape)) for rank in ranks)
+
+    def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return key -> whole tensor on the meta device, given the shards of this rank.
+
+        Raises:
+            CheckpointError: a shard does not have the shape given by the layout.
+        """
+        found = {}
+        for key, part in tensors.items():
+            name = self.parameter(key) if part.ndim else None
+            shape = tuple(part.shape)
+            if name is not None and self.layout is not None:
+                shape = tuple(self.layout.shapes[name])
+                if (wanted := self.layout.region(name, self.rank).shape) != tuple(part.shape):
+                    raise CheckpointError(
+                        f"{key!r} has the shape {tuple(part.shape)} on process {self.rank}, and its part of "
+                        f"{shape} should have {wanted}. It was not cut as the layout says."
+                    )
+            found[key] = torch.empty(shape, dtype=part.dtype, device="meta")
+        return found
 
 
 @contextlib.contextmanager

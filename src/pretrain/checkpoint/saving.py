@@ -1,35 +1,71 @@
-"""Synchronous saving of models and checkpoints."""
+"""Saving of models and checkpoints, at once or in the background.
+
+Every tensor of the files has one owner among the ranks. The main thread gathers the whole tensors on their owners, one
+at a time for each of them, so that a rank holds about its share of the model besides its own shards. What follows on a
+rank only writes files: in the background a thread does it, which communicates with nobody. When all ranks have written
+their files, rank zero adds the manifest and renames the directory.
+"""
 
 from __future__ import annotations
 
+import contextvars
+import errno
 import os
 import re
-from collections.abc import Collection, Mapping
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.draft import check_numbers, draft_of, write_checkpoint, write_directory
-from pretrain.checkpoint.model_files import MAX_SHARD_BYTES
-from pretrain.checkpoint.peers import ALONE, Peers, errors_on_all_ranks
-from pretrain.checkpoint.training_state import TrainingState
-from pretrain.errors import CheckpointError
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.draft import (
+    MAX_SHARD_BYTES,
+    Draft,
+    FilePlan,
+    Group,
+    draft_of,
+    total_bytes,
+    write_tokenizer,
+)
+from pretrain.checkpoint.model_directory import is_finite
+from pretrain.checkpoint.peers import (
+    ALONE,
+    Peers,
+    errors_on_all_ranks,
+    raise_on_all_ranks,
+    refuse_differences,
+)
+from pretrain.checkpoint.training_state import STATE, TrainingState
+from pretrain.errors import CheckpointError, PretrainError
 from pretrain.nn.layout import ShardLayout
 from pretrain.utils import directories, files
+from pretrain.utils.files import Record, note
+from pretrain.utils.runlock import is_held
+from pretrain.utils.tensors import LazyTensors, write_tensors
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["estimated_size", "save_checkpoint", "save_model"]
+__all__ = ["Saver", "Staging", "estimated_size", "save_checkpoint", "save_model"]
 
+_ALIGNMENT = 64  # bytes; every staged copy starts at a multiple of this
+_LARGE = 16 << 20  # bytes; files of this size are written by a thread each
+_AT_ONCE = 4  # files that a rank writes at the same time
 _OVERWRITABLE = re.compile(
     r"(config|generation_config|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
     r"(vocab|merges)\.txt|chat_template\.jinja|README\.md|"
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
     r"adapter_config\.json|adapter_model\.safetensors|pretrain\.json"
 )
-
-
-# ------------------------------------------------------------------------------------------------ saving
 
 
 def save_model(
@@ -68,7 +104,11 @@ def save_model(
                 directories.make_directories(target.parent)
                 directories.sweep(target.parent, name=target.name)
         draft = draft_of(model, max_shard_bytes=max_shard_bytes, layout=layout, peers=peers)
-    write_directory(target, draft, peers)
+    unfinished = _Unfinished(target, draft, peers)
+    unfinished.write()
+    unfinished.agree()
+    with errors_on_all_ranks(peers):
+        unfinished.publish()
     return target
 
 
@@ -76,52 +116,12 @@ def save_checkpoint(
     run_dir: str | Path,
     model: Model,
     *,
-    step: int,
-    tokens: int,
-    pretrain_block: Mapping[str, Any],
-    training: TrainingState | None = None,
-    keep: int = 2,
-    protect: Collection[int] = (),
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     layout: ShardLayout | None = None,
     peers: Peers = ALONE,
+    **arguments: Any,
 ) -> Path:
-    """Write `run_dir/checkpoint-<step>`, then delete old checkpoints that need not be kept.
-
-    When this returns, the checkpoint is verified and durable: it survives a power failure.
-
-    Args:
-        run_dir: the run directory; created if absent.
-        model: see `save_model`.
-        step: optimizer steps so far.
-        tokens: tokens seen so far.
-        pretrain_block: objective, data fingerprint, sources, metrics, ...; stored in config.json.
-        training: the state needed to resume, or None.
-        keep: number of complete checkpoints to keep.
-        protect: steps that are never deleted (the best one).
-        max_shard_bytes: see `save_model`.
-        layout: see `save_model`; the tensors of `training` are sharded like their parameters.
-        peers: see `save_model`.
-
-    Returns:
-        Path of the checkpoint.
-
-    Raises:
-        CheckpointError: disk full, no permission, or a weight is not finite; earlier checkpoints are untouched.
-    """
-    check_numbers(keep, step)
-    with errors_on_all_ranks(peers):
-        draft = draft_of(
-            model,
-            step=step,
-            block={**pretrain_block, "step": step, "tokens_seen": tokens},
-            training=training,
-            max_shard_bytes=max_shard_bytes,
-            layout=layout,
-            peers=peers,
-        )
-    run = Path(os.path.abspath(run_dir))
-    return write_checkpoint(run, draft, peers, keep=keep, protect=protect)
+    """Write a checkpoint of a run at once, with the arguments and results of `Saver.save`."""
+    return Saver(run_dir, layout=layout, peers=peers).save(model, **arguments)
 
 
 def estimated_size(model: Model, *, copies: float = 3.0) -> int:
@@ -135,8 +135,8 @@ def _refuse_target(target: Path, model: Model) -> None:
     base = model.adapter.base if model.adapter is not None else None
     if base is not None and os.path.realpath(base) == os.path.realpath(target):
         raise CheckpointError(
-            f"{target} holds the base of this adapter, without which it is worth nothing. Choose another directory, "
-            f"or merge the adapter before saving."
+            f"{target} holds the base of this adapter, without which the adapter cannot be used. Choose another "
+            f"directory, or merge the adapter before saving."
         )
     if target.is_symlink() or not target.is_dir():
         raise CheckpointError(
@@ -150,3 +150,613 @@ def _refuse_target(target: Path, model: Model) -> None:
                 f"{target} holds {name!r}, which is no part of a saved model, and would be lost when the directory is "
                 f"replaced. Choose a new directory, or move it away."
             )
+
+
+# ------------------------------------------------------------------------------------------------ gathering
+
+
+class Staging:
+    """A block of CPU memory for copies of tensors, pinned if the tensors come from a CUDA device."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._pinned: weakref.finalize[Any, Any] | None = None
+
+    def rooms(self, layouts: Sequence[Tensor], *, pin: bool) -> list[Tensor]:
+        """Return an uninitialised tensor for each layout (shape and dtype), all of them valid until the next call."""
+        starts, end = [], 0
+        for layout in layouts:
+            starts.append(end)
+            end += -(-layout.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._reserve(end, pin=pin)
+        return [
+            self._block[start : start + layout.nbytes].view(layout.dtype).view(layout.shape)
+            for start, layout in zip(starts, layouts, strict=True)
+        ]
+
+    def _reserve(self, size: int, *, pin: bool) -> None:
+        if self._block.numel() >= size and (self._pinned is not None or not pin):
+            return
+        self.free()
+        # numpy requests huge pages from the system, so that the first copy is little slower than the later ones.
+        self._block = torch.from_numpy(np.empty(max(size, 1), dtype=np.uint8))
+        if pin:
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # not annotated in torch
+            pointer = self._block.data_ptr()
+            if int(runtime.cudaHostRegister(pointer, self._block.numel(), 0)) == 0:
+                self._pinned = weakref.finalize(self, runtime.cudaHostUnregister, pointer)
+
+    def free(self) -> None:
+        """Release the memory."""
+        if self._pinned is not None:
+            self._pinned()
+            self._pinned = None
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draft:
+    """Return the draft with the whole tensors that the files of this rank are made of; a collective of all ranks.
+
+    At any time a rank holds its own shards, the whole tensors of its files, and the shards of one tensor more.
+
+    Args:
+        draft: with the shards of this rank.
+        peers: the ranks.
+        staging: memory for copies; None keeps references to tensors that are whole here, which must not change.
+    """
+    wanted = [_keys_by_owner(group.plans, draft.pieces.size) for group in draft.groups]
+    own = [(n, key) for n, owners in enumerate(wanted) for key in owners[peers.rank]]
+    parts = [draft.groups[n].parts[key] for n, key in own]
+    device = next((part.device for part in parts if part.device.type == "cuda"), None)
+    rooms: dict[tuple[int, str], Tensor] = {}
+    if staging is not None:
+        layouts = [draft.groups[n].full[key] for n, key in own]
+        rooms = dict(zip(own, staging.rooms(layouts, pin=device is not None), strict=True))
+    groups = []
+    for n, (group, owners) in enumerate(zip(draft.groups, wanted, strict=True)):
+        found: dict[str, Tensor] = {}
+        for keys in zip_longest(*owners):
+            cut = []
+            for owner, key in enumerate(keys):
+                if key is None:
+                    continue
+                if draft.pieces.is_cut(key, group.full[key].shape):
+                    cut.append((owner, key))
+                elif owner == peers.rank:
+                    full = group.full[key]
+                    part = (
+                        group.parts[key] if full.numel() else torch.empty_like(full, device="cpu")
+                    )
+                    if staging is not None:
+                        part = rooms[n, key].copy_(part, non_blocking=True)
+                    found[key] = part
+            for key, shards in _exchanged(cut, group, draft, peers):
+                full = group.full[key]
+                room = rooms.get((n, key))
+                found[key] = torch.empty_like(full, device="cpu") if room is None else room
+                for region, shard in shards:
+                    flat = shard[: region.numel * full.element_size()].view(full.dtype)
+                    found[key][region.slices()] = flat.view(region.shape)
+        groups.append(replace(group, parts=found))
+    if device is not None:
+        torch.cuda.synchronize(device)
+    return replace(draft, groups=tuple(groups))
+
+
+def _keys_by_owner(plans: Sequence[FilePlan], size: int) -> list[list[str]]:
+    """Return for each rank the keys of the tensors that its files are made of."""
+    found: list[dict[str, None]] = [{} for _ in range(size)]
+    for plan in plans:
+        for keys in plan.sources.values():
+            found[plan.owner].update(dict.fromkeys(keys))
+    return [list(keys) for keys in found]
+
+
+def _exchanged(
+    cut: Sequence[tuple[int, str]], group: Group, draft: Draft, peers: Peers
+) -> Iterator[tuple[str, list[tuple[Any, Tensor]]]]:
+    """Send the shards of tensors to their owners within this replica; yield the regions and bytes of the own ones."""
+    layout = draft.pieces.layout
+    if layout is None:
+        return
+    ranks = layout.replica_ranks
+    cut = [(owner, key) for owner, key in cut if owner in ranks]
+    shards = []
+    for _, key in cut:
+        part, name = group.parts[key], draft.pieces.parameter(key)
+        longest = max(layout.region(str(name), rank).numel for rank in ranks)
+        flat = part.new_zeros(longest * part.element_size(), dtype=torch.uint8)
+        flat[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
+        shards.append(flat)
+    received = peers.gather(shards, [owner for owner, _ in cut], ranks) if cut else []
+    for (owner, key), sent in zip(cut, received, strict=True):
+        if owner == peers.rank:
+            name = str(draft.pieces.parameter(key))
+            regions = [layout.region(name, rank) for rank in ranks]
+            yield key, list(zip(regions, sent, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class _Unfinished:
+    """A model directory that is being written under a temporary name, seen from one rank.
+
+    All ranks create it, call `agree` and `publish` or `discard`; what they call must be the same. `write` communicates
+    with nobody.
+
+    Args:
+        target: the directory that it will be.
+        draft: its contents.
+        peers: the ranks.
+        staging: memory for copies of the tensors, so that the model may change before `write`; None copies nothing.
+
+    Raises:
+        CheckpointError: on all ranks: they do not save the same, or the directory cannot be created.
+    """
+
+    def __init__(
+        self, target: Path, draft: Draft, peers: Peers, staging: Staging | None = None
+    ) -> None:
+        self.target, self.peers = target, peers
+        self.error: Exception | None = None
+        self.progress = 0  # tensors and files that this rank has written
+        self.agreed = False
+        self._records: dict[str, Record] = {}
+        self._needed = draft.num_bytes
+        self._created = ExitStack()
+        _refuse_other_plans(draft, peers)
+        try:
+            self._directory = self._create(draft)
+            self.draft = gathered(draft, peers, staging)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _create(self, draft: Draft) -> Path:
+        """Create the temporary directory on rank zero, for all ranks to write to."""
+        name, target = "", self.target
+        with errors_on_all_ranks(self.peers), files.writing(target, self._needed):
+            if self.peers.rank == 0:
+                if files.free_bytes(target.parent) < self._needed:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+                made = self._created.enter_context(directories.temporary_directory(target))
+                for folder in _folders(draft):
+                    files.IO.mkdir(made / folder)
+                name = made.name
+        path = target.parent / str(self.peers.all_gather_object(name)[0])
+        with errors_on_all_ranks(self.peers):
+            if not directories.appears(path):
+                raise CheckpointError(
+                    f"Process {self.peers.rank} does not see the directory that process 0 created in {target.parent}. "
+                    f"The output directory must lie on a file system that all hosts share."
+                )
+        return path
+
+    def write(self) -> None:
+        """Write the files of this rank durably; an error is kept in ``error``, for `agree`."""
+        small: list[tuple[Group, FilePlan]] = []
+        large: list[tuple[Group, FilePlan]] = []
+        for group in self.draft.groups:
+            for plan in group.plans:
+                if plan.owner == self.peers.rank:
+                    (small if total_bytes(plan.layout) < _LARGE else large).append((group, plan))
+        try:
+            with files.writing(self.target, self._needed):
+                if self.peers.rank == 0:
+                    self._write_small_files()
+                for one in small:
+                    self._write_tensors(*one)
+                _in_threads(self._write_tensors, large)
+        except Exception as error:
+            self.error = error
+        except BaseException:  # an interrupt: what is half written must never be published
+            self.error = CheckpointError(f"Writing {self.target} was interrupted.")
+            raise
+
+    def _write_tensors(self, group: Group, plan: FilePlan) -> None:
+        def make(name: str) -> Tensor:
+            self.progress += 1
+            sources = {key: group.parts[key] for key in plan.sources[name]}
+            if not group.stem:
+                _refuse_non_finite(sources)
+            return plan.make(name, sources)
+
+        tensors = LazyTensors(plan.layout, make)
+        path = self._directory / plan.name
+        self._records[plan.name] = write_tensors(path, tensors, slashes=plan.slashes)
+        self.progress += 1
+
+    def _write_small_files(self) -> None:
+        draft, directory = self.draft, self._directory
+        texts = dict(draft.texts) if draft.state is None else {**draft.texts, STATE: draft.state}
+        for name, data in texts.items():
+            self._records[name] = files.write_file(directory / name, data)
+        if draft.tokenizer is not None:
+            tokenizer, segments = draft.tokenizer
+            self._records |= write_tokenizer(directory, tokenizer, segments=segments)
+
+    def agree(self) -> None:
+        """Tell all ranks what each of them has written, once all of them have.
+
+        Raises:
+            CheckpointError: on all ranks, if any of them failed; the temporary directory is removed.
+        """
+        try:
+            raise_on_all_ranks(self.peers, self.error)
+            told = {name: [r.size, r.sha256] for name, r in self._records.items()}
+            for records in self.peers.all_gather_object(told):
+                self._records |= {name: Record(*record) for name, record in records.items()}
+        except BaseException:
+            self.discard()
+            raise
+        self.agreed = True
+
+    def publish(self) -> None:
+        """Write the manifest and rename the directory, on rank zero; an existing target is kept until then.
+
+        Every file is flushed by then, and its hash was taken of the bytes that were written. The manifest is read back
+        and compared with the sizes of all files.
+        """
+        if self.peers.rank != 0:
+            return
+        with self._created, files.writing(self.target, self._needed):
+            for folder in _folders(self.draft):
+                files.fsync_directory(self._directory / folder)
+            about = dict(self.draft.about)
+            manifest.write_manifest(self._directory, self.draft.step, self._records, about)
+            files.fsync_directory(self._directory)
+            listed = manifest.read_manifest(self._directory)
+            manifest.check_files(self._directory, listed, hashes=())
+            directories.publish(self._directory, self.target)
+
+    def discard(self) -> None:
+        """Remove the temporary directory, unless it is published."""
+        self._created.close()
+
+
+def _folders(draft: Draft) -> list[str]:
+    """Return the folders inside a model directory."""
+    inner = {os.path.dirname(name) for name in draft.texts} - {""}
+    return sorted(inner | ({manifest.TRAINING} if draft.state is not None else set()))
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"The weight {name!r} holds NaN or infinity, so the model is not saved. The last checkpoint is "
+                f"untouched; lower the learning rate or look for the step where the loss became non-finite."
+            )
+
+
+def _refuse_other_plans(draft: Draft, peers: Peers) -> None:
+    """Raise CheckpointError unless all ranks save the same tensors; otherwise gathering them would deadlock."""
+    if peers.size == 1:
+        return
+    table: dict[str, Any] = {"step": str(draft.step)}
+    for group in draft.groups:
+        for key, tensor in group.full.items():
+            table[f"{group.stem}:{key}"] = f"{tensor.dtype} {list(tensor.shape)}"
+    refuse_differences(peers, "what to save", table)
+
+
+def _in_threads(
+    action: Callable[[Group, FilePlan], None], calls: Sequence[tuple[Group, FilePlan]]
+) -> None:
+    """Make several calls at the same time, and raise the first error of any."""
+    rest, errors = list(calls[::-1]), list[BaseException]()
+
+    def work() -> None:
+        while rest and not errors:
+            try:
+                action(*rest.pop())
+            except BaseException as error:  # raised below, in the calling thread
+                errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in calls[:_AT_ONCE]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+# ------------------------------------------------------------------------------------------------ saving a run
+
+
+class Saver:
+    """Writer of the checkpoints of a run, in the foreground or in the background.
+
+    In the background the tensors are copied to a staging buffer, and a thread writes the copies: training is blocked
+    only during the copy, and later changes to the weights never reach the files. All saves use the same buffer, so a
+    save waits for the previous one. With several ranks, `publish` completes a save once ``written`` is true on all of
+    them; otherwise the next `save` or `wait` does it.
+
+    A context manager: when it exits, all saves are complete. If a single process ends without it, a save in the
+    background is still completed, unless the process is killed. If an exception that only this one of several ranks has
+    leaves the context, the save in the background is given up. Leftovers are removed by the next save.
+
+    Args:
+        run_dir: the run.
+        background: return as soon as the tensors are copied.
+        layout: which shards of the parameters each rank holds; None if every rank holds them whole.
+        peers: the ranks; all of them must make the same calls.
+
+    Attributes:
+        stall: seconds for which the last ``save`` blocked training.
+        seconds: seconds from the call of the last completed ``save`` until its checkpoint was durable; None before.
+        durable: the newest checkpoint that this saver has completed, or None.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        background: bool = False,
+        layout: ShardLayout | None = None,
+        peers: Peers = ALONE,
+    ) -> None:
+        self.run_dir = Path(os.path.abspath(run_dir))
+        self.background, self.layout, self.peers = background, layout, peers
+        self.stall = 0.0
+        self.seconds: float | None = None
+        self.durable: Path | None = None
+        self._staging = Staging()
+        self._thread: threading.Thread | None = None
+        self._unfinished: _Unfinished | None = None
+        self._complete: Callable[[], None] = lambda: None
+        self._failure: BaseException | None = None
+
+    def save(
+        self,
+        model: Model,
+        *,
+        step: int,
+        tokens: int,
+        pretrain_block: Mapping[str, Any],
+        training: TrainingState | None = None,
+        keep: int = 2,
+        protect: Collection[int] = (),
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> Path:
+        """Write `run_dir/checkpoint-<step>`, then delete old checkpoints that need not be kept.
+
+        When this returns in the foreground, the checkpoint is durable: it survives a power failure. The previous save
+        in the background is completed first.
+
+        Args:
+            model: see `save_model`.
+            step: optimizer steps so far.
+            tokens: tokens seen so far.
+            pretrain_block: objective, data fingerprint, sources, metrics, ...; stored in config.json.
+            training: the state needed to resume, or None; its tensors are sharded like their parameters.
+            keep: number of complete checkpoints to keep.
+            protect: steps that are never deleted (the best one).
+            max_shard_bytes: see `save_model`.
+
+        Returns:
+            Path of the checkpoint; in the background it exists once ``wait`` has returned.
+
+        Raises:
+            CheckpointError: on all ranks: disk full, no permission, or a weight is not finite; earlier checkpoints are
+                untouched. In the background, what fails after the copy is raised by the next call.
+        """
+        began = time.monotonic()
+        if keep < 1 or step < 0:
+            raise CheckpointError(
+                f"keep is {keep} and step is {step}; at least 1 checkpoint must stay, and steps count from 0."
+            )
+        self.wait()
+        target = self.run_dir / f"checkpoint-{step}"
+
+        def begin() -> None:
+            with errors_on_all_ranks(self.peers):
+                draft = draft_of(
+                    model,
+                    step=step,
+                    block={**pretrain_block, "step": step, "tokens_seen": tokens},
+                    training=training,
+                    max_shard_bytes=max_shard_bytes,
+                    layout=self.layout,
+                    peers=self.peers,
+                )
+                if self.peers.rank == 0:
+                    self._prepare(target)
+            staging = self._staging if self.background else None
+            self._unfinished = _Unfinished(target, draft, self.peers, staging)
+
+        def complete() -> None:
+            if self.peers.rank == 0:
+                assert self._unfinished is not None
+                self._unfinished.publish()
+                manifest.rotate(self.run_dir, keep=keep, protect={*protect, step}, newest=step)
+            self.durable, self.seconds = target, time.monotonic() - began
+
+        self._complete = complete
+        try:
+            begin()
+        except Exception as error:
+            if not self.background or self.peers.size > 1:
+                raise
+            self._failure = error
+        else:
+            self._start(self._write)
+        if not self.background:
+            self.wait()
+        self.stall = time.monotonic() - began if self.background else self.seconds or 0.0
+        return target
+
+    def _prepare(self, target: Path) -> None:
+        with files.writing(self.run_dir):
+            directories.make_directories(self.run_dir)
+            directories.sweep(self.run_dir, exclusive=is_held(self.run_dir))
+            if os.path.islink(target):
+                raise CheckpointError(
+                    f"{target} is a link. Remove it; a checkpoint is written to its own directory."
+                )
+
+    def _start(self, work: Callable[[], None]) -> None:
+        """Run a part of a save, in a thread if it is one in the background."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:  # raised in the main thread, by `wait` or `poll`
+                self._failure = error
+                if not self.background and not isinstance(error, Exception):
+                    self._drop()
+                    raise
+
+        if not self.background:
+            guarded()
+            return
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(guarded,), name="pretrain-saver"
+        )
+        self._thread.start()
+
+    def _write(self) -> None:
+        assert self._unfinished is not None
+        self._unfinished.write()
+        if self.peers.size == 1:
+            self._unfinished.agree()
+            self._complete()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its files of a save in the background, which all ranks must `publish`."""
+        save = self._unfinished
+        if save is None or self.peers.size == 1:
+            return False
+        return not save.agreed and save.error is None and not self.busy
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed and the error was not raised yet.
+
+        The ranks must agree on the step at which they act on it; then all of them call ``wait``.
+        """
+        save = self._unfinished
+        return self._failure is not None or (save is not None and save.error is not None)
+
+    def publish(self) -> None:
+        """Publish the save that all ranks have written; all of them must call it. Rank zero does it in its thread.
+
+        Raises:
+            CheckpointError: on all ranks, if any of them failed to write; earlier checkpoints are untouched.
+        """
+        save = self._unfinished
+        if save is None or save.agreed:
+            return
+        self._join()
+        try:
+            save.agree()
+        except BaseException:
+            self._drop()
+            raise
+        if self.peers.rank == 0:
+            self._start(self._complete)
+
+    def poll(self) -> None:
+        """Raise the error of a save in the background, if it failed on this rank; does not wait.
+
+        Raises:
+            CheckpointError: the save failed; earlier checkpoints are untouched.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._unfinished = None
+            raise self._told(failure)
+
+    def _told(self, failure: BaseException) -> BaseException:
+        if isinstance(failure, PretrainError) or not self.background:
+            return failure
+        if not isinstance(failure, Exception):
+            return failure
+        error = CheckpointError(
+            f"Saving to {self.run_dir} in the background failed with {type(failure).__name__}: {failure}. "
+            f"Earlier checkpoints are untouched."
+        )
+        error.__cause__ = failure
+        return error
+
+    def wait(self) -> None:
+        """Wait until the save in the background, if any, is complete; with several ranks, all of them must call it.
+
+        Raises:
+            CheckpointError: on all ranks: the save failed; earlier checkpoints are untouched.
+        """
+        if self._unfinished is not None:
+            if self.peers.size > 1:
+                self.publish()
+            self._join()
+            self._unfinished = None
+            if self.peers.size > 1:
+                failure = None if self._failure is None else self._told(self._failure)
+                if failure is None or isinstance(failure, Exception):
+                    self._failure = None
+                    raise_on_all_ranks(self.peers, failure)
+                    if self.peers.rank:
+                        self._complete()
+        self.poll()
+
+    def _join(self) -> None:
+        """Wait for the threads of all ranks.
+
+        What they write is reported, so that the watchdog does not take a slow disk for a hang. The ranks meet every
+        second, so that none of them waits in a collective for longer than its timeout.
+        """
+        seen = -1
+        while True:
+            if self._thread is not None:
+                self._thread.join(1.0)
+            if self._unfinished is not None and seen != self._unfinished.progress:
+                seen = self._unfinished.progress
+                self.peers.heartbeat()
+            try:
+                busy = any(self.peers.all_gather_object(self.busy, progress=False))
+            except Exception:  # a rank is lost
+                self._drop()
+                raise
+            if not busy:
+                self._thread = None
+                return
+
+    def _drop(self) -> None:
+        """Give up a save that is not published."""
+        save, self._unfinished, self._failure = self._unfinished, None, None
+        if save is not None:
+            save.discard()
+
+    def close(self) -> None:
+        """Wait for the save in the background and release the staging buffer."""
+        try:
+            self.wait()
+        finally:
+            self._staging.free()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: object, *_: object) -> None:
+        if kind is not None and self.peers.size > 1 and not getattr(error, "everywhere", False):
+            if self._thread is not None:
+                self._thread.join()  # without the other ranks, which may be in another collective
+            self._drop()
+            self._staging.free()
+            return
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if kind is None:
+                raise
+            # The exception already being raised is the cause of this one, or more important.
+            note(str(failure))

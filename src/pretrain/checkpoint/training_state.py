@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.manifest import Manifest, latest
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils import files
 from pretrain.utils.files import note
 from pretrain.utils.strict_json import parse_json, to_json
-from pretrain.utils.tensors import read_tensors
 
 __all__ = [
     "TrainingState",
@@ -30,7 +29,6 @@ __all__ = [
     "encoded_state",
     "open_training",
     "read_state",
-    "read_training",
     "shard_name",
     "tensor_files",
 ]
@@ -98,34 +96,6 @@ def tensor_files(directory: Path, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------ resuming
-
-
-def read_training(path: str | Path, *, quiet: bool = False) -> TrainingState:
-    """Read the training folder of a checkpoint; every byte is verified while it is read.
-
-    Args:
-        path: a checkpoint, or a run (its newest complete checkpoint).
-        quiet: do not report differences in library versions and thread count, which can change the last bits.
-
-    Raises:
-        CheckpointError: the folder was deleted, so the run cannot be resumed from this checkpoint.
-        CheckpointCorrupt: a file differs from the manifest.
-    """
-    directory = manifest.checked_directory(path)
-    if not os.path.lexists(directory / manifest.NAME) and (newest := latest(directory)) is not None:
-        directory = newest
-    listed = open_training(directory, quiet=quiet)
-    found = TrainingState()
-    with files.reading(directory):
-        for stem, names in tensor_files(directory, listed.training).items():
-            found.tensors[stem] = {}
-            for name in names:
-                read = read_tensors(directory / name, listed.training[name], slashes=True)
-                if twice := found.tensors[stem].keys() & read.keys():
-                    raise CheckpointCorrupt(directory / name, f"{min(twice)!r} once", "it twice")
-                found.tensors[stem] |= read
-        found.state = read_state(directory, listed)
-    return found
 
 
 def open_training(directory: Path, *, quiet: bool = False) -> Manifest:

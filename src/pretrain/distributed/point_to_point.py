@@ -1,10 +1,10 @@
-"""Point-to-point transfer of tensors, and all-gather of JSON values, over a process group; nothing is pickled."""
+"""Gathering of tensors and all-gather of JSON values over a process group; nothing is pickled."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,45 +50,49 @@ def connect(
 
 
 class Peers:
-    """Exchange of CPU tensors and JSON values between processes; implements the protocol of `pretrain.checkpoint`.
+    """Exchange of tensors and JSON values between processes; implements the protocol of `pretrain.checkpoint`.
 
     Args:
         rank: of this process.
         size: world size.
-        group: process group of `torch.distributed` for CPU tensors.
-        tick: called on every transfer, as a sign of progress.
+        group: process group of `torch.distributed` for JSON values.
+        replica: process group of the ranks that hold one copy of the weights between them; None for all ranks.
+        heartbeat: called on every transfer, as a sign of progress.
     """
 
     def __init__(
-        self, rank: int, size: int, group: Any, tick: Callable[[], None] | None = None
+        self,
+        rank: int,
+        size: int,
+        group: Any,
+        replica: Any = None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.rank, self.size, self._group, self._tick = rank, size, group, tick
-        self._sent: list[tuple[Any, Tensor]] = []
+        self.rank, self.size, self.heartbeat = rank, size, heartbeat
+        self._group, self._replica = group, replica
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        """Start to send a contiguous tensor of any dtype; it must not be changed before ``wait_until_sent``."""
-        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
-        work = dist.isend(_bytes(tensor), to, group=self._group)
-        if work is not None:
-            self._sent.append((work, tensor))
+    def gather(
+        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.Peers`."""
+        found, works = [], []
+        for shard, owner in zip(shards, owners, strict=True):
+            group = self._group if shard.device.type == "cpu" else dist.group.WORLD
+            group = group if len(ranks) == self.size else self._replica
+            room = [torch.empty_like(shard) for _ in ranks] if owner == self.rank else []
+            works.append(dist.gather(shard, room or None, owner, group=group, async_op=True))
+            found.append(room)
+        for work in works:
+            if work is not None:
+                work.wait()
+        self.heartbeat()
+        return found
 
-    def recv(self, tensor: Tensor, source: int) -> None:
-        """Fill a contiguous tensor with the next one that rank ``source`` sends."""
-        dist.recv(_bytes(tensor), source, group=self._group)
-        if self._tick is not None:
-            self._tick()
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the JSON values of all ranks, in rank order."""
-        if self._tick is not None:
-            self._tick()
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
+        """Return the JSON values of all ranks, in rank order; ``progress`` says whether it is a heartbeat."""
+        if progress:
+            self.heartbeat()
         return [value] if self.size == 1 else gather_json(value, self.size, self._group)
-
-    def wait_until_sent(self) -> None:
-        """Wait until everything sent has been received."""
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
 
 
 class Callers(Peers):
@@ -104,7 +108,7 @@ class Callers(Peers):
         super().__init__(rank, size, None)
         self._store, self._calls = store, 0
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
         """Return the JSON values of all ranks, in rank order; waits without a time limit."""
         self._calls += 1
         put(self._store, f"{self._calls}/{self.rank}", value)
@@ -112,11 +116,6 @@ class Callers(Peers):
         while not wait(self._store, keys, 60.0):
             pass
         return [get(self._store, key) for key in keys]
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """Return the same memory as bytes, because not every backend supports every dtype."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def gather_json(value: Any, size: int, group: Any) -> list[Any]:

@@ -51,18 +51,9 @@ _WAITS = re.compile(
 )
 
 
-def main_stack(writer: threading.Thread | None = None) -> str:
-    """Return the stack of the main thread, innermost frame last.
-
-    Args:
-        writer: the thread that the main thread waits for, if any; its stack follows, because it shows what the process
-            is doing.
-    """
-    frames = sys._current_frames()
-    stack = stack_of(frames.get(threading.main_thread().ident or 0))
-    if writer is not None and (frame := frames.get(writer.ident or 0)) is not None:
-        stack += f"\nwhich waits for the thread {writer.name}:\n{stack_of(frame)}"
-    return stack
+def main_stack() -> str:
+    """Return the stack of the main thread, innermost frame last."""
+    return stack_of(sys._current_frames().get(threading.main_thread().ident or 0))
 
 
 def stack_of(innermost: FrameType | TracebackType | None) -> str:

@@ -28,19 +28,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pretrain.distributed import record
-from pretrain.distributed.point_to_point import Peers
 from pretrain.distributed.record import Record
 from pretrain.distributed.store import wait
 from pretrain.errors import DistributedError, PretrainError
 
-__all__ = ["EXIT_LOST", "SLOW", "Watchdog", "WriterPeers"]
+__all__ = ["EXIT_LOST", "SLOW", "Watchdog"]
 
 EXIT_LOST = 75  # EX_TEMPFAIL: starting the same command again may help
 
@@ -62,19 +61,12 @@ _CLOSED = re.compile("closed|reset|broken pipe|refused", re.IGNORECASE)
 
 @dataclass(slots=True)
 class Place:
-    """Progress of the main thread, which alone writes here, except for ``written``."""
+    """Progress of the main thread, which alone writes here."""
 
     phase: str = "start"
     step: int = 0
     count: int = 0  # number of all marks
     first: int = 0  # ``count`` at which the step began
-    writer: threading.Thread | None = None  # thread of this process that the main thread waits for
-    written: int = 0  # progress reports of such threads, which alone write it
-
-    @property
-    def signs(self) -> int:
-        """A number that changes with every sign of progress."""
-        return self.count + self.written
 
 
 @dataclass
@@ -186,32 +178,6 @@ class Watchdog:
             place.first = place.count
         place.phase, place.step = phase, step
 
-    @contextlib.contextmanager
-    def awaiting(self, writer: threading.Thread) -> Iterator[None]:
-        """Mark the main thread as waiting for a thread of this process that writes a checkpoint, inside the context.
-
-        Progress of that thread then counts as progress of the process, see ``written``. If the run hangs, the stack of
-        that thread shows whether this process waits for others.
-        """
-        place = self._place
-        before = place.phase
-        place.phase, place.writer = "save", writer
-        place.count += 1
-        try:
-            yield
-        finally:
-            place.phase, place.writer = before, None
-            place.count += 1
-
-    def written(self) -> None:
-        """Report progress of the calling writer thread.
-
-        It counts only while the main thread waits for that thread: otherwise it would hide that the main thread hangs.
-        """
-        place = self._place
-        if place.writer is threading.current_thread():
-            place.written += 1
-
     def fail(self, error: BaseException, *, end_within: float | None = 5.0) -> None:
         """Report the error that ends this process to the others, which print it and exit.
 
@@ -269,7 +235,7 @@ class Watchdog:
         place = self._place
         where = {"phase": place.phase, "step": place.step, "within": place.count - place.first}
         news = {"error": self._error, "tentative": self._tentative, "done": self._closing}
-        return self._who | where | {"signs": place.signs, "time": time.time()} | news
+        return self._who | where | {"signs": place.count, "time": time.time()} | news
 
     def _beat(self) -> None:
         raw = json.dumps(self._state()).encode()
@@ -348,7 +314,7 @@ class Watchdog:
     def _loop(self) -> None:
         due, told = 0.0, False
         while not self._closing:
-            signs = self._place.signs
+            signs = self._place.count
             news = self._error is not None and not told
             if self._clock >= due or news or signs != self._members[self.rank].beat["signs"]:
                 told |= news
@@ -379,7 +345,7 @@ class Watchdog:
             self._bound()
             if self._asked is None:
                 self._asked = now
-                self._store.set(f"stack/{self.rank}", record.main_stack(self._place.writer))
+                self._store.set(f"stack/{self.rank}", record.main_stack())
             elif now - self._asked > 1.5 * _STACKS and notice["want"] is not None:
                 return self._leave(notice["want"])  # the judge is lost as well
             return False
@@ -473,7 +439,7 @@ class Watchdog:
         named = None if found is None else found["rank"]
         asked = [rank for rank in members if rank not in (named, self.rank, *gone)]
         wait(store, [f"stack/{rank}" for rank in asked], _STACKS)
-        stacks = {self.rank: record.main_stack(self._place.writer)}
+        stacks = {self.rank: record.main_stack()}
         for rank in asked:
             if store.check([f"stack/{rank}"]):
                 stacks[rank] = store.get(f"stack/{rank}").decode()
@@ -529,7 +495,7 @@ class Watchdog:
         ends_itself = self._error is not None and (own_error or not self._tentative)
         if not ends_itself:
             self._bound()
-            own = (stacks or {}).get(self.rank) or record.main_stack(self._place.writer)
+            own = (stacks or {}).get(self.rank) or record.main_stack()
             record.say(found, self.rank, self.size, own, EXIT_LOST)
             if stacks is None and "record" not in self._notice:  # nobody has collected them
                 time.sleep(min(1.0, 0.05 * self.rank))  # on a shared disk the first survivor writes
@@ -546,34 +512,6 @@ class Watchdog:
             clean.start()
             clean.join(1.0)
         os._exit(EXIT_LOST)
-
-
-class WriterPeers(Peers):
-    """Peers for a thread that writes checkpoints in the background and reports its progress to the watchdog.
-
-    Args:
-        rank: of this process.
-        size: world size.
-        group: process group of `torch.distributed` for CPU tensors, which only this thread uses.
-        watchdog: returns the watchdog of this process, or None while there is none.
-    """
-
-    def __init__(
-        self, rank: int, size: int, group: Any, watchdog: Callable[[], Watchdog | None]
-    ) -> None:
-        def moved() -> None:
-            if (found := watchdog()) is not None:
-                found.written()
-
-        # Not a method: a reference cycle would keep the process group alive beyond the shutdown of torch.
-        super().__init__(rank, size, group, moved)
-        self._watchdog = watchdog
-        self.moved: Callable[[], None] = moved  # reports progress of the calling thread
-
-    def awaiting(self, writer: threading.Thread) -> contextlib.AbstractContextManager[None]:
-        """Mark the main thread as waiting for the writer thread, inside the context; see `Watchdog.awaiting`."""
-        found = self._watchdog()
-        return contextlib.nullcontext() if found is None else found.awaiting(writer)
 
 
 def _clean_up() -> None:

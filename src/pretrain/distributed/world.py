@@ -27,7 +27,7 @@ from pretrain.distributed.handshake import check_links, handshake, introduce
 from pretrain.distributed.launched import launched
 from pretrain.distributed.point_to_point import Callers, Peers, connect, gather_json
 from pretrain.distributed.store import all_here, put, store_of_this_start, wait
-from pretrain.distributed.watchdog import SLOW, Watchdog, WriterPeers
+from pretrain.distributed.watchdog import SLOW, Watchdog
 from pretrain.errors import DistributedError, PretrainError
 from pretrain.utils.directories import make_directories
 from pretrain.utils.files import note, writing
@@ -65,7 +65,6 @@ class World:
         self.joined = False
         self.replica: Any = None
         self._mesh: Any = None
-        self._background: Any = None
         self._control: Any = None  # process group for Python values; None is the default group
         self._place = ("start", 0)
         self.turns = self._entries = 0
@@ -212,7 +211,7 @@ class World:
     def destroy_process_group(self) -> None:
         """Destroy the process group and drop all references to it."""
         joined, self.joined = self.joined, False
-        self._mesh = self._background = self._control = self.replica = None
+        self._mesh = self._control = self.replica = None
         gc.collect()  # a group that is still referenced when Python exits crashes the process
         if joined and dist.is_initialized():
             with contextlib.suppress(Exception):
@@ -366,16 +365,12 @@ class World:
             error.everywhere = True
             raise
 
-    def peers(self, *, background: bool = False) -> Peers:
-        """Return the peers for exchanging checkpoints; ``background`` gives a group for use in a separate thread."""
+    def peers(self) -> Peers:
+        """Return the peers for writing and reading checkpoints."""
         if self.size == 1:
             return Peers(0, 1, None)
-        if not background:
-            return Peers(self.rank, self.size, self._control or dist.group.WORLD, self.heartbeat)
-        if self._background is None:
-            # The writer thread may wait for a slow disk: the watchdog detects a hang, not the timeout of this group.
-            self._background = dist.new_group(None, datetime.timedelta(days=1), "gloo")
-        return WriterPeers(self.rank, self.size, self._background, lambda: self._watchdog)
+        group = self._control or dist.group.WORLD
+        return Peers(self.rank, self.size, group, self.replica, self.heartbeat)
 
 
 _world: World | None = None

@@ -100,14 +100,12 @@ class ShardLayout:
             region = region.cut(0, self.dp_shard, rank // self.tp % self.dp_shard)
         return region
 
-    def holders(self, name: str) -> dict[ShardSlice, list[int]]:
-        """Return the distinct non-empty parts and the ranks that hold each, in ascending order."""
-        found: dict[ShardSlice, list[int]] = {}
-        for rank in range(self.world):
-            region = self.region(name, rank)
-            if region.numel:
-                found.setdefault(region, []).append(rank)
-        return found
+    @property
+    def replica_ranks(self) -> list[int]:
+        """Ranks of the replica of this one, which hold one copy of the parameters between them."""
+        each = self.dp_shard * self.tp
+        first = self.rank // each * each
+        return list(range(first, first + each))
 
     def counts(self, name: str) -> bool:
         """Return whether this rank contributes to a sum over all ranks: the lowest of those with the same part does."""

@@ -211,7 +211,7 @@ class Trainer:
             self.out,
             background=train.async_save,
             layout=self.strategy.layout if world.size > 1 else None,
-            peers=world.peers(background=train.async_save),
+            peers=world.peers(),
         )
         sizes = self.strategy.choice.sizes
         self.micro_rows = choose_micro_rows(
@@ -298,16 +298,20 @@ class Trainer:
             failure = error
         failing = self.saver.failed
         lost = self.home is not None and self.home.lost(now=failing)
-        flags = [float(failure is not None), float(failing), float(lost), *self.stop.flags()]
-        count, tokens, failed, unsaved, homeless, *asked = self.world.all_reduce_sum(
-            [*mine, *flags]
+        flags = [float(failure is not None), float(failing), float(lost), float(self.saver.written)]
+        count, tokens, failed, unsaved, homeless, written, *asked = self.world.all_reduce_sum(
+            [*mine, *flags, *self.stop.flags()]
         )
         if failed:
             self.world.raise_on_all_ranks(failure)
         if homeless:
             self._rescue()
+        if unsaved or written == self.world.size:
+            self.world.mark("save", self.state.step)
         if unsaved:
             self.saver.wait()  # raises on all ranks, some of which may still be writing
+        if written == self.world.size:
+            self.saver.publish()
         self.stop.settle(asked)
         return batches, count, int(tokens)
 
@@ -476,6 +480,7 @@ class Trainer:
         fate, refuge = self.world.broadcast_object(
             ["", ""] if self.home is None else [self.home.fate(), str(self.home.refuge())]
         )
+        self.world.mark("save", self.state.step)
         with contextlib.suppress(PretrainError):
             self.saver.wait()  # it may have failed to write to the lost directory
         layout = self.strategy.layout if self.world.size > 1 else None
@@ -498,6 +503,7 @@ class Trainer:
         state = self.state
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
+        self.world.mark("save", state.step)
         self.saver.wait()
         if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[
             0

@@ -15,6 +15,7 @@ import os
 import secrets
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 CHUNK = 4 << 20  # bytes per write, read and hash update
+THREADED = 1 << 20  # bytes; smallest write that a thread of its own hashes meanwhile
 SMALL = 64 << 20  # bytes; largest file that `read_bytes` reads by default
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -217,19 +219,27 @@ class HashingFile:
             self._buffer += view
             return
         self._flush()
-        for start in range(0, len(view), CHUNK):
-            self._put(view[start : start + CHUNK])
+        self._put(view)
 
     def _flush(self) -> None:
         if self._buffer:
-            self._put(memoryview(bytes(self._buffer)))
-            self._buffer = bytearray()
+            full, self._buffer = self._buffer, bytearray()
+            self._put(memoryview(full))
 
     def _put(self, view: memoryview) -> None:
-        self._digest.update(view)
         self._size += len(view)
-        while view:
-            view = view[IO.write(self.descriptor, view) :]
+        hasher = None
+        if len(view) < THREADED:
+            self._digest.update(view)
+        else:  # the hash takes longer than the write; hashlib releases the GIL
+            hasher = threading.Thread(target=self._digest.update, args=(view,))
+            hasher.start()
+        try:
+            while view:
+                view = view[IO.write(self.descriptor, view[:CHUNK]) :]
+        finally:
+            if hasher is not None:
+                hasher.join()
 
     def finish(self) -> Record:
         """Flush the file to disk, close it and return its size and hash."""

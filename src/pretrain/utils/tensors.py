@@ -28,7 +28,6 @@ from pretrain.utils.strict_json import parse_json
 
 __all__ = [
     "LazyTensors",
-    "TensorFile",
     "TensorInfo",
     "parse_header",
     "read_header",
@@ -108,91 +107,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
-class TensorFile:
-    """A new file that is written tensor by tensor, in the order of `order`, and hashed while it is written.
-
-    The file is created only after the whole header has been validated.
-
-    Args:
-        path: path of the file, which must not exist yet.
-        layout: name -> shape and dtype, as tensors that may be on the meta device.
-        slashes: allow "/" in names; for files that only pretrain reads.
-
-    Raises:
-        CheckpointError: the format does not allow a name, dtype or number of dimensions.
-    """
-
-    def __init__(self, path: Path, layout: Mapping[str, Tensor], *, slashes: bool = False) -> None:
-        self.path, self.order = path, write_order(layout)
-        self._layout, self._next = layout, 0
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in self.order:
-            tensor = layout[name]
-            if not (_SLASHED if slashes else _NAME).fullmatch(name):
-                raise CheckpointError(
-                    f"{path.name}: the tensor name {name[:80]!r} has a sign that is not allowed."
-                )
-            if (
-                tensor.dtype not in _CODES
-                or tensor.dim() > DIM_LIMIT
-                or tensor.layout != torch.strided
-            ):
-                raise _cannot_store(path, name, tensor)
-            stop = offset + tensor.numel() * tensor.element_size()
-            header[name] = {
-                "dtype": _CODES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, stop],
-            }
-            offset = stop
-        text = _header_text(header)
-        self._file = HashingFile(path)
-        try:
-            self._file.write(struct.pack("<Q", len(text)) + text)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of `order`, on any device.
-
-        Raises:
-            CheckpointError: it is not the next tensor, is on the meta device, or differs from the shape and dtype in
-                the header.
-        """
-        expected = self._layout[name]
-        if self.order[self._next] != name:
-            raise CheckpointError(
-                f"{self.path.name}: {name!r} is written where {self.order[self._next]!r} belongs."
-            )
-        if (
-            tensor.is_meta or tensor.dtype != expected.dtype or tensor.shape != expected.shape
-        ) and expected.numel():
-            raise _cannot_store(self.path, name, tensor)
-        self._next += 1
-        if expected.numel():
-            self._file.write(tensor_bytes(tensor))
-
-    def finish(self) -> Record:
-        """Flush the file to disk, close it and return its size and hash."""
-        if self._next != len(self.order):
-            raise CheckpointError(
-                f"{self.path.name}: {self.order[self._next]!r} was never written."
-            )
-        return self._file.finish()
-
-    def close(self) -> None:
-        """Close the file without flushing it; the content may be incomplete."""
-        self._file.close()
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def write_order(layout: Mapping[str, Tensor]) -> list[str]:
     """Return the names in file order: largest element size first, like in the safetensors library.
 
@@ -201,13 +115,10 @@ def write_order(layout: Mapping[str, Tensor]) -> list[str]:
     return sorted(layout, key=lambda name: (-layout[name].element_size(), name))
 
 
-def _cannot_store(path: Path, name: str, tensor: Tensor) -> CheckpointError:
-    about = f"{tensor.dtype}, {tensor.dim()} dims, {tensor.device}"
-    return CheckpointError(f"{path.name}: tensor {name!r} ({about}) cannot be stored.")
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = False) -> Record:
-    """Write a new file durably, one tensor at a time.
+    """Write a new file durably, tensor by tensor in the order of `write_order`, hashed while it is written.
+
+    The file is created only after the whole header has been validated.
 
     Args:
         path: path of the file, which must not exist yet.
@@ -219,17 +130,51 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, slashes: bool = 
         Size and SHA-256 of the file.
 
     Raises:
-        CheckpointError: the format does not allow a name, dtype or number of dimensions.
+        CheckpointError: the format does not allow a name, dtype or number of dimensions, or a lazy tensor differs from
+            its layout.
     """
     lazy = isinstance(tensors, LazyTensors)
     layout = tensors.layout if isinstance(tensors, LazyTensors) else tensors
-    for name in () if lazy else write_order(layout):
-        if layout[name].is_meta:
-            raise _cannot_store(path, name, layout[name])
-    with TensorFile(path, layout, slashes=slashes) as file:
-        for name in file.order:
-            file.put(name, tensors[name] if layout[name].numel() else layout[name])
+    order = write_order(layout)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        tensor = layout[name]
+        if not (_SLASHED if slashes else _NAME).fullmatch(name):
+            raise CheckpointError(
+                f"{path.name} cannot hold a tensor named {name[:80]!r}: letters, digits, '.', '_' and '-' are allowed, "
+                f"at most 256 of them. Rename the module."
+            )
+        known = tensor.dtype in _CODES and tensor.layout == torch.strided
+        if not known or tensor.dim() > DIM_LIMIT or (tensor.is_meta and not lazy):
+            raise _cannot_store(path, name, tensor)
+        stop = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = _header_text(header)
+    with HashingFile(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            if layout[name].numel():
+                tensor = tensors[name]
+                same = tensor.dtype == layout[name].dtype and tensor.shape == layout[name].shape
+                if tensor.is_meta or not same:
+                    raise _cannot_store(path, name, tensor)
+                file.write(tensor_bytes(tensor))
+                del tensor  # before the next one is made
         return file.finish()
+
+
+def _cannot_store(path: Path, name: str, tensor: Tensor) -> CheckpointError:
+    about = f"{tensor.dtype}, {tensor.dim()} dimensions, on {tensor.device}"
+    return CheckpointError(
+        f"{path.name} cannot hold the tensor {name!r} ({about}). A safetensors file holds {', '.join(DTYPES)} with at "
+        f"most {DIM_LIMIT} dimensions, and the values must be in memory."
+    )
 
 
 def _header_text(header: dict[str, object]) -> bytes:
