@@ -83,6 +83,7 @@ class LoraConfig:
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
