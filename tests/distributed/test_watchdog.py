@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,37 +279,6 @@ def test_a_failed_collective_is_no_first_failure_while_a_process_is_missing() ->
     watchdog._members[2] = member(2, 10.4)
     found = watchdog._first_error(10.6)
     assert found is not None and found["rank"] == 0
-
-
-def test_a_writer_speaks_for_the_main_thread_only_while_that_waits_for_it() -> None:
-    watchdog, ready, done = Watchdog(None, 0, 1), threading.Event(), list[bool]()
-    watchdog.mark("update", 3)
-    place, signs = watchdog._place, []
-
-    def looping() -> None:
-        watchdog.written()
-        signs.append(place.signs)
-        ready.set()
-        while not done:
-            time.sleep(0.01)
-
-    for waits in (False, True):
-        ready.clear()
-        done.clear()
-        writer = threading.Thread(target=looping, name="writer")
-        with watchdog.awaiting(writer) if waits else contextlib.nullcontext():
-            before = place.signs
-            writer.start()
-            assert ready.wait(10)
-            watchdog.written()  # by another thread than the one that is waited for
-            assert place.signs == signs[-1] == before + waits
-            assert place.phase == ("save" if waits else "update")
-            stack = record.main_stack(place.writer)
-            assert ("which waits for the thread writer:\n" in stack) == waits
-            assert (" looping: " in stack.split("\n")[-1]) == waits
-            done.append(True)
-            writer.join()
-        assert place.writer is None and place.phase == "update"
 
 
 def test_the_record_names_no_place_of_this_machine(tmp_path: Path) -> None:
