@@ -16,7 +16,7 @@ from typing import Any
 from pretrain.config.spelling import column as column_option
 from pretrain.config.spelling import option
 from pretrain.data.labels import is_missing, is_on, make_tag_map, number_in
-from pretrain.data.tables import Table
+from pretrain.data.tables import Table, shown
 from pretrain.errors import ConfigError, DataError, did_you_mean
 from pretrain.utils.files import note
 
@@ -142,9 +142,7 @@ def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
 
 def column_names(names: Sequence[str]) -> str:
     """Return the first column names, long ones shortened, for a message."""
-    short = [repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN]]
-    more = f", ... ({len(names):,} in all)" if len(names) > _SHOWN else ""
-    return ", ".join(short) + more
+    return shown(names, _SHOWN)
 
 
 def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
@@ -175,10 +173,10 @@ def _missing(
     if not left:
         cure = "No column is left for it; check that the right file was given."
     elif missing[0].many and len(marks := _marked(table, left)) > 1:
-        shown = marks if len(marks) <= _SHOWN else [*marks[:3], ...]
+        some = marks if len(marks) <= _SHOWN else [*marks[:3], ...]
         cure = (
             f"If each of {column_names(marks)}, which hold 0 and 1, is a label, write "
-            f"{column_option(missing[0].name, shown)}."
+            f"{column_option(missing[0].name, some)}."
         )
     else:
         calls = [column_option(role, column) for role, column in named.items()]

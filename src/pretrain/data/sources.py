@@ -266,18 +266,10 @@ class PythonSource:
     """The standard library of the running Python: its reference topics and the source of every module."""
 
     name = "python"
-    _SKIPPED = frozenset(
-        {
-            "site-packages",
-            "dist-packages",
-            "test",
-            "tests",
-            "idle_test",
-            "__pycache__",
-            "pydoc_data",
-            "encodings",  # tables of characters, not text
-        }
-    )
+    # Tests, other packages, and tables of characters.
+    _SKIPPED = frozenset((
+        "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings",
+    ))  # fmt: skip
 
     def __init__(self) -> None:
         self.notes: list[str] = []

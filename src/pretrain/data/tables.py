@@ -31,14 +31,8 @@ from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.files import note
 
 __all__ = [
-    "Chunk",
-    "Table",
-    "held_out_splits",
-    "read_table",
-    "shortened",
-    "splits",
-    "stream_chunks",
-]
+    "Chunk", "Table", "held_out_splits", "read_table", "shortened", "shown", "splits", "stream_chunks",
+]  # fmt: skip
 
 _EXAMPLE = '{"text": "...", "label": "..."}'
 _TRANSPOSED = 1024  # rows of a delimited file that are turned into columns at once
@@ -549,10 +543,10 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def shown(cells: Sequence[str]) -> str:
-    """Return the first few cells of a row, long ones shortened, for a message."""
-    short = [cell if len(cell) <= 40 else cell[:37] + "..." for cell in cells[:8]]
-    return ", ".join(map(repr, short)) + (", ..." if len(cells) > 8 else "")
+def shown(cells: Sequence[str], most: int = 8) -> str:
+    """Return the first cells or names, long ones shortened, for a message."""
+    short = ", ".join(repr(c if len(c) <= 40 else c[:37] + "...") for c in cells[:most])
+    return f"{short}, ... ({len(cells):,} in all)" if len(cells) > most else short
 
 
 def _header_hint(path: Path, top: list[str], delimiter: str) -> str:
