@@ -258,7 +258,7 @@ def test_a_notebook_shows_the_run_in_its_cell(place: Path, monkeypatch: pytest.M
     pages = [o.get("data", {}).get("text/html", "") for o in notebook.cells[1].outputs]
     (live,) = [page for page in pages if 'class="pt view live"' in page]
     assert "step 6 of 6" in live and "done" in live and "2 ranks" in live
-    assert any(page.startswith("<p>Run(") for page in pages)
+    assert any('class="pt view run"' in page and "<p>Run(" in page for page in pages)
 
 
 # ---------------------------------------------------------------------------------------------- small parts
