@@ -574,3 +574,10 @@ def test_files_in_another_encoding(encoding: str, kind: str, tmp_path: Path) -> 
             read_table(path)
     with pytest.raises(DataError, match="encoding"):
         read_table(rows, encoding=encoding)
+
+
+def test_keys_that_are_the_same_column_as_text_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"row 2 of data \(index 1\).*the same column as text: \[1, '1'\]"
+    ):
+        read_table([{"1": "a"}, {1: "b", "1": "c"}])

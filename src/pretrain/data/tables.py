@@ -309,6 +309,11 @@ def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Ta
         source = [dict(zip(names, row, strict=True)) for row in source]
     for k, row in enumerate(source):
         if isinstance(row, Mapping):
+            if len({str(key) for key in row}) < len(row):
+                raise DataError(
+                    f"row {k + 1} of {name} (index {k}) has keys that are the same column as text: "
+                    f"{shortened(list(row))}. Rename one of them."
+                )
             continue
         if isinstance(row, str | Path) and Path(row).suffix:
             cure = "Several files are not joined here: give one path."
