@@ -66,6 +66,10 @@ def test_every_command(here: None, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["inspect", "run"], ["report", "run"]):
         assert main(words) == 0
         assert "vocabulary" not in capsys.readouterr().out
+    for file in ("run/report.html", "run/checkpoint-40/README.md"):
+        text = Path(file).read_text()
+        assert "patches seen" in text
+        assert not any(word in text for word in ("tokens seen", "tokens/s", "tokens per"))
 
 
 def test_from_python(here: None) -> None:

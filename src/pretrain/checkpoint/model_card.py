@@ -82,14 +82,14 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
     if family in _OWN_TOKENIZER:
         lines[-1:] = ["", _OWN_TOKENIZER[family], ""]
     lines += [f"- {label}: {one_line(value)}" for label, value in _facts(block).items()]
-    rows = []
+    rows, unit = [], _unit(block)
     for source in sources:
         licence = source.get("license") or source.get("licence") or "not stated"
-        tokens = source.get("tokens")
-        count = f"{tokens:,}" if isinstance(tokens, int) else "not counted"
+        counted = source.get(unit)
+        count = f"{counted:,}" if isinstance(counted, int) else "not counted"
         rows.append((source.get("name", "unnamed"), licence, count))
     if rows:
-        lines += ["", *markdown_table(("source", "licence", "tokens"), rows, left=2)]
+        lines += ["", *markdown_table(("source", "licence", unit), rows, left=2)]
     return ("\n".join(lines).rstrip() + "\n").encode("utf-8")
 
 
@@ -98,7 +98,7 @@ def _facts(block: Mapping[str, Any]) -> dict[str, Any]:
     objective = objective_name(block)
     if objective:
         facts["objective"] = objective
-    for key, label in (("tokens_seen", "tokens seen"), ("step", "optimizer steps")):
+    for key, label in (("tokens_seen", f"{_unit(block)} seen"), ("step", "optimizer steps")):
         if isinstance(block.get(key), int):
             facts[label] = f"{block[key]:,}"
     for part, name in (("metrics", "held-out"), ("test_metrics", "test")):
@@ -109,6 +109,11 @@ def _facts(block: Mapping[str, Any]) -> dict[str, Any]:
     if block.get("parent"):
         facts["started from"] = block["parent"]
     return facts
+
+
+def _unit(block: Mapping[str, Any]) -> str:
+    """Return what the data were counted in; tokens unless the objective of the run says otherwise."""
+    return str(block.get("unit") or "tokens")
 
 
 def objective_name(block: Mapping[str, Any]) -> str | None:

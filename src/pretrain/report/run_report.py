@@ -88,7 +88,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
     words = [
         model.get("checkpoint") or f"{model.get('family', '')} {model.get('size', '')}".strip(),
         objective.get("class_path", ""),
-        f"on {data['train']}" if "train" in data else "",
+        f"on {data.get('source') or data['train']}" if "train" in data else "",
     ]
     return " · ".join(str(word) for word in words if word)
 
@@ -100,7 +100,7 @@ def _tiles(history: History) -> list[tuple[str, str]]:
         steps = [number(record["step"]) for record in (*history.train[-1:], *history.evals[-1:])]
         tiles.append(("steps", show(int(max(steps)))))
         if math.isfinite(number(last.get("tokens"))):
-            tiles.append(("tokens seen", show(int(number(last["tokens"])))))
+            tiles.append((f"{_unit(history)} seen", show(int(number(last["tokens"])))))
         tiles.append(("last training loss", show(number(last.get("loss")))))
     losses = [(y, x) for x, y in history.eval_points() if math.isfinite(y)]
     if losses:
@@ -112,17 +112,22 @@ def _tiles(history: History) -> list[tuple[str, str]]:
             tiles.append((f"last held-out {label}", show(values[-1])))
     speeds = sorted(y for _, y in history.points("tokens_per_second") if math.isfinite(y))
     if speeds:
-        tiles.append(("tokens/s, median", show(int(speeds[len(speeds) // 2]))))
+        tiles.append((f"{_unit(history)}/s, median", show(int(speeds[len(speeds) // 2]))))
     lost = sum(not math.isfinite(y) for _, y in history.points("loss"))
     if lost:
         tiles.append(("steps with a non-finite loss", show(lost)))
     return tiles
 
 
+def _unit(history: History) -> str:
+    """Return what the run counts: tokens unless its log says otherwise."""
+    return str(history.train[-1].get("unit", "tokens")) if history.train else "tokens"
+
+
 def _charts(history: History) -> str:
     small = [
         ("learning rate", history.points("lr"), True),
-        ("tokens per second", history.points("tokens_per_second"), True),
+        (f"{_unit(history)} per second", history.points("tokens_per_second"), True),
         ("norm of the gradient", history.points("grad_norm"), True),
         ("held-out accuracy", history.eval_points("accuracy"), False),
         ("held-out bits per byte", history.eval_points("bits_per_byte"), False),

@@ -285,7 +285,7 @@ class Journal:
             "mfu": flops / seconds / peak,
             "seconds": state.seconds,
         }
-        self.write(line)
+        self.write(line | ({} if self._unit == "tokens" else {"unit": self._unit}))
         self._send("train", state.step, {k: float(v) for k, v in line.items() if k != "step"})
         shown = {key: line[key] for key in ("loss", "lr", "mfu")}
         shown[f"{self._unit}/s"] = line["tokens_per_second"]

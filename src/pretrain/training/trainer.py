@@ -459,6 +459,8 @@ class Trainer:
         with self.average.applied():
             state.probe_loss = self.probe()
             about = {"objective": self.objective.describe(), "metrics": self.metrics}
+            if self.objective.unit_name != "tokens":
+                about["unit"] = self.objective.unit_name
             self.checkpoint = saver.save(
                 self.objective.model,
                 step=state.step,
