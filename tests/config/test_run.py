@@ -30,6 +30,8 @@ SRC = Path(__file__).parents[2] / "src" / "pretrain"
 # Every setting there is. Adding one is a decision: it needs code that reads it, a line here and one in the CHANGELOG.
 SURFACE = [
     "data.train",
+    "data.source",
+    "data.source_args",
     "data.valid",
     "data.text",
     "data.separator",

@@ -62,7 +62,7 @@ def test_saved_and_opened_it_answers_the_same(result: Any, tmp_path: Path) -> No
         (saved / "README.md").read_text()
         for saved in (tmp_path / "saved", result.model.save(tmp_path / "model"))
     ]
-    assert cards[0] == cards[1] and 'split: "test"' in cards[0] and f" {figure} |" in cards[0]
+    assert cards[0] == cards[1] and "split: test" in cards[0] and f" {figure} |" in cards[0]
     copy = model.save(tmp_path / "copy")  # the card is the run's, its test figures go along
     assert f"test accuracy: {figure}" in (copy / "README.md").read_text()
     assert predict(pretrain.load(result.run.best, quiet=True), texts) == result.predict(texts)

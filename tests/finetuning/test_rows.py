@@ -351,7 +351,7 @@ class Strict(Classification):
         (Classification, {"max_length": 12}, "no option of the task"),
         (Strict, {"sharpnes": 1.0}, "Did you mean 'sharpness'"),
         (Strict, {"sharpness": True}, "sharpness must be a number"),
-        (Strict, {"mode": "c"}, "mode must be one of a, b"),
+        (Strict, {"mode": "c"}, "it must be one of a, b"),
         (Own, {"sharpness": [1]}, "sharpness must be a number"),
     ],
 )

@@ -95,7 +95,6 @@ def test_the_task_that_a_checkpoint_records_is_taken_with_its_options() -> None:
     [
         "NextToken",
         {"name": "MaskedLM", "rate": 0.3},
-        {"task": "os.system"},
         {"task": ["classification"]},
         {"task": "token-classification"},  # of another head: the file was opened with a new one
         {"task": "question-answering", "name": "x"},
@@ -107,6 +106,16 @@ def test_what_a_stranger_records_is_not_imported(recorded: Any) -> None:
     assert task_of(model).name == "classification"
     model.extra_config["pretrain"] = recorded
     assert task_of(model).name == "classification"
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "os:system", "capitals", "pretrain.objectives.regression.Regression"]
+)
+def test_a_task_that_nobody_named_is_refused_and_not_imported(name: str) -> None:
+    model = small()
+    model.extra_config["pretrain"] = {"objective": {"task": name}}
+    with pytest.raises(pretrain.PretrainError, match="There is no task .* name its class"):
+        task_of(model)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def recorded_task(model: Model) -> str | None:
     name = _recorded(model).get("task")
     if not isinstance(name, str):
         return None
-    return name if task_class(name).head_kind in (None, model.head_kind) else None
+    return (
+        name if task_class(name, path_allowed=False).head_kind in (None, model.head_kind) else None
+    )
 
 
 def rebuilt(task: Task, model: Model) -> Task:
@@ -111,7 +113,7 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
 
 
 def _build(model: Model, name: str, options: Mapping[str, Any]) -> Task:
-    cls = task_class(name)
+    cls = task_class(name, path_allowed=False)
     if cls.decode is Task.decode:
         raise ModelError(
             f"A model that was trained for {name} has no answers; use model.generate(...)."

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
@@ -75,13 +76,14 @@ def objective_class(class_path: str) -> type[Objective]:
     return found
 
 
-def task_class(name: str | type[Task]) -> type[Task]:
+def task_class(name: str | type[Task], *, path_allowed: bool = True) -> type[Task]:
     """Return the class of a task.
 
     An own class becomes known to this process: models whose config.json records its ``name`` are used with it.
 
     Args:
         name: a key of ``TASKS``, the import path of a class, or a class.
+        path_allowed: False if the name comes from a file, because a file must never select code to import.
 
     Raises:
         ConfigError: there is no such task.
@@ -92,7 +94,7 @@ def task_class(name: str | type[Task]) -> type[Task]:
         found: type[Objective] = name
     elif name in _OWN_TASKS:
         return _OWN_TASKS[name]
-    elif name not in TASKS and "." not in name and ":" not in name:
+    elif name not in TASKS and not (path_allowed and re.search("[.:]", name)):
         raise ConfigError(
             f"There is no task {name!r}."
             + did_you_mean(name, TASKS)

@@ -458,7 +458,10 @@ class Trainer:
         state.log, state.lr = self.journal.last, self.optim.lr
         with self.average.applied():
             state.probe_loss = self.probe()
-            about = {"objective": self.objective.describe(), "metrics": self.metrics}
+            about: dict[str, Any] = {
+                "objective": self.objective.describe(),
+                "metrics": self.metrics,
+            }
             if self.objective.unit_name != "tokens":
                 about["unit"] = self.objective.unit_name
             self.checkpoint = saver.save(
