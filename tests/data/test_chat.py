@@ -392,7 +392,7 @@ def test_conversations_in_every_form() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({}, "there is no conversation"),
+        ({}, "the row has no conversation"),
         ({"messages": "hello"}, "a list of messages"),
         ({"messages": [{"role": "user"}]}, "message 1"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "'alien'"),
@@ -402,7 +402,7 @@ def test_conversations_in_every_form() -> None:
         ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "train 'no'"),
         (
             {"messages": [{"role": "user", "content": "a", "train": True}]},
-            "Only turns of the assis",
+            "only turns of the assis",
         ),
         ({"messages": [{"role": "assistant", "tool_calls": ["look"]}]}, "tool_calls"),
         ({"messages": [{"from": "function_call", "value": "look()"}]}, "a function call"),

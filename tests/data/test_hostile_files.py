@@ -166,7 +166,7 @@ def test_hub_copy_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         datasets, "load_dataset", lambda *_, **__: iter({"text": text} for text in GOOD)
     )
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be made"):
+    with pytest.raises(DataError, match="cannot be created"):
         HubSource("some/set", "text", tmp_path / "file" / "hub").fingerprint(FileHashes())
     source = HubSource("some/set@en:test", "text", tmp_path / "hub")
     assert (source.repository, source.config, source.split) == ("some/set", "en", "test")

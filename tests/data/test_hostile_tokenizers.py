@@ -159,7 +159,7 @@ def test_lowercase_wordpiece_is_prepared(tmp_path: Path) -> None:
     assert cased.fingerprint != lower.fingerprint
     assert cased.tokenizer.decode(cased.tokenizer.encode("The BROWN")) == "The BROWN"
     assert lower.tokenizer.decode(lower.tokenizer.encode("The BROWN")) == "the brown"
-    with pytest.raises(TokenizerError, match="lowercase goes with"):
+    with pytest.raises(TokenizerError, match="lowercase works with"):
         pretrain.prepare(tmp_path / "a.txt", tokenizer="bpe", lowercase=True, quiet=True)
 
 

@@ -138,7 +138,7 @@ def test_kill_between_the_two_renames_is_repaired(source: Path, tmp_path: Path) 
     out.rename(old)  # killed here: the new data have no name yet
     says: list[str] = []
     sweep(out, says.append)
-    assert listing(out) == whole and not old.exists() and "again" in says[0]
+    assert listing(out) == whole and not old.exists() and "renamed back" in says[0]
     shutil.copytree(out, old)  # killed later: the new data stand, the old ones were not removed
     assert listing(prepare(source, out).path) == whole and not old.exists()
 

@@ -169,7 +169,7 @@ def test_splits_of_a_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     part = datasets.Dataset.from_list(ROWS)
     both = datasets.DatasetDict(test=part.select([0]), train=part)
     assert len(read_table(both)) == 3
-    assert "split 'train' is taken of 2 (test left)" in capsys.readouterr().err
+    assert "split 'train' is used of 2 splits (not used: test)" in capsys.readouterr().err
     assert list(splits(both)) == ["test", "train"] and len(read_table(splits(both)["test"])) == 1
     assert splits(part) == {} and splits(ROWS) == {} and splits({"text": ["a"]}) == {}
     refused(datasets.DatasetDict(a=part, b=part), "splits a, b", "data['a']")

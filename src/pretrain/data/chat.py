@@ -71,8 +71,8 @@ def default_template(tokenizer: Tokenizer) -> str:
     """
     if tokenizer.eos_id is None:
         raise TokenizerError(
-            "The tokenizer has no end-of-text token, so no answer could end. Name one in tokenizer_config.json "
-            '("eos_token"), or give a chat template with its own end-of-turn token.'
+            "The tokenizer has no end-of-text token, so a model could not learn to end an answer. Set "
+            '"eos_token" in tokenizer_config.json, or give a chat template with an end-of-turn token (chat_template=).'
         )
     first = tokenizer.backend.encode("a", add_special_tokens=True).ids[:1]
     begins = tokenizer.bos_id is not None and first == [tokenizer.bos_id]
@@ -182,8 +182,8 @@ class ChatTemplate:
         except Exception as error:
             roles = ", ".join(str(message.get("role")) for message in messages[:8])
             raise DataError(
-                f"{place} chat template fails on the roles {roles}: {_said(error)}. Bring the conversations into the "
-                "form that it asks for, or give another template (chat_template=)."
+                f"{place} chat template fails on the roles {roles}: {_said(error)}. Change the conversations to what "
+                "the template expects, or give another template (chat_template=)."
             ) from error
 
 
@@ -221,7 +221,7 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tu
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
         raise TokenizerError(
             f"The chat template begins a conversation with {tokenizer.roles['bos']!r} twice. Remove one of them from "
-            "chat_template.jinja; a model knows only texts that begin once."
+            "chat_template.jinja; models are trained on texts that begin with one."
         )
     return ids, list(encoding.offsets)
 
@@ -258,7 +258,7 @@ CHAT_ROLES = (
     Role(
         "answer", ("completion", "output", "response", "answer"), False, "the turn of the assistant", target=True,
     ),
-    Role("instances", ("instances",), False, "a list of input and output"),
+    Role("instances", ("instances",), False, "a list of objects with input and output"),
     TOOLS,
 )  # fmt: skip
 _SPEAKERS = {
@@ -302,7 +302,7 @@ def to_conversations(
         start = [{"role": "user", "content": _joined(prompt, row.get("context"), place)}]
     else:
         raise DataError(
-            f"{place}there is no conversation. A row needs messages=[{{role, content}}, ...], or a prompt with a "
+            f"{place}the row has no conversation. It needs messages=[{{role, content}}, ...], or a prompt with a "
             "completion; name the columns if they have other names."
         )
     start = _with_system(row, start, place)
@@ -328,7 +328,7 @@ def _answer(value: Any, place: str, needed: bool) -> list[Message]:
         return as_messages(value, place.rstrip(": "))
     if not isinstance(value, str):
         raise DataError(
-            f"{place}the answer is {value!r}, not a text. Remove the row or fill it in."
+            f"{place}the answer is {value!r}, not a text. Remove the row, or write its answer as a text."
         )
     return [{"role": "assistant", "content": value}]
 
@@ -386,7 +386,7 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
             role = "assistant"  # in task-oriented dialogues, the "system" is the assistant
         if role is None:
             raise DataError(
-                f"{at} is spoken by {message[keys[0]]!r}; known are {', '.join(_SPEAKERS)}."
+                f"{at} has the unknown role {message[keys[0]]!r}; known roles are {', '.join(_SPEAKERS)}."
             )
         others = {k: _plain(v) for k, v in message.items() if k not in keys and v is not None}
         turn: Message = {"role": role, "content": message.get(keys[1]), **others}
@@ -410,7 +410,7 @@ def as_tools(value: Any, where: str = "") -> list[Any] | None:
     given = _plain(given)
     if given is not None and not isinstance(given, list):
         raise DataError(
-            f"{place}tools are {str(value)[:60]!r}; they are a list of descriptions of functions, or JSON text of one."
+            f"{place}tools are {str(value)[:60]!r}, but must be a list of function descriptions, or its JSON text."
         )
     return given or None
 
@@ -446,15 +446,17 @@ def _checked(message: Message, at: str) -> Message:
     """
     calls, weight, train = (message.get(key) for key in ("tool_calls", "weight", "train"))
     if calls and not all(isinstance(call, Mapping) for call in calls):
-        raise DataError(f"{at} has the tool_calls {str(calls)[:60]!r}; they are a list of objects.")
+        raise DataError(
+            f"{at} has the tool_calls {str(calls)[:60]!r}, which is not a list of objects."
+        )
     if weight is not None and weight not in (0, 1):
         raise DataError(f"{at} has the weight {weight!r}; it must be 0 (not trained on) or 1.")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"{at} has train {train!r}; it must be true or false.")
     if train and message["role"] != "assistant":
         raise DataError(
-            f"{at} has train: true, but is spoken by the {message['role']}. Only turns of the assistant are trained "
-            "on; remove train from the others."
+            f"{at} has train: true and the role {message['role']}, but only turns of the assistant are trained "
+            "on. Remove train from the others."
         )
     if message["content"] is None and calls:
         return message

@@ -50,7 +50,7 @@ class Unplaced(DataError):
         self.reason = reason
         super().__init__(
             f"{where + ': ' if where else ''}{reason}. Remove such rows, or give a template that prints every answer "
-            "(chat_template=)."
+            "once and unchanged (chat_template=)."
         )
 
 

@@ -48,8 +48,8 @@ def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any
         found.append(tags)
     if wrong:
         raise DataError(
-            f"{len(wrong)} rows have not one tag for each word: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}. "
-            "Correct or remove them; tags belong to words, not to sub-word tokens."
+            f"{len(wrong)} rows have more or fewer tags than words: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}."
+            " Correct or remove them; tags belong to words, not to sub-word tokens."
         )
     return found
 
@@ -63,8 +63,8 @@ def _listed(table: Table, i: int, role: str, what: str) -> list[Any]:
         return value.split() if parsed is None else parsed
     if not isinstance(value, list | tuple):
         raise DataError(
-            f"{table.where(i)}: the {what} are {type(value).__name__} {shortened(value)}. Give a list with one for "
-            "each word."
+            f"{table.where(i)}: the {what} are {type(value).__name__} {shortened(value)}, not a list. Give a list "
+            "with one item for each word."
         )
     return list(value)
 
@@ -100,8 +100,8 @@ class Answers:
                 for i in self.bad[:3]
             ]
             raise DataError(
-                f"The answers of {len(self.bad):,} of {len(self.texts):,} rows are not in their context, or "
-                "stand there several times and not where answer_start says: "
+                f"The answers of {len(self.bad):,} of {len(self.texts):,} rows do not occur in their context, or "
+                "occur there several times but not at answer_start: "
                 f"{'; '.join(rows)}{'; ...' * (len(self.bad) > 3)}. "
                 "Answers must be copied from the context letter by letter, and answer_start counts characters from 0. "
                 'Correct the rows, or leave them out with bad_answers="drop".'

@@ -194,7 +194,7 @@ def not_decodable(
     """
     if encoding is not None:
         return DataError(
-            f"{path}:{line} is not {encoding}: a byte of this line stands for no character. Choose another "
+            f"{path}:{line} is not {encoding}: a byte of this line is invalid in this encoding. Choose another "
             f"{option('encoding')}, or correct the file."
         )
     of = f", offset {offset} of the file" if offset is not None else ""
@@ -202,7 +202,7 @@ def not_decodable(
     cause = (
         f"It looks like {likely}: {option('encoding', likely)}, or convert it: iconv -f {likely} -t UTF-8."
         if likely
-        else "The file is damaged or no text."
+        else "The file is damaged, or is not a text file."
     )
     return DataError(
         f"{path}:{line}:{byte} is not UTF-8: byte 0x{value:02x} (byte {byte} of line {line}{of}). {cause}"

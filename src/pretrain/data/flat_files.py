@@ -70,7 +70,10 @@ class FlatFile:
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
         blocks = -(-self._size // BLOCK)
         if self._size % dtype.itemsize or (self._sums and len(self._sums) != blocks * _SUM):
-            raise DataError(f"{path} has {self._size} bytes, which do not fit its kind. {_AGAIN}")
+            raise DataError(
+                f"{path} has {self._size} bytes, which is not a whole number of entries, or does not match the number "
+                f"of its checksums. {_AGAIN}"
+            )
         self._verified = np.full(blocks, not self._sums)
         if self._size <= IN_MEMORY:
             self._whole = np.frombuffer(self._pread(0, self._size, ""), dtype=dtype)
@@ -124,7 +127,7 @@ class FlatFile:
             ):
                 raise DataError(
                     f"{self.path} is damaged: its bytes {k * BLOCK:,} to {min((k + 1) * BLOCK, self._size) - 1:,}"
-                    f"{where} are not those that were prepared. {_AGAIN}"
+                    f"{where} do not match their checksum. {_AGAIN}"
                 )
         self._verified[first : last + 1] = True
         return data[offset - begin : offset - begin + size]

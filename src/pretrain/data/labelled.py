@@ -84,8 +84,8 @@ def choose_columns(
     for role, column in named.items():
         if isinstance(column, list | tuple) and not (by_name[role].many and len(column) > 1):
             raise DataError(
-                f"{column_option(role, list(column))}: {role} is one column"
-                f"{', or several, of which each is a label' if by_name[role].many else ''}. Name it as "
+                f"{column_option(role, list(column))}: {role} takes one column"
+                f"{', or several columns with 0 and 1 that each are a label' if by_name[role].many else ''}. Write "
                 f"{column_option(role, str(next(iter(column), 'name')))}."
             )
         for name in _listed(column):
@@ -322,7 +322,9 @@ def split(
         )
     keys = [None] * len(table) if keys is None else keys
     if len(keys) != len(table):
-        raise DataError(f"{len(keys)} keys for the {len(table)} rows of {table.name}.")
+        raise DataError(
+            f"{len(keys)} keys for the {len(table)} rows of {table.name}; give one key for each row."
+        )
     if fraction == 0:
         return table, table.take([])
     held: set[int] = set()

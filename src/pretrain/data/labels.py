@@ -242,7 +242,7 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
         more = ", ..." if len(missing) > _SHOWN else ""
         raise DataError(
             f"{len(missing):,} of {len(values):,} rows have no {column}: {places}{more}. Label these rows or remove "
-            "them; a row without an answer cannot be learned from."
+            "them; training and evaluation need a label in every row."
         )
     texts: list[str] = []
     kinds: dict[str, int] = {}
@@ -384,8 +384,8 @@ def _sorted_labels(
         )
     if len(distinct) == 1:
         raise DataError(
-            f"all {len(texts):,} rows have the {column} {_short(distinct[0])!r}; two classes at least are needed to "
-            "learn from. Check the column, or that the rows were not sorted and cut."
+            f"all {len(texts):,} rows have the {column} {_short(distinct[0])!r}; training needs at least two "
+            "classes. Check that the column is the right one, and that these rows are not the head of a sorted file."
         )
     unique = len(distinct) == len(texts) and len(texts) >= _FEW_ROWS
     if unique or len(distinct) > max(_MANY, len(texts) / 2):
@@ -427,7 +427,7 @@ def _given(
         raise DataError(f"labels={_listed(spelled)} names {twice!r} twice; list every class once.")
     if len(labels) < 2:
         raise DataError(
-            f"labels={_listed(spelled)} names one class only; two at least are needed to learn from."
+            f"labels={_listed(spelled)} names one class only; training needs at least two."
         )
     keys = _spelled([key for key, _ in pairs], lambda i: f"value {i + 1} of labels", "value")
     codes = {key: labels.index(name) for key, name in zip(keys, spelled, strict=True)}
@@ -450,7 +450,7 @@ def _given(
     if present <= from_zero:
         raise DataError(
             f"{column} holds the numbers {_listed(sorted(present))}, which could count the {count} labels from 0 or "
-            f"from 1. Say it with a dict: {option('labels', {1: labels[0], 2: labels[1], ...: ...})}."
+            f"from 1. Give a dict of number and label: {option('labels', {1: labels[0], 2: labels[1], ...: ...})}."
         )
     return LabelMap(labels, codes)
 
@@ -487,8 +487,8 @@ def _of_checkpoint(
     i = next(i for i, text in enumerate(texts) if text not in places)
     raise DataError(
         f"{at(i)}: {column} {_short(texts[i])!r} is not among the classes of the checkpoint, which is a classifier "
-        f"already: {_listed(labels)}. Rows for it hold these names or their numbers from 0; to teach it other classes "
-        f"with a new last layer, list them: {option('labels', [*list(dict.fromkeys(texts))[:3], ...])}."
+        f"already: {_listed(labels)}. Labels must be these names or their numbers from 0; to train other classes "
+        f"with a new output layer, list them: {option('labels', [*list(dict.fromkeys(texts))[:3], ...])}."
     )
 
 
@@ -586,8 +586,8 @@ def _from_mappings(values: Sequence[Any], where: Where, column: str) -> Several:
         on = {str(name): is_on(mark) for name, mark in value.items() if mark is not None}
         if strange := [name for name, mark in on.items() if mark is None]:
             raise DataError(
-                f"{where(i)}: {column} gives {strange[0]!r} the value {shortened(value[strange[0]])}; as a mapping of "
-                "labels it holds 0 or 1 for each. Round shares, or give a list of the labels that fit."
+                f"{where(i)}: {column} gives {strange[0]!r} the value {shortened(value[strange[0]])}; a mapping of "
+                "labels must hold 0 or 1 for each. Round fractions, or give a list of the labels that fit."
             )
         rows.append([k for k, name in enumerate(names) if on.get(name)])
     return Several(rows, tuple(names))
@@ -649,8 +649,8 @@ def _vector_width(
         i = strange[0]
         value = next(x for x in rows[i] if x not in (0, 1))
         raise DataError(
-            f"{where(i)}: {column} is a list with the number {value!r}. Labels are names, whole numbers of classes, or "
-            "a vector of zeros and ones; shares of labels are not trained on, so round them."
+            f"{where(i)}: {column} is a list with the number {value!r}. A list must hold names, integer numbers of "
+            "classes, or a vector of zeros and ones; fractions cannot be trained on, so round them."
         )
     if len(widths) > 1 or not all(x in (0, 1) for x in items):
         wrong = sure or [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
@@ -660,8 +660,8 @@ def _vector_width(
             if len(widths) == 1:
                 what = "other rows hold numbers above 1"
             raise DataError(
-                f"{where(i)}: {column} is {shortened(rows[i])}, like a vector of zeros and ones, but {what}. Give "
-                "vectors of one length, or the list of the classes that fit."
+                f"{where(i)}: {column} is {shortened(rows[i])}, looking like a vector of zeros and ones, but {what}."
+                " Give vectors of one length, or the list of the classes that fit."
             )
         return 0
     width = widths.pop()
@@ -793,7 +793,7 @@ def _separator(
             raise DataError(
                 f"{column} holds {shortened(joined[0])}, which can be a number with a decimal comma "
                 f"({option('task', 'regression')}) or several class numbers "
-                f"({option('label_separator', mark)}). Say which."
+                f"({option('label_separator', mark)}). Set one of the two options."
             )
         numbers = all(part.isdecimal() for parts in split.values() for part in parts)
         if share >= _RECURRING or numbers or (always and share > 0):

@@ -168,7 +168,10 @@ def _shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
         )
     usable = [float(w) if size else 0.0 for w, size in zip(weights, sizes, strict=True)]
     if any(not np.isfinite(w) or w < 0 for w in weights) or sum(usable) <= 0:
-        raise ConfigError(f"mixture weights must be positive numbers, found {list(weights)}.")
+        raise ConfigError(
+            "mixture weights must be finite, at least 0, and above 0 for some source with rows, found "
+            f"{list(weights)}."
+        )
     total = sum(sizes)
     exact = [total * w / sum(usable) for w in usable]
     counts = [int(x) for x in exact]

@@ -98,7 +98,8 @@ def best_fit(lengths: Ints, capacity: int) -> Ints:
     """
     if lengths.size and (int(lengths.min()) < 1 or int(lengths.max()) > capacity):
         raise DataError(
-            f"an item of {int(lengths.max())} tokens cannot be packed into rows of {capacity}."
+            f"items of up to {int(lengths.max())} tokens cannot be packed: each needs 1 token or more, and room in a "
+            f"row of {capacity}."
         )
     items = np.argsort(-lengths, kind="stable").astype(np.int64)
     ordered = lengths[items]

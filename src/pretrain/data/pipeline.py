@@ -171,7 +171,7 @@ def scan_sources(
                 data = text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"source {source.name!r} gave text that UTF-8 cannot hold: {error}."
+                    f"source {source.name!r} holds text that cannot be encoded as UTF-8: {error}."
                 ) from error
             hasher.update(data)
             if sample is not None and number < training:

@@ -165,8 +165,8 @@ def _understand(
     given = _understand_tokenizer(tokenizer)
     if lowercase and tokenizer != "wordpiece":
         raise TokenizerError(
-            "lowercase goes with tokenizer='wordpiece' only: the other kinds give every text back as it was, and a "
-            "tokenizer that exists already has its own rule."
+            "lowercase works with tokenizer='wordpiece' only: the other kinds reproduce every text exactly, and an "
+            "existing tokenizer has its own setting. Leave lowercase out."
         )
     options = {
         "tokenizer": given.kind if given else str(tokenizer),
@@ -282,7 +282,7 @@ def _existing(target: Path, job: _Job) -> Prepared | None:
     if manifest is None:
         if target.is_dir() and any(target.iterdir()):
             raise DataError(
-                f"{target} exists and is not prepared data; choose another `out`, or empty it."
+                f"{target} exists and is not prepared data; choose another `out`, or empty this directory."
             )
         return None
     if manifest["fingerprint"] == job.fingerprint:

@@ -70,7 +70,7 @@ class RowWriter:
             self._waiting.append(row)
             if len(self._waiting) > _MOST_WAITING:
                 raise DataError(
-                    f"The first {_MOST_WAITING:,} rows hold no text. Is the right column read?"
+                    f"The first {_MOST_WAITING:,} rows hold no text. Check that the right column is read."
                 )
             return
         with self._saying():
@@ -86,7 +86,8 @@ class RowWriter:
             }
             if twice := [column for column in self.answers.values() if column in taken]:
                 raise DataError(
-                    f"The rows have a column {twice[0]!r} already: they hold predictions. Give the file without them."
+                    f"The rows already have a column {twice[0]!r}, probably of earlier predictions; remove or "
+                    "rename it."
                 )
             if self._csv is not None and (self._waiting or answer):
                 self._csv.writerow([*self.names, *self.answers.values()])

@@ -164,7 +164,7 @@ def check_columns(text: Any, sources: Sequence[Source]) -> None:
         if not any(column_of({key: "\0"}, file, source) == "\0" for file, source in named):
             files = [Path(file).name for file, _ in named[:5] if file]
             raise DataError(
-                f"{option_name('text')} gives a column for {key!r}, but no file or source is called so; there are "
+                f"{option_name('text')} gives a column for {key!r}, but no file or source has this name; known are "
                 f"{', '.join(files or [name for _, name in named[:5]])}. Give a name, a path or a pattern such as "
                 "'*.csv'."
             )
@@ -237,8 +237,8 @@ class HubSource:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(
-                f"{self.file.parent}, where data sets of the hub are kept, cannot be made: "
-                f"{error.strerror or error}. Set $PRETRAIN_CACHE to a directory that can be written."
+                f"{self.file.parent}, the cache directory of data sets from the hub, cannot be created: "
+                f"{error.strerror or error}. Set $PRETRAIN_CACHE to a directory that you can write to."
             ) from error
         try:
             stream = datasets.load_dataset(

@@ -73,7 +73,9 @@ class Table:
                 f"{self.name}: the columns differ in length: {lengths}. Every row needs a value in each column."
             )
         if self.places is not None and len(self.places) != len(self):
-            raise DataError(f"{self.name}: {len(self.places)} places for {len(self)} rows.")
+            raise DataError(
+                f"{self.name}: {len(self.places)} places for {len(self)} rows; give one place for each row."
+            )
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -246,7 +248,9 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
             else [part]
         )
         if rest := [p for p in parts if p not in used]:
-            note(f"{name}: the split {part!r} is taken of {len(parts)} ({', '.join(rest)} left)")
+            note(
+                f"{name}: the split {part!r} is used of {len(parts)} splits (not used: {', '.join(rest)})"
+            )
         return _resolve(parts[part], name, options)
     if isinstance(source, str | Path):
         return _read_file(_one_file(source), **options)
@@ -391,7 +395,7 @@ def _one_file(source: str | Path) -> Path:
     spelled = str(source)
     if spelled.startswith("hub:"):
         raise DataError(
-            f"{spelled!r}: rows of the hub are not fetched here. Load them first and give the result: "
+            f"{spelled!r}: a data set of the hub cannot be given by name here. Load it and give the result: "
             f"datasets.load_dataset({spelled.removeprefix('hub:')!r})."
         )
     folder = os.path.expanduser(spelled)
@@ -451,8 +455,8 @@ def _kind(path: Path, format: str | None) -> str:
     kind = table_kind(path) if format is None else format.lower().removeprefix(".")
     if format is None and not kind:
         raise DataError(
-            f"the name of {path} does not say how its rows are written. Name it {' '.join(TABLE_FORMATS)} (plain or "
-            f"{' '.join(COMPRESSIONS)}), or say it: {option('format', 'tsv')}, one of {', '.join(known)}."
+            f"the name of {path} ends in no known suffix. Rename it to end in {' '.join(TABLE_FORMATS)} (plain or "
+            f"{' '.join(COMPRESSIONS)}), or set the format: {option('format', 'tsv')}, one of {', '.join(known)}."
         )
     if kind not in known:
         raise DataError(f"{option('format', format)} is not known.{did_you_mean(kind, known)}")
@@ -600,7 +604,7 @@ def columns_of_rows(
             for name, (number, place) in lacking.items()
         ]
         more = f" and {len(told) - 3} other columns" if len(told) > 3 else ""
-        note(f"{source}: None stands where rows have no {', '.join(told[:3])}{more}")
+        note(f"{source}: rows that lack a column get None in it: {', '.join(told[:3])}{more}")
     return columns, count
 
 

@@ -34,9 +34,7 @@ from pretrain.utils.files import replace_file
 __all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
 SAMPLE_BYTES = 32_000_000
 _TEMPLATE, _TEMPLATE_BYTES = "chat_template.jinja", 1_000_000
-_UNENCODABLE = (
-    "Give strings without halves of surrogate pairs, and a vocabulary with an unknown token."
-)
+_UNENCODABLE = "Remove lone surrogates (U+D800 to U+DFFF) from the text, and use a vocabulary with an unknown token."
 _ROOM = " Choose a max_length that leaves room for text beside the special tokens, and more than the overlap."
 # Replacements of transformers' clean_up_tokenization_spaces, applied to decoded text if the config enables them.
 _JOINED = [(f" {mark}", mark) for mark in (".", "?", "!", ",")] + [(" ' ", "'")]
@@ -437,7 +435,7 @@ def _read_template(folder: Path) -> str | None:
             data = opened.read(_TEMPLATE_BYTES + 1)
         if len(data) > _TEMPLATE_BYTES:
             raise TokenizerError(
-                f"{file} has more than {_TEMPLATE_BYTES:,} bytes; no chat template has. Replace or remove it."
+                f"{file} has more than {_TEMPLATE_BYTES:,} bytes, the limit for a chat template. Replace or remove it."
             )
         return data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -24,8 +24,8 @@ __all__ = ["open_directory", "open_file"]
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # roles that transformers knows
 _JSON = "tokenizer.json"
 _DAMAGED = (
-    "The file is damaged or was written by a newer release; copy it again, or write it once more with "
-    "its save()."
+    "The file is damaged or was written by a newer release of tokenizers; copy it again, or write it again with "
+    "Tokenizer.save()."
 )
 _CONVERT = (
     "Open it once with transformers and write it again, which makes a tokenizer.json: "
@@ -296,7 +296,7 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TokenizerError(
-            f"{file} cannot be read: it is not UTF-8 text (byte {error.start}). It is damaged or another file."
+            f"{file} cannot be read: it is not UTF-8 text (byte {error.start}). It is damaged or of another kind."
         ) from error
     except OSError as error:
         raise TokenizerError(f"{file} cannot be read: {error.strerror or error}.") from error

@@ -70,7 +70,7 @@ def sweep(target: Path, say: Callable[[str], None]) -> None:
         if not found or _alive(int(found[1])) or old.is_symlink() or not old.is_dir():
             continue
         if not target.exists():
-            say(f"{old} was left by a run that was killed: it is {target} again")
+            say(f"{old} was left by a killed run and is renamed back to {target}")
             old.rename(target)
         elif foreign(old) is None:
             shutil.rmtree(old, ignore_errors=True)
@@ -136,12 +136,12 @@ def disk_errors(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
             raise DataError(
-                f"the disk is full while writing {place}: {free / 1e6:,.0f} MB are free. What was finished is kept; "
-                "make room and run the same command again to go on."
+                f"the disk is full while writing {place}: {free / 1e6:,.0f} MB are free. Finished work is kept; "
+                "free disk space and run the same command again to continue."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DataError(
-                f"{place} cannot be written ({error.strerror}); choose another `out` or its rights."
+                f"{place} cannot be written ({error.strerror}); choose another `out`, or change the permissions."
             ) from error
         raise DataError(f"{place}: {error.strerror or error} while preparing data.") from error
 
@@ -160,8 +160,8 @@ def publish(work: Path, target: Path) -> None:
         strange = foreign(target)
         if strange is not None:
             raise DataError(
-                f"{target} is not prepared data alone: {strange!r} came into it meanwhile, so it is not replaced; "
-                "choose another `out`."
+                f"{target} is not replaced: {strange!r} appeared in it during preparation and was not written by "
+                "prepare. Move it away, or choose another `out`."
             )
         old = target.with_name(f".{target.name}.old-{os.getpid()}")
         target.rename(old)

@@ -69,7 +69,7 @@ class _Child:
             error, *answer = _receive(self.process.stdout)
         except EOFError as failure:
             raise DataError(
-                f"{self.name} ended unexpectedly (exit code {self.process.wait()}); often the system was out of "
+                f"{self.name} ended unexpectedly (exit code {self.process.wait()}); often the system ran out of "
                 f"memory. {self.advice}"
             ) from failure
         if error:
@@ -139,7 +139,7 @@ def encode_batches(
             yield batch, encoder.encode(texts(batch))
         return
     setting = tokenizer.plain.to_str().encode()
-    advice = "What was finished is kept: run the same command again, with fewer workers."
+    advice = "Finished work is kept: run the same command again, with fewer workers."
     one_core = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     # A child has one batch at a time, so that it never waits for its answer to be read while a message is written.
     waiting: deque[tuple[T, _Child]] = deque()
