@@ -348,7 +348,7 @@ class Strict(Classification):
         ),
         (Classification, {"label_separator": 3}, "label_separator must be text"),
         (Classification, {"labels": "a"}, "labels must be a list or a mapping"),
-        (Classification, {"max_length": 12}, "no option of the task"),
+        (Classification, {"max_length": 12}, "not an option of the task"),
         (Strict, {"sharpnes": 1.0}, "Did you mean 'sharpness'"),
         (Strict, {"sharpness": True}, "sharpness must be a number"),
         (Strict, {"mode": "c"}, "it must be one of a, b"),

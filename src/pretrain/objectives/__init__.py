@@ -143,7 +143,7 @@ def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
     """
     if "max_length" in options:
         raise ConfigError(
-            f"max_length is no option of the task but of the rows: {option('max_length')}."
+            f"max_length is not an option of the task, but of the data: {option('max_length')}."
         )
     check_arguments(task, options, option_name, task.row_options)
 

@@ -378,7 +378,7 @@ def _checked_codes(codes: Mapping[str, int] | None, labels: Sequence[str]) -> di
     for spelling, k in codes.items():
         if type(k) is not int or not 0 <= k < len(labels):
             raise ConfigError(
-                f"codes gives {spelling!r} the class {k!r}; there are the classes 0 to {len(labels) - 1}."
+                f"codes maps {spelling!r} to the class {k!r}, but the classes are 0 to {len(labels) - 1}."
             )
     return dict(codes)
 

@@ -68,9 +68,9 @@ class Embedding(Task):
         ),
         Role(
             "positive", ("positive", "sentence2", "answer", "hypothesis", "text2", "sentence_b"),
-            help="a text that belongs to it", target=True,
+            help="a text that matches the anchor", target=True,
         ),
-        Role("negative", ("negative", "hard_negative"), False, "one that does not", target=True),
+        Role("negative", ("negative", "hard_negative"), False, "a text that does not match it", target=True),
         Role(
             "label", ("score", "similarity", "relatedness_score"), False, "the similarity, a number", target=True,
         ),
@@ -98,13 +98,14 @@ class Embedding(Task):
         super().__init__(model, max_length=max_length, pack=pack)
         if pooling is None and stored.missing:
             raise ConfigError(
-                f"The directory of this model asks for {' and '.join(stored.missing)}, which is not implemented. Give "
-                "pooling."
+                f"The directory of this model asks for {' and '.join(stored.missing)}, which is not implemented. Set "
+                "pooling, for example to 'mean'."
             )
         modes = stored.pooling if pooling is None else pooling_named(pooling)
         if modes != stored.pooling and "cls" in modes and model.backbone.causal:
             raise ConfigError(
-                "The first token of a causal model has seen none of the others; use pooling='mean' or 'last'."
+                "In a causal model the first token attends to no other, so its vector does not depend on the "
+                "rest of the text; use pooling='mean' or 'last'."
             )
         if not (math.isfinite(scale) and scale > 0):
             raise ConfigError(f"scale is {scale}; it must be a positive number.")
@@ -134,7 +135,8 @@ class Embedding(Task):
         pairs = sum(score >= least for score in _scores(table))
         if not pairs:
             raise DataError(
-                f"None of the {len(table)} rows has a score of {least:g} or more, so there is no pair. Set min_score."
+                f"None of the {len(table)} rows has a score of {least:g} or more; none is a pair. "
+                "Set a lower min_score."
             )
         note = f"{pairs:,} of {len(table):,} rows have a score of {least:g} or more and are pairs"
         return Learned(options={"min_score": least}, notes=[note])
@@ -311,5 +313,8 @@ def _scores(table: Table) -> list[float]:
     Raises:
         DataError: a score is not a finite number; the message names the first such rows.
     """
-    cure = "A score says how alike two texts are; where there is none, rename the column."
+    cure = (
+        "A score must be the similarity of two texts as a number. Correct or remove these rows, or rename the column "
+        "if it holds something else."
+    )
     return finite_numbers(table.columns["label"], table.where, what="scores", cure=cure, bools=True)

@@ -89,8 +89,9 @@ def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
     pad = tokenizer.pad_id
     if pad is not None and pad in ends:
         warnings.warn(
-            f"The padding token {tokenizer.roles['pad']!r} also ends an answer. Training here masks padding by place, "
-            "so the end is learned; tools that mask by id would not learn it. A padding token of its own is safer.",
+            f"The padding token {tokenizer.roles['pad']!r} also ends an answer. pretrain masks padding by position, "
+            "so the model learns the end of an answer; tools that mask padding by id would mask this end too. Use a "
+            "separate padding token.",
             stacklevel=3,
         )
     elif pad is not None:
@@ -228,7 +229,7 @@ class Instruction(Task, TokenObjective):
         names = set(table.names)
         if "messages" not in names and not ("prompt" in names and names & {"answer", "instances"}):
             raise DataError(
-                f"{table.name} has no conversations: there must be a column of messages, or a prompt with an answer. "
+                f"{table.name} has no conversations: it needs a column of messages, or a prompt with an answer. "
                 'Name them: messages="COLUMN", or prompt="COLUMN", answer="COLUMN".'
             )
         silent = [
@@ -238,7 +239,7 @@ class Instruction(Task, TokenObjective):
         ]
         if silent and not options.get("drop_unanswered"):
             raise DataError(
-                f"{len(silent)} of {len(table)} conversations have no turn of the assistant, so they teach nothing: "
+                f"{len(silent)} of {len(table)} conversations have no turn of the assistant to train on: "
                 f"{'; '.join(silent[:3])}{'; ...' * (len(silent) > 3)}. Check the names of the roles, or leave them "
                 "out with drop_unanswered=True."
             )

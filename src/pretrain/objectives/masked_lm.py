@@ -209,9 +209,11 @@ class MaskedLM(TokenObjective):
                 f"{text}the rows have {length:.1f} tokens on average that can be hidden, and at least one of each row "
                 f"is. Use longer rows (pack texts, or a larger row_length), or set {name} to {1 / length:.2f} or more."
             )
-        where = "the words of the tokenizer are not cut at the share" if self.whole_word else ""
+        where = (
+            "the subclass or the tokenizer keeps too long words together" if self.whole_word else ""
+        )
         return (
-            f"{text}{where or 'the choice of targets was changed'}. Use a tokenizer of this package or set "
+            f"{text}{where or 'the subclass chooses other targets'}. Use a tokenizer of this package or set "
             "whole_word=False, or correct the subclass."
         )
 

@@ -58,9 +58,9 @@ class QuestionAnswering(Task):
     name: ClassVar[str] = "question-answering"
     roles: ClassVar[tuple[Role, ...]] = (
         Role("question", ("question", "query"), help="the question"),
-        Role("context", ("context", "passage", "paragraph", "document"), help="what it is about"),
-        Role("answers", ("answers", "answer"), help="stretches of the context", target=True),
-        Role("answer_start", ("answer_start",), False, "first character of each", target=True),
+        Role("context", ("context", "passage", "paragraph", "document"), help="the text to read"),
+        Role("answers", ("answers", "answer"), help="texts copied from the context", target=True),
+        Role("answer_start", ("answer_start",), False, "where each answer begins", target=True),
         Role("id", ("id",), required=False, help="the name of the row", target=True),
     )
     metric: str = "f1"
@@ -115,7 +115,7 @@ class QuestionAnswering(Task):
         answerable = [bool(texts) for texts in found.texts]
         if not any(span is not None for span in found.spans):
             raise DataError(
-                f"No row of {table.name} has an answer; there is nothing to learn. Is it the right column?"
+                f"No row of {table.name} has an answer to train on. Check that the right column is named."
             )
         learned = Learned(options={"allow_no_answer": not all(answerable)})
         learned.strata = None if all(answerable) else answerable

@@ -72,7 +72,9 @@ class Regression(Task):
                 'pretrain.load(PATH, head="sequence-classification") and one label.'
             )
         if not (math.isfinite(center) and math.isfinite(scale) and scale > 0):
-            raise ConfigError(f"center {center} and scale {scale}: both finite, scale above 0.")
+            raise ConfigError(
+                f"center is {center} and scale is {scale}; both must be finite, and scale above 0."
+            )
         self.center, self.scale = center, scale
         model.extra_config["problem_type"] = "regression"
         bias = dict(model.named_parameters()).get("head.classifier.bias")
@@ -86,8 +88,8 @@ class Regression(Task):
         spread = float(values.std())
         if not spread > 0:
             raise DataError(
-                f"All {len(values)} targets of the column of labels are {values[0]:g}: there is nothing to learn. "
-                "Is it the right column?"
+                f"All {len(values)} values of the label column are {values[0]:g}, so there is nothing to learn. "
+                "Check that the right column is named."
             )
         middle = float(values.mean())
         return Learned(("LABEL_0",), options={"center": middle, "scale": spread})

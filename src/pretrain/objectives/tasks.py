@@ -485,7 +485,7 @@ def _given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
     if isinstance(weights, Mapping):
         if unknown := [key for key in weights if str(key) not in labels]:
             raise ConfigError(
-                f"class_weights names {unknown[0]!r}, which is no label: {', '.join(labels[:20])}."
+                f"class_weights names {unknown[0]!r}, which is not a label. The labels are: {', '.join(labels[:20])}."
             )
         weights = [weights.get(label, 1.0) for label in labels]
     try:

@@ -93,7 +93,7 @@ class TokenClassification(ClassTask):
             empty_tag = _OUTSIDE if _OUTSIDE in self.labels else self.labels[0]
         if empty_tag not in self.labels:
             raise ConfigError(
-                f"empty_tag is {empty_tag!r}, which is no label: {', '.join(self.labels[:20])}."
+                f"empty_tag is {empty_tag!r}, which is not a label. The labels are: {', '.join(self.labels[:20])}."
             )
         self.all_pieces, self.empty_tag = all_pieces, empty_tag
         self.codes = dict(codes) if codes else None
