@@ -51,7 +51,7 @@ def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[A
     if model.head_kind != "masked-lm":
         raise ModelError(
             f"This {model.backbone.model_type} model has the head {model.head_kind!r} and cannot fill masks; only a "
-            "masked-language model can. A causal model has generate."
+            "masked-language model can. Use generate with a causal model."
         )
     tokenizer = tokenizer_of(model, "fill masks")
     if tokenizer.mask_id is None:
@@ -155,12 +155,13 @@ def embed(
     if pooling is None and stored.missing:
         raise ModelError(
             f"The directory of this model asks for {' and '.join(stored.missing)}, which is not implemented. Give "
-            "pooling= and normalize= for vectors of the model alone."
+            "pooling= and normalize= to embed without it."
         )
     modes = stored.pooling if pooling is None else pooling_named(pooling)
     if pooling is not None and "cls" in modes and model.backbone.causal:
         raise ModelError(
-            "The first token of a causal model has seen none of the others; use pooling='mean'."
+            "In a causal model the first token attends to no other, so its vector does not depend on the rest of the "
+            "text; use pooling='mean'."
         )
     before = stored.prompt(prompt, prompt_name)
     rows = _rows(model, [before + text for text in as_texts(texts)], stored)

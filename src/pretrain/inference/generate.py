@@ -84,7 +84,7 @@ def generate(
     if not model.backbone.causal or model.head_kind != "causal-lm":
         raise ModelError(
             f"This {model.backbone.model_type} model with the head {model.head_kind!r} cannot continue text; only a "
-            "causal model with a language-model head can. A masked-language model has fill_mask."
+            "causal model with a language-model head can. Use fill_mask with a masked-language model."
         )
     chance = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     others = {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
@@ -118,7 +118,7 @@ def _remark_chat(model: Model, texts: Sequence[str]) -> None:
         _REMARKED.add(model)
         note(
             "this model was trained on conversations, and generate continues the text as it stands, without the chat "
-            "template; model.chat(...), or pretrain generate --chat, answers it"
+            "template; use model.chat(...), or pretrain generate --chat, to get an answer"
         )
 
 
@@ -245,7 +245,8 @@ class _Decoder:
             scores = self._scores(columns, real, cache)
             if step == 0 and not bool(scores.isfinite().all()):
                 raise ModelError(
-                    "The model's scores are not finite: its weights are damaged, or their type is too small."
+                    "The model's scores are not finite: its weights are damaged, or the values overflow their data "
+                    "type. Copy the weights again, or load the model in float32."
                 )
             scores = scores if added is None else scores + added
             scores = scores if history is None else rules.before(scores, history)

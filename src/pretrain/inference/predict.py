@@ -116,14 +116,15 @@ def _build(model: Model, name: str, options: Mapping[str, Any]) -> Task:
     cls = task_class(name, path_allowed=False)
     if cls.decode is Task.decode:
         raise ModelError(
-            f"A model that was trained for {name} has no answers; use model.generate(...)."
+            f"The task {name} has no method decode, so predict cannot return answers. Implement decode, or use another "
+            "method of the model, such as generate."
         )
     known = cls.recorded_options(model)
     chosen = {key: value for key, value in options.items() if key in known}
     if model.fresh:
         note(
-            f"{', '.join(sorted(model.fresh)[:3])} came from no file: unless they were trained since, the answers are "
-            "those of random weights"
+            f"{', '.join(sorted(model.fresh)[:3])} were not loaded from a file: unless they were trained since, the "
+            "answers come from random weights"
         )
     try:
         built = build_objective(f"{cls.__module__}:{cls.__qualname__}", chosen, model)
@@ -330,7 +331,7 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
 
 def _say_file_name(text: str) -> None:
     if Path(text[-40:]).suffix.lower() in TABLE_FORMATS and not re.search(r"\s", text):
-        note(f"{text[:80]!r} is read as a text; a file is given as pathlib.Path({text[:80]!r})")
+        note(f"{text[:80]!r} is read as a text; to read the file, give pathlib.Path({text[:80]!r})")
 
 
 def _is_one(task: Task, values: tuple[Any, ...]) -> bool:

@@ -139,7 +139,8 @@ class Sampler:
         )
         if scores.device.type == "cpu" and not bool((scores > -math.inf).any(-1).all()):
             raise ConfigError(
-                "The settings of generation forbid every token. Suppress fewer tokens, or repeat longer n-grams."
+                "The settings of generation forbid every token. Shorten suppress_tokens or bad_words_ids, or raise "
+                "no_repeat_ngram_size."
             )
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
