@@ -98,7 +98,7 @@ def test_from_python(here: None) -> None:
     sections["train"]["limit"] = "6 steps"
     with pytest.raises(pretrain.PretrainError, match="trained with data"):
         pretrain.train(rows=changed, **sections)
-    with pytest.raises(ConfigError, match="names others"):
+    with pytest.raises(ConfigError, match="combined with data.source"):
         pretrain.train(rows=rows, data={"source": "own_vit:squares"}, **sections)
 
 

@@ -69,7 +69,8 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
             _take_reached(trainer, {name for name, p in trained.items() if p.grad is not None})
     if not math.isfinite(loss):
         raise TrainingError(
-            f"The loss of the first batch is {loss}. The weights or the rows hold a non-finite number."
+            f"The loss of the first batch is {loss}. Likely causes: a non-finite number in the weights or the rows, or "
+            "the range of fp16 (set train.precision=fp32)."
         )
     if untouched := sorted(trainer.strategy.untouched):
         trainer.say(
@@ -127,8 +128,9 @@ def check_coupling(trainer: Trainer) -> None:
     objective = trainer.objective
     if objective.batch_group is not None and not objective.compared:
         raise TrainingError(
-            f"{type(objective).__name__} couples the rows of a batch, which lie on several processes, and its "
-            "forward() does not ask the others for theirs: call self.whole_batch(vectors), or use one process."
+            f"{type(objective).__name__} compares the rows of a batch with each other, but on several "
+            "processes its forward() sees only those of its own. Gather all with self.whole_batch(vectors) in "
+            "forward(), or use one process."
         )
 
 

@@ -59,13 +59,13 @@ def on_devices(
             return None
         raise ConfigError(
             f"devices is {count}, but this process is already one of {started} that a launcher started. Leave "
-            "devices out; the launcher says how many there are."
+            "devices out: the launcher sets the number of processes."
         )
     if count == 1:
         return None
     if hooks:
         raise ConfigError(
-            f"hooks are functions of this process, and devices={count} starts others, which do not know them. Write "
+            f"hooks are functions of this process, and devices={count} starts others, which cannot call them. Write "
             f"a script that calls pretrain.{command}(..., hooks=[...]) and start it with: torchrun --nproc-per-node "
             f"{count} script.py"
         )
@@ -103,7 +103,7 @@ def follow(
                     group.stop()
                     _say(
                         screen,
-                        f"{stop.name}: the run saves and stops; another one in a while ends it at once",
+                        f"{stop.name}: the run saves and stops; a second signal after two seconds ends it at once",
                     )
                 _pass_on(group, screen, out)
                 time.sleep(_PAUSE)

@@ -21,7 +21,8 @@ def score(figures: Mapping[str, float], monitor: str) -> float:
     if monitor not in figures:
         known = [name for name in figures if name != "targets"]
         raise TrainingError(
-            f"train.monitor is {monitor!r}, which is none of the figures of this evaluation: {', '.join(known)}."
+            f"train.monitor is {monitor!r}, but the evaluation has only these figures: {', '.join(known)}. Set it to "
+            "one of them."
         )
     value = figures[monitor]
     return value if monitor in LOWER_IS_BETTER else -value

@@ -254,8 +254,8 @@ class Optimizers:
         loose = [self._names[p] for p in self._anchors if f"anchor/{self._names[p]}" not in tensors]
         if tensors and loose:
             raise CheckpointError(
-                f"The optimizer state does not say where {loose[0]!r} started, which optim.l2_sp needs: the run was "
-                "made without it. Set optim.l2_sp=0 or use a new train.out."
+                f"The optimizer state lacks the value with which {loose[0]!r} started, which optim.l2_sp needs: the "
+                "run was started without optim.l2_sp. Set optim.l2_sp=0 or use a new train.out."
             )
         lost = [
             name
@@ -264,7 +264,8 @@ class Optimizers:
         ]
         if lost:
             raise CheckpointError(
-                f"The optimizer state lacks the moments of {lost[0]!r} and {len(lost) - 1} more."
+                f"The optimizer state lacks the moments of {lost[0]!r} and {len(lost) - 1} more. The run was probably "
+                "started with other trainable parameters; use a new train.out."
             )
 
 

@@ -84,8 +84,8 @@ def choose_micro_rows(
         each = "" if share == train.batch_rows else f", of which each process takes {share}"
         raise ConfigError(
             f"{type(objective).__name__} compares the rows of a batch with each other, so its loss does not add "
-            f"up over micro-batches: leave train.micro_rows out (0). A batch has {train.batch_rows} rows{each}; more "
-            "processes let each have fewer."
+            f"up over micro-batches: leave train.micro_rows out (0). A batch has {train.batch_rows} rows{each}; start "
+            "more processes to give each of them fewer."
         )
     return rows
 

@@ -82,8 +82,8 @@ def choose_device(name: str = "auto") -> torch.device:
         )
     if device.type == "mps" and launched():
         raise ConfigError(
-            "This process is one of several, and torch has no way for them to talk from Apple's GPU (mps). Start one "
-            "process only, or set parallel.device=cpu."
+            "This process is one of several, and torch cannot communicate between processes on Apple's GPU (mps). "
+            "Start one process only, or set parallel.device=cpu."
         )
     return device
 
@@ -222,6 +222,6 @@ def common_precision(setting: str, device: torch.device, world: World) -> Precis
     if len(set(names)) > 1:
         types = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))
         raise ConfigError(
-            f"train.precision=auto means {types}: the hosts are not alike. Set train.precision to one that all can do."
+            f"train.precision=auto means {types}: the hosts are not alike. Set train.precision to one that all support."
         )
     return precision

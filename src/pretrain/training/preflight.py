@@ -64,7 +64,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
         elif first_loss < 0.5 * expected and not trainer.about.get("parent"):
             verdict = "  <- far below: the model may see its targets"
         lines.append(
-            f"first loss {first_loss:.3f}, a model that knows nothing has {expected:.3f}{verdict}"
+            f"first loss {first_loss:.3f}, an untrained model has about {expected:.3f}{verdict}"
         )
     if checkpoint is not None:
         lines.append(check_resumed(trainer, checkpoint))
@@ -111,7 +111,8 @@ def check_rows(data: Examples, batch_rows: int) -> None:
     """Check that there are enough rows for a batch without repeats."""
     if len(data) == 0:
         raise DataError(
-            "There are no training rows. The source is empty or everything went to validation."
+            "There are no training rows. The source is empty, or all of it is held out for validation: check "
+            "data.train and data.valid."
         )
     if len(data) < batch_rows:
         raise DataError(

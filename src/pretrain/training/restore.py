@@ -104,8 +104,9 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     for key, value in now.items():
         if key in trainer.origin and then.get(key, value) != value:
             raise TrainingError(
-                f"{checkpoint} holds another model: it was trained with {key} {_short(then[key])}, and the model that "
-                f"this run starts from has {_short(value)}: it was changed since. Restore it, or use a new train.out."
+                f"{checkpoint} holds another model: it was trained with {key} {_short(then[key])}, but the model that "
+                f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
+                "train.out."
             )
         if key not in trainer.origin and then.get(key) != value:
             raise TrainingError(
@@ -156,7 +157,8 @@ def load_others(objective: Objective, checkpoint: Path) -> None:
         if name not in found or found[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{checkpoint}/training has no {name!r} of shape {tuple(tensor.shape)}, which "
-                f"{type(objective).__name__} needs. It was trained with another objective or other arguments."
+                f"{type(objective).__name__} needs. It was trained with another objective or other arguments; "
+                "evaluate it with those of its run."
             )
         with torch.no_grad():
             tensor.copy_(found[name])

@@ -83,8 +83,9 @@ def train(
     settings = RunConfig.load(config, sections or None)
     if rows is not None and (devices != 1 or settings.data.source is not None):
         raise ConfigError(
-            "rows= holds rows of this process only, and data.source names others. Let a function return them and name "
-            'it alone: data={"source": "package.module:function"}.'
+            "rows= is an object in the memory of this process: other processes (devices) cannot read it, and it cannot "
+            "be combined with data.source. Leave it out, write a function that returns the rows, and name that: "
+            'data={"source": "package.module:function"}.'
         )
     if devices != 1 and (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
         return run
@@ -222,7 +223,7 @@ def say_differences(settings: RunConfig, prepared: Prepared) -> None:
         and options[key] != wanted
     ]
     if overruled:
-        note(f"{prepared.path} was prepared with {', '.join(overruled)}; it is taken as it is")
+        note(f"{prepared.path} was prepared with {', '.join(overruled)}; these values are used")
 
 
 def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
@@ -388,8 +389,8 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         settings = RunConfig.load(home / "run.yaml")
         if settings.data.source is not None:
             raise DataError(
-                f"The rows of {home} come from a function, {settings.data.source}, and no file names code that is run. "
-                f"Name it: {option('data', settings.data.source)}."
+                f"The rows of {home} come from the function {settings.data.source}. pretrain calls no function that "
+                f"only a file names: name it yourself, {option('data', settings.data.source)}."
             )
         prepared = open_data(settings)
         rows: Examples = prepared.valid
@@ -430,7 +431,7 @@ def run_of(path: Path) -> Path | None:
 def no_run(path: Path) -> str:
     """Return the error message for a checkpoint that is in no run when no data are named."""
     return (
-        f"{path} lies in no run of pretrain, so it is not known what to evaluate it on. Name the data: "
+        f"{path} is not in a run directory of pretrain, so its held-out rows are not known. Name the data: "
         f"pretrain evaluate {path} --data FILE, in Python pretrain.evaluate({str(path)!r}, data)."
     )
 
