@@ -106,7 +106,7 @@ def test_a_rank_that_does_not_fit_is_named_on_all(path: str, value: Any, words: 
             one[last] = value
 
     text = refused(together(3, change, timeout=5))
-    assert text.startswith("Rank 2 (host node-1) does not fit rank 0: ") and "host node-0" in text
+    assert text.startswith("Rank 2 (host node-1) does not match rank 0: ") and "host node-0" in text
     assert all(word in text for word in words), text
 
 
@@ -115,7 +115,7 @@ def test_settings_given_whole_name_the_key_that_differs() -> None:
         one["settings"] = {"optim": {"lr": 1e-3 if rank else 1e-4, "name": "adamw"}}
 
     text = refused(together(3, change, timeout=5))
-    assert "Ranks 1-2 (hosts node-0, node-1) do not fit" in text
+    assert "Ranks 1-2 (hosts node-0, node-1) do not match" in text
     assert "settings.optim.lr is 0.001 there, and 0.0001 on rank 0" in text
 
 
@@ -123,11 +123,11 @@ def test_missing_ranks_are_named_within_the_limit() -> None:
     began = time.monotonic()
     text = refused(together(5, absent=(1, 3, 4), timeout=0.5))
     assert time.monotonic() - began < 3
-    assert text.startswith("Rank 1, 3-4 of 5 did not come within 0.5 seconds")
+    assert text.startswith("Rank 1, 3-4 of 5 did not connect within 0.5 seconds")
     for word in ("firewall", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "--nnodes"):
         assert word in text
     text = refused(together(3, absent=(0,), timeout=0.3))
-    assert text.startswith("Rank 0 of 3 did not come")
+    assert text.startswith("Rank 0 of 3 did not connect")
 
 
 def test_two_processes_of_one_rank_are_refused() -> None:
@@ -135,7 +135,7 @@ def test_two_processes_of_one_rank_are_refused() -> None:
     store.add("came/1", 1)
     with pytest.raises(DistributedError, match=r"Two processes are rank 1 of 2.*node-0.*node-rank"):
         handshake(store, 1, 2, hello(1), timeout=1)
-    with pytest.raises(DistributedError, match="did not come"):
+    with pytest.raises(DistributedError, match="did not connect"):
         handshake(store, 0, 2, hello(0), timeout=0.1)
 
 
@@ -233,7 +233,7 @@ def test_a_host_that_only_finds_itself_is_told_why(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
         with pytest.raises(DistributedError, match="connect timed out") as caught:
             bounded(fails, "The connection", torch.device("cpu"), 5)
-        assert ("node7, stands for 127.0.1.1" in str(caught.value)) == told
+        assert ("node7, to 127.0.1.1" in str(caught.value)) == told
 
 
 def test_who_prepares_for_long_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

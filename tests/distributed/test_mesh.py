@@ -290,7 +290,7 @@ def test_offloading_needs_fsdp_and_a_gpu() -> None:
     assert choice.strategy == "fsdp" and choice.memory is not None and choice.memory.weights == 0
     assert not choice.advice
     small = choose(1, LLAMA, cpu_offload=True, host_share=100 * GIB)
-    assert "moves 119.7 of 100.0 GiB" in small.advice and small.reason.endswith(small.advice)
+    assert "needs 119.7 of 100.0 GiB" in small.advice and small.reason.endswith(small.advice)
     assert not choose(1, LLAMA, cpu_offload=True, host_share=200 * GIB).advice
     assert "cpu" in refused(2, replace(SMALL, device="cpu"), cpu_offload=True)
     assert "ddp" in refused(2, cpu_offload=True, strategy="ddp")

@@ -275,7 +275,7 @@ def test_a_failed_collective_is_no_first_failure_while_a_process_is_missing() ->
     assert watchdog._first_error(10.3) is None and watchdog._first_error(12.4) is None
     found = watchdog._first_error(12.6)
     assert found is not None and (found["rank"], found["kind"]) == (2, "silent")
-    assert "since rank 0 said RuntimeError: gone" in found["what"]
+    assert "since rank 0 failed: RuntimeError: gone" in found["what"]
     watchdog._members[2] = member(2, 10.4)
     found = watchdog._first_error(10.6)
     assert found is not None and found["rank"] == 0

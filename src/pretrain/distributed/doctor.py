@@ -298,7 +298,7 @@ def table(everybody: Sequence[Facts]) -> list[str]:
     return [
         *_aligned(rows, "><<>>>>>"),
         "",
-        f"all have {versions}; GB/s is the bus bandwidth of an all-reduce of {megabytes:.0f} MiB",
+        f"all ranks have {versions}; GB/s is the bus bandwidth of an all-reduce of {megabytes:.0f} MiB",
     ]
 
 

@@ -151,8 +151,8 @@ def handshake(
             put(store, f"sees/{rank}", "yes" if nonce is None else _sees(folder, nonce))
             if not wait(store, ["verdict"], 2 * timeout + _MARGIN):
                 raise DistributedError(
-                    f"Rank 0 came, and then said nothing for {2 * timeout + _MARGIN:g} seconds: it died or hangs. "
-                    "Look at its output."
+                    f"Rank 0 started, and then did not answer for {2 * timeout + _MARGIN:g} seconds: it died or "
+                    "hangs. Look at its output."
                 )
         verdict = get(store, "verdict")
     except RuntimeError as error:  # raised by the store when the process that hosts it is gone
@@ -189,7 +189,10 @@ def _compare(
         return twice or misfit(everybody, str(folder)) or everybody
     except OSError as failure:
         put(store, "hello/0", mine | {"nonce": None})
-        return f"Rank 0 on host {mine['host']} cannot write into {folder}: {failure}."
+        return (
+            f"Rank 0 on host {mine['host']} cannot write into {folder}: {failure}. Make it writable, or name another "
+            "run directory."
+        )
     finally:
         if path is not None:
             with contextlib.suppress(OSError):
@@ -198,9 +201,9 @@ def _compare(
 
 def _missing(missing: Sequence[int], size: int, seconds: float) -> str:
     return (
-        f"Rank {ranks(missing)} of {size} did not come within {seconds:g} seconds. Check on the host of each that the "
-        "process was started, and what it printed; that --nnodes and --nproc-per-node say how many were really "
-        f"started; that a firewall lets the hosts reach {_master()} (MASTER_ADDR, MASTER_PORT); and that "
+        f"Rank {ranks(missing)} of {size} did not connect within {seconds:g} seconds. Check on the host of each that "
+        "the process was started, and what it printed; that --nnodes and --nproc-per-node match the processes that "
+        f"were started; that a firewall lets the hosts reach {_master()} (MASTER_ADDR, MASTER_PORT); and that "
         "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the interface that connects the hosts."
     )
 
@@ -270,7 +273,7 @@ def _unequal(everybody: Sequence[Hello]) -> str:
                 path, here, there = f"{path}.{key}", here.get(key), there.get(key)
             verb = "does" if len(others[0]) == 1 else "do"
             return (
-                f"{_who(everybody, others[0])} {verb} not fit rank 0: {path} is {repr(there)[:80]} there, and "
+                f"{_who(everybody, others[0])} {verb} not match rank 0: {path} is {repr(there)[:80]} there, and "
                 f"{repr(here)[:80]} on rank 0 (host {everybody[0]['host']}). {remedy}."
             )
     return ""
@@ -301,9 +304,9 @@ def _unseen(everybody: Sequence[Hello], run_dir: str) -> str:
     if blind:
         return (
             f"{_who(everybody, blind)} {'does' if len(blind) == 1 else 'do'} not see the run directory {run_dir} of "
-            f"rank 0 (host {everybody[0]['host']}): a file left there did not appear. Every process writes its part "
-            "of a checkpoint: put train.out on a file system that all hosts share, and name it by the same absolute "
-            "path."
+            f"rank 0 (host {everybody[0]['host']}): a file that rank 0 wrote there did not appear. Every process "
+            "writes its part of a checkpoint: put train.out on a file system that all hosts share, and name it by the "
+            "same absolute path."
         )
     if closed:
         return (
@@ -425,8 +428,8 @@ def _own_name() -> str:
         address = socket.gethostbyname(name)
         if address.startswith("127."):
             return (
-                f"The name of this host, {name}, stands for {address} here (/etc/hosts), where other hosts do not "
-                "find it. "
+                f"This host resolves its own name, {name}, to {address} (see /etc/hosts), which other hosts cannot "
+                "reach. "
             )
     return ""
 

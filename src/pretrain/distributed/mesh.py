@@ -211,8 +211,8 @@ class _Plan:
             moved = there.weights + there.gradients + there.moments + there.copies
             if moved > USABLE * self.host:
                 return (
-                    f"; for each process parallel.cpu_offload moves {_gib(moved)} of {_gib(self.host)} GiB to the "
-                    "host: that may not fit, try more hosts"
+                    f"; parallel.cpu_offload needs {_gib(moved)} of {_gib(self.host)} GiB of host memory per process: "
+                    "that may not fit, try more hosts"
                 )
         if self.fits(choice.sizes, choice.strategy):
             return ""
@@ -335,7 +335,7 @@ def _check_offload(settings: ParallelConfig, needs: Needs) -> None:
         return
     if settings.strategy == "ddp" or settings.reproducible:
         raise ConfigError(
-            "parallel.cpu_offload moves what fsdp shards to the host; ddp and reproducible runs shard nothing. "
+            "parallel.cpu_offload moves the shards of fsdp to the host; ddp and reproducible runs have no shards. "
             "Set parallel.strategy to fsdp, or leave cpu_offload out."
         )
     if needs.device != "cuda":

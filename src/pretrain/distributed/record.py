@@ -42,7 +42,7 @@ _REMEDIES = {
     "died": "It was killed or it crashed: see its own output, and `dmesg` of its host for the out-of-memory killer.",
     "silent": "Its process is stopped or dead, its host is off, or the network between the hosts is cut.",
     "hung": "Its stack shows where. If that work may take so long, raise parallel.timeout.",
-    "raised": "What it says is the first failure; failures of other processes follow from it.",
+    "raised": "This is the first failure; failures of other processes follow from it.",
 }
 # Matches the innermost Python line of a process that waits for others (the frames below it are C++).
 _WAITS = re.compile(

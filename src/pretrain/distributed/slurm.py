@@ -36,10 +36,10 @@ def add_slurm(parser: Any) -> None:
     add("--gpus_per_node", type=int, default=8, help="GPUs of a host; 0 is one process on its CPU")
     add("--time", type=str, default="24:00:00", help="limit: 24:00:00, or 2-00:00:00 for days")
     add("--partition", type=str | None, default=None, help="a, or a,b; not given, the site's own")
-    add("--account", type=str | None, default=None, help="who pays; not given, the site's own")
+    add("--account", type=str | None, default=None, help="to charge; not given, the site's own")
     add("--job_name", type=str | None, default=None, help="name; not given, that of the config")
-    add("--grace", type=int, default=300, help="seconds before the end in which the run saves")
-    add("--restarts", type=int, default=3, help="how often all start again after a failure")
+    add("--grace", type=int, default=300, help="seconds before --time ends in which the run saves")
+    add("--restarts", type=int, default=3, help="number of restarts of all after a failure")
     add("--out", type=str | None, default=None, help="file to write; not given, it is printed")
 
 

@@ -85,7 +85,7 @@ def store_of_this_start(store: Any, rank: int, size: int, patience: float = 300.
         time.sleep(0.02 if missing else 0)
     if missing:
         raise DistributedError(
-            f"Rank {', '.join(map(str, sorted(missing)))} of {size} did not come within {patience:g} seconds, says "
-            f"rank {rank}. Check on its host that the process was started, and what it printed."
+            f"Rank {', '.join(map(str, sorted(missing)))} of {size} did not connect within {patience:g} seconds; "
+            f"rank {rank} waited for it. Check on its host that the process was started, and what it printed."
         )
     return PrefixStore(f"start/{name}", store)

@@ -161,8 +161,8 @@ def _planned(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, str, A
     plan: Mapping[str, str] | None = getattr(block, "tensor_parallel", None)
     if plan is None:
         raise ConfigError(
-            f"The blocks of {type(backbone).__name__} are {type(block).__name__}, which does not say how several "
-            "processes share it (a table tensor_parallel, as on nn.block.Block). Leave parallel.tp at 1."
+            f"The blocks of {type(backbone).__name__} are {type(block).__name__}, which has no table "
+            "tensor_parallel, so its layers cannot be sharded. Add one as in nn.block.Block, or leave parallel.tp at 1."
         )
     modules = dict(block.named_modules())
     for path, kind in plan.items():
@@ -179,8 +179,8 @@ def _block_cuts(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, int
         if not hasattr(block.get_submodule(owner), "parallel"):
             raise ConfigError(
                 f"{owner} of the blocks of {type(backbone).__name__} is a {type(block.get_submodule(owner)).__name__}, "
-                "which does not know tensor parallelism (an attribute parallel, as on nn.mlp.MLP). Leave parallel.tp "
-                "at 1."
+                "which has no attribute parallel, so it cannot be sharded. Add one as in nn.mlp.MLP, or leave "
+                "parallel.tp at 1."
             )
         shared.add(f"{owner}.")
         extra: Mapping[str, Mapping[str, int | None]] = getattr(layer, "tensor_parallel", {})
@@ -195,8 +195,8 @@ def _block_cuts(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, int
     inside = {n for n, _ in block.named_parameters() if n.startswith(tuple(shared))}
     if unknown := sorted(inside - covered):
         raise ConfigError(
-            f"Nobody says how several processes share {unknown[0]} of a block of {type(backbone).__name__}. Name its "
-            "layer in the table tensor_parallel of the block, or leave parallel.tp at 1."
+            f"The table tensor_parallel has no entry for {unknown[0]} of a block of {type(backbone).__name__}: "
+            "name its layer in that table of the block, or leave parallel.tp at 1."
         )
 
 
@@ -217,7 +217,7 @@ def shard_model(model: Model, group: Group) -> TensorParallel:
     """
     if model.tp is not None:
         raise ModelError(
-            f"The model is cut over {model.tp.size} processes already. Build it again to cut it otherwise."
+            f"The model is already sharded over {model.tp.size} processes. Build it again to shard it over others."
         )
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if group.size == 1:

@@ -95,8 +95,9 @@ def refuse_lost(objective: nn.Module, empty: Sequence[str]) -> None:
     for name in empty:
         if not name.startswith("objective.model."):
             raise ModelError(
-                f"{name.removeprefix('objective.')} of {type(objective).__name__} was made of weights that several "
-                "processes read later. Make it when it is first needed, or give a model that has been loaded."
+                f"{name.removeprefix('objective.')} of {type(objective).__name__} has no values: it was made from "
+                "weights of the model, which several processes load only later. Make it when it is first used, or pass "
+                "a model that has been loaded."
             )
 
 

@@ -295,7 +295,8 @@ class Watchdog:
             silent = self._clock - self._answered > self._silence
             if silent and self._guard is None and not self._closing:
                 what = (
-                    "nothing was heard from it, nor from the store that it or its launcher keeps,"
+                    "no heartbeat came from it, and no answer from the store that it or its launcher "
+                    "hosts,"
                 )
                 self._lose_store("silent", self._silent(0, what))
 
@@ -304,7 +305,7 @@ class Watchdog:
             self._loop()
         except RuntimeError as error:  # raised by the store
             if not self._closing:
-                text = f"it or its launcher kept the store, which is lost: {error}".splitlines()[0]
+                text = f"the store that it or its launcher hosts was lost: {error}".splitlines()[0]
                 self._lose_store("died" if _CLOSED.search(text) else "silent", text)
         except Exception:  # a bug here must not leave a run without a watchdog
             text = traceback.format_exc().strip().replace("\n", " | ")
@@ -352,7 +353,7 @@ class Watchdog:
         for rank in [rank for rank in self._neighbours if self._pid_state(rank) == record.ENDED]:
             member = Member().take(self._get([f"beat/{rank}"])[0], now)
             if member.beat["error"] or not member.beat["done"]:
-                lost = member.lost("died", "its process ended without a goodbye")
+                lost = member.lost("died", "its process ended before the run did")
                 return self._conclude(member.beat["error"] or lost)
             del self._neighbours[rank]
         others = [member for rank, member in self._members.items() if rank != self.rank]
@@ -387,7 +388,7 @@ class Watchdog:
         if not first.beat["tentative"] or (since > _SUSPECT and not quiet):
             return error
         if quiet and since > 2.5 * self._interval:
-            what = f"nothing was heard from it since rank {error['rank']} said {error['what']}"
+            what = f"no heartbeat came from it since rank {error['rank']} failed: {error['what']}"
             return quiet[0].lost("silent", what)
         return None
 
@@ -401,7 +402,7 @@ class Watchdog:
         pid = self._neighbours.get(rank)
         return "" if pid is None else record.process_state(pid)
 
-    def _silent(self, rank: int, what: str = "nothing was heard from it") -> str:
+    def _silent(self, rank: int, what: str = "no heartbeat came from it") -> str:
         state = self._pid_state(rank)
         its = f" (its process is {state})" if state else ""
         return f"{what} for {self._silence:g} seconds{its}"
@@ -464,9 +465,9 @@ class Watchdog:
 
         first = min(members, key=order)
         idle = self._clock - max(member.progressed for member in members)
-        what = f"nobody made progress for {idle:.0f} seconds, and "
+        what = f"no process made progress for {idle:.0f} seconds, and "
         if not order(first)[0]:
-            what += "this process is the one that does not wait for another"
+            what += "this process does not wait for another"
         elif len({order(member)[1:3] for member in members}) > 1:
             what += "this process is behind the others"
         else:
