@@ -238,8 +238,8 @@ def test_groups_of_given_splits_are_compared() -> None:
     found = opened(rows[:60], valid=rows[58:], test=rows[70:], group="author")
     lines = [line for line in found.notes if "groups by" in line]
     assert lines == [
-        "1 groups by 'author' stand both in 4 training rows and in the validation rows, so the validation figure is "
-        "not one of unseen groups"
+        "1 groups by 'author' occur both in 4 training rows and in the validation rows, so the validation figure "
+        "does not measure unseen groups"
     ]
     with pytest.raises(DataError, match="no column 'autor' for group='autor'.*'author'"):
         opened(rows, group="autor")

@@ -281,7 +281,7 @@ def _targets(columns: Sequence[Sequence[Any]], metric: str) -> list[Any]:
         found = [[ids.setdefault(label, len(ids)) for label in column] for column in columns]
     except TypeError:
         raise DataError(
-            "A label of the baseline is a list: it knows one class per row, not several."
+            "A label is a list, but a classical baseline supports only one class per row."
         ) from None
     if len(set(found[0])) < 2:
         raise DataError(

@@ -126,7 +126,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     if score is None:
         if len(choose) < 4:
             raise DataError(
-                f"A comparison without test rows chooses on one half of the held-out rows and scores on the other, so "
+                f"A comparison without test rows tunes on one half of the held-out rows and scores on the other, so "
                 f"it needs at least 4, and there are {len(choose)}. Give test rows: {option('test')}, or hold out more."
             )
         score = choose.take(range(1, len(choose), 2))
@@ -480,7 +480,7 @@ class Comparison:
             notes = Notes(**context)
             counts, seeds = ([int(n) for n in raw[key]] for key in ("counts", "seeds"))
             if not isinstance(raw["metric"], str):
-                raise TypeError("the metric is no name")
+                raise TypeError("the metric is not text")
             found = cls(raw["metric"], counts, arms, seeds, int(raw["test_rows"]), notes)
             found.table()  # content that cannot be shown raises here and not in a notebook
             return found

@@ -138,7 +138,7 @@ class Finetuned:
         settings, base = self.settings, self._base
         if base is None:
             raise DataError(
-                "This is the result of a trial, which is evaluated only once, on its own rows."
+                "The result of a trial cannot evaluate other rows: evaluate that of pretrain.finetune."
             )
         rows = encoded(
             self.task,
@@ -256,7 +256,7 @@ class Finetuned:
 
 def _where(run: Any) -> str:
     if run is None:
-        return "kept nowhere"
+        return "not saved"
     best = run.best or run.checkpoint
     return f"step {run.step:,}, best {best}" if run.best else f"step {run.step:,}, {best}"
 
@@ -277,8 +277,8 @@ class Confusion:
         self.matrix: NDArray[np.int64] = np.asarray(matrix, dtype=np.int64)
         if self.matrix.shape != (len(self.labels),) * 2 or (self.matrix < 0).any():
             raise DataError(
-                f"A confusion matrix of {len(self.labels)} labels has that many rows and columns of counts; found the "
-                f"shape {self.matrix.shape}{', with negative counts' if (self.matrix < 0).any() else ''}."
+                f"A confusion matrix of {len(self.labels)} labels must have as many rows and columns of counts; its "
+                f"shape is {self.matrix.shape}{', with negative counts' if (self.matrix < 0).any() else ''}."
             )
 
     def pairs(self, count: int = _PAIRS) -> list[tuple[str, str, int]]:

@@ -211,8 +211,8 @@ def _shared_groups(
         return []
     count = sum(group in both for group in groups)
     return [
-        f"{len(both):,} groups by {column!r} stand both in {count:,} training rows and in the {what} rows, so the "
-        f"{what} figure is not one of unseen groups"
+        f"{len(both):,} groups by {column!r} occur both in {count:,} training rows and in the {what} rows, so the "
+        f"{what} figure does not measure unseen groups"
     ]
 
 
