@@ -12,7 +12,7 @@ def add_doctor(parser: Any) -> None:
     add = parser.add_argument
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     add("--out", type=str | None, default=None, help="run directory that all processes must see")
-    add("--timeout", type=float, default=60.0, help="seconds for each attempt to talk")
+    add("--timeout", type=float, default=60.0, help="seconds for each attempt to connect")
     add("--json", action="store_true", help="print JSON")
 
 

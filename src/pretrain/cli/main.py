@@ -213,7 +213,7 @@ def _add_prepare(parser: Any) -> None:
         type=str | None,
         help="text that separates the documents of a file; not given, a file is one",
     )
-    add("--encoding", type=str | None, help="of text files; not given, UTF-8")
+    add("--encoding", type=str | None, help="encoding of text files; not given, UTF-8")
     add("--seed", type=int, default=0, help="seed of the choice of held-out documents")
     add("--workers", type=int | None, help="processes; not given, one per core")
     add("--lowercase", action="store_true", help="wordpiece only: ignore case and accents")
@@ -376,7 +376,7 @@ def _add_generate(parser: Any) -> None:
     add(
         "--top_p",
         type=float | None,
-        help="sample from the likeliest tokens, together of this probability",
+        help="sample from the likeliest tokens whose probabilities sum to this",
     )
     add(
         "--min_p",
@@ -468,10 +468,10 @@ def _add_evaluate(parser: Any) -> None:
     add(
         "--base",
         type=str | None,
-        help="the model before training, if it is needed and not found",
+        help="the model before training, if the evaluation needs it and does not find it",
     )
     add("--task", type=str | None, help="package.module:Class of the task, if it is your own")
-    add("--objective", type=str | None, help="package.module:Class of it, if it is your own")
+    add("--objective", type=str | None, help="package.module:Class of an objective of your own")
     add("--batch_rows", type=int | None, help="rows in one forward pass")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     add("--json", action="store_true", help="print JSON")
@@ -489,7 +489,7 @@ def _add_merge(parser: Any) -> None:
     add = parser.add_argument
     add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
     add("--out", type=str, required=True, help="directory to write the whole model to")
-    add("--base", type=str | None, help="its base model; not given, the one that it names")
+    add("--base", type=str | None, help="base model; not given, the one that the adapter names")
 
 
 def _merge(args: Any) -> None:
@@ -580,7 +580,7 @@ COMMANDS = {
         _SHORT,
     ),
     "doctor": Command(
-        "Say what this machine has and what is wrong; under torchrun, whether all can talk.",
+        "Show what this machine has and what is wrong; under torchrun, test the connections.",
         "pretrain doctor --device cpu",
         add_doctor,
         doctor,

@@ -175,7 +175,7 @@ class _Story:
             rows = snippets(_COUNTS, seed=self.seed, source=_library())
             self.say(
                 "1. Data: documentation and source of the standard library, cut into tokens (kept for next time), "
-                f"without\n   the {len(rows.held_out)} modules whose packages the model will be asked to tell."
+                f"without\n   the {len(rows.held_out)} modules of the validation and test rows of step 4."
             )
             data = pretrain.prepare(
                 _corpus(rows), vocab_size=_VOCAB_SIZE, row_length=_ROW_LENGTH, quiet=True
@@ -287,12 +287,12 @@ class _Story:
         tested, chance = result.test_metrics or {}, result.trivial.get("accuracy")
         by_chance = f"; always the same answer gives {chance:.0%}" if chance is not None else ""
         self.say(
-            f"   It tells the package of {tested.get('accuracy', math.nan):.0%} of the test rows{by_chance}."
+            f"   It names the right package for {tested.get('accuracy', math.nan):.0%} of the test rows{by_chance}."
         )
         shown = [line for line in result.comparison.table().splitlines() if line]
         self.say(textwrap.indent("\n".join(shown), "   "))
         if not result.comparison.baselines:
-            self.say("   (pip install scikit-learn puts a bag-of-words model beside the two)")
+            self.say("   (to compare with a bag-of-words model too: pip install scikit-learn)")
 
     def steps(self, run: Run, rows: Snippets, counts: int) -> int:
         """Return the steps per fine-tuning run that fit into the remaining time at the pace of pre-training."""
