@@ -268,7 +268,7 @@ class _Checker:
 
     def word(self, key: str, name: Any) -> str:
         if not isinstance(name, str):
-            raise self.wrong(key, name, "words as keys")
+            raise self.wrong(key, name, "a mapping with text keys")
         return name
 
     def plain(self, key: str, value: Any, depth: int = 0) -> Any:

@@ -63,7 +63,7 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     if not math.isfinite(value):
-        raise ConfigError(f"{value} cannot be written as a setting.")
+        raise ConfigError(f"{value} cannot be a setting; use a finite number.")
     return dumper.represent_float(value)
 
 
