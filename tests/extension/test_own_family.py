@@ -186,7 +186,7 @@ def test_an_adapter_on_running_statistics_is_refused(unknown: None) -> None:
 
 def test_a_name_table_without_a_buffer_is_refused(unknown: None) -> None:
     model = pretrain.build("own_gpt:Forgotten", "tiny", hidden_size=16, num_heads=2, num_layers=1)
-    with pytest.raises(ModelError, match="no line for backbone.statistics.bias"):
+    with pytest.raises(ModelError, match="no name on disk for backbone.statistics.bias"):
         model.save("saved")
 
 

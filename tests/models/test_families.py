@@ -89,14 +89,15 @@ def test_too_long_a_row_names_both_numbers(family: str):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unknown_id_is_named(family: str):
-    with pytest.raises(ModelError, match=r"holds 5 to 61, .* ids 0 to 60"):
+    with pytest.raises(ModelError, match=r"has ids from 5 to 61, .* ids 0 to 60"):
         build(family, **TINY)({"input_ids": torch.tensor([[5, 61]])})
 
 
 def test_a_mask_of_the_wrong_width_is_refused():
     model = build("llama", **TINY)
     with pytest.raises(
-        ModelError, match=r"attention_mask has the shape \(1, 4\), but there are 5 columns"
+        ModelError,
+        match=r"attention_mask has the shape \(1, 4\), but there are 5 columns",
     ):
         model(
             {
@@ -270,7 +271,7 @@ class TestLoading:
         model = build("gpt2", **TINY)
         state = model.disk_state()
         state["wte.weight"] = state["transformer.wte.weight"]
-        with pytest.raises(CheckpointError, match="which are one tensor"):
+        with pytest.raises(CheckpointError, match="two names of one tensor"):
             model.load_disk_state(state)
 
     def test_disk_state_is_a_copy_and_tied_once(self):
@@ -297,5 +298,5 @@ class TestLoading:
     def test_a_forgotten_name_is_an_error(self):
         model = build("gpt2", **TINY)
         model.backbone.extra = torch.nn.Linear(2, 2)
-        with pytest.raises(ModelError, match="no line for backbone.extra"):
+        with pytest.raises(ModelError, match="no name on disk for backbone.extra"):
             model.disk_state()

@@ -56,8 +56,8 @@ def family_class(family: str | type[Backbone], *, path_allowed: bool = True) -> 
             raise ConfigError(
                 f"There is no model family {family!r}."
                 + did_you_mean(family, FAMILIES)
-                + " If it is your own, name its class: load(..., family=...) in Python, or "
-                "--family package.module:Class of the command."
+                + " For a family of your own, give its class: load(..., family=...) in Python, or "
+                "--family package.module:Class on the command line."
             )
         found = import_named(path, "model.family")
     else:

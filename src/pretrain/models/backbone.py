@@ -164,8 +164,8 @@ class Backbone(nn.Module):
                 return int((batch[key] != 0).sum())
         if "input_ids" not in batch:
             raise ModelError(
-                f"A batch with {', '.join(batch)} has no token ids to count. Let {type(self).__name__} have a method "
-                "units(batch), which returns for example the number of patches of all images, and set unit_name."
+                f"A batch with {', '.join(batch)} has no token ids to count. Give {type(self).__name__} a method "
+                "units(batch) that returns, for example, the number of patches of all images, and set unit_name."
             )
         return batch["input_ids"].numel()
 
@@ -335,8 +335,8 @@ class Backbone(nn.Module):
             return vocab.look_up(embedding.weight, ids, embedding.padding_idx)
         except IndexError as error:
             raise ModelError(
-                f"{what} holds {int(ids.min())} to {int(ids.max())}, but this {self.model_type} model has the ids 0 "
-                f"to {embedding.num_embeddings - 1}. The text was probably encoded with another tokenizer."
+                f"{what} has ids from {int(ids.min())} to {int(ids.max())}, but this {self.model_type} model has the "
+                f"ids 0 to {embedding.num_embeddings - 1}. The text was probably encoded with another tokenizer."
             ) from error
 
     def run(

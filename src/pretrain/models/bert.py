@@ -88,7 +88,7 @@ class Bert(Backbone):
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
             raise ModelError(
-                f"A {self.model_type} model sees both sides of a token, so it has no key-value cache."
+                f"A {self.model_type} model attends in both directions, so it has no key-value cache. Leave cache out."
             )
         self.span(batch, None)
         x = self.look_up(self.token_embedding, batch["input_ids"])
@@ -230,8 +230,8 @@ class RobertaConfig(BertConfig):
             raise ConfigError("RoBERTa counts its positions from pad_id, so pad_id must be set.")
         if self.max_positions <= self.pad_id + 1:
             raise ConfigError(
-                f"max_positions {self.max_positions} leaves no position behind pad_id {self.pad_id}: RoBERTa's "
-                "positions start at pad_id + 1."
+                f"max_positions {self.max_positions} leaves no position after pad_id {self.pad_id}: RoBERTa's "
+                "positions start at pad_id + 1. Set a larger max_positions."
             )
 
 

@@ -320,10 +320,11 @@ class ConfigReader:
         self.remarks: list[str] = []
         if self._config.get("quantization_config"):
             raise ConfigError(
-                f"config.json of this {family} model has 'quantization_config', which is not supported."
+                f"config.json of this {family} model has 'quantization_config': quantized weights are not supported. "
+                "Load the model with unquantized weights instead."
             )
         if self._config.get("pruned_heads"):
-            self.remarks.append("pruned_heads (the weights decide)")
+            self.remarks.append("pruned_heads (no head is removed)")
 
     def _get(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
         self._used.add(key)
@@ -451,7 +452,7 @@ class ConfigReader:
         rope = {"rope_theta": theta} | {k: v for k, v in given.items() if k != "type"}
         kind = rope.setdefault("rope_type", given.get("type") or "default") or "default"
         if given.get("type") not in (None, kind):
-            self.remarks.append(f"{where}.type (rope_type goes before it)")
+            self.remarks.append(f"{where}.type (rope_type takes precedence)")
         if kind not in ROPE_TYPES:
             return check_rope(
                 rope, f"config.json: {where}"

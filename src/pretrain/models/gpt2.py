@@ -122,7 +122,7 @@ class GPT2(Backbone):
         reader.refuse("scale_attn_weights", True)
         reader.refuse("scale_attn_by_inverse_layer_idx", False)
         reader.refuse("is_causal", True, None)
-        reader.no_effect("add_cross_attention", False, "it acts only beside an encoder")
+        reader.no_effect("add_cross_attention", False, "it is used only with an encoder")
         reader.rename(
             n_embd="hidden_size",
             n_layer="num_hidden_layers",

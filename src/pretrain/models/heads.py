@@ -184,8 +184,9 @@ class SequenceHead(nn.Module):
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         if "document_ids" in batch and "first_index" not in batch:
             raise ModelError(
-                "A sequence-classification head gives one answer per document, and these rows are packed with several "
-                "(document_ids). Say where each begins and ends (first_index, last_index), or give it one per row."
+                "A sequence-classification head gives one answer per document, but these rows are packed with several "
+                "documents (document_ids). Add the first and last token of each document to the batch (first_index, "
+                "last_index), or put one document in each row."
             )
         pooled = self._pool(hidden, batch)
         if self.dropout_first:

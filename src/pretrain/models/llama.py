@@ -82,7 +82,9 @@ class LlamaConfig(BackboneConfig):
         super().__post_init__()
         object.__setattr__(self, "rope", check_rope(self.rope or {}, "rope"))
         if (self.head_dim or 0) % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs.")
+            raise ConfigError(
+                f"head_dim {self.head_dim} is odd. Rotary positions rotate pairs of dimensions: make it even."
+            )
         if self.layer_types is not None:
             object.__setattr__(self, "layer_types", tuple(self.layer_types))
             unknown = set(self.layer_types) - set(LAYER_TYPES)
@@ -99,7 +101,8 @@ class LlamaConfig(BackboneConfig):
         for name in names:
             if getattr(self, name):
                 raise ConfigError(
-                    f"{name} cannot be set for {family}; take llama or qwen3, or leave it out."
+                    f"{name} cannot be set for {family}: its config.json has no such key. Leave it out, or choose "
+                    "llama (attention_bias, mlp_bias), qwen2 (layer_types) or qwen3 (attention_bias, layer_types)."
                 )
 
     def window_of(self, layer: int) -> int | None:

@@ -83,9 +83,14 @@ class ModernBertConfig(BackboneConfig):
                 f"classifier_pooling is {self.classifier_pooling!r}; it must be 'cls' or 'mean'."
             )
         if self.classifier_activation not in ACTIVATIONS:
-            raise ConfigError(f"classifier_activation {self.classifier_activation!r} is unknown.")
+            raise ConfigError(
+                f"classifier_activation {self.classifier_activation!r} is unknown; it must be a key of "
+                "pretrain.nn.mlp.ACTIVATIONS."
+            )
         if (self.head_dim or 0) % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs.")
+            raise ConfigError(
+                f"head_dim {self.head_dim} is odd. Rotary positions rotate pairs of dimensions: make it even."
+            )
 
 
 class ModernBert(Backbone):
@@ -164,7 +169,7 @@ class ModernBert(Backbone):
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
             raise ModelError(
-                "A modernbert model sees both sides of a token, so it has no key-value cache."
+                "A modernbert model attends in both directions, so it has no key-value cache. Leave cache out."
             )
         ids = batch["input_ids"]
         _, stop = self.span(batch, None)

@@ -100,7 +100,7 @@ class LoadReport:
         if self.unexpected:
             parts.append(f"not used: {_some(self.unexpected)}")
         if self.untied:
-            parts.append(f"kept apart although the config ties them: {_some(self.untied)}")
+            parts.append(f"untied, because it differs from the embedding: {_some(self.untied)}")
         if self.tied:
             parts.append(f"{len(self.tied)} tied copies equal")
         return "; ".join(parts)

@@ -164,7 +164,7 @@ class SentenceSettings:
         path = next((path for name, path in chain if name == "Pooling"), "")
         pooling = read(f"{path}/config.json") if path else {}
         if pooling is None:
-            missing.append(f"{path}/config.json, which is not there")
+            missing.append(f"the pooling in {path}/config.json (the file is missing)")
         modes: Any = (pooling or {}).get("pooling_mode")
         if modes is None:
             modes = [mode for mode, key in POOLINGS.items() if (pooling or {}).get(key) is True]

@@ -75,8 +75,8 @@ def entries_of(model: Model) -> list[Entry]:
     covered = {name for entry in entries for name in entry.memory}
     if forgotten := sorted(set(tensors) - covered):
         raise ModelError(
-            f"The name table of {model.backbone.model_type} has no line for {', '.join(forgotten[:5])}. "
-            "Add one to names() or head_names()."
+            f"The family {model.backbone.model_type} has no name on disk for {', '.join(forgotten[:5])}. "
+            "Add a rule for it to names() or head_names()."
         )
     return entries
 
@@ -167,7 +167,8 @@ def modern_keys(names: Iterable[str]) -> dict[str, str]:
     for key in names:
         if modern_key(key) in keys:
             raise CheckpointError(
-                f"The file holds {key!r} and {keys[modern_key(key)]!r}, which are one tensor."
+                f"The weights hold both {key!r} and {keys[modern_key(key)]!r}, which are two names of one tensor. "
+                "Keep only one of them."
             )
         keys[modern_key(key)] = key
     return keys
@@ -209,7 +210,8 @@ def match_disk_state(
             continue
         if entry.disk in done:
             raise CheckpointError(
-                f"The file holds {original!r} and {done[entry.disk]!r}, which are one tensor."
+                f"The weights hold both {original!r} and {done[entry.disk]!r}, which are two names of one tensor. "
+                "Keep only one of them."
             )
         done[entry.disk] = original
         fill(entry, original)
