@@ -97,7 +97,7 @@ def test_a_mask_of_the_wrong_width_is_refused():
     model = build("llama", **TINY)
     with pytest.raises(
         ModelError,
-        match=r"attention_mask has the shape \(1, 4\), but there are 5 columns",
+        match=r"attention_mask has the shape \(1, 4\); it must have two dimensions and 5 columns",
     ):
         model(
             {
@@ -110,7 +110,7 @@ def test_a_mask_of_the_wrong_width_is_refused():
 def test_encoders_have_no_cache_and_decoders_respect_its_size():
     with pytest.raises(ModelError, match="no key-value cache"):
         build("bert", **TINY)({"input_ids": torch.full((1, 3), 5)}, cache=KVCache(8))
-    with pytest.raises(ModelError, match="holds 4 tokens and 5 are needed"):
+    with pytest.raises(ModelError, match="room for 4 tokens, but 5 are needed"):
         build("gpt2", **TINY)({"input_ids": torch.full((1, 5), 5)}, cache=KVCache(4))
 
 

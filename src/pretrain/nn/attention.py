@@ -65,8 +65,8 @@ class AttentionMask:
         columns = past + batch["input_ids"].shape[1]
         if documents.ndim != 2 or documents.shape[1] != columns:
             raise ModelError(
-                f"{name} has the shape {tuple(documents.shape)}, but there are {columns} columns "
-                f"({past} cached, {columns - past} new). Pass one id for each of them."
+                f"{name} has the shape {tuple(documents.shape)}; it must have two dimensions and {columns} columns, "
+                f"one for each token ({past} cached, {columns - past} new)."
             )
         if documents.dtype == torch.bool or documents.is_floating_point():
             documents = documents.long()
@@ -186,8 +186,8 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ModelError(
-                f"The key-value cache holds {self.max_length} tokens and {end} are needed. Make a larger one, or "
-                "generate fewer tokens."
+                f"The key-value cache has room for {self.max_length} tokens, but {end} are needed. Make a larger one, "
+                "or generate fewer tokens."
             )
         if layer not in self._buffers:
             shape = (*k.shape[:2], self.max_length, k.shape[3])

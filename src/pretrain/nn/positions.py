@@ -117,11 +117,12 @@ def check_rope(parameters: Mapping[str, Any], where: str = "rope_parameters") ->
     for key in given:
         if key not in required | optional and given[key] is not None and kind != "default":
             raise ConfigError(
-                f"{where}.{key}: no such key of {kind!r}." + did_you_mean(key, required | optional)
+                f"{where}.{key}: the rope type {kind!r} has no such key."
+                + did_you_mean(key, required | optional)
             )
     for key in required:
         if given.get(key) is None:
-            raise ConfigError(f"{where}: the type {kind!r} needs {key!r}, and it is not there.")
+            raise ConfigError(f"{where}: the rope type {kind!r} needs {key!r}, which is missing.")
     checked: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
     checked |= {k: v for k, v in given.items() if v is not None and k in required | optional}
     for key in _ZERO_IS_ABSENT:
@@ -189,7 +190,7 @@ class RotaryTable:
         for key in _FACTOR_LISTS:
             if key in parameters and len(parameters[key]) != head_dim // 2:
                 raise ConfigError(
-                    f"rope.{key} has {len(parameters[key])} numbers; a head of {head_dim} needs {head_dim // 2}."
+                    f"rope.{key} has {len(parameters[key])} numbers; head_dim {head_dim} needs {head_dim // 2}."
                 )
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
         self._recent: tuple[Any, Rope] | None = None
