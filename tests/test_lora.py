@@ -518,14 +518,14 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     site = "transformer.h.0.attn.c_attn"
     refused("lacks .*lora_B", f"{site}.lora_B.weight", None)
     refused("lacks .*magnitude", f"{site}.lora_magnitude_vector", None)
-    refused("no place", f"{site}.lora_A.weight", None)
+    refused("no counterpart", f"{site}.lora_A.weight", None)
     refused("shape", f"{site}.lora_B.weight", torch.zeros(47, 4))
     refused("shape", f"{site}.lora_A.weight", torch.zeros(4, 17))
     refused("rank 5", f"{site}.lora_A.weight", torch.zeros(5, 16))
     refused("NaN", f"{site}.lora_A.weight", torch.full((4, 16), math.nan))
     refused("floats", f"{site}.lora_A.weight", torch.zeros(4, 16, dtype=torch.int32))
     refused("no linear layer", "transformer.wte.lora_A.weight", torch.zeros(4, 16))
-    refused("no place", "score.weight", torch.zeros(3, 16))
+    refused("does not exist in", "score.weight", torch.zeros(3, 16))
     save_file({"transformer.h.0.lora_A.weight": torch.zeros(4, 16)}, file)
     with pytest.raises(CheckpointError, match="does not begin"):
         load(path)

@@ -130,7 +130,8 @@ def choose_sites(model: Model, config: LoraConfig) -> dict[str, Site]:
     inside = {name: site for name, site in sites_of(model).items() if site.in_blocks}
     if not inside:
         raise ModelError(
-            f"The blocks of this {model.backbone.model_type} model have no linear layer."
+            f"The blocks of this {model.backbone.model_type} model have no linear layer, so no adapter can be added. "
+            "Train all weights instead."
         )
     if config.targets is None:
         return inside
@@ -138,8 +139,8 @@ def choose_sites(model: Model, config: LoraConfig) -> dict[str, Site]:
         if not any(matches(name, [target]) for name in inside):
             known = {name.rsplit(".", 1)[-1] for name in inside}
             raise ConfigError(
-                f"targets of the adapter name {target!r}, which no linear layer in the blocks of a "
-                f"{model.backbone.model_type} model is called." + did_you_mean(target, known)
+                f"targets of the adapter name {target!r}, but no linear layer in the blocks of a "
+                f"{model.backbone.model_type} model has that name." + did_you_mean(target, known)
             )
     return {name: site for name, site in inside.items() if matches(name, config.targets)}
 
@@ -176,8 +177,8 @@ def choose_full(model: Model, config: LoraConfig) -> list[Entry]:
         if not any(within(entry.disk, [name]) for entry in entries):
             known = {entry.disk.rsplit(".", 2)[-2] for entry in entries if "." in entry.disk}
             raise ConfigError(
-                f"modules_to_save of the adapter name {name!r}, which no module of this {model.backbone.model_type} "
-                "model is called on disk." + did_you_mean(name, known)
+                f"modules_to_save of the adapter name {name!r}, but no module of this {model.backbone.model_type} "
+                "model has that name on disk." + did_you_mean(name, known)
             )
     new_head = model.head_kind in (*LABELLED, "question-answering")
     return [
@@ -232,8 +233,9 @@ def attach(
             if layer.lora_magnitude is not None and not bool((layer.lora_magnitude > 0).all()):
                 _restore(model, adapter)
                 raise ModelError(
-                    f"{site.module!r} has a row of zeros, which has no direction for DoRA to keep (was the model built "
-                    "with zero_init_outputs and not trained yet?). Use LoRA (dora=False)."
+                    f"The weight of {site.module!r} has a row of zeros, which DoRA cannot split into magnitude and "
+                    "direction (was the model built with zero_init_outputs and not trained yet?). Use LoRA "
+                    "(dora=False)."
                 )
             first = first or layer
             _put(model, name, layer)
@@ -307,7 +309,7 @@ def merge(model: Model, check: bool = True) -> Model:
             merged[name] = layer.merged_weight()
             if not bool(torch.isfinite(merged[name]).all()):
                 raise ModelError(
-                    f"The update of {site.module!r} holds NaN or infinity; the adapter is not merged."
+                    f"The merged weight of {site.module!r} has NaN or infinity, so the adapter is not merged."
                 )
     with torch.no_grad():
         for name, weight in merged.items():
@@ -320,7 +322,7 @@ def merge(model: Model, check: bool = True) -> Model:
         model.merge_gap = float((after - before).abs().max())
         note(
             f"merged {adapter}: outputs differ by at most {model.merge_gap:.2g} "
-            f"(the largest is {float(before.abs().max()):.3g})"
+            f"(the largest output is {float(before.abs().max()):.3g})"
         )
     return model
 

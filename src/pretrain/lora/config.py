@@ -48,7 +48,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if type(self.r) is not int or not 1 <= self.r <= RANK_LIMIT:
             raise ConfigError(
-                f"The rank r of an adapter is {self.r!r}; it must be 1 to {RANK_LIMIT}."
+                f"The rank r of an adapter is {self.r!r}; it must be a whole number from 1 to {RANK_LIMIT}."
             )
         if self.alpha is not None and not (is_number(self.alpha) and self.alpha > 0):
             raise ConfigError(
@@ -65,7 +65,10 @@ class LoraConfig:
                 )
         targets = None if self.targets in (None, ALL_LINEAR) else _modules("targets", self.targets)
         if targets == ():
-            raise ConfigError("targets of an adapter are empty: nothing would be adapted.")
+            raise ConfigError(
+                "targets of an adapter are empty, so no layer would be adapted. Name some, or leave targets out to "
+                "adapt all."
+            )
         saved = _modules("modules_to_save", self.modules_to_save or ())
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "modules_to_save", saved)

@@ -295,7 +295,7 @@ def head_of(
     kind = next((kind for kind, task in TASKS.items() if task == settings.task), "?")
     if kind == "?":
         raise CheckpointError(
-            f"{where}: 'task_type' is {settings.task[:40]!r}, which no model of this package has."
+            f"{where}: 'task_type' is {settings.task[:40]!r}, which this package does not support."
         )
     classes = 0
     for name in ("score", "classifier", "classifier.out_proj"):
@@ -341,8 +341,9 @@ def attach_stored(
             unused.append(key)
     if unused and strict:
         raise CheckpointError(
-            f"{where} holds {unused[0]!r}, for which this {model.backbone.model_type} model with "
-            f"{'no' if model.head_kind is None else model.head_kind} head has no place."
+            f"{where} holds {unused[0]!r}, which does not exist in this {model.backbone.model_type} model with "
+            f"{'no' if model.head_kind is None else model.head_kind} head. The adapter was trained on another model or "
+            "head."
         )
     attach(model, settings.lora, sites, full.values())
     known_keys = {key: tensor for key, tensor in tensors.items() if key not in unused}
@@ -372,20 +373,22 @@ def _stored_sites(
         tensor, module = tensors[key], name.removesuffix(_A)
         if module not in known:
             raise CheckpointError(
-                f"{where} adapts {given!r}, which is no linear layer of this {model.backbone.model_type} model. The "
-                "adapter was trained on another base, or on a part that this model lacks."
+                f"{where} adapts {given!r}, but this {model.backbone.model_type} model has no linear layer of that "
+                "name. The adapter was trained on another base, or on a part that this model lacks."
             )
         wanted = _pattern_value(settings.ranks, given, settings.lora.r)
         r = tensor.shape[0] if tensor.ndim == 2 else 0
         if r != wanted or r < 1:
             raise CheckpointError(
-                f"{where}: {key!r} has the shape {tuple(tensor.shape)}, so rank {r}, and adapter_config.json says "
-                f"{wanted:g}."
+                f"{where}: {key!r} has the shape {tuple(tensor.shape)}, so rank {r}, but adapter_config.json sets rank "
+                f"{wanted:g}. The two files do not belong together."
             )
         alpha = _pattern_value(settings.alphas, given, settings.lora.full_alpha)
         sites[module] = (known[module], r, alpha)
     if not sites:
-        raise CheckpointError(f"{where} holds no lora_A tensor: it adapts nothing.")
+        raise CheckpointError(
+            f"{where} holds no lora_A tensor. It is incomplete, or not the weights of a LoRA adapter."
+        )
     return sites
 
 
@@ -406,8 +409,8 @@ def _own_names(
     for key in tensors:
         if not key.startswith(PREFIX):
             raise CheckpointError(
-                f"{where}: the tensor {key[:80]!r} does not begin with {PREFIX!r}; it is no PEFT adapter of a whole "
-                "model."
+                f"{where}: the name of the tensor {key[:80]!r} does not begin with {PREFIX!r}, so the file is not a "
+                "PEFT adapter of a complete model."
             )
         name = key.removeprefix(PREFIX)
         name = name.removesuffix(".weight") if name.endswith(_M + ".weight") else name
@@ -434,7 +437,9 @@ def fill(
     given: dict[str, Tensor] = {}
     for key, _, name in _own_names(model, tensors, where):
         if name in given:
-            raise CheckpointError(f"{where}: {key!r} and another tensor are one and the same.")
+            raise CheckpointError(
+                f"{where}: {key!r} and another name in the file mean the same tensor. Keep only one of them."
+            )
         given[name] = tensors[key]
     values: dict[str, Tensor] = {}
     shapes = shapes or {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -456,7 +461,8 @@ def fill(
         values.update(unpack(entry, given.pop(entry.disk), shapes))
     if given:
         raise CheckpointError(
-            f"{where} holds {PREFIX + min(given)!r}, for which the model's adapter has no place."
+            f"{where} holds {PREFIX + min(given)!r}, which has no counterpart in the adapter of this "
+            "model. The file is incomplete, or belongs to another adapter."
         )
     return values
 
