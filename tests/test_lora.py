@@ -351,7 +351,7 @@ def test_a_base_beside_the_adapter_is_found(
     with pytest.raises(CheckpointError, match=r"some/other.*base="):
         load(tmp_path / "adapter")
     edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(CheckpointError, match="does not say which base"):
+    with pytest.raises(CheckpointError, match="does not name the base"):
         load(tmp_path / "adapter")
     assert load("adapter", base="base", quiet=True).adapter is not None
 

@@ -138,8 +138,8 @@ def test_a_body_gets_a_fresh_head_which_is_named(tmp_path, capfd):
     found = load(tmp_path / "m", head="sequence-classification")
     said = capfd.readouterr().err
     assert (
-        "missing (head, fresh: bert.pooler.dense" in said
-        or "missing (head, fresh: classifier" in said
+        "missing (newly initialised: bert.pooler.dense" in said
+        or "missing (newly initialised: classifier" in said
     )
     assert "unexpected (not used: cls.predictions" in said
     assert len(said.splitlines()) == 1
@@ -155,7 +155,7 @@ def test_an_untied_head_stays_apart(tmp_path, capfd):
     config["tie_word_embeddings"] = True  # the file decides, and says so
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     equal_weights(load(tmp_path / "m", verify=False), model)
-    assert "head kept apart although the config ties it" in capfd.readouterr().err
+    assert "head untied, because its weights differ from the embedding" in capfd.readouterr().err
 
 
 def test_a_download_cache_of_the_hub_is_followed_and_no_other_link(tmp_path):

@@ -180,7 +180,7 @@ def test_a_run_none_of_whose_checkpoints_is_whole_stops(run, capfd):
     for step in (1, 2):
         bit_flipped(run / f"checkpoint-{step}" / "training" / "optimizer.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"holds 2 checkpoints and none is whole.*move the dir"
+        CheckpointError, match=r"holds 2 checkpoints, but none is complete.*move the dir"
     ):
         latest_together(run, ALONE)
     assert latest_together(run.parent / "another", ALONE) is None
@@ -582,7 +582,7 @@ def test_an_unreadable_newest_checkpoint_is_passed_over_aloud(run, monkeypatch, 
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert latest(run) == run / "checkpoint-1"
-    assert "checkpoint-2 is broken and passed over" in capfd.readouterr().err
+    assert "checkpoint-2 is broken and skipped" in capfd.readouterr().err
 
 
 def test_saving_under_an_impossible_name_is_a_sentence(tmp_path):

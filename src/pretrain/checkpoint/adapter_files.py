@@ -82,12 +82,13 @@ def open_adapter(
     model.generation_config = dict(source.generation_config)
     model.tokenizer, model.sentences = source.tokenizer, source.sentences
     if facts and facts.get("base_sample") != base_sample(model):
-        text = f"The base {source.name or 'given'} has other weights than the one that {path} was trained on"
+        text = f"The base {source.name or 'given'} has other weights than the base that {path} was trained on"
         if base is None:
             raise CheckpointError(
-                f"{text}: it was changed or replaced since. Name the right one with base=, or this one if you mean it."
+                f"{text}: it was changed or replaced since then. Give the right base with base=, or give this one with "
+                "base= to use it anyway."
             )
-        note(f"{text}; the adapter is put on it because it was named.")
+        note(f"{text}; the adapter is attached anyway, because base= names this base.")
     unused = attach_stored(model, settings, tensors, path / ADAPTER_WEIGHTS, strict=head is None)
     if not quiet:
         note(_line(model, source, len(tensors), report, unused))
@@ -147,7 +148,7 @@ def _find(name: str | None, adapter: Path) -> Path:
     """
     if name is None:
         raise CheckpointError(
-            f"{adapter} does not say which base it was trained on. Give it: load({adapter.name!r}, base=...)."
+            f"{adapter} does not name the base that it was trained on. Give it: load({adapter.name!r}, base=...)."
         )
     parts = Path(name).parts
     # If the adapter was moved together with its base, the base is found by the last components of its old path.
@@ -160,8 +161,8 @@ def _find(name: str | None, adapter: Path) -> Path:
     except (ValueError, OSError):  # a null byte in the name, or a name that is too long
         pass
     raise CheckpointError(
-        f"{adapter} is an adapter for {name[:200]!r}, and there is no such directory here. Download or move the "
-        f"base, and give it: load({adapter.name!r}, base=...)."
+        f"{adapter} is an adapter for the base {name[:200]!r}, but that directory was not found. Download or move the "
+        f"base, and give its path: load({adapter.name!r}, base=...)."
     )
 
 
@@ -213,11 +214,11 @@ def _refuse_other_base(model: Model, source: _Base, facts: Mapping[str, Any], pa
         if wanted.get(name) != found.get(name):
             raise CheckpointError(
                 f"{path} is an adapter for another base than {source.name or 'the one given'}: {name!r} is "
-                f"{wanted.get(name, 'absent')} in the one and {found.get(name, 'absent')} in the other."
+                f"{wanted.get(name, 'absent')} in the base of the adapter and {found.get(name, 'absent')} in this base."
             )
     if not same_family or (facts and facts.get("base_fingerprint") != fingerprint(model)):
         raise CheckpointError(
-            f"{path} is an adapter for another base than {source.name or 'the one given'}, a "
+            f"{path} is an adapter for another base than {source.name or 'the one given'}, which is a "
             f"{there.backbone.model_type} model."
         )
 
@@ -230,7 +231,8 @@ def _line(model: Model, source: _Base, count: int, report: Any, unused: list[str
     ]
     missing = sorted(model.fresh & parameters)
     parts.append(
-        f"{len(missing)} missing" + (f" (head, fresh: {', '.join(missing[:5])})" * bool(missing))
+        f"{len(missing)} missing"
+        + (f" (newly initialised: {', '.join(missing[:5])})" * bool(missing))
     )
     parts.append(f"{len(report.unexpected) + len(unused)} not used")
     if model.remarks:
@@ -253,19 +255,23 @@ def adapted_values(
     """
     path, adapter = directory.path, model.adapter
     if not directory.is_adapter:
-        raise CheckpointError(f"{path} holds no adapter, and the model to be restored has one.")
+        raise CheckpointError(
+            f"{path} holds no adapter, but the model that is restored from it has one. Use the settings of the "
+            "checkpoint, or a new output directory."
+        )
     settings: PeftSettings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
     for name in ("full_alpha", "dora", "rslora"):
         then, now = getattr(settings.lora, name), getattr(adapter.config, name)
         if then != now:
             raise CheckpointError(
-                f"{path} holds an adapter with {name.removeprefix('full_')} {then}, and the model's has {now}. Use the "
-                "old settings, or a new directory."
+                f"{path} holds an adapter with {name.removeprefix('full_')} {then}, but the adapter of the model has "
+                f"{now}. Use the settings of the checkpoint, or a new output directory."
             )
     facts = _facts(directory.model_config())
     if facts and facts != adapter_facts(model, full):
         raise CheckpointError(
-            f"{path} holds an adapter for another base than the one of the model to be restored."
+            f"{path} holds an adapter for another base than that of the model that is restored from it. Use the base "
+            "of the checkpoint, or a new output directory."
         )
     tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
     verify_rest(directory, {ADAPTER_WEIGHTS: None})

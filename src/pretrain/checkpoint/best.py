@@ -48,7 +48,7 @@ def _read(path: Path, key: str) -> Any:
     if not isinstance(body, dict) or set(body) != {key}:
         body = unsealed(data, path)
     if set(body) != {key}:
-        raise CheckpointCorrupt(path, f"the key {key!r} alone", ", ".join(body)[:80] or "none")
+        raise CheckpointCorrupt(path, f"only the key {key!r}", ", ".join(body)[:80] or "none")
     return body[key]
 
 
@@ -75,7 +75,11 @@ def best_first(run_dir: Path) -> list[Path]:
     best = state.get("best_step")
     expected = f"checkpoint-{best}" if type(best) is int and best > 0 else newest
     expected = expected if expected in known else newest
-    said = f"the state of training in {newest} says {expected}" if newest else "the newest is taken"
+    said = (
+        f"going by the training state in {newest}, {expected} is used"
+        if newest
+        else "the newest checkpoint is used"
+    )
     name = expected if _was_tuned(run_dir) else ""
     try:
         recorded = _read(path, "checkpoint")
@@ -86,7 +90,7 @@ def best_first(run_dir: Path) -> list[Path]:
                 raise CheckpointCorrupt(path, expected, recorded)
             name = recorded
     except CheckpointError as error:
-        note(f"{error} It says which checkpoint of the run is the best; {said}, which is believed.")
+        note(f"{error} This file names the best checkpoint of the run; {said} instead.")
         name = expected
     return sorted(found, key=lambda checkpoint: checkpoint.name != name)
 
@@ -98,7 +102,9 @@ def _was_tuned(run_dir: Path) -> bool:
     try:
         text = read_bytes(path, limit=1 << 20).decode("utf-8", errors="replace")
     except (CheckpointError, OSError) as error:
-        note(f"{error} It says whether the run was fine-tuned; it is taken for one that was not.")
+        note(
+            f"{error} This file shows whether the run was fine-tuned; it is assumed that it was not."
+        )
         return False
     name_change(path, text)
     return _TASK.search(text) is not None
@@ -116,8 +122,8 @@ def swept_rate(run_dir: Path) -> float | None:
         if None not in (rate, recorded) and recorded != rate:
             raise CheckpointCorrupt(path, f"the rate {rate} of the newest checkpoint", recorded)
     except CheckpointError as error:
-        then = "that of the newest checkpoint is taken" if rate else "the rates are tried again"
-        note(f"{error} It holds the learning rate that the sweep chose; {then}.")
+        then = "the rate of the newest checkpoint is used" if rate else "the sweep is run again"
+        note(f"{error} This file holds the learning rate of the sweep; {then}.")
         return rate
     return rate if recorded is None else recorded
 

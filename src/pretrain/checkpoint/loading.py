@@ -242,8 +242,8 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
     if found.vocab_size > rows:
         raise CheckpointError(
             f"{directory.path}: the tokenizer has {found.vocab_size} ids and the model {rows} embedding rows, so some "
-            f"texts could not be read. They come from different models; put the right tokenizer beside the weights, "
-            f"or load(..., tokenizer=False)."
+            f"ids would have no embedding. They come from different models; put the right tokenizer beside the "
+            f"weights, or load(..., tokenizer=False)."
         )
     model.tokenizer = found
 
@@ -253,10 +253,10 @@ def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any
     parts = [f"{config.get('model_type')}: {count} tensors"]
     for label, names in (("missing", report.missing), ("unexpected", report.unexpected)):
         shown = sorted(names)[:_SHOWN] + ["..."] * (len(names) > _SHOWN)
-        fresh = "head, fresh: " if label == "missing" else "not used: "
+        fresh = "newly initialised: " if label == "missing" else "not used: "
         parts.append(f"{len(names)} {label}" + (f" ({fresh}{', '.join(shown)})" if names else ""))
     if report.untied:
-        parts.append("head kept apart although the config ties it")
+        parts.append("head untied, because its weights differ from the embedding")
     elif getattr(model.head, "tied", False):
         parts.append("head tied")
     if model.remarks:

@@ -197,7 +197,10 @@ def check_files(
         spare(error)
     if extra := sorted(present - set(expected)):
         raise CheckpointCorrupt(
-            directory / extra[0], "no file of that name", "one", "The manifest does not list it."
+            directory / extra[0],
+            "no such file",
+            "one",
+            "The manifest does not list it. Move it away.",
         )
     for check in (_check_size, check_hash):
         for name, record in sorted(expected.items()):
@@ -326,7 +329,9 @@ def latest(run_dir: str | Path) -> Path | None:
 
 def skipped(path: Path, error: CheckpointError) -> None:
     """Report on stderr that a broken checkpoint is skipped."""
-    note(f"{path.name} is broken and passed over; the one before it is used. {error}")
+    note(
+        f"{path.name} is broken and skipped; another checkpoint of the run is used if there is one. {error}"
+    )
 
 
 def spared(error: CheckpointCorrupt) -> None:
@@ -366,7 +371,7 @@ def rotate(
         CheckpointError: ``keep`` is below 1.
     """
     if keep < 1:
-        raise CheckpointError(f"keep is {keep}; at least 1 checkpoint must stay.")
+        raise CheckpointError(f"keep is {keep}; it must be at least 1.")
     directory = Path(os.path.realpath(run_dir))
     whole, deleted = 0, list[Path]()
     try:

@@ -35,8 +35,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # a whole model in the directory and not look for the base.
 ADAPTED_MODEL = "pretrain.json"
 _WITHOUT = {
-    "README.md": "No weight depends on it: the model is opened.",
-    "generation_config.json": "The model is opened without what it says of generating.",
+    "README.md": "The model does not need it and is opened without it.",
+    "generation_config.json": "The model is opened without these generation settings.",
     "chat_template.jinja": "The model is opened with the template in tokenizer_config.json, if there is one.",
 }
 CONFIG_LIMIT = 16 << 20
@@ -149,10 +149,16 @@ class ModelDirectory:
                 f"(with the class of its task instead of AutoModel)."
             )
         if ADAPTER_CONFIG in names:
-            return f"{self.path} holds a PEFT adapter, not a whole model, and no {ADAPTER_WEIGHTS}, or one is its base."
+            return (
+                f"{self.path} holds a PEFT adapter, not a complete model. Its {ADAPTER_WEIGHTS} is missing, or the "
+                "adapter was given where its base, a complete model, is needed."
+            )
         steps = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
         if steps:
-            return f"{self.path} has no complete checkpoint. Name one of its directories yourself: {', '.join(steps)}."
+            return (
+                f"{self.path} has no complete checkpoint. To see why, load one of its directories by name: "
+                f"{', '.join(steps)}."
+            )
         return f"{self.path} has no {SINGLE}. Name the directory of a run, a checkpoint or a Hugging Face model."
 
 

@@ -112,7 +112,7 @@ class Pieces:
     def __init__(self, layout: ShardLayout | None, peers: Peers) -> None:
         if layout is not None and layout.world != peers.size:
             raise CheckpointError(
-                f"The layout is for {layout.world} processes, and there are {peers.size}."
+                f"The shard layout is for {layout.world} processes, but {peers.size} are running."
             )
         self.layout, self.rank, self.size = layout, peers.rank, peers.size
 
@@ -153,8 +153,8 @@ class Pieces:
                 shape = tuple(self.layout.shapes[name])
                 if (wanted := self.layout.region(name, self.rank).shape) != tuple(part.shape):
                     raise CheckpointError(
-                        f"{key!r} has the shape {tuple(part.shape)} on process {self.rank}, and its part of "
-                        f"{shape} should have {wanted}. It was not cut as the layout says."
+                        f"{key!r} has the shape {tuple(part.shape)} on process {self.rank}, but its shard of "
+                        f"{shape} must have the shape {wanted}: it was not sharded as in the layout."
                     )
             found[key] = torch.empty(shape, dtype=part.dtype, device="meta")
         return found

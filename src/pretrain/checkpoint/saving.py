@@ -547,7 +547,7 @@ class Saver:
         began = time.monotonic()
         if keep < 1 or step < 0:
             raise CheckpointError(
-                f"keep is {keep} and step is {step}; at least 1 checkpoint must stay, and steps count from 0."
+                f"keep is {keep} and step is {step}; keep must be at least 1, and step at least 0."
             )
         self.wait()
         target = self.run_dir / f"checkpoint-{step}"

@@ -97,10 +97,10 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
     if failures:
         count = f"{len(failures)} checkpoint{'s' * (len(failures) > 1)}"
         raise CheckpointError(
-            f"{run_dir} holds {count} and none is whole, so the run cannot go on, and it does not start over by "
-            f"itself. The newest: {failures[0]} Bring the files back from a copy; or take the weights alone, with a "
-            f"new train.out and model.checkpoint={run_dir}; or, to start over, move the directory away: "
-            f"mv {run_dir} {run_dir}.broken"
+            f"{run_dir} holds {count}, but none is complete and undamaged, so the run cannot be resumed. It is not "
+            f"restarted automatically. The newest: {failures[0]} Restore the files from a backup; or start a new run "
+            f"from the weights alone, with a new train.out and model.checkpoint={run_dir}; or, to start over, move "
+            f"the directory away: mv {run_dir} {run_dir}.broken"
         )
     return None
 
@@ -175,14 +175,15 @@ def _open_empty(
             directory = ModelDirectory(path, verify=True)
             if directory.is_adapter:
                 raise AdapterFound(
-                    f"{named} holds an adapter, which is opened on its base in one piece: use load()."
+                    f"{named} holds an adapter, which cannot be loaded in shards. Use load(), which opens it on its "
+                    "base."
                 )
             model, _, names = open_described(directory, head=head, tokenizer=tokenizer)
             model.source = str(named)
             stored = stack.enter_context(_stored(directory, list(names)))
         untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:
-            note(f"{named}: head kept apart although the config ties it")
+            note(f"{named}: head untied, because its weights differ from the embedding")
         with errors_on_all_ranks(peers):
             _, model.fresh = match_disk_state(model, list(stored), lambda entry, key: None)
     return model.eval(), path
@@ -250,8 +251,8 @@ def load_slices(
         with errors_on_all_ranks(peers), files.reading(path):
             if apart:
                 raise CheckpointError(
-                    f"{path}: {apart[0]!r} differs from the embedding, and the model's head is tied to it. Give the "
-                    "model a head of its own before it is cut (open_empty does)."
+                    f"{path}: {apart[0]!r} differs from the embedding, but the head of the model is tied to it. Untie "
+                    "the head before the model is sharded, as open_empty does."
                 )
             report, fresh = match_disk_state(
                 model, list(stored), lambda entry, key: parts.put_stored(entry, key, stored)
@@ -563,10 +564,14 @@ class StoredTensors:
             try:
                 named = os.stat(path, follow_symlinks=False)
             except FileNotFoundError:
-                raise CheckpointCorrupt(path, "a file", "nothing any more") from None
+                raise CheckpointCorrupt(
+                    path, "a file", "nothing: it was deleted while it was read"
+                ) from None
             same_file = (named.st_dev, named.st_ino) == identity[:2]
             if not same_file or _identity(descriptor) != identity:
-                raise CheckpointCorrupt(path, "a file that nobody writes to", "one that changed")
+                raise CheckpointCorrupt(
+                    path, "the file as it was opened", "a file that another process changed"
+                )
 
     def close(self) -> None:
         """Close the files."""

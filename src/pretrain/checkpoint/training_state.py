@@ -63,7 +63,10 @@ def encoded_state(state: Mapping[str, Any]) -> bytes:
 def check_stem(stem: str) -> None:
     """Raise CheckpointError if a name of a group of tensors cannot be used as the stem of a file name."""
     if not _STEM.fullmatch(stem) or _PART.fullmatch(stem):
-        raise CheckpointError(f"training file {stem!r}: use letters, digits, '_' and '-'.")
+        raise CheckpointError(
+            f"{stem!r} cannot be the name of a group of tensors: use letters, digits, '_' and '-', without an ending "
+            "like -00001-of-00002."
+        )
 
 
 def shard_name(stem: str, index: int, count: int) -> str:
@@ -108,8 +111,8 @@ def open_training(directory: Path, *, quiet: bool = False) -> Manifest:
     if not listed.training or not os.path.lexists(directory / manifest.TRAINING):
         raise CheckpointError(
             f"{directory} has no {manifest.TRAINING}/ folder (it was deleted, or the model was saved alone), so a run "
-            f"cannot be resumed from it: optimizer state and position in the data are gone. Its weights are whole; "
-            f"to go on from them, start a new run with model.checkpoint={directory.name} and a new output directory."
+            f"cannot be resumed from it: optimizer state and position in the data are gone. Its weights are complete; "
+            f"to continue from them, start a new run with model.checkpoint={directory.name} and a new output directory."
         )
     if not quiet:
         _note_environment(directory, listed.environment)
@@ -134,7 +137,8 @@ def _note_environment(directory: Path, then: Mapping[str, Any]) -> None:
     ]
     if changed:
         note(
-            f"{directory.name} was written with other settings ({', '.join(changed)}): the last bits may differ."
+            f"{directory.name} was written in another environment ({', '.join(changed)}): results may differ in the "
+            "last bits."
         )
 
 
