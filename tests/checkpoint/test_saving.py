@@ -212,7 +212,9 @@ def test_a_failure_is_raised_at_the_next_step_and_once(tmp_path, monkeypatch):
         while saver.busy:
             time.sleep(0.01)
     assert saver.failed
-    with pytest.raises(CheckpointError, match=r"checkpoint-2 needs [\d,]+ bytes, 1,000 bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-2 needs at least [\d,]+ bytes, 1,000 bytes"
+    ):
         saver.poll()
     assert not saver.failed
     saver.poll()

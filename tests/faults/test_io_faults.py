@@ -165,7 +165,7 @@ def test_every_call_may_fail(model, tmp_path, monkeypatch, capfd, code):
             else:
                 save(model, run, 3)
                 said = capfd.readouterr().err
-                assert len(said.splitlines()) == 1 and "cannot be cleared away" in said
+                assert len(said.splitlines()) == 1 and "cannot be removed" in said
         found = latest(run)
         assert step_of(found) >= (2 if number < rotation else 3)
         if (
@@ -191,9 +191,7 @@ def test_a_checkpoint_that_somebody_reads_may_be_rotated_out(
     assert not capfd.readouterr().err
     save(model, tmp_path, 2)
     said = capfd.readouterr().err
-    assert re.fullmatch(
-        r".*gone-.*-checkpoint-1 cannot be cleared away: Directory not empty.*\n", said
-    )
+    assert re.fullmatch(r".*gone-.*-checkpoint-1 cannot be removed: Directory not empty.*\n", said)
     left = [str(p) for p in tmp_path.rglob("*") if p.is_file() and "checkpoint-2" not in str(p)]
     assert len(left) == 1 and left[0].endswith(".nfs0001"), "only what is open takes space"
     save(model, tmp_path, 3)
@@ -210,7 +208,7 @@ def test_a_model_directory_that_somebody_reads_may_be_replaced(model, tmp_path, 
     disk = NetworkIO({"model.safetensors"})
     monkeypatch.setattr(files, "IO", disk)
     save_model(model, tmp_path / "m")
-    assert "cannot be cleared away" in capfd.readouterr().err
+    assert "cannot be removed" in capfd.readouterr().err
     verify(tmp_path / "m")
     disk.held.clear()
     save_model(model, tmp_path / "m")
@@ -226,12 +224,15 @@ def test_disk_full_keeps_previous(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files, "IO", io)
         with pytest.raises(
-            CheckpointError, match=r"checkpoint-2 needs [\d,]+ bytes, [\d,]+ bytes are free"
+            CheckpointError,
+            match=r"checkpoint-2 needs at least [\d,]+ bytes, [\d,]+ bytes are free",
         ):
             save(model, run, 2)
     with monkeypatch.context() as patch:
         patch.setattr(files, "free_bytes", lambda path: 1000)
-        with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, 1,000 bytes are free"):
+        with pytest.raises(
+            CheckpointError, match=r"needs at least [\d,]+ bytes, 1,000 bytes are free"
+        ):
             save(model, run, 2)
     assert os.listdir(run) == ["checkpoint-1"]
     verify(run / "checkpoint-1")

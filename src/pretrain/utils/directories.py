@@ -62,8 +62,8 @@ def spared(path: Path) -> Iterator[None]:
             _told.add(str(path))
             where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
             note(
-                f"{path} cannot be cleared away: {error.strerror or error}{where}. It stays until a later save "
-                "can do it; on a network file system a program that still has one of its files open is in the way."
+                f"{path} cannot be removed: {error.strerror or error}{where}. The next saves try again; on a network "
+                "file system, a program that still has one of its files open prevents it."
             )
 
 

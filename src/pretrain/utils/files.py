@@ -375,7 +375,7 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
             where = where.parent
         if error.errno in _FULL:
             raise CheckpointError(
-                f"The disk is full: {path} needs {needed:,} bytes, {free_bytes(where):,} bytes are free in "
+                f"The disk is full: {path} needs at least {needed:,} bytes, {free_bytes(where):,} bytes are free in "
                 f"{where}. Earlier checkpoints are untouched; free some space, or lower `keep`, and run again."
             ) from error
         named = _named(error, path)

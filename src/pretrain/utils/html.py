@@ -176,6 +176,7 @@ def write_page(path: Path, text: str) -> Path:
         replace_file(path, text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
         raise DataError(
-            f"Cannot write the report {path}: {error.strerror or error}. Name another place, or make room there."
+            f"Cannot write the report {path}: {error.strerror or error}. Choose another path, or check "
+            "permissions and free space."
         ) from error
     return path

@@ -83,9 +83,9 @@ def open_log(path: Path, last: str = "") -> LogFile:
         found.records = [record for _, record in unchained]
     if wrong:
         shown = ", ".join(map(str, wrong[:5])) + ", ..." * (len(wrong) > 5)
-        found.damage = f"{len(wrong)} of {total} lines are not as they were written (line {shown})"
+        found.damage = f"{len(wrong)} of {total} lines were changed or cut after they were written (line {shown})"
     elif last and last not in found.chains:
-        found.damage = "lines that were there when the newest checkpoint was written are missing"
+        found.damage = "it lacks lines that it had when the newest checkpoint was written"
     return found
 
 

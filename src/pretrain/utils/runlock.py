@@ -64,7 +64,8 @@ class RunLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise _locked(self.run_dir, descriptor) from None
             files.note(
-                f"{self.run_dir}: this file system cannot lock ({error.strerror}); start only one run here."
+                f"{self.run_dir}: this file system cannot lock files ({error.strerror}), so a second run here would "
+                "not be refused. Start only one."
             )
         # The previous holder may have removed the file between our open and lock; then `acquire` tries again.
         with contextlib.suppress(FileNotFoundError):
@@ -112,7 +113,12 @@ def _locked(run_dir: Path, descriptor: int) -> CheckpointError:
         who = json.loads(os.pread(descriptor, 4096, 0))
         return RunLocked(int(who["pid"]), str(who["host"]), str(who["since"]), run_dir)
     except (ValueError, KeyError, TypeError):  # the holder has not written its name yet
-        return RunLocked(0, "an unknown host", "now", run_dir)
+        return RunLocked(
+            0,
+            "an unknown host",
+            "an unknown time (the lock file does not name its holder)",
+            run_dir,
+        )
 
 
 def _forget_in_child() -> None:
