@@ -83,7 +83,7 @@ def evaluate(
     if objective is not None or not fine_tuned:
         if columns:
             raise ConfigError(
-                f"{path} is a language model, which reads text and no columns of labelled rows. Leave "
+                f"{path} is a language model, which is evaluated on text and not on columns of labelled rows. Leave "
                 f"{option('columns')} out."
             )
         options |= {"precision": precision, "device": device}
@@ -171,7 +171,7 @@ def _before_training(path: Path, task: Task, settings: TuneConfig | None, base: 
         source = task.model.adapter.base
     if source is None:
         raise ModelError(
-            f"The figures of the task {task.name} compare {path} with the model before training, and it is not known "
-            f"which that was. Name it: {option('base')}."
+            f"The metrics of the task {task.name} compare {path} with the model before training, but that model is "
+            f"not recorded. Give it: {option('base')}."
         )
     return rebuilt(task, starting_model(source, type(task), None, quiet=True))

@@ -416,10 +416,12 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, 
     column = [float(value) for value in values]
     if not 0.0 < level < 1.0:
         raise ConfigError(
-            f"The level of an interval lies between 0 and 1, not at {level}: try 0.95."
+            f"The confidence level is {level}; it must be between 0 and 1, for example 0.95."
         )
     if not column:
-        raise DataError("There is no interval of no values: at least one run must have a score.")
+        raise DataError(
+            "There are no values to compute an interval from: at least one run must have a score."
+        )
     if not all(map(math.isfinite, column)):
         return math.nan, math.nan, math.nan
     mean = statistics.fmean(column)
@@ -445,8 +447,8 @@ def student_t(probability: float, degrees: int) -> float:
     """
     if not 0.0 < probability < 1.0 or degrees < 1:
         raise ConfigError(
-            f"Student's t has no quantile at {probability} with {degrees} degrees of freedom: the probability lies "
-            f"between 0 and 1, and two values are the fewest that have an interval."
+            f"Student's t has no quantile at {probability} with {degrees} degrees of freedom: the probability must "
+            f"be between 0 and 1, and at least 1 degree of freedom, so two values, is needed."
         )
     if probability < 0.5:
         return -student_t(1.0 - probability, degrees)
