@@ -106,8 +106,9 @@ class RunLocked(CheckpointError):
 
     def __init__(self, pid: int, host: str, since: str, run_dir: object = "this directory") -> None:
         self.pid, self.host, self.since = pid, host, since
+        holder = f"process {pid}" if pid else "a process"
         super().__init__(
-            f"{run_dir} is in use by process {pid} on {host} since {since}. Two runs in one directory would "
+            f"{run_dir} is in use by {holder} on {host} since {since}. Two runs in one directory would "
             f"overwrite each other: wait for it, stop it, or choose another output directory."
         )
 

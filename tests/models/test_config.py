@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import tracemalloc
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from pretrain.errors import ConfigError
 from pretrain.models import FAMILIES, build, family_class
 from pretrain.models.base import Model
 from pretrain.models.config import SIZES, BackboneConfig, ConfigReader
+from pretrain.models.llama import LlamaConfig
 
 ABSURD = [
     {"hidden_size": 2**31},
@@ -203,3 +205,11 @@ def test_reader_names_the_key():
 def test_fields_that_config_json_cannot_say_are_refused(family: str):
     with pytest.raises(ConfigError, match="mlp_bias cannot be set"):
         family_class(family).config_class.from_size("tiny", mlp_bias=True)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"sliding_window": 4}, {"sliding_window": 4, "layer_types": ("sliding_attention",)}]
+)
+def test_a_field_that_the_files_of_a_family_cannot_hold_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be set for llama.*mistral \(sliding_window\)"):
+        LlamaConfig(hidden_size=16, num_heads=2, num_layers=1, **fields)

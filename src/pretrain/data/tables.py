@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, option_name
 from pretrain.data.paths import find_files
 from pretrain.data.readers import (
     COMPRESSIONS,
@@ -257,7 +257,7 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     extra = [key for key, value in options.items() if value is not None and key != "columns"]
     tuples = isinstance(source, list | tuple) and source and isinstance(source[0], list | tuple)
     if extra or (options["columns"] is not None and not tuples):
-        key = extra[0] if extra else "columns"
+        key = extra[0] if extra else "names"
         raise DataError(
             f"{option(key)} is for files, but {name} is a {type(source).__name__}; leave it out."
         )
@@ -427,8 +427,9 @@ def _read_file(path: Path, format: str | None, encoding: str | None, **form: Any
     if kind in ("csv", "tsv"):
         return _delimited_table(path, kind, encoding, **form)
     if any(value is not None for value in form.values()):
+        told = ", ".join(map(option_name, ("names", "delimiter", "quoting")))
         raise DataError(
-            f"{', '.join(form)} are for CSV and TSV files; {path} is read as {kind}, which has names for its columns."
+            f"{told} are for CSV and TSV files; {path} is read as {kind}, which has names for its columns."
         )
     if kind == "jsonl":
         return _json_lines(path, encoding)

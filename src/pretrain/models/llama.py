@@ -95,6 +95,8 @@ class LlamaConfig(BackboneConfig):
                 )
             if "sliding_attention" in self.layer_types and self.sliding_window is None:
                 raise ConfigError("layer_types has sliding layers, but sliding_window is not set.")
+        if type(self) is LlamaConfig:
+            self.refuse("llama", "sliding_window", "layer_types")
 
     def refuse(self, family: str, *names: str) -> None:
         """Raise if a field is set that the family's config.json cannot express: it would be lost on saving."""
@@ -102,7 +104,8 @@ class LlamaConfig(BackboneConfig):
             if getattr(self, name):
                 raise ConfigError(
                     f"{name} cannot be set for {family}: its config.json has no such key. Leave it out, or choose "
-                    "llama (attention_bias, mlp_bias), qwen2 (layer_types) or qwen3 (attention_bias, layer_types)."
+                    "llama (attention_bias, mlp_bias), mistral (sliding_window), qwen2 (sliding_window, layer_types) "
+                    "or qwen3 (attention_bias, sliding_window, layer_types)."
                 )
 
     def window_of(self, layer: int) -> int | None:

@@ -374,8 +374,9 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
         while not os.path.exists(where) and where != where.parent:
             where = where.parent
         if error.errno in _FULL:
+            wanted = f"needs at least {needed:,} bytes" if needed else "does not fit"
             raise CheckpointError(
-                f"The disk is full: {path} needs at least {needed:,} bytes, {free_bytes(where):,} bytes are free in "
+                f"The disk is full: {path} {wanted}, {free_bytes(where):,} bytes are free in "
                 f"{where}. Earlier checkpoints are untouched; free some space, or lower `keep`, and run again."
             ) from error
         named = _named(error, path)
