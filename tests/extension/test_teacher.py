@@ -59,6 +59,9 @@ def test_a_teacher_is_recorded_and_never_written(here: None) -> None:
         pretrain.train(**sections("student", 12, seed=1, objective=chosen))
     record = json.loads(Path("student/checkpoint-8/config.json").read_text())["pretrain"]
     assert record["objective"]["teacher"] == "teacher"
+    assert record["frozen"] == {
+        "teacher": {"path": "teacher/checkpoint-20", "sha256": state["identity"]["teacher"]}
+    }
 
 
 def test_a_teacher_stays_in_evaluation_mode_and_gets_no_gradient(here: None) -> None:

@@ -128,6 +128,16 @@ class Trainer:
         self.home: Home | None = None  # on rank zero only, which writes the log
         objective.train(objective.training)  # freezes what the objective says is frozen
         self.origin = origin(objective)
+        if objective.unit_name != "tokens":
+            self.about["unit"] = objective.unit_name
+        if objective.frozen:
+            self.about["frozen"] = {
+                name: {
+                    "path": getattr(objective.get_submodule(name), "source", None),
+                    "sha256": self.origin[name],
+                }
+                for name in objective.frozen
+            }
         self.peak = 0.0
 
     def fit(
@@ -458,12 +468,7 @@ class Trainer:
         state.log, state.lr = self.journal.last, self.optim.lr
         with self.average.applied():
             state.probe_loss = self.probe()
-            about: dict[str, Any] = {
-                "objective": self.objective.describe(),
-                "metrics": self.metrics,
-            }
-            if self.objective.unit_name != "tokens":
-                about["unit"] = self.objective.unit_name
+            about = {"objective": self.objective.describe(), "metrics": self.metrics}
             self.checkpoint = saver.save(
                 self.objective.model,
                 step=state.step,
