@@ -152,7 +152,7 @@ def test_figures_are_those_of_the_summary(run: Any, tmp_path: Path) -> None:
         same(pretrain.evaluate(saved, file, base=base), result.test_metrics)
         return
     same(pretrain.evaluate(saved, file), result.test_metrics)
-    with pytest.raises(DataError, match="no run"):
+    with pytest.raises(DataError, match="not in a run directory"):
         pretrain.evaluate(saved)
 
 

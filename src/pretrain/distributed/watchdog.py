@@ -298,7 +298,7 @@ class Watchdog:
                     "no heartbeat came from it, and no answer from the store that it or its launcher "
                     "hosts,"
                 )
-                self._lose_store("silent", self._silent(0, what))
+                self._lose_store("silent", self._silent(0, what), silent=True)
 
     def _watch(self) -> None:
         try:
@@ -407,11 +407,12 @@ class Watchdog:
         its = f" (its process is {state})" if state else ""
         return f"{what} for {self._silence:g} seconds{its}"
 
-    def _lose_store(self, kind: str, what: str) -> None:
-        """Leave without the store, which rank 0 or its launcher keeps."""
+    def _lose_store(self, kind: str, what: str, *, silent: bool = False) -> None:
+        """Leave without the store, which rank 0 or its launcher keeps; ``silent`` if it does not answer."""
         first = self._members[0]
         found = self._notice.get("want") or first.beat["error"]
-        if found is None and self._pid_state(0) == record.ENDED:
+        # Where the store is silent, rank 0 has ended because it found that, too.
+        if found is None and not silent and self._pid_state(0) == record.ENDED:
             kind, what = "died", f"its process ended, and {what}"
         self._leave(found or first.lost(kind, what))
 

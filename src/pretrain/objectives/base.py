@@ -95,14 +95,12 @@ class Objective(nn.Module):
     A subclass implements ``collate`` and ``forward``. Other modules that it needs are child modules: those that are
     trained (a generator, a decoder) are saved beside the model, those that ``frozen`` names (a teacher) are not.
 
-    Class attributes:
+    Attributes:
         couples_examples: the loss compares the rows of a batch, so it is not additive over micro-batches.
         head_kind: the head that a fresh model for this objective gets.
         frozen: names of child modules that are never trained: kept in evaluation mode and written to no file. A
             checkpoint records the path that they came from and a hash of their weights, and a resumed run refuses
             others.
-
-    Attributes:
         batch_group: process group over whose ranks each training batch is split, into equally many consecutive rows;
             None if the loss does not couple examples or this rank has the whole batch. Set for training.
         compared: whether ``whole_batch`` has been called.
