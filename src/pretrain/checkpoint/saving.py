@@ -59,7 +59,7 @@ __all__ = ["Saver", "Staging", "estimated_size", "save_checkpoint", "save_model"
 
 _ALIGNMENT = 64  # bytes; every staged copy starts at a multiple of this
 _LARGE = 16 << 20  # bytes; files of this size are written by a thread each
-_AT_ONCE = 4  # files that a rank writes at the same time
+_AT_ONCE = 4  # files that a rank writes at the same time, if training waits for them
 _OVERWRITABLE = re.compile(
     r"(config|generation_config|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
     r"(vocab|merges)\.txt|chat_template\.jinja|README\.md|"
@@ -300,6 +300,8 @@ class _Unfinished:
         self, target: Path, draft: Draft, peers: Peers, staging: Staging | None = None
     ) -> None:
         self.target, self.peers = target, peers
+        # In the background the cores belong to the training.
+        self._at_once = _AT_ONCE if staging is None else 1
         self.error: Exception | None = None
         self.progress = 0  # tensors and files that this rank has written
         self.agreed = False
@@ -348,7 +350,7 @@ class _Unfinished:
                     self._write_small_files()
                 for one in small:
                     self._write_tensors(*one)
-                _in_threads(self._write_tensors, large)
+                _in_threads(self._write_tensors, large, self._at_once)
         except Exception as error:
             self.error = error
         except BaseException:  # an interrupt: what is half written must never be published
@@ -443,7 +445,9 @@ def _refuse_other_plans(draft: Draft, peers: Peers) -> None:
 
 
 def _in_threads(
-    action: Callable[[Group, FilePlan], None], calls: Sequence[tuple[Group, FilePlan]]
+    action: Callable[[Group, FilePlan], None],
+    calls: Sequence[tuple[Group, FilePlan]],
+    at_once: int,
 ) -> None:
     """Make several calls at the same time, and raise the first error of any."""
     rest, errors = list(calls[::-1]), list[BaseException]()
@@ -455,7 +459,7 @@ def _in_threads(
             except BaseException as error:  # raised below, in the calling thread
                 errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in calls[:_AT_ONCE]]
+    threads = [threading.Thread(target=work) for _ in calls[:at_once]]
     for thread in threads:
         thread.start()
     for thread in threads:
