@@ -93,6 +93,8 @@ def test_from_python(here: None) -> None:
     assert pretrain.evaluate("run", rows, objective="own_vit:MaskedPatches")[
         "loss"
     ] == pytest.approx(run.metrics["loss"], rel=1e-6)
+    with pytest.raises(DataError, match="no held-out rows"):
+        pretrain.evaluate("run", pretrain.RowSource(rows.train), objective="own_vit:MaskedPatches")
     changed = own_vit.squares(24)
     changed.train[5]["pixel_values"] = np.zeros((3, 8, 8), np.float32)
     sections["train"]["limit"] = "6 steps"

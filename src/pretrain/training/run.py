@@ -357,6 +357,10 @@ def evaluate(
     if isinstance(recorded, Mapping) and recorded.get("name") == objective_class(name).__name__:
         options = {key: value for key, value in recorded.items() if key != "name"}
     rows = _held_out(path, data, model)
+    if len(rows) == 0:
+        raise DataError(
+            "The data hold no held-out rows. Prepare them with a larger share for validation."
+        )
     built = build_objective(name, options, model)
     load_others(built, latest(path) or path)
     longest = row_length(rows, built)
@@ -415,10 +419,6 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         raise TokenizerError(
             f"The data were prepared with another tokenizer ({len(prepared.tokenizer)} tokens) than the checkpoint's "
             f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {path}"
-        )
-    if len(rows) == 0:
-        raise DataError(
-            "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
     return rows
 
