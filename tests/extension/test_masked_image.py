@@ -19,7 +19,14 @@ from pretrain.errors import ConfigError, DataError
 HERE = Path(__file__).parent
 NAMES = [
     *("--model.family", "own_vit:ViT", "--objective.class_path", "own_vit:MaskedPatches"),
-    *("--data.source", "own_vit:squares", "--parallel.device", "cpu"),
+    *(
+        "--data.source",
+        "own_vit:squares",
+        "--data.source_args.count",
+        "36",
+        "--parallel.device",
+        "cpu",
+    ),
 ]
 SIZES = [
     *("--model.overrides.hidden_size", "16", "--model.overrides.num_layers", "2"),
@@ -48,7 +55,7 @@ def train(steps: int, out: str = "run") -> int:
 def test_every_command(here: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(20) == 0
     said = capsys.readouterr().err
-    assert "32 rows of 4 patches, 128 in all" in said and "tokens" not in said
+    assert "28 rows of 4 patches, 112 in all" in said and "tokens" not in said
     forget()
     assert train(40) == 0
     assert "resuming checkpoint-20" in capsys.readouterr().err
