@@ -33,7 +33,6 @@ from pretrain.utils.files import Record
 from pretrain.utils.strict_json import names_only, parse_json, to_json
 
 if TYPE_CHECKING:
-    from pretrain.data.tokenizer import Tokenizer
     from pretrain.models.base import Model
 
 __all__ = [
@@ -43,7 +42,7 @@ __all__ = [
     "Group",
     "draft_of",
     "spread",
-    "write_tokenizer",
+    "write_processor",
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -102,7 +101,7 @@ class Draft:
         texts: name -> content of the small files.
         groups: groups of tensors, the weights first.
         state: content of state.json; None without a training folder.
-        tokenizer: the tokenizer, and whether the model was trained with token type ids (sentence pairs).
+        processor: the tokenizer or other processor, and whether the model was trained with token type ids (pairs).
         about: the environment that bit-identical resuming depends on, see ``manifest.environment``.
         pieces: which rank holds which shard of the tensors.
     """
@@ -111,7 +110,7 @@ class Draft:
     texts: Mapping[str, bytes]
     groups: tuple[Group, ...]
     state: bytes | None
-    tokenizer: tuple[Tokenizer, bool] | None
+    processor: tuple[Any, bool] | None
     about: Mapping[str, Any]
     pieces: Pieces
 
@@ -180,7 +179,7 @@ def draft_of(
         texts=texts,
         groups=tuple(groups),
         state=encoded_state(training.state) if training is not None else None,
-        tokenizer=None if model.processor is None else (model.processor, segments),
+        processor=None if model.processor is None else (model.processor, segments),
         about=manifest.environment(torch.get_num_threads(), str(torch.__version__)),
         pieces=pieces,
     )
@@ -301,20 +300,20 @@ def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any
     return dict(finite_json(names_only({**ids, **drop_code(model.generation_config)})))
 
 
-def write_tokenizer(
-    directory: Path, tokenizer: Tokenizer, *, segments: bool
+def write_processor(
+    directory: Path, processor: Any, *, segments: bool
 ) -> Iterator[tuple[str, Record]]:
-    """Write the files of a tokenizer durably, with absolute paths removed, and yield the name and record of each.
+    """Write the files of a processor durably, with absolute paths removed, and yield the name and record of each.
 
-    The tokenizer first saves them to a temporary subdirectory.
+    The processor first saves them to a temporary subdirectory.
 
     Args:
         directory: directory of the model.
-        tokenizer: the tokenizer.
+        processor: a tokenizer, an image processor or another one with ``save(directory)``.
         segments: the model was trained with token type ids, which AutoTokenizer would otherwise leave out.
     """
-    aside = directory / "tokenizer"
-    tokenizer.save(aside)
+    aside = directory / "processor"
+    processor.save(aside)
     inputs = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
     for name in sorted(os.listdir(aside)):
         data = files.read_bytes(aside / name)

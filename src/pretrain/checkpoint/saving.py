@@ -34,7 +34,7 @@ from pretrain.checkpoint.draft import (
     Group,
     draft_of,
     total_bytes,
-    write_tokenizer,
+    write_processor,
 )
 from pretrain.checkpoint.model_directory import is_finite
 from pretrain.checkpoint.peers import (
@@ -375,9 +375,9 @@ class _Unfinished:
         texts = dict(draft.texts) if draft.state is None else {**draft.texts, STATE: draft.state}
         for name, data in texts.items():
             self._records[name] = files.write_file(directory / name, data)
-        if draft.tokenizer is not None:
-            tokenizer, segments = draft.tokenizer
-            self._records |= write_tokenizer(directory, tokenizer, segments=segments)
+        if draft.processor is not None:
+            processor, segments = draft.processor
+            self._records |= write_processor(directory, processor, segments=segments)
 
     def agree(self) -> None:
         """Tell all ranks what each of them has written, once all of them have.

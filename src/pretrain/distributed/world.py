@@ -22,10 +22,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from pretrain.checkpoint.peers import errors_on_all_ranks, raise_on_all_ranks
+from pretrain.distributed.comm import Callers, Peers, connect, gather_json
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.handshake import check_links, handshake, introduce
 from pretrain.distributed.launched import launched
-from pretrain.distributed.point_to_point import Callers, Peers, connect, gather_json
 from pretrain.distributed.store import all_here, put, store_of_this_start, wait
 from pretrain.distributed.watchdog import SLOW, Watchdog
 from pretrain.errors import DistributedError, PretrainError
