@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from pretrain.nn.attention import Attention, AttentionMask, KVCache, attend
 from pretrain.nn.block import Block, BlockConfig
-from pretrain.nn.packed import plan
+from pretrain.nn.packed import plan, sequence_offsets
 
 
 def rule(documents, causal: bool, window: int | None, queries: int) -> np.ndarray:
@@ -213,3 +215,67 @@ def test_dropout_only_while_training(pre_norm: bool):
     assert not torch.equal(block(x, mask=None), block(x, mask=None))
     block.eval()
     assert torch.equal(block(x, mask=None), block(x, mask=None))
+
+
+# ---------------------------------------------------------------------------- FlashAttention, of which a CPU has none
+
+
+def sequences_one_by_one(
+    *args: Any, scale: float, window_size_left: int, window_size_right: int
+) -> tuple[torch.Tensor]:
+    """What ``aten._flash_attention_forward`` is documented to compute, for (tokens, heads, size) and offsets."""
+    q, k, v, begins, _, longest, _, dropout, causal, _ = args
+    assert dropout == 0.0 and begins.dtype is torch.int32
+    parts = []
+    for first, last in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        assert 0 <= last - first <= longest
+        if first == last:
+            continue
+        away = torch.arange(last - first)[None, :] - torch.arange(last - first)[:, None]
+        seen = away <= 0 if causal else torch.ones_like(away, dtype=torch.bool)
+        seen &= away >= -window_size_left if window_size_left >= 0 else True
+        seen &= away <= window_size_right if window_size_right >= 0 else True
+        one = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(*one, attn_mask=seen, scale=scale)
+        parts.append(mixed[0].transpose(0, 1))
+    return (torch.cat(parts),)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 4),
+    length=st.integers(1, 40),
+    causal=st.booleans(),
+    window=st.sampled_from([None, 0, 3, 100]),
+)
+@settings(max_examples=40, deadline=None)
+def test_attention_by_sequences_equals_dense(
+    seed: int, rows: int, length: int, causal: bool, window: int | None
+):
+    rng = np.random.default_rng(seed)
+    documents = np.sort(rng.integers(1, 5, (rows, length)), axis=1)
+    for row in documents:
+        row[length - rng.integers(0, length) :] = 0
+    q, k, v = (torch.randn(rows, h, length, 8) for h in (4, 2, 2))
+    dense = AttentionMask(causal, torch.from_numpy(documents), window)
+    dense._shared["buckets"] = None
+    expected = attend(q, k, v, dense, 0.3, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.nn.attention.has_sequence_kernel", lambda *_: True)
+        patch.setattr(torch.ops.aten, "_flash_attention_forward", sequences_one_by_one)
+        found = attend(q, k, v, AttentionMask(causal, torch.from_numpy(documents), window), 0.3, 0)
+    real = torch.from_numpy(documents != 0)[:, None, :, None].expand_as(found)
+    torch.testing.assert_close(found[real], expected[real])
+    assert found.isfinite().all()
+
+
+def test_offsets_of_documents():
+    documents = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    offsets = sequence_offsets(documents)
+    assert offsets is not None and len(offsets) == 64
+    assert offsets.tolist() == [0, 2, 5, 6, *[12] * 60]
+    # A hundred documents: the length is a power of two that leaves room for the end.
+    assert len(sequence_offsets(torch.arange(1, 101)[None])) == 128
+    assert len(sequence_offsets(torch.arange(1, 65)[None])) == 128
+    assert sequence_offsets(torch.tensor([[1, 2, 1]])) is None
+    assert sequence_offsets(torch.tensor([[0, 1, 0, 0]])) is not None

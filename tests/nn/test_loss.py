@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,3 +134,16 @@ def test_ties_are_no_hits(softcap: float | None) -> None:
     assert (logits == logits.amax(1, keepdim=True)).sum() > 800  # of 400 rows
     hits = (logits.argmax(1) == labels).sum()
     assert chunked_cross_entropy(coarse, rows, labels, softcap=softcap, chunk=64)[1] == hits
+
+
+def test_the_triton_kernel_by_its_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported, so the tests of the kernel get their own process."""
+    pytest.importorskip("triton")
+    tests = Path(__file__).with_name("loss_kernel_on_cpu.py")
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr

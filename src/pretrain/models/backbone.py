@@ -356,8 +356,9 @@ class Backbone(nn.Module):
         if self.compiled and cache is None:
             # Masks and tables that all blocks share are computed before the first block: computing them inside of it
             # would give that block a graph of its own.
+            width = self.config.head_dim or self.config.hidden_size // self.config.num_heads
             for mask, rope in zip(masks, ropes, strict=True):
-                mask.prepare(columns, x.device, compute_dtype(x))
+                mask.prepare(columns, x.device, compute_dtype(x), width)
                 if rope is not None:
                     rope.to(compute_dtype(x))
         for i, block in enumerate(self.layers):

@@ -1,6 +1,11 @@
 """Attention (arXiv 1706.03762) with grouped keys (2305.13245), windows, packed documents and a key-value cache.
 
-A batch has one ``AttentionMask``; ``attend`` selects the kernel from it, the shapes and the device.
+A batch has one ``AttentionMask``; ``attend`` selects the kernel from it, the shapes, the dtype and the device:
+
+- nothing masked, or only later tokens: ``scaled_dot_product_attention`` with the kernel that torch chooses;
+- documents: per document, on a CPU where that costs less, on CUDA by FlashAttention in half precision (``packed``);
+- all else (a bias, fp32 on CUDA, a key-value cache): ``scaled_dot_product_attention`` with a dense mask.
+
 Shapes: B rows, T queries, S keys, H heads, d head size.
 """
 
@@ -16,7 +21,15 @@ from torch.nn import functional as F
 
 from pretrain.errors import ModelError
 from pretrain.nn.norm import RMSNorm
-from pretrain.nn.packed import Buckets, attend_packed, pays, plan
+from pretrain.nn.packed import (
+    Buckets,
+    attend_packed,
+    attend_sequences,
+    has_sequence_kernel,
+    pays,
+    plan,
+    sequence_offsets,
+)
 from pretrain.nn.positions import Rope, rotate
 from pretrain.nn.tensor_parallel import Group, copy_to_tensor_parallel, row_linear
 
@@ -35,12 +48,14 @@ class AttentionMask:
             padding, so that no row of the softmax is empty.
         window: a query attends to the columns at distance <= window; None is no limit.
         bias: (B|1, H|1, T, S) added to the scores.
+        offsets: first tokens of the documents, as ``packed.sequence_offsets`` returns them; None if not yet known.
     """
 
     causal: bool = False
     documents: Tensor | None = None
     window: int | None = None
     bias: Tensor | None = None
+    offsets: Tensor | None = None
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -74,7 +89,7 @@ class AttentionMask:
         if not documents.is_cpu:
             # Inspecting the ids would synchronise the accelerator; the collate function drops ids without an effect
             # before they get there.
-            return cls(causal, documents, window)
+            return cls(causal, documents, window, None, batch.get("document_offsets"))
         if causal:
             same = documents == first
             # True if each row is one document followed by padding.
@@ -90,7 +105,7 @@ class AttentionMask:
         key = ("windowed", window)
         if key not in self._memo:
             self._memo[key] = AttentionMask(
-                self.causal, self.documents, window, self.bias, _shared=self._shared
+                self.causal, self.documents, window, self.bias, self.offsets, _shared=self._shared
             )
         found: AttentionMask = self._memo[key]
         return found
@@ -140,10 +155,33 @@ class AttentionMask:
         found: Tensor | None = self._memo[memo_key]
         return found
 
-    def prepare(self, columns: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Compute the mask that the kernel needs for self-attention over ``columns`` tokens."""
-        if not self.only_causal(columns, columns):
-            self.scores(columns, columns, device, dtype)
+    def prepare(
+        self, columns: int, device: torch.device, dtype: torch.dtype, head_dim: int
+    ) -> None:
+        """Compute what the kernel needs for self-attention over ``columns`` tokens."""
+        if (
+            self.only_causal(columns, columns)
+            or self.sequences(device, dtype, head_dim) is not None
+        ):
+            return
+        self.scores(columns, columns, device, dtype)
+
+    def sequences(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Tensor | None:
+        """Return the offsets of the documents for FlashAttention, or None if it is not used. Cached, for all windows.
+
+        Without given ``offsets`` the call waits for the device.
+        """
+        key = ("sequences", device, dtype, head_dim)
+        if key not in self._shared:
+            found = None
+            plain = self.documents is not None and self.bias is None
+            if plain and has_sequence_kernel(device, dtype, head_dim):
+                found = self.offsets
+                if found is None and self.documents is not None:
+                    found = sequence_offsets(self.documents)
+            self._shared[key] = found
+        shared: Tensor | None = self._shared[key]
+        return shared
 
     def buckets(self) -> Buckets | None:
         """Return the plan for attention per document, or None if it is not faster. Planned once, for all windows."""
@@ -216,6 +254,10 @@ def attend(
         # The literal True, because torch.compile may treat the condition as symbolic.
         how["is_causal"] = True
     elif mask is not None:
+        if queries == keys:
+            offsets = mask.sequences(q.device, q.dtype, q.shape[3])
+            if offsets is not None:
+                return attend_sequences(q, k, v, offsets, mask.causal, mask.window, scale, dropout)
         # The shapes of buckets change with every batch, which a compiled graph could not reuse.
         if q.is_cpu and queries == keys and not torch.compiler.is_compiling():
             buckets = mask.buckets()

@@ -210,7 +210,7 @@ class Block(nn.Module):
 
 def _keep_products(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
     name = getattr(getattr(op, "overloadpacket", None), "__name__", "")
-    costly = name in _PRODUCTS or name.startswith("_scaled_dot_product")
+    costly = name in _PRODUCTS or name.startswith(("_scaled_dot_product", "_flash_attention"))
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 

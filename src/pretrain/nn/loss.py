@@ -2,14 +2,18 @@
 
 The projection onto the vocabulary, the softmax and the gradients of both are computed chunk by chunk in the
 forward pass, so the largest buffer is one chunk of logits instead of (N, V) logits, their softmax and their
-gradient. The idea is that of Liger Kernel (arXiv 2410.10989) and of cut cross entropy (arXiv 2411.09009);
-this implementation is plain torch, so it runs on every device.
+gradient. The idea is that of Liger Kernel (arXiv 2410.10989) and of cut cross entropy (arXiv 2411.09009).
+The implementation is plain torch, so it runs on every device; on CUDA one Triton kernel (``loss_kernel``) replaces the
+softmax and its gradient.
 
 Letters: N targets, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +27,8 @@ __all__ = ["IGNORE", "chunked_cross_entropy"]
 IGNORE = -100
 # Logits per chunk: small enough for a CPU's cache, large enough for efficient matrix products on a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+# With the kernel, a chunk takes 2 bytes per logit in place of 16.
+_CHUNK_ELEMENTS_KERNEL = 1 << 27
 
 
 def chunked_cross_entropy(
@@ -54,15 +60,18 @@ def chunked_cross_entropy(
         that are the argmax of their logits (fp32 scalar without one; of equal logits the lowest id counts, as in
         ``torch.argmax``). Both are zero without targets.
     """
+    kernel = _kernel(hidden.device) if vocab is None else None
     if chunk is None:
         budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
+        if kernel is not None:
+            budget = _CHUNK_ELEMENTS_KERNEL
         # All ranks that share a vocabulary must use the same chunks, although the last ones may hold fewer rows.
         rows = weight.shape[0] if vocab is None else vocab.rows
         chunk = max(32, budget // max(1, rows))
     if vocab is not None:
         hidden = copy_to_tensor_parallel(hidden, vocab.group)
     total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled(), vocab
+        hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled(), vocab, kernel
     )
     return total, correct
 
@@ -79,6 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         grad_enabled: bool,  # passed in, because autograd disables gradients inside forward
         vocab: VocabShard | None,
+        kernel: Callable[..., tuple[Tensor, Tensor]] | None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = hidden.dtype
@@ -89,6 +99,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
         # Gradients are scaled up in fp16: probabilities below its range would underflow before loss scaling applies.
         lift = 1024.0 if dtype is torch.float16 else 1.0
+        with_grad = needs_hidden or needs_weight or needs_bias
         with torch.autocast(device, enabled=False):
             low_weight = weight.to(dtype)
             wide = torch.float32 if dtype is torch.float16 else hidden.dtype
@@ -103,14 +114,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = part @ low_weight.T  # (n, V)
                 if bias is not None:
                     logits = logits + bias.to(dtype)
-                loss, hits, grad = _chunk(
-                    logits, target, softcap, needs_hidden or needs_weight or needs_bias, vocab
-                )
+                if kernel is None:
+                    loss, hits, grad = _chunk(logits, target, softcap, with_grad, vocab)
+                else:
+                    loss, hits = kernel(
+                        logits, target, softcap=softcap, lift=lift, gradient=with_grad
+                    )
+                    grad = logits  # overwritten by its gradient, times lift
                 total += loss
                 correct += hits
-                if grad is None:
+                if not with_grad:
                     continue
-                low = (grad if lift == 1.0 else grad * lift).to(dtype)
+                low = (grad if lift == 1.0 or kernel else grad * lift).to(dtype)
                 if grad_hidden is not None:
                     back = low @ low_weight
                     grad_hidden[start : start + chunk] = (
@@ -119,7 +134,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight.add_(low.T @ part, alpha=1.0 / lift)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                    alpha = 1.0 if kernel is None else 1.0 / lift
+                    grad_bias.add_(grad.sum(0, dtype=torch.float32), alpha=alpha)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -136,7 +152,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
 
 def _is_argmax(logits: Tensor, index: Tensor) -> Tensor:
@@ -159,7 +175,7 @@ def _chunk(
     softcap: float | None,
     with_grad: bool,
     vocab: VocabShard | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, hits and the gradient with respect to the raw logits of one chunk, (n, V) -> (n, V)."""
     logits = logits.float()
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -176,7 +192,7 @@ def _chunk(
     loss = -torch.where(valid, picked, torch.zeros_like(picked)).sum()
     hits = (correct & valid).sum().float()
     if not with_grad:
-        return loss, hits, None
+        return loss, hits, log_probs  # not used
     grad = log_probs.exp_()
     minus = (
         torch.full_like(index, -1, dtype=grad.dtype) if vocab is None else -inside.to(grad.dtype)
@@ -186,3 +202,28 @@ def _chunk(
         grad = grad * (1 - (capped / softcap).square())
     # Rows are selected, not multiplied by zero: an ignored row may hold a NaN, and 0 * NaN is NaN.
     return loss, hits, torch.where(valid.unsqueeze(1), grad, torch.zeros_like(grad))
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return the Triton kernel for a device, or None where it cannot run or does not agree with ``_chunk``."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    try:
+        from pretrain.nn.loss_kernel import cross_entropy_
+
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(8, 1000, generator=generator).to(device, torch.bfloat16)
+        labels = torch.tensor([0, 999, IGNORE, 7, 5, 300, IGNORE, 998], device=device)
+        loss, hits, grad = _chunk(logits, labels, 5.0, True, None)
+        found = cross_entropy_(logits, labels, softcap=5.0)
+        torch.testing.assert_close(found, (loss, hits), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits.float(), grad, rtol=2e-2, atol=1e-4)
+    except Exception as error:  # Triton needs a C compiler, and raises errors of many classes
+        warnings.warn(
+            f"The fused kernel of the loss cannot be used on {device}, so the slower eager computation is: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return None
+    return cross_entropy_

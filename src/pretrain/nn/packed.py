@@ -1,11 +1,14 @@
-"""Attention per document over packed rows, for CPUs, which have no variable-length kernel.
+"""Attention per document over packed rows: a dense mask over a row of T tokens costs T² whatever is in it.
 
-A dense mask over a row of T tokens costs T² whatever the documents in it. Here the documents are gathered into
-buckets of similar length, each bucket is one padded batch, and the results are scattered back.
+A GPU has a kernel for sequences of different lengths, FlashAttention's (arXiv 2307.08691). A CPU has none: there the
+documents are gathered into buckets of similar length, each bucket is one padded batch, and the results are scattered
+back.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,15 @@ from torch.nn import functional as F
 
 from pretrain.nn.device import has_matrix_tiles
 
-__all__ = ["Buckets", "attend_packed", "pays", "plan"]
+__all__ = [
+    "Buckets",
+    "attend_packed",
+    "attend_sequences",
+    "has_sequence_kernel",
+    "pays",
+    "plan",
+    "sequence_offsets",
+]
 
 # Costs in units of one query-key pair, measured on a CPU: moving a token in and out of its bucket (forward and
 # backward), and one additional kernel call.
@@ -199,3 +210,112 @@ def _move(x: Tensor, buckets: Buckets, inwards: bool) -> Tensor:
     if buckets.tokens is None:
         return taken
     return x.new_zeros(buckets.places, x.shape[1]).index_copy_(0, buckets.tokens, taken)
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+def sequence_offsets(documents: Tensor) -> Tensor | None:
+    """Return the first token of each document in the flattened batch, and the number of tokens: (N + 1,) int32.
+
+    A run of padding counts as a document. The end is repeated up to a power of two, so that few lengths occur: an
+    empty document costs nothing, and a compiled graph is used again.
+
+    Args:
+        documents: (B, T) ids, 0 is padding. On a GPU the call waits for the device; on a CPU it does not.
+
+    Returns:
+        The offsets on the device of ``documents``, or None if the tokens of an id are not contiguous in a row.
+    """
+    rows, length = documents.shape
+    new = torch.ones_like(documents, dtype=torch.bool)
+    new[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = new.flatten().nonzero().squeeze(1)
+    owner = torch.stack((starts // length, documents.flatten()[starts]))
+    owner = owner[:, owner[1] != 0]
+    if len(torch.unique(owner, dim=1)[0]) < owner.shape[1]:
+        return None
+    size = max(64, 1 << len(starts).bit_length())
+    offsets = torch.full((size,), rows * length, dtype=torch.int32, device=documents.device)
+    offsets[: len(starts)] = starts
+    return offsets
+
+
+def attend_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Compute attention within each document by the kernel for sequences, (B, H, T, d) -> (B, H, T, d)."""
+    rows, heads, length, size = q.shape
+    if k.shape[1] != heads:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    flat = [x.transpose(1, 2).reshape(rows * length, heads, size) for x in (q, k, v)]
+    narrow = None if window is None or window >= length - 1 else window
+    right = 0 if causal else narrow
+    # torch.nn.attention.varlen calls the same operator, without dropout, and chooses another one for encoders since
+    # torch 2.14. The longest possible document is given, not the longest one, which differs from batch to batch.
+    mixed: Tensor = torch.ops.aten._flash_attention_forward(
+        *(*flat, offsets, offsets, length, length, dropout, causal, False),
+        scale=scale,
+        window_size_left=-1 if narrow is None else narrow,
+        window_size_right=-1 if right is None else right,
+    )[0]
+    return mixed.view(rows, length, heads, size).transpose(1, 2)
+
+
+@functools.cache
+def has_sequence_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether ``attend_sequences`` runs there and agrees with a dense mask."""
+    if (
+        device.type != "cuda"
+        or dtype not in (torch.bfloat16, torch.float16)
+        or head_dim % 8
+        or head_dim > 256
+        or torch.cuda.get_device_capability(device)[0] < 8
+    ):
+        return False
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cuda", enabled=False),
+        ):
+            _check_sequence_kernel(device, dtype, head_dim)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        warnings.warn(
+            f"FlashAttention for documents of different lengths cannot be used on {device}, so attention computes a "
+            f"dense mask, which is slower: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _check_sequence_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Compare ``attend_sequences`` and its gradients with a dense mask on two small rows; raise where they differ."""
+    documents = torch.tensor([[1] * 40 + [2] * 50 + [3] * 6, [1] * 70 + [0] * 26], device=device)
+    offsets = sequence_offsets(documents)
+    assert offsets is not None
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 2, 96, head_dim, generator=generator) for _ in range(4)]
+    same = (documents[:, :, None] == documents[:, None, :])[:, None]
+    column = torch.arange(96, device=device)
+    away = column[:, None] - column
+    for causal, window in ((False, None), (True, None), (False, 7), (True, 7)):
+        seen = same & (away >= 0) if causal else same
+        seen = seen if window is None else seen & (away.abs() <= window)
+        found = []
+        for kernel in (True, False):
+            q, k, v, out = (p.to(device, dtype).requires_grad_() for p in parts)
+            if kernel:
+                mixed = attend_sequences(q, k, v, offsets, causal, window, 0.1, 0.0)
+            else:
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.1)
+            found.append([mixed.detach(), *torch.autograd.grad(mixed, (q, k, v), out.detach())])
+        torch.testing.assert_close(found[0], found[1], rtol=3e-2, atol=3e-2)

@@ -15,6 +15,7 @@ import torch
 from pretrain.data.loader import Loader, row_rngs
 from pretrain.errors import DataError, TrainingError
 from pretrain.nn.loss import IGNORE
+from pretrain.nn.packed import sequence_offsets
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -24,9 +25,16 @@ __all__ = ["Feed", "check_batch", "check_targets", "hash_seed", "to_device"]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a batch; the copy overlaps with compute on a GPU."""
+    """Move every tensor of a batch; the copy overlaps with compute on a GPU.
+
+    On CUDA the first tokens of the documents are added, by which attention finds them without waiting for the device.
+    """
     if device.type == "cpu":
         return batch
+    documents = batch.get("document_ids", batch.get("attention_mask"))
+    if device.type == "cuda" and documents is not None and documents.ndim == 2:
+        offsets = sequence_offsets(documents)
+        batch = batch if offsets is None else {**batch, "document_offsets": offsets}
     return {
         key: (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
         for key, value in batch.items()
