@@ -49,6 +49,12 @@ class FaultyIO(FileIO):
     def rename(self, source, target):
         return self._call("rename", lambda: super(FaultyIO, self).rename(source, target), target)
 
+    def exchange(self, first, second):
+        return self._call("exchange", lambda: super(FaultyIO, self).exchange(first, second), second)
+
+    def link(self, source, target):
+        return self._call("link", lambda: super(FaultyIO, self).link(source, target), target)
+
     def unlink(self, path):
         return self._call("unlink", lambda: super(FaultyIO, self).unlink(path), path)
 

@@ -23,7 +23,8 @@ def result(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_it_says_where_and_how_well(result: Any) -> None:
     text = repr(result)
-    assert "classification with bert" in text and str(result.run.best) in text
+    assert "classification with bert" in text
+    assert f"best {result.run.best.name}, {result.run.path / 'model'}\n" in text
     for part in ("validation", "test", "majority baseline"):
         assert part in text
     assert f"{result.test_metrics['accuracy']:.4f}" in text

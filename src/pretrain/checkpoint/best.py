@@ -20,9 +20,10 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils.files import note, read_bytes, replace_file, writing
 from pretrain.utils.strict_json import parse_json, sealed, unsealed
 
-__all__ = ["BEST", "SWEEP", "best_first", "run_state", "swept_rate", "write_choice"]
+__all__ = ["BEST", "RESULT", "SWEEP", "best_first", "run_state", "swept_rate", "write_choice"]
 
 BEST, SWEEP = "best.json", "sweep.json"
+RESULT = "model"  # directory inside a run, see ``pretrain.checkpoint.result``
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
 _TASK = re.compile(r"^task:", re.M)  # in the run.yaml of a fine-tuning run
@@ -67,7 +68,7 @@ def best_first(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run in the order in which loading tries them.
 
     Of a fine-tuned run the checkpoint that was best on the held-out rows comes first; the others, and those of any
-    other run, follow with the highest step first.
+    other run, follow with the highest step first. The result of the run, which holds the best one, comes last.
     """
     found = manifest.candidates(run_dir)
     path, known = run_dir / BEST, {checkpoint.name for checkpoint in found}
@@ -92,7 +93,9 @@ def best_first(run_dir: Path) -> list[Path]:
     except CheckpointError as error:
         note(f"{error} This file names the best checkpoint of the run; {said} instead.")
         name = expected
-    return sorted(found, key=lambda checkpoint: checkpoint.name != name)
+    result = run_dir / RESULT
+    kept = [result] if os.path.lexists(result / manifest.NAME) else []
+    return [*sorted(found, key=lambda checkpoint: checkpoint.name != name), *kept]
 
 
 def _was_tuned(run_dir: Path) -> bool:

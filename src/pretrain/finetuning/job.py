@@ -369,6 +369,8 @@ class Job:
         if self.data.test is not None:
             result.trivial_test = task.trivial(self.data.train, self.data.test)
         result.describe()
+        if shared is None:  # else it waits for `report`, because this rank has no whole model yet
+            world.on_rank_zero(result.keep)
         for line in () if self.quiet else repr(result).splitlines():
             note(line)
         return result

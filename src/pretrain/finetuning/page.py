@@ -64,6 +64,7 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
     readme = result.model.card = model_card(result)
     if result.run is not None:
         write_page(result.run.path / "README.md", readme)
+        result.keep()
     return write_page(place, text)
 
 
@@ -235,6 +236,6 @@ def _repeat(result: Finetuned) -> str:
 def _use(result: Finetuned) -> str:
     """Code that loads the model and predicts."""
     run: Any = result.run  # None for a trial
-    path = "MODEL" if run is None else str(run.best or run.checkpoint or run.path)
+    path = "MODEL" if run is None else str(run.result or run.path)
     example = example_input(result)
     return f"import pretrain\nmodel = pretrain.load({path!r})\nmodel.predict({example})"

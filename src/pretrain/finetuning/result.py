@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.checkpoint.result import write_result
 from pretrain.errors import DataError
 from pretrain.finetuning.card import measured_parts, model_card
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
 from pretrain.metrics import confusion_matrix, per_class
 from pretrain.printing import aligned, printable
 from pretrain.utils.html import Html, bullets, notebook_view, show, table
+from pretrain.utils.strict_json import to_json
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -216,6 +219,18 @@ class Finetuned:
             })  # fmt: skip
         return Errors(mistakes)
 
+    def keep(self) -> None:
+        """Write the result of the run again, with all that is known by now: the model card and the test metrics."""
+        chosen = self.run.best or self.run.checkpoint
+        if chosen is None:
+            return
+        self.describe()
+        config = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
+        config["pretrain"] = {**config["pretrain"], **self.model.extra_config["pretrain"]}
+        card = (self.model.card or "").encode("utf-8", "replace")
+        texts = {"config.json": to_json(config), "README.md": card}
+        self.run.result = write_result(self.run.path, chosen, texts)
+
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the model as a Hugging Face directory (an adapter as a PEFT directory)."""
         model = self.model
@@ -257,8 +272,8 @@ class Finetuned:
 def _where(run: Any) -> str:
     if run is None:
         return "not saved"
-    best = run.best or run.checkpoint
-    return f"step {run.step:,}, best {best}" if run.best else f"step {run.step:,}, {best}"
+    best = f"best {run.best.name}, " if run.best else ""
+    return f"step {run.step:,}, {best}{run.result or run.checkpoint}"
 
 
 class Confusion:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import latest
+from pretrain.checkpoint.best import RESULT
 from pretrain.distributed.launch import Launched, count_devices
 from pretrain.errors import ConfigError
 from pretrain.training.live import open_screen
@@ -171,4 +172,5 @@ def read_run(out: Path, stopped: str | None = None) -> Run:
         history=history,
         checkpoint=checkpoint,
         best=best if best.exists() else None,
+        result=out / RESULT if (out / RESULT).is_dir() else None,
     )

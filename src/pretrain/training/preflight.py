@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import check_writable, estimated_size, save_model
+from pretrain.checkpoint.result import check_result
 from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, TrainingError
@@ -46,6 +47,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     parameters = numel(trainer)
     size = checkpoint_size(trainer) * (train.keep + 1)
     trainer.world.on_rank_zero(lambda: check_writable(trainer.out, size))
+    trainer.world.on_rank_zero(lambda: check_result(trainer.out))
     batches = trainer.feed.step_at(state.rows)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)

@@ -102,6 +102,8 @@ class Run:
         checkpoint: newest checkpoint.
         best: checkpoint that is best on the held-out rows by ``train.monitor``; the newest one if nothing was
             evaluated, None if it was not kept.
+        result: ``model`` in the run directory: the best checkpoint, or the newest if the best was not kept, as a model
+            directory without the state of training. Its path is the same in every run.
     """
 
     path: Path
@@ -111,6 +113,7 @@ class Run:
     history: list[dict[str, Any]]
     checkpoint: Path | None = None
     best: Path | None = None
+    result: Path | None = None
 
     @property
     def exit_code(self) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import Saver
+from pretrain.checkpoint.result import write_result
 from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples, Loader
@@ -509,7 +510,7 @@ class Trainer:
         return self.stop.agreed is not None
 
     def _finish(self, stopped: str) -> Run:
-        """Save a last checkpoint if needed, print its path and return the result of the run."""
+        """Save a last checkpoint if needed, make the best one the result, print its path and return the run."""
         state = self.state
         if state.last_save != state.step or self.checkpoint is None:
             self.save()
@@ -522,6 +523,10 @@ class Trainer:
         if self.asked_to_stop():  # a signal may have arrived during the save
             stopped = self.stop.agreed or stopped
         best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint
+        best = best if best is not None and best.exists() else None
+        chosen = best or self.checkpoint
+        assert chosen is not None
+        result = self.world.broadcast_result(lambda: str(write_result(self.out, chosen)))
         run = Run(
             path=self.out,
             step=state.step,
@@ -529,10 +534,11 @@ class Trainer:
             metrics=self.metrics,
             history=self._history(),
             checkpoint=self.checkpoint,
-            best=best if best is not None and best.exists() else None,
+            best=best,
+            result=Path(result),
         )
         self.say(
-            f"{'stopped by ' + stopped if stopped != 'limit' else 'done'} at step {state.step:,}: {self.checkpoint}"
+            f"{'stopped by ' + stopped if stopped != 'limit' else 'done'} at step {state.step:,}: {run.result}"
         )
         return run
 

@@ -33,6 +33,7 @@ __all__ = [
     "moved_aside",
     "publish",
     "remove_tree",
+    "replace",
     "spared",
     "sweep",
     "temporary_directory",
@@ -132,6 +133,20 @@ def publish(temporary: Path, target: Path) -> None:
     fsync_directory(target.parent)
     with spared(aside):
         remove_tree(aside)
+
+
+def replace(temporary: Path, target: Path) -> None:
+    """Like `publish`, but readers find one of the two under the name at every moment, where the system can swap names.
+
+    Without such a call (it is Linux's, on most local file systems) there is a moment between the two renames of
+    `publish`.
+    """
+    if not os.path.lexists(target) or not files.IO.exchange(temporary, target):
+        publish(temporary, target)
+        return
+    fsync_directory(target.parent)
+    with spared(temporary):
+        remove_tree(temporary)
 
 
 def discard(path: Path) -> None:

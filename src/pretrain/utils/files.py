@@ -8,6 +8,7 @@ point of a save is tested. This module does not import torch.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -51,6 +52,7 @@ THREADED = 1 << 20  # bytes; smallest write that a thread of its own hashes mean
 SMALL = 64 << 20  # bytes; largest file that `read_bytes` reads by default
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NAME_BYTES = 255  # longest file name that file systems allow
 
 
@@ -77,6 +79,18 @@ class FileIO:
     def rename(self, source: Path, target: Path) -> None:
         """Rename a file or directory atomically."""
         os.rename(source, target)
+
+    def exchange(self, first: Path, second: Path) -> bool:
+        """Swap the names of two directories in one step; False where the system cannot."""
+        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+        if renameat2 is None:
+            return False
+        names = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+        return bool(renameat2(*names, _RENAME_EXCHANGE) == 0)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name."""
+        os.link(source, target, follow_symlinks=False)
 
     def unlink(self, path: Path) -> None:
         """Remove one file."""

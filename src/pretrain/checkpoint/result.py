@@ -1,0 +1,127 @@
+"""The stable result of a run: ``RUN/model``, a whole model directory that is replaced each time the run ends.
+
+Its weights are second names (hard links) of the checkpoint's files, so it costs almost no room; where a file system has
+no hard links they are copied. The small files are always copied, so that an edit of one does not damage the
+checkpoint. A weight file with two names is made read-only for the same reason: a program that writes into an existing
+file is refused, one that writes a new file and renames it, as this package does, is not. There is no optimizer state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.best import RESULT
+from pretrain.checkpoint.model_directory import ADAPTED_MODEL, ADAPTER_CONFIG
+from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.utils import directories, files
+from pretrain.utils.files import Record
+
+__all__ = ["check_result", "write_result"]
+
+_WEIGHTS = ".safetensors"
+
+
+def write_result(run_dir: Path, checkpoint: Path, texts: Mapping[str, bytes] | None = None) -> Path:
+    """Make a checkpoint the result of its run, atomically; the checkpoint itself is not changed.
+
+    A result that holds the same weights already is kept, unless ``texts`` are given. If the process is killed, the
+    previous result stays, and the next call removes what was left behind.
+
+    Args:
+        run_dir: the run.
+        checkpoint: a complete checkpoint of the run.
+        texts: new content of small files of the checkpoint, such as README.md.
+
+    Returns:
+        ``run_dir/model``. Of an adapter it holds a PEFT directory, as `save_model` writes it outside of a run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or the directory cannot be written or holds files of others.
+    """
+    target = run_dir / RESULT
+    with files.writing(target):
+        directories.sweep(run_dir, name=RESULT)
+        source = manifest.read_manifest(checkpoint)
+        if texts is None and _holds(target, source):
+            return target
+        check_result(run_dir)
+        adapter = ADAPTER_CONFIG in source.required
+        with directories.temporary_directory(target) as made:
+            records = {}
+            for name, record in source.required.items():
+                new = ADAPTED_MODEL if adapter and name == "config.json" else name
+                (made / new).parent.mkdir(exist_ok=True)
+                if name in manifest.BYSTANDERS and not (checkpoint / name).exists():
+                    continue
+                if name.endswith(_WEIGHTS):
+                    records[new] = _link(checkpoint / name, made / new, record)
+                else:
+                    data = (texts or {}).get(name) or _read(checkpoint / name, record)
+                    records[new] = files.write_file(made / new, data)
+            manifest.write_manifest(made, source.step, records, source.environment)
+            for folder in {(made / name).parent for name in records}:
+                files.fsync_directory(folder)
+            manifest.check_files(made, manifest.read_manifest(made), hashes=())
+            directories.replace(made, target)
+    return target
+
+
+def _holds(target: Path, source: manifest.Manifest) -> bool:
+    """Whether the result is whole and has the step and the weights of a checkpoint."""
+    try:
+        found = manifest.read_manifest(target)
+    except (CheckpointError, OSError):
+        return False
+    own, wanted = (
+        {name: record for name, record in one.required.items() if name.endswith(_WEIGHTS)}
+        for one in (found, source)
+    )
+    return found.step == source.step and own == wanted and manifest.complete(target)
+
+
+def check_result(run_dir: Path) -> None:
+    """Raise CheckpointError if something stands in the place of the result that was not written as one."""
+    target = run_dir / RESULT
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise CheckpointError(
+            f"{target} exists and is not a directory, so the result of the run cannot be written there. Move it away."
+        )
+    if os.listdir(target) and not os.path.lexists(target / manifest.NAME):
+        raise CheckpointError(
+            f"{target} has no {manifest.NAME}, so it was not written as the result of the run, and is not replaced. "
+            f"Move it away, or choose another output directory."
+        )
+
+
+def _read(path: Path, record: Record) -> bytes:
+    return files.read_bytes(path, record if path.name not in manifest.BYSTANDERS else None)
+
+
+def _link(source: Path, target: Path, record: Record) -> Record:
+    """Give a weight file a second name, or copy it; return its record."""
+    try:
+        files.IO.link(source, target)
+    except OSError:  # the file system has no hard links, or does not allow this one
+        return _copy(source, target, record)
+    with contextlib.suppress(OSError):  # the file belongs to another user
+        target.chmod(target.stat().st_mode & 0o555)
+    record.check(target, target.stat().st_size)
+    return record
+
+
+def _copy(source: Path, target: Path, record: Record) -> Record:
+    descriptor, size = files.open_regular(source)
+    record.check(source, size)
+    with open(descriptor, "rb", buffering=0) as old, files.HashingFile(target) as new:
+        while data := old.read(files.CHUNK):
+            new.write(data)
+        copied = new.finish()
+    if copied != record:
+        raise CheckpointCorrupt(source, f"SHA-256 {record.sha256[:16]}...", copied.sha256[:16])
+    return copied
