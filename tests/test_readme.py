@@ -36,6 +36,7 @@ SMALLER = {
     '"runs/books-bert"': '"runs/books-gpt"',
     'task="classification", valid=0.2': 'task="classification", valid=0.2, limit="3 steps"',
     'label="stars", valid=0.2': 'label="stars", valid=0.2, limit="3 steps", out="runs/stars"',
+    'task="chat", valid=0.2': 'task="chat", valid=0.2, limit="3 steps", out="runs/answers"',
 }
 TINY = """
 model: {family: gpt2, size: tiny}
@@ -61,6 +62,14 @@ def place(tmp_path, monkeypatch):
         (tmp_path / "books" / f"{number}.txt").write_text(words)
     (tmp_path / "other.txt").write_text("The boat came home at night. " * 50)
     (tmp_path / "tiny.yaml").write_text(TINY)
+    reviews = [f"a {w} film {n},{k}" for k, w in enumerate(("dull", "warm")) for n in range(30)]
+    (tmp_path / "reviews.csv").write_text("review,stars\n" + "\n".join(reviews) + "\n")
+    asked = [{"role": "user", "content": "What sails?"}, {"role": "assistant", "content": "A ship"}]
+    chats = [
+        json.dumps({"messages": [*asked, {**asked[0], "content": str(n)}, asked[1]]})
+        for n in range(20)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats) + "\n")
     return tmp_path
 
 
@@ -84,7 +93,7 @@ def run(code, name, names=None):
 
 def run_before(name):
     """Blocks that go on where the README's first one ends, or need its run on the disk, get what the reader has."""
-    if name not in {"transformers", "checkpoints", "finetune"}:
+    if name not in {"transformers", "checkpoints", "finetune", "tutorial-labels", "tutorial-chat"}:
         return None
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return run(dict(BLOCK.findall(text))["readme"], "readme")

@@ -195,7 +195,7 @@ def make_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any]) -> 
         except ImportError as error:
             raise ConfigError(
                 f"train.loggers names {name!r}, whose package is not installed ({error}). "
-                f"Install it with: pip install 'pretrain[{name}]'"
+                f"Install it with: pip install {name}"
             ) from error
         except Exception as error:  # no key, no network, a service that is down
             raise ConfigError(f"The logger {name!r} cannot start: {error}") from error
