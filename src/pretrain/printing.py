@@ -6,10 +6,17 @@ Everything that is printed goes through `printable`; files keep the original tex
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Sequence
+from typing import TextIO
 
-__all__ = ["aligned", "printable"]
+__all__ = ["aligned", "console", "printable"]
+
+
+def console() -> TextIO:
+    """Return the stream of progress and notes: stderr, or stdout in a notebook, which shows the former in red."""
+    return sys.stdout if "ipykernel" in sys.modules else sys.stderr
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -12,7 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.scripts import SCRIPTS, TOKENIZERS, documents, tokenizer
+from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, ModelError, TokenizerError, TrainingError
+from pretrain.models import build
 from pretrain.objectives import build_objective
 from pretrain.objectives.masked_lm import MaskedLM
 
@@ -208,3 +210,18 @@ def test_whole_words_hide_the_share_asked_for_in_every_script(
     shares = (labels != -100).sum(1) / maskable.sum(1)
     assert (labels != -100).sum() / maskable.sum() == pytest.approx(rate, abs=0.03)
     assert shares.min() > 0 and shares.max() <= 0.5
+
+
+def test_the_preview_shows_hidden_words_whole_with_what_the_brackets_mean() -> None:
+    text = "the captain sailed the ship over the sea and the wind was strong"
+    made = train_from_texts([text], "bpe", vocab_size=270)  # most words are several tokens
+    model = build("bert", "tiny", tokenizer=made, head="masked-lm", seed=0)
+    objective: Any = MaskedLM(model, eval_rate=0.3)
+    row = {"input_ids": np.array(made.encode(text))}
+    (shown,) = objective.preview([row], "", 0)
+    passage, legend = shown.split("\n")
+    assert legend.startswith("(brackets: hidden words")
+    hidden = re.findall(r"\[(?:[^|\]]* \| )?([^]]*)\]", passage)
+    assert 1 <= len(hidden) <= 6 and set(hidden) <= set(text.split())
+    plain = re.sub(r"\[(?:[^|\]]* \| )?([^]]*)\]", r"\1", passage)
+    assert plain in text

@@ -185,13 +185,61 @@ def test_a_full_memory_is_a_sentence_with_the_way_out(
     plain, calls = goal.forward, itertools.count(1)
 
     def forward(batch: Any) -> Loss:
-        if next(calls) == call:
+        if next(calls) >= call:
             raise error
         return plain(batch)
 
     monkeypatch.setattr(goal, "forward", forward)
     with pytest.raises(TrainingError, match=r"memory.*Lower train\.micro_rows"):
         trainer(tmp_path, goal, Rows(8)).fit()
+
+
+def starved(monkeypatch: pytest.MonkeyPatch, after: int) -> Any:
+    """An objective for which memory does not suffice for more than two rows, ``after`` that many forward passes."""
+    goal = objective()
+    plain, calls = goal.forward, itertools.count()
+
+    def forward(batch: Any) -> Loss:
+        if next(calls) >= after and len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("no")
+        return plain(batch)
+
+    monkeypatch.setattr(goal, "forward", forward)
+    return goal
+
+
+def test_a_full_memory_makes_smaller_micro_batches_of_the_same_rows(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"batch_rows": 8}
+    small = trainer(tmp_path / "small", objective(), Rows(32), micro_rows=2, **options)
+    small.fit()
+    capfd.readouterr()
+    big = trainer(tmp_path / "big", starved(monkeypatch, 0), Rows(32), micro_rows=8, **options)
+    assert big.fit().step == 12 and big.micro_rows == 2
+    said = capfd.readouterr().err
+    assert "does not suffice for 8 rows" in said and "does not suffice for 4 rows" in said
+    assert losses(tmp_path / "big") == losses(tmp_path / "small")
+    weights = zip(big.objective.parameters(), small.objective.parameters(), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in weights)
+
+
+def test_a_run_that_ran_out_of_memory_resumes_with_the_rows_that_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"batch_rows": 8, "micro_rows": 8, "optim": {"schedule": "constant"}}
+    whole = trainer(tmp_path / "whole", starved(monkeypatch, 5), Rows(32), **options).fit()
+    events = [r for r in whole.history if r.get("event") == "memory"]
+    assert [event["micro_rows"] for event in events] == [4, 2]
+    assert 1 < events[0]["step"] == events[1]["step"] < 6
+    out = tmp_path / "parts"
+    trainer(out, starved(monkeypatch, 5), Rows(32), limit="6 steps", **options).fit()
+    again = trainer(out, objective(), Rows(32), **options)  # there is enough memory now
+    assert again.fit().step == 12 and again.micro_rows == 2
+    assert losses(out) == losses(whole.path)
+    plain = trainer(tmp_path / "plain", objective(), Rows(32), **options).fit()
+    for mine, other in zip(losses(out), losses(plain.path), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "dropout", "nothing"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import re
+import struct
 import sys
+import threading
 import time
 import types
 import xml.etree.ElementTree as ET
@@ -109,6 +114,96 @@ def test_the_last_step_is_always_in_the_log(tmp_path: Path) -> None:
     trainer(tmp_path, objective(), Rows(8), limit="17 steps", log_every=10).fit()
     steps = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "grad_norm" in line]
     assert steps == [*range(1, 11), 17]
+
+
+# ------------------------------------------------------------------------------------------------ terminal
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, columns: int, use: Any) -> list[str]:
+    """What a terminal of so many columns receives, cut at carriage returns and line ends."""
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    received: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while piece := os.read(ours, 4096):
+                received.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(live, "_publisher", lambda: None)
+        use()
+    reader.join()
+    os.close(ours)
+    shown = b"".join(received).decode()
+    return [piece for piece in re.split(r"[\r\n]+", shown) if piece.strip()]
+
+
+@pytest.mark.parametrize(("columns", "lr"), [(80, False), (140, True)])
+def test_loss_speed_and_time_left_fit_into_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int, lr: bool
+) -> None:
+    figures = {"loss": 3.4567, "tokens/s": 1234567.0, "lr": 0.00031416}
+
+    def use() -> None:
+        screen = Progress()
+        screen.show(12000, figures, 100000)
+        time.sleep(0.05)
+        screen.show(12001, figures, 100000)
+        screen.write("a line that is longer than the terminal: " + "some words " * 20)
+        screen.close()
+
+    pieces = drawn(monkeypatch, columns, use)
+    assert all(len(piece) < columns for piece in pieces)
+    last = pieces[-1]
+    assert "step 12,001/100,000" in last and "loss 3.457" in last and "1,234,567 tokens/s" in last
+    assert re.search(r"\d:\d\d:\d\d left", last) and ("lr 0.0003142" in last) == lr
+    assert "mfu" not in last
+
+
+def test_a_terminal_sees_each_step_of_the_start_up_and_a_log_file_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = trainer(tmp_path, objective(), Rows(8), limit="2 steps")
+    pieces = [piece.strip() for piece in drawn(monkeypatch, 80, run.fit)]
+    steps = [piece for piece in pieces if piece.endswith(" ...")]
+    assert "running the largest batch ..." in steps and "saving and reloading ..." in steps
+    whole = " ".join(pieces)
+    assert re.search(r"start-up: placing the model \d\.\d s, checking free space \d\.\d s", whole)
+    assert "?step" not in whole and "2/2" in pieces[-1]
+    monkeypatch.undo()
+    trainer(tmp_path / "log", objective(), Rows(8), limit="2 steps").fit()
+    said = capfd.readouterr().err
+    assert "\r" not in said and "running the largest batch ...\n" in said
+
+
+def test_samples_are_text_and_not_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"eval": {"loss": 1.0}, "samples": ["def a():\n\treturn 'é\x1b'"]}
+    Progress().evaluation(record, RunState(step=3), " (best)")
+    assert capsys.readouterr().err.splitlines() == [
+        "step 3: validation: loss 1 (best)",
+        "    def a():",
+        "        return 'é\\x1b'",
+    ]
+
+
+def test_dear_evaluations_are_remarked_on_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"eval_rows": Rows(64, seed=1), "eval_every": "1 steps"}
+    run = trainer(tmp_path, objective(), Rows(8), limit="6 steps", **options).fit()
+    said = capsys.readouterr().err
+    assert len([r for r in run.history if "eval" in r]) == 6
+    assert (
+        len(re.findall(r"evaluations take \d+% of the time: with a larger train\.eval_every", said))
+        == 1
+    )
+    trainer(tmp_path / "one", objective(), Rows(8), limit="6 steps").fit()
+    assert "evaluations take" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ live view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def settings(tmp_path: Path, text: Path, **train: Any) -> dict[str, Any]:
         | train,
         "parallel": {"device": "cpu"},
     }
+
+
+def test_the_last_words_say_what_was_reached_and_what_to_do(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain.train(settings(tmp_path, text, limit="2 steps"))
+    said = capfd.readouterr().err
+    assert re.search(r"\d:\d\d for [\d,]+ tokens, best validation loss [\d.]+ \(step 2\)", said)
+    assert "word frequencies alone" in said and f"report: {run.path / 'report.html'}" in said
+    assert "<svg" in (run.path / "report.html").read_text()
+    assert f"pretrain.load({str(run.path)!r}).generate(" in said  # in Python's spelling here
 
 
 def test_same_command_resumes_and_figures_agree(tmp_path: Path, text: Path) -> None:

@@ -116,7 +116,7 @@ def test_rows_that_do_not_fit_are_told_before_the_first_step(tmp_path: Path) -> 
 
     rows = Ragged([4] * 39 + [30])
     task = trainer(tmp_path, Small(objective()), rows)
-    with pytest.raises(TrainingError, match=r"4 rows of 30 tokens does not fit.*micro_rows"):
+    with pytest.raises(TrainingError, match=r"1 row of 30 tokens does not fit.*micro_rows"):
         task.fit()
     assert task.state.step == 0
 

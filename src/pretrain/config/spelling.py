@@ -21,6 +21,7 @@ __all__ = [
     "TRAIN",
     "Interface",
     "column",
+    "either",
     "option",
     "option_name",
     "using",
@@ -90,6 +91,11 @@ def option_name(name: str) -> str:
     """Return the name of an option: ``format`` or ``--data.format``."""
     path = _current.places.get(name, _current.others + name)
     return f"--{path}" if _current.command else path
+
+
+def either(command: str, python: str) -> str:
+    """Return the first on the command line, the second in Python."""
+    return command if _current.command else python
 
 
 def column(role: str, name: Any = ...) -> str:

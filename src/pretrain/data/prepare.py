@@ -59,7 +59,7 @@ from pretrain.data.workdir import (
 )
 from pretrain.data.workers import train_apart
 from pretrain.errors import DataError, TokenizerError
-from pretrain.printing import printable
+from pretrain.printing import console, printable
 
 __all__ = ["Prepared", "prepare"]
 
@@ -123,7 +123,7 @@ def prepare(
     with disk_errors(target), _stoppable():
         prepared = _build(target, job)
     if not quiet:
-        print(printable(prepared.table(), lines=True), file=sys.stderr)
+        print(printable(prepared.table(), lines=True), file=console())
     return prepared
 
 
@@ -198,7 +198,7 @@ def _understand(
 
     def say(line: str) -> None:
         if not quiet:
-            print(printable(line), file=sys.stderr)
+            print(printable(line), file=console())
 
     return _Job(
         sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,
@@ -359,12 +359,18 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], Any]]:
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     # In a log file a progress bar would print a line per update; a notebook has no terminal but renders the bar.
     quiet = quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     with tqdm(
-        total=total, desc=label, unit="B", unit_scale=True, disable=quiet, leave=False
+        total=total,
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        disable=quiet,
+        leave=False,
+        file=console(),
     ) as bar:
         yield bar.update
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_choice
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
-from pretrain.config.spelling import option, option_name
+from pretrain.config.spelling import either, option, option_name
 from pretrain.distributed.whole_parameters import copy_whole
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, Interrupted
+from pretrain.finetuning.card import example_input
 from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
@@ -35,6 +37,7 @@ from pretrain.finetuning.start import (
 from pretrain.models import own_family
 from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
+from pretrain.training.closing import taken
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.restore import load_weights
 from pretrain.training.run import check_same_run, has_begun
@@ -67,6 +70,25 @@ def automatic_steps(epoch: int) -> int:
 def grid(middle: float) -> list[float]:
     """Grid of learning rates around ``middle``."""
     return [float(f"{middle * factor:.1e}") for factor in _SWEEP]
+
+
+def follow_up(result: Finetuned) -> list[str]:
+    """Return what can be done with the model, in the spelling of the interface in use."""
+    path, task, kind = str(result.path), result.task.name, result.model.head_kind
+    place = shlex.quote(path)
+    command, python = f"pretrain predict {place} FILE", f"predict({example_input(result)})"
+    if task in ("chat", "preference"):
+        command, python = f'pretrain generate {place} "Hello" --chat', 'chat("Hello")'
+    elif task == "language-modelling":
+        name = "generate" if kind == "causal-lm" else "fill-mask"
+        command, python = f"pretrain {name} {place} TEXT", f"{name.replace('-', '_')}(TEXT)"
+    elif task == "embedding":
+        command, python = f"pretrain evaluate {place} --data FILE", "embed(TEXTS)"
+    return [
+        "next:",
+        f"    {either(command, f'pretrain.load({path!r}).{python}')}",
+        f"    {either(f'pretrain evaluate {place} --data FILE', f'pretrain.evaluate({path!r}, ROWS)')}",
+    ]
 
 
 @dataclass
@@ -371,7 +393,9 @@ class Job:
         result.describe()
         if shared is None:  # else it waits for `report`, because this rank has no whole model yet
             world.on_rank_zero(result.keep)
-        for line in () if self.quiet else repr(result).splitlines():
+        for line in (
+            () if self.quiet else [*repr(result).splitlines(), taken(run), *follow_up(result)]
+        ):
             note(line)
         return result
 

@@ -22,6 +22,7 @@ from pretrain.data.tables import Table, read_table, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
+from pretrain.printing import console
 from pretrain.training.precision import choose_device
 from pretrain.utils.files import note
 from pretrain.utils.memory_info import peak_memory
@@ -431,7 +432,7 @@ def predict_file(
         ConfigError: an option that the task does not have.
         TrainingError: too little memory.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     _check_batch(batch_rows)
     source = Path(file)
@@ -449,7 +450,7 @@ def predict_file(
     with (
         naming_memory("predicting", lambda: smaller_batch(batch_rows)),
         RowWriter(target, first.table.names) as output,
-        tqdm(unit="row", disable=quiet) as bar,
+        tqdm(unit="row", disable=quiet, file=console()) as bar,
     ):
         for chunk in chain([first], chunks):
             table = roles_table(chunk.with_columns(chosen.values()), chosen)

@@ -36,6 +36,10 @@ __all__ = ["MaskedLM"]
 _TOLERANCE = 0.03
 # Number of rows that ``survey`` masks to measure this share.
 _TRIAL_ROWS = 64
+# Hidden words of a preview, and tokens before the first and after the last of them.
+_SHOWN_WORDS, _CONTEXT = 6, 12
+_BLANK = "\u2423"  # stands for spaces and line breaks
+_LEGEND = "(brackets: hidden words; where the model is wrong, its word | the hidden one)"
 
 
 class MaskedLM(TokenObjective):
@@ -218,7 +222,7 @@ class MaskedLM(TokenObjective):
         )
 
     def preview(self, examples: ExampleList, prompt: str, seed: int) -> list[str]:
-        """Show masked tokens of a held-out row with the prediction and the truth."""
+        """Show the beginning of a held-out row, with its first hidden words and what the model puts there."""
         model: Any = self.model
         rng = np.random.Generator(np.random.Philox(seed))
         batch = self.collate(examples[:1], [rng], evaluation=True)
@@ -227,16 +231,31 @@ class MaskedLM(TokenObjective):
         training = model.training
         model.eval()
         with torch.inference_mode():
-            guesses = model(inputs)[0].argmax(-1).cpu()  # (T,)
+            guesses = model(inputs)[0].argmax(-1).cpu().numpy()  # (T,)
         model.train(training)
-        ids, labels, lines = batch["input_ids"][0], batch["labels"][0], []
-        for position in batch["target_index"][:5].tolist():
-            left = model.tokenizer.decode(ids[max(0, position - 8) : position].tolist())
-            right = model.tokenizer.decode(ids[position + 1 : position + 6].tolist())
-            guess = model.tokenizer.decode([int(guesses[position])])
-            truth = model.tokenizer.decode([int(labels[position])])
-            lines.append(f"{left} [{guess.strip()} | {truth.strip()}] {right}".replace("\n", " "))
-        return lines
+        truth = np.asarray(examples[0]["input_ids"])
+        hidden = batch["labels"][0].numpy() != IGNORE
+        begins = model.tokenizer.word_starts(truth) | ~self._is_maskable(truth)
+        words = np.cumsum(begins)  # (T,) number of the word of each token
+        shown = np.unique(words[hidden])[:_SHOWN_WORDS]
+        if not shown.size:
+            return []
+        last = int(np.flatnonzero(words == shown[-1])[-1])
+        first = max(0, int(np.flatnonzero(words == shown[0])[0]) - _CONTEXT)
+        inside = np.isin(words, shown)
+        edges = np.flatnonzero((np.diff(words) != 0) & (inside[1:] | inside[:-1])) + 1
+        place = np.arange(first, min(len(truth), last + 1 + _CONTEXT))
+        parts = []
+        for part in np.split(place, np.searchsorted(place, edges[edges > first])):
+            text = model.tokenizer.decode(truth[part].tolist()).strip()
+            if part.size and inside[part[0]]:
+                filled = np.where(hidden, guesses, truth)[part].tolist()
+                text = text or _BLANK
+                guess = model.tokenizer.decode(filled).strip() or _BLANK
+                text = f"[{text}]" if guess == text else f"[{guess} | {text}]"
+            parts.append(text)
+        passage = " ".join(" ".join(parts).split())
+        return [f"{passage}\n{_LEGEND}"]
 
     def describe(self) -> dict[str, Any]:
         """Name and masking rates."""

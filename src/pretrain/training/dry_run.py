@@ -59,7 +59,7 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
             if not out_of_memory(error):
                 raise
             raise TrainingError(
-                f"A forward and backward pass of {trainer.micro_rows} rows of "
+                f"A forward and backward pass of {trainer.micro_rows} row{'s' * (trainer.micro_rows > 1)} of "
                 f"{row_length(trainer.train_data, trainer.objective)} {trainer.objective.unit_name} does not fit into "
                 f"the memory of {trainer.device}. Lower train.micro_rows (the result stays the same), or set "
                 "parallel.activation_checkpointing=full."

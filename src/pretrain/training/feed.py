@@ -6,6 +6,7 @@ at the position in the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
@@ -103,7 +104,7 @@ class Feed:
         objective: collates the batches.
         loader: rows in training order.
         batch_rows: rows in a global batch.
-        micro_rows: rows in a micro-batch.
+        micro_rows: rows in a micro-batch; may be set to another divisor of the share during a run.
         share: data-parallel rank and size; every rank gets an equal number of consecutive rows of a global batch.
     """
 
@@ -117,18 +118,21 @@ class Feed:
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self._objective, self._loader = objective, loader
-        self._batch_rows, self._micro_rows = batch_rows, micro_rows
+        self._batch_rows, self.micro_rows = batch_rows, micro_rows
         self._mine = batch_rows // share[1]
         self._first = share[0] * self._mine
 
     def step_at(self, position: int) -> list[Batch]:
         """Return this rank's micro-batches of the step whose first row is number ``position`` of the run."""
+        return self._split(position, self.micro_rows)
+
+    def _split(self, position: int, micro_rows: int) -> list[Batch]:
         place = position + self._first
         examples = self._loader.examples(place, self._mine)
         rngs = self._loader.rngs(place, self._mine)
         rows, batches = self._loader.indices(place, self._mine), []
-        for i in range(0, self._mine, self._micro_rows):
-            end = i + self._micro_rows
+        for i in range(0, self._mine, micro_rows):
+            end = i + micro_rows
             batch = self._objective.collate(examples[i:end], rngs[i:end])
             check_batch(batch, self._objective.model, "Training", [int(r) for r in rows[i:end]])
             batches.append(batch)
@@ -139,7 +143,7 @@ class Feed:
         rows = self._loader.rows
         if not hasattr(rows, "largest"):
             return None
-        longest = [int(i) for i in rows.largest(self._micro_rows)]
+        longest = [int(i) for i in rows.largest(self.micro_rows)]
         rngs = [row_rngs(self._loader.seed, "collate", i, 1)[0] for i in longest]
         batch = self._objective.collate([rows[i] for i in longest], rngs)
         check_batch(batch, self._objective.model, "Training", longest)
@@ -151,8 +155,15 @@ class Feed:
 
     def steps(self, position: int) -> Generator[list[Batch], None, None]:
         """Yield steps from ``position``, endlessly, prefetched by the loader's thread; closing it stops the thread."""
+
+        def make(at: int, _: int) -> tuple[int, int, list[Batch]]:
+            rows = self.micro_rows
+            return at, rows, self._split(at, rows)
+
         places = ((at, self._batch_rows) for at in itertools.count(position, self._batch_rows))
-        return self._loader.stream(places, lambda at, _: self.step_at(at))
+        with contextlib.closing(self._loader.stream(places, make)) as made:
+            for at, rows, batches in made:
+                yield batches if rows == self.micro_rows else self.step_at(at)
 
 
 def hash_seed(*parts: int) -> int:

@@ -133,6 +133,8 @@ def _pass_on(group: Launched, screen: Progress | None, out: Path) -> None:
             screen.show(told["step"], told["figures"], told["total"])
         elif what == "evaluation":
             screen.evaluation(told["record"], RunState.from_json(told["state"]), told["note"])
+        elif what == "starting":
+            screen.starting(told["name"], told["taken"])
         elif what == "write":
             screen.write(told["line"])
         elif what == "restore":

@@ -1,7 +1,7 @@
-"""Live view of a run in a notebook: progress bar, loss curve and a table of evaluations, redrawn in place.
+"""Live view of a run in a notebook: progress, loss curve and a table of evaluations, redrawn in place.
 
 The view is self-contained HTML without scripts, so that a saved notebook keeps its last state. Outside of notebooks,
-and if the notebook fails to display it, the plain progress bar of `pretrain.training.logging` is used.
+and if the notebook fails to display it, the plain lines of `pretrain.training.logging` are used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from pretrain.printing import aligned, printable
-from pretrain.training.logging import Progress
+from pretrain.training.logging import Progress, clock
 from pretrain.training.relay import relay
 from pretrain.training.state import RunState
 from pretrain.utils.curves import Series, curve_svg
@@ -31,7 +31,7 @@ _SAMPLE = 400  # characters of a sample
 
 
 def open_screen() -> Progress:
-    """Return the live view in a notebook, else the progress bar; in a launched process, the relay to its parent."""
+    """Return the live view in a notebook, else that of a terminal; in a launched process, the relay to its parent."""
     relayed = relay()
     if relayed is not None:
         return relayed
@@ -59,8 +59,8 @@ class LiveView(Progress):
     """Metrics of a run, redrawn in place about once a second.
 
     Args:
-        publish: displays ``{"text/html", "text/plain"}`` in place of the previous bundle. If it raises, the plain
-            progress bar takes over.
+        publish: displays ``{"text/html", "text/plain"}`` in place of the previous bundle. If it raises, plain
+            lines take over.
     """
 
     def __init__(self, publish: Callable[[Bundle], None]) -> None:
@@ -75,8 +75,16 @@ class LiveView(Progress):
         self._monitor = "loss"
         self._began = time.monotonic()
         self._next = -math.inf
-        self._ended = False
+        self._ended, self._starting = False, "getting ready"
         self._draw(lambda bar: None)
+
+    def starting(self, what: str, taken: Mapping[str, float]) -> None:
+        """Show the step of the start-up that begins, "" after the last one; ``taken``: seconds of those before it."""
+        self._starting = what or "ready"
+        if not what:
+            seconds = ", ".join(f"{name} {value:.1f} s" for name, value in taken.items())
+            self._said = [*self._said, f"start-up: {seconds}"][-_LINES:]
+        self._draw(lambda bar: bar.starting(what, taken), force=True)
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Load the records of ``log.jsonl`` from before a resume."""
@@ -144,9 +152,7 @@ class LiveView(Progress):
             self._publish({"text/html": self.html(), "text/plain": self.text()})
         except Exception as error:  # a front end that fails or disconnects must not end the run
             self._bar = Progress()
-            self._bar.write(
-                f"the live view cannot be drawn ({error}); a plain progress bar replaces it"
-            )
+            self._bar.write(f"the live view cannot be drawn ({error}); plain lines replace it")
         ended = time.monotonic()
         self._next = ended + max(_INTERVAL, _SHARE * (ended - began))
 
@@ -166,7 +172,10 @@ class LiveView(Progress):
         first, *rest = map(escape, self._top())
         top = f'<div>{first} <span class="soft">{" · ".join(["", *rest])}</span></div>'
         bar = f'<div class="well"><div class="bar" style="margin:0;width:{share:.2%}"></div></div>'
-        samples = [repr(text[:_SAMPLE] + "…" * (len(text) > _SAMPLE)) for text in self._samples]
+        samples = [
+            printable(text[:_SAMPLE], lines=True) + "…" * (len(text) > _SAMPLE)
+            for text in self._samples
+        ]
         said = [pre("\n".join(lines)) for lines in (samples, self._said) if lines]
         return notebook_view("live", top, bar, self._pictures(), self._table(), *said)
 
@@ -174,7 +183,7 @@ class LiveView(Progress):
         """Return progress, state, metrics and times as short texts."""
         if not self._total:
             ended = f"nothing left to do after step {self._step:,}" if self._step else "not started"
-            return [ended if self._ended else "getting ready"]
+            return [ended if self._ended else self._starting]
         share = self._step / self._total
         state = ("done" if share >= 1 else "stopped") if self._ended else f"{share:.0%}"
         words = [f"step {self._step:,} of {self._total:,}", state]
@@ -185,8 +194,8 @@ class LiveView(Progress):
         ]
         taken, done = time.monotonic() - self._began, self._step - self._first
         if not self._ended and done > 0:
-            words.append(f"{_clock(taken / done * (self._total - self._step))} left")
-        return [*words[:2], f"{_clock(taken)} taken", *words[2:]]
+            words.append(f"{clock(taken / done * (self._total - self._step))} left")
+        return [*words[:2], f"{clock(taken)} taken", *words[2:]]
 
     def _pictures(self) -> str:
         if len(self._train) < 2:
@@ -240,7 +249,7 @@ class LiveView(Progress):
         names, shown = self._names(), self._shown()
         best = [k for k, one in enumerate(shown) if one["step"] == self._best]
         rows = [
-            [*self._cells(one, names), _clock(one["seconds"]), "best" * (k in best)]
+            [*self._cells(one, names), clock(one["seconds"]), "best" * (k in best)]
             for k, one in enumerate(shown)
         ]
         hidden = len(self._evals) - len(rows)
@@ -252,12 +261,3 @@ def _short(value: float, digits: int = 4) -> str:
     if not math.isfinite(value):
         return "" if math.isnan(value) else str(value)
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.4g}"
-
-
-def _clock(seconds: float) -> str:
-    """Format seconds: 90 -> "1:30"."""
-    if not math.isfinite(seconds):
-        return ""
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,29 +1,35 @@
-"""Output of a run: ``log.jsonl``, the progress bar, external loggers, and the journal that writes to all of them.
+"""Output of a run: ``log.jsonl``, the screen, external loggers, and the journal that writes to all of them.
 
 Nothing is sent anywhere unless a logger is named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
 import math
 import os
 import sys
+import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.errors import ConfigError, did_you_mean
-from pretrain.printing import printable
+from pretrain.printing import console, printable
 from pretrain.training.state import RunState
 from pretrain.utils import files
 from pretrain.utils.files import note, replace_file, writing
 from pretrain.utils.run_log import LogFile, line_digest, open_log
 
-__all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "make_loggers"]
+__all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "clock", "make_loggers"]
+
+_PAUSE = 30.0  # seconds between two lines of the pace in a log file
+_COLUMNS = 80  # of a terminal that does not say its width
+_ROOMY = 110  # columns from which there is room for a bar beside the figures
 
 
 class RunLog:
@@ -99,26 +105,44 @@ def _plain(value: Any) -> Any:
 
 
 class Progress:
-    """A tqdm progress bar with the main metrics; without a terminal or notebook, a line every 30 seconds."""
+    """One line that changes, on a terminal; in a log file plain lines, those of the pace every 30 seconds."""
 
     def __init__(self) -> None:
-        from tqdm.auto import tqdm
+        self._file = console()
+        self._live = self._file is sys.stderr and self._file.isatty()
+        self._drawn = ""
+        self._last_print = -_PAUSE
+        self._first: tuple[float, int] | None = None
 
-        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._bar = tqdm(desc="train", unit="step", dynamic_ncols=True, disable=not self._live)
-        self._last_print = 0.0
+    def starting(self, what: str, taken: Mapping[str, float]) -> None:
+        """Show the step of the start-up that begins, "" after the last one; ``taken``: seconds of those before it."""
+        if not what:
+            self._draw("")
+            self.write("start-up: " + ", ".join(f"{name} {s:.1f} s" for name, s in taken.items()))
+        elif self._live:
+            self._draw(f"{what} ...")
+        else:
+            self.write(f"{what} ...")
 
     def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
-        """Set the bar to ``step`` of ``total`` with ``figures`` beside it."""
-        text = " | ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        """Show the ``figures`` of ``step`` of ``total``, and the time left at the pace so far."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, step  # the pace of a resumed run counts from the resume
+        words = [f"{key} {value:.4g}" for key, value in figures.items() if not key.endswith("/s")]
+        speeds = [f"{value:,.0f} {key}" for key, value in figures.items() if key.endswith("/s")]
+        if step > self._first[1]:
+            each = (now - self._first[0]) / (step - self._first[1])
+            speeds.append(f"{clock(each * (total - step))} left")
+        share = step / max(total, 1)
         if self._live:
-            if self._bar.n == 0:
-                self._bar.initial = step - 1  # the pace of a resumed run counts from the resume
-            self._bar.n, self._bar.total = step, total
-            self._bar.set_postfix_str(text, refresh=True)
-        elif time.monotonic() - self._last_print > 30:
-            self._last_print = time.monotonic()
-            print(f"step {step:,} of {total:,} | {printable(text)}", file=sys.stderr, flush=True)
+            bar = f" {'█' * round(20 * share):░<20}" if self._columns() >= _ROOMY else ""
+            head = f"{share:4.0%}{bar} step {step:,}/{total:,}"
+            self._draw(" | ".join([head, *words[:1], *speeds, *words[1:]]))
+        elif now - self._last_print > _PAUSE:
+            self._last_print = now
+            head = f"step {step:,} of {total:,} ({share:.0%})"
+            self.write(" | ".join([head, *words[:1], *speeds, *words[1:]]))
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Load the records from before a resume; the progress bar does not need them."""
@@ -128,20 +152,69 @@ class Progress:
         figures = record["eval"].items()
         shown = [f"{key} {float(value):.4g}" for key, value in figures if key != "targets"]
         self.write(f"step {state.step:,}: validation: {', '.join(shown)}{note}")
-        for line in record.get("samples", ()):
-            self.write(f"    {line!r}")
+        for sample in record.get("samples", ()):
+            self.write("\n".join(f"    {line}" for line in sample.splitlines()))
 
     def write(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the one that changes; on a terminal long ones are wrapped between words."""
         line = printable(line, lines=True)
         if self._live:
-            self._bar.write(line, file=sys.stderr)
+            room = self._columns()
+            line = "\n".join(wrapped for part in line.split("\n") for wrapped in _wrap(part, room))
+            drawn, self._drawn = self._drawn, " " * len(self._drawn)
+            self._file.write(f"\r{self._drawn}\r{line}\n")
+            self._draw(drawn)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Close the bar; its last state stays visible."""
-        self._bar.close()
+        """End the line; its last state stays visible."""
+        if self._drawn:
+            self._file.write("\n")
+            self._drawn = ""
+
+    def _draw(self, text: str) -> None:
+        """Replace the line that changes; what does not fit is left out from the end, whole figures at a time."""
+        if not self._live:
+            return
+        text, parts = printable(text), printable(text).split(" | ")
+        while len(text) >= self._columns() and len(parts) > 1:
+            parts.pop()
+            text = " | ".join(parts)
+        text = text[: self._columns() - 1]
+        self._file.write(f"\r{text.ljust(len(self._drawn))}")
+        self._file.flush()
+        self._drawn = text
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._file.fileno()).columns or _COLUMNS
+        except OSError:
+            return _COLUMNS
+
+
+def _wrap(line: str, columns: int) -> list[str]:
+    """Split a line between words so that each part fits into ``columns``; paths stay whole, to be copied."""
+    if len(line) < columns:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(
+        line,
+        columns - 1,
+        subsequent_indent=indent,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [""]
+
+
+def clock(seconds: float) -> str:
+    """Format seconds: 90 -> "1:30"."""
+    if not math.isfinite(seconds):
+        return ""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Logger(Protocol):
@@ -203,13 +276,13 @@ def make_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any]) -> 
 
 
 class Journal:
-    """Send metrics to log.jsonl, the progress bar and external loggers.
+    """Send metrics to log.jsonl, the screen and external loggers.
 
     Args:
         out: run directory, which contains ``log.jsonl``.
         loggers: names of external loggers.
         about: description of the run that is passed to the loggers.
-        quiet: print nothing and show no bar; the log and the loggers get everything.
+        quiet: print and draw nothing; the log and the loggers get everything.
         leads: whether this is rank zero; other ranks write nothing.
         unit: what the speed counts, see ``Objective.unit_name``.
 
@@ -234,6 +307,21 @@ class Journal:
         self._progress = None if quiet or not leads else open_screen()
         self._log: RunLog | None = None
         self.epoch_rows = 0
+        self._taken: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def starting(self, what: str) -> Iterator[None]:
+        """Show a step of the start-up while it runs, and measure its seconds."""
+        if self._progress is not None:
+            self._progress.starting(what, self._taken)
+        began = time.monotonic()
+        yield
+        self._taken[what] = time.monotonic() - began
+
+    def started(self) -> None:
+        """Print the steps of the start-up with their seconds."""
+        if self._progress is not None:
+            self._progress.starting("", self._taken)
 
     def open_log(self, keep_until: int | None, last: str = "") -> None:
         """Start ``log.jsonl``, or continue it after step ``keep_until``; arguments as in ``RunLog``."""
@@ -254,7 +342,7 @@ class Journal:
         return "" if self._log is None else self._log.last
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar, unless quiet."""
+        """Print a line, unless quiet."""
         if self._progress is not None:
             self._progress.write(line)
 
@@ -263,7 +351,15 @@ class Journal:
         if self._log is not None:
             self._log.write(record)
 
-    def steps(self, record: Mapping[str, Any], state: RunState, flops: float, peak: float) -> None:
+    def steps(
+        self,
+        record: Mapping[str, Any],
+        state: RunState,
+        flops: float,
+        peak: float,
+        *,
+        show_mfu: bool = True,
+    ) -> None:
         """Log the means over the steps since the last line, and start the next window.
 
         Args:
@@ -271,6 +367,7 @@ class Journal:
             state: holds the sums of the window, which are reset.
             flops: floating-point operations of the window.
             peak: peak FLOP/s of all devices.
+            show_mfu: show the share of it that was used; the log has it in any case.
         """
         seconds = max(state.window_seconds, 1e-9)
         count = state.window_count
@@ -287,8 +384,10 @@ class Journal:
         }
         self.write(line | ({} if self._unit == "tokens" else {"unit": self._unit}))
         self._send("train", state.step, {k: float(v) for k, v in line.items() if k != "step"})
-        shown = {key: line[key] for key in ("loss", "lr", "mfu")}
-        shown[f"{self._unit}/s"] = line["tokens_per_second"]
+        speed = {f"{self._unit}/s": line["tokens_per_second"]}
+        shown = {"loss": line["loss"], **speed, "lr": line["lr"]}
+        if show_mfu:
+            shown["mfu"] = line["mfu"]
         if self._progress is not None:
             self._progress.show(state.step, shown, state.total_steps)
         state.window_total = state.window_count = state.window_seconds = 0.0

@@ -17,7 +17,7 @@ from pretrain.checkpoint import check_writable, estimated_size, save_model
 from pretrain.checkpoint.result import check_result
 from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.data.loader import Examples
-from pretrain.errors import DataError, TrainingError
+from pretrain.errors import DataError, TrainingError, out_of_memory
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import local
 from pretrain.training.dry_run import dry_run
@@ -42,22 +42,27 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     Raises:
         DataError, TrainingError, CheckpointError: see the message.
     """
-    train, state = trainer.train, trainer.state
+    train = trainer.train
     check_lengths(trainer)
     parameters = numel(trainer)
     size = checkpoint_size(trainer) * (train.keep + 1)
-    trainer.world.on_rank_zero(lambda: check_writable(trainer.out, size))
-    trainer.world.on_rank_zero(lambda: check_result(trainer.out))
-    batches = trainer.feed.step_at(state.rows)
+    starting = trainer.journal.starting
+    with starting("checking free space"):
+        trainer.world.on_rank_zero(lambda: check_writable(trainer.out, size))
+        trainer.world.on_rank_zero(lambda: check_result(trainer.out))
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    first_loss, seconds = dry_run(trainer, batches)
-    check_monitor(trainer)
-    trainer.probe()  # the first save needs it, so it must work now
+    with starting("running the largest batch"):
+        first_loss, seconds = first_pass(trainer)
+    with starting("trying an evaluation"):
+        check_monitor(trainer)
+        trainer.probe()  # the first save needs it, so it must work now
     if checkpoint is None:
-        check_round_trip(trainer)
-    lines = describe(trainer, checkpoint, parameters, seconds * len(batches))
-    lines += trainer.objective.survey(trainer.train_data)
+        with starting("saving and reloading"):
+            check_round_trip(trainer)
+    lines = describe(trainer, checkpoint, parameters, seconds)
+    with starting("surveying the rows"):
+        lines += trainer.objective.survey(trainer.train_data)
     expected = trainer.objective.expected_first_loss()
     if checkpoint is None and expected is not None:
         verdict = ""
@@ -70,9 +75,27 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
         )
     if checkpoint is not None:
         lines.append(check_resumed(trainer, checkpoint))
+    trainer.journal.started()
     for line in lines:
         trainer.say(line)
-    return seconds * len(batches)
+    return seconds
+
+
+def first_pass(trainer: Trainer) -> tuple[float, float]:
+    """Run the dry run, with smaller micro-batches if memory does not suffice for the planned ones.
+
+    Returns:
+        Loss of the first batch, and estimated seconds per optimizer step.
+    """
+    batches = trainer.feed.step_at(trainer.state.rows)
+    try:
+        loss, seconds = dry_run(trainer, batches)
+        return loss, seconds * len(batches)
+    except TrainingError as error:
+        cause = error.__cause__
+        if cause is None or not out_of_memory(cause) or not trainer.halve_micro_rows():
+            raise
+    return first_pass(trainer)
 
 
 def checkpoint_size(trainer: Trainer) -> int:

@@ -43,6 +43,10 @@ class Relay(Progress):
         """Relay the last step of the records; the reader takes them from the log."""
         self._tell("restore", step=max((int(r.get("step", 0)) for r in records), default=-1))
 
+    def starting(self, what: str, taken: Mapping[str, float]) -> None:
+        """Relay a step of the start-up."""
+        self._tell("starting", name=what, taken=dict(taken))
+
     def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
         """Relay the figures of a step."""
         self._tell("show", step=step, figures=dict(figures), total=total)

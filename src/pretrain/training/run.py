@@ -31,6 +31,7 @@ from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, own_family
 from pretrain.models.base import Model
 from pretrain.objectives import build_objective, objective_class, objective_for
+from pretrain.training.closing import last_words
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launch import on_devices
 from pretrain.training.plan import row_length
@@ -121,7 +122,12 @@ def train(
             check_same_run(settings, out)
             settings.save(out / "run.yaml")
 
-        return trainer.fit(begin)
+        def end(run: Run) -> None:
+            if world.is_rank_zero:
+                for line in last_words(run, objective, trainer.about.get("unigram_nats")):
+                    trainer.say(line)
+
+        return trainer.fit(begin, end)
 
 
 def _rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:

@@ -44,6 +44,7 @@ class RunState:
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
         seconds: wall time of the run, over all resumes.
         lr: peak learning rate of the run.
+        micro_rows: rows per forward pass since memory ran out with more; 0 if it has not.
         log: digest of the last line of ``log.jsonl``.
     """
 
@@ -72,6 +73,7 @@ class RunState:
     limit: str = ""
     lr: float | None = None
     log: str = ""
+    micro_rows: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; an infinite best score becomes null."""

@@ -29,6 +29,7 @@ from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.whole_parameters import Parts, align
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import PretrainError, TrainingError, out_of_memory
+from pretrain.nn.buffers import persistent_buffers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.ema import WeightAverage
@@ -52,7 +53,7 @@ from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.schedule import lr_factor
 from pretrain.training.skips import count_skips
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
-from pretrain.training.validation import run_validation
+from pretrain.training.validation import Cost, run_validation
 from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
@@ -197,13 +198,8 @@ class Trainer:
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
         checkpoint = latest_together(self.out, world.peers())
-        self.strategy = parallelize(self)
-        self.eval_precision = evaluation_precision(
-            train.eval_precision, self.precision, gathered=self.strategy.gathered
-        )
-        self.strategy.fill(initialise=checkpoint is None)
-        align(self.objective, self.strategy.layout, world)
-        self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+        with self.journal.starting("placing the model"):
+            self._place(checkpoint)
         self.layers = Layers(self.objective, self.optim)
         self.optimizers = build_optimizers(
             self.objective,
@@ -245,7 +241,10 @@ class Trainer:
         self.journal.epoch_rows = self.plan.epoch_rows
         self.row_length = round(mean_length(self.train_data, self.objective))
         if checkpoint is not None:
-            self.state, self.checkpoint = restore(self, checkpoint), checkpoint
+            with self.journal.starting(f"reading {checkpoint.name}"):
+                self.state, self.checkpoint = restore(self, checkpoint), checkpoint
+            if 0 < self.state.micro_rows < self.micro_rows and world.size == 1:
+                self._split(self.state.micro_rows)
         seconds = preflight(self, checkpoint)
         self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
         if self.optim.unfreeze:
@@ -254,6 +253,16 @@ class Trainer:
         self.state.limit = train.limit
         self.peak = peak_flops(self.precision)
         return checkpoint is not None
+
+    def _place(self, checkpoint: Path | None) -> None:
+        """Distribute the model over the ranks, allocate its memory and set its weights."""
+        self.strategy = parallelize(self)
+        self.eval_precision = evaluation_precision(
+            self.train.eval_precision, self.precision, gathered=self.strategy.gathered
+        )
+        self.strategy.fill(initialise=checkpoint is None)
+        align(self.objective, self.strategy.layout, self.world)
+        self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:
@@ -273,6 +282,7 @@ class Trainer:
 
     def _loop(self) -> Run:
         state, stop, stopped = self.state, self.stop, "limit"
+        self._cost = Cost()
         steps = self.feed.steps(state.rows)
         self.objective.train()
         with heap_at_rest(), self.saver:
@@ -342,18 +352,7 @@ class Trainer:
             decay=self.optim.decay,
             min_lr=self.optim.min_lr,
         )
-        first = self.world.dp_rank * len(batches)
-
-        def run(index: int) -> Tensor:
-            self.world.mark("forward", state.step)
-            torch.manual_seed(hash_seed(self.train.seed, state.step, first + index))
-            with self.precision.autocast():
-                loss = self.strategy.forward(to_device(batches[index], self.device))
-            self.world.mark("backward", state.step)
-            torch.autograd.backward(loss.total * (self.scaler.scale / count))
-            return loss.total.detach()
-
-        totals = self.strategy.backward_microbatches(run, len(batches))
+        totals = self._backward(batches, count)
         self.world.mark("update", state.step)
         self.scaler.unscale([local(p.grad) for p in self.params.values() if p.grad is not None])
         losses, grad_norm = self.strategy.reduce_loss_and_norm(totals, self.params)
@@ -390,6 +389,64 @@ class Trainer:
             "skipped": not finite,
         }
 
+    def _backward(self, batches: list[Batch], count: float) -> list[Tensor]:
+        """Run forward and backward of every micro-batch and return their summed losses.
+
+        If memory runs out, the same rows are tried again in smaller micro-batches, because nothing has changed yet.
+        """
+        state, first = self.state, self.world.dp_rank * len(batches)
+
+        def run(index: int) -> Tensor:
+            self.world.mark("forward", state.step)
+            torch.manual_seed(hash_seed(self.train.seed, state.step, first + index))
+            with self.precision.autocast():
+                loss = self.strategy.forward(to_device(batches[index], self.device))
+            self.world.mark("backward", state.step)
+            torch.autograd.backward(loss.total * (self.scaler.scale / count))
+            return loss.total.detach()
+
+        try:
+            return self.strategy.backward_microbatches(run, len(batches))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or not self.halve_micro_rows():
+                raise
+        # Outside of the handler, whose traceback keeps the activations alive.
+        return self._backward(self.feed.step_at(state.rows), count)
+
+    def halve_micro_rows(self) -> bool:
+        """Make the micro-batches smaller after memory ran out; return False if that is not possible.
+
+        Not with several processes, whose collectives cannot be taken back, nor where the size of a micro-batch is part
+        of the result: losses that compare rows, running statistics, ``parallel.reproducible``.
+        """
+        before = self.micro_rows
+        kept = (
+            self.world.size > 1
+            or self.objective.couples_examples
+            or self.parallel.reproducible
+            or bool(persistent_buffers(self.objective))
+        )
+        if kept or before == 1:
+            return False
+        self.state.micro_rows = max(
+            rows for rows in range(1, before // 2 + 1) if self.train.batch_rows % rows == 0
+        )
+        self._split(self.state.micro_rows)
+        self.optimizers.zero_grad()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        step = self.state.step + 1
+        self.say(
+            f"step {step:,}: memory does not suffice for {before} rows at a time; it is repeated with "
+            f"{self.micro_rows}, and so are all later steps; the global batch stays as it is"
+        )
+        self.journal.write({"event": "memory", "step": step, "micro_rows": self.micro_rows})
+        return True
+
+    def _split(self, micro_rows: int) -> None:
+        self.micro_rows = self.feed.micro_rows = micro_rows
+
     def release(self) -> bool:
         """Unfreeze the layers that are due at this step (gradual unfreezing); return True if any was newly unfrozen.
 
@@ -411,7 +468,13 @@ class Trainer:
             flops = self.objective.flops(
                 state.window_tokens, int(state.window_count), self.row_length
             )
-            self.journal.steps(record, state, flops, self.peak * self.world.size)
+            self.journal.steps(
+                record,
+                state,
+                flops,
+                self.peak * self.world.size,
+                show_mfu=self.device.type == "cuda",  # elsewhere the peak is measured, not known
+            )
         improved = False
         if self.eval_data is not None and (
             last or self._due(self.train.eval_every, state.last_eval, "eval")
@@ -426,12 +489,15 @@ class Trainer:
 
     def _evaluate(self, *, last: bool) -> bool:
         """Evaluate on the held-out rows and log the figures; return True if they are to be saved as the best so far."""
+        began = time.monotonic()
         found = run_validation(self, last=last)
         if found is None:
             return False
         self.metrics, self.peak = dict(found.figures), peak_flops(self.precision)
         self.plan.reserve = 1.0 + 1.2 * found.seconds
         self.journal.evaluation(self.state, self.metrics, found.samples, found.note)
+        if remark := self._cost.add(time.monotonic() - began, self):
+            self.say(remark)
         return found.improved and self.train.best
 
     def _due(self, every: str, last: int, name: str) -> bool:

@@ -13,7 +13,32 @@ from pretrain.training.monitor import improves
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["Evaluation", "run_validation"]
+__all__ = ["Cost", "Evaluation", "run_validation"]
+
+# Evaluations that take more than this share of the time are remarked on, after so many of them.
+_DEAR, _SEEN = 0.1, 3
+
+
+class Cost:
+    """Time that evaluations take, beside that of the whole run since this process started it.
+
+    Evaluations are never moved: which checkpoint is the best must not depend on the speed of the machine.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._seconds, self._count = time.monotonic(), 0.0, 0
+
+    def add(self, seconds: float, trainer: Trainer) -> str | None:
+        """Count an evaluation; return a remark, once, if they take too much of the time."""
+        self._seconds, self._count = self._seconds + seconds, self._count + 1
+        share = self._seconds / max(1e-9, time.monotonic() - self._began)
+        if self._count != _SEEN or share < _DEAR or trainer.eval_data is None:
+            return None
+        train, rows = trainer.train, len(trainer.eval_data)
+        return (
+            f"evaluations take {share:.0%} of the time: with a larger train.eval_every (now {train.eval_every}) or "
+            f"fewer train.eval_rows (now {train.eval_rows or rows:,} of {rows:,}) they take less"
+        )
 
 
 @dataclass(frozen=True)

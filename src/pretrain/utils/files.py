@@ -15,7 +15,6 @@ import hashlib
 import os
 import secrets
 import stat
-import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.printing import printable
+from pretrain.printing import console, printable
 
 __all__ = [
     "FileIO",
@@ -112,9 +111,9 @@ _MUTED: ContextVar[bool] = ContextVar("muted", default=False)
 
 
 def note(text: str) -> None:
-    """Print one line to stderr, unless `muted`; see `printable`."""
+    """Print one line to the console, unless `muted`; see `console` and `printable`."""
     if not _MUTED.get():
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(text), file=console(), flush=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,48 @@
+"""Remarks on a run that only its records and a baseline are needed for, one sentence each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["beside_frequencies", "curve_of", "overfitted"]
+
+# A run is reported as overfitted if its held-out loss ends at this multiple of its lowest value.
+_OVERFIT = 1.15
+# A held-out loss less than this part below the unigram baseline shows little more than the frequencies of tokens.
+_NEAR_FREQUENCIES = 0.1
+
+
+def beside_frequencies(loss: float, unigram: float) -> str:
+    """Compare a held-out loss with the unigram baseline (both in nats per token) in words."""
+    below = 1.0 - loss / unigram
+    if below <= 0:
+        return f"no better than word frequencies alone, {unigram:.4g}: nothing is learned from the context"
+    text = f"{below:.0%} below the {unigram:.4g} of word frequencies alone"
+    near = below < _NEAR_FREQUENCIES
+    return f"{text}: the model has learned little more than those" if near else text
+
+
+def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Remark if the held-out loss ended well above its lowest value while the training loss fell."""
+    held_out = curve_of(history, "loss")
+    training = [(int(r["step"]), float(r["loss"])) for r in history if "loss" in r]
+    if len(held_out) < 2 or len(training) < 2:
+        return None
+    (low_step, low), (last_step, last) = min(held_out, key=lambda p: p[1]), held_out[-1]
+    then = min(training, key=lambda point: abs(point[0] - low_step))[1]
+    now = training[-1][1]
+    if last < _OVERFIT * low or not now < then:
+        return None
+    return (
+        f"the run overfitted: the held-out loss rose from {low:.4g} (step {low_step:,}) to {last:.4g} (step "
+        f"{last_step:,}) while the training loss fell from {then:.4g} to {now:.4g}. More rows, fewer epochs or a "
+        f"lower learning rate may help"
+    )
+
+
+def curve_of(history: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[int, float]]:
+    """Return (step, value) of every evaluation in which the metric is finite."""
+    points = [(int(r["step"]), r["eval"].get(figure, math.nan)) for r in history if "eval" in r]
+    return [(step, float(value)) for step, value in points if math.isfinite(value)]
