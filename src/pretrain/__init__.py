@@ -24,6 +24,7 @@ _PUBLIC = {
     "RunConfig": "pretrain.config",
     "Tokenizer": "pretrain.data.tokenizer",
     "Trainer": "pretrain.training.trainer",
+    "bench": "pretrain.training.bench",
     "build": "pretrain.models",
     "evaluate": "pretrain.evaluation",
     "finetune": "pretrain.finetuning.run",

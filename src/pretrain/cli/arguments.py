@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Commands whose options are the fields of a settings class; only those given are returned.
-_SETTINGS = ("train", "finetune")
+_SETTINGS = ("train", "finetune", "bench")
 _NULLS = ("null", "Null", "NULL", "~")
 _METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}
 _METAVARS |= {list: "LIST", tuple: "LIST", dict: "MAPPING"}
@@ -222,8 +222,8 @@ def interface(name: str, short: Mapping[str, str]) -> Interface:
 
 
 def settings_class(name: str) -> Any:
-    """Return ``RunConfig`` for ``train``, ``TuneConfig`` for ``finetune``."""
-    if name == "train":
+    """Return ``TuneConfig`` for ``finetune``, else ``RunConfig``."""
+    if name != "finetune":
         from pretrain.config import RunConfig
 
         return RunConfig

@@ -265,6 +265,30 @@ def _train(args: Any) -> int:
     return int(train(settings, **options).exit_code)
 
 
+def _add_bench(parser: Any) -> None:
+    from pretrain.config import RunConfig
+
+    parser.add_argument("--steps", type=int, default=20, help="steps to measure")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_settings(parser, RunConfig, {})
+
+
+def _bench(args: Any) -> None:
+    from pretrain.config import RunConfig
+
+    settings, options = read_settings(RunConfig, args)
+    if settings is None:
+        return
+    from pretrain.training.bench import bench
+
+    as_json = options.pop("json")
+    found = bench(settings, **options)
+    if as_json:
+        _show(found.to_dict(), True)
+    else:
+        print(found)
+
+
 def _add_finetune(parser: Any) -> None:
     from pretrain.finetuning.settings import TuneConfig
 
@@ -578,6 +602,12 @@ COMMANDS = {
         _add_finetune,
         _finetune,
         _SHORT,
+    ),
+    "bench": Command(
+        "Measure the speed of a config in a few steps, and say what limits it; nothing is kept.",
+        "pretrain bench --config configs/gpt2-124m.yaml --parallel.compile true",
+        _add_bench,
+        _bench,
     ),
     "doctor": Command(
         "Show what this machine has and what is wrong; under torchrun, test the connections.",

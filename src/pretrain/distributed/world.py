@@ -69,6 +69,7 @@ class World:
         self._place = ("start", 0)
         self.turns = self._entries = 0
         self._watchdog: Watchdog | None = None
+        self.on_mark: Callable[[str, int], None] | None = None  # also called by ``mark``
         self.links: dict[str, float] = {}
 
     # ------------------------------------------------------------------ before the process group exists
@@ -284,6 +285,8 @@ class World:
         self._place = phase, step
         if self._watchdog is not None:
             self._watchdog.mark(phase, step)
+        if self.on_mark is not None:
+            self.on_mark(phase, step)
 
     def heartbeat(self) -> None:
         """Report progress within the phase and step that were marked last."""

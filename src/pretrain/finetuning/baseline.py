@@ -343,5 +343,5 @@ def _sklearn(name: str) -> Any:
     try:
         return importlib.import_module(f"sklearn.{name}")
     except ImportError as error:
-        message = 'The classical baselines need scikit-learn: pip install scikit-learn.'
+        message = "The classical baselines need scikit-learn: pip install scikit-learn."
         raise ConfigError(f"{message} ({error})") from None

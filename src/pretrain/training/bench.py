@@ -1,0 +1,226 @@
+"""Speed of a configuration and what limits it: a few steps of its run are measured, and nothing of it is kept."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.config.spelling import TRAIN, either, using
+from pretrain.data.row_source import RowSource
+from pretrain.distributed.world import current_world
+from pretrain.errors import ConfigError
+from pretrain.nn.device import multiplies_bf16_fast
+from pretrain.training.precision import choose_device, choose_precision
+from pretrain.training.run import train
+from pretrain.training.trainer import Hook
+from pretrain.utils.memory_info import free_memory, peak_memory
+from pretrain.utils.run_log import read_log
+
+__all__ = ["Speed", "bench"]
+
+# Steps before the measured ones: caches, and on a GPU compilation and the choice of kernels.
+_WARM = {"cuda": 10}
+_PHASES = ("data", "forward", "backward", "update")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of a training step.
+
+    Attributes:
+        device, precision: where it ran and in which type.
+        threads: threads of the CPU.
+        steps: measured steps.
+        seconds: median seconds of a step.
+        rows: rows of a step (``train.batch_rows``).
+        units: units per second; what a unit is, says ``unit`` (tokens, patches, ...).
+        unit: name of the units.
+        utilisation: share of the device's peak FLOP/s that was used: that of the data sheet for known GPUs, else that
+            of a large matrix product here.
+        memory: peak memory of the process, on a GPU that of the GPU, in bytes.
+        shares: share of the time in ``data`` (waiting for rows), ``forward``, ``backward`` and ``update``. A GPU works
+            behind the host, so there ``update`` is where the host waits for it.
+        limits: what limits the speed and which setting changes it, one sentence each.
+    """
+
+    device: str
+    precision: str
+    threads: int
+    steps: int
+    seconds: float
+    rows: int
+    units: float
+    unit: str
+    utilisation: float
+    memory: float
+    shares: Mapping[str, float]
+    limits: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return asdict(self) | {"shares": dict(self.shares), "limits": list(self.limits)}
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.device == "cpu" else ""
+        lines = [
+            f"device   {self.device}, {self.precision}{threads}",
+            f"speed    {self.units:,.0f} {self.unit}/s; {self.seconds:.3g} s for a step of {self.rows:,} rows "
+            f"(median of {self.steps})",
+            f"used     {self.utilisation:.0%} of the peak of the device",
+            f"memory   {self.memory / 1e9:.2f} GB at most",
+            "time     " + ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items()),
+        ]
+        return "\n".join([*lines, *(f"         {sentence}" for sentence in self.limits)])
+
+
+class _Measured(Exception):  # it ends a run, and is no error
+    """All steps have been measured."""
+
+
+@using(TRAIN)
+def bench(
+    config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
+    *,
+    steps: int = 20,
+    rows: RowSource | None = None,
+    **sections: Any,
+) -> Speed:
+    """Measure a few steps of the run that ``train`` would make with the same arguments; its directory is not touched.
+
+    Args:
+        config: as for `pretrain.train`.
+        steps: steps to measure, after some that are not.
+        rows: as for `pretrain.train`.
+        **sections: as for `pretrain.train`.
+
+    Raises:
+        ConfigError: fewer than three steps, or one of several processes.
+        PretrainError: as `pretrain.train`.
+    """
+    settings, world = RunConfig.load(config, sections or None), current_world()
+    if steps < 3:
+        raise ConfigError(f"{either('--steps', 'steps')} is {steps}; a median needs at least 3.")
+    if world.size > 1:
+        raise ConfigError(
+            "The speed is measured in one process. For several, train a few steps and look at the log."
+        )
+    device = choose_device(settings.parallel.device)
+    warm = _WARM.get(device.type, 3)
+    times: list[float] = []
+    spent: dict[str, list[float]] = defaultdict(list)
+    clock = _Clock(spent)
+
+    def after(record: Mapping[str, Any]) -> None:
+        times.append(time.perf_counter())
+        clock.end_step()
+        if len(times) == warm + steps:
+            raise _Measured
+
+    with tempfile.TemporaryDirectory(prefix="pretrain-bench-") as folder:
+        out = Path(folder) / "run"
+        settings.train = replace(
+            settings.train,
+            out=str(out),
+            limit=f"{warm + steps + 1} steps",
+            eval_every="0 steps",
+            save_every="0 steps",
+            log_every=1,
+            loggers=[],
+        )
+        world.on_mark = clock.mark
+        try:
+            train(settings, hooks=[Hook(after)], rows=rows)
+        except _Measured:
+            pass
+        finally:
+            world.on_mark = None
+        records = [r for r in read_log(out / "log.jsonl") if "tokens_per_second" in r][-steps:]
+    seconds = _median([b - a for a, b in zip(times[warm - 1 :], times[warm:], strict=False)])
+    whole = {name: sum(spent[name][-steps:]) for name in _PHASES}
+    total = sum(whole.values())
+    shares = {name: value / total for name, value in whole.items()}
+    precision = choose_precision(settings.train.precision, device).name
+    memory, mfu = peak_memory(device), _median([float(r["mfu"]) for r in records])
+    return Speed(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        precision=precision,
+        threads=torch.get_num_threads(),
+        steps=steps,
+        seconds=seconds,
+        rows=settings.train.batch_rows,
+        units=_median([float(r["tokens_per_second"]) for r in records]),
+        unit=str(records[-1].get("unit", "tokens")),
+        utilisation=mfu,
+        memory=memory,
+        shares=shares,
+        limits=tuple(_limits(settings, device, precision, shares, memory)),
+    )
+
+
+class _Clock:
+    """Seconds of each phase of each step, from the marks that the trainer sets for the watchdog."""
+
+    def __init__(self, spent: dict[str, list[float]]) -> None:
+        self._spent = spent
+        self._phase, self._since = "start", time.perf_counter()
+        self._step: dict[str, float] = defaultdict(float)
+
+    def mark(self, phase: str, step: int) -> None:
+        """Note that a phase begins."""
+        now = time.perf_counter()
+        self._step[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+    def end_step(self) -> None:
+        """Note that the step is complete."""
+        self.mark("between", 0)
+        for name in _PHASES:
+            self._spent[name].append(self._step[name])
+        self._step.clear()
+
+
+def _limits(
+    settings: RunConfig,
+    device: torch.device,
+    precision: str,
+    shares: Mapping[str, float],
+    memory: float,
+) -> list[str]:
+    """Name what limits the speed and the setting that changes it."""
+    found = []
+    if shares["data"] > 0.1:
+        found.append(
+            f"{shares['data']:.0%} of the time is spent waiting for rows: the machine is busy, or making a row costs "
+            "more than learning from it. Prepare the data first (pretrain prepare)."
+        )
+    if precision == "fp32" and multiplies_bf16_fast(device):
+        found.append("This device is faster in half precision: train.precision=bf16.")
+    if device.type != "cuda":
+        return found
+    if not settings.parallel.compile:
+        found.append("Compiled blocks are faster in longer runs: parallel.compile=true.")
+    if shares["update"] < 0.1:
+        found.append(
+            "The GPU is done before the host has started the next operation: the host is the limit. More rows at a "
+            "time (train.micro_rows=0 chooses as many as fit) give it more to do for each of them."
+        )
+    free = free_memory(device)
+    several = settings.train.micro_rows and settings.train.micro_rows < settings.train.batch_rows
+    if several and free > memory:
+        found.append(
+            "Half of the memory is free: larger micro-batches fit (train.micro_rows=0 chooses them)."
+        )
+    return found
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
