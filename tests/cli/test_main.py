@@ -32,6 +32,7 @@ COMMANDS = [
     "prepare",
     "train",
     "finetune",
+    "bench",
     "doctor",
     "slurm",
     "schema",
