@@ -20,6 +20,8 @@ from pretrain.finetuning.card import measured_parts, model_card
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
 from pretrain.metrics import confusion_matrix, per_class
 from pretrain.printing import aligned, printable
+from pretrain.report.history import loss_svg, plot_history, sort_records
+from pretrain.utils.curves import Plot, matrix_svg
 from pretrain.utils.html import Html, bullets, notebook_view, show, table
 from pretrain.utils.strict_json import to_json
 
@@ -237,8 +239,20 @@ class Finetuned:
         self.describe()  # with all metrics that are known by now
         return model.save(Path(directory))
 
+    def plot(self, figure: str = "loss") -> Plot:
+        """Draw the training and the held-out loss, or a held-out metric beside that of guessing, over the steps.
+
+        Raises:
+            DataError: there is no such metric, or no run.
+        """
+        if self.run is None:
+            raise DataError("The result of a trial has no history to draw.")
+        guess = self.trivial.get(figure)
+        references = {} if guess is None else {self.task.trivial_name: float(guess)}
+        return plot_history(sort_records(self.run.history), figure, references=references)
+
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
-        """Write the model card and an HTML page with curves, mistakes and how to repeat it; returns the page."""
+        """Write the model card and a page with curves, mistakes and how to repeat it, which a notebook shows."""
         from pretrain.finetuning.page import write_report
 
         return write_report(self, out)
@@ -252,8 +266,6 @@ class Finetuned:
         return printable("\n".join(lines), lines=True)
 
     def _repr_html_(self) -> str:
-        from pretrain.report.history import loss_svg, sort_records
-
         parts = measured_parts(self)
         names = list(dict.fromkeys(k for _, f in parts for k in f if k != "targets"))
         rows = [
@@ -330,6 +342,13 @@ class Confusion:
             rows = [(label, said, f"{n:,}") for label, said, n in self.pairs()]
             rows, left, top = [("right", "predicted", "times"), *rows], 2, f"{top}; most confused:"
         return "\n".join([top, *aligned([[_line(c, _WIDE) for c in row] for row in rows], left)])
+
+    def plot(self) -> Plot:
+        """Draw the whole matrix: right classes in rows, predicted ones in columns."""
+        right, total = int(self.matrix.trace()), int(self.matrix.sum())
+        title = f"{right:,} of {total:,} right"
+        counts = self.matrix.tolist()
+        return Plot(matrix_svg(self.labels, counts, title=title, across="predicted", down="right"))
 
     def html(self) -> str:
         """The matrix, or the most frequent mistakes if it is large, as HTML without a style of its own."""

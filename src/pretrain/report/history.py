@@ -11,12 +11,20 @@ from typing import Any
 
 from pretrain.checkpoint.best import run_state
 from pretrain.checkpoint.manifest import candidates
-from pretrain.errors import DataError
-from pretrain.utils.curves import Series, curve_svg
+from pretrain.errors import DataError, did_you_mean
+from pretrain.utils.curves import Plot, Series, curve_svg
 from pretrain.utils.files import note
 from pretrain.utils.run_log import open_log
 
-__all__ = ["History", "loss_svg", "number", "read_history", "sort_records"]
+__all__ = [
+    "History",
+    "frame_of",
+    "loss_svg",
+    "number",
+    "plot_history",
+    "read_history",
+    "sort_records",
+]
 
 
 def number(value: Any, default: float = math.nan) -> float:
@@ -106,6 +114,49 @@ def sort_records(records: Iterable[Mapping[str, Any]]) -> History:
             events.append(record)
     ordered = [train[step] for step in sorted(train)]
     return History(ordered, [evals[step] for step in sorted(evals)], events)
+
+
+def frame_of(history: History) -> Any:
+    """Return a pandas frame with one row per step; figures of evaluations get the prefix ``valid_``.
+
+    Raises:
+        DataError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise DataError(
+            "A frame needs pandas, which is not installed: pip install pandas"
+        ) from error
+    rows: dict[float, dict[str, Any]] = {}
+    for record in history.train:
+        rows[number(record["step"])] = {key: number(v, v) for key, v in record.items()}
+    for record in history.evals:
+        row = rows.setdefault(number(record["step"]), {"step": record["step"]})
+        row |= {f"valid_{key}": number(value) for key, value in record["eval"].items()}
+    frame = pandas.DataFrame([rows[step] for step in sorted(rows)])
+    return frame.astype({"step": int}) if len(frame) else frame
+
+
+def plot_history(history: History, figure: str = "loss", **options: Any) -> Plot:
+    """Draw a figure over the steps: the loss of training and held-out rows, or another held-out figure.
+
+    Args:
+        history: sorted records.
+        figure: name of the figure.
+        options: passed on to `curve_svg`.
+
+    Raises:
+        DataError: the evaluations have no such figure.
+    """
+    if figure == "loss":
+        return Plot(loss_svg(history, **options))
+    points = history.eval_points(figure)
+    if not points:
+        known = sorted({key for record in history.evals for key in record["eval"]})
+        raise DataError(f"The evaluations have no figure {figure!r}.{did_you_mean(figure, known)}")
+    title = f"held-out {figure.replace('_', ' ')}"
+    return Plot(curve_svg([Series("", points, dots=True)], title=title, **options))
 
 
 def loss_svg(history: History, *, title: str = "loss (nats per target)", **options: Any) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import html
 import math
+import os
 import signal
 import threading
 import time
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.distributed.launched import launched
+from pretrain.report.history import frame_of, loss_svg, plot_history, sort_records
+from pretrain.utils.curves import Plot
+from pretrain.utils.html import notebook_view
 
 __all__ = ["SIGNALS", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
 
@@ -123,14 +127,37 @@ class Run:
         number = getattr(signal, self.stopped, None) if self.stopped.startswith("SIG") else None
         return 128 + int(number) if number else 0
 
+    def plot(self, figure: str = "loss") -> Plot:
+        """Draw the training and the held-out loss over the steps, or another held-out figure such as ``accuracy``.
+
+        Raises:
+            DataError: the run has no such figure.
+        """
+        return plot_history(sort_records(self.history), figure)
+
+    def frame(self) -> Any:
+        """Return the history as a pandas frame: one row per step, held-out figures as ``valid_loss`` and so on.
+
+        Raises:
+            DataError: pandas is not installed.
+        """
+        return frame_of(sort_records(self.history))
+
+    def report(self, out: str | os.PathLike[str] | None = None) -> Path:
+        """Write the report of the run, ``report.html`` in its directory; a notebook shows it.
+
+        Args:
+            out: another file to write.
+        """
+        from pretrain.report.run_report import write
+
+        return write(self.path, out)
+
     def __repr__(self) -> str:
         figures = ", ".join(f"{key} {value:.4g}" for key, value in self.metrics.items())
         return f"Run({str(self.path)!r}, step {self.step:,}, stopped by {self.stopped}, {figures})"
 
     def _repr_html_(self) -> str:
-        from pretrain.report.history import loss_svg, sort_records
-        from pretrain.utils.html import notebook_view
-
         chart = loss_svg(sort_records(self.history))
         return notebook_view("run", f"<p>{html.escape(repr(self))}</p>", chart)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-__all__ = ["Series", "curve_svg", "histogram_svg", "nice_ticks", "thin"]
+__all__ = ["Plot", "Series", "curve_svg", "histogram_svg", "matrix_svg", "nice_ticks", "thin"]
 
 Point = tuple[float, float]
 
@@ -33,6 +35,28 @@ _STYLE = """
 .pc .s0{stroke:#6ea8fe}.pc .f0{fill:#6ea8fe}.pc .s1{stroke:#ff9554}.pc .f1{fill:#ff9554}
 .pc .s2{stroke:#4cc99b}.pc .f2{fill:#4cc99b}.pc .s3{stroke:#b78cf0}.pc .f3{fill:#b78cf0}}
 """.replace("\n", "")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart, which a notebook shows.
+
+    Args:
+        svg: the picture as SVG text.
+    """
+
+    svg: str
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the picture as an .svg file and return its path."""
+        Path(path).write_text(self.svg, encoding="utf-8")
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return "Plot(shown in a notebook; save('plot.svg') writes it)"
+
+    def _repr_svg_(self) -> str:
+        return self.svg
 
 
 @dataclass(frozen=True)
@@ -174,6 +198,56 @@ def histogram_svg(
     return _picture("", x_label, 880, 190, body)
 
 
+def matrix_svg(
+    labels: Sequence[str], counts: Sequence[Sequence[int]], *, title: str, across: str, down: str
+) -> str:
+    """Draw a square matrix of counts and return the SVG text; a cell is as strong as its share of the row.
+
+    Args:
+        labels: names of the C rows and columns.
+        counts: (C, C) counts; those on the diagonal have another colour than the others.
+        title: printed above the matrix.
+        across: label of the horizontal axis.
+        down: label of the vertical axis.
+    """
+    size = max(12.0, min(56.0, 640 / len(labels)))
+    names = [name if len(name) <= 20 else name[:19] + "…" for name in labels]
+    longest = max(map(len, names))
+    left, top = 44 + 6.6 * longest, 58 + (4.8 * longest if longest * 6.6 > size else 8)
+    width, height = (
+        round(left + size * len(labels) + 16 + 4.8 * longest),
+        round(top + size * len(labels) + 16),
+    )
+    body = [
+        _text(left + size * len(labels) / 2, 42, across, "middle"),
+        _vertical(top + size * len(labels) / 2, down),
+    ]
+    for i, name in enumerate(names):
+        middle = (i + 0.5) * size
+        body.append(_text(left - 8, top + middle + 4, name, "end"))
+        turned = " rotate(-45)" if longest * 6.6 > size else ""
+        anchor = "start" if turned else "middle"
+        place = f"translate({left + middle:.1f} {top - 7:.1f}){turned}"
+        body.append(f'<text transform="{place}" text-anchor="{anchor}">{escape(name)}</text>')
+        total = max(1, sum(counts[i]))
+        for k, count in enumerate(counts[i]):
+            share = count / total
+            words = escape(f"{labels[i]} as {labels[k]}: {count:,}, {share:.1%} of its row")
+            x, y = left + k * size, top + i * size
+            body.append(
+                f'<rect class="{"f0" if i == k else "f1"}" x="{x:.1f}" y="{y:.1f}" width="{size - 1:.1f}" '
+                f'height="{size - 1:.1f}" fill-opacity="{0.04 + 0.66 * share:.2f}"><title>{words}</title></rect>'
+            )
+            if size >= 24 and count:
+                body.append(_text(x + size / 2, y + size / 2 + 4, f"{count:,}", "middle"))
+    return _picture(title, title, width, height, body)
+
+
+def _vertical(middle: float, text: str) -> str:
+    """Return text along the left edge, from bottom to top."""
+    return f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(text)}</text>'
+
+
 def _picture(title: str, label: str, width: int, height: int, body: Iterable[str]) -> str:
     caption = f'<text class="title" x="14" y="21">{escape(title)}</text>' if title else ""
     return (
@@ -254,11 +328,7 @@ class _Frame:
         parts.append(_line("axis", left, bottom, right, bottom))
         parts.append(_text((left + right) / 2, bottom + 34, x_label, "middle"))
         if y_label:
-            middle = (top + bottom) / 2
-            parts.append(
-                f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
-                f"{escape(y_label)}</text>"
-            )
+            parts.append(_vertical((top + bottom) / 2, y_label))
         return "".join(parts)
 
     def reference(self, name: str, value: float) -> str:

@@ -12,6 +12,7 @@ from pretrain.utils.files import replace_file
 
 __all__ = [
     "Html",
+    "Page",
     "bullets",
     "card",
     "details",
@@ -63,6 +64,22 @@ white-space:pre-wrap;overflow-wrap:anywhere}.pt pre.plain:nth-child(n){white-spa
 .pt.view .card{border:0;padding:0;margin:6px 0;background:none}.pt.view h2{font-size:14px;margin:14px 0 4px}
 .pt.view p{margin:4px 0}.pt.view table.t:nth-child(n){width:auto}
 """.replace("\n", "")
+
+
+_PATH: Any = type(Path())
+
+
+class Page(_PATH):  # type: ignore[misc] # the class of paths on this system
+    """Path of a page that was written; a notebook shows the page itself."""
+
+    def _repr_html_(self) -> str | None:
+        if not self.is_file():  # such as the parent directory, which has this class too
+            return None
+        text = escape(self.read_text(encoding="utf-8"))
+        frame = (
+            f'<iframe sandbox srcdoc="{text}" style="width:100%;height:640px;border:0"></iframe>'
+        )
+        return f"<p><code>{escape(str(self))}</code></p>{frame}"
 
 
 class Html(str):
@@ -167,7 +184,7 @@ def tile_row(tiles: Iterable[tuple[str, str]]) -> str:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write ``text`` atomically and return ``path``.
+    """Write ``text`` atomically and return its path, which a notebook shows as the page.
 
     Raises:
         DataError: the file cannot be written.
@@ -179,4 +196,5 @@ def write_page(path: Path, text: str) -> Path:
             f"Cannot write the report {path}: {error.strerror or error}. Choose another path, or check "
             "permissions and free space."
         ) from error
-    return path
+    written: Path = Page(path)
+    return written
