@@ -30,6 +30,7 @@ _PUBLIC = {
     "finetune": "pretrain.finetuning.run",
     "inspect": "pretrain.checkpoint",
     "load": "pretrain.checkpoint",
+    "lr_range_test": "pretrain.training.lr_range",
     "prepare": "pretrain.data.prepare",
     "train": "pretrain.training.run",
     "train_tokenizer": "pretrain.data.tokenizer",

@@ -31,6 +31,7 @@ COMMANDS = [
     "quickstart",
     "prepare",
     "train",
+    "lr-range",
     "finetune",
     "bench",
     "doctor",

@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Commands whose options are the fields of a settings class; only those given are returned.
-_SETTINGS = ("train", "finetune", "bench")
+_SETTINGS = ("train", "lr-range", "bench", "finetune")
 _NULLS = ("null", "Null", "NULL", "~")
 _METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}
 _METAVARS |= {list: "LIST", tuple: "LIST", dict: "MAPPING"}

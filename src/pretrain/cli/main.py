@@ -289,6 +289,33 @@ def _bench(args: Any) -> None:
         print(found)
 
 
+def _add_lr_range(parser: Any) -> None:
+    from pretrain.config import RunConfig
+
+    add = parser.add_argument
+    add("--lowest", type=float, default=1e-6, help="learning rate of the first step")
+    add("--highest", type=float, default=1.0, help="learning rate of the last step")
+    add("--steps", type=int, default=100, help="number of steps")
+    add("--plot", type=str, default="lr-range.svg", help="picture to write")
+    add_settings(parser, RunConfig, {})
+
+
+def _lr_range(args: Any) -> None:
+    from pretrain.config import RunConfig
+
+    picture = vars(args).pop("plot")
+    settings, options = read_settings(RunConfig, args)
+    if settings is None:
+        return
+    from pretrain.training.lr_range import lr_range_test
+
+    found = lr_range_test(settings, **options)
+    print(f"picture: {printable(str(found.plot().save(picture)))}")
+    print(found.reason)
+    if found.lr is not None:
+        print(f"suggested: --optim.lr {found.lr:g}")
+
+
 def _add_finetune(parser: Any) -> None:
     from pretrain.finetuning.settings import TuneConfig
 
@@ -595,6 +622,12 @@ COMMANDS = {
         "pretrain train --config configs/books-gpt.yaml --data.train data/books --optim.lr 6e-4",
         _add_train,
         _train,
+    ),
+    "lr-range": Command(
+        "Try rising learning rates on throwaway weights, and suggest one for `train`.",
+        "pretrain lr-range --config configs/books-gpt.yaml --data.train data/books",
+        _add_lr_range,
+        _lr_range,
     ),
     "finetune": Command(
         "Fine-tune a checkpoint on labelled rows; the same command again resumes it.",

@@ -95,7 +95,7 @@ def train(
         check_same_run(settings, out, say=False)
         data = main_process_first(
             world,
-            lambda: rows or _rows_of(settings, quiet=not world.is_rank_zero),
+            lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
         )
         model = make_model(settings, data)
@@ -130,7 +130,8 @@ def train(
         return trainer.fit(begin, end)
 
 
-def _rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:
+def rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:
+    """Return the rows that the settings name: of a function, of a prepared directory, or of text."""
     data = settings.data
     if data.source is not None:
         return open_rows(data.source, data.source_args)

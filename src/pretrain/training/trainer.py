@@ -344,14 +344,7 @@ class Trainer:
         check_targets(count, state.step, state.rows, self.train.batch_rows)
         if self.optim.unfreeze and self.release():
             self.strategy.wrap()
-        factor = lr_factor(
-            state.step,
-            state.total_steps,
-            schedule=self.optim.schedule,
-            warmup=self.optim.warmup,
-            decay=self.optim.decay,
-            min_lr=self.optim.min_lr,
-        )
+        factor = self.lr_factor()
         totals = self._backward(batches, count)
         self.world.mark("update", state.step)
         self.scaler.unscale([local(p.grad) for p in self.params.values() if p.grad is not None])
@@ -388,6 +381,17 @@ class Trainer:
             "targets": count,
             "skipped": not finite,
         }
+
+    def lr_factor(self) -> float:
+        """Return the learning rate of this step, as a multiple of that of the settings."""
+        return lr_factor(
+            self.state.step,
+            self.state.total_steps,
+            schedule=self.optim.schedule,
+            warmup=self.optim.warmup,
+            decay=self.optim.decay,
+            min_lr=self.optim.min_lr,
+        )
 
     def _backward(self, batches: list[Batch], count: float) -> list[Tensor]:
         """Run forward and backward of every micro-batch and return their summed losses.

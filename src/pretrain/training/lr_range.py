@@ -1,0 +1,210 @@
+"""Learning-rate range test (Smith 2015, arXiv 1506.01186): a short run of throwaway weights under a rising rate.
+
+The rate grows exponentially from step to step until the loss rises again. The run takes place in a directory of its
+own, which is removed; random state and the directory of the real run are left as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.config.spelling import TRAIN, option, using
+from pretrain.data.row_source import RowSource
+from pretrain.distributed.launched import launched
+from pretrain.errors import ConfigError, TrainingError
+from pretrain.objectives import build_objective
+from pretrain.training.run import about, make_model, rows_of
+from pretrain.training.trainer import Trainer
+from pretrain.utils.curves import Plot, Series, curve_svg
+from pretrain.utils.directories import temporary_name
+from pretrain.utils.files import note
+
+__all__ = ["LrRange", "lr_range_test"]
+
+# Weight of the latest loss in the running mean, by which falls and rises are judged.
+_SMOOTHING = 0.1
+# The test ends when the running mean has lost this part of what it had gained.
+_LOST = 0.5
+_FEWEST = 10
+# The suggestion is at most this part of the rate at which the loss is lowest, beyond which it rises.
+_SAFE = 1 / 3
+
+
+@dataclass(frozen=True)
+class LrRange:
+    """Result of a learning-rate range test.
+
+    Attributes:
+        rates: learning rate of each step.
+        losses: training loss of each step, in nats per target.
+        smoothed: running mean of the losses.
+        lr: suggested peak learning rate; None if the loss never fell.
+        reason: why this one, in a sentence.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    lr: float | None
+    reason: str
+
+    def plot(self) -> Plot:
+        """Draw the loss over the learning rate, which is logarithmic."""
+        first = self.smoothed[0]
+        shown = [
+            loss if loss < 2 * first else math.nan for loss in self.losses
+        ]  # a divergence hides the rest
+        lines = [
+            Series("smoothed", list(zip(self.rates, self.smoothed, strict=True))),
+            Series("loss", list(zip(self.rates, shown, strict=True))),
+        ]
+        title = "loss under a rising learning rate" + ("" if self.lr is None else f": {self.lr:g}")
+        return Plot(curve_svg(lines, title=title, x_label="learning rate", log_x=True))
+
+    def __repr__(self) -> str:
+        return f"LrRange(lr={self.lr}, {len(self.rates)} steps): {self.reason}"
+
+    def _repr_svg_(self) -> str:
+        return self.plot().svg
+
+
+class _Rising(Trainer):
+    """A trainer whose learning rate grows by the same factor at every step, and which stops when the loss diverges."""
+
+    def __init__(self, *args: Any, lowest: float, highest: float, **options: Any) -> None:
+        super().__init__(*args, quiet=True, **options)
+        self.lowest, self.highest = lowest, highest
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+
+    def lr_factor(self) -> float:
+        share = self.state.step / max(1, self.state.total_steps - 1)
+        return self.lowest / self.optim.lr * (self.highest / self.lowest) ** share
+
+    def _after_step(self, record: dict[str, Any]) -> None:
+        super()._after_step(record)
+        self.rates.append(record["lr"])
+        self.losses.append(record["loss"])
+        step, total = self.state.step, self.state.total_steps
+        if step == 1 or step % max(1, total // 10) == 0:
+            note(f"step {step:,} of {total:,}: lr {record['lr']:.2g}, loss {record['loss']:.4g}")
+
+    def _out_of_patience(self) -> bool:
+        return diverged(smooth(self.losses))
+
+
+@using(TRAIN)
+def lr_range_test(
+    config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
+    *,
+    lowest: float = 1e-6,
+    highest: float = 1.0,
+    steps: int = 100,
+    rows: RowSource | None = None,
+    **sections: Any,
+) -> LrRange:
+    """Train throwaway weights under a learning rate that rises at every step, and suggest the rate of a run.
+
+    Args:
+        config: as in `pretrain.train`; its learning rate, limit, schedule and evaluations are not used. With Muon the
+            rate of its matrices rises in proportion (``optim.muon_lr / optim.lr``).
+        lowest: learning rate of the first step.
+        highest: learning rate of the last step, which a diverging loss prevents.
+        steps: number of steps.
+        rows: as in `pretrain.train`.
+        **sections: as in `pretrain.train`.
+
+    Returns:
+        Rates, losses and the suggestion; a notebook shows the curve.
+
+    Raises:
+        PretrainError: a setting or the data cannot be used.
+    """
+    settings = RunConfig.load(config, sections or None)
+    if not 0 < lowest < highest < math.inf or steps < _FEWEST:
+        raise ConfigError(
+            f"A range test needs 0 < lowest < highest and at least {_FEWEST} steps, and was given "
+            f"{option('lowest', lowest)}, {option('highest', highest)}, {option('steps', steps)}."
+        )
+    if launched():
+        raise ConfigError("A range test runs in one process: start it without a launcher.")
+    data = rows or rows_of(settings, quiet=False)
+    folder = temporary_name(Path(f"{settings.train.out}.lr-range"), "new")
+    with torch.random.fork_rng():
+        model = make_model(settings, data)
+        chosen = settings.objective
+        goal = build_objective(chosen.class_path, chosen.init_args, model, settings.train.seed)
+        trainer = _Rising(
+            goal,
+            data.train,
+            optim=dataclasses.replace(settings.optim, ema=0.0, unfreeze=0.0),
+            train=dataclasses.replace(
+                settings.train,
+                out=os.fspath(folder),
+                limit=f"{steps} steps",
+                save_every="0 steps",
+                loggers=[],
+            ),
+            parallel=settings.parallel,
+            about=about(settings, data),
+            lowest=lowest,
+            highest=highest,
+        )
+        try:
+            trainer.fit()
+        except TrainingError:
+            if (
+                not trainer.losses
+            ):  # else the loss or the gradient is no number any more, which ends the test
+                raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return judged(trainer.rates, trainer.losses)
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """Return the running mean of the losses, without the pull of its start; it ends at the first non-finite loss."""
+    found, mean, weight = [], 0.0, 0.0
+    for loss in losses:
+        mean += _SMOOTHING * (loss - mean)
+        weight += _SMOOTHING * (1 - weight)
+        found.append(mean / weight)
+    return found
+
+
+def diverged(smoothed: list[float]) -> bool:
+    """Whether the running mean has risen so far above its lowest value that higher rates need not be tried."""
+    if not smoothed or not math.isfinite(smoothed[-1]):
+        return bool(smoothed)
+    fall = max(smoothed[0] - min(smoothed), 0.02 * smoothed[0])
+    return len(smoothed) >= _FEWEST and smoothed[-1] > min(smoothed) + _LOST * fall
+
+
+def judged(rates: list[float], losses: list[float]) -> LrRange:
+    """Return the result of a test: the rate of the steepest fall, at a distance from the rate where the loss rises."""
+    smoothed = smooth(losses)
+    whole = next((k for k, mean in enumerate(smoothed) if not math.isfinite(mean)), len(smoothed))
+    lows = smoothed[:whole]
+    bottom = min(range(len(lows)), key=lows.__getitem__, default=0)
+    if bottom < 2 or lows[bottom] > 0.99 * lows[0]:
+        reason = f"the loss fell at none of the rates from {rates[0]:.2g} to {rates[-1]:.2g}"
+        return LrRange(rates, losses, smoothed, None, reason)
+    slopes = [lows[k - 1] - lows[k] for k in range(1, bottom + 1)]
+    steepest = rates[1 + max(range(len(slopes)), key=slopes.__getitem__)]
+    limit = _SAFE * rates[bottom]
+    lr = float(f"{min(steepest, limit):.1e}")
+    why = f"the loss falls fastest at {steepest:.2g} and is lowest at {rates[bottom]:.2g}"
+    if steepest > limit:
+        why += ", of which a third leaves room"
+    end = "" if len(rates) == bottom + 1 else f"; it rises beyond, up to {rates[-1]:.2g}"
+    return LrRange(rates, losses, smoothed, lr, f"{why}{end}")
