@@ -36,4 +36,4 @@ napoleon_use_rtype = False
 # Docstrings are written to be read in the source, with `name` for code as in Markdown.
 default_role = "code"
 
-settings_table.write(HERE / "_generated" / "settings.md")
+settings_table.write(HERE / "_generated")

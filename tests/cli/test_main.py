@@ -85,20 +85,27 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
     assert cli.main([]) == 0
     overview = capsys.readouterr().out
     assert all(name in overview for name in COMMANDS)
-    assert cli.main(["train", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for section in RunConfig.SECTIONS:
-        for field in fields(section):
-            assert f"--{section}.{field.name} " in text
-            assert field.help.split(".")[0][:30] in text
-    assert cli.main(["finetune", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for section, kind in TuneConfig.SECTIONS.items():
-        for field in fields(kind):
-            assert field.help and f"--{section}.{field.name} " in text
-            assert field.help.split(".")[0][:30] in text
-    for short in ("--model", "--data", "--task"):
-        assert f" TEXT, {short} TEXT " in text
+    for name, kind in (("train", RunConfig), ("finetune", TuneConfig)):
+        assert cli.main([name, "--help", "all"]) == 0
+        whole = capsys.readouterr().out
+        text = " ".join(whole.split())
+        for section, of in kind.SECTIONS.items():
+            for field in fields(of):
+                assert field.help and f"--{section}.{field.name}" in text
+                if field.name != "class_path":
+                    assert field.help.split(".")[0][:30] in text
+        assert cli.main([name, "--help"]) == 0
+        short = capsys.readouterr().out
+        assert 10 <= short.count("\n  --") <= 15 and short.count("example:") == 1
+        assert max(map(len, (whole + short).splitlines())) <= 84
+        for option in ("--model", "--data", "--out", "--lr"):
+            assert f"{option}, --" in short or f"{option}  " in short
+        assert f"pretrain {name} --help all" in short
+    assert "yes or no (default: no)" in whole and "one of adamw, muon" in whole
+    assert "a whole number" in whole and " INT" not in whole
+    for name in COMMANDS:
+        assert cli.main([name, "-h"]) == 0
+        assert cli.COMMANDS[name].example in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("pretrain 0.")
 
@@ -113,7 +120,14 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
         (["fill_mask", "x", "y"], ["'fill-mask'"]),
         (["train", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),
         (["train", "--optim.lrr=3"], ["'optim.lrr'", "'optim.lr'"]),
-        (["train", "--lr", "3"], ["'lr'", "'optim.lr'"]),
+        (["train", "--lrr", "3"], ["'lrr'", "'optim.lr'"]),
+        (["train", "--optim.lr", "fast", "--batch_size", "3"], ["optim.lr", "a number"]),
+        (["train", "--batch_size", "0"], ["train.batch_rows", "between", "batch_size"]),
+        (["train", "--batch_size", "8", "--batch_rows", "8"], ["both train.batch_rows"]),
+        (["train", "--gradient_accumulation_steps", "4"], ["train.micro_rows", "divided by 4"]),
+        (["train", "--resume", "--out", "runs/x"], ["train.out", "resumes", "model.checkpoint"]),
+        (["train", "--devicess", "2"], ["--devicess", "'--devices'"]),
+        (["train", "--max_steps"], ["--max_steps", "value"]),
         (["train", "--optim.l", "3"], ["'optim.l'"]),
         (["train", "--optim.lr", "fast"], ["optim.lr", "a number", "'fast'"]),
         (["train", "--optim.lr", "nan"], ["optim.lr"]),
@@ -125,7 +139,8 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
         (["train", "--config", "nope.yaml", "--show_config"], ["nope.yaml"]),
         (["train", "stray"], ["stray"]),
         (["finetune", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),
-        (["finetune", "--lr", "3"], ["'lr'", "'optim.lr'"]),
+        (["finetune", "--task", "summarization"], ["task.name", "chat", "response"]),
+        (["finetune", "--save_steps", "3"], ["'save_steps'", "train.eval_every"]),
         (["finetune", "--comparee", "x"], ["--comparee", "compare"]),
         (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
         (["finetune", "--label_counts", "many"], ["--label_counts", "a list", "'many'"]),
@@ -258,6 +273,8 @@ def test_train_passes_the_file_with_what_was_given(
         ("train.out", "010", "010"),
         ("train.loggers", "[]", []),
         ("parallel.activation_checkpointing", "true", "full"),
+        ("parallel.compile", "yes", True),
+        ("train.limit", "500", "500 steps"),
     ],
 )
 def test_text_stays_as_it_was_typed(option: str, text: str, value: Any, capsys: Any) -> None:
@@ -336,7 +353,15 @@ def test_the_schema_describes_the_configs(capsys: Any) -> None:
         "optim: {lr: -1}": False,
         "optim: {name: adam}": False,
         "train: {batch_rows: 1.5}": False,
-        "lr: 3": False,
+        "lr: 3": True,
+        "batch_size: 8": True,
+        "optim: {learning_rate: 1e-3}": True,
+        "train: {learning_rate: 1e-3}": False,
+        "resume: true": False,
+        "model: gpt2:small": True,
+        "parallel: cpu": False,
+        "train: {limit: 500}": True,
+        "train: {limit: true}": False,
     }.items():
         value = strict_yaml.parse(text)[0]
         assert jsonschema.Draft7Validator(schemas["train"]).is_valid(value) == good, text
@@ -580,6 +605,7 @@ def test_options_of_commands_are_those_of_the_functions() -> None:
 
         entry = cli.COMMANDS[command]
         parser = make_parser(command, entry.summary, entry.example, entry.add)
+        assert set(entry.common) <= {name for shown in parser.entries for name in shown.names}
         return {a.dest: a.default for a in parser._actions if a.option_strings and a.dest != "help"}
 
     for command, function, left_out in (

@@ -176,9 +176,9 @@ def test_sources_may_be_paths_and_prepared_data(tmp_path: Path) -> None:
     [
         ({"optim.lrr": 1}, ["'optim.lrr'", "'optim.lr'"]),
         ({"optimm": {}}, ["'optimm'", "'optim'"]),
-        ({"lr": 1}, ["'lr'", "'optim.lr'"]),
+        ({"lrr": 1}, ["'lrr'", "'optim.lr'"]),
         ({"train": {"lr": 1}}, ["'train.lr'", "'optim.lr'"]),
-        ({"model.hidden_size": 64}, ["'model.hidden_size'", "model.overrides"]),
+        ({"model.rope_theta": 64}, ["'model.rope_theta'", "model.overrides"]),
         ({"objective.rate": 0.1}, ["'objective.rate'", "objective.init_args"]),
         ({"optim.lr": "fast"}, ["optim.lr", "a number", "'fast'"]),
         ({"optim.lr": True}, ["optim.lr", "a number"]),
@@ -194,11 +194,12 @@ def test_sources_may_be_paths_and_prepared_data(tmp_path: Path) -> None:
         ({"train.batch_rows": 1.5}, ["train.batch_rows", "whole number"]),
         ({"train.batch_rows": True}, ["train.batch_rows", "whole number"]),
         ({"train.batch_rows": 4, "train.micro_rows": 8}, ["train.micro_rows", "train.batch_rows"]),
-        ({"train.limit": 500}, ["train.limit", "text"]),
-        ({"train.limit": "500"}, ["train.limit", "500 steps"]),
+        ({"train.limit": True}, ["train.limit", "text"]),
+        ({"train.limit": 0.5}, ["train.limit", "whole number of steps"]),
+        ({"train.limit": 10**400}, ["train.limit", "text"]),
         ({"train.eval_every": "often"}, ["train.eval_every", "often"]),
         ({"train.save_every": "200%"}, ["train.save_every"]),
-        ({"train.loggers": "wandb"}, ["train.loggers", "list"]),
+        ({"train.loggers": "wandb"}, ["train.loggers", "a list, e.g. [tensorboard]"]),
         ({"train.loggers": ["wanb"]}, ["train.loggers.0", "'wandb'"]),
         ({"train.out": ""}, ["train.out"]),
         ({"train.out": "a\0b"}, ["train.out"]),
@@ -217,7 +218,7 @@ def test_sources_may_be_paths_and_prepared_data(tmp_path: Path) -> None:
         ({"model.overrides": 3}, ["model.overrides"]),
         ({"objective.class_path": "os; rm"}, ["objective.class_path"]),
         ({"parallel.device": "tpu"}, ["parallel.device", "cpu"]),
-        ({"parallel.compile": "yes"}, ["parallel.compile", "true or false"]),
+        ({"parallel.compile": "on"}, ["parallel.compile", "yes or no"]),
         ({"parallel.strategy": "fspd"}, ["parallel.strategy", "Did you mean 'fsdp'"]),
         ({"parallel.strategy": True}, ["parallel.strategy", "one of auto, ddp, fsdp"]),
         ({"parallel.activation_checkpointing": 1}, ["parallel.activation_checkpointing", "full"]),
@@ -339,12 +340,12 @@ def test_limits() -> None:
     assert parse_limit("2.5 epochs") == Limit("epochs", 2.5)
     assert parse_limit(" 10minutes ") == parse_limit("10 min") == Limit("minutes", 10)
     assert parse_limit("2 hours") == Limit("minutes", 120)
+    assert parse_limit("500") == parse_limit("500 steps")
     assert isinstance(parse_limit("1e9 tokens").value, int)
     assert str(parse_limit("3 epochs")) == "3 epochs"
     for wrong in (
         "",
         "steps",
-        "500",
         "-1 steps",
         "0 steps",
         "1.5 steps",
@@ -352,7 +353,7 @@ def test_limits() -> None:
         "3 parsecs",
         "5%",
         None,
-        3,
+        True,
     ):
         with pytest.raises(ConfigError, match=r"train\.limit"):
             parse_limit(wrong)  # type: ignore[arg-type]
@@ -363,7 +364,8 @@ def test_intervals() -> None:
     assert parse_every("5%", 1000) == 50
     assert parse_every("5%", 3) == 1
     assert parse_every("0 steps", 1000) == parse_every("0%", 1000) == 0
-    for wrong in ("5", "101%", "1.5 steps", "3 hours", "-1 epochs", "-5%", "inf steps"):
+    assert parse_every("5", 1000) == 5
+    for wrong in ("often", "101%", "1.5 steps", "3 hours", "-1 epochs", "-5%", "inf steps"):
         with pytest.raises(ConfigError, match=r"train\.save_every"):
             parse_every(wrong, 100, "train.save_every")
 

@@ -3,13 +3,13 @@
 import pytest
 
 from pretrain.cli.arguments import interface
-from pretrain.cli.main import COMMANDS, main
+from pretrain.cli.main import main
 from pretrain.config.spelling import FINETUNE, PREDICT, TRAIN, Interface, column, option, using
 from pretrain.errors import DataError
 
 
 def command(name):
-    return interface(name, COMMANDS[name].short)
+    return interface(name)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_origin
 
+from pretrain.config.aliases import find, main_setting
 from pretrain.config.spelling import Interface
 from pretrain.errors import ConfigError, did_you_mean
 
@@ -25,53 +29,121 @@ __all__ = [
 # Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "lr-range", "bench", "finetune")
 _NULLS = ("null", "Null", "NULL", "~")
-_METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}
-_METAVARS |= {list: "LIST", tuple: "LIST", dict: "MAPPING"}
+_WIDTH = 80
+_ARCHITECTURE = (
+    "FAMILY or FAMILY:SIZE, e.g. gpt2:small, or the directory of a checkpoint to start from"
+)
+_OWN_OBJECTIVE = "next-token, masked-lm, or package.module:Class of an objective of your own"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One option, as the help shows it."""
+
+    names: tuple[str, ...]
+    value: str  # type and default in words
+    help: str
+    group: tuple[str, str]  # title and description
+    required: bool = False
+    nargs: str | None = None
+
+    def lines(self) -> list[str]:
+        value = f"  {self.value}" if self.value else ""
+        head = textwrap.wrap(
+            f"{', '.join(reversed(self.names))}{value}", _WIDTH - 2, subsequent_indent="    "
+        )
+        text = textwrap.wrap(self.help, _WIDTH - 6) if self.help else []
+        return [f"  {line}" for line in head] + [f"      {line}" for line in text]
 
 
 class Parser(argparse.ArgumentParser):
     """The parser of one command.
 
     The ``type`` of an option is an annotation, such as ``int | None``. Items of an option that takes a mapping may be
-    given one by one: ``--columns.text review``. All errors are `ConfigError`.
+    given one by one: ``--columns.text review``; an option that is yes or no means yes without a value. All errors are
+    `ConfigError`.
+
+    Args:
+        name: name of the command.
+        summary: what it does, in a sentence.
+        example: one command line.
+        common: options that the short help shows, in this order; all if empty.
     """
 
-    def __init__(self, name: str, summary: str, example: str) -> None:
+    def __init__(self, name: str, summary: str, example: str, common: Sequence[str] = ()) -> None:
         self.name = name
+        self.example, self.common = example, common
+        self.entries: list[_Entry] = []
         self.takes_value: dict[str, bool] = {}
-        self.mappings: dict[str, tuple[Any, bool]] = {}
-        super().__init__(
-            prog=f"pretrain {name}",
-            description=summary,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        self.switches: set[str] = set()
+        self.mappings: dict[str, tuple[str, Any, bool]] = {}
+        super().__init__(prog=f"pretrain {name}", description=summary, allow_abbrev=False)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Declare an option.
 
         Args:
             *names: as in argparse.
-            **options: as in argparse, except for ``type``, an annotation, ``group``, the group of the help, and
-                ``check=False``, which leaves the check of the value to the caller.
+            **options: as in argparse, except for ``type``, an annotation, ``shown``, the default that the help shows,
+                ``group``, the title and the description of the part of the help, and ``check=False``, which leaves the
+                check of the value to the caller.
         """
-        container = options.pop("group", None)
+        group = options.pop("group", ("", ""))
         hint, check = options.pop("type", None), options.pop("check", True)
-        text = options.get("help") or ""
+        shown = options.pop("shown", options.get("default"))
+        text, value = options.get("help") or "", ""
         if hint is not None:
             options["type"] = partial(_checked if check else _value, names[0], hint)
-            if names[0].startswith("-"):
-                options["metavar"] = _metavar(hint)
-            if get_origin(hint) is dict:
-                self.mappings[names[0]] = (get_args(hint)[1], check)
-            text += _default(options.get("default"))
-        if text != argparse.SUPPRESS:
-            options["help"] = text.replace("%", "%%")
-        add = super().add_argument if container is None else container.add_argument
-        action: argparse.Action = add(*names, **options)
+            value = _in_words(names[-1], hint) + _default(shown)
+        action: argparse.Action = super().add_argument(*names, **options)
+        if hint is not None and get_origin(hint) is dict:
+            self.mappings |= {name: (action.dest, get_args(hint)[1], check) for name in names}
+        if hint in (bool, bool | None):
+            self.switches |= set(names)
+        if text and text != argparse.SUPPRESS and "--help" not in names:
+            required = bool(action.required and action.option_strings)
+            self.entries.append(_Entry(names, value, text, group, required, options.get("nargs")))
         self.takes_value |= dict.fromkeys(action.option_strings, action.nargs != 0)
         return action
+
+    def help(self, *, everything: bool = False) -> str:
+        """Return the help: the common options and an example, or all options by section."""
+        known = {name: entry for entry in self.entries for name in entry.names}
+        chosen = self.entries if everything or not self.common else [known[n] for n in self.common]
+        lines = [self._usage(), "", *textwrap.wrap(str(self.description), _WIDTH)]
+        group = None
+        for entry in chosen:
+            if group is None or (everything and entry.group != group):
+                group = entry.group
+                title, about = group if everything else ("", "")
+                lines += ["", *([f"{title}: {about}"] if title else [])]
+            lines += entry.lines()
+        lines += ["", "example:", f"  {self.example}"]
+        if len(chosen) < len(self.entries):
+            lines += ["", f"{self.prog} --help all shows all {len(self.entries)} options."]
+        elif self.name in _SETTINGS:
+            lines += [
+                "",
+                "Settings are the keys of a --config file, too. Names of other libraries, such as",
+                "learning_rate, batch_size or max_steps, are understood: see docs/configuration.md.",
+            ]
+        return "\n".join(lines)
+
+    @property
+    def others(self) -> list[str]:
+        """Options that are no settings."""
+        return [
+            entry.names[0]
+            for entry in self.entries
+            if entry.names[0].startswith("--") and not entry.group[0]
+        ]
+
+    def _usage(self) -> str:
+        shapes = {None: "{}", "?": "[{}]", "*": "[{} ...]"}
+        places = [e for e in self.entries if not e.names[0].startswith("-")]
+        words = [shapes[entry.nargs].format(entry.names[0].upper()) for entry in places]
+        words += [f"{entry.names[0]} VALUE" for entry in self.entries if entry.required]
+        return " ".join(["usage:", self.prog, *words, "[options]"])
 
     def parse(self, words: list[str]) -> argparse.Namespace:
         """Parse the arguments after the command; of settings only those given are returned, without defaults.
@@ -80,17 +152,23 @@ class Parser(argparse.ArgumentParser):
             ConfigError: an unknown option (the nearest is named), a wrong type, a missing argument.
         """
         end = words.index("--") if "--" in words else len(words)
-        glued, rest = [], iter(words[:end])
-        for word in rest:
-            option, equals, _ = word.partition("=")
+        glued, place = [], 0
+        while place < end:
+            word = words[place]
+            place += 1
+            option, equals, given = word.partition("=")
             if option.startswith("--"):
-                self._know(option)
+                value = given if equals else words[place] if place < end else None
+                self._know(option, value)
                 # argparse takes a separate value that starts with a dash, such as -1e-3, for an option.
                 if self.takes_value[option] and not equals:
-                    value = next(rest, None)
-                    if value is None or value.partition("=")[0] in self.takes_value:
+                    missing = value is None or value.partition("=")[0] in self.takes_value
+                    if option in self.switches and (missing or str(value).startswith("--")):
+                        word = f"{option}=true"
+                    elif missing:
                         raise ConfigError(f"{option} needs a value. See {self.prog} --help.")
-                    word = f"{option}={value}"
+                    else:
+                        word, place = f"{option}={value}", place + 1
             elif word[:1] == "-" and word[1:2].isalpha() and " " not in word:
                 raise ConfigError(
                     f"{self.prog} has no option {word}. If it is a file or a text, write -- before it."
@@ -102,30 +180,47 @@ class Parser(argparse.ArgumentParser):
         """Raise an error of argparse as a `ConfigError`."""
         raise ConfigError(f"{self.prog}: {message}. See {self.prog} --help.")
 
-    def _know(self, option: str) -> None:
-        """Declare an item of a mapping when it is first used; raise for an unknown option."""
+    def _know(self, option: str, value: str | None) -> None:
+        """Declare an item of a mapping or another name of a setting on first use; raise for unknown options."""
         if option in self.takes_value:
             return
-        for name, (hint, check) in self.mappings.items():
+        for name, (dest, hint, check) in self.mappings.items():
             if option.startswith(f"{name}."):
-                dest, default = name.lstrip("-"), argparse.SUPPRESS
                 self.add_argument(
-                    option, dest=dest, type=hint, check=check, default=default, action=_Item
-                )
+                    option, dest=dest, type=hint, check=check, default=argparse.SUPPRESS, action=_Item,
+                    const=f"{name}.",
+                )  # fmt: skip
                 return
-        plain = [known.lstrip("-") for known in self.takes_value if "." not in known]
-        near = did_you_mean(option.lstrip("-"), plain)
-        if self.name in _SETTINGS and ("." in option or "mean" not in near):
-            settings_class(self.name).load(None, {option.lstrip("-"): None})
+        word = option.lstrip("-")
+        if self.name in _SETTINGS:
+            self._know_setting(option, word, value)
+            return
         near = did_you_mean(option, [known for known in self.takes_value if known != "-h"])
         raise ConfigError(f"{self.prog} has no option {option}.{near}")
+
+    def _know_setting(self, option: str, word: str, value: str | None) -> None:
+        from pretrain.config.check import type_of
+
+        kind = settings_class(self.name)
+        try:
+            hint = type_of(kind.SECTIONS, word)
+        except ConfigError:
+            near = difflib.get_close_matches(option, self.others, n=1, cutoff=0.8)
+            if near:
+                raise ConfigError(
+                    f"{self.prog} has no option {option}. Did you mean {near[0]!r}?"
+                ) from None
+            given = None if value is None or value.startswith("--") else value
+            kind.load(None, {word: given})  # raises with the value
+            raise
+        self.add_argument(option, dest=word, type=hint, check=False, default=argparse.SUPPRESS)
 
 
 class _Item(argparse.Action):
     """Set one item of a mapping; further dots name items of mappings inside it."""
 
     def __call__(self, parser: Any, space: Any, value: Any, option: str | None = None) -> None:
-        *path, last = str(option).removeprefix(f"--{self.dest}.").split(".")
+        *path, last = str(option).removeprefix(self.const).split(".")
         known = getattr(space, self.dest, None)
         whole = place = dict(known) if isinstance(known, Mapping) else {}
         for part in path:
@@ -136,9 +231,11 @@ class _Item(argparse.Action):
         setattr(space, self.dest, whole)
 
 
-def make_parser(name: str, summary: str, example: str, add: Callable[[Any], None]) -> Parser:
+def make_parser(
+    name: str, summary: str, example: str, add: Callable[[Any], None], common: Sequence[str] = ()
+) -> Parser:
     """Return the parser of the command ``name``; ``add`` declares its options."""
-    parser = Parser(name, summary, example)
+    parser = Parser(name, summary, example, common)
     add(parser)
     return parser
 
@@ -155,54 +252,68 @@ def add_checkpoint(
     )
 
 
-def add_settings(parser: Parser, kind: Any, short: Mapping[str, str]) -> None:
+def add_settings(parser: Parser, kind: Any) -> None:
     """Declare ``--config``, ``--show_config`` and every field of the sections of ``kind``.
+
+    A setting is also named without its section where only one section has it, and by its section where it is the main
+    one there: ``--data``, ``--model``, ``--objective``, ``--task``.
 
     Args:
         parser: parser of the command.
         kind: ``RunConfig`` or ``TuneConfig``.
-        short: setting -> a shorter option for it.
     """
     from pretrain.config import fields
 
-    parser.usage = f"{parser.prog} [--config FILE] [--SECTION.SETTING VALUE ...] [options]"
     add = parser.add_argument
     add("--config", type=str | None, help="YAML file of settings")
     add("--show_config", action="store_true", help="print the settings as YAML and exit")
+    names = {
+        section: {spec.name: spec for spec in fields(of)} for section, of in kind.SECTIONS.items()
+    }
+    if "size" in names["model"]:
+        add("--model", type=str, check=False, default=argparse.SUPPRESS, help=_ARCHITECTURE)
     for section, of in kind.SECTIONS.items():
-        group = parser.add_argument_group(section, of.__doc__)
-        for spec in fields(of):
-            name = f"--{section}.{spec.name}"
-            names = (name, short[name]) if name in short else (name,)
-            text = spec.help + _default(spec.default)
+        for spec in names[section].values():
+            setting = f"{section}.{spec.name}"
+            options = [f"--{setting}"]
+            is_main = main_setting(section) == spec.name and section != "optim"
+            if is_main and f"--{section}" not in parser.takes_value:
+                options.append(f"--{section}")
+            elif (found := find(spec.name, names)) is not None and found[0] == setting:
+                options.append(f"--{spec.name}")
             add(
-                *names,
-                group=group,
+                *options,
+                group=(section, of.__doc__),
                 type=spec.type,
                 check=False,
                 default=argparse.SUPPRESS,
-                help=text,
+                shown=spec.default,
+                help=_OWN_OBJECTIVE if spec.name == "class_path" else spec.help,
             )
 
 
 def read_settings(kind: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the settings of ``--config`` and the given fields, and the other options.
+    """Return the settings of ``--config`` and the given settings, and the other options.
 
     With ``--show_config`` the settings are printed, and None is returned for them.
     """
-    sections: dict[str, dict[str, Any]] = {}
+    from pretrain.config.check import type_of
+
+    given: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for key, value in vars(args).items():
-        section, dot, name = key.partition(".")
-        (sections.setdefault(section, {}) if dot else others)[name or key] = value
-    settings = kind.load(others.pop("config", None), sections)
+        is_setting = key in kind.SECTIONS
+        with contextlib.suppress(ConfigError):
+            is_setting = is_setting or type_of(kind.SECTIONS, key) is not None
+        (given if is_setting else others)[key] = value
+    settings = kind.load(others.pop("config", None), given)
     if others.pop("show_config"):
         print(settings.to_yaml(), end="")
         return None, others
     return settings, others
 
 
-def interface(name: str, short: Mapping[str, str]) -> Interface:
+def interface(name: str) -> Interface:
     """Return how messages spell the options of the command ``name``."""
     if name not in _SETTINGS:
         return Interface(
@@ -215,8 +326,8 @@ def interface(name: str, short: Mapping[str, str]) -> Interface:
         for spec in dataclasses.fields(kind)
         if spec.init
     }
-    # The short options are also keywords of the Python function.
-    places |= {option.lstrip("-"): option.lstrip("-") for option in short.values()}
+    # These options are also keywords of the Python function.
+    places |= {section: section for section in sections if section in ("model", "data", "task")}
     columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
     return Interface(True, places, columns, others)
 
@@ -262,17 +373,15 @@ def _checked(name: str, hint: Any, text: str) -> Any:
     return check_value(name, _value(name, hint, text), hint)
 
 
-def _metavar(hint: Any) -> str:
-    if isinstance(hint, UnionType):
-        return "|".join(_metavar(kind) for kind in get_args(hint) if kind is not NoneType)
-    if get_origin(hint) is Literal:
-        return f"{{{','.join(get_args(hint))}}}"
-    return _METAVARS.get(get_origin(hint) or hint, "VALUE")
+def _in_words(name: str, hint: Any) -> str:
+    from pretrain.config.check import type_in_words
+
+    return type_in_words(hint) + f", or {name}.KEY VALUE" * (get_origin(hint) is dict)
 
 
 def _default(value: Any) -> str:
-    """Return the end of a help text; an empty default is described by the text itself."""
+    """Return the default in words; an empty one is described by the help text."""
     if value in (None, "", [], {}, argparse.SUPPRESS):
         return ""
     shown = list(value) if isinstance(value, tuple) else value
-    return f" (default: {str(shown).lower() if isinstance(shown, bool) else shown})"
+    return f" (default: {['no', 'yes'][shown] if isinstance(shown, bool) else shown})"

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,20 +40,18 @@ from pretrain.printing import printable
 
 __all__ = ["COMMANDS", "main"]
 
-# Short options for the settings of finetune that nearly every call gives.
-_SHORT = {"--model.checkpoint": "--model", "--data.train": "--data", "--task.name": "--task"}
 EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its help, its options, the function that runs it, and short options for settings."""
+    """One command: its help, its options, the function that runs it, and the options that the short help shows."""
 
     summary: str
     example: str
     add: Callable[[Any], None]
     run: Callable[[Any], int | None]
-    short: dict[str, str] = field(default_factory=dict)
+    common: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,12 +137,12 @@ def _dispatch(arguments: list[str]) -> int:
         near = did_you_mean(name.replace("_", "-"), COMMANDS)
         raise ConfigError(f"There is no command {name!r}.{near}")
     command = COMMANDS[name]
-    parser = make_parser(name, command.summary, command.example, command.add)
+    parser = make_parser(name, command.summary, command.example, command.add, command.common)
     options = rest[: rest.index("--")] if "--" in rest else rest
-    if "-h" in options or "--help" in options:
-        parser.print_help()
+    if asked := [place for place, word in enumerate(options) if word in ("-h", "--help")]:
+        print(parser.help(everything=options[asked[0] + 1 : asked[0] + 2] == ["all"]))
         return 0
-    with using(interface(name, command.short)):
+    with using(interface(name)):
         args = parser.parse(rest)
         if (family := vars(args).pop("family", None)) is not None:
             from pretrain.models import own_family
@@ -161,7 +159,11 @@ def _overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = ["usage: pretrain COMMAND [options]", "", "Pre-train transformers, and use them.", ""]
     lines += [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "`pretrain COMMAND --help` shows the options of a command."]
+    lines += [
+        "",
+        "`pretrain COMMAND --help` shows its common options, `pretrain COMMAND --help all`",
+        "all of them.",
+    ]
     return "\n".join(lines)
 
 
@@ -251,7 +253,7 @@ def _add_train(parser: Any) -> None:
     from pretrain.config import RunConfig
 
     _add_devices(parser)
-    add_settings(parser, RunConfig, {})
+    add_settings(parser, RunConfig)
 
 
 def _train(args: Any) -> int:
@@ -332,7 +334,7 @@ def _add_finetune(parser: Any) -> None:
     )
     add("--seeds", type=int, default=5, help="paired seeds of the comparison")
     _add_devices(parser)
-    add_settings(parser, TuneConfig, _SHORT)
+    add_settings(parser, TuneConfig)
 
 
 def _finetune(args: Any) -> int:
@@ -616,12 +618,20 @@ COMMANDS = {
         'pretrain prepare "books/*.txt" --out data/books --vocab_size 8192',
         _add_prepare,
         _prepare,
+        (
+            *("sources", "--out", "--tokenizer", "--vocab_size", "--row_length", "--valid"),
+            *("--text", "--config", "--workers"),
+        ),
     ),
     "train": Command(
         "Train a model; the same command again resumes it.",
-        "pretrain train --config configs/books-gpt.yaml --data.train data/books --optim.lr 6e-4",
+        "pretrain train --data text.txt --model gpt2:small --objective next-token",
         _add_train,
         _train,
+        (
+            *("--data", "--model", "--objective", "--out", "--limit", "--lr", "--batch_rows"),
+            *("--row_length", "--vocab_size", "--config", "--show_config", "--devices"),
+        ),
     ),
     "lr-range": Command(
         "Try rising learning rates on throwaway weights, and suggest one for `train`.",
@@ -631,10 +641,13 @@ COMMANDS = {
     ),
     "finetune": Command(
         "Fine-tune a checkpoint on labelled rows; the same command again resumes it.",
-        "pretrain finetune --config configs/classify.yaml --model runs/books-bert --data reviews.csv",
+        "pretrain finetune --model runs/books-bert --task classification --data reviews.csv",
         _add_finetune,
         _finetune,
-        _SHORT,
+        (
+            *("--data", "--model", "--task", "--out", "--epochs", "--lr", "--batch_rows"),
+            *("--lora", "--columns", "--valid", "--test", "--config", "--show_config", "--devices"),
+        ),
     ),
     "bench": Command(
         "Measure the speed of a config in a few steps, and say what limits it; nothing is kept.",
@@ -665,12 +678,17 @@ COMMANDS = {
         "pretrain predict runs/reviews new.csv --out answers.csv --columns.text review",
         _add_predict,
         _predict,
+        ("checkpoint", "file", "--out", "--columns", "--top_k", "--batch_rows", "--device"),
     ),
     "generate": Command(
         "Continue a text.",
         'pretrain generate runs/books-gpt "Once upon a time"',
         _add_generate,
         _generate,
+        (
+            *("checkpoint", "prompt", "--max_new_tokens", "--temperature", "--top_k", "--top_p"),
+            *("--stop", "--seed", "--chat"),
+        ),
     ),
     "fill-mask": Command(
         "Fill the masks of a text.",
@@ -683,6 +701,7 @@ COMMANDS = {
         "pretrain evaluate runs/reviews --data more.csv",
         _add_evaluate,
         _evaluate,
+        ("checkpoint", "--data", "--columns", "--batch_rows", "--device", "--json"),
     ),
     "merge": Command(
         "Merge an adapter into its base and write the whole model.",

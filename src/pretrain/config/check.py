@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
 from pretrain.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "name_change",
     "read_file",
     "read_sections",
+    "settings_in",
+    "type_in_words",
+    "type_of",
     "with_digest",
     "write_text",
 ]
@@ -115,7 +119,23 @@ def read_sections(
     for section, values in late.nested(overrides or {}).items():
         checker.touched.update(f"{section}.{key}" for key in values)
         checker.merge(merged.setdefault(section, {}), values, section)
+    kept = {key: word for key, word in checker.words.items() if key not in checker.touched}
+    checker.words = kept | late.words
     return {section: checker.section(section, merged.get(section, {})) for section in sections}
+
+
+def settings_in(raw: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """Return the settings of these sections that are given under any of their names; all else is left out."""
+    checker = _Checker(sections, "", {})
+    found: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for key, value in raw.items():
+        inside = value if key in sections and isinstance(value, Mapping) else None
+        pairs = {key: value} if inside is None else {f"{key}.{k}": v for k, v in inside.items()}
+        for word, given in pairs.items():
+            with contextlib.suppress(ConfigError):
+                for section, values in checker.nested({word: given}).items():
+                    found[section] |= values
+    return found
 
 
 class _Checker:
@@ -131,37 +151,83 @@ class _Checker:
             for key, kind in sections.items()
         }
         self.touched: set[str] = set()
+        self.words: dict[str, str] = {}  # setting -> the other name under which it was given
 
     def fail(self, key: str, message: str) -> ConfigError:
-        line = self.lines.get(tuple(key.split("."))) if key not in self.touched else None
+        word = self.words.get(key, key)
+        line = self.lines.get(tuple(word.split("."))) if key not in self.touched else None
+        if word != key and word.rpartition(".")[2] not in message:
+            message += f" It was given as {word}."
         return ConfigError(f"{self.name}:{line}: {message}" if line else message)
 
     def nested(self, raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Convert sections and dotted keys to nested dicts; raise for unknown names."""
+        """Convert sections, dotted keys and other names of settings to nested dicts; raise for unknown names."""
         found: dict[str, dict[str, Any]] = {}
+        written: dict[str, str] = {}
         for key, value in raw.items():
             head, _, rest = str(key).partition(".")
-            if head not in self.sections:
-                raise self.fail(str(key), f"{key!r} is not a setting.{self.suggest(str(key))}")
-            if rest:
-                name, _, inner = rest.partition(".")
-                value = {name: {inner: value} if inner else value}
-            elif isinstance(value, str) and head == "objective":
-                value = {"class_path": value}
-            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-                value = vars(value)
-            elif value is None:
-                value = {}
-            if not isinstance(value, Mapping):
-                raise self.fail(
-                    head, f"{head} must be a section of settings, found {_show(value)}."
-                )
-            for name in value:
-                if str(name) not in self.fields[head]:
-                    dotted = f"{head}.{name}"
-                    raise self.fail(dotted, f"{dotted!r} is not a setting.{self.suggest(dotted)}")
-            self.merge(found.setdefault(head, {}), dict(value), head)
+            words = {str(key): value}
+            if head in self.sections:
+                inside = {rest: value} if rest else self.inside(head, value)
+                words = {f"{head}.{name}": item for name, item in inside.items()}
+            for word, given in words.items():
+                setting, item = self.setting(word, given)
+                if (other := written.setdefault(setting, word)) != word:
+                    raise self.fail(word, f"{other} and {word} are both {setting}; give one.")
+                section, name, *path = setting.split(".", 2)
+                into = found.setdefault(section, {})
+                item = {path[0]: item} if path else item
+                if isinstance(item, Mapping) and isinstance(before := into.get(name), Mapping):
+                    item = {**before, **item}
+                into[name] = item
         return found
+
+    def inside(self, section: str, value: Any) -> Mapping[str, Any]:
+        """Return the settings of a section, which may be given as its main setting alone."""
+        is_data = hasattr(value, "path")  # prepared data, which may be a dataclass
+        if dataclasses.is_dataclass(value) and not isinstance(value, type) and not is_data:
+            return vars(value)
+        if value is None or isinstance(value, Mapping):
+            return value or {}
+        several = is_data or isinstance(value, list | tuple)
+        if main_setting(section) is None or not (
+            isinstance(value, str | os.PathLike) or (several and section == "data")
+        ):
+            message = f"{section} must be a section of settings, found {_show(value)}."
+            raise self.fail(section, message)
+        found = section_value(section, value, self.fields[section])
+        self.words |= {f"{section}.{name}": section for name in found}
+        return found
+
+    def setting(self, word: str, value: Any) -> tuple[str, Any]:
+        """Return the setting and the value that are meant; raise for unknown names."""
+        found = self.resolve(word)
+        if found is None:
+            raise self.fail(word, f"{word!r} is not a setting.{self.suggest(word)}")
+        setting, entry = found
+        if setting != word:
+            self.words[setting] = word
+        if entry is not None and entry.type is not None and not entry.advice:
+            value = self.value(word, value, entry.type)
+        try:
+            if entry is not None and entry.advice:
+                shown = "..." if value is None else value
+                raise ConfigError(f"{word!r} is not a setting: {entry.advice.format(value=shown)}")
+            if entry is not None and entry.convert is not None:
+                value = entry.convert(value)
+            return setting, use_value(setting, value)
+        except ConfigError as error:
+            raise self.fail(word, str(error)) from None
+
+    def resolve(self, word: str) -> tuple[str, Name | None] | None:
+        """Return the setting that a name means, with or without its section, and its entry in the table of names."""
+        head, _, name = word.partition(".")
+        if head not in self.sections:
+            return find(word, self.fields)
+        if name.partition(".")[0] in self.fields[head]:
+            return word, None
+        found = find(name, self.fields)
+        return found if found is not None and found[0].startswith(f"{head}.") else None
 
     def merge(self, into: dict[str, Any], values: dict[str, Any], section: str) -> None:
         """Replace values of a section; items of mappings of any names are replaced one by one."""
@@ -175,17 +241,33 @@ class _Checker:
             into[key] = value
 
     def suggest(self, dotted: str) -> str:
-        """Return a hint: the nearest known key of its section, or of any section, else all keys of its section."""
+        """Return a hint: the setting that the name stands for, else the nearest one, else all of its section."""
         head, _, name = dotted.rpartition(".")
+        bare = name or head
+        if (found := find(bare, self.fields)) is not None:
+            setting, entry = found
+            advice = entry.advice.format(value="...") if entry is not None else ""
+            return f" {advice[0].upper()}{advice[1:]}" if advice else f" Did you mean {setting!r}?"
+        if (entry := next((e for e in NAMES if bare in e.names), None)) is not None:
+            command = "train" if "task" in self.sections else "finetune"
+            return f" It is {entry.setting} of pretrain {command}, and not a setting here."
         if head in _OPEN:
             near = difflib.get_close_matches(name, self.fields[head], n=1, cutoff=0.75)
             return f" Did you mean '{head}.{near[0]}'?" if near else f" {_OPEN[head]}"
         known = [f"{section}.{key}" for section, names in self.fields.items() for key in names]
-        same = [key for key in known if key.rpartition(".")[2] == (name or head)]
+        same = [key for key in known if key.rpartition(".")[2] == bare]
         if same:
-            return f" Did you mean {same[0]!r}?"
+            return f" Did you mean {' or '.join(map(repr, same))}?"
         inside = [key for key in known if key.startswith(f"{head}.")]
         hint = did_you_mean(dotted, inside or [*known, *self.sections])
+        words = {
+            w: e.setting for e in NAMES if not e.advice and e.fits(self.fields) for w in e.names
+        }
+        words |= {key.rpartition(".")[2]: key for key in known}
+        close = difflib.get_close_matches(bare, words, n=1, cutoff=0.8)
+        if close and ("mean" not in hint or not inside):
+            other = words[close[0]]
+            return f" Did you mean {close[0]!r}, which is {other!r}?"
         if " Known: " in hint and inside:
             wide = did_you_mean(dotted, known)
             return hint if " Known: " in wide else wide
@@ -198,6 +280,8 @@ class _Checker:
             spec = self.fields[section][name]
             if isinstance(value, bool):  # choices that used to be true or false
                 value = spec.metadata.get("flag", {}).get(value, value)
+            elif spec.metadata.get("unit") and _is_number(value):  # a number alone is one of steps
+                value = f"{value} {spec.metadata['unit']}"
             value = self.value(key, value, self.hints[section][name])
             low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
             for number in value if isinstance(value, tuple) else (value,):
@@ -219,18 +303,18 @@ class _Checker:
             for kind in sorted(kinds, key=lambda kind: kind is not str):  # text stays text
                 with contextlib.suppress(ConfigError):
                     return self.value(key, value, kind)
-            raise self.wrong(key, value, " or ".join(map(_name, kinds)))
+            raise self.wrong(key, value, type_in_words(hint))
         if origin is Literal:
             if value in args and type(value) in map(type, args):
                 return value
             if not isinstance(value, str):
-                raise self.wrong(key, value, _name(hint))
+                raise self.wrong(key, value, type_in_words(hint))
             near = _near(value, list(map(str, args)))
-            raise self.fail(key, f"{key} is {value!r}; it must be {_name(hint)}.{near}")
+            raise self.fail(key, f"{key} is {value!r}; it must be {type_in_words(hint)}.{near}")
         if hint in (list, tuple, dict):
             if isinstance(value, dict if hint is dict else list | tuple):
                 return value
-            raise self.wrong(key, value, _name(hint))
+            raise self.wrong(key, value, type_in_words(hint))
         if origin is list:
             if not isinstance(value, list | tuple):
                 raise self.wrong(key, value, f"a list, e.g. [{_example(args[0])}]")
@@ -251,6 +335,8 @@ class _Checker:
         return self.scalar(key, value, hint)
 
     def scalar(self, key: str, value: Any, hint: Any) -> Any:
+        if hint is bool and isinstance(value, str):
+            value = {"yes": True, "no": False}.get(value, value)
         if isinstance(value, bool | None) and type(value) is hint:
             return value
         if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -264,7 +350,7 @@ class _Checker:
             if isinstance(text, str) and "\0" not in text and _is_unicode(text):
                 return str(text)
             raise self.fail(key, f"{key} is {text!r:.80}, which is not text.")
-        raise self.wrong(key, value, _name(hint))
+        raise self.wrong(key, value, type_in_words(hint))
 
     def word(self, key: str, name: Any) -> str:
         if not isinstance(name, str):
@@ -315,6 +401,23 @@ class _Checker:
         return self.fail(key, f"{key} must be {expected}, found {_show(value)}.")
 
 
+def type_of(sections: Mapping[str, type], word: str) -> Any:
+    """Return the type of the values of a setting under any of its names.
+
+    Raises:
+        ConfigError: no setting has this name, or it means something else here.
+    """
+    checker = _Checker(sections, "", {})
+    found = checker.resolve(word)
+    if found is None or (found[1] is not None and found[1].advice):
+        raise checker.fail(word, f"{word!r} is not a setting.{checker.suggest(word)}")
+    setting, entry = found
+    if entry is not None and entry.type is not None:
+        return entry.type
+    section, name, *item = setting.split(".", 2)
+    return Any if item else checker.hints[section][name]
+
+
 _PLAIN = (int, float, bool, str, type(None), list, dict, tuple)
 
 
@@ -338,26 +441,37 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     return _Checker({}, "", {}).value(key, value, hint)
 
 
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int | float):
+        return -1e18 < value < 1e18
+    return isinstance(value, str) and (re.fullmatch(r"\s*[0-9][0-9_]*\s*", value) is not None)
+
+
 def _is_unicode(text: str) -> bool:
     """Whether the text has no lone surrogates, which no file can hold."""
     return text.encode("utf-8", "replace").decode() == text
 
 
-def _name(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
+def type_in_words(hint: Any) -> str:
+    """Return a type as a phrase: "a whole number", "yes or no", "one of adamw, muon"."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_in_words(kind) for kind in args if kind is not types.NoneType)
+    if origin is list and get_origin(args[0]) is Literal:
+        return f"a list of {', '.join(map(str, get_args(args[0])))}"
     names = {
         int: "a whole number",
         float: "a number",
-        bool: "true or false",
+        bool: "yes or no",
         str: "text",
         list: "a list",
         tuple: "a list",
         dict: "a mapping",
-        type(None): "nothing",
+        Any: "text, a list or a mapping",
     }
-    kind = get_origin(hint) or hint
-    return names.get(kind, str(kind))
+    return names.get(origin or hint, str(hint))
 
 
 def _example(hint: Any) -> str:

@@ -36,7 +36,12 @@ __all__ = [
 
 
 def setting(
-    default: Any, low: float = -math.inf, high: float = math.inf, *, resumable: bool = False
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    resumable: bool = False,
+    unit: str = "",
 ) -> Any:
     """Return the dataclass field of a setting.
 
@@ -46,8 +51,10 @@ def setting(
         high: largest number that is allowed.
         resumable: it may change when a run is resumed, because it affects only where and how long the run trains and
             what it reports and saves.
+        unit: unit of a number alone, in a setting that is an amount with a unit.
     """
-    return field(default=default, metadata={"low": low, "high": high, "resumable": resumable})
+    limits = {"low": low, "high": high, "resumable": resumable}
+    return field(default=default, metadata=limits | ({"unit": unit} if unit else {}))
 
 
 @dataclass
@@ -150,18 +157,18 @@ class TrainConfig:
 
     out: str = setting("runs/run", resumable=True)
     """Directory of the run; repeating the command resumes it."""
-    limit: str = setting("1 epochs", resumable=True)
-    """When to stop: "500 steps", "1e9 tokens", "3 epochs" or "10 minutes"."""
+    limit: str = setting("1 epochs", resumable=True, unit="steps")
+    """When to stop: "500 steps" or 500, "1e9 tokens", "3 epochs" or "10 minutes"."""
     batch_rows: int = setting(32, 1, 1 << 24)
     """Rows per optimizer step, over all devices and micro-batches (global batch)."""
     micro_rows: int = setting(0, 0, 1 << 24)
     """Rows per forward pass of one process (micro-batch); 0 is automatic."""
-    eval_every: str = setting("5%", resumable=True)
-    """Evaluate every "200 steps", "0.5 epochs" or "5%" of the run; "0 steps" is only at the end."""
+    eval_every: str = setting("5%", resumable=True, unit="steps")
+    """Evaluate every "200 steps" or 200, "0.5 epochs" or "5%" of the run; 0 is only at the end."""
     eval_rows: int = setting(0, 0, 1 << 40, resumable=True)
     """Held-out rows per evaluation; 0 is all of them."""
-    save_every: str = setting("10%", resumable=True)
-    """Save every "200 steps", "0.5 epochs" or "10%" of the run; "0 steps" is only at the end."""
+    save_every: str = setting("10%", resumable=True, unit="steps")
+    """Save every "200 steps" or 200, "0.5 epochs" or "10%" of the run; 0 is only at the end."""
     async_save: bool = setting(False, resumable=True)
     """Write checkpoints in the background: training stalls only for a copy, which takes additional memory."""
     keep: int = setting(2, 1, 1 << 20, resumable=True)
@@ -239,7 +246,7 @@ class Limit:
 
 
 _AMOUNT = re.compile(
-    r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+)\s*([A-Za-z]+|%)\s*"
+    r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+)\s*([A-Za-z]+|%|)\s*"
 )
 _UNITS: dict[str, tuple[Literal["steps", "tokens", "epochs", "minutes"], float]] = {
     "step": ("steps", 1),
@@ -253,11 +260,12 @@ _UNITS: dict[str, tuple[Literal["steps", "tokens", "epochs", "minutes"], float]]
 
 
 def _amount(text: object) -> tuple[float, str]:
-    """Split "500 steps" into (500.0, "step"); (nan, "") when it is not an amount."""
-    match = _AMOUNT.fullmatch(text) if isinstance(text, str) else None
+    """Split "500 steps" or 500 into (500.0, "step"); (nan, "") when it is not an amount."""
+    number = isinstance(text, int | float) and not isinstance(text, bool)
+    match = _AMOUNT.fullmatch(str(text)) if number or isinstance(text, str) else None
     if match is None:
         return math.nan, ""
-    unit = match[2].lower()
+    unit = match[2].lower() or "step"
     return float(match[1].replace("_", "")), unit[:-1] if unit.endswith("s") else unit
 
 
@@ -266,7 +274,7 @@ def parse_limit(text: str) -> Limit:
 
     Args:
         text: an amount and a unit: ``"500 steps"``, ``"1e9 tokens"``, ``"3 epochs"``,
-            ``"10 minutes"``.
+            ``"10 minutes"``; a number alone is one of steps.
 
     Raises:
         ConfigError: the text is not of that form, not positive, or a fraction of a step or token.
@@ -292,7 +300,7 @@ def parse_every(
 
     Args:
         text: ``"200 steps"``, ``"0.5 epochs"`` or a share of the run, ``"5%"``; the last two are at least one
-            step.
+            step; a number alone is one of steps.
         total: steps of the whole run.
         key: name of the setting in errors.
         epoch_steps: steps in one epoch.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
+from pretrain.config.aliases import NAMES, find, main_setting
 from pretrain.config.run import fields
 
 __all__ = ["schema"]
@@ -18,10 +19,19 @@ _TYPES |= {list: "array", tuple: "array", dict: "object"}
 def schema(kind: Any) -> dict[str, Any]:
     """Return the JSON schema (draft 7) of ``RunConfig`` or ``TuneConfig``.
 
-    It holds names, types, choices and ranges; what several settings mean together is checked by ``load`` only.
+    It holds names, types, choices and ranges; what several settings mean together is checked by ``load`` only. Other
+    names of settings are patterns, because an editor completes properties.
     """
     sections: dict[str, Any] = {}
+    known = {
+        section: {spec.name: spec for spec in fields(of)} for section, of in kind.SECTIONS.items()
+    }
+    words = {name for entry in NAMES for name in entry.names} | {
+        n for of in known.values() for n in of
+    }
+    places = {word: found[0] for word in sorted(words) if (found := _accepted(word, known))}
     for section, of in kind.SECTIONS.items():
+        inside = [word for word, place in places.items() if place.startswith(f"{section}.")]
         settings = {
             spec.name: {
                 "description": spec.help,
@@ -32,9 +42,10 @@ def schema(kind: Any) -> dict[str, Any]:
         }
         sections[section] = {
             "description": of.__doc__,
-            # The objective may be given by its name alone.
-            "type": ["object", "null", *(["string"] if "class_path" in settings else [])],
+            # A section with a main setting may be given by its value alone.
+            "type": ["object", "null", *(["string"] if main_setting(section) else [])],
             "properties": settings,
+            "patternProperties": {rf"^({'|'.join(inside)})$": {}},
             "additionalProperties": False,
         }
     return {
@@ -42,9 +53,15 @@ def schema(kind: Any) -> dict[str, Any]:
         "title": kind.__doc__,
         "type": "object",
         "properties": sections,
-        "patternProperties": {rf"^({'|'.join(sections)})\.": {}},  # dotted keys: optim.lr
+        # dotted keys, optim.lr, and names without a section
+        "patternProperties": {rf"^(({'|'.join(sections)})\.|({'|'.join(places)})$)": {}},
         "additionalProperties": False,
     }
+
+
+def _accepted(word: str, known: Any) -> tuple[str, Any] | None:
+    found = find(word, known)
+    return None if found is None or (found[1] is not None and found[1].advice) else found
 
 
 def _type(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +73,8 @@ def _type(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"enum": [*args, *metadata.get("flag", ())]}
     found: dict[str, Any] = {"type": _TYPES[get_origin(hint) or hint]}
+    if found["type"] == "string" and metadata.get("unit"):
+        return {"type": ["string", "number"]}
     if found["type"] == "array":
         found["items"] = _type(args[0], metadata)
     if get_origin(hint) is tuple:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import read_file, write_text
+from pretrain.config.check import read_file, settings_in, write_text
+from pretrain.config.run import ParallelConfig, TrainConfig
 from pretrain.distributed.mesh import check_batch
 from pretrain.errors import ConfigError
 
@@ -64,7 +66,11 @@ def is_task(config: str | os.PathLike[str]) -> bool:
     Raises:
         ConfigError: the file cannot be read.
     """
-    return "task" in read_file(Path(config))[0]
+    return _has_task(read_file(Path(config))[0])
+
+
+def _has_task(sections: Mapping[str, Any]) -> bool:
+    return any(key.partition(".")[0] == "task" for key in sections)
 
 
 def script(
@@ -107,9 +113,10 @@ def script(
             raise ConfigError(f"--{key} is {value}; it must be at least {low}.")
     path = Path(config)
     sections, _ = read_file(path)
-    command = "finetune" if "task" in sections else "train"
+    command = "finetune" if _has_task(sections) else "train"
     processes = max(1, gpus_per_node)
-    train, parallel = (sections.get(key) or {} for key in ("train", "parallel"))
+    given = settings_in(sections, {"train": TrainConfig, "parallel": ParallelConfig})
+    train, parallel = given["train"], given["parallel"]
     check_batch(
         nodes * processes,
         int(parallel.get("tp", 1)),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.config.aliases import NAMES, use_value
 from pretrain.config.run import Sections, sections_of, setting
 from pretrain.config.spelling import option
 from pretrain.data.readers import table_kind
@@ -145,9 +146,9 @@ class TuneTrain(TrainConfig):
     epochs: float = setting(0.0, 0.0, 1e6, resumable=True)
     """Passes over the training rows; 0 is three, or more if that is fewer than 500 steps (at most twenty
     passes or 100 steps, whichever is more)."""
-    limit: str = setting("", resumable=True)
-    """Length of the run in place of epochs: "500 steps", "1e6 tokens" or "10 minutes"."""
-    eval_every: str = setting("1 epochs", resumable=True)
+    limit: str = setting("", resumable=True, unit="steps")
+    """Length of the run in place of epochs: "500 steps" or 500, "1e6 tokens" or "10 minutes"."""
+    eval_every: str = setting("1 epochs", resumable=True, unit="steps")
     """Evaluate every "1 epochs", "200 steps" or "5%" of the run; "1 epochs" is at most
     twenty times in a run of steps."""
     patience: int = setting(0, 0, 1 << 20, resumable=True)
@@ -210,8 +211,8 @@ def from_keywords(
     from pretrain.objectives import TASKS, task_class
 
     base = TuneConfig.load(config)
-    sections: dict[str, dict[str, Any]] = {}
-    name = task or base.task.name
+    sections: dict[str, Any] = {}
+    name = use_value("task.name", task) or base.task.name
     if not name:
         raise ConfigError(
             f"No task is given. Name one: {option('task', 'classification')}, or another of {', '.join(TASKS)}."
@@ -250,6 +251,8 @@ def from_keywords(
             given[key] = value
         elif key in places:
             sections.setdefault(places[key], {})[key] = value
+        elif any(key in entry.names for entry in NAMES):  # read, or answered, by TuneConfig.load
+            sections[key] = value
         else:
             known = sorted({*roles, *options, *places})
             raise ConfigError(
