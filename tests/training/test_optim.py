@@ -8,9 +8,11 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError
+from pretrain.training import optim
 from pretrain.training.optim import Muon, build_optimizers, orthogonalize
 
 CPU = torch.device("cpu")
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al., 2024, and of torch.optim.Muon
 
 
 class _Net(nn.Module):
@@ -65,8 +67,10 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     assert both == len(list(net.parameters()))
 
 
-def test_muon_equals_torch() -> None:
-    """Same momentum, coefficients and scaling as torch.optim.Muon (whose iteration always runs in bf16)."""
+def test_muon_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its coefficients the same as torch.optim.Muon (whose iteration always runs in bf16)."""
+    monkeypatch.setattr(optim, "_POLAR_EXPRESS", (QUINTIC,) * 5)
+    monkeypatch.setattr(optim, "_MARGIN", 1.0)
     torch.manual_seed(0)
     a = [
         nn.Parameter(torch.randn(16, 8)),
@@ -95,7 +99,42 @@ def test_muon_equals_torch() -> None:
 def test_orthogonalize_pushes_singular_values_to_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
-    assert values.max() < 1.3 and values.min() > 0.4
+    assert values.max() < 1.15 and values.min() > 0.7
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_cautious_decay_shrinks_only_where_update_and_weight_agree(name: str) -> None:
+    """Weights move as without decay, and where this brings them nearer to zero they decay too."""
+    nets = {}
+    for decay in (0.0, 0.5):
+        torch.manual_seed(1)
+        nets[decay] = net = _net()
+        config = OptimConfig(name=name, weight_decay=decay, cautious=True)  # type: ignore[arg-type]
+        before = net.block[0].weight.detach().clone()
+        _step(net, build_optimizers(net, config, [net.block], CPU), 0)
+    plain, decayed = (nets[decay].block[0].weight.detach() for decay in (0.0, 0.5))
+    lr = config.muon_lr if name == "muon" else config.lr
+    agree = (before - plain) * before > 0
+    share = torch.where(agree, lr * 0.5, 0.0)
+    assert agree.any() and not agree.all()
+    assert torch.allclose(decayed, plain - share * before, atol=1e-6, rtol=0)
+    assert torch.equal(nets[0.0].embed.weight, nets[0.5].embed.weight)
+
+
+def test_orthogonalize_is_nearer_to_orthogonal_than_the_quintic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(128, 128))
+    matrices = torch.stack([torch.randn(128, 128), u @ torch.diag(torch.logspace(0, -3, 128)) @ v])
+
+    def gaps() -> torch.Tensor:
+        return (torch.linalg.svdvals(orthogonalize(matrices)) - 1).square().mean(-1).sqrt()
+
+    ours = gaps()
+    monkeypatch.setattr(optim, "_POLAR_EXPRESS", (QUINTIC,) * 5)
+    monkeypatch.setattr(optim, "_MARGIN", 1.0)
+    assert (ours < 0.7 * gaps()).all() and ours.max() < 0.3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

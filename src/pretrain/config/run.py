@@ -130,6 +130,8 @@ class OptimConfig:
     """Added to the square root of the second moment."""
     weight_decay: float = setting(0.1, 0.0, 100.0)
     """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
+    cautious: bool = False
+    """Decay a weight only where the update has its sign, that is, where the update brings it nearer to zero too."""
     clip: float = setting(1.0, 0.0, 1e6)
     """Maximum gradient norm; 0 disables clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
