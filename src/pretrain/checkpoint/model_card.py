@@ -106,6 +106,9 @@ def _facts(block: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in (metrics if isinstance(metrics, Mapping) else {}).items():
             if isinstance(value, int | float):
                 facts[f"{name} {key}"] = f"{value:.4g}"
+    for key, name in (("unigram_nats", "unigram"), ("kneser_ney_nats", "Kneser-Ney, order 3")):
+        if "kneser_ney_nats" in block and isinstance(block.get(key), int | float):
+            facts[f"held-out loss of a baseline ({name})"] = f"{block[key]:.4g}"
     if block.get("parent"):
         facts["started from"] = block["parent"]
     return facts

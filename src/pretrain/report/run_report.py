@@ -49,7 +49,7 @@ def render(run_dir: str | os.PathLike[str]) -> str:
     """
     folder = Path(run_dir)
     history = read_history(folder)
-    config = _read_config(folder)
+    config, about = _read_config(folder), _about(folder, history)
     name = folder.resolve().name
     damage = f"log.jsonl is damaged and shown in part: {history.damage}."
     sections = [
@@ -58,9 +58,9 @@ def render(run_dir: str | os.PathLike[str]) -> str:
         card(escape(damage)) if history.damage else "",
         tile_row(_tiles(history)),
         _charts(history),
-        section("Evaluations on held-out rows", _evaluations(history)),
+        section("Evaluations on held-out rows", _evaluations(history, about)),
         section("Generated samples", _samples(history)),
-        section("Data and origin", _data(folder, history)),
+        section("Data and origin", _data(about)),
         section("Checkpoints", _checkpoints(folder)),
         section("Repeat it", _repeat(folder) if config else ""),
         section("Events", _events(history)),
@@ -141,7 +141,14 @@ def _charts(history: History) -> str:
     return f'{loss}<div class="pair">{"".join(drawn)}</div>'
 
 
-def _evaluations(history: History) -> str:
+# Losses of models that need no training, by their keys in the "pretrain" block.
+_BASELINES = {
+    "unigram_nats": "unigram",
+    "kneser_ney_nats": "Kneser-Ney, order 3, of the tokens that the run saw",
+}
+
+
+def _evaluations(history: History, about: Mapping[str, Any]) -> str:
     figures = [
         {key: value for key, text in record["eval"].items() if math.isfinite(value := number(text))}
         for record in history.evals
@@ -154,7 +161,16 @@ def _evaluations(history: History) -> str:
         ]
         for record in history.evals
     ]
-    return table(["step", *(key.replace("_", " ") for key in keys)], rows) if rows else ""
+    if not rows:
+        return ""
+    made = table(["step", *(key.replace("_", " ") for key in keys)], rows)
+    last = figures[-1]
+    found = [(f"model, step {rows[-1][0]:,}", last.get("loss"), last.get("bits_per_byte"))]
+    for key, name in _BASELINES.items():
+        if math.isfinite(nats := number(about.get(key))):
+            loss, bits = last.get("loss"), last.get("bits_per_byte")
+            found.append((name, nats, nats * bits / loss if loss and bits else None))
+    return made + (table(["held out", "nats", "bits per byte"], found) if found[1:] else "")
 
 
 def _samples(history: History) -> str:
@@ -167,7 +183,7 @@ def _samples(history: History) -> str:
     return card(*blocks) if blocks else ""
 
 
-def _data(folder: Path, history: History) -> str:
+def _about(folder: Path, history: History) -> dict[str, Any]:
     """Return the origin of the model: the "pretrain" block of the newest checkpoint, and the data events of the log."""
     about: dict[str, Any] = {}
     for record in history.events:
@@ -176,11 +192,15 @@ def _data(folder: Path, history: History) -> str:
         with contextlib.suppress(OSError, ValueError):
             block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("pretrain")
             about |= block if isinstance(block, Mapping) else {}
-    sources = about.pop("sources", None)
+    return about
+
+
+def _data(about: Mapping[str, Any]) -> str:
+    sources = about.get("sources")
     rows = [
         (key.replace("_", " "), value)
         for key, value in about.items()
-        if key != "metrics" and value is not None
+        if key not in ("metrics", "sources") and value is not None
     ]
     parts = table(["", ""], rows, left=2) if rows else ""
     if isinstance(sources, list) and sources and all(isinstance(one, Mapping) for one in sources):

@@ -32,6 +32,7 @@ from pretrain.errors import PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import persistent_buffers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
+from pretrain.training.baseline import ngram_baseline
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, to_device
@@ -502,6 +503,8 @@ class Trainer:
         self.journal.evaluation(self.state, self.metrics, found.samples, found.note)
         if remark := self._cost.add(time.monotonic() - began, self):
             self.say(remark)
+        if last:
+            self.about |= ngram_baseline(self)
         return found.improved and self.train.best
 
     def _due(self, every: str, last: int, name: str) -> bool:
