@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.scripts import SCRIPTS, TOKENIZERS, documents, tokenizer
+from pretrain.data.loader import Loader
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, ModelError, TokenizerError, TrainingError
 from pretrain.models import build
 from pretrain.objectives import build_objective
 from pretrain.objectives.masked_lm import MaskedLM
+from pretrain.training.feed import Feed
 
 MASK, VOCAB = 4, 60
 
@@ -39,7 +43,7 @@ def _model(tokenizer: Any = None, head: str = "masked-lm") -> Any:
     return SimpleNamespace(
         head_kind=head,
         tokenizer=tokenizer if tokenizer is not None else _Words(),
-        backbone=SimpleNamespace(model_type="bert", vocab_size=VOCAB),
+        backbone=SimpleNamespace(model_type="bert", vocab_size=VOCAB, id_limits=dict),
     )
 
 
@@ -225,3 +229,40 @@ def test_the_preview_shows_hidden_words_whole_with_what_the_brackets_mean() -> N
     assert 1 <= len(hidden) <= 6 and set(hidden) <= set(text.split())
     plain = re.sub(r"\[(?:[^|\]]* \| )?([^]]*)\]", r"\1", passage)
     assert plain in text
+
+
+def test_the_rate_falls_with_the_place_in_the_run_and_on_nothing_else() -> None:
+    """Steps fetched in any order, by one rank or by two, have the same masks; the last ones are near the final rate."""
+    objective = MaskedLM(_model(), rate=0.4, final_rate=0.1)
+    rows = [_row(_rng(seed), 102) for seed in range(10)]
+
+    def steps(share: tuple[int, int], order: Sequence[int]) -> dict[int, torch.Tensor]:
+        feed = Feed(
+            objective, Loader(rows, seed=1), batch_rows=4, micro_rows=2, share=share, total_rows=40
+        )
+        return {k: torch.cat([b["labels"] for b in feed.step_at(4 * k)]) for k in order}
+
+    whole, back = steps((0, 1), range(10)), steps((0, 1), [9, 3])
+    assert all(torch.equal(back[k], whole[k]) for k in back)
+    parts = [steps((rank, 2), range(10)) for rank in (0, 1)]
+    assert all(torch.equal(torch.cat([p[k] for p in parts]), whole[k]) for k in range(10))
+    # 100 of the 102 tokens of a row may be masked.
+    hidden = [int((labels != -100).sum()) for labels in whole.values()]
+    assert hidden == [4 * round(100 * (0.4 - 0.03 * k)) for k in range(10)]
+    evaluated = objective.collate(rows[:1], [_rng(0)], evaluation=True)
+    assert int((evaluated["labels"] != -100).sum()) == 15  # whatever the progress
+
+
+def test_final_rate_is_checked_and_described() -> None:
+    with pytest.raises(ConfigError, match="can only fall"):
+        MaskedLM(_model(), rate=0.2, final_rate=0.3)
+    with pytest.raises(ConfigError, match="final_rate is 0"):
+        MaskedLM(_model(), final_rate=0.0)
+    objective = MaskedLM(_model(), final_rate=0.15)
+    assert objective.describe()["final_rate"] == 0.15
+    assert "final_rate" not in MaskedLM(_model()).describe()
+    rows = [_row(_rng(seed), 102) for seed in range(10)]
+    with pytest.raises(ConfigError, match=r"train\.limit in steps, tokens or epochs"):
+        objective.survey(rows)
+    objective.progress = 0.0
+    assert "falling to 0.15 over the run" in objective.survey(rows)[0]

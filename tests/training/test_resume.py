@@ -24,7 +24,7 @@ def _run(out: Path, kind: str, crash_after: int | None = None, **options: Any) -
         if record["step"] == crash_after:
             raise Crash
 
-    goal = objective(kind, dropout=options.pop("dropout", 0.0))
+    goal = objective(kind, dropout=options.pop("dropout", 0.0), **options.pop("goal", {}))
     rows, held_out = Rows(10), Rows(3, seed=4)
     task = trainer(out, goal, rows, eval_rows=held_out, hooks=[Hook(strike)], **options)
     task.fit()
@@ -94,10 +94,13 @@ def test_chain_of_crashes_is_bit_identical(
     _same(whole, cut)
 
 
-@pytest.mark.parametrize("kind", ["NextToken", "MaskedLM"])
-def test_resume_at_every_step(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "goal"), [("NextToken", {}), ("MaskedLM", {"rate": 0.5, "final_rate": 0.1})]
+)
+def test_resume_at_every_step(tmp_path: Path, kind: str, goal: dict[str, float]) -> None:
     """One crash after each step of a run that saves every step: the whole chain equals one run."""
     options: dict[str, Any] = {"limit": "9 steps", "save_every": "1 steps", "micro_rows": 2}
+    options |= {"goal": goal}
     _run(tmp_path / "whole", kind, **options)
     for crash in range(1, 9):
         with pytest.raises(Crash):

@@ -104,6 +104,9 @@ class Objective(nn.Module):
         batch_group: process group over whose ranks each training batch is split, into equally many consecutive rows;
             None if the loss does not couple examples or this rank has the whole batch. Set for training.
         compared: whether ``whole_batch`` has been called.
+        progress: share of the run before the global batch that ``collate`` is called for, the same on all ranks and in
+            a resumed run; None outside a run, and in one that is limited by time, whose length nobody knows. Set for
+            training; evaluation must not depend on it.
     """
 
     couples_examples: ClassVar[bool] = False
@@ -115,6 +118,7 @@ class Objective(nn.Module):
         self.model = model
         self.batch_group: Group | None = None
         self.compared = False
+        self.progress: float | None = None
 
     def train(self, mode: bool = True) -> Objective:
         """Set the training mode of all modules but the frozen ones, which stay in evaluation mode."""

@@ -87,6 +87,7 @@ class LanguageModelling(Task):
         """The pre-training objective, around the same model."""
         if self._inner.model is not self.model:  # the model has been wrapped since
             self._inner.model = self.model
+        self._inner.progress = self.progress
         return self._inner
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:

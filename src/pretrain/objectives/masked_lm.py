@@ -48,13 +48,17 @@ class MaskedLM(TokenObjective):
     Args:
         model: a bidirectional model with a masked-LM head and a tokenizer that has a mask token.
         rate: share of the maskable tokens of a row that become targets while training.
+        final_rate: share at the end of the run; the share falls linearly from ``rate`` to it, as in GPT-BERT (arXiv
+            2410.24159). None keeps ``rate``. It needs a limit in steps, tokens or epochs: a run limited by minutes has
+            no length that all ranks and a resumed run could agree on.
         eval_rate: the same in evaluation.
         mask_share: share of the targets that are replaced by the mask token.
         random_share: share of the targets that are replaced by a random ordinary token; the rest stay.
         whole_word: choose whole words; each of their pieces is still predicted alone.
 
     Raises:
-        ConfigError: a rate or share lies outside its range.
+        ConfigError: a rate or share lies outside its range; before the first step also: ``final_rate`` in a run that
+            is limited by minutes.
         ModelError: the model is causal or has no masked-LM head.
         TokenizerError: the tokenizer has no mask token.
     """
@@ -69,13 +73,19 @@ class MaskedLM(TokenObjective):
         mask_share: float = 0.8,
         random_share: float = 0.1,
         whole_word: bool = False,
+        final_rate: float | None = None,
     ) -> None:
         super().__init__(model)
-        for name, value in (("rate", rate), ("eval_rate", eval_rate)):
+        final = rate if final_rate is None else final_rate
+        for name, value in (("rate", rate), ("eval_rate", eval_rate), ("final_rate", final)):
             if not 0 < value < 1:
                 raise ConfigError(
                     f"MaskedLM.{name} is {value}; it is a share of tokens, between 0 and 1."
                 )
+        if final > rate:
+            raise ConfigError(
+                f"MaskedLM.final_rate is {final} and rate {rate}; the rate can only fall during a run."
+            )
         if min(mask_share, random_share) < 0 or mask_share + random_share > 1:
             raise ConfigError(
                 f"MaskedLM: mask_share {mask_share} and random_share {random_share} must be >= 0 and sum to <= 1."
@@ -92,7 +102,7 @@ class MaskedLM(TokenObjective):
                 "MaskedLM needs a tokenizer with a mask token, and this model has none. Prepare the data with "
                 "pretrain's own tokenizer, or add a mask token to yours."
             )
-        self.rate, self.eval_rate = rate, eval_rate
+        self.rate, self.eval_rate, self.final_rate = rate, eval_rate, final_rate
         self.mask_share, self.random_share, self.whole_word = mask_share, random_share, whole_word
         self._mask_id = int(tokenizer.mask_id)
         # Rows of the embedding beyond the tokenizer are padding: never a target, never a replacement.
@@ -113,7 +123,7 @@ class MaskedLM(TokenObjective):
         documents = batch.get("document_ids", batch.get("attention_mask"))
         real = np.ones(ids.shape, dtype=bool) if documents is None else documents.numpy() != 0
         labels = np.full(ids.shape, IGNORE, dtype=np.int64)
-        rate = self.eval_rate if evaluation else self.rate
+        rate = self.eval_rate if evaluation else self._rate_now()
         candidates, begins = self._is_maskable(ids) & real, self._begins(ids, documents)
         for row, rng in enumerate(rngs):
             words = None if begins is None else begins[row]
@@ -123,6 +133,11 @@ class MaskedLM(TokenObjective):
         batch["labels"] = torch.from_numpy(labels)
         batch["target_index"] = torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE))
         return drop_plain_documents(batch)
+
+    def _rate_now(self) -> float:
+        if self.final_rate is None or self.progress is None:
+            return self.rate
+        return self.rate + (self.final_rate - self.rate) * self.progress
 
     def _is_maskable(self, ids: np.ndarray) -> np.ndarray:
         found: np.ndarray = self._maskable[np.clip(ids, 0, len(self._maskable) - 1)] & (ids >= 0)
@@ -188,9 +203,15 @@ class MaskedLM(TokenObjective):
 
         Raises:
             TrainingError: it is not the requested share.
+            ConfigError: the share is to fall in a run whose length is not known.
         """
+        if self.final_rate is not None and self.progress is None:
+            raise ConfigError(
+                "MaskedLM.final_rate needs the length of the run, which a limit in minutes does not give: set "
+                "train.limit in steps, tokens or epochs, or leave final_rate out."
+            )
         said = []
-        for name, rate in (("rate", self.rate), ("eval_rate", self.eval_rate)):
+        for name, rate in (("rate", self._rate_now()), ("eval_rate", self.eval_rate)):
             hidden = tokens = 0
             for k in range(_TRIAL_ROWS):
                 row = rows[k * len(rows) // _TRIAL_ROWS]
@@ -204,7 +225,8 @@ class MaskedLM(TokenObjective):
                 raise TrainingError(self._why_off(name, rate, share, tokens / _TRIAL_ROWS))
             said.append(f"{share:.1%} of the tokens ({name} {rate:g})")
         what = "whole words" if self.whole_word else "tokens"
-        return [f"masks {what}: hides {said[0]}, in evaluations {said[1]}"]
+        falls = "" if self.final_rate is None else f", falling to {self.final_rate:g} over the run"
+        return [f"masks {what}: hides {said[0]}{falls}, in evaluations {said[1]}"]
 
     def _why_off(self, name: str, rate: float, share: float, length: float) -> str:
         text = f"MaskedLM hides {share:.1%} of the tokens, but {name} asks for {rate:.1%}: "
@@ -266,6 +288,7 @@ class MaskedLM(TokenObjective):
             "mask_share": self.mask_share,
             "random_share": self.random_share,
             "whole_word": self.whole_word,
+            **({} if self.final_rate is None else {"final_rate": self.final_rate}),
         }
 
 

@@ -106,6 +106,7 @@ class Feed:
         batch_rows: rows in a global batch.
         micro_rows: rows in a micro-batch; may be set to another divisor of the share during a run.
         share: data-parallel rank and size; every rank gets an equal number of consecutive rows of a global batch.
+        total_rows: rows of the whole run; None if it is limited by time.
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class Feed:
         batch_rows: int,
         micro_rows: int,
         share: tuple[int, int] = (0, 1),
+        total_rows: int | None = None,
     ) -> None:
-        self._objective, self._loader = objective, loader
+        self._objective, self._loader, self._total_rows = objective, loader, total_rows
         self._batch_rows, self.micro_rows = batch_rows, micro_rows
         self._mine = batch_rows // share[1]
         self._first = share[0] * self._mine
@@ -127,6 +129,8 @@ class Feed:
         return self._split(position, self.micro_rows)
 
     def _split(self, position: int, micro_rows: int) -> list[Batch]:
+        if self._total_rows is not None:
+            self._objective.progress = min(1.0, position / self._total_rows)
         place = position + self._first
         examples = self._loader.examples(place, self._mine)
         rngs = self._loader.rngs(place, self._mine)

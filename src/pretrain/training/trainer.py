@@ -231,14 +231,17 @@ class Trainer:
             even=self.parallel.reproducible,
             most=self.strategy.choice.micro_rows,
         )
+        loader = Loader(self.train_data, seed=train.seed)
+        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
+        timed = self.plan.limit.kind == "minutes"
         self.feed = Feed(
             self.objective,
-            loader := Loader(self.train_data, seed=train.seed),
+            loader,
             batch_rows=train.batch_rows,
             micro_rows=self.micro_rows,
             share=(world.dp_rank, sizes.dp),
+            total_rows=None if timed else self.plan.total_steps() * train.batch_rows,
         )
-        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
         self.journal.epoch_rows = self.plan.epoch_rows
         self.row_length = round(mean_length(self.train_data, self.objective))
         if checkpoint is not None:
