@@ -272,7 +272,7 @@ def _add_bench(parser: Any) -> None:
 
     parser.add_argument("--steps", type=int, default=20, help="steps to measure")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_settings(parser, RunConfig, {})
+    add_settings(parser, RunConfig)
 
 
 def _bench(args: Any) -> None:
@@ -299,7 +299,7 @@ def _add_lr_range(parser: Any) -> None:
     add("--highest", type=float, default=1.0, help="learning rate of the last step")
     add("--steps", type=int, default=100, help="number of steps")
     add("--plot", type=str, default="lr-range.svg", help="picture to write")
-    add_settings(parser, RunConfig, {})
+    add_settings(parser, RunConfig)
 
 
 def _lr_range(args: Any) -> None:

@@ -89,7 +89,8 @@ class _Rising(Trainer):
 
     def lr_factor(self) -> float:
         share = self.state.step / max(1, self.state.total_steps - 1)
-        return self.lowest / self.optim.lr * (self.highest / self.lowest) ** share
+        factor: float = self.lowest / self.optim.lr * (self.highest / self.lowest) ** share
+        return factor
 
     def _after_step(self, record: dict[str, Any]) -> None:
         super()._after_step(record)
