@@ -18,7 +18,8 @@ _FUNCTIONS = {
     "fill_mask": "pretrain.inference.generate",
     "embed": "pretrain.inference.generate",
     "predict": "pretrain.inference.predict",
-    "chat": "pretrain.inference.predict",
+    "write": "pretrain.inference.generate",
+    "chat": "pretrain.inference.chat",
     "save_model": "pretrain.checkpoint",
     "load": "pretrain.checkpoint",
     "merge": "pretrain.lora.attach",
@@ -50,10 +51,9 @@ class ModelMethods:
         """Predict for texts, pairs or rows with the fine-tuned task; see ``pretrain.inference.predict.predict``."""
         return function("predict")(self, inputs, **options)
 
-    def chat(self, messages: Any, **options: Any) -> str:
-        """Return the answer to a conversation; see ``pretrain.inference.predict.chat``."""
-        answer: str = function("chat")(self, messages, **options)
-        return answer
+    def chat(self, messages: Any, **options: Any) -> Any:
+        """Return the answer to a conversation; see ``pretrain.inference.chat.chat``."""
+        return function("chat")(self, messages, **options)
 
     def save(self, directory: str | Path) -> Path:
         """Write a directory that transformers can load; see ``pretrain.checkpoint.save_model``."""

@@ -336,17 +336,6 @@ def test_stop_texts_cut_also_inside_a_token() -> None:
     assert both[1] == generate(model, "a dog", max_new_tokens=12, stop=added[3:6])
 
 
-def test_streamed_pieces_add_up() -> None:
-    for options in ({}, {"stop": ["xyz"]}, {"stop": "a"}):
-        pieces: list[str] = []
-        whole = generate(
-            talker(), "the red cat", max_new_tokens=12, stream=pieces.append, **options
-        )
-        assert "the red cat" + "".join(pieces) == whole
-    with pytest.raises(ConfigError, match="stream"):
-        generate(talker(), ["a", "b"], stream=print)
-
-
 def test_stops_at_any_of_several_ends() -> None:
     _, ours = pair("gpt2")
     plain = generate(ours, PROMPTS[0], max_new_tokens=NEW)

@@ -20,8 +20,9 @@ from pretrain.data.tables import Table, read_table
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.rows import encode
+from pretrain.inference.chat import chat as answer
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.instruction import Instruction, reply
+from pretrain.objectives.instruction import Instruction
 from pretrain.printing import printable
 from pretrain.training.precision import Precision, choose_precision
 
@@ -129,14 +130,14 @@ def test_learns_answers_and_stops(tmp_path: Path) -> None:
     wanted = [r["messages"][1]["content"] for r in conversations()]
     assert [a["answer"] for a in answers] == wanted
     assert answers[0]["messages"][-1] == {"role": "assistant", "content": wanted[0]}
-    assert reply(task.model, asked[2]["messages"]) == wanted[2]
+    assert answer(task.model, asked[2]["messages"]) == wanted[2]
     assert task.preview(list(rows)[2:3], "", 0)[0].endswith(f"-> {wanted[2]}")
     assert task.preview(list(rows), asked[4]["messages"][0]["content"], 0)[0].endswith(wanted[4])
     made = task.model
     made.save(tmp_path / "m")
     loaded = pretrain.load(tmp_path / "m")
     assert loaded.tokenizer.chat_template == task.template.source
-    assert reply(loaded, asked[5]["messages"], max_new_tokens=16) == wanted[5]
+    assert answer(loaded, asked[5]["messages"], max_new_tokens=16) == wanted[5]
     config = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     assert config["eos_token_id"] == tokenizer().eos_id != config["pad_token_id"]
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,7 +172,7 @@ def test_generate_says_once_that_it_uses_no_template(
     words = ["generate", str(tmp_path / "m"), "who is the red cat?", "--max_new_tokens", "4"]
     assert cli.main([*words, "--chat"]) == 0
     shown = capsys.readouterr()
-    wanted = reply(made, chat("who is the red cat?"), max_new_tokens=4)
+    wanted = answer(made, chat("who is the red cat?"), max_new_tokens=4)
     assert shown.out == printable(wanted, lines=True) + "\n" and "conversations" not in shown.err
     assert cli.main(words) == 0
     shown = capsys.readouterr()
@@ -421,7 +422,7 @@ def test_special_tokens_in_a_text_are_no_control_tokens() -> None:
     assert found.owners == [2]
     assert next(iter(task.predict(table(rows[:1])))) == {"answer": None, "messages": None}
     with pytest.raises(DataError, match="special token"):
-        reply(task.model, rows[0]["messages"][:1])
+        answer(task.model, rows[0]["messages"][:1])
 
 
 def test_conversation_without_an_answer_is_refused() -> None:

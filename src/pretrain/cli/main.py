@@ -462,7 +462,7 @@ def _generate(args: Any) -> None:
     prompts = _prompts(args.prompt)
     model = load(args.checkpoint)
     if options.pop("chat"):
-        from pretrain.inference.predict import chat
+        from pretrain.inference.chat import chat
 
         given = {key: value for key, value in options.items() if value is not None}
         texts = [chat(model, prompt, **given) for prompt in prompts]

@@ -7,6 +7,7 @@ for byte; WordPiece normalises whitespace and control characters, and optionally
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from pretrain.data.tokenizer_build import (
     KINDS,
     KNOWN,
+    Decoding,
+    decoding_of,
     kind_of,
     library_errors,
     sibling,
@@ -39,6 +42,8 @@ _ROOM = " Choose a max_length that leaves room for text beside the special token
 # Replacements of transformers' clean_up_tokenization_spaces, applied to decoded text if the config enables them.
 _JOINED = [(f" {mark}", mark) for mark in (".", "?", "!", ",")] + [(" ' ", "'")]
 _JOINED += [(f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")]
+# The replacements are made one after another, and each can change as many of the last characters as it reads, less one.
+_JOINED_LENGTH = sum(len(apart) - 1 for apart, _ in _JOINED)
 _BATCH = 1024  # texts encoded at once
 _SIBLINGS = 16  # cached backends per tokenizer, one for each combination of encoding options
 
@@ -252,8 +257,7 @@ class Tokenizer:
                 "tokenizer, or from the padded rows of an embedding that must be masked when sampling."
             )
         text: str = self.backend.decode(numbers, skip_special_tokens=skip_special)
-        cleaned = self.config.get("clean_up_tokenization_spaces") is True
-        if cleaned and self.kind not in ("bpe", "char"):
+        if self._cleans:
             for apart, joined in _JOINED:
                 text = text.replace(apart, joined)
         return text
@@ -264,6 +268,30 @@ class Tokenizer:
         context = ids[-8:]
         before, whole = self.decode(context), self.decode([*context, *new])
         return whole[len(before) :] if whole.startswith(before) else self.decode(new)
+
+    def settled(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """Return the beginning of ``continuation`` that no later tokens can change.
+
+        Left out are bytes of an unfinished character, and blanks that punctuation would remove; with a decoder of an
+        unknown kind, which may change anything, the whole text.
+        """
+        if self._decoding.opaque:
+            return ""
+        held = self.special_ids | self._decoding.bytes
+        # A run of byte tokens is decoded as a whole, and each is a replacement character until all are characters.
+        end = next((k for k in range(len(new), 0, -1) if new[k - 1] not in held), 0)
+        text = self.continuation(ids, new[:end] if self._decoding.bytes else new)
+        text = text.rstrip("\ufffd")
+        return text[: max(0, len(text) - _JOINED_LENGTH)] if self._cleans else text
+
+    @property
+    def _cleans(self) -> bool:
+        cleaned = self.config.get("clean_up_tokenization_spaces") is True
+        return cleaned and self.kind not in ("bpe", "char")
+
+    @functools.cached_property
+    def _decoding(self) -> Decoding:
+        return decoding_of(self.backend, self.vocab)
 
     def frame_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of prompts for a causal model.

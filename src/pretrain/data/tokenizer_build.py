@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import tokenizers
@@ -79,6 +81,38 @@ def kind_of(backend: tokenizers.Tokenizer) -> str:
             "char" if whole and not json.loads(backend.to_str())["model"].get("merges") else "bpe"
         )
     return type(model).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the decoder of a tokenizer does to the end of a text when further tokens follow.
+
+    Attributes:
+        bytes: ids of the tokens that are single bytes, which are decoded in runs.
+        opaque: the decoder is of a kind that may change any part of the text.
+    """
+
+    bytes: frozenset[int] = frozenset()
+    opaque: bool = False
+
+
+def decoding_of(backend: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> Decoding:
+    """Return what is known of the decoder of a tokenizer."""
+    if backend.decoder is None:
+        return Decoding()
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    plain = all(
+        kind in ("ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "ByteFallback", "Fuse")
+        or (kind == "Strip" and step["stop"] == 0)
+        or (kind == "Replace" and len(step["pattern"].get("String", "..")) == 1)
+        for kind, step in zip(kinds, steps, strict=True)
+    )
+    single = frozenset(
+        index for name, index in vocab.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)
+    )
+    return Decoding(single if "ByteFallback" in kinds else frozenset(), not plain)
 
 
 def train_backend(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from pretrain.utils.files import note
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["embed", "fill_mask", "generate"]
+__all__ = ["Stream", "embed", "fill_mask", "generate", "write"]
 
 _CHECK_EVERY = 16  # tokens between two checks for the end, which synchronise an accelerator
 
@@ -44,7 +43,7 @@ def generate(
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     use_cache: bool = True,
-    stream: Callable[[str], None] | None = None,
+    stream: bool = False,
     **settings: Any,
 ) -> Any:
     """Continue prompts; arguments that are not given come from the model's generation_config.json.
@@ -67,7 +66,8 @@ def generate(
         stop: texts at which to stop; the answer is cut before them, also within a token.
         seed: seed of sampling; the global random state is neither read nor changed.
         use_cache: cache keys and values of earlier tokens; if False, everything is recomputed for every token.
-        stream: called with each new piece of text (one prompt only).
+        stream: return a `Stream`, an iterator over the pieces of the text as it is made; the prompt, which must be
+            one text, is the first of them.
         **settings: further keys of generation_config.json: ``do_sample``, ``no_repeat_ngram_size``,
             ``bad_words_ids``, ``sequence_bias``, ``suppress_tokens``, ``begin_suppress_tokens``, ``min_new_tokens``,
             ``min_length``, ``max_length``, ``forced_bos_token_id``, ``forced_eos_token_id``, ``eos_token_id``.
@@ -81,24 +81,44 @@ def generate(
             outside the vocabulary, damaged weights.
         ConfigError: an unknown option or one out of range.
     """
+    chance = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    others = {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
+    options = {**chance, **others, "stop": stop, "seed": seed, **settings}
+    asked = Prompts.read(model, prompts)
+    if stream:
+        if asked.texts is None or asked.form != "one":
+            raise ConfigError(
+                f"stream works with one text, but the prompts are {type(prompts).__name__}."
+            )
+        _remark_chat(model, asked.texts)
+        lead = asked.texts[0]
+        return Stream(model, asked.ids[0], lead=lead, use_cache=use_cache, **options)
+    chosen = _checked(model, asked.ids, options)
+    if asked.texts is not None:
+        _remark_chat(model, asked.texts)
+    decoder = _Decoder(
+        model, asked.ids, chosen, use_cache=use_cache, spoken=asked.texts is not None
+    )
+    decoder.run()
+    return _answer(model, asked, decoder.new, chosen.stop)
+
+
+def _check_kind(model: Model) -> None:
     if not model.backbone.causal or model.head_kind != "causal-lm":
         raise ModelError(
             f"This {model.backbone.model_type} model with the head {model.head_kind!r} cannot continue text; only a "
             "causal model with a language-model head can. Use fill_mask with a masked-language model."
         )
-    chance = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    others = {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
-    chosen = Settings.read(
-        model, {**chance, **others, "stop_strings": stop, "seed": seed, **settings}
-    )
-    asked = Prompts.read(model, prompts)
-    if asked.texts is not None:
-        _remark_chat(model, asked.texts)
-    check_ids(model, asked.ids)
-    stops = chosen.stop
-    watch = _Watch(model, asked, stops, stream) if stops or stream is not None else None
-    added = _Decoder(model, asked, chosen, use_cache, watch).run()
-    return _answer(model, asked, added, stops, watch)
+
+
+def _checked(model: Model, prompts: list[list[int]], options: Mapping[str, Any]) -> Settings:
+    """Return the settings of a call, after a check of the model, its prompts and the options."""
+    _check_kind(model)
+    options = dict(options)
+    stop = options.pop("stop", None)
+    chosen = Settings.read(model, options if stop is None else {**options, "stop_strings": stop})
+    check_ids(model, prompts)
+    return chosen
 
 
 _REMARKED: weakref.WeakSet[Any] = weakref.WeakSet()  # models for which the note has been printed
@@ -122,21 +142,28 @@ def _remark_chat(model: Model, texts: Sequence[str]) -> None:
         )
 
 
-def _answer(
-    model: Model, asked: Prompts, added: list[list[int]], stops: tuple[str, ...], watch: Any
-) -> Any:
+def write(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
+    """Return the texts that follow prompts of ids, cut before stop texts; options as of `generate`."""
+    ids = [list(prompt) for prompt in prompts]
+    chosen = _checked(model, ids, options)
+    decoder = _Decoder(model, ids, chosen)
+    decoder.run()
+    return [
+        cut(tokenizer_of(model, "write text").continuation(before, new), chosen.stop)
+        for before, new in zip(ids, decoder.new, strict=True)
+    ]
+
+
+def _answer(model: Model, asked: Prompts, added: list[list[int]], stops: Sequence[str]) -> Any:
     """Return prompts and continuations in the form of the prompts."""
     if asked.texts is not None:
+        tokenizer = tokenizer_of(model, "write text")
         texts = [
-            text + _continuation(model, ids, new, stops)
+            text + cut(tokenizer.continuation(ids, new), stops)
             for text, ids, new in zip(asked.texts, asked.ids, added, strict=True)
         ]
-        if watch is not None:
-            watch.close(texts[0][len(asked.texts[0]) :])
         return texts[0] if asked.form == "one" else texts
     rows = [ids + new for ids, new in zip(asked.ids, added, strict=True)]
-    if watch is not None:
-        watch.close(_continuation(model, asked.ids[0], added[0], stops))
     if asked.form == "tensor":
         width, fill = max(map(len, rows)), fill_id(model)
         return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
@@ -145,62 +172,148 @@ def _answer(
     )
 
 
-def _continuation(model: Model, ids: list[int], new: list[int], stops: Sequence[str] = ()) -> str:
-    """Return the text of ``new`` after ``ids``, cut before the first stop text."""
-    text: str = tokenizer_of(model, "write text").continuation(ids, new)
+def cut(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first stop text in it."""
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
-class _Watch:
-    """Checks new tokens for stop texts and streams new text."""
-
-    def __init__(self, model: Model, asked: Prompts, stops: tuple[str, ...], stream: Any) -> None:
-        if stream is not None and len(asked.ids) != 1:
-            raise ConfigError(f"stream works with one prompt, but {len(asked.ids)} were given.")
-        tokenizer_of(model, "look for stop texts or stream")
-        self.model, self.ids, self.stops, self.stream = model, asked.ids, stops, stream
-        self.shown = ""
-        # A token has at least one byte and a character at most four; the 16 more allow for tokens without text.
-        self.window = 4 * max(map(len, stops), default=0) + 16
-
-    def look(self, row: int, new: list[int]) -> bool:
-        """Stream the new text and return whether row ``row`` has reached a stop text."""
-        if self.stream is not None:
-            text = _continuation(self.model, self.ids[row], new, self.stops)
-            held = max((len(stop) - 1 for stop in self.stops), default=0)
-            ready = text[: len(text) - held].rstrip("\ufffd")
-            self._show(ready)
-        if not self.stops:
-            return False
-        tail = new[-self.window :]
-        before = (self.ids[row] + new)[: len(self.ids[row]) + len(new) - len(tail)]
-        text = _continuation(self.model, before, tail)
-        return any(stop in text for stop in self.stops)
-
-    def close(self, text: str) -> None:
-        """Stream the rest of the text, which was held back as a possible start of a stop text."""
-        if self.stream is not None:
-            self._show(text)
-
-    def _show(self, text: str) -> None:
-        if len(text) > len(self.shown) and text.startswith(self.shown):
-            self.stream(text[len(self.shown) :])
-            self.shown = text
+def without_start(text: str, stops: Sequence[str]) -> str:
+    """Return the text without an ending with which a stop text may begin."""
+    longest = min(max(map(len, stops), default=1) - 1, len(text))
+    held = (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops))
+    return text[: len(text) - next(held, 0)]
 
 
-@dataclass(frozen=True)
+class Stream(Iterator[str]):
+    """A text in pieces; the next tokens are made when the next piece is asked for.
+
+    A piece ends with a whole character, and never holds a part of a stop text. All pieces together are the text that
+    is returned without streaming. `close`, or no longer asking, ends the generation.
+
+    Args:
+        model: a causal model with a tokenizer.
+        ids: the prompt.
+        lead: the text of the prompt, if it is to be the first piece.
+        strip: leave out blanks at both ends of the text.
+        use_cache: see `generate`.
+        **options: see `generate`.
+
+    Attributes:
+        text: all pieces so far.
+        prompt_tokens: number of tokens of the prompt.
+        new_tokens: number of tokens that have been made.
+        finish_reason: None until the end; then ``stop`` (the model, or a stop text, ended the text) or ``length``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        ids: Sequence[int],
+        *,
+        lead: str | None = None,
+        strip: bool = False,
+        use_cache: bool = True,
+        **options: Any,
+    ) -> None:
+        self._tokenizer = tokenizer_of(model, "stream text")
+        self._model, self._ids, self._strip = model, list(ids), strip
+        self._settings = _checked(model, [self._ids], options)
+        self._decoder = _Decoder(
+            model,
+            [self._ids],
+            self._settings,
+            use_cache=use_cache,
+            spoken=lead is not None,
+            live=True,
+        )
+        self._pieces = self._stream(lead)
+        self.text, self.prompt_tokens = "", len(self._ids)
+        self.finish_reason: str | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self._decoder.new[0])
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    def close(self) -> None:
+        """End the generation."""
+        self._pieces.close()
+
+    def _stream(self, lead: str | None) -> Generator[str, None, None]:
+        if lead:
+            yield lead
+        shown, steps, running = "", self._decoder.steps(), True
+        while running:
+            # The modes of torch and of the model belong to the caller while a piece is out.
+            with self._model.backbone.uncompiled(), evaluating(self._model):
+                running = next(steps, False)
+            text = self._text(final=not running)
+            if not running:
+                self.finish_reason = "stop" if self._decoder.ended else "length"
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+
+    def _text(self, *, final: bool) -> str:
+        """Return the text so far without what later tokens may change or a stop text may take away."""
+        new, stops = self._decoder.new[0], self._settings.stop
+        write = self._tokenizer.continuation if final else self._tokenizer.settled
+        whole = write(self._ids, new)
+        text = cut(whole, stops)
+        if not final and text == whole:
+            text = without_start(text, stops)
+        return text.strip() if self._strip else text
+
+
 class _Decoder:
-    """The decoding loop."""
+    """The decoding loop.
 
-    model: Model
-    asked: Prompts
-    settings: Settings
-    use_cache: bool
-    watch: _Watch | None
+    Args:
+        model: a causal model.
+        prompts: ids.
+        settings: settings of the call.
+        use_cache: cache keys and values.
+        spoken: the prompts are texts, so that no special token is drawn.
+        live: ``new`` is up to date after every step, and not only at the end.
 
-    def run(self) -> list[list[int]]:
-        """Return the new ids of every prompt."""
-        prompts, room = self.asked.ids, self.model.backbone.max_length
+    Attributes:
+        new: the new ids of every prompt.
+        ended: whether the first prompt was ended by the model or by a stop text.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: list[list[int]],
+        settings: Settings,
+        *,
+        use_cache: bool = True,
+        spoken: bool = False,
+        live: bool = False,
+    ) -> None:
+        self.model, self.prompts, self.settings = model, prompts, settings
+        self.use_cache, self.spoken = use_cache, spoken
+        self.live = live or bool(settings.stop)
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self.ended = False
+        if settings.stop:
+            tokenizer_of(model, "look for stop texts")
+        # A token has at least one byte and a character at most four; the 16 more allow for tokens without text.
+        self.window = 4 * max(map(len, settings.stop), default=0) + 16
+
+    def run(self) -> None:
+        """Decode to the end."""
+        with self.model.backbone.uncompiled(), evaluating(self.model):
+            for _ in self.steps():
+                pass
+
+    def steps(self) -> Iterator[bool]:
+        """Decode, and yield True after every token."""
+        prompts, room = self.prompts, self.model.backbone.max_length
         wanted = [self.settings.budget(len(ids)) for ids in prompts]
         budgets = [min(n, room - len(ids)) for n, ids in zip(wanted, prompts, strict=True)]
         groups = [list(range(len(prompts)))]
@@ -208,25 +321,21 @@ class _Decoder:
             # Left padding would use up positions that the longest answers need, so prompts of equal length form groups.
             lengths = sorted({len(ids) for ids in prompts})
             groups = [[i for i, ids in enumerate(prompts) if len(ids) == n] for n in lengths]
-        new: list[list[int]] = [[] for _ in prompts]
-        with self.model.backbone.uncompiled(), evaluating(self.model) as device:
-            generator = self.settings.sampler.generator(device)
-            for rows in groups:
-                steps = [budgets[i] for i in rows]
-                if max(steps) > 0:
-                    for i, ids in zip(rows, self._loop(rows, steps, generator), strict=True):
-                        new[i] = ids
-        full = [len(a) == b < n for a, b, n in zip(new, budgets, wanted, strict=True)]
+        generator = self.settings.sampler.generator(self.model.device)
+        for rows in groups:
+            steps = [budgets[i] for i in rows]
+            if max(steps) > 0:
+                yield from self._loop(rows, steps, generator)
+        full = [len(a) == b < n for a, b, n in zip(self.new, budgets, wanted, strict=True)]
         if any(full):
             text = f"{sum(full)} of {len(full)} texts ended early: the model has {room} positions."
-            warnings.warn(text, stacklevel=3)
-        return new
+            warnings.warn(text, stacklevel=4)
 
     def _loop(
         self, rows: list[int], budget: list[int], generator: torch.Generator
-    ) -> list[list[int]]:
+    ) -> Iterator[bool]:
         """Continue the prompts ``rows`` together, each by at most its budget."""
-        model, prompts, steps = self.model, [self.asked.ids[i] for i in rows], max(budget)
+        model, prompts, steps = self.model, [self.prompts[i] for i in rows], max(budget)
         device, fill = generator.device, fill_id(model)
         ids, real = pad(prompts, fill, device, left=True)
         added = self._banned(device)
@@ -236,7 +345,7 @@ class _Decoder:
         budgets = torch.tensor(budget, device=device)
         lengths, open_rows = torch.zeros_like(budgets), budgets > 0
         cache = KVCache(ids.shape[1] + steps) if self.use_cache else None
-        every = 1 if device.type == "cpu" else _CHECK_EVERY
+        every = 1 if device.type == "cpu" or self.live else _CHECK_EVERY
         columns, new = ids, []
         history = None if rules.none else ids if real is None else ids.masked_fill(real == 0, -1)
         lengths_in = [len(prompt) for prompt in prompts]
@@ -257,9 +366,10 @@ class _Decoder:
             token = torch.where(open_rows, token, fill)
             new.append(token)
             lengths += open_rows
+            if self.live:
+                open_rows = open_rows & ~self._watch(rows, token, open_rows)
             open_rows = open_rows & ~torch.isin(token, ends) & (lengths < budgets)
-            if self.watch is not None:
-                open_rows = open_rows & ~self._stopped(rows, new, open_rows)
+            yield True
             if (step + 1) % every == 0 and not bool(open_rows.any()):
                 break
             if seen is not None:
@@ -270,7 +380,27 @@ class _Decoder:
             history = None if history is None else torch.cat((history, last), dim=1)
             columns = last if cache is not None else torch.cat((columns, last), dim=1)
         table = torch.stack(new, dim=1).tolist()
-        return [row[:length] for row, length in zip(table, lengths.tolist(), strict=True)]
+        for row, made, length in zip(rows, table, lengths.tolist(), strict=True):
+            self.new[row] = made[:length]
+
+    def _watch(self, rows: list[int], token: Tensor, open_rows: Tensor) -> Tensor:
+        """Append the tokens to ``new``, and return which rows have come to an end by a stop text."""
+        found = [False] * len(rows)
+        running = open_rows.tolist()
+        for at, (row, last, goes) in enumerate(zip(rows, token.tolist(), running, strict=True)):
+            if goes:
+                self.new[row].append(last)
+                found[at] = self._stopped(self.prompts[row], self.new[row])
+                self.ended |= row == 0 and (found[at] or last in self.settings.rules.ends)
+        return torch.tensor(found, device=token.device)
+
+    def _stopped(self, ids: list[int], new: list[int]) -> bool:
+        if not self.settings.stop:
+            return False
+        tail = new[-self.window :]
+        before = [*ids, *new][: len(ids) + len(new) - len(tail)]
+        text = tokenizer_of(self.model, "look for stop texts").continuation(before, tail)
+        return any(stop in text for stop in self.settings.stop)
 
     def _seen(self, prompts: list[list[int]], device: torch.device) -> Tensor | None:
         """Return (B, V) booleans, True for tokens in a row; None without a repetition penalty."""
@@ -288,7 +418,7 @@ class _Decoder:
             return None
         roles = (tokenizer.pad_id, tokenizer.mask_id, tokenizer.bos_id)
         ends = self.settings.rules.ends
-        drawn = self.asked.texts is not None and self.settings.sampler.heat > 0
+        drawn = self.spoken and self.settings.sampler.heat > 0
         special = [i for i in roles if i is not None and i not in ends] if drawn else []
         return banned(rows, len(tokenizer), special, device)
 
@@ -303,12 +433,3 @@ class _Decoder:
         head: Any = self.model.head
         scores: Tensor = head(hidden[:, -1])
         return scores.float()
-
-    def _stopped(self, rows: list[int], new: list[Tensor], open_rows: Tensor) -> Tensor:
-        assert self.watch is not None
-        table, running = torch.stack(new, dim=1).tolist(), open_rows.tolist()
-        found = [
-            go and self.watch.look(row, ids)
-            for row, ids, go in zip(rows, table, running, strict=True)
-        ]
-        return torch.tensor(found, device=open_rows.device)

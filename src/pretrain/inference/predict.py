@@ -179,15 +179,6 @@ def predict(
     return predict_with(task_of(model), inputs, columns=columns, batch_rows=batch_rows, **options)
 
 
-def chat(model: Model, messages: Any, **options: Any) -> str:
-    """Answer a conversation: a text, or ``{"role", "content"}`` messages; see ``instruction.reply``."""
-    from pretrain.objectives.instruction import reply
-
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    return reply(model, messages, **options)
-
-
 @using(PREDICT)
 def predict_with(
     task: Task,

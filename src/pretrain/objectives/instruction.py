@@ -22,7 +22,6 @@ from pretrain.data.chat import (
     CHAT_ROLES,
     ChatTemplate,
     Message,
-    as_messages,
     as_tools,
     encode_rendered,
     is_trained,
@@ -33,6 +32,7 @@ from pretrain.data.chat_spans import Unplaced, assistant_spans, readable, unread
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
+from pretrain.hub import function
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, ExampleList, Rngs, TokenObjective
 from pretrain.objectives.tasks import Learned, Task
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = [
-    "Instruction", "chat_template_of", "encode_conversation", "note_unread", "reply", "shifted_labels", "shown_shifted",
+    "NEW_TOKENS", "Instruction", "chat_template_of", "encode_conversation", "last_turns", "note_unread", "prompt_ids",
+    "shifted_labels", "shown_shifted",
 ]  # fmt: skip
 
-_NEW_TOKENS = 128
+NEW_TOKENS = 128
 # Generation options that imply sampling; without any of them decoding is greedy.
 _CHANCE = {"temperature", "top_k", "top_p", "min_p", "seed", "do_sample"}
 TYPED = "special tokens are typed into the text"
@@ -356,16 +357,9 @@ class Instruction(Task, TokenObjective):
             return prompt_ids(self.model, self.template, part, tools=tools)
 
         try:
-            ids, asked = prompt(messages), messages
+            ids = prompt(messages)
             if len(ids) >= self.max_length and self.long == "left":
-                lead, exchanges = _exchanges(messages)
-                count = _most(
-                    len(exchanges),
-                    lambda n: len(prompt(_together(lead, exchanges[-n:]))) < self.max_length,
-                )
-                if count:
-                    asked = _together(lead, exchanges[-count:])
-                    ids = prompt(asked)
+                _, ids = last_turns(prompt, messages, self.max_length - 1)
         except DataError:
             rows.drop(i, "the chat template refuses the conversation")
             return
@@ -420,7 +414,7 @@ class Instruction(Task, TokenObjective):
         ]
 
     def predict(
-        self, table: Table, batch_rows: int = 16, max_new_tokens: int = _NEW_TOKENS, **options: Any
+        self, table: Table, batch_rows: int = 16, max_new_tokens: int = NEW_TOKENS, **options: Any
     ) -> Iterator[dict[str, Any]]:
         """Answer the last turn of every conversation.
 
@@ -485,6 +479,22 @@ def _together(lead: Sequence[Message], exchanges: Sequence[Sequence[Message]]) -
     return [*lead, *(message for exchange in exchanges for message in exchange)]
 
 
+def last_turns(
+    prompt: Callable[[list[Message]], list[int]], messages: Sequence[Message], limit: int
+) -> tuple[list[Message], list[int]]:
+    """Return as many exchanges from the end of a conversation as ``limit`` tokens hold, at least one, and their ids.
+
+    Args:
+        prompt: returns the ids of a conversation.
+        messages: the conversation; its system messages at the beginning are kept.
+        limit: maximum number of ids.
+    """
+    lead, exchanges = _exchanges(messages)
+    count = _most(len(exchanges), lambda n: len(prompt(_together(lead, exchanges[-n:]))) <= limit)
+    kept = _together(lead, exchanges[-max(count, 1) :])
+    return kept, prompt(kept)
+
+
 def _most(count: int, fits: Callable[[int], bool]) -> int:
     """Find the largest number up to ``count`` that fits by bisection, if all smaller ones fit; 0 if none does."""
     low, high = 0, count
@@ -518,41 +528,5 @@ def _write(
     model: Model, prompts: list[list[int]], max_new_tokens: int, options: Mapping[str, Any]
 ) -> list[str]:
     """Generate the answers to prompts, as text without the tokens that end them."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    answers = model.generate(prompts, max_new_tokens=max_new_tokens, **options)
-    pairs = zip(prompts, answers, strict=True)
-    return [tokenizer.continuation(ids, every[len(ids) :]).strip() for ids, every in pairs]
-
-
-def reply(
-    model: Model,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    tools: Sequence[Any] | None = None,
-    max_new_tokens: int = _NEW_TOKENS,
-    **options: Any,
-) -> str:
-    """Answer a conversation.
-
-    Args:
-        model: a causal model; the chat template of its tokenizer renders the conversation.
-        messages: ``{"role", "content"}`` each, the last one the user's.
-        tools: descriptions of functions, for a template that renders them.
-        max_new_tokens: maximum tokens of the answer.
-        options: see ``pretrain.inference.generate``.
-
-    Raises:
-        DataError: special tokens are typed into the text, or the template refuses the conversation.
-    """
-    template = chat_template_of(model)
-    described = as_tools(tools)
-    asked = readable(template, as_messages(list(messages)), described)
-    typed = typed_specials([asked, described or ()], template.specials)
-    if typed is not None:
-        raise DataError(
-            f"The conversation contains {typed!r}, which is a special token of this model and would be read as the "
-            "end of a turn. Write it in another way."
-        )
-    ids = prompt_ids(model, template, asked, tools=described)
-    return _write(model, [ids], max_new_tokens, options)[0]
+    texts = function("write")(model, prompts, max_new_tokens=max_new_tokens, **options)
+    return [text.strip() for text in texts]

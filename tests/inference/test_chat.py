@@ -1,0 +1,60 @@
+"""Answers to conversations: what the model reads, what is left out, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from inference import chatty
+from pretrain.errors import DataError
+from pretrain.inference.chat import Chat, chat
+from pretrain.inference.generate import Stream
+
+
+def test_an_answer_whole_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chatty.talker()
+    asked = chatty.say(monkeypatch, "\n so it is. ")
+    assert chat(model, "is it?") == model.chat("is it?") == "so it is."
+    stream = model.chat("is it?", stream=True)
+    assert isinstance(stream, Stream)
+    pieces = list(stream)
+    assert "".join(pieces) == "so it is." and len(pieces) > 3 and stream.finish_reason == "stop"
+    assert set(chatty.texts(asked)) == {"<user>is it?<assistant>"}
+
+
+def test_an_answer_ends_before_a_stop_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    chatty.say(monkeypatch, "yes. User: and")
+    model = chatty.talker()
+    assert chat(model, "a", stop="User:") == "yes."
+    model.generation_config["stop_strings"] = ["s."]
+    assert chat(model, "a") == "ye"
+
+
+def test_a_long_conversation_keeps_its_last_turns_and_the_system_prompt() -> None:
+    session = Chat(chatty.talker(256))
+    lead = [{"role": "system", "content": "short"}]
+    turns = [
+        {"role": role, "content": f"{n} " + "x" * 20}
+        for n in range(9)
+        for role in ("user", "assistant")
+    ]
+    asked = [*lead, *turns, {"role": "user", "content": "why?"}]
+    kept, ids = session.fit(asked, 30)
+    assert 3 < len(kept) < len(asked) and kept[0] == lead[0] and kept[1]["role"] == "user"
+    assert kept[1:] == asked[len(asked) - len(kept) + 1 :] and ids == session.prompt(kept)
+    assert len(ids) <= 256 - 30 < len(session.prompt([*lead, *asked[-len(kept) - 1 :]]))
+    # The room for an answer is at most a quarter of the positions, whatever is asked for.
+    assert len(session.fit(asked, 10**6)[1]) > 256 // 2
+    short = [*lead, asked[-1]]
+    assert session.fit(short, 30) == (short, session.prompt(short))
+    # A last turn that leaves less room than that is answered as far as it goes.
+    ids = session.fit([*turns, {"role": "user", "content": "y" * 220}], 30)[1]
+    assert 226 < len(ids) < 256
+    with pytest.raises(DataError, match=r"reads 256.*Shorten"):
+        session.fit([*turns, {"role": "user", "content": "y" * 250}], 30)
+
+
+def test_a_typed_special_token_is_refused() -> None:
+    model = chatty.talker()
+    assert model.tokenizer is not None
+    with pytest.raises(DataError, match="special token"):
+        chat(model, f"a {model.tokenizer.roles['eos']} b", stream=True)
