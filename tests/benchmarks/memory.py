@@ -1,12 +1,12 @@
-"""Memory as it is printed against memory as it is used: twelve runs of training, fine-tuning and prediction on the CPU.
+"""Row 6, peak memory beside peers; and, by name, memory as it is printed and over thousands of steps.
 
-Each runs in a process of its own; what it printed ("memory about ...") is compared with the largest resident set that
-the operating system counted. ``python tests/benchmarks/memory.py [ROW ...]``; ``growth`` steps 2,000 times over rows of
-changing shape and prints the resident set on the way.
+On the CPU each contender runs in a process of its own; what counts is the highest resident set after the imports and
+the data, above what was resident then. On a GPU it is the peak of what torch has allocated.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -14,11 +14,108 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .harness import Case, Contender, Settings, Work, child
+
+# row: (function, which of its cases, contenders)
+MEASURED: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "decoder": ("pretraining:decoder", 0, ("pretrain", "transformers, sdpa", "60-line script")),
+    "masked": (
+        "pretraining:masked", 1,
+        ("pretrain, packed", "transformers, padded to the batch", "transformers, batch_rebalance"),
+    ),
+    "finetune": ("finetuning:finetune", -1, ("pretrain", "Trainer", "Trainer, batch_rebalance")),
+    "lora": ("finetuning:lora", -1, ("pretrain, LoRA", "peft + Trainer", "peft + Trainer, batch_rebalance")),
+}  # fmt: skip
+
+
+def resident() -> int:
+    """Resident set of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def highest() -> int:
+    """Highest resident set of this process in bytes since `forget`."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def forget() -> None:
+    """Let `highest` begin anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measured(device: str, tiny: str, path: str, index: str, name: str) -> None:
+    """One contender in this process; prints its peak and its work."""
+    from .__main__ import load
+
+    settings = Settings(torch.device(device), bool(int(tiny)))
+    torch.set_num_threads(1)
+    case: Case = load(path)(settings)[int(index)]()
+    one = next(c for c in case.contenders if c.name == name)
+    if one.needs != "torch":
+        __import__(one.needs)
+    if one.needs == "peft":
+        __import__("transformers.trainer")
+    if settings.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        forget()
+        before = resident()
+    run, work = one.make()
+    run()
+    peak = torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else highest()
+    print("PEAK " + json.dumps({"bytes": peak - before, "tokens": work.tokens}))
+
+
+def peak(settings: Settings) -> list[Callable[[], Case]]:
+    """Row 6: one measurement of each contender, which repeats to a few per cent."""
+
+    def make(path: str, index: int, name: str) -> tuple[Callable[[], float], Work]:
+        def run() -> dict[str, Any]:
+            told = (settings.device.type, str(int(settings.tiny)), path, str(index), name)
+            printed = child(["memory:measured", *told])[0]
+            return dict(json.loads(printed.rpartition("PEAK ")[2]))
+
+        first = run()
+        kept = [float(first["bytes"])]
+        # What was measured while the work was checked is the first sample.
+        return lambda: kept.pop() if kept else float(run()["bytes"]), Work(first["tokens"])
+
+    def case(row: str) -> Case:
+        path, index, names = MEASURED[row]
+        kinds = ["ours"] + [
+            "default" if "Trainer" in name[-9:] or "batch" in name[-5:] else "best"
+            for name in names[1:]
+        ]
+        contenders = [
+            Contender(name, kind, functools.partial(make, path, index, name), needs)
+            for name, kind, needs in zip(
+                names,
+                kinds,
+                ["torch"] + ["transformers" if "script" not in n else "torch" for n in names[1:]],
+                strict=True,
+            )
+        ]
+        return Case(
+            f"as row {row}", "bytes above what was resident before", contenders, {"best": 1 / 0.7, "default": 1 / 0.7},
+            controlled=False, rounds=(1, 1),
+        )  # fmt: skip
+
+    return [functools.partial(case, row) for row in (["decoder"] if settings.tiny else MEASURED)]
+
+
+# ---- by name: what is printed against what is used, and many steps ----
+
 WORDS = [f"w{i}" for i in range(500)]
-ROWS: dict[str, dict[str, Any]] = {
+RUNS: dict[str, dict[str, Any]] = {
     "train gpt2 128": {"kind": "train", "family": "gpt2", "width": 128, "length": 256},
     "train llama 256": {"kind": "train", "family": "llama", "width": 256, "length": 128},
     "train bert 128": {"kind": "train", "family": "bert", "width": 128, "length": 128},
@@ -81,10 +178,11 @@ def checkpoint(folder: Path, family: str, width: int, kind: str) -> str:
     return str(model.save(folder / "model"))
 
 
-def run(row: dict[str, Any], folder: Path, steps: int) -> None:
-    """One row, in this process."""
+def train_one(name: str, made: str, steps: str = "30") -> None:
+    """One run of ``RUNS``, in this process."""
     import pretrain
 
+    row, folder = RUNS[name], Path(made)
     kind, out = row["kind"], folder / "run"
     if kind == "train":
         draw = random.Random(0)
@@ -113,69 +211,95 @@ def run(row: dict[str, Any], folder: Path, steps: int) -> None:
         tuned.model.save(folder / "saved")
 
 
-def resident() -> int:
-    """Resident set of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def growth(steps: int = 2000) -> None:
+def many_steps(steps: str) -> None:
     """Print the resident set over steps on rows of changing shape."""
     import pretrain
-    from pretrain.training.trainer import Trainer
+    from pretrain.training.trainer import Hook
 
-    step, count = Trainer._step, 0
+    def told(record: Any) -> None:
+        if record["step"] in (1, 50) or record["step"] % 200 == 0:
+            print(f"STEP {record['step']} {resident()}", flush=True)
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        result, count = step(self, *args, **kwargs), count + 1
-        if count in (1, 50) or count % 200 == 0:
-            print(f"step {count}: {resident() / 2**20:.0f} MiB", flush=True)
-        return result
-
-    Trainer._step = counted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         base = checkpoint(folder, "modernbert", 64, "token-classification")
         pretrain.finetune(
             base, rows_of("token-classification", 2000), "token-classification", limit=f"{steps} steps",
-            batch_rows=4, eval_every=f"{steps} steps", out=folder / "run", device="cpu", quiet=True,
+            batch_rows=4, eval_every=f"{steps} steps", out=folder / "run", device="cpu", quiet=True, hooks=[Hook(told)],
         )  # fmt: skip
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """GiB that a command printed and GiB that it used."""
+def printed_and_used(command: list[str]) -> tuple[float, float]:
+    """Bytes that a command printed and bytes that it used."""
+    root = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryFile("w+") as lines:
-        child = subprocess.Popen(command, stdout=lines, stderr=lines)
-        _, status, usage = os.wait4(child.pid, 0)
+        process = subprocess.Popen(
+            command, stdout=lines, stderr=lines, env={**os.environ, "PYTHONPATH": paths}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
         lines.seek(0)
         printed = lines.read()
     said = re.search(r"memory about ([\d.]+) GiB", printed)
     if status or said is None:
-        raise SystemExit(f"{command} failed or printed no memory:\n{printed[-3000:]}")
-    return float(said[1]), usage.ru_maxrss / 2**20
+        raise RuntimeError(f"{command} failed or printed no memory: {printed[-3000:]}")
+    return float(said[1]) * 2**30, usage.ru_maxrss * 1024.0
 
 
-def main() -> None:
-    if sys.argv[1:] == ["growth"]:
-        growth()
-        return
-    if sys.argv[1:2] == ["--child"]:
-        run(json.loads(sys.argv[2]), Path(sys.argv[3]), 30)
-        return
-    names = sys.argv[1:] or list(ROWS)
-    print("| run | printed, GiB | used, GiB | printed / used |\n|---|---|---|---|")
-    for name in names:
-        with tempfile.TemporaryDirectory() as made:
-            command = [sys.executable, __file__, "--child", json.dumps(ROWS[name]), made]
-            if ROWS[name]["kind"] == "predict":
-                subprocess.run(command, check=True, capture_output=True)
+def estimates(settings: Settings) -> list[Callable[[], Case]]:
+    """By name: what a run says that it needs (contender) over what it uses (ours)."""
+
+    def case(name: str) -> Case:
+        found: list[float] = []
+
+        def used() -> tuple[Callable[[], float], Work]:
+            steps = "3" if settings.tiny else "30"
+            with tempfile.TemporaryDirectory() as made:
                 command = [
-                    sys.executable, "-m", "pretrain", "predict", f"{made}/saved", f"{made}/new.jsonl",
-                    "--device", "cpu",
-                ]  # fmt: skip
-            said, used = measured(command)
-        print(f"| {name} | {said:.2f} | {used:.2f} | {said / used:.2f} |", flush=True)
+                    sys.executable,
+                    "-m",
+                    "tests.benchmarks",
+                    "child",
+                    "memory:train_one",
+                    name,
+                    made,
+                    steps,
+                ]
+                if RUNS[name]["kind"] == "predict":
+                    child(["memory:train_one", name, made])
+                    command = [
+                        sys.executable, "-m", "pretrain", "predict", f"{made}/saved", f"{made}/new.jsonl", "--device",
+                        "cpu",
+                    ]  # fmt: skip
+                found.extend(printed_and_used(command))
+            return lambda: found[1], Work(0)
+
+        return Case(
+            name, "bytes",
+            [
+                Contender("used", "ours", used),
+                Contender("printed before", "floor", lambda: (lambda: found[0], Work(0))),
+            ],
+            controlled=False, rounds=(1, 1),
+        )  # fmt: skip
+
+    return [functools.partial(case, name) for name in (list(RUNS)[:1] if settings.tiny else RUNS)]
 
 
-if __name__ == "__main__":
-    main()
+def drift(settings: Settings) -> list[Callable[[], Case]]:
+    """By name: the resident set after 200 steps (ours) and after 2,000 (variant)."""
+
+    def case() -> Case:
+        steps = 200 if settings.tiny else 2000
+        printed = child(["memory:many_steps", str(steps)])[0]
+        seen = [float(line.split()[2]) for line in printed.splitlines() if line.startswith("STEP ")]
+        return Case(
+            f"{steps} steps on rows of changing shape", "bytes",
+            [
+                Contender("after 200 steps", "ours", lambda: (lambda: seen[2], Work(0))),
+                Contender("at the end", "variant", lambda: (lambda: seen[-1], Work(0))),
+            ],
+            controlled=False, rounds=(1, 1), extra=lambda: {"resident": seen},
+        )  # fmt: skip
+
+    return [case]

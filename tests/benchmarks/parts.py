@@ -1,53 +1,22 @@
-"""Single parts against what they replace, on the CPU: RMS norm, packed attention, the chunked loss, a durable save.
-
-    python tests/benchmarks/parts.py
-
-One thread, process time (a save: wall time), medians of paired rounds. Above 1 is faster than the stock way. Small
-parts say little about a run; `train_step.py` measures that.
-"""
+"""By name: single parts beside what they replace. They say little about a run; the row `decoder` does."""
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
+import functools
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pretrain.checkpoint import save_model
-from pretrain.models import build
 from pretrain.nn import attention
 from pretrain.nn.attention import AttentionMask, attend
 from pretrain.nn.loss import chunked_cross_entropy
 from pretrain.nn.norm import RMSNorm
 
+from .harness import Case, Contender, Settings, Work, timed
+
 Run = Callable[[], None]
-ROUNDS = 9
-
-
-def compare(
-    name: str, ours: Run, stock: Run, clock: Callable[[], float] = time.process_time
-) -> None:
-    """Print both medians and the median ratio of paired rounds."""
-    for run in (ours, stock):
-        run()
-    pairs = []
-    for round_ in range(ROUNDS):
-        taken = {}
-        for run in (ours, stock) if round_ % 2 else (stock, ours):
-            start = clock()
-            run()
-            taken[run] = clock() - start
-        pairs.append((taken[ours], taken[stock]))
-    mine = 1e3 * statistics.median(a for a, _ in pairs)
-    theirs = 1e3 * statistics.median(b for _, b in pairs)
-    ratio = statistics.median(b / a for a, b in pairs)
-    print(f"| {name} | {mine:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
 
 
 def norms() -> tuple[Run, Run]:
@@ -65,8 +34,7 @@ def norms() -> tuple[Run, Run]:
 
 def packed(length: int) -> tuple[Run, Run]:
     """Rows of documents of about 60 tokens, per document in buckets and under one dense mask."""
-    torch.manual_seed(0)
-    lengths = torch.randint(30, 90, (16, length // 30))
+    lengths = torch.randint(30, 90, (16, length // 30), generator=torch.Generator().manual_seed(0))
     ends = lengths.cumsum(1)
     documents = torch.stack(
         [torch.searchsorted(row, torch.arange(length), right=True) + 1 for row in ends]
@@ -74,13 +42,13 @@ def packed(length: int) -> tuple[Run, Run]:
     q, k, v = (torch.randn(16, 4, length, 64, requires_grad=True) for _ in range(3))
 
     def ours() -> None:
-        mask = AttentionMask(causal=True, documents=documents)
-        attend(q, k, v, mask, 0.125, 0.0).sum().backward()
+        attend(
+            q, k, v, AttentionMask(causal=True, documents=documents), 0.125, 0.0
+        ).sum().backward()
 
     def stock() -> None:
         with mock.patch.object(attention, "pays", return_value=False):
-            mask = AttentionMask(causal=True, documents=documents)
-            attend(q, k, v, mask, 0.125, 0.0).sum().backward()
+            ours()
 
     return ours, stock
 
@@ -91,40 +59,36 @@ def loss(targets: int, vocab: int) -> tuple[Run, Run]:
     labels = torch.randint(0, vocab, (targets,))
 
     def ours() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            total, _ = chunked_cross_entropy(hidden, weight, labels)
-        total.backward()
+        chunked_cross_entropy(hidden, weight, labels)[0].backward()
 
     def stock() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            total = F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
-        total.backward()
+        F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum").backward()
 
     return ours, stock
 
 
-def saving(folder: Path) -> tuple[Run, Run]:
-    """Durable, hashed and verified, against a plain write of the same tensors."""
-    model = build("gpt2", "small", vocab_size=4096)
-    tensors = model.disk_state()
-    return (
-        lambda: (save_model(model, folder / "ours"), None)[1],
-        lambda: save_file(tensors, folder / "stock.safetensors"),
-    )
+PARTS: dict[str, Callable[[], tuple[Run, Run]]] = {
+    "RMS norm of 8192 x 256, both ways": norms,
+    "attention, 16 rows of 512, documents of 60 tokens": functools.partial(packed, 512),
+    "attention, 16 rows of 256, documents of 60 tokens": functools.partial(packed, 256),
+    "loss of 1024 targets, V 8192": functools.partial(loss, 1024, 8192),
+    "loss of 8192 targets, V 65": functools.partial(loss, 8192, 65),
+}
 
 
-def main() -> None:
-    """Measure all parts."""
-    torch.set_num_threads(1)
-    print("| part | ours, ms | stock, ms | stock / ours |\n|---|---|---|---|")
-    compare("RMS norm of 8192 x 256, both ways", *norms())
-    compare("attention, 16 rows of 512, documents of 60 tokens", *packed(512))
-    compare("attention, 16 rows of 256, documents of 60 tokens", *packed(256))
-    compare("loss of 1024 targets, V 8192", *loss(1024, 8192))
-    compare("loss of 8192 targets, V 65", *loss(8192, 65))
-    with tempfile.TemporaryDirectory() as folder:
-        compare("save of 12 M parameters", *saving(Path(folder)), clock=time.perf_counter)
+def parts(settings: Settings) -> list[Callable[[], Case]]:
+    """By name: on the CPU."""
 
+    def case(name: str) -> Case:
+        ours, stock = PARTS[name]()
+        return Case(
+            name, settings.unit,
+            [
+                Contender("pretrain", "ours", lambda: (timed(ours, settings), Work(0))),
+                Contender("stock torch", "default", lambda: (timed(stock, settings), Work(0))),
+            ],
+        )  # fmt: skip
 
-if __name__ == "__main__":
-    main()
+    return [
+        functools.partial(case, name) for name in (list(PARTS)[2:3] if settings.tiny else PARTS)
+    ]

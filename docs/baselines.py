@@ -1,6 +1,6 @@
 """Classical baselines at few labels on four sets: what a pre-trained model has to beat.
 
-    python tests/benchmarks/baselines.py [--data FOLDER] [--sets ag_news sms_spam] [--equal]
+    python docs/baselines.py [--data FOLDER] [--sets ag_news sms_spam] [--equal]
 
 Training rows whose normalised text recurs in the test rows are dropped and counted. Per seed one order of the rows of
 each class: the first ones are the subset, in proportion to the classes or, with --equal, as many of each; the last
@@ -106,7 +106,7 @@ def measure(folder: Path, name: str, equal: bool) -> None:
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parents[3] / "shared" / "data"
+    here = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("PRETRAIN_TEST_DATA", here))
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))

@@ -1,19 +1,13 @@
-"""From one process to two on two cores: DDP and FSDP2 of ours beside accelerate and Lightning with the same model.
-
-    python tests/benchmarks/scaling.py                         # 16,384 tokens a step, one thread for each process
-    python tests/benchmarks/scaling.py --peers ours-ddp ours-fsdp --rounds 4 --precision bf16
+"""Row 12: from one process to two on two cores, ours beside accelerate and Lightning with the same model.
 
 The global batch, the micro-batch, the rows, the model and the optimizer (fused AdamW, clipping at 1) are the same for
-all. Every measurement is a launch of its own; contenders take turns, and their order is turned from round to round.
-Efficiency is the time of a step in one process over twice that in two, of the best round of each: what is measured is
-wall time, which other programs only make longer; the machine should be idle. Lightning is looked for and left out where
-it is not installed (pip install lightning).
+all. Every measurement is a launch of its own. Cost is wall time, which other programs only make longer: the machine
+should be idle.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
+import functools
 import json
 import os
 import statistics
@@ -21,18 +15,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .harness import Case, Contender, Settings, Work
+
 VOCAB, LENGTH, ROWS, MICRO = 4096, 256, 64, 32
 SHAPE = {"num_layers": 4, "hidden_size": 192, "num_heads": 3, "max_positions": LENGTH}
-PEERS = (
-    *("ours-ddp", "ours-fsdp", "ours-reproducible", "ours-muon"),
-    *("accelerate-ddp", "lightning-ddp"),
-)
+PEERS = {  # name -> (contender, kind, package)
+    "pretrain, DDP": ("ours-ddp", "ours", "torch"),
+    "pretrain, FSDP": ("ours-fsdp", "variant", "torch"),
+    "accelerate": ("accelerate-ddp", "default", "accelerate"),
+    "lightning, DDP": ("lightning-ddp", "default", "lightning"),
+}
+LONG = {
+    "pretrain, DDP, reproducible": ("ours-reproducible", "variant", "torch"),
+    "pretrain, DDP, Muon": ("ours-muon", "variant", "torch"),
+}
 WARM = 2
 
 
@@ -174,76 +177,62 @@ def lightning(precision: str, steps: int) -> list[float]:
     return list(np.diff(times))[WARM:]
 
 
-def worker(peer: str, precision: str, steps: int) -> None:
+def worker(peer: str, precision: str, steps: str) -> None:
+    """One process of a launch; rank zero prints the seconds of its steps."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kind, _, strategy = peer.partition("-")
     if kind == "ours":
         world = int(os.environ.get("WORLD_SIZE", "1"))
         alone = world == 1 and strategy in ("ddp", "fsdp")
-        found = ours("auto" if alone else strategy, precision, steps)
+        found = ours("auto" if alone else strategy, precision, int(steps))
     else:
-        found = {"accelerate": accelerate, "lightning": lightning}[kind](precision, steps)
+        found = {"accelerate": accelerate, "lightning": lightning}[kind](precision, int(steps))
     if os.environ.get("RANK", "0") == "0":
         print("TIMES " + json.dumps(found), flush=True)
 
 
-def measure(peer: str, processes: int, precision: str, steps: int) -> float:
+def measure(peer: str, processes: int, steps: int) -> float:
     """Median seconds of a step."""
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [__file__, "--worker", peer, "--precision", precision, "--steps", str(steps)]
+    command += ["-m", "tests.benchmarks", "child", "processes:worker", peer, "fp32", str(steps)]
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_OUT": folder}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths, "BENCH_OUT": folder}
+        done = subprocess.run(
+            command, env=environment, cwd=root, capture_output=True, text=True, check=False
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("TIMES ")]
     if not lines:
-        raise SystemExit(f"{peer} in {processes} processes: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{peer} in {processes} processes: {done.stderr[-1500:]}")
     return statistics.median(json.loads(lines[0].removeprefix("TIMES ")))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    there = [p for p in PEERS if p[:4] == "ours" or importlib.util.find_spec(p.partition("-")[0])]
-    parser.add_argument("--peers", nargs="*", default=there, choices=PEERS)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--worker")
-    args = parser.parse_args()
-    if args.worker:
-        worker(args.worker, args.precision, args.steps)
-        return
-    seen: dict[str, dict[int, list[float]]] = {peer: {1: [], 2: []} for peer in args.peers}
-    for turn in range(args.rounds):
-        order = [(peer, n) for peer in args.peers for n in (1, 2)]
-        for peer, n in order if turn % 2 == 0 else reversed(order):
-            seconds = measure(peer, n, args.precision, args.steps)
-            seen[peer][n].append(seconds)
-            print(f"round {turn + 1}: {peer} in {n}: {seconds:.3f} s", file=sys.stderr, flush=True)
-    rows = []
-    for peer, times in seen.items():
-        one, two = min(times[1]), min(times[2])
-        ratios = [a / (2 * b) for a, b in zip(times[1], times[2], strict=True)]
-        rows.append(
-            {
-                "peer": peer,
-                "one": one,
-                "two": two,
-                "efficiency": one / (2 * two),
-                "rounds": ratios,
-                "tokens_per_second": ROWS * LENGTH / two,
-            }
-        )
-    print(json.dumps({"precision": args.precision, "seconds": seen, "rows": rows}))
-    print("| | 1 process, s | 2 processes, s | efficiency | tokens/s |\n|---|---:|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row['peer']} | {row['one']:.2f} | {row['two']:.2f} | {row['efficiency']:.2f} | "
-            f"{row['tokens_per_second']:,.0f} |"
-        )
+def processes(settings: Settings) -> list[Callable[[], Case]]:
+    """Row 12: a step in two processes; the floor of ours is half of its step in one."""
+    steps = 1 if settings.tiny else 5
 
+    def make(peer: str, count: int) -> tuple[Callable[[], float], Work]:
+        share = 1 if count == 2 else 2
+        return lambda: measure(peer, count, steps) / share, Work(ROWS * LENGTH)
 
-if __name__ == "__main__":
-    main()
+    def case() -> Case:
+        table = PEERS | (LONG if settings.long else {})
+        contenders = [
+            Contender(name, kind, functools.partial(make, peer, 2), needs)
+            for name, (peer, kind, needs) in (
+                list(table.items())[:1] if settings.tiny else table.items()
+            )
+        ]
+        alone = Contender(
+            "half of pretrain in one process", "floor", functools.partial(make, "ours-ddp", 1)
+        )
+        return Case(
+            f"GPT-2 L4 d192, {ROWS * LENGTH:,} tokens a step in two processes, fp32", "seconds a step",
+            [*contenders, alone], {"floor": 0.9, "default": 1.0}, controlled=False, rounds=(2, 3),
+        )  # fmt: skip
+
+    return [case]
