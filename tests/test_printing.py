@@ -7,9 +7,11 @@ import sys
 import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pretrain import errors
-from pretrain.printing import printable
+from pretrain.printing import printable, printable_pieces
 from pretrain.training.logging import Progress
 from pretrain.utils.files import note
 
@@ -50,3 +52,9 @@ def test_what_prints_texts_of_others_prints_them_harmless(
         if kind not in (errors.CheckpointCorrupt, errors.RunLocked):
             assert str(kind(EVIL)) == printable(EVIL, lines=True)
     assert hidden(str(errors.CheckpointCorrupt(EVIL, EVIL, EVIL))) == []
+
+
+@given(st.lists(st.text("a\t\r\n\x1b\u202e\ud800 é", max_size=5), max_size=8))
+def test_pieces_are_printed_as_the_whole_text(pieces: list[str]) -> None:
+    shown = list(printable_pieces(pieces))
+    assert "".join(shown) == printable("".join(pieces), lines=True) and all(shown)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-__all__ = ["aligned", "console", "printable"]
+__all__ = ["aligned", "console", "printable", "printable_pieces"]
 
 
 def console() -> TextIO:
@@ -31,6 +31,22 @@ def printable(text: str, *, lines: bool = False) -> str:
         text = text.replace("\r\n", "\n").expandtabs()
         return "\n".join(map(_visible, text.split("\n")))
     return _visible(text.replace("\n", " ").replace("\t", " "))
+
+
+def printable_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Return the pieces of a text so that together they are its ``printable(text, lines=True)``."""
+    line = held = ""
+    for piece in pieces:
+        text = held + piece
+        held = "\r" if text.endswith("\r") else ""  # a line break, if "\n" follows
+        text = line + text.removesuffix(held).replace("\r\n", "\n")
+        # How wide a tab is depends on the line before it.
+        shown = text.expandtabs()[len(line.expandtabs()) :]
+        line = text.rpartition("\n")[2]
+        if shown:
+            yield printable(shown, lines=True)
+    if held:
+        yield printable(held, lines=True)
 
 
 def _visible(text: str) -> str:

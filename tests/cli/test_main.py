@@ -39,6 +39,7 @@ COMMANDS = [
     "schema",
     "predict",
     "generate",
+    "chat",
     "fill-mask",
     "evaluate",
     "merge",
@@ -609,7 +610,7 @@ def test_options_of_commands_are_those_of_the_functions() -> None:
         return {a.dest: a.default for a in parser._actions if a.option_strings and a.dest != "help"}
 
     for command, function, left_out in (
-        ("generate", generate, {"use_cache", "stream"}),
+        ("generate", generate, {"use_cache"}),
         ("prepare", prepare, {"cache_dir"}),
     ):
         parameters = inspect.signature(function).parameters.values()

@@ -23,7 +23,8 @@ from pretrain.config.spelling import Interface
 from pretrain.errors import ConfigError, did_you_mean
 
 __all__ = [
-    "Parser", "add_checkpoint", "add_settings", "interface", "make_parser", "read_settings", "settings_class",
+    "Parser", "add_checkpoint", "add_sampling", "add_settings", "interface", "make_parser", "read_settings",
+    "settings_class",
 ]  # fmt: skip
 
 # Commands whose options are the fields of a settings class; only those given are returned.
@@ -250,6 +251,44 @@ def add_checkpoint(
         type=str | None,
         help="package.module:Class of the model, if it is a family of your own",
     )
+
+
+def add_sampling(parser: Any, new_tokens: int) -> None:
+    """Declare the options of the generation of text; ``new_tokens`` is the number without any setting."""
+    add = parser.add_argument
+    add(
+        "--max_new_tokens",
+        type=int | None,
+        help=f"maximum number of new tokens; not given, that of generation_config.json, or {new_tokens}",
+    )
+    add(
+        "--temperature",
+        type=float | None,
+        help="0 takes the likeliest token; not given, that of generation_config.json, or 1 with --top_k, --top_p, "
+        "--min_p or --seed, else 0",
+    )
+    add("--top_k", type=int | None, help="sample from the k likeliest tokens")
+    add(
+        "--top_p",
+        type=float | None,
+        help="sample from the likeliest tokens whose probabilities sum to this",
+    )
+    add(
+        "--min_p",
+        type=float | None,
+        help="drop tokens below this share of the likeliest one's probability",
+    )
+    add(
+        "--repetition_penalty",
+        type=float | None,
+        help="above 1 makes tokens that occurred less likely",
+    )
+    add(
+        "--stop",
+        type=list[str] | str | None,
+        help="text, or [list, of, texts], at which to stop",
+    )
+    add("--seed", type=int | None, help="the same seed gives the same text")
 
 
 def add_settings(parser: Parser, kind: Any) -> None:

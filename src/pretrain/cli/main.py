@@ -19,12 +19,14 @@ from typing import Any, Literal
 
 from pretrain.cli.arguments import (
     add_checkpoint,
+    add_sampling,
     add_settings,
     interface,
     make_parser,
     read_settings,
     settings_class,
 )
+from pretrain.cli.chat import add_chat, chat, show_pieces
 from pretrain.cli.doctor import add_doctor, doctor
 from pretrain.config.spelling import using
 from pretrain.distributed.launched import launched, prints_error
@@ -414,60 +416,37 @@ def _add_generate(parser: Any) -> None:
     add = parser.add_argument
     add_checkpoint(parser)
     add("prompt", type=str, help='text to continue, or "-": one prompt per line of standard input')
-    add(
-        "--max_new_tokens",
-        type=int | None,
-        help="maximum number of new tokens; not given, that of generation_config.json, or 64",
-    )
-    add(
-        "--temperature",
-        type=float | None,
-        help="0 takes the likeliest token; not given, that of generation_config.json, or 1 with --top_k, --top_p, "
-        "--min_p or --seed, else 0",
-    )
-    add("--top_k", type=int | None, help="sample from the k likeliest tokens")
-    add(
-        "--top_p",
-        type=float | None,
-        help="sample from the likeliest tokens whose probabilities sum to this",
-    )
-    add(
-        "--min_p",
-        type=float | None,
-        help="drop tokens below this share of the likeliest one's probability",
-    )
-    add(
-        "--repetition_penalty",
-        type=float | None,
-        help="above 1 makes tokens that occurred less likely",
-    )
-    add(
-        "--stop",
-        type=list[str] | str | None,
-        help="text, or [list, of, texts], at which to stop",
-    )
-    add("--seed", type=int | None, help="the same seed gives the same text")
+    add_sampling(parser, 64)
     add(
         "--chat",
         action="store_true",
         help="answer the prompt as a turn of the user, through the chat template",
     )
+    add(
+        "--stream",
+        type=bool | None,
+        help="print the text as it is made; not given, one prompt on a terminal is",
+    )
 
 
 def _generate(args: Any) -> None:
     from pretrain.checkpoint import load
+    from pretrain.inference.chat import chat as answer_to
     from pretrain.inference.generate import generate
 
-    options = {k: v for k, v in vars(args).items() if k not in ("checkpoint", "prompt")}
-    prompts = _prompts(args.prompt)
-    model = load(args.checkpoint)
-    if options.pop("chat"):
-        from pretrain.inference.chat import chat
-
-        given = {key: value for key, value in options.items() if value is not None}
-        texts = [chat(model, prompt, **given) for prompt in prompts]
-    else:
-        texts = generate(model, prompts, **options)
+    options = {key: value for key, value in vars(args).items() if value is not None}
+    prompts = _prompts(options.pop("prompt"))
+    model = load(options.pop("checkpoint"))
+    answer = answer_to if options.pop("chat") else generate
+    if options.pop("stream", sys.stdout.isatty() and len(prompts) == 1):
+        for prompt in prompts:
+            show_pieces(answer(model, prompt, stream=True, **options))
+        return
+    texts = (
+        generate(model, prompts, **options)
+        if answer is generate
+        else [answer_to(model, prompt, **options) for prompt in prompts]
+    )
     for text in texts:
         print(printable(text, lines=True))
 
@@ -689,6 +668,12 @@ COMMANDS = {
             *("checkpoint", "prompt", "--max_new_tokens", "--temperature", "--top_k", "--top_p"),
             *("--stop", "--seed", "--chat"),
         ),
+    ),
+    "chat": Command(
+        "Talk to a model that was trained on conversations, in the terminal or in a browser.",
+        "pretrain chat runs/chat --temperature 0.7",
+        add_chat,
+        chat,
     ),
     "fill-mask": Command(
         "Fill the masks of a text.",

@@ -1,0 +1,200 @@
+"""The command ``chat``: a conversation in the terminal, or the server of one."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.cli.arguments import add_checkpoint, add_sampling
+from pretrain.errors import ConfigError, Interrupted, ModelError, PretrainError
+from pretrain.printing import printable_pieces
+from pretrain.utils.files import note
+
+if TYPE_CHECKING:
+    from pretrain.inference.generate import Stream
+    from pretrain.models.base import Model
+
+__all__ = ["add_chat", "chat", "show_pieces"]
+
+_NEW_TOKENS = 512
+_HELP = """\
+/reset         begin a new conversation
+/system TEXT   set what the model is told at the beginning; without TEXT, nothing
+/help          show this
+/exit          leave
+A line that ends with a backslash goes on in the next one.
+Ctrl-C stops an answer. Ctrl-C or Ctrl-D at the prompt leaves."""
+
+
+def add_chat(parser: Any) -> None:
+    """Declare the options of ``pretrain chat``."""
+    add_checkpoint(parser)
+    add = parser.add_argument
+    add("--system", type=str, default="", help="what the model is told before the conversation")
+    add_sampling(parser, _NEW_TOKENS)
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add(
+        "--raw",
+        action="store_true",
+        help="continue every line as it stands, without a template: for models that were not trained on conversations",
+    )
+    add(
+        "--web",
+        action="store_true",
+        help="serve a page for a browser, and the chat-completions protocol of OpenAI, on this machine",
+    )
+    add("--port", type=int, default=8080, help="port of --web; 0 takes a free one")
+
+
+def chat(args: Any) -> None:
+    """Load the model, and talk or serve."""
+    if args.raw and (args.web or args.system):
+        raise ConfigError("--raw has no conversations, so it takes neither --web nor --system.")
+    from pretrain.checkpoint import load
+    from pretrain.training.precision import choose_device
+
+    device = choose_device(args.device)
+    model = load(args.checkpoint).to(device)
+    if not args.raw and (model.tokenizer is None or model.tokenizer.chat_template is None):
+        raise ModelError(
+            f"{args.checkpoint} has no chat template: it was not trained on conversations. Train it on some: "
+            f"pretrain finetune --model {args.checkpoint} --task chat --data chats.jsonl. To see how it continues "
+            f"texts: pretrain chat {args.checkpoint} --raw."
+        )
+    left_out = ("checkpoint", "system", "device", "raw", "web", "port")
+    options = {k: v for k, v in vars(args).items() if k not in left_out and v is not None}
+    stored = model.generation_config.get("max_new_tokens")
+    options.setdefault("max_new_tokens", stored if isinstance(stored, int) else _NEW_TOKENS)
+    if args.web:
+        from pretrain.inference.serve import serve
+
+        serve(model, Path(args.checkpoint).resolve().name, args.port, args.system, options)
+    else:
+        _Talk(model, args.system, args.raw, options).run(args.checkpoint)
+
+
+def show_pieces(pieces: Iterable[str]) -> None:
+    """Print a text as it is made; characters that could control the terminal are escaped."""
+    try:
+        for piece in printable_pieces(pieces):
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+class _Talk:
+    """A conversation in the terminal.
+
+    Args:
+        model: the model.
+        system: what it is told at the beginning.
+        raw: every line is continued by itself.
+        options: options of ``generate``, with ``max_new_tokens``.
+    """
+
+    def __init__(self, model: Model, system: str, raw: bool, options: dict[str, Any]) -> None:
+        from pretrain.inference.chat import Chat
+        from pretrain.inference.generate import Stream
+
+        self.model, self.system, self.options = model, system, options
+        self.session = None if raw else Chat(model)
+        Stream(model, [0], **options)  # checks the options
+        self.turns: list[dict[str, Any]] = []
+        self.told = False
+        self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def run(self, name: str) -> None:
+        """Read lines and answer them to the end of the input."""
+        if self.on_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  lines can be edited and called back
+            note(f"{name}: /help shows the commands, Ctrl-D leaves.")
+        while (text := self._read()) is not None:
+            word, _, rest = text.strip().partition(" ")
+            if word == "/exit":
+                return
+            if word[:1] == "/" and word[1:].isalpha():
+                self._command(word, rest.strip())
+            elif text.strip():
+                self._answer(text)
+
+    def _read(self) -> str | None:
+        """Return what was typed, or None at the end."""
+        lines: list[str] = []
+        try:
+            while not lines or lines[-1].endswith("\\"):
+                prompt = ("... " if lines else "> ") if self.on_terminal else ""
+                lines.append(input(prompt))
+        except Interrupted:
+            raise
+        except (EOFError, KeyboardInterrupt):
+            if self.on_terminal:
+                print()
+            return None
+        return "\n".join([*(line[:-1] for line in lines[:-1]), lines[-1]])
+
+    def _command(self, word: str, rest: str) -> None:
+        if word == "/help":
+            print(_HELP)
+        elif self.session is None:
+            note(f"{word} is for conversations, and with --raw every line is continued by itself.")
+        elif word == "/reset":
+            self.turns = []
+            note("A new conversation begins.")
+        elif word == "/system":
+            self.system = rest
+            note("The model is told this from now on." if rest else "The model is told nothing.")
+        else:
+            note(f"There is no command {word}. /help shows those that there are.")
+
+    def _answer(self, text: str) -> None:
+        """Print the answer to a line; it joins the conversation as far as it was printed."""
+        stream = None
+        try:
+            stream = self._stream(text)
+            show_pieces(stream)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            pass
+        except PretrainError as error:
+            note(f"error: {error}")
+            return
+        if stream is None:
+            return
+        if self.session is not None and stream.text:
+            said = (
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": stream.text},
+            )
+            self.turns += said
+        if self.session is not None and stream.finish_reason == "length":
+            most = self.options["max_new_tokens"]
+            reason = (
+                f"--max_new_tokens is {most}"
+                if stream.new_tokens >= most
+                else f"the model reads {self.model.backbone.max_length:,} tokens, question and answer together"
+            )
+            note(f"note: the answer was cut, because {reason}.")
+
+    def _stream(self, text: str) -> Stream:
+        if self.session is None:
+            from pretrain.inference.generate import generate
+
+            pieces: Stream = generate(self.model, text, stream=True, **self.options)
+            return pieces
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [*system, *self.turns, {"role": "user", "content": text}]
+        kept, ids = self.session.fit(asked, self.options["max_new_tokens"])
+        if len(kept) < len(asked):
+            self.turns = kept[len(system) : -1]
+            if not self.told:
+                note(
+                    f"note: the model reads {self.model.backbone.max_length:,} tokens, so the first turns of the "
+                    "conversation are left out from now on."
+                )
+            self.told = True
+        return self.session.answer(ids, **self.options)
