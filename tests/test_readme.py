@@ -93,7 +93,14 @@ def run(code, name, names=None):
 
 def run_before(name):
     """Blocks that go on where the README's first one ends, or need its run on the disk, get what the reader has."""
-    if name not in {"transformers", "checkpoints", "finetune", "tutorial-labels", "tutorial-chat"}:
+    if name not in {
+        "transformers",
+        "checkpoints",
+        "finetune",
+        "evaluation",
+        "tutorial-labels",
+        "tutorial-chat",
+    }:
         return None
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return run(dict(BLOCK.findall(text))["readme"], "readme")

@@ -17,6 +17,9 @@ _FUNCTIONS = {
     "generate": "pretrain.inference.generate",
     "fill_mask": "pretrain.inference.generate",
     "embed": "pretrain.inference.generate",
+    "similarity": "pretrain.inference.vectors",
+    "search": "pretrain.inference.vectors",
+    "log_likelihood": "pretrain.inference.likelihood",
     "predict": "pretrain.inference.predict",
     "write": "pretrain.inference.generate",
     "chat": "pretrain.inference.chat",
@@ -46,6 +49,18 @@ class ModelMethods:
     def embed(self, texts: Any, **options: Any) -> Any:
         """Return one vector per text; see ``pretrain.inference.generate.embed``."""
         return function("embed")(self, texts, **options)
+
+    def similarity(self, a: Any, b: Any = None, **options: Any) -> Any:
+        """Return the cosines between texts, (len(a), len(b)); see ``pretrain.inference.vectors.similarity``."""
+        return function("similarity")(self, a, b, **options)
+
+    def search(self, queries: Any, texts: Any, top_k: int = 10, **options: Any) -> Any:
+        """Return the texts nearest to a query; see ``pretrain.inference.vectors.search``."""
+        return function("search")(self, queries, texts, top_k, **options)
+
+    def log_likelihood(self, texts: Any, **options: Any) -> Any:
+        """Return the log-likelihoods of texts; see ``pretrain.inference.likelihood.log_likelihood``."""
+        return function("log_likelihood")(self, texts, **options)
 
     def predict(self, inputs: Any, **options: Any) -> Any:
         """Predict for texts, pairs or rows with the fine-tuned task; see ``pretrain.inference.predict.predict``."""

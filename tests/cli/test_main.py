@@ -41,6 +41,8 @@ COMMANDS = [
     "generate",
     "chat",
     "fill-mask",
+    "embed",
+    "search",
     "evaluate",
     "merge",
     "inspect",

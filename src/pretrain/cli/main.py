@@ -482,6 +482,60 @@ def _fill_mask(args: Any) -> None:
                 print(f"{item['score']:.4f}  {item['token']!r:<16}  {printable(item['sequence'])}")
 
 
+def _add_embed(parser: Any) -> None:
+    add = parser.add_argument
+    add_checkpoint(parser, text="run or model directory")
+    add("file", type=str, help="lines (.txt), or rows: .csv .tsv .jsonl .json .parquet (also .gz)")
+    add("--out", type=str, required=True, help="vectors: .npy, .parquet or .jsonl")
+    add("--text", type=str | None, help="column of the text; not given, recognised by its name")
+    add(
+        "--normalize",
+        type=bool | None,
+        help="scale vectors to length one; not given, as the model's directory says",
+    )
+    add(
+        "--pooling",
+        type=str | None,
+        help="mean, cls, lasttoken, max; not given, as the directory says",
+    )
+    add("--prompt", type=str | None, help="prefix of every text")
+    add("--prompt_name", type=str | None, help="name of a prompt in the model's directory")
+    add("--batch_rows", type=int, default=32, help="texts in one forward pass")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add("--delimiter", type=str | None, help="delimiter of the cells of .csv or .tsv")
+    add("--quoting", type=bool | None, help="whether double quotes enclose cells of .csv or .tsv")
+    add("--encoding", type=str | None, help="encoding of the file; not given, UTF-8")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def _embed(args: Any) -> None:
+    from pretrain.inference.text_files import embed_file
+
+    options = vars(args)
+    places = [options.pop(key) for key in ("checkpoint", "file", "out")]
+    print(printable(str(embed_file(*places, progress=not options.pop("quiet"), **options))))
+
+
+def _add_search(parser: Any) -> None:
+    add = parser.add_argument
+    add_checkpoint(parser, text="run or model directory")
+    add("query", type=str, help="text to search for")
+    add("file", type=str, help="texts: lines (.txt), or rows: .csv .tsv .jsonl .json .parquet")
+    add("--text", type=str | None, help="column of the text; not given, recognised by its name")
+    add("--top_k", type=int, default=10, help="number of texts to print")
+    add(
+        "--prompt_name", type=str | None, help="name of the query's prompt in the model's directory"
+    )
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+
+
+def _search(args: Any) -> None:
+    from pretrain.inference.text_files import search_file
+
+    for hit in search_file(**vars(args)):
+        print(f"{hit.score:7.4f}  {hit.index + 1:>6}  {printable(str(hit.text))}")
+
+
 def _add_evaluate(parser: Any) -> None:
     add_checkpoint(parser)
     parser.add_argument(
@@ -680,6 +734,18 @@ COMMANDS = {
         'pretrain fill-mask runs/books-bert "The [MASK] sailed."',
         _add_fill_mask,
         _fill_mask,
+    ),
+    "embed": Command(
+        "Turn the texts of a file into vectors.",
+        "pretrain embed runs/sentences notes.csv --text body --out notes.npy",
+        _add_embed,
+        _embed,
+    ),
+    "search": Command(
+        "Print the texts of a file that are nearest to a query.",
+        'pretrain search runs/sentences "a boat on the sea" notes.txt --top_k 5',
+        _add_search,
+        _search,
     ),
     "evaluate": Command(
         "Evaluate a checkpoint on the held-out rows of its run, or on other data.",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.tokenizer import Tokenizer
 
-__all__ = ["TaskEncoder", "TaskRows", "blanks_before_words", "word_windows"]
+__all__ = ["TaskEncoder", "TaskRows", "batches_by_length", "blanks_before_words", "word_windows"]
 
 
 class TaskEncoder:
@@ -150,15 +150,7 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
             max_rows: maximum examples in a batch.
             max_tokens: maximum tokens of a batch, padding to its longest included; a longer example is a batch alone.
         """
-        lengths = self.lengths
-        batch: list[int] = []
-        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[i] > max_tokens):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+        return batches_by_length(self.lengths, max_rows, max_tokens)
 
     def take(self, indices: Iterable[int]) -> TaskRows:
         """Return the examples at ``indices`` with their owners and info, but no ``cut``, ``dropped`` or ``remarks``."""
@@ -168,6 +160,20 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
             [self.owners[i] for i in chosen],
             [self.info[i] for i in chosen],
         )
+
+
+def batches_by_length(
+    lengths: Sequence[int], max_rows: int, max_tokens: int
+) -> Iterator[list[int]]:
+    """Yield batches of indices of similar length, shortest first; see ``TaskRows.batches``."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[i] > max_tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def word_windows(sizes: Sequence[int], room: int, overlap: int) -> list[tuple[int, int]]:

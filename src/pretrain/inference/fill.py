@@ -26,7 +26,7 @@ from pretrain.models.sentences import SentenceSettings, pool, pooling_named
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["embed", "fill_mask"]
+__all__ = ["cut_texts", "embed", "embed_counting", "fill_mask"]
 
 _MASKS = ("[MASK]", "<mask>")
 
@@ -149,6 +149,22 @@ def embed(
             are not implemented.
         ConfigError: an unknown pooling or prompt, or ``batch_size`` below 1.
     """
+    vectors, cut = embed_counting(model, texts, pooling, batch_size, normalize, prompt, prompt_name)
+    if cut:
+        warnings.warn(cut_texts(model, cut, len(vectors)), stacklevel=2)
+    return vectors
+
+
+def embed_counting(
+    model: Model,
+    texts: str | Sequence[str],
+    pooling: str | Sequence[str] | None = None,
+    batch_size: int = 32,
+    normalize: bool | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+) -> tuple[Tensor, int]:
+    """Return what ``embed`` returns, and the number of texts that were cut, of which this prints nothing."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
     stored = model.sentences or SentenceSettings()
@@ -164,7 +180,7 @@ def embed(
             "text; use pooling='mean'."
         )
     before = stored.prompt(prompt, prompt_name)
-    rows = _rows(model, [before + text for text in as_texts(texts)], stored)
+    rows, cut = _rows(model, [before + text for text in as_texts(texts)], stored)
     skip = 0 if stored.include_prompt or not before else _prompt_length(model, before, stored)
     width = model.backbone.config.hidden_size * len(modes)
     vectors = torch.empty(len(rows), width)
@@ -178,28 +194,37 @@ def embed(
             ).float()
             vectors[chosen] = pool(hidden, real, modes, skip).cpu()
     scaled = stored.normalize and not stored.missing if normalize is None else normalize
-    return torch.nn.functional.normalize(vectors, dim=-1) if scaled else vectors
+    return torch.nn.functional.normalize(vectors, dim=-1) if scaled else vectors, cut
 
 
-def _rows(model: Model, texts: list[str], stored: SentenceSettings) -> list[list[int]]:
-    """Return texts as ids, truncated to the limit of the directory or the positions of the model."""
-    tokenizer, limit = tokenizer_of(model, "read text"), model.backbone.max_length
-    if model.sentences is not None:
-        longest = stored.max_length or tokenizer.config.get("model_max_length")
-        limit = min(limit, longest) if type(longest) is int and longest > 0 else limit
-    texts = [stored.cased(text) for text in texts]
-    encodings = tokenizer.frame_texts(texts, max_length=limit)
-    rows = [encoding.ids for encoding in encodings]
-    long = sum(bool(encoding.overflowing) for encoding in encodings)
-    if long:
-        warnings.warn(
-            f"{long} of {len(rows)} texts have more than {limit} tokens and were cut.", stacklevel=3
+def cut_texts(model: Model, cut: int, count: int) -> str:
+    """Return the remark that some of the embedded texts were too long."""
+    return f"{cut} of {count} texts have more than {_room(model)} tokens and were cut."
+
+
+def _room(model: Model) -> int:
+    """Return the maximum tokens of a text: the limit of the directory or the positions of the model."""
+    limit, stored = model.backbone.max_length, model.sentences
+    if stored is not None:
+        longest = stored.max_length or tokenizer_of(model, "read text").config.get(
+            "model_max_length"
         )
+        limit = min(limit, longest) if type(longest) is int and longest > 0 else limit
+    return limit
+
+
+def _rows(model: Model, texts: list[str], stored: SentenceSettings) -> tuple[list[list[int]], int]:
+    """Return texts as ids, and the number of those that were truncated."""
+    tokenizer = tokenizer_of(model, "read text")
+    encodings = tokenizer.frame_texts(
+        [stored.cased(text) for text in texts], max_length=_room(model)
+    )
+    rows = [encoding.ids for encoding in encodings]
     check_ids(model, rows, "Text")
-    return rows
+    return rows, sum(bool(encoding.overflowing) for encoding in encodings)
 
 
 def _prompt_length(model: Model, prompt: str, stored: SentenceSettings) -> int:
     """Return the number of tokens of a prompt, with special tokens before it but without the one after it."""
-    ids = _rows(model, [prompt], stored)[0]
+    ids = _rows(model, [prompt], stored)[0][0]
     return len(ids) - (ids[-1] in model.tokenizer.special_ids if model.tokenizer else 0)

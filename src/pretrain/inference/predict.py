@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = [
+    "check_target",
     "columns_of",
     "has_columns",
     "predict",
@@ -474,11 +475,21 @@ def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:
         )
     else:
         target = Path(out)
-    if target.suffix.lower() not in WRITABLE:
-        raise ConfigError(f"The output {target} must end in {', '.join(WRITABLE)}.")
+    check_target(source, target, WRITABLE)
+    return target
+
+
+def check_target(source: Path, target: Path, endings: Sequence[str]) -> None:
+    """Check before the work that a file of results can be written, as far as that can be known.
+
+    Raises:
+        ConfigError: the file ending is none of ``endings``.
+        DataError: the path is the input itself or a directory, or lies in a directory that does not exist.
+    """
+    if target.suffix.lower() not in endings:
+        raise ConfigError(f"The output {target} must end in {', '.join(endings)}.")
     if target.is_dir() or not target.parent.is_dir():
         what = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
         raise DataError(f"The output {target} {what}. Name a file.")
     if target.exists() and source.exists() and os.path.samefile(target, source):
         raise DataError(f"The output {target} is the input. Name another file.")
-    return target
