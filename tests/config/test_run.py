@@ -201,7 +201,7 @@ def test_sources_may_be_paths_and_prepared_data(tmp_path: Path) -> None:
         ({"train.save_every": "200%"}, ["train.save_every"]),
         ({"train.loggers": "wandb"}, ["train.loggers", "a list, e.g. [tensorboard]"]),
         ({"train.loggers": ["wanb"]}, ["train.loggers.0", "'wandb'"]),
-        ({"train.out": ""}, ["train.out"]),
+        ({"train.out": " "}, ["train.out"]),
         ({"train.out": "a\0b"}, ["train.out"]),
         ({"train.sample": "\ud800"}, ["train.sample"]),
         ({"data.train": 3}, ["data.train"]),

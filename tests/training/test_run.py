@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import pretrain
+from pretrain.config import RunConfig
+from pretrain.data.prepare import Prepared
 from pretrain.errors import (
     CheckpointError,
     ConfigError,
@@ -18,6 +21,10 @@ from pretrain.errors import (
     TokenizerError,
     TrainingError,
 )
+from pretrain.objectives import build_objective
+from pretrain.training.preflight import remarks
+from pretrain.training.run import run_name
+from pretrain.training.trainer import Trainer
 from tiny import losses
 
 WORDS = "sea ship wind salt rope sail deck mast gull tide wave storm captain sailor harbour".split()  # noqa: SIM905
@@ -97,6 +104,91 @@ def test_unknown_size_and_option_are_named(tmp_path: Path, text: Path) -> None:
     with pytest.raises(ConfigError, match="hidden_size"):
         pretrain.train(settings(tmp_path, text), model={"overrides": {"hiden_size": 8}})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"model": {"size": "tinny"}}, "tinny"),
+        ({"model": "gtp2:tiny"}, "'gpt2'"),
+        ({"model": {"overrides": {"hiden_size": 8}}}, "hidden_size"),
+        ({"model": {"overrides": {"num_heads": 7}}}, "num_heads"),
+        ({"model": {"overrides": {"seed": 7}}}, "set elsewhere"),
+        ({"model": "/no/such/run"}, "/no/such/run"),
+        ({"objective": "mlm", "init_args": {"rat": 0.3}}, "objective.init_args.rat"),
+        ({"objective": "NextTokken"}, "'NextToken'"),
+        ({"device": "mps"}, "parallel.device"),
+        ({"loggers": ["trackio"]}, "trackio"),
+        ({"batch_sise": 8}, "'batch_size'"),
+    ],
+)
+def test_mistakes_are_found_before_the_data_are_read(
+    given: dict[str, Any], match: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*args: Any, **options: Any) -> None:
+        raise AssertionError("the data were read")
+
+    monkeypatch.setattr("pretrain.training.run.prepare", read)
+    monkeypatch.setattr("pretrain.training.run.open_rows", read)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises((ConfigError, CheckpointError), match=match):
+        pretrain.train(settings(tmp_path, text), **given)
+
+
+def test_a_run_names_itself(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = settings(tmp_path, text, out="")
+    first = pretrain.train(given)
+    said = capsys.readouterr().err
+    name = first.path.name
+    assert re.fullmatch(r"runs/gpt2-tiny-[0-9a-f]{8}", str(first.path)) and name in said
+    assert "6 steps are few" in said and "train.limit" in said
+    assert "the vocabulary of 300 is large" in said and "data.vocab_size 256" in said
+    again = pretrain.train(given, limit=8)  # what may change in a run does not change its name
+    assert again.path == first.path and again.step == 8
+    assert "are few" not in capsys.readouterr().err
+    assert run_name(
+        RunConfig.load(given, {"lr": 2e-3}), Prepared.open(prepared_in(tmp_path))
+    ) != str(first.path)
+    onward = RunConfig.load(given, {"model": str(first.path)})
+    named = run_name(onward, Prepared.open(prepared_in(tmp_path)))
+    assert named.startswith(f"runs/{name}-") and len(named) == len(f"runs/{name}-") + 8
+    with pytest.raises(ConfigError, match=r"train\.out is empty"):
+        Trainer(build_objective("NextToken", {}, pretrain.load(first.path)), [])
+
+
+def prepared_in(tmp_path: Path) -> Path:
+    return next((tmp_path / "cache" / "prepared").glob("*/manifest.json")).parent
+
+
+def test_remarks_on_what_cannot_be_learnt() -> None:
+    def told(steps: int, batch: int = 10, parent: str | None = None, **rows: Any) -> list[str]:
+        trainer: Any = SimpleNamespace(
+            train=SimpleNamespace(batch_rows=batch),
+            train_data=SimpleNamespace(
+                num_documents=rows.get("documents", 100), num_tokens=rows.get("tokens", 10**6)
+            ),
+            eval_data=SimpleNamespace(num_documents=rows.get("held_out", 5)),
+            plan=SimpleNamespace(epoch_rows=1000),
+            objective=SimpleNamespace(
+                model=SimpleNamespace(backbone=SimpleNamespace(vocab_size=8192))
+            ),
+            about={"parent": parent},
+        )
+        return remarks(trainer, steps)
+
+    assert told(100) == []
+    assert ["1 steps are few" in line for line in told(1)] == [True]
+    (line,) = told(2000)
+    assert "read 20 times" in line and "train.limit" in line
+    (line,) = told(100, held_out=1)
+    assert "single document" in line and "data.valid" in line
+    assert told(100, held_out=1, documents=1) == []  # one long text of which the end is held out
+    (line,) = told(100, tokens=285_000)  # 1 MB of English
+    assert "8,192" in line and "35 times" in line and "data.vocab_size 2048" in line
+    assert told(100, tokens=285_000, parent="books") == []
 
 
 def test_going_on_from_a_checkpoint_with_new_text(tmp_path: Path, text: Path) -> None:

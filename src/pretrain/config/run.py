@@ -157,8 +157,8 @@ class OptimConfig:
 class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logging."""
 
-    out: str = setting("runs/run", resumable=True)
-    """Directory of the run; repeating the command resumes it."""
+    out: str = setting("", resumable=True)
+    """Directory of the run; repeating the command resumes it. Not given, runs/FAMILY-SIZE-FINGERPRINT."""
     limit: str = setting("1 epochs", resumable=True, unit="steps")
     """When to stop: "500 steps" or 500, "1e9 tokens", "3 epochs" or "10 minutes"."""
     batch_rows: int = setting(32, 1, 1 << 24)
@@ -424,8 +424,8 @@ class RunConfig(Sections):
             raise ConfigError(
                 f"data.valid is {data.valid}; as a fraction it must lie between 0 and 1."
             )
-        if not train.out.strip():
-            raise ConfigError("train.out is empty; name the directory of the run.")
+        if train.out and not train.out.strip():
+            raise ConfigError("train.out is blank; name the directory of the run.")
         if not all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")):
             raise ConfigError(
                 f"objective.class_path is {name!r}; write a name or package.module:Class."

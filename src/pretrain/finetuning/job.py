@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_choice
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
-from pretrain.config.spelling import either, option, option_name
+from pretrain.config.spelling import either, option
 from pretrain.distributed.whole_parameters import copy_whole
 from pretrain.distributed.world import current_world
-from pretrain.errors import ConfigError, DataError, Interrupted
+from pretrain.errors import DataError, Interrupted
 from pretrain.finetuning.card import example_input
 from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
@@ -39,8 +38,9 @@ from pretrain.objectives import check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.training.closing import taken
 from pretrain.training.monitor import score as lower_is_better
+from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
-from pretrain.training.run import check_same_run, has_begun
+from pretrain.training.run import check_same_run, has_begun, run_key
 from pretrain.training.trainer import Trainer
 from pretrain.utils.files import note
 
@@ -120,6 +120,7 @@ class Job:
         """Read the rows and set the output directory."""
         task = task_class(settings.task.name)
         check_options(task, settings.task.options)
+        choose_device(settings.parallel.device)
         source = settings.model.checkpoint if model is None else model
         if settings.model.family is not None:
             own_family(settings.model.family)
@@ -139,8 +140,7 @@ class Job:
             for name in names:
                 if plain[section][name] is None:
                     del plain[section][name]
-        text = json.dumps([plain, self.data.fingerprint], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return run_key(plain, self.data.fingerprint)
 
     def build(
         self, *, seed: int, scratch: bool = False, quiet: bool = True, whole: bool = True
@@ -195,13 +195,7 @@ class Job:
         """Learning rate of the settings, or the automatic one."""
         lr = self.settings.optim.lr
         if isinstance(lr, str):
-            if lr not in ("auto", "sweep"):
-                raise ConfigError(
-                    f'{option_name("lr")} is {lr!r}; it must be a number, "auto" or "sweep".'
-                )
             return automatic_lr(task.model, adapter=bool(self.settings.method.lora))
-        if not 0 < lr < math.inf:
-            raise ConfigError(f"{option_name('lr')} is {lr}; it must be above 0.")
         return lr
 
     def settled_lr(self, task: Task, out: Path) -> float | None:

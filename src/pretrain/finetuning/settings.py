@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every, parse_limit
 from pretrain.config.aliases import NAMES, use_value
 from pretrain.config.run import Sections, sections_of, setting
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, option_name
 from pretrain.data.readers import table_kind
 from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
@@ -185,6 +186,23 @@ class TuneConfig(Sections):
     optim: TuneOptim = field(default_factory=TuneOptim)
     train: TuneTrain = field(default_factory=TuneTrain)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def check(self) -> None:
+        """See `Sections.check`."""
+        data, lr, train = self.data, self.optim.lr, self.train
+        if isinstance(lr, str) and lr not in ("auto", "sweep"):
+            raise ConfigError(
+                f'{option_name("lr")} is {lr!r}; it must be a number, "auto" or "sweep".'
+            )
+        if not isinstance(lr, str) and not 0 < lr < math.inf:
+            raise ConfigError(f"{option_name('lr')} is {lr}; it must be above 0.")
+        if isinstance(data.valid, float) and not 0 <= data.valid < 1:
+            raise ConfigError(
+                f"{option_name('valid')} is {data.valid}; as a share of the rows it must lie between 0 and 1."
+            )
+        if train.limit:
+            parse_limit(train.limit)
+        parse_every(train.eval_every, 100, "train.eval_every")
 
 
 TuneConfig.SECTIONS = sections_of(TuneConfig)

@@ -30,6 +30,7 @@ __all__ = [
     "Objective",
     "build_objective",
     "check_arguments",
+    "check_objective",
     "check_options",
     "objective_class",
     "objective_for",
@@ -116,6 +117,21 @@ def objective_for(head_kind: str | None) -> str | None:
     return next((n for n in OBJECTIVES if objective_class(n).head_kind == head_kind), None)
 
 
+def check_objective(class_path: str, init_args: Mapping[str, Any]) -> type[Objective]:
+    """Return the class of an objective whose arguments have been checked.
+
+    Raises:
+        ConfigError: there is no such objective, or an argument is unknown, missing or of the wrong type.
+    """
+    cls = objective_class(class_path)
+    check_arguments(cls, init_args, lambda key: f"objective.init_args.{key}")
+    try:
+        inspect.signature(cls).bind(None, **init_args)
+    except TypeError as error:
+        raise ConfigError(f"objective.init_args: {cls.__name__}: {error}.") from error
+    return cls
+
+
 def build_objective(
     class_path: str, init_args: dict[str, Any], model: Any, seed: int = 0
 ) -> Objective:
@@ -124,12 +140,7 @@ def build_objective(
     Raises:
         ConfigError: there is no such objective, or an argument is unknown, missing or of the wrong type.
     """
-    cls = objective_class(class_path)
-    check_arguments(cls, init_args, lambda key: f"objective.init_args.{key}")
-    try:
-        inspect.signature(cls).bind(model, **init_args)
-    except TypeError as error:
-        raise ConfigError(f"objective.init_args: {cls.__name__}: {error}.") from error
+    cls = check_objective(class_path, init_args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(model, **init_args)

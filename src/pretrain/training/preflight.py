@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["check_rows", "preflight"]
 
+# Steps below which a run is said to be short, readings of a text above which it is said to be learnt by heart (values
+# up to 4 are as good as new text, and beyond 16 little is gained: arXiv 2305.16264, figure 5), and mean occurrences of
+# a vocabulary entry below which the vocabulary is said to be large.
+_FEW_STEPS, _MANY_EPOCHS, _FEW_OCCURRENCES = 50, 16, 50
+
 
 def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     """Check the data against the model, run the largest batch, save and reload, and print a summary of the run.
@@ -73,7 +78,9 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
         lines.append(
             f"first loss {first_loss:.3f}, an untrained model has about {expected:.3f}{verdict}"
         )
-    if checkpoint is not None:
+    if checkpoint is None:
+        lines += remarks(trainer, trainer.plan.total_steps(seconds * len(batches)))
+    else:
         lines.append(check_resumed(trainer, checkpoint))
     trainer.journal.started()
     for line in lines:
@@ -249,6 +256,48 @@ def describe(
     if trainer.eval_data is None:
         lines.append("no held-out rows: nothing will be evaluated")
     return lines
+
+
+def remarks(trainer: Trainer, steps: int) -> list[str]:
+    """Return a line on each thing that keeps a run from learning, with the setting that changes it.
+
+    Args:
+        trainer: of the run.
+        steps: steps of the whole run.
+    """
+    train, data, held_out = trainer.train, trainer.train_data, trainer.eval_data
+    found = []
+    if steps < _FEW_STEPS:
+        found.append(
+            f"{steps} steps are few: most models learn little in less than {_FEW_STEPS}; raise train.limit, or lower "
+            f"train.batch_rows ({train.batch_rows})"
+        )
+    documents = getattr(data, "num_documents", 0)
+    if not documents:  # of prepared text only
+        return found
+    epochs = steps * train.batch_rows / trainer.plan.epoch_rows
+    if epochs > _MANY_EPOCHS:
+        found.append(
+            f"every text is read {epochs:.0f} times: beyond {_MANY_EPOCHS} or so a model learns it by heart; more text "
+            "(data.train), or fewer steps (train.limit)"
+        )
+    if documents > 1 and getattr(held_out, "num_documents", 0) == 1:
+        found.append(
+            "the held-out text is a single document, so its loss says little about other texts; hold out more with "
+            "data.valid"
+        )
+    entries, tokens = (
+        trainer.objective.model.backbone.vocab_size,
+        int(getattr(data, "num_tokens", 0)),
+    )
+    if not trainer.about.get("parent") and tokens < _FEW_OCCURRENCES * entries:
+        smaller = max(256, 1 << max(0, tokens // (2 * _FEW_OCCURRENCES)).bit_length() - 1)
+        if smaller < entries:
+            found.append(
+                f"the vocabulary of {entries:,} is large for {tokens:,} tokens: an entry occurs {tokens / entries:.0f} "
+                f"times on average, too few to learn it; about data.vocab_size {smaller} fits, or more text"
+            )
+    return found
 
 
 def memory_needed(trainer: Trainer, *, resumed: bool) -> float:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib.util
+import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +32,9 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
-from pretrain.models import build, own_family
+from pretrain.models import build, family_class, own_family
 from pretrain.models.base import Model
-from pretrain.objectives import build_objective, objective_class, objective_for
+from pretrain.objectives import build_objective, check_objective, objective_class, objective_for
 from pretrain.training.closing import last_words
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launch import on_devices
@@ -82,22 +86,30 @@ def train(
         PretrainError: a setting, the data or the output directory cannot be used; the message says what to do.
     """
     settings = RunConfig.load(config, sections or None)
+    check_early(settings)
     if rows is not None and (devices != 1 or settings.data.source is not None):
         raise ConfigError(
             "rows= is an object in the memory of this process: other processes (devices) cannot read it, and it cannot "
             "be combined with data.source. Leave it out, write a function that returns the rows, and name that: "
             'data={"source": "package.module:function"}.'
         )
-    if devices != 1 and (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
-        return run
-    out, world = Path(settings.train.out), current_world()
+    if devices != 1:
+        if not settings.train.out:
+            settings.train.out = run_name(settings, rows_of(settings, quiet=False))
+        if (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
+            return run
+    world = current_world()
     with muted(not world.is_rank_zero):
-        check_same_run(settings, out, say=False)
+        if settings.train.out:
+            check_same_run(settings, Path(settings.train.out), say=False)
         data = main_process_first(
             world,
             lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
         )
+        if not settings.train.out:
+            settings.train.out = run_name(settings, data)
+        out = Path(settings.train.out)
         model = make_model(settings, data)
         objective = build_objective(
             settings.objective.class_path,
@@ -130,6 +142,66 @@ def train(
         return trainer.fit(begin, end)
 
 
+def check_early(settings: RunConfig) -> None:
+    """Check whatever needs no data, before they are read: device, objective, family, size and the model's fields.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+        CheckpointError: there is no such checkpoint.
+    """
+    model, objective = settings.model, settings.objective
+    choose_device(settings.parallel.device)
+    check_objective(objective.class_path, objective.init_args)
+    for name in settings.train.loggers:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"train.loggers names {name!r}, whose package is not installed. Install it with: pip install {name}"
+            )
+    if model.checkpoint is not None:
+        if not os.path.exists(model.checkpoint) and not model.checkpoint.startswith("hub:"):
+            open_source(model.checkpoint)  # raises
+        return
+    family = family_class(model.family)
+    check_overrides(model.overrides)
+    if settings.data.source is None:  # rows of a function may determine further fields
+        family.config_class.from_size(model.size, **model.overrides)
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Refuse fields of a model that are settings elsewhere."""
+    for key in ("seed", "head", "size", "family", "tokenizer", "labels"):
+        if key in overrides:
+            raise ConfigError(
+                f"model.overrides.{key} is no field of a model's config; it is set elsewhere (model.family, "
+                "model.size, train.seed, data.tokenizer, objective)."
+            )
+
+
+def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
+    """Return the directory of a run that names none: by model, settings that cannot change on resuming, and data."""
+    model, free = settings.model, resumable(settings)
+    plain = {k: v for k, v in _flat(settings.to_dict()).items() if k not in free}
+    start = model.checkpoint or f"{model.family.rpartition(':')[2]}-{model.size}"
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(start))).lower()
+    return f"runs/{name}-{run_key(plain, data.about()['fingerprint'])}"
+
+
+def run_key(settings: Mapping[str, Any], data: str) -> str:
+    """Return the hash of settings and data by which a run is named, eight hexadecimal digits."""
+    text = json.dumps([settings, data], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def resumable(settings: Sections) -> set[str]:
+    """Return the settings that may change when a run is resumed."""
+    return {
+        f"{section}.{spec.name}"
+        for section, kind in settings.SECTIONS.items()
+        for spec in dataclasses.fields(kind)
+        if spec.metadata.get("resumable")
+    }
+
+
 def rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:
     """Return the rows that the settings name: of a function, of a prepared directory, or of text."""
     data = settings.data
@@ -153,12 +225,7 @@ def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
         raise ConfigError(
             f"{out} holds a run of another kind ({error}). Name a new directory with {option('out')}."
         ) from error
-    free = {
-        f"{section}.{spec.name}"
-        for section, kind in settings.SECTIONS.items()
-        for spec in dataclasses.fields(kind)
-        if spec.metadata.get("resumable")
-    }
+    free = resumable(settings)
     changed = {
         key: (before.get(key), now.get(key))
         for key in before | now
@@ -269,12 +336,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             )
         model.tokenizer = tokenizer
         return model
-    for key in ("seed", "head", "size", "family", "tokenizer", "labels"):
-        if key in settings.model.overrides:
-            raise ConfigError(
-                f"model.overrides.{key} is no field of a model's config; it is set elsewhere (model.family, "
-                "model.size, train.seed, data.tokenizer, objective)."
-            )
+    check_overrides(settings.model.overrides)
     if isinstance(data, Prepared):
         overrides = vocabulary_of(data.tokenizer, settings.model.overrides)
     else:

@@ -28,7 +28,7 @@ from pretrain.data.loader import Examples, Loader
 from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.whole_parameters import Parts, align
 from pretrain.distributed.world import World, current_world
-from pretrain.errors import PretrainError, TrainingError, out_of_memory
+from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import persistent_buffers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
@@ -124,6 +124,8 @@ class Trainer:
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
         self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
         self.about = dict(about or {})
+        if not self.train.out:
+            raise ConfigError("train.out is empty; name the directory of the run.")
         self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
         self.state = RunState()
         self.metrics: dict[str, float] = {}
