@@ -17,6 +17,7 @@ from pretrain.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    ModelError,
     RunLocked,
     TokenizerError,
     TrainingError,
@@ -116,6 +117,7 @@ def test_unknown_size_and_option_are_named(tmp_path: Path, text: Path) -> None:
         ({"model": {"overrides": {"seed": 7}}}, "set elsewhere"),
         ({"model": "/no/such/run"}, "/no/such/run"),
         ({"objective": "mlm", "init_args": {"rat": 0.3}}, "objective.init_args.rat"),
+        ({"objective": "mlm"}, "has no masked-lm head"),
         ({"objective": "NextTokken"}, "'NextToken'"),
         ({"device": "mps"}, "parallel.device"),
         ({"loggers": ["trackio"]}, "trackio"),
@@ -131,7 +133,7 @@ def test_mistakes_are_found_before_the_data_are_read(
     monkeypatch.setattr("pretrain.training.run.prepare", read)
     monkeypatch.setattr("pretrain.training.run.open_rows", read)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises((ConfigError, CheckpointError), match=match):
+    with pytest.raises((ConfigError, CheckpointError, ModelError), match=match):
         pretrain.train(settings(tmp_path, text), **given)
 
 

@@ -255,7 +255,7 @@ NAMES: tuple[Name, ...] = (
     _same("model.overrides.max_positions", "max_positions max_position_embeddings n_positions"),
     _same("model.overrides.dropout", "dropout"),
     # ---- objective, task and method
-    _same("objective.init_args.rate", "mlm_probability mask_probability mask_prob masking_ratio mask_ratio"),
+    _same("objective.init_args.rate", "mlm_probability mlm_prob mask_probability mask_prob masking_ratio mask_ratio"),
     _other(
         "objective.class_path", "mlm",
         "the objective is objective.class_path: NextToken, or MaskedLM with objective.init_args {{rate: 0.15}}.",

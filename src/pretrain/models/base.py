@@ -39,7 +39,23 @@ __all__ = [
     "LoadReport",
     "Model",
     "Name",
+    "check_head",
 ]
+
+
+def check_head(backbone_class: type[Backbone], head: str | None) -> None:
+    """Check that a family has a head.
+
+    Raises:
+        ModelError: it has no such head.
+    """
+    if head is not None and head not in HEAD_KINDS:
+        raise ModelError(f"There is no head {head!r}." + did_you_mean(head, HEAD_KINDS))
+    if head not in backbone_class.architectures:
+        known = [str(kind) for kind in backbone_class.architectures if kind is not None]
+        raise ModelError(
+            f"A {backbone_class.model_type} model has no {head} head. Its heads: {', '.join(known)}."
+        )
 
 
 class Model(ModelMethods, nn.Module):
@@ -147,13 +163,7 @@ class Model(ModelMethods, nn.Module):
         Raises:
             ModelError: the family has no such head.
         """
-        if head is not None and head not in HEAD_KINDS:
-            raise ModelError(f"There is no head {head!r}." + did_you_mean(head, HEAD_KINDS))
-        if head not in backbone_class.architectures:
-            known = [str(kind) for kind in backbone_class.architectures if kind is not None]
-            raise ModelError(
-                f"A {backbone_class.model_type} model has no {head} head. Its heads: {', '.join(known)}."
-            )
+        check_head(backbone_class, head)
         if head in LABELLED and labels is None:
             labels = ("LABEL_0", "LABEL_1")
         with parameters_on_meta():

@@ -33,7 +33,7 @@ from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, family_class, own_family
-from pretrain.models.base import Model
+from pretrain.models.base import Model, check_head
 from pretrain.objectives import build_objective, check_objective, objective_class, objective_for
 from pretrain.training.closing import last_words
 from pretrain.training.evaluate import evaluate_rows
@@ -146,12 +146,12 @@ def check_early(settings: RunConfig) -> None:
     """Check whatever needs no data, before they are read: device, objective, family, size and the model's fields.
 
     Raises:
-        ConfigError: one of them cannot be used.
+        ConfigError, ModelError: one of them cannot be used.
         CheckpointError: there is no such checkpoint.
     """
     model, objective = settings.model, settings.objective
     choose_device(settings.parallel.device)
-    check_objective(objective.class_path, objective.init_args)
+    wanted = check_objective(objective.class_path, objective.init_args).head_kind
     for name in settings.train.loggers:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -162,6 +162,7 @@ def check_early(settings: RunConfig) -> None:
             open_source(model.checkpoint)  # raises
         return
     family = family_class(model.family)
+    check_head(family, wanted)
     check_overrides(model.overrides)
     if settings.data.source is None:  # rows of a function may determine further fields
         family.config_class.from_size(model.size, **model.overrides)
