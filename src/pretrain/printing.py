@@ -6,17 +6,27 @@ Everything that is printed goes through `printable`; files keep the original tex
 
 from __future__ import annotations
 
+import math
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-__all__ = ["aligned", "console", "printable", "printable_pieces"]
+__all__ = ["aligned", "clock", "console", "printable", "printable_pieces"]
 
 
 def console() -> TextIO:
     """Return the stream of progress and notes: stderr, or stdout in a notebook, which shows the former in red."""
     return sys.stdout if "ipykernel" in sys.modules else sys.stderr
+
+
+def clock(seconds: float) -> str:
+    """Format seconds: 90 -> "1:30"."""
+    if not math.isfinite(seconds):
+        return ""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -166,7 +166,7 @@ def test_report_says_everything(tmp_path: Path) -> None:
     found = result(tmp_path / "reviews-bert")
     found.comparison = SimpleNamespace(
         table=lambda: "pretrained 87.5\nscratch 61.0\n240 labels: pre-training helps",
-        svg=lambda: '<svg xmlns="http://www.w3.org/2000/svg"><title>gain</title></svg>',
+        svg=lambda *size: '<svg xmlns="http://www.w3.org/2000/svg"><title>gain</title></svg>',
     )
     path = write_report(found)  # type: ignore[arg-type]
     assert path == tmp_path / "reviews-bert" / "report.html"
@@ -204,7 +204,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     found.fingerprint = EVIL
     found.settings.data.columns = {"text": EVIL}
     found.settings.model.checkpoint = EVIL
-    found.comparison = SimpleNamespace(table=lambda: EVIL, svg=lambda: "")
+    found.comparison = SimpleNamespace(table=lambda: EVIL, svg=lambda *size: "")
     page = Page(render(found))  # type: ignore[arg-type]
     check_self_contained(page)
     assert any("<script>alert('x')</script>" in text for text in page.text)

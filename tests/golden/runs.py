@@ -341,7 +341,7 @@ def record(folder: Path, name: str) -> dict[str, Any]:
     state["run"] = {
         key: value
         for key, value in state["run"].items()
-        if key not in ("seconds", "log") and not key.startswith("window_")
+        if key not in ("seconds", "log", "facts") and not key.startswith("window_")
     }
     with open(run / "run.yaml", encoding="utf-8") as file:
         settings = yaml.safe_load(file)

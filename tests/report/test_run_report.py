@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from pretrain import report
 from pretrain.errors import DataError
 from pretrain.report.history import number
+from pretrain.report.run_report import machine_tiles
 from pretrain.utils.curves import Series, curve_svg, nice_ticks, thin
+from pretrain.utils.html import figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -93,6 +95,42 @@ def test_report_says_everything(tmp_path):
         assert words in text, words
     assert "checkpoint-60" not in text
     assert page.tags.count("svg") >= 4
+
+
+def test_the_main_chart_is_drawn_for_narrow_pages_too(tmp_path):
+    text = report.render(make_run(tmp_path / "run"))
+    wide, narrow = text.index('<div class="wide"><svg'), text.index('<div class="narrow"><svg')
+    assert 'viewBox="0 0 920 360"' in text[wide : wide + 200]
+    assert 'viewBox="0 0 360 260"' in text[narrow : narrow + 200]
+    assert "@media (max-width:600px){.pt .wide{display:none}.pt .narrow{display:block}" in text
+
+
+def test_an_overfitted_run_is_remarked_on(tmp_path):
+    rising = [{"step": 50 + k, "eval": {"loss": 2.0 + k}} for k in range(3)]
+    remarked = report.render(make_run(tmp_path / "over", extra=rising))
+    assert "the run overfitted: the held-out loss rose" in remarked
+    assert "the run overfitted" not in report.render(make_run(tmp_path / "plain"))
+
+
+def test_model_and_machine_are_shown_as_far_as_they_are_known():
+    history = report.sort_records([{"step": 1, "loss": 1.0, "seconds": 3725.0}])
+    facts = {"parameters": 1000, "trained": 10, "peak_memory": 3 * 2.0**29, "hardware": "<cpu>"}
+    assert machine_tiles(history, facts) == [
+        ("parameters", "1,000"),
+        ("of these trained", "10"),
+        ("time", "1:02:05"),
+        ("peak memory of a process", "1.50 GiB"),
+        ("hardware", "<cpu>"),
+    ]
+    assert machine_tiles(report.sort_records([]), {"parameters": "many"}) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.95, "0.9500"), (0.0, "0.0000"), (123.456, "123.4560"), (657.0, "657"), (3e-5, "3e-05"), (1.0, "1.0000")],
+)  # fmt: skip
+def test_figures_have_even_decimals(value, shown):
+    assert figure(value) == shown
 
 
 def test_report_is_self_contained(tmp_path):

@@ -427,7 +427,7 @@ class Comparison:
 
     __str__ = table
 
-    def svg(self) -> str:
+    def svg(self, width: int = 720, height: int = 320) -> str:
         """Score against number of labels, one line per arm; whiskers are ± one standard deviation over the seeds."""
         series = []
         for name, scores in self.arms.items():
@@ -440,7 +440,13 @@ class Comparison:
         title = f"{self.metric} on {self.notes.data}" if self.notes.data else self.metric
         title = title if len(title) <= 40 else title[:39] + "…"
         return curve_svg(
-            series, title=title, x_label="labels", y_label=self._title_unit, log_x=True
+            series,
+            title=title,
+            x_label="labels",
+            y_label=self._title_unit,
+            log_x=True,
+            width=width,
+            height=height,
         )
 
     def __repr__(self) -> str:

@@ -9,20 +9,25 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.checkpoint.best import run_state
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
 from pretrain.finetuning.card import COUNTS, example_input, measured_parts, model_card
 from pretrain.finetuning.settings import from_memory
 from pretrain.report.history import History, loss_svg, sort_records
+from pretrain.report.run_report import machine_tiles
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import (
     bullets,
     card,
+    chart,
     details,
+    figure,
     page,
     pre,
     section,
@@ -75,7 +80,7 @@ def render(result: Finetuned) -> str:
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<div class="soft">{escape(_subtitle(result))}</div>',
-        tile_row(_tiles(result)),
+        tile_row([*_tiles(result), *machine_tiles(history, _facts(result))]),
         section("Did pre-training help?", _comparison(result)),
         section("Training", _curves(result, history)),
         section("Figures", _figures(result)),
@@ -96,18 +101,27 @@ def _subtitle(result: Finetuned) -> str:
     return " · ".join(words)
 
 
+def _facts(result: Finetuned) -> Mapping[str, Any]:
+    """Return what the newest checkpoint records of model and machine."""
+    run: Any = result.run  # None for a trial
+    if run is None or run.checkpoint is None:
+        return {"parameters": result.model.num_parameters()}
+    facts = run_state(run.checkpoint).get("facts")
+    return facts if isinstance(facts, Mapping) else {}
+
+
 def _tiles(result: Finetuned) -> list[tuple[str, str]]:
     tiles = []
     main = result.monitor
     for part, figures in (("test", result.test_metrics or {}), ("held-out", result.metrics)):
         keys = [main, *(key for key in figures if key not in (main, *COUNTS))]
         tiles += [
-            (f"{part} {key.replace('_', ' ')}", show(float(figures[key])))
+            (f"{part} {key.replace('_', ' ')}", figure(float(figures[key])))
             for key in keys[: 2 if result.test_metrics else 4]
             if key in figures
         ]
     if main in result.trivial:
-        tiles.append((f"{main.replace('_', ' ')} of guessing", show(float(result.trivial[main]))))
+        tiles.append((f"{main.replace('_', ' ')} of guessing", figure(float(result.trivial[main]))))
     return tiles + [(f"{part} rows", show(count)) for part, count in result.counts.items() if count]
 
 
@@ -117,7 +131,7 @@ def _comparison(result: Finetuned) -> str:
     if found is None:
         return ""
     text = f'<pre class="plain">{escape(str(found.table()))}</pre>'
-    return card(found.svg(), wide=True) + card(text)
+    return chart(found.svg, 720, 320) + card(text)
 
 
 def _curves(result: Finetuned, history: History) -> str:
@@ -136,7 +150,13 @@ def _curves(result: Finetuned, history: History) -> str:
         guess = {"guessing": float(result.trivial[key])} if key in result.trivial else {}
         lines, title = [Series("", points, dots=True)], f"held-out {key.replace('_', ' ')}"
         small.append(card(curve_svg(lines, title=title, references=guess, width=450, height=230)))
-    loss = card(loss_svg(history, width=920, height=320), wide=True)
+    rates = history.points("lr")
+    small.append(
+        card(
+            curve_svg([Series("", rates)], title="learning rate", width=450, height=230, zero=True)
+        )
+    )
+    loss = chart(lambda width, height: loss_svg(history, width=width, height=height), 920, 320)
     return f'{loss}<div class="pair">{"".join(small)}</div>'
 
 
@@ -163,10 +183,7 @@ def _mistakes(result: Finetuned) -> list[str]:
     except DataError:  # a task without one class for each row, or nothing held out
         pass
     else:
-        rows = [
-            [round(v, 3) if isinstance(v, float) else v for v in row.values()]
-            for row in confusion.per_class()
-        ]
+        rows = [list(row.values()) for row in confusion.per_class()]
         head = ["class", "precision", "recall", "F1", "support"]
         title = "Confusion" if confusion.small else "Most confused"
         found = [section("Classes", table(head, rows)), section(title, confusion.html())]

@@ -22,7 +22,7 @@ from pretrain.metrics import confusion_matrix, per_class
 from pretrain.printing import aligned, printable
 from pretrain.report.history import loss_svg, plot_history, sort_records
 from pretrain.utils.curves import Plot, matrix_svg
-from pretrain.utils.html import Html, bullets, notebook_view, show, table
+from pretrain.utils.html import Html, bullets, figure, notebook_view, show, table
 from pretrain.utils.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -403,12 +403,12 @@ class Errors(Sequence[Mapping[str, Any]]):
         """A table as HTML without a style of its own; texts are truncated to ``text`` characters."""
         rows = [
             [
-                _line(row.get("text"), text), _line(row.get("label"), 120), _line(row.get("predicted"), 120),
-                row.get("score"), _line(row.get("where"), 200),
+                _line(row.get("label"), 120), _line(row.get("predicted"), 120), _score(row.get("score")),
+                _line(row.get("text"), text), _line(row.get("where"), 200),
             ]
             for row in self.rows
         ]  # fmt: skip
-        return table(["text", "right", "predicted", "score", "where"], rows, left=5)
+        return table(["right", "predicted", "score", "text", "where"], rows, left=5)
 
     def _repr_html_(self) -> str:
         return notebook_view("errors", self.html() if self.rows else "<p>no mistakes</p>")
@@ -418,6 +418,10 @@ def _line(value: Any, limit: int) -> str:
     """A value on one line without terminal control characters, truncated to ``limit``."""
     text = printable(show(value)).strip() if value not in ([], ()) else "none"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _score(value: Any) -> str:
+    return figure(value) if isinstance(value, float) else _short(value)
 
 
 def _short(value: Any) -> str:

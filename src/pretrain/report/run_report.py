@@ -17,11 +17,27 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.best import run_state
+from pretrain.printing import clock
 from pretrain.report.history import History, loss_svg, number, read_history
+from pretrain.report.remarks import beside_frequencies, overfitted
 from pretrain.utils.curves import Series, curve_svg
-from pretrain.utils.html import card, details, page, pre, section, show, table, tile_row, write_page
+from pretrain.utils.html import (
+    bullets,
+    card,
+    chart,
+    details,
+    figure,
+    page,
+    pre,
+    section,
+    show,
+    table,
+    tile_row,
+    write_page,
+)
 
-__all__ = ["render", "write"]
+__all__ = ["machine_tiles", "render", "write"]
 
 
 def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -56,7 +72,8 @@ def render(run_dir: str | os.PathLike[str]) -> str:
         f"<h1>{escape(name)}</h1>",
         f'<div class="soft">{escape(_subtitle(config))}</div>',
         card(escape(damage)) if history.damage else "",
-        tile_row(_tiles(history)),
+        tile_row([*_tiles(history), *machine_tiles(history, _facts(folder))]),
+        bullets(_remarks(history, folder)),
         _charts(history),
         section("Evaluations on held-out rows", _evaluations(history, about)),
         section("Generated samples", _samples(history)),
@@ -101,15 +118,15 @@ def _tiles(history: History) -> list[tuple[str, str]]:
         tiles.append(("steps", show(int(max(steps)))))
         if math.isfinite(number(last.get("tokens"))):
             tiles.append((f"{_unit(history)} seen", show(int(number(last["tokens"])))))
-        tiles.append(("last training loss", show(number(last.get("loss")))))
+        tiles.append(("last training loss", figure(number(last.get("loss")))))
     losses = [(y, x) for x, y in history.eval_points() if math.isfinite(y)]
     if losses:
         loss, step = min(losses)
-        tiles.append((f"best held-out loss, step {int(step):,}", show(loss)))
+        tiles.append((f"best held-out loss, step {int(step):,}", figure(loss)))
     for key, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy")):
         values = [y for _, y in history.eval_points(key) if math.isfinite(y)]
         if values:
-            tiles.append((f"last held-out {label}", show(values[-1])))
+            tiles.append((f"last held-out {label}", figure(values[-1])))
     speeds = sorted(y for _, y in history.points("tokens_per_second") if math.isfinite(y))
     if speeds:
         tiles.append((f"{_unit(history)}/s, median", show(int(speeds[len(speeds) // 2]))))
@@ -117,6 +134,50 @@ def _tiles(history: History) -> list[tuple[str, str]]:
     if lost:
         tiles.append(("steps with a non-finite loss", show(lost)))
     return tiles
+
+
+def machine_tiles(history: History, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return tiles of parameters, time, hardware and memory, as far as they are known.
+
+    Args:
+        history: records of the run.
+        facts: ``facts`` of its state.
+    """
+    tiles = []
+    parameters, trained = number(facts.get("parameters")), number(facts.get("trained"))
+    if math.isfinite(parameters):
+        tiles.append(("parameters", show(int(parameters))))
+        if trained < parameters:
+            tiles.append(("of these trained", show(int(trained))))
+    seconds = [number(r.get("seconds")) for r in (*history.train[-1:], *history.evals[-1:])]
+    if seconds and math.isfinite(max(seconds)):
+        tiles.append(("time", clock(max(seconds))))
+    if math.isfinite(peak := number(facts.get("peak_memory"))):
+        tiles.append(("peak memory of a process", f"{peak / 2**30:.2f} GiB"))
+    if facts.get("hardware"):
+        tiles.append(("hardware", str(facts["hardware"])))
+    return tiles
+
+
+def _facts(folder: Path) -> Mapping[str, Any]:
+    for path in reversed(_complete(folder)):
+        if isinstance(facts := run_state(path).get("facts"), Mapping):
+            return facts
+    return {}
+
+
+def _remarks(history: History, folder: Path) -> list[str]:
+    """Return remarks on overfitting, and on the distance from word frequencies where the data have such a baseline."""
+    finite = [(step, loss) for step, loss in history.points("loss") if math.isfinite(loss)]
+    records = [{"step": step, "loss": loss} for step, loss in finite]
+    records += [{"step": step, "eval": {"loss": loss}} for step, loss in history.eval_points()]
+    remark = overfitted(records)
+    found = [remark] if remark else []
+    losses = [y for _, y in history.eval_points() if math.isfinite(y)]
+    unigram = number(_block(folder).get("unigram_nats"))
+    if losses and math.isfinite(unigram) and unigram > 0:
+        found.append(f"The best held-out loss is {beside_frequencies(min(losses), unigram)}.")
+    return found
 
 
 def _unit(history: History) -> str:
@@ -137,7 +198,7 @@ def _charts(history: History) -> str:
         for title, points, zero in small
         if any(math.isfinite(y) for _, y in points)
     ]
-    loss = card(loss_svg(history, width=920, height=360), wide=True)
+    loss = chart(lambda width, height: loss_svg(history, width=width, height=height), 920, 360)
     return f'{loss}<div class="pair">{"".join(drawn)}</div>'
 
 
@@ -188,11 +249,7 @@ def _about(folder: Path, history: History) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for record in history.events:
         about |= record["data"] if isinstance(record.get("data"), Mapping) else {}
-    for path in _complete(folder)[-1:]:
-        with contextlib.suppress(OSError, ValueError):
-            block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("pretrain")
-            about |= block if isinstance(block, Mapping) else {}
-    return about
+    return about | _block(folder)
 
 
 def _data(about: Mapping[str, Any]) -> str:
@@ -207,6 +264,15 @@ def _data(about: Mapping[str, Any]) -> str:
         keys = list(dict.fromkeys(key for one in sources for key in one))
         parts += table(keys, [[one.get(key) for key in keys] for one in sources])
     return parts
+
+
+def _block(folder: Path) -> Mapping[str, Any]:
+    """Return the "pretrain" block of the newest checkpoint."""
+    for path in _complete(folder)[-1:]:
+        with contextlib.suppress(OSError, ValueError):
+            block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("pretrain")
+            return block if isinstance(block, Mapping) else {}
+    return {}
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -10,10 +10,10 @@ from typing import Any
 from pretrain.config.spelling import either
 from pretrain.errors import DataError
 from pretrain.objectives.base import Objective, TokenObjective
+from pretrain.printing import clock
 from pretrain.report.history import sort_records
 from pretrain.report.remarks import beside_frequencies, overfitted
 from pretrain.report.run_report import write
-from pretrain.training.logging import clock
 from pretrain.training.state import Run
 
 __all__ = ["last_words", "taken"]

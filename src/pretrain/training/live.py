@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pretrain.printing import aligned, printable
-from pretrain.training.logging import Progress, clock
+from pretrain.printing import aligned, clock, printable
+from pretrain.training.logging import Progress
 from pretrain.training.relay import relay
 from pretrain.training.state import RunState
 from pretrain.utils.curves import Series, curve_svg

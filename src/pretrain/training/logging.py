@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.errors import ConfigError, did_you_mean
-from pretrain.printing import console, printable
+from pretrain.printing import clock, console, printable
 from pretrain.training.state import RunState
 from pretrain.utils import files
 from pretrain.utils.files import note, replace_file, writing
 from pretrain.utils.run_log import LogFile, line_digest, open_log
 
-__all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "clock", "make_loggers"]
+__all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "make_loggers"]
 
 _PAUSE = 30.0  # seconds between two lines of the pace in a log file
 _COLUMNS = 80  # of a terminal that does not say its width
@@ -112,33 +112,33 @@ class Progress:
         self._live = self._file is sys.stderr and self._file.isatty()
         self._drawn = ""
         self._last_print = -_PAUSE
-        self._first: tuple[float, int] | None = None
+        self._since: tuple[float, int] | None = None
 
     def starting(self, what: str, taken: Mapping[str, float]) -> None:
         """Show the step of the start-up that begins, "" after the last one; ``taken``: seconds of those before it."""
         if not what:
-            self._draw("")
+            self._redraw("")
             self.write("start-up: " + ", ".join(f"{name} {s:.1f} s" for name, s in taken.items()))
         elif self._live:
-            self._draw(f"{what} ...")
+            self._redraw(f"{what} ...")
         else:
             self.write(f"{what} ...")
 
     def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
         """Show the ``figures`` of ``step`` of ``total``, and the time left at the pace so far."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = now, step  # the pace of a resumed run counts from the resume
+        if self._since is None:
+            self._since = now, step  # the pace of a resumed run counts from the resume
         words = [f"{key} {value:.4g}" for key, value in figures.items() if not key.endswith("/s")]
         speeds = [f"{value:,.0f} {key}" for key, value in figures.items() if key.endswith("/s")]
-        if step > self._first[1]:
-            each = (now - self._first[0]) / (step - self._first[1])
+        if step > self._since[1]:
+            each = (now - self._since[0]) / (step - self._since[1])
             speeds.append(f"{clock(each * (total - step))} left")
         share = step / max(total, 1)
         if self._live:
             bar = f" {'█' * round(20 * share):░<20}" if self._columns() >= _ROOMY else ""
             head = f"{share:4.0%}{bar} step {step:,}/{total:,}"
-            self._draw(" | ".join([head, *words[:1], *speeds, *words[1:]]))
+            self._redraw(" | ".join([head, *words[:1], *speeds, *words[1:]]))
         elif now - self._last_print > _PAUSE:
             self._last_print = now
             head = f"step {step:,} of {total:,} ({share:.0%})"
@@ -163,7 +163,7 @@ class Progress:
             line = "\n".join(wrapped for part in line.split("\n") for wrapped in _wrap(part, room))
             drawn, self._drawn = self._drawn, " " * len(self._drawn)
             self._file.write(f"\r{self._drawn}\r{line}\n")
-            self._draw(drawn)
+            self._redraw(drawn)
         else:
             print(line, file=self._file, flush=True)
 
@@ -173,7 +173,7 @@ class Progress:
             self._file.write("\n")
             self._drawn = ""
 
-    def _draw(self, text: str) -> None:
+    def _redraw(self, text: str) -> None:
         """Replace the line that changes; what does not fit is left out from the end, whole figures at a time."""
         if not self._live:
             return
@@ -206,15 +206,6 @@ def _wrap(line: str, columns: int) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     ) or [""]
-
-
-def clock(seconds: float) -> str:
-    """Format seconds: 90 -> "1:30"."""
-    if not math.isfinite(seconds):
-        return ""
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Logger(Protocol):

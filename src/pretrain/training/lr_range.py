@@ -89,8 +89,8 @@ class _Rising(Trainer):
 
     def lr_factor(self) -> float:
         share = self.state.step / max(1, self.state.total_steps - 1)
-        factor: float = self.lowest / self.optim.lr * (self.highest / self.lowest) ** share
-        return factor
+        rate: float = self.lowest * (self.highest / self.lowest) ** share
+        return rate / self.optim.lr
 
     def _after_step(self, record: dict[str, Any]) -> None:
         super()._after_step(record)

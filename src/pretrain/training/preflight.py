@@ -30,7 +30,7 @@ from pretrain.utils.memory_info import free_memory, peak_memory
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["check_rows", "preflight"]
+__all__ = ["check_rows", "numel", "preflight"]
 
 # Steps below which a run is said to be short, readings of a text above which it is said to be learnt by heart (values
 # up to 4 are as good as new text, and beyond 16 little is gained: arXiv 2305.16264, figure 5), and mean occurrences of
@@ -79,7 +79,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
             f"first loss {first_loss:.3f}, an untrained model has about {expected:.3f}{verdict}"
         )
     if checkpoint is None:
-        lines += remarks(trainer, trainer.plan.total_steps(seconds * len(batches)))
+        lines += remarks(trainer, trainer.plan.total_steps(seconds))
     else:
         lines.append(check_resumed(trainer, checkpoint))
     trainer.journal.started()
@@ -291,7 +291,7 @@ def remarks(trainer: Trainer, steps: int) -> list[str]:
         int(getattr(data, "num_tokens", 0)),
     )
     if not trainer.about.get("parent") and tokens < _FEW_OCCURRENCES * entries:
-        smaller = max(256, 1 << max(0, tokens // (2 * _FEW_OCCURRENCES)).bit_length() - 1)
+        smaller = max(256, 1 << (max(1, tokens // (2 * _FEW_OCCURRENCES)).bit_length() - 1))
         if smaller < entries:
             found.append(
                 f"the vocabulary of {entries:,} is large for {tokens:,} tokens: an entry occurs {tokens / entries:.0f} "

@@ -49,6 +49,8 @@ class RunState:
         seconds: wall time of the run, over all resumes.
         lr: peak learning rate of the run.
         micro_rows: rows per forward pass since memory ran out with more; 0 if it has not.
+        facts: what reports show of model and machine: ``parameters``, ``trained``, ``hardware``, ``peak_memory`` (bytes
+            of one process).
         log: digest of the last line of ``log.jsonl``.
     """
 
@@ -78,6 +80,7 @@ class RunState:
     lr: float | None = None
     log: str = ""
     micro_rows: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; an infinite best score becomes null."""

@@ -48,13 +48,14 @@ from pretrain.training.precision import (
     evaluation_precision,
     peak_flops,
 )
-from pretrain.training.preflight import check_rows, preflight
+from pretrain.training.preflight import check_rows, numel, preflight
 from pretrain.training.rescue import Home
 from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.schedule import lr_factor
 from pretrain.training.skips import count_skips
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
 from pretrain.training.validation import Cost, run_validation
+from pretrain.utils.memory_info import hardware, peak_memory
 from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
@@ -258,6 +259,11 @@ class Trainer:
         self.strategy.wrap()
         self.state.limit = train.limit
         self.peak = peak_flops(self.precision)
+        self.state.facts |= {
+            "parameters": numel(self),
+            "trained": numel(self, self.params),
+            "hardware": hardware(self.device, world.size),
+        }
         return checkpoint is not None
 
     def _place(self, checkpoint: Path | None) -> None:
@@ -545,6 +551,9 @@ class Trainer:
         state.seconds = time.monotonic() - self._began
         self.journal.sync()
         state.log, state.lr = self.journal.last, self.optim.lr
+        state.facts["peak_memory"] = max(
+            peak_memory(self.device), state.facts.get("peak_memory", 0.0)
+        )
         with self.average.applied():
             state.probe_loss = self.probe()
             about = {"objective": self.objective.describe(), "metrics": self.metrics}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ __all__ = [
     "Page",
     "bullets",
     "card",
+    "chart",
     "details",
+    "figure",
     "notebook_view",
     "page",
     "pre",
@@ -47,13 +49,14 @@ border:1px solid var(--line);border-radius:10px;padding:9px 15px;min-width:118px
 padding:5px 14px 5px 0;border:0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
 .pt .t th:nth-child(n){color:var(--soft);font-weight:500}.pt .t tr:last-child td{border-bottom:0}
 .pt .t .num:nth-child(n){text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-.pt .t .long:nth-child(n){min-width:220px}
+.pt .t .short:nth-child(n){white-space:nowrap}.pt .t .long:nth-child(n){min-width:220px}
 .pt .t tr.best:nth-child(n){background:var(--mark);color:var(--on);font-weight:600}
 .pt pre:nth-child(n),.pt code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .pt pre:nth-child(n){background:var(--well);color:inherit;border-radius:8px;padding:10px 12px;margin:8px 0;
 white-space:pre-wrap;overflow-wrap:anywhere}.pt pre.plain:nth-child(n){white-space:pre;overflow-x:auto}
 .pt .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(360px,100%),1fr));gap:12px}
-.pt .pair>div{margin:0}.pt svg{display:block;width:100%;height:auto}.pt .wide svg{min-width:560px}
+.pt .pair>div{margin:0}.pt svg{display:block;width:100%;height:auto}.pt .narrow{display:none}
+@media (max-width:600px){.pt .wide{display:none}.pt .narrow{display:block}.pt main{padding:16px 10px 40px}}
 .pt details summary{cursor:pointer;color:var(--soft)}
 .pt .bar{height:7px;border-radius:4px;background:var(--a);margin:3px 0;min-width:1px}.pt .f1{background:var(--b)}
 .pt .f2{background:var(--c)}.pt .well{background:var(--well);border-radius:4px;margin:7px 0 10px;overflow:hidden}
@@ -66,6 +69,8 @@ white-space:pre-wrap;overflow-wrap:anywhere}.pt pre.plain:nth-child(n){white-spa
 """.replace("\n", "")
 
 
+_SHORT = 16  # characters of a cell that is never broken over lines
+_NARROW = 360  # pixels of a chart for narrow pages
 _PATH: Any = type(Path())
 
 
@@ -108,9 +113,21 @@ def section(title: str, *parts: str) -> str:
     return f"<h2>{escape(title)}</h2>{''.join(parts)}" if any(parts) else ""
 
 
-def card(*parts: str, wide: bool = False) -> str:
-    """Return a box around HTML; in a ``wide`` one charts are scrolled instead of shrunk on narrow screens."""
-    return f'<div class="card{" wide" * wide}">{"".join(parts)}</div>'
+def card(*parts: str) -> str:
+    """Return a box around HTML."""
+    return f'<div class="card">{"".join(parts)}</div>'
+
+
+def chart(draw: Callable[[int, int], str], width: int, height: int) -> str:
+    """Return a chart in a box, drawn twice: for wide pages and, with the same size of text, for narrow ones.
+
+    Args:
+        draw: returns the SVG text for a width and a height in pixels.
+        width: width on a wide page.
+        height: height on a wide page.
+    """
+    narrow = draw(_NARROW, min(height, 260))
+    return card(f'<div class="wide">{draw(width, height)}</div><div class="narrow">{narrow}</div>')
 
 
 def pre(text: str) -> str:
@@ -138,7 +155,7 @@ def table(
 
     Args:
         head: names of the columns; no heading if all are empty.
-        rows: values, formatted by `show`; ``Html`` is taken as it is.
+        rows: values, formatted by `show`, numbers in the columns of numbers by `figure`; ``Html`` is taken as it is.
         left: number of columns that hold text; the others are aligned as numbers.
         best: indices of highlighted rows.
     """
@@ -146,8 +163,10 @@ def table(
     def cells(tag: str, values: Sequence[Any]) -> str:
         made = ""
         for i, value in enumerate(values):
-            text = value if isinstance(value, Html) else escape(show(value))
+            shown = figure(value) if i >= left and isinstance(value, float) else show(value)
+            text = value if isinstance(value, Html) else escape(shown)
             kind = "num" if i >= left else "long" if len(text) > 80 else ""
+            kind = kind or "short" * (len(shown) <= _SHORT)
             attribute = kind and f' class="{kind}"'
             made += f"<{tag}{attribute}>{text}</{tag}>"
         return made
@@ -172,6 +191,13 @@ def show(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(show, value))
     return str(value)
+
+
+def figure(value: float) -> str:
+    """Format a metric: four decimals wherever they are of use, so that figures beside each other can be compared."""
+    if value.is_integer() and abs(value) >= 10:  # a count
+        return f"{value:,.0f}"
+    return f"{value:,.4f}" if value == 0 or 1e-3 <= abs(value) < 1000 else show(value)
 
 
 def tile_row(tiles: Iterable[tuple[str, str]]) -> str:

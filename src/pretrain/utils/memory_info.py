@@ -1,19 +1,36 @@
-"""Memory of this machine, of its container and of a device, in bytes."""
+"""Name of the hardware, and memory of this machine, of its container and of a device, in bytes."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
 
 import torch
 
-__all__ = ["free_memory", "peak_memory", "physical_memory", "total_memory"]
+__all__ = ["free_memory", "hardware", "peak_memory", "physical_memory", "total_memory"]
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """Name what a run computes on: ``2 x NVIDIA H200``, or a processor with the threads of each process."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return name if processes == 1 else f"{processes} x {name}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line[:10] == "model name")
+    each = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    where = f"{device.type}, " if device.type != "cpu" else ""
+    return f"{where}{name}, {each}" + (
+        f" in each of {processes} processes" if processes > 1 else ""
+    )
 
 
 def physical_memory() -> float:
