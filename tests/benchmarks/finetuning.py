@@ -26,6 +26,7 @@ from pretrain.data.tokenizer import train_from_texts
 from pretrain.lora import LoraConfig, apply_lora, save_adapter
 from pretrain.models import build
 from pretrain.objectives.classification import Classification
+from pretrain.training.precision import choose_precision
 from pretrain.training.trainer import Trainer
 
 from .harness import FP32, Case, Contender, Settings, Tolerance, Work, moved
@@ -66,6 +67,7 @@ class Tuning:
 
     def __init__(self, settings: Settings, batch: int, steps: int, lora: int = 0) -> None:
         self.settings, self.batch, self.steps, self.lora = settings, batch, steps, lora
+        self.bf16 = choose_precision("auto", settings.device).name == "bf16"
         self.folder = tempfile.TemporaryDirectory()
         self.out = Path(self.folder.name)
         rows = texts(batch * steps)
@@ -195,7 +197,7 @@ class Tuning:
                     max_steps=self.steps, learning_rate=LR, weight_decay=0.0, warmup_steps=0,
                     lr_scheduler_type="linear",
                     adam_beta1=BETAS[0], adam_beta2=BETAS[1], save_strategy="no", report_to="none",
-                    use_cpu=self.settings.device.type == "cpu", bf16=self.settings.device.type == "cuda",
+                    use_cpu=self.settings.device.type == "cpu", bf16=self.bf16,
                     disable_tqdm=True, logging_strategy="no", train_sampling_strategy=sampling, seed=0,
                     dataloader_pin_memory=self.settings.device.type == "cuda",
                 )  # fmt: skip
@@ -227,13 +229,13 @@ def sizes(settings: Settings) -> list[tuple[int, int]]:
 def finetune(settings: Settings) -> list[Callable[[], Case]]:
     """Row 4: all weights."""
 
+    precision = choose_precision("auto", settings.device).name
+
     def case(batch: int, steps: int) -> Case:
         t = Tuning(settings, batch, steps)
         part = functools.partial
         return Case(
-            f"BERT L{t_shape(settings)}, rows of 4 to 200 words, {batch} a step, fp32" .replace(
-                "fp32", "fp32" if settings.device.type == "cpu" else "bf16"
-            ),
+            f"BERT {shape_name(settings)}, rows of 4 to 200 words, {batch} a step, {precision}",
             f"{settings.unit} a token",
             [
                 Contender("pretrain", "ours", part(t.ours, 0)),
@@ -247,9 +249,9 @@ def finetune(settings: Settings) -> list[Callable[[], Case]]:
     return [functools.partial(case, *size) for size in sizes(settings)]
 
 
-def t_shape(settings: Settings) -> str:
+def shape_name(settings: Settings) -> str:
     layers, width, _ = SIZES["tiny" if settings.tiny else settings.device.type]
-    return f"{layers} d{width}"
+    return f"L{layers} d{width}"
 
 
 def lora(settings: Settings) -> list[Callable[[], Case]]:
@@ -264,7 +266,7 @@ def lora(settings: Settings) -> list[Callable[[], Case]]:
             return cost, replace(work, losses=work.losses[:1], update=None)
 
         return Case(
-            f"BERT L{t_shape(settings)}, LoRA 16, rows of 4 to 200 words, {batch} a step", f"{settings.unit} a token",
+            f"BERT {shape_name(settings)}, LoRA 16, rows of 4 to 200 words, {batch} a step", f"{settings.unit} a token",
             [
                 Contender("pretrain, LoRA", "ours", part(t.ours, 16)),
                 Contender("pretrain, full fine-tuning", "variant", full, loose=True),

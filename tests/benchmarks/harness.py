@@ -245,29 +245,32 @@ def take_turns(
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Samples of each contender, and second / first of the two measurements of ours in each round."""
     names = list(runs)
-    again = [names[0]] if controlled else []
     samples: dict[str, list[float]] = {name: [] for name in names}
     control: list[float] = []
     for number in range(most):
         if number >= least and time.monotonic() > deadline:
             break
-        order = [*names, *again] if number % 2 == 0 else [*again, *reversed(names)]
-        taken = []
-        for name in order:
-            gc.collect()
-            gc.disable()
-            try:
-                taken.append(runs[name]())
-            finally:
-                gc.enable()
+        order = [*names, names[0]] if controlled else names
+        taken = [measured(runs[name]) for name in (order if number % 2 == 0 else reversed(order))]
+        if number % 2:
+            taken.reverse()  # now in the order of the names
         if controlled:
-            # The same function at both ends of the round; which one is "first" follows the order of the names.
-            first, second = (taken[0], taken[-1]) if number % 2 == 0 else (taken[-1], taken[0])
-            control.append(second / first)
-            taken = [(first + second) / 2, *(taken[1:-1] if number % 2 == 0 else taken[-2:0:-1])]
-        for name, cost in zip(names if controlled else order, taken, strict=True):
+            again = taken.pop()
+            control.append(again / taken[0])
+            taken[0] = (taken[0] + again) / 2
+        for name, cost in zip(names, taken, strict=True):
             samples[name].append(cost)
     return samples, control
+
+
+def measured(run: Callable[[], float]) -> float:
+    """Cost of one call, without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        return run()
+    finally:
+        gc.enable()
 
 
 def timed(work: Callable[[], Any], settings: Settings, seconds: float = 0.3) -> Callable[[], float]:

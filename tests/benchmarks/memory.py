@@ -22,15 +22,40 @@ import torch
 
 from .harness import Case, Contender, Settings, Work, child
 
-# row: (function, which of its cases, contenders)
-MEASURED: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "decoder": ("pretraining:decoder", 0, ("pretrain", "transformers, sdpa", "60-line script")),
+# row: (function, which of its cases, its contenders: name, kind, package)
+MEASURED: dict[str, tuple[str, int, tuple[tuple[str, str, str], ...]]] = {
+    "decoder": (
+        "pretraining:decoder", 0,
+        (
+            ("pretrain", "ours", "torch"),
+            ("transformers, sdpa", "best", "transformers"),
+            ("60-line script", "best", "torch"),
+        ),
+    ),
     "masked": (
         "pretraining:masked", 1,
-        ("pretrain, packed", "transformers, padded to the batch", "transformers, batch_rebalance"),
+        (
+            ("pretrain, packed", "ours", "torch"),
+            ("transformers, padded to the batch", "default", "transformers"),
+            ("transformers, batch_rebalance", "best", "transformers"),
+        ),
     ),
-    "finetune": ("finetuning:finetune", -1, ("pretrain", "Trainer", "Trainer, batch_rebalance")),
-    "lora": ("finetuning:lora", -1, ("pretrain, LoRA", "peft + Trainer", "peft + Trainer, batch_rebalance")),
+    "finetune": (
+        "finetuning:finetune", -1,
+        (
+            ("pretrain", "ours", "torch"),
+            ("Trainer", "default", "transformers"),
+            ("Trainer, batch_rebalance", "best", "transformers"),
+        ),
+    ),
+    "lora": (
+        "finetuning:lora", -1,
+        (
+            ("pretrain, LoRA", "ours", "torch"),
+            ("peft + Trainer", "default", "peft"),
+            ("peft + Trainer, batch_rebalance", "best", "peft"),
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -90,19 +115,10 @@ def peak(settings: Settings) -> list[Callable[[], Case]]:
         return lambda: kept.pop() if kept else float(run()["bytes"]), Work(first["tokens"])
 
     def case(row: str) -> Case:
-        path, index, names = MEASURED[row]
-        kinds = ["ours"] + [
-            "default" if "Trainer" in name[-9:] or "batch" in name[-5:] else "best"
-            for name in names[1:]
-        ]
+        path, index, members = MEASURED[row]
         contenders = [
             Contender(name, kind, functools.partial(make, path, index, name), needs)
-            for name, kind, needs in zip(
-                names,
-                kinds,
-                ["torch"] + ["transformers" if "script" not in n else "torch" for n in names[1:]],
-                strict=True,
-            )
+            for name, kind, needs in members
         ]
         return Case(
             f"as row {row}", "bytes above what was resident before", contenders, {"best": 1 / 0.7, "default": 1 / 0.7},
