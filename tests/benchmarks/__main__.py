@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--budget", type=float, default=780, metavar="SECONDS", help="for all rows together"
+        "--budget", type=float, default=600, metavar="SECONDS", help="for all rows together"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with all samples")
     parser.add_argument("--tiny", action="store_true", help="shapes that only show that it works")

@@ -26,6 +26,8 @@ from pretrain.data.tokenizer import train_from_texts
 from pretrain.lora import LoraConfig, apply_lora, save_adapter
 from pretrain.models import build
 from pretrain.objectives.classification import Classification
+from pretrain.objectives.embedding import Embedding
+from pretrain.objectives.tasks import Task
 from pretrain.training.precision import choose_precision
 from pretrain.training.trainer import Trainer
 
@@ -53,6 +55,42 @@ def texts(count: int) -> list[dict[str, Any]]:
         ]  # what the label is, so that every order learns the same
         rows.append({"text": " ".join(chosen), "label": "ab"[i % 2]})
     return rows
+
+
+def run_ours(
+    task: Task,
+    rows: Any,
+    batch: int,
+    steps: int,
+    settings: Settings,
+    out: Path,
+    marks: list[tuple[float, int]],
+) -> None:
+    """Train by our trainer as `pretrain.finetune` sets it up; ``marks`` gets clock and tokens after each step."""
+
+    def mark(record: Any) -> None:
+        marks.append((settings.clock(), trainer.state.tokens))
+
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        trainer = Trainer(
+            task, rows, hooks=[mark], quiet=True,
+            optim=OptimConfig(lr=LR, schedule="linear", betas=BETAS, min_lr=0.0, warmup=0.0, weight_decay=0.0),
+            train=TrainConfig(
+                out=folder, limit=f"{steps} steps", batch_rows=batch, best=False, precision="auto",
+                eval_every="0 steps", save_every="0 steps",
+            ),
+            parallel=ParallelConfig(device=settings.device.type, threads=1),
+        )  # fmt: skip
+        trainer.fit()
+
+
+def quieten() -> None:
+    """Let transformers print nothing."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
 
 
 class Tuning:
@@ -114,22 +152,7 @@ class Tuning:
                 [self.score(task)] if check else [],
             )
 
-            def mark(record: Any) -> None:
-                marks.append((self.settings.clock(), trainer.state.tokens))
-
-            with tempfile.TemporaryDirectory(dir=self.out) as folder:
-                trainer = Trainer(
-                    task, self.rows, hooks=[mark], quiet=True,
-                    optim=OptimConfig(
-                        lr=LR, schedule="linear", betas=BETAS, min_lr=0.0, warmup=0.0, weight_decay=0.0
-                    ),
-                    train=TrainConfig(
-                        out=folder, limit=f"{self.steps} steps", batch_rows=self.batch, best=False,
-                        precision="auto", eval_every="0 steps", save_every="0 steps",
-                    ),
-                    parallel=ParallelConfig(device=device.type, threads=1),
-                )  # fmt: skip
-                trainer.fit()
+            run_ours(task, self.rows, self.batch, self.steps, self.settings, self.out, marks)
             task.to(device)
             losses += [self.score(task)] if check else []
             (first, skipped), (last, read) = marks[0], marks[-1]
@@ -155,9 +178,7 @@ class Tuning:
         """The Trainer of transformers, with peft for an adapter."""
         import transformers
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", module="torch.utils.data")
+        quieten()
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.base)
         collator = transformers.DataCollatorWithPadding(tokenizer)
         parts = 4 if sampling == "batch_rebalance" and self.batch >= 8 else 1
@@ -219,6 +240,108 @@ class Tuning:
         return lambda: train(False)[0], work
 
 
+class Embeddings:
+    """Contenders that train sentence embeddings on pairs, by a softmax over the positives of the batch.
+
+    Args:
+        settings: of the run.
+        batch: pairs of a step.
+        steps: of a measurement.
+    """
+
+    def __init__(self, settings: Settings, batch: int, steps: int) -> None:
+        self.settings, self.batch, self.steps = settings, batch, steps
+        self.folder = tempfile.TemporaryDirectory()
+        self.out = Path(self.folder.name)
+        rows = texts(2 * batch * steps)
+        words = [row["text"] for row in rows]
+        pairs = zip(words[: len(words) // 2], words[len(words) // 2 :], strict=True)
+        self.pairs = [{"anchor": a, "positive": b} for a, b in pairs]
+        tokenizer = train_from_texts(words, "wordpiece", vocab_size=400)
+        layers, width, heads = SIZES["tiny" if settings.tiny else settings.device.type]
+        torch.manual_seed(0)
+        model = build(
+            "bert", None, tokenizer=tokenizer, num_layers=layers, hidden_size=width, num_heads=heads, max_positions=512,
+            vocab_size=512 if settings.tiny else 8192, dropout=0.0, attention_dropout=0.0,
+        )  # fmt: skip
+        self.base = Embedding(model).model.save(self.out / "base")
+
+    def ours(self) -> Made:
+        """Our trainer with the task `embedding`."""
+
+        def train(check: bool) -> tuple[float, Work]:
+            task, marks = Embedding(pretrain.load(self.base, quiet=True)), []
+            rows = task.encode(read_table(self.pairs))
+            tokens = sum(
+                len(e) for row in rows for key, e in row.items() if key.endswith("input_ids")
+            )
+            losses = []
+            if check:
+                with torch.no_grad():
+                    loss = task(task.collate(list(rows)[: self.batch], [None] * self.batch))
+                losses = [float(loss.total / loss.count)]
+            run_ours(task, rows, self.batch, self.steps, self.settings, self.out, marks)
+            return (marks[-1][0] - marks[0][0]) / tokens, Work(tokens, losses)
+
+        work = train(True)[1]
+        return lambda: train(False)[0], work
+
+    def peer(self, sampling: str) -> Made:
+        """The trainer of sentence-transformers."""
+        import datasets
+        import sentence_transformers as library
+        import transformers
+        from sentence_transformers import losses as losses_of
+
+        quieten()
+        bf16 = choose_precision("auto", self.settings.device).name == "bf16"
+
+        def train(check: bool) -> tuple[float, Work]:
+            model = library.SentenceTransformer(str(self.base), device=self.settings.device.type)
+            loss = losses_of.MultipleNegativesRankingLoss(model, scale=20.0)
+            first = self.pairs[: self.batch]
+            losses = []
+            if check:
+                with torch.no_grad():
+                    parts = [
+                        model.preprocess([row[key] for row in first])
+                        for key in ("anchor", "positive")
+                    ]
+                    moved_parts = [
+                        transformers.BatchEncoding(part).to(model.device).data for part in parts
+                    ]
+                    losses = [float(loss(moved_parts, None))]
+            marks: list[float] = []
+
+            class Marks(transformers.TrainerCallback):
+                def on_step_end(this, *args: Any, **kwargs: Any) -> None:
+                    marks.append(self.settings.clock())
+
+            with tempfile.TemporaryDirectory(dir=self.out) as folder:
+                arguments = library.SentenceTransformerTrainingArguments(
+                    folder, per_device_train_batch_size=self.batch, max_steps=self.steps, learning_rate=LR,
+                    weight_decay=0.0, warmup_steps=0, lr_scheduler_type="linear", adam_beta1=BETAS[0],
+                    adam_beta2=BETAS[1], save_strategy="no", report_to="none", disable_tqdm=True,
+                    use_cpu=self.settings.device.type == "cpu", bf16=bf16,
+                    logging_strategy="no", seed=0, dataloader_pin_memory=self.settings.device.type == "cuda",
+                    train_sampling_strategy=sampling,
+                )  # fmt: skip
+                with contextlib.redirect_stdout(io.StringIO()):
+                    library.SentenceTransformerTrainer(
+                        model,
+                        arguments,
+                        datasets.Dataset.from_list(self.pairs),
+                        loss=loss,
+                        callbacks=[Marks()],
+                    ).train()
+            texts_read = [row[key] for row in self.pairs for key in ("anchor", "positive")]
+            tokens = sum(map(len, model.tokenizer(texts_read)["input_ids"]))
+            return (marks[-1] - marks[0]) / tokens, Work(tokens, losses)
+
+        work = train(True)[1]
+        return lambda: train(False)[0], work
+
+
 def sizes(settings: Settings) -> list[tuple[int, int]]:
     """(rows of a step, steps)."""
     if settings.tiny:
@@ -246,7 +369,21 @@ def finetune(settings: Settings) -> list[Callable[[], Case]]:
             {"default": 2.0, "best": 1.3}, WITHIN, rounds=(2, 5),
         )  # fmt: skip
 
-    return [functools.partial(case, *size) for size in sizes(settings)]
+    def embedding(batch: int, steps: int) -> Case:
+        e = Embeddings(settings, batch, steps)
+        part = functools.partial
+        return Case(
+            f"sentence embeddings, BERT {shape_name(settings)}, {batch} pairs a step, {precision}",
+            f"{settings.unit} a token",
+            [
+                Contender("pretrain", "ours", e.ours),
+                Contender("sentence-transformers", "default", part(e.peer, "random"), "sentence_transformers"),
+            ],
+            {"default": 2.0}, Tolerance(FP32.first, 0.25, 0.4), rounds=(2, 5),
+        )  # fmt: skip
+
+    cases = [functools.partial(case, *size) for size in sizes(settings)]
+    return [*cases, functools.partial(embedding, *sizes(settings)[-1])]
 
 
 def shape_name(settings: Settings) -> str:

@@ -41,7 +41,7 @@ MEASURED: dict[str, tuple[str, int, tuple[tuple[str, str, str], ...]]] = {
         ),
     ),
     "finetune": (
-        "finetuning:finetune", -1,
+        "finetuning:finetune", -2,
         (
             ("pretrain", "ours", "torch"),
             ("Trainer", "default", "transformers"),

@@ -137,3 +137,11 @@ def test_each_row(name: str, tmp_path: Path) -> None:
         pytest.skip("tiny_shakespeare is not at hand")
     main([name, "--tiny", "--out", str(tmp_path / "bench.json")])
     check(json.loads((tmp_path / "bench.json").read_text()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["decoder", "masked", "finetune", "lora", "save", "generate"])
+def test_each_row_on_a_gpu(name: str, tmp_path: Path) -> None:
+    main([name, "--tiny", "--device", "cuda", "--out", str(tmp_path / "bench.json")])
+    check(json.loads((tmp_path / "bench.json").read_text()))
