@@ -118,7 +118,7 @@ def table(record: dict[str, Any]) -> list[str]:
         lines.append(f"| {entry['name']} | {kind[entry['kind']]} | {text} | {wanted} |")
     if record["control"]:
         lines.append(
-            f"\nOurs against itself: {spread(record['control'])}, {len(record['control'])} rounds."
+            f"\nOurs against itself, in {len(record['control'])} rounds: {spread(record['control'])}."
         )
     return lines
 
