@@ -230,6 +230,15 @@ def test_links_lead_somewhere(page):
             )
 
 
+def test_tests_that_are_named_exist():
+    text = (ROOT / "docs" / "compared.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", text)
+    assert len(named) > 10
+    for path, name in named:
+        assert (ROOT / path).exists(), path
+        assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 def test_recipes_that_are_named_exist():
     for page in PAGES:
         for name in re.findall(r"configs/[\w-]+\.yaml", page.read_text(encoding="utf-8")):
