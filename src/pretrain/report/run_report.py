@@ -169,7 +169,7 @@ def _facts(folder: Path) -> Mapping[str, Any]:
 def _remarks(history: History, folder: Path) -> list[str]:
     """Return remarks on overfitting, and on the distance from word frequencies where the data have such a baseline."""
     finite = [(step, loss) for step, loss in history.points("loss") if math.isfinite(loss)]
-    records = [{"step": step, "loss": loss} for step, loss in finite]
+    records: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in finite]
     records += [{"step": step, "eval": {"loss": loss}} for step, loss in history.eval_points()]
     remark = overfitted(records)
     found = [remark] if remark else []
@@ -249,7 +249,7 @@ def _about(folder: Path, history: History) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for record in history.events:
         about |= record["data"] if isinstance(record.get("data"), Mapping) else {}
-    return about | _block(folder)
+    return {**about, **_block(folder)}
 
 
 def _data(about: Mapping[str, Any]) -> str:
