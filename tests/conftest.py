@@ -8,9 +8,12 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fake_hub import TOKEN, FakeHub
 
 # Before torch is imported anywhere: several test processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -71,3 +74,26 @@ def data_sets() -> Path:
             pytest.fail(f"no data sets in {folder}; set PRETRAIN_TEST_DATA")
         pytest.skip(f"no data sets in {folder}; set PRETRAIN_TEST_DATA")
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub on loopback with a cache of its own, for this process and its children, in an empty working directory."""
+    from huggingface_hub import constants
+
+    with FakeHub() as served:
+        cache = tmp_path / "cache" / "hub"
+        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for key, value in {
+            "HF_ENDPOINT": served.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
+        }.items():  # fmt: skip
+            monkeypatch.setenv(key, value)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        yield served

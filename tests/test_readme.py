@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import pretrain
+import tiny
 from pretrain import objectives
 from pretrain.cli import main as cli
 from pretrain.cli.arguments import read_settings, settings_class
@@ -107,9 +108,14 @@ def run_before(name):
 
 
 @pytest.mark.parametrize(("page", "name", "code"), list(blocks()))
-def test_python_block_runs(page, name, code, place):
+def test_python_block_runs(page, name, code, place, request):
     if "transformers" in code:
         pytest.importorskip("transformers")
+    if name == "hub":
+        fake = request.getfixturevalue("hub")
+        model = pretrain.build("gpt2", "tiny", tokenizer=tiny.tokenizer())
+        commit = fake.add("org/name", model.save(place / "saved"))
+        fake.repositories["org/name"].refs["v1.0"] = commit
     run(code, f"{page.name}: {name}", run_before(name))
 
 

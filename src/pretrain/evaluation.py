@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.download import located
 from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.distributed.slurm import is_task
@@ -50,8 +51,8 @@ def evaluate(
     """Evaluate a checkpoint: a fine-tuned model by the metrics of its task, a language model by its loss on text.
 
     Args:
-        checkpoint: a run (the best checkpoint of a fine-tuned one is used), a checkpoint, an adapter, or any Hugging
-            Face directory of a known family.
+        checkpoint: a run (the best checkpoint of a fine-tuned one is used), a checkpoint, an adapter, any Hugging
+            Face directory of a known family, or a model of the Hub (``"org/name"``).
         data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
             For a language model a prepared directory, whose held-out rows are used, or sources, all text of which is
             used, in rows of the length that it was trained on. None uses the held-out rows of the run.
@@ -111,6 +112,7 @@ def _batch_rows_of(model: Model) -> int:
 
 def _is_adapter(path: Path) -> bool:
     """Whether ``load`` finds an adapter there, which needs a base model."""
+    path, _ = located(path)
     known = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     run = [] if known else best_first(path)
     return bool(ModelDirectory(run[0] if run else path, verify=False).is_adapter)

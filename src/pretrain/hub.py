@@ -24,6 +24,7 @@ _FUNCTIONS = {
     "write": "pretrain.inference.generate",
     "chat": "pretrain.inference.chat",
     "save_model": "pretrain.checkpoint",
+    "push_to_hub": "pretrain.checkpoint.upload",
     "load": "pretrain.checkpoint",
     "merge": "pretrain.lora.attach",
     "look": "pretrain.finetuning.preview",
@@ -76,6 +77,11 @@ class ModelMethods:
         return Path(directory)
 
     save_pretrained = save
+
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Write the model to the Hugging Face Hub in one commit; see ``pretrain.checkpoint.upload.push_to_hub``."""
+        address: str = function("push_to_hub")(self, name, **options)
+        return address
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:

@@ -45,6 +45,7 @@ COMMANDS = [
     "search",
     "evaluate",
     "merge",
+    "push",
     "inspect",
     "report",
 ]

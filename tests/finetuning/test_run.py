@@ -11,7 +11,7 @@ import torch
 
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.finetuning import job as running
 from pretrain.objectives.classification import Classification
 
@@ -302,3 +302,39 @@ def test_a_run_goes_on_with_the_rate_and_length_it_began_with(
     monkeypatch.setattr(running, "swept_rate", lambda out: None)  # as in states of an older version
     lr, limit = job.settle(task, 12, Path(again.path))
     assert limit == "100 steps" and lr == pytest.approx(3e-5 * 48**1.5, rel=0.05)
+
+
+def test_a_model_of_the_hub_is_recorded_with_its_commit_and_resumed_without_a_network(
+    hub: Any, checkpoint: str, tmp_path: Path
+) -> None:
+    commit = hub.add("org/bert", Path(checkpoint))
+    named = f"hub:org/bert@{commit}"
+    with pytest.raises(Stop):
+        tune("org/bert", tmp_path / "run", hooks=[stop_after(4)])
+    assert f"checkpoint: {named}" in (tmp_path / "run" / "run.yaml").read_text()
+    hub.add("org/bert", model_of(seed=5).save(tmp_path / "newer"))  # the run keeps its start
+    hub.requests.clear()
+    result = tune("org/bert", tmp_path / "run")
+    assert not hub.requests
+    assert result.model.extra_config["pretrain"]["parent"] == named
+    assert "base_model: org/bert\n" in result.model.card
+
+
+@pytest.mark.slow
+def test_a_run_without_out_is_found_by_the_name_of_its_model_after_the_branch_has_gone_on(
+    hub: Any, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add("org/bert", Path(checkpoint))
+    monkeypatch.chdir(tmp_path)
+    first = tune("org/bert", "", limit="1 steps")
+    hub.add("org/bert", model_of(seed=5).save(tmp_path / "newer"))
+    again = tune("org/bert", "", limit="1 steps")
+    assert again.path == first.path
+    assert again.settings.model.checkpoint == f"hub:org/bert@{commit}"
+
+
+def test_a_missing_model_of_the_hub_is_said_before_the_rows_are_read(
+    hub: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="hub:org/none does not exist"):
+        tune("org/none", tmp_path / "run", rows=str(tmp_path / "no-such-rows.csv"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import manifest
+from pretrain.checkpoint.download import described, located
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,6 +26,7 @@ from pretrain.lora.peft_format import PeftSettings, attach_stored, fill, from_pe
 from pretrain.models.heads import LABELLED
 from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, reading
+from pretrain.utils.hub_names import hub_name
 from pretrain.utils.tensors import read_header
 
 if TYPE_CHECKING:
@@ -64,7 +67,16 @@ def open_adapter(
     tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
     config = directory.model_config()
     facts = _facts(config)
-    source = _Base(base if base is not None else _find(settings.base, path), verify=verify)
+    given = base if base is not None else _find(settings, path)
+    try:
+        source = _Base(given, verify=verify)
+    except CheckpointError as error:
+        if base is not None or not isinstance(given, str):
+            raise
+        raise CheckpointError(
+            f"{error} This model is the base of the adapter {path}; its directory can also be given: "
+            f"load({path.name!r}, base=...)."
+        ) from error
     kind = head
     if not facts:  # written by peft, without a model configuration: that of the base is used
         config = dict(source.config)
@@ -112,8 +124,7 @@ class _Base:
             self.generation_config, self.tokenizer = base.generation_config, base.tokenizer
             self.sentences = base.sentences
             return
-        path = manifest.checked_directory(base)
-        self.name = str(base)
+        path, self.name = located(base)
         with reading(base):
             if not os.path.lexists(path / "config.json") and (run := manifest.latest(path)):
                 path, self.name = run, str(Path(base) / run.name)
@@ -141,11 +152,13 @@ class _Base:
         return tensors
 
 
-def _find(name: str | None, adapter: Path) -> Path:
-    """Find the base directory named in adapter_config.json.
+def _find(settings: PeftSettings, adapter: Path) -> str | Path:
+    """Find the base named in adapter_config.json.
 
-    The name is tried relative to the working directory, to the adapter and to its parents.
+    The name is tried relative to the working directory, to the adapter and to its parents; a name on the Hub is
+    returned as such.
     """
+    name = settings.base
     if name is None:
         raise CheckpointError(
             f"{adapter} does not name the base that it was trained on. Give it: load({adapter.name!r}, base=...)."
@@ -160,6 +173,8 @@ def _find(name: str | None, adapter: Path) -> Path:
                     return start / end
     except (ValueError, OSError):  # a null byte in the name, or a name that is too long
         pass
+    if (found := hub_name(name)) is not None:
+        return str(replace(found, revision=settings.revision or found.revision))
     raise CheckpointError(
         f"{adapter} is an adapter for the base {name[:200]!r}, but that directory was not found. Download or move the "
         f"base, and give its path: load({adapter.name!r}, base=...)."
@@ -179,7 +194,8 @@ def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
     config, kind = directory.model_config(), None
     try:
         if not _facts(config):
-            config = dict(_Base(_find(settings.base, path), verify=False).config)
+            base = described(_find(settings, path))
+            config = dict(_Base(base, verify=False).config)
             heads = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
             kind, config = _peft_head(config, settings, heads, path / ADAPTER_CONFIG)
         from pretrain.models.base import Model

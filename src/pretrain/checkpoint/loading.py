@@ -19,6 +19,7 @@ from torch import Tensor
 from pretrain.checkpoint import manifest
 from pretrain.checkpoint.adapter_files import adapted_state, adapter_sizes, open_adapter
 from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.download import described, located
 from pretrain.checkpoint.model_card import objective_name
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
@@ -75,8 +76,10 @@ def load(
     initialised), and which were not used. Floating-point tensors are converted to float32.
 
     Args:
-        path: a directory. Of a fine-tuned run the best checkpoint is loaded, of any other run the newest. A broken
-            checkpoint of a run is reported on stderr and skipped; a broken checkpoint named directly is an error.
+        path: a directory, or a model of the Hugging Face Hub, which is fetched if it is not in the cache:
+            ``"org/name"`` or ``"hub:org/name"``, with ``@revision`` for a branch, tag or commit. Of a fine-tuned run
+            the best checkpoint is loaded, of any other run the newest. A broken checkpoint of a run is reported on
+            stderr and skipped; a broken checkpoint named directly is an error.
         head: kind of head to use instead of the stored one (`"sequence-classification"`, ...).
         verify: compare every file with the manifest, if there is one.
         tokenizer: also load the tokenizer, if there is one.
@@ -99,7 +102,7 @@ def load(
         from pretrain.models import own_family
 
         own_family(family)
-    directory = manifest.checked_directory(path)
+    directory, name = located(path)
     options: dict[str, Any] = {"head": head, "verify": verify, "tokenizer": tokenizer}
     options |= {"quiet": quiet, "base": base}
     with reading(path):
@@ -108,15 +111,15 @@ def load(
         run = [] if whole else best_first(directory)
         for candidate in run:
             try:
-                return _load(candidate, Path(path) / candidate.name, **options)
+                return _load(candidate, str(Path(path) / candidate.name), **options)
             except CheckpointCorrupt as error:
                 manifest.skipped(candidate, error)
-        return _load(directory, Path(path), **options)
+        return _load(directory, name, **options)
 
 
 def _load(
     path: Path,
-    named: Path,
+    named: str,
     *,
     head: str | None,
     verify: bool,
@@ -140,7 +143,7 @@ def _load(
     tensors = read_weights(directory, names)
     verify_rest(directory, names)
     report = model.load_disk_state(tensors)
-    model.source = str(named)
+    model.source = named
     if not quiet:
         note(report_line(model, config, len(tensors), report))
     return model.eval()
@@ -273,7 +276,7 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
     from pretrain.models.heads import ARCHITECTURES, labels_named_by
 
     try:
-        directory = manifest.checked_directory(path)
+        directory = described(path)
         known = [directory / "config.json", directory / ADAPTER_CONFIG]
         if not any(map(os.path.lexists, known)):
             run = best_first(directory)
@@ -292,7 +295,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Describe a checkpoint from its configuration, headers and manifest; weights are hashed but not loaded.
 
     Args:
-        path: a checkpoint, a run (its highest step, even if broken), or a Hugging Face model directory.
+        path: a checkpoint, a run (its highest step, even if broken), a Hugging Face model directory, or the name of a
+            model on the Hub.
 
     Returns:
         path, checkpoint, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest
@@ -304,7 +308,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         CheckpointError: the directory does not exist, cannot be read, or holds no model.
     """
     with reading(path):
-        return _inspect(path, manifest.checked_directory(path))
+        return _inspect(path, located(path)[0])
 
 
 def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:

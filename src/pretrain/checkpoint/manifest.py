@@ -28,6 +28,7 @@ from pretrain.utils.files import (
     reading,
     write_file,
 )
+from pretrain.utils.hub_names import hub_hint
 from pretrain.utils.strict_json import sealed, unsealed
 
 __all__ = ["Manifest", "complete", "latest", "read_manifest", "rotate", "verify", "write_manifest"]
@@ -271,7 +272,7 @@ def checked_directory(path: str | Path) -> Path:
         if not directory.exists() and directory.parent.is_dir():
             directory = moved_aside(directory.parent).get(directory.name, directory)
         if not directory.exists():
-            raise CheckpointError(f"{path}: no such directory.")
+            raise CheckpointError(f"{path}: no such directory.{hub_hint(path)}")
         if not directory.is_dir():
             raise CheckpointError(
                 f"{path} is a file; a checkpoint is a directory. Name the directory that holds it."

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "HERE",
     "PIPELINES",
     "front_matter",
     "markdown_table",
@@ -16,6 +17,7 @@ __all__ = [
     "readme",
 ]
 
+HERE = "path/to/this/directory"  # in the examples of a card, until the model has a name on the hub
 # kind of head -> pipeline tag of the hub
 PIPELINES = {
     "causal-lm": "text-generation",

@@ -42,7 +42,7 @@ _WITHOUT = {
 CONFIG_LIMIT = 16 << 20
 TOKENIZER_LIMIT = 64 << 20
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp", ".npy", ".h5", ".msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp", ".npy", ".h5", ".msgpack")
 
 
 class ModelDirectory:
@@ -80,8 +80,12 @@ class ModelDirectory:
         """Return the path of a file; only links inside a download cache of the Hugging Face hub are followed."""
         path = self.path / name
         if self.manifest is None and path.is_symlink() and self.path.parent.name == "snapshots":
-            target = Path(os.path.realpath(path))
-            if target.parent == self.path.parent.parent / "blobs":
+            target, repository = Path(os.path.realpath(path)), self.path.parent.parent
+            # Newer versions of the library keep large files in folders that all repositories of the cache share.
+            if (
+                repository / "blobs" == target.parent
+                or repository.parent / "blobs" in target.parents
+            ):
                 return target
         return path
 
@@ -140,7 +144,7 @@ class ModelDirectory:
 
     def _no_weights(self) -> str:
         names = sorted(os.listdir(self.path))
-        pickles = [name for name in names if name.endswith(_PICKLES)]
+        pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles:
             return (
                 f"{self.path} has no {SINGLE}, only {pickles[0]}. Such files can run any code when they are opened, so "

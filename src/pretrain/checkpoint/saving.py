@@ -60,7 +60,7 @@ __all__ = ["Saver", "Staging", "estimated_size", "save_checkpoint", "save_model"
 _ALIGNMENT = 64  # bytes; every staged copy starts at a multiple of this
 _LARGE = 16 << 20  # bytes; files of this size are written by a thread each
 _AT_ONCE = 4  # files that a rank writes at the same time, if training waits for them
-_OVERWRITABLE = re.compile(
+OVERWRITABLE = re.compile(
     r"(config|generation_config|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
     r"(vocab|merges)\.txt|chat_template\.jinja|README\.md|"
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
@@ -145,7 +145,7 @@ def _refuse_target(target: Path, model: Model) -> None:
     with files.writing(target):
         names = sorted(os.listdir(target))
     for name in names:
-        if not _OVERWRITABLE.fullmatch(name):
+        if not OVERWRITABLE.fullmatch(name):
             raise CheckpointError(
                 f"{target} holds {name!r}, which is no part of a saved model, and would be lost when the directory is "
                 f"replaced. Choose a new directory, or move it away."

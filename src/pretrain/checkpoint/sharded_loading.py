@@ -26,6 +26,7 @@ from torch import Tensor
 from pretrain.checkpoint import manifest
 from pretrain.checkpoint.adapter_files import adapted_values
 from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.download import located
 from pretrain.checkpoint.loading import open_described, report_line
 from pretrain.checkpoint.model_directory import ModelDirectory, check_index, refuse_non_finite
 from pretrain.checkpoint.peers import ALONE, Peers, Pieces, errors_on_all_ranks
@@ -152,7 +153,7 @@ def open_empty(
         AdapterFound: the directory holds an adapter.
     """
     with errors_on_all_ranks(peers), files.reading(path):
-        directory = manifest.checked_directory(path)
+        directory, named = located(path)
         run: list[Path] = []
         if not os.path.lexists(directory / "config.json"):
             run = best_first(directory)
@@ -160,15 +161,15 @@ def open_empty(
         try:
             if os.path.lexists(directory / name / manifest.NAME):
                 _verify_together(directory / name, peers, training=False)
-            return _open_empty(directory / name, Path(path) / name, peers, head, tokenizer)
+            return _open_empty(directory / name, str(Path(path) / name), peers, head, tokenizer)
         except CheckpointCorrupt as error:
             if peers.rank == 0:
                 manifest.skipped(directory / name, error)
-    return _open_empty(directory, Path(path), peers, head, tokenizer)
+    return _open_empty(directory, named, peers, head, tokenizer)
 
 
 def _open_empty(
-    path: Path, named: Path, peers: Peers, head: str | None, tokenizer: bool
+    path: Path, named: str, peers: Peers, head: str | None, tokenizer: bool
 ) -> tuple[Model, Path]:
     with ExitStack() as stack:
         with errors_on_all_ranks(peers), files.reading(path), files.muted(peers.rank != 0):
@@ -179,7 +180,7 @@ def _open_empty(
                     "base."
                 )
             model, _, names = open_described(directory, head=head, tokenizer=tokenizer)
-            model.source = str(named)
+            model.source = named
             stored = stack.enter_context(_stored(directory, list(names)))
         untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:

@@ -242,7 +242,9 @@ def make_parser(
 
 
 def add_checkpoint(
-    parser: Any, name: str = "checkpoint", text: str = "run or checkpoint directory"
+    parser: Any,
+    name: str = "checkpoint",
+    text: str = "run, checkpoint directory, or org/name of a model on the Hugging Face Hub",
 ) -> None:
     """Declare the directory that a command reads, and ``--family`` for the class of its model."""
     parser.add_argument(name, type=str, help=text)

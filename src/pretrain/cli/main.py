@@ -584,6 +584,21 @@ def _merge(args: Any) -> None:
     print(printable(str(merge_to(args.adapter, args.out, args.base))))
 
 
+def _add_push(parser: Any) -> None:
+    add = parser.add_argument
+    add_checkpoint(parser, "directory", "run (its best checkpoint), checkpoint or model directory")
+    add("name", type=str, help="repository on the Hub, org/name; created if it does not exist")
+    add("--private", action="store_true", help="create the repository as a private one")
+    add("--message", type=str | None, help="message of the commit")
+
+
+def _push(args: Any) -> None:
+    from pretrain.checkpoint.upload import push
+
+    private = True if args.private else None
+    print(printable(push(args.directory, args.name, private=private, message=args.message)))
+
+
 def _add_inspect(parser: Any) -> None:
     add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -759,6 +774,12 @@ COMMANDS = {
         "pretrain merge runs/reviews-lora --out models/reviews",
         _add_merge,
         _merge,
+    ),
+    "push": Command(
+        "Write a model and its card to the Hugging Face Hub, in one commit.",
+        "pretrain push runs/reviews org/reviews --private",
+        _add_push,
+        _push,
     ),
     "inspect": Command(
         "Show what a checkpoint contains and whether its files are intact.",

@@ -99,7 +99,7 @@ class ModelConfig:
     size: str = "small"
     """Model size: tiny, mini, small, base, ..."""
     checkpoint: str | None = None
-    """Directory of a checkpoint to start from; family and size are then taken from it."""
+    """Checkpoint to start from, a directory or a model of the Hub (org/name); family and size are taken from it."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's own config, e.g. {num_layers: 6}."""
 

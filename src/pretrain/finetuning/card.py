@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.model_card import PIPELINES, front_matter, markdown_table, one_line
+from pretrain.checkpoint.model_card import HERE, PIPELINES, front_matter, markdown_table, one_line
+from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
@@ -122,6 +123,8 @@ def base_model(checkpoint: str) -> str | None:
     """Name of the model that was fine-tuned: its hub id if it is in the hub's cache, else that of its directory."""
     if not checkpoint or checkpoint.startswith("a "):
         return None
+    if checkpoint.startswith("hub:") and (name := hub_name(checkpoint)) is not None:
+        return name.repository
     found = _SNAPSHOT.search(checkpoint)
     if found:
         return f"{found[1]}/{found[2]}"
@@ -193,7 +196,7 @@ def _read(result: Finetuned) -> list[str]:
 
 def _use(result: Finetuned) -> str:
     example = example_input(result)
-    path, kind = "path/to/this/directory", result.model.head_kind
+    path, kind = HERE, result.model.head_kind
     text = _READS.format(path=path, example=example)
     if getattr(result.model, "adapter", None) is not None:
         if kind in _PEFT_CLASSES:

@@ -40,7 +40,8 @@ from pretrain.training.closing import taken
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
-from pretrain.training.run import check_same_run, has_begun, run_key
+from pretrain.training.run import check_same_run, has_begun, run_key, settle_checkpoint
+from pretrain.training.starting_model import origin
 from pretrain.training.trainer import Trainer
 from pretrain.utils.files import note
 
@@ -121,20 +122,28 @@ class Job:
         task = task_class(settings.task.name)
         check_options(task, settings.task.options)
         choose_device(settings.parallel.device)
-        source = settings.model.checkpoint if model is None else model
         if settings.model.family is not None:
             own_family(settings.model.family)
+        source, given = model, settings.model.checkpoint
+        by_name = model is None or isinstance(model, str | os.PathLike)
+        if by_name:
+            source = settings.model.checkpoint = settle_checkpoint(settings)
         data = open_data(settings, objects, task, classes_of(source, task))
-        if isinstance(source, str | os.PathLike):
-            source = os.fspath(source)
         job = cls(source, settings, data, task, quiet)
         if not settings.train.out:
-            settings.train.out = f"runs/{task.name}-{job.key()}"
+            settings.train.out = f"runs/{task.name}-{job.key(given)}"
+            if by_name and has_begun(Path(settings.train.out)):
+                # The run may have begun with an earlier commit of the model, which may name other classes.
+                settings.model.checkpoint = given
+                if settle_checkpoint(settings) != source:
+                    return cls.open(None, settings, objects, quiet=quiet)
+                settings.model.checkpoint = source
         return job
 
-    def key(self) -> str:
-        """Hash of settings and rows, eight hexadecimal digits."""
+    def key(self, checkpoint: str) -> str:
+        """Hash of settings and rows, eight hexadecimal digits; ``checkpoint`` is the name that was given."""
         plain = self.settings.to_dict()
+        plain["model"]["checkpoint"] = checkpoint
         plain["train"].pop("out")
         for section, names in _LATER.items():
             for name in names:
@@ -279,7 +288,6 @@ class Job:
     def about(self) -> dict[str, Any]:
         """Provenance that is recorded in checkpoints."""
         names, counts = self.data.names, self.data.counts
-        parent = self.source if isinstance(self.source, str) else None
         return {
             "fingerprint": self.data.fingerprint,
             "sources": [{"name": Path(names["train"]).name, "rows": counts["train"], "share": 1.0}],
@@ -287,7 +295,7 @@ class Job:
             "columns": self.data.columns,
             # Metrics of objectives that couple examples depend on it.
             "batch_rows": self.settings.train.batch_rows,
-            "parent": Path(parent).name if parent else None,
+            "parent": origin(self.source) if isinstance(self.source, str) else None,
         }
 
     def train(self, hooks: Sequence[Any] = ()) -> Finetuned:

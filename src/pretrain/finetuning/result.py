@@ -251,6 +251,12 @@ class Finetuned:
         references = {} if guess is None else {self.task.trivial_name: float(guess)}
         return plot_history(sort_records(self.run.history), figure, references=references)
 
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Write the model with its card to the Hugging Face Hub; see ``pretrain.checkpoint.upload.push_to_hub``."""
+        model = self.model
+        self.describe()
+        return model.push_to_hub(name, **options)
+
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Write the model card and a page with curves, mistakes and how to repeat it, which a notebook shows."""
         from pretrain.finetuning.page import write_report

@@ -48,7 +48,8 @@ def finetune(
     """Fine-tune a checkpoint on labelled rows, or resume where an earlier call stopped.
 
     Args:
-        model: a run, a checkpoint, any Hugging Face directory of a known family, or a ``Model``.
+        model: a run, a checkpoint, any Hugging Face directory of a known family, a model of the Hub (``"org/name"``),
+            or a ``Model``.
         data: training rows: a file (.csv .tsv .jsonl .json .parquet .conll), a list of dicts, a pandas frame or a
             ``datasets.Dataset``.
         task: ``classification``, ``regression``, ``token-classification``, ``question-answering``, ``chat``,

@@ -76,7 +76,7 @@ class TuneModel:
     """Model to fine-tune."""
 
     checkpoint: str = ""
-    """A run, a checkpoint, or any Hugging Face directory of a known family."""
+    """A run, a checkpoint, any Hugging Face directory of a known family, or a model of the Hub: org/name."""
     family: str | None = None
     """package.module:Class of the checkpoint, if it is a family of your own."""
 

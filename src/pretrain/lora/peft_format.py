@@ -26,6 +26,7 @@ from pretrain.lora.attach import (
 )
 from pretrain.lora.config import MODULE, LoraConfig, is_number
 from pretrain.models.names import Entry, Packing, Shapes, pack, unpack
+from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -104,7 +105,7 @@ def adapter_config(model: Model) -> dict[str, Any]:
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,
-        "base_model_name_or_path": adapter.base,
+        **_named_base(adapter.base),
         "task_type": TASKS.get(model.head_kind),
         "auto_mapping": _class_of(model) if model.head_kind not in TASKS else None,
         "target_modules": target_names(set(adapter.sites), model),
@@ -113,6 +114,14 @@ def adapter_config(model: Model) -> dict[str, Any]:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
+
+
+def _named_base(base: str | None) -> dict[str, str | None]:
+    """Return the entries that name the base: a path, or a model on the Hub and its commit."""
+    name = None if base is None else hub_name(base)
+    if name is None:
+        return {"base_model_name_or_path": base}
+    return {"base_model_name_or_path": name.repository, "revision": name.revision}
 
 
 def _plain(value: float) -> int | float:
@@ -189,6 +198,7 @@ class PeftSettings:
     Attributes:
         lora: the settings.
         base: path or name of the base model.
+        revision: revision of the base model on the Hub.
         task: PEFT's task type.
         ranks: module name -> rank, where it differs from ``lora.r``.
         alphas: module name -> alpha, where it differs from ``lora.alpha``.
@@ -196,6 +206,7 @@ class PeftSettings:
 
     lora: LoraConfig
     base: str | None
+    revision: str | None
     task: str | None
     ranks: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
@@ -225,8 +236,9 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
             )
     if "peft_type" not in content:
         raise CheckpointError(f"{where} has no 'peft_type'. Is it the file of a PEFT adapter?")
-    base, task = content.get("base_model_name_or_path"), content.get("task_type")
-    for key, text in (("base_model_name_or_path", base), ("task_type", task)):
+    keys = ("base_model_name_or_path", "revision", "task_type")
+    base, revision, task = map(content.get, keys)
+    for key, text in zip(keys, (base, revision, task), strict=True):
         if text is not None and (not isinstance(text, str) or len(text) > _TEXT_LIMIT):
             raise CheckpointError(f"{where}: {key!r} is {str(text)[:80]!r}; it must be a text.")
     saved = content.get("modules_to_save") or ()
@@ -246,7 +258,7 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
     ranks, alphas = (_pattern(content.get(key), key, where) for key in _PATTERNS)
-    return PeftSettings(lora, base, task, ranks, alphas)
+    return PeftSettings(lora, base, revision, task, ranks, alphas)
 
 
 def _pattern(value: Any, key: str, where: object) -> dict[str, float]:

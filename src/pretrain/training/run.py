@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import latest, load
+from pretrain.checkpoint.download import located
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.config.run import Sections
@@ -46,10 +47,11 @@ from pretrain.training.precision import (
     evaluation_precision,
 )
 from pretrain.training.restore import load_others
-from pretrain.training.starting_model import open_source
+from pretrain.training.starting_model import open_source, origin, settled_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
+from pretrain.utils.hub_names import hub_name
 
 __all__ = ["evaluate", "train"]
 
@@ -100,6 +102,7 @@ def train(
             return run
     world = current_world()
     with muted(not world.is_rank_zero):
+        settings.model.checkpoint = settle_checkpoint(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out), say=False)
         data = main_process_first(
@@ -158,7 +161,7 @@ def check_early(settings: RunConfig) -> None:
                 f"train.loggers names {name!r}, whose package is not installed. Install it with: pip install {name}"
             )
     if model.checkpoint is not None:
-        if not os.path.exists(model.checkpoint) and not model.checkpoint.startswith("hub:"):
+        if hub_name(model.checkpoint) is None and not os.path.exists(model.checkpoint):
             open_source(model.checkpoint)  # raises
         return
     family = family_class(model.family)
@@ -246,6 +249,28 @@ def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
         )
 
 
+def settle_checkpoint(settings: Any) -> Any:
+    """Return the checkpoint of the settings of a run; a model of the Hub is fetched, and named with its commit.
+
+    A run that is resumed keeps the commit with which it began.
+    """
+    checkpoint, before, family = settings.model.checkpoint, None, settings.model.family
+    out = Path(settings.train.out)
+    if not checkpoint or hub_name(checkpoint) is None:
+        return checkpoint
+    if family is not None and ":" in family:
+        own_family(family)
+    if settings.train.out and has_begun(out):
+        with contextlib.suppress(ConfigError):  # a run of another kind, which is refused later
+            before = type(settings).load(out / "run.yaml").model.checkpoint
+    return settled_source(checkpoint, before)
+
+
+def _place(checkpoint: str | Path) -> Path:
+    """Return the path of a checkpoint; of a model of the Hub that of its directory in the cache."""
+    return Path(checkpoint) if hub_name(checkpoint) is None else located(checkpoint)[0]
+
+
 def has_begun(out: Path) -> bool:
     """Whether there is a checkpoint, complete or not: its contents are verified when it is opened."""
     return out.is_dir() and bool(candidates(out))
@@ -270,7 +295,8 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
         return prepared
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None and tokenizer == "bpe":
-        tokenizer = str(latest(Path(settings.model.checkpoint)) or settings.model.checkpoint)
+        place = _place(settings.model.checkpoint)
+        tokenizer = str(latest(place) or place)
     return prepare(
         data.train,
         tokenizer=tokenizer,
@@ -328,7 +354,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             raise TokenizerError(
                 f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of "
                 f"{settings.model.checkpoint} ({len(model.tokenizer)} tokens): every id would mean something else. "
-                f"Prepare them with data.tokenizer={settings.model.checkpoint}."
+                f"Prepare them with data.tokenizer={_place(settings.model.checkpoint)}."
             )
         if len(tokenizer) > model.backbone.vocab_size:
             raise TokenizerError(
@@ -379,8 +405,7 @@ def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[st
 
 def about(settings: RunConfig, data: Prepared | RowSource) -> dict[str, Any]:
     """Return what a checkpoint records about its origin."""
-    parent = settings.model.checkpoint
-    return data.about() | {"parent": Path(parent).name if parent else None}
+    return data.about() | {"parent": origin(settings.model.checkpoint)}
 
 
 def evaluate(
@@ -432,7 +457,8 @@ def evaluate(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
     built = build_objective(name, options, model)
-    load_others(built, latest(path) or path)
+    place = _place(path)
+    load_others(built, latest(place) or place)
     longest = row_length(rows, built)
     if model.backbone.max_length and longest > model.backbone.max_length:
         raise DataError(
@@ -480,7 +506,7 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
         length = min(_row_length_of(home, model), model.backbone.max_length or 1 << 20)
-        source = str(latest(path) or path) if (path / "run.yaml").is_file() else str(path)
+        source = str(latest(path) or path) if (path / "run.yaml").is_file() else str(_place(path))
         # All text is evaluated, so notes on training data (no validation rows) would be misleading.
         prepared = prepare(data, tokenizer=source, row_length=length, valid=0.0, quiet=True)
         rows = prepared.train
@@ -488,7 +514,7 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
     if mine is not None and prepared.tokenizer.fingerprint != mine.fingerprint:
         raise TokenizerError(
             f"The data were prepared with another tokenizer ({len(prepared.tokenizer)} tokens) than the checkpoint's "
-            f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {path}"
+            f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {_place(path)}"
         )
     return rows
 

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pretrain.checkpoint import load
+from pretrain.checkpoint.download import located, pinned
 from pretrain.checkpoint.sharded_loading import load_slices, open_empty
+from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import AdapterFound
 from pretrain.models.base import Model
 from pretrain.models.state import make_fresh
+from pretrain.utils.hub_names import hub_name
 
-__all__ = ["open_source"]
+__all__ = ["open_source", "origin", "settled_source"]
+
+
+def settled_source(name: str, before: str | None) -> str:
+    """Fetch a model of the Hub for all ranks, and return its name with its commit.
+
+    Args:
+        name: name of the model.
+        before: the checkpoint in the settings of the run that is resumed, or None; its commit is kept.
+
+    Raises:
+        CheckpointError: see ``pretrain.checkpoint.download.located``. On all ranks.
+    """
+    world = current_world()
+    settled = world.broadcast_result(lambda: pinned(name, before))
+    main_process_first(world, lambda: located(settled), f"fetch {settled}")
+    return settled
+
+
+def origin(checkpoint: str | None) -> str | None:
+    """Return what a checkpoint records of the one that it started from: a model of the Hub, or a directory's name."""
+    if not checkpoint:
+        return None
+    name = hub_name(checkpoint)
+    return Path(checkpoint).name if name is None else str(name)
 
 
 def open_source(

@@ -1,0 +1,308 @@
+"""Models of the Hugging Face Hub as local directories: which files are fetched, and what is checked before.
+
+The files are kept in the cache of ``huggingface_hub``, where other programs find them. A revision is resolved to a
+commit once; the small files come first, and the weights only after the configuration has been read and the names,
+sizes and free space checked. Pickles and code are never fetched. What is complete in the cache asks no network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.manifest import checked_directory
+from pretrain.checkpoint.model_directory import (
+    ADAPTED_MODEL,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    PICKLES,
+    SINGLE,
+    ModelDirectory,
+)
+from pretrain.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    PretrainError,
+)
+from pretrain.lora.peft_format import from_peft
+from pretrain.utils.files import free_bytes, hash_file, note
+from pretrain.utils.hub_names import HubName, hub_name
+
+__all__ = ["described", "hub_errors", "located", "pinned"]
+
+# Read before the weights are fetched. Patterns of fnmatch, of paths inside the repository.
+_SMALL = (
+    ".gitattributes",  # which every repository has: the library warns at length if nothing matches
+    *("config.json", "generation_config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "preprocessor_config.json"),
+    *("modules.json", "sentence_bert_config.json", "sentence_roberta_config.json"),
+    *("config_sentence_transformers.json", "*_Pooling/config.json", "*_Normalize/config.json"),
+)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Classes of errors of the connection in the libraries that versions of huggingface_hub are built on.
+_UNREACHED = {"TransportError", "ConnectionError", "Timeout", "LocalEntryNotFoundError"}
+_BUSY = 429
+
+
+def located(path: str | Path) -> tuple[Path, str]:
+    """Return the directory of a model, which is fetched if it is one of the Hub and not complete in the cache.
+
+    Args:
+        path: a directory, or the name of a model on the Hub; see ``pretrain.utils.hub_names``.
+
+    Returns:
+        The real path of the directory, and its name: of a model on the Hub that with its commit, else ``path``.
+
+    Raises:
+        CheckpointError: there is no such directory or model, it cannot be fetched, or it has no safetensors.
+        CheckpointCorrupt: a fetched file is not the one that the Hub lists.
+        ConfigError: the model is of an unknown family, or its configuration is not valid.
+    """
+    name = hub_name(path)
+    if name is None:
+        return checked_directory(path), str(Path(path))
+    directory = _small_files(name)
+    commit = replace(name, revision=directory.name)
+    model = ModelDirectory(directory, verify=False)
+    weights = _weights(model, os.listdir(directory))
+    if not weights or not all(map(model.has, weights)):
+        _fetch_weights(commit, model)
+    elif name.revision != commit.revision:
+        note(f"{commit} is used, which is in {_home(directory)}")
+    return directory, str(commit)
+
+
+def described(path: str | Path) -> Path:
+    """Return the directory of a model with its configuration; of a model on the Hub the weights may be missing."""
+    name = hub_name(path)
+    return checked_directory(path) if name is None else _small_files(name)
+
+
+def pinned(path: str, before: str | None = None) -> str:
+    """Return the name of a model on the Hub with the commit that its revision is now; a path as it is.
+
+    Args:
+        path: a directory or the name of a model on the Hub.
+        before: what this function returned when the run began. Its commit is kept unless ``path`` names another
+            revision; if no revision is named, or a branch that the cache knows, no network is asked.
+    """
+    name, earlier = hub_name(path), None if before is None else hub_name(before)
+    if name is None:
+        return path
+    if earlier is not None and earlier.repository == name.repository:
+        if name.revision in (None, earlier.revision):
+            return str(earlier)
+        with contextlib.suppress(CheckpointError):
+            if _small_files(name, offline=True).name == earlier.revision:
+                return str(earlier)
+    return str(replace(name, revision=_small_files(name).name))
+
+
+def _small_files(name: HubName, *, offline: bool = False) -> Path:
+    """Return the snapshot in the cache with all files of a model but its weights."""
+    import huggingface_hub
+
+    with hub_errors(name):
+        return Path(
+            huggingface_hub.snapshot_download(
+                name.repository,
+                revision=name.revision,
+                allow_patterns=list(_SMALL),
+                local_files_only=offline,
+                tqdm_class=_silent_bar(),
+            )
+        )
+
+
+def _silent_bar() -> Any:
+    from tqdm import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **options | {"disable": True})
+
+    return Silent
+
+
+def _weights(model: ModelDirectory, names: Collection[str]) -> list[str]:
+    """Return the weight files of a model with files of these names; none if it has no safetensors."""
+    if SINGLE in names:
+        return [SINGLE]
+    if INDEX in names:
+        return list(model.weight_files())
+    return [ADAPTER_WEIGHTS] if {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(names) else []
+
+
+def _fetch_weights(name: HubName, model: ModelDirectory) -> None:
+    """Check the small files of a model, print what is fetched, and fetch its weights."""
+    import huggingface_hub
+
+    with hub_errors(name):
+        info = huggingface_hub.HfApi().model_info(
+            name.repository, revision=name.revision, files_metadata=True
+        )
+    listed = {file.rfilename: file for file in info.siblings or ()}
+    small = [file for file in listed if model.has(file)]
+    _refuse_damaged(model, {file: listed[file] for file in small})
+    weights = _weights(model, listed)
+    _refuse_unusable(name, model, weights, listed)
+    sizes = {file: listed[file].size or 0 for file in (*small, *weights)}
+    home = _home(model.path)
+    note(
+        f"{name}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, licence: {_licence(info)}, kept in {home}"
+    )
+    needed = sum(sizes[file] for file in weights if not model.has(file))
+    if (free := free_bytes(model.path)) < needed:
+        raise CheckpointError(
+            f"The disk is too full for {name}: its weights need {needed:,} bytes, and {free:,} bytes are free in "
+            f"{home}. Free some space, or set HF_HOME to a directory on another disk."
+        )
+    with hub_errors(name):
+        huggingface_hub.snapshot_download(
+            name.repository, revision=name.revision, allow_patterns=weights
+        )
+    _refuse_damaged(model, {file: listed[file] for file in weights})
+
+
+def _refuse_unusable(
+    name: HubName, model: ModelDirectory, weights: list[str], listed: Mapping[str, Any]
+) -> None:
+    """Raise the error that loading the model would end with, as far as its small files show it."""
+    from pretrain.models.base import Model
+
+    if not weights:
+        pickles = sorted(file for file in listed if file.endswith(PICKLES))
+        if pickles:
+            raise CheckpointError(
+                f"{name} has no {SINGLE}, only {pickles[0]}. Such files can run any code when they are opened, so "
+                "pretrain never fetches them. Choose a revision or another repository with safetensors, or, if you "
+                "trust its origin, convert it once with transformers, in a sandbox."
+            )
+        raise CheckpointError(
+            f"{name} has no {SINGLE}, so it is no model that pretrain opens. Its files: "
+            f"{', '.join(sorted(listed)[:8]) or 'none'}."
+        )
+    if missing := [file for file in weights if file not in listed]:
+        raise CheckpointError(
+            f"{name} lacks {missing[0]}, which its {INDEX} names. Choose another revision."
+        )
+    try:
+        if weights == [ADAPTER_WEIGHTS]:
+            from_peft(model.json(ADAPTER_CONFIG), f"{name}, {ADAPTER_CONFIG}")
+        elif not model.has("config.json"):
+            raise CheckpointError(f"{name} has no config.json, so it is no Hugging Face model.")
+        else:
+            Model.from_hf_config(model.json("config.json"))
+    except (ConfigError, ModelError) as error:
+        raise type(error)(
+            f"{name} cannot be opened, so its weights are not fetched. {error}"
+        ) from error
+
+
+def _refuse_damaged(model: ModelDirectory, listed: Mapping[str, Any]) -> None:
+    """Compare files with what the Hub lists; one that differs is removed from the cache.
+
+    Raises:
+        CheckpointCorrupt: a file has another hash.
+    """
+    for file, entry in listed.items():
+        place = model.real(file)
+        if entry.lfs is not None:
+            expected, found = entry.lfs.sha256, hash_file(place).sha256
+        elif entry.blob_id is not None:
+            data = place.read_bytes()
+            git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+            expected, found = entry.blob_id, git.hexdigest()
+        else:
+            continue
+        if found != expected:
+            place.unlink()
+            (model.path / file).unlink(missing_ok=True)
+            raise CheckpointCorrupt(
+                model.path / file,
+                f"the hash {expected[:16]}...",
+                f"{found[:16]}...",
+                "It was damaged on its way from the Hub and has been removed; run the same command again.",
+            )
+
+
+def _home(snapshot: Path) -> Path:
+    """Return the directory of a repository in the cache, above ``snapshots``."""
+    return snapshot.parent.parent
+
+
+def _licence(info: Any) -> str:
+    named = getattr(info.card_data, "license", None)
+    if isinstance(named, list):
+        named = ", ".join(map(str, named))
+    tags = [tag for tag in info.tags or () if tag.startswith("license:")]
+    return str(named or (tags[0].partition(":")[2] if tags else "not stated"))
+
+
+@contextlib.contextmanager
+def hub_errors(name: HubName) -> Iterator[None]:
+    """Turn every error of the Hub's library inside the block into a CheckpointError of one sentence with the remedy."""
+    try:
+        yield
+    except PretrainError:
+        raise
+    except Exception as error:  # many types, of the library and of those below it
+        raise CheckpointError(_explained(name, error)) from error
+
+
+def _explained(name: HubName, error: Exception) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"{constants.ENDPOINT}/{name.repository}"
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    chain = {cls.__name__ for cls in type(error).__mro__}
+    here = f" There is no directory {name.path} either." if name.path else ""
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: ask for access at {page}, and log in with `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{name} does not exist, or is private.{here} Check the name; for a private model log in with "
+            "`hf auth login`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name}: the model has no revision {name.revision!r}. Name a branch, a tag or a commit of {page}."
+    if status in (401, 403):
+        return f"{name}: the Hub denies access ({status}). Log in with `hf auth login`; your rights are at {page}."
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return (
+            f"The disk is full: {name} does not fit into {constants.HF_HUB_CACHE}. Free some space, or set HF_HOME to "
+            "a directory on another disk."
+        )
+    if chain & _UNREACHED or status == _BUSY or status >= 500:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _short(error)
+        revision = f" --revision {name.revision}" if name.revision else ""
+        return (
+            f"{name} is not in {constants.HF_HUB_CACHE}, and the Hub cannot be reached ({offline}).{here} On a machine "
+            f"with a network, run `hf download {name.repository}{revision} --local-dir DIR`; then copy that directory "
+            "and name it here."
+        )
+    return f"{name} cannot be transferred ({_short(error)}). Run the same command again: complete files are kept."
+
+
+def _short(error: BaseException) -> str:
+    """Return the type and the first line of the error at the root of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")

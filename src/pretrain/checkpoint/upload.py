@@ -1,0 +1,119 @@
+"""Models written to the Hugging Face Hub: what `save_model` writes, in one commit, and nothing else."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.download import hub_errors, located
+from pretrain.checkpoint.loading import load
+from pretrain.checkpoint.model_card import HERE
+from pretrain.checkpoint.saving import OVERWRITABLE, save_model
+from pretrain.errors import CheckpointError
+from pretrain.utils.files import note, read_bytes
+from pretrain.utils.hub_names import HubName, hub_name
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["push", "push_to_hub"]
+
+
+def push_to_hub(
+    model: Model, name: str, *, private: bool | None = None, message: str | None = None
+) -> str:
+    """Save a model and write its files to a repository on the Hub, which is created if it does not exist.
+
+    The files are those of ``save``: weights, configuration, tokenizer, model card and manifest. They replace the model
+    that the repository holds, whose files stay in its history; other files stay as they are.
+
+    Args:
+        model: the model; an adapter must have a base that is on the Hub.
+        name: ``org/name`` or ``hub:org/name``.
+        private: whether a new repository is private; None leaves it to the settings of the account.
+        message: message of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: the name is none of a repository, the base of the adapter is a local directory, a weight is not
+            finite, or the Hub refuses the model or cannot be reached.
+    """
+    target = _target(name)
+    _refuse_local_base(model)
+    card = model.card
+    with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
+        try:
+            model.card = None if card is None else card.replace(HERE, target.repository)
+            files = save_model(model, Path(folder) / "model")
+        finally:
+            model.card = card
+        return _upload(files, target, private, message or "Write a model with pretrain")
+
+
+def push(
+    directory: str | Path, name: str, *, private: bool | None = None, message: str | None = None
+) -> str:
+    """Load a model and write it to the Hub with the model card beside it; see `push_to_hub`.
+
+    Args:
+        directory: a run, whose best checkpoint is taken, a checkpoint, or a model directory.
+        name: see `push_to_hub`.
+        private: see `push_to_hub`.
+        message: see `push_to_hub`.
+    """
+    _target(name)
+    model = load(directory, quiet=True)
+    place, _ = located(directory)
+    for card in (place / "README.md", *(path / "README.md" for path in best_first(place))):
+        if card.is_file():
+            model.card = read_bytes(card).decode("utf-8", "replace")
+            break
+    return push_to_hub(model, name, private=private, message=message)
+
+
+def _target(name: str) -> HubName:
+    found = hub_name(f"hub:{name.removeprefix('hub:')}")
+    if found is None or found.revision is not None:
+        raise CheckpointError(
+            f"{name!r} is no name of a repository on the Hub, which is org/name, without a revision."
+        )
+    return found
+
+
+def _refuse_local_base(model: Model) -> None:
+    if model.adapter is None:
+        return
+    base = model.adapter.base
+    if base is None or hub_name(base) is None:
+        raise CheckpointError(
+            f"The adapter is of no use to others: its base, {base or 'a model in memory'}, is not on the Hub. Merge it "
+            "first (`pretrain merge`, merge_adapter()), or push the base and train the adapter on it by its name."
+        )
+
+
+def _upload(files: Path, target: HubName, private: bool | None, message: str) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    paths = sorted(path for path in files.rglob("*") if path.is_file())
+    new = {path.relative_to(files).as_posix(): path for path in paths}
+    with hub_errors(target):
+        api = HfApi()
+        api.create_repo(target.repository, private=private, exist_ok=True)
+        old = api.list_repo_files(target.repository)
+        # Left where they are, the weights of an earlier model would be part of this one.
+        stale = [file for file in old if OVERWRITABLE.fullmatch(file) and file not in new]
+        commit = api.create_commit(
+            target.repository,
+            [
+                *(CommitOperationAdd(file, str(path)) for file, path in new.items()),
+                *(CommitOperationDelete(file) for file in stale),
+            ],
+            commit_message=message,
+        )
+    size = sum(path.stat().st_size for path in paths)
+    note(f"{target}: {len(new)} files, {size / 1e6:,.1f} MB, written in one commit")
+    return str(commit.commit_url)
