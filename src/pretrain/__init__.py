@@ -27,6 +27,7 @@ _PUBLIC = {
     "bench": "pretrain.training.bench",
     "build": "pretrain.models",
     "evaluate": "pretrain.evaluation",
+    "export": "pretrain.exporting.run",
     "finetune": "pretrain.finetuning.run",
     "inspect": "pretrain.checkpoint",
     "load": "pretrain.checkpoint",

@@ -25,6 +25,7 @@ _FUNCTIONS = {
     "chat": "pretrain.inference.chat",
     "save_model": "pretrain.checkpoint",
     "push_to_hub": "pretrain.checkpoint.upload",
+    "export": "pretrain.exporting.run",
     "load": "pretrain.checkpoint",
     "merge": "pretrain.lora.attach",
     "look": "pretrain.finetuning.preview",
@@ -82,6 +83,11 @@ class ModelMethods:
         """Write the model to the Hugging Face Hub in one commit; see ``pretrain.checkpoint.upload.push_to_hub``."""
         address: str = function("push_to_hub")(self, name, **options)
         return address
+
+    def export(self, to: str, out: str | Path, **options: Any) -> Path:
+        """Write the model in the format of another program; see ``pretrain.exporting.run.export``."""
+        path: Path = function("export")(self, to, out, **options)
+        return path
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:

@@ -46,6 +46,7 @@ COMMANDS = [
     "evaluate",
     "merge",
     "push",
+    "export",
     "inspect",
     "report",
 ]

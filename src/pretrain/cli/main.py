@@ -599,6 +599,24 @@ def _push(args: Any) -> None:
     print(printable(push(args.directory, args.name, private=private, message=args.message)))
 
 
+def _add_export(parser: Any) -> None:
+    add = parser.add_argument
+    add_checkpoint(parser, "source", "run or model directory; an adapter is merged into its base")
+    add("--to", type=str, required=True, help="hf, gguf, onnx or sentence-transformers")
+    add("--out", type=str | None, help="new or empty directory; not given, SOURCE-TO")
+    add(
+        "--dtype",
+        type=str | None,
+        help="gguf only: numbers of the matrices, f32, f16, bf16 or q8_0; not given, f16",
+    )
+
+
+def _export(args: Any) -> None:
+    from pretrain.exporting.run import export
+
+    print(printable(str(export(**vars(args)))))
+
+
 def _add_inspect(parser: Any) -> None:
     add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -780,6 +798,12 @@ COMMANDS = {
         "pretrain push runs/reviews org/reviews --private",
         _add_push,
         _push,
+    ),
+    "export": Command(
+        "Write a model for another program: Hugging Face, llama.cpp, onnxruntime, sentence-transformers.",
+        "pretrain export runs/books-gpt --to gguf --out models/books",
+        _add_export,
+        _export,
     ),
     "inspect": Command(
         "Show what a checkpoint contains and whether its files are intact.",

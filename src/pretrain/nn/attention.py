@@ -86,9 +86,9 @@ class AttentionMask:
         if documents.dtype == torch.bool or documents.is_floating_point():
             documents = documents.long()
         first = documents[:, :1]
-        if not documents.is_cpu:
-            # Inspecting the ids would synchronise the accelerator; the collate function drops ids without an effect
-            # before they get there.
+        if not documents.is_cpu or torch.compiler.is_exporting():
+            # Inspecting the ids would synchronise the accelerator, and a traced graph must hold for other ids; the
+            # collate function drops ids without an effect before they get there.
             return cls(causal, documents, window, None, batch.get("document_offsets"))
         if causal:
             same = documents == first
@@ -112,6 +112,8 @@ class AttentionMask:
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Return (B|1, 1, T, S) booleans, True where a query attends to a key; None if nothing is masked. Cached."""
+        if torch.compiler.is_exporting():  # sizes are symbols, which are no keys
+            return self._dense(queries, keys, device)
         memo_key = ("dense", queries, keys, device)
         if memo_key not in self._memo:
             self._memo[memo_key] = self._dense(queries, keys, device)
@@ -141,19 +143,26 @@ class AttentionMask:
         self, queries: int, keys: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor | None:
         """Return the additive mask in ``dtype``: 0 or -inf from ``dense``, plus ``bias``; None without both. Cached."""
+        if torch.compiler.is_exporting():
+            return self._scores(queries, keys, device, dtype)
         memo_key = ("scores", queries, keys, device, dtype)
         if memo_key not in self._memo:
-            seen = self.dense(queries, keys, device)
-            added = None
-            if seen is not None:
-                added = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(
-                    ~seen, float("-inf")
-                )
-            if self.bias is not None:
-                added = self.bias.to(dtype) if added is None else added + self.bias.to(dtype)
-            self._memo[memo_key] = added
+            self._memo[memo_key] = self._scores(queries, keys, device, dtype)
         found: Tensor | None = self._memo[memo_key]
         return found
+
+    def _scores(
+        self, queries: int, keys: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor | None:
+        seen = self.dense(queries, keys, device)
+        added = None
+        if seen is not None:
+            added = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(
+                ~seen, float("-inf")
+            )
+        if self.bias is not None:
+            added = self.bias.to(dtype) if added is None else added + self.bias.to(dtype)
+        return added
 
     def prepare(
         self, columns: int, device: torch.device, dtype: torch.dtype, head_dim: int

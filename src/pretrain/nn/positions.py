@@ -214,6 +214,8 @@ class RotaryTable:
 
     def at(self, start: int, stop: int, device: torch.device) -> Rope:
         """Return tables (1, T, 1, d) of the positions start..stop-1; the most recent ones are cached."""
+        if torch.compiler.is_exporting():  # sizes are symbols, and nothing traced may be kept
+            return self.of(torch.arange(start, stop, device=device)[None], stop)
         key = (start, stop, device)
         if self._recent is None or self._recent[0] != key:
             with torch.inference_mode(False):

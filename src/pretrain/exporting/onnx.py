@@ -1,0 +1,149 @@
+"""ONNX: the forward pass as a graph for onnxruntime, with inputs and outputs as the library optimum names them.
+
+A decoder is exported without a key-value cache: the graph gives the logits of whole rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.checkpoint.draft import model_texts, write_processor
+from pretrain.errors import ConfigError, ModelError
+from pretrain.utils import files
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["NAME", "check", "write"]
+
+NAME = "model.onnx"
+_OPSET = 18
+_AXES = {0: "batch_size", 1: "sequence_length"}
+
+
+def check(model: Model) -> None:
+    """Raise unless a graph can hold the model and the packages of the export are installed.
+
+    Raises:
+        ModelError: the input of the model is no text, or its positions depend on the length of a row.
+        ConfigError: a package is missing.
+    """
+    if model.backbone.vocab_size == 0 or model.backbone.processor_class is not None:
+        raise ModelError(
+            f"The export to ONNX is for models of texts, and the input of a {model.backbone.model_type} model is none."
+        )
+    ropes = getattr(model.backbone.config, "rope", None) or {}
+    for rope in (ropes, *ropes.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+            raise ModelError(
+                f"The rope scaling {rope['rope_type']} of this model depends on the length of a row, and a graph has "
+                "one for all lengths, so the model is not exported to ONNX."
+            )
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"The export to ONNX needs the packages of the extra `export` ({error}). Install them: pip install onnx "
+            "onnxscript onnxruntime."
+        ) from error
+
+
+class _Graph(nn.Module):
+    """A model as a function of tensors, with the outputs of its kind of head."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Any:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            batch["token_type_ids"] = token_type_ids
+        scores = self.model(batch)
+        if self.model.head_kind == "question-answering":
+            return scores[..., 0], scores[..., 1]
+        return scores
+
+
+def _inputs(model: Model) -> list[str]:
+    """Return the names of the inputs, those that the tokenizer's files name."""
+    config, tokenizer = model.backbone.config, model.tokenizer
+    segments = getattr(config, "type_vocab_size", 1) > 1
+    segments = segments and (tokenizer is None or tokenizer.segments)
+    return ["input_ids", "attention_mask", *["token_type_ids"] * segments]
+
+
+def _outputs(model: Model) -> list[str]:
+    if model.head_kind == "question-answering":
+        return ["start_logits", "end_logits"]
+    return ["last_hidden_state" if model.head_kind is None else "logits"]
+
+
+def _columns(model: Model) -> int:
+    """Return a length of rows at which every window masks something, so that the graph contains the mask."""
+    config = model.backbone.config
+    windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention")]
+    return max(2, min(model.backbone.max_length, max(8, *windows) + 3))
+
+
+def write(model: Model, directory: Path) -> None:
+    """Write the graph, config.json, the model card and the tokenizer.
+
+    Batch and sequence may have any size; rows are at most as long as the positions of the model.
+
+    Args:
+        model: one that `check` accepts.
+        directory: an empty directory.
+    """
+    names = _inputs(model)
+    ids = torch.zeros(2, _columns(model), dtype=torch.long)
+    arguments = dict.fromkeys(names, ids) | {"attention_mask": torch.ones_like(ids)}
+    arguments = {name: value.clone() for name, value in arguments.items()}
+    # The copy keeps what is cached while the graph is traced away from the model.
+    graph = _Graph(copy.deepcopy(model).to("cpu", torch.float32)).eval()
+    with _silence():
+        program: Any = torch.onnx.export(
+            graph,
+            kwargs=arguments,
+            input_names=names,
+            output_names=_outputs(model),
+            dynamic_shapes={name: dict(_AXES) for name in names},
+            opset_version=_OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        program.save(directory / NAME)
+    for path in sorted(directory.iterdir()):
+        files.sync_file(path)
+    count = model.num_parameters()
+    for name, data in model_texts(model, dict(model.hf_config()), count).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        files.write_file(directory / name, data)
+    if model.processor is not None:
+        for _ in write_processor(directory, model.processor, segments="token_type_ids" in names):
+            pass
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's remarks on its own parts away from the user; errors are raised all the same."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,98 @@
+"""ONNX graphs compute what the model computes, for rows of any number and length."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import tiny
+from pretrain.data.tokenizer import train_from_texts
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models import build
+from pretrain.models.base import Model
+
+SIZES: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 16, "num_heads": 2, "max_positions": 40, "initializer_range": 0.3,
+}  # fmt: skip
+CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "bert": ("bert", "masked-lm", {}),
+    "bert-classifier": ("bert", "sequence-classification", {"labels": ("a", "b", "c")}),
+    "bert-answers": ("bert", "question-answering", {}),
+    "roberta-tokens": ("roberta", "token-classification", {"labels": ("a", "b", "c")}),
+    "modernbert-body": ("modernbert", None, {"local_attention": 8}),
+    "modernbert-classifier": ("modernbert", "sequence-classification", {"local_attention": 8}),
+    "gpt2": ("gpt2", "causal-lm", {}),
+    "gpt2-classifier": ("gpt2", "sequence-classification", {}),
+    "mistral": ("mistral", "causal-lm", {"sliding_window": 6, "num_kv_heads": 1}),
+    "qwen3": ("qwen3", "causal-lm", {"num_kv_heads": 1, "head_dim": 8}),
+}
+
+
+def made(family: str, head: str | None, options: dict[str, Any]) -> Model:
+    bpe = family in ("gpt2", "mistral", "qwen3", "roberta")
+    tokenizer = train_from_texts(tiny.TEXTS, "bpe", vocab_size=300) if bpe else tiny.tokenizer()
+    return build(family, None, head=head, tokenizer=tokenizer, seed=2, **SIZES, **options).eval()
+
+
+def rows(model: Model, count: int, columns: int, names: list[str]) -> dict[str, torch.Tensor]:
+    """Random rows, the last of which is half as long."""
+    draw = torch.Generator().manual_seed(columns)
+    ids = torch.randint(5, len(model.tokenizer or ()), (count, columns), generator=draw)
+    real = torch.ones_like(ids)
+    if count > 1:
+        real[-1, columns // 2 :] = 0
+    batch = {"input_ids": ids, "attention_mask": real}
+    if "token_type_ids" in names:
+        batch["token_type_ids"] = torch.randint(2, ids.shape, generator=draw)
+    return batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_onnxruntime_computes_the_same(case: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    family, head, options = CASES[case]
+    model = made(family, head, options)
+    out = model.export("onnx", tmp_path / "out")
+    session = runtime.InferenceSession(out / "model.onnx")
+    names = [given.name for given in session.get_inputs()]
+    assert names == ["input_ids", "attention_mask", *["token_type_ids"] * (family == "bert")]
+    axes = ["batch_size", "sequence_length"]
+    assert all(given.shape == axes for given in session.get_inputs())
+    answers = {"question-answering": ["start_logits", "end_logits"], None: ["last_hidden_state"]}
+    assert [found.name for found in session.get_outputs()] == answers.get(head, ["logits"])
+    for count, columns in ((1, 1), (1, 5), (3, 20), (2, model.backbone.max_length)):
+        batch = rows(model, count, columns, names)
+        found = session.run(None, {name: value.numpy() for name, value in batch.items()})
+        with torch.no_grad():
+            wanted = model(batch).numpy()
+        scores = np.stack(found, axis=-1) if len(found) == 2 else found[0]
+        real = batch["attention_mask"].numpy() == 1 if wanted.ndim == 3 else slice(None)
+        assert np.abs(scores - wanted)[real].max() < 1e-4, (count, columns)
+    with torch.no_grad():  # nothing that was traced is kept in the model
+        assert torch.isfinite(model(rows(model, 2, 7, names))).all()
+    assert {"config.json", "tokenizer.json", "README.md"} <= set(os.listdir(out))
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert set(theirs("the red cat")) == set(names)
+
+
+def test_positions_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
+    model = made("qwen3", "causal-lm", {"rope": {"rope_type": "dynamic", "factor": 2.0}})
+    with pytest.raises(ModelError, match="rope scaling dynamic"):
+        model.export("onnx", tmp_path / "out")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match="extra `export`"):
+        made("bert", "masked-lm", {}).export("onnx", tmp_path / "out")
+    assert not os.listdir(tmp_path)
