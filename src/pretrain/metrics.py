@@ -43,6 +43,7 @@ __all__ = [
     "pearson",
     "per_class",
     "r2",
+    "ranking",
     "rmse",
     "spearman",
     "student_t",
@@ -215,6 +216,37 @@ def r2(true: ArrayLike, predicted: ArrayLike) -> float:
         return math.nan
     with np.errstate(all="ignore"):
         return float(1.0 - np.sum((x - y) ** 2) / np.sum((x - x.mean()) ** 2))
+
+
+def ranking(
+    found: Sequence[str], relevance: Mapping[str, float], at: int = 10, deep: int = 100
+) -> dict[str, float]:
+    """Scores of one ranked list of documents, as trec_eval has them.
+
+    Args:
+        found: names of the documents, best first, at least ``deep`` of them unless there are fewer.
+        relevance: name -> relevance of the relevant documents, above 0; others have 0. At least one is relevant.
+        at: rank up to which ``ndcg``, ``mrr`` and the first ``recall`` read the list.
+        deep: that of the second ``recall``.
+
+    Returns:
+        ``ndcg@at``: the sum of relevance / log2(rank + 1), divided by that of the ideal list (Järvelin and Kekäläinen,
+        2002); ``mrr@at``: 1 / rank of the first relevant document, 0 if there is none; ``recall@at`` and
+        ``recall@deep``: the share of the relevant documents that are in the list.
+    """
+    gains = [max(0.0, relevance.get(name, 0.0)) for name in found]
+    ideal = sorted((value for value in relevance.values() if value > 0), reverse=True)
+    first = next((rank for rank, gain in enumerate(gains[:at], 1) if gain), None)
+    recalls = {n: sum(gain > 0 for gain in gains[:n]) / len(ideal) for n in (at, deep)}
+    return {
+        f"ndcg@{at}": _discounted(gains[:at]) / _discounted(ideal[:at]),
+        f"mrr@{at}": 1 / first if first else 0.0,
+        **{f"recall@{n}": value for n, value in recalls.items()},
+    }
+
+
+def _discounted(gains: Sequence[float]) -> float:
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
 
 
 def is_bio(labels: Iterable[str]) -> bool:

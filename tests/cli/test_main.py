@@ -580,7 +580,7 @@ def test_thin_commands_call_one_function(
     assert seen["report"][0] == (Path("runs/x"),)
     assert cli.main(["evaluate", "runs/x", "--data", "data/y"]) == 0
     given = {"data": "data/y", "columns": {}, "base": None, "objective": None, "batch_rows": None}
-    given["device"] = "auto"
+    given |= {"device": "auto", "task": None}
     assert seen["evaluate"] == (("runs/x",), given)
     assert "1.2500" in capsys.readouterr().out
     assert cli.main(["evaluate", "runs/x", "--json"]) == 0

@@ -150,7 +150,7 @@ def _dispatch(arguments: list[str]) -> int:
             from pretrain.models import own_family
 
             own_family(family)
-        if command.run in (_predict, _evaluate) and (task := vars(args).pop("task")) is not None:
+        if command.run is _predict and (task := vars(args).pop("task")) is not None:
             from pretrain.objectives import task_class
 
             task_class(task)
@@ -556,7 +556,12 @@ def _add_evaluate(parser: Any) -> None:
         type=str | None,
         help="the model before training, if the evaluation needs it and does not find it",
     )
-    add("--task", type=str | None, help="package.module:Class of the task, if it is your own")
+    add(
+        "--task",
+        type=str | None,
+        help="sts, retrieval or minimal-pairs, to measure these on --data; or package.module:Class of the task, if it "
+        "is your own",
+    )
     add("--objective", type=str | None, help="package.module:Class of an objective of your own")
     add("--batch_rows", type=int | None, help="rows in one forward pass")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")

@@ -1,4 +1,7 @@
-"""Evaluation of any checkpoint: a language model on held-out text, a fine-tuned model on labelled rows."""
+"""Evaluation of any checkpoint: a language model on held-out text, a fine-tuned model on labelled rows.
+
+Also of what a model can do without being trained for it: similarity of texts, retrieval, minimal pairs.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.distributed.slurm import is_task
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
+from pretrain.evaluation.embeddings import retrieval, sts
+from pretrain.evaluation.pairs import minimal_pairs
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
@@ -29,8 +34,12 @@ if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["evaluate"]
+__all__ = ["UNTRAINED", "evaluate"]
 
+# Tasks that need no training -> their functions of model, rows, columns, batch size and limit.
+UNTRAINED = {"sts": sts, "retrieval": retrieval, "minimal-pairs": minimal_pairs}
+
+_ROWS = 64  # rows in one forward pass of a task that needs no training
 _LABELLED_HEADS = ("sequence-classification", "token-classification", "question-answering")
 
 
@@ -58,7 +67,9 @@ def evaluate(
             used, in rows of the length that it was trained on. None uses the held-out rows of the run.
         columns: role -> column of labelled rows; by default those of the training rows, if present.
         base: the model before training, if an adapter or the task ``preference`` needs it and it is not found.
-        task: class of the fine-tuned model's task, or its import path, if it is your own.
+        task: class of the fine-tuned model's task, or its import path, if it is your own; or what to measure of any
+            model, with rows in ``data``: ``sts`` (similarity of pairs), ``retrieval`` (search), ``minimal-pairs``
+            (such as BLiMP). See the functions of these names in ``pretrain.evaluation``.
         objective: name of the objective of a language model, or the import path of your own; None chooses it by the
             head.
         batch_rows: rows in one forward pass.
@@ -69,13 +80,22 @@ def evaluate(
 
     Returns:
         The metrics, including ``loss`` and ``targets`` (the number of evaluated answers or tokens); for the same rows
-        they are those of the run's summary.
+        they are those of the run's summary. Those of ``sts``, ``retrieval`` and ``minimal-pairs`` are documented there.
 
     Raises:
         PretrainError: no rows, rows that do not fit the model, or rows that have changed since the run.
     """
     path = Path(checkpoint)
+    untrained = UNTRAINED.get(task) if isinstance(task, str) else None
+    if untrained is not None and (data is None or objective is not None):
+        raise ConfigError(
+            f"The task {task} is measured on rows of its own. Give {option('data')}, and no objective."
+        )
     model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
+    if untrained is not None:
+        chosen, rows = reported_precision(None, precision, device), batch_rows or _ROWS
+        with naming_memory("the evaluation", lambda: smaller_batch(rows)), chosen.autocast():
+            return untrained(model.to(chosen.device), data, columns or {}, rows, limit)
     options: dict[str, Any] = {"limit": limit}
     options |= {} if batch_rows is None else {"batch_rows": batch_rows}
     if task is not None:
@@ -90,12 +110,26 @@ def evaluate(
         options |= {"precision": precision, "device": device}
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
+    return _evaluate_task(path, model, data, columns or {}, base, precision, device, options)
+
+
+def _evaluate_task(
+    path: Path,
+    model: Model,
+    data: Any,
+    columns: Mapping[str, str],
+    base: Any,
+    precision: str,
+    device: str,
+    options: Mapping[str, Any],
+) -> dict[str, float]:
+    """Evaluate a fine-tuned model on labelled rows."""
     trained, home = task_of(model), language.run_of(path)
     settings = _settings_of(home)
     if data is None:
         table = _held_out(path, settings, trained)
     else:
-        table = labelled(data, trained, columns or {}, None if settings is None else settings.data)
+        table = labelled(data, trained, columns, None if settings is None else settings.data)
     train = TuneTrain() if settings is None else settings.train
     chosen = reported_precision(None if settings is None else train, precision, device)
     rows = encoded(trained, table, lambda: _before_training(path, trained, settings, base))
