@@ -21,7 +21,7 @@ import pytest
 from inference import chatty
 from pretrain.errors import ConfigError
 from pretrain.inference import serve as serving
-from pretrain.inference.serve import Server
+from pretrain.inference.serve import Server, listen
 
 ROOT = Path(__file__).parents[2]
 HELLO = [{"role": "user", "content": "hello"}]
@@ -29,7 +29,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(chatty.talker(), "tiny", 0, options={"max_new_tokens": 60}) as made:
+    with Server(chatty.talker(), "tiny", listen(0), options={"max_new_tokens": 60}) as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield made
@@ -274,7 +274,8 @@ def test_answers_are_made_one_after_another_and_too_many_are_refused(
     go.set()
     for thread in threads:
         thread.join(20)
-    assert found == [200] * serving._WAITING and server.places._value == serving._WAITING
+    assert found == [200] * serving._WAITING
+    wait_for(lambda: server.places._value == serving._WAITING)
 
 
 def test_a_client_that_leaves_ends_its_answer(
@@ -297,7 +298,7 @@ def test_a_client_that_leaves_ends_its_answer(
 
 def test_the_end_of_the_server_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     go, made = hold(monkeypatch, "abcdefghijkl")
-    with Server(chatty.talker(), "tiny", 0) as server:
+    with Server(chatty.talker(), "tiny", listen(0)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
@@ -315,19 +316,19 @@ def test_the_end_of_the_server_ends_the_answer(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_be_served_is_named(server: Server) -> None:
-    with pytest.raises(ConfigError, match=r"port \d+ .*--port"):
-        Server(chatty.talker(), "tiny", server.server_port)
+    with pytest.raises(ConfigError, match=r"port \d+ .*Address already in use.*--port"):
+        listen(server.server_port)
     with pytest.raises(ConfigError, match="port 99999"):
-        Server(chatty.talker(), "tiny", 99999)
+        listen(99999)
     with pytest.raises(ConfigError, match="temperature"):
-        Server(chatty.talker(), "tiny", 0, options={"temperature": -1})
+        Server(chatty.talker(), "tiny", listen(0), options={"temperature": -1})
 
 
 # ------------------------------------------------------------------------------------------ the page
 
 
 def test_the_page_is_one_file_and_trusts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Server(chatty.talker(), "a</script><b>&", 0, "be </script> good") as server:
+    with Server(chatty.talker(), "a</script><b>&", listen(0), "be </script> good") as server:
         text, policy = server.page.decode(), server.policy
     assert text.count("</script>") == 2 and "<b>&" not in text
     assert "http://" not in text and "https://" not in text and "innerHTML" not in text

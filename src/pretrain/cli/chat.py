@@ -54,8 +54,10 @@ def chat(args: Any) -> None:
     if args.raw and (args.web or args.system):
         raise ConfigError("--raw has no conversations, so it takes neither --web nor --system.")
     from pretrain.checkpoint import load
+    from pretrain.inference.serve import listen, serve
     from pretrain.training.precision import choose_device
 
+    listener = listen(args.port) if args.web else None  # before the model is read
     device = choose_device(args.device)
     model = load(args.checkpoint).to(device)
     if not args.raw and (model.tokenizer is None or model.tokenizer.chat_template is None):
@@ -68,10 +70,8 @@ def chat(args: Any) -> None:
     options = {k: v for k, v in vars(args).items() if k not in left_out and v is not None}
     stored = model.generation_config.get("max_new_tokens")
     options.setdefault("max_new_tokens", stored if isinstance(stored, int) else _NEW_TOKENS)
-    if args.web:
-        from pretrain.inference.serve import serve
-
-        serve(model, Path(args.checkpoint).resolve().name, args.port, args.system, options)
+    if listener is not None:
+        serve(model, Path(args.checkpoint).resolve().name, listener, args.system, options)
     else:
         _Talk(model, args.system, args.raw, options).run(args.checkpoint)
 

@@ -10,10 +10,10 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import select
 import socket
-import socketserver
 import threading
 import time
 import uuid
@@ -35,7 +35,7 @@ from pretrain.utils.strict_json import parse_json
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["Server", "serve"]
+__all__ = ["Server", "listen", "serve"]
 
 ADDRESS = "127.0.0.1"
 _WAITING = 8  # requests that are answered or wait for it
@@ -67,22 +67,42 @@ _NEUTRAL: dict[str, Sequence[Any]] = {
 }
 
 
+def listen(port: int) -> socket.socket:
+    """Return a socket that listens on a port of the loopback interface; 0 takes a free one.
+
+    Raises:
+        ConfigError: the port cannot be used.
+    """
+    try:
+        return socket.create_server((ADDRESS, port))
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ConfigError(
+            f"The port {port} of this machine cannot be used: {reason}. Choose another one with --port; 0 takes a free "
+            "one."
+        ) from error
+
+
 def serve(
-    model: Model, name: str, port: int, system: str = "", options: Mapping[str, Any] | None = None
+    model: Model,
+    name: str,
+    listener: socket.socket,
+    system: str = "",
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve a model until Ctrl-C.
 
     Args:
         model: a causal model with a chat template.
         name: id of the model in the protocol.
-        port: port on the loopback interface; 0 takes a free one.
+        listener: see `listen`.
         system: the system prompt that stands in the page at first.
         options: options of ``generate`` for what a request does not set; ``max_new_tokens`` is one of them.
 
     Raises:
-        ConfigError: the port cannot be used, or an option is out of range.
+        ConfigError: an option is out of range.
     """
-    with Server(model, name, port, system, options) as server:
+    with Server(model, name, listener, system, options) as server:
         note(
             f"Talk to {name} at {server.url} - programs at {server.url}/v1 - Ctrl-C ends the server."
         )
@@ -111,7 +131,7 @@ class Server(ThreadingHTTPServer):
         self,
         model: Model,
         name: str,
-        port: int,
+        listener: socket.socket,
         system: str = "",
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -124,14 +144,9 @@ class Server(ThreadingHTTPServer):
         self.turn, self.stopping = threading.Lock(), threading.Event()
         self.places = threading.BoundedSemaphore(_WAITING)
         self.created = int(time.time())
-        try:
-            super().__init__((ADDRESS, port), _Handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"The port {port} of this machine cannot be used: {reason}. Choose another one with --port; "
-                "0 takes a free one."
-            ) from error
+        super().__init__(listener.getsockname(), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.server_port = listener, listener.getsockname()[1]
         names = [f"{host}:{self.server_port}" for host in (ADDRESS, "localhost")]
         self.hosts = frozenset(names + [ADDRESS, "localhost"] * (self.server_port == 80))
         self.page, self.policy = _page(name, system, self.options)
@@ -139,11 +154,6 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://{ADDRESS}:{self.server_port}"
-
-    def server_bind(self) -> None:
-        """Bind without the look-up of the host's name, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = ADDRESS, self.server_address[1]
 
     def stop(self) -> None:
         """End the answer that is being made, and wait until it has ended."""
