@@ -32,7 +32,8 @@ _SETTINGS = ("train", "lr-range", "bench", "finetune")
 _NULLS = ("null", "Null", "NULL", "~")
 _WIDTH = 80
 _ARCHITECTURE = (
-    "FAMILY or FAMILY:SIZE, e.g. gpt2:small, or the directory of a checkpoint to start from"
+    "FAMILY or FAMILY:SIZE, e.g. gpt2:small (gpt2:? lists the sizes), or the directory of a "
+    "checkpoint to start from"
 )
 _OWN_OBJECTIVE = "next-token, masked-lm, or package.module:Class of an objective of your own"
 

@@ -264,6 +264,11 @@ def _train(args: Any) -> int:
     settings, options = read_settings(RunConfig, args)
     if settings is None:
         return 0
+    if settings.model.size == "?":
+        from pretrain.training.sizes import sizes
+
+        print(printable(str(sizes(settings.model.family)), lines=True))
+        return 0
     from pretrain.training.run import train
 
     return int(train(settings, **options).exit_code)

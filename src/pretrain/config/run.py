@@ -97,7 +97,7 @@ class ModelConfig:
     family: str = "qwen3"
     """gpt2, llama, mistral, qwen2, qwen3, bert, roberta, modernbert, or "package.module:Class"."""
     size: str = "small"
-    """Model size: tiny, mini, small, base, ..."""
+    """Model size: tiny, mini, small, medium, base, large, xl; "?" shows parameters, memory, time and loss of each."""
     checkpoint: str | None = None
     """Checkpoint to start from, a directory or a model of the Hub (org/name); family and size are taken from it."""
     overrides: dict[str, Any] = field(default_factory=dict)

@@ -79,7 +79,8 @@ def train(
         hooks: called after steps with a read-only record.
         rows: rows of any kind, instead of those that ``data`` names; for ``devices=1``. Name a function by
             ``data.source`` to have them from the command line too.
-        **sections: overrides by section, ``data={"train": "books"}``, or by dotted key.
+        **sections: overrides by section, ``data={"train": "books"}``, by dotted key, by a section's main setting,
+            ``data="books", model="gpt2:small"``, or by the name of a setting alone, ``lr=6e-4``.
 
     Returns:
         The run: its directory, last metrics and history.

@@ -1,0 +1,121 @@
+"""The sizes of a model family with what they cost and reach: parameters, memory, and what was measured.
+
+``sizes.json`` is written by docs/sizes.py, which trains the small sizes on one CPU thread; a size that was not trained
+there has no figures for time and loss.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.distributed.estimates import MeshShape, Needs, memory
+from pretrain.models import build
+from pretrain.models.config import SIZES
+
+__all__ = ["Size", "Sizes", "sizes"]
+
+# The run that the estimate of the memory is for: AdamW, bf16 compute on a GPU, so many tokens per forward pass.
+_VOCABULARY, _ROW, _TOKENS = 8192, 512, 4096
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of a family.
+
+    Attributes:
+        name: value of ``model.size``.
+        layers, width, heads: number of blocks, hidden size, heads of attention.
+        parameters: number of parameters with a vocabulary of 8,192 entries.
+        memory: estimated bytes at the peak of a step: AdamW, bf16 compute, 4,096 tokens in a forward pass.
+        seconds: seconds of one CPU thread per million tokens; None if not measured.
+        loss: held-out loss (nats per target) after the tokens that ``Sizes.measured`` says; None if not measured.
+    """
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    parameters: int
+    memory: float
+    seconds: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All sizes of a family; printed as a table.
+
+    Attributes:
+        family: name of the family.
+        rows: the sizes, smallest first.
+        measured: how time and loss were measured.
+    """
+
+    family: str
+    rows: tuple[Size, ...]
+    measured: str
+
+    def __str__(self) -> str:
+        head = ("size", "layers x width", "parameters", "memory", "s / M tokens", "loss")
+        lines = [head]
+        for row in self.rows:
+            lines.append(
+                (
+                    row.name,
+                    f"{row.layers} x {row.width}",
+                    f"{row.parameters / 1e6:,.1f} M",
+                    f"{row.memory / 2**30:,.1f} GiB",
+                    "not measured" if row.seconds is None else f"{row.seconds:,.0f}",
+                    "not measured" if row.loss is None else f"{row.loss:.2f}",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        note = textwrap.wrap(
+            f"{self.family}, with a vocabulary of {_VOCABULARY:,}. Memory is an estimate: AdamW, bf16, {_TOKENS:,} "
+            f"tokens in a forward pass. {self.measured}",
+            80,
+        )
+        return "\n".join([*table, "", *note])
+
+    __repr__ = __str__
+
+
+def sizes(family: str) -> Sizes:
+    """Return the sizes of a family: parameters, memory of training, time and loss where they were measured.
+
+    Args:
+        family: a key of ``FAMILIES``, or ``"package.module:Class"``.
+
+    Returns:
+        The sizes; ``print`` shows them as a table.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
+    found = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
+    figures = found["figures"].get(family, {})
+    rows = []
+    for name, (layers, width, heads) in SIZES.items():
+        model = build(family, name, device="meta", vocab_size=_VOCABULARY)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        needs = Needs(
+            **vars(model.backbone.stats()),
+            parameters=count,
+            trainable=count,
+            row_length=_ROW,
+            tied=bool(getattr(model.head, "tied", True)),
+            micro_tokens=_TOKENS,
+        )
+        needed = memory(needs, MeshShape(), "single", _TOKENS).total
+        rows.append(Size(name, layers, width, heads, count, needed, **figures.get(name, {})))
+    return Sizes(family, tuple(rows), found["measured"])
