@@ -1,6 +1,6 @@
 """Time and loss of the small model sizes on one CPU thread, for the table that ``--model.size ?`` prints.
 
-    python docs/sizes.py gpt2:tiny gpt2:mini qwen3:tiny    # about a minute for tiny, three for mini
+    python docs/sizes.py gpt2:tiny gpt2:mini qwen3:tiny    # about two minutes of the processor for tiny
 
 Every size reads the same tokens of WikiText-2 (its test file, in PRETRAIN_TEST_DATA) in the same order, and writes its
 figures into src/pretrain/training/sizes.json. The time is that of the processor, without start-up, evaluation and
@@ -57,6 +57,8 @@ def measure(family: str, size: str, folder: Path) -> dict[str, float]:
         out=str(folder / f"{family}-{size}"),
         hooks=[tick],
     )
+    if run.exit_code:  # a signal ended it
+        sys.exit(run.exit_code)
     tokens = (STEPS - WARM) * ROWS * LENGTH
     seconds = (clock[STEPS] - clock[WARM]) / tokens * 1e6
     return {"seconds": round(seconds, 1), "loss": round(run.metrics["loss"], 3)}
