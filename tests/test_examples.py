@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,6 @@ def environment():
         **os.environ,
         "PYTHONPATH": str(ROOT / "src"),
         "OMP_NUM_THREADS": "1",
-        "PRETRAIN_EXAMPLES_TINY": "1",
     }
 
 
@@ -72,28 +72,67 @@ def test_finetune_script(tmp_path):
     assert answer["label"] in ("<cat>", "other") and 0.5 <= answer["score"] <= 1
 
 
+# What is replaced in the cells of a notebook before a test runs them: the budget of seconds instead of minutes.
+SMALLER = {
+    "pretrain.ipynb": {
+        'source = "python"': 'source = pretrain.__path__[0] + "/errors.py"',
+        "vocab_size=2048, row_length=256, valid=0.01": 'vocab_size=300, row_length=64, valid="last:0.2"',
+        '"limit": "2 minutes"': '"limit": "8 steps", "log_every": 1',
+        '"batch_rows": 16': '"batch_rows": 2',
+        '"eval_every": "20%"': '"eval_every": "50%"',
+        '"eval_rows": 32': '"eval_rows": 4',
+    },
+    "finetune.ipynb": {
+        'pretrain.prepare("python", ': 'pretrain.prepare(pretrain.__path__[0] + "/errors.py", ',
+        "vocab_size=2048, row_length=256, valid=0.01": 'vocab_size=300, row_length=64, valid="last:0.2"',
+        '"limit": "2 minutes"': '"limit": "8 steps", "log_every": 1',
+        '"batch_rows": 16': '"batch_rows": 2',
+        '"eval_every": "20%"': '"eval_every": "50%"',
+        '"eval_rows": 32': '"eval_rows": 4',
+        "LINES, PIECES = 6, 6": "LINES, PIECES = 6, 3",
+        '{"epochs": 15}': '{"limit": "10 steps", "batch_rows": 8, "eval_every": "50%", "log_every": 1}',
+    },
+}
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebooks_are_stored_without_output(name):
+def test_notebooks_are_stored_with_the_outputs_of_one_run(name):
     notebook = json.loads((EXAMPLES / name).read_text())
-    for cell in notebook["cells"]:
-        assert not cell.get("outputs") and not cell.get("execution_count")
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    text = json.dumps(notebook)
+    assert "<svg" in text and "<iframe sandbox" in text, "no curve or no report"
+    assert "environ" not in text and "TINY" not in text, "a switch for tests"
+    assert not [place for place in ("/root/", "/home/", "/tmp/") if place in text]
 
 
 def run_notebook(name, folder, monkeypatch):
-    """Execute a notebook in a folder; the outputs of its cells, as they would be saved."""
+    """Execute a notebook in a folder, at a size of no use; the outputs of its cells, as they would be saved."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    for old, new in SMALLER[name].items():
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source]
+        assert cells, f"{name} has no cell with {old}"
+        for cell in cells:
+            cell.source = cell.source.replace(old, new)
     nbclient.NotebookClient(
         notebook,
         timeout=300,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
     ).execute()
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    red = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert not re.sub(r".*TqdmWarning.*\n.*\n", "", red), (
+        "a red box"
+    )  # of transformers, without ipywidgets
+    return outputs
 
 
 def shown(outputs):
@@ -107,6 +146,7 @@ def test_pretraining_notebook(tmp_path, monkeypatch):
     (live,) = [page for page in pages if 'class="pt view live"' in page]
     assert "step 8 of 8" in live and "done" in live
     assert "<svg" in live and live.count('<tr class="best">') == 1
+    assert any("<iframe sandbox" in page for page in pages), "no report"
     assert (tmp_path / "runs" / "notebook" / "report.html").is_file()
 
 
@@ -119,7 +159,10 @@ def test_finetuning_notebook(tmp_path, monkeypatch):
         assert "step 10 of 10" in live and "accuracy" in live and '<tr class="best">' in live
         assert "<script" not in live
     assert any('class="pt view overview"' in page for page in pages), "no overview of the rows"
-    assert any("taken for" in page for page in pages), "no confusion matrix"
+    pictures = [output.get("data", {}).get("image/svg+xml", "") for output in outputs]
+    assert any("of its row" in picture for picture in pictures), "no confusion matrix"
+    assert any("held-out accuracy" in picture for picture in pictures)
+    assert any("<iframe sandbox" in page for page in pages), "no report"
     text = "".join(output.get("text", "") for output in outputs)
     assert "Traceback" not in text and "parameters are trained" in text
     assert (tmp_path / "packages" / "config.json").is_file()
