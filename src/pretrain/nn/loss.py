@@ -200,8 +200,8 @@ def _chunk(
     grad.scatter_add_(1, index, minus)
     if softcap is not None:
         grad = grad * (1 - (capped / softcap).square())
-    # Rows are selected, not multiplied by zero: an ignored row may hold a NaN, and 0 * NaN is NaN.
-    return loss, hits, torch.where(valid.unsqueeze(1), grad, torch.zeros_like(grad))
+    # Rows are filled, not multiplied by zero: an ignored row may hold a NaN, and 0 * NaN is NaN.
+    return loss, hits, grad.masked_fill_(~valid.unsqueeze(1), 0.0)
 
 
 @functools.cache
