@@ -346,7 +346,7 @@ def sizes(settings: Settings) -> list[tuple[int, int]]:
     """(rows of a step, steps)."""
     if settings.tiny:
         return [(8, 3)]
-    return [(8, 16), (32, 8)] if settings.device.type == "cpu" else [(8, 60), (32, 60)]
+    return [(8, 8), (32, 4)] if settings.device.type == "cpu" else [(8, 60), (32, 60)]
 
 
 def finetune(settings: Settings) -> list[Callable[[], Case]]:
@@ -383,7 +383,7 @@ def finetune(settings: Settings) -> list[Callable[[], Case]]:
         )  # fmt: skip
 
     cases = [functools.partial(case, *size) for size in sizes(settings)]
-    return [*cases, functools.partial(embedding, *sizes(settings)[-1])]
+    return [*cases, functools.partial(embedding, *sizes(settings)[0])]
 
 
 def shape_name(settings: Settings) -> str:

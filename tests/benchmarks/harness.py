@@ -274,8 +274,7 @@ def measured(run: Callable[[], float]) -> float:
 
 
 def timed(work: Callable[[], Any], settings: Settings, seconds: float = 0.3) -> Callable[[], float]:
-    """Return a function that repeats ``work`` for about ``seconds`` and returns the cost of once; warms up."""
-    work()
+    """Return a function that repeats ``work``, which is warm, for about ``seconds``, and returns the cost of once."""
     start = settings.clock()
     work()
     taken = max(settings.clock() - start, 1e-6)

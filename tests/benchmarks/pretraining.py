@@ -80,7 +80,7 @@ DECODERS = {
 }
 # The rows of an encoder are documents; a step reads as many.
 ENCODERS = {
-    "cpu": Shape(4, 256, 4, 256, 32, 8192),
+    "cpu": Shape(4, 256, 4, 256, 12, 8192),
     "cuda": Shape(12, 768, 12, 512, 128, 30522),
     "tiny": Shape(2, 64, 2, 16, 4, 96),
 }
@@ -532,7 +532,7 @@ def masked(settings: Settings) -> list[Callable[[], Case]]:
     cuda = settings.device.type == "cuda"
 
     def case(padding: float) -> Case:
-        e = Encoders(settings, shape, padding, steps=2 if settings.tiny else 4)
+        e = Encoders(settings, shape, padding, steps=4 if cuda and not settings.tiny else 2)
         part = functools.partial
         grouped, rebalanced = part(e.sampled, "group_by_length"), part(e.sampled, "batch_rebalance")
         contenders = [

@@ -28,11 +28,11 @@ VOCAB, LENGTH, ROWS, MICRO = 4096, 256, 64, 32
 SHAPE = {"num_layers": 4, "hidden_size": 192, "num_heads": 3, "max_positions": LENGTH}
 PEERS = {  # name -> (contender, kind, package)
     "pretrain, DDP": ("ours-ddp", "ours", "torch"),
-    "pretrain, FSDP": ("ours-fsdp", "variant", "torch"),
     "accelerate": ("accelerate-ddp", "default", "accelerate"),
     "lightning, DDP": ("lightning-ddp", "default", "lightning"),
 }
 LONG = {
+    "pretrain, FSDP": ("ours-fsdp", "variant", "torch"),
     "pretrain, DDP, reproducible": ("ours-reproducible", "variant", "torch"),
     "pretrain, DDP, Muon": ("ours-muon", "variant", "torch"),
 }
@@ -213,7 +213,7 @@ def measure(peer: str, processes: int, steps: int) -> float:
 
 def processes(settings: Settings) -> list[Callable[[], Case]]:
     """Row 12: a step in two processes; the floor of ours is half of its step in one."""
-    steps = 1 if settings.tiny else 5
+    steps = 1 if settings.tiny else 3
 
     def make(peer: str, count: int) -> tuple[Callable[[], float], Work]:
         share = 1 if count == 2 else 2

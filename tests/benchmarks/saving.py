@@ -151,7 +151,7 @@ def save(settings: Settings) -> list[Callable[[], Case]]:
                     s.contender("torch.save and fsync", "default", s.torch_save, durable=True),
                     s.contender("torch DCP save and fsync", "default", s.dcp_save, durable=True),
                 ],
-                {"torch.save and fsync": 1 / 1.5}, controlled=False, rounds=(3, 5),
+                {"torch.save and fsync": 1 / 1.5}, controlled=False, rounds=(2, 4),
                 extra=lambda: (s.room.cleanup(), {})[1],
             )  # fmt: skip
         return Case(
@@ -162,7 +162,7 @@ def save(settings: Settings) -> list[Callable[[], Case]]:
                 s.contender("torch.save", "default", s.torch_save, durable=False),
                 s.contender("torch DCP async_save", "best", s.dcp_async, durable=False),
             ],
-            {"floor": 1 / 1.3, "default": 3.0, "best": 1.0}, controlled=False, rounds=(3, 5),
+            {"floor": 1 / 1.3, "default": 3.0, "best": 1.0}, controlled=False, rounds=(2, 4),
             extra=lambda: (s.room.cleanup(), {})[1],
         )  # fmt: skip
 
@@ -204,5 +204,5 @@ def reading(settings: Settings) -> Case:
                 lambda: clocked(lambda: fresh(torch.load(s.out / "weights.pt", weights_only=True))),
             ),
         ],
-        {"floor": 1 / 1.2}, controlled=False, rounds=(3, 5), extra=lambda: (s.room.cleanup(), {})[1],
+        {"floor": 1 / 1.2}, controlled=False, rounds=(2, 4), extra=lambda: (s.room.cleanup(), {})[1],
     )  # fmt: skip

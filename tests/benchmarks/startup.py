@@ -64,8 +64,6 @@ def startup(settings: Settings) -> list[Callable[[], Case]]:
 
     def contender(name: str, kind: str, code: str, needs: str) -> Contender:
         def make() -> tuple[Callable[[], float], Work]:
-            if not settings.tiny:
-                seconds(code)  # files that are read for the first time
             return functools.partial(seconds, code), Work(0)
 
         return Contender(name, kind, make, needs)
@@ -79,7 +77,7 @@ def startup(settings: Settings) -> list[Callable[[], Case]]:
                 contender(name, kinds.get(name, "default"), code, needs.get(name, name.split()[0]))
                 for name, code in IMPORTS.items()
             ],
-            {"floor": 0.9, "default": 1.0}, rounds=(2, 4),
+            {"floor": 0.9, "default": 1.0}, rounds=(2, 3),
         )  # fmt: skip
 
     def first_step() -> Case:
@@ -90,7 +88,7 @@ def startup(settings: Settings) -> list[Callable[[], Case]]:
                 contender("our import alone", "floor", IMPORTS["pretrain"], "torch"),
                 contender("transformers Trainer", "default", THEIRS, "transformers"),
             ],
-            {"floor": 0.7, "default": 1.0}, rounds=(2, 4),
+            {"floor": 0.7, "default": 1.0}, rounds=(2, 3),
         )  # fmt: skip
 
     return [imports, first_step]
