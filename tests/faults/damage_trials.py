@@ -203,6 +203,7 @@ def damaged(path: Path, kind: str, rng: random.Random) -> Iterator[str]:
         "zero",
         "swap",
     ):  # in place: a copy would take most of the time
+        path.chmod(0o644)  # the weights of a run that has ended are read-only
         with open(path, "r+b") as file:
             at, length = rng.randrange(size - 4096), 1 if kind == "bit" else rng.randint(2, 4096)
             file.seek(at)

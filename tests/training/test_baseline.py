@@ -68,6 +68,7 @@ def test_baseline_counts_what_the_run_saw_and_is_recorded(
     said = capsys.readouterr().err
     bits = data.valid.bits_per_byte(block["kneser_ney_nats"])
     assert f"counted on {model.num_tokens:,} tokens that the run saw, {bits:.3f}; unigram" in said
+    assert ("hint: of text that is seen 3.0" in said) == (limit == "3 epochs")
     assert "Kneser-Ney, order 3" in render(found.path)
     assert "baseline (Kneser-Ney, order 3)" in (found.checkpoint / "README.md").read_text()
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from pretrain.checkpoint import check_writable, estimated_size, save_model
 from pretrain.checkpoint.result import check_result
 from pretrain.checkpoint.sharded_loading import load_slices
+from pretrain.config import OptimConfig
 from pretrain.data.loader import Examples
+from pretrain.data.shards import Rows
 from pretrain.errors import DataError, TrainingError, out_of_memory
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import local
@@ -36,6 +38,9 @@ __all__ = ["check_rows", "numel", "preflight"]
 # up to 4 are as good as new text, and beyond 16 little is gained: arXiv 2305.16264, figure 5), and mean occurrences of
 # a vocabulary entry below which the vocabulary is said to be large.
 _FEW_STEPS, _MANY_EPOCHS, _FEW_OCCURRENCES = 50, 16, 50
+
+# Between these numbers of epochs the recipe of `suggest` was measured to be better than the defaults.
+FEW_EPOCHS, MANY_EPOCHS = 2.0, 10.0
 
 
 def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
@@ -253,6 +258,8 @@ def describe(
         lines.append(f"mixture {shares}{' and others' * (len(sources) > 8)}")
     if any((left_out := trainer.about.get("left_out", {})).values()):
         lines.append("left out " + ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n))
+    if checkpoint is None and (suggestion := suggest(trainer, epochs)):
+        lines.append(suggestion)
     if trainer.eval_data is None:
         lines.append("no held-out rows: nothing will be evaluated")
     return lines
@@ -298,6 +305,26 @@ def remarks(trainer: Trainer, steps: int) -> list[str]:
                 f"times on average, too few to learn it; about data.vocab_size {smaller} fits, or more text"
             )
     return found
+
+
+def suggest(trainer: Trainer, epochs: float) -> str | None:
+    """Return the settings that did better where a new next-token model sees little text a few times, if not in use.
+
+    Measured by ``docs/recipes.py``; see "Small text" in docs/training.md.
+    """
+    own_text = isinstance(trainer.train_data, Rows) and not trainer.about.get("parent")
+    untouched = trainer.optim.name == "adamw" and trainer.optim.lr == OptimConfig.lr
+    if not (
+        own_text
+        and untouched
+        and trainer.objective.head_kind == "causal-lm"
+        and FEW_EPOCHS <= epochs <= MANY_EPOCHS
+    ):
+        return None
+    return (
+        f"hint: of text that is seen {epochs:.1f} times Muon learnt more in trials (optim.name=muon, optim.lr=0.003, "
+        "optim.min_lr=0, optim.weight_decay=1, dropout=0.1 in model.overrides)"
+    )
 
 
 def memory_needed(trainer: Trainer, *, resumed: bool) -> float:

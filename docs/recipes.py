@@ -1,0 +1,260 @@
+"""Which settings suit own text that a run sees many times: the experiments behind "Small text" in training.md.
+
+    python docs/recipes.py run screen                # one part at a time, books
+    python docs/recipes.py run final                 # the recipe against the defaults
+    python docs/recipes.py show screen final         # as tables
+
+Every run takes the same number of steps, however little text there is: the number of epochs says how much. Data are
+looked for in PRETRAIN_TEST_DATA, everything is kept in ``--out``. Every run is one line of results.jsonl and is not
+repeated, so that an interrupted experiment goes on where it stopped. Figures are held-out bits per byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pretrain
+from pretrain.training import optim
+
+DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
+VOCAB, ROW, BATCH = 512, 256, 4
+HELD_OUT, LONGEST = 60_000, 20_000  # bytes of held-out text; characters of a document
+STEPS = 500
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al., 2024
+
+# ---------------------------------------------------------------------------- texts
+
+
+def documents(corpus: str) -> list[str]:
+    """The documents of a corpus in a random order, the long ones cut."""
+    if corpus == "wikitext2":
+        lines = (DATA / "wikitext2/valid.txt").read_text(encoding="utf-8").splitlines()
+        lines += (DATA / "wikitext2/test.txt").read_text(encoding="utf-8").splitlines()
+        found: list[str] = []
+        for line in lines:
+            if line.startswith(" = ") and not line.startswith(" = = "):
+                found.append("")
+            if found:
+                found[-1] += line + "\n"
+    else:
+        name = {"books": "books/books.jsonl.gz", "peps": "python_peps/peps.jsonl.gz"}[corpus]
+        with gzip.open(DATA / name, "rt", encoding="utf-8") as file:
+            found = [json.loads(line)["text"] for line in file]
+    random.Random(0).shuffle(found)
+    return [text[:LONGEST] for text in found]
+
+
+def text_of(corpus: str, size: int, out: Path) -> tuple[Path, Path, Path]:
+    """Training text of about ``size`` bytes, the held-out text and the tokenizer of a corpus."""
+    folder = out / corpus
+    train, valid, tokenizer = folder / f"train-{size}.jsonl", folder / "valid.jsonl", folder / "tok"
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, taken = documents(corpus), 0
+    parts = {valid: HELD_OUT, train: size}
+    for path, most in parts.items():
+        with path.open("w", encoding="utf-8") as file:
+            written = 0
+            while written < most and taken < len(whole):
+                # The last document is cut, so that the number of epochs is the wanted one.
+                text = whole[taken][: most - written]
+                file.write(json.dumps({"text": text}) + "\n")
+                written, taken = written + len(text.encode()), taken + 1
+    if not tokenizer.exists():
+        rest = folder / "all.jsonl"
+        held = sum(1 for _ in valid.open(encoding="utf-8"))
+        rest.write_text("".join(json.dumps({"text": text}) + "\n" for text in whole[held:]))
+        pretrain.train_tokenizer([str(rest)], "bpe", vocab_size=VOCAB).save(tokenizer)
+    return train, valid, tokenizer
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+def run(spec: dict[str, Any], out: Path) -> None:
+    """Train once and add the held-out figures of the last evaluation to results.jsonl, unless they are there."""
+    done = {json.dumps(line["spec"], sort_keys=True) for line in results(out)}
+    if json.dumps(spec, sort_keys=True) in done:
+        return
+    steps = spec.get("steps", STEPS)
+    # About 2 bytes per token; the number of epochs that it gives is recorded.
+    size = round(2.0 * ROW * BATCH * steps / spec["epochs"])
+    train, valid, tokenizer = text_of(spec["corpus"], size, out)
+    folder = out / f"trial-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.process_time()
+    overrides = {
+        "num_layers": 4,
+        "hidden_size": spec["width"],
+        "num_heads": spec["width"] // 32,
+        "tie_embeddings": True,
+        "max_positions": ROW,
+    }
+    if spec["family"] != "gpt2":
+        overrides["intermediate_size"] = 8 * spec["width"] // 3 // 32 * 32
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(open(out / "console.txt", "a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(console))
+        stack.enter_context(contextlib.redirect_stderr(console))
+        if spec.get("quintic"):
+            stack.enter_context(mock.patch.object(optim, "_POLAR_EXPRESS", (QUINTIC,) * 5))
+            stack.enter_context(mock.patch.object(optim, "_MARGIN", 1.0))
+        found = pretrain.train(
+            data={
+                "train": str(train),
+                "valid": str(valid),
+                "tokenizer": str(tokenizer),
+                "row_length": ROW,
+                "cache": str(out / "cache"),
+            },
+            model={
+                "family": spec["family"],
+                "size": "tiny",
+                "overrides": overrides | spec.get("model", {}),
+            },
+            objective={"class_path": "NextToken"},
+            optim=spec.get("optim", {}),
+            train={
+                "out": str(folder),
+                "limit": f"{steps} steps",
+                "batch_rows": BATCH,
+                "eval_every": "33.4%",
+                "save_every": "0 steps",
+                "best": False,
+                "seed": spec["seed"],
+            },
+            parallel={"threads": 1},
+        )
+    if found.exit_code:
+        raise SystemExit(found.exit_code)
+    curve = [r["eval"]["bits_per_byte"] for r in found.history if "eval" in r]
+    last = [r for r in found.history if "epoch" in r]
+    line = {
+        "spec": spec,
+        "last": round(curve[-1], 4),
+        "best": round(min(curve), 4),
+        "epochs": last[-1]["epoch"] if last else None,
+        "seconds": round(time.process_time() - began, 1),
+    }
+    with open(out / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl."""
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
+
+
+# ---------------------------------------------------------------------------- grids
+
+MUON = {"name": "muon", "lr": 3e-3, "min_lr": 0.0}
+DROPOUT = {"dropout": 0.1}
+# The defaults, then one part at a time.
+PARTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"optim": {"lr": 3e-3, "min_lr": 0.0}},
+    {"optim": MUON},
+    {"optim": MUON | {"weight_decay": 1.0}},
+    {"optim": MUON, "model": DROPOUT},
+    {"optim": MUON | {"ema": 0.98}},
+    {"optim": MUON | {"weight_decay": 1.0}, "model": DROPOUT},
+    {"optim": MUON | {"weight_decay": 1.0, "cautious": True}},
+)
+# What the screening at 15 epochs led to.
+STRONGER = {"optim": MUON | {"weight_decay": 3.0}, "model": {"dropout": 0.2}}
+
+
+def _screen() -> Iterator[dict[str, Any]]:
+    for part in PARTS:
+        yield _spec("gpt2", 64, "books", 15, 0, part)
+    for part in (PARTS[0], PARTS[2], PARTS[6]):
+        yield _spec("gpt2", 64, "books", 5, 0, part)
+    yield _spec("gpt2", 64, "books", 15, 0, STRONGER)
+    yield _spec("gpt2", 64, "books", 5, 0, PARTS[2] | {"quintic": True})
+
+
+def _final() -> Iterator[dict[str, Any]]:
+    """The defaults against Muon: other texts, another family, another width."""
+    kinds: tuple[tuple[str, int, str, float, int], ...] = (
+        ("gpt2", 64, "peps", 5, 0),
+        ("gpt2", 64, "wikitext2", 5, 0),
+        ("llama", 64, "books", 5, 0),
+        ("gpt2", 128, "books", 5, 0),
+    )
+    for kind in kinds:
+        for part in (PARTS[0], PARTS[2]):
+            yield _spec(*kind, part)
+    yield _spec("gpt2", 128, "books", 5, 0, PARTS[6])
+
+
+def _spec(
+    family: str, width: int, corpus: str, epochs: float, seed: int, part: dict[str, Any]
+) -> dict[str, Any]:
+    """A run: what is trained on what, and the settings that differ from the defaults."""
+    of = {"family": family, "width": width, "corpus": corpus, "epochs": epochs, "seed": seed}
+    return of | part
+
+
+GRIDS = {"screen": _screen, "final": _final}
+
+
+def table(name: str, out: Path) -> str:
+    """One line per setting, one column per number of epochs: the last evaluation and, in brackets, the best."""
+    found = {json.dumps(line["spec"], sort_keys=True): line for line in results(out)}
+    cells: dict[tuple[str, ...], dict[float, list[dict[str, Any]]]] = {}
+    for spec in GRIDS[name]():
+        line = found.get(json.dumps(spec, sort_keys=True))
+        if line is None:
+            continue
+        part = json.dumps({k: spec[k] for k in ("optim", "model", "quintic") if k in spec})
+        kind = (spec["corpus"], spec["family"], str(spec["width"]), part)
+        cells.setdefault(kind, {}).setdefault(spec["epochs"], []).append(line)
+    columns = sorted({epochs for row in cells.values() for epochs in row})
+    heads = " | ".join(f"{epochs:g} epochs" for epochs in columns)
+    rows = [
+        f"| text | family | width | settings | {heads} |",
+        "|---" * 4 + "|---:" * len(columns) + "|",
+    ]
+    for kind, by_epochs in cells.items():
+        values = []
+        for epochs in columns:
+            lines = by_epochs.get(epochs, [])
+            last, best = ([line[what] for line in lines] for what in ("last", "best"))
+            values.append(
+                f"{statistics.fmean(last):.3f} ({statistics.fmean(best):.3f})" if lines else "–"
+            )
+        rows.append(f"| {' | '.join([*kind, *values])} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("run", "show"))
+    parser.add_argument("names", nargs="+", choices=tuple(GRIDS))
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.names:
+        if args.what == "show":
+            print(table(name, args.out))
+        else:
+            for spec in GRIDS[name]():
+                run(spec, args.out)
+
+
+if __name__ == "__main__":
+    main()
