@@ -131,6 +131,9 @@ def test_inspect_and_evaluate_take_names(hub, saved, tmp_path):
     hub.add("org/bert", saved)
     found = inspect("org/bert")
     assert found["path"] == "org/bert" and found["family"] == "bert" and found["parameters"] > 0
+    assert (
+        found["files"] == 5 and found["bytes"] > 4 * found["parameters"]
+    )  # links into the cache count
     (tmp_path / "text.txt").write_text("\n".join(tiny.TEXTS))
     metrics = pretrain.evaluate("org/bert", data=str(tmp_path / "text.txt"))
     assert metrics["targets"] > 0

@@ -333,11 +333,8 @@ def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
         found["problem"] = str(error)
     if listed is not None and found.get("step") is None:
         found["step"] = listed.step
-    sizes = [
-        entry.stat().st_size
-        for entry in directory.rglob("*")
-        if entry.is_file() and not entry.is_symlink()
-    ]
+    entries = [plain.real(str(entry.relative_to(directory))) for entry in directory.rglob("*")]
+    sizes = [e.stat().st_size for e in entries if e.is_file() and not e.is_symlink()]
     resumable = (
         listed is not None and bool(listed.training) and (directory / manifest.TRAINING).is_dir()
     )
