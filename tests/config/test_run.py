@@ -53,6 +53,7 @@ SURFACE = [
     "optim.betas",
     "optim.eps",
     "optim.weight_decay",
+    "optim.cautious",
     "optim.clip",
     "optim.schedule",
     "optim.warmup",

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
@@ -334,16 +334,26 @@ def add_settings(parser: Parser, kind: Any) -> None:
             )
 
 
-def read_settings(kind: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def read_settings(
+    kind: Any, args: argparse.Namespace, own: Collection[str] = ()
+) -> tuple[Any, dict[str, Any]]:
     """Return the settings of ``--config`` and the given settings, and the other options.
 
     With ``--show_config`` the settings are printed, and None is returned for them.
+
+    Args:
+        kind: ``RunConfig`` or ``TuneConfig``.
+        args: parsed arguments.
+        own: options of the command, which are no settings even if a setting has that name too.
     """
     from pretrain.config.check import type_of
 
     given: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for key, value in vars(args).items():
+        if key in own:
+            others[key] = value
+            continue
         is_setting = key in kind.SECTIONS
         with contextlib.suppress(ConfigError):
             is_setting = is_setting or type_of(kind.SECTIONS, key) is not None

@@ -285,7 +285,7 @@ def _add_bench(parser: Any) -> None:
 def _bench(args: Any) -> None:
     from pretrain.config import RunConfig
 
-    settings, options = read_settings(RunConfig, args)
+    settings, options = read_settings(RunConfig, args, own=("steps", "json"))
     if settings is None:
         return
     from pretrain.training.bench import bench
@@ -313,7 +313,7 @@ def _lr_range(args: Any) -> None:
     from pretrain.config import RunConfig
 
     picture = vars(args).pop("plot")
-    settings, options = read_settings(RunConfig, args)
+    settings, options = read_settings(RunConfig, args, own=("lowest", "highest", "steps"))
     if settings is None:
         return
     from pretrain.training.lr_range import lr_range_test

@@ -115,12 +115,8 @@ def train(
             settings.train.out = run_name(settings, data)
         out = Path(settings.train.out)
         model = make_model(settings, data)
-        objective = build_objective(
-            settings.objective.class_path,
-            settings.objective.init_args,
-            model,
-            settings.train.seed,
-        )
+        chosen, seed = settings.objective, settings.train.seed
+        objective = build_objective(chosen.class_path, chosen.init_args, model, seed)
         trainer = Trainer(
             objective,
             data.train,
