@@ -10,14 +10,21 @@ import math
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
-__all__ = ["aligned", "clock", "console", "printable", "printable_pieces"]
+__all__ = ["aligned", "clock", "console", "in_notebook", "printable", "printable_pieces"]
 
 
 def console() -> TextIO:
     """Return the stream of progress and notes: stderr, or stdout in a notebook, which shows the former in red."""
-    return sys.stdout if "ipykernel" in sys.modules else sys.stderr
+    return sys.stdout if in_notebook() else sys.stderr
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    module: Any = sys.modules.get("IPython")  # a kernel has imported it
+    shell = None if module is None else module.get_ipython()
+    return any(cls.__name__ == "ZMQInteractiveShell" for cls in type(shell).__mro__)
 
 
 def clock(seconds: float) -> str:

@@ -49,6 +49,9 @@ class Result:
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
+    def keep(self) -> None:
+        """There is no run whose result could be written again."""
+
     @property
     def monitor(self) -> str:
         return self.settings.train.monitor or str(self.task.metric)
@@ -101,7 +104,16 @@ def result(
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint-200"
-    run = Run(out, 250, "limit", dict(FIGURES), history(), checkpoint=checkpoint, best=checkpoint)
+    run = Run(
+        out,
+        250,
+        "limit",
+        dict(FIGURES),
+        history(),
+        checkpoint=checkpoint,
+        best=checkpoint,
+        result=out / "model",
+    )
     tuned = TuneConfig.load(
         {"task.name": "classification", "model.checkpoint": "runs/books-bert", "data.train": "reviews.csv",
          "train.out": str(out), "data.columns": {"text": "review", "label": "stars"}}
@@ -176,7 +188,7 @@ def test_report_says_everything(tmp_path: Path) -> None:
         "reviews-bert", "classification", "runs/books-bert", "0.875", "held-out accuracy", "accuracy of guessing",
         "0.42", "2,160", "reviews.csv, line 2", "worth it", "neutral", "precision", "support", "pre-training helps",
         "gain", "abababab", "exceed 48 tokens", "recur in the test", "text: review", "Did pre-training help?",
-        "pretrain finetune --config", "model.predict(", "checkpoint-200", "loss (nats per target)",
+        "pretrain finetune --config", "model.predict(", "/model')", "loss (nats per target)",
     ):  # fmt: skip
         assert words in text, words
     assert page.tags.count("svg") >= 4

@@ -402,6 +402,8 @@ def _value(name: str, hint: Any, text: str) -> Any:
 
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     as_text = str in kinds or hint is Any
+    if bool in kinds and text in ("yes", "no"):
+        return text == "yes"
     try:
         value = parse(text, name)[0]
     except ConfigError:

@@ -335,7 +335,9 @@ class _Checker:
         return self.scalar(key, value, hint)
 
     def scalar(self, key: str, value: Any, hint: Any) -> Any:
-        if hint is bool and isinstance(value, str):
+        if (
+            hint is bool and isinstance(value, str) and self.sections
+        ):  # settings, not JSON of others
             value = {"yes": True, "no": False}.get(value, value)
         if isinstance(value, bool | None) and type(value) is hint:
             return value

@@ -59,7 +59,7 @@ from pretrain.data.workdir import (
 )
 from pretrain.data.workers import train_apart
 from pretrain.errors import DataError, TokenizerError
-from pretrain.printing import console, printable
+from pretrain.printing import console, in_notebook, printable
 
 __all__ = ["Prepared", "prepare"]
 
@@ -362,7 +362,7 @@ def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int],
     from tqdm import tqdm
 
     # In a log file a progress bar would print a line per update; a notebook has no terminal but renders the bar.
-    quiet = quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    quiet = quiet or not (sys.stderr.isatty() or in_notebook())
     with tqdm(
         total=total,
         desc=label,

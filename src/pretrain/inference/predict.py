@@ -22,7 +22,7 @@ from pretrain.data.tables import Table, read_table, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
-from pretrain.printing import console
+from pretrain.printing import console, in_notebook
 from pretrain.training.precision import choose_device
 from pretrain.utils.files import note
 from pretrain.utils.memory_info import peak_memory
@@ -436,7 +436,7 @@ def predict_file(
     where = choose_device(device)
     task.to(where)
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
-    quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    quiet = not progress or not (sys.stderr.isatty() or in_notebook())
     count = empty = 0
     task.unanswered.clear()
     with (

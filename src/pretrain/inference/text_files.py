@@ -32,6 +32,7 @@ from pretrain.inference.predict import check_target, smaller_batch
 from pretrain.inference.vectors import Hit, search
 from pretrain.objectives.classification import TEXT
 from pretrain.objectives.tasks import read_texts
+from pretrain.printing import in_notebook
 from pretrain.training.precision import choose_device
 from pretrain.utils.files import HashingFile, note, replacing
 
@@ -167,7 +168,7 @@ def embed_file(
         "batch_size": batch_rows,
     }  # fmt: skip
     told: Counter[str] = Counter()
-    quiet = not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    quiet = not progress or not (sys.stderr.isatty() or in_notebook())
     with (
         naming_memory("embedding", lambda: smaller_batch(batch_rows)),
         _written(target),

@@ -7,13 +7,12 @@ and if the notebook fails to display it, the plain lines of `pretrain.training.l
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pretrain.printing import aligned, clock, printable
+from pretrain.printing import aligned, clock, in_notebook, printable
 from pretrain.training.logging import Progress
 from pretrain.training.relay import relay
 from pretrain.training.state import RunState
@@ -41,12 +40,7 @@ def open_screen() -> Progress:
 
 def _publisher() -> Callable[[Bundle], None] | None:
     """Return a function that displays a MIME bundle in the running cell, in place; None outside of a notebook."""
-    if "IPython" not in sys.modules:  # notebook kernels have imported it
-        return None
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    if not any(cls.__name__ == "ZMQInteractiveShell" for cls in type(shell).__mro__):
+    if not in_notebook():
         return None
     import IPython.display
 
