@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch.nn import functional as F
 import tiny
 from pretrain.checkpoint import load
 from pretrain.checkpoint.manifest import verify
-from pretrain.errors import CheckpointCorrupt, ConfigError, ModelError
+from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.models.sentences import POOLINGS
+from pretrain.models.sentences import POOLINGS, SentenceSettings
 from pretrain.objectives.embedding import Embedding
 
 transformers.logging.set_verbosity_error()
@@ -106,6 +107,17 @@ def test_pooling_and_normalisation_come_from_the_directory(
     again = load(tmp_path / "saved", quiet=True)
     assert again.sentences == model.sentences or again.sentences.pooling == (mode,)
     close(again.embed(TEXTS), model.embed(TEXTS))
+
+
+def test_a_model_is_saved_over_itself_and_over_nothing_of_others(tmp_path: Path) -> None:
+    model = copy.deepcopy(made("bert"))
+    model.sentences = SentenceSettings(pooling=("mean",), normalize=True)
+    saved = model.save(tmp_path / "saved")
+    assert (saved / "1_Pooling" / "config.json").exists() and (saved / "modules.json").exists()
+    model.save(saved)
+    (saved / "1_Pooling" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="1_Pooling/notes.txt"):
+        model.save(saved)
 
 
 def test_several_poolings_are_joined_and_none_is_the_mean(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ _LARGE = 16 << 20  # bytes; files of this size are written by a thread each
 _AT_ONCE = 4  # files that a rank writes at the same time, if training waits for them
 OVERWRITABLE = re.compile(
     r"(config|generation_config|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
+    r"(preprocessor_config|processor_config)\.json|"
+    r"(modules|sentence_bert_config|config_sentence_transformers)\.json|1_Pooling(/config\.json)?|"
     r"(vocab|merges)\.txt|chat_template\.jinja|README\.md|"
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
     r"adapter_config\.json|adapter_model\.safetensors|pretrain\.json"
@@ -144,6 +146,8 @@ def _refuse_target(target: Path, model: Model) -> None:
         )
     with files.writing(target):
         names = sorted(os.listdir(target))
+        if (target / manifest.POOLING).is_dir():
+            names += [f"{manifest.POOLING}/{name}" for name in os.listdir(target / manifest.POOLING)]
     for name in names:
         if not OVERWRITABLE.fullmatch(name):
             raise CheckpointError(
