@@ -147,7 +147,9 @@ def _refuse_target(target: Path, model: Model) -> None:
     with files.writing(target):
         names = sorted(os.listdir(target))
         if (target / manifest.POOLING).is_dir():
-            names += [f"{manifest.POOLING}/{name}" for name in os.listdir(target / manifest.POOLING)]
+            names += [
+                f"{manifest.POOLING}/{name}" for name in os.listdir(target / manifest.POOLING)
+            ]
     for name in names:
         if not OVERWRITABLE.fullmatch(name):
             raise CheckpointError(
