@@ -23,8 +23,8 @@ from pretrain.config.spelling import Interface
 from pretrain.errors import ConfigError, did_you_mean
 
 __all__ = [
-    "Parser", "add_checkpoint", "add_sampling", "add_settings", "interface", "make_parser", "read_settings",
-    "settings_class",
+    "Parser", "add_checkpoint", "add_device", "add_reading", "add_sampling", "add_settings", "interface", "make_parser",
+    "read_settings", "settings_class",
 ]  # fmt: skip
 
 # Commands whose options are the fields of a settings class; only those given are returned.
@@ -253,6 +253,31 @@ def add_checkpoint(
         "--family",
         type=str | None,
         help="package.module:Class of the model, if it is a family of your own",
+    )
+
+
+def add_device(parser: Any) -> None:
+    """Declare ``--device``."""
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+
+
+def add_reading(parser: Any) -> None:
+    """Declare how the file of examples is read: ``--delimiter``, ``--quoting`` and ``--encoding``."""
+    add = parser.add_argument
+    add(
+        "--delimiter",
+        type=str | None,
+        help="delimiter of the cells of .csv or .tsv; not given, comma or tab, or what the header shows",
+    )
+    add(
+        "--quoting",
+        type=bool | None,
+        help="whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do",
+    )
+    add(
+        "--encoding",
+        type=str | None,
+        help="encoding of the file, e.g. cp1252; not given, UTF-8",
     )
 
 

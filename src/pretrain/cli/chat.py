@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.arguments import add_checkpoint, add_sampling
+from pretrain.cli.arguments import add_checkpoint, add_device, add_sampling
 from pretrain.errors import ConfigError, Interrupted, ModelError, PretrainError
 from pretrain.printing import printable_pieces
 from pretrain.utils.files import note
@@ -35,7 +35,7 @@ def add_chat(parser: Any) -> None:
     add = parser.add_argument
     add("--system", type=str, default="", help="what the model is told before the conversation")
     add_sampling(parser, _NEW_TOKENS)
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add_device(parser)
     add(
         "--raw",
         action="store_true",

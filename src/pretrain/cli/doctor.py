@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from pretrain.cli.arguments import add_device
+
 __all__ = ["add_doctor", "doctor"]
 
 
 def add_doctor(parser: Any) -> None:
     """Declare the options of ``pretrain doctor``."""
     add = parser.add_argument
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add_device(parser)
     add("--out", type=str | None, default=None, help="run directory that all processes must see")
     add("--timeout", type=float, default=60.0, help="seconds for each attempt to connect")
     add("--json", action="store_true", help="print JSON")

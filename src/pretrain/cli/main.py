@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from pretrain.cli.arguments import (
     add_checkpoint,
+    add_device,
+    add_reading,
     add_sampling,
     add_settings,
     interface,
@@ -387,22 +389,8 @@ def _add_predict(parser: Any) -> None:
         help="number of likeliest classes to write with their probabilities, or all; not given, the likeliest class, "
         "or those above the threshold",
     )
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
-    add(
-        "--delimiter",
-        type=str | None,
-        help="delimiter of the cells of .csv or .tsv; not given, comma or tab, or what the header shows",
-    )
-    add(
-        "--quoting",
-        type=bool | None,
-        help="whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do",
-    )
-    add(
-        "--encoding",
-        type=str | None,
-        help="encoding of the file, e.g. cp1252; not given, UTF-8",
-    )
+    add_device(parser)
+    add_reading(parser)
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -506,10 +494,8 @@ def _add_embed(parser: Any) -> None:
     add("--prompt", type=str | None, help="prefix of every text")
     add("--prompt_name", type=str | None, help="name of a prompt in the model's directory")
     add("--batch_rows", type=int, default=32, help="texts in one forward pass")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
-    add("--delimiter", type=str | None, help="delimiter of the cells of .csv or .tsv")
-    add("--quoting", type=bool | None, help="whether double quotes enclose cells of .csv or .tsv")
-    add("--encoding", type=str | None, help="encoding of the file; not given, UTF-8")
+    add_device(parser)
+    add_reading(parser)
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -531,7 +517,7 @@ def _add_search(parser: Any) -> None:
     add(
         "--prompt_name", type=str | None, help="name of the query's prompt in the model's directory"
     )
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add_device(parser)
 
 
 def _search(args: Any) -> None:
@@ -569,7 +555,7 @@ def _add_evaluate(parser: Any) -> None:
     )
     add("--objective", type=str | None, help="package.module:Class of an objective of your own")
     add("--batch_rows", type=int | None, help="rows in one forward pass")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+    add_device(parser)
     add("--json", action="store_true", help="print JSON")
 
 
