@@ -14,6 +14,7 @@ from pathlib import Path
 from pretrain.distributed.estimates import MeshShape, Needs, memory
 from pretrain.models import build
 from pretrain.models.config import SIZES
+from pretrain.printing import aligned
 
 __all__ = ["Size", "Sizes", "sizes"]
 
@@ -72,20 +73,12 @@ class Sizes:
                     "not measured" if row.loss is None else f"{row.loss:.2f}",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
         note = textwrap.wrap(
             f"{self.family}, with a vocabulary of {_VOCABULARY:,}. Memory is an estimate: AdamW, bf16, {_TOKENS:,} "
             f"tokens in a forward pass. {self.measured}",
             80,
         )
-        return "\n".join([*table, "", *note])
+        return "\n".join([*aligned(lines, left=1), "", *note])
 
     __repr__ = __str__
 
