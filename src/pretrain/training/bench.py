@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Speed:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return asdict(self) | {"shares": dict(self.shares), "limits": list(self.limits)}
+        return asdict(self) | {"limits": list(self.limits)}
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.device == "cpu" else ""
@@ -116,8 +117,7 @@ def bench(
     device = choose_device(settings.parallel.device)
     warm = _WARM.get(device.type, 3)
     times: list[float] = []
-    spent: dict[str, list[float]] = defaultdict(list)
-    clock = _Clock(spent)
+    clock = _Clock()
 
     def after(record: Mapping[str, Any]) -> None:
         times.append(time.perf_counter())
@@ -144,12 +144,12 @@ def bench(
         finally:
             world.on_mark = None
         records = [r for r in read_log(out / "log.jsonl") if "tokens_per_second" in r][-steps:]
-    seconds = _median([b - a for a, b in zip(times[warm - 1 :], times[warm:], strict=False)])
-    whole = {name: sum(spent[name][-steps:]) for name in _PHASES}
+    seconds = median_high([b - a for a, b in zip(times[warm - 1 :], times[warm:], strict=False)])
+    whole = {name: sum(clock.spent[name][-steps:]) for name in _PHASES}
     total = sum(whole.values())
     shares = {name: value / total for name, value in whole.items()}
     precision = choose_precision(settings.train.precision, device).name
-    memory, mfu = peak_memory(device), _median([float(r["mfu"]) for r in records])
+    memory, mfu = peak_memory(device), median_high([float(r["mfu"]) for r in records])
     return Speed(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=precision,
@@ -157,7 +157,7 @@ def bench(
         steps=steps,
         seconds=seconds,
         rows=settings.train.batch_rows,
-        units=_median([float(r["tokens_per_second"]) for r in records]),
+        units=median_high([float(r["tokens_per_second"]) for r in records]),
         unit=str(records[-1].get("unit", "tokens")),
         utilisation=mfu,
         memory=memory,
@@ -167,10 +167,14 @@ def bench(
 
 
 class _Clock:
-    """Seconds of each phase of each step, from the marks that the trainer sets for the watchdog."""
+    """Seconds of each phase of each step, from the marks that the trainer sets for the watchdog.
 
-    def __init__(self, spent: dict[str, list[float]]) -> None:
-        self._spent = spent
+    Attributes:
+        spent: phase -> its seconds in each step.
+    """
+
+    def __init__(self) -> None:
+        self.spent: dict[str, list[float]] = {name: [] for name in _PHASES}
         self._phase, self._since = "start", time.perf_counter()
         self._step: dict[str, float] = defaultdict(float)
 
@@ -183,8 +187,8 @@ class _Clock:
     def end_step(self) -> None:
         """Note that the step is complete."""
         self.mark("between", 0)
-        for name in _PHASES:
-            self._spent[name].append(self._step[name])
+        for name, seconds in self.spent.items():
+            seconds.append(self._step[name])
         self._step.clear()
 
 
@@ -220,7 +224,3 @@ def _limits(
             "Half of the memory is free: larger micro-batches fit (train.micro_rows=0 chooses them)."
         )
     return found
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
