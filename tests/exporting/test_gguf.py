@@ -117,6 +117,16 @@ def test_the_tokenizer(tmp_path: Path) -> None:
     assert own["chat_template"] == words().chat_template
 
 
+@pytest.mark.parametrize("said", ["</s>", None, 10**6, [-1, 7.0, True], [9, "</s>"]])
+def test_ends_of_a_text_are_those_of_generate(said: Any, tmp_path: Path) -> None:
+    model = made("gpt2")
+    model.generation_config["eos_token_id"] = said  # of a file that anyone may have written
+    fields, _ = read(model.export("gguf", tmp_path / "out"))
+    first = 9 if isinstance(said, list) and 9 in said else words().eos_id
+    assert fields["tokenizer.ggml.eos_token_id"] == first
+    assert fields.get("tokenizer.ggml.eot_token_id", first) in (first, words().eos_id)
+
+
 def test_types_of_numbers(tmp_path: Path, capfd: Any) -> None:
     model = made("qwen2")
     _, whole = read(model.export("gguf", tmp_path / "f32", dtype="f32"))

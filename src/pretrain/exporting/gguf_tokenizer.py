@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from pretrain.errors import TokenizerError
+from pretrain.inference.prompts import end_ids
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -164,9 +165,8 @@ def tokenizer_fields(model: Model) -> dict[str, Any]:
 
 def _ends(model: Model, tokenizer: Tokenizer) -> list[int]:
     """Return the ids at which generation ends, the tokenizer's own one last."""
-    said = model.generation_config.get("eos_token_id", model.backbone.config.eos_id)
-    ids = said if isinstance(said, list) else [said]
-    return list(dict.fromkeys(i for i in (*ids, tokenizer.eos_id) if i is not None))
+    own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return list(dict.fromkeys(end_ids(model) + own))
 
 
 def _frame(tokenizer: Tokenizer) -> tuple[bool, bool]:
