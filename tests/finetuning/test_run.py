@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
+from pretrain.config.spelling import Interface, using
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.finetuning import job as running
 from pretrain.objectives.classification import Classification
@@ -338,3 +341,16 @@ def test_a_missing_model_of_the_hub_is_said_before_the_rows_are_read(
 ) -> None:
     with pytest.raises(CheckpointError, match="hub:org/none does not exist"):
         tune("org/none", tmp_path / "run", rows=str(tmp_path / "no-such-rows.csv"))
+
+
+def test_the_lines_on_what_to_do_next_differ() -> None:
+    model, data = SimpleNamespace(head_kind="embedding"), None
+    task = SimpleNamespace(name="embedding")
+    result: Any = SimpleNamespace(path=Path("runs/x"), task=task, model=model, data=data)
+    with patch("pretrain.finetuning.job.example_input", return_value='"..."'):
+        in_python = running.follow_up(result)
+        with using(Interface(command=True)):
+            on_the_command_line = running.follow_up(result)
+    assert "embed(TEXTS)" in in_python[1]
+    assert on_the_command_line[1].strip() == "pretrain embed runs/x FILE --out vectors.npy"
+    assert on_the_command_line[2].split()[:3] == ["pretrain", "evaluate", "runs/x"]

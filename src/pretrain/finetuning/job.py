@@ -84,7 +84,7 @@ def follow_up(result: Finetuned) -> list[str]:
         name = "generate" if kind == "causal-lm" else "fill-mask"
         command, python = f"pretrain {name} {place} TEXT", f"{name.replace('-', '_')}(TEXT)"
     elif task == "embedding":
-        command, python = f"pretrain evaluate {place} --data FILE", "embed(TEXTS)"
+        command, python = f"pretrain embed {place} FILE --out vectors.npy", "embed(TEXTS)"
     return [
         "next:",
         f"    {either(command, f'pretrain.load({path!r}).{python}')}",
