@@ -131,7 +131,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_hidden[start : start + chunk] = (
                         back if lift == 1.0 else back.float() / lift
                     )
-                if grad_weight is not None:
+                if grad_weight is not None and low.dtype is grad_weight.dtype:
+                    grad_weight.addmm_(low.T, part)
+                elif grad_weight is not None:
                     grad_weight.add_(low.T @ part, alpha=1.0 / lift)
                 if grad_bias is not None:
                     alpha = 1.0 if kernel is None else 1.0 / lift
@@ -155,20 +157,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
 
-def _is_argmax(logits: Tensor, index: Tensor) -> Tensor:
-    """Return (n,) whether ``index`` (n, 1) is the argmax of ``logits`` (n, V); ties go to the lowest id.
-
-    bf16 logits tie often, so a comparison with the largest logit alone would count several tokens as correct.
-    """
-    if not logits.is_cpu:
-        return logits.argmax(1, keepdim=True).eq(index).squeeze(1)
-    # On a CPU argmax costs ten times as much as amax, so it runs only on the rows that may be hits.
-    correct = logits.gather(1, index).squeeze(1) >= logits.amax(1)
-    rows = correct.nonzero().squeeze(1)
-    correct[rows] = logits[rows].argmax(1, keepdim=True).eq(index[rows]).squeeze(1)
-    return correct
-
-
 def _chunk(
     logits: Tensor,
     target: Tensor,
@@ -176,32 +164,58 @@ def _chunk(
     with_grad: bool,
     vocab: VocabShard | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, hits and the gradient with respect to the raw logits of one chunk, (n, V) -> (n, V)."""
+    """Return loss, hits and the gradient with respect to the raw logits of one chunk, (n, V) -> (n, V).
+
+    fp32 logits are overwritten.
+    """
     logits = logits.float()
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     valid = target != IGNORE
     index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
+    slope = None if softcap is None else 1 - (capped / softcap).square()
     if vocab is None:
-        correct = _is_argmax(capped, index)
-        log_probs = torch.log_softmax(capped, dim=1)
-        picked = log_probs.gather(1, index).squeeze(1)
+        loss, correct, grad = _softmax_(capped, index)
+        minus = torch.full_like(index, -1, dtype=grad.dtype)
     else:
         ids = index
         index, inside = vocab.place(ids)
         log_probs, picked, correct = vocab.log_softmax(capped, ids, index, inside)
-    loss = -torch.where(valid, picked, torch.zeros_like(picked)).sum()
+        loss, minus = -picked, -inside.to(log_probs.dtype)
+        grad = log_probs.exp_() if with_grad else log_probs
+    loss = torch.where(valid, loss, torch.zeros_like(loss)).sum()
     hits = (correct & valid).sum().float()
     if not with_grad:
-        return loss, hits, log_probs  # not used
-    grad = log_probs.exp_()
-    minus = (
-        torch.full_like(index, -1, dtype=grad.dtype) if vocab is None else -inside.to(grad.dtype)
-    )
+        return loss, hits, grad  # not used
     grad.scatter_add_(1, index, minus)
-    if softcap is not None:
-        grad = grad * (1 - (capped / softcap).square())
-    # Rows are filled, not multiplied by zero: an ignored row may hold a NaN, and 0 * NaN is NaN.
-    return loss, hits, grad.masked_fill_(~valid.unsqueeze(1), 0.0)
+    if slope is not None:
+        grad = grad * slope
+    if not (valid.is_cpu and bool(valid.all())):
+        # Rows are filled, not multiplied by zero: an ignored row may hold a NaN, and 0 * NaN is NaN.
+        grad.masked_fill_(~valid.unsqueeze(1), 0.0)
+    return loss, hits, grad
+
+
+def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the cross entropy of (n, V) logits, which their softmax replaces, with the targets ``index`` (n, 1).
+
+    Returns:
+        The losses (n,), whether the targets are the argmax (n,), and the softmax (n, V). Of equal logits the lowest id
+        is the argmax: bf16 logits tie often, and a comparison with the largest logit alone would count several tokens.
+    """
+    picked = logits.gather(1, index)
+    others = logits.scatter_(1, index, float("-inf")).amax(1, keepdim=True)
+    logits.scatter_(1, index, picked)
+    if logits.is_cpu:
+        # There argmax costs ten times as much as amax, so it runs only on rows in which another logit is equal.
+        correct = (picked > others).squeeze(1)
+        if len(rows := (picked == others).squeeze(1).nonzero().squeeze(1)):
+            correct[rows] = logits[rows].argmax(1, keepdim=True).eq(index[rows]).squeeze(1)
+    else:
+        correct = logits.argmax(1, keepdim=True).eq(index).squeeze(1)
+    largest = torch.maximum(picked, others)
+    sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    loss = (sums.log() - (picked - largest)).squeeze(1)
+    return loss, correct, logits.div_(sums)
 
 
 @functools.cache
