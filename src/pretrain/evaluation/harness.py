@@ -28,7 +28,7 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError as error:
     raise ConfigError(
-        f'The tasks of lm-evaluation-harness need its package: pip install "pretrain[harness]". ({error})'
+        f"The tasks of lm-evaluation-harness need its package: pip install lm_eval. ({error})"
     ) from error
 
 __all__ = ["HarnessModel"]

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pretrain.data.task_rows import batches_by_length
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.prompts import as_texts, check_ids, evaluating, fill_id, pad, tokenizer_of
 from pretrain.nn.device import tokens_at_once
+from pretrain.printing import console
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
@@ -140,10 +141,11 @@ def score_continuations(
         rows: ids; the last one is only scored and not read, so a row may have one more than the model has positions.
         counts: number of tokens at the end of each row to score, less than its length.
         batch_rows: maximum number of rows in one forward pass; rows of similar length are taken together.
-        progress: show a progress bar on standard error.
+        progress: show a progress bar.
     """
     found: list[Any] = [None] * len(rows)
-    with evaluating(model) as device, tqdm(total=len(rows), disable=not progress) as bar:
+    bar = tqdm(total=len(rows), disable=not progress, file=console())
+    with evaluating(model) as device, bar:
         lengths = [len(row) - 1 for row in rows]
         for chosen in batches_by_length(lengths, batch_rows, tokens_at_once(device)):
             hidden = _hidden(model, [rows[i][:-1] for i in chosen], device)

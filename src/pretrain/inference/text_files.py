@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pretrain.checkpoint import load
 from pretrain.config.spelling import Interface, option, using
@@ -32,7 +32,7 @@ from pretrain.inference.predict import check_target, smaller_batch
 from pretrain.inference.vectors import Hit, search
 from pretrain.objectives.classification import TEXT
 from pretrain.objectives.tasks import read_texts
-from pretrain.printing import in_notebook
+from pretrain.printing import console, in_notebook
 from pretrain.training.precision import choose_device
 from pretrain.utils.files import HashingFile, note, replacing
 
@@ -172,7 +172,7 @@ def embed_file(
     with (
         naming_memory("embedding", lambda: smaller_batch(batch_rows)),
         _written(target),
-        tqdm(unit="row", disable=quiet, total=count or None) as bar,
+        tqdm(unit="row", disable=quiet, total=count or None, file=console()) as bar,
     ):
         vectors = _embedded(model, chain([first], parts), told, bar, options)
         _WRITERS[target.suffix.lower()](target, count, vectors)
