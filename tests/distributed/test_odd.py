@@ -45,6 +45,12 @@ def test_all_processes_have_the_buffers_of_the_first(seen: dict[str, Any]) -> No
         assert len(set(seen[strategy]["buffers"])) == 1
 
 
+def test_processes_agree_on_the_micro_batch_that_is_fastest_on_the_slowest(
+    seen: dict[str, Any],
+) -> None:
+    assert seen["measured"] == {"rows": [2, 2]}
+
+
 def test_fsdp_on_one_process_inside_a_group_of_ones_own(tmp_path: Path) -> None:
     run = trainer(tmp_path / "plain", objective(), Rows(8), limit="3 steps")
     run.fit()

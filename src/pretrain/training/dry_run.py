@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pretrain.objectives.base import Batch
     from pretrain.training.trainer import Trainer
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "nothing_kept", "run_pass"]
 
 # Tolerances: compiled kernels sum in another order and draw other dropout masks; wrong code is far off.
 _LOSS, _NORM, _DRAWS = 0.1, 0.5, 5.0
@@ -44,15 +44,15 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
     largest = trainer.feed.largest()
     trainer.objective.train()
-    with _nothing_kept(trainer):
+    with nothing_kept(trainer):
         # The first pass includes allocation and kernel selection; the time of the second is returned.
         tried = [usable if largest is None else largest, usable]
         try:
             if trainer.strategy.sharded:
                 _see_reached(trainer, tried)
-            _run(trainer, tried[0])
+            run_pass(trainer, tried[0])
             check_coupling(trainer)
-            loss, seconds = _run(trainer, usable)
+            loss, seconds = run_pass(trainer, usable)
             if trainer.parallel.compile:
                 check_compiled(trainer, usable)
         except (MemoryError, RuntimeError) as error:
@@ -79,7 +79,7 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     return loss, seconds
 
 
-def _run(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
+def run_pass(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
     """Return the loss over all ranks and the seconds of one pass; the gradients are kept."""
     start = time.perf_counter()
     torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
@@ -91,7 +91,7 @@ def _run(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def _nothing_kept(trainer: Trainer) -> Iterator[None]:
+def nothing_kept(trainer: Trainer) -> Iterator[None]:
     """Restore buffers and random state, and clear the gradients, at the end of the context."""
     state = torch.get_rng_state()
     buffers = {name: b.clone() for name, b in trainer.objective.named_buffers()}
@@ -145,7 +145,7 @@ def check_compiled(trainer: Trainer, batch: Batch) -> None:
     for stance, seed in (("default", 0), ("force_eager", 0), ("force_eager", 1)):
         trainer.optimizers.zero_grad()
         with torch.compiler.set_stance(stance):
-            loss, _ = _run(trainer, batch, seed)
+            loss, _ = run_pass(trainer, batch, seed)
         grads = [
             local(p.grad)
             for p in trainer.strategy.trainable_parameters().values()

@@ -250,8 +250,7 @@ class Trainer:
         if checkpoint is not None:
             with self.journal.starting(f"reading {checkpoint.name}"):
                 self.state, self.checkpoint = restore(self, checkpoint), checkpoint
-            if 0 < self.state.micro_rows < self.micro_rows and world.size == 1:
-                self._split(self.state.micro_rows)
+            self._keep_micro_rows()
         seconds = preflight(self, checkpoint)
         self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
         if self.optim.unfreeze:
@@ -275,6 +274,14 @@ class Trainer:
         self.strategy.fill(initialise=checkpoint is None)
         align(self.objective, self.strategy.layout, self.world)
         self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+
+    def _keep_micro_rows(self) -> None:
+        """Keep the micro-batches of the steps before, if they were measured or memory ran out with larger ones."""
+        kept, alone, free = self.state.micro_rows, self.world.size == 1, not self.train.micro_rows
+        # A larger size than that of the rule may not fit here; only a process that is alone can take it back.
+        usable = (alone and free) if kept > self.micro_rows else (alone or free)
+        if kept and usable and self.feed.share_rows % kept == 0:
+            self.split(kept)
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:
@@ -444,10 +451,8 @@ class Trainer:
         )
         if kept or before == 1:
             return False
-        self.state.micro_rows = max(
-            rows for rows in range(1, before // 2 + 1) if self.train.batch_rows % rows == 0
-        )
-        self._split(self.state.micro_rows)
+        fewer = [r for r in range(1, before // 2 + 1) if self.train.batch_rows % r == 0]
+        self.split(max(fewer), record=True)
         self.optimizers.zero_grad()
         gc.collect()
         if self.device.type == "cuda":
@@ -460,7 +465,10 @@ class Trainer:
         self.journal.write({"event": "memory", "step": step, "micro_rows": self.micro_rows})
         return True
 
-    def _split(self, micro_rows: int) -> None:
+    def split(self, micro_rows: int, *, record: bool = False) -> None:
+        """Set the rows of a micro-batch, a divisor of the rows of this rank; recorded, a resumed run keeps them."""
+        if record:
+            self.state.micro_rows = micro_rows
         self.micro_rows = self.feed.micro_rows = micro_rows
 
     def release(self) -> bool:
