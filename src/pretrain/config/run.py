@@ -209,8 +209,8 @@ class ParallelConfig:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", resumable=True)
     """Device: auto, cpu, cuda or mps."""
-    compile: bool = setting(False, resumable=True)
-    """Compile the blocks with torch.compile."""
+    compile: bool | Literal["auto"] = setting("auto", resumable=True)
+    """Compile the blocks with torch.compile; auto does on CUDA in runs that are long enough to pay for it."""
     activation_checkpointing: Literal["off", "selective", "full"] = field(
         default="off", metadata={"flag": {True: "full", False: "off"}, "resumable": True}
     )

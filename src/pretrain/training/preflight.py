@@ -239,7 +239,8 @@ def describe(
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
-        f"evaluation in {trainer.eval_precision.name}, {torch.get_num_threads()} threads",
+        f"evaluation in {trainer.eval_precision.name}, {torch.get_num_threads()} threads, "
+        f"{'compiled' if trainer.compiled[0] else 'eager'} blocks ({trainer.compiled[1]})",
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {tokens:,} in all, {epochs:.2f} epochs in "

@@ -33,6 +33,7 @@ from pretrain.nn.buffers import persistent_buffers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
+from pretrain.training.compiling import decide_for
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, to_device
@@ -99,6 +100,7 @@ class Trainer:
     optimizers: Optimizers
     average: WeightAverage
     saver: Saver
+    compiled: tuple[bool, str]  # whether the blocks are, and why
     micro_rows: int
     feed: Feed
     plan: Plan
@@ -202,6 +204,11 @@ class Trainer:
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
         checkpoint = latest_together(self.out, world.peers())
+        loader = Loader(self.train_data, seed=train.seed)
+        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
+        self.journal.epoch_rows = self.plan.epoch_rows
+        self.row_length = round(mean_length(self.train_data, self.objective))
+        self.compiled = decide_for(self)
         with self.journal.starting("placing the model"):
             self._place(checkpoint)
         self.layers = Layers(self.objective, self.optim)
@@ -234,8 +241,6 @@ class Trainer:
             even=self.parallel.reproducible,
             most=self.strategy.choice.micro_rows,
         )
-        loader = Loader(self.train_data, seed=train.seed)
-        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
         timed = self.plan.limit.kind == "minutes"
         self.feed = Feed(
             self.objective,
@@ -245,8 +250,6 @@ class Trainer:
             share=(world.dp_rank, sizes.dp),
             total_rows=None if timed else self.plan.total_steps() * train.batch_rows,
         )
-        self.journal.epoch_rows = self.plan.epoch_rows
-        self.row_length = round(mean_length(self.train_data, self.objective))
         if checkpoint is not None:
             with self.journal.starting(f"reading {checkpoint.name}"):
                 self.state, self.checkpoint = restore(self, checkpoint), checkpoint
@@ -464,6 +467,11 @@ class Trainer:
         )
         self.journal.write({"event": "memory", "step": step, "micro_rows": self.micro_rows})
         return True
+
+    def run_eagerly(self, why: str) -> None:
+        """Go on without the compiler."""
+        self.objective.model.backbone.eager_blocks()
+        self.compiled = False, why
 
     def split(self, micro_rows: int, *, record: bool = False) -> None:
         """Set the rows of a micro-batch, a divisor of the rows of this rank; recorded, a resumed run keeps them."""
