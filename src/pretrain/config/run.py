@@ -79,7 +79,8 @@ class DataConfig:
     encoding: str | None = None
     """Encoding of text files and tables; UTF-8 if not given."""
     tokenizer: str = "bpe"
-    """bpe, wordpiece or char (trained on the data), or the path of a tokenizer or a checkpoint."""
+    """bpe, wordpiece or char (trained on the data), the path of a tokenizer or a checkpoint, or a name on the Hub
+    (org/name), of which only the tokenizer is fetched."""
     vocab_size: int = setting(8192, 8, 1 << 22)
     """Vocabulary size of the tokenizer to train."""
     row_length: int = setting(512, 2, 1 << 20)

@@ -29,7 +29,7 @@ from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import RowSource, open_rows
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import HUB_FILES, Tokenizer
 from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
@@ -51,6 +51,7 @@ from pretrain.training.starting_model import open_source, origin, settled_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
+from pretrain.utils.hub_files import pinned
 from pretrain.utils.hub_names import hub_name
 
 __all__ = ["evaluate", "train"]
@@ -104,6 +105,7 @@ def train(
     world = current_world()
     with muted(not world.is_rank_zero):
         settings.model.checkpoint = settle_checkpoint(settings)
+        settings.data.tokenizer = settle_tokenizer(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out), say=False)
         data = main_process_first(
@@ -251,16 +253,31 @@ def settle_checkpoint(settings: Any) -> Any:
 
     A run that is resumed keeps the commit with which it began.
     """
-    checkpoint, before, family = settings.model.checkpoint, None, settings.model.family
-    out = Path(settings.train.out)
+    checkpoint, family = settings.model.checkpoint, settings.model.family
     if not checkpoint or hub_name(checkpoint) is None:
         return checkpoint
     if family is not None and ":" in family:
         own_family(family)
+    before = settings_before(settings)
+    return settled_source(checkpoint, None if before is None else before.model.checkpoint)
+
+
+def settle_tokenizer(settings: RunConfig) -> str:
+    """Return ``data.tokenizer``; one of the Hub is fetched, and named with its commit as ``settle_checkpoint`` does."""
+    tokenizer, before = settings.data.tokenizer, settings_before(settings)
+    if hub_name(tokenizer) is None:
+        return tokenizer
+    earlier = None if before is None else before.data.tokenizer
+    return current_world().broadcast_result(lambda: pinned(tokenizer, earlier, HUB_FILES))
+
+
+def settings_before(settings: Any) -> Any:
+    """Return the settings with which the run in ``train.out`` began; None if none has begun there."""
+    out = Path(settings.train.out)
     if settings.train.out and has_begun(out):
         with contextlib.suppress(ConfigError):  # a run of another kind, which is refused later
-            before = type(settings).load(out / "run.yaml").model.checkpoint
-    return settled_source(checkpoint, before)
+            return type(settings).load(out / "run.yaml")
+    return None
 
 
 def _place(checkpoint: str | Path) -> Path:
