@@ -35,7 +35,13 @@ from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, family_class, own_family
 from pretrain.models.base import Model, check_head
-from pretrain.objectives import build_objective, check_objective, objective_class, objective_for
+from pretrain.objectives import (
+    build_objective,
+    check_monitor,
+    check_objective,
+    objective_class,
+    objective_for,
+)
 from pretrain.training.closing import last_words
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launch import on_devices
@@ -154,6 +160,7 @@ def check_early(settings: RunConfig) -> None:
     model, objective = settings.model, settings.objective
     choose_device(settings.parallel.device)
     wanted = check_objective(objective.class_path, objective.init_args).head_kind
+    check_monitor(objective.class_path, settings.train.monitor)
     for name in settings.train.loggers:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise ConfigError(
