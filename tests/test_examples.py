@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -36,36 +36,34 @@ def test_every_example_is_tested_and_short():
         assert len((EXAMPLES / name).read_text().splitlines()) <= MAX_LINES, name
 
 
+def run_script(script, words, folder, monkeypatch):
+    """Run a script in a folder, as a program but in this process, where everything is imported already."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / script), *words])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
 @pytest.mark.parametrize(
     ("script", "says"),
     [("pretrain_gpt.py", "qwen3"), ("pretrain_bert.py", "vectors (3,")],
 )
-def test_script(script, says, tmp_path):
-    source = ROOT / "src" / "pretrain" / "*.py"
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, str(source), "--tiny", "--out", "runs/tiny"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert says in done.stdout + done.stderr
+def test_script(script, says, tmp_path, monkeypatch, capfd):
+    source = ROOT / "src" / "pretrain" / "errors.py"
+    run_script(script, [str(source), "--tiny", "--out", "runs/tiny"], tmp_path, monkeypatch)
+    assert says in "".join(capfd.readouterr())
     assert (tmp_path / "runs" / "tiny" / "log.jsonl").is_file()
     newest = max((tmp_path / "runs" / "tiny").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
     assert (newest / "manifest.json").is_file()
 
 
-def test_finetune_script(tmp_path):
+def test_finetune_script(tmp_path, monkeypatch, capfd):
     objective("MaskedLM").model.save(tmp_path / "bert")
     lines = [f"{text},{'<cat>' if ' cat ' in text else 'other'}" for text in TEXTS]
     (tmp_path / "rows.csv").write_text("\n".join(["comment,verdict", *lines]))
-    done = subprocess.run(
-        [
-            *(sys.executable, EXAMPLES / "finetune.py", "bert", "rows.csv", "--tiny"),
-            *("--text", "comment", "--label", "verdict", "--out", "runs/tiny"),
-        ],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "gain per seed" in done.stderr and "Confusion of 2 classes" in done.stdout
+    words = "bert rows.csv --tiny --text comment --label verdict --out runs/tiny"
+    run_script("finetune.py", words.split(), tmp_path, monkeypatch)
+    out, err = capfd.readouterr()
+    assert "gain per seed" in err and "Confusion of 2 classes" in out
     page = (tmp_path / "runs" / "tiny" / "report.html").read_text()
     assert "Did pre-training help?" in page and "&lt;cat&gt;" in page and "<cat>" not in page
     answer = pretrain.load(tmp_path / "runs" / "tiny" / "model").predict("the old cat sat")
@@ -90,6 +88,7 @@ SMALLER = {
         '"eval_every": "20%"': '"eval_every": "50%"',
         '"eval_rows": 32': '"eval_rows": 4',
         "LINES, PIECES = 6, 6": "LINES, PIECES = 6, 3",
+        'rglob("*.py"))': 'rglob("*.py"))[:12]',
         '{"epochs": 15}': '{"limit": "10 steps", "batch_rows": 8, "eval_every": "50%", "log_every": 1}',
     },
 }
@@ -108,6 +107,16 @@ def test_notebooks_are_stored_with_the_outputs_of_one_run(name):
     assert not [place for place in ("/root/", "/home/", "/tmp/") if place in text]
 
 
+def smaller(name):
+    """Return the sources of the code cells of a notebook, at a size of no use."""
+    cells = json.loads((EXAMPLES / name).read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for old, new in SMALLER[name].items():
+        assert any(old in source for source in sources), f"{name} has no cell with {old}"
+        sources = [source.replace(old, new) for source in sources]
+    return sources
+
+
 def run_notebook(name, folder, monkeypatch):
     """Execute a notebook in a folder, at a size of no use; the outputs of its cells, as they would be saved."""
     nbclient = pytest.importorskip("nbclient")
@@ -116,11 +125,9 @@ def run_notebook(name, folder, monkeypatch):
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
-    for old, new in SMALLER[name].items():
-        cells = [cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source]
-        assert cells, f"{name} has no cell with {old}"
-        for cell in cells:
-            cell.source = cell.source.replace(old, new)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell, source in zip(code, smaller(name), strict=True):
+        cell.source = source
     nbclient.NotebookClient(
         notebook,
         timeout=300,
@@ -139,6 +146,17 @@ def shown(outputs):
     return [output.get("data", {}).get("text/html", "") for output in outputs]
 
 
+def test_cells_of_the_pretraining_notebook(tmp_path, monkeypatch):
+    """Without a kernel; what one shows is seen in the other notebook, and in this one if it is asked for."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for source in smaller("pretrain.ipynb"):
+        exec(compile(source, "<cell>", "exec"), names)
+    assert (tmp_path / "runs" / "notebook" / "report.html").is_file()
+    assert names["run"].step == 8
+
+
+@pytest.mark.slow
 def test_pretraining_notebook(tmp_path, monkeypatch):
     pages = shown(run_notebook("pretrain.ipynb", tmp_path, monkeypatch))
     (run,) = [page for page in pages if 'class="pt view run"' in page]

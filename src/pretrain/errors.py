@@ -156,10 +156,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest known name, else the list of known names."""
+def did_you_mean(name: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name or other name, else the list of known names."""
     options = sorted(str(item) for item in known)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*options, *others], n=1, cutoff=0.5)
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Known: {', '.join(options)}." if options else ""

@@ -24,6 +24,7 @@ from pretrain.config import RunConfig, fields, strict_yaml
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
+from pretrain.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -398,20 +399,37 @@ def test_exit_codes_of_interruptions(monkeypatch: pytest.MonkeyPatch, capsys: An
         cli.main(["train"])
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
-)
+def long_run(folder: Path) -> list[str]:
+    """The words of a run into ``folder / "run"`` that only a signal ends."""
+    text = folder / "text.txt"
+    text.write_text("\n".join(tiny.TEXTS * 20))
+    words = f"train --data.train {text} --data.valid 0 --data.tokenizer char --data.row_length 32 --model.size tiny"
+    words += f" --data.cache {folder / 'cache'} --data.workers 1 --train.out {folder / 'run'} --train.limit 100000"
+    words += " --train.batch_rows 2 --train.log_every 1 --parallel.device cpu --model.overrides.num_layers 1"
+    return words.split()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_run_and_sets_the_exit_code(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Trainer._after_step
+
+    def after(run: Trainer, record: dict[str, Any]) -> None:
+        plain(run, record)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Trainer, "_after_step", after)
+    assert cli.main(long_run(tmp_path)) == code
+    assert list((tmp_path / "run").glob("checkpoint-1/manifest.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_that_gets_a_signal_saves_and_ends_with_its_code(
     number: int, code: int, tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(tiny.TEXTS * 20))
-    out = tmp_path / "run"
-    words = f"train --data.train {text} --data.valid 0 --data.tokenizer char --data.row_length 32 --model.size tiny"
-    words += f" --data.cache {tmp_path / 'cache'} --data.workers 1 --train.out {out} --train.limit 100000_steps"
-    words += " --train.batch_rows 2 --train.log_every 1 --parallel.device cpu --model.overrides.num_layers 1"
-    arguments = [w.replace("100000_steps", "100000 steps") for w in words.split()]
+    out, arguments = tmp_path / "run", long_run(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain", *arguments],
         env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -49,6 +49,9 @@ def told(tmp_path_factory):
     def smaller(kind, data, out, minutes, seed=0):
         plain = settings(kind, data, out, minutes, seed)
         plain["train"] |= {"batch_rows": 2, "eval_rows": 2, "limit": "4 steps"}
+        width = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_layers": 2}
+        width |= {"num_kv_heads": 1} if kind == "gpt" else {}
+        plain["model"]["overrides"] = plain["model"].get("overrides", {}) | width
         return plain
 
     with pytest.MonkeyPatch.context() as patch:

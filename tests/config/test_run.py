@@ -366,6 +366,11 @@ def test_intervals() -> None:
     assert parse_every("5%", 3) == 1
     assert parse_every("0 steps", 1000) == parse_every("0%", 1000) == 0
     assert parse_every("5", 1000) == 5
+    for total, every in ((1, 1), (10, 1), (40, 4), (99, 10), (150, 10), (200, 10), (1000, 50)):
+        assert parse_every("auto", total) == every, total
+    assert all(total // parse_every("auto", total) <= 21 for total in range(1, 3000))
+    with pytest.raises(ConfigError, match=r"train\.save_every"):
+        parse_every("auto", 100, "train.save_every")
     for wrong in ("often", "101%", "1.5 steps", "3 hours", "-1 epochs", "-5%", "inf steps"):
         with pytest.raises(ConfigError, match=r"train\.save_every"):
             parse_every(wrong, 100, "train.save_every")

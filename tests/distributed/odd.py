@@ -20,8 +20,9 @@ from pretrain.models import build
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Loss
 from pretrain.objectives.next_token import NextToken
+from pretrain.training import micro_rows
 from pretrain.training.trainer import Trainer
-from tiny import Rows, tokenizer
+from tiny import Rows, objective, tokenizer
 
 
 class Odd(NextToken):
@@ -52,9 +53,9 @@ def train(out: Path, strategy: str) -> dict[str, Any]:
         max_positions=32,
         device="meta",
     )
-    objective = Odd(model)
+    goal = Odd(model)
     trainer = Trainer(
-        objective,
+        goal,
         Rows(40),
         optim=OptimConfig(lr=1e-2),
         train=TrainConfig(out=str(out), limit="4 steps", batch_rows=8, precision="fp32"),
@@ -65,16 +66,31 @@ def train(out: Path, strategy: str) -> dict[str, Any]:
     world = trainer.world
     return {
         "losses": [r["loss"] for r in run.history if "grad_norm" in r],
-        "never": [
-            x for part in world.all_gather_object(local(objective.never).tolist()) for x in part
-        ],
-        "buffers": world.all_gather_object(float(objective.drawn)),
+        "never": [x for part in world.all_gather_object(local(goal.never).tolist()) for x in part],
+        "buffers": world.all_gather_object(float(goal.drawn)),
     }
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """Micro-batches that are fastest at different sizes on the two processes; sizes and losses of both."""
+    micro_rows._EXACT, micro_rows._SHARE = (), float("inf")
+    clocks = ({1: 1.0, 2: 2.0, 4: 4.0}, {1: 3.0, 2: 1.0, 4: 3.0})
+    micro_rows._measure = lambda trainer, _: clocks[trainer.world.rank][trainer.micro_rows]  # type: ignore[assignment]
+    trainer = Trainer(
+        objective(),
+        Rows(40),
+        train=TrainConfig(out=str(out), limit="4 steps", batch_rows=8, precision="fp32"),
+        parallel=ParallelConfig(device="cpu", threads=1),
+        quiet=True,
+    )
+    trainer.fit()
+    return {"rows": trainer.world.all_gather_object(trainer.micro_rows)}
 
 
 def main() -> None:
     out, folder, world = Path(sys.argv[1]), Path(sys.argv[2]), current_world()
     found = {strategy: train(folder / strategy, strategy) for strategy in ("ddp", "fsdp")}
+    found["measured"] = measured(folder / "measured")
     if world.is_rank_zero:
         out.write_text(json.dumps(found), encoding="utf-8")
     world.destroy_process_group()

@@ -116,7 +116,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_two_processes_give_what_one_gives(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The same losses, the same run, shown while it goes; then the same call finds nothing left to do."""
+    """The same losses, the same run, shown while it goes."""
     alone = pretrain.train(**sections(out="runs/alone"))
     capfd.readouterr()
     run = pretrain.train(devices=2, **sections())
@@ -129,6 +129,11 @@ def test_two_processes_give_what_one_gives(place: Path, capfd: pytest.CaptureFix
     assert run.checkpoint is not None and run.checkpoint.name == "checkpoint-6" and run.best
     assert repr(run).replace("one", "alone")[:40] == repr(alone)[:40]
     assert not list(Path(tempfile.gettempdir()).glob("pretrain-*")), "nothing temporary is left"
+
+
+@pytest.mark.slow
+def test_the_same_call_finds_nothing_left_to_do(place: Path) -> None:
+    run = pretrain.train(devices=2, **sections())
     again = pretrain.train(devices=2, **sections())
     assert again.step == 6 and again.history == run.history
 

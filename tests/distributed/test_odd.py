@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distributed.torchrun import launch
 from pretrain.config import ParallelConfig
 from pretrain.distributed.unused_parameters import find_used_parameters
 from pretrain.distributed.world import World
+from pretrain.models.backbone import Backbone
 from tiny import Rows, losses, objective, trainer
 
 HERE = Path(__file__).parent
@@ -45,6 +47,12 @@ def test_all_processes_have_the_buffers_of_the_first(seen: dict[str, Any]) -> No
         assert len(set(seen[strategy]["buffers"])) == 1
 
 
+def test_processes_agree_on_the_micro_batch_that_is_fastest_on_the_slowest(
+    seen: dict[str, Any],
+) -> None:
+    assert seen["measured"] == {"rows": [2, 2]}
+
+
 def test_fsdp_on_one_process_inside_a_group_of_ones_own(tmp_path: Path) -> None:
     run = trainer(tmp_path / "plain", objective(), Rows(8), limit="3 steps")
     run.fit()
@@ -72,3 +80,27 @@ def test_the_leaves_of_a_graph() -> None:
     root = Two()
     found = find_used_parameters(root, [root], lambda: root(torch.ones(2, 3)))
     assert found == {"used.weight", "used.bias"}
+
+
+def test_sharded_blocks_that_cannot_be_compiled_run_eagerly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed pass has gathered weights, which must not stay."""
+
+    def missing(graph: Any, inputs: Any) -> Any:
+        raise FileNotFoundError("no C++ compiler")
+
+    torch._dynamo.reset()
+    compile_blocks = functools.partialmethod(Backbone.compile_blocks, backend=missing)
+    monkeypatch.setattr(Backbone, "compile_blocks", compile_blocks)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name, setting in (("plain", False), ("failed", True)):
+            run = trainer(tmp_path / name, objective(), Rows(8), limit="3 steps")
+            run.parallel = ParallelConfig(device="cpu", strategy="fsdp", compile=setting)
+            run.world = World.find()
+            run.fit()
+            assert run.compiled == (False, "compiling failed" if setting else "as configured")
+    finally:
+        dist.destroy_process_group()
+    assert losses(tmp_path / "failed") == losses(tmp_path / "plain")

@@ -30,7 +30,7 @@ from pretrain.utils.run_log import read_log
 
 
 def config(out: Path, text: Path, cache: Path, objective: str) -> dict[str, Any]:
-    """A run of 40 steps over several epochs, with accumulation, dropout, evaluations and many checkpoints."""
+    """A run of 16 steps over several epochs, with accumulation, dropout, evaluations and many checkpoints."""
     family = {"NextToken": "gpt2", "MaskedLM": "bert"}[objective]
     return {
         "data": {
@@ -56,12 +56,12 @@ def config(out: Path, text: Path, cache: Path, objective: str) -> dict[str, Any]
         "optim": {"name": "muon", "lr": 3e-3},
         "train": {
             "out": str(out),
-            "limit": "40 steps",
+            "limit": "16 steps",
             "batch_rows": 8,
             "micro_rows": 4,
-            "eval_every": "7 steps",
+            "eval_every": "5 steps",
             "eval_rows": 4,
-            "save_every": "3 steps",
+            "save_every": "2 steps",
             "log_every": 2,
         },
         "parallel": {"device": "cpu", "threads": 1},
@@ -125,7 +125,7 @@ def trials(objective: str, count: int, seed: int, work: Path) -> tuple[int, int]
     text = work / "text.txt"
     draw = random.Random(0)
     words = ["sea", "ship", "wind", "salt", "rope", "sail", "deck", "mast", "gull", "tide"]
-    text.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(900)))
+    text.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(300)))
     cache = work / "cache"
     began = time.monotonic()
     whole = config(work / f"{objective}-whole", text, cache, objective)

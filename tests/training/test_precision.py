@@ -55,7 +55,7 @@ def test_the_gpu_of_a_mac_is_not_for_several_processes(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_device("cpu") == CPU
     for name in ("auto", "mps"):
-        with pytest.raises(ConfigError, match="parallel.device=cpu"):
+        with pytest.raises(ConfigError, match="device='cpu'"):
             choose_device(name)
 
 

@@ -119,7 +119,11 @@ def test_unknown_size_and_option_are_named(tmp_path: Path, text: Path) -> None:
         ({"objective": "mlm", "init_args": {"rat": 0.3}}, "objective.init_args.rat"),
         ({"objective": "mlm"}, "has no masked-lm head"),
         ({"objective": "NextTokken"}, "'NextToken'"),
-        ({"device": "mps"}, "parallel.device"),
+        ({"device": "mps"}, r"parallel={'device': 'auto'}"),
+        (
+            {"monitor": "acuracy"},
+            "loss, accuracy, perplexity, bits_per_byte. Did you mean 'accuracy'",
+        ),
         ({"loggers": ["trackio"]}, "trackio"),
         ({"batch_sise": 8}, "'batch_size'"),
     ],

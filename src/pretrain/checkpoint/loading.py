@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INDEX",
     "SINGLE",
+    "head_of",
     "inspect",
     "is_finite",
     "load",
@@ -273,22 +274,44 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
     Placeholder names (``LABEL_0``) count as no names. If the files cannot be read, the result is ``(None, ())``, and
     `load` will raise the error.
     """
-    from pretrain.models.heads import ARCHITECTURES, labels_named_by
+    from pretrain.models.heads import labels_named_by
 
     try:
-        directory = described(path)
-        known = [directory / "config.json", directory / ADAPTER_CONFIG]
-        if not any(map(os.path.lexists, known)):
-            run = best_first(directory)
-            directory = run[0] if run else directory
-        opened = ModelDirectory(directory, verify=False)
-        config = opened.model_config() if opened.is_adapter else opened.json("config.json")
-        architecture = str((config.get("architectures") or [""])[0])
+        config = _configuration(path)
         labels = labels_named_by(config) if config.get("id2label") else ()
+        kind = _kind_of(config)
     except (PretrainError, OSError, ValueError, TypeError, LookupError):
         return None, ()
-    kind = next((k for ending, k in ARCHITECTURES.items() if architecture.endswith(ending)), None)
     return kind, () if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels
+
+
+def head_of(path: str | Path) -> tuple[str | None, type[Backbone] | None]:
+    """Return the kind of head of a checkpoint and the class of its family, as ``named_classes`` does."""
+    from pretrain.models import family_class
+
+    try:
+        config = _configuration(path)
+        return _kind_of(config), family_class(str(config["model_type"]), path_allowed=False)
+    except (PretrainError, OSError, ValueError, TypeError, LookupError):
+        return None, None
+
+
+def _configuration(path: str | Path) -> Mapping[str, Any]:
+    """Return config.json of a checkpoint, of the newest or best one of a run, or of the base of an adapter."""
+    directory = described(path)
+    known = [directory / "config.json", directory / ADAPTER_CONFIG]
+    if not any(map(os.path.lexists, known)):
+        run = best_first(directory)
+        directory = run[0] if run else directory
+    opened = ModelDirectory(directory, verify=False)
+    return opened.model_config() if opened.is_adapter else opened.json("config.json")
+
+
+def _kind_of(config: Mapping[str, Any]) -> str | None:
+    from pretrain.models.heads import ARCHITECTURES
+
+    architecture = str((config.get("architectures") or [""])[0])
+    return next((k for ending, k in ARCHITECTURES.items() if architecture.endswith(ending)), None)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.checkpoint.best import best_first
-from pretrain.checkpoint.download import hub_errors, located
+from pretrain.checkpoint.download import located
 from pretrain.checkpoint.loading import load
 from pretrain.checkpoint.model_card import HERE
 from pretrain.checkpoint.saving import OVERWRITABLE, save_model
 from pretrain.errors import CheckpointError
 from pretrain.utils.files import note, read_bytes
+from pretrain.utils.hub_files import hub_errors
 from pretrain.utils.hub_names import HubName, hub_name
 
 if TYPE_CHECKING:

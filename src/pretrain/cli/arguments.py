@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from pretrain.config.aliases import find, main_setting
 from pretrain.config.spelling import Interface
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         action: argparse.Action = super().add_argument(*names, **options)
         if hint is not None and get_origin(hint) is dict:
             self.mappings |= {name: (action.dest, get_args(hint)[1], check) for name in names}
-        if hint in (bool, bool | None):
+        if bool in (hint, *get_args(hint)):
             self.switches |= set(names)
         if text and text != argparse.SUPPRESS and "--help" not in names:
             required = bool(action.required and action.option_strings)
@@ -425,7 +425,7 @@ def _value(name: str, hint: Any, text: str) -> Any:
     from pretrain.config.check import check_value
     from pretrain.config.strict_yaml import parse
 
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     as_text = str in kinds or hint is Any
     if bool in kinds and text in ("yes", "no"):
         return text == "yes"

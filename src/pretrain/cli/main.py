@@ -204,7 +204,12 @@ def _add_prepare(parser: Any) -> None:
     add("sources", nargs="*", type=str, help='files, globs, folders, "hub:NAME", or "python"')
     add("--config", type=str | None, help="YAML file of pretrain train: prepare its data")
     add("--out", type=str | None, help="directory to write; not given, the cache")
-    add("--tokenizer", type=str, default="bpe", help="bpe, wordpiece, char, or a path")
+    add(
+        "--tokenizer",
+        type=str,
+        default="bpe",
+        help="bpe, wordpiece, char, a path, or a name on the Hub (org/name)",
+    )
     add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
     add("--row_length", type=int, default=512, help="tokens in one row")
     add("--valid", type=float | str, default=0.01, help='held-out fraction, source, or "last:0.1"')

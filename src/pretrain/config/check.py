@@ -458,7 +458,7 @@ def type_in_words(hint: Any) -> str:
     """Return a type as a phrase: "a whole number", "yes or no", "one of adamw, muon"."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
     if origin in (Union, types.UnionType):
         return " or ".join(type_in_words(kind) for kind in args if kind is not types.NoneType)
     if origin is list and get_origin(args[0]) is Literal:

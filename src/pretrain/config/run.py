@@ -79,7 +79,8 @@ class DataConfig:
     encoding: str | None = None
     """Encoding of text files and tables; UTF-8 if not given."""
     tokenizer: str = "bpe"
-    """bpe, wordpiece or char (trained on the data), or the path of a tokenizer or a checkpoint."""
+    """bpe, wordpiece or char (trained on the data), the path of a tokenizer or a checkpoint, or a name on the Hub
+    (org/name), of which only the tokenizer is fetched."""
     vocab_size: int = setting(8192, 8, 1 << 22)
     """Vocabulary size of the tokenizer to train."""
     row_length: int = setting(512, 2, 1 << 20)
@@ -164,9 +165,12 @@ class TrainConfig:
     batch_rows: int = setting(32, 1, 1 << 24)
     """Rows per optimizer step, over all devices and micro-batches (global batch)."""
     micro_rows: int = setting(0, 0, 1 << 24)
-    """Rows per forward pass of one process (micro-batch); 0 is automatic."""
-    eval_every: str = setting("5%", resumable=True, unit="steps")
-    """Evaluate every "200 steps" or 200, "0.5 epochs" or "5%" of the run; 0 is only at the end."""
+    """Rows per forward pass of one process (micro-batch); 0 is automatic: on a CPU about 8,192 tokens, always the
+    same; on a GPU the fastest of a few sizes that fit, measured before the first step of a run that is long enough
+    and kept when it is resumed. Two runs of one command may then differ in the last bits and the draws of dropout."""
+    eval_every: str = setting("auto", resumable=True, unit="steps")
+    """Evaluate every "200 steps" or 200, "0.5 epochs" or "5%" of the run; 0 is only at the end; auto is 5%
+    or 10 steps, whichever is more, and ten times in a run of less than 100 steps."""
     eval_rows: int = setting(0, 0, 1 << 40, resumable=True)
     """Held-out rows per evaluation; 0 is all of them."""
     save_every: str = setting("10%", resumable=True, unit="steps")
@@ -207,8 +211,8 @@ class ParallelConfig:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", resumable=True)
     """Device: auto, cpu, cuda or mps."""
-    compile: bool = setting(False, resumable=True)
-    """Compile the blocks with torch.compile."""
+    compile: bool | Literal["auto"] = setting("auto", resumable=True)
+    """Compile the blocks with torch.compile; auto does on CUDA in runs that are long enough to pay for it."""
     activation_checkpointing: Literal["off", "selective", "full"] = field(
         default="off", metadata={"flag": {True: "full", False: "off"}, "resumable": True}
     )
@@ -302,7 +306,7 @@ def parse_every(
 
     Args:
         text: ``"200 steps"``, ``"0.5 epochs"`` or a share of the run, ``"5%"``; the last two are at least one
-            step; a number alone is one of steps.
+            step; a number alone is one of steps. ``"auto"``, of evaluations, is 5 %, or 10 steps or 10 % if short.
         total: steps of the whole run.
         key: name of the setting in errors.
         epoch_steps: steps in one epoch.
@@ -310,6 +314,8 @@ def parse_every(
     Raises:
         ConfigError: the text is not of that form.
     """
+    if text == "auto" and key == "train.eval_every":
+        return max(1, round(total / 20), min(10, math.ceil(total / 10)))
     value, unit = _amount(text)
     if unit == "step" and value == int(value) and value < 1e18:
         return int(value)

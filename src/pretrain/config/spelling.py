@@ -59,7 +59,9 @@ READ = Interface(places={"names": "columns"})
 FINETUNE = Interface()
 PREDICT = Interface(columns="columns.")
 EVALUATE = PREDICT
-TRAIN = Interface(places={"out": "train.out"}, columns="data.", others="data.")
+TRAIN = Interface(
+    places={"out": "train.out", "device": "parallel.device"}, columns="data.", others="data."
+)
 
 _current = READ
 

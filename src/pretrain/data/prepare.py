@@ -87,7 +87,8 @@ def prepare(
         sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, a ``datasets.Dataset``, a list of these, or a
             mapping from these to their share of the rows. Each text file and each table row is one document.
         out: directory to write; default: a directory in the cache, named after the fingerprint.
-        tokenizer: a kind to train (``"bpe"``, ``"wordpiece"``, ``"char"``), or a file, directory or checkpoint.
+        tokenizer: a kind to train (``"bpe"``, ``"wordpiece"``, ``"char"``), a file, directory or checkpoint, or the
+            name of one on the Hub (``"org/name"``), whose commit the manifest records.
         vocab_size: upper bound for a trained vocabulary.
         row_length: tokens in a row.
         valid: share of documents held out, chosen by a hash of their content; or ``"last:0.1"`` for the last tenth
@@ -104,6 +105,7 @@ def prepare(
     Raises:
         DataError: a source cannot be read (with file, line and byte), there is no text, or the disk is full.
         TokenizerError: the tokenizer cannot be opened or trained.
+        CheckpointError: the tokenizer is on the Hub, and cannot be fetched.
     """
     cache = _place(cache_dir) if cache_dir is not None else cache_home()
     with disk_errors(cache):
@@ -169,7 +171,7 @@ def _understand(
             "existing tokenizer has its own setting. Leave lowercase out."
         )
     options = {
-        "tokenizer": given.kind if given else str(tokenizer),
+        "tokenizer": (given.source or given.kind) if given else str(tokenizer),
         "vocab_size": given.vocab_size if given else vocab_size,
         "row_length": row_length,
         "valid": valid if isinstance(valid, int | float | str) else "source",

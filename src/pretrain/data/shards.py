@@ -395,6 +395,7 @@ class Prepared:
             }
             for source in self.sources
         ]
+        tokenizer = str(self.manifest["options"].get("tokenizer", ""))
         return {
             "fingerprint": self.fingerprint,
             "sources": sources,
@@ -403,7 +404,7 @@ class Prepared:
             },
             "unigram_nats": self.unigram_entropy,
             "row_length": self.row_length,
-        }
+        } | ({"tokenizer": tokenizer} if tokenizer.startswith("hub:") else {})
 
     def table(self) -> str:
         """Return the closing table of ``prepare`` as text."""

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +33,18 @@ from pretrain.data.tokenizer_build import (
 from pretrain.data.tokenizer_files import open_directory, open_file
 from pretrain.data.word_boundaries import WordFinder, token_bytes
 from pretrain.errors import DataError, TokenizerError, did_you_mean
-from pretrain.utils.files import replace_file
+from pretrain.utils.files import note, replace_file
+from pretrain.utils.hub_files import snapshot
+from pretrain.utils.hub_names import hub_hint, hub_name
 
-__all__ = ["KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
+__all__ = ["HUB_FILES", "KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
+
+# What is fetched of a tokenizer on the Hub; config.json names the class of those whose own files do not.
+HUB_FILES = (
+    ".gitattributes",  # which every repository has: the library warns at length if nothing matches
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "config.json"),
+)
 SAMPLE_BYTES = 32_000_000
 _TEMPLATE, _TEMPLATE_BYTES = "chat_template.jinja", 1_000_000
 _UNENCODABLE = "Remove lone surrogates (U+D800 to U+DFFF) from the text, and use a vocabulary with an unknown token."
@@ -58,6 +68,7 @@ class Tokenizer:
 
     Attributes:
         chat_template: the Jinja program that renders a conversation as text, or None; it is stored, not run here.
+        source: name on the Hub with its commit, of one that was opened by such a name; else None.
     """
 
     def __init__(
@@ -71,6 +82,7 @@ class Tokenizer:
         self.stored_padding, self.stored_truncation = backend.padding, backend.truncation
         self.backend = sibling(backend)
         self.config = dict(config or {})
+        self.source: str | None = None
         self.chat_template = _template_in(self.config.pop("chat_template", None))
         self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         if not self.vocab:
@@ -429,7 +441,19 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
-        """Open a file or a directory."""
+        """Open a file, a directory, or a tokenizer of the Hub, of which only these small files are fetched.
+
+        Raises:
+            TokenizerError: there is no such file or directory, or it holds no tokenizer that can be opened.
+            CheckpointError: the files cannot be fetched.
+        """
+        if (name := hub_name(path)) is not None:
+            fetched = snapshot(name, HUB_FILES)
+            made = cls.from_directory(fetched)
+            made.source = str(replace(name, revision=fetched.name))
+            if made.source != str(name):
+                note(f"the tokenizer {made.source} is used")
+            return made
         try:
             place = Path(path).expanduser()
             nested = place / "tokenizer"
@@ -441,7 +465,8 @@ class Tokenizer:
         if file:
             return cls.from_file(place)
         raise TokenizerError(
-            f"{str(place)!r} is no file, directory or kind of a tokenizer.{did_you_mean(str(path), KINDS)}"
+            f"{str(place)!r} is no file, directory or kind of a tokenizer."
+            f"{hub_hint(path) if '/' in str(path) else did_you_mean(str(path), KINDS)}"
         )
 
 

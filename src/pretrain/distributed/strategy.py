@@ -71,6 +71,7 @@ class Strategy:
         settings: the ``parallel`` section.
         device: of this process.
         gather: dtype in which FSDP2 gathers the weights of the blocks; master weights and gradients are fp32.
+        compiled: compile the blocks.
 
     Attributes:
         layout: which shard of every parameter this rank holds, by its name in the objective and in the model.
@@ -88,6 +89,7 @@ class Strategy:
         *,
         device: torch.device,
         gather: torch.dtype = torch.float32,
+        compiled: bool = False,
     ) -> None:
         self.objective, self.world, self.choice, self.settings = objective, world, choice, settings
         self.device = device
@@ -117,7 +119,7 @@ class Strategy:
         self.layout = self._layout(shapes)
         self.cut = self.layout.dp_shard * self.layout.tp > 1
         model.backbone.set_activation_checkpointing(settings.activation_checkpointing)
-        if settings.compile:
+        if compiled:
             model.backbone.compile_blocks()
         if not settings.cpu_offload and not self.sharded:  # FSDP2 moves the weights unit by unit
             _move(objective, device)
@@ -228,7 +230,7 @@ class Strategy:
             found = find_used_parameters(
                 self._root, self._units(), lambda: self.forward_no_sync(batch).total
             )
-        self._reshard()
+        self.reshard()
         return {name.removeprefix("objective.") for name in found}
 
     def set_unused_parameters(self, untouched: set[str], *, uneven: bool) -> None:
@@ -420,7 +422,7 @@ class Strategy:
             ):
                 yield
         finally:
-            self._reshard()
+            self.reshard()
 
     @contextlib.contextmanager
     def without_gradient(self) -> Iterator[None]:
@@ -433,9 +435,9 @@ class Strategy:
             with torch.no_grad():
                 yield
         finally:
-            self._reshard()
+            self.reshard()
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
         """Free the gathered weights: without a backward pass FSDP2 does not, and the shards are the parameters."""
         for unit in self._units():
             unit.reshard()

@@ -26,6 +26,7 @@ from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.finetuning.start import (
     automatic_lr,
+    check_fits,
     classes_of,
     earlier_lr,
     freeze,
@@ -34,7 +35,7 @@ from pretrain.finetuning.start import (
     versions,
 )
 from pretrain.models import own_family
-from pretrain.objectives import check_options, task_class
+from pretrain.objectives import check_monitor, check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.training.closing import taken
 from pretrain.training.monitor import score as lower_is_better
@@ -121,6 +122,7 @@ class Job:
         """Read the rows and set the output directory."""
         task = task_class(settings.task.name)
         check_options(task, settings.task.options)
+        check_monitor(task.name, settings.train.monitor)
         choose_device(settings.parallel.device)
         if settings.model.family is not None:
             own_family(settings.model.family)
@@ -128,6 +130,7 @@ class Job:
         by_name = model is None or isinstance(model, str | os.PathLike)
         if by_name:
             source = settings.model.checkpoint = settle_checkpoint(settings)
+        check_fits(source, task)
         data = open_data(settings, objects, task, classes_of(source, task))
         job = cls(source, settings, data, task, quiet)
         if not settings.train.out:

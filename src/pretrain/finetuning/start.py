@@ -8,10 +8,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.loading import named_classes
+from pretrain.checkpoint.loading import head_of, named_classes
 from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
-from pretrain.models.base import Model
+from pretrain.models.backbone import Backbone
+from pretrain.models.base import Model, check_head
 from pretrain.models.heads import LABELLED
 from pretrain.nn.buffers import stored_tensors
 from pretrain.training.starting_model import open_source
@@ -84,6 +85,25 @@ def starting_model(
         size = f"{model.backbone.model_type} with {model.num_parameters():,} parameters"
         note(f"{size}, newly initialised: {new}")
     return model
+
+
+def check_fits(source: Any, task: type[Task]) -> None:
+    """Check that a checkpoint or model can have the head of a task, from its configuration only.
+
+    Raises:
+        ModelError: its family has no such head.
+    """
+    kind: str | None = None
+    family: type[Backbone] | None = None
+    if isinstance(source, Model):
+        kind, family = source.head_kind, type(source.backbone)
+    elif isinstance(source, str | os.PathLike):
+        kind, family = head_of(os.fspath(source))
+    if task.head_kind is not None and kind != task.head_kind and family is not None:
+        try:
+            check_head(family, task.head_kind)
+        except ModelError as error:
+            raise ModelError(f"The task {task.name} does not fit this model. {error}") from error
 
 
 def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:

@@ -248,6 +248,10 @@ class Backbone(nn.Module):
     def plain_blocks(self) -> None:
         """Undo ``set_activation_checkpointing`` and ``compile_blocks``."""
         self.set_activation_checkpointing("off")
+        self.eager_blocks()
+
+    def eager_blocks(self) -> None:
+        """Undo ``compile_blocks``."""
         self.compiled = False
         for block in self.blocks():
             vars(block).pop("_compiled_call_impl", None)

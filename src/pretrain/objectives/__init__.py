@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
+from pretrain.config.aliases import VALUES
 from pretrain.config.check import check_value
 from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, did_you_mean
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
 
 __all__ = [
+    "FIGURES",
     "OBJECTIVES",
     "TASKS",
     "Loss",
     "Objective",
     "build_objective",
     "check_arguments",
+    "check_monitor",
     "check_objective",
     "check_options",
     "objective_class",
@@ -54,6 +58,35 @@ OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
 }
+
+# Name -> the figures that an evaluation may have, beside the number of targets.
+FIGURES = {
+    "NextToken": ("loss", "accuracy", "perplexity", "bits_per_byte"),
+    "MaskedLM": ("loss", "accuracy", "perplexity"),
+    "classification": ("loss", "accuracy", "macro_f1", "micro_f1", "mcc"),
+    "regression": ("loss", "pearson", "spearman", "mse"),
+    "token-classification": ("loss", "accuracy", "f1", "precision", "recall", "macro_f1"),
+    "question-answering": ("loss", "exact_match", "f1"),
+    "chat": ("loss", "accuracy", "perplexity"),
+    "language-modelling": ("loss", "accuracy", "perplexity", "bits_per_byte"),
+    "embedding": ("loss", "accuracy", "mrr", "spearman"),
+    "preference": ("loss", "accuracy", "margin"),
+}
+
+
+def check_monitor(name: str, monitor: str | None) -> None:
+    """Check ``train.monitor`` before any data are read; the figures of a class of the user's own are not known yet.
+
+    Raises:
+        ConfigError: no evaluation of this objective or task has such a figure.
+    """
+    known = FIGURES.get(name)
+    if monitor and known and monitor not in known:
+        near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"train.monitor is {monitor!r}, and the evaluation of {name} has only these figures: {', '.join(known)}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
 
 
 def objective_class(class_path: str) -> type[Objective]:
@@ -98,7 +131,7 @@ def task_class(name: str | type[Task], *, path_allowed: bool = True) -> type[Tas
     elif name not in TASKS and not (path_allowed and re.search("[.:]", name)):
         raise ConfigError(
             f"There is no task {name!r}."
-            + did_you_mean(name, TASKS)
+            + did_you_mean(name, TASKS, VALUES["task.name"])
             + f" If it is your own, name its class: {option('task', 'package.module:Class')}."
         )
     else:

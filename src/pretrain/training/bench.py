@@ -116,33 +116,35 @@ def bench(
         )
     device = choose_device(settings.parallel.device)
     warm = _WARM.get(device.type, 3)
-    times: list[float] = []
-    clock = _Clock()
+    times, clock = list[float](), _Clock()
 
-    def after(record: Mapping[str, Any]) -> None:
+    def after(record: Mapping[str, Any]) -> None:  # of the run that is going on
         times.append(time.perf_counter())
         clock.end_step()
         if len(times) == warm + steps:
             raise _Measured
 
     with tempfile.TemporaryDirectory(prefix="pretrain-bench-") as folder:
-        out = Path(folder) / "run"
-        settings.train = replace(
-            settings.train,
-            out=str(out),
-            limit=f"{warm + steps + 1} steps",
-            eval_every="0 steps",
-            save_every="0 steps",
-            log_every=1,
-            loggers=[],
-        )
-        world.on_mark = clock.mark
-        try:
-            train(settings, hooks=[Hook(after)], rows=rows)
-        except _Measured:
-            pass
-        finally:
-            world.on_mark = None
+        # Whether blocks are compiled and micro-batches measured depends on the length of the run. One that is too short
+        # to be measured is made longer.
+        for limit in (settings.train.limit, f"{warm + steps + 1} steps"):
+            times, clock, out = [], _Clock(), Path(folder) / f"run-{len(os.listdir(folder))}"
+            settings.train = replace(
+                settings.train,
+                out=str(out),
+                limit=limit,
+                eval_every="0 steps",
+                save_every="0 steps",
+                log_every=1,
+                loggers=[],
+            )
+            world.on_mark = clock.mark
+            try:
+                train(settings, hooks=[Hook(after)], rows=rows)
+            except _Measured:
+                break
+            finally:
+                world.on_mark = None
         records = [r for r in read_log(out / "log.jsonl") if "tokens_per_second" in r][-steps:]
     seconds = median_high([b - a for a, b in zip(times[warm - 1 :], times[warm:], strict=False)])
     whole = {name: sum(clock.spent[name][-steps:]) for name in _PHASES}
@@ -210,7 +212,7 @@ def _limits(
         found.append("This device is faster in half precision: train.precision=bf16.")
     if device.type != "cuda":
         return found
-    if not settings.parallel.compile:
+    if settings.parallel.compile is False:
         found.append("Compiled blocks are faster in longer runs: parallel.compile=true.")
     if shares["update"] < 0.1:
         found.append(

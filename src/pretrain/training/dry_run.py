@@ -12,14 +12,15 @@ import torch
 
 from pretrain.errors import TrainingError, out_of_memory
 from pretrain.nn.layout import local
+from pretrain.training.compiling import compile_fault
 from pretrain.training.feed import hash_seed, to_device
 from pretrain.training.plan import row_length
 
 if TYPE_CHECKING:
-    from pretrain.objectives.base import Batch
+    from pretrain.objectives.base import Batch, Loss
     from pretrain.training.trainer import Trainer
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "nothing_kept", "run_pass"]
 
 # Tolerances: compiled kernels sum in another order and draw other dropout masks; wrong code is far off.
 _LOSS, _NORM, _DRAWS = 0.1, 0.5, 5.0
@@ -44,16 +45,18 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
     largest = trainer.feed.largest()
     trainer.objective.train()
-    with _nothing_kept(trainer):
+    with nothing_kept(trainer):
         # The first pass includes allocation and kernel selection; the time of the second is returned.
         tried = [usable if largest is None else largest, usable]
         try:
             if trainer.strategy.sharded:
                 _see_reached(trainer, tried)
-            _run(trainer, tried[0])
+            if trainer.compiled[0]:
+                try_compiled(trainer, tried[0])
+            run_pass(trainer, tried[0])
             check_coupling(trainer)
-            loss, seconds = _run(trainer, usable)
-            if trainer.parallel.compile:
+            loss, seconds = run_pass(trainer, usable)
+            if trainer.compiled[0]:
                 check_compiled(trainer, usable)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -79,19 +82,24 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     return loss, seconds
 
 
-def _run(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
+def run_pass(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, float]:
     """Return the loss over all ranks and the seconds of one pass; the gradients are kept."""
     start = time.perf_counter()
-    torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
-    with trainer.precision.autocast():
-        result = trainer.strategy.forward_no_sync(to_device(batch, trainer.device))
-    torch.autograd.backward(result.total)
+    result = _forward_backward(trainer, batch, seed)
     total, count = trainer.world.all_reduce_sum([float(result.total.detach()), float(result.count)])
     return total / max(count, 1.0), time.perf_counter() - start
 
 
+def _forward_backward(trainer: Trainer, batch: Batch, seed: int = 0) -> Loss:
+    torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
+    with trainer.precision.autocast():
+        result = trainer.strategy.forward_no_sync(to_device(batch, trainer.device))
+    torch.autograd.backward(result.total)
+    return result
+
+
 @contextlib.contextmanager
-def _nothing_kept(trainer: Trainer) -> Iterator[None]:
+def nothing_kept(trainer: Trainer) -> Iterator[None]:
     """Restore buffers and random state, and clear the gradients, at the end of the context."""
     state = torch.get_rng_state()
     buffers = {name: b.clone() for name, b in trainer.objective.named_buffers()}
@@ -134,18 +142,26 @@ def check_coupling(trainer: Trainer) -> None:
         )
 
 
+def try_compiled(trainer: Trainer, batch: Batch) -> None:
+    """Run compiled blocks for the first time; without a working compiler the run goes on with eager ones."""
+    if fault := compile_fault(trainer, lambda: _forward_backward(trainer, batch)):
+        trainer.strategy.reshard()
+        trainer.run_eagerly("compiling failed")
+        trainer.say(f"the blocks cannot be compiled, so they run eagerly: {fault}")
+
+
 def check_compiled(trainer: Trainer, batch: Batch) -> None:
     """Compare loss and gradient norm of compiled and eager blocks, because the compiler may be silently wrong.
 
     Raises:
-        TrainingError: they are far apart.
+        TrainingError: they are far apart, and ``parallel.compile`` is not ``auto``, which then runs eager blocks.
     """
     found = []
     # Eager with two seeds, to measure the effect of dropout alone.
     for stance, seed in (("default", 0), ("force_eager", 0), ("force_eager", 1)):
         trainer.optimizers.zero_grad()
         with torch.compiler.set_stance(stance):
-            loss, _ = _run(trainer, batch, seed)
+            loss, _ = run_pass(trainer, batch, seed)
         grads = [
             local(p.grad)
             for p in trainer.strategy.trainable_parameters().values()
@@ -156,8 +172,13 @@ def check_compiled(trainer: Trainer, batch: Batch) -> None:
     (loss, norm), (plain, wanted), other = found
     far = abs(loss - plain) > _LOSS * abs(plain) + _DRAWS * abs(plain - other[0])
     if far or abs(norm - wanted) > _NORM * wanted + _DRAWS * abs(wanted - other[1]):
-        raise TrainingError(
+        wrong = (
             f"Compiled, the first batch has a loss of {loss:.4g} and a gradient of norm {norm:.4g}; without the "
-            f"compiler it has {plain:.4g} and {wanted:.4g}. torch {torch.__version__} compiles this model wrongly: set "
-            "parallel.compile=false, or use another version of torch."
+            f"compiler it has {plain:.4g} and {wanted:.4g}. torch {torch.__version__} compiles this model wrongly: "
         )
+        if trainer.parallel.compile != "auto":
+            raise TrainingError(
+                f"{wrong}set parallel.compile=false, or use another version of torch."
+            )
+        trainer.run_eagerly("compiled wrongly")
+        trainer.say(f"{wrong}its blocks run eagerly.")

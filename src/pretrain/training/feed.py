@@ -107,6 +107,9 @@ class Feed:
         micro_rows: rows in a micro-batch; may be set to another divisor of the share during a run.
         share: data-parallel rank and size; every rank gets an equal number of consecutive rows of a global batch.
         total_rows: rows of the whole run; None if it is limited by time.
+
+    Attributes:
+        share_rows: rows of a global batch that this rank gets.
     """
 
     def __init__(
@@ -121,8 +124,8 @@ class Feed:
     ) -> None:
         self._objective, self._loader, self._total_rows = objective, loader, total_rows
         self._batch_rows, self.micro_rows = batch_rows, micro_rows
-        self._mine = batch_rows // share[1]
-        self._first = share[0] * self._mine
+        self.share_rows = batch_rows // share[1]
+        self._first = share[0] * self.share_rows
 
     def step_at(self, position: int) -> list[Batch]:
         """Return this rank's micro-batches of the step whose first row is number ``position`` of the run."""
@@ -132,10 +135,10 @@ class Feed:
         if self._total_rows is not None:
             self._objective.progress = min(1.0, position / self._total_rows)
         place = position + self._first
-        examples = self._loader.examples(place, self._mine)
-        rngs = self._loader.rngs(place, self._mine)
-        rows, batches = self._loader.indices(place, self._mine), []
-        for i in range(0, self._mine, micro_rows):
+        examples = self._loader.examples(place, self.share_rows)
+        rngs = self._loader.rngs(place, self.share_rows)
+        rows, batches = self._loader.indices(place, self.share_rows), []
+        for i in range(0, self.share_rows, micro_rows):
             end = i + micro_rows
             batch = self._objective.collate(examples[i:end], rngs[i:end])
             check_batch(batch, self._objective.model, "Training", [int(r) for r in rows[i:end]])

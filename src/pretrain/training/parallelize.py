@@ -94,7 +94,13 @@ def parallelize(trainer: Trainer) -> Strategy:
         world.init_process_group_alone(device)
     world.build_mesh(choice.sizes)
     strategy = Strategy(
-        objective, world, choice, settings, device=device, gather=gather_type(trainer)
+        objective,
+        world,
+        choice,
+        settings,
+        device=device,
+        gather=gather_type(trainer),
+        compiled=trainer.compiled[0],
     )
     if world.size > 1:
         speed = f"all-reduce {world.links['bus_gb_s']:.2g} GB/s, " if world.links else ""

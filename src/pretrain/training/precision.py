@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.config.spelling import option, option_name
 from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
@@ -64,7 +65,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     known = ("auto", "cpu", "cuda", "mps")
     if name.split(":")[0] not in known:
-        raise ConfigError(f"parallel.device is {name!r}." + did_you_mean(name, known))
+        raise ConfigError(f"{option_name('device')} is {name!r}." + did_you_mean(name, known))
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -77,13 +78,13 @@ def choose_device(name: str = "auto") -> torch.device:
     }
     if not there[device.type]:
         raise ConfigError(
-            f"parallel.device is {name!r}, but this machine or this build of torch has no {device.type} device. "
-            "Use parallel.device=auto, or install a torch build for your hardware."
+            f"{option_name('device')} is {name!r}, but this machine or this build of torch has no {device.type} "
+            f"device. Use {option('device', 'auto')}, or install a torch build for your hardware."
         )
     if device.type == "mps" and launched():
         raise ConfigError(
             "This process is one of several, and torch cannot communicate between processes on Apple's GPU (mps). "
-            "Start one process only, or set parallel.device=cpu."
+            f"Start one process only, or set {option('device', 'cpu')}."
         )
     return device
 

@@ -24,6 +24,7 @@ from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import local
 from pretrain.training.dry_run import dry_run
 from pretrain.training.evaluate import NoTargets, evaluate_rows
+from pretrain.training.micro_rows import fastest_micro_rows, may_measure
 from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
 from pretrain.utils.directories import temporary_name
@@ -64,13 +65,17 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
         torch.cuda.reset_peak_memory_stats(trainer.device)
     with starting("running the largest batch"):
         first_loss, seconds = first_pass(trainer)
+    micro = ""
+    if may_measure(trainer):
+        with starting("measuring micro-batches"):
+            seconds, micro = fastest_micro_rows(trainer, seconds)
     with starting("trying an evaluation"):
         check_monitor(trainer)
         trainer.probe()  # the first save needs it, so it must work now
     if checkpoint is None:
         with starting("saving and reloading"):
             check_round_trip(trainer)
-    lines = describe(trainer, checkpoint, parameters, seconds)
+    lines = describe(trainer, checkpoint, parameters, seconds, micro)
     with starting("surveying the rows"):
         lines += trainer.objective.survey(trainer.train_data)
     expected = trainer.objective.expected_first_loss()
@@ -220,9 +225,9 @@ def check_resumed(trainer: Trainer, checkpoint: Path) -> str:
 
 
 def describe(
-    trainer: Trainer, checkpoint: Path | None, parameters: int, seconds: float
+    trainer: Trainer, checkpoint: Path | None, parameters: int, seconds: float, micro: str = ""
 ) -> list[str]:
-    """Return the lines that are printed before the first step."""
+    """Return the lines that are printed before the first step; ``micro`` says how the micro-batch was chosen."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
     steps = trainer.plan.total_steps(seconds)
     tokens = getattr(data, "num_tokens", 0) or len(data) * row_length(data, trainer.objective)
@@ -234,13 +239,14 @@ def describe(
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
-        f"evaluation in {trainer.eval_precision.name}, {torch.get_num_threads()} threads",
+        f"evaluation in {trainer.eval_precision.name}, {torch.get_num_threads()} threads, "
+        f"{'compiled' if trainer.compiled[0] else 'eager'} blocks ({trainer.compiled[1]})",
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {tokens:,} in all, {epochs:.2f} epochs in "
         f"{steps:,} steps",
         f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x "
-        f"{sizes.dp} rank{'s' * (sizes.dp > 1)}",
+        f"{sizes.dp} rank{'s' * (sizes.dp > 1)}{micro}",
         f"schedule {optim.schedule}, {optim.name} lr {optim.lr:g}"
         + (f", Muon lr {optim.muon_lr:g}" if optim.name == "muon" else "")
         + f", warm-up {optim.warmup:g}, limit {train.limit}"

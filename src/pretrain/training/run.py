@@ -29,13 +29,19 @@ from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import RowSource, open_rows
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import HUB_FILES, Tokenizer
 from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, family_class, own_family
 from pretrain.models.base import Model, check_head
-from pretrain.objectives import build_objective, check_objective, objective_class, objective_for
+from pretrain.objectives import (
+    build_objective,
+    check_monitor,
+    check_objective,
+    objective_class,
+    objective_for,
+)
 from pretrain.training.closing import last_words
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launch import on_devices
@@ -51,6 +57,7 @@ from pretrain.training.starting_model import open_source, origin, settled_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
+from pretrain.utils.hub_files import pinned
 from pretrain.utils.hub_names import hub_name
 
 __all__ = ["evaluate", "train"]
@@ -104,6 +111,7 @@ def train(
     world = current_world()
     with muted(not world.is_rank_zero):
         settings.model.checkpoint = settle_checkpoint(settings)
+        settings.data.tokenizer = settle_tokenizer(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out), say=False)
         data = main_process_first(
@@ -152,6 +160,7 @@ def check_early(settings: RunConfig) -> None:
     model, objective = settings.model, settings.objective
     choose_device(settings.parallel.device)
     wanted = check_objective(objective.class_path, objective.init_args).head_kind
+    check_monitor(objective.class_path, settings.train.monitor)
     for name in settings.train.loggers:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -251,16 +260,31 @@ def settle_checkpoint(settings: Any) -> Any:
 
     A run that is resumed keeps the commit with which it began.
     """
-    checkpoint, before, family = settings.model.checkpoint, None, settings.model.family
-    out = Path(settings.train.out)
+    checkpoint, family = settings.model.checkpoint, settings.model.family
     if not checkpoint or hub_name(checkpoint) is None:
         return checkpoint
     if family is not None and ":" in family:
         own_family(family)
+    before = settings_before(settings)
+    return settled_source(checkpoint, None if before is None else before.model.checkpoint)
+
+
+def settle_tokenizer(settings: RunConfig) -> str:
+    """Return ``data.tokenizer``; one of the Hub is fetched, and named with its commit as ``settle_checkpoint`` does."""
+    tokenizer, before = settings.data.tokenizer, settings_before(settings)
+    if hub_name(tokenizer) is None:
+        return tokenizer
+    earlier = None if before is None else before.data.tokenizer
+    return current_world().broadcast_result(lambda: pinned(tokenizer, earlier, HUB_FILES))
+
+
+def settings_before(settings: Any) -> Any:
+    """Return the settings with which the run in ``train.out`` began; None if none has begun there."""
+    out = Path(settings.train.out)
     if settings.train.out and has_begun(out):
         with contextlib.suppress(ConfigError):  # a run of another kind, which is refused later
-            before = type(settings).load(out / "run.yaml").model.checkpoint
-    return settled_source(checkpoint, before)
+            return type(settings).load(out / "run.yaml")
+    return None
 
 
 def _place(checkpoint: str | Path) -> Path:

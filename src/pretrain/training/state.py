@@ -48,7 +48,8 @@ class RunState:
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
         seconds: wall time of the run, over all resumes.
         lr: peak learning rate of the run.
-        micro_rows: rows per forward pass since memory ran out with more; 0 if it has not.
+        micro_rows: rows per forward pass that were measured to be the fastest, or since memory ran out with more; 0 if
+            the settings and the data decide.
         facts: what reports show of model and machine: ``parameters``, ``trained``, ``hardware``, ``peak_memory`` (bytes
             of one process).
         log: digest of the last line of ``log.jsonl``.

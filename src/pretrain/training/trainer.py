@@ -33,6 +33,7 @@ from pretrain.nn.buffers import persistent_buffers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
+from pretrain.training.compiling import decide_for
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, to_device
@@ -99,6 +100,7 @@ class Trainer:
     optimizers: Optimizers
     average: WeightAverage
     saver: Saver
+    compiled: tuple[bool, str]  # whether the blocks are, and why
     micro_rows: int
     feed: Feed
     plan: Plan
@@ -202,6 +204,11 @@ class Trainer:
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
         checkpoint = latest_together(self.out, world.peers())
+        loader = Loader(self.train_data, seed=train.seed)
+        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
+        self.journal.epoch_rows = self.plan.epoch_rows
+        self.row_length = round(mean_length(self.train_data, self.objective))
+        self.compiled = decide_for(self)
         with self.journal.starting("placing the model"):
             self._place(checkpoint)
         self.layers = Layers(self.objective, self.optim)
@@ -234,8 +241,6 @@ class Trainer:
             even=self.parallel.reproducible,
             most=self.strategy.choice.micro_rows,
         )
-        loader = Loader(self.train_data, seed=train.seed)
-        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
         timed = self.plan.limit.kind == "minutes"
         self.feed = Feed(
             self.objective,
@@ -245,13 +250,10 @@ class Trainer:
             share=(world.dp_rank, sizes.dp),
             total_rows=None if timed else self.plan.total_steps() * train.batch_rows,
         )
-        self.journal.epoch_rows = self.plan.epoch_rows
-        self.row_length = round(mean_length(self.train_data, self.objective))
         if checkpoint is not None:
             with self.journal.starting(f"reading {checkpoint.name}"):
                 self.state, self.checkpoint = restore(self, checkpoint), checkpoint
-            if 0 < self.state.micro_rows < self.micro_rows and world.size == 1:
-                self._split(self.state.micro_rows)
+            self._keep_micro_rows()
         seconds = preflight(self, checkpoint)
         self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
         if self.optim.unfreeze:
@@ -275,6 +277,14 @@ class Trainer:
         self.strategy.fill(initialise=checkpoint is None)
         align(self.objective, self.strategy.layout, self.world)
         self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+
+    def _keep_micro_rows(self) -> None:
+        """Keep the micro-batches of the steps before, if they were measured or memory ran out with larger ones."""
+        kept, alone, free = self.state.micro_rows, self.world.size == 1, not self.train.micro_rows
+        # A larger size than that of the rule may not fit here; only a process that is alone can take it back.
+        usable = (alone and free) if kept > self.micro_rows else (alone or free)
+        if kept and usable and self.feed.share_rows % kept == 0:
+            self.split(kept)
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:
@@ -444,10 +454,8 @@ class Trainer:
         )
         if kept or before == 1:
             return False
-        self.state.micro_rows = max(
-            rows for rows in range(1, before // 2 + 1) if self.train.batch_rows % rows == 0
-        )
-        self._split(self.state.micro_rows)
+        fewer = [r for r in range(1, before // 2 + 1) if self.train.batch_rows % r == 0]
+        self.split(max(fewer), record=True)
         self.optimizers.zero_grad()
         gc.collect()
         if self.device.type == "cuda":
@@ -460,7 +468,15 @@ class Trainer:
         self.journal.write({"event": "memory", "step": step, "micro_rows": self.micro_rows})
         return True
 
-    def _split(self, micro_rows: int) -> None:
+    def run_eagerly(self, why: str) -> None:
+        """Go on without the compiler."""
+        self.objective.model.backbone.eager_blocks()
+        self.compiled = False, why
+
+    def split(self, micro_rows: int, *, record: bool = False) -> None:
+        """Set the rows of a micro-batch, a divisor of the rows of this rank; recorded, a resumed run keeps them."""
+        if record:
+            self.state.micro_rows = micro_rows
         self.micro_rows = self.feed.micro_rows = micro_rows
 
     def release(self) -> bool:
