@@ -16,7 +16,7 @@ from pretrain.cli.main import main
 from pretrain.config.spelling import TRAIN, Interface, using
 from pretrain.errors import ConfigError, ModelError
 from pretrain.finetuning import job
-from pretrain.objectives import FIGURES, OBJECTIVES, TASKS, check_monitor
+from pretrain.objectives import OBJECTIVES, TASKS, check_monitor, objective_class, task_class
 from pretrain.training.precision import choose_device
 
 SIZES = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 32}
@@ -62,7 +62,13 @@ def test_an_adapter_fits_what_its_base_fits(tmp_path: Path) -> None:
 def test_an_unknown_monitor(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"monitor is 'f1'.*classification.*accuracy, macro_f1"):
         pretrain.finetune(bert(), "rows.csv", task="classification", monitor="f1")
-    check_monitor("package.module:Own", "anything")  # known when it is evaluated
+
+
+def test_the_figures_of_a_derived_class_are_known_when_it_is_evaluated() -> None:
+    class Own(task_class("classification")):  # type: ignore[misc]
+        pass
+
+    check_monitor(Own, "own", "anything")
 
 
 def test_a_mistyped_other_name_of_a_task(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,10 +92,12 @@ def test_the_device_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_figure_of_the_golden_runs_may_be_monitored() -> None:
-    assert set(FIGURES) == {*OBJECTIVES, *TASKS}
+    classes = {name: objective_class(name) for name in OBJECTIVES}
+    classes |= {name: task_class(name) for name in TASKS}
+    assert all("figures" in vars(cls) for cls in classes.values())
     for name, record in read_expected().items():
         run = RUNS[name]
         chosen = run.task or str(run.settings["objective"]["class_path"])
         for line in record["log"]:
             for figure in set(line.get("eval", {})) - {"targets"}:
-                check_monitor(chosen, figure)
+                check_monitor(classes[chosen], chosen, figure)

@@ -122,7 +122,7 @@ class Job:
         """Read the rows and set the output directory."""
         task = task_class(settings.task.name)
         check_options(task, settings.task.options)
-        check_monitor(task.name, settings.train.monitor)
+        check_monitor(task, task.name, settings.train.monitor)
         choose_device(settings.parallel.device)
         if settings.model.family is not None:
             own_family(settings.model.family)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
 
 __all__ = [
-    "FIGURES",
     "OBJECTIVES",
     "TASKS",
     "Loss",
@@ -59,28 +58,14 @@ OBJECTIVES = {
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
 }
 
-# Name -> the figures that an evaluation may have, beside the number of targets.
-FIGURES = {
-    "NextToken": ("loss", "accuracy", "perplexity", "bits_per_byte"),
-    "MaskedLM": ("loss", "accuracy", "perplexity"),
-    "classification": ("loss", "accuracy", "macro_f1", "micro_f1", "mcc"),
-    "regression": ("loss", "pearson", "spearman", "mse"),
-    "token-classification": ("loss", "accuracy", "f1", "precision", "recall", "macro_f1"),
-    "question-answering": ("loss", "exact_match", "f1"),
-    "chat": ("loss", "accuracy", "perplexity"),
-    "language-modelling": ("loss", "accuracy", "perplexity", "bits_per_byte"),
-    "embedding": ("loss", "accuracy", "mrr", "spearman"),
-    "preference": ("loss", "accuracy", "margin"),
-}
 
-
-def check_monitor(name: str, monitor: str | None) -> None:
-    """Check ``train.monitor`` before any data are read; the figures of a class of the user's own are not known yet.
+def check_monitor(objective: type[Objective], name: str, monitor: str | None) -> None:
+    """Check ``train.monitor`` before any data are read, if the class lists the figures of its evaluation.
 
     Raises:
-        ConfigError: no evaluation of this objective or task has such a figure.
+        ConfigError: the evaluation of this objective or task, called ``name``, has no such figure.
     """
-    known = FIGURES.get(name)
+    known = vars(objective).get("figures")  # a derived class may report more than its base
     if monitor and known and monitor not in known:
         near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.5)
         raise ConfigError(

@@ -98,6 +98,8 @@ class Objective(nn.Module):
     Attributes:
         couples_examples: the loss compares the rows of a batch, so it is not additive over micro-batches.
         head_kind: the head that a fresh model for this objective gets.
+        figures: names of what an evaluation may report, beside the number of targets: what ``train.monitor`` can be;
+            None if they are known only when it has run.
         frozen: names of child modules that are never trained: kept in evaluation mode and written to no file. A
             checkpoint records the path that they came from and a hash of their weights, and a resumed run refuses
             others.
@@ -111,6 +113,7 @@ class Objective(nn.Module):
 
     couples_examples: ClassVar[bool] = False
     head_kind: ClassVar[str | None] = None
+    figures: ClassVar[tuple[str, ...] | None] = None
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Model) -> None:

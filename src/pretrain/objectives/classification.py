@@ -103,6 +103,7 @@ class Classification(ClassTask):
     metric: str = "accuracy"
     recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     head_kind: ClassVar[str | None] = "sequence-classification"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "macro_f1", "micro_f1", "mcc")
     row_options: ClassVar[Mapping[str, Any]] = {**Task.row_options, "label_separator": str | None}
 
     def __init__(

@@ -77,6 +77,7 @@ class Embedding(Task):
     )  # fmt: skip
     metric: str = "accuracy"
     head_kind: ClassVar[str | None] = None
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "mrr", "spearman")
     couples_examples: ClassVar[bool] = True
     recorded: ClassVar[tuple[str, ...]] = ("scale", "symmetric", "min_score")
 

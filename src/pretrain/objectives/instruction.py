@@ -199,6 +199,7 @@ class Instruction(Task, TokenObjective):
     metric: str = "loss"
     trivial_name: ClassVar[str] = "unigram baseline"
     head_kind: ClassVar[str | None] = "causal-lm"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "perplexity")
 
     def __init__(
         self,

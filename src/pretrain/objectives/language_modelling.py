@@ -54,6 +54,7 @@ class LanguageModelling(Task):
     )
     metric: str = "loss"
     head_kind: ClassVar[str | None] = None
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "perplexity", "bits_per_byte")
 
     def __init__(
         self, model: Model, *, max_length: int | None = None, pack: bool = True, **options: Any

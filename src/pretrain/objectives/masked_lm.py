@@ -64,6 +64,7 @@ class MaskedLM(TokenObjective):
     """
 
     head_kind: ClassVar[str | None] = "masked-lm"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "perplexity")
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class NextToken(TokenObjective):
     """
 
     head_kind: ClassVar[str | None] = "causal-lm"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "perplexity", "bits_per_byte")
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)

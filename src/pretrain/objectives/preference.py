@@ -73,6 +73,7 @@ class Preference(Task):
     )  # fmt: skip
     metric: str = "loss"
     head_kind: ClassVar[str | None] = "causal-lm"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "margin")
     recorded: ClassVar[tuple[str, ...]] = ("beta", "label_smoothing")
 
     def __init__(

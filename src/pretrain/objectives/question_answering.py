@@ -66,6 +66,7 @@ class QuestionAnswering(Task):
     metric: str = "f1"
     trivial_name: ClassVar[str] = "always the most frequent answer"
     head_kind: ClassVar[str | None] = "question-answering"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "exact_match", "f1")
     recorded: ClassVar[tuple[str, ...]] = (
         "stride", "max_answer_tokens", "n_best", "allow_no_answer", "null_threshold", "bad_answers",
     )  # fmt: skip

@@ -54,6 +54,7 @@ class Regression(Task):
     metric: str = "pearson"
     recorded: ClassVar[tuple[str, ...]] = ("center", "scale")
     head_kind: ClassVar[str | None] = "sequence-classification"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "pearson", "spearman", "mse")
 
     def __init__(
         self,

@@ -70,6 +70,14 @@ class TokenClassification(ClassTask):
     metric: str = "f1"
     trivial_name: ClassVar[str] = "each word's most frequent tag"
     head_kind: ClassVar[str | None] = "token-classification"
+    figures: ClassVar[tuple[str, ...] | None] = (
+        "loss",
+        "accuracy",
+        "f1",
+        "precision",
+        "recall",
+        "macro_f1",
+    )
     # The codes, because rows that are evaluated later may spell the tags as the training rows did.
     recorded: ClassVar[tuple[str, ...]] = ("all_pieces", "empty_tag", "codes")
 

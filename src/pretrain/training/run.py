@@ -159,8 +159,8 @@ def check_early(settings: RunConfig) -> None:
     """
     model, objective = settings.model, settings.objective
     choose_device(settings.parallel.device)
-    wanted = check_objective(objective.class_path, objective.init_args).head_kind
-    check_monitor(objective.class_path, settings.train.monitor)
+    chosen = check_objective(objective.class_path, objective.init_args)
+    check_monitor(chosen, objective.class_path, settings.train.monitor)
     for name in settings.train.loggers:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -171,7 +171,7 @@ def check_early(settings: RunConfig) -> None:
             open_source(model.checkpoint)  # raises
         return
     family = family_class(model.family)
-    check_head(family, wanted)
+    check_head(family, chosen.head_kind)
     check_overrides(model.overrides)
     if settings.data.source is None:  # rows of a function may determine further fields
         family.config_class.from_size(model.size, **model.overrides)
