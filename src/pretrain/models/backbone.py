@@ -143,6 +143,11 @@ class Backbone(nn.Module):
         """Return a head of the kind, uninitialised."""
         raise NotImplementedError
 
+    @classmethod
+    def default_processor(cls, config: BackboneConfig) -> Any:
+        """Return the processor of a new model that is given none: None, or one that fits the sizes of its config."""
+        return None
+
     def embeddings(self) -> list[nn.Module]:
         """Return the modules before the first block: depth 0 of layer-wise learning rates."""
         raise NotImplementedError
