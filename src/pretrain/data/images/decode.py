@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-__all__ = ["SUFFIXES", "Picture", "flat", "pillow", "to_channels"]
+__all__ = ["SUFFIXES", "BrokenImage", "Picture", "Stored", "flat", "pillow", "to_channels"]
 
 # The decoders that may be used. That of EPS, for one, would run Ghostscript on the content of the file.
 _FORMATS = (
@@ -65,6 +65,20 @@ def pillow() -> Any:
     return PIL.Image
 
 
+class BrokenImage(DataError):
+    """An image that cannot be decoded.
+
+    Args:
+        name: what messages call the image.
+        cause: why, in a few words that hold for other images too, by which they are counted.
+        detail: the rest of the sentence; the cause if empty.
+    """
+
+    def __init__(self, name: str, cause: str, detail: str = "") -> None:
+        super().__init__(f"{name} cannot be read as an image: {detail or cause}.")
+        self.cause = cause
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One image of a source; it is decoded by ``read`` only.
@@ -96,7 +110,8 @@ class Picture:
         try:
             return Path(self.source).read_bytes()
         except OSError as error:
-            raise DataError(f"{self.name} cannot be read: {error.strerror or error}.") from error
+            why = error.strerror or str(error)
+            raise BrokenImage(self.name, why[0].lower() + why[1:]) from error
 
     def read(self) -> tuple[Image, str | None]:
         """Decode the image.
@@ -116,16 +131,18 @@ class Picture:
 
     def _decoded(self, content: bytes) -> tuple[Image, str | None]:
         if not content:
-            raise DataError(f"{self.name} is empty (0 bytes), so it is no image.")
+            raise BrokenImage(self.name, "the file is empty")
         module = pillow()
         known = [name for name in _FORMATS if name in (module.init() and module.OPEN)]
         try:
             image = module.open(io.BytesIO(content), formats=known)
             pixels = image.width * image.height
             if pixels > _MOST_PIXELS:
-                raise DataError(
-                    f"{self.name} has {image.width:,} x {image.height:,} pixels, and at most {_MOST_PIXELS:,} are "
-                    "decoded: a small file that claims so many would fill the memory. Scale it down first."
+                raise BrokenImage(
+                    self.name,
+                    "too many pixels",
+                    f"it has {image.width:,} x {image.height:,} pixels, and at most {_MOST_PIXELS:,} are decoded, "
+                    "because a small file that claims so many would fill the memory. Scale it down first",
                 )
             remark = None
             # The further pictures of an MPO file are previews, which cameras add.
@@ -136,14 +153,39 @@ class Picture:
         except DataError:
             raise
         except module.DecompressionBombError as error:
-            raise DataError(
-                f"{self.name} claims too many pixels and is not decoded: {error}"
-            ) from error
+            raise BrokenImage(self.name, "too many pixels", str(error)) from error
         # Decoders of damaged files raise nearly everything: OSError, SyntaxError, ValueError, struct.error, ...
         except Exception as error:
-            what = type(error).__name__ if not str(error) else str(error)
-            told = "it is no image of a known format" if "cannot identify" in what else what
-            raise DataError(f"{self.name} cannot be read as an image: {told}.") from error
+            if "cannot identify" in str(error):
+                raise BrokenImage(self.name, "it is no image of a known format") from error
+            what = str(error) or type(error).__name__
+            raise BrokenImage(
+                self.name, "the file is damaged", f"it is damaged ({what})"
+            ) from error
+
+
+class Stored:
+    """A picture of the training rows that has been read once, so that it can be decoded.
+
+    Args:
+        picture: the picture.
+        image: its decoded form, kept in memory; None decodes it again whenever it is used.
+    """
+
+    def __init__(self, picture: Picture, image: Image | None) -> None:
+        self.picture = picture
+        self.pixels = None if image is None else np.asarray(image)
+
+    def image(self) -> Image:
+        """Return the decoded image.
+
+        Raises:
+            BrokenImage: the file has changed since, and can no longer be read.
+        """
+        return self.picture.read()[0] if self.pixels is None else _as_image(self.pixels)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[np.uint8]:
+        return np.asarray(self.image(), dtype=dtype)
 
 
 def _upright(image: Image) -> Image:
@@ -167,16 +209,20 @@ def _from_array(array: NDArray[Any], name: str) -> Image:
         array = array[..., 0]
     fits = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
     if not fits or not array.size:
-        raise DataError(
-            f"{name} is an array of the shape {array.shape}; an image has the shape (height, width), or (height, "
-            "width, channels) with 1, 3 or 4 channels."
+        raise BrokenImage(
+            name,
+            "the shape is not that of an image",
+            f"it is an array of the shape {array.shape}; an image has the shape (height, width), or (height, width, "
+            "channels) with 1, 3 or 4 channels",
         )
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise DataError(
-            f"{name} is an array of {array.dtype}; the values of an image are whole numbers from 0 to 255 (uint8). "
-            "Values from 0 to 1 become that by (array * 255).round().astype('uint8')."
+        raise BrokenImage(
+            name,
+            "the values are no bytes",
+            f"it is an array of {array.dtype}; the values of an image are whole numbers from 0 to 255 (uint8). Values "
+            "from 0 to 1 become that by (array * 255).round().astype('uint8')",
         )
     image: Image = pillow().fromarray(np.ascontiguousarray(array))
     return image
@@ -191,14 +237,17 @@ def flat(image: Image, name: str = "the image") -> Image:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.size and (int(values.min()) < 0 or int(values.max()) > 65535):
-            raise DataError(
-                f"{name} holds values from {values.min()} to {values.max()}, which are no 16-bit grey values. Convert "
-                "it to 8 bits first."
+            raise BrokenImage(
+                name,
+                "the values exceed 16 bits",
+                f"it holds values from {values.min()} to {values.max()}. Convert it to 8 bits first",
             )
         return _as_image((values.astype(np.int64) >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise DataError(
-            f"{name} holds floating-point values, whose range nobody knows. Convert it to 8 bits first."
+        raise BrokenImage(
+            name,
+            "the values are no bytes",
+            "it holds floating-point values, whose range nobody knows. Convert it to 8 bits first",
         )
     if "A" in image.getbands() or "a" in image.mode or image.info.get("transparency") is not None:
         full = image.convert("RGBA")
