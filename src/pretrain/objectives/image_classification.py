@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.decode import BrokenImage, Stored
@@ -20,7 +21,7 @@ from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.objectives.base import Batch, ExampleList, Rngs
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.tasks import Learned
@@ -76,6 +77,11 @@ class ImageClassification(Classification):
         codes: Mapping[str, int] | None = None,
         max_length: int | None = None,
     ) -> None:
+        if max_length is not None:
+            raise ConfigError(
+                f"{option('max_length', max_length)} counts the tokens of a text, and the task {self.name} reads "
+                "images. Leave it out; the size of images is that in preprocessor_config.json."
+            )
         super().__init__(
             model,
             problem=problem,
@@ -83,7 +89,6 @@ class ImageClassification(Classification):
             label_smoothing=label_smoothing,
             threshold=threshold,
             codes=codes,
-            max_length=max_length,
             pack=False,
         )
         self.augmentation = Augmentation(crop, flip, randaugment)

@@ -14,14 +14,18 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import SUFFIXES, Picture
+from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.utils.files import note
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
 
 __all__ = ["is_image_source", "parts_of", "pictures", "read_images", "stream_images"]
 
@@ -38,6 +42,7 @@ _FOR = {
 }
 _IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets")
 _CLASSES = ("class_names", "classes", "label_names", "names")
+_SMALL = 32  # side of images for classical methods
 _MOST_BYTES = 8 << 30  # of all arrays of a file together, which are held in memory
 _IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
 
@@ -124,6 +129,31 @@ def pictures(table: Table, role: str = "image") -> list[Picture | None]:
     """
     folder = Path(table.origin).parent if table.origin and Path(table.origin).is_file() else None
     return [_picture(value, table, i, folder) for i, value in enumerate(table.columns[role])]
+
+
+def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[int]]]:
+    """Return, for each table, the pixels of its images between 0 and 1, and the rows that have a readable image.
+
+    The vectors of all tables have one length: images are scaled to the size that all have, at most 32 x 32, and are in
+    grey if all of them are.
+    """
+    found: list[list[tuple[int, Image]]] = []
+    for table in tables:
+        found.append([])
+        for i, picture in enumerate(pictures(table)):
+            with contextlib.suppress(BrokenImage):
+                if picture is not None:
+                    found[-1].append((i, picture.read()[0]))
+    images = [image for rows in found for _, image in rows]
+    sizes = {(min(image.width, _SMALL), min(image.height, _SMALL)) for image in images}
+    side = sizes.pop() if len(sizes) == 1 else (_SMALL, _SMALL)
+    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+
+    def vector(image: Image) -> NDArray[np.float32]:
+        small = image.convert(mode).resize(side, 2)
+        return np.asarray(small, np.float32).reshape(-1) / np.float32(255)
+
+    return [([vector(image) for _, image in rows], [i for i, _ in rows]) for rows in found]
 
 
 def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture | None:
