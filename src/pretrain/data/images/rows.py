@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture
+from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Stored
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.utils.files import note
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-__all__ = ["is_image_source", "parts_of", "pictures", "read_images", "stream_images"]
+__all__ = [
+    "decoded",
+    "is_image_source",
+    "parts_of",
+    "pictures",
+    "pixel_vectors",
+    "read_images",
+    "stream_images",
+]
 
 _TRAIN = ("train", "training")
 _PARTS = dict.fromkeys(_TRAIN, "train") | {
@@ -43,6 +51,7 @@ _FOR = {
 _IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets")
 _CLASSES = ("class_names", "classes", "label_names", "names")
 _SMALL = 32  # side of images for classical methods
+_KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
 _MOST_BYTES = 8 << 30  # of all arrays of a file together, which are held in memory
 _IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
 
@@ -129,6 +138,39 @@ def pictures(table: Table, role: str = "image") -> list[Picture | None]:
     """
     folder = Path(table.origin).parent if table.origin and Path(table.origin).is_file() else None
     return [_picture(value, table, i, folder) for i, value in enumerate(table.columns[role])]
+
+
+def decoded(table: Table, *, required: bool) -> Iterator[tuple[int, Stored | None, str | None]]:
+    """Decode every image of a table once, so that a broken one is found before it is needed.
+
+    Args:
+        table: has a column ``image``.
+        required: a file that does not exist is an error, not a row that is left out.
+
+    Returns:
+        For each row its index, the image, and a remark on it; or None and the reason why there is none. The first
+        images, up to a gigabyte, are kept in their decoded form.
+
+    Raises:
+        DataError: a file does not exist, which a wrong folder causes for many; names the first.
+    """
+    room = _KEPT
+    for i, picture in enumerate(pictures(table)):
+        if picture is None:
+            yield i, None, "no image"
+            continue
+        try:
+            image, remark = picture.read()
+        except BrokenImage as error:
+            if required and isinstance(error.__cause__, FileNotFoundError):
+                raise DataError(
+                    f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that names "
+                    "them; correct them, or leave the row out."
+                ) from error
+            yield i, None, f"broken image ({error.cause})"
+            continue
+        room -= image.width * image.height * len(image.getbands())
+        yield i, Stored(picture, image if room >= 0 else None), remark
 
 
 def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[int]]]:
