@@ -58,7 +58,7 @@ class ImageClassification(Classification):
         self,
         model: Model,
         *,
-        crop: float = 0.5,
+        crop: float = 1.0,
         flip: bool = False,
         randaugment: int = 0,
         problem: str = "single_label",
