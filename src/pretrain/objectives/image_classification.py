@@ -6,7 +6,11 @@ the rows of ``pretrain.data.images.source``.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +36,14 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = ["ImageClassification"]
+
+
+_LARGE = 96 * 96  # pixels of an image from which a batch is decoded by several threads
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pretrain-images")
 
 
 class ImageClassification(Classification):
@@ -168,18 +180,20 @@ class ImageClassification(Classification):
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
         """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
         processor = self.processor
-        values = []
-        for i, example in enumerate(examples):
-            held: Any = example["image"]
+
+        def values(i: int) -> Any:
+            held: Any = examples[i]["image"]
             image = (
                 held.image() if isinstance(held, Stored) else Picture(held, "an image").read()[0]
             )
             if evaluation:
-                array = processor.fitted(image)
-            else:
-                array = self.augmentation(image, processor, rngs[i])
-            values.append(processor.values(array))
-        return {"pixel_values": torch.from_numpy(np.stack(values))}
+                return processor.values(processor.fitted(image))
+            return processor.values(self.augmentation(image, processor, rngs[i]))
+
+        # Pillow decodes and scales without holding the interpreter's lock, which pays for images of some size.
+        wide = math.prod(processor.size or (0, 0)) >= _LARGE
+        made = list((_threads().map if wide else map)(values, range(len(examples))))
+        return {"pixel_values": torch.from_numpy(np.stack(made))}
 
     def sizes(self, rows: TaskRows) -> str:
         size = self.processor.size or (0, 0)
