@@ -261,3 +261,23 @@ def test_rows_of_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(open_rows("images", {"train": str(tmp_path / "a.npz")}).valid) == 4
     with pytest.raises(ConfigError, match=r"data\.source_args do not fit images"):
         open_rows("images", {"trian": "x"})
+
+
+REAL = [
+    ("mnist/train_5k.npz", 5000, [], (28, 28), "L"),
+    ("mnist/t10k-images-idx3-ubyte.gz", 10000, [], (28, 28), "L"),
+    ("pneumoniamnist/pneumoniamnist.npz", 4708, ["train", "valid", "test"], (28, 28), "L"),
+    ("sign_language_digits/sign_digits_64.npz", 800, ["train", "test"], (64, 64), "RGB"),
+    ("omniglot_small1/omniglot_small1.npz", 2720, [], (105, 105), "L"),
+]
+
+
+@pytest.mark.parametrize(("file", "count", "parts", "size", "mode"), REAL)
+def test_published_arrays(
+    file: str, count: int, parts: list[str], size: tuple[int, int], mode: str, data_sets: Path
+) -> None:
+    table = read_images(data_sets / file, name="train")
+    image = table.columns["image"][count // 2].read()[0]
+    assert (len(table), parts_of(data_sets / file)) == (count, parts)
+    assert (image.size, image.mode) == (size, mode)
+    assert np.asarray(image).max() > 100 and len(set(table.columns["label"])) > 1
