@@ -17,16 +17,26 @@ from torch.nn import functional as F
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.data.loader import row_rngs
+from pretrain.models import FAMILIES, family_class
 from pretrain.models.base import Model
 from pretrain.objectives import Objective
 from pretrain.training.trainer import Hook, Trainer
 
 Build = Callable[..., Model]
+TEXT_FAMILIES = [name for name in FAMILIES if family_class(name).processor_class is None]
+
+
+def reads_images(model: Model) -> bool:
+    return hasattr(model.backbone.config, "image_size")
 
 
 def batch_for(model: Model, rows: int = 4, tokens: int = 12) -> dict[str, Tensor]:
-    """Random rows, the last one padded on the right."""
+    """Random rows, the last one padded on the right; random images for a family that reads those."""
     generator = torch.Generator().manual_seed(0)
+    if reads_images(model):
+        config = model.backbone.config
+        shape = (rows, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
     pad = model.backbone.config.pad_id or 0
     ids = torch.randint(4, model.backbone.vocab_size, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -37,9 +47,11 @@ def batch_for(model: Model, rows: int = 4, tokens: int = 12) -> dict[str, Tensor
 def loss_of(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """Cross entropy against fixed random answers, on real tokens."""
     logits = model(batch)
-    real = batch["attention_mask"].bool()
-    if logits.shape[:2] == real.shape:
-        logits = logits[real]
+    real = batch.get("attention_mask")
+    if real is not None and logits.shape[:2] == real.shape:
+        logits = logits[real.bool()]
+    elif logits.ndim == 3:
+        logits = logits.flatten(0, 1)
     targets = torch.arange(logits.shape[0]) * 7 % logits.shape[-1]
     return F.cross_entropy(logits, targets)
 
@@ -67,9 +79,13 @@ def check_shapes(model: Model, outputs: int | None) -> None:
     assert out.dtype == torch.float32 and torch.isfinite(out).all()
     if outputs is not None:
         assert out.shape[-1] == outputs
-    rows, tokens = batch["input_ids"].shape
-    whole_row = model.head_kind == "sequence-classification"
-    assert out.shape[:-1] == ((rows,) if whole_row else (rows, tokens))
+    rows = len(next(iter(batch.values())))
+    if model.head_kind in ("sequence-classification", "image-classification"):
+        assert out.shape[:-1] == (rows,)
+    elif "input_ids" in batch:
+        assert out.shape[:-1] == batch["input_ids"].shape
+    else:
+        assert out.shape[0] == rows
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32 and not parameter.is_meta
 

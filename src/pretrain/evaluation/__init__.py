@@ -40,7 +40,12 @@ __all__ = ["UNTRAINED", "evaluate"]
 UNTRAINED = {"sts": sts, "retrieval": retrieval, "minimal-pairs": minimal_pairs}
 
 _ROWS = 64  # rows in one forward pass of a task that needs no training
-_LABELLED_HEADS = ("sequence-classification", "token-classification", "question-answering")
+_LABELLED_HEADS = (
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+)
 
 
 @using(EVALUATE)
@@ -101,7 +106,8 @@ def evaluate(
     if task is not None:
         task_class(task)
     fine_tuned = recorded_task(model) is not None or model.head_kind in _LABELLED_HEADS
-    if objective is not None or not fine_tuned:
+    pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
+    if objective is not None or not fine_tuned or pretrained:
         if columns:
             raise ConfigError(
                 f"{path} is a language model, which is evaluated on text and not on columns of labelled rows. Leave "

@@ -151,7 +151,7 @@ def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Mo
         backbone.config,
         head=kind,
         labels=labels,
-        tokenizer=copy.deepcopy(source.tokenizer),
+        tokenizer=copy.deepcopy(source.processor),
     )
     model.backbone, model.source = backbone, source.source
     if model.head is not None:

@@ -143,6 +143,11 @@ class Backbone(nn.Module):
         """Return a head of the kind, uninitialised."""
         raise NotImplementedError
 
+    @classmethod
+    def default_processor(cls, config: BackboneConfig) -> Any:
+        """Return the processor of a new model that is given none: None, or one that fits the sizes of its config."""
+        return None
+
     def embeddings(self) -> list[nn.Module]:
         """Return the modules before the first block: depth 0 of layer-wise learning rates."""
         raise NotImplementedError
@@ -168,6 +173,12 @@ class Backbone(nn.Module):
                 "units(batch) that returns, for example, the number of patches of all images, and set unit_name."
             )
         return batch["input_ids"].numel()
+
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return two rows of random inputs, by whose outputs two models are compared."""
+        length = min(32, self.max_length)
+        ids = torch.randint(self.vocab_size, (2, length), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
         """Return batch key -> (name of the table, size) of the ids that are checked before they reach the model."""

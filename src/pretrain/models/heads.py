@@ -28,6 +28,7 @@ __all__ = [
     "decoder_head",
     "kind_named_by",
     "labels_named_by",
+    "language_head",
     "pool_documents",
 ]
 
@@ -37,10 +38,11 @@ HEAD_KINDS = (
     "sequence-classification",
     "token-classification",
     "question-answering",
+    "image-classification",
 )
 
 
-LABELLED = ("sequence-classification", "token-classification")
+LABELLED = ("sequence-classification", "token-classification", "image-classification")
 # Ending of an architecture's name in config.json -> kind of head.
 ARCHITECTURES = {
     "ForCausalLM": "causal-lm",
@@ -50,6 +52,7 @@ ARCHITECTURES = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
 }
 
 
@@ -151,7 +154,8 @@ class SequenceHead(nn.Module):
     Args:
         hidden_size: D.
         num_labels: C.
-        pool: ``first`` token, ``mean`` over real tokens, or ``last`` real token.
+        pool: ``first`` token, ``mean`` over real tokens, ``last`` real token, or the mean over all tokens but the first
+            (``patches`` of an image).
         transform: applied to the pooled vector.
         bias: whether the classifier has a bias.
         dropout: dropout before the classifier.
@@ -204,6 +208,8 @@ class SequenceHead(nn.Module):
             return pool_documents(hidden, batch, self.pool)
         if self.pool == "first":
             return hidden[:, 0]
+        if self.pool == "patches":
+            return hidden[:, 1:].mean(1)
         real = batch.get("attention_mask")
         if self.pool == "mean":
             if real is None:
@@ -289,6 +295,12 @@ def decoder_head(
     return TokenHead(config.hidden_size, num_labels, dropout=dropout)
 
 
+def language_head(architectures: Mapping[str | None, str], *, causal: bool) -> str | None:
+    """Return the kind of a family's language-model head, or None if it has no such head."""
+    kind = "causal-lm" if causal else "masked-lm"
+    return kind if kind in architectures else None
+
+
 def kind_named_by(
     config: Mapping[str, Any], architectures: Mapping[str | None, str], *, causal: bool
 ) -> str | None:
@@ -297,9 +309,8 @@ def kind_named_by(
     None is the body alone; it is also returned if the named head is not implemented.
     """
     names = config.get("architectures")
-    default = "causal-lm" if causal else "masked-lm"
     if not names:
-        return default
+        return language_head(architectures, causal=causal)
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise ConfigError(
