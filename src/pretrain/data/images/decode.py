@@ -60,8 +60,7 @@ def pillow() -> Any:
         import PIL.Image
     except ImportError as error:
         raise ConfigError(
-            'Images are decoded by Pillow, which is not installed. Install it with: pip install "pretrain[vision]", '
-            "or pip install pillow."
+            "Images are decoded by Pillow, which is not installed. Install it with: pip install pillow"
         ) from error
     return PIL.Image
 
