@@ -17,16 +17,27 @@ from torch.nn import functional as F
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.data.loader import row_rngs
+from pretrain.models import FAMILIES, family_class
 from pretrain.models.base import Model
 from pretrain.objectives import Objective
 from pretrain.training.trainer import Hook, Trainer
 
 Build = Callable[..., Model]
+# The families with a language-model head.
+TEXT_FAMILIES = [
+    name
+    for name in FAMILIES
+    if {"causal-lm", "masked-lm"} & family_class(name).architectures.keys()
+]
 
 
 def batch_for(model: Model, rows: int = 4, tokens: int = 12) -> dict[str, Tensor]:
-    """Random rows, the last one padded on the right."""
+    """Random rows, the last one padded on the right; random images for a family that has no vocabulary."""
     generator = torch.Generator().manual_seed(0)
+    if model.backbone.vocab_size == 0:
+        config = model.backbone.config
+        shape = (rows, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
     pad = model.backbone.config.pad_id or 0
     ids = torch.randint(4, model.backbone.vocab_size, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -37,9 +48,10 @@ def batch_for(model: Model, rows: int = 4, tokens: int = 12) -> dict[str, Tensor
 def loss_of(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """Cross entropy against fixed random answers, on real tokens."""
     logits = model(batch)
-    real = batch["attention_mask"].bool()
-    if logits.shape[:2] == real.shape:
-        logits = logits[real]
+    real = batch.get("attention_mask")
+    if real is not None and logits.shape[:2] == real.shape:
+        logits = logits[real.bool()]
+    logits = logits.flatten(0, -2)
     targets = torch.arange(logits.shape[0]) * 7 % logits.shape[-1]
     return F.cross_entropy(logits, targets)
 
@@ -67,9 +79,11 @@ def check_shapes(model: Model, outputs: int | None) -> None:
     assert out.dtype == torch.float32 and torch.isfinite(out).all()
     if outputs is not None:
         assert out.shape[-1] == outputs
-    rows, tokens = batch["input_ids"].shape
-    whole_row = model.head_kind == "sequence-classification"
-    assert out.shape[:-1] == ((rows,) if whole_row else (rows, tokens))
+    rows = len(next(iter(batch.values())))
+    whole_row = model.head_kind in ("sequence-classification", "image-classification")
+    assert out.shape[0] == rows and out.ndim == (2 if whole_row else 3)
+    if "input_ids" in batch and not whole_row:
+        assert out.shape[1] == batch["input_ids"].shape[1]
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32 and not parameter.is_meta
 
@@ -94,8 +108,11 @@ def check_init(model: Model) -> None:
         if value.ndim < 2:
             assert bool((value == (1.0 if name.endswith("weight") else 0.0)).all()), name
         elif value.numel() > 1000 and not name.startswith("head."):
-            assert abs(float(value.mean())) < 5 * std / value.numel() ** 0.5 + 1e-4, name
-            assert float(value.std()) < 1.1 * std, name
+            # Families of images keep the variance of their inputs (Xavier's or He's initialisation).
+            fans = value[0].numel(), value[:, 0].numel()
+            limit = std if model.backbone.vocab_size else max(std, (2 / min(fans)) ** 0.5)
+            assert abs(float(value.mean())) < 5 * limit / value.numel() ** 0.5 + 1e-4, name
+            assert float(value.std()) < 1.1 * limit, name
 
 
 def check_gradients(model: Model) -> None:

@@ -17,13 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from contract import TEXT_FAMILIES
 from pretrain.checkpoint import inspect, latest, load, save_model, verify
 from pretrain.cli import main as cli
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, ModelError
 from pretrain.lora import LoraConfig, apply_lora, load_adapter, merge, save_adapter, unload
 from pretrain.lora.layer import LoraLinear
 from pretrain.lora.peft_format import from_peft
-from pretrain.models import FAMILIES, build
+from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.training.trainer import Hook
 from tiny import Rows, losses, objective, tokenizer, trainer
@@ -99,7 +100,7 @@ def plain(directory: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ attaching
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_every_family_has_default_targets_and_starts_unchanged(family: str) -> None:
     """All linear layers of the blocks, exactly; what the model computes does not change until it is trained."""
     for dora in (False, True):
@@ -115,7 +116,7 @@ def test_every_family_has_default_targets_and_starts_unchanged(family: str) -> N
         torch.testing.assert_close(model(BATCH), before, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 @pytest.mark.parametrize("head", HEADS)
 def test_what_is_trained(family: str, head: str | None) -> None:
     """The adapter and a task's whole head, nothing else; a language-model head is frozen."""
@@ -256,7 +257,7 @@ def test_half_precision_compute_and_copies(dora: bool) -> None:
 # ------------------------------------------------------------------------------------------------ the directory
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 @pytest.mark.parametrize("dora", [False, True])
 def test_round_trip_with_a_new_head(tmp_path: Path, family: str, dora: bool) -> None:
     """The head on a language model's weights comes back with the adapter, and merging changes nothing."""

@@ -16,6 +16,7 @@ import transformers
 import yaml
 
 import pretrain.models.state
+from contract import TEXT_FAMILIES
 from pretrain.checkpoint import (
     RunLock,
     TrainingState,
@@ -31,7 +32,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.models import FAMILIES, build
+from pretrain.models import build
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "max_positions": 16}
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"]
@@ -68,7 +69,7 @@ def checkpoint(run, step, model=None, **options):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_transformers_opens_what_we_save(family, shards, tmp_path, tokenizer):
     model = tiny(family, tokenizer).eval()
     limit = 10**9 if shards == 1 else estimated_size(model) - (16 << 20)
@@ -99,7 +100,7 @@ def test_transformers_opens_what_we_save(family, shards, tmp_path, tokenizer):
                 assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_we_open_what_transformers_saves(family, tmp_path, capfd):
     """Single file, shards, the body alone (no prefix), bfloat16; none with a tokenizer beside it."""
     model = tiny(family).eval()
@@ -302,7 +303,7 @@ def test_saving_over_a_checkpoint_never_drops_what_resuming_needs(tmp_path):
     checkpoint(tmp_path, 1, training=state())  # the run itself replaces its own step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_saving_makes_one_tensor_at_a_time(family, tmp_path, monkeypatch):
     """No second copy of the weights: what is not a view of a parameter is gone before the next is made."""
     model = tiny(family)

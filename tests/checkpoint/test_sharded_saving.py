@@ -24,6 +24,7 @@ from checkpoint.threads import (
     moments,
     on_all,
 )
+from contract import TEXT_FAMILIES
 from pretrain.checkpoint import (
     TrainingState,
     latest,
@@ -46,7 +47,7 @@ from pretrain.checkpoint.sharded_loading import (
 )
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.models import FAMILIES, build
+from pretrain.models import build
 from pretrain.nn.layout import ShardLayout, ShardSlice
 from pretrain.utils import directories, files
 from pretrain.utils.tensors import read_header, read_tensors, write_tensors
@@ -144,7 +145,7 @@ def same_tensors(one, two):
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_the_bytes_are_those_that_one_process_writes(family, mesh, tmp_path):
     model = tiny(family)
     whole = save_whole(tmp_path / "one", model)

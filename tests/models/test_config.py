@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from contract import TEXT_FAMILIES
 from pretrain.errors import ConfigError
-from pretrain.models import FAMILIES, build, family_class
+from pretrain.models import build, family_class
 from pretrain.models.base import Model
 from pretrain.models.config import SIZES, BackboneConfig, ConfigReader
 from pretrain.models.llama import LlamaConfig
@@ -65,7 +66,7 @@ def test_absurd_values_are_refused_at_once(change: dict):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 @pytest.mark.parametrize("change", [c for c in ABSURD if set(c) <= set(HF_KEYS)], ids=str)
 def test_absurd_config_json_is_refused_at_once(family: str, change: dict):
     config = build(family, "tiny", vocab_size=61, pad_id=1).hf_config()
@@ -77,7 +78,7 @@ def test_absurd_config_json_is_refused_at_once(family: str, change: dict):
     assert time.perf_counter() - start < 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_code_in_a_config_is_dropped(family: str):
     config = build(family, "tiny", vocab_size=61, pad_id=1).hf_config()
     config |= {
@@ -184,7 +185,7 @@ def test_one_dial_sets_width_depth_and_heads():
 
 
 def test_parameter_count_is_close_to_the_truth():
-    for family in FAMILIES:
+    for family in TEXT_FAMILIES:
         model = build(family, "mini", vocab_size=1000, pad_id=1)
         assert model.backbone.config.parameter_count() == pytest.approx(
             model.num_parameters(), rel=0.06

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from contract import batch_for, check_model
+from contract import TEXT_FAMILIES, batch_for, check_model
 from pretrain.errors import CheckpointError, ConfigError, ModelError
-from pretrain.models import FAMILIES, build, family_class
+from pretrain.models import build, family_class
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
 from pretrain.models.qwen import Qwen3, Qwen3Config
@@ -23,7 +23,7 @@ TINY = {
     "max_positions": 40,
     "pad_id": 1,
 }
-HEADS = [(family, kind) for family in FAMILIES for kind in family_class(family).architectures]
+HEADS = [(family, kind) for family in TEXT_FAMILIES for kind in family_class(family).architectures]
 
 
 @pytest.mark.parametrize(("family", "kind"), HEADS)
@@ -37,7 +37,7 @@ def test_contract(family: str, kind: str | None):
     check_model(make, outputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_zero_init_outputs_makes_identity_blocks(family: str):
     model = build(family, zero_init_outputs=True, **TINY)
     for name, value in model.named_parameters():
@@ -68,14 +68,14 @@ def test_padding_row_starts_at_zero():
 
 
 def test_expected_first_loss_is_that_of_a_uniform_guess():
-    for family in FAMILIES:
+    for family in TEXT_FAMILIES:
         model = build(family, **TINY).eval()
         batch = batch_for(model)
         loss = torch.nn.functional.cross_entropy(model(batch).flatten(0, 1), torch.arange(48) % 61)
         assert float(loss.detach()) == pytest.approx(math.log(61), abs=0.15)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_too_long_a_row_names_both_numbers(family: str):
     model = build(family, **TINY)
     most = model.backbone.max_length
@@ -87,7 +87,7 @@ def test_too_long_a_row_names_both_numbers(family: str):
         model({"input_ids": torch.full((1, 3), 5), "position_ids": torch.tensor([[0, 1, most]])})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_unknown_id_is_named(family: str):
     with pytest.raises(ModelError, match=r"has ids from 5 to 61, .* ids 0 to 60"):
         build(family, **TINY)({"input_ids": torch.tensor([[5, 61]])})
@@ -192,7 +192,7 @@ class Mine(Qwen3):
 
 
 def test_every_family_is_a_backbone():
-    for family in FAMILIES:
+    for family in TEXT_FAMILIES:
         cls = family_class(family)
         assert issubclass(cls, Backbone) and cls.model_type == family
 
@@ -282,7 +282,7 @@ class TestLoading:
         state["transformer.wte.weight"].zero_()
         assert model.backbone.token_embedding.weight.any()
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", TEXT_FAMILIES)
     def test_disk_view_shares_memory_where_it_can(self, family):
         model = build(family, **TINY)
         view, state = model.disk_view(), model.disk_state()

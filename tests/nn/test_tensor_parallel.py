@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from contract import TEXT_FAMILIES
 from pretrain.distributed.tensor_parallel import (
     cuts_of,
     possible_tp,
@@ -20,7 +21,7 @@ from pretrain.distributed.tensor_parallel import (
 )
 from pretrain.errors import ConfigError, ModelError
 from pretrain.lora import LoraConfig, apply_lora
-from pretrain.models import FAMILIES, build
+from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.tensor_parallel import (
@@ -73,7 +74,7 @@ def test_a_group_of_one_is_no_group(alone: Group) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(TEXT_FAMILIES))
 @pytest.mark.parametrize("meta", [False, True])
 def test_slices_put_together_are_the_model(family: str, meta: bool) -> None:
     whole = made(family)

@@ -25,6 +25,7 @@ PIPELINES = {
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
     "question-answering": "question-answering",
+    "image-classification": "image-classification",
     None: "feature-extraction",
 }
 # Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.

@@ -27,6 +27,7 @@ FAMILIES = {
     "bert": "pretrain.models.bert:Bert",
     "roberta": "pretrain.models.bert:Roberta",
     "modernbert": "pretrain.models.modernbert:ModernBert",
+    "vit_mae": "pretrain.models.vit_mae:ViTMAE",
 }
 
 
@@ -103,7 +104,8 @@ def build(
     Args:
         family: a key of ``FAMILIES``, or ``"package.module:Class"`` of your own backbone.
         size: a key of ``pretrain.models.config.SIZES``; None uses the defaults of the family.
-        head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the family's language-model head.
+        head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the one that the family is
+            pre-trained with.
         seed: seed of the initial weights.
         tokenizer: stored as ``model.tokenizer``; sets ``vocab_size`` and the special ids unless they are overridden.
         labels: class names of a classification head, or their number.
@@ -115,6 +117,7 @@ def build(
         ModelError: the family has no such head.
     """
     from pretrain.models.base import Model
+    from pretrain.models.heads import usual_kind
 
     cls = family_class(family)
     if tokenizer is not None:
@@ -129,7 +132,7 @@ def build(
     if isinstance(labels, int):
         labels = tuple(f"LABEL_{i}" for i in range(labels))
     if head == "auto":
-        head = "causal-lm" if cls.causal else "masked-lm"
+        head = usual_kind(cls.architectures, causal=cls.causal)
     model = Model.build(cls, config, head=head, labels=labels, tokenizer=tokenizer)
     if device != "meta":
         return model.materialize(seed, device)

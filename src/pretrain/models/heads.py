@@ -29,6 +29,7 @@ __all__ = [
     "kind_named_by",
     "labels_named_by",
     "pool_documents",
+    "usual_kind",
 ]
 
 HEAD_KINDS = (
@@ -37,10 +38,12 @@ HEAD_KINDS = (
     "sequence-classification",
     "token-classification",
     "question-answering",
+    "image-classification",
+    "masked-image",
 )
 
 
-LABELLED = ("sequence-classification", "token-classification")
+LABELLED = ("sequence-classification", "token-classification", "image-classification")
 # Ending of an architecture's name in config.json -> kind of head.
 ARCHITECTURES = {
     "ForCausalLM": "causal-lm",
@@ -50,6 +53,7 @@ ARCHITECTURES = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
 }
 
 
@@ -289,22 +293,30 @@ def decoder_head(
     return TokenHead(config.hidden_size, num_labels, dropout=dropout)
 
 
+def usual_kind(architectures: Mapping[str | None, str], *, causal: bool) -> str | None:
+    """Return the kind of head that a family is pre-trained with; None if it needs none."""
+    kinds = ("causal-lm" if causal else "masked-lm", "masked-image", "image-classification")
+    return next((kind for kind in kinds if kind in architectures), None)
+
+
 def kind_named_by(
     config: Mapping[str, Any], architectures: Mapping[str | None, str], *, causal: bool
 ) -> str | None:
-    """Return the kind of head that ``architectures`` names, or the family's language-model head if there is none.
+    """Return the kind of head that ``architectures`` names, or the family's usual one if the key is absent.
 
     None is the body alone; it is also returned if the named head is not implemented.
     """
     names = config.get("architectures")
-    default = "causal-lm" if causal else "masked-lm"
     if not names:
-        return default
+        return usual_kind(architectures, causal=causal)
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise ConfigError(
             f"config.json: 'architectures' is {names!r}; it must be a list of class names."
         )
+    for own, name in architectures.items():
+        if name == names[0]:
+            return own
     for ending, kind in ARCHITECTURES.items():
         if names[0].endswith(ending) and kind in architectures:
             return kind

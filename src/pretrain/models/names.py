@@ -237,7 +237,18 @@ def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shape
 
 
 def modern_key(key: str) -> str:
-    """Return the current spelling of a tensor name: old BERT files use ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
-    return re.sub(
-        r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
-    )
+    """Return the usual spelling of a tensor name.
+
+    Old BERT files use ``LayerNorm.gamma`` and ``LayerNorm.beta``. transformers 5 saves the decoder of ViT-MAE as
+    ``decoder_encoder.layer``, which no other version reads.
+    """
+    for pattern, usual in _SPELLINGS:
+        key = re.sub(pattern, usual, key)
+    return key
+
+
+_SPELLINGS = (
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+)

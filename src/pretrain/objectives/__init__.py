@@ -53,6 +53,7 @@ _OWN_TASKS: dict[str, type[Task]] = {}
 OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
+    "MaskedImage": "pretrain.objectives.masked_image.MaskedImage",
 }
 
 

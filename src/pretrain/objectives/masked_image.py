@@ -1,0 +1,111 @@
+"""Masked autoencoding of images: predict the pixels of hidden patches from the visible ones (MAE, arXiv 2111.06377)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.errors import ModelError
+from pretrain.nn.patches import patch_pixels
+from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs, stack
+
+if TYPE_CHECKING:
+    from pretrain.data.loader import Examples
+    from pretrain.models.base import Model
+
+__all__ = ["MaskedImage"]
+
+_EPS = 1e-6  # added to the variance of the pixels of a patch, as in the published code
+
+
+class MaskedImage(Objective):
+    """Predict the pixels of hidden patches; the encoder computes only the visible ones.
+
+    Args:
+        model: a ViT-MAE model with its decoder.
+        mask_ratio: share of the patches that are hidden; not given, that of the model's config, 0.75 in a new model.
+        norm_pixels: give the pixels of each target patch mean 0 and variance 1; not given, ``norm_pix_loss`` of the
+            model's config, which is true in a new model. Both are recorded in config.json.
+
+    Raises:
+        ModelError: the model has no decoder of pixels.
+        ConfigError: ``mask_ratio`` leaves no patch visible, or none hidden.
+    """
+
+    head_kind: ClassVar[str | None] = "masked-image"
+
+    def __init__(
+        self, model: Model, mask_ratio: float | None = None, norm_pixels: bool | None = None
+    ) -> None:
+        super().__init__(model)
+        if model.head_kind != "masked-image":
+            raise ModelError(
+                f"MaskedImage needs a model with a decoder of pixels; this {model.backbone.model_type} model has the "
+                f"head {model.head_kind!r}. Build the family vit_mae."
+            )
+        given = {"mask_ratio": mask_ratio, "norm_pix_loss": norm_pixels}
+        given = {key: value for key, value in given.items() if value is not None}
+        config = model.backbone.config = replace(model.backbone.config, **given)
+        self.num_patches, self.num_visible = config.num_patches, config.num_visible
+        self.patch_size, self.norm_pixels = config.patch_size, config.norm_pix_loss
+
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
+        """Choose the visible patches of each row with the row's own generator."""
+        batch = stack(examples, ("pixel_values",))
+        # All rows have equally many, in ascending order: attention does not see the order, memory does.
+        chosen = [np.sort(rng.permutation(self.num_patches)[: self.num_visible]) for rng in rngs]
+        batch["visible_index"] = torch.from_numpy(np.stack(chosen))
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Number of hidden patches."""
+        images, visible = batch["visible_index"].shape
+        return torch.tensor(images * (self.num_patches - visible))
+
+    def targets(self, pixels: Tensor) -> Tensor:
+        """Return what is predicted, (B, C, H, W) -> (B, N, p · p · C) in fp32."""
+        target = patch_pixels(pixels.float(), self.patch_size)
+        if self.norm_pixels:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as published
+            target = (target - mean) / (variance + _EPS).sqrt()
+        return target
+
+    def forward(self, batch: Batch) -> Loss:
+        """Sum, over the hidden patches, the mean squared error of their pixels."""
+        predicted = self.model(batch)
+        error = (
+            (predicted.float() - self.targets(batch["pixel_values"])).square().mean(-1)
+        )  # (B, N)
+        hidden = torch.ones_like(error).scatter(1, batch["visible_index"], 0.0)
+        return Loss((error * hidden).sum(), self.count(batch).to(error.device))
+
+    def flops(self, units: int, targets: int, row_length: int) -> float:
+        """Operations of the encoder on visible patches and of the decoder on all of them."""
+        backbone, head = self.model.backbone, self.model.head
+        encoder = self._matrices(backbone.blocks())
+        seen = units * self.num_visible / self.num_patches
+        config = backbone.config
+        attention: int = 2 * config.decoder_num_layers * config.decoder_hidden_size * row_length
+        cost: float = backbone.flops_per_unit(encoder, self.num_visible + 1) * seen
+        return cost + 6.0 * units * (self._matrices([head]) + attention)
+
+    def _matrices(self, modules: Sequence[Any]) -> int:
+        return self._numel(p for m in modules for p in m.parameters() if p.ndim == 2)
+
+    def survey(self, rows: Examples) -> list[str]:
+        """Say how many patches are hidden."""
+        hidden = self.num_patches - self.num_visible
+        return [
+            f"hides {hidden} of {self.num_patches} patches of every image ({hidden / self.num_patches:.0%}); the "
+            f"encoder computes the other {self.num_visible}"
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Name, masked share and kind of target."""
+        ratio = self.model.backbone.config.mask_ratio
+        return {"name": "MaskedImage", "mask_ratio": ratio, "norm_pixels": self.norm_pixels}
