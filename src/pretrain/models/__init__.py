@@ -27,6 +27,7 @@ FAMILIES = {
     "bert": "pretrain.models.bert:Bert",
     "roberta": "pretrain.models.bert:Roberta",
     "modernbert": "pretrain.models.modernbert:ModernBert",
+    "resnet": "pretrain.models.resnet:ResNet",
     "vit_mae": "pretrain.models.vit_mae:ViTMAE",
 }
 
