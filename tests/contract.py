@@ -23,18 +23,17 @@ from pretrain.objectives import Objective
 from pretrain.training.trainer import Hook, Trainer
 
 Build = Callable[..., Model]
-# The families with a language-model head.
-TEXT_FAMILIES = [
-    name
-    for name in FAMILIES
-    if {"causal-lm", "masked-lm"} & family_class(name).architectures.keys()
-]
+TEXT_FAMILIES = [name for name in FAMILIES if family_class(name).processor_class is None]
+
+
+def reads_images(model: Model) -> bool:
+    return hasattr(model.backbone.config, "image_size")
 
 
 def batch_for(model: Model, rows: int = 4, tokens: int = 12) -> dict[str, Tensor]:
-    """Random rows, the last one padded on the right; random images for a family that has no vocabulary."""
+    """Random rows, the last one padded on the right; random images for a family that reads those."""
     generator = torch.Generator().manual_seed(0)
-    if model.backbone.vocab_size == 0:
+    if reads_images(model):
         config = model.backbone.config
         shape = (rows, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=generator)}
@@ -51,7 +50,8 @@ def loss_of(model: Model, batch: dict[str, Tensor]) -> Tensor:
     real = batch.get("attention_mask")
     if real is not None and logits.shape[:2] == real.shape:
         logits = logits[real.bool()]
-    logits = logits.flatten(0, -2)
+    elif logits.ndim == 3:
+        logits = logits.flatten(0, 1)
     targets = torch.arange(logits.shape[0]) * 7 % logits.shape[-1]
     return F.cross_entropy(logits, targets)
 
@@ -80,10 +80,12 @@ def check_shapes(model: Model, outputs: int | None) -> None:
     if outputs is not None:
         assert out.shape[-1] == outputs
     rows = len(next(iter(batch.values())))
-    whole_row = model.head_kind in ("sequence-classification", "image-classification")
-    assert out.shape[0] == rows and out.ndim == (2 if whole_row else 3)
-    if "input_ids" in batch and not whole_row:
-        assert out.shape[1] == batch["input_ids"].shape[1]
+    if model.head_kind in ("sequence-classification", "image-classification"):
+        assert out.shape[:-1] == (rows,)
+    elif "input_ids" in batch:
+        assert out.shape[:-1] == batch["input_ids"].shape
+    else:
+        assert out.shape[0] == rows
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32 and not parameter.is_meta
 

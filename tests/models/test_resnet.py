@@ -20,7 +20,7 @@ TINY = {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (2, 1), "image_s
 
 def make(seed: int = 0, kind: str = "basic", **options: object) -> Model:
     sizes = {**TINY, "layer_type": kind, "zero_init_outputs": False, **options}
-    return build("resnet", seed=seed, labels=3, **sizes)
+    return build("resnet", head="image-classification", seed=seed, labels=3, **sizes)
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
@@ -54,7 +54,7 @@ def test_the_last_hidden_states_are_the_grid_row_by_row():
 
 @pytest.mark.parametrize("size", ["18", "50"])
 def test_counted_operations(size: str):
-    model = build("resnet", size, labels=2, image_size=64).train()
+    model = build("resnet", size, head="image-classification", labels=2, image_size=64).train()
     with FlopCounterMode(display=False) as counter:
         hidden = model.backbone({"pixel_values": torch.zeros(1, 3, 64, 64).requires_grad_()})
         hidden.sum().backward()

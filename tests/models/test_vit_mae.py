@@ -125,3 +125,18 @@ def test_a_saved_model_opens_and_can_be_inspected(tmp_path):
     about = pretrain.checkpoint.inspect(tmp_path / "saved")
     positions = sum(buffer.numel() for buffer in model.buffers())
     assert about["parameters"] == model.num_parameters() + positions
+
+
+def test_a_classifier_starts_from_the_encoder(tmp_path):
+    """It becomes a ViT, as in transformers, with new weights in the classifier alone."""
+    model = make().eval()
+    model.save(tmp_path / "saved")
+    vit = pretrain.load(tmp_path / "saved", head="image-classification", quiet=True)
+    assert type(vit.backbone).__name__ == "ViT"
+    assert vit.fresh == {"head.classifier.weight", "head.classifier.bias"}
+    batch = {"pixel_values": torch.randn(2, 2, 12, 12)}
+    with torch.no_grad():
+        torch.testing.assert_close(vit.backbone(batch), model.backbone(batch))
+    written = vit.hf_config()
+    assert written["architectures"] == ["ViTForImageClassification"]
+    assert written["model_type"] == "vit" and not any("decoder" in key for key in written)

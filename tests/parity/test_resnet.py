@@ -102,7 +102,7 @@ def test_logits_gradients_statistics_and_files(case: Case, training: bool, tmp_p
 @pytest.mark.parametrize("size", ["18", "34", "50"])
 def test_published_sizes_are_those_of_transformers(size: str):
     """The number of parameters of the published networks, counted by torchvision's documentation too."""
-    model = build("resnet", size, labels=1000, device="meta")
+    model = build("resnet", size, head="image-classification", labels=1000, device="meta")
     millions = {"18": 11_689_512, "34": 21_797_672, "50": 25_557_032}
     assert model.num_parameters() == millions[size]
     config = transformers.ResNetConfig(**{

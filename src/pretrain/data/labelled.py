@@ -442,6 +442,8 @@ def _compared(value: Any) -> str:
         return (
             normalised(" ".join(value)) if words else "\n".join(_compared(item) for item in value)
         )
+    if hasattr(value, "digest"):  # an image
+        return str(value.digest)
     return "" if is_missing(value) else str(value)
 
 

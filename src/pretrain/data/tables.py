@@ -137,7 +137,8 @@ class Table:
 
 
 def _spelled(value: Any) -> str:
-    return f"{type(value).__name__}:{value}"
+    # An image is its content, wherever it lies.
+    return f"{type(value).__name__}:{getattr(value, 'digest', value)}"
 
 
 def read_table(

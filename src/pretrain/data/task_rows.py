@@ -79,12 +79,13 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
     """Examples of a task, in the order of their rows; a row may have several (windows over a long text).
 
     Attributes:
-        examples: arrays of each example; all have ``input_ids`` (n,), of unequal n.
+        examples: arrays of each example; those of texts have ``input_ids`` (n,), of unequal n.
         owners: row of the table that each example comes from.
         info: data needed to convert outputs into answers (offsets, words), for each example; not used in training.
         cut: rows that were truncated.
         dropped: reason -> rows without an example.
         remarks: remark for the user -> rows that it applies to, which have examples nevertheless.
+        size: what every example costs where they have no ``input_ids``: the patches of an image.
     """
 
     examples: list[dict[str, NDArray[Any]]] = field(default_factory=list)
@@ -93,6 +94,7 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
     cut: list[int] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
     remarks: dict[str, list[int]] = field(default_factory=dict)
+    size: int = 0
 
     def add(self, row: int, example: dict[str, NDArray[Any]], info: Any = None) -> None:
         """Append an example of a row."""
@@ -119,7 +121,9 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Number of tokens of each example."""
+        """Number of tokens of each example, or its ``size``."""
+        if self.size:
+            return [self.size] * len(self.examples)
         return [len(example["input_ids"]) for example in self.examples]
 
     @property
@@ -135,6 +139,8 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
     @property
     def longest_document(self) -> int:
         """Number of tokens of the longest document; an example with ``lengths`` consists of several documents."""
+        if self.size:
+            return self.size
         found = (example.get("lengths", [len(example["input_ids"])]) for example in self.examples)
         return max((int(max(lengths)) for lengths in found), default=0)
 
@@ -159,6 +165,7 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
             [self.examples[i] for i in chosen],
             [self.owners[i] for i in chosen],
             [self.info[i] for i in chosen],
+            size=self.size,
         )
 
 

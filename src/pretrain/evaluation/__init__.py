@@ -40,7 +40,12 @@ __all__ = ["UNTRAINED", "evaluate"]
 UNTRAINED = {"sts": sts, "retrieval": retrieval, "minimal-pairs": minimal_pairs}
 
 _ROWS = 64  # rows in one forward pass of a task that needs no training
-_LABELLED_HEADS = ("sequence-classification", "token-classification", "question-answering")
+_LABELLED_HEADS = (
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+)
 
 
 @using(EVALUATE)

@@ -180,6 +180,8 @@ def _measured(result: Finetuned) -> tuple[str, dict[str, float]]:
 def example_input(result: Finetuned) -> str:
     """An example input of the task, as Python code."""
     read = _read(result)
+    if read == ["image"]:
+        return '"photo.jpg"'
     return '"..."' if len(read) < 2 else "{" + ", ".join(f'"{role}": "..."' for role in read) + "}"
 
 
@@ -207,6 +209,8 @@ def _use(result: Finetuned) -> str:
         options = ', function_to_apply="none"' if result.task.name == "regression" else ""
         options += ", top_k=None" if several else ""
         example = '{"text": "...", "text_pair": "..."}' if len(_read(result)) > 1 else '"..."'
+    elif kind == "image-classification":
+        options = ", top_k=None" if not result.task.single else ""
     elif kind == "token-classification":
         options, example = ', aggregation_strategy="first"', '"..."'
     elif kind == "question-answering":
@@ -265,9 +269,7 @@ def _limits(result: Finetuned) -> list[str]:
             f"The best evaluation was chosen by {one_line(result.monitor)} on the same {counts.get('valid', 0):,} rows "
             "that the figures come from, so they are a little too good."
         )
-    lines.append(f"A text is cut after {result.task.max_length:,} tokens.")
-    if len(result.labels or ()) > 1:
-        lines.append("It knows no other labels, and names one of them for any text.")
+    lines += result.task.limits
     lines.append(
         "It was measured on rows like those it learned from; on other sources, languages or times it was not."
     )

@@ -405,11 +405,9 @@ class Job:
         """Summarise rows, lengths, labels and trained parameters in a few lines."""
         data = self.data
         counts = ", ".join(f"{count:,} {name}" for name, count in data.counts.items())
-        lengths = sorted(rows.lengths)
         lines = [
             f"{task.name}: {counts} rows from {data.names['train']}",
-            f"tokens of an example: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, at most "
-            f"{task.max_length} are read",
+            task.sizes(rows),
         ]
         if data.learned.strata is not None and data.learned.labels and len(data.learned.labels) > 1:
             lines.append(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.data.labelled import choose_columns, roles_table
-from pretrain.data.tables import read_table
 from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
 from pretrain.inference.predict import columns_of, has_columns, smaller_batch
@@ -67,7 +66,7 @@ def labelled(
     """
     given = dict(columns)
     options = {} if section is None else section.reading(source)
-    table = read_table(source, name="data", **options)
+    table = task.read(source, name="data", **options)
     if section is not None:
         known = {role: c for role, c in section.columns.items() if has_columns(table, c)}
         given = {**known, **given}

@@ -21,7 +21,7 @@ from pretrain.data.labelled import (
     roles_table,
     split,
 )
-from pretrain.data.tables import read_table, splits
+from pretrain.data.tables import splits
 from pretrain.errors import DataError
 from pretrain.inference.predict import has_columns
 from pretrain.utils.files import muted
@@ -221,7 +221,7 @@ def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
     rows = splits(source).get("train", source)
     if isinstance(rows, list | tuple) and rows and isinstance(rows[0], list | tuple):
         options["columns"] = section.names or _tuple_names(rows[0], task)
-    return read_table(source, name=name, **options)
+    return task.read(source, name=name, **options)
 
 
 def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:

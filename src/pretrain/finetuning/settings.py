@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every, parse_limit
 from pretrain.config.aliases import NAMES, use_value
@@ -22,6 +22,9 @@ from pretrain.config.spelling import option, option_name
 from pretrain.data.readers import table_kind
 from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from pretrain.objectives.tasks import Task
 
 __all__ = ["TuneConfig", "from_keywords", "from_memory"]
 
@@ -87,7 +90,7 @@ class TuneTask:
 
     name: str = ""
     """classification, regression, token-classification, question-answering, chat, language-modelling,
-    embedding, preference, or the import path of a custom task."""
+    embedding, preference, image-classification, or the import path of a custom task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the task, e.g. {label_smoothing: 0.1, class_weights: balanced}."""
 
@@ -284,9 +287,22 @@ def from_keywords(
         if key == "spare_test":
             continue
         sections["data"][key] = value if isinstance(value, str) else f"a {type(value).__name__}"
+    _use_parts(cls, base, sections, objects)
     return TuneConfig.load(base, sections), {
         k: v for k, v in objects.items() if not isinstance(v, str) or k == "spare_test"
     }
+
+
+def _use_parts(
+    task: type[Task], base: TuneConfig, sections: dict[str, Any], objects: Mapping[str, Any]
+) -> None:
+    """Take held-out rows from the source of the training rows, if it has such parts and no others are given."""
+    data = sections["data"]
+    train = objects.get("train", data.get("train", base.data.train))
+    given = {"valid": base.data.valid != TuneData().valid, "test": base.data.test is not None}
+    for part in task.parts(train):
+        if part in given and not given[part] and part not in data and part not in objects:
+            data[part] = os.fspath(train)
 
 
 def _is_path(value: Any) -> bool:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, option, using
+from pretrain.data.images.rows import is_image_source, stream_images
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
-from pretrain.data.tables import Table, read_table, splits, stream_chunks
+from pretrain.data.tables import Table, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
@@ -102,6 +103,9 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
             return "regression", {}
         several = problem == "multi_label_classification"
         return "classification", {"problem": "multi_label" if several else "single_label"}
+    if kind == "image-classification":
+        several = problem == "multi_label_classification"
+        return kind, {"problem": "multi_label" if several else "single_label"}
     if kind in ("token-classification", "question-answering"):
         return kind, {}
     use = {
@@ -296,6 +300,8 @@ def _is_turn(value: Any) -> bool:
 
 def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Table | None, bool]:
     """Return the inputs as a table by role (None if there are none), and whether they are a single input."""
+    if (found := task.inputs(inputs)) is not None:
+        return found
     if hasattr(inputs, "tolist") and not hasattr(inputs, "columns"):  # an array, or one column
         inputs = inputs.tolist()
     elif isinstance(inputs, Iterator):
@@ -318,7 +324,7 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
         items = None if isinstance(inputs[0], Mapping) else inputs
     if items is not None:
         return _table_of(task, items), single
-    table = read_table(inputs, name="inputs")
+    table = task.read(inputs, name="inputs")
     return roles_table(table, columns_read(task, table, columns, quiet=True)), single
 
 
@@ -403,7 +409,8 @@ def predict_file(
 
     Args:
         checkpoint: a run (its best checkpoint is used), a model directory, or a ``Model``.
-        file: .csv .tsv .jsonl (read row by row), .json .parquet .conll (read whole), plain or compressed.
+        file: .csv .tsv .jsonl (read row by row), .json .parquet .conll (read whole), plain or compressed; for a model
+            of images also a folder of them, an image, or arrays (.npz).
         out: .jsonl, .csv or .tsv; next to the input when None. The file appears once it is complete.
         columns: role -> column, for columns without a conventional name.
         batch_rows: examples in one forward pass.
@@ -428,7 +435,11 @@ def predict_file(
 
     _check_batch(batch_rows)
     source = Path(file)
-    chunks = stream_chunks(source, _CHUNK, delimiter=delimiter, quoting=quoting, encoding=encoding)
+    if is_image_source(source):
+        chunks = stream_images(source, _CHUNK)
+    else:
+        form = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
+        chunks = stream_chunks(source, _CHUNK, **form)
     first = next(chunks)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)

@@ -27,6 +27,7 @@ FAMILIES = {
     "bert": "pretrain.models.bert:Bert",
     "roberta": "pretrain.models.bert:Roberta",
     "modernbert": "pretrain.models.modernbert:ModernBert",
+    "vit": "pretrain.models.vit:ViT",
     "resnet": "pretrain.models.resnet:ResNet",
     "vit_mae": "pretrain.models.vit_mae:ViTMAE",
 }
@@ -105,8 +106,8 @@ def build(
     Args:
         family: a key of ``FAMILIES``, or ``"package.module:Class"`` of your own backbone.
         size: a key of ``pretrain.models.config.SIZES``; None uses the defaults of the family.
-        head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the one that the family is
-            pre-trained with.
+        head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the one that the family is pre-trained
+            with, or none if it has no such head.
         seed: seed of the initial weights.
         tokenizer: stored as ``model.tokenizer``; sets ``vocab_size`` and the special ids unless they are overridden.
         labels: class names of a classification head, or their number.
@@ -118,7 +119,7 @@ def build(
         ModelError: the family has no such head.
     """
     from pretrain.models.base import Model
-    from pretrain.models.heads import usual_kind
+    from pretrain.models.heads import pretraining_head
 
     cls = family_class(family)
     if tokenizer is not None:
@@ -133,8 +134,10 @@ def build(
     if isinstance(labels, int):
         labels = tuple(f"LABEL_{i}" for i in range(labels))
     if head == "auto":
-        head = usual_kind(cls.architectures, causal=cls.causal)
+        head = pretraining_head(cls.architectures, causal=cls.causal)
     model = Model.build(cls, config, head=head, labels=labels, tokenizer=tokenizer)
+    if tokenizer is None:
+        model.processor = cls.default_processor(config)
     if device != "meta":
         return model.materialize(seed, device)
     model.start = lambda shared: shared.init_weights(seed)

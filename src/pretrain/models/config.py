@@ -410,6 +410,16 @@ class ConfigReader:
             return None
         return value
 
+    def square(self, key: str) -> None:
+        """Read a size of images that is given as ``[n, n]`` like the number n; sides of unequal length are refused."""
+        value = self._config.get(key)
+        if isinstance(value, list) and value:
+            if len(set(map(str, value))) > 1:
+                raise ConfigError(
+                    f"config.json: {key!r} is {value!r}; only squares are implemented for {self._family}."
+                )
+            self._config[key] = value[0]
+
     def window(self) -> int | None:
         """Return ``sliding_window``: as in transformers 4096 if the key is absent, None (full attention) if null."""
         window: int | None = self.integer("sliding_window", None)

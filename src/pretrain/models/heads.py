@@ -29,7 +29,7 @@ __all__ = [
     "kind_named_by",
     "labels_named_by",
     "pool_documents",
-    "usual_kind",
+    "pretraining_head",
 ]
 
 HEAD_KINDS = (
@@ -155,7 +155,8 @@ class SequenceHead(nn.Module):
     Args:
         hidden_size: D.
         num_labels: C.
-        pool: ``first`` token, ``mean`` over real tokens, or ``last`` real token.
+        pool: ``first`` token, ``mean`` over real tokens, ``last`` real token, or the mean over all tokens but the first
+            (``patches`` of an image).
         transform: applied to the pooled vector.
         bias: whether the classifier has a bias.
         dropout: dropout before the classifier.
@@ -208,6 +209,8 @@ class SequenceHead(nn.Module):
             return pool_documents(hidden, batch, self.pool)
         if self.pool == "first":
             return hidden[:, 0]
+        if self.pool == "patches":
+            return hidden[:, 1:].mean(1)
         real = batch.get("attention_mask")
         if self.pool == "mean":
             if real is None:
@@ -293,22 +296,22 @@ def decoder_head(
     return TokenHead(config.hidden_size, num_labels, dropout=dropout)
 
 
-def usual_kind(architectures: Mapping[str | None, str], *, causal: bool) -> str | None:
-    """Return the kind of head that a family is pre-trained with; None if it needs none."""
-    kinds = ("causal-lm" if causal else "masked-lm", "masked-image", "image-classification")
+def pretraining_head(architectures: Mapping[str | None, str], *, causal: bool) -> str | None:
+    """Return the kind of head that a family is pre-trained with, or None if it has no such head."""
+    kinds = ("causal-lm" if causal else "masked-lm", "masked-image")
     return next((kind for kind in kinds if kind in architectures), None)
 
 
 def kind_named_by(
     config: Mapping[str, Any], architectures: Mapping[str | None, str], *, causal: bool
 ) -> str | None:
-    """Return the kind of head that ``architectures`` names, or the family's usual one if the key is absent.
+    """Return the kind of head that ``architectures`` names, or that of pre-training if the key is absent.
 
     None is the body alone; it is also returned if the named head is not implemented.
     """
     names = config.get("architectures")
     if not names:
-        return usual_kind(architectures, causal=causal)
+        return pretraining_head(architectures, causal=causal)
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise ConfigError(

@@ -16,11 +16,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from pretrain.data.images import ImageProcessor
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.models.backbone import Backbone, Batch, ModelStats
 from pretrain.models.config import BackboneConfig, Key
 from pretrain.models.heads import SequenceHead
 from pretrain.models.names import Name
+from pretrain.models.vit import ViT
 from pretrain.nn.attention import KVCache
 from pretrain.nn.mlp import activation
 
@@ -220,6 +222,7 @@ class ResNet(Backbone):
         None: "ResNetModel",
         "image-classification": "ResNetForImageClassification",
     }
+    processor_class: ClassVar[Any] = ImageProcessor
     unit_name: ClassVar[str] = "images"
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "num_channels": Key("num_channels", 3),
@@ -243,6 +246,10 @@ class ResNet(Backbone):
             Residual(list(block), self.parts, config.activation)
             for _, block in groupby(shapes[1:], key=lambda shape: shape.block)
         )
+
+    @classmethod
+    def default_processor(cls, config: Any) -> ImageProcessor | None:
+        return ViT.default_processor(config)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         if cache is not None:

@@ -11,33 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.data.images import ImageProcessor
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.config import BackboneConfig, Key
+from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.names import Name
+from pretrain.models.vit import BLOCK_NAMES, ViT
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm
 from pretrain.nn.patches import PatchEmbedding, grid_positions
 
 __all__ = ["PixelDecoder", "ViTMAE", "ViTMAEConfig"]
-
-# Names on disk of the parts of a block, which ViT and ViT-MAE share, encoder and decoder alike.
-_BLOCK = {
-    "attention.attention.query": "attention.query",
-    "attention.attention.key": "attention.key",
-    "attention.attention.value": "attention.value",
-    "attention.output.dense": "attention.output",
-    "layernorm_before": "attention_norm",
-    "intermediate.dense": "mlp.up",
-    "output.dense": "mlp.down",
-    "layernorm_after": "mlp_norm",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +145,8 @@ class ViTMAE(Backbone):
         None: "ViTMAEModel",
         "masked-image": "ViTMAEForPreTraining",
     }
+    successors: ClassVar[Mapping[str, str]] = {"image-classification": "vit"}
+    processor_class: ClassVar[Any] = ImageProcessor
     unit_name: ClassVar[str] = "patches"
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "hidden_size": Key("hidden_size", 768),
@@ -186,9 +178,20 @@ class ViTMAE(Backbone):
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, config.norm_eps)
 
+    @classmethod
+    def default_processor(cls, config: Any) -> ImageProcessor | None:
+        return ViT.default_processor(config)
+
+    @classmethod
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
+        for key in ("image_size", "patch_size"):
+            reader.square(key)
+        return super().fields_from_hf(reader)
+
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
             raise ModelError("An encoder of images has no key-value cache. Leave cache out.")
+        self.patches.check(batch["pixel_values"])
         x = self.patches(batch["pixel_values"], batch.get("visible_index"))
         layers = len(self.layers)
         hidden: Tensor = self.norm(
@@ -198,10 +201,11 @@ class ViTMAE(Backbone):
 
     def units(self, batch: Batch) -> int:
         """Return the number of patches of all images, hidden ones included."""
-        return len(batch["pixel_values"]) * self.patches.num_patches
+        patches: int = self.config.num_patches
+        return len(batch["pixel_values"]) * patches
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
-        return {"visible_index": ("number of patches", self.patches.num_patches)}
+        return {"visible_index": ("number of patches", self.config.num_patches)}
 
     def embeddings(self) -> list[nn.Module]:
         return [self.patches]
@@ -223,7 +227,7 @@ class ViTMAE(Backbone):
             Name("embeddings.patch_embeddings.projection", ("patches.projection",)),
             *(
                 Name("encoder.layer.{n}." + disk, ("layers.{n}." + own,))
-                for disk, own in _BLOCK.items()
+                for disk, own in BLOCK_NAMES.items()
             ),
             Name("layernorm", ("norm",)),
         ]
@@ -239,7 +243,8 @@ class ViTMAE(Backbone):
         # The decoder has its own number of blocks, so {n}, which counts those of the encoder, cannot be used.
         for n in range(self.config.decoder_num_layers):
             parts |= {
-                f"decoder_layers.{n}.{disk}": f"layers.{n}.{own}" for disk, own in _BLOCK.items()
+                f"decoder_layers.{n}.{disk}": f"layers.{n}.{own}"
+                for disk, own in BLOCK_NAMES.items()
             }
         return [
             Name(f"decoder.{disk}", (f"head.{own}",), body=False) for disk, own in parts.items()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pretrain.errors import ModelError
 
@@ -14,11 +15,13 @@ __all__ = ["PatchEmbedding", "grid_positions", "patch_pixels"]
 
 
 class PatchEmbedding(nn.Module):
-    """Embed the patches of square images, (B, C, H, W) -> (B, N, D), or (B, 1 + N, D) with a class token first.
+    """Embed the patches of images, (B, C, H, W) -> (B, N, D), or (B, 1 + N, D) with a class token first.
+
+    Positions are for square images of one size; for a grid of another shape they are interpolated (section 3.2).
 
     Args:
         hidden_size: D.
-        image_size: H = W; what is left beyond a whole number of patches is not used.
+        image_size: H = W of the positions; what is left beyond a whole number of patches is not used.
         patch_size: p.
         num_channels: C.
         class_token: put a learned token before the patches.
@@ -42,10 +45,9 @@ class PatchEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = (num_channels, image_size, image_size)
-        side = image_size // patch_size
-        self.num_patches = side * side
+        self.side = side = image_size // patch_size
         self.projection = nn.Conv2d(num_channels, hidden_size, patch_size, patch_size, bias=bias)
-        ones, rows = (1,) * lead, int(class_token) + self.num_patches
+        ones, rows = (1,) * lead, int(class_token) + side**2
         self.class_token = (
             nn.Parameter(torch.zeros(*ones, *ones, hidden_size)) if class_token else None
         )
@@ -57,10 +59,32 @@ class PatchEmbedding(nn.Module):
             self.positions = nn.Parameter(torch.zeros(*ones, rows, hidden_size))
 
     def forward(self, pixels: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Embed all patches, or only those of ``visible``, (B, K) indices into the grid, row by row.
+        """Embed all patches, or only those of ``visible``, (B, K) indices into the grid, row by row."""
+        grid = self.projection(pixels)  # (B, D, rows, columns)
+        first, places = self.positions_of(grid.shape[2], grid.shape[3])
+        x: Tensor = grid.flatten(2).transpose(1, 2) + places
+        if visible is not None:
+            x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[-1]))
+        if self.class_token is None:
+            return x
+        token = (self.class_token + first).to(x.dtype)
+        return torch.cat((token.expand(len(x), 1, -1), x), dim=1)
+
+    def positions_of(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of the class token and of a grid, interpolated if it is not that of ``image_size``."""
+        first = self.positions.shape[-2] - self.side**2
+        token, table = self.positions[..., :first, :], self.positions[..., first:, :]
+        if rows == columns == self.side:
+            return token, table
+        grid = table.reshape(1, self.side, self.side, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+        return token, grid.flatten(2).transpose(1, 2)
+
+    def check(self, pixels: Tensor) -> None:
+        """Check that images have the shape that the positions are for, in families that do not interpolate.
 
         Raises:
-            ModelError: the images have another shape than those of the model.
+            ModelError: they have another one.
         """
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != self.shape:
             channels, side, _ = self.shape
@@ -68,15 +92,6 @@ class PatchEmbedding(nn.Module):
                 f"pixel_values has the shape {tuple(pixels.shape)}; it must be (images, {channels}, {side}, {side}). "
                 "Resize the images, or build the model with their image_size and num_channels."
             )
-        x: Tensor = self.projection(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
-        first = self.positions.shape[-2] - self.num_patches
-        x = x + self.positions[..., first:, :]
-        if visible is not None:
-            x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[-1]))
-        if self.class_token is None:
-            return x
-        token = self.class_token + self.positions[..., :1, :]
-        return torch.cat((token.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
 
 
 def grid_positions(side: int, hidden_size: int, *, class_token: bool) -> Tensor:

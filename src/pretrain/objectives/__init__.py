@@ -47,6 +47,7 @@ TASKS = {
     "language-modelling": "pretrain.objectives.language_modelling.LanguageModelling",
     "embedding": "pretrain.objectives.embedding.Embedding",
     "preference": "pretrain.objectives.preference.Preference",
+    "image-classification": "pretrain.objectives.image_classification.ImageClassification",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}
@@ -54,6 +55,7 @@ OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
     "MaskedImage": "pretrain.objectives.masked_image.MaskedImage",
+    "ImageClassification": "pretrain.objectives.image_classification.ImageClassification",
 }
 
 

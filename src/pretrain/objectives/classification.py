@@ -192,7 +192,7 @@ class Classification(ClassTask):
         return table.with_columns({**table.columns, "label": tidied}, kept)
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
-        rows, kept = encode_texts(self, table)
+        rows, kept = self.encode_inputs(table, targets=targets)
         if not targets:
             return rows
         answers = self.targets(table)
@@ -201,6 +201,10 @@ class Classification(ClassTask):
         if self.single:
             self.balance([int(answers[i]) for i in kept])
         return rows
+
+    def encode_inputs(self, table: Table, *, targets: bool) -> tuple[TaskRows, list[int]]:
+        """Encode the inputs; return the rows and the indices of those that give an example."""
+        return encode_texts(self, table)
 
     def targets(self, table: Table) -> list[np.ndarray]:
         """The target of every row: a class number, or (C,) zeros and ones.
@@ -226,13 +230,17 @@ class Classification(ClassTask):
         ]
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
-        batch = self.pack_batch(examples, pooled=True)
+        batch = self.collate_inputs(examples, rngs, evaluation=evaluation)
         if "labels" in examples[0]:
             kind = torch.int64 if self.single else torch.float32
             batch["labels"] = sequence_labels(examples, kind)
             if self._weights is not None and not evaluation and self.single:
                 batch["weights"] = torch.tensor(self._weights, dtype=torch.float32)[batch["labels"]]
         return batch
+
+    def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
+        """Collate the inputs of the model."""
+        return self.pack_batch(examples, pooled=True)
 
     def count(self, batch: Batch) -> Tensor:
         """Number of examples, or the sum of their weights; one for all the classes of a multi-label example."""

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from pretrain.data.labelled import Role
+from pretrain.data.tables import read_table
 from pretrain.data.task_rows import TaskEncoder, TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.nn.device import tokens_at_once
@@ -211,11 +212,7 @@ class Task(Objective):
                 f"The task {self.name} needs a model with the head {self.head_kind!r}, and this one has "
                 f"{model.head_kind!r}. Open it with pretrain.load(PATH, head={self.head_kind!r})."
             )
-        if model.tokenizer is None:
-            raise ModelError(
-                f"The task {self.name} reads text, and the model has no tokenizer. Put tokenizer.json into its "
-                "directory, or set model.tokenizer."
-            )
+        self.check_processor()
         room = int(model.backbone.max_length)
         if max_length is not None and not 3 <= max_length <= room:
             raise DataError(
@@ -224,6 +221,33 @@ class Task(Objective):
         self.max_length, self.pack = max_length or room, pack
         self.beyond, self.beyond_chosen = "cut", False
         self.unanswered: Counter[str] = Counter()
+
+    def check_processor(self) -> None:
+        """Check that the model has what turns the inputs of this task into batches: a tokenizer.
+
+        Raises:
+            ModelError: it has not.
+        """
+        if self.model.tokenizer is None:
+            raise ModelError(
+                f"The task {self.name} reads text, and the model has no tokenizer. Put tokenizer.json into its "
+                "directory, or set model.tokenizer."
+            )
+
+    @property
+    def limits(self) -> list[str]:
+        """Sentences for the model card on what the model does not read or know."""
+        known = ["It knows no other labels, and names one of them for any text."]
+        cut = f"A text is cut after {self.max_length:,} tokens."
+        return [cut, *known * (len(self.model.labels or ()) > 1)]
+
+    def sizes(self, rows: TaskRows) -> str:
+        """Return a line on the sizes of the training examples."""
+        lengths = sorted(rows.lengths)
+        return (
+            f"tokens of an example: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, at most "
+            f"{self.max_length} are read"
+        )
 
     @property
     def shorten(self) -> str:
@@ -256,6 +280,29 @@ class Task(Objective):
         return super().describe() | {"task": self.name} | options
 
     # ------------------------------------------------------------------ what a task implements
+
+    @classmethod
+    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
+        """Read labelled rows; see ``pretrain.data.tables.read_table``.
+
+        Args:
+            source: a file or an object.
+            name: what the rows are for: ``train``, ``validation``, ``test`` or ``data``.
+            **options: see ``read_table``.
+        """
+        return read_table(source, name=name, **options)
+
+    @classmethod
+    def parts(cls, source: Any) -> Sequence[str]:
+        """Return which of ``train``, ``valid`` and ``test`` a file or folder has beside each other; none of most."""
+        return ()
+
+    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
+        """Return inputs of ``predict`` that only this task knows as a table by role, and whether they are one input.
+
+        None leaves them to the common forms: texts, rows, frames, data sets.
+        """
+        return None
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:

@@ -1,0 +1,137 @@
+"""Random changes of training images: resized crops (arXiv 1409.4842), mirroring, RandAugment (1909.13719).
+
+Each image has its own generator, keyed by its position in the run, so that the changes depend neither on the other
+images of a batch nor on the number of workers, and a resumed run draws the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from pretrain.data.images.processor import ImageProcessor
+
+__all__ = ["Augmentation"]
+
+_RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+_STEPS = 30  # strengths of RandAugment
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image before it is normalised.
+
+    Attributes:
+        crop: smallest share of the area of an image that a random crop keeps; 1 is no crop.
+        flip: mirror half of the images from left to right.
+        randaugment: strength, 1 to 30, of two random operations of RandAugment; 0 for none.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    crop: float = 1.0
+    flip: bool = False
+    randaugment: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"crop is {self.crop}; it must be above 0 and at most 1 (no crop).")
+        if not 0 <= self.randaugment <= _STEPS:
+            raise ConfigError(
+                f"randaugment is {self.randaugment}; it must be 0 (none) to {_STEPS}."
+            )
+
+    def __call__(
+        self, image: Image, processor: ImageProcessor, rng: np.random.Generator
+    ) -> NDArray[np.uint8]:
+        """Return the changed image in the size that the processor returns, (H, W, C).
+
+        Args:
+            image: decoded image.
+            processor: its ``size`` must be known.
+            rng: generator of this image.
+        """
+        from pretrain.data.images.decode import to_channels
+
+        image = to_channels(image, processor.channels)
+        if self.crop < 1:
+            assert processor.size is not None
+            height, width = processor.size
+            box = crop_box(image.height, image.width, self.crop, rng)
+            image = image.resize((width, height), processor.settings["resample"], box)
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(0)  # left and right
+        if self.randaugment:
+            for _ in range(2):
+                image = _changed(image, self.randaugment, rng)
+        return processor.array(image) if self.crop < 1 else processor.fitted(image)
+
+
+def crop_box(
+    height: int, width: int, least: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of a random part with a share of the area from ``least`` to 1.
+
+    The proportions are between 3:4 and 4:3; if no such part is found, it is the middle of the image.
+    """
+    area = height * width
+    for _ in range(_TRIES):
+        target = area * rng.uniform(least, 1.0)
+        ratio = math.exp(rng.uniform(*map(math.log, _RATIO)))
+        wide, tall = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < wide <= width and 0 < tall <= height:
+            top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+            return int(left), int(top), int(left) + wide, int(top) + tall
+    tall = min(height, max(1, round(width / _RATIO[0])))
+    wide = min(width, max(1, round(height * _RATIO[1])))
+    left, top = (width - wide) // 2, (height - tall) // 2
+    return left, top, left + wide, top + tall
+
+
+def _changed(image: Image, strength: int, rng: np.random.Generator) -> Image:
+    """Apply one random operation of RandAugment, in a random direction."""
+    from PIL import ImageEnhance, ImageOps
+
+    share = strength / _STEPS
+    sign = 1 if rng.random() < 0.5 else -1
+    kind = int(rng.integers(14))
+    enhancers: dict[int, Any] = {
+        0: ImageEnhance.Brightness,
+        1: ImageEnhance.Color,
+        2: ImageEnhance.Contrast,
+        3: ImageEnhance.Sharpness,
+    }
+    if kind in enhancers:
+        changed: Image = enhancers[kind](image).enhance(1 + sign * 0.9 * share)
+        return changed
+    if kind < 9:
+        matrix = {
+            4: (1, sign * 0.3 * share, 0, 0, 1, 0),
+            5: (1, 0, 0, sign * 0.3 * share, 1, 0),
+            6: (1, 0, sign * 0.3 * share * image.width, 0, 1, 0),
+            7: (1, 0, 0, 0, 1, sign * 0.3 * share * image.height),
+        }.get(kind)
+        if matrix is None:
+            return image.rotate(sign * 30 * share, resample=2)
+        return image.transform(image.size, 0, matrix, resample=2)
+    if kind == 9:
+        return ImageOps.posterize(image, 8 - round(4 * share))
+    if kind == 10:
+        return ImageOps.solarize(image, 256 - round(255 * share))
+    if kind == 11:
+        return ImageOps.autocontrast(image)
+    if kind == 12:
+        return ImageOps.equalize(image)
+    return image

@@ -1,0 +1,268 @@
+"""Decoding of image files, bytes and arrays with Pillow: upright, 8 bits, without transparency, in grey or RGB.
+
+Files are untrusted: only formats whose decoders run no other program are read, and an image of very many pixels is
+refused before its pixels are decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+__all__ = ["SUFFIXES", "BrokenImage", "Picture", "Stored", "flat", "pillow", "to_channels"]
+
+# The decoders that may be used. That of EPS, for one, would run Ghostscript on the content of the file.
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "WEBP",
+    "AVIF",
+    "PPM",
+    "ICO",
+    "TGA",
+    "JPEG2000",
+)
+# File names that are taken for images in a folder.
+SUFFIXES = frozenset(
+    {
+        *(".png", ".jpg", ".jpeg", ".jpe", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".avif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".tga", ".jp2"),
+    }
+)  # fmt: skip
+_MOST_PIXELS = 1 << 26  # 8,192 x 8,192; a small file may claim, and decode to, any number
+
+
+def pillow() -> Any:
+    """Return the module ``PIL.Image``.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+    """
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise ConfigError(
+            'Images are decoded by Pillow, which is not installed. Install it with: pip install "pretrain[vision]", '
+            "or pip install pillow."
+        ) from error
+    return PIL.Image
+
+
+class BrokenImage(DataError):
+    """An image that cannot be decoded.
+
+    Args:
+        name: what messages call the image.
+        cause: why, in a few words that hold for other images too, by which they are counted.
+        detail: the rest of the sentence; the cause if empty.
+    """
+
+    def __init__(self, name: str, cause: str, detail: str = "") -> None:
+        super().__init__(f"{name} cannot be read as an image: {detail or cause}.")
+        self.cause = cause
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One image of a source; it is decoded by ``read`` only.
+
+    Attributes:
+        source: path of a file, the bytes of one, an array, or an image of Pillow.
+        name: what messages call it.
+    """
+
+    source: Any
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the content: the bytes of the file, or shape, type and values of the array."""
+        source = self.source
+        if isinstance(source, bytes):
+            return hashlib.sha256(source).hexdigest()
+        if isinstance(source, str | Path):
+            return hashlib.sha256(self._bytes()).hexdigest()
+        array = np.ascontiguousarray(source)
+        head = f"{array.dtype.str} {array.shape} ".encode()
+        return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+    def _bytes(self) -> bytes:
+        try:
+            return Path(self.source).read_bytes()
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise BrokenImage(self.name, why[0].lower() + why[1:]) from error
+
+    def read(self) -> tuple[Image, str | None]:
+        """Decode the image.
+
+        Returns:
+            The image, of mode ``L`` or ``RGB``; and a remark on what was left out (further frames), or None.
+
+        Raises:
+            DataError: there is no such file, it is no image, is damaged or too large; the message names it.
+        """
+        if isinstance(self.source, bytes | str | Path):
+            content = self.source if isinstance(self.source, bytes) else self._bytes()
+            return self._decoded(content)
+        if hasattr(self.source, "getbands"):
+            return flat(self.source, self.name), None
+        return flat(_from_array(np.asarray(self.source), self.name), self.name), None
+
+    def _decoded(self, content: bytes) -> tuple[Image, str | None]:
+        if not content:
+            raise BrokenImage(self.name, "the file is empty")
+        module = pillow()
+        known = [name for name in _FORMATS if name in (module.init() and module.OPEN)]
+        try:
+            image = module.open(io.BytesIO(content), formats=known)
+            pixels = image.width * image.height
+            if pixels > _MOST_PIXELS:
+                raise BrokenImage(
+                    self.name,
+                    "too many pixels",
+                    f"it has {image.width:,} x {image.height:,} pixels, and at most {_MOST_PIXELS:,} are decoded, "
+                    "because a small file that claims so many would fill the memory. Scale it down first",
+                )
+            remark = None
+            # The further pictures of an MPO file are previews, which cameras add.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                remark = "several frames or pages, of which the first is read"
+            image.load()
+            return flat(_upright(image), self.name), remark
+        except DataError:
+            raise
+        except module.DecompressionBombError as error:
+            raise BrokenImage(self.name, "too many pixels", str(error)) from error
+        # Decoders of damaged files raise nearly everything: OSError, SyntaxError, ValueError, struct.error, ...
+        except Exception as error:
+            if "cannot identify" in str(error):
+                raise BrokenImage(self.name, "it is no image of a known format") from error
+            what = str(error) or type(error).__name__
+            raise BrokenImage(
+                self.name, "the file is damaged", f"it is damaged ({what})"
+            ) from error
+
+
+class Stored:
+    """A picture of the training rows that has been read once, so that it can be decoded.
+
+    Args:
+        picture: the picture.
+        image: its decoded form, kept in memory; None decodes it again whenever it is used.
+    """
+
+    def __init__(self, picture: Picture, image: Image | None) -> None:
+        self.picture = picture
+        self.pixels = None if image is None else np.asarray(image)
+
+    def image(self) -> Image:
+        """Return the decoded image.
+
+        Raises:
+            BrokenImage: the file has changed since, and can no longer be read.
+        """
+        return self.picture.read()[0] if self.pixels is None else _as_image(self.pixels)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[np.uint8]:
+        return np.asarray(self.image(), dtype=dtype)
+
+
+def _upright(image: Image) -> Image:
+    """Apply the orientation that cameras write beside the pixels."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _from_array(array: NDArray[Any], name: str) -> Image:
+    """Return an image of an array (H, W), (H, W, C) or (C, H, W) of bytes, C 1, 3 or 4.
+
+    Raises:
+        DataError: another shape or type.
+    """
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
+    if not fits or not array.size:
+        raise BrokenImage(
+            name,
+            "the shape is not that of an image",
+            f"it is an array of the shape {array.shape}; an image has the shape (height, width), or (height, width, "
+            "channels) with 1, 3 or 4 channels",
+        )
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise BrokenImage(
+            name,
+            "the values are no bytes",
+            f"it is an array of {array.dtype}; the values of an image are whole numbers from 0 to 255 (uint8). Values "
+            "from 0 to 1 become that by (array * 255).round().astype('uint8')",
+        )
+    image: Image = pillow().fromarray(np.ascontiguousarray(array))
+    return image
+
+
+def flat(image: Image, name: str = "the image") -> Image:
+    """Return the image in mode ``L`` or ``RGB``: 16 bits become 8, and what is transparent becomes white.
+
+    Raises:
+        DataError: the values are floating-point numbers, or exceed 16 bits.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.size and (int(values.min()) < 0 or int(values.max()) > 65535):
+            raise BrokenImage(
+                name,
+                "the values exceed 16 bits",
+                f"it holds values from {values.min()} to {values.max()}. Convert it to 8 bits first",
+            )
+        return _as_image((values.astype(np.int64) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise BrokenImage(
+            name,
+            "the values are no bytes",
+            "it holds floating-point values, whose range nobody knows. Convert it to 8 bits first",
+        )
+    if "A" in image.getbands() or "a" in image.mode or image.info.get("transparency") is not None:
+        full = image.convert("RGBA")
+        white = pillow().new("RGBA", full.size, (255, 255, 255, 255))
+        image = pillow().alpha_composite(white, full).convert("RGB")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image.convert("RGB")
+
+
+def _as_image(array: NDArray[np.uint8]) -> Image:
+    image: Image = pillow().fromarray(array)
+    return image
+
+
+def to_channels(image: Image, channels: int) -> Image:
+    """Return the image with 1 channel (grey) or 3 (RGB)."""
+    return image.convert("L" if channels == 1 else "RGB")

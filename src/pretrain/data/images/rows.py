@@ -1,0 +1,376 @@
+"""Rows of images: folders by class, arrays in ``.npz`` and IDX files, and columns of paths, bytes or arrays.
+
+A source is read into a ``Table`` like one of text: the column ``image`` holds ``Picture`` objects, the column ``label``
+the classes. Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.data.images.decode import SUFFIXES, Picture
+from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
+from pretrain.errors import DataError
+from pretrain.utils.files import note
+
+__all__ = ["is_image_source", "parts_of", "pictures", "read_images", "stream_images"]
+
+_TRAIN = ("train", "training")
+_PARTS = dict.fromkeys(_TRAIN, "train") | {
+    name: use for use, names in HELD_OUT.items() for name in names
+}
+# Which part of a source with several is read for which use; the first that it has.
+_FOR = {
+    "train": ("train",),
+    "validation": ("valid",),
+    "test": ("test",),
+    "data": ("test", "valid", "train"),
+}
+_IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets")
+_CLASSES = ("class_names", "classes", "label_names", "names")
+_MOST_BYTES = 8 << 30  # of all arrays of a file together, which are held in memory
+_IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
+
+
+class ImageTable(Table):
+    """A table whose rows are called by their image, such as the path of a file."""
+
+    def where(self, i: int) -> str:
+        """Return the name of the image of row `i`."""
+        images = self.columns.get("image")
+        return str(images[i]) if images is not None else super().where(i)
+
+
+def is_image_source(path: Path) -> bool:
+    """Whether a path is a folder, a file of arrays or an image, and no table with one row for each image."""
+    suffix = path.suffix.lower()
+    return path.is_dir() or suffix == ".npz" or suffix in SUFFIXES or bool(_IDX.match(path.name))
+
+
+def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
+    """Read rows of images.
+
+    Args:
+        source: a folder with one folder of images for each class, or with such a folder for each part (``train``,
+            ``val``, ``test``); a ``.npz`` file of ``images`` and ``labels`` (for parts ``train_images``, ...) and,
+            if there are any, ``class_names``; an IDX file with its labels beside it; one image; or whatever
+            ``read_table`` reads, with a column of paths (relative to the file), bytes, arrays or images of Pillow.
+        name: what the rows are for, ``train``, ``validation``, ``test`` or ``data``, by which a part is chosen.
+        **options: see ``read_table``.
+
+    Raises:
+        DataError: there are no images, or the source cannot be read.
+    """
+    if isinstance(source, str | Path) and is_image_source(Path(os.path.expanduser(source))):
+        if extra := [key for key, value in options.items() if value is not None]:
+            raise DataError(
+                f"{extra[0]} is for files of rows, but {source} holds images. Leave it out."
+            )
+        path = Path(os.path.expanduser(source))
+        if not path.exists():
+            raise DataError(f"{source} does not exist.")
+        found = _parts(path)
+        part = next((part for part in _FOR.get(name, ("train",)) if part in found), None)
+        if part is None and "" not in found:
+            raise DataError(
+                f"{source} has the parts {', '.join(found)}, and none for the {name} rows. Name another source."
+            )
+        if len(found) > 1 and name == "data":
+            note(f"{source}: the part {part!r} is used of {', '.join(found)}")
+        table = _table(path, found[part or ""])
+        if not len(table):
+            raise DataError(f"{source} holds no images ({', '.join(sorted(SUFFIXES)[:6])}, ...).")
+        return table
+    return read_table(_wrapped(source), name=name, **options)
+
+
+def parts_of(source: Any) -> list[str]:
+    """Return the parts of a source of images: of ``train``, ``valid`` and ``test``; empty for one without parts."""
+    if not isinstance(source, str | Path):
+        return []
+    path = Path(os.path.expanduser(source))
+    if not is_image_source(path) or not path.exists():
+        return []
+    return [part for part in _parts(path) if part]
+
+
+def stream_images(path: Path, size: int) -> Iterator[Chunk]:
+    """Yield the images of a folder or file in chunks of ``size`` rows; their names stand in the column ``image``."""
+    table = read_images(path)
+    for start in range(0, len(table), size):
+        part = table.take(range(start, min(start + size, len(table))))
+        yield Chunk([{**row, "image": str(row["image"])} for row in part.rows()], part)
+
+
+def pictures(table: Table, role: str = "image") -> list[Picture | None]:
+    """Return the images of a column; None where a cell is empty.
+
+    Args:
+        table: a text in the column is a path, relative to the file that the table was read from.
+        role: the column.
+
+    Raises:
+        DataError: a cell is no image; names the row.
+    """
+    folder = Path(table.origin).parent if table.origin and Path(table.origin).is_file() else None
+    return [_picture(value, table, i, folder) for i, value in enumerate(table.columns[role])]
+
+
+def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture | None:
+    if isinstance(value, Picture):
+        return value
+    if isinstance(value, Mapping):  # an image of the datasets library
+        content, path = value.get("bytes"), value.get("path")
+        name = f"{path} ({table.where(i)})" if path else table.where(i)
+        value = Picture(content, name) if content else path
+        if isinstance(value, Picture):
+            return value
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str | Path):
+        if re.match(r"[a-z]+://", str(value)):
+            raise DataError(
+                f"{table.where(i)}: {str(value)[:80]!r} is an address, and nothing is downloaded here. Store the "
+                "images beside the file, and name their paths."
+            )
+        path = Path(os.path.expanduser(value))
+        return Picture(path if folder is None or path.is_absolute() else folder / path, str(value))
+    if isinstance(value, bytes | bytearray | memoryview):
+        return Picture(bytes(value), f"the image in {table.where(i)}")
+    if isinstance(value, list):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = np.asarray(value, dtype=np.uint8)
+    if hasattr(value, "getbands") or getattr(value, "ndim", 0) in (2, 3):
+        return Picture(value, f"the image in {table.where(i)}")
+    raise DataError(
+        f"{table.where(i)}: {type(value).__name__} {str(value)[:40]!r} is no image. Give a path, the bytes of a file, "
+        "an array (height, width, channels) or an image of Pillow."
+    )
+
+
+def _wrapped(source: Any) -> Any:
+    """Replace the arrays and images of a source in memory by ``Picture``, which tables do not take apart."""
+    if isinstance(source, Mapping):
+        return {
+            key: [_held(v, f"image {i}") for i, v in enumerate(column, start=1)]
+            if getattr(column, "ndim", 0) >= 3 or isinstance(column, list | tuple)
+            else column
+            for key, column in source.items()
+        }
+    if isinstance(source, list | tuple) and source and isinstance(source[0], Mapping):
+        return [
+            {k: _held(v, f"row {i} ({k})") for k, v in row.items()}
+            if isinstance(row, Mapping)
+            else row
+            for i, row in enumerate(source, start=1)
+        ]
+    if isinstance(source, list | tuple) and source and isinstance(source[0], list | tuple):
+        return [tuple(_held(v, f"row {i}") for v in row) for i, row in enumerate(source, start=1)]
+    return source
+
+
+def _held(value: Any, name: str) -> Any:
+    image = hasattr(value, "getbands") or (
+        getattr(value, "ndim", 0) in (2, 3) and hasattr(value, "dtype")
+    )
+    if not image:
+        return value
+    return Picture(value.numpy() if hasattr(value, "numpy") else value, name)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def _parts(path: Path) -> dict[str, Any]:
+    """Return part -> what ``_table`` reads of it; the part "" is a source without parts."""
+    if path.is_dir():
+        try:
+            inside = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        folders = [name for name in inside if (path / name).is_dir()]
+        if {"dataset_info.json", "dataset_dict.json"} & set(inside):
+            raise DataError(
+                f"{path} was saved by the datasets library: give datasets.load_from_disk(...) of it."
+            )
+        if folders and all(name.lower() in _PARTS for name in folders):
+            return {_PARTS[name.lower()]: path / name for name in folders}
+        return {"": path}
+    if path.suffix.lower() == ".npz":
+        return _npz_parts(path)
+    if _IDX.match(path.name):
+        return {"": "idx"}
+    return {"": "file"}
+
+
+def _table(path: Path, part: Any) -> Table:
+    if isinstance(part, Path):
+        return _folder(part)
+    if part == "idx":
+        return _idx(path)
+    if part == "file":
+        return ImageTable(path.name, {"image": [Picture(path, str(path))]}, origin=str(path))
+    return _npz(path, part)
+
+
+def _folder(path: Path) -> Table:
+    """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
+    found, others = list[Path](), list[str]()
+    for root, folders, files in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files, key=_natural):
+            if Path(name).suffix.lower() in SUFFIXES:
+                found.append(Path(root, name))
+            elif not name.startswith("."):
+                others.append(name)
+    if others:
+        note(
+            f"{path}: {len(others):,} files are no images by their names and are left out: {shown(others, 4)}"
+        )
+    columns: dict[str, list[Any]] = {"image": [Picture(file, str(file)) for file in found]}
+    inside = [file.relative_to(path).parts for file in found]
+    if inside and all(len(parts) > 1 for parts in inside):
+        columns["label"] = [parts[0] for parts in inside]
+        empty = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+        if empty := empty - set(columns["label"]):
+            note(f"{path}: no images in {shown(sorted(empty), 4)}, so there is no such class")
+    elif any(len(parts) > 1 for parts in inside):
+        loose = sum(len(parts) == 1 for parts in inside)
+        note(
+            f"{path}: {loose:,} images lie outside of folders, so the folders are not taken for classes; move each "
+            "into the folder of its class to have labels"
+        )
+    return ImageTable(path.name or str(path), columns, origin=str(path))
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key by which img2 comes before img10."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
+
+
+def _npz_parts(path: Path) -> dict[str, dict[str, str]]:
+    """Return part -> role -> name of the array, by the names of the arrays in the file."""
+    names = _npz_names(path)
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        words = name.lower().split("_")
+        part = next((_PARTS[w] for w in words if w in _PARTS), "")
+        rest = "_".join(w for w in words if w not in _PARTS)
+        for role, known in (("image", _IMAGES), ("label", _LABELS)):
+            if rest in known:
+                found.setdefault(part, {}).setdefault(role, name)
+    found = {part: roles for part, roles in found.items() if "image" in roles}
+    if not found:
+        raise DataError(
+            f"{path} has the arrays {shown(names, 8)}, and none called images. Expected: images (rows, height, width) "
+            "or (rows, height, width, channels), labels (rows,) and, if there are any, class_names; for several parts "
+            "train_images, train_labels, val_images, ..."
+        )
+    return found
+
+
+def _npz_names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no .npz file: {error}. numpy.savez writes one.") from error
+    if (size := sum(entry.file_size for entry in entries)) > _MOST_BYTES:
+        raise DataError(
+            f"{path} holds {size:,} bytes of arrays; at most {_MOST_BYTES:,} are read. Write the images as files in "
+            "folders, which are read when they are needed."
+        )
+    return [entry.filename.removesuffix(".npy") for entry in entries]
+
+
+def _npz(path: Path, roles: Mapping[str, str]) -> Table:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file[roles["image"]]
+            labels = file[roles["label"]] if "label" in roles else None
+            names = next((file[n] for n in file.files if n.lower() in _CLASSES), None)
+            extra = {
+                name: file[name]
+                for name in file.files
+                if name not in roles.values() and "image" not in name
+            }
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    return _arrays(path, images, labels, names, extra)
+
+
+def _arrays(
+    path: Path, images: Any, labels: Any, names: Any = None, extra: Mapping[str, Any] | None = None
+) -> Table:
+    """Return the images of an array (N, H, W) or (N, H, W, C), with their labels and other columns of N values."""
+    if images.ndim not in (3, 4) or not images.size:
+        raise DataError(
+            f"{path}: the images have the shape {images.shape}; expected (rows, height, width) or (rows, height, "
+            "width, channels)."
+        )
+    if images.dtype == np.uint8 and int(images.max()) == 1:
+        note(f"{path}: all values are 0 and 1, which are read as black and white")
+        images = images * np.uint8(255)
+    called = f"image {{}} of {path.name}"
+    columns: dict[str, list[Any]] = {
+        "image": [Picture(image, called.format(i)) for i, image in enumerate(images)]
+    }
+    if labels is not None:
+        if len(labels) != len(images):
+            raise DataError(f"{path} holds {len(images):,} images and {len(labels):,} labels.")
+        columns["label"] = _labels(path, labels)
+    for name, values in (extra or {}).items():
+        if values.ndim == 1 and len(values) == len(images) and name.lower() not in _CLASSES:
+            columns[name] = values.tolist()
+    known = {} if names is None or labels is None else {"label": [str(n) for n in names.tolist()]}
+    return ImageTable(path.name, columns, known, origin=str(path))
+
+
+def _labels(path: Path, labels: Any) -> list[Any]:
+    """Return class numbers or names; of an array (N, C) of 0 and 1 the numbers of the classes that are 1."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2 and np.isin(labels, (0, 1)).all():
+        return [np.flatnonzero(row).tolist() for row in labels]
+    if labels.ndim != 1:
+        raise DataError(
+            f"{path}: the labels have the shape {labels.shape}; expected one for each image, or 0 and 1 for each class."
+        )
+    found: list[Any] = labels.tolist()
+    return found
+
+
+def _idx(path: Path) -> Table:
+    """Return the images of an IDX file (of MNIST) with the labels in the file beside it, if there is one."""
+    name = _IDX.match(path.name)
+    assert name is not None
+    beside = path.with_name(f"{name[1]}labels{name[2].replace('3', '1')}{name[3]}{name[4] or ''}")
+    return _arrays(path, _idx_array(path, 3), _idx_array(beside, 1) if beside.is_file() else None)
+
+
+def _idx_array(path: Path, dimensions: int) -> Any:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            head = file.read(4 + 4 * dimensions)
+            if head[:4] != bytes([0, 0, 8, dimensions]) or len(head) < 4 + 4 * dimensions:
+                raise DataError(f"{path} is no IDX file of bytes with {dimensions} dimensions.")
+            shape = struct.unpack(f">{dimensions}I", head[4:])
+            if (size := int(np.prod(shape, dtype=object))) > _MOST_BYTES:
+                raise DataError(f"{path} claims {size:,} bytes; at most {_MOST_BYTES:,} are read.")
+            content = file.read(size + 1)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    if len(content) != size:
+        raise DataError(f"{path} is cut off: {shape} values were announced.")
+    return np.frombuffer(content, np.uint8).reshape(shape)

@@ -1,0 +1,222 @@
+"""Vision transformer (arXiv 2010.11929): an encoder of the patches of an image behind a class token, pre-norm.
+
+Positions are learned for one image size; for images of another size they are interpolated, as in the fine-tuning at
+higher resolution of the paper (section 3.2).
+
+Letters: B images, C channels, H height, W width, P patches, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pretrain.data.images import ImageProcessor
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.heads import SequenceHead
+from pretrain.models.names import Name
+from pretrain.nn.attention import AttentionMask, KVCache
+from pretrain.nn.block import Block
+from pretrain.nn.norm import LayerNorm
+from pretrain.nn.patches import PatchEmbedding
+
+__all__ = ["BLOCK_NAMES", "ViT", "ViTConfig"]
+
+# Names on disk of the parts of a block.
+BLOCK_NAMES = {
+    "attention.attention.query": "attention.query",
+    "attention.attention.key": "attention.key",
+    "attention.attention.value": "attention.value",
+    "attention.output.dense": "attention.output",
+    "layernorm_before": "attention_norm",
+    "layernorm_after": "mlp_norm",
+    "intermediate.dense": "mlp.up",
+    "output.dense": "mlp.down",
+}
+_LARGEST = 1 << 14  # pixels of a side, far above every published model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(BackboneConfig):
+    """Fields of ViT.
+
+    Attributes:
+        image_size: height and width of the images that the positions are learned for.
+        patch_size: height and width of a patch.
+        num_channels: channels of an image.
+        attention_bias: biases on queries, keys and values.
+        pooling: what the classifier reads: the class token (``first``), or the ``mean`` of the patches, which
+            transformers does not have.
+        encoder_stride, pooler_act, pooler_output_size: of heads that this package does not have; kept for the file.
+    """
+
+    vocab_size: int = 0
+    max_positions: int = 0
+    norm_eps: float = 1e-12
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    attention_bias: bool = True
+    pooling: str = "first"
+    encoder_stride: int = 16
+    pooler_act: str = "tanh"
+    pooler_output_size: int | None = None
+
+    def validate(self) -> None:
+        for name, most in (
+            ("image_size", _LARGEST),
+            ("patch_size", _LARGEST),
+            ("num_channels", 64),
+        ):
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"{name} of the model is {getattr(self, name)}; it must lie between 1 and {most:,}."
+                )
+        if self.patch_size > self.image_size:
+            raise ConfigError(
+                f"patch_size {self.patch_size} is larger than image_size {self.image_size}, so an image would have no "
+                "patch. Make it smaller: a divisor of image_size."
+            )
+        if self.pooling not in ("first", "mean"):
+            raise ConfigError(f"pooling is {self.pooling!r}; it must be 'first' or 'mean'.")
+        super().validate()
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of an image; pixels that fill no patch are not read."""
+        return self.image_size // self.patch_size
+
+    def parameter_count(self) -> int:
+        tables = self.num_channels * self.patch_size**2 + self.side**2 + 1
+        return super().parameter_count() + self.hidden_size * tables
+
+
+class ViT(Backbone):
+    """Encoder of image patches; ``pixel_values`` (B, C, H, W) -> (B, 1 + P, D), the class token first."""
+
+    model_type: ClassVar[str] = "vit"
+    config_class: ClassVar[type[BackboneConfig]] = ViTConfig
+    causal: ClassVar[bool] = False
+    prefix: ClassVar[str] = "vit."
+    prefixes: ClassVar[tuple[str, ...]] = ("vit.",)
+    processor_class: ClassVar[Any] = ImageProcessor
+    unit_name: ClassVar[str] = "patches"
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "ViTModel",
+        "image-classification": "ViTForImageClassification",
+    }
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        "hidden_size": Key("hidden_size", 768),
+        "num_layers": Key("num_hidden_layers", 12),
+        "num_heads": Key("num_attention_heads", 12),
+        "intermediate_size": Key("intermediate_size", 3072),
+        "activation": Key("hidden_act", "gelu"),
+        "dropout": Key("hidden_dropout_prob", 0.0),
+        "attention_dropout": Key("attention_probs_dropout_prob", 0.0),
+        "initializer_range": Key("initializer_range", 0.02),
+        "norm_eps": Key("layer_norm_eps", 1e-12),
+        "image_size": Key("image_size", 224),
+        "patch_size": Key("patch_size", 16),
+        "num_channels": Key("num_channels", 3),
+        "attention_bias": Key("qkv_bias", True),
+        "encoder_stride": Key("encoder_stride", 16),
+        "pooler_act": Key("pooler_act", "tanh"),
+        "pooler_output_size": Key("pooler_output_size", None),
+        "pooling": Key("pooling", "first", optional=True),
+        "classifier_dropout": Key("classifier_dropout", None, optional=True),
+    }
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        block = config.block(attention_bias=config.attention_bias, output_bias=True)
+        sizes = (config.hidden_size, config.image_size, config.patch_size, config.num_channels)
+        self.embedding = PatchEmbedding(*sizes)
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
+
+    @classmethod
+    def default_processor(cls, config: Any) -> ImageProcessor | None:
+        if config.num_channels not in (1, 3):
+            return None
+        half = (0.5,) * config.num_channels
+        return ImageProcessor(size=config.image_size, image_mean=half, image_std=half)
+
+    def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+        if cache is not None:
+            raise ModelError(
+                f"A {self.model_type} model reads images, so it has no key-value cache. Leave cache out."
+            )
+        pixels = batch["pixel_values"]
+        self.check_pixels(pixels)
+        x, layers = self.drop(self.embedding(pixels)), len(self.layers)
+        x = self.run(x, [AttentionMask()] * layers, [None] * layers, None, batch.get("keep_index"))
+        found: Tensor = self.final_norm(x)
+        return found
+
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Check the shape of a batch of images.
+
+        Raises:
+            ModelError: another number of dimensions or channels, or images smaller than a patch.
+        """
+        config = self.config
+        if pixels.ndim != 4 or pixels.shape[1] != config.num_channels:
+            raise ModelError(
+                f"pixel_values has the shape {tuple(pixels.shape)}; this {self.model_type} model reads (images, "
+                f"{config.num_channels} channels, height, width). The image processor beside the weights returns that."
+            )
+        if min(pixels.shape[2:]) < config.patch_size:
+            raise ModelError(
+                f"The images have {pixels.shape[2]} x {pixels.shape[3]} pixels, less than one patch of "
+                f"{config.patch_size} x {config.patch_size}. Make them larger: set size in preprocessor_config.json."
+            )
+
+    # ------------------------------------------------------------------ what a batch is
+
+    def units(self, batch: Batch) -> int:
+        images, _, height, width = batch["pixel_values"].shape
+        patch = self.config.patch_size
+        return int(images * (height // patch) * (width // patch))
+
+    def id_limits(self) -> dict[str, tuple[str, int]]:
+        return {}
+
+    def embeddings(self) -> list[nn.Module]:
+        return [self.embedding]
+
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        config = self.config
+        pool = "first" if config.pooling == "first" else "patches"
+        return SequenceHead(
+            config.hidden_size, num_labels, pool=pool, dropout=config.classifier_dropout or 0.0
+        )
+
+    # ------------------------------------------------------------------ names on disk
+
+    def names(self) -> list[Name]:
+        return [
+            Name("embeddings.cls_token", ("embedding.class_token",)),
+            Name("embeddings.position_embeddings", ("embedding.positions",)),
+            Name("embeddings.patch_embeddings.projection", ("embedding.projection",)),
+            *(
+                Name("encoder.layer.{n}." + disk, ("layers.{n}." + memory,))
+                for disk, memory in BLOCK_NAMES.items()
+            ),
+            Name("layernorm", ("final_norm",)),
+        ]
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        # transformers would apply a classifier of the mean to the class token, so it must not find one.
+        disk = "classifier" if self.config.pooling == "first" else "mean_classifier"
+        return [Name(disk, ("head.classifier",), body=False)]
+
+    @classmethod
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
+        for key in ("image_size", "patch_size"):
+            reader.square(key)
+        return super().fields_from_hf(reader)

@@ -1,0 +1,245 @@
+"""Classification of images, with one class each or any number of classes (arXiv 2010.11929, section 4).
+
+Labels, weights, metrics and answers are those of the classification of texts. As an objective of pre-training it reads
+the rows of ``pretrain.data.images.rows:labelled_images``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from pretrain.data.images import ImageProcessor, Picture
+from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.decode import BrokenImage, Stored
+from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_images
+from pretrain.data.labelled import Role
+from pretrain.data.tables import Table
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import DataError, ModelError
+from pretrain.objectives.base import Batch, ExampleList, Rngs
+from pretrain.objectives.classification import Classification
+from pretrain.objectives.tasks import Learned
+from pretrain.utils.files import note
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["ImageClassification"]
+
+_KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
+IMAGE = Role(
+    "image",
+    (
+        *("image", "img", "images", "picture", "photo", "file_name", "filename", "file", "path"),
+        *("image_path", "filepath", "file_path", "image_file"),
+    ),
+    help="the image: a path, bytes or an array",
+)
+
+
+class ImageClassification(Classification):
+    """Predict the class or classes of an image.
+
+    Args:
+        model: a model with an image-classification head and ``labels``.
+        crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
+        flip: mirror half of the training images; not for letters, digits or whatever has a left and a right.
+        randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        problem, class_weights, label_smoothing, threshold, codes: see ``Classification``.
+        max_length: of texts only; None.
+
+    Raises:
+        ModelError: the model has no image processor, or one that does not fit.
+    """
+
+    name: ClassVar[str] = "image-classification"
+    roles: ClassVar[tuple[Role, ...]] = (IMAGE, Classification.roles[-1])
+    recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
+    head_kind: ClassVar[str | None] = "image-classification"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        crop: float = 0.5,
+        flip: bool = False,
+        randaugment: int = 0,
+        problem: str = "single_label",
+        class_weights: Any = None,
+        label_smoothing: float = 0.0,
+        threshold: float = 0.5,
+        codes: Mapping[str, int] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            problem=problem,
+            class_weights=class_weights,
+            label_smoothing=label_smoothing,
+            threshold=threshold,
+            codes=codes,
+            max_length=max_length,
+            pack=False,
+        )
+        self.augmentation = Augmentation(crop, flip, randaugment)
+
+    def check_processor(self) -> None:
+        """Check that the model has an image processor that fits; a model without any gets that of its sizes.
+
+        Raises:
+            ModelError: it does not fit.
+        """
+        model = self.model
+        if model.processor is None:
+            model.processor = model.backbone.default_processor(model.backbone.config)
+            if model.processor is not None:
+                note(
+                    f"the model has no preprocessor_config.json; its images are read by {model.processor}"
+                )
+        processor = model.processor
+        if not isinstance(processor, ImageProcessor):
+            raise ModelError(
+                f"The task {self.name} reads images, and the model has no image processor. Put "
+                "preprocessor_config.json into its directory, or set model.processor to a "
+                "pretrain.data.images.ImageProcessor."
+            )
+        channels = getattr(model.backbone.config, "num_channels", processor.channels)
+        if channels != processor.channels:
+            raise ModelError(
+                f"The model reads {channels} channels, and its image processor returns {processor.channels}: "
+                "image_mean in preprocessor_config.json has as many values as there are channels."
+            )
+        if processor.size is None:
+            raise ModelError(
+                "The image processor keeps the proportions of images, so those of a batch would be of different sizes. "
+                'Set "size" to {"height": ..., "width": ...} in preprocessor_config.json, or do_center_crop.'
+            )
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """The image processor of the model."""
+        found: ImageProcessor = self.model.processor
+        return found
+
+    @property
+    def limits(self) -> list[str]:
+        size = self.processor.size or (0, 0)
+        known = ["It knows no other labels, and names one of them for any image."]
+        read = f"An image is scaled to {size[0]} x {size[1]} pixels."
+        return [read, *known * (len(self.labels) > 1)]
+
+    # ------------------------------------------------------------------ rows
+
+    @classmethod
+    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
+        return read_images(source, name=name, **options)
+
+    @classmethod
+    def parts(cls, source: Any) -> Sequence[str]:
+        return parts_of(source)
+
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """As for texts; and every image becomes a ``Picture``, whose content tells duplicates and fingerprints."""
+        tidied = super().tidy(table, learned, options)
+        columns = {**tidied.columns, "image": pictures(tidied)}
+        return tidied.with_columns(columns, tidied.label_names)
+
+    def encode_inputs(self, table: Table, *, targets: bool) -> tuple[TaskRows, list[int]]:
+        """Decode every image once, so that a broken one is counted and named before the first step.
+
+        Raises:
+            DataError: a file of labelled rows does not exist, which a wrong folder causes for many; names the first.
+        """
+        rows, kept, room = TaskRows(size=self._patches()), [], _KEPT
+        for i, picture in enumerate(pictures(table)):
+            if picture is None:
+                rows.drop(i, "no image")
+                continue
+            try:
+                image, remark = picture.read()
+            except BrokenImage as error:
+                if targets and isinstance(error.__cause__, FileNotFoundError):
+                    raise DataError(
+                        f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that "
+                        "names them; correct them, or leave the row out."
+                    ) from error
+                rows.drop(i, f"broken image ({error.cause})")
+                continue
+            if remark is not None:
+                rows.remark(i, remark)
+            room -= (size := image.width * image.height * len(image.getbands()))
+            rows.add(i, {"image": Stored(picture, image if room >= 0 and size else None)})  # type: ignore[dict-item]
+            kept.append(i)
+        return rows, kept
+
+    def _patches(self) -> int:
+        """What one image costs, in the unit of the model."""
+        size, model = self.processor.size or (1, 1), self.model
+        shape = (1, self.processor.channels, *size)
+        return model.backbone.units({"pixel_values": torch.empty(shape, device="meta")})
+
+    def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
+        """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
+        processor = self.processor
+        values = []
+        for i, example in enumerate(examples):
+            held: Any = example["image"]
+            image = (
+                held.image() if isinstance(held, Stored) else Picture(held, "an image").read()[0]
+            )
+            if evaluation:
+                array = processor.fitted(image)
+            else:
+                array = self.augmentation(image, processor, rngs[i])
+            values.append(processor.values(array))
+        return {"pixel_values": torch.from_numpy(np.stack(values))}
+
+    def sizes(self, rows: TaskRows) -> str:
+        size = self.processor.size or (0, 0)
+        return (
+            f"images are read as {self.processor.channels} x {size[0]} x {size[1]} values, {rows.size} "
+            f"{self.unit_name} each"
+        )
+
+    # ------------------------------------------------------------------ answers
+
+    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
+        """One image (a path, an array (H, W) or (H, W, C), an image of Pillow), or several in a list or an array."""
+        array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
+        path = Path(inputs) if isinstance(inputs, str | Path) else None
+        if path is not None and is_image_source(path) and path.suffix.lower() not in (".npz",):
+            table = read_images(path)
+            return table, not path.is_dir() and len(table) == 1
+        if path is not None:
+            return (read_images(path), False) if path.suffix.lower() == ".npz" else None
+        if (
+            array == 2
+            or (array == 3 and inputs.shape[-1] in (1, 3, 4))
+            or hasattr(inputs, "getbands")
+        ):
+            return _table([inputs]), True
+        if array in (3, 4):
+            return _table(list(inputs)), False
+        if isinstance(inputs, bytes):
+            return _table([inputs]), True
+        several = isinstance(inputs, list | tuple) and len(inputs)
+        if several and not isinstance(inputs[0], Mapping):
+            return _table(list(inputs)), False
+        return None
+
+
+def _table(images: Sequence[Any]) -> Table:
+    """Return images of a caller as a table."""
+    held = [
+        Picture(v.numpy() if hasattr(v, "numpy") else v, f"image {i}")
+        if hasattr(v, "dtype") or hasattr(v, "getbands")
+        else v
+        for i, v in enumerate(images, start=1)
+    ]
+    return Table("inputs", {"image": held}, origin="the inputs", unit="index")
