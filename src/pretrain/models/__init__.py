@@ -28,6 +28,8 @@ FAMILIES = {
     "roberta": "pretrain.models.bert:Roberta",
     "modernbert": "pretrain.models.modernbert:ModernBert",
     "vit": "pretrain.models.vit:ViT",
+    "clip": "pretrain.models.clip:CLIP",
+    "siglip": "pretrain.models.siglip:Siglip",
     "resnet": "pretrain.models.resnet:ResNet",
     "vit_mae": "pretrain.models.vit_mae:ViTMAE",
 }

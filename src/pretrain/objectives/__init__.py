@@ -55,6 +55,8 @@ OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
     "MaskedImage": "pretrain.objectives.masked_image.MaskedImage",
+    "Contrastive": "pretrain.objectives.contrastive.Contrastive",
+    "SigmoidContrastive": "pretrain.objectives.contrastive.SigmoidContrastive",
     "ImageClassification": "pretrain.objectives.image_classification.ImageClassification",
 }
 
