@@ -10,9 +10,11 @@ import torch
 
 import contract
 import pretrain
-from pretrain.errors import ConfigError, ModelError
+from pretrain.errors import CheckpointError, ConfigError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
+from pretrain.models.names import unpack, unpack_part
+from pretrain.nn.layout import ShardSlice
 
 TINY = {
     "vocab_size": 61,
@@ -126,6 +128,23 @@ def test_a_saved_model_opens_and_can_be_inspected(tmp_path: Path):
     assert again.hf_config() == model.hf_config()
     about = pretrain.checkpoint.inspect(tmp_path / "saved")
     assert about["family"] == "clip" and about["parameters"] == model.num_parameters()
+
+
+def test_the_scale_has_no_dimension_on_disk_and_one_in_memory():
+    """torch shards no parameter without dimensions; a slice is read as other tensors are."""
+    model = make()
+    entry = next(entry for entry in model.entries() if entry.disk == "logit_scale")
+    assert model.backbone.logit_scale.shape == (1,)
+    stored = model.disk_state()["logit_scale"]
+    assert stored.shape == ()
+    name, shapes = "backbone.logit_scale", {"backbone.logit_scale": (1,)}
+    assert unpack(entry, stored, shapes)[0][1].shape == (1,)
+    for start, count in ((0, 1), (1, 0)):
+        region = ShardSlice((start,), (count,))
+        part = unpack_part(entry, name, region, shapes, lambda box: stored)
+        assert part.tolist() == [float(stored)] * count
+    with pytest.raises(CheckpointError, match=r"has the shape \(1,\), but the model needs \(\)"):
+        unpack(entry, stored[None], shapes)
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,6 @@ class TwoTowers(Backbone):
             "vision_model.embeddings.position_embedding.weight": "image.patches.positions",
             "vision_model.pre_layrnorm": "image.first_norm",  # so it is spelled in the files
             "vision_model.post_layernorm": "image.norm",
-            "logit_scale": "logit_scale",
         }
         return [Name(disk, (own,)) for disk, own in pairs.items()]
 
@@ -418,7 +417,7 @@ class CLIP(TwoTowers):
         self.text = TextTower(config)
         self.image_projection = nn.Linear(width, size, bias=False)
         self.text_projection = nn.Linear(config.hidden_size, size, bias=False)
-        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_scale = nn.Parameter(torch.empty(1))
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.image
@@ -478,6 +477,7 @@ class CLIP(TwoTowers):
             *super().names(),
             Name("visual_projection", ("image_projection",)),
             Name("text_projection", ("text_projection",)),
+            Name("logit_scale", ("logit_scale",), scalar=True),
         ]
 
     @classmethod

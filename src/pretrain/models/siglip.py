@@ -154,6 +154,7 @@ class Siglip(TwoTowers):
             f"{head}.mlp.fc1": "pool.mlp.up",
             f"{head}.mlp.fc2": "pool.mlp.down",
             "text_model.head": "text_projection",
+            "logit_scale": "logit_scale",
             "logit_bias": "logit_bias",
         }
         parts = ("query", "key", "value")
