@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import pretrain
 import tiny
@@ -32,6 +33,7 @@ SMALLER = {
     "row_length=512": "row_length=32, valid=0.2",
     '"size": "small"': '"size": "tiny"',
     '"limit": "30 minutes"': '"limit": "3 steps", "batch_rows": 2, "eval_rows": 2',
+    'limit="200 steps"': 'limit="3 steps"',
     'limit="1000 steps"': 'limit="3 steps", batch_rows=2, eval_rows=2',
     '"configs/books-gpt.yaml"': '"tiny.yaml"',
     '"runs/books-bert"': '"runs/books-gpt"',
@@ -71,6 +73,11 @@ def place(tmp_path, monkeypatch):
         for n in range(20)
     ]
     (tmp_path / "chats.jsonl").write_text("\n".join(chats) + "\n")
+    colours = np.random.default_rng(0).integers(0, 256, (24, 9, 9, 3), dtype=np.uint8)
+    for k, colour in enumerate(colours):
+        file = tmp_path / "photos" / ("cat", "dog")[k % 2] / f"{k // 2}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colour).save(file)
     return tmp_path
 
 

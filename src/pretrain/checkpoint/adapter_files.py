@@ -121,7 +121,7 @@ class _Base:
                 )
             self._model, self.name = base, base.source
             self.config: dict[str, Any] = base.hf_config()
-            self.generation_config, self.tokenizer = base.generation_config, base.tokenizer
+            self.generation_config, self.tokenizer = base.generation_config, base.processor
             self.sentences = base.sentences
             return
         path, self.name = located(base)

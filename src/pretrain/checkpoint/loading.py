@@ -189,7 +189,8 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
         model.generation_config = drop_code(directory.json("generation_config.json"))
     model.sentences = SentenceSettings.read(directory) or model.sentences
     if tokenizer and model.backbone.processor_class is not None:
-        model.processor = model.backbone.processor_class.from_directory(directory.path)
+        found = model.backbone.processor_class.from_directory(directory.path)
+        model.processor = model.processor if found is None else found
     elif tokenizer:
         _open_tokenizer(model, directory)
 

@@ -7,6 +7,7 @@ The function is named in a configuration by its import path (``data.source``), o
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pretrain.data.loader import Examples
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.utils.imports import import_named
 
-__all__ = ["RowSource", "open_rows"]
+__all__ = ["SOURCES", "RowSource", "open_rows"]
 
 
 @dataclass
@@ -57,18 +58,27 @@ class RowSource:
         return {"fingerprint": self.fingerprint, "sources": [{"name": self.name, "share": 1.0}]}
 
 
+# Sources of this package that have a short name.
+SOURCES = {"images": "pretrain.data.images.source:labelled_images"}
+
+
 def open_rows(path: str, arguments: Mapping[str, Any]) -> RowSource:
     """Call the user's function or class and return its rows.
 
     Args:
-        path: its import path, ``package.module:function``.
+        path: a key of ``SOURCES``, or its import path, ``package.module:function``.
         arguments: its keyword arguments.
 
     Raises:
         ConfigError: it cannot be imported.
         DataError: it does not return a ``RowSource``.
     """
-    found = import_named(path, "data.source")(**arguments)
+    make = import_named(SOURCES.get(path, path), "data.source")
+    try:
+        inspect.signature(make).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"data.source_args do not fit {path}: {error}.") from error
+    found = make(**arguments)
     if not isinstance(found, RowSource):
         raise DataError(
             f"data.source: {path} returned {type(found).__name__}, and must return a pretrain.RowSource(train, valid)."

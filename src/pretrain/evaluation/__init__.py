@@ -106,7 +106,8 @@ def evaluate(
     if task is not None:
         task_class(task)
     fine_tuned = recorded_task(model) is not None or model.head_kind in _LABELLED_HEADS
-    if objective is not None or not fine_tuned:
+    pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
+    if objective is not None or not fine_tuned or pretrained:
         if columns:
             raise ConfigError(
                 f"{path} is a language model, which is evaluated on text and not on columns of labelled rows. Leave "

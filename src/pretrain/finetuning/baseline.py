@@ -5,7 +5,8 @@ uses the labelled rows only, like a model trained from scratch. Latent semantic 
 reads unlabelled text, as pre-training does, so it is the fair baseline for a model that was pre-trained on the text of
 the task. The third is a linear probe (Alain and Bengio, 2016): the same linear model on the frozen embeddings of the
 checkpoint. Strength of the penalty and stop words are chosen on the validation rows; the test rows are used once, after
-the choice. All need scikit-learn, the extra ``eval``.
+the choice. For images, the pixels under the same linear model take the place of all three. All need scikit-learn, the
+extra ``eval``.
 
 Each baseline takes six columns: texts and labels of the training rows, of the validation rows, and of the test rows.
 Texts are strings or pairs of strings; the features of a pair are those of both sides, their element-wise products and
@@ -36,7 +37,15 @@ from pretrain.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["METRICS", "Lsa", "embeddings", "lsa_baseline", "probe_baseline", "tfidf_baseline"]
+__all__ = [
+    "METRICS",
+    "Lsa",
+    "embeddings",
+    "lsa_baseline",
+    "pixel_baseline",
+    "probe_baseline",
+    "tfidf_baseline",
+]
 
 Text = str | tuple[str, str]
 Vectors = Callable[[Sequence[str]], Any]
@@ -46,6 +55,7 @@ Variant = tuple[dict[str, Any], Vectors]
 GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
 PROBE_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # embeddings of variance 1 need a stronger penalty
+PIXEL_GRID = (0.01, 0.1, 1.0)  # of pixels between 0 and 1
 
 # Metrics for tuning and scoring of baselines; higher is better for all of them.
 _OF_CLASSES: dict[str, Callable[[Any], float]] = {
@@ -199,6 +209,24 @@ def probe_baseline(
     return _tuned(lambda train: [(settings, embed)], columns, grid, metric, seed, scaler=scaler)
 
 
+def pixel_baseline(
+    *columns: Sequence[Any],
+    grid: Sequence[float] = PIXEL_GRID,
+    metric: str = "accuracy",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Pixels under a linear model.
+
+    Args:
+        *columns: vectors of pixels in the place of texts, and labels, see above.
+        grid: see above.
+        metric: see above.
+        seed: see above.
+    """
+    settings = {"features": "pixels", "stop_words": None}
+    return _tuned(lambda train: [(settings, np.stack)], columns, grid, metric, seed)
+
+
 def _tuned(
     variants: Callable[[Sequence[str]], Iterable[Variant]],
     columns: Sequence[Sequence[Any]],
@@ -299,15 +327,15 @@ def _are_pairs(texts: Sequence[Sequence[Text]], labels: Sequence[Sequence[Any]])
                 f"The {name} rows have {len(some):,} texts and {len(theirs):,} labels; there must be as many of one "
                 f"as of the other, and at least one."
             )
-    kinds = {isinstance(text, str) for column in texts for text in column}
+    kinds = {isinstance(text, tuple | list) for column in texts for text in column}
     if len(kinds) > 1:
         raise DataError("Some rows are single texts and some are pairs; all must be of one kind.")
-    return not kinds.pop()
+    return kinds.pop()
 
 
 def _flat(texts: Iterable[Text]) -> list[str]:
     """Single texts as they are, pairs as two texts."""
-    return [one for text in texts for one in ((text,) if isinstance(text, str) else text)]
+    return [one for text in texts for one in (text if isinstance(text, tuple | list) else (text,))]
 
 
 def _of_pairs(transform: Vectors) -> Callable[[Sequence[Any]], Any]:

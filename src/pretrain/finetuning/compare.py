@@ -15,6 +15,7 @@ a baseline that is better.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import statistics
@@ -30,7 +31,7 @@ import numpy as np
 
 from pretrain.config.spelling import option
 from pretrain.errors import ConfigError, DataError, PretrainError
-from pretrain.finetuning.remarks import text_columns
+from pretrain.finetuning.remarks import BASELINE_TASKS, baseline_columns
 from pretrain.metrics import LOWER_IS_BETTER, mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
@@ -61,8 +62,9 @@ _SHORT = {
     "tfidf": "TF-IDF",
     "lsa": "LSA",
     "probe": "frozen",
+    "pixels": "pixels",
 }
-_LINEAR = ("tfidf", "lsa", "probe")  # baselines under a linear model
+_LINEAR = ("tfidf", "lsa", "probe", "pixels")  # baselines under a linear model
 _FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
 # A gain that this many times the seeds would show is not reported as no difference.
 _WORTH_TRYING = 4
@@ -156,7 +158,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
         for name, baseline in baselines.items():
             found = [
-                baseline(*text_columns(rows, choose, score), metric=job.monitor, seed=seed)
+                baseline(*baseline_columns(rows, choose, score), metric=job.monitor, seed=seed)
                 for seed, rows in enumerate(subsets)
             ]
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
@@ -203,19 +205,24 @@ def _arm(
 
 
 def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
-    """TF-IDF, LSA and a probe of the checkpoint's own embeddings; empty if they do not apply."""
+    """TF-IDF, LSA and a probe of the checkpoint's own embeddings, or pixels; empty if they do not apply."""
     from pretrain.finetuning import baseline
 
     labels = job.data.train.columns.get("label", ())
     if (
-        job.task.name not in ("classification", "regression")
+        job.task.name not in BASELINE_TASKS
         or job.monitor not in ("accuracy", "macro_f1", "pearson")
         or any(isinstance(value, list | tuple) for value in labels[:50])
     ):
         return {}
+    if "image" in job.data.train.names:
+        if importlib.util.find_spec("sklearn") is None:
+            note("no classical baseline: scikit-learn is not installed")
+            return {}
+        return {"pixels": baseline.pixel_baseline}
     try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.
-        space = baseline.Lsa(text_columns(job.data.train)[0])
+        space = baseline.Lsa(baseline_columns(job.data.train)[0])
     except ConfigError as error:
         note(f"no classical baseline: {error}")
         return {}

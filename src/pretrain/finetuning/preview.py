@@ -89,6 +89,8 @@ def look(
         "classes": {name: counts for name, counts in classes.items() if counts},
         "notes": notes,
     }
+    if model is None and "image" in found.train.names:
+        return Overview(**common)
     if model is None:
         words = [_words(row.values()) for row in found.train.rows()]
         notes.append("lengths are in words: name a model to count its tokens and see its examples")
@@ -101,6 +103,9 @@ def look(
         )
     for remark, places in rows.remarks.items():
         notes.append(f"{len(set(places)):,} rows: {remark} ({found.train.where(places[0])})")
+    if rows.size:  # images, which have no tokens to show
+        notes.append(made.sizes(rows))
+        return Overview(**common)
     return Overview(
         **common,
         beyond=made.beyond,

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
     from pretrain.training.state import Run
 
-__all__ = ["remarks", "text_columns"]
+__all__ = ["BASELINE_TASKS", "baseline_columns", "remarks"]
+
+# Tasks with one label for each row, for which there are classical baselines.
+BASELINE_TASKS = ("classification", "regression", "image-classification")
 
 # Smallest improvement at the end that is reported: absolute for a metric between 0 and 1, else relative.
 _RISE, _RELATIVE_RISE = 0.005, 0.01
@@ -142,7 +145,7 @@ def _constant(result: Finetuned) -> str | None:
 
 
 def _classical(result: Finetuned) -> str | None:
-    """Remark if TF-IDF under a linear model does better on the same rows."""
+    """Remark if TF-IDF, or pixels, under a linear model do better on the same rows."""
     found = classical_baseline(result)
     if found is None:
         return None
@@ -150,42 +153,53 @@ def _classical(result: Finetuned) -> str | None:
     if not theirs > ours:
         return None
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
+    read = "pixels" if "image" in result.data.train.names else "TF-IDF"
     return (
-        f"a classical baseline is better: TF-IDF with {linear} on the same rows has {metric} {theirs:.4f} on the "
+        f"a classical baseline is better: {read} with {linear} on the same rows has {metric} {theirs:.4f} on the "
         f"{where} rows, this model {ours:.4f}"
     )
 
 
 def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | None:
-    """Return the metric, its value for TF-IDF and for the model, and the name of the rows.
+    """Return the metric, its value for TF-IDF or pixels and for the model, and the name of the rows.
 
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
     """
-    from pretrain.finetuning.baseline import METRICS, tfidf_baseline
+    from pretrain.finetuning.baseline import METRICS, pixel_baseline, tfidf_baseline
 
     data, metric = result.data, result.monitor
     held, where = (data.test, "test") if data.test is not None else (data.valid, "held-out")
     ours = (result.test_metrics or {}) if data.test is not None else result.metrics
-    if result.task.name not in ("classification", "regression") or metric not in METRICS:
+    if result.task.name not in BASELINE_TASKS or metric not in METRICS:
         return None
     if not len(data.valid) or metric not in ours or importlib.util.find_spec("sklearn") is None:
         return None
-    columns = text_columns(data.train, data.valid, held)
-    size = sum(len(str(text)) for texts in columns[::2] for text in texts)
     classes = len(result.labels or ()) or 2
-    if len(data.train) * classes > _CELLS or size > _CHARACTERS:
+    if len(data.train) * classes > _CELLS:
         return None
     try:
-        found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
+        columns = baseline_columns(data.train, data.valid, held)
+        if "image" in data.train.names:
+            found = pixel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
+        elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
+            found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
+        else:
+            return None
     except DataError:
         return None
     return metric, found["score_test"], ours[metric], where
 
 
-def text_columns(*tables: Table) -> list[Any]:
-    """Return the columns of a baseline: the texts (or pairs of texts) and the labels of each table."""
-    columns = []
+def baseline_columns(*tables: Table) -> list[Any]:
+    """Return the columns of a baseline: texts (or pairs of texts), or pixels, and the labels of each table."""
+    columns: list[Any] = []
+    if "image" in tables[0].names:
+        from pretrain.data.images.rows import pixel_vectors
+
+        for table, (vectors, rows) in zip(tables, pixel_vectors(*tables), strict=True):
+            columns += [vectors, [table.columns["label"][i] for i in rows]]
+        return columns
     for table in tables:
         pairs = [table.columns[name] for name in ("text", "pair") if name in table.columns]
         texts = list(zip(*pairs, strict=True)) if len(pairs) > 1 else list(pairs[0])

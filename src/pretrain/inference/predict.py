@@ -438,8 +438,9 @@ def predict_file(
     if is_image_source(source):
         chunks = stream_images(source, _CHUNK)
     else:
-        form = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
-        chunks = stream_chunks(source, _CHUNK, **form)
+        chunks = stream_chunks(
+            source, _CHUNK, delimiter=delimiter, quoting=quoting, encoding=encoding
+        )
     first = next(chunks)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)

@@ -336,15 +336,12 @@ def _adapter(model: Model) -> Adapter:
 
 @torch.no_grad()
 def probe(model: Model) -> Tensor:
-    """Return the outputs of the model in evaluation mode for two rows of fixed random token ids."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(32, model.backbone.max_length)
-    ids = torch.randint(model.backbone.vocab_size, (2, length), generator=generator)
-    ids = ids.to(model.device)
+    """Return the outputs of the model in evaluation mode for two fixed random rows."""
+    batch = model.backbone.random_batch(torch.Generator().manual_seed(0))
     training = model.training
     model.eval()
     try:
-        found: Tensor = model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        found: Tensor = model({key: value.to(model.device) for key, value in batch.items()})
     finally:
         model.train(training)
     return found.float()

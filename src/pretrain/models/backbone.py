@@ -177,6 +177,12 @@ class Backbone(nn.Module):
             )
         return batch["input_ids"].numel()
 
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return two rows of random inputs, by whose outputs two models are compared."""
+        length = min(32, self.max_length)
+        ids = torch.randint(self.vocab_size, (2, length), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
     def id_limits(self) -> dict[str, tuple[str, int]]:
         """Return batch key -> (name of the table, size) of the ids that are checked before they reach the model."""
         return {

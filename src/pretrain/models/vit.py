@@ -183,6 +183,11 @@ class ViT(Backbone):
         patch = self.config.patch_size
         return int(images * (height // patch) * (width // patch))
 
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        config = self.config
+        shape = (2, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+
     def id_limits(self) -> dict[str, tuple[str, int]]:
         return {}
 

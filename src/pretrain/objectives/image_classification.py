@@ -1,7 +1,7 @@
 """Classification of images, with one class each or any number of classes (arXiv 2010.11929, section 4).
 
 Labels, weights, metrics and answers are those of the classification of texts. As an objective of pre-training it reads
-the rows of ``pretrain.data.images.rows:labelled_images``.
+the rows of ``pretrain.data.images.source``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.decode import BrokenImage, Stored
-from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_images
+from pretrain.data.images.decode import Stored
+from pretrain.data.images.rows import decoded, is_image_source, parts_of, pictures, read_images
+from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, ModelError
 from pretrain.objectives.base import Batch, ExampleList, Rngs
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.tasks import Learned
@@ -30,16 +32,6 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = ["ImageClassification"]
-
-_KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
-IMAGE = Role(
-    "image",
-    (
-        *("image", "img", "images", "picture", "photo", "file_name", "filename", "file", "path"),
-        *("image_path", "filepath", "file_path", "image_file"),
-    ),
-    help="the image: a path, bytes or an array",
-)
 
 
 class ImageClassification(Classification):
@@ -66,7 +58,7 @@ class ImageClassification(Classification):
         self,
         model: Model,
         *,
-        crop: float = 0.5,
+        crop: float = 1.0,
         flip: bool = False,
         randaugment: int = 0,
         problem: str = "single_label",
@@ -76,6 +68,11 @@ class ImageClassification(Classification):
         codes: Mapping[str, int] | None = None,
         max_length: int | None = None,
     ) -> None:
+        if max_length is not None:
+            raise ConfigError(
+                f"{option('max_length', max_length)} counts the tokens of a text, and the task {self.name} reads "
+                "images. Leave it out; the size of images is that in preprocessor_config.json."
+            )
         super().__init__(
             model,
             problem=problem,
@@ -83,7 +80,6 @@ class ImageClassification(Classification):
             label_smoothing=label_smoothing,
             threshold=threshold,
             codes=codes,
-            max_length=max_length,
             pack=False,
         )
         self.augmentation = Augmentation(crop, flip, randaugment)
@@ -151,30 +147,15 @@ class ImageClassification(Classification):
         return tidied.with_columns(columns, tidied.label_names)
 
     def encode_inputs(self, table: Table, *, targets: bool) -> tuple[TaskRows, list[int]]:
-        """Decode every image once, so that a broken one is counted and named before the first step.
-
-        Raises:
-            DataError: a file of labelled rows does not exist, which a wrong folder causes for many; names the first.
-        """
-        rows, kept, room = TaskRows(size=self._patches()), [], _KEPT
-        for i, picture in enumerate(pictures(table)):
-            if picture is None:
-                rows.drop(i, "no image")
+        """Decode every image once, so that a broken one is counted and named before the first step."""
+        rows, kept = TaskRows(size=self._patches()), []
+        for i, image, text in decoded(table, required=targets):
+            if image is None:
+                rows.drop(i, text or "no image")
                 continue
-            try:
-                image, remark = picture.read()
-            except BrokenImage as error:
-                if targets and isinstance(error.__cause__, FileNotFoundError):
-                    raise DataError(
-                        f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that "
-                        "names them; correct them, or leave the row out."
-                    ) from error
-                rows.drop(i, f"broken image ({error.cause})")
-                continue
-            if remark is not None:
-                rows.remark(i, remark)
-            room -= (size := image.width * image.height * len(image.getbands()))
-            rows.add(i, {"image": Stored(picture, image if room >= 0 and size else None)})  # type: ignore[dict-item]
+            if text is not None:
+                rows.remark(i, text)
+            rows.add(i, {"image": image})  # type: ignore[dict-item]
             kept.append(i)
         return rows, kept
 

@@ -276,7 +276,8 @@ class Task(Objective):
 
     def describe(self) -> dict[str, Any]:
         """Return the name of the task, and those of its options that its model depends on."""
-        options = {name: getattr(self, name) for name in ("max_length", *self.recorded)}
+        names = (*["max_length"] * bool(self.max_length), *self.recorded)
+        options = {name: getattr(self, name) for name in names}
         return super().describe() | {"task": self.name} | options
 
     # ------------------------------------------------------------------ what a task implements

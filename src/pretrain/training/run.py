@@ -28,12 +28,13 @@ from pretrain.config.run import Sections
 from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
-from pretrain.data.row_source import RowSource, open_rows
+from pretrain.data.row_source import SOURCES, RowSource, open_rows
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, family_class, own_family
+from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
 from pretrain.objectives import build_objective, check_objective, objective_class, objective_for
 from pretrain.training.closing import last_words
@@ -361,10 +362,11 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         model.tokenizer = tokenizer
         return model
     check_overrides(settings.model.overrides)
+    family = family_class(settings.model.family)
     if isinstance(data, Prepared):
         overrides = vocabulary_of(data.tokenizer, settings.model.overrides)
     else:
-        overrides = {**data.overrides, **settings.model.overrides}
+        overrides = {**known_fields(family, data.overrides), **settings.model.overrides}
     model = build(
         settings.model.family,
         settings.model.size,
@@ -376,6 +378,12 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     )
     model.processor = data.processor
     return model
+
+
+def known_fields(family: type[Backbone], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the rows determine of a model: its labels, and the fields that the config of the family has."""
+    fields = {spec.name for spec in dataclasses.fields(family.config_class)} | {"labels"}
+    return {name: value for name, value in found.items() if name in fields}
 
 
 def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -447,7 +455,7 @@ def evaluate(
         )
     recorded = model.extra_config.get("pretrain", {}).get("objective")
     if isinstance(recorded, Mapping) and recorded.get("name") == objective_class(name).__name__:
-        options = {key: value for key, value in recorded.items() if key != "name"}
+        options = {key: value for key, value in recorded.items() if key not in ("name", "task")}
     rows = _held_out(path, data, model)
     if len(rows) == 0:
         raise DataError(
@@ -484,6 +492,8 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         if home is None:
             raise DataError(no_run(path))
         settings = RunConfig.load(home / "run.yaml")
+        if settings.data.source in SOURCES:
+            return open_rows(settings.data.source, settings.data.source_args).valid
         if settings.data.source is not None:
             raise DataError(
                 f"The rows of {home} come from the function {settings.data.source}. pretrain calls no function that "

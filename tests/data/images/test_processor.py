@@ -171,5 +171,5 @@ def test_images_of_different_sizes_are_refused_where_the_settings_keep_them() ->
     assert keeps(photo(40, 60))["pixel_values"].shape == (1, 3, 20, 30)
     with pytest.raises(DataError, match="different sizes"):
         keeps([photo(40, 60), photo(60, 40)])
-    with pytest.raises(PretrainError, match="image 2 is an array of float64"):
+    with pytest.raises(PretrainError, match="image 2 .* array of float64"):
         keeps([photo(40, 40), np.zeros((4, 4))])

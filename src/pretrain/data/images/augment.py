@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pretrain.data.images.decode import pillow, to_channels
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,8 +64,6 @@ class Augmentation:
             processor: its ``size`` must be known.
             rng: generator of this image.
         """
-        from pretrain.data.images.decode import to_channels
-
         image = to_channels(image, processor.channels)
         if self.crop < 1:
             assert processor.size is not None
@@ -72,7 +71,7 @@ class Augmentation:
             box = crop_box(image.height, image.width, self.crop, rng)
             image = image.resize((width, height), processor.settings["resample"], box)
         if self.flip and rng.random() < 0.5:
-            image = image.transpose(0)  # left and right
+            image = image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment:
             for _ in range(2):
                 image = _changed(image, self.randaugment, rng)
@@ -89,11 +88,11 @@ def crop_box(
     area = height * width
     for _ in range(_TRIES):
         target = area * rng.uniform(least, 1.0)
-        ratio = math.exp(rng.uniform(*map(math.log, _RATIO)))
+        ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         wide, tall = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < wide <= width and 0 < tall <= height:
-            top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
-            return int(left), int(top), int(left) + wide, int(top) + tall
+            top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
+            return left, top, left + wide, top + tall
     tall = min(height, max(1, round(width / _RATIO[0])))
     wide = min(width, max(1, round(height * _RATIO[1])))
     left, top = (width - wide) // 2, (height - tall) // 2
@@ -104,7 +103,8 @@ def _changed(image: Image, strength: int, rng: np.random.Generator) -> Image:
     """Apply one random operation of RandAugment, in a random direction."""
     from PIL import ImageEnhance, ImageOps
 
-    share = strength / _STEPS
+    module, share = pillow(), strength / _STEPS
+    smooth = module.Resampling.BILINEAR
     sign = 1 if rng.random() < 0.5 else -1
     kind = int(rng.integers(14))
     enhancers: dict[int, Any] = {
@@ -124,8 +124,8 @@ def _changed(image: Image, strength: int, rng: np.random.Generator) -> Image:
             7: (1, 0, 0, 0, 1, sign * 0.3 * share * image.height),
         }.get(kind)
         if matrix is None:
-            return image.rotate(sign * 30 * share, resample=2)
-        return image.transform(image.size, 0, matrix, resample=2)
+            return image.rotate(sign * 30 * share, resample=smooth)
+        return image.transform(image.size, module.Transform.AFFINE, matrix, resample=smooth)
     if kind == 9:
         return ImageOps.posterize(image, 8 - round(4 * share))
     if kind == 10:

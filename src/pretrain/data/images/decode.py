@@ -133,7 +133,8 @@ class Picture:
         if not content:
             raise BrokenImage(self.name, "the file is empty")
         module = pillow()
-        known = [name for name in _FORMATS if name in (module.init() and module.OPEN)]
+        module.init()
+        known = [name for name in _FORMATS if name in module.OPEN]
         try:
             image = module.open(io.BytesIO(content), formats=known)
             pixels = image.width * image.height

@@ -14,16 +14,28 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import SUFFIXES, Picture
+from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Stored
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.utils.files import note
 
-__all__ = ["is_image_source", "parts_of", "pictures", "read_images", "stream_images"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+__all__ = [
+    "decoded",
+    "is_image_source",
+    "parts_of",
+    "pictures",
+    "pixel_vectors",
+    "read_images",
+    "stream_images",
+]
 
 _TRAIN = ("train", "training")
 _PARTS = dict.fromkeys(_TRAIN, "train") | {
@@ -38,6 +50,8 @@ _FOR = {
 }
 _IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets")
 _CLASSES = ("class_names", "classes", "label_names", "names")
+_SMALL = 32  # side of images for classical methods
+_KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
 _MOST_BYTES = 8 << 30  # of all arrays of a file together, which are held in memory
 _IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
 
@@ -124,6 +138,64 @@ def pictures(table: Table, role: str = "image") -> list[Picture | None]:
     """
     folder = Path(table.origin).parent if table.origin and Path(table.origin).is_file() else None
     return [_picture(value, table, i, folder) for i, value in enumerate(table.columns[role])]
+
+
+def decoded(table: Table, *, required: bool) -> Iterator[tuple[int, Stored | None, str | None]]:
+    """Decode every image of a table once, so that a broken one is found before it is needed.
+
+    Args:
+        table: has a column ``image``.
+        required: a file that does not exist is an error, not a row that is left out.
+
+    Returns:
+        For each row its index, the image, and a remark on it; or None and the reason why there is none. The first
+        images, up to a gigabyte, are kept in their decoded form.
+
+    Raises:
+        DataError: a file does not exist, which a wrong folder causes for many; names the first.
+    """
+    room = _KEPT
+    for i, picture in enumerate(pictures(table)):
+        if picture is None:
+            yield i, None, "no image"
+            continue
+        try:
+            image, remark = picture.read()
+        except BrokenImage as error:
+            if required and isinstance(error.__cause__, FileNotFoundError):
+                raise DataError(
+                    f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that names "
+                    "them; correct them, or leave the row out."
+                ) from error
+            yield i, None, f"broken image ({error.cause})"
+            continue
+        room -= image.width * image.height * len(image.getbands())
+        yield i, Stored(picture, image if room >= 0 else None), remark
+
+
+def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[int]]]:
+    """Return, for each table, the pixels of its images between 0 and 1, and the rows that have a readable image.
+
+    The vectors of all tables have one length: images are scaled to the size that all have, at most 32 x 32, and are in
+    grey if all of them are.
+    """
+    found: list[list[tuple[int, Image]]] = []
+    for table in tables:
+        found.append([])
+        for i, picture in enumerate(pictures(table)):
+            with contextlib.suppress(BrokenImage):
+                if picture is not None:
+                    found[-1].append((i, picture.read()[0]))
+    images = [image for rows in found for _, image in rows]
+    sizes = {(min(image.width, _SMALL), min(image.height, _SMALL)) for image in images}
+    side = sizes.pop() if len(sizes) == 1 else (_SMALL, _SMALL)
+    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+
+    def vector(image: Image) -> NDArray[np.float32]:
+        small = image.convert(mode).resize(side, 2)
+        return np.asarray(small, np.float32).reshape(-1) / np.float32(255)
+
+    return [([vector(image) for _, image in rows], [i for i, _ in rows]) for rows in found]
 
 
 def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture | None:

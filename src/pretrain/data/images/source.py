@@ -1,0 +1,122 @@
+"""Labelled images for pre-training: the rows that ``data.source: images`` names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.data.images.processor import ImageProcessor
+from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
+from pretrain.data.labelled import Role, choose_columns, roles_table, split
+from pretrain.data.labels import LabelMap
+from pretrain.data.row_source import RowSource
+from pretrain.data.tables import Table
+from pretrain.errors import DataError
+from pretrain.utils.files import note
+
+__all__ = ["IMAGE", "labelled_images"]
+
+IMAGE = Role(
+    "image",
+    (
+        *("image", "img", "images", "picture", "photo", "file_name", "filename", "file", "path"),
+        *("image_path", "filepath", "file_path", "image_file"),
+    ),
+    help="the image: a path, bytes or an array",
+)
+_LABEL = Role("label", ("label", "labels", "class", "category", "target"), help="the class")
+_USUAL = 224  # size of the images of published models
+_PATCHES = 8  # along a side, about, of the images of a new model
+
+
+def labelled_images(
+    train: str,
+    valid: float | str | None = None,
+    *,
+    size: int | None = None,
+    channels: int = 3,
+    seed: int = 0,
+) -> RowSource:
+    """Return rows of images with one class each, for the objective ``ImageClassification``.
+
+    Args:
+        train: a folder of images by class, a ``.npz`` file, or a table with a column of paths; see
+            ``pretrain.data.images.rows.read_images``.
+        valid: held-out rows: such a source, or a fraction of the rows, stratified by class. None: the part ``val`` of
+            the source, if it has one, else a tenth.
+        size: height and width that the model reads; None: those of the images if all are squares of one size of at most
+            224, else 224.
+        channels: 3 for RGB, 1 for grey.
+        seed: seed of the split.
+
+    Returns:
+        Rows with ``image`` and ``labels``; the image processor; and the labels and sizes that the model needs.
+
+    Raises:
+        DataError: no images, no labels, or an image that does not exist.
+    """
+    whole = _by_role(read_images(train, name="train"))
+    if valid is None:
+        valid = train if "valid" in parts_of(train) else 0.1
+    names = whole.label_names.get("label")
+    known = LabelMap.learn(whole.columns["label"], names=names, where=whole.where)
+    if isinstance(valid, str):
+        held = _by_role(read_images(valid, name="validation"))
+    else:
+        strata = known.ids(whole.columns["label"], names=names, where=whole.where)
+        whole, held = split(whole, strata, float(valid), seed)
+    rows, held_rows = _examples(whole, known, "training"), _examples(held, known, "validation")
+    if not rows:
+        raise DataError(f"None of the images of {train} can be read.")
+    side = size or _common_size(rows)
+    half = (0.5,) * channels
+    return RowSource(
+        rows,
+        held_rows,
+        processor=ImageProcessor(size=side, image_mean=half, image_std=half),
+        overrides={
+            "labels": known.labels,
+            "image_size": side,
+            "patch_size": _patch(side),
+            "num_channels": channels,
+        },
+        name=Path(train).name,
+    )
+
+
+def _by_role(table: Table) -> Table:
+    found = roles_table(table, choose_columns(table, (IMAGE, _LABEL), {}))
+    columns = {**found.columns, "image": pictures(found)}
+    return found.with_columns(columns, found.label_names)
+
+
+def _examples(table: Table, known: LabelMap, what: str) -> list[dict[str, Any]]:
+    """Return the rows whose images can be read; the others are counted and named in a line for each reason."""
+    values, names = table.columns["label"], table.label_names.get("label")
+    ids = known.ids(values, names=names, where=table.where)
+    rows, told = [], dict[str, list[int]]()
+    for i, image, text in decoded(table, required=True):
+        if text is not None:
+            told.setdefault(f"{'left out, ' * (image is None)}{text}", []).append(i)
+        if image is not None:
+            rows.append({"image": image, "labels": np.asarray(ids[i], np.int64)})
+    for text, places in told.items():
+        shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
+        note(f"{len(places):,} {what} rows {text}: {shown}")
+    return rows
+
+
+def _common_size(rows: list[dict[str, Any]]) -> int:
+    """Return the side of the images if all are squares of one size of at most 224, else 224."""
+    sizes = Counter(row["image"].image().size for row in rows)
+    (width, height), _ = sizes.most_common(1)[0]
+    return width if len(sizes) == 1 and width == height <= _USUAL else _USUAL
+
+
+def _patch(side: int) -> int:
+    """Return the divisor of a side by which an image has about eight patches along it, at most 16."""
+    divisors = [d for d in range(1, min(side, 16) + 1) if side % d == 0]
+    return min(divisors, key=lambda d: (abs(side / d - _PATCHES), d)) if side < _USUAL else 16

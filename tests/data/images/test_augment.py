@@ -1,0 +1,74 @@
+"""Random changes are a function of the generator of an image alone, and are those that are asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from pretrain.data.images import ImageProcessor
+from pretrain.data.images.augment import Augmentation, crop_box
+from pretrain.data.loader import row_rng
+from pretrain.errors import ConfigError
+
+SIZE = ImageProcessor(size=10)
+
+
+def picture(height: int = 23, width: int = 31, mode: str = "RGB") -> Image.Image:
+    array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(array).convert(mode)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.floats(0.01, 0.99), st.integers(0, 1 << 40))
+def test_a_crop_lies_inside_and_is_as_large_as_asked(
+    height: int, width: int, least: float, position: int
+) -> None:
+    left, top, right, bottom = crop_box(height, width, least, row_rng(0, "x", position))
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    wide, tall = right - left, bottom - top
+    if min(height, width) >= 50 and max(height, width) <= 1.2 * min(height, width):
+        assert wide * tall >= 0.9 * least * height * width
+        assert 0.7 < wide / tall < 1.43
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0.05, 1.0), st.booleans(), st.integers(0, 30), st.integers(0, 1 << 62),
+    st.sampled_from(["L", "RGB"]),
+)  # fmt: skip
+def test_the_position_decides(
+    crop: float, flip: bool, strength: int, position: int, mode: str
+) -> None:
+    change, image = Augmentation(crop, flip, strength), picture(mode=mode)
+    one = change(image, SIZE, row_rng(3, "collate", position))
+    other = change(image, SIZE, row_rng(3, "collate", position))
+    assert one.shape == (10, 10, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, other)
+
+
+def test_nothing_is_changed_without_being_asked() -> None:
+    image = picture()
+    same = Augmentation()(image, SIZE, row_rng(0, "x", 0))
+    assert np.array_equal(same, SIZE.fitted(image))
+    mirrored = {
+        Augmentation(flip=True)(image, SIZE, row_rng(0, "x", k)).tobytes() for k in range(20)
+    }
+    assert mirrored == {SIZE.fitted(image).tobytes(), SIZE.fitted(image.transpose(0)).tobytes()}
+
+
+def test_other_positions_are_changed_otherwise() -> None:
+    for change in (Augmentation(crop=0.3), Augmentation(randaugment=15)):
+        made = {change(picture(), SIZE, row_rng(0, "x", k)).tobytes() for k in range(12)}
+        assert len(made) > 8
+
+
+@pytest.mark.parametrize("wrong", [{"crop": 0.0}, {"crop": 1.5}, {"randaugment": 31}])
+def test_what_is_out_of_range_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Augmentation(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""Images of every kind that turns up in folders come out upright, in 8 bits and grey or RGB, or are refused by name."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from pretrain.data.images import ImageProcessor, Picture
+from pretrain.data.images.decode import SUFFIXES, BrokenImage, Stored
+from pretrain.errors import ConfigError
+
+
+def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def read(content: Any) -> Image.Image:
+    return Picture(content, "it").read()[0]
+
+
+RED = Image.new("RGB", (6, 4), (250, 10, 20))
+
+
+def test_modes() -> None:
+    grey = Image.new("L", (6, 4), 100)
+    assert read(stored(grey)).mode == "L"
+    assert read(stored(Image.new("1", (6, 4), 1))).getpixel((0, 0)) == 255
+    palette = RED.quantize(4)
+    assert palette.mode == "P" and read(stored(palette)).getpixel((0, 0)) == (250, 10, 20)
+    cmyk = read(stored(RED.convert("CMYK"), "JPEG", quality=100))
+    assert (
+        cmyk.mode == "RGB" and np.abs(np.subtract(cmyk.getpixel((2, 2)), (250, 10, 20))).max() < 8
+    )
+    ycbcr = read(stored(RED.convert("YCbCr"), "JPEG", quality=100))
+    assert ycbcr.mode == "RGB"
+
+
+def test_what_is_transparent_becomes_white() -> None:
+    clear = Image.new("RGBA", (6, 4), (250, 10, 20, 0))
+    assert read(stored(clear)).getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("RGBA", (6, 4), (0, 0, 0, 128))
+    assert abs(read(stored(half)).getpixel((0, 0))[0] - 127) <= 1
+    assert read(stored(Image.new("LA", (6, 4), (9, 255)))).getpixel((0, 0)) == (9, 9, 9)
+    palette = RED.quantize(4)
+    index = palette.getpixel((0, 0))
+    assert read(stored(palette, transparency=index)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_16_bits_are_scaled_and_not_cut_off() -> None:
+    array = np.array([[0, 256, 32768], [65535, 300, 65280]], np.uint16)
+    image = read(stored(Image.fromarray(array)))
+    assert np.array_equal(np.asarray(image), array >> 8)
+    assert np.array_equal(np.asarray(read(array)), array >> 8)
+    with pytest.raises(BrokenImage, match="floating-point"):
+        read(stored(Image.fromarray(array.astype(np.float32)), "TIFF"))
+
+
+def test_a_photo_is_turned_upright() -> None:
+    image = Image.new("RGB", (6, 4))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned = read(stored(image, "PNG", exif=exif))
+    assert turned.size == (4, 6) and turned.getpixel((3, 0)) == (255, 0, 0)
+
+
+def test_of_an_animation_the_first_frame_is_read_and_said() -> None:
+    frames = [Image.new("RGB", (6, 4), (c, 0, 0)) for c in (200, 100)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    image, remark = Picture(file.getvalue(), "it").read()
+    assert image.getpixel((0, 0))[0] == 200 and remark is not None and "first" in remark
+
+
+def bomb(side: int) -> bytes:
+    """A valid PNG of a few bytes that claims many pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "empty"),
+        (b"not an image", "no image of a known format"),
+        (stored(RED)[:40], "damaged|no image"),
+        (stored(RED.resize((200, 200)), "JPEG")[:400], "damaged"),
+        (bomb(9000), "too many pixels"),
+        (bomb(60000), "too many pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_cannot_be_read_is_named(content: bytes, cause: str, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(content)
+    with pytest.raises(BrokenImage, match=r"photo\.png cannot be read as an image") as caught:
+        Picture(tmp_path / "photo.png", "photo.png").read()
+    import re
+
+    assert re.search(cause, caught.value.cause)
+
+
+def test_arrays() -> None:
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(read(colour)), colour)
+    assert np.array_equal(np.asarray(read(colour.transpose(2, 0, 1))), colour)
+    assert np.array_equal(np.asarray(read(colour[..., :1])), colour[..., 0])
+    assert np.array_equal(np.asarray(read(colour[..., 0] > 9)), (colour[..., 0] > 9) * 255)
+    for wrong in (colour / 255, colour[None], colour[..., :2], colour[:0]):
+        with pytest.raises(BrokenImage, match="it cannot be read"):
+            read(wrong)
+
+
+def test_a_missing_file_and_a_missing_pillow_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BrokenImage, match=r"no\.png .*no such file"):
+        Picture(tmp_path / "no.png", "no.png").read()
+    import sys
+
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ConfigError, match=r"pip install .*pretrain\[vision\]"):
+        read(stored_before)
+
+
+stored_before = stored(RED)
+
+
+def test_content_tells_images_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(stored(RED))
+    (tmp_path / "b.png").write_bytes(stored(RED))
+    one, two = (Picture(tmp_path / name, name) for name in ("a.png", "b.png"))
+    assert one.digest == two.digest != Picture(np.zeros((4, 6), np.uint8), "c").digest
+    assert (
+        Picture(np.zeros((6, 4), np.uint8), "c").digest
+        != Picture(np.zeros((4, 6), np.uint8), "c").digest
+    )
+
+
+def test_a_decoded_image_may_be_kept_or_read_again() -> None:
+    picture = Picture(stored(RED), "red")
+    kept, again = Stored(picture, picture.read()[0]), Stored(picture, None)
+    assert np.array_equal(np.asarray(kept), np.asarray(again))
+    assert kept.image().tobytes() == RED.tobytes() == again.image().tobytes()
+    size = ImageProcessor(size=4)
+    assert np.array_equal(size.fitted(kept.image()), size.fitted(RED))
+
+
+def test_suffixes_are_of_formats_that_are_read() -> None:
+    assert ".png" in SUFFIXES and ".eps" not in SUFFIXES and ".pdf" not in SUFFIXES

@@ -1,0 +1,263 @@
+"""Rows of images from folders, arrays and tables, with every image that is not read counted or named."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from pretrain.data.images.rows import (
+    decoded,
+    is_image_source,
+    parts_of,
+    pictures,
+    pixel_vectors,
+    read_images,
+    stream_images,
+)
+from pretrain.data.images.source import labelled_images
+from pretrain.data.labelled import drop_duplicates
+from pretrain.data.row_source import open_rows
+from pretrain.errors import ConfigError, DataError
+
+RNG = np.random.default_rng(0)
+
+
+def png(path: Path, value: int = 0, size: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = RNG.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    array[0, 0] = value
+    Image.fromarray(array).save(path)
+    return path
+
+
+def values(table, role: str = "image") -> list[np.ndarray]:
+    return [np.asarray(p.read()[0]) for p in pictures(table, role)]
+
+
+def test_a_folder_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat/img10.png", "cat/img2.png", "dog/deep/a.PNG", ".hidden/x.png"):
+        png(tmp_path / name)
+    (tmp_path / "dog" / "notes.txt").write_text("x")
+    (tmp_path / "cow").mkdir()
+    table = read_images(tmp_path)
+    assert table.columns["label"] == ["cat", "cat", "dog"]
+    assert [Path(str(p)).name for p in table.columns["image"]] == ["img2.png", "img10.png", "a.PNG"]
+    assert table.where(2).endswith("a.PNG")
+    said = capsys.readouterr().err
+    assert "1 files are no images by their names" in said and "notes.txt" in said
+    assert "no images in 'cow'" in said
+    with pytest.raises(DataError, match="holds no images"):
+        read_images(tmp_path / "cow")
+    with pytest.raises(DataError, match="delimiter is for files of rows"):
+        read_images(tmp_path, delimiter=";")
+
+
+def test_a_folder_without_classes_has_no_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png(tmp_path / "a.png"), png(tmp_path / "b.png")
+    assert read_images(tmp_path).names == ["image"]
+    png(tmp_path / "cat" / "c.png")
+    assert read_images(tmp_path).names == ["image"]
+    assert "2 images lie outside of folders" in capsys.readouterr().err
+    assert read_images(tmp_path / "a.png").names == ["image"]
+
+
+def test_parts_of_a_folder(tmp_path: Path) -> None:
+    for part, count in (("train", 3), ("val", 2), ("test", 1)):
+        for k in range(count):
+            png(tmp_path / part / "cat" / f"{k}.png")
+    assert parts_of(tmp_path) == ["test", "train", "valid"]
+    sizes = [len(read_images(tmp_path, name=n)) for n in ("train", "validation", "test", "data")]
+    assert sizes == [3, 2, 1, 1]
+
+
+def test_arrays_of_a_file(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (6, 5, 5, 3), dtype=np.uint8)
+    np.savez(
+        tmp_path / "a.npz", images=images, labels=np.arange(6) % 2, class_names=["no", "yes"],
+        patient=np.arange(6), unrelated=np.zeros(3),
+    )  # fmt: skip
+    table = read_images(tmp_path / "a.npz")
+    assert table.names == ["image", "label", "patient"]
+    assert table.columns["label"] == [0, 1] * 3 and table.label_names == {"label": ["no", "yes"]}
+    assert np.array_equal(np.stack(values(table)), images)
+    assert table.where(3) == "image 3 of a.npz"
+    np.savez(tmp_path / "b.npz", x_train=images, y_train=np.arange(6)[:, None], x_test=images[:2])
+    assert parts_of(tmp_path / "b.npz") == ["train", "test"]
+    assert len(read_images(tmp_path / "b.npz", name="test")) == 2
+    assert read_images(tmp_path / "b.npz", name="train").columns["label"] == list(range(6))
+    with pytest.raises(DataError, match="none for the validation rows"):
+        read_images(tmp_path / "b.npz", name="validation")
+    several = np.array([[1, 0, 1], [0, 0, 0]])
+    np.savez(tmp_path / "c.npz", images=images[:2], labels=several)
+    assert read_images(tmp_path / "c.npz").columns["label"] == [[0, 2], []]
+
+
+def test_bits_are_read_as_black_and_white(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "a.npz", images=np.eye(4, dtype=np.uint8)[None])
+    assert np.array_equal(values(read_images(tmp_path / "a.npz"))[0], np.eye(4) * 255)
+    assert "black and white" in capsys.readouterr().err
+
+
+def test_files_of_arrays_that_cannot_be_right(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"PK nothing")
+    np.savez(tmp_path / "b.npz", other=np.zeros(3))
+    np.savez(tmp_path / "c.npz", images=np.zeros((3, 4), np.uint8))
+    np.savez(tmp_path / "d.npz", images=np.zeros((3, 4, 4), np.uint8), labels=np.zeros(2))
+    np.savez(tmp_path / "e.npz", images=np.array([{}], dtype=object))
+    for name, told in (
+        ("a", "no .npz file"),
+        ("b", "arrays 'other', and none called images"),
+        ("c", r"shape \(3, 4\)"),
+        ("d", "3 images and 2 labels"),
+        ("e", "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=told):
+            read_images(tmp_path / f"{name}.npz")
+    with pytest.raises(DataError, match="does not exist"):
+        read_images(tmp_path / "none.npz")
+
+
+def test_idx_files(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (4, 3, 2), dtype=np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", np.arange(4, dtype=np.uint8))):
+        head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        with gzip.open(tmp_path / f"t10k-{name}-ubyte.gz", "wb") as file:
+            file.write(head + array.tobytes())
+    table = read_images(tmp_path / "t10k-images-idx3-ubyte.gz")
+    assert np.array_equal(np.stack(values(table)), images) and table.columns["label"] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    with gzip.open(tmp_path / "cut-images-idx3-ubyte.gz", "wb") as file:
+        file.write(bytes([0, 0, 8, 3]) + struct.pack(">3I", 4, 3, 2) + b"abc")
+    with pytest.raises(DataError, match="cut off"):
+        read_images(tmp_path / "cut-images-idx3-ubyte.gz")
+
+
+def test_a_table_names_paths_relative_to_itself(tmp_path: Path) -> None:
+    one, two = png(tmp_path / "img" / "1.png"), png(tmp_path / "img" / "2.png")
+    (tmp_path / "rows.csv").write_text(f"image,label\nimg/1.png,a\n{two},b\n,a\n")
+    table = read_images(tmp_path / "rows.csv")
+    found = pictures(table)
+    assert [p and p.digest for p in found] == [
+        pictures(read_images(one))[0].digest, pictures(read_images(two))[0].digest, None
+    ]  # fmt: skip
+    rows = list(decoded(table, required=True))
+    assert rows[2][1:] == (None, "no image")
+    (tmp_path / "rows.csv").write_text("image,label\nimg/1.png,a\nimg/none.png,b\n")
+    with pytest.raises(DataError, match=r"line 3: there is no file .*none\.png"):
+        list(decoded(read_images(tmp_path / "rows.csv"), required=True))
+    (tmp_path / "rows.csv").write_text("image,label\nhttp://a.b/c.png,a\n")
+    with pytest.raises(DataError, match="line 2.*nothing is downloaded"):
+        pictures(read_images(tmp_path / "rows.csv"))
+
+
+def test_bytes_in_parquet_and_images_of_the_datasets_library(tmp_path: Path) -> None:
+    import datasets
+
+    content = png(tmp_path / "a.png").read_bytes()
+    rows = {"image": [{"bytes": content, "path": None}], "label": [1]}
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    data = datasets.Dataset.from_dict(rows, features=features)
+    table = read_images(data)
+    wanted = np.asarray(Image.open(io.BytesIO(content)))
+    assert np.array_equal(values(table)[0], wanted) and table.label_names["label"] == ["no", "yes"]
+    data.to_parquet(tmp_path / "rows.parquet")
+    stored = read_images(tmp_path / "rows.parquet")
+    assert np.array_equal(values(stored)[0], wanted) and stored.label_names == table.label_names
+
+
+def test_objects_in_memory() -> None:
+    images = RNG.integers(0, 256, (3, 5, 4), dtype=np.uint8)
+    sources = (
+        {"image": images, "label": np.arange(3)},
+        {"image": list(images), "label": [0, 1, 2]},
+        [{"image": image, "label": k} for k, image in enumerate(images)],
+        [{"image": Image.fromarray(image), "label": k} for k, image in enumerate(images)],
+    )
+    for source in sources:
+        table = read_images(source)
+        assert np.array_equal(np.stack(values(table)), images)
+        assert table.columns["label"] == [0, 1, 2]
+    with pytest.raises(DataError, match="row 2 .*int 7 is no image|row 2 .*'7' is no image"):
+        pictures(read_images([{"image": images[0]}, {"image": 7}]))
+
+
+def test_broken_images_are_counted_by_cause_and_named(tmp_path: Path) -> None:
+    png(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").write_bytes(b"")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    found = list(decoded(read_images(tmp_path), required=True))
+    assert [image is None for _, image, _ in found] == [False, True, True]
+    assert "empty" in str(found[1][2]) and "broken image" in str(found[2][2])
+
+
+def test_equal_images_in_other_places_are_duplicates(tmp_path: Path) -> None:
+    one = png(tmp_path / "train" / "a" / "1.png")
+    png(tmp_path / "train" / "a" / "2.png")
+    copy = tmp_path / "other" / "a" / "9.png"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(one.read_bytes())
+    kept, count = drop_duplicates(
+        read_images(tmp_path / "train"), read_images(tmp_path / "other"), ["image"], "test"
+    )
+    assert count == 1 and len(kept) == 1
+    assert read_images(tmp_path / "train").fingerprint != kept.fingerprint
+
+
+def test_pixels_for_classical_methods(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        png(tmp_path / "1" / f"{name}.png", size=40)
+    (tmp_path / "1" / "c.png").write_bytes(b"")
+    Image.new("L", (10, 50), 255).save(tmp_path / "1" / "d.png")
+    ((vectors, rows),) = pixel_vectors(read_images(tmp_path / "1"))
+    assert rows == [0, 1, 3] and {v.shape for v in vectors} == {(32 * 32 * 3,)}
+    assert vectors[2].min() == 1.0
+    np.savez(tmp_path / "g.npz", images=RNG.integers(0, 256, (2, 9, 9), dtype=np.uint8))
+    assert pixel_vectors(read_images(tmp_path / "g.npz"))[0][0][0].shape == (81,)
+
+
+def test_chunks_of_a_folder_keep_the_names(tmp_path: Path) -> None:
+    for k in range(5):
+        png(tmp_path / "a" / f"{k}.png")
+    chunks = list(stream_images(tmp_path, 2))
+    assert [len(c.rows) for c in chunks] == [2, 2, 1]
+    assert chunks[2].rows[0]["image"].endswith("4.png") and is_image_source(tmp_path)
+    assert not is_image_source(tmp_path / "rows.csv")
+
+
+def test_rows_of_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = RNG.integers(0, 256, (40, 12, 12), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(40) % 4)
+    rows = labelled_images(str(tmp_path / "a.npz"), 0.25)
+    assert (len(rows.train), len(rows.valid)) == (30, 10)
+    assert {int(r["labels"]) for r in rows.train} == {int(r["labels"]) for r in rows.valid}
+    assert rows.overrides["labels"] == ("0", "1", "2", "3")
+    assert rows.overrides["image_size"] == 12 and 12 % rows.overrides["patch_size"] == 0
+    assert rows.processor.size == (12, 12)
+    again = labelled_images(str(tmp_path / "a.npz"), 0.25)
+    assert again.fingerprint == rows.fingerprint
+    images[:] = 255 - images
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(40) % 4)
+    assert labelled_images(str(tmp_path / "a.npz"), 0.25).fingerprint != rows.fingerprint
+    assert len(open_rows("images", {"train": str(tmp_path / "a.npz")}).valid) == 4
+    with pytest.raises(ConfigError, match=r"data\.source_args do not fit images"):
+        open_rows("images", {"trian": "x"})
