@@ -11,6 +11,7 @@ import torch
 import contract
 import pretrain
 from pretrain.errors import CheckpointError, ConfigError, ModelError
+from pretrain.lora.attach import probe
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.models.names import unpack, unpack_part
@@ -110,6 +111,10 @@ def test_padding_changes_no_vector():
         torch.testing.assert_close(model(padded), wanted)
         padded.pop("attention_mask")
         torch.testing.assert_close(model(padded), wanted)
+
+
+def test_the_outputs_of_two_models_can_be_compared():
+    assert probe(make()).shape == (4, 24)
 
 
 def test_depths_run_through_both_towers():

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract import check_objective
+from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
-from pretrain.errors import ConfigError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.models import build
 from pretrain.objectives.masked_image import MaskedImage
 
@@ -129,6 +130,31 @@ def test_arguments_are_recorded_in_the_config_of_the_model() -> None:
     assert (written["mask_ratio"], written["norm_pix_loss"]) == (0.5, False)
     assert goal.describe() == {"name": "MaskedImage", "mask_ratio": 0.5, "norm_pixels": False}
     assert "hides 8 of 16 patches" in goal.survey([])[0]
+
+
+def test_rows_of_images_are_read_cropped_and_mirrored_by_their_own_generator() -> None:
+    pytest.importorskip("PIL")
+    goal = objective(crop=0.5, flip=True)
+    goal.model.processor = ImageProcessor(size=12, image_mean=[0.5], image_std=[0.5])
+    images = [
+        {"image": np.random.default_rng(i).integers(0, 255, (20, 16), np.uint8)} for i in (0, 1)
+    ]
+    one = goal.collate(images, row_rngs(0, "collate", 0, 2))
+    again = goal.collate(images[1:], row_rngs(0, "collate", 1, 1))
+    assert one["pixel_values"].shape == (2, 1, 12, 12)
+    assert torch.equal(one["pixel_values"][1], again["pixel_values"][0])
+    assert torch.equal(one["visible_index"][1], again["visible_index"][0])
+    other = goal.collate(images, row_rngs(1, "collate", 0, 2))
+    assert not torch.equal(one["pixel_values"], other["pixel_values"])
+    held = goal.collate(images, row_rngs(1, "collate", 0, 2), evaluation=True)
+    wanted = goal.model.processor([image["image"] for image in images])["pixel_values"]
+    assert torch.equal(held["pixel_values"], torch.as_tensor(wanted))
+    assert goal.describe()["crop"] == 0.5
+    with pytest.raises(DataError, match="neither cropped nor mirrored"):
+        goal.collate(rows(1), row_rngs(0, "collate", 0, 1))
+    goal.model.processor = None
+    with pytest.raises(ModelError, match="no image processor"):
+        goal.collate(images, row_rngs(0, "collate", 0, 2))
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

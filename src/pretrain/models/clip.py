@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.data.images import ImageProcessor
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone, Batch, ModelStats
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.names import Name
+from pretrain.models.vit import image_processor, random_images
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm, compute_dtype
@@ -224,11 +224,8 @@ class TwoTowers(Backbone):
 
     @classmethod
     def default_processor(cls, config: Any) -> PairProcessor | None:
-        if config.num_channels not in (1, 3):
-            return None
-        half = (0.5,) * config.num_channels
-        images = ImageProcessor(size=config.image_size, image_mean=half, image_std=half)
-        return PairProcessor(None, images)
+        images = image_processor(config)
+        return None if images is None else PairProcessor(None, images)
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the image tower, then those of the text tower."""
@@ -242,6 +239,12 @@ class TwoTowers(Backbone):
         patches: int = self.config.num_patches
         images = len(batch["pixel_values"]) * patches if "pixel_values" in batch else 0
         return images + (super().units(batch) if "input_ids" in batch else 0)
+
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = super().random_batch(generator)
+        if self.config.eos_id is not None:
+            batch["input_ids"][:, -1] = self.config.eos_id
+        return batch | random_images(self.config, generator)
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
         return {"input_ids": ("vocabulary", self.vocab_size)}

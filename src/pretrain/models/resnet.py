@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import count, groupby
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.data.images import ImageProcessor
@@ -22,7 +23,7 @@ from pretrain.models.backbone import Backbone, Batch, ModelStats
 from pretrain.models.config import BackboneConfig, Key
 from pretrain.models.heads import SequenceHead
 from pretrain.models.names import Name
-from pretrain.models.vit import ViT
+from pretrain.models.vit import image_processor, random_images
 from pretrain.nn.attention import KVCache
 from pretrain.nn.mlp import activation
 
@@ -249,7 +250,7 @@ class ResNet(Backbone):
 
     @classmethod
     def default_processor(cls, config: Any) -> ImageProcessor | None:
-        return ViT.default_processor(config)
+        return image_processor(config)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
@@ -272,6 +273,9 @@ class ResNet(Backbone):
     def units(self, batch: Batch) -> int:
         """Return the number of images."""
         return len(batch["pixel_values"])
+
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return random_images(self.config, generator)
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
         return {}

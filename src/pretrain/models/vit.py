@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.data.images import ImageProcessor
@@ -25,7 +26,7 @@ from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
 from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["BLOCK_NAMES", "ViT", "ViTConfig"]
+__all__ = ["BLOCK_NAMES", "ViT", "ViTConfig", "image_processor", "random_images"]
 
 # Names on disk of the parts of a block.
 BLOCK_NAMES = {
@@ -96,6 +97,20 @@ class ViTConfig(BackboneConfig):
         return super().parameter_count() + self.hidden_size * tables
 
 
+def image_processor(config: Any) -> ImageProcessor | None:
+    """Return the processor of a new model: pixels from -1 to 1; None for images that are neither grey nor RGB."""
+    if config.num_channels not in (1, 3):
+        return None
+    half = (0.5,) * config.num_channels
+    return ImageProcessor(size=config.image_size, image_mean=half, image_std=half)
+
+
+def random_images(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a batch of two random images."""
+    shape = (2, config.num_channels, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(shape, generator=generator)}
+
+
 class ViT(Backbone):
     """Encoder of image patches; ``pixel_values`` (B, C, H, W) -> (B, 1 + P, D), the class token first."""
 
@@ -141,10 +156,7 @@ class ViT(Backbone):
 
     @classmethod
     def default_processor(cls, config: Any) -> ImageProcessor | None:
-        if config.num_channels not in (1, 3):
-            return None
-        half = (0.5,) * config.num_channels
-        return ImageProcessor(size=config.image_size, image_mean=half, image_std=half)
+        return image_processor(config)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
@@ -184,9 +196,7 @@ class ViT(Backbone):
         return int(images * (height // patch) * (width // patch))
 
     def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
-        config = self.config
-        shape = (2, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
+        return random_images(self.config, generator)
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
         return {}

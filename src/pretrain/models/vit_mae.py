@@ -21,7 +21,7 @@ from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.names import Name
-from pretrain.models.vit import BLOCK_NAMES, ViT
+from pretrain.models.vit import BLOCK_NAMES, image_processor, random_images
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm
@@ -180,7 +180,7 @@ class ViTMAE(Backbone):
 
     @classmethod
     def default_processor(cls, config: Any) -> ImageProcessor | None:
-        return ViT.default_processor(config)
+        return image_processor(config)
 
     @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
@@ -203,6 +203,9 @@ class ViTMAE(Backbone):
         """Return the number of patches of all images, hidden ones included."""
         patches: int = self.config.num_patches
         return len(batch["pixel_values"]) * patches
+
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return random_images(self.config, generator)
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
         return {"visible_index": ("number of patches", self.config.num_patches)}

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
 from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.decode import Stored
 from pretrain.data.images.rows import decoded, is_image_source, parts_of, pictures, read_images
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
@@ -167,19 +165,9 @@ class ImageClassification(Classification):
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
         """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
-        processor = self.processor
-        values = []
-        for i, example in enumerate(examples):
-            held: Any = example["image"]
-            image = (
-                held.image() if isinstance(held, Stored) else Picture(held, "an image").read()[0]
-            )
-            if evaluation:
-                array = processor.fitted(image)
-            else:
-                array = self.augmentation(image, processor, rngs[i])
-            values.append(processor.values(array))
-        return {"pixel_values": torch.from_numpy(np.stack(values))}
+        held = [example["image"] for example in examples]
+        values = self.augmentation.values(held, self.processor, rngs, evaluation=evaluation)
+        return {"pixel_values": torch.from_numpy(values)}
 
     def sizes(self, rows: TaskRows) -> str:
         size = self.processor.size or (0, 0)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.errors import ModelError
+from pretrain.data.images.augment import Augmentation
+from pretrain.errors import DataError, ModelError
 from pretrain.nn.patches import patch_pixels
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs, stack
 
@@ -31,6 +32,9 @@ class MaskedImage(Objective):
         mask_ratio: share of the patches that are hidden; not given, that of the model's config, 0.75 in a new model.
         norm_pixels: give the pixels of each target patch mean 0 and variance 1; not given, ``norm_pix_loss`` of the
             model's config, which is true in a new model. Both are recorded in config.json.
+        crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops. For rows of
+            images, not for rows of pixel values.
+        flip: mirror half of the training images.
 
     Raises:
         ModelError: the model has no decoder of pixels.
@@ -40,7 +44,12 @@ class MaskedImage(Objective):
     head_kind: ClassVar[str | None] = "masked-image"
 
     def __init__(
-        self, model: Model, mask_ratio: float | None = None, norm_pixels: bool | None = None
+        self,
+        model: Model,
+        mask_ratio: float | None = None,
+        norm_pixels: bool | None = None,
+        crop: float = 1.0,
+        flip: bool = False,
     ) -> None:
         super().__init__(model)
         if model.head_kind != "masked-image":
@@ -53,14 +62,34 @@ class MaskedImage(Objective):
         config = model.backbone.config = replace(model.backbone.config, **given)
         self.num_patches, self.num_visible = config.num_patches, config.num_visible
         self.patch_size, self.norm_pixels = config.patch_size, config.norm_pix_loss
+        self.augmentation = Augmentation(crop, flip)
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
-        """Choose the visible patches of each row with the row's own generator."""
-        batch = stack(examples, ("pixel_values",))
+        """Choose the visible patches of each row with the row's own generator, and read its image."""
         # All rows have equally many, in ascending order: attention does not see the order, memory does.
         chosen = [np.sort(rng.permutation(self.num_patches)[: self.num_visible]) for rng in rngs]
+        batch = self._pixels(examples, rngs, evaluation)
         batch["visible_index"] = torch.from_numpy(np.stack(chosen))
         return batch
+
+    def _pixels(self, examples: ExampleList, rngs: Rngs, evaluation: bool) -> Batch:
+        if "image" not in examples[0]:
+            if self.augmentation != Augmentation():
+                raise DataError(
+                    "The rows hold pixel values, which are neither cropped nor mirrored. Leave crop and flip out, or "
+                    "give rows of images (data.source images)."
+                )
+            return stack(examples, ("pixel_values",))
+        processor: Any = self.model.processor
+        if processor is None:
+            raise ModelError(
+                "The rows hold images, and the model has no image processor that reads them. Put "
+                "preprocessor_config.json into its directory, or set model.processor to a "
+                "pretrain.data.images.ImageProcessor."
+            )
+        held = [example["image"] for example in examples]
+        values = self.augmentation.values(held, processor, rngs, evaluation=evaluation)
+        return {"pixel_values": torch.from_numpy(values)}
 
     def count(self, batch: Batch) -> Tensor:
         """Number of hidden patches."""
@@ -106,6 +135,11 @@ class MaskedImage(Objective):
         ]
 
     def describe(self) -> dict[str, Any]:
-        """Name, masked share and kind of target."""
-        ratio = self.model.backbone.config.mask_ratio
-        return {"name": "MaskedImage", "mask_ratio": ratio, "norm_pixels": self.norm_pixels}
+        """Name, masked share, kind of target, and changes of the images if there are any."""
+        changes = {"crop": self.augmentation.crop, "flip": self.augmentation.flip}
+        return {
+            "name": "MaskedImage",
+            "mask_ratio": self.model.backbone.config.mask_ratio,
+            "norm_pixels": self.norm_pixels,
+            **(changes if self.augmentation != Augmentation() else {}),
+        }

@@ -261,3 +261,13 @@ def test_rows_of_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(open_rows("images", {"train": str(tmp_path / "a.npz")}).valid) == 4
     with pytest.raises(ConfigError, match=r"data\.source_args do not fit images"):
         open_rows("images", {"trian": "x"})
+
+
+def test_rows_of_pretraining_without_labels(tmp_path: Path) -> None:
+    for k in range(8):
+        png(tmp_path / f"{k}.png")
+    with pytest.raises(DataError):
+        labelled_images(str(tmp_path), 0.25)
+    rows = labelled_images(str(tmp_path), 0.25, labels=False)
+    assert (len(rows.train), len(rows.valid)) == (6, 2)
+    assert set(rows.train[0]) == {"image"} and "labels" not in rows.overrides

@@ -7,12 +7,13 @@ images of a batch nor on the number of workers, and a resumed run draws the same
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import pillow, to_channels
+from pretrain.data.images.decode import Picture, Stored, pillow, to_channels
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +77,29 @@ class Augmentation:
             for _ in range(2):
                 image = _changed(image, self.randaugment, rng)
         return processor.array(image) if self.crop < 1 else processor.fitted(image)
+
+    def values(
+        self,
+        held: Sequence[Any],
+        processor: ImageProcessor,
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool,
+    ) -> NDArray[np.float32]:
+        """Return the pixel values of a batch, (B, C, H, W); in evaluation nothing is changed.
+
+        Args:
+            held: the images, ``Stored`` or whatever a ``Picture`` is made from.
+            processor: normalises them; its ``size`` must be known.
+            rngs: generators of the images.
+            evaluation: whether the batch is for evaluation.
+        """
+        found = []
+        for i, one in enumerate(held):
+            image = one.image() if isinstance(one, Stored) else Picture(one, "an image").read()[0]
+            fitted = processor.fitted(image) if evaluation else self(image, processor, rngs[i])
+            found.append(processor.values(fitted))
+        return np.stack(found)
 
 
 def crop_box(
