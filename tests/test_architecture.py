@@ -149,7 +149,7 @@ def test_training_names_no_family_and_no_objective():
         for node in tree(p).body
         if isinstance(node, ast.ClassDef)
     }
-    forbidden = families | objectives | classes
+    forbidden = (families | objectives | classes) - {"clip"}  # of gradients: optim.clip
     wrong = []
     for path in sorted((SRC / "training").rglob("*.py")):
         docs = {id(d) for d in docstrings(tree(path))}
