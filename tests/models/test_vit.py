@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("PIL")
 
@@ -40,3 +41,11 @@ def test_the_embeddings_have_depth_0() -> None:
         *("backbone.embedding.class_token", "backbone.embedding.positions"),
         *("backbone.embedding.projection.weight", "backbone.embedding.projection.bias"),
     }
+
+
+def test_two_random_images_tell_models_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two = (build("vit", seed=seed, **TINY).eval() for seed in (0, 1))
+    batch = one.backbone.random_batch(generator)
+    assert batch["pixel_values"].shape == (2, 3, 12, 12)
+    assert not torch.equal(one(batch), two(batch))

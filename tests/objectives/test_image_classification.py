@@ -97,6 +97,52 @@ def test_a_model_learns_and_is_measured_beside_baselines(tuned: Any) -> None:
     assert "scaled to 8 x 8 pixels" in card and "text" not in card.split("## Limits")[1]
 
 
+def test_mistakes_are_shown_as_images(place: Path, tmp_path: Path) -> None:
+    found = pretrain.finetune(
+        place / "model", place / "folder", task="image-classification", valid=0.2, quiet=True,
+        out=tmp_path / "run", **SHORT | {"limit": "1 steps"},
+    )  # fmt: skip
+    mistakes = found.errors(3)
+    assert mistakes[0]["text"].endswith(".png") and mistakes[0]["text"] in repr(mistakes)
+    page = found.report().read_text()
+    assert page.count('<img src="data:image/png;base64,') == len(found.errors(20)) > 0
+
+
+def test_an_adapter_carries_the_processor(place: Path, tmp_path: Path) -> None:
+    found = pretrain.finetune(
+        place / "model", place / "folder", task="image-classification", lora=2, quiet=True,
+        out=tmp_path / "run", **SHORT | {"limit": "3 steps"},
+    )  # fmt: skip
+    file = place / "folder" / "top" / "0.png"
+    wanted = found.predict(file)
+    found.save(tmp_path / "saved")
+    opened = pretrain.load(tmp_path / "saved", quiet=True, base=pretrain.load(place / "model"))
+    assert opened.predict(file) == wanted
+    merged = opened.merge_adapter().predict(file)
+    assert merged["score"] == pytest.approx(wanted["score"], abs=1e-5)
+
+
+def test_the_preview_counts_classes(place: Path) -> None:
+    for model in (None, place / "model"):
+        shown = str(pretrain.data(place / "folder", "image-classification", model))
+        assert "left" in shown and "tokens" not in shown and "words" not in shown
+    assert "3 x 8 x 8 values" in shown
+
+
+def test_large_images_are_decoded_by_several_threads_alike(place: Path) -> None:
+    model = pretrain.build("vit", head="image-classification", labels=NAMES, **TINY)
+    model.processor = ImageProcessor(size=128)
+    goal = ImageClassification(model, crop=0.5)
+    rows = goal.encode(read_images(place / "folder").take(range(6)), targets=False)
+    batch = goal.collate([rows[i] for i in range(6)], row_rngs(0, "x", 0, 6))
+    for i in range(6):
+        alone = goal.augmentation(
+            rows[i]["image"].image(), goal.processor, row_rngs(0, "x", i, 1)[0]
+        )
+        wanted = torch.from_numpy(goal.processor.values(alone))
+        assert torch.equal(batch["pixel_values"][i], wanted)
+
+
 def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
     file = place / "folder" / "left" / "2.png"
     image = Image.open(file)

@@ -1,4 +1,4 @@
-"""Data: sources, tokenizer, prepared shards, packing, labelled tables. Imports no model and no torch.
+"""Data: sources, tokenizer, prepared shards, packing, tables, images. Imports no model, and torch for images only.
 
 The package is callable: ``pretrain.data("reviews.csv", task="classification", tokenizer="runs/books-bert")`` previews
 the input of a fine-tuning run, see :func:`pretrain.finetuning.preview.look`. This spares users a second name beside

@@ -214,10 +214,11 @@ class Finetuned:
         judged, mistakes = self.judged, []
         for weight, i, truth, answer in wrong[:count]:
             row = judged.row(i)
-            inputs = [str(row[r.name]) for r in self.task.roles if r.name in row and not r.target]
+            inputs = [row[r.name] for r in self.task.roles if r.name in row and not r.target]
+            picture = next((x.thumbnail() for x in inputs if hasattr(x, "thumbnail")), None)
             mistakes.append({
-                "where": judged.where(i), "text": " | ".join(inputs), "label": truth, "predicted": answer,
-                "score": weight,
+                "where": judged.where(i), "text": " | ".join(map(str, inputs)), "label": truth, "predicted": answer,
+                "score": weight, **({} if picture is None else {"picture": picture}),
             })  # fmt: skip
         return Errors(mistakes)
 
@@ -384,7 +385,7 @@ class Errors(Sequence[Mapping[str, Any]]):
 
     Args:
         rows: each ``where`` (place in the source), ``text``, ``label`` (the right answer), ``predicted`` and
-            ``score`` (how sure the model was, or how far off).
+            ``score`` (how sure the model was, or how far off); of an image also ``picture``, its thumbnail.
     """
 
     rows: list[dict[str, Any]]
@@ -410,14 +411,23 @@ class Errors(Sequence[Mapping[str, Any]]):
         rows = [
             [
                 _line(row.get("label"), 120), _line(row.get("predicted"), 120), _score(row.get("score")),
-                _line(row.get("text"), text), _line(row.get("where"), 200),
+                _picture(row) or _line(row.get("text"), text), _line(row.get("where"), 200),
             ]
             for row in self.rows
         ]  # fmt: skip
-        return table(["right", "predicted", "score", "text", "where"], rows, left=5)
+        read = "image" if any("picture" in row for row in self.rows) else "text"
+        return table(["right", "predicted", "score", read, "where"], rows, left=5)
 
     def _repr_html_(self) -> str:
         return notebook_view("errors", self.html() if self.rows else "<p>no mistakes</p>")
+
+
+def _picture(row: Mapping[str, Any]) -> Html | None:
+    """The thumbnail of an image as HTML, at least 64 pixels high; None for a row without one."""
+    if "picture" not in row:
+        return None
+    name = escape(str(row.get("text")), quote=True)
+    return Html(f'<img src="{row["picture"]}" height="64" alt="{name}">')
 
 
 def _line(value: Any, limit: int) -> str:

@@ -19,7 +19,7 @@ from pretrain.data.images.rows import is_image_source, stream_images
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
-from pretrain.data.tables import Table, splits, stream_chunks
+from pretrain.data.tables import Chunk, Table, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
@@ -435,12 +435,7 @@ def predict_file(
 
     _check_batch(batch_rows)
     source = Path(file)
-    if is_image_source(source):
-        chunks = stream_images(source, _CHUNK)
-    else:
-        chunks = stream_chunks(
-            source, _CHUNK, delimiter=delimiter, quoting=quoting, encoding=encoding
-        )
+    chunks = _chunks(source, delimiter=delimiter, quoting=quoting, encoding=encoding)
     first = next(chunks)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)
@@ -468,6 +463,13 @@ def predict_file(
                 note(f"memory about {peak_memory(where) / 2**30:.2f} GiB at the peak")
     _say_unanswered(task, empty, count)
     return target
+
+
+def _chunks(source: Path, **form: Any) -> Iterator[Chunk]:
+    """Yield the rows of a file, or the images of a folder or file, in chunks."""
+    if is_image_source(source):
+        return stream_images(source, _CHUNK)
+    return stream_chunks(source, _CHUNK, **form)
 
 
 def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:

@@ -271,3 +271,23 @@ def test_rows_of_pretraining_without_labels(tmp_path: Path) -> None:
     rows = labelled_images(str(tmp_path), 0.25, labels=False)
     assert (len(rows.train), len(rows.valid)) == (6, 2)
     assert set(rows.train[0]) == {"image"} and "labels" not in rows.overrides
+
+
+REAL = [
+    ("mnist/train_5k.npz", 5000, [], (28, 28), "L"),
+    ("mnist/t10k-images-idx3-ubyte.gz", 10000, [], (28, 28), "L"),
+    ("pneumoniamnist/pneumoniamnist.npz", 4708, ["train", "valid", "test"], (28, 28), "L"),
+    ("sign_language_digits/sign_digits_64.npz", 800, ["train", "test"], (64, 64), "RGB"),
+    ("omniglot_small1/omniglot_small1.npz", 2720, [], (105, 105), "L"),
+]
+
+
+@pytest.mark.parametrize(("file", "count", "parts", "size", "mode"), REAL)
+def test_published_arrays(
+    file: str, count: int, parts: list[str], size: tuple[int, int], mode: str, data_sets: Path
+) -> None:
+    table = read_images(data_sets / file, name="train")
+    image = table.columns["image"][count // 2].read()[0]
+    assert (len(table), parts_of(data_sets / file)) == (count, parts)
+    assert (image.size, image.mode) == (size, mode)
+    assert np.asarray(image).max() > 100 and len(set(table.columns["label"])) > 1

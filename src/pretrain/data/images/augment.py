@@ -7,8 +7,11 @@ images of a batch nor on the number of workers, and a resumed run draws the same
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +29,7 @@ __all__ = ["Augmentation"]
 
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
+_LARGE = 96 * 96  # pixels of an image from which a batch is decoded by several threads
 _STEPS = 30  # strengths of RandAugment
 
 
@@ -94,12 +98,23 @@ class Augmentation:
             rngs: generators of the images.
             evaluation: whether the batch is for evaluation.
         """
-        found = []
-        for i, one in enumerate(held):
-            image = one.image() if isinstance(one, Stored) else Picture(one, "an image").read()[0]
-            fitted = processor.fitted(image) if evaluation else self(image, processor, rngs[i])
-            found.append(processor.values(fitted))
-        return np.stack(found)
+
+        def one(i: int) -> Any:
+            given = held[i]
+            stored = isinstance(given, Stored)
+            image = given.image() if stored else Picture(given, "an image").read()[0]
+            if evaluation:
+                return processor.values(processor.fitted(image))
+            return processor.values(self(image, processor, rngs[i]))
+
+        # Pillow decodes and scales without holding the interpreter's lock, which pays for images of some size.
+        wide = math.prod(processor.size or (0, 0)) >= _LARGE
+        return np.stack(list((_threads().map if wide else map)(one, range(len(held)))))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pretrain-images")
 
 
 def crop_box(

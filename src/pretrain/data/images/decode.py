@@ -6,6 +6,7 @@ refused before its pixels are decoded.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 from dataclasses import dataclass
@@ -105,6 +106,14 @@ class Picture:
         array = np.ascontiguousarray(source)
         head = f"{array.dtype.str} {array.shape} ".encode()
         return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+    def thumbnail(self, side: int = 96) -> str:
+        """Return a small copy as the address of an image in a page, ``data:image/png;base64,...``."""
+        image = self.read()[0].copy()
+        image.thumbnail((side, side))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def _bytes(self) -> bytes:
         try:
