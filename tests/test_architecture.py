@@ -384,6 +384,20 @@ def test_light_imports_stay_light(code):
     assert out.splitlines()[-1] == "HEAVY []"
 
 
+def test_models_of_texts_load_nothing_of_images():
+    code = (
+        "import sys, pretrain.training.run, pretrain.checkpoint.loading\n"
+        "from pretrain.models import build\n"
+        "from pretrain.objectives import objective_class\n"
+        "build('bert', 'tiny'), build('gpt2', 'tiny', device='meta')\n"
+        "objective_class('MaskedLM'), objective_class('NextToken')\n"
+        "words = ('image', 'patches', 'pairs', 'contrastive', 'clip', 'siglip', 'resnet', '.vit')\n"
+        "loaded = [m for m in sys.modules if m.startswith('pretrain.')]\n"
+        "print([m for m in loaded if any(word in m for word in words)])"
+    )
+    assert python(code).splitlines()[-1] == "[]"
+
+
 def test_everything_public_resolves_and_costs_little_more_than_torch():
     """All public names together may add only a little to what torch costs (measured as modules, not as seconds)."""
     code = (

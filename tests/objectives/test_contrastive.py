@@ -13,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import pretrain
 from contract import check_objective_learns, check_objective_resumes, check_sums
 from distributed.torchrun import launch
+from pretrain import RowSource, train_tokenizer
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.data.images import ImageProcessor
+from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.models import build
-from pretrain.objectives import build_objective, contrastive
+from pretrain.objectives import build_objective, contrastive, objective_for
 from pretrain.objectives.contrastive import Contrastive, SigmoidContrastive
 from pretrain.training.trainer import Hook, Trainer
 
@@ -157,6 +161,37 @@ def test_the_scale_stays_at_100_or_less(tmp_path: Path) -> None:
     trainer(goal, tmp_path / "run", 3, [record]).fit()
     # An optimizer step changes it by 0.05 at most, so it was bounded, and not trained down from 200.
     assert seen[0] == pytest.approx(math.log(100)) and max(seen) <= math.log(100) + 1e-6
+
+
+def test_a_run_is_saved_with_both_processors_loaded_and_evaluated(tmp_path: Path) -> None:
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("red left\nblue right\ngreen left\n", encoding="utf-8")
+    tokenizer = train_tokenizer(corpus, "char")
+    examples = [
+        {**row, "input_ids": np.array([*row["input_ids"][:1] % 5 + 5, 3])} for row in rows(24)
+    ]
+    processor = PairProcessor(
+        tokenizer, ImageProcessor(size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    )
+    source = RowSource(examples[8:], examples[:8], processor=processor)
+    run = pretrain.train(
+        rows=source,
+        model={"family": "clip", "overrides": {**TINY, "vocab_size": len(tokenizer), "eos_id": 3}},
+        objective={"class_path": "Contrastive"},
+        train={"out": str(tmp_path / "run"), "limit": "3 steps", "batch_rows": 8},
+        parallel={"device": "cpu"},
+    )
+    assert 0 <= run.metrics["image_to_text"] <= 1
+    model = pretrain.load(tmp_path / "run", quiet=True)
+    assert isinstance(model.processor, PairProcessor)
+    assert model.processor.fingerprint == processor.fingerprint
+    assert model.tokenizer is model.processor.tokenizer
+    found = pretrain.evaluate(tmp_path / "run", source, objective="Contrastive", batch_rows=8)
+    assert found["loss"] == pytest.approx(run.metrics["loss"], rel=1e-5)
+
+
+def test_no_objective_is_guessed_for_a_model_without_a_head() -> None:
+    assert objective_for(None) is None and objective_for("masked-image") == "MaskedImage"
 
 
 def test_accumulation_is_refused(tmp_path: Path) -> None:
