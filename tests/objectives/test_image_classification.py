@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,19 @@ def test_resuming_is_bit_exact_and_evaluation_is_never_changed(place: Path, tmp_
     alone = goal.collate([rows[4]], row_rngs(0, "x", 4, 1))
     assert torch.equal(together["pixel_values"][4], alone["pixel_values"][0])
     assert not torch.equal(together["pixel_values"], plain["pixel_values"])
+
+
+def test_broken_training_images_are_counted_and_named(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "folder", tmp_path / "folder")
+    (tmp_path / "folder" / "left" / "2.png").write_bytes(b"")
+    (tmp_path / "folder" / "left" / "6.png").write_bytes(b"rubbish")
+    found = pretrain.finetune(
+        place / "model", tmp_path / "folder", task="image-classification", valid=0.0, quiet=True,
+        out=tmp_path / "run", **SHORT | {"limit": "2 steps"},
+    )  # fmt: skip
+    told = [note for note in found.notes if "left out" in note]
+    assert any("1 training rows left out, broken image (the file is empty)" in n for n in told)
+    assert any("no image of a known format" in n and "6.png" in n for n in told)
 
 
 def test_several_labels(place: Path, tmp_path: Path) -> None:

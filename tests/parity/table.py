@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from parity import test_vit
 from parity.cases import CASES, batch_of, build_theirs, compare, open_ours
 
 
@@ -22,12 +23,15 @@ def main() -> None:
     )
     print("| family | head | variant | logits | gradients |\n|---|---|---|---|---|")
     worst = [0.0, 0.0]
-    for case in CASES:
+    for case in (*CASES, *test_vit.CASES):
         with tempfile.TemporaryDirectory() as folder:
             theirs = build_theirs(case)
             theirs.save_pretrained(folder)
             ours, _ = open_ours(Path(folder))
-            logits, grads = compare(theirs, ours, batch_of(case))
+            if case.family == "vit":
+                logits, grads = test_vit.differences(theirs, ours, test_vit.pixels(case))
+            else:
+                logits, grads = compare(theirs, ours, batch_of(case))
         family, head, *variant = case.label.split("/")
         print(f"| {family} | {head} | {''.join(variant)} | {logits:.1e} | {grads:.1e} |")
         worst = [max(worst[0], logits), max(worst[1], grads)]

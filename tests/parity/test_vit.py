@@ -78,6 +78,24 @@ def outputs(theirs: Any, ours: Model, x: torch.Tensor) -> tuple[torch.Tensor, to
     return ours({"pixel_values": x}), wanted
 
 
+def differences(theirs: Any, ours: Model, x: torch.Tensor) -> tuple[float, float]:
+    """Largest relative error of the outputs, and of the gradient of any tensor; see ``parity.cases.compare``."""
+    mine, wanted = outputs(theirs, ours, x)
+    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
+    for model, out in ((theirs, wanted), (ours, mine)):
+        model.zero_grad()
+        (out * direction).sum().backward()
+    grads = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in ours.named_parameters()
+    }
+    found = {entry.disk: pack(entry, grads) for entry in ours.entries()}
+    named = {on_disk(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert named.keys() <= found.keys()
+    floor = 1e-3 * max(float(g.abs().max()) for g in named.values())
+    worst = max(relative(found[name], grad, floor) for name, grad in named.items())
+    return relative(mine.detach(), wanted.detach()), worst
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
 def test_outputs_gradients_and_files(case: Case, tmp_path: Path) -> None:
     theirs = build_theirs(case)
@@ -88,21 +106,8 @@ def test_outputs_gradients_and_files(case: Case, tmp_path: Path) -> None:
     for height, width in ((size, size), (size + 8, size + 16)):
         if case.label.endswith("odd") and height != size:
             continue  # transformers rounds the grid of such images in another way
-        mine, wanted = outputs(theirs, ours, pixels(case, height, width))
-        assert relative(mine, wanted) <= TOLERANCE
-        direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-        for model, out in ((theirs, wanted), (ours, mine)):
-            model.zero_grad()
-            (out * direction).sum().backward()
-        grads = {
-            n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in ours.named_parameters()
-        }
-        found = {entry.disk: pack(entry, grads) for entry in ours.entries()}
-        named = {on_disk(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-        assert named.keys() <= found.keys()
-        floor = 1e-3 * max(float(g.abs().max()) for g in named.values())
-        worst = max(relative(found[name], grad, floor) for name, grad in named.items())
-        assert worst <= TOLERANCE
+        worst = differences(theirs, ours, pixels(case, height, width))
+        assert max(worst) <= TOLERANCE
     save_ours(ours, tmp_path / "ours")
     architecture = getattr(transformers, case.architecture)
     again, info = architecture.from_pretrained(tmp_path / "ours", output_loading_info=True)

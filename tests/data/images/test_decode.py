@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("PIL")
 
@@ -116,6 +118,33 @@ def test_what_cannot_be_read_is_named(content: bytes, cause: str, tmp_path: Path
     import re
 
     assert re.search(cause, caught.value.cause)
+
+
+def samples() -> list[bytes]:
+    image = RED.resize((24, 18))
+    kinds = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+    return [stored(image, kind) for kind in kinds] + [stored(image.quantize(8)), bomb(40)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(samples()),
+    st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=6),
+    st.integers(1, 4000),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_give_an_image_or_one_kind_of_error(
+    content: bytes, changes: list[tuple[int, int]], length: int
+) -> None:
+    damaged = bytearray(content[:length])
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    told, mode = "it cannot be read as an image", "RGB"
+    try:
+        mode = read(bytes(damaged)).mode
+    except BrokenImage as error:
+        told = str(error)
+    assert told.startswith("it cannot be read as an image") and mode in ("L", "RGB")
 
 
 def test_arrays() -> None:

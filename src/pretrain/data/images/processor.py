@@ -135,7 +135,7 @@ class ImageProcessor:
             raise ConfigError(
                 f"{_FILE}: the image processor {kind!r} is not implemented.{did_you_mean(name, _KINDS)} If its steps "
                 'are only resizing, cropping, rescaling and normalising, write "image_processor_type": '
-                '"ViTImageProcessor" with all settings.'
+                '"ViTImageProcessor" with all settings. load(..., tokenizer=False) opens the model without it.'
             )
         self.kind, self.settings, self.extra = name, {**_COMMON, **_KINDS[name]}, dict[str, Any]()
         for key, value in settings.items():
