@@ -39,7 +39,7 @@ def test_the_embeddings_have_depth_0() -> None:
     first = {name for name, depth in depths.items() if depth == 0}
     assert first == {
         *("backbone.embedding.class_token", "backbone.embedding.positions"),
-        *("backbone.embedding.patches.weight", "backbone.embedding.patches.bias"),
+        *("backbone.embedding.projection.weight", "backbone.embedding.projection.bias"),
     }
 
 

@@ -145,6 +145,11 @@ def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Mo
     """Copy a model with the requested head; the original is not modified."""
     if kind is None or kind == source.head_kind:
         return copy.deepcopy(source)
+    if kind in type(source.backbone).successors:
+        model = Model.from_hf_config(source.hf_config(), kind)
+        model.load_disk_state(source.disk_view())
+        model.processor, model.source = copy.deepcopy(source.processor), source.source
+        return model.eval()
     backbone = copy.deepcopy(source.backbone)
     model = Model.build(
         type(backbone),

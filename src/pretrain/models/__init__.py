@@ -28,6 +28,10 @@ FAMILIES = {
     "roberta": "pretrain.models.bert:Roberta",
     "modernbert": "pretrain.models.modernbert:ModernBert",
     "vit": "pretrain.models.vit:ViT",
+    "clip": "pretrain.models.clip:CLIP",
+    "siglip": "pretrain.models.siglip:Siglip",
+    "resnet": "pretrain.models.resnet:ResNet",
+    "vit_mae": "pretrain.models.vit_mae:ViTMAE",
 }
 
 
@@ -104,8 +108,8 @@ def build(
     Args:
         family: a key of ``FAMILIES``, or ``"package.module:Class"`` of your own backbone.
         size: a key of ``pretrain.models.config.SIZES``; None uses the defaults of the family.
-        head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the family's language-model head, or
-            none if it has no such head.
+        head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the one that the family is pre-trained
+            with, or none if it has no such head.
         seed: seed of the initial weights.
         tokenizer: stored as ``model.tokenizer``; sets ``vocab_size`` and the special ids unless they are overridden.
         labels: class names of a classification head, or their number.
@@ -117,7 +121,7 @@ def build(
         ModelError: the family has no such head.
     """
     from pretrain.models.base import Model
-    from pretrain.models.heads import language_head
+    from pretrain.models.heads import pretraining_head
 
     cls = family_class(family)
     if tokenizer is not None:
@@ -132,7 +136,7 @@ def build(
     if isinstance(labels, int):
         labels = tuple(f"LABEL_{i}" for i in range(labels))
     if head == "auto":
-        head = language_head(cls.architectures, causal=cls.causal)
+        head = pretraining_head(cls.architectures, causal=cls.causal)
     model = Model.build(cls, config, head=head, labels=labels, tokenizer=tokenizer)
     if tokenizer is None:
         model.processor = cls.default_processor(config)

@@ -73,6 +73,8 @@ class Backbone(nn.Module):
         hf_keys: field of the configuration -> its key in config.json, for reading and writing; if it is empty, every
             field has its own name there.
         architectures: head kind (None is the body alone) -> class name in config.json; lists the available heads.
+        successors: head kind -> family that has this head on the same body, under the same names on disk; a model of
+            this family that is opened with the head becomes one of that family.
         residual_scale: divide the initial standard deviation of output projections by sqrt(2 L), as in GPT-2.
         processor_class: reads the processor of a saved model (``from_directory``); None for a tokenizer.
         unit_name: what ``units`` counts, in the plural, for messages: tokens, patches, nodes.
@@ -86,6 +88,7 @@ class Backbone(nn.Module):
     projection: ClassVar[str] = "lm_head.weight"
     hf_keys: ClassVar[Mapping[str, Key]] = {}
     architectures: ClassVar[Mapping[str | None, str]] = {}
+    successors: ClassVar[Mapping[str, str]] = {}
     residual_scale: ClassVar[bool] = False
     processor_class: ClassVar[Any] = None
     unit_name: ClassVar[str] = "tokens"
@@ -144,7 +147,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def default_processor(cls, config: BackboneConfig) -> Any:
+    def default_processor(cls, config: Any) -> Any:
         """Return the processor of a new model that is given none: None, or one that fits the sizes of its config."""
         return None
 

@@ -58,6 +58,11 @@ def check_head(backbone_class: type[Backbone], head: str | None) -> None:
         )
 
 
+def _keys_of(backbone_class: type[Backbone]) -> set[str]:
+    """Keys of config.json that a family reads."""
+    return {key.name for key in backbone_class.hf_keys.values()}
+
+
 class Model(ModelMethods, nn.Module):
     """Backbone, head and tokenizer; returned by ``pretrain.load``.
 
@@ -190,6 +195,10 @@ class Model(ModelMethods, nn.Module):
                 "config.json has no 'model_type'. Is it the config of a Hugging Face model?"
             )
         backbone_class = family_class(family, path_allowed=False)
+        if head is not None and head in backbone_class.successors:
+            former, backbone_class = backbone_class, family_class(backbone_class.successors[head])
+            family, gone = backbone_class.model_type, _keys_of(former) - _keys_of(backbone_class)
+            config = {key: value for key, value in config.items() if key not in gone}
         reader = ConfigReader(config, family)
         settings = backbone_class.config_from_hf(reader)
         kind = (

@@ -44,6 +44,18 @@ _LIMITS = {
     "type_vocab_size": 1 << 16,
     "sliding_window": 1 << 24,
     "local_attention": 1 << 24,
+    "vision_hidden_size": 1 << 17,
+    "vision_num_layers": 1 << 12,
+    "vision_num_heads": 1 << 12,
+    "vision_intermediate_size": 1 << 20,
+    "projection_dim": 1 << 17,
+    "image_size": 1 << 13,
+    "patch_size": 1 << 10,
+    "num_channels": 1 << 10,
+    "decoder_hidden_size": 1 << 17,
+    "decoder_num_layers": 1 << 12,
+    "decoder_num_heads": 1 << 12,
+    "decoder_intermediate_size": 1 << 20,
 }
 _ZERO_ALLOWED = {"type_vocab_size", "vocab_size", "max_positions"}  # none: the input is not text
 

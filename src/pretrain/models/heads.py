@@ -28,8 +28,8 @@ __all__ = [
     "decoder_head",
     "kind_named_by",
     "labels_named_by",
-    "language_head",
     "pool_documents",
+    "pretraining_head",
 ]
 
 HEAD_KINDS = (
@@ -39,6 +39,7 @@ HEAD_KINDS = (
     "token-classification",
     "question-answering",
     "image-classification",
+    "masked-image",
 )
 
 
@@ -295,27 +296,30 @@ def decoder_head(
     return TokenHead(config.hidden_size, num_labels, dropout=dropout)
 
 
-def language_head(architectures: Mapping[str | None, str], *, causal: bool) -> str | None:
-    """Return the kind of a family's language-model head, or None if it has no such head."""
-    kind = "causal-lm" if causal else "masked-lm"
-    return kind if kind in architectures else None
+def pretraining_head(architectures: Mapping[str | None, str], *, causal: bool) -> str | None:
+    """Return the kind of head that a family is pre-trained with, or None if it has no such head."""
+    kinds = ("causal-lm" if causal else "masked-lm", "masked-image")
+    return next((kind for kind in kinds if kind in architectures), None)
 
 
 def kind_named_by(
     config: Mapping[str, Any], architectures: Mapping[str | None, str], *, causal: bool
 ) -> str | None:
-    """Return the kind of head that ``architectures`` names, or the family's language-model head if there is none.
+    """Return the kind of head that ``architectures`` names, or that of pre-training if the key is absent.
 
     None is the body alone; it is also returned if the named head is not implemented.
     """
     names = config.get("architectures")
     if not names:
-        return language_head(architectures, causal=causal)
+        return pretraining_head(architectures, causal=causal)
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise ConfigError(
             f"config.json: 'architectures' is {names!r}; it must be a list of class names."
         )
+    for own, name in architectures.items():
+        if name == names[0]:
+            return own
     for ending, kind in ARCHITECTURES.items():
         if names[0].endswith(ending) and kind in architectures:
             return kind

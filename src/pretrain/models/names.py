@@ -50,12 +50,14 @@ class Name:
         memory: names in memory; several are concatenated along their first dimension on disk.
         transpose: matrices are stored transposed (GPT-2's Conv1D).
         body: the body's prefix (``bert.``, ``model.``) precedes the name.
+        scalar: a tensor of one element in memory, which can be sharded, has no dimension on disk.
     """
 
     disk: str
     memory: tuple[str, ...]
     transpose: bool = False
     body: bool = True
+    scalar: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Entry:
     transpose: bool
     body: bool
     dtype: torch.dtype = torch.float32
+    scalar: bool = False
 
 
 @dataclass
@@ -130,7 +133,9 @@ def expand(
                 full = prefix + bare if rule.body else bare
                 dtype = stored_dtype(tensors[memory[0] + suffix])
                 held = tuple(m + suffix for m in memory)
-                entries.append(Entry(full, bare, held, rule.transpose, rule.body, dtype))
+                entries.append(
+                    Entry(full, bare, held, rule.transpose, rule.body, dtype, rule.scalar)
+                )
     return entries
 
 
@@ -164,6 +169,8 @@ def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") ->
     """Return the tensor for the disk; a view of the parameter if nothing is converted or fused."""
     parts = [parameters[name].detach().to(device, entry.dtype) for name in entry.memory]
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if entry.scalar:
+        return tensor.reshape(())
     return tensor.T if entry.transpose and tensor.ndim == 2 else tensor
 
 
@@ -175,7 +182,7 @@ def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tens
     """
     flip = check_stored(entry, tensor.dtype, tuple(tensor.shape), shapes)
     rows = [shapes[name][0] for name in entry.memory if shapes[name]]
-    tensor = tensor.T if flip else tensor
+    tensor = tensor.reshape(1) if entry.scalar else tensor.T if flip else tensor
     parts = torch.split(tensor, rows) if len(entry.memory) > 1 else (tensor,)
     return [
         (name, part.to(entry.dtype, copy=True).contiguous())
@@ -203,6 +210,9 @@ def unpack_part(
         The slice in its dtype on disk, contiguous.
     """
     start, shape = region.start, region.shape
+    if entry.scalar:
+        whole = read(ShardSlice((), ())).reshape(1).to(entry.dtype)
+        return whole[start[0] : start[0] + shape[0]].contiguous()
     if start:
         before = entry.memory[: entry.memory.index(name)]
         start = (start[0] + sum(shapes[other][0] for other in before), *start[1:])
@@ -228,6 +238,8 @@ def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shape
         expected = (sum(part[0] for part in parts), *parts[0][1:])
     if flip:
         expected = expected[::-1]
+    if entry.scalar:
+        expected = ()
     if shape != expected:
         raise CheckpointError(
             f"Tensor {entry.disk!r} has the shape {shape}, but the model needs {expected}. The config "
@@ -237,7 +249,18 @@ def check_stored(entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], shape
 
 
 def modern_key(key: str) -> str:
-    """Return the current spelling of a tensor name: old BERT files use ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
-    return re.sub(
-        r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
-    )
+    """Return the usual spelling of a tensor name.
+
+    Old BERT files use ``LayerNorm.gamma`` and ``LayerNorm.beta``. transformers 5 saves the decoder of ViT-MAE as
+    ``decoder_encoder.layer``, which no other version reads.
+    """
+    for pattern, usual in _SPELLINGS:
+        key = re.sub(pattern, usual, key)
+    return key
+
+
+_SPELLINGS = (
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+)

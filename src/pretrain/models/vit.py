@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pretrain.data.images import ImageProcessor
 from pretrain.errors import ConfigError, ModelError
@@ -25,9 +24,21 @@ from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
+from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["ViT", "ViTConfig"]
+__all__ = ["BLOCK_NAMES", "ViT", "ViTConfig", "image_processor", "random_images"]
 
+# Names on disk of the parts of a block.
+BLOCK_NAMES = {
+    "attention.attention.query": "attention.query",
+    "attention.attention.key": "attention.key",
+    "attention.attention.value": "attention.value",
+    "attention.output.dense": "attention.output",
+    "layernorm_before": "attention_norm",
+    "layernorm_after": "mlp_norm",
+    "intermediate.dense": "mlp.up",
+    "output.dense": "mlp.down",
+}
 _LARGEST = 1 << 14  # pixels of a side, far above every published model
 
 
@@ -86,31 +97,18 @@ class ViTConfig(BackboneConfig):
         return super().parameter_count() + self.hidden_size * tables
 
 
-class PatchEmbedding(nn.Module):
-    """Patches with their positions, behind the class token; (B, C, H, W) -> (B, 1 + P, D)."""
+def image_processor(config: Any) -> ImageProcessor | None:
+    """Return the processor of a new model: pixels from -1 to 1; None for images that are neither grey nor RGB."""
+    if config.num_channels not in (1, 3):
+        return None
+    half = (0.5,) * config.num_channels
+    return ImageProcessor(size=config.image_size, image_mean=half, image_std=half)
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        size, patch = config.hidden_size, config.patch_size
-        self.side = config.side
-        self.patches = nn.Conv2d(config.num_channels, size, patch, patch)
-        self.class_token = nn.Parameter(torch.empty(1, 1, size))
-        self.positions = nn.Parameter(torch.empty(1, config.side**2 + 1, size))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        grid = self.patches(pixels)  # (B, D, rows, columns)
-        rows = grid.flatten(2).transpose(1, 2)
-        x = torch.cat((self.class_token.expand(len(grid), -1, -1), rows), 1)
-        return x + self.positions_of(grid.shape[2], grid.shape[3])
-
-    def positions_of(self, rows: int, columns: int) -> Tensor:
-        """Return (1, 1 + P, D) position embeddings, interpolated if the grid is not that of ``image_size``."""
-        side, table = self.side, self.positions
-        if rows == columns == side:
-            return table
-        grid = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat((table[:, :1], grid.flatten(2).transpose(1, 2)), 1)
+def random_images(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a batch of two random images."""
+    shape = (2, config.num_channels, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(shape, generator=generator)}
 
 
 class ViT(Backbone):
@@ -151,17 +149,14 @@ class ViT(Backbone):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         block = config.block(attention_bias=config.attention_bias, output_bias=True)
-        self.embedding = PatchEmbedding(config)
+        sizes = (config.hidden_size, config.image_size, config.patch_size, config.num_channels)
+        self.embedding = PatchEmbedding(*sizes)
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     @classmethod
-    def default_processor(cls, config: BackboneConfig) -> ImageProcessor | None:
-        assert isinstance(config, ViTConfig)
-        if config.num_channels not in (1, 3):
-            return None
-        half = (0.5,) * config.num_channels
-        return ImageProcessor(size=config.image_size, image_mean=half, image_std=half)
+    def default_processor(cls, config: Any) -> ImageProcessor | None:
+        return image_processor(config)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
@@ -201,9 +196,7 @@ class ViT(Backbone):
         return int(images * (height // patch) * (width // patch))
 
     def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
-        config = self.config
-        shape = (2, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
+        return random_images(self.config, generator)
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
         return {}
@@ -221,24 +214,13 @@ class ViT(Backbone):
     # ------------------------------------------------------------------ names on disk
 
     def names(self) -> list[Name]:
-        layer = "layers.{n}."
-        pairs = {
-            "attention.attention.query": "attention.query",
-            "attention.attention.key": "attention.key",
-            "attention.attention.value": "attention.value",
-            "attention.output.dense": "attention.output",
-            "layernorm_before": "attention_norm",
-            "layernorm_after": "mlp_norm",
-            "intermediate.dense": "mlp.up",
-            "output.dense": "mlp.down",
-        }
         return [
             Name("embeddings.cls_token", ("embedding.class_token",)),
             Name("embeddings.position_embeddings", ("embedding.positions",)),
-            Name("embeddings.patch_embeddings.projection", ("embedding.patches",)),
+            Name("embeddings.patch_embeddings.projection", ("embedding.projection",)),
             *(
-                Name("encoder.layer.{n}." + disk, (layer + memory,))
-                for disk, memory in pairs.items()
+                Name("encoder.layer.{n}." + disk, ("layers.{n}." + memory,))
+                for disk, memory in BLOCK_NAMES.items()
             ),
             Name("layernorm", ("final_norm",)),
         ]

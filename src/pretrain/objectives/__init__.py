@@ -57,6 +57,9 @@ _OWN_TASKS: dict[str, type[Task]] = {}
 OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
+    "MaskedImage": "pretrain.objectives.masked_image.MaskedImage",
+    "Contrastive": "pretrain.objectives.contrastive.Contrastive",
+    "SigmoidContrastive": "pretrain.objectives.contrastive.SigmoidContrastive",
     "ImageClassification": "pretrain.objectives.image_classification.ImageClassification",
 }
 
@@ -133,7 +136,9 @@ def task_class(name: str | type[Task], *, path_allowed: bool = True) -> type[Tas
 
 
 def objective_for(head_kind: str | None) -> str | None:
-    """Short name of the objective that trains this kind of head, or None."""
+    """Short name of the objective that trains this kind of head, or None; several train models without a head."""
+    if head_kind is None:
+        return None
     return next((n for n in OBJECTIVES if objective_class(n).head_kind == head_kind), None)
 
 

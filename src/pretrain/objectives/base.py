@@ -157,6 +157,12 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         raise NotImplementedError
 
+    def after_step(self) -> None:
+        """Change weights after an optimizer step, without gradients, such as to keep one within bounds.
+
+        The trainer calls it after every step that is not skipped, before weights are averaged.
+        """
+
     def whole_batch(self, rows: Tensor) -> tuple[Tensor, int]:
         """All-gather the rows of a training batch, for losses that couple examples.
 

@@ -6,21 +6,15 @@ the rows of ``pretrain.data.images.source``.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
 from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.decode import Stored
 from pretrain.data.images.rows import decoded, is_image_source, parts_of, pictures, read_images
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
@@ -36,14 +30,6 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = ["ImageClassification"]
-
-
-_LARGE = 96 * 96  # pixels of an image from which a batch is decoded by several threads
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pretrain-images")
 
 
 class ImageClassification(Classification):
@@ -181,21 +167,9 @@ class ImageClassification(Classification):
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
         """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
-        processor = self.processor
-
-        def values(i: int) -> Any:
-            held: Any = examples[i]["image"]
-            image = (
-                held.image() if isinstance(held, Stored) else Picture(held, "an image").read()[0]
-            )
-            if evaluation:
-                return processor.values(processor.fitted(image))
-            return processor.values(self.augmentation(image, processor, rngs[i]))
-
-        # Pillow decodes and scales without holding the interpreter's lock, which pays for images of some size.
-        wide = math.prod(processor.size or (0, 0)) >= _LARGE
-        made = list((_threads().map if wide else map)(values, range(len(examples))))
-        return {"pixel_values": torch.from_numpy(np.stack(made))}
+        held = [example["image"] for example in examples]
+        values = self.augmentation.values(held, self.processor, rngs, evaluation=evaluation)
+        return {"pixel_values": torch.from_numpy(values)}
 
     def sizes(self, rows: TaskRows) -> str:
         size = self.processor.size or (0, 0)

@@ -164,8 +164,13 @@ def check_rows(data: Examples, batch_rows: int) -> None:
 
 
 def check_lengths(trainer: Trainer) -> None:
-    """Check that the rows are not longer than the positions of the model."""
+    """Check that the rows are not longer than the positions of the model.
+
+    Rows of other units, such as patches beside tokens, are checked by their objective.
+    """
     backbone = trainer.objective.model.backbone
+    if backbone.unit_name != "tokens":
+        return
     for name, rows in (("training", trainer.train_data), ("held-out", trainer.eval_data or ())):
         # Positions restart with every document of a packed row.
         longest = getattr(rows, "longest_document", 0)

@@ -378,6 +378,8 @@ class Trainer:
                 self.strategy.clip(self.params, self.optim.clip, grad_norm)
             self.optimizers.set_factor(factor)
             self.optimizers.step()
+            with torch.no_grad():
+                self.objective.after_step()
             self.average.update(state.step)
         else:
             self.strategy.restore_buffers()

@@ -263,6 +263,16 @@ def test_rows_of_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         open_rows("images", {"trian": "x"})
 
 
+def test_rows_of_pretraining_without_labels(tmp_path: Path) -> None:
+    for k in range(8):
+        png(tmp_path / f"{k}.png")
+    with pytest.raises(DataError):
+        labelled_images(str(tmp_path), 0.25)
+    rows = labelled_images(str(tmp_path), 0.25, labels=False)
+    assert (len(rows.train), len(rows.valid)) == (6, 2)
+    assert set(rows.train[0]) == {"image"} and "labels" not in rows.overrides
+
+
 REAL = [
     ("mnist/train_5k.npz", 5000, [], (28, 28), "L"),
     ("mnist/t10k-images-idx3-ubyte.gz", 10000, [], (28, 28), "L"),

@@ -7,12 +7,16 @@ images of a batch nor on the number of workers, and a resumed run draws the same
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import pillow, to_channels
+from pretrain.data.images.decode import Picture, Stored, pillow, to_channels
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ __all__ = ["Augmentation"]
 
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
+_LARGE = 96 * 96  # pixels of an image from which a batch is decoded by several threads
 _STEPS = 30  # strengths of RandAugment
 
 
@@ -76,6 +81,40 @@ class Augmentation:
             for _ in range(2):
                 image = _changed(image, self.randaugment, rng)
         return processor.array(image) if self.crop < 1 else processor.fitted(image)
+
+    def values(
+        self,
+        held: Sequence[Any],
+        processor: ImageProcessor,
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool,
+    ) -> NDArray[np.float32]:
+        """Return the pixel values of a batch, (B, C, H, W); in evaluation nothing is changed.
+
+        Args:
+            held: the images, ``Stored`` or whatever a ``Picture`` is made from.
+            processor: normalises them; its ``size`` must be known.
+            rngs: generators of the images.
+            evaluation: whether the batch is for evaluation.
+        """
+
+        def one(i: int) -> Any:
+            given = held[i]
+            stored = isinstance(given, Stored)
+            image = given.image() if stored else Picture(given, "an image").read()[0]
+            if evaluation:
+                return processor.values(processor.fitted(image))
+            return processor.values(self(image, processor, rngs[i]))
+
+        # Pillow decodes and scales without holding the interpreter's lock, which pays for images of some size.
+        wide = math.prod(processor.size or (0, 0)) >= _LARGE
+        return np.stack(list((_threads().map if wide else map)(one, range(len(held)))))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pretrain-images")
 
 
 def crop_box(

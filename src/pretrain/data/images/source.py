@@ -1,4 +1,4 @@
-"""Labelled images for pre-training: the rows that ``data.source: images`` names."""
+"""Images for pre-training: the rows that ``data.source: images`` names."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def labelled_images(
     size: int | None = None,
     channels: int = 3,
     seed: int = 0,
+    labels: bool = True,
 ) -> RowSource:
-    """Return rows of images with one class each, for the objective ``ImageClassification``.
+    """Return rows of images, with one class each for the objective ``ImageClassification``, or without for others.
 
     Args:
         train: a folder of images by class, a ``.npz`` file, or a table with a column of paths; see
@@ -51,22 +52,26 @@ def labelled_images(
             224, else 224.
         channels: 3 for RGB, 1 for grey.
         seed: seed of the split.
+        labels: whether the rows have classes; False reads the images alone, for ``MaskedImage``.
 
     Returns:
-        Rows with ``image`` and ``labels``; the image processor; and the labels and sizes that the model needs.
+        Rows with ``image`` and, if asked for, ``labels``; the image processor; and the labels and sizes that the model
+        needs.
 
     Raises:
         DataError: no images, no labels, or an image that does not exist.
     """
-    whole = _by_role(read_images(train, name="train"))
+    whole = _by_role(read_images(train, name="train"), labels)
     if valid is None:
         valid = train if "valid" in parts_of(train) else 0.1
-    names = whole.label_names.get("label")
-    known = LabelMap.learn(whole.columns["label"], names=names, where=whole.where)
+    names, known, strata = whole.label_names.get("label"), None, None
+    if labels:
+        known = LabelMap.learn(whole.columns["label"], names=names, where=whole.where)
     if isinstance(valid, str):
-        held = _by_role(read_images(valid, name="validation"))
+        held = _by_role(read_images(valid, name="validation"), labels)
     else:
-        strata = known.ids(whole.columns["label"], names=names, where=whole.where)
+        if known is not None:
+            strata = known.ids(whole.columns["label"], names=names, where=whole.where)
         whole, held = split(whole, strata, float(valid), seed)
     rows, held_rows = _examples(whole, known, "training"), _examples(held, known, "validation")
     if not rows:
@@ -78,7 +83,7 @@ def labelled_images(
         held_rows,
         processor=ImageProcessor(size=side, image_mean=half, image_std=half),
         overrides={
-            "labels": known.labels,
+            **({} if known is None else {"labels": known.labels}),
             "image_size": side,
             "patch_size": _patch(side),
             "num_channels": channels,
@@ -87,22 +92,25 @@ def labelled_images(
     )
 
 
-def _by_role(table: Table) -> Table:
-    found = roles_table(table, choose_columns(table, (IMAGE, _LABEL), {}))
+def _by_role(table: Table, labels: bool) -> Table:
+    roles = (IMAGE, _LABEL) if labels else (IMAGE,)
+    found = roles_table(table, choose_columns(table, roles, {}))
     columns = {**found.columns, "image": pictures(found)}
     return found.with_columns(columns, found.label_names)
 
 
-def _examples(table: Table, known: LabelMap, what: str) -> list[dict[str, Any]]:
+def _examples(table: Table, known: LabelMap | None, what: str) -> list[dict[str, Any]]:
     """Return the rows whose images can be read; the others are counted and named in a line for each reason."""
-    values, names = table.columns["label"], table.label_names.get("label")
-    ids = known.ids(values, names=names, where=table.where)
+    names, ids = table.label_names.get("label"), None
+    if known is not None:
+        ids = known.ids(table.columns["label"], names=names, where=table.where)
     rows, told = [], dict[str, list[int]]()
     for i, image, text in decoded(table, required=True):
         if text is not None:
             told.setdefault(f"{'left out, ' * (image is None)}{text}", []).append(i)
         if image is not None:
-            rows.append({"image": image, "labels": np.asarray(ids[i], np.int64)})
+            label = {} if ids is None else {"labels": np.asarray(ids[i], np.int64)}
+            rows.append({"image": image, **label})
     for text, places in told.items():
         shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
         note(f"{len(places):,} {what} rows {text}: {shown}")

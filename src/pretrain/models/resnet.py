@@ -1,0 +1,324 @@
+"""Residual networks (arXiv 1512.03385): convolutions with batch normalisation and a shortcut past every block.
+
+Blocks are basic (two 3x3 convolutions: ResNet-18 and -34) or bottlenecks (1x1, 3x3, 1x1: ResNet-50), with the stride on
+the 3x3 convolution.
+
+Letters: B images, C channels, H x W pixels or places of a grid, D channels of the last stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count, groupby
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.data.images import ImageProcessor
+from pretrain.errors import ConfigError, ModelError, did_you_mean
+from pretrain.models.backbone import Backbone, Batch, ModelStats
+from pretrain.models.config import BackboneConfig, Key
+from pretrain.models.heads import SequenceHead
+from pretrain.models.names import Name
+from pretrain.models.vit import image_processor, random_images
+from pretrain.nn.attention import KVCache
+from pretrain.nn.mlp import activation
+
+__all__ = ["ResNet", "ResNetConfig"]
+
+Self = TypeVar("Self", bound="ResNetConfig")
+
+_BASIC, _WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
+# Sizes by the number of weighted layers: kind of block, channels and blocks of each stage.
+_DEPTHS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "10": ("basic", _BASIC, (1, 1, 1, 1)),
+    "18": ("basic", _BASIC, (2, 2, 2, 2)),
+    "34": ("basic", _BASIC, (3, 4, 6, 3)),
+    "50": ("bottleneck", _WIDE, (3, 4, 6, 3)),
+}
+_NAMED = {"tiny": "10", "small": "18", "medium": "34", "base": "50"}
+_REDUCTION = 4  # channels of a bottleneck over those of its 3x3 convolution
+
+
+class Shape(NamedTuple):
+    """A convolution: its block (-1 is the stem), channels, kernel, stride, and how often the grid has been halved."""
+
+    block: int
+    inner: int
+    outer: int
+    size: int
+    stride: int
+    halvings: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.inner * self.outer * self.size**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig(BackboneConfig):
+    """Fields of a residual network; ``hidden_size`` and ``num_layers`` follow from them.
+
+    Attributes:
+        num_channels: channels of the images.
+        embedding_size: channels after the first convolution.
+        hidden_sizes: channels of each stage.
+        depths: blocks of each stage.
+        layer_type: ``basic`` or ``bottleneck``.
+        downsample_in_first_stage: halve the grid in the first stage too.
+        downsample_in_bottleneck: put the stride of a bottleneck on its first convolution (the original paper) instead
+            of the 3x3 one.
+        image_size: side of the images that costs are estimated for; images of other sizes are computed too.
+        zero_init_outputs: the last normalisation of every block starts at zero (arXiv 1706.02677, section 5.1).
+    """
+
+    vocab_size: int = 0
+    max_positions: int = 0
+    num_heads: int = 1
+    activation: str = "relu"
+    zero_init_outputs: bool = True
+    num_channels: int = 3
+    embedding_size: int = 64
+    hidden_sizes: tuple[int, ...] = _WIDE
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    layer_type: str = "bottleneck"
+    downsample_in_first_stage: bool = False
+    downsample_in_bottleneck: bool = False
+    image_size: int = 224
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_sizes", "depths"):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, list | tuple)
+                or not value
+                or not all(type(size) is int and 1 <= size <= 1 << 14 for size in value)
+            ):
+                raise ConfigError(
+                    f"{name} of the model is {value!r}; it must be a list of whole numbers from 1 to {1 << 14}, one "
+                    "for each stage."
+                )
+            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "hidden_size", self.hidden_sizes[-1])
+        object.__setattr__(self, "num_layers", sum(self.depths))
+        super().__post_init__()
+
+    def validate(self) -> None:
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ConfigError(
+                f"hidden_sizes {self.hidden_sizes} and depths {self.depths} describe {len(self.hidden_sizes)} and "
+                f"{len(self.depths)} stages. Give one number for each stage in both."
+            )
+        if self.layer_type not in ("basic", "bottleneck"):
+            raise ConfigError(
+                f"layer_type of the model is {self.layer_type!r}."
+                + did_you_mean(self.layer_type, ("basic", "bottleneck"))
+            )
+        super().validate()
+
+    @classmethod
+    def from_size(cls: type[Self], name: str | None = None, **overrides: Any) -> Self:
+        """Return the configuration of a depth (``"18"``) or of a named size, with any field overridden.
+
+        Raises:
+            ConfigError: unknown size or field; the message suggests the nearest known one.
+        """
+        for key in ("hidden_size", "num_layers"):
+            if key in overrides:
+                raise ConfigError(
+                    f"{key} of a resnet follows from its stages. Set hidden_sizes (channels of each stage) and depths "
+                    "(blocks of each stage) instead."
+                )
+        if name is not None:
+            depth = _NAMED.get(name, name)
+            if depth not in _DEPTHS:
+                known = [*_NAMED, *_DEPTHS]
+                raise ConfigError(
+                    f"There is no resnet of size {name!r}." + did_you_mean(name, known)
+                )
+            kind, channels, depths = _DEPTHS[depth]
+            sizes = {"layer_type": kind, "hidden_sizes": channels, "depths": depths}
+            overrides = {**sizes, **overrides}
+        return super().from_size(None, **overrides)
+
+    def convolutions(self) -> Iterator[Shape]:
+        """Yield the convolutions of stem and blocks; the shortcut of a block follows its other convolutions."""
+        yield Shape(-1, self.num_channels, self.embedding_size, 7, 2, 1)
+        inner, block, halvings = self.embedding_size, 0, 2
+        for stage, (outer, depth) in enumerate(zip(self.hidden_sizes, self.depths, strict=True)):
+            for place in range(depth):
+                halves = place == 0 and (stage > 0 or self.downsample_in_first_stage)
+                stride, before = 1 + halves, halvings
+                halvings += halves
+                if self.layer_type == "basic":
+                    yield Shape(block, inner, outer, 3, stride, halvings)
+                    yield Shape(block, outer, outer, 3, 1, halvings)
+                else:
+                    narrow, early = max(1, outer // _REDUCTION), self.downsample_in_bottleneck
+                    first, second = (stride, 1) if early else (1, stride)
+                    yield Shape(block, inner, narrow, 1, first, halvings if early else before)
+                    yield Shape(block, narrow, narrow, 3, second, halvings)
+                    yield Shape(block, narrow, outer, 1, 1, halvings)
+                if inner != outer or halves:
+                    yield Shape(block, inner, outer, 1, stride, halvings)
+                inner, block = outer, block + 1
+
+    def places(self, shape: Shape) -> int:
+        """Return the number of places of a convolution's output for an image of ``image_size``."""
+        return int((-(-self.image_size // 2**shape.halvings)) ** 2)
+
+    def parameter_count(self) -> int:
+        return sum(shape.weights for shape in self.convolutions())
+
+
+class Convolution(nn.Module):
+    """A convolution without a bias, batch normalisation and an optional activation; (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, shape: Shape, act: str | None) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            shape.inner, shape.outer, shape.size, shape.stride, shape.size // 2, bias=False
+        )
+        self.normalization = nn.BatchNorm2d(shape.outer)
+        self.activation = None if act is None else activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.normalization(self.convolution(x))
+        return y if self.activation is None else self.activation(y)
+
+
+class Residual(nn.Module):
+    """Convolutions, and a projection of the input where its shape changes, added; (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, shapes: list[Shape], parts: int, act: str) -> None:
+        super().__init__()
+        # In transformers the configured activation follows the sum, and ReLU the convolutions before it.
+        self.parts = nn.ModuleList(
+            Convolution(shape, "relu" if i < parts - 1 else None)
+            for i, shape in enumerate(shapes[:parts])
+        )
+        self.shortcut = Convolution(shapes[parts], None) if len(shapes) > parts else None
+        self.activation = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for part in self.parts:
+            y = part(y)
+        return self.activation(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class ResNet(Backbone):
+    """Images under ``pixel_values``, (B, C, H, W) -> (B, places of the grid, D), row by row."""
+
+    model_type: ClassVar[str] = "resnet"
+    config_class: ClassVar[type[BackboneConfig]] = ResNetConfig
+    causal: ClassVar[bool] = False
+    prefix: ClassVar[str] = "resnet."
+    prefixes: ClassVar[tuple[str, ...]] = ("resnet.",)
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "ResNetModel",
+        "image-classification": "ResNetForImageClassification",
+    }
+    processor_class: ClassVar[Any] = ImageProcessor
+    unit_name: ClassVar[str] = "images"
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        "num_channels": Key("num_channels", 3),
+        "embedding_size": Key("embedding_size", 64),
+        "hidden_sizes": Key("hidden_sizes", _WIDE),
+        "depths": Key("depths", (3, 4, 6, 3)),
+        "layer_type": Key("layer_type", "bottleneck"),
+        "activation": Key("hidden_act", "relu"),
+        "downsample_in_first_stage": Key("downsample_in_first_stage", False),
+        "downsample_in_bottleneck": Key("downsample_in_bottleneck", False),
+        "image_size": Key("image_size", 224, optional=True),
+    }
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__(config)
+        shapes = list(config.convolutions())
+        self.parts = 2 if config.layer_type == "basic" else 3
+        self.stem = Convolution(shapes[0], config.activation)
+        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layers = nn.ModuleList(
+            Residual(list(block), self.parts, config.activation)
+            for _, block in groupby(shapes[1:], key=lambda shape: shape.block)
+        )
+
+    @classmethod
+    def default_processor(cls, config: Any) -> ImageProcessor | None:
+        return image_processor(config)
+
+    def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+        if cache is not None:
+            raise ModelError("A network of convolutions has no key-value cache. Leave cache out.")
+        x, channels = batch["pixel_values"], self.config.num_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ModelError(
+                f"pixel_values has the shape {tuple(x.shape)}; it must be (images, {channels}, height, width). Convert "
+                "the images, or build the model with their num_channels."
+            )
+        x = self.pool(self.stem(x))
+        for layer in self.layers:
+            x = layer(x)
+        hidden: Tensor = x.flatten(2).transpose(1, 2)
+        return hidden
+
+    def embeddings(self) -> list[nn.Module]:
+        return [self.stem]
+
+    def units(self, batch: Batch) -> int:
+        """Return the number of images."""
+        return len(batch["pixel_values"])
+
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return random_images(self.config, generator)
+
+    def id_limits(self) -> dict[str, tuple[str, int]]:
+        return {}
+
+    def stats(self) -> ModelStats:
+        """Return widths, and what a block keeps: input and output of each normalisation, in fp32."""
+        config, layers = self.config, len(self.layers)
+        outputs = sum(shape.outer * config.places(shape) for shape in config.convolutions())
+        wide = max(config.hidden_sizes)
+        return ModelStats(wide, layers, wide, kept=4.0 * 3 * outputs / layers)
+
+    def flops_per_unit(self, weights: int, row_length: int) -> float:
+        """Return the operations for an image of ``image_size``: six for each weight and place it is applied to."""
+        config = self.config
+        products: int = sum(shape.weights * config.places(shape) for shape in config.convolutions())
+        return 6.0 * products
+
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        return SequenceHead(self.config.hidden_size, num_labels, pool="mean")
+
+    def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
+        """Initialise convolutions by the fan of their outputs (arXiv 1502.01852)."""
+        super().init_parameter(name, value, seed)
+        if value.ndim == 4:
+            outputs = value[:, 0].numel()
+            value.mul_(math.sqrt(2 / outputs) / self.config.initializer_range)
+        last = f"parts.{self.parts - 1}.normalization.weight"
+        if self.config.zero_init_outputs and name.endswith(last):
+            value.zero_()
+
+    def names(self) -> list[Name]:
+        pairs = {"embedder.embedder": "stem"}
+        numbers = count()
+        for stage, depth in enumerate(self.config.depths):
+            for place, block in zip(range(depth), numbers, strict=False):
+                disk, own = f"encoder.stages.{stage}.layers.{place}", f"layers.{block}"
+                pairs |= {f"{disk}.layer.{i}": f"{own}.parts.{i}" for i in range(self.parts)}
+                pairs[f"{disk}.shortcut"] = f"{own}.shortcut"
+        return [
+            Name(f"{disk}.{part}", (f"{own}.{part}",))
+            for disk, own in pairs.items()
+            for part in ("convolution", "normalization")
+        ]
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        return [Name("classifier.1", ("head.classifier",), body=False)]

@@ -1,0 +1,290 @@
+"""ViT-MAE (arXiv 2111.06377): a vision transformer that encodes visible patches, and a light decoder of all pixels.
+
+Unlike ``ViTMAEModel`` of transformers, which hides patches at random in every call, the encoder computes all patches
+unless the batch names the visible ones.
+
+Letters: B images, N patches, K visible ones, D hidden, E hidden of the decoder, p side of a patch, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.data.images import ImageProcessor
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.names import Name
+from pretrain.models.vit import BLOCK_NAMES, image_processor, random_images
+from pretrain.nn.attention import AttentionMask, KVCache
+from pretrain.nn.block import Block, BlockConfig
+from pretrain.nn.norm import LayerNorm
+from pretrain.nn.patches import PatchEmbedding, grid_positions
+
+__all__ = ["PixelDecoder", "ViTMAE", "ViTMAEConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTMAEConfig(BackboneConfig):
+    """Fields of ViT-MAE.
+
+    Attributes:
+        image_size: side of the images in pixels.
+        patch_size: side of a patch; divides ``image_size``.
+        num_channels: channels of the images.
+        qkv_bias: queries, keys and values have biases.
+        decoder_hidden_size: E; two thirds of D when None, but at most 512.
+        decoder_num_layers: blocks of the decoder; two thirds of ``num_layers`` when None, but at most 8.
+        decoder_num_heads: heads of the decoder; E / 32 when None.
+        decoder_intermediate_size: width of its feed-forward layers; 4 E when None.
+        mask_ratio: share of the patches that are hidden in pre-training.
+        norm_pix_loss: the target of a patch has mean 0 and variance 1.
+    """
+
+    vocab_size: int = 0
+    max_positions: int = 0
+    norm_eps: float = 1e-6
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    decoder_hidden_size: int | None = None
+    decoder_num_layers: int | None = None
+    decoder_num_heads: int | None = None
+    decoder_intermediate_size: int | None = None
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+
+    def __post_init__(self) -> None:
+        width = self.decoder_hidden_size or min(512, max(32, self.hidden_size * 2 // 3 // 32 * 32))
+        fill = {
+            "decoder_hidden_size": width,
+            "decoder_num_layers": min(8, max(1, self.num_layers * 2 // 3)),
+            "decoder_num_heads": max(1, width // 32),
+            "decoder_intermediate_size": 4 * width,
+        }
+        for name, value in fill.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    def validate(self) -> None:
+        super().validate()
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}. Change one of them."
+            )
+        for name, heads in (
+            ("hidden_size", self.num_heads),
+            ("decoder_hidden_size", self.decoder_num_heads),
+        ):
+            size = getattr(self, name)
+            if size % 4 or size % (heads or 1):
+                raise ConfigError(
+                    f"{name} {size} must be a multiple of 4, for the positions of rows and columns, and of the "
+                    f"{heads} heads. Change it, or the number of heads."
+                )
+        if not 0 < self.mask_ratio < 1 or not 0 < self.num_visible < self.num_patches:
+            raise ConfigError(
+                f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves {self.num_visible} visible; at "
+                "least one must be visible and one hidden. Change mask_ratio, or choose a smaller patch_size."
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_visible(self) -> int:
+        """K, rounded down as in transformers."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    @property
+    def pixels(self) -> int:
+        """Numbers that describe a patch, p · p · C."""
+        return self.num_channels * self.patch_size**2
+
+    def decoder_block(self) -> BlockConfig:
+        """Return the options of the decoder's blocks."""
+        return replace(
+            self.block(attention_bias=self.qkv_bias, output_bias=True),
+            hidden_size=self.decoder_hidden_size or 0,
+            num_heads=self.decoder_num_heads or 1,
+            intermediate_size=self.decoder_intermediate_size or 0,
+            num_kv_heads=None,
+            head_dim=None,
+        )
+
+    def parameter_count(self) -> int:
+        """Return the number of parameters of encoder and decoder, computed from the sizes."""
+        width, inner = self.decoder_hidden_size or 0, self.decoder_intermediate_size or 0
+        decoder = (self.decoder_num_layers or 0) * width * (4 * width + 2 * inner)
+        tables = (self.hidden_size + width) * (self.pixels + self.num_patches)
+        return super().parameter_count() + decoder + tables
+
+
+class ViTMAE(Backbone):
+    """Encoder: images under ``pixel_values``, (B, C, H, W) -> (B, 1 + N, D), the class token first.
+
+    With ``visible_index``, (B, K) indices of patches, it computes only these: (B, 1 + K, D).
+    """
+
+    model_type: ClassVar[str] = "vit_mae"
+    config_class: ClassVar[type[BackboneConfig]] = ViTMAEConfig
+    causal: ClassVar[bool] = False
+    prefix: ClassVar[str] = "vit."
+    prefixes: ClassVar[tuple[str, ...]] = ("vit.",)
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "ViTMAEModel",
+        "masked-image": "ViTMAEForPreTraining",
+    }
+    successors: ClassVar[Mapping[str, str]] = {"image-classification": "vit"}
+    processor_class: ClassVar[Any] = ImageProcessor
+    unit_name: ClassVar[str] = "patches"
+    hf_keys: ClassVar[Mapping[str, Key]] = {
+        "hidden_size": Key("hidden_size", 768),
+        "num_layers": Key("num_hidden_layers", 12),
+        "num_heads": Key("num_attention_heads", 12),
+        "intermediate_size": Key("intermediate_size", 3072),
+        "activation": Key("hidden_act", "gelu"),
+        "dropout": Key("hidden_dropout_prob", 0.0),
+        "attention_dropout": Key("attention_probs_dropout_prob", 0.0),
+        "initializer_range": Key("initializer_range", 0.02),
+        "norm_eps": Key("layer_norm_eps", 1e-12),
+        "image_size": Key("image_size", 224),
+        "patch_size": Key("patch_size", 16),
+        "num_channels": Key("num_channels", 3),
+        "qkv_bias": Key("qkv_bias", True),
+        "decoder_hidden_size": Key("decoder_hidden_size", 512),
+        "decoder_num_layers": Key("decoder_num_hidden_layers", 8),
+        "decoder_num_heads": Key("decoder_num_attention_heads", 16),
+        "decoder_intermediate_size": Key("decoder_intermediate_size", 2048),
+        "mask_ratio": Key("mask_ratio", 0.75),
+        "norm_pix_loss": Key("norm_pix_loss", False),
+    }
+
+    def __init__(self, config: ViTMAEConfig) -> None:
+        super().__init__(config)
+        sizes = (config.hidden_size, config.image_size, config.patch_size, config.num_channels)
+        self.patches = PatchEmbedding(*sizes, fixed=True)
+        block = config.block(attention_bias=config.qkv_bias, output_bias=True)
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps)
+
+    @classmethod
+    def default_processor(cls, config: Any) -> ImageProcessor | None:
+        return image_processor(config)
+
+    @classmethod
+    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
+        for key in ("image_size", "patch_size"):
+            reader.square(key)
+        return super().fields_from_hf(reader)
+
+    def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
+        if cache is not None:
+            raise ModelError("An encoder of images has no key-value cache. Leave cache out.")
+        self.patches.check(batch["pixel_values"])
+        x = self.patches(batch["pixel_values"], batch.get("visible_index"))
+        layers = len(self.layers)
+        hidden: Tensor = self.norm(
+            self.run(self.drop(x), [AttentionMask()] * layers, [None] * layers, None)
+        )
+        return hidden
+
+    def units(self, batch: Batch) -> int:
+        """Return the number of patches of all images, hidden ones included."""
+        patches: int = self.config.num_patches
+        return len(batch["pixel_values"]) * patches
+
+    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return random_images(self.config, generator)
+
+    def id_limits(self) -> dict[str, tuple[str, int]]:
+        return {"visible_index": ("number of patches", self.config.num_patches)}
+
+    def embeddings(self) -> list[nn.Module]:
+        return [self.patches]
+
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        return PixelDecoder(self.config)
+
+    def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
+        """Give matrices the standard deviation of Xavier's initialisation, as the published code does."""
+        super().init_parameter(name, value, seed)
+        if value.ndim in (2, 4):  # the class token and the mask token have three dimensions
+            outputs, inputs = len(value), value[0].numel()
+            value.mul_(math.sqrt(2 / (outputs + inputs)) / self.config.initializer_range)
+
+    def names(self) -> list[Name]:
+        return [
+            Name("embeddings.cls_token", ("patches.class_token",)),
+            Name("embeddings.position_embeddings", ("patches.positions",)),
+            Name("embeddings.patch_embeddings.projection", ("patches.projection",)),
+            *(
+                Name("encoder.layer.{n}." + disk, ("layers.{n}." + own,))
+                for disk, own in BLOCK_NAMES.items()
+            ),
+            Name("layernorm", ("norm",)),
+        ]
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        parts = {
+            "decoder_embed": "embed",
+            "mask_token": "mask_token",
+            "decoder_pos_embed": "positions",
+            "decoder_norm": "norm",
+            "decoder_pred": "predict",
+        }
+        # The decoder has its own number of blocks, so {n}, which counts those of the encoder, cannot be used.
+        for n in range(self.config.decoder_num_layers):
+            parts |= {
+                f"decoder_layers.{n}.{disk}": f"layers.{n}.{own}"
+                for disk, own in BLOCK_NAMES.items()
+            }
+        return [
+            Name(f"decoder.{disk}", (f"head.{own}",), body=False) for disk, own in parts.items()
+        ]
+
+
+class PixelDecoder(nn.Module):
+    """Predict the pixels of all patches from the encoded ones, (B, 1 + K, D) -> (B, N, p · p · C), channels last.
+
+    Without ``visible_index`` in the batch, all patches are encoded in their order.
+    """
+
+    def __init__(self, config: ViTMAEConfig) -> None:
+        super().__init__()
+        block, self.num_patches = config.decoder_block(), config.num_patches
+        self.embed = nn.Linear(config.hidden_size, block.hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, block.hidden_size))
+        side = config.image_size // config.patch_size
+        self.positions: Tensor
+        self.register_buffer(
+            "positions", grid_positions(side, block.hidden_size, class_token=True)[None]
+        )
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.decoder_num_layers or 0))
+        self.norm = LayerNorm(block.hidden_size, config.norm_eps)
+        self.predict = nn.Linear(block.hidden_size, config.pixels)
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        x = self.embed(hidden)
+        visible = batch.get("visible_index")
+        if visible is not None:
+            token = self.mask_token.to(x.dtype)
+            places = (visible + 1)[..., None].expand(-1, -1, x.shape[-1])
+            known = x
+            x = token.expand(len(x), 1 + self.num_patches, -1)
+            x = torch.cat((known[:, :1], x[:, 1:]), dim=1).scatter(1, places, known[:, 1:])
+        x = x + self.positions
+        for layer in self.layers:
+            x = layer(x, mask=None)
+        pixels: Tensor = self.predict(self.norm(x)[:, 1:])
+        return pixels

@@ -1,0 +1,228 @@
+"""Contrastive learning of images with their texts.
+
+The losses are InfoNCE (CLIP, arXiv 2103.00020; 1807.03748) and the sigmoid loss of pairs (SigLIP, 2303.15343). Every
+image is compared with all texts of the global batch, and with InfoNCE every text with all images. The scores are
+computed in chunks that the backward pass computes again, so memory grows linearly with the batch.
+
+Letters: n pairs on this rank, N in the whole batch, T tokens, P size of a vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.errors import DataError, ModelError
+from pretrain.models.clip import TwoTowers
+from pretrain.nn.layout import local
+from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs, stack
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["Contrastive", "SigmoidContrastive"]
+
+_CHUNK = 512  # rows that are compared with the whole batch at once
+_MOST = math.log(100.0)  # of the logarithm of the scale, as in CLIP
+
+
+class Contrastive(Objective):
+    """Find the text of every image among those of the batch, and the image of every text.
+
+    Rows have ``pixel_values`` (C, H, W) and ``input_ids`` (tokens), framed by the tokenizer of the model. More rows in
+    a batch mean more negatives; gradient accumulation would mean fewer, and is refused.
+
+    Args:
+        model: a model with two towers, such as clip.
+
+    Raises:
+        ModelError: the model has no towers.
+    """
+
+    couples_examples: ClassVar[bool] = True
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        if not isinstance(model.backbone, TwoTowers):
+            raise ModelError(
+                f"Contrastive needs a model with a tower for images and one for texts; this one is a "
+                f"{model.backbone.model_type} model. Build the family clip."
+            )
+
+    @property
+    def towers(self) -> TwoTowers:
+        """The backbone."""
+        found = self.model.backbone
+        assert isinstance(found, TwoTowers)
+        return found
+
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
+        """Stack the images, and pad the texts on the right.
+
+        Raises:
+            DataError: a text is longer than the positions of the model.
+        """
+        batch, config = stack(examples, ("pixel_values",)), self.towers.config
+        texts = [np.asarray(example["input_ids"]).reshape(-1) for example in examples]
+        longest, most = max(len(ids) for ids in texts), config.max_positions
+        if longest > most:
+            raise DataError(
+                f"A text of {longest} tokens is longer than the {most} positions of the model. Cut the texts and keep "
+                "their end token, or build the model with a larger max_positions."
+            )
+        columns = most if self.towers.padded else longest
+        ids = np.full((len(texts), columns), config.pad_id or 0, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)] = text, 1
+        batch["input_ids"] = torch.from_numpy(ids)
+        if not self.towers.padded:
+            batch["attention_mask"] = torch.from_numpy(mask)
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Number of pairs."""
+        return torch.tensor(len(batch["input_ids"]))
+
+    def forward(self, batch: Batch) -> Loss:
+        images, texts = self.towers.vectors(batch)
+        assert images is not None and texts is not None
+        every_image, first = self.whole_batch(images)
+        every_text, _ = self.whole_batch(texts)
+        total, right = self.compare(images, texts, every_image, every_text, first)
+        metrics: dict[str, Any] = {}
+        if self.training:
+            metrics["accuracy"] = right
+        else:
+            metrics["images"], metrics["texts"] = list(images), list(texts)
+        return Loss(total, self.count(batch).to(total.device), metrics)
+
+    def compare(
+        self, images: Tensor, texts: Tensor, every_image: Tensor, every_text: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of this rank's pairs, and how many of its images find their text.
+
+        Args:
+            images: (n, P) unit vectors of this rank.
+            texts: the same of its texts.
+            every_image: (N, P) those of the images of all ranks.
+            every_text: those of the texts of all ranks.
+            first: place of the first pair of this rank in the batch.
+        """
+        there, right = self._entropy(images, every_text, first)
+        back, _ = self._entropy(texts, every_image, first)
+        return (there + back) / 2, right
+
+    def _entropy(self, rows: Tensor, others: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        def chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.towers.scores(part, others)
+            right = (scores.detach().argmax(-1) == targets).sum()
+            return F.cross_entropy(scores, targets, reduction="sum"), right
+
+        return self.chunked(chunk, rows, first)
+
+    def chunked(self, function: Any, rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Sum a function of chunks of rows and their places in the batch, computed again in the backward pass."""
+        places = torch.arange(first, first + len(rows), device=rows.device)
+        total, right = rows.new_zeros(()), places.new_zeros(())
+        for part, target in _parts(rows, places):
+            loss, found = checkpoint(function, part, target, use_reentrant=False)
+            total, right = total + loss, right + found
+        return total, right
+
+    def after_step(self) -> None:
+        """Keep the scale of the scores at 100 or less, as CLIP does."""
+        local(self.towers.logit_scale).clamp_(max=_MOST)
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """How often the nearest of all held-out texts is that of the image, and the nearest image that of the text.
+
+        Only the loss is computed within batches, so it depends on the batch size: smaller batches have a lower loss.
+        """
+        figures = {"loss": total / count if count else math.nan}
+        if metrics.get("images"):
+            images, texts = (torch.stack(list(metrics[key])).float() for key in ("images", "texts"))
+            figures["image_to_text"] = _found(images, texts)
+            figures["text_to_image"] = _found(texts, images)
+        return figures
+
+    def head_weights(self) -> int:
+        """0, because there is no head."""
+        return 0
+
+    def flops(self, units: int, targets: int, row_length: int) -> float:
+        """Operations of the image tower on patches and of the text tower on tokens."""
+        towers, config = self.towers, self.towers.config
+        patches: int = targets * config.num_patches
+        image = self._tower(towers.image.layers, config.vision_hidden_size, config.num_patches)
+        words = max(0, units - patches)
+        text = self._tower(towers.text.layers, config.hidden_size, words // max(1, targets))
+        return 6.0 * (patches * image + words * text)
+
+    def _tower(self, layers: nn.ModuleList, width: int, length: int) -> int:
+        weights = self._numel(p for p in layers.parameters() if p.ndim == 2)
+        return weights + 2 * len(layers) * width * length
+
+
+class SigmoidContrastive(Contrastive):
+    """Decide for every image and every text of the batch whether they belong together.
+
+    The sum over all decisions is divided by the number of pairs, as in SigLIP.
+
+    Args:
+        model: a siglip model, whose scores have a bias.
+
+    Raises:
+        ModelError: the scores of the model have no bias: almost all decisions are "no", and would all begin wrong.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        if not hasattr(model.backbone, "logit_bias"):
+            raise ModelError(
+                f"SigmoidContrastive needs a model whose scores have a bias, and this {model.backbone.model_type} "
+                "model has none. Build the family siglip, or train it with Contrastive."
+            )
+
+    def compare(
+        self, images: Tensor, texts: Tensor, every_image: Tensor, every_text: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of this rank's images with all texts, and how many find their text."""
+
+        def chunk(part: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.towers.scores(part, every_text)
+            right = (scores.detach().argmax(-1) == places).sum()
+            own = places[:, None]
+            # -log sigmoid of the score of a pair, and of the negative score of all others.
+            wrong = scores.scatter(1, own, -scores.gather(1, own))
+            return F.softplus(wrong).sum(), right
+
+        return self.chunked(chunk, images, first)
+
+    def after_step(self) -> None:
+        """Leave the scale free, as in the paper."""
+
+
+def _found(rows: Tensor, others: Tensor) -> float:
+    """Share of the rows whose nearest other is their own; a tie with another counts against it."""
+    right = 0
+    own = (rows * others).sum(-1)
+    places = torch.arange(len(rows))
+    for part, best, place in _parts(rows, own, places):
+        scores = part @ others.T
+        scores[torch.arange(len(part)), place] = -math.inf
+        right += int((best > scores.max(dim=1).values).sum())
+    return right / len(rows)
+
+
+def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, _CHUNK) for tensor in tensors), strict=True)

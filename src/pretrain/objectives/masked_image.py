@@ -1,0 +1,145 @@
+"""Masked autoencoding of images: predict the pixels of hidden patches from the visible ones (MAE, arXiv 2111.06377)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.images.augment import Augmentation
+from pretrain.errors import DataError, ModelError
+from pretrain.nn.patches import patch_pixels
+from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs, stack
+
+if TYPE_CHECKING:
+    from pretrain.data.loader import Examples
+    from pretrain.models.base import Model
+
+__all__ = ["MaskedImage"]
+
+_EPS = 1e-6  # added to the variance of the pixels of a patch, as in the published code
+
+
+class MaskedImage(Objective):
+    """Predict the pixels of hidden patches; the encoder computes only the visible ones.
+
+    Args:
+        model: a ViT-MAE model with its decoder.
+        mask_ratio: share of the patches that are hidden; not given, that of the model's config, 0.75 in a new model.
+        norm_pixels: give the pixels of each target patch mean 0 and variance 1; not given, ``norm_pix_loss`` of the
+            model's config, which is true in a new model. Both are recorded in config.json.
+        crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops. For rows of
+            images, not for rows of pixel values.
+        flip: mirror half of the training images.
+
+    Raises:
+        ModelError: the model has no decoder of pixels.
+        ConfigError: ``mask_ratio`` leaves no patch visible, or none hidden.
+    """
+
+    head_kind: ClassVar[str | None] = "masked-image"
+
+    def __init__(
+        self,
+        model: Model,
+        mask_ratio: float | None = None,
+        norm_pixels: bool | None = None,
+        crop: float = 1.0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(model)
+        if model.head_kind != "masked-image":
+            raise ModelError(
+                f"MaskedImage needs a model with a decoder of pixels; this {model.backbone.model_type} model has the "
+                f"head {model.head_kind!r}. Build the family vit_mae."
+            )
+        given = {"mask_ratio": mask_ratio, "norm_pix_loss": norm_pixels}
+        given = {key: value for key, value in given.items() if value is not None}
+        config = model.backbone.config = replace(model.backbone.config, **given)
+        self.num_patches, self.num_visible = config.num_patches, config.num_visible
+        self.patch_size, self.norm_pixels = config.patch_size, config.norm_pix_loss
+        self.augmentation = Augmentation(crop, flip)
+
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
+        """Choose the visible patches of each row with the row's own generator, and read its image."""
+        # All rows have equally many, in ascending order: attention does not see the order, memory does.
+        chosen = [np.sort(rng.permutation(self.num_patches)[: self.num_visible]) for rng in rngs]
+        batch = self._pixels(examples, rngs, evaluation)
+        batch["visible_index"] = torch.from_numpy(np.stack(chosen))
+        return batch
+
+    def _pixels(self, examples: ExampleList, rngs: Rngs, evaluation: bool) -> Batch:
+        if "image" not in examples[0]:
+            if self.augmentation != Augmentation():
+                raise DataError(
+                    "The rows hold pixel values, which are neither cropped nor mirrored. Leave crop and flip out, or "
+                    "give rows of images (data.source images)."
+                )
+            return stack(examples, ("pixel_values",))
+        processor: Any = self.model.processor
+        if processor is None:
+            raise ModelError(
+                "The rows hold images, and the model has no image processor that reads them. Put "
+                "preprocessor_config.json into its directory, or set model.processor to a "
+                "pretrain.data.images.ImageProcessor."
+            )
+        held = [example["image"] for example in examples]
+        values = self.augmentation.values(held, processor, rngs, evaluation=evaluation)
+        return {"pixel_values": torch.from_numpy(values)}
+
+    def count(self, batch: Batch) -> Tensor:
+        """Number of hidden patches."""
+        images, visible = batch["visible_index"].shape
+        return torch.tensor(images * (self.num_patches - visible))
+
+    def targets(self, pixels: Tensor) -> Tensor:
+        """Return what is predicted, (B, C, H, W) -> (B, N, p · p · C) in fp32."""
+        target = patch_pixels(pixels.float(), self.patch_size)
+        if self.norm_pixels:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as published
+            target = (target - mean) / (variance + _EPS).sqrt()
+        return target
+
+    def forward(self, batch: Batch) -> Loss:
+        """Sum, over the hidden patches, the mean squared error of their pixels."""
+        predicted = self.model(batch)
+        error = (
+            (predicted.float() - self.targets(batch["pixel_values"])).square().mean(-1)
+        )  # (B, N)
+        hidden = torch.ones_like(error).scatter(1, batch["visible_index"], 0.0)
+        return Loss((error * hidden).sum(), self.count(batch).to(error.device))
+
+    def flops(self, units: int, targets: int, row_length: int) -> float:
+        """Operations of the encoder on visible patches and of the decoder on all of them."""
+        backbone, head = self.model.backbone, self.model.head
+        encoder = self._matrices(backbone.blocks())
+        seen = units * self.num_visible / self.num_patches
+        config = backbone.config
+        attention: int = 2 * config.decoder_num_layers * config.decoder_hidden_size * row_length
+        cost: float = backbone.flops_per_unit(encoder, self.num_visible + 1) * seen
+        return cost + 6.0 * units * (self._matrices([head]) + attention)
+
+    def _matrices(self, modules: Sequence[Any]) -> int:
+        return self._numel(p for m in modules for p in m.parameters() if p.ndim == 2)
+
+    def survey(self, rows: Examples) -> list[str]:
+        """Say how many patches are hidden."""
+        hidden = self.num_patches - self.num_visible
+        return [
+            f"hides {hidden} of {self.num_patches} patches of every image ({hidden / self.num_patches:.0%}); the "
+            f"encoder computes the other {self.num_visible}"
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Name, masked share, kind of target, and changes of the images if there are any."""
+        changes = {"crop": self.augmentation.crop, "flip": self.augmentation.flip}
+        return {
+            "name": "MaskedImage",
+            "mask_ratio": self.model.backbone.config.mask_ratio,
+            "norm_pixels": self.norm_pixels,
+            **(changes if self.augmentation != Augmentation() else {}),
+        }

@@ -1,0 +1,258 @@
+"""Contrastive learning: losses against plain formulas, chunks, ranks, the bound of the scale, and the contract."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import pretrain
+from contract import check_objective_learns, check_objective_resumes, check_sums
+from distributed.torchrun import launch
+from pretrain import RowSource, train_tokenizer
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.data.images import ImageProcessor
+from pretrain.data.images.pairs import PairProcessor
+from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.models import build
+from pretrain.objectives import build_objective, contrastive, objective_for
+from pretrain.objectives.contrastive import Contrastive, SigmoidContrastive
+from pretrain.training.trainer import Hook, Trainer
+
+HERE = Path(__file__).parent
+TINY: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "max_positions": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "eos_id": 4,
+    "pad_id": 1,
+}
+FAMILIES = {"Contrastive": "clip", "SigmoidContrastive": "siglip"}
+KINDS = sorted(FAMILIES)
+
+
+def objective(kind: str = "Contrastive", **options: Any) -> Contrastive:
+    model = build(FAMILIES[kind], **{**TINY, **options})
+    found = build_objective(kind, {}, model)
+    assert isinstance(found, Contrastive)
+    return found
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Images of a bright patch, and texts of two to five tokens that tell its colour and place."""
+    rng, found = np.random.default_rng(seed), []
+    for i in range(count):
+        image = rng.normal(0, 0.1, (3, 8, 8)).astype(np.float32)
+        image[i % 3, 4 * (i // 3 % 2) : 4 * (i // 3 % 2) + 4] += 2
+        text = [10 + i % 3, 20 + i // 3 % 2, *rng.integers(30, 38, i % 4), 4]
+        found.append({"pixel_values": image, "input_ids": np.array(text)})
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contract(kind: str, tmp_path: Path) -> None:
+    check_sums(objective(kind), rows(8))
+    check_objective_learns(lambda: objective(kind), rows(8), tmp_path / "learn")
+    check_objective_resumes(lambda: objective(kind), rows(16), tmp_path)
+
+
+def plain_loss(goal: Contrastive, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    images, texts = goal.towers.vectors(batch)
+    scores = goal.towers.scores(images, texts)
+    if isinstance(goal, SigmoidContrastive):
+        signs = 2 * torch.eye(len(scores)) - 1
+        return -F.logsigmoid(signs * scores).sum()
+    target = torch.arange(len(scores))
+    both = [F.cross_entropy(x, target, reduction="sum") for x in (scores, scores.T)]
+    return (both[0] + both[1]) / 2
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 11), st.integers(1, 12), st.sampled_from(KINDS))
+def test_chunks_give_the_loss_and_the_gradients_of_the_plain_formula(
+    count: int, chunk: int, kind: str
+) -> None:
+    goal = objective(kind)
+    batch = goal.collate(rows(count), [])
+    plain = plain_loss(goal, batch)
+    plain.backward()
+    wanted = {name: p.grad.clone() for name, p in goal.named_parameters()}
+    goal.zero_grad()
+    before, contrastive._CHUNK = contrastive._CHUNK, chunk
+    try:
+        loss = goal(batch)
+        loss.total.backward()
+    finally:
+        contrastive._CHUNK = before
+    torch.testing.assert_close(loss.total, plain, rtol=1e-5, atol=1e-5)
+    assert int(loss.count) == count
+    for name, p in goal.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def kept_bytes(goal: Contrastive, pairs: int) -> int:
+    """Bytes of the tensors that are kept for the backward pass."""
+    vectors = F.normalize(torch.randn(pairs, 16), dim=-1).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        goal.compare(vectors, vectors, vectors, vectors, 0)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_grows_linearly_with_the_batch(kind: str) -> None:
+    goal = objective(kind)
+    small, large = kept_bytes(goal, 1024), kept_bytes(goal, 4096)
+    assert large < 5 * small
+    assert large < 4096 * 4096 * 4 / 20  # a twentieth of the matrix of scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [2])
+def test_ranks_give_the_loss_and_the_gradients_of_one_process(
+    kind: str, ranks: int, tmp_path: Path
+) -> None:
+    worker = HERE / "contrastive_worker.py"
+    launch(worker, ranks, str(tmp_path / "sums.pt"), kind)
+    found = torch.load(tmp_path / "sums.pt")
+    goal = objective(kind).train()
+    loss = goal(goal.collate(rows(8), []))
+    loss.total.backward()
+    assert int(found["count"]) == int(loss.count) == 8
+    torch.testing.assert_close(found["total"], loss.total.detach(), rtol=1e-6, atol=1e-6)
+    for name, p in goal.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def trainer(goal: Contrastive, out: Path, limit: int, hooks: Any = (), **options: Any) -> Trainer:
+    return Trainer(
+        goal,
+        rows(16),
+        optim=OptimConfig(lr=5e-2, schedule="constant", warmup=0.0),
+        train=TrainConfig(
+            out=str(out), limit=f"{limit} steps", batch_rows=8, precision="fp32", **options
+        ),
+        parallel=ParallelConfig(device="cpu"),
+        hooks=hooks,
+        quiet=True,
+    )
+
+
+def test_the_scale_stays_at_100_or_less(tmp_path: Path) -> None:
+    goal, seen = objective(logit_scale_init_value=math.log(200.0)), []
+    scale = goal.towers.logit_scale
+    record = Hook(lambda record: seen.append(float(scale.detach())))
+    trainer(goal, tmp_path / "run", 3, [record]).fit()
+    # An optimizer step changes it by 0.05 at most, so it was bounded, and not trained down from 200.
+    assert seen[0] == pytest.approx(math.log(100)) and max(seen) <= math.log(100) + 1e-6
+
+
+def test_a_run_is_saved_with_both_processors_loaded_and_evaluated(tmp_path: Path) -> None:
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("red left\nblue right\ngreen left\n", encoding="utf-8")
+    tokenizer = train_tokenizer(corpus, "char")
+    examples = [
+        {**row, "input_ids": np.array([*row["input_ids"][:1] % 5 + 5, 3])} for row in rows(24)
+    ]
+    processor = PairProcessor(
+        tokenizer, ImageProcessor(size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    )
+    source = RowSource(examples[8:], examples[:8], processor=processor)
+    run = pretrain.train(
+        rows=source,
+        model={"family": "clip", "overrides": {**TINY, "vocab_size": len(tokenizer), "eos_id": 3}},
+        objective={"class_path": "Contrastive"},
+        train={"out": str(tmp_path / "run"), "limit": "3 steps", "batch_rows": 8},
+        parallel={"device": "cpu"},
+    )
+    assert 0 <= run.metrics["image_to_text"] <= 1
+    model = pretrain.load(tmp_path / "run", quiet=True)
+    assert isinstance(model.processor, PairProcessor)
+    assert model.processor.fingerprint == processor.fingerprint
+    assert model.tokenizer is model.processor.tokenizer
+    found = pretrain.evaluate(tmp_path / "run", source, objective="Contrastive", batch_rows=8)
+    assert found["loss"] == pytest.approx(run.metrics["loss"], rel=1e-5)
+
+
+def test_no_objective_is_guessed_for_a_model_without_a_head() -> None:
+    assert objective_for(None) is None and objective_for("masked-image") == "MaskedImage"
+
+
+def test_accumulation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="micro_rows"):
+        trainer(objective(), tmp_path / "run", 2, micro_rows=4).fit()
+
+
+def test_retrieval_is_measured_over_all_held_out_rows() -> None:
+    goal = objective().eval()
+    with torch.no_grad():
+        parts = [goal(goal.collate(rows(12)[i : i + 4], [])) for i in (0, 4, 8)]
+        whole = goal.collate(rows(12), [])
+        images, texts = goal.towers.vectors(whole)
+    metrics = {key: [v for part in parts for v in part.metrics[key]] for key in ("images", "texts")}
+    found = goal.summarize(sum(float(p.total) for p in parts), 12, metrics, {})
+    scores = images @ texts.T
+    target = torch.arange(12)
+    assert found["image_to_text"] == pytest.approx(
+        float((scores.argmax(1) == target).float().mean())
+    )
+    assert found["text_to_image"] == pytest.approx(
+        float((scores.argmax(0) == target).float().mean())
+    )
+    same = {"images": [torch.ones(3)] * 4, "texts": [torch.ones(3)] * 4}
+    assert goal.summarize(1.0, 4, same, {})["image_to_text"] == 0  # equal vectors find nothing
+
+
+def test_texts_are_padded_on_the_right_and_too_long_ones_named() -> None:
+    batch = objective().collate(rows(4), [])
+    assert batch["input_ids"].tolist()[0] == [10, 20, 4, 1, 1, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 4, 5, 6]
+    long = [{**rows(1)[0], "input_ids": np.full(9, 4)}]
+    with pytest.raises(DataError, match="9 tokens is longer than the 8 positions"):
+        objective().collate(long, [])
+
+
+def test_a_text_without_its_end_is_named() -> None:
+    goal = objective()
+    batch = goal.collate([{**row, "input_ids": np.array([10, 11])} for row in rows(2)], [])
+    with pytest.raises(ModelError, match="Row 0 of input_ids has no end token"):
+        goal(batch)
+
+
+def test_texts_of_siglip_are_padded_to_their_positions() -> None:
+    """The last position is the vector of a text, and the padding is read like any token."""
+    batch = objective("SigmoidContrastive").collate(rows(2), [])
+    assert batch["input_ids"].tolist()[0] == [10, 20, 4, 1, 1, 1, 1, 1]
+    assert "attention_mask" not in batch
+
+
+def test_the_first_sigmoid_loss_is_that_of_the_bias() -> None:
+    """At -10 each of the pairs costs about 10 nats, and the other decisions almost nothing."""
+    goal = objective("SigmoidContrastive")
+    with torch.no_grad():
+        goal.towers.logit_scale.fill_(-20.0)
+        loss = goal(goal.collate(rows(8), []))
+    assert float(loss.total / loss.count) == pytest.approx(10.0, abs=1e-2)
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(ModelError, match="Build the family clip"):
+        Contrastive(build("gpt2", vocab_size=40, num_layers=1, hidden_size=16, num_heads=2))
+    with pytest.raises(ModelError, match="Build the family siglip"):
+        SigmoidContrastive(build("clip", **TINY))
