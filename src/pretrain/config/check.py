@@ -300,6 +300,8 @@ class _Checker:
                 return None
             if len(kinds) == 1:
                 return self.value(key, value, kinds[0])
+            if float in kinds and isinstance(value, float):  # the error says what is wrong with it
+                return self.value(key, value, float)
             for kind in sorted(kinds, key=lambda kind: kind is not str):  # text stays text
                 with contextlib.suppress(ConfigError):
                     return self.value(key, value, kind)
@@ -458,7 +460,7 @@ def type_in_words(hint: Any) -> str:
     """Return a type as a phrase: "a whole number", "yes or no", "one of adamw, muon"."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return f"{'one of ' * (len(args) > 1)}{', '.join(map(str, args))}"
     if origin in (Union, types.UnionType):
         return " or ".join(type_in_words(kind) for kind in args if kind is not types.NoneType)
     if origin is list and get_origin(args[0]) is Literal:

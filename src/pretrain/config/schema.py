@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pretrain.config.aliases import NAMES, find, main_setting
 from pretrain.config.run import fields
@@ -68,7 +68,7 @@ def _type(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     args = get_args(hint)
     if hint is Any:
         return {}
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in (Union, UnionType):
         return {"anyOf": [_type(part, metadata) for part in args]}
     if get_origin(hint) is Literal:
         return {"enum": [*args, *metadata.get("flag", ())]}
