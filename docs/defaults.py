@@ -4,6 +4,9 @@
     python docs/defaults.py run rates steps minilm  # the screening grids that the rule was chosen by
     python docs/defaults.py run final:mb128         # default, sweep, scratch, TF-IDF, linear probe
     python docs/defaults.py show mb128              # as a table
+    python docs/defaults.py pretrain deep-1 deep-3  # a deep and thin encoder after 1 and 3 million tokens
+    python docs/defaults.py run encoder             # on 200 labels of sentiment and topic, beside TF-IDF
+    python docs/defaults.py show encoder            # as a table, and docs/figures/encoder.svg
 
 Data are looked for in PRETRAIN_TEST_DATA, everything is kept in ``--out``. Every run is one line of results.jsonl and
 is not repeated, so that an interrupted experiment goes on where it stopped. ``--minilm`` names a directory of the
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import os
 import random
@@ -30,6 +34,7 @@ from transfer import labelled, wide_text, write
 import pretrain
 from pretrain.data.tables import read_table
 from pretrain.finetuning.baseline import tfidf_baseline
+from pretrain.utils.curves import Series, curve_svg
 
 DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
 Row = dict[str, Any]
@@ -195,6 +200,9 @@ def _size(layers: int, width: int, times: int = 2) -> dict[str, Any]:
     }
 
 
+# The tasks of the part "encoder", whose own text, without labels, the deep checkpoints read beside general text.
+FEW_LABELS = ("pros_cons", "ag_news")
+MILLIONS = (1, 3)
 # name -> family, fields, minutes, learning rate
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "mb128": ("modernbert", _size(2, 128) | {"classifier_pooling": "mean"}, 4.0, 2e-3),
@@ -204,6 +212,50 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "mb256": ("modernbert", _size(4, 256) | {"classifier_pooling": "mean"}, 5.0, 1e-3),
     "gpt128": ("gpt2", _size(2, 128, 4), 3.0, 2e-3),
 }
+
+
+def pre_train_deep(name: str, out: Path) -> None:
+    """A deep and thin encoder by Muon with a falling mask rate, on general text and that of the two tasks."""
+    if (out / name / "best.json").exists():
+        return
+    texts = [row["text"] for of in FEW_LABELS for row in _plain(of)[0]]
+    own, wide = write(out / "few.jsonl", texts), write(out / "wide.jsonl", wide_text())
+    if not (out / "tok-few").exists():
+        tokenizer = pretrain.train_tokenizer(
+            [str(own), str(wide)], "wordpiece", vocab_size=6000, lowercase=True
+        )
+        tokenizer.save(out / "tok-few")
+    began = time.process_time()
+    pretrain.train(
+        data={
+            "train": {str(own): 0.6, str(wide): 0.4},
+            "tokenizer": str(out / "tok-few"),
+            "row_length": 128,
+        },
+        model={
+            "family": "modernbert",
+            "size": "tiny",
+            "overrides": _size(6, 128) | {"classifier_pooling": "mean", "zero_init_outputs": True},
+        },
+        objective={"class_path": "MaskedLM", "init_args": {"rate": 0.3, "final_rate": 0.15}},
+        optim={
+            "name": "muon",
+            "lr": 3e-3,
+            "schedule": "wsd",
+            "decay": 0.5,
+            "min_lr": 0.0,
+        },
+        train={
+            "out": str(out / name),
+            "limit": f"{name.removeprefix('deep-')}e6 tokens",
+            "eval_every": "25%",
+            "eval_rows": 100,
+            "save_every": "0 steps",
+        },
+        parallel={"threads": 1},
+    )
+    seconds = round(time.process_time() - began)
+    (out / name / "cpu-seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
 def pre_train(name: str, out: Path) -> None:
@@ -381,6 +433,15 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
     if part == "selection":
         for task in TABLE[:-2]:
             yield _tune(task, model, watch="test")
+    if part == "encoder":
+        for seed, task in itertools.product(range(SEEDS), FEW_LABELS):
+            of = {"task": f"{task} 200", "seed": seed}
+            for millions in MILLIONS:
+                yield {"kind": "probe", "model": f"deep-{millions}", **of}
+                yield {"kind": "tune", "model": f"deep-{millions}", **of}
+            yield {"kind": "tfidf", "model": "deep-1", **of}
+        for seed, task in itertools.product(range(SEEDS), FEW_LABELS):
+            yield _tune(f"{task} 200", "deep-1", seed, scratch=True)
     if part.startswith("final"):  # final, or final1 and final2 for two processes
         yield from _final(model, {"final1": TABLE[::2], "final2": TABLE[1::2]}.get(part, TABLE))
     if part == "lora":
@@ -469,6 +530,43 @@ def table(model: str, out: Path) -> str:
     return "\n".join(rows)
 
 
+def encoder_table(out: Path) -> str:
+    """What few labels reach by how much the encoder has read, beside TF-IDF and training from scratch; draws it too."""
+    found: dict[tuple[str, str], list[float]] = {}
+    with open(out / "results.jsonl", encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            spec = line["spec"]
+            if spec["model"].startswith("deep") and "test" in line:
+                kind = "scratch" if spec.get("scratch") else spec["kind"]
+                millions = spec["model"].removeprefix("deep-") if kind in ("probe", "tune") else ""
+                found.setdefault((spec["task"], kind + millions), []).append(100 * line["test"])
+    rows = [
+        "| task, 200 labels | tokens read | CPU seconds | fine-tuned | probe | TF-IDF | scratch |"
+    ]
+    rows.append("|---|---:|---:|---:|---:|---:|---:|")
+    curves, references = [], {}
+    for task in FEW_LABELS:
+        of = {kind: scores for (name, kind), scores in found.items() if name == f"{task} 200"}
+        for millions in MILLIONS:
+            seconds = json.loads((out / f"deep-{millions}" / "cpu-seconds.json").read_text())
+            cells = [_mean(of.get(f"{kind}{millions}", [])) for kind in ("tune", "probe")]
+            cells += [_mean(of.get(kind, [])) for kind in ("tfidf", "scratch")]
+            rows.append(f"| {task} | {millions} M | {seconds:,} | {' | '.join(cells)} |")
+        for kind, word in (("tune", "fine-tuned"), ("probe", "probe")):
+            points = [(m, statistics.fmean(of[f"{kind}{m}"])) for m in MILLIONS]
+            curves.append(Series(f"{task}, {word}", points, dots=True))
+        references[f"{task}, TF-IDF"] = statistics.fmean(of["tfidf"])
+    picture = curve_svg(
+        curves,
+        title="accuracy in % with 200 labels",
+        x_label="million tokens read",
+        references=references,
+        log_x=True,
+    )
+    (Path(__file__).parent / "figures/encoder.svg").write_text(picture, encoding="utf-8")
+    return "\n".join(rows)
+
+
 def selection(model: str, out: Path) -> str:
     """What other choices among the evaluations of a run would have reached on the test rows, in %.
 
@@ -521,13 +619,16 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "pretrain":
         for name in args.names or CHECKPOINTS:
-            pre_train(name, args.out)
+            (pre_train_deep if name.startswith("deep") else pre_train)(name, args.out)
     elif args.what == "run":
         for part in args.names:
             for spec in grid(part):
                 run(spec, args.out, args.minilm)
     else:
         for model in args.names or ("mb128",):
+            if model == "encoder":
+                print(encoder_table(args.out))
+                continue
             print((table if args.what == "show" else selection)(model, args.out))
 
 

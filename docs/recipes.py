@@ -1,11 +1,14 @@
-"""Which settings suit own text that a run sees many times: the experiments behind "Small text" in training.md.
+"""Which settings suit own text that a run sees many times, and which rate suits which width: the experiments behind
+"Small text" and "A rate for every width" in training.md.
 
     python docs/recipes.py run screen                # one part at a time, books
     python docs/recipes.py run final                 # the recipe against the defaults
     python docs/recipes.py show screen final         # as tables
+    python docs/recipes.py run rates                 # five rates at three widths, AdamW and Muon
+    python docs/recipes.py show rates                # as a table, and docs/figures/rates-*.svg
 
-Every run takes the same number of steps, however little text there is: the number of epochs says how much. Data are
-looked for in PRETRAIN_TEST_DATA, everything is kept in ``--out``. Every run is one line of results.jsonl and is not
+Every run of a part takes the same number of steps, however little text there is: the number of epochs says how much.
+Data are looked for in PRETRAIN_TEST_DATA, everything is kept in ``--out``. Every run is one line of results.jsonl, not
 repeated, so that an interrupted experiment goes on where it stopped. Figures are held-out bits per byte.
 """
 
@@ -15,6 +18,7 @@ import argparse
 import contextlib
 import gzip
 import json
+import math
 import os
 import random
 import shutil
@@ -27,6 +31,7 @@ from unittest import mock
 
 import pretrain
 from pretrain.training import optim
+from pretrain.utils.curves import Series, curve_svg
 
 DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
 VOCAB, ROW, BATCH = 512, 256, 4
@@ -89,13 +94,14 @@ def run(spec: dict[str, Any], out: Path) -> None:
         return
     steps = spec.get("steps", STEPS)
     # About 2 bytes per token; the number of epochs that it gives is recorded.
-    size = round(2.0 * ROW * BATCH * steps / spec["epochs"])
+    batch = spec.get("batch", BATCH)
+    size = round(2.0 * ROW * batch * steps / spec["epochs"])
     train, valid, tokenizer = text_of(spec["corpus"], size, out)
     folder = out / f"trial-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.process_time()
     overrides = {
-        "num_layers": 4,
+        "num_layers": spec.get("layers", 4),
         "hidden_size": spec["width"],
         "num_heads": spec["width"] // 32,
         "tie_embeddings": True,
@@ -128,8 +134,8 @@ def run(spec: dict[str, Any], out: Path) -> None:
             train={
                 "out": str(folder),
                 "limit": f"{steps} steps",
-                "batch_rows": BATCH,
-                "eval_every": "33.4%",
+                "batch_rows": batch,
+                "eval_every": spec.get("eval_every", "33.4%"),
                 "save_every": "0 steps",
                 "best": False,
                 "seed": spec["seed"],
@@ -201,6 +207,30 @@ def _final() -> Iterator[dict[str, Any]]:
     yield _spec("gpt2", 128, "books", 5, 0, PARTS[6])
 
 
+# The same rates at every width, which shows where the best one moves.
+WIDTHS = (64, 128, 256)
+RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "muon": (0.005, 0.01, 0.02, 0.04, 0.08)}
+RATE_STEPS = {"adamw": 240, "muon": 120}  # of 512 tokens each
+
+
+def _rate(name: str, width: int, rate: float) -> dict[str, Any]:
+    """A run of the default family at one rate and width: AdamW as by default, Muon as the recipes have it."""
+    chosen = {"lr": rate} if name == "adamw" else MUON | {"muon_lr": rate}
+    return _spec("qwen3", width, "books", 1, 0, {"optim": chosen | {"warmup": 0.1}}) | {
+        "steps": RATE_STEPS[name],
+        "batch": 2,
+        "layers": 2,
+        "eval_every": "0 steps",
+    }
+
+
+def _rates() -> Iterator[dict[str, Any]]:
+    for name, rates in RATES.items():
+        for width in WIDTHS:
+            for rate in rates:
+                yield _rate(name, width, rate)
+
+
 def _spec(
     family: str, width: int, corpus: str, epochs: float, seed: int, part: dict[str, Any]
 ) -> dict[str, Any]:
@@ -209,7 +239,17 @@ def _spec(
     return of | part
 
 
-GRIDS = {"screen": _screen, "final": _final}
+GRIDS = {"screen": _screen, "final": _final, "rates": _rates}
+
+
+def bottom(points: list[tuple[float, float]]) -> float:
+    """The rate at which a parabola through the best point and its neighbours, over log rate, is lowest."""
+    best = min(range(len(points)), key=lambda k: points[k][1])
+    if best in (0, len(points) - 1):
+        return points[best][0]
+    (a, low), (b, mid), (c, high) = points[best - 1 : best + 2]
+    shift = 0.5 * (low - high) / (low - 2 * mid + high)
+    return b * math.sqrt(c / a) ** shift
 
 
 def table(name: str, out: Path) -> str:
@@ -241,6 +281,39 @@ def table(name: str, out: Path) -> str:
     return "\n".join(rows)
 
 
+def rates_table(out: Path) -> str:
+    """Held-out bits per byte by rate and width, with the rate at the bottom of each curve; draws the curves too.
+
+    Rates that have not been run at every width are left out.
+    """
+    found = {json.dumps(line["spec"], sort_keys=True): line["last"] for line in results(out)}
+    rows: list[str] = []
+    for name, every in RATES.items():
+        keys = {r: [json.dumps(_rate(name, w, r), sort_keys=True) for w in WIDTHS] for r in every}
+        rates = [rate for rate in every if all(key in found for key in keys[rate])]
+        if len(rates) < 3:
+            continue
+        rows += [
+            f"| {name}, width | {' | '.join(f'{rate:g}' for rate in rates)} | best |",
+            "|---:" * (len(rates) + 2) + "|",
+        ]
+        curves = []
+        for place, width in enumerate(WIDTHS):
+            points = [(rate, found[keys[rate][place]]) for rate in rates]
+            curves.append(Series(f"width {width}", points, dots=True))
+            cells = " | ".join(f"{value:.3f}" for _, value in points)
+            rows.append(f"| {width} | {cells} | {bottom(points):.2g} |")
+        rows.append("")
+        picture = curve_svg(
+            curves,
+            title=f"held-out bits per byte, {name}",
+            x_label="peak learning rate",
+            log_x=True,
+        )
+        (Path(__file__).parent / f"figures/rates-{name}.svg").write_text(picture, encoding="utf-8")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("run", "show"))
@@ -250,7 +323,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         if args.what == "show":
-            print(table(name, args.out))
+            print(rates_table(args.out) if name == "rates" else table(name, args.out))
         else:
             for spec in GRIDS[name]():
                 run(spec, args.out)

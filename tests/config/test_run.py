@@ -143,6 +143,7 @@ def test_file_dict_and_overrides(tmp_path: Path) -> None:
     assert (config.train.seed, config.train.limit) == (3, "10 minutes")
     assert RunConfig.load({"optim.lr": 1}).optim.lr == 1.0
     assert RunConfig.load({"optim": OptimConfig(lr=0.5)}).optim.lr == 0.5
+    assert RunConfig.load({"optim.lr": "auto"}).optim.lr == "auto"
     assert RunConfig.load({"data": None}).data == RunConfig().data
 
 
@@ -181,7 +182,7 @@ def test_sources_may_be_paths_and_prepared_data(tmp_path: Path) -> None:
         ({"train": {"lr": 1}}, ["'train.lr'", "'optim.lr'"]),
         ({"model.rope_theta": 64}, ["'model.rope_theta'", "model.overrides"]),
         ({"objective.rate": 0.1}, ["'objective.rate'", "objective.init_args"]),
-        ({"optim.lr": "fast"}, ["optim.lr", "a number", "'fast'"]),
+        ({"optim.lr": "fast"}, ["optim.lr", "a number or auto", "'fast'"]),
         ({"optim.lr": True}, ["optim.lr", "a number"]),
         ({"optim.lr": None}, ["optim.lr", "a number"]),
         ({"optim.lr": -1e-3}, ["optim.lr", "between"]),

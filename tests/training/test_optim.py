@@ -8,8 +8,10 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError
+from pretrain.models import build
+from pretrain.objectives import Objective
 from pretrain.training import optim
-from pretrain.training.optim import Muon, build_optimizers, orthogonalize
+from pretrain.training.optim import Muon, build_optimizers, orthogonalize, settled_lr
 
 CPU = torch.device("cpu")
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al., 2024, and of torch.optim.Muon
@@ -36,6 +38,21 @@ def _step(net: _Net, optimizers: object, seed: int) -> None:
     nn.functional.cross_entropy(net(x).flatten(0, 1), x.flatten()).backward()
     optimizers.step()  # type: ignore[attr-defined]
     optimizers.zero_grad()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [16, 128, 256, 4096])
+def test_the_automatic_rate_is_that_of_the_width(width: int) -> None:
+    """A fifth over the width, which is bounded for narrow models."""
+    heads = {"num_layers": 1, "num_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+    with torch.device("meta"):
+        goal = Objective(build("gpt2", None, hidden_size=width, max_positions=8, **heads))
+    found, reason = settled_lr(OptimConfig(lr="auto", eps=1e-6), goal)
+    assert found.eps == 1e-6 and f"width {width}" in reason
+    assert found.lr == pytest.approx(min(0.2 / width, 1e-2), rel=0.03)
+    muon, reason = settled_lr(OptimConfig(lr="auto", name="muon"), goal)
+    assert (muon.lr, muon.muon_lr) == (3e-3, OptimConfig.muon_lr) and "Muon" in reason
+    given = OptimConfig(lr=0.3)
+    assert settled_lr(given, goal) == (given, "")
 
 
 def test_decay_is_off_for_norms_biases_and_embeddings() -> None:

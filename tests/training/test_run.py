@@ -99,6 +99,23 @@ def test_changed_settings_are_named(tmp_path: Path, text: Path) -> None:
         pretrain.train(other)
 
 
+def test_the_automatic_rate_is_said_and_trains_as_the_same_number_does(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings(tmp_path, text)
+    pretrain.train(chosen, lr="auto")
+    said = capfd.readouterr().err
+    assert "adamw lr 0.0063 (auto: 0.2 / width 32, at most 0.01)" in said
+    pretrain.train(chosen, lr="auto", limit="8 steps")  # resumes
+    before = losses(tmp_path / "run")
+    pretrain.train(
+        settings(tmp_path, text, out=str(tmp_path / "number"), limit="6 steps"), lr=0.0063
+    )
+    assert losses(tmp_path / "number") == before[:6] and len(before) == 8
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.0063, was 'auto'"):
+        pretrain.train(chosen, lr=0.0063)
+
+
 def test_unknown_size_and_option_are_named(tmp_path: Path, text: Path) -> None:
     with pytest.raises(ConfigError, match="tiny"):
         pretrain.train(settings(tmp_path, text), model={"size": "tinny"})

@@ -300,6 +300,8 @@ class _Checker:
                 return None
             if len(kinds) == 1:
                 return self.value(key, value, kinds[0])
+            if float in kinds and isinstance(value, float):  # the error says what is wrong with it
+                return self.value(key, value, float)
             for kind in sorted(kinds, key=lambda kind: kind is not str):  # text stays text
                 with contextlib.suppress(ConfigError):
                     return self.value(key, value, kind)

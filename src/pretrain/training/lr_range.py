@@ -90,7 +90,7 @@ class _Rising(Trainer):
     def lr_factor(self) -> float:
         share = self.state.step / max(1, self.state.total_steps - 1)
         rate: float = self.lowest * (self.highest / self.lowest) ** share
-        return rate / self.optim.lr
+        return rate / float(self.optim.lr)
 
     def _after_step(self, record: dict[str, Any]) -> None:
         super()._after_step(record)

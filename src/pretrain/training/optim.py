@@ -8,6 +8,7 @@ decoupled here, like weight decay, but decays towards the loaded weights instead
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from pretrain.distributed.estimates import MATRICES_TOGETHER
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.nn.layout import local
+from pretrain.objectives.base import Objective
 
-__all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize"]
+__all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize", "settled_lr"]
 
 OPTIMIZERS = ("adamw", "muon")
 # Polar Express (arXiv 2505.16932): the odd polynomials of degree 5 that bring singular values from 1e-3 to 1 nearest to
@@ -36,6 +38,8 @@ _POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 _MARGIN = 1.02
+# The automatic rate of AdamW: this over the width, at most the highest; and the rate of what Muon leaves to it.
+_LR_OF_UNIT_WIDTH, _HIGHEST_LR, _LR_BESIDE_MUON = 0.2, 1e-2, 3e-3
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -307,6 +311,25 @@ class Optimizers:
             )
 
 
+def settled_lr(settings: OptimConfig, objective: Objective) -> tuple[OptimConfig, str]:
+    """Return the settings with a number for ``optim.lr: auto``, and its reason in words; others as they are.
+
+    The updates of Adam change every weight by about the learning rate, so the change of a layer's output grows with the
+    number of its inputs, and the best rate falls with the width, as muP has it (arXiv 2203.03466). The constant is that
+    of the runs in docs/training.md. An orthogonal update of Muon has the same norm at every width, and what is left to
+    AdamW beside it are embeddings, norms and biases, so both rates stay as they are in the recipes.
+    """
+    if settings.lr != "auto":
+        return settings, ""
+    width = objective.model.backbone.stats().hidden
+    if settings.name == "muon":
+        lr, reason = _LR_BESIDE_MUON, "beside Muon, at every width"
+    else:
+        lr = float(f"{min(_LR_OF_UNIT_WIDTH / width, _HIGHEST_LR):.2g}")
+        reason = f"{_LR_OF_UNIT_WIDTH:g} / width {width}, at most {_HIGHEST_LR:g}"
+    return dataclasses.replace(settings, lr=lr), f" (auto: {reason})"
+
+
 def build_optimizers(
     module: nn.Module,
     settings: OptimConfig,
@@ -364,7 +387,12 @@ def build_optimizers(
         fused = device.type in ("cpu", "cuda", "mps")
         adamw = _CautiousAdamW if settings.cautious else torch.optim.AdamW
         optimizers.append(
-            adamw(groups(rest, settings.lr), betas=settings.betas, eps=settings.eps, fused=fused)
+            adamw(
+                groups(rest, float(settings.lr)),
+                betas=settings.betas,
+                eps=settings.eps,
+                fused=fused,
+            )
         )
     if matrices:
         optimizers.append(

@@ -252,7 +252,7 @@ def describe(
         f"{steps:,} steps",
         f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x "
         f"{sizes.dp} rank{'s' * (sizes.dp > 1)}{micro}",
-        f"schedule {optim.schedule}, {optim.name} lr {optim.lr:g}"
+        f"schedule {optim.schedule}, {optim.name} lr {float(optim.lr):g}{trainer.lr_reason}"
         + (f", Muon lr {optim.muon_lr:g}" if optim.name == "muon" else "")
         + f", warm-up {optim.warmup:g}, limit {train.limit}"
         + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else "")

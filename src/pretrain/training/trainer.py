@@ -39,7 +39,7 @@ from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed, check_targets, hash_seed, to_device
 from pretrain.training.layers import Layers
 from pretrain.training.logging import Journal
-from pretrain.training.optim import Optimizers, build_optimizers
+from pretrain.training.optim import Optimizers, build_optimizers, settled_lr
 from pretrain.training.parallelize import enter_world, parallelize, run_lock
 from pretrain.training.plan import Plan, choose_micro_rows, mean_length
 from pretrain.training.precision import (
@@ -122,7 +122,8 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.objective, self.train_data = objective, train_data
-        self.optim, self.train = optim or OptimConfig(), train or TrainConfig()
+        self.optim, self.lr_reason = settled_lr(optim or OptimConfig(), objective)
+        self.train = train or TrainConfig()
         self.parallel = parallel or ParallelConfig()
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
         self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
@@ -400,7 +401,7 @@ class Trainer:
         return {
             "step": state.step,
             "loss": nll / count,
-            "lr": self.optim.lr * factor,
+            "lr": float(self.optim.lr) * factor,
             "grad_norm": grad_norm,
             "targets": count,
             "skipped": not finite,
@@ -568,7 +569,7 @@ class Trainer:
         state.scale = self.scaler.state()
         state.seconds = time.monotonic() - self._began
         self.journal.sync()
-        state.log, state.lr = self.journal.last, self.optim.lr
+        state.log, state.lr = self.journal.last, float(self.optim.lr)
         state.facts["peak_memory"] = max(
             peak_memory(self.device), state.facts.get("peak_memory", 0.0)
         )
