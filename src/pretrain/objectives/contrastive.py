@@ -47,6 +47,7 @@ class Contrastive(Objective):
     """
 
     couples_examples: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "image_to_text", "text_to_image")
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
@@ -184,6 +185,8 @@ class SigmoidContrastive(Contrastive):
     Raises:
         ModelError: the scores of the model have no bias: almost all decisions are "no", and would all begin wrong.
     """
+
+    figures: ClassVar[tuple[str, ...] | None] = Contrastive.figures
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)

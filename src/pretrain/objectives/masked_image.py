@@ -42,6 +42,7 @@ class MaskedImage(Objective):
     """
 
     head_kind: ClassVar[str | None] = "masked-image"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss",)
 
     def __init__(
         self,
