@@ -6,6 +6,7 @@ Weights are random everywhere (norms and biases too), so that no term can hide b
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -266,12 +267,17 @@ def compare(theirs: Any, ours: Model, batch: dict[str, Tensor]) -> tuple[float, 
     (a * direction).sum().backward()
     (b * direction).sum().backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    return relative(b.detach(), a.detach()), gradient_error(ours, wanted)
+
+
+def gradient_error(ours: Model, wanted: Mapping[str, Tensor]) -> float:
+    """Largest relative error of the gradient of any tensor, by its name on disk; others must have none."""
     grads = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in ours.named_parameters()
     }
-    found = {entry.disk: pack(entry, grads) for entry in ours.entries()}
+    found = {e.disk: pack(e, grads) for e in ours.entries() if e.memory[0] in grads}
     assert set(wanted) <= set(found), sorted(set(wanted) - set(found))
+    assert not any(bool(found[name].any()) for name in set(found) - set(wanted))
     floor = 1e-3 * max(float(g.abs().max()) for g in wanted.values())
-    worst = max(relative(found[name], grad, floor) for name, grad in wanted.items())
-    return relative(b.detach(), a.detach()), worst
+    return max(relative(found[name], grad, floor) for name, grad in wanted.items())

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from parity import test_vit
-from parity.cases import CASES, batch_of, build_theirs, compare, open_ours
+from parity import test_clip, test_resnet, test_siglip, test_vit, test_vit_mae
+from parity.cases import CASES, Case, batch_of, build_theirs, compare, open_ours
+from pretrain.objectives.contrastive import Contrastive, SigmoidContrastive
+
+
+def errors(case: Case, folder: Path) -> tuple[float, float]:
+    """Largest relative error of the outputs, and of the gradients."""
+    theirs = build_theirs(case)
+    theirs.save_pretrained(folder)
+    ours, _ = open_ours(folder)
+    match case.family:
+        case "vit":
+            return test_vit.differences(theirs, ours, test_vit.pixels(case))
+        case "vit_mae":
+            return test_vit_mae.differences(theirs, ours)
+        case "resnet":
+            return test_resnet.differences(theirs, ours)
+        case "clip":
+            batch = test_clip.batch_of("gelu")
+            return test_clip.differences(theirs, ours, Contrastive, batch)
+        case "siglip":
+            return test_clip.differences(theirs, ours, SigmoidContrastive, test_siglip.batch_of(14))
+        case _:
+            return compare(theirs, ours, batch_of(case))
 
 
 def main() -> None:
-    """One line per family, head and variant: largest relative error of logits and gradients, fp32."""
+    """One line per family, head and variant: largest relative error of outputs and gradients, fp32."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -21,21 +44,23 @@ def main() -> None:
     print(
         f"Against transformers {transformers.__version__}, fp32, random weights, rows padded on the right.\n"
     )
-    print("| family | head | variant | logits | gradients |\n|---|---|---|---|---|")
+    print("| family | head | variant | outputs | gradients |\n|---|---|---|---|---|")
     worst = [0.0, 0.0]
-    for case in (*CASES, *test_vit.CASES):
+    resnets = zip(test_resnet.KINDS, test_resnet.CASES, strict=True)
+    images = [
+        *test_vit.CASES,
+        *test_vit_mae.CASES,
+        *(replace(case, label=f"{case.label}/{kind}") for kind, case in resnets),
+        test_clip.case_of("gelu"),
+        Case("siglip/none", "Siglip", "SiglipModel", test_siglip.SIZES),
+    ]
+    for case in (*CASES, *images):
         with tempfile.TemporaryDirectory() as folder:
-            theirs = build_theirs(case)
-            theirs.save_pretrained(folder)
-            ours, _ = open_ours(Path(folder))
-            if case.family == "vit":
-                logits, grads = test_vit.differences(theirs, ours, test_vit.pixels(case))
-            else:
-                logits, grads = compare(theirs, ours, batch_of(case))
+            outputs, grads = errors(case, Path(folder))
         family, head, *variant = case.label.split("/")
-        print(f"| {family} | {head} | {''.join(variant)} | {logits:.1e} | {grads:.1e} |")
-        worst = [max(worst[0], logits), max(worst[1], grads)]
-    print(f"\nLargest: logits {worst[0]:.1e}, gradients {worst[1]:.1e}.")
+        print(f"| {family} | {head} | {''.join(variant)} | {outputs:.1e} | {grads:.1e} |")
+        worst = [max(worst[0], outputs), max(worst[1], grads)]
+    print(f"\nLargest: outputs {worst[0]:.1e}, gradients {worst[1]:.1e}.")
 
 
 if __name__ == "__main__":

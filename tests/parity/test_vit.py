@@ -10,11 +10,10 @@ import pytest
 import torch
 import transformers
 
-from parity.cases import Case, build_theirs, open_ours, relative, save_ours
+from parity.cases import Case, build_theirs, gradient_error, open_ours, relative, save_ours
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.models.names import pack
 
 TOLERANCE = 1e-5
 SIZES = {
@@ -85,15 +84,8 @@ def differences(theirs: Any, ours: Model, x: torch.Tensor) -> tuple[float, float
     for model, out in ((theirs, wanted), (ours, mine)):
         model.zero_grad()
         (out * direction).sum().backward()
-    grads = {
-        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in ours.named_parameters()
-    }
-    found = {entry.disk: pack(entry, grads) for entry in ours.entries()}
     named = {on_disk(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    assert named.keys() <= found.keys()
-    floor = 1e-3 * max(float(g.abs().max()) for g in named.values())
-    worst = max(relative(found[name], grad, floor) for name, grad in named.items())
-    return relative(mine.detach(), wanted.detach()), worst
+    return relative(mine.detach(), wanted.detach()), gradient_error(ours, named)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
