@@ -11,6 +11,7 @@ import pytest
 import pretrain
 from pretrain.cli import main as cli
 from pretrain.errors import ConfigError
+from pretrain.models import family_class
 from pretrain.models.config import SIZES
 from pretrain.training import sizes as module
 
@@ -33,6 +34,17 @@ def test_the_table_of_a_family() -> None:
     assert max(map(len, text.splitlines())) <= 80
     with pytest.raises(ConfigError, match="'gpt2'"):
         pretrain.sizes("gtp2")
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "clip"])
+def test_families_of_images_have_sizes_of_their_own(family: str) -> None:
+    found = pretrain.sizes(family)
+    assert [row.name for row in found.rows] == list(family_class(family).config_class.size_names())
+    model = pretrain.build(family, found.rows[0].name, device="meta")
+    assert found.rows[0].parameters == sum(p.numel() for p in model.parameters())
+    said = " ".join(str(found).split())
+    assert "images of 224 x 224 pixels" in said and "32 images in a forward pass." in said
+    assert "vocabulary" not in said and "WikiText" not in said
 
 
 def test_figures_are_those_that_were_measured(capsys: Any, monkeypatch: Any) -> None:

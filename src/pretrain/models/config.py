@@ -256,6 +256,11 @@ class BackboneConfig:
         return d * tables + self.num_layers * (attention + (3 if self.gated else 2) * d * inner)
 
     @classmethod
+    def size_names(cls) -> tuple[str, ...]:
+        """Return the names that ``from_size`` takes, smallest first."""
+        return tuple(SIZES)
+
+    @classmethod
     def from_size(cls: type[Self], name: str | None = None, **overrides: Any) -> Self:
         """Return the configuration of a named size, with any field overridden.
 

@@ -121,6 +121,10 @@ class ResNetConfig(BackboneConfig):
         super().validate()
 
     @classmethod
+    def size_names(cls) -> tuple[str, ...]:
+        return tuple(_DEPTHS)
+
+    @classmethod
     def from_size(cls: type[Self], name: str | None = None, **overrides: Any) -> Self:
         """Return the configuration of a depth (``"18"``) or of a named size, with any field overridden.
 

@@ -11,15 +11,16 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from pretrain.distributed.estimates import MeshShape, Needs, memory
-from pretrain.models import build
-from pretrain.models.config import SIZES
+from pretrain.models import build, own_family
 from pretrain.printing import aligned
 
 __all__ = ["Size", "Sizes", "sizes"]
 
-# The run that the estimate of the memory is for: AdamW, bf16 compute on a GPU, so many tokens per forward pass.
-_VOCABULARY, _ROW, _TOKENS = 8192, 512, 4096
+# The run that the estimate of the memory is for: AdamW, bf16 compute on a GPU, so many tokens or images at once.
+_VOCABULARY, _ROW, _TOKENS, _IMAGES = 8192, 512, 4096, 32
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Size:
     Attributes:
         name: value of ``model.size``.
         layers, width, heads: number of blocks, hidden size, heads of attention.
-        parameters: number of parameters with a vocabulary of 8,192 entries.
-        memory: estimated bytes at the peak of a step: AdamW, bf16 compute, 4,096 tokens in a forward pass.
+        parameters: number of parameters.
+        memory: estimated bytes at the peak of a step; ``Sizes.assumed`` says of which.
         seconds: seconds of one CPU thread per million tokens; None if not measured.
         loss: held-out loss (nats per target) after the tokens that ``Sizes.measured`` says; None if not measured.
     """
@@ -52,11 +53,13 @@ class Sizes:
     Attributes:
         family: name of the family.
         rows: the sizes, smallest first.
+        assumed: what parameters and memory are computed for.
         measured: how time and loss were measured.
     """
 
     family: str
     rows: tuple[Size, ...]
+    assumed: str
     measured: str
 
     def __str__(self) -> str:
@@ -73,11 +76,8 @@ class Sizes:
                     "not measured" if row.loss is None else f"{row.loss:.2f}",
                 )
             )
-        note = textwrap.wrap(
-            f"{self.family}, with a vocabulary of {_VOCABULARY:,}. Memory is an estimate: AdamW, bf16, {_TOKENS:,} "
-            f"tokens in a forward pass. {self.measured}",
-            80,
-        )
+        known = any(row.seconds is not None for row in self.rows)
+        note = textwrap.wrap(f"{self.family}, {self.assumed} {self.measured * known}", 80)
         return "\n".join([*aligned(lines, left=1), "", *note])
 
     __repr__ = __str__
@@ -97,18 +97,30 @@ def sizes(family: str) -> Sizes:
     """
     found = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
     figures = found["figures"].get(family, {})
-    rows = []
-    for name, (layers, width, heads) in SIZES.items():
-        model = build(family, name, device="meta", vocab_size=_VOCABULARY)
+    cls, rows = own_family(family), []
+    texts = cls.processor_class is None
+    inputs, passed = f"with a vocabulary of {_VOCABULARY:,}", f"{_TOKENS:,} tokens"
+    for name in cls.config_class.size_names():
+        model = build(family, name, device="meta", **({"vocab_size": _VOCABULARY} if texts else {}))
+        config, backbone = model.backbone.config, model.backbone
+        length, at_once = _ROW, _TOKENS
+        if not texts:
+            batch = backbone.random_batch(torch.Generator())
+            images, _, height, wide = batch["pixel_values"].shape
+            length = backbone.units(batch) // images
+            at_once = _IMAGES * length
+            inputs, passed = f"with images of {height} x {wide} pixels", f"{_IMAGES} images"
         count = sum(parameter.numel() for parameter in model.parameters())
         needs = Needs(
-            **vars(model.backbone.stats()),
+            **vars(backbone.stats()),
             parameters=count,
             trainable=count,
-            row_length=_ROW,
+            row_length=length,
             tied=bool(getattr(model.head, "tied", True)),
-            micro_tokens=_TOKENS,
+            micro_tokens=at_once,
         )
-        needed = memory(needs, MeshShape(), "single", _TOKENS).total
-        rows.append(Size(name, layers, width, heads, count, needed, **figures.get(name, {})))
-    return Sizes(family, tuple(rows), found["measured"])
+        needed = memory(needs, MeshShape(), "single", at_once).total
+        shape = (config.num_layers, config.hidden_size, config.num_heads)
+        rows.append(Size(name, *shape, count, needed, **figures.get(name, {})))
+    assumed = f"{inputs}. Memory is an estimate: AdamW, bf16, {passed} in a forward pass."
+    return Sizes(family, tuple(rows), assumed, found["measured"])
