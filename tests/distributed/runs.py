@@ -104,7 +104,7 @@ def train(
     before = trainer._step
 
     def step(batches: Any, *rest: Any) -> dict[str, Any]:
-        state, share = trainer.state, trainer.feed._mine
+        state, share = trainer.state, trainer.feed.share_rows
         place = state.rows + trainer.feed._first
         ledger[state.step] = [int(i) for i in trainer.feed._loader.indices(place, share)]
         return before(batches, *rest)
