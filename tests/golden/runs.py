@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import safe_open
@@ -87,6 +88,19 @@ PAIRS = [
     for size in SIZES
     for animal in ANIMALS
 ]
+
+
+def picture(number: int) -> dict[str, Any]:
+    """An image of 8 x 8 grey pixels, brighter on the left or on the right by its class."""
+    side = number % 2
+    pixels = [
+        [(number * 37 + x * 11 + y * 23) % 128 + 100 * (x // 4 == side) for x in range(8)]
+        for y in range(8)
+    ]
+    return {"image": np.array(pixels, np.uint8), "label": ("left", "right")[side]}
+
+
+PICTURES = [picture(number) for number in range(24)]
 
 # ------------------------------------------------------------------------------------------ the runs
 
@@ -224,6 +238,16 @@ RUNS: dict[str, GoldenRun] = {
         "classification", CLASSES, "bert", lora=2, dora=True, precision="bf16", slow=True
     ),
 }
+_SHARED = RUNS["gpt2"].settings
+RUNS["vit"] = GoldenRun(
+    {
+        **_SHARED,
+        "data": {"source": "images", "source_args": {"train": "pictures.npz", "channels": 1}},
+        "model": {"family": "vit", "size": "tiny", "overrides": SHAPE},
+        "objective": {"class_path": "ImageClassification"},
+    }
+)
+RUNS["image-classification"] = finetuning("image-classification", PICTURES, "vit")
 for _name, _parallel in MESHES.items():
     _options: dict[str, Any] = {"overrides": {"dropout": 0.1}, "parallel": _parallel}
     RUNS[_name] = pretraining("gpt2", processes=2, **_options)
@@ -247,6 +271,9 @@ def prepare_data(folder: Path) -> None:
     texts = folder / "texts.txt"
     if texts.exists():
         return
+    images = np.stack([row["image"] for row in PICTURES])
+    labels = np.array([row["label"] for row in PICTURES])
+    np.savez(folder / "pictures.npz", images=images, labels=labels)
     for name, kind, vocab_size in (("pieces", "wordpiece", 120), ("bytes", "bpe", 340)):
         texts.write_text("\n\n".join(TEXTS + TALKS) + "\n", encoding="utf-8")
         pretrain.prepare(
@@ -311,7 +338,12 @@ def _start(folder: Path, name: str, run: GoldenRun, hooks: list[Any]) -> None:
         )
         return
     settings = {section: dict(values) for section, values in run.settings.items()}
-    settings["data"]["train"] = str(folder / settings["data"]["train"])
+    data = settings["data"]
+    if "source" in data:
+        arguments = data["source_args"]
+        data["source_args"] = {**arguments, "train": str(folder / arguments["train"])}
+    else:
+        data["train"] = str(folder / data["train"])
     settings["train"]["out"] = out
     if "checkpoint" in settings["model"]:
         settings["model"]["checkpoint"] = str(folder / "runs" / settings["model"]["checkpoint"])
