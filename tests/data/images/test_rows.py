@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -79,6 +80,42 @@ def test_parts_of_a_folder(tmp_path: Path) -> None:
     assert parts_of(tmp_path) == ["test", "train", "valid"]
     sizes = [len(read_images(tmp_path, name=n)) for n in ("train", "validation", "test", "data")]
     assert sizes == [3, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "parts"),
+    [
+        ("train test masks __MACOSX", ["test", "train"]),
+        ("train val __MACOSX", ["train", "valid"]),
+        ("train masks", []),
+        ("test masks", []),
+        ("train training test", None),
+    ],
+)
+def test_parts_beside_other_folders(
+    folders: str, parts: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in folders.split():
+        png(tmp_path / name / "cat" / "1.png"), png(tmp_path / name / "dog" / "._2.png")
+    if parts is None:
+        with pytest.raises(DataError, match="two folders for one part, train and training"):
+            read_images(tmp_path)
+        return
+    assert parts_of(tmp_path) == parts
+    labels = read_images(tmp_path, name="train").columns["label"]
+    assert labels == (["cat"] if parts else sorted(folders.split()))
+    assert ("no parts: 'masks'" in capsys.readouterr().err) == ("masks" in folders and bool(parts))
+
+
+def test_links_are_followed_once_and_pipes_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png(tmp_path / "elsewhere" / "1.png"), png(tmp_path / "data" / "b" / "2.png")
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "loop").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "b" / "x.png")
+    assert read_images(tmp_path / "data").columns["label"] == ["a", "b"]
+    assert "1 entries are no regular files" in capsys.readouterr().err
 
 
 def test_arrays_of_a_file(tmp_path: Path) -> None:
@@ -198,6 +235,24 @@ def test_objects_in_memory() -> None:
         assert table.columns["label"] == [0, 1, 2]
     with pytest.raises(DataError, match="row 2 .*int 7 is no image|row 2 .*'7' is no image"):
         pictures(read_images([{"image": images[0]}, {"image": 7}]))
+
+
+@pytest.mark.parametrize("how", ["jsonl", "parquet", "frame", "memory"])
+def test_lists_of_other_values_than_bytes_are_refused(how: str, tmp_path: Path) -> None:
+    import pandas
+
+    good, path = [[[0, 1], [200, 255]]], tmp_path / f"rows.{how}"
+    for image in (np.full((2, 2), 0.5).tolist(), [[0, 300], [0, 0]], [[0, -1], [0, 0]]):
+        frame = pandas.DataFrame({"image": [*good, image], "label": [0, 1]})
+        if how == "jsonl":
+            frame.to_json(path, orient="records", lines=True)
+        elif how == "parquet":
+            frame.to_parquet(path)
+        source = {"frame": frame, "memory": frame.to_dict("records")}.get(how, path)
+        found = list(decoded(read_images(source), required=True))
+        if how != "parquet" or "0.5" not in str(image):  # all values of its columns have one type
+            assert np.asarray(found[0][1]).tolist() == good[0]
+        assert found[1][1] is None and "array * 255" in str(found[1][2])
 
 
 def test_broken_images_are_counted_by_cause_and_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,10 @@ def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
             )
         if len(found) > 1 and name == "data":
             note(f"{source}: the part {part!r} is used of {', '.join(found)}")
+        if part and path.is_dir() and name in ("train", "data"):
+            used = {folder.name for folder in found.values()}
+            if others := [n for n in _folders(path, sorted(os.listdir(path))) if n not in used]:
+                note(f"{path}: not read, because they are no parts: {shown(others, 4)}")
         table = _table(path, found[part or ""])
         if not len(table):
             raise DataError(f"{source} holds no images ({', '.join(sorted(SUFFIXES)[:6])}, ...).")
@@ -219,15 +223,24 @@ def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture |
         return Picture(path if folder is None or path.is_absolute() else folder / path, str(value))
     if isinstance(value, bytes | bytearray | memoryview):
         return Picture(bytes(value), f"the image in {table.where(i)}")
-    if isinstance(value, list):
+    if isinstance(value, list) or str(getattr(value, "dtype", "")) == "object":
         with contextlib.suppress(ValueError, OverflowError):
-            value = np.asarray(value, dtype=np.uint8)
+            value = _from_list(list(value))
     if hasattr(value, "getbands") or getattr(value, "ndim", 0) in (2, 3):
         return Picture(value, f"the image in {table.where(i)}")
     raise DataError(
         f"{table.where(i)}: {type(value).__name__} {str(value)[:40]!r} is no image. Give a path, the bytes of a file, "
         "an array (height, width, channels) or an image of Pillow."
     )
+
+
+def _from_list(value: list[Any]) -> NDArray[Any]:
+    """Return nested lists as an array; whole numbers from 0 to 255 become bytes, others keep their type."""
+    array = np.asarray(value)
+    if array.dtype == object:  # arrays of arrays, which frames hold
+        array = np.asarray([v.tolist() if hasattr(v, "tolist") else v for v in value])
+    whole = array.dtype.kind in "iu" and array.size > 0
+    return array.astype(np.uint8) if whole and array.min() >= 0 and array.max() <= 255 else array
 
 
 def _wrapped(source: Any) -> Any:
@@ -270,19 +283,38 @@ def _parts(path: Path) -> dict[str, Any]:
             inside = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-        folders = [name for name in inside if (path / name).is_dir()]
+        folders = _folders(path, inside)
         if {"dataset_info.json", "dataset_dict.json"} & set(inside):
             raise DataError(
                 f"{path} was saved by the datasets library: give datasets.load_from_disk(...) of it."
             )
-        if folders and all(name.lower() in _PARTS for name in folders):
-            return {_PARTS[name.lower()]: path / name for name in folders}
-        return {"": path}
+        found: dict[str, Path] = {}
+        named = [name for name in folders if name.lower() in _PARTS]
+        uses = {_PARTS[name.lower()] for name in named}
+        if not named or not (len(named) == len(folders) or ("train" in uses and len(uses) > 1)):
+            return {"": path}
+        for name in named:
+            other = found.setdefault(_PARTS[name.lower()], path / name)
+            if other.name != name:
+                raise DataError(
+                    f"{path} has two folders for one part, {other.name} and {name}. Keep one, or name the folder that "
+                    "is meant."
+                )
+        return found
     if path.suffix.lower() == ".npz":
         return _npz_parts(path)
     if _IDX.match(path.name):
         return {"": "idx"}
     return {"": "file"}
+
+
+def _folders(path: Path, names: Iterable[str]) -> list[str]:
+    """Return the folders among the names in a folder, without hidden ones and those that archives of macOS add."""
+    return [n for n in names if not _hidden(n) and (path / n).is_dir()]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _table(path: Path, part: Any) -> Table:
@@ -297,23 +329,35 @@ def _table(path: Path, part: Any) -> Table:
 
 def _folder(path: Path) -> Table:
     """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
-    found, others = list[Path](), list[str]()
-    for root, folders, files in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found, others, irregular = list[Path](), list[str](), list[str]()
+    visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
+    for root, folders, files in os.walk(path, followlinks=True):
+        at = os.stat(root)
+        if (at.st_dev, at.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((at.st_dev, at.st_ino))
+        folders[:] = sorted(name for name in folders if not _hidden(name))
         for name in sorted(files, key=_natural):
-            if Path(name).suffix.lower() in SUFFIXES:
-                found.append(Path(root, name))
-            elif not name.startswith("."):
+            if _hidden(name):
+                continue
+            if Path(name).suffix.lower() not in SUFFIXES:
                 others.append(name)
-    if others:
-        note(
-            f"{path}: {len(others):,} files are no images by their names and are left out: {shown(others, 4)}"
-        )
+            elif Path(root, name).is_file():
+                found.append(Path(root, name))
+            else:  # a pipe, which would block, or a link to nothing
+                irregular.append(name)
+    for names, what in (
+        (others, "files are no images by their names"),
+        (irregular, "entries are no regular files"),
+    ):
+        if names:
+            note(f"{path}: {len(names):,} {what} and are left out: {shown(names, 4)}")
     columns: dict[str, list[Any]] = {"image": [Picture(file, str(file)) for file in found]}
     inside = [file.relative_to(path).parts for file in found]
     if inside and all(len(parts) > 1 for parts in inside):
         columns["label"] = [parts[0] for parts in inside]
-        empty = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+        empty = set(_folders(path, os.listdir(path)))
         if empty := empty - set(columns["label"]):
             note(f"{path}: no images in {shown(sorted(empty), 4)}, so there is no such class")
     elif any(len(parts) > 1 for parts in inside):
