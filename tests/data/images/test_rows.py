@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
+from pretrain.data.images import rows as rows_of_images
 from pretrain.data.images.rows import (
     decoded,
     is_image_source,
@@ -288,6 +290,94 @@ def test_pixels_for_classical_methods(tmp_path: Path) -> None:
     assert vectors[2].min() == 1.0
     np.savez(tmp_path / "g.npz", images=RNG.integers(0, 256, (2, 9, 9), dtype=np.uint8))
     assert pixel_vectors(read_images(tmp_path / "g.npz"))[0][0][0].shape == (81,)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("sizes", [[(40, 90)], [(9, 9)], [(50, 10), (10, 50), (28, 28)]])
+def test_pixels_are_those_of_the_full_images(sizes: list[tuple[int, int]], mode: str) -> None:
+    images = [Image.fromarray(RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    images = [image.convert(mode) for image in images]
+    images[0] = images[0].convert("L")
+    grey = all(image.mode == "L" for image in images)
+    common = (min(32, sizes[0][0]), min(32, sizes[0][1])) if len(sizes) == 1 else (32, 32)
+    ((vectors, _),) = pixel_vectors(read_images({"image": images}))
+    for image, vector in zip(images, vectors, strict=True):
+        wanted = image.convert("L" if grey else "RGB").resize(common, Image.Resampling.BILINEAR)
+        assert np.array_equal(vector * np.float32(255), np.asarray(wanted, np.float32).ravel())
+
+
+def test_many_files_are_decoded_in_order_under_a_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for k in range(60):
+        png(tmp_path / f"{k}.png", value=k)
+    (tmp_path / "30.png").write_bytes(b"")
+    for most, told in ((100, False), (50, True)):
+        monkeypatch.setattr(rows_of_images, "_MANY", most)
+        found = list(decoded(read_images(tmp_path), required=True))
+        corners = [None if image is None else np.asarray(image)[0, 0, 0] for _, image, _ in found]
+        assert corners == [k if k != 30 else None for k in range(60)]
+        assert ("0/60" in capsys.readouterr().err) == told
+
+
+def write_member(path: Path, name: str, content: bytes) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("images.npy", b"no array", "cannot be read"),
+        ("images.txt", b"no array", "none called images"),
+        ("images.npy", (99999, 999, 999), "announces the shape"),
+        ("labels.npy", np.array(3), r"labels have the shape \(\)"),
+        ("class_names.npy", np.array("cat"), r"names of the classes have the shape \(\)"),
+    ],
+)
+def test_members_of_npz_files_that_cannot_be_right(
+    name: str, content: object, told: str, tmp_path: Path
+) -> None:
+    path, file = tmp_path / "a.npz", io.BytesIO()
+    if not name.startswith("images"):
+        np.savez(path, images=np.zeros((2, 4, 4), np.uint8))
+    if isinstance(content, tuple):
+        head = {"descr": "|u1", "fortran_order": False, "shape": content}
+        np.lib.format.write_array_header_1_0(file, head)
+    elif isinstance(content, np.ndarray):
+        np.save(file, content)
+    write_member(path, name, content if isinstance(content, bytes) else file.getvalue())
+    with pytest.raises(DataError, match=told):
+        read_images(path)
+
+
+def test_arrays_of_other_parts_are_no_columns(tmp_path: Path) -> None:
+    images, ages = np.zeros((2, 4, 4), np.uint8), np.arange(2)
+    names = ("train_images", "test_images", "train_labels", "test_labels")
+    np.savez(
+        tmp_path / "a.npz", age=ages, **dict(zip(names, (images, images, ages, ages), strict=True))
+    )
+    assert read_images(tmp_path / "a.npz", name="train").names == ["image", "label", "age"]
+
+
+def test_a_missing_file_is_named_with_its_row_after_the_search_for_duplicates(
+    tmp_path: Path,
+) -> None:
+    png(tmp_path / "1.png")
+    (tmp_path / "rows.csv").write_text("image,label\n1.png,a\nnone.png,b\n")
+    (tmp_path / "other.csv").write_text("image,label\nabsent.png,a\n")
+    train, other = (read_images(tmp_path / name) for name in ("rows.csv", "other.csv"))
+    train, other = (t.with_columns({**t.columns, "image": pictures(t)}, {}) for t in (train, other))
+    assert drop_duplicates(train, other, ["image"], "test")[1] == 0
+    with pytest.raises(DataError, match=r"line 3: there is no file .*Paths are relative"):
+        list(decoded(train, required=True))
+
+
+def test_a_path_with_a_null_character_is_no_file() -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_images("a\0.png")
+    ((_, image, told),) = decoded(read_images({"image": ["a\0.png"]}), required=False)
+    assert image is None and "null" in str(told)
 
 
 def test_chunks_of_a_folder_keep_the_names(tmp_path: Path) -> None:

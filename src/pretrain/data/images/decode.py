@@ -9,10 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +26,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-__all__ = ["SUFFIXES", "BrokenImage", "Picture", "Stored", "flat", "pillow", "to_channels"]
+__all__ = [
+    "SUFFIXES",
+    "BrokenImage",
+    "Picture",
+    "Stored",
+    "flat",
+    "in_threads",
+    "pillow",
+    "to_channels",
+]
+
+T, R = TypeVar("T"), TypeVar("R")
 
 # The decoders that may be used. That of EPS, for one, would run Ghostscript on the content of the file.
 _FORMATS = (
@@ -179,6 +194,27 @@ class Picture:
             raise BrokenImage(
                 self.name, "the file is damaged", f"it is damaged ({what})"
             ) from error
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield the results in order; Pillow decodes and scales without holding the interpreter's lock.
+
+    Few more are under way than there are threads, because decoded images are large.
+    """
+    count = min(16, os.cpu_count() or 1)
+    pool, waiting = _pool(os.getpid(), count), deque[Future[R]]()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > count + 2:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@cache
+def _pool(process: int, count: int) -> ThreadPoolExecutor:
+    """Return the threads of a process: one that was forked has none of those of its parent."""
+    return ThreadPoolExecutor(count, thread_name_prefix=f"pretrain-images-{process}")
 
 
 class Stored:
