@@ -37,7 +37,8 @@ __all__ = [
     "to_channels",
 ]
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 # The decoders that may be used. That of EPS, for one, would run Ghostscript on the content of the file.
 _FORMATS = (

@@ -23,7 +23,7 @@ from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Stored, 
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.printing import console
-from pretrain.utils.files import note
+from pretrain.utils.files import is_muted, note
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -204,8 +204,8 @@ def _read_all(
     held = pictures(table)
     files = any(p is not None and isinstance(p.source, bytes | str | Path) for p in held)
     found = (in_threads if files else map)(read, held)
-    few = len(held) < _MANY
-    with tqdm(total=len(held), unit="image", disable=few, leave=False, file=console()) as bar:
+    quiet = len(held) < _MANY or is_muted()
+    with tqdm(total=len(held), unit="image", disable=quiet, leave=False, file=console()) as bar:
         for i, (picture, result) in enumerate(zip(held, found, strict=True)):
             bar.update()
             yield i, picture, result
