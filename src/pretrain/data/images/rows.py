@@ -222,7 +222,7 @@ def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[
     def scaled(image: Image) -> dict[tuple[int, int], Image]:
         """Scale to both sizes that may be asked for, so that the full image need not be kept."""
         own = (min(image.width, _SMALL), min(image.height, _SMALL))
-        return {size: image.resize(size, 2) for size in (own, square)}
+        return {size: image.resize(size, 2) for size in dict.fromkeys((own, square))}
 
     found = [
         [(i, result[0]) for i, _, result in _read_all(table, scaled) if isinstance(result, tuple)]
