@@ -237,6 +237,9 @@ def test_objects_in_memory() -> None:
         assert table.columns["label"] == [0, 1, 2]
     with pytest.raises(DataError, match="row 2 .*int 7 is no image|row 2 .*'7' is no image"):
         pictures(read_images([{"image": images[0]}, {"image": 7}]))
+    for wrong in ([["a", "b"], ["c", "d"]], [[1, 2], [3]]):
+        with pytest.raises(DataError, match="is no image"):
+            pictures(read_images([{"image": wrong}]))
 
 
 @pytest.mark.parametrize("how", ["jsonl", "parquet", "frame", "memory"])

@@ -273,10 +273,16 @@ def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture |
 
 
 def _from_list(value: list[Any]) -> NDArray[Any]:
-    """Return nested lists as an array; whole numbers from 0 to 255 become bytes, others keep their type."""
+    """Return nested lists as an array; whole numbers from 0 to 255 become bytes, other numbers keep their type.
+
+    Raises:
+        ValueError: they hold something else than numbers, or rows of different lengths.
+    """
     array = np.asarray(value)
     if array.dtype == object:  # arrays of arrays, which frames hold
         array = np.asarray([v.tolist() if hasattr(v, "tolist") else v for v in value])
+    if array.dtype.kind not in "biuf":
+        raise ValueError
     whole = array.dtype.kind in "iu" and array.size > 0
     return array.astype(np.uint8) if whole and array.min() >= 0 and array.max() <= 255 else array
 
