@@ -215,7 +215,7 @@ class Finetuned:
         for weight, i, truth, answer in wrong[:count]:
             row = judged.row(i)
             inputs = [row[r.name] for r in self.task.roles if r.name in row and not r.target]
-            picture = next((x.thumbnail() for x in inputs if hasattr(x, "thumbnail")), None)
+            picture = next(map(_thumbnail, (x for x in inputs if hasattr(x, "thumbnail"))), None)
             mistakes.append({
                 "where": judged.where(i), "text": " | ".join(map(str, inputs)), "label": truth, "predicted": answer,
                 "score": weight, **({} if picture is None else {"picture": picture}),
@@ -286,6 +286,14 @@ class Finetuned:
             bullets(self.remarks),
             loss_svg(sort_records(self.run.history)) if self.run is not None else "",
         )
+
+
+def _thumbnail(image: Any) -> str | None:
+    """Return a small copy of an image; None if its file has been moved since."""
+    try:
+        return str(image.thumbnail())
+    except DataError:
+        return None
 
 
 def _where(run: Any) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "Record",
     "fsync_directory",
     "hash_file",
+    "is_muted",
     "muted",
     "note",
     "open_regular",
@@ -112,7 +113,7 @@ _MUTED: ContextVar[bool] = ContextVar("muted", default=False)
 
 def note(text: str) -> None:
     """Print one line to the console, unless `muted`; see `console` and `printable`."""
-    if not _MUTED.get():
+    if not is_muted():
         print(printable(text), file=console(), flush=True)
 
 
@@ -124,6 +125,11 @@ def muted(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _MUTED.reset(token)
+
+
+def is_muted() -> bool:
+    """Return whether the output of `note`, and with it that of progress, is suppressed."""
+    return _MUTED.get()
 
 
 # ------------------------------------------------------------------------------------------------ reading

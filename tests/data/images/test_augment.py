@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,8 +13,9 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from pretrain.data.images import ImageProcessor
+from pretrain.data.images import ImageProcessor, Picture, augment
 from pretrain.data.images.augment import Augmentation, crop_box
+from pretrain.data.images.decode import Stored, in_threads
 from pretrain.data.loader import row_rng
 from pretrain.errors import ConfigError
 
@@ -72,3 +75,27 @@ def test_other_positions_are_changed_otherwise() -> None:
 def test_what_is_out_of_range_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Augmentation(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("side", "wide"), [(200, True), (20, False)])
+def test_threads_depend_on_the_size_of_the_pictures(
+    side: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def counted(function: Any, items: Any) -> Any:
+        used.append(True)
+        return in_threads(function, items)
+
+    monkeypatch.setattr(augment, "in_threads", counted)
+    held = [Stored(Picture(image, "it"), image) for image in [picture(side, side)] * 3]
+    found = Augmentation().values(held, SIZE, [], evaluation=True)
+    alone = Augmentation().values(held[:1], SIZE, [], evaluation=True)
+    assert (
+        bool(used) == wide and found.shape == (3, 3, 10, 10) and np.array_equal(found[1], alone[0])
+    )
+    used.clear()
+    Augmentation().values(
+        [Stored(Picture(np.asarray(picture()), "it"), None)], SIZE, [], evaluation=True
+    )
+    assert used  # how large it is is not known before it has been decoded

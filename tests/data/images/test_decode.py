@@ -69,6 +69,19 @@ def test_16_bits_are_scaled_and_not_cut_off() -> None:
         read(stored(Image.fromarray(array.astype(np.float32)), "TIFF"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "high", "told"),
+    [(np.int32, 199, "read as 8"), (np.uint16, 255, "read as 8"), (np.uint16, 4000, "dark"), (np.uint16, 9000, None)],
+)  # fmt: skip
+def test_wide_types_of_few_values_are_told(kind: Any, high: int, told: str | None) -> None:
+    array = np.array([[0, 1], [high // 2, high]], kind)
+    given = [stored(Image.fromarray(array), "TIFF"), Image.fromarray(array)]
+    for source in given + [array] * (kind is np.uint16):
+        image, remark = Picture(source, "it").read()
+        assert np.array_equal(np.asarray(image), array >> 8 if high > 255 else array)
+        assert (told or "") in (remark or "") and bool(told) == bool(remark)
+
+
 def test_a_photo_is_turned_upright() -> None:
     image = Image.new("RGB", (6, 4))
     image.putpixel((0, 0), (255, 0, 0))
@@ -76,6 +89,24 @@ def test_a_photo_is_turned_upright() -> None:
     exif[0x0112] = 6  # a quarter turn
     turned = read(stored(image, "PNG", exif=exif))
     assert turned.size == (4, 6) and turned.getpixel((3, 0)) == (255, 0, 0)
+    opened = Image.open(io.BytesIO(stored(image, "PNG", exif=exif)))
+    assert np.array_equal(np.asarray(read(opened)), np.asarray(turned))
+
+
+def test_an_image_of_pillow_that_is_cut_off_is_refused_by_name() -> None:
+    content = stored(RED.resize((200, 200)), "JPEG")[:900]
+    assert Picture(Image.open(io.BytesIO(content)), "it").digest
+    with pytest.raises(BrokenImage, match="it cannot be read"):
+        read(Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("shape", [(1, 6000), (6000, 1), (3, 301)])
+def test_narrow_images_are_refused(shape: tuple[int, int]) -> None:
+    array = np.zeros(shape, np.uint8)
+    for source in (array, stored(Image.fromarray(array)), Image.fromarray(array)):
+        with pytest.raises(BrokenImage, match="100 times as long"):
+            read(source)
+    assert read(np.zeros((3, 300), np.uint8)).size == (300, 3)
 
 
 def test_of_an_animation_the_first_frame_is_read_and_said() -> None:
@@ -168,7 +199,7 @@ def test_a_missing_file_and_a_missing_pillow_are_named(
 
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ConfigError, match=r"pip install pillow"):
+    with pytest.raises(ConfigError, match="pip install pillow"):
         read(stored_before)
 
 
@@ -184,6 +215,13 @@ def test_content_tells_images_apart(tmp_path: Path) -> None:
         Picture(np.zeros((6, 4), np.uint8), "c").digest
         != Picture(np.zeros((4, 6), np.uint8), "c").digest
     )
+
+
+def test_the_colours_of_palettes_tell_images_apart() -> None:
+    blue = Image.new("RGB", RED.size, (0, 0, 255))
+    one, two = (Picture(image.quantize(2), "it") for image in (RED, blue))
+    assert np.array_equal(np.asarray(one.source), np.asarray(two.source))
+    assert one.digest != two.digest and one.digest == Picture(RED, "it").digest
 
 
 def test_a_decoded_image_may_be_kept_or_read_again() -> None:

@@ -145,6 +145,14 @@ def test_older_files_and_files_of_processors_are_read(tmp_path: Path) -> None:
         ({"rescale_factor": "a"}, "rescale_factor"),
         ({"do_center_crop": True}, "crop_size"),
         ({"image_processor_type": "Mask2FormerImageProcessor"}, "Mask2Former"),
+        *(({"resample": value}, "resample is") for value in ("bicubic", [], 2.7, True, 10**400)),
+        ({"kind": "ViTImageProcessor"}, "the key 'kind'"),
+        ({"self": 1}, "the key 'self'"),
+        ({"do_resize": "false"}, "do_resize is 'false'"),
+        ({"rescale_factor": True}, "rescale_factor is True"),
+        ({"rescale_factor": 10**400}, "rescale_factor is"),
+        ({"image_mean": [True, 1, 1]}, "image_mean is"),
+        *(({"crop_pct": value}, "crop_pct is") for value in (1e-9, 1.5)),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
+from pretrain.data.images import rows as rows_of_images
 from pretrain.data.images.rows import (
     decoded,
     is_image_source,
@@ -79,6 +82,42 @@ def test_parts_of_a_folder(tmp_path: Path) -> None:
     assert parts_of(tmp_path) == ["test", "train", "valid"]
     sizes = [len(read_images(tmp_path, name=n)) for n in ("train", "validation", "test", "data")]
     assert sizes == [3, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "parts"),
+    [
+        ("train test masks __MACOSX", ["test", "train"]),
+        ("train val __MACOSX", ["train", "valid"]),
+        ("train masks", []),
+        ("test masks", []),
+        ("train training test", None),
+    ],
+)
+def test_parts_beside_other_folders(
+    folders: str, parts: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in folders.split():
+        png(tmp_path / name / "cat" / "1.png"), png(tmp_path / name / "dog" / "._2.png")
+    if parts is None:
+        with pytest.raises(DataError, match="two folders for one part, train and training"):
+            read_images(tmp_path)
+        return
+    assert parts_of(tmp_path) == parts
+    labels = read_images(tmp_path, name="train").columns["label"]
+    assert labels == (["cat"] if parts else sorted(folders.split()))
+    assert ("no parts: 'masks'" in capsys.readouterr().err) == ("masks" in folders and bool(parts))
+
+
+def test_links_are_followed_once_and_pipes_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png(tmp_path / "elsewhere" / "1.png"), png(tmp_path / "data" / "b" / "2.png")
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "loop").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "b" / "x.png")
+    assert read_images(tmp_path / "data").columns["label"] == ["a", "b"]
+    assert "1 entries are no regular files" in capsys.readouterr().err
 
 
 def test_arrays_of_a_file(tmp_path: Path) -> None:
@@ -198,6 +237,27 @@ def test_objects_in_memory() -> None:
         assert table.columns["label"] == [0, 1, 2]
     with pytest.raises(DataError, match="row 2 .*int 7 is no image|row 2 .*'7' is no image"):
         pictures(read_images([{"image": images[0]}, {"image": 7}]))
+    for wrong in ([["a", "b"], ["c", "d"]], [[1, 2], [3]]):
+        with pytest.raises(DataError, match="is no image"):
+            pictures(read_images([{"image": wrong}]))
+
+
+@pytest.mark.parametrize("how", ["jsonl", "parquet", "frame", "memory"])
+def test_lists_of_other_values_than_bytes_are_refused(how: str, tmp_path: Path) -> None:
+    import pandas
+
+    good, path = [[[0, 1], [200, 255]]], tmp_path / f"rows.{how}"
+    for image in (np.full((2, 2), 0.5).tolist(), [[0, 300], [0, 0]], [[0, -1], [0, 0]]):
+        frame = pandas.DataFrame({"image": [*good, image], "label": [0, 1]})
+        if how == "jsonl":
+            frame.to_json(path, orient="records", lines=True)
+        elif how == "parquet":
+            frame.to_parquet(path)
+        source = {"frame": frame, "memory": frame.to_dict("records")}.get(how, path)
+        found = list(decoded(read_images(source), required=True))
+        if how != "parquet" or "0.5" not in str(image):  # all values of its columns have one type
+            assert np.asarray(found[0][1]).tolist() == good[0]
+        assert found[1][1] is None and "array * 255" in str(found[1][2])
 
 
 def test_broken_images_are_counted_by_cause_and_named(tmp_path: Path) -> None:
@@ -233,6 +293,94 @@ def test_pixels_for_classical_methods(tmp_path: Path) -> None:
     assert vectors[2].min() == 1.0
     np.savez(tmp_path / "g.npz", images=RNG.integers(0, 256, (2, 9, 9), dtype=np.uint8))
     assert pixel_vectors(read_images(tmp_path / "g.npz"))[0][0][0].shape == (81,)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("sizes", [[(40, 90)], [(9, 9)], [(50, 10), (10, 50), (28, 28)]])
+def test_pixels_are_those_of_the_full_images(sizes: list[tuple[int, int]], mode: str) -> None:
+    images = [Image.fromarray(RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    images = [image.convert(mode) for image in images]
+    images[0] = images[0].convert("L")
+    grey = all(image.mode == "L" for image in images)
+    common = (min(32, sizes[0][0]), min(32, sizes[0][1])) if len(sizes) == 1 else (32, 32)
+    ((vectors, _),) = pixel_vectors(read_images({"image": images}))
+    for image, vector in zip(images, vectors, strict=True):
+        wanted = image.convert("L" if grey else "RGB").resize(common, Image.Resampling.BILINEAR)
+        assert np.array_equal(vector * np.float32(255), np.asarray(wanted, np.float32).ravel())
+
+
+def test_many_files_are_decoded_in_order_under_a_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for k in range(60):
+        png(tmp_path / f"{k}.png", value=k)
+    (tmp_path / "30.png").write_bytes(b"")
+    for most, told in ((100, False), (50, True)):
+        monkeypatch.setattr(rows_of_images, "_MANY", most)
+        found = list(decoded(read_images(tmp_path), required=True))
+        corners = [None if image is None else np.asarray(image)[0, 0, 0] for _, image, _ in found]
+        assert corners == [k if k != 30 else None for k in range(60)]
+        assert ("0/60" in capsys.readouterr().err) == told
+
+
+def write_member(path: Path, name: str, content: bytes) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("images.npy", b"no array", "cannot be read"),
+        ("images.txt", b"no array", "none called images"),
+        ("images.npy", (99999, 999, 999), "announces the shape"),
+        ("labels.npy", np.array(3), r"labels have the shape \(\)"),
+        ("class_names.npy", np.array("cat"), r"names of the classes have the shape \(\)"),
+    ],
+)
+def test_members_of_npz_files_that_cannot_be_right(
+    name: str, content: object, told: str, tmp_path: Path
+) -> None:
+    path, file = tmp_path / "a.npz", io.BytesIO()
+    if not name.startswith("images"):
+        np.savez(path, images=np.zeros((2, 4, 4), np.uint8))
+    if isinstance(content, tuple):
+        head = {"descr": "|u1", "fortran_order": False, "shape": content}
+        np.lib.format.write_array_header_1_0(file, head)
+    elif isinstance(content, np.ndarray):
+        np.save(file, content)
+    write_member(path, name, content if isinstance(content, bytes) else file.getvalue())
+    with pytest.raises(DataError, match=told):
+        read_images(path)
+
+
+def test_arrays_of_other_parts_are_no_columns(tmp_path: Path) -> None:
+    images, ages = np.zeros((2, 4, 4), np.uint8), np.arange(2)
+    names = ("train_images", "test_images", "train_labels", "test_labels")
+    np.savez(
+        tmp_path / "a.npz", age=ages, **dict(zip(names, (images, images, ages, ages), strict=True))
+    )
+    assert read_images(tmp_path / "a.npz", name="train").names == ["image", "label", "age"]
+
+
+def test_a_missing_file_is_named_with_its_row_after_the_search_for_duplicates(
+    tmp_path: Path,
+) -> None:
+    png(tmp_path / "1.png")
+    (tmp_path / "rows.csv").write_text("image,label\n1.png,a\nnone.png,b\n")
+    (tmp_path / "other.csv").write_text("image,label\nabsent.png,a\n")
+    train, other = (read_images(tmp_path / name) for name in ("rows.csv", "other.csv"))
+    train, other = (t.with_columns({**t.columns, "image": pictures(t)}, {}) for t in (train, other))
+    assert drop_duplicates(train, other, ["image"], "test")[1] == 0
+    with pytest.raises(DataError, match=r"line 3: there is no file .*Paths are relative"):
+        list(decoded(train, required=True))
+
+
+def test_a_path_with_a_null_character_is_no_file() -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_images("a\0.png")
+    ((_, image, told),) = decoded(read_images({"image": ["a\0.png"]}), required=False)
+    assert image is None and "null" in str(told)
 
 
 def test_chunks_of_a_folder_keep_the_names(tmp_path: Path) -> None:

@@ -7,16 +7,13 @@ images of a batch nor on the number of workers, and a resumed run draws the same
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import Picture, Stored, pillow, to_channels
+from pretrain.data.images.decode import Picture, Stored, in_threads, pillow, to_channels
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,14 +104,16 @@ class Augmentation:
                 return processor.values(processor.fitted(image))
             return processor.values(self(image, processor, rngs[i]))
 
-        # Pillow decodes and scales without holding the interpreter's lock, which pays for images of some size.
-        wide = math.prod(processor.size or (0, 0)) >= _LARGE
-        return np.stack(list((_threads().map if wide else map)(one, range(len(held)))))
+        # Threads pay for images of some size, before or after scaling.
+        wide = max(map(_pixels, held), default=0) >= _LARGE
+        wide = wide or math.prod(processor.size or (0, 0)) >= _LARGE
+        return np.stack(list((in_threads if wide else map)(one, range(len(held)))))
 
 
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pretrain-images")
+def _pixels(given: Any) -> int:
+    """Return the number of pixels of an image; that of a large one if it has not been decoded."""
+    array = given.pixels if isinstance(given, Stored) else given
+    return math.prod(array.shape[:2]) if isinstance(array, np.ndarray) else _LARGE
 
 
 def crop_box(

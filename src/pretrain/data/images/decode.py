@@ -9,10 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +26,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-__all__ = ["SUFFIXES", "BrokenImage", "Picture", "Stored", "flat", "pillow", "to_channels"]
+__all__ = [
+    "SUFFIXES",
+    "BrokenImage",
+    "Picture",
+    "Stored",
+    "flat",
+    "in_threads",
+    "pillow",
+    "to_channels",
+]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # The decoders that may be used. That of EPS, for one, would run Ghostscript on the content of the file.
 _FORMATS = (
@@ -48,6 +64,7 @@ SUFFIXES = frozenset(
     }
 )  # fmt: skip
 _MOST_PIXELS = 1 << 26  # 8,192 x 8,192; a small file may claim, and decode to, any number
+_NARROWEST = 100  # longer side of an image, in units of the shorter
 
 
 def pillow() -> Any:
@@ -96,13 +113,21 @@ class Picture:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the content: the bytes of the file, or shape, type and values of the array."""
+        """SHA-256 over the content: the bytes of the file, or shape, type and values of the array or decoded image.
+
+        One that cannot be read has that of its path or name: ``read`` says what is wrong with it.
+        """
         source = self.source
-        if isinstance(source, bytes):
-            return hashlib.sha256(source).hexdigest()
-        if isinstance(source, str | Path):
-            return hashlib.sha256(self._bytes()).hexdigest()
-        array = np.ascontiguousarray(source)
+        try:
+            if isinstance(source, bytes):
+                return hashlib.sha256(source).hexdigest()
+            if isinstance(source, str | Path):
+                return hashlib.sha256(self._bytes()).hexdigest()
+            # The values of a palette are no colours, so an image of Pillow is compared as it is read.
+            array = np.ascontiguousarray(self.read()[0] if hasattr(source, "getbands") else source)
+        except BrokenImage:
+            called = source if isinstance(source, str | Path) else self.name
+            return hashlib.sha256(f"unreadable {called}".encode("utf-8", "replace")).hexdigest()
         head = f"{array.dtype.str} {array.shape} ".encode()
         return hashlib.sha256(head + array.tobytes()).hexdigest()
 
@@ -117,8 +142,8 @@ class Picture:
     def _bytes(self) -> bytes:
         try:
             return Path(self.source).read_bytes()
-        except OSError as error:
-            why = error.strerror or str(error)
+        except (OSError, ValueError) as error:  # the latter of a path with a null character
+            why = getattr(error, "strerror", None) or str(error)
             raise BrokenImage(self.name, why[0].lower() + why[1:]) from error
 
     def read(self) -> tuple[Image, str | None]:
@@ -134,31 +159,30 @@ class Picture:
             content = self.source if isinstance(self.source, bytes) else self._bytes()
             return self._decoded(content)
         if hasattr(self.source, "getbands"):
-            return flat(self.source, self.name), None
-        return flat(_from_array(np.asarray(self.source), self.name), self.name), None
+            return self._decoded(None)
+        image, remark = _from_array(np.asarray(self.source), self.name)
+        _check_size(image, self.name)
+        return flat(image, self.name)[0], remark
 
-    def _decoded(self, content: bytes) -> tuple[Image, str | None]:
-        if not content:
+    def _decoded(self, content: bytes | None) -> tuple[Image, str | None]:
+        """Decode the bytes of a file, or with None the image of Pillow, whose file may not have been read yet."""
+        if content is not None and not content:
             raise BrokenImage(self.name, "the file is empty")
         module = pillow()
         module.init()
         known = [name for name in _FORMATS if name in module.OPEN]
         try:
-            image = module.open(io.BytesIO(content), formats=known)
-            pixels = image.width * image.height
-            if pixels > _MOST_PIXELS:
-                raise BrokenImage(
-                    self.name,
-                    "too many pixels",
-                    f"it has {image.width:,} x {image.height:,} pixels, and at most {_MOST_PIXELS:,} are decoded, "
-                    "because a small file that claims so many would fill the memory. Scale it down first",
-                )
-            remark = None
+            image = self.source
+            if content is not None:
+                image = module.open(io.BytesIO(content), formats=known)
+            _check_size(image, self.name)
+            frames = None
             # The further pictures of an MPO file are previews, which cameras add.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                remark = "several frames or pages, of which the first is read"
+            if content and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                frames = "several frames or pages, of which the first is read"
             image.load()
-            return flat(_upright(image), self.name), remark
+            decoded, remark = flat(_upright(image), self.name)
+            return decoded, "; ".join(filter(None, (frames, remark))) or None
         except DataError:
             raise
         except module.DecompressionBombError as error:
@@ -171,6 +195,27 @@ class Picture:
             raise BrokenImage(
                 self.name, "the file is damaged", f"it is damaged ({what})"
             ) from error
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield the results in order; Pillow decodes and scales without holding the interpreter's lock.
+
+    Few more are under way than there are threads, because decoded images are large.
+    """
+    count = min(16, os.cpu_count() or 1)
+    pool, waiting = _pool(os.getpid(), count), deque[Future[R]]()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > count + 2:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@cache
+def _pool(process: int, count: int) -> ThreadPoolExecutor:
+    """Return the threads of a process: one that was forked has none of those of its parent."""
+    return ThreadPoolExecutor(count, thread_name_prefix=f"pretrain-images-{process}")
 
 
 class Stored:
@@ -197,6 +242,28 @@ class Stored:
         return np.asarray(self.image(), dtype=dtype)
 
 
+def _check_size(image: Image, name: str) -> None:
+    """Refuse images of very many pixels, and those so narrow that scaling the short side makes the other huge.
+
+    Raises:
+        BrokenImage: it is one of them.
+    """
+    size = f"it has {image.width:,} x {image.height:,} pixels"
+    if image.width * image.height > _MOST_PIXELS:
+        raise BrokenImage(
+            name,
+            "too many pixels",
+            f"{size}, and at most {_MOST_PIXELS:,} are decoded, because a small file that claims so many would fill "
+            "the memory. Scale it down first",
+        )
+    if max(image.size) > _NARROWEST * min(image.size):
+        raise BrokenImage(
+            name,
+            "too narrow",
+            f"{size}, and one side may be at most {_NARROWEST} times as long as the other",
+        )
+
+
 def _upright(image: Image) -> Image:
     """Apply the orientation that cameras write beside the pixels."""
     from PIL import ImageOps
@@ -204,8 +271,8 @@ def _upright(image: Image) -> Image:
     return ImageOps.exif_transpose(image)
 
 
-def _from_array(array: NDArray[Any], name: str) -> Image:
-    """Return an image of an array (H, W), (H, W, C) or (C, H, W) of bytes, C 1, 3 or 4.
+def _from_array(array: NDArray[Any], name: str) -> tuple[Image, str | None]:
+    """Return an image of an array (H, W), (H, W, C) or (C, H, W) of bytes, C 1, 3 or 4, and a remark on its values.
 
     Raises:
         DataError: another shape or type.
@@ -224,34 +291,48 @@ def _from_array(array: NDArray[Any], name: str) -> Image:
             f"it is an array of the shape {array.shape}; an image has the shape (height, width), or (height, width, "
             "channels) with 1, 3 or 4 channels",
         )
+    remark = None
     if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
+        array, remark = _narrowed(array, name)
     if array.dtype != np.uint8:
+        advice = "values from 0 to 1 become that by (array * 255).round().astype('uint8')"
         raise BrokenImage(
             name,
-            "the values are no bytes",
-            f"it is an array of {array.dtype}; the values of an image are whole numbers from 0 to 255 (uint8). Values "
-            "from 0 to 1 become that by (array * 255).round().astype('uint8')",
+            f"the values are no whole numbers from 0 to 255 (uint8); {advice}",
+            f"it is an array of {array.dtype}; the values of an image are whole numbers from 0 to 255 (uint8), and "
+            f"{advice}",
         )
-    image: Image = pillow().fromarray(np.ascontiguousarray(array))
-    return image
+    return _as_image(np.ascontiguousarray(array)), remark
 
 
-def flat(image: Image, name: str = "the image") -> Image:
-    """Return the image in mode ``L`` or ``RGB``: 16 bits become 8, and what is transparent becomes white.
+def _narrowed(values: NDArray[Any], name: str) -> tuple[NDArray[np.uint8], str | None]:
+    """Return values of 16 or 32 bits as bytes, and a remark if nothing says which of the bits are used.
+
+    Raises:
+        BrokenImage: the values are below 0 or exceed 16 bits.
+    """
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < 0 or high > 65535:
+        raise BrokenImage(
+            name,
+            "the values exceed 16 bits",
+            f"it holds values from {low} to {high}. Convert it to 8 bits first",
+        )
+    if high <= 255:
+        return values.astype(np.uint8), "values up to 255 in more than 8 bits, which are read as 8"
+    remark = "16 bits of which at most 12 are used, so it is read as dark; scale the values first"
+    return (values.astype(np.int64) >> 8).astype(np.uint8), remark if high < 4096 else None
+
+
+def flat(image: Image, name: str = "the image") -> tuple[Image, str | None]:
+    """Return the image in mode ``L`` or ``RGB``, and a remark: 16 bits become 8, and what is transparent white.
 
     Raises:
         DataError: the values are floating-point numbers, or exceed 16 bits.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.size and (int(values.min()) < 0 or int(values.max()) > 65535):
-            raise BrokenImage(
-                name,
-                "the values exceed 16 bits",
-                f"it holds values from {values.min()} to {values.max()}. Convert it to 8 bits first",
-            )
-        return _as_image((values.astype(np.int64) >> 8).astype(np.uint8))
+        values, remark = _narrowed(np.asarray(image), name)
+        return _as_image(values), remark
     if image.mode == "F":
         raise BrokenImage(
             name,
@@ -263,8 +344,8 @@ def flat(image: Image, name: str = "the image") -> Image:
         white = pillow().new("RGBA", full.size, (255, 255, 255, 255))
         image = pillow().alpha_composite(white, full).convert("RGB")
     if image.mode in ("1", "L"):
-        return image.convert("L")
-    return image.convert("RGB")
+        return image.convert("L"), None
+    return image.convert("RGB"), None
 
 
 def _as_image(array: NDArray[np.uint8]) -> Image:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -128,7 +127,7 @@ class ImageProcessor:
 
     file_name: ClassVar[str] = _FILE
 
-    def __init__(self, kind: str = "ViTImageProcessor", **settings: Any) -> None:
+    def __init__(self, kind: str = "ViTImageProcessor", /, **settings: Any) -> None:
         name = kind.replace("FeatureExtractor", "ImageProcessor")
         name = name.removesuffix("Fast").removesuffix("Pil")
         if name not in _KINDS:
@@ -175,10 +174,15 @@ class ImageProcessor:
             raise ConfigError(f"{_FILE}: do_center_crop needs crop_size with height and width.")
         if self.kind == "ConvNextImageProcessor" and "shortest_edge" not in chosen["size"]:
             raise ConfigError(f"{_FILE}: the size of a {self.kind} is {{'shortest_edge': ...}}.")
-        if type(chosen["resample"]) is not int:
-            chosen["resample"] = int(chosen["resample"])
-        if not 0 <= chosen["resample"] <= 5:
-            raise ConfigError(f"{_FILE}: resample is {chosen['resample']}; it must be 0 to 5.")
+        if not _is_real(chosen["resample"]) or chosen["resample"] not in range(6):
+            raise ConfigError(
+                f"{_FILE}: resample is {chosen['resample']!r}; it must be a number of Pillow from 0 to 5, such as 2 "
+                "(bilinear) or 3 (bicubic)."
+            )
+        chosen["resample"] = int(chosen["resample"])
+        for key, value in chosen.items():
+            if key.startswith("do_") and type(value) is not bool and value is not None:
+                raise ConfigError(f"{_FILE}: {key} is {value!r}; it must be true or false.")
         for key in ("image_mean", "image_std"):
             chosen[key] = _numbers(key, chosen[key])
         if len(chosen["image_mean"]) != len(chosen["image_std"]):
@@ -187,8 +191,10 @@ class ImageProcessor:
             raise ConfigError(f"{_FILE}: image_std holds 0, by which values would be divided.")
         for key in ("rescale_factor", "crop_pct"):
             value = chosen[key]
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            if value is not None and not (_is_real(value) and value > 0):
                 raise ConfigError(f"{_FILE}: {key} is {value!r}; it must be a number above 0.")
+        if not 0.05 <= (chosen["crop_pct"] or 1) <= 1:
+            raise ConfigError(f"{_FILE}: crop_pct is {chosen['crop_pct']}; it must be 0.05 to 1.")
         self.channels: int = len(chosen["image_mean"])
         self.size: tuple[int, int] | None = self._final_size()
 
@@ -382,10 +388,14 @@ def _size_of(key: str, value: Any, *, square: bool) -> dict[str, int]:
     return dict(found)
 
 
+def _is_real(value: Any) -> bool:
+    """Whether a value is a number, within the range of float32."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e38
+
+
 def _numbers(key: str, value: Any) -> tuple[float, ...]:
     values = value if isinstance(value, list | tuple) else (value,) * 3
-    plain = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not plain or len(values) not in (1, 3):
+    if not all(map(_is_real, values)) or len(values) not in (1, 3):
         raise ConfigError(
             f"{_FILE}: {key} is {value!r}; it must be one number for each channel, 1 (grey) or 3 (RGB)."
         )

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import math
 import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Stored
+from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Stored, in_threads
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
-from pretrain.utils.files import note
+from pretrain.printing import console
+from pretrain.utils.files import is_muted, note
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +54,7 @@ _IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label"
 _CLASSES = ("class_names", "classes", "label_names", "names")
 _SMALL = 32  # side of images for classical methods
 _KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
+_MANY = 3000  # images from which progress is shown
 _MOST_BYTES = 8 << 30  # of all arrays of a file together, which are held in memory
 _IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
 
@@ -101,6 +104,10 @@ def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
             )
         if len(found) > 1 and name == "data":
             note(f"{source}: the part {part!r} is used of {', '.join(found)}")
+        if part and path.is_dir() and name in ("train", "data"):
+            used = {folder.name for folder in found.values()}
+            if others := [n for n in _folders(path, sorted(os.listdir(path))) if n not in used]:
+                note(f"{path}: not read, because they are no parts: {shown(others, 4)}")
         table = _table(path, found[part or ""])
         if not len(table):
             raise DataError(f"{source} holds no images ({', '.join(sorted(SUFFIXES)[:6])}, ...).")
@@ -155,22 +162,53 @@ def decoded(table: Table, *, required: bool) -> Iterator[tuple[int, Stored | Non
         DataError: a file does not exist, which a wrong folder causes for many; names the first.
     """
     room = _KEPT
-    for i, picture in enumerate(pictures(table)):
+    for i, picture, found in _read_all(table):
         if picture is None:
             yield i, None, "no image"
-            continue
-        try:
-            image, remark = picture.read()
-        except BrokenImage as error:
-            if required and isinstance(error.__cause__, FileNotFoundError):
+        elif isinstance(found, BrokenImage):
+            if required and isinstance(found.__cause__, FileNotFoundError):
                 raise DataError(
                     f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that names "
                     "them; correct them, or leave the row out."
-                ) from error
-            yield i, None, f"broken image ({error.cause})"
-            continue
-        room -= image.width * image.height * len(image.getbands())
-        yield i, Stored(picture, image if room >= 0 else None), remark
+                ) from found
+            yield i, None, f"broken image ({found.cause})"
+        else:
+            image, remark = found
+            room -= image.width * image.height * len(image.getbands())
+            yield i, Stored(picture, image if room >= 0 else None), remark
+
+
+def _read_all(
+    table: Table, then: Callable[[Image], Any] = lambda image: image
+) -> Iterator[tuple[int, Picture | None, Any]]:
+    """Decode the images of a table, files in several threads and many under a bar of progress.
+
+    Args:
+        table: has a column ``image``.
+        then: what is kept of a decoded image.
+
+    Returns:
+        For each row its index; its picture, or None; and what is kept with the remark, or the ``BrokenImage``.
+    """
+    from tqdm import tqdm
+
+    def read(picture: Picture | None) -> Any:
+        if picture is None:
+            return None
+        try:
+            image, remark = picture.read()
+        except BrokenImage as error:
+            return error
+        return then(image), remark
+
+    held = pictures(table)
+    files = any(p is not None and isinstance(p.source, bytes | str | Path) for p in held)
+    found = (in_threads if files else map)(read, held)
+    quiet = len(held) < _MANY or is_muted()
+    with tqdm(total=len(held), unit="image", disable=quiet, leave=False, file=console()) as bar:
+        for i, (picture, result) in enumerate(zip(held, found, strict=True)):
+            bar.update()
+            yield i, picture, result
 
 
 def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[int]]]:
@@ -179,23 +217,27 @@ def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[
     The vectors of all tables have one length: images are scaled to the size that all have, at most 32 x 32, and are in
     grey if all of them are.
     """
-    found: list[list[tuple[int, Image]]] = []
-    for table in tables:
-        found.append([])
-        for i, picture in enumerate(pictures(table)):
-            with contextlib.suppress(BrokenImage):
-                if picture is not None:
-                    found[-1].append((i, picture.read()[0]))
-    images = [image for rows in found for _, image in rows]
-    sizes = {(min(image.width, _SMALL), min(image.height, _SMALL)) for image in images}
-    side = sizes.pop() if len(sizes) == 1 else (_SMALL, _SMALL)
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+    square = (_SMALL, _SMALL)
 
-    def vector(image: Image) -> NDArray[np.float32]:
-        small = image.convert(mode).resize(side, 2)
-        return np.asarray(small, np.float32).reshape(-1) / np.float32(255)
+    def scaled(image: Image) -> dict[tuple[int, int], Image]:
+        """Scale to both sizes that may be asked for, so that the full image need not be kept."""
+        own = (min(image.width, _SMALL), min(image.height, _SMALL))
+        return {size: image.resize(size, 2) for size in dict.fromkeys((own, square))}
 
-    return [([vector(image) for _, image in rows], [i for i, _ in rows]) for rows in found]
+    found = [
+        [(i, result[0]) for i, _, result in _read_all(table, scaled) if isinstance(result, tuple)]
+        for table in tables
+    ]
+    images = [small for rows in found for _, small in rows]
+    sizes = {next(iter(small)) for small in images}  # their own, which stands first
+    side = sizes.pop() if len(sizes) == 1 else square
+    mode = "L" if all(small[square].mode == "L" for small in images) else "RGB"
+
+    def vector(small: Mapping[tuple[int, int], Image]) -> NDArray[np.float32]:
+        pixels = np.asarray(small[side].convert(mode), np.float32)
+        return pixels.reshape(-1) / np.float32(255)
+
+    return [([vector(small) for _, small in rows], [i for i, _ in rows]) for rows in found]
 
 
 def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture | None:
@@ -219,15 +261,30 @@ def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture |
         return Picture(path if folder is None or path.is_absolute() else folder / path, str(value))
     if isinstance(value, bytes | bytearray | memoryview):
         return Picture(bytes(value), f"the image in {table.where(i)}")
-    if isinstance(value, list):
+    if isinstance(value, list) or str(getattr(value, "dtype", "")) == "object":
         with contextlib.suppress(ValueError, OverflowError):
-            value = np.asarray(value, dtype=np.uint8)
+            value = _from_list(list(value))
     if hasattr(value, "getbands") or getattr(value, "ndim", 0) in (2, 3):
         return Picture(value, f"the image in {table.where(i)}")
     raise DataError(
         f"{table.where(i)}: {type(value).__name__} {str(value)[:40]!r} is no image. Give a path, the bytes of a file, "
         "an array (height, width, channels) or an image of Pillow."
     )
+
+
+def _from_list(value: list[Any]) -> NDArray[Any]:
+    """Return nested lists as an array; whole numbers from 0 to 255 become bytes, other numbers keep their type.
+
+    Raises:
+        ValueError: they hold something else than numbers, or rows of different lengths.
+    """
+    array = np.asarray(value)
+    if array.dtype == object:  # arrays of arrays, which frames hold
+        array = np.asarray([v.tolist() if hasattr(v, "tolist") else v for v in value])
+    if array.dtype.kind not in "biuf":
+        raise ValueError
+    whole = array.dtype.kind in "iu" and array.size > 0
+    return array.astype(np.uint8) if whole and array.min() >= 0 and array.max() <= 255 else array
 
 
 def _wrapped(source: Any) -> Any:
@@ -270,19 +327,38 @@ def _parts(path: Path) -> dict[str, Any]:
             inside = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-        folders = [name for name in inside if (path / name).is_dir()]
+        folders = _folders(path, inside)
         if {"dataset_info.json", "dataset_dict.json"} & set(inside):
             raise DataError(
                 f"{path} was saved by the datasets library: give datasets.load_from_disk(...) of it."
             )
-        if folders and all(name.lower() in _PARTS for name in folders):
-            return {_PARTS[name.lower()]: path / name for name in folders}
-        return {"": path}
+        found: dict[str, Path] = {}
+        named = [name for name in folders if name.lower() in _PARTS]
+        uses = {_PARTS[name.lower()] for name in named}
+        if not named or not (len(named) == len(folders) or ("train" in uses and len(uses) > 1)):
+            return {"": path}
+        for name in named:
+            other = found.setdefault(_PARTS[name.lower()], path / name)
+            if other.name != name:
+                raise DataError(
+                    f"{path} has two folders for one part, {other.name} and {name}. Keep one, or name the folder that "
+                    "is meant."
+                )
+        return found
     if path.suffix.lower() == ".npz":
         return _npz_parts(path)
     if _IDX.match(path.name):
         return {"": "idx"}
     return {"": "file"}
+
+
+def _folders(path: Path, names: Iterable[str]) -> list[str]:
+    """Return the folders among the names in a folder, without hidden ones and those that archives of macOS add."""
+    return [n for n in names if not _hidden(n) and (path / n).is_dir()]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _table(path: Path, part: Any) -> Table:
@@ -297,23 +373,35 @@ def _table(path: Path, part: Any) -> Table:
 
 def _folder(path: Path) -> Table:
     """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
-    found, others = list[Path](), list[str]()
-    for root, folders, files in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found, others, irregular = list[Path](), list[str](), list[str]()
+    visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
+    for root, folders, files in os.walk(path, followlinks=True):
+        at = os.stat(root)
+        if (at.st_dev, at.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((at.st_dev, at.st_ino))
+        folders[:] = sorted(name for name in folders if not _hidden(name))
         for name in sorted(files, key=_natural):
-            if Path(name).suffix.lower() in SUFFIXES:
-                found.append(Path(root, name))
-            elif not name.startswith("."):
+            if _hidden(name):
+                continue
+            if Path(name).suffix.lower() not in SUFFIXES:
                 others.append(name)
-    if others:
-        note(
-            f"{path}: {len(others):,} files are no images by their names and are left out: {shown(others, 4)}"
-        )
+            elif Path(root, name).is_file():
+                found.append(Path(root, name))
+            else:  # a pipe, which would block, or a link to nothing
+                irregular.append(name)
+    for names, what in (
+        (others, "files are no images by their names"),
+        (irregular, "entries are no regular files"),
+    ):
+        if names:
+            note(f"{path}: {len(names):,} {what} and are left out: {shown(names, 4)}")
     columns: dict[str, list[Any]] = {"image": [Picture(file, str(file)) for file in found]}
     inside = [file.relative_to(path).parts for file in found]
     if inside and all(len(parts) > 1 for parts in inside):
         columns["label"] = [parts[0] for parts in inside]
-        empty = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+        empty = set(_folders(path, os.listdir(path)))
         if empty := empty - set(columns["label"]):
             note(f"{path}: no images in {shown(sorted(empty), 4)}, so there is no such class")
     elif any(len(parts) > 1 for parts in inside):
@@ -362,23 +450,48 @@ def _npz_names(path: Path) -> list[str]:
             f"{path} holds {size:,} bytes of arrays; at most {_MOST_BYTES:,} are read. Write the images as files in "
             "folders, which are read when they are needed."
         )
-    return [entry.filename.removesuffix(".npy") for entry in entries]
+    return [e.filename.removesuffix(".npy") for e in entries if e.filename.endswith(".npy")]
+
+
+def _npz_array(file: Any, name: str) -> NDArray[Any]:
+    """Return an array of an opened ``.npz`` file.
+
+    Raises:
+        ValueError: it announces more values than it has bytes, for which memory would be taken.
+    """
+    entry = file.zip.getinfo(f"{name}.npy")
+    with file.zip.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        if version > (2, 0):
+            raise ValueError(f"{name} holds values of several fields")
+        first = version == (1, 0)
+        header = (
+            np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        )
+        shape, _, kind = header(member)
+    if math.prod(shape) * kind.itemsize > entry.file_size:
+        raise ValueError(f"{name} announces the shape {shape}, and has {entry.file_size:,} bytes")
+    array: NDArray[Any] = file[name]
+    return array
 
 
 def _npz(path: Path, roles: Mapping[str, str]) -> Table:
     try:
         with np.load(path, allow_pickle=False) as file:
-            images = file[roles["image"]]
-            labels = file[roles["label"]] if "label" in roles else None
-            names = next((file[n] for n in file.files if n.lower() in _CLASSES), None)
-            extra = {
-                name: file[name]
-                for name in file.files
-                if name not in roles.values() and "image" not in name
+            arrays = {
+                name: _npz_array(file, name)
+                for name in _npz_names(path)
+                if name in roles.values()
+                or not ("image" in name or set(name.lower().split("_")) & set(_PARTS))
             }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-    return _arrays(path, images, labels, names, extra)
+    except DataError:
+        raise
+    # Damaged files raise errors of zipfile, zlib, struct and numpy; large ones a MemoryError.
+    except Exception as error:
+        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}.") from error
+    images, labels = (arrays.pop(roles[r]) if r in roles else None for r in ("image", "label"))
+    names = next((arrays[n] for n in arrays if n.lower() in _CLASSES), None)
+    return _arrays(path, images, labels, names, arrays)
 
 
 def _arrays(
@@ -398,12 +511,16 @@ def _arrays(
         "image": [Picture(image, called.format(i)) for i, image in enumerate(images)]
     }
     if labels is not None:
-        if len(labels) != len(images):
+        if labels.ndim and len(labels) != len(images):
             raise DataError(f"{path} holds {len(images):,} images and {len(labels):,} labels.")
         columns["label"] = _labels(path, labels)
     for name, values in (extra or {}).items():
         if values.ndim == 1 and len(values) == len(images) and name.lower() not in _CLASSES:
             columns[name] = values.tolist()
+    if names is not None and names.ndim != 1:
+        raise DataError(
+            f"{path}: the names of the classes have the shape {names.shape}; expected one for each."
+        )
     known = {} if names is None or labels is None else {"label": [str(n) for n in names.tolist()]}
     return ImageTable(path.name, columns, known, origin=str(path))
 
