@@ -26,7 +26,6 @@ from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.config.run import Sections
 from pretrain.config.spelling import TRAIN, option, using
-from pretrain.data.images.processor import ImageProcessor
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import SOURCES, RowSource, open_rows
@@ -436,6 +435,8 @@ def check_images(settings: RunConfig, data: RowSource) -> None:
     Raises:
         ConfigError: ``model.overrides`` names another size, or another number of channels.
     """
+    from pretrain.data.images.processor import ImageProcessor
+
     images = getattr(data.processor, "images", data.processor)
     if not isinstance(images, ImageProcessor):
         return

@@ -10,6 +10,7 @@ import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,7 +102,8 @@ def sizes(family: str) -> Sizes:
     texts = cls.processor_class is None
     inputs, passed = f"with a vocabulary of {_VOCABULARY:,}", f"{_TOKENS:,} tokens"
     for name in cls.config_class.size_names():
-        model = build(family, name, device="meta", **({"vocab_size": _VOCABULARY} if texts else {}))
+        sizes: dict[str, Any] = {"vocab_size": _VOCABULARY} if texts else {}
+        model = build(family, name, device="meta", **sizes)
         config, backbone = model.backbone.config, model.backbone
         length, at_once = _ROW, _TOKENS
         if not texts:
