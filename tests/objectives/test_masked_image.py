@@ -15,11 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract import check_objective
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.lora import apply_lora
 from pretrain.models import build
+from pretrain.nn.buffers import changing_buffers, stored_tensors
 from pretrain.objectives.masked_image import MaskedImage
+from pretrain.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "num_layers": 2,
@@ -162,3 +166,24 @@ def test_what_cannot_be_trained_is_refused() -> None:
         objective(mask_ratio=0.99)
     with pytest.raises(ModelError, match="Build the family vit_mae"):
         MaskedImage(build("vit_mae", head=None, **TINY))
+
+
+def test_constant_positions_are_no_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files hold them as buffers, but no forward pass changes them: nothing is refused or left out for their sake."""
+    goal = objective()
+    stored = [name for name in stored_tensors(goal.model) if name.endswith("positions")]
+    assert stored == ["backbone.patches.positions", "head.positions"]
+    assert not changing_buffers(goal)
+    assert changing_buffers(build("resnet", "18", image_size=8, num_channels=1))
+    run = Trainer(
+        goal, rows(8), optim=OptimConfig(),
+        train=TrainConfig(out=str(tmp_path), limit="1 steps", batch_rows=8, micro_rows=4),
+        parallel=ParallelConfig(device="cpu", reproducible=True),
+    )  # fmt: skip
+    run.fit()
+    run.parallel.reproducible = False
+    monkeypatch.setattr(run.journal, "write", lambda event: None)  # it is closed
+    assert run.halve_micro_rows() and run.micro_rows == 2
+    apply_lora(goal.model)

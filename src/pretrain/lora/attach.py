@@ -21,7 +21,7 @@ from pretrain.lora.config import LoraConfig
 from pretrain.lora.layer import LoraLinear
 from pretrain.models.heads import LABELLED, LanguageHead
 from pretrain.models.names import Entry, pack
-from pretrain.nn.buffers import persistent_buffers
+from pretrain.nn.buffers import changing_buffers
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def attach(
         raise ModelError(
             "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
         )
-    if statistics := persistent_buffers(model):
+    if statistics := changing_buffers(model):
         raise ModelError(
             f"An adapter is stored without its base, but training would change {next(iter(statistics))!r} of the base, "
             f"a running statistic. Train all of this {model.backbone.model_type} model, or use a norm without "
