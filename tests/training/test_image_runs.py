@@ -11,8 +11,11 @@ import pytest
 pytest.importorskip("PIL")
 
 import pretrain
+from pretrain import RowSource
 from pretrain.data.images.source import labelled_images
+from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.image_classification import ImageClassification
 from pretrain.training.run import evaluate
 
 RNG = np.random.default_rng(0)
@@ -79,3 +82,55 @@ def test_sizes_that_the_rows_do_not_have_are_refused(
     model = {"family": "vit", "overrides": {**MODEL, **change}}
     with pytest.raises(ConfigError, match=message):
         pretrain.train(sections(stored(tmp_path / "a.npz", NAMES), tmp_path / "run", model=model))
+
+
+def own_rows(**row: Any) -> RowSource:
+    """Rows of the user's own, with the processor of a model of 8 x 8 pixels."""
+    pixels = (
+        {} if "image" in row else {"pixel_values": RNG.normal(0, 1, (3, 8, 8)).astype(np.float32)}
+    )
+    return RowSource([pixels | row] * 8, overrides={"labels": NAMES, "image_size": 8})
+
+
+def train_own(out: Path, rows: RowSource, **options: Any) -> pretrain.Run:
+    changes = sections(
+        "",
+        out,
+        objective={"class_path": "ImageClassification", "init_args": {"crop": 1.0, **options}},
+    )
+    return pretrain.train(changes | {"data": {}}, rows=rows)
+
+
+def test_own_rows_of_pixel_values_are_classified(tmp_path: Path) -> None:
+    train_own(tmp_path / "one", own_rows(labels=np.array(3)))
+    several = np.array([0.0, 1.0, 1.0, 0.0], np.float32)
+    train_own(tmp_path / "many", own_rows(labels=several), problem="multi_label")
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({}, {}, "The rows have no labels"),
+        ({"labels": np.array(4)}, {}, "must be a whole number from 0 to 3"),
+        ({"labels": np.array(1)}, {"problem": "multi_label"}, "must be 4 numbers, 0 or 1"),
+        ({"labels": np.array(1)}, {"crop": 0.5}, "Set crop to 1"),
+        ({"labels": np.array(1), "pixel_values": np.zeros((3, 8, 8), np.uint8)}, {}, "are uint8"),
+    ],
+    ids=["none", "beyond", "kind", "crop", "bytes"],
+)
+def test_own_rows_that_cannot_be_classified_are_refused(
+    row: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        train_own(tmp_path / "run", own_rows(**row), **options)
+
+
+def test_balanced_weights_are_counted_on_the_rows_of_pretraining() -> None:
+    model = pretrain.build("vit", head="image-classification", labels=NAMES, image_size=8, **MODEL)
+    goal = ImageClassification(model, crop=1.0, class_weights="balanced")
+    labels = [0, 0, 0, 1, 2, 3, 3, 1]
+    rows = [{**own_rows().train[0], "labels": np.array(k)} for k in labels]
+    goal.survey(rows)
+    weights = goal.collate(rows, row_rngs(0, "collate", 0, 8))["weights"]
+    wanted = [8 / (4 * labels.count(k)) for k in labels]
+    assert weights.tolist() == pytest.approx(wanted)

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.errors import DataError, ModelError
 from pretrain.models.clip import TwoTowers
 from pretrain.nn.layout import local
-from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs, stack
+from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
+from pretrain.objectives.pixels import given_pixels
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -75,7 +76,7 @@ class Contrastive(Objective):
         Raises:
             DataError: a text is longer than the positions of the model, or lacks the end token at which it is read.
         """
-        batch, config = stack(examples, ("pixel_values",)), self.towers.config
+        batch, config = {"pixel_values": given_pixels(examples)}, self.towers.config
         texts = [np.asarray(example["input_ids"]).reshape(-1) for example in examples]
         longest, most = max(len(ids) for ids in texts), config.max_positions
         if longest > most:
