@@ -23,7 +23,7 @@ from pretrain.errors import DataError, ModelError
 from pretrain.models.clip import TwoTowers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
-from pretrain.objectives.pixels import given_pixels
+from pretrain.objectives.row_pixels import given_pixels
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

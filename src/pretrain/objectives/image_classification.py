@@ -24,7 +24,7 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import Classification
-from pretrain.objectives.pixels import check_processor, pixel_values
+from pretrain.objectives.row_pixels import check_processor, pixel_values
 from pretrain.objectives.tasks import Learned
 from pretrain.utils.files import note
 

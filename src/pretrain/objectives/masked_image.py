@@ -14,7 +14,7 @@ from pretrain.data.images.augment import Augmentation
 from pretrain.errors import ModelError
 from pretrain.nn.patches import patch_pixels
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
-from pretrain.objectives.pixels import pixel_values
+from pretrain.objectives.row_pixels import pixel_values
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
