@@ -14,6 +14,8 @@ from pretrain.errors import CheckpointError, ConfigError, ModelError
 from pretrain.lora.attach import probe
 from pretrain.models import build
 from pretrain.models.base import Model
+from pretrain.models.clip import CLIP
+from pretrain.models.config import ConfigReader
 from pretrain.models.names import unpack, unpack_part
 from pretrain.nn.layout import ShardSlice
 
@@ -133,6 +135,33 @@ def test_a_saved_model_opens_and_can_be_inspected(tmp_path: Path):
     assert again.hf_config() == model.hf_config()
     about = pretrain.checkpoint.inspect(tmp_path / "saved")
     assert about["family"] == "clip" and about["parameters"] == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_dropout_is_kept_in_the_file(family: str, tmp_path: Path):
+    sizes = {key: value for key, value in TINY.items() if key != "projection_dim"}
+    for rate in (0.0, 0.25):
+        model = build(family, dropout=rate, **sizes)
+        model.save(tmp_path / str(rate))
+        again = pretrain.load(tmp_path / str(rate), quiet=True).backbone.config
+        assert again.dropout == rate
+        assert ("dropout" in model.hf_config()["text_config"]) == (rate > 0)
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_an_older_key_that_says_otherwise_is_refused(part: str):
+    """transformers lets it take precedence, also with defaults for what it does not name."""
+    config = make().hf_config()
+    same = config[f"{part}_config"]
+
+    def read(given: object) -> dict[str, object]:
+        return CLIP.fields_from_hf(ConfigReader({**config, f"{part}_config_dict": given}, "clip"))
+
+    assert read(None) == read(same)
+    short = {k: v for k, v in same.items() if k != "num_hidden_layers"}
+    for given, key in (({**same, "hidden_size": 64}, "hidden_size"), (short, "num_hidden_layers")):
+        with pytest.raises(ConfigError, match=f"{part}_config do not agree on '{key}'"):
+            read(given)
 
 
 def test_the_scale_has_no_dimension_on_disk_and_one_in_memory():

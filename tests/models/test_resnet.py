@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contract
 import pretrain
-from pretrain.errors import CheckpointError, ConfigError, ModelError
+from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.models.resnet import ResNetConfig
@@ -104,3 +104,16 @@ def test_a_saved_model_opens_with_its_statistics(tmp_path: Path):
     lost = "resnet.encoder.stages.1.layers.0.layer.1.normalization.running_var"
     with pytest.raises(CheckpointError, match=f"lack {lost}"):
         make().load_disk_state({k: v for k, v in state.items() if k != lost})
+
+
+def test_one_place_of_one_image_cannot_be_normalised():
+    model = make().train()
+    side = 2**model.backbone.halvings
+    small, larger = (
+        torch.zeros(1, model.backbone.config.num_channels, n, n) for n in (side, side + 1)
+    )
+    with pytest.raises(DataError, match="batch normalisation in training needs two"):
+        model({"pixel_values": small})
+    model({"pixel_values": small.repeat(2, 1, 1, 1)})
+    model({"pixel_values": larger})
+    model.eval()({"pixel_values": small})

@@ -228,11 +228,30 @@ def test_texts_are_padded_on_the_right_and_too_long_ones_named() -> None:
         objective().collate(long, [])
 
 
-def test_a_text_without_its_end_is_named() -> None:
-    goal = objective()
-    batch = goal.collate([{**row, "input_ids": np.array([10, 11])} for row in rows(2)], [])
-    with pytest.raises(ModelError, match="Row 0 of input_ids has no end token"):
-        goal(batch)
+@pytest.mark.parametrize("pad_id", [1, 4])
+def test_a_text_without_its_end_is_named(pad_id: int) -> None:
+    """Also if padding has the id of the end, and before the texts reach an accelerator."""
+    cut = [{**row, "input_ids": np.array([10, 11])} for row in rows(1)]
+    with pytest.raises(DataError, match=r"1 of 3 texts have no end .* \[10, 11\]"):
+        objective(pad_id=pad_id).collate([*rows(2), *cut], [])
+    assert "input_ids" in objective("SigmoidContrastive").collate(cut, [])
+
+
+def test_a_model_that_reads_padding_needs_its_id() -> None:
+    with pytest.raises(ModelError, match=r"no pad_id.*model\.overrides\.pad_id"):
+        objective("SigmoidContrastive", pad_id=None)
+    objective(pad_id=None)  # its texts are read at their end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_computed_in_fp32_under_autocast(kind: str) -> None:
+    towers = objective(kind).towers.eval()
+    images, texts = (F.normalize(torch.randn(64, 16), dim=-1) for _ in range(2))
+    with torch.no_grad():
+        towers.logit_scale.fill_(math.log(100.0))
+        wanted = towers.scores(images, texts)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(towers.scores(images, texts), wanted)
 
 
 def test_texts_of_siglip_are_padded_to_their_positions() -> None:

@@ -15,11 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract import check_objective
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.lora import apply_lora
 from pretrain.models import build
+from pretrain.nn.buffers import changing_buffers, stored_tensors
 from pretrain.objectives.masked_image import MaskedImage
+from pretrain.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "num_layers": 2,
@@ -134,7 +138,7 @@ def test_arguments_are_recorded_in_the_config_of_the_model() -> None:
 
 def test_rows_of_images_are_read_cropped_and_mirrored_by_their_own_generator() -> None:
     pytest.importorskip("PIL")
-    goal = objective(crop=0.5, flip=True)
+    goal = MaskedImage(build("vit_mae", **TINY | {"num_channels": 1}), crop=0.5, flip=True)
     goal.model.processor = ImageProcessor(size=12, image_mean=[0.5], image_std=[0.5])
     images = [
         {"image": np.random.default_rng(i).integers(0, 255, (20, 16), np.uint8)} for i in (0, 1)
@@ -150,7 +154,7 @@ def test_rows_of_images_are_read_cropped_and_mirrored_by_their_own_generator() -
     wanted = goal.model.processor([image["image"] for image in images])["pixel_values"]
     assert torch.equal(held["pixel_values"], torch.as_tensor(wanted))
     assert goal.describe()["crop"] == 0.5
-    with pytest.raises(DataError, match="neither cropped nor mirrored"):
+    with pytest.raises(DataError, match="not changed at random"):
         goal.collate(rows(1), row_rngs(0, "collate", 0, 1))
     goal.model.processor = None
     with pytest.raises(ModelError, match="no image processor"):
@@ -162,3 +166,56 @@ def test_what_cannot_be_trained_is_refused() -> None:
         objective(mask_ratio=0.99)
     with pytest.raises(ModelError, match="Build the family vit_mae"):
         MaskedImage(build("vit_mae", head=None, **TINY))
+
+
+def test_constant_positions_are_no_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files hold them as buffers, but no forward pass changes them: nothing is refused or left out for their sake."""
+    goal = objective()
+    stored = [name for name in stored_tensors(goal.model) if name.endswith("positions")]
+    assert stored == ["backbone.patches.positions", "head.positions"]
+    assert not changing_buffers(goal)
+    assert changing_buffers(build("resnet", "18", image_size=8, num_channels=1))
+    run = Trainer(
+        goal, rows(8), optim=OptimConfig(),
+        train=TrainConfig(out=str(tmp_path), limit="1 steps", batch_rows=8, micro_rows=4),
+        parallel=ParallelConfig(device="cpu", reproducible=True),
+    )  # fmt: skip
+    run.fit()
+    run.parallel.reproducible = False
+    monkeypatch.setattr(run.journal, "write", lambda event: None)  # it is closed
+    assert run.halve_micro_rows() and run.micro_rows == 2
+    apply_lora(goal.model)
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+def test_a_processor_that_keeps_proportions_is_refused(crop: float) -> None:
+    goal = MaskedImage(build("vit_mae", **TINY | {"num_channels": 3}), crop=crop)
+    goal.model.processor = ImageProcessor("CLIPImageProcessor", do_center_crop=False)
+    images = [{"image": np.zeros((12, 15, 3), np.uint8)}] * 2
+    with pytest.raises(ModelError, match="keeps the proportions"):
+        goal.collate(images, row_rngs(0, "collate", 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"pixel_values": np.zeros((2, 12, 12), np.uint8)}, "pixel_values of the rows are uint8"),
+        (
+            {"pixels": np.zeros((2, 12, 12))},
+            "reads rows with image or pixel_values; these have pixels",
+        ),
+    ],
+)
+def test_rows_without_normalised_pixels_are_refused(row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        objective().collate([row] * 2, row_rngs(0, "collate", 0, 2))
+
+
+def test_pixels_in_double_precision_are_read() -> None:
+    images = [{"pixel_values": row["pixel_values"].astype(np.float64)} for row in rows(2)]
+    assert (
+        objective().collate(images, row_rngs(0, "collate", 0, 2))["pixel_values"].dtype
+        == torch.float32
+    )

@@ -133,8 +133,9 @@ def test_transformers_does_not_take_a_classifier_of_the_mean_for_its_own(tmp_pat
 def test_what_is_not_implemented_is_refused() -> None:
     config = {"model_type": "vit", "architectures": ["ViTModel"], **SIZES}
     assert Model.from_hf_config(config | {"image_size": [24, 24]}).backbone.config.image_size == 24
-    with pytest.raises(ConfigError, match="only squares"):
-        Model.from_hf_config(config | {"image_size": [24, 32]})
+    for sides in ([24, 32], [24, 24, 24], [24, "24"], [24], []):
+        with pytest.raises(ConfigError, match="image_size"):
+            Model.from_hf_config(config | {"image_size": sides})
     with pytest.raises(ConfigError, match="no patch"):
         Model.from_hf_config(config | {"patch_size": 32})
     model = Model.from_hf_config(config).materialize()

@@ -35,7 +35,7 @@ from pretrain.distributed.unused_parameters import (
 )
 from pretrain.distributed.world import World
 from pretrain.errors import ConfigError
-from pretrain.nn.buffers import persistent_buffers
+from pretrain.nn.buffers import changing_buffers
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.nn.tensor_parallel import Group
 from pretrain.objectives.base import Batch, Loss, Objective
@@ -97,9 +97,9 @@ class Strategy:
         self.uneven = False
         self._ddp: Any = None
         self._root = _Root(objective)
-        self._has_buffers = bool(persistent_buffers(objective))
-        self._buffers: dict[str, Tensor] = {}  # copies of the persistent ones before the step
-        if settings.reproducible and (found := persistent_buffers(objective.model)):
+        self._has_buffers = bool(changing_buffers(objective))
+        self._buffers: dict[str, Tensor] = {}  # copies of the changing ones before the step
+        if settings.reproducible and (found := changing_buffers(objective.model)):
             raise ConfigError(
                 f"parallel.reproducible gives the same bits on any number of processes, but {next(iter(found))!r} of "
                 f"this {objective.model.backbone.model_type} model is a statistic over the rows of one process. Leave "
@@ -266,7 +266,7 @@ class Strategy:
             The results of ``run``, in order.
         """
         if self._has_buffers:
-            self._buffers = {n: b.clone() for n, b in persistent_buffers(self.objective).items()}
+            self._buffers = {n: b.clone() for n, b in changing_buffers(self.objective).items()}
         if self.settings.reproducible:
             totals = self._tree(run, count)
         else:
@@ -290,10 +290,10 @@ class Strategy:
         return totals
 
     def _broadcast_buffers(self) -> None:
-        """Broadcast the persistent buffers of rank zero, as DDP does: each rank has updated them from its own rows."""
+        """Broadcast the changing buffers of rank zero, as DDP does: each rank has updated them from its own rows."""
         if not self._has_buffers or self.world.size == 1:
             return
-        buffers = list(persistent_buffers(self.objective).values())
+        buffers = list(changing_buffers(self.objective).values())
         for dtype in sorted({b.dtype for b in buffers}, key=str):
             held = [b for b in buffers if b.dtype is dtype]
             flat = torch.cat([b.reshape(-1) for b in held])
@@ -304,9 +304,9 @@ class Strategy:
                 buffer.copy_(part.view_as(buffer))
 
     def restore_buffers(self) -> None:
-        """Undo what the forward passes of this step did to persistent buffers; called if the step is skipped."""
+        """Undo what the forward passes of this step did to buffers; called if the step is skipped."""
         if self._has_buffers:
-            for name, buffer in persistent_buffers(self.objective).items():
+            for name, buffer in changing_buffers(self.objective).items():
                 buffer.copy_(self._buffers[name])
 
     @contextlib.contextmanager

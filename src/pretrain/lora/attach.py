@@ -21,7 +21,7 @@ from pretrain.lora.config import LoraConfig
 from pretrain.lora.layer import LoraLinear
 from pretrain.models.heads import LABELLED, LanguageHead
 from pretrain.models.names import Entry, pack
-from pretrain.nn.buffers import persistent_buffers
+from pretrain.nn.buffers import changing_buffers, stored_tensors
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def attach(
         raise ModelError(
             "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
         )
-    if statistics := persistent_buffers(model):
+    if statistics := changing_buffers(model):
         raise ModelError(
             f"An adapter is stored without its base, but training would change {next(iter(statistics))!r} of the base, "
             f"a running statistic. Train all of this {model.backbone.model_type} model, or use a norm without "
@@ -357,7 +357,7 @@ def body_shapes(
 
     ``parameters`` holds the whole parameters (the meta device suffices) if the parameters of the model are sharded.
     """
-    parameters = dict(model.named_parameters()) if parameters is None else parameters
+    parameters = stored_tensors(model) if parameters is None else parameters
     return {
         entry.bare: tuple(pack(entry, parameters, "meta").shape)
         for entry in model.entries()
@@ -384,7 +384,7 @@ def base_sample(model: Model, first: Callable[[Entry, str, int], Tensor] | None 
             the parameter. None if the model itself holds the whole parameters.
     """
     digest = hashlib.sha256()
-    parameters = dict(model.named_parameters())
+    parameters = stored_tensors(model)
     for entry in sorted(model.entries(), key=lambda e: e.bare):
         if entry.body and not entry.memory[0].startswith("head."):
             for name in entry.memory:

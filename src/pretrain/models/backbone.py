@@ -23,7 +23,7 @@ from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
-from pretrain.nn.buffers import persistent_buffers
+from pretrain.nn.buffers import changing_buffers
 from pretrain.nn.norm import compute_dtype
 from pretrain.nn.positions import Rope, document_positions
 from pretrain.nn.tensor_parallel import VocabShard
@@ -225,7 +225,7 @@ class Backbone(nn.Module):
             ConfigError: a block of a custom family does not support it.
         """
         for block in self.blocks():
-            if mode != "off" and (statistics := persistent_buffers(block)):
+            if mode != "off" and (statistics := changing_buffers(block)):
                 raise ConfigError(
                     f"parallel.activation_checkpointing={mode} computes a block twice, so the block of this "
                     f"{self.model_type} model would update {next(iter(statistics))} twice. Set "

@@ -27,6 +27,8 @@ from pretrain.nn.patches import PatchEmbedding
 
 __all__ = ["CLIP", "CLIPConfig", "TowersConfig", "TwoTowers"]
 
+# transformers has no dropout in these families and ignores the key, so it is there for training alone.
+DROPOUT = Key("dropout", 0.0, optional=True)
 _LEGACY_EOS = (
     2  # an end token that old files name wrongly; transformers then pools at the largest id
 )
@@ -170,8 +172,15 @@ class TwoTowers(Backbone):
         return self.encode_texts(ids, mask)[1]
 
     def scores(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Return the similarity of unit vectors, times the learned scale, (images, texts)."""
-        return self.logit_scale.exp() * (images @ texts.T)
+        """Return the similarity of unit vectors, times the learned scale, in fp32, (images, texts)."""
+        # The rounding of bf16 times a scale of 100 would be as large as the differences between scores.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.logit_scale.float().exp() * (images.float() @ texts.float().T)
+
+    @property
+    def end_id(self) -> int | None:
+        """The token at which a text is read, which every text must hold; None if there is none."""
+        return None
 
     # ------------------------------------------------------------------ shared
 
@@ -309,10 +318,23 @@ class TwoTowers(Backbone):
         specs = {spec.name: spec for spec in fields(cls.config_class)}
         found = {name: reader.read(specs[name], key) for name, key in cls.hf_keys.items()}
         for part, keys in (("text_config", cls.text_keys), ("vision_config", cls.vision_keys)):
-            inner = ConfigReader(reader.mapping(part) or {}, f"{cls.model_type} ({part})")
+            where = f"{cls.model_type} ({part})"
+            inner, older = ConfigReader(reader.mapping(part) or {}, where), None
+            if (given := reader.mapping(f"{part}_dict")) is not None:
+                older = ConfigReader(given, f"{where}_dict")
             for side in ("image_size", "patch_size"):
-                inner.square(side)
+                for read in (inner, older):
+                    if read is not None:
+                        read.square(side)
             for name, key in keys.items():
+                # transformers lets this older key, with its defaults, take precedence.
+                if older is not None and older.read(specs[name], key) != inner.read(
+                    specs[name], key
+                ):
+                    raise ConfigError(
+                        f"config.json: {part}_dict and {part} do not agree on {key.name!r}. Correct {part}, and remove "
+                        f"{part}_dict."
+                    )
                 if name in cls.hf_keys:
                     continue  # projection_dim of a tower alone, of which this model has no use
                 value = inner.read(specs[name], key)
@@ -339,6 +361,7 @@ class TwoTowers(Backbone):
 _SHARED = {
     "attention_dropout": Key("attention_dropout", 0.0),
     "initializer_range": Key("initializer_range", 0.02),
+    "dropout": DROPOUT,
 }
 
 
@@ -421,6 +444,11 @@ class CLIP(TwoTowers):
         self.image_projection = nn.Linear(width, size, bias=False)
         self.text_projection = nn.Linear(config.hidden_size, size, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(1))
+
+    @property
+    def end_id(self) -> int | None:
+        end: int | None = None if self.config.largest_id else self.config.eos_id
+        return end
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.image

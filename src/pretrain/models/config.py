@@ -424,9 +424,9 @@ class ConfigReader:
         """Read a size of images that is given as ``[n, n]`` like the number n; sides of unequal length are refused."""
         value = self._config.get(key)
         if isinstance(value, list) and value:
-            if len(set(map(str, value))) > 1:
+            if len(value) != 2 or value[0] != value[-1] or type(value[0]) is not type(value[-1]):
                 raise ConfigError(
-                    f"config.json: {key!r} is {value!r}; only squares are implemented for {self._family}."
+                    f"config.json: {key!r} is {value!r}; only squares, [n, n], are implemented for {self._family}."
                 )
             self._config[key] = value[0]
 

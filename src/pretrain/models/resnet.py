@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.images import ImageProcessor
-from pretrain.errors import ConfigError, ModelError, did_you_mean
+from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
 from pretrain.models.backbone import Backbone, Batch, ModelStats
 from pretrain.models.config import BackboneConfig, Key
 from pretrain.models.heads import SequenceHead
@@ -244,6 +244,7 @@ class ResNet(Backbone):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
         shapes = list(config.convolutions())
+        self.halvings = shapes[-1].halvings
         self.parts = 2 if config.layer_type == "basic" else 3
         self.stem = Convolution(shapes[0], config.activation)
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -264,6 +265,12 @@ class ResNet(Backbone):
             raise ModelError(
                 f"pixel_values has the shape {tuple(x.shape)}; it must be (images, {channels}, height, width). Convert "
                 "the images, or build the model with their num_channels."
+            )
+        if self.training and len(x) == 1 and max(x.shape[2:]) <= 2**self.halvings:
+            raise DataError(
+                f"One image of {x.shape[2]} x {x.shape[3]} pixels leaves one place in the last stage, and "
+                "batch normalisation in training needs two. Train with more images at a time (batch_rows, and "
+                "micro_rows if it is set), or with larger ones."
             )
         x = self.pool(self.stem(x))
         for layer in self.layers:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.models.clip import ImageTower, TextTower, TowersConfig, TwoTowers
+from pretrain.models.clip import DROPOUT, ImageTower, TextTower, TowersConfig, TwoTowers
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.names import Name
 from pretrain.nn.attention import Attention, AttentionMask
@@ -80,6 +80,7 @@ class Siglip(TwoTowers):
         "activation": Key("hidden_act", "gelu_pytorch_tanh"),
         "norm_eps": Key("layer_norm_eps", 1e-6),
         "attention_dropout": Key("attention_dropout", 0.0),
+        "dropout": DROPOUT,
     }
     text_keys: ClassVar[Mapping[str, Key]] = {
         "vocab_size": Key("vocab_size", 32000),
@@ -130,7 +131,7 @@ class Siglip(TwoTowers):
 
     def scores(self, images: Tensor, texts: Tensor) -> Tensor:
         """Return the similarity of unit vectors, times the learned scale, plus the learned bias, (images, texts)."""
-        return super().scores(images, texts) + self.logit_bias
+        return super().scores(images, texts) + self.logit_bias.float()
 
     def first_scale(self) -> float:
         """Return ln 10, as in the paper."""

@@ -260,6 +260,8 @@ class PixelDecoder(nn.Module):
     Without ``visible_index`` in the batch, all patches are encoded in their order.
     """
 
+    constant_buffers: ClassVar[tuple[str, ...]] = ("positions",)
+
     def __init__(self, config: ViTMAEConfig) -> None:
         super().__init__()
         block, self.num_patches = config.decoder_block(), config.num_patches

@@ -1,7 +1,8 @@
 """Buffers of modules, such as the running statistics of BatchNorm (arXiv 1502.03167).
 
 Persistent buffers are part of the model as its parameters are: files hold them. Others (rotary tables) are computed by
-the constructor of their module.
+the constructor of their module. Forward passes change persistent buffers, except those that a module names in its
+attribute ``constant_buffers``, such as fixed positions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["parameters_on_meta", "persistent_buffers", "stored_tensors"]
+__all__ = ["changing_buffers", "parameters_on_meta", "persistent_buffers", "stored_tensors"]
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -28,6 +29,17 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers()
         for owner, _, leaf in [name.rpartition(".")]
         if leaf not in owners[owner]._non_persistent_buffers_set
+    }
+
+
+def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers that forward passes in training change, by name, each once."""
+    owners = dict(module.named_modules())
+    return {
+        name: buffer
+        for name, buffer in persistent_buffers(module).items()
+        for owner, _, leaf in [name.rpartition(".")]
+        if leaf not in getattr(owners[owner], "constant_buffers", ())
     }
 
 

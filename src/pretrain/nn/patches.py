@@ -5,6 +5,8 @@ Letters: B images, C channels, H x W pixels, p side of a patch, N patches, D hid
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +32,8 @@ class PatchEmbedding(nn.Module):
         lead: leading dimensions of size 1 of the class token and the positions, as the files of the family have them:
             1 gives the shapes (1, 1, D) and (1, N, D), 0 gives (D,) and (N, D).
     """
+
+    constant_buffers: ClassVar[tuple[str, ...]] = ("positions",)
 
     def __init__(
         self,

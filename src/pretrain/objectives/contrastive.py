@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.errors import DataError, ModelError
 from pretrain.models.clip import TwoTowers
 from pretrain.nn.layout import local
-from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs, stack
+from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
+from pretrain.objectives.row_pixels import given_pixels
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -43,7 +44,7 @@ class Contrastive(Objective):
         model: a model with two towers, such as clip.
 
     Raises:
-        ModelError: the model has no towers.
+        ModelError: the model has no towers, or reads padding and has no ``pad_id``.
     """
 
     couples_examples: ClassVar[bool] = True
@@ -55,6 +56,11 @@ class Contrastive(Objective):
             raise ModelError(
                 f"Contrastive needs a model with a tower for images and one for texts; this one is a "
                 f"{model.backbone.model_type} model. Build the family clip."
+            )
+        if model.backbone.padded and model.backbone.config.pad_id is None:
+            raise ModelError(
+                f"A {model.backbone.model_type} model reads the padding of a text like any token, and this one has no "
+                "pad_id. Set it to that of the tokenizer: model.overrides.pad_id."
             )
 
     @property
@@ -68,15 +74,23 @@ class Contrastive(Objective):
         """Stack the images, and pad the texts on the right.
 
         Raises:
-            DataError: a text is longer than the positions of the model.
+            DataError: a text is longer than the positions of the model, or lacks the end token at which it is read.
         """
-        batch, config = stack(examples, ("pixel_values",)), self.towers.config
+        batch, config = {"pixel_values": given_pixels(examples)}, self.towers.config
         texts = [np.asarray(example["input_ids"]).reshape(-1) for example in examples]
         longest, most = max(len(ids) for ids in texts), config.max_positions
         if longest > most:
             raise DataError(
                 f"A text of {longest} tokens is longer than the {most} positions of the model. Cut the texts and keep "
                 "their end token, or build the model with a larger max_positions."
+            )
+        end = self.towers.end_id
+        # Padding may have the same id, so this is checked before it is there.
+        if end is not None and (cut := [ids for ids in texts if end not in ids]):
+            raise DataError(
+                f"{len(cut)} of {len(texts)} texts have no end token (eos_id {end}), whose hidden state is the vector "
+                f"of a text; the first has the ids {cut[0][:8].tolist()}. Encode the texts with the tokenizer of the "
+                "model, and keep the end token when cutting them."
             )
         columns = most if self.towers.padded else longest
         ids = np.full((len(texts), columns), config.pad_id or 0, dtype=np.int64)

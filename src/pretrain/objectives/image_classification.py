@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
 from pretrain.config.spelling import option
@@ -20,13 +21,15 @@ from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import ConfigError, ModelError
-from pretrain.objectives.base import Batch, ExampleList, Rngs
+from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import Classification
+from pretrain.objectives.row_pixels import check_processor, pixel_values
 from pretrain.objectives.tasks import Learned
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
+    from pretrain.data.loader import Examples
     from pretrain.models.base import Model
 
 __all__ = ["ImageClassification"]
@@ -97,24 +100,7 @@ class ImageClassification(Classification):
                 note(
                     f"the model has no preprocessor_config.json; its images are read by {model.processor}"
                 )
-        processor = model.processor
-        if not isinstance(processor, ImageProcessor):
-            raise ModelError(
-                f"The task {self.name} reads images, and the model has no image processor. Put "
-                "preprocessor_config.json into its directory, or set model.processor to a "
-                "pretrain.data.images.ImageProcessor."
-            )
-        channels = getattr(model.backbone.config, "num_channels", processor.channels)
-        if channels != processor.channels:
-            raise ModelError(
-                f"The model reads {channels} channels, and its image processor returns {processor.channels}: "
-                "image_mean in preprocessor_config.json has as many values as there are channels."
-            )
-        if processor.size is None:
-            raise ModelError(
-                "The image processor keeps the proportions of images, so those of a batch would be of different sizes. "
-                'Set "size" to {"height": ..., "width": ...} in preprocessor_config.json, or do_center_crop.'
-            )
+        check_processor(model, f"The task {self.name}")
 
     @property
     def processor(self) -> ImageProcessor:
@@ -167,9 +153,55 @@ class ImageClassification(Classification):
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
         """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
-        held = [example["image"] for example in examples]
-        values = self.augmentation.values(held, self.processor, rngs, evaluation=evaluation)
-        return {"pixel_values": torch.from_numpy(values)}
+        found = pixel_values(
+            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=self.name
+        )
+        return {"pixel_values": found}
+
+    # ------------------------------------------------------------------ rows of pre-training
+
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
+        """Collate as for texts, after checking the labels of rows that no table was encoded to.
+
+        Raises:
+            DataError: a label is no number of a class, or not one zero or one for each class.
+        """
+        classes = len(self.labels)
+        for example in examples if "labels" in examples[0] else ():
+            label = np.asarray(example["labels"])
+            if self.single:
+                right = label.shape == () and label.dtype.kind in "iu" and 0 <= int(label) < classes
+            else:
+                right = label.shape == (classes,)
+            if not right:
+                wanted = (
+                    f"a whole number from 0 to {classes - 1}"
+                    if self.single
+                    else f"{classes} numbers, 0 or 1 for each class"
+                )
+                raise DataError(
+                    f"labels of a row are {label.tolist()}; with problem={self.problem} and {classes} labels of the "
+                    f"model they must be {wanted}."
+                )
+        return super().collate(examples, rngs, evaluation=evaluation)
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        if "labels" not in batch:
+            raise DataError(
+                "The rows have no labels, from which an image is classified. Give each row labels, the number of its "
+                "class; data.source images reads them unless data.source_args.labels is false."
+            )
+        return super().count(batch)
+
+    def forward(self, batch: Batch) -> Loss:
+        self.count(batch)  # raises if there are no labels
+        return super().forward(batch)
+
+    def survey(self, rows: Examples) -> list[str]:
+        """Compute balanced weights from the rows of pre-training; those of fine-tuning have given them already."""
+        if self.unbalanced:
+            self.balance([int(rows[i]["labels"]) for i in range(len(rows))])
+        return super().survey(rows)
 
     def sizes(self, rows: TaskRows) -> str:
         size = self.processor.size or (0, 0)
@@ -188,12 +220,13 @@ class ImageClassification(Classification):
             table = read_images(path)
             return table, not path.is_dir() and len(table) == 1
         if path is not None:
-            return (read_images(path), False) if path.suffix.lower() == ".npz" else None
-        if (
-            array == 2
-            or (array == 3 and inputs.shape[-1] in (1, 3, 4))
-            or hasattr(inputs, "getbands")
-        ):
+            if path.suffix.lower() == ".npz":
+                return read_images(path), False
+            if not path.suffix:  # neither an image nor a table
+                _check_paths([path])
+            return None
+        channels = array == 3 and (inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4))
+        if array == 2 or channels or hasattr(inputs, "getbands"):
             return _table([inputs]), True
         if array in (3, 4):
             return _table(list(inputs)), False
@@ -205,8 +238,17 @@ class ImageClassification(Classification):
         return None
 
 
+def _check_paths(images: Sequence[Any]) -> None:
+    """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
+    for i, path in enumerate(images, start=1):
+        named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
+        if named and not Path(path).expanduser().exists():
+            raise DataError(f"image {i}: there is no file {str(path)[:200]!r}.")
+
+
 def _table(images: Sequence[Any]) -> Table:
     """Return images of a caller as a table."""
+    _check_paths(images)
     held = [
         Picture(v.numpy() if hasattr(v, "numpy") else v, f"image {i}")
         if hasattr(v, "dtype") or hasattr(v, "getbands")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pretrain.data.images.augment import Augmentation
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ModelError
 from pretrain.nn.patches import patch_pixels
-from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs, stack
+from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
+from pretrain.objectives.row_pixels import pixel_values
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
@@ -69,28 +70,10 @@ class MaskedImage(Objective):
         """Choose the visible patches of each row with the row's own generator, and read its image."""
         # All rows have equally many, in ascending order: attention does not see the order, memory does.
         chosen = [np.sort(rng.permutation(self.num_patches)[: self.num_visible]) for rng in rngs]
-        batch = self._pixels(examples, rngs, evaluation)
-        batch["visible_index"] = torch.from_numpy(np.stack(chosen))
-        return batch
-
-    def _pixels(self, examples: ExampleList, rngs: Rngs, evaluation: bool) -> Batch:
-        if "image" not in examples[0]:
-            if self.augmentation != Augmentation():
-                raise DataError(
-                    "The rows hold pixel values, which are neither cropped nor mirrored. Leave crop and flip out, or "
-                    "give rows of images (data.source images)."
-                )
-            return stack(examples, ("pixel_values",))
-        processor: Any = self.model.processor
-        if processor is None:
-            raise ModelError(
-                "The rows hold images, and the model has no image processor that reads them. Put "
-                "preprocessor_config.json into its directory, or set model.processor to a "
-                "pretrain.data.images.ImageProcessor."
-            )
-        held = [example["image"] for example in examples]
-        values = self.augmentation.values(held, processor, rngs, evaluation=evaluation)
-        return {"pixel_values": torch.from_numpy(values)}
+        pixels = pixel_values(
+            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what="MaskedImage"
+        )
+        return {"pixel_values": pixels, "visible_index": torch.from_numpy(np.stack(chosen))}
 
     def count(self, batch: Batch) -> Tensor:
         """Number of hidden patches."""

@@ -505,9 +505,14 @@ class ClassTask(Task):
         self._balanced = class_weights == "balanced"
         self._weights = None if self._balanced else _given_weights(class_weights, self.labels)
 
+    @property
+    def unbalanced(self) -> bool:
+        """Whether balanced weights are asked for, and the training rows have not been counted yet."""
+        return self._balanced and self._weights is None
+
     def balance(self, classes: Sequence[int] | np.ndarray) -> None:
         """Compute balanced weights from the targets of the training rows, which are encoded first."""
-        if self._balanced and self._weights is None:
+        if self.unbalanced:
             counts = np.bincount(np.asarray(classes, dtype=np.int64), minlength=len(self.labels))
             self._weights = len(classes) / (len(self.labels) * np.maximum(counts, 1.0))
 

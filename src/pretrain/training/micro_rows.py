@@ -15,7 +15,7 @@ import torch
 from pretrain.distributed.estimates import memory
 from pretrain.distributed.mesh import USABLE
 from pretrain.errors import out_of_memory
-from pretrain.nn.buffers import persistent_buffers
+from pretrain.nn.buffers import changing_buffers
 from pretrain.training.dry_run import nothing_kept, run_pass
 from pretrain.training.parallelize import common_ground, needs_of
 from pretrain.training.plan import row_length
@@ -41,7 +41,7 @@ def may_measure(trainer: Trainer) -> bool:
         or trainer.device.type in _EXACT
         or trainer.parallel.reproducible
         or trainer.objective.couples_examples
-        or persistent_buffers(trainer.objective)
+        or changing_buffers(trainer.objective)
     )
 
 

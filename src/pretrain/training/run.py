@@ -370,6 +370,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
                 f"trains {wanted!r}. Choose the objective that fits, or another checkpoint."
             )
         if tokenizer is None:
+            check_labels(model, data)
             model.processor = data.processor if model.processor is None else model.processor
             return model
         if model.tokenizer is not None and model.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -390,6 +391,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     if isinstance(data, Prepared):
         overrides = vocabulary_of(data.tokenizer, settings.model.overrides)
     else:
+        check_images(settings, data)
         overrides = {**known_fields(family, data.overrides), **settings.model.overrides}
     model = build(
         settings.model.family,
@@ -402,6 +404,52 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     )
     model.processor = data.processor
     return model
+
+
+def check_labels(model: Model, data: Prepared | RowSource) -> None:
+    """Check that the classes of rows have the numbers that they have in the model.
+
+    Raises:
+        DataError: the rows have other classes than the head of the model, or the same ones in another order.
+    """
+    found = None if isinstance(data, Prepared) else data.overrides.get("labels")
+    if found is None or model.labels is None:
+        return
+    same = found == len(model.labels) if isinstance(found, int) else tuple(found) == model.labels
+    if not same:
+        theirs = f"{found} labels" if isinstance(found, int) else f"the labels {_listed(found)}"
+        raise DataError(
+            f"The rows have {theirs}, and the model {_listed(model.labels)}: the numbers of the rows would mean other "
+            "classes. If only the order differs, name the labels in that of the model: "
+            f"data.source_args.labels=[{', '.join(model.labels)}]."
+        )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:20]) + ", ..." * (len(labels) > 20)
+
+
+def check_images(settings: RunConfig, data: RowSource) -> None:
+    """Check that the model is built for the images that the processor of the rows returns.
+
+    Raises:
+        ConfigError: ``model.overrides`` names another size, or another number of channels.
+    """
+    from pretrain.data.images.processor import ImageProcessor
+
+    images = getattr(data.processor, "images", data.processor)
+    if not isinstance(images, ImageProcessor):
+        return
+    returned = {"num_channels": ("channels", images.channels)}
+    if images.size is not None and images.size[0] == images.size[1]:
+        returned["image_size"] = ("size", images.size[0])
+    for name, (argument, value) in returned.items():
+        wanted = settings.model.overrides.get(name, value)
+        if wanted != value:
+            raise ConfigError(
+                f"model.overrides.{name} is {wanted}, but the processor of the rows returns {value}. Set it where the "
+                f"images are read: data.source_args.{argument}={wanted}, and leave model.overrides.{name} out."
+            )
 
 
 def known_fields(family: type[Backbone], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -517,7 +565,9 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
             raise DataError(no_run(path))
         settings = RunConfig.load(home / "run.yaml")
         if settings.data.source in SOURCES:
-            return open_rows(settings.data.source, settings.data.source_args).valid
+            return _held_out_rows(
+                home, open_rows(settings.data.source, settings.data.source_args), model
+            )
         if settings.data.source is not None:
             raise DataError(
                 f"The rows of {home} come from the function {settings.data.source}. pretrain calls no function that "
@@ -526,10 +576,12 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         prepared = open_data(settings)
         rows: Examples = prepared.valid
     elif isinstance(data, RowSource):
-        return data.valid
+        return _held_out_rows(None, data, model)
     elif isinstance(data, str) and _FUNCTION.fullmatch(data):
         named = DataConfig() if home is None else RunConfig.load(home / "run.yaml").data
-        return open_rows(data, named.source_args if named.source == data else {}).valid
+        same = named.source == data
+        found = open_rows(data, named.source_args if same else {})
+        return _held_out_rows(home if same else None, found, model)
     elif isinstance(data, str | os.PathLike) and (Path(data) / "manifest.json").is_file():
         prepared = Prepared.open(Path(data))
         rows = prepared.valid
@@ -548,6 +600,19 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
             f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {_place(path)}"
         )
     return rows
+
+
+def _held_out_rows(home: Path | None, data: RowSource, model: Model) -> Examples:
+    """Return the held-out rows of a source; if they are those of a run, say whether they have changed since."""
+    check_labels(model, data)
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("fingerprint") if isinstance(block, Mapping) else None
+    if home is not None and recorded not in (None, data.fingerprint):
+        note(
+            f"the rows of {home} have changed since the model was trained; a held-out share is drawn anew, so rows "
+            "that it was trained on may be among the held-out ones"
+        )
+    return data.valid
 
 
 def run_of(path: Path) -> Path | None:

@@ -29,7 +29,7 @@ from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.whole_parameters import Parts, align
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
-from pretrain.nn.buffers import persistent_buffers
+from pretrain.nn.buffers import changing_buffers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
@@ -453,7 +453,7 @@ class Trainer:
             self.world.size > 1
             or self.objective.couples_examples
             or self.parallel.reproducible
-            or bool(persistent_buffers(self.objective))
+            or bool(changing_buffers(self.objective))
         )
         if kept or before == 1:
             return False

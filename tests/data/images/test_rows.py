@@ -413,7 +413,7 @@ def test_rows_of_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_rows_of_pretraining_without_labels(tmp_path: Path) -> None:
     for k in range(8):
-        png(tmp_path / f"{k}.png")
+        png(tmp_path / f"{k}.png", value=k)
     with pytest.raises(DataError):
         labelled_images(str(tmp_path), 0.25)
     rows = labelled_images(str(tmp_path), 0.25, labels=False)

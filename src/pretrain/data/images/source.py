@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from pretrain.data.images.processor import ImageProcessor
 from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
-from pretrain.data.labelled import Role, choose_columns, roles_table, split
+from pretrain.data.labelled import Role, choose_columns, drop_duplicates, roles_table, split
 from pretrain.data.labels import LabelMap
 from pretrain.data.row_source import RowSource
 from pretrain.data.tables import Table
@@ -29,7 +30,7 @@ IMAGE = Role(
 )
 _LABEL = Role("label", ("label", "labels", "class", "category", "target"), help="the class")
 _USUAL = 224  # size of the images of published models
-_PATCHES = 8  # along a side, about, of the images of a new model
+_PATCHES, _MOST = 8, 16  # along a side of the images of a new model: about, and at most
 
 
 def labelled_images(
@@ -39,7 +40,7 @@ def labelled_images(
     size: int | None = None,
     channels: int = 3,
     seed: int = 0,
-    labels: bool = True,
+    labels: bool | Sequence[str] = True,
 ) -> RowSource:
     """Return rows of images, with one class each for the objective ``ImageClassification``, or without for others.
 
@@ -52,7 +53,8 @@ def labelled_images(
             224, else 224.
         channels: 3 for RGB, 1 for grey.
         seed: seed of the split.
-        labels: whether the rows have classes; False reads the images alone, for ``MaskedImage``.
+        labels: whether the rows have classes; False reads the images alone, for ``MaskedImage``. A list names the
+            classes in the order of a checkpoint that is trained on.
 
     Returns:
         Rows with ``image`` and, if asked for, ``labels``; the image processor; and the labels and sizes that the model
@@ -61,22 +63,26 @@ def labelled_images(
     Raises:
         DataError: no images, no labels, or an image that does not exist.
     """
-    whole = _by_role(read_images(train, name="train"), labels)
+    whole = _by_role(read_images(train, name="train"), bool(labels))
     if valid is None:
         valid = train if "valid" in parts_of(train) else 0.1
     names, known, strata = whole.label_names.get("label"), None, None
     if labels:
-        known = LabelMap.learn(whole.columns["label"], names=names, where=whole.where)
+        order = None if isinstance(labels, bool) else list(labels)
+        known = LabelMap.learn(
+            whole.columns["label"], names=names, checkpoint=order, where=whole.where
+        )
     if isinstance(valid, str):
-        held = _by_role(read_images(valid, name="validation"), labels)
+        held = _by_role(read_images(valid, name="validation"), bool(labels))
     else:
         if known is not None:
             strata = known.ids(whole.columns["label"], names=names, where=whole.where)
         whole, held = split(whole, strata, float(valid), seed)
+    whole, _ = drop_duplicates(whole, held, ["image"], "validation")
     rows, held_rows = _examples(whole, known, "training"), _examples(held, known, "validation")
     if not rows:
         raise DataError(f"None of the images of {train} can be read.")
-    side = size or _common_size(rows)
+    side, patch = _sizes(size or _common_size(rows))
     half = (0.5,) * channels
     return RowSource(
         rows,
@@ -85,7 +91,7 @@ def labelled_images(
         overrides={
             **({} if known is None else {"labels": known.labels}),
             "image_size": side,
-            "patch_size": _patch(side),
+            "patch_size": patch,
             "num_channels": channels,
         },
         name=Path(train).name,
@@ -124,7 +130,20 @@ def _common_size(rows: list[dict[str, Any]]) -> int:
     return width if len(sizes) == 1 and width == height <= _USUAL else _USUAL
 
 
-def _patch(side: int) -> int:
-    """Return the divisor of a side by which an image has about eight patches along it, at most 16."""
-    divisors = [d for d in range(1, min(side, 16) + 1) if side % d == 0]
-    return min(divisors, key=lambda d: (abs(side / d - _PATCHES), d)) if side < _USUAL else 16
+def _sizes(side: int) -> tuple[int, int]:
+    """Return the sides of the images and of their patches, by which there are about eight along an image.
+
+    The sides of published models keep their patches of 16. Smaller images have at most 16 patches along a side; if no
+    divisor of at most 16 gives that, the images are scaled down a little, which is said.
+    """
+    if side >= _USUAL:
+        return side, 16
+    divisors = [d for d in range(1, 17) if side % d == 0 and side // d <= _MOST]
+    if divisors:
+        return side, min(divisors, key=lambda d: (abs(side / d - _PATCHES), d))
+    scaled = side // _PATCHES * _PATCHES
+    note(
+        f"images of {side} x {side} pixels have no patches of a suitable size; they are scaled to {scaled} x {scaled} "
+        f"(data.source_args.size), with patches of {scaled // _PATCHES}"
+    )
+    return scaled, scaled // _PATCHES
