@@ -158,6 +158,12 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
     assert mine == tuned.predict([np.asarray(Image.open(f)) for f in files])
     assert mine == tuned.predict(np.stack([np.asarray(Image.open(f)) for f in files]))
     assert mine == tuned.predict([{"image": str(f)} for f in files])
+    colours = np.repeat(np.asarray(image.convert("L"))[None], 3, axis=0)  # (3, H, W)
+    grey = len(tuned.predict(colours)) == 3 if tuned.model.processor.channels == 1 else None
+    assert grey or tuned.predict(colours) == tuned.predict(np.moveaxis(colours, 0, -1))
+    for wrong in ("nowhere", ["nowhere.png"], [str(file), "nowhere.png"]):
+        with pytest.raises(DataError, match=r"image \d: there is no file 'nowhere"):
+            tuned.predict(wrong)
     top = tuned.predict(file, top_k=None)
     assert set(top["label"]) == set(NAMES) and sum(top["score"]) == pytest.approx(1.0)
     assert len(tuned.predict(place / "rows.csv", columns={"image": "file"})) == 80

@@ -225,7 +225,9 @@ class ImageClassification(Classification):
             if not path.suffix:  # neither an image nor a table
                 _check_paths([path])
             return None
-        channels = array == 3 and (inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4))
+        channels = array == 3 and (
+            inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4)
+        )
         if array == 2 or channels or hasattr(inputs, "getbands"):
             return _table([inputs]), True
         if array in (3, 4):
