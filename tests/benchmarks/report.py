@@ -142,7 +142,10 @@ def overview(rows: list[dict[str, Any]]) -> str:
                 dots, whiskers = kinds[label]
                 dots.append((number, statistics.median(values)))
                 whiskers.append((number, min(values), max(values)))
-    series = [Series(name, dots, dots=True, whiskers=bars) for name, (dots, bars) in kinds.items()]
+    series = [
+        Series(name, dots, dots=True, whiskers=bars, joined=False)
+        for name, (dots, bars) in kinds.items()
+    ]
     return curve_svg(
         series, title="Peer / ours, all cases", x_label="case, numbered as below", references={"equal": 1.0},
         width=760, height=360, zero=True,
@@ -192,6 +195,9 @@ def write_page(source: Path, docs: Path) -> None:
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         + f". {probes(rows)}\n",
     ]
+    reached = {record["row"] for record in rows}
+    if missing := [name for name in about["rows"] if name not in reached]:
+        lines.append(f"**The run was stopped before the rows {', '.join(missing)}.**\n")
     if worst:
         mean = math.exp(statistics.mean(math.log(ratio) for ratio, *_ in worst))
         lines += [

@@ -101,6 +101,11 @@ def test_rows_run_and_the_page_is_made_of_their_ratios(
         and "The worst first" in page
     )
     assert not re.search(r"\d (s|ms|seconds)\b", page), "a time that stands alone"
+    assert "stopped" not in page
+    found["about"]["rows"].append("save")
+    (tmp_path / "part.json").write_text(json.dumps(found))
+    report.write_page(tmp_path / "part.json", tmp_path)
+    assert "stopped before the rows save" in (tmp_path / "benchmarks.md").read_text()
     assert (tmp_path / "figures" / "benchmarks.svg").read_text().startswith("<svg")
 
 

@@ -279,6 +279,15 @@ def test_any_finite_points_stay_inside_the_picture(points):
         assert -1 <= float(element.attrib["cy"]) <= 301
 
 
+def test_values_of_separate_things_are_not_joined_and_have_whole_ticks():
+    points = [(number, number / 2) for number in range(1, 15)]
+    svg = curve_svg([Series("x", points, dots=True, joined=False)])
+    root = ET.fromstring(svg)
+    assert not list(root.iter(SVG + "polyline"))
+    assert len([c for c in root.iter(SVG + "circle") if "dot" in c.attrib["class"]]) == 14
+    assert "2.5<" not in svg and "5.0<" not in svg
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
 def test_ticks_cover_the_values(low, span):

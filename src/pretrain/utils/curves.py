@@ -68,12 +68,14 @@ class Series:
         points: (x, y) pairs in any order; pairs that are not finite are omitted and leave a gap.
         dots: mark every point (for few, important values) instead of drawing a band of the raw values.
         whiskers: (x, low, high) of vertical error bars.
+        joined: connect the points by a line; not for values of separate things.
     """
 
     label: str
     points: Sequence[Point]
     dots: bool = False
     whiskers: Sequence[tuple[float, float, float]] = ()
+    joined: bool = True
 
     def finite(self) -> list[Point]:
         """Return the finite points in the order of x."""
@@ -344,7 +346,7 @@ class _Frame:
             over = [f"{self.x(x):.1f},{self.y(high):.1f}" for x, _, _, high in groups]
             under = [f"{self.x(x):.1f},{self.y(low):.1f}" for x, _, low, _ in reversed(groups)]
             parts.append(f'<polygon class="band f{colour}" points="{" ".join(over + under)}"/>')
-        for piece in _pieces(one, groups):
+        for piece in _pieces(one, groups) if one.joined else ():
             path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y, _, _ in piece)
             parts.append(f'<polyline class="line s{colour}" points="{path}"/>')
         for x, low, high in one.whiskers:
@@ -364,7 +366,9 @@ class _Frame:
 def _x_ticks(xs: Sequence[float], x0: float, x1: float, log_x: bool) -> list[float]:
     """Return round numbers; on a logarithmic axis the values themselves if there are few, else powers of ten."""
     if not log_x:
-        return [tick for tick in nice_ticks(x0, x1, 6) if x0 <= tick <= x1]
+        ticks = [tick for tick in nice_ticks(x0, x1, 6) if x0 <= tick <= x1]
+        whole = all(float(x).is_integer() for x in xs)
+        return [tick for tick in ticks if not whole or tick.is_integer()]
     own = sorted(set(xs))
     powers = range(math.ceil(math.log10(x0) - 1e-9), math.floor(math.log10(x1) + 1e-9) + 1)
     return own if len(own) <= 8 or len(powers) < 2 else [10.0**power for power in powers]
