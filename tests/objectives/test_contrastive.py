@@ -138,9 +138,21 @@ def test_ranks_give_the_loss_and_the_gradients_of_one_process(
     torch.testing.assert_close(found["total"], loss.total.detach(), rtol=1e-6, atol=1e-6)
     for name, p in goal.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
+    run = trainer(objective(kind), tmp_path / "one", 4).fit()
+    losses = torch.tensor([r["loss"] for r in run.history if "grad_norm" in r])
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    for strategy in ("ddp", "fsdp"):
+        torch.testing.assert_close(found[strategy], losses, rtol=1e-4, atol=1e-6)
 
 
-def trainer(goal: Contrastive, out: Path, limit: int, hooks: Any = (), **options: Any) -> Trainer:
+def trainer(
+    goal: Contrastive,
+    out: Path,
+    limit: int,
+    hooks: Any = (),
+    strategy: Any = "auto",
+    **options: Any,
+) -> Trainer:
     return Trainer(
         goal,
         rows(16),
@@ -148,7 +160,7 @@ def trainer(goal: Contrastive, out: Path, limit: int, hooks: Any = (), **options
         train=TrainConfig(
             out=str(out), limit=f"{limit} steps", batch_rows=8, precision="fp32", **options
         ),
-        parallel=ParallelConfig(device="cpu"),
+        parallel=ParallelConfig(device="cpu", threads=1, strategy=strategy),
         hooks=hooks,
         quiet=True,
     )
