@@ -18,8 +18,8 @@ from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone, Batch, ModelStats
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.image_backbone import image_processor, random_images
 from pretrain.models.names import Name
-from pretrain.models.vit import image_processor, random_images
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm, compute_dtype

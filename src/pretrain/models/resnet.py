@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from itertools import count, groupby
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from pretrain.data.images import ImageProcessor
-from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
-from pretrain.models.backbone import Backbone, Batch, ModelStats
+from pretrain.errors import ConfigError, DataError, did_you_mean
+from pretrain.models.backbone import Batch, ModelStats
 from pretrain.models.config import BackboneConfig, Key
 from pretrain.models.heads import SequenceHead
+from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
-from pretrain.models.vit import image_processor, random_images
 from pretrain.nn.attention import KVCache
 from pretrain.nn.mlp import activation
 
@@ -215,19 +213,17 @@ class Residual(nn.Module):
         return self.activation(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-class ResNet(Backbone):
+class ResNet(ImageBackbone):
     """Images under ``pixel_values``, (B, C, H, W) -> (B, places of the grid, D), row by row."""
 
     model_type: ClassVar[str] = "resnet"
     config_class: ClassVar[type[BackboneConfig]] = ResNetConfig
-    causal: ClassVar[bool] = False
     prefix: ClassVar[str] = "resnet."
     prefixes: ClassVar[tuple[str, ...]] = ("resnet.",)
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "ResNetModel",
         "image-classification": "ResNetForImageClassification",
     }
-    processor_class: ClassVar[Any] = ImageProcessor
     unit_name: ClassVar[str] = "images"
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "num_channels": Key("num_channels", 3),
@@ -253,19 +249,9 @@ class ResNet(Backbone):
             for _, block in groupby(shapes[1:], key=lambda shape: shape.block)
         )
 
-    @classmethod
-    def default_processor(cls, config: Any) -> ImageProcessor | None:
-        return image_processor(config)
-
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        if cache is not None:
-            raise ModelError("A network of convolutions has no key-value cache. Leave cache out.")
-        x, channels = batch["pixel_values"], self.config.num_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ModelError(
-                f"pixel_values has the shape {tuple(x.shape)}; it must be (images, {channels}, height, width). Convert "
-                "the images, or build the model with their num_channels."
-            )
+        x = batch["pixel_values"]
+        self.check_inputs(x, cache)
         if self.training and len(x) == 1 and max(x.shape[2:]) <= 2**self.halvings:
             raise DataError(
                 f"One image of {x.shape[2]} x {x.shape[3]} pixels leaves one place in the last stage, and "
@@ -284,12 +270,6 @@ class ResNet(Backbone):
     def units(self, batch: Batch) -> int:
         """Return the number of images."""
         return len(batch["pixel_values"])
-
-    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return random_images(self.config, generator)
-
-    def id_limits(self) -> dict[str, tuple[str, int]]:
-        return {}
 
     def stats(self) -> ModelStats:
         """Return widths, and what a block keeps: input and output of each normalisation, in fp32."""

@@ -12,21 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from pretrain.data.images import ImageProcessor
 from pretrain.errors import ConfigError, ModelError
-from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.backbone import Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.heads import SequenceHead
+from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
 from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["BLOCK_NAMES", "ViT", "ViTConfig", "image_processor", "random_images"]
+__all__ = ["BLOCK_NAMES", "ENCODER_KEYS", "ViT", "ViTConfig"]
 
 # Names on disk of the parts of a block.
 BLOCK_NAMES = {
@@ -91,47 +90,37 @@ class ViTConfig(BackboneConfig):
         return super().parameter_count() + self.hidden_size * tables
 
 
-def image_processor(config: Any) -> ImageProcessor | None:
-    """Return the processor of a new model: pixels from -1 to 1; None for images that are neither grey nor RGB."""
-    if config.num_channels not in (1, 3):
-        return None
-    half = (0.5,) * config.num_channels
-    return ImageProcessor(size=config.image_size, image_mean=half, image_std=half)
+# Field -> key of config.json, of the families whose encoder is that of ViT.
+ENCODER_KEYS: Mapping[str, Key] = {
+    "hidden_size": Key("hidden_size", 768),
+    "num_layers": Key("num_hidden_layers", 12),
+    "num_heads": Key("num_attention_heads", 12),
+    "intermediate_size": Key("intermediate_size", 3072),
+    "activation": Key("hidden_act", "gelu"),
+    "dropout": Key("hidden_dropout_prob", 0.0),
+    "attention_dropout": Key("attention_probs_dropout_prob", 0.0),
+    "initializer_range": Key("initializer_range", 0.02),
+    "norm_eps": Key("layer_norm_eps", 1e-12),
+    "image_size": Key("image_size", 224),
+    "patch_size": Key("patch_size", 16),
+    "num_channels": Key("num_channels", 3),
+}
 
 
-def random_images(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a batch of two random images."""
-    shape = (2, config.num_channels, config.image_size, config.image_size)
-    return {"pixel_values": torch.randn(shape, generator=generator)}
-
-
-class ViT(Backbone):
+class ViT(ImageBackbone):
     """Encoder of image patches; ``pixel_values`` (B, C, H, W) -> (B, 1 + P, D), the class token first."""
 
     model_type: ClassVar[str] = "vit"
     config_class: ClassVar[type[BackboneConfig]] = ViTConfig
-    causal: ClassVar[bool] = False
     prefix: ClassVar[str] = "vit."
     prefixes: ClassVar[tuple[str, ...]] = ("vit.",)
-    processor_class: ClassVar[Any] = ImageProcessor
     unit_name: ClassVar[str] = "patches"
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "ViTModel",
         "image-classification": "ViTForImageClassification",
     }
     hf_keys: ClassVar[Mapping[str, Key]] = {
-        "hidden_size": Key("hidden_size", 768),
-        "num_layers": Key("num_hidden_layers", 12),
-        "num_heads": Key("num_attention_heads", 12),
-        "intermediate_size": Key("intermediate_size", 3072),
-        "activation": Key("hidden_act", "gelu"),
-        "dropout": Key("hidden_dropout_prob", 0.0),
-        "attention_dropout": Key("attention_probs_dropout_prob", 0.0),
-        "initializer_range": Key("initializer_range", 0.02),
-        "norm_eps": Key("layer_norm_eps", 1e-12),
-        "image_size": Key("image_size", 224),
-        "patch_size": Key("patch_size", 16),
-        "num_channels": Key("num_channels", 3),
+        **ENCODER_KEYS,
         "attention_bias": Key("qkv_bias", True),
         "encoder_stride": Key("encoder_stride", 16),
         "pooler_act": Key("pooler_act", "tanh"),
@@ -148,39 +137,18 @@ class ViT(Backbone):
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
-    @classmethod
-    def default_processor(cls, config: Any) -> ImageProcessor | None:
-        return image_processor(config)
-
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        if cache is not None:
-            raise ModelError(
-                f"A {self.model_type} model reads images, so it has no key-value cache. Leave cache out."
-            )
-        pixels = batch["pixel_values"]
-        self.check_pixels(pixels)
-        x, layers = self.drop(self.embedding(pixels)), len(self.layers)
-        x = self.run(x, [AttentionMask()] * layers, [None] * layers, None, batch.get("keep_index"))
-        found: Tensor = self.final_norm(x)
-        return found
-
-    def check_pixels(self, pixels: Tensor) -> None:
-        """Check the shape of a batch of images.
-
-        Raises:
-            ModelError: another number of dimensions or channels, or images smaller than a patch.
-        """
-        config = self.config
-        if pixels.ndim != 4 or pixels.shape[1] != config.num_channels:
-            raise ModelError(
-                f"pixel_values has the shape {tuple(pixels.shape)}; this {self.model_type} model reads (images, "
-                f"{config.num_channels} channels, height, width). The image processor beside the weights returns that."
-            )
+        pixels, config = batch["pixel_values"], self.config
+        self.check_inputs(pixels, cache)
         if min(pixels.shape[2:]) < config.patch_size:
             raise ModelError(
                 f"The images have {pixels.shape[2]} x {pixels.shape[3]} pixels, less than one patch of "
                 f"{config.patch_size} x {config.patch_size}. Make them larger: set size in preprocessor_config.json."
             )
+        x, layers = self.drop(self.embedding(pixels)), len(self.layers)
+        x = self.run(x, [AttentionMask()] * layers, [None] * layers, None, batch.get("keep_index"))
+        found: Tensor = self.final_norm(x)
+        return found
 
     # ------------------------------------------------------------------ what a batch is
 
@@ -188,12 +156,6 @@ class ViT(Backbone):
         images, _, height, width = batch["pixel_values"].shape
         patch = self.config.patch_size
         return int(images * (height // patch) * (width // patch))
-
-    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return random_images(self.config, generator)
-
-    def id_limits(self) -> dict[str, tuple[str, int]]:
-        return {}
 
     def embeddings(self) -> list[nn.Module]:
         return [self.embedding]

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pretrain.data.images import ImageProcessor
-from pretrain.errors import ConfigError, ModelError
-from pretrain.models.backbone import Backbone, Batch
+from pretrain.errors import ConfigError
+from pretrain.models.backbone import Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
-from pretrain.models.vit import BLOCK_NAMES, image_processor, random_images
+from pretrain.models.vit import BLOCK_NAMES, ENCODER_KEYS
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm
@@ -130,7 +130,7 @@ class ViTMAEConfig(BackboneConfig):
         return super().parameter_count() + decoder + tables
 
 
-class ViTMAE(Backbone):
+class ViTMAE(ImageBackbone):
     """Encoder: images under ``pixel_values``, (B, C, H, W) -> (B, 1 + N, D), the class token first.
 
     With ``visible_index``, (B, K) indices of patches, it computes only these: (B, 1 + K, D).
@@ -138,7 +138,6 @@ class ViTMAE(Backbone):
 
     model_type: ClassVar[str] = "vit_mae"
     config_class: ClassVar[type[BackboneConfig]] = ViTMAEConfig
-    causal: ClassVar[bool] = False
     prefix: ClassVar[str] = "vit."
     prefixes: ClassVar[tuple[str, ...]] = ("vit.",)
     architectures: ClassVar[Mapping[str | None, str]] = {
@@ -146,21 +145,9 @@ class ViTMAE(Backbone):
         "masked-image": "ViTMAEForPreTraining",
     }
     successors: ClassVar[Mapping[str, str]] = {"image-classification": "vit"}
-    processor_class: ClassVar[Any] = ImageProcessor
     unit_name: ClassVar[str] = "patches"
     hf_keys: ClassVar[Mapping[str, Key]] = {
-        "hidden_size": Key("hidden_size", 768),
-        "num_layers": Key("num_hidden_layers", 12),
-        "num_heads": Key("num_attention_heads", 12),
-        "intermediate_size": Key("intermediate_size", 3072),
-        "activation": Key("hidden_act", "gelu"),
-        "dropout": Key("hidden_dropout_prob", 0.0),
-        "attention_dropout": Key("attention_probs_dropout_prob", 0.0),
-        "initializer_range": Key("initializer_range", 0.02),
-        "norm_eps": Key("layer_norm_eps", 1e-12),
-        "image_size": Key("image_size", 224),
-        "patch_size": Key("patch_size", 16),
-        "num_channels": Key("num_channels", 3),
+        **ENCODER_KEYS,
         "qkv_bias": Key("qkv_bias", True),
         "decoder_hidden_size": Key("decoder_hidden_size", 512),
         "decoder_num_layers": Key("decoder_num_hidden_layers", 8),
@@ -179,18 +166,13 @@ class ViTMAE(Backbone):
         self.norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     @classmethod
-    def default_processor(cls, config: Any) -> ImageProcessor | None:
-        return image_processor(config)
-
-    @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
         for key in ("image_size", "patch_size"):
             reader.square(key)
         return super().fields_from_hf(reader)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        if cache is not None:
-            raise ModelError("An encoder of images has no key-value cache. Leave cache out.")
+        self.check_inputs(batch["pixel_values"], cache)
         self.patches.check(batch["pixel_values"])
         x = self.patches(batch["pixel_values"], batch.get("visible_index"))
         layers = len(self.layers)
@@ -203,9 +185,6 @@ class ViTMAE(Backbone):
         """Return the number of patches of all images, hidden ones included."""
         patches: int = self.config.num_patches
         return len(batch["pixel_values"]) * patches
-
-    def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return random_images(self.config, generator)
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
         return {"visible_index": ("number of patches", self.config.num_patches)}
