@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 __all__ = [
     "INDEX",
     "SINGLE",
-    "head_of",
     "inspect",
     "is_finite",
+    "kind_and_family",
     "load",
     "named_classes",
     "open_described",
@@ -190,8 +190,8 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
         model.generation_config = drop_code(directory.json("generation_config.json"))
     model.sentences = SentenceSettings.read(directory) or model.sentences
     if tokenizer and model.backbone.processor_class is not None:
-        found = model.backbone.processor_class.from_directory(directory.path)
-        model.processor = model.processor if found is None else found
+        processor = model.backbone.processor_class.from_directory(directory.path)
+        model.processor = model.processor if processor is None else processor
     elif tokenizer:
         _open_tokenizer(model, directory)
 
@@ -286,7 +286,7 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
     return kind, () if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels
 
 
-def head_of(path: str | Path) -> tuple[str | None, type[Backbone] | None]:
+def kind_and_family(path: str | Path) -> tuple[str | None, type[Backbone] | None]:
     """Return the kind of head of a checkpoint and the class of its family, as ``named_classes`` does."""
     from pretrain.models import family_class
 

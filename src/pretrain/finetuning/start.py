@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.loading import head_of, named_classes
+from pretrain.checkpoint.loading import kind_and_family, named_classes
 from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone
@@ -98,7 +98,7 @@ def check_fits(source: Any, task: type[Task]) -> None:
     if isinstance(source, Model):
         kind, family = source.head_kind, type(source.backbone)
     elif isinstance(source, str | os.PathLike):
-        kind, family = head_of(os.fspath(source))
+        kind, family = kind_and_family(os.fspath(source))
     if task.head_kind is not None and kind != task.head_kind and family is not None:
         try:
             check_head(family, task.head_kind)

@@ -172,7 +172,8 @@ def _chunk(
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     valid = target != IGNORE
     index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
-    slope = None if softcap is None else 1 - (capped / softcap).square()
+    # Of the soft cap; the softmax replaces what it is computed from.
+    slope = 1 - (capped / softcap).square() if softcap is not None and with_grad else None
     if vocab is None:
         loss, correct, grad = _softmax_(capped, index)
         minus = torch.full_like(index, -1, dtype=grad.dtype)

@@ -96,6 +96,9 @@ def test_threads_depend_on_the_size_of_the_pictures(
     )
     used.clear()
     Augmentation().values(
-        [Stored(Picture(np.asarray(picture()), "it"), None)], SIZE, [], evaluation=True
+        [Stored(Picture(np.asarray(picture()), "it"), picture(), keep=False)],
+        SIZE,
+        [],
+        evaluation=True,
     )
     assert used  # how large it is is not known before it has been decoded

@@ -226,7 +226,9 @@ def test_the_colours_of_palettes_tell_images_apart() -> None:
 
 def test_a_decoded_image_may_be_kept_or_read_again() -> None:
     picture = Picture(stored(RED), "red")
-    kept, again = Stored(picture, picture.read()[0]), Stored(picture, None)
+    image = picture.read()[0]
+    kept, again = Stored(picture, image), Stored(picture, image, keep=False)
+    assert kept.size == again.size == image.size
     assert np.array_equal(np.asarray(kept), np.asarray(again))
     assert kept.image().tobytes() == RED.tobytes() == again.image().tobytes()
     size = ImageProcessor(size=4)

@@ -223,12 +223,16 @@ class Stored:
 
     Args:
         picture: the picture.
-        image: its decoded form, kept in memory; None decodes it again whenever it is used.
+        image: its decoded form.
+        keep: keep the decoded form in memory; otherwise it is decoded again whenever it is used.
+
+    Attributes:
+        size: width and height.
     """
 
-    def __init__(self, picture: Picture, image: Image | None) -> None:
-        self.picture = picture
-        self.pixels = None if image is None else np.asarray(image)
+    def __init__(self, picture: Picture, image: Image, *, keep: bool = True) -> None:
+        self.picture, self.size = picture, image.size
+        self.pixels = np.asarray(image) if keep else None
 
     def image(self) -> Image:
         """Return the decoded image.

@@ -175,7 +175,7 @@ def decoded(table: Table, *, required: bool) -> Iterator[tuple[int, Stored | Non
         else:
             image, remark = found
             room -= image.width * image.height * len(image.getbands())
-            yield i, Stored(picture, image if room >= 0 else None), remark
+            yield i, Stored(picture, image, keep=room >= 0), remark
 
 
 def _read_all(

@@ -125,7 +125,7 @@ def _examples(table: Table, known: LabelMap | None, what: str) -> list[dict[str,
 
 def _common_size(rows: list[dict[str, Any]]) -> int:
     """Return the side of the images if all are squares of one size of at most 224, else 224."""
-    sizes = Counter(row["image"].image().size for row in rows)
+    sizes = Counter(row["image"].size for row in rows)
     (width, height), _ = sizes.most_common(1)[0]
     return width if len(sizes) == 1 and width == height <= _USUAL else _USUAL
 
