@@ -109,6 +109,8 @@ class Objective(nn.Module):
         progress: share of the run before the global batch that ``collate`` is called for, the same on all ranks and in
             a resumed run; None outside a run, and in one that is limited by time, whose length nobody knows. Set for
             training; evaluation must not depend on it.
+        train_rows: the training rows, from which ``collate`` may draw others for a row, by its generator; None outside
+            a run. Set for training.
     """
 
     couples_examples: ClassVar[bool] = False
@@ -122,6 +124,7 @@ class Objective(nn.Module):
         self.batch_group: Group | None = None
         self.compared = False
         self.progress: float | None = None
+        self.train_rows: Examples | None = None
 
     def train(self, mode: bool = True) -> Objective:
         """Set the training mode of all modules but the frozen ones, which stay in evaluation mode."""

@@ -259,7 +259,7 @@ class Classification(ClassTask):
             return Loss(
                 total / logits.shape[-1], self.count(batch), {"counts": counts, "exact": exact}
             )
-        total = self.cross_entropy(logits, labels, batch.get("weights"))
+        total = self.cross_entropy(logits, batch.get("targets", labels), batch.get("weights"))
         classes = logits.shape[-1]
         pairs = labels * classes + logits.argmax(-1)  # (N,) indices into the flattened (C, C)
         matrix = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)

@@ -16,6 +16,7 @@ import torch
 from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.mixing import Mixing
 from pretrain.data.images.rows import decoded, is_image_source, parts_of, pictures, read_images
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
@@ -44,6 +45,9 @@ class ImageClassification(Classification):
             measured on digits (docs/images.md); photos and a pre-trained model usually get 0.3 or less.
         flip: mirror half of the training images; not for letters, digits or whatever has a left and a right.
         randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        mixup: parameter of the beta distribution by which every training image is averaged with another one, and its
+            target with the other's; 0 for none.
+        cutmix: the same for a box of the image that is replaced by that of another one; 0 for none.
         problem, class_weights, label_smoothing, threshold, codes: see ``Classification``.
         max_length: of texts only; None.
 
@@ -64,6 +68,8 @@ class ImageClassification(Classification):
         crop: float = 0.8,
         flip: bool = False,
         randaugment: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         problem: str = "single_label",
         class_weights: Any = None,
         label_smoothing: float = 0.0,
@@ -86,6 +92,7 @@ class ImageClassification(Classification):
             pack=False,
         )
         self.augmentation = Augmentation(crop, flip, randaugment)
+        self.mixing = Mixing(mixup, cutmix)
 
     def check_processor(self) -> None:
         """Check that the model has an image processor that fits; a model without any gets that of its sizes.
@@ -161,11 +168,19 @@ class ImageClassification(Classification):
     # ------------------------------------------------------------------ rows of pre-training
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
-        """Collate as for texts, after checking the labels of rows that no table was encoded to.
+        """Collate as for texts, after checking the labels of rows that no table was encoded to, and mix training rows.
 
         Raises:
             DataError: a label is no number of a class, or not one zero or one for each class.
+            ConfigError: training rows are to be mixed, and there are none to draw from.
         """
+        self._check_labels(examples)
+        batch = super().collate(examples, rngs, evaluation=evaluation)
+        if self.mixing and not evaluation and "labels" in batch:
+            self._mix(batch, rngs)
+        return batch
+
+    def _check_labels(self, examples: ExampleList) -> None:
         classes = len(self.labels)
         for example in examples if "labels" in examples[0] else ():
             label = np.asarray(example["labels"])
@@ -183,7 +198,42 @@ class ImageClassification(Classification):
                     f"labels of a row are {label.tolist()}; with problem={self.problem} and {classes} labels of the "
                     f"model they must be {wanted}."
                 )
-        return super().collate(examples, rngs, evaluation=evaluation)
+
+    def _mix(self, batch: Batch, rngs: Rngs) -> None:
+        """Mix every row of a training batch with another training row: its image, and its target.
+
+        A target of one class each becomes a distribution under ``targets``, (N, C); its class weight is that of the
+        distribution. ``labels`` stay those of the rows, except that several labels each become shares.
+        """
+        rows, pixels = self.train_rows, batch["pixel_values"]
+        if rows is None:
+            raise ConfigError(
+                "mixup and cutmix mix a row with other training rows, and this objective has none. A Trainer sets "
+                "them; elsewhere set its train_rows."
+            )
+        mixtures = [self.mixing.draw(rng, len(rows), *pixels.shape[2:]) for rng in rngs]
+        partners = [rows[mixture.partner] for mixture in mixtures]
+        self._check_labels(partners)
+        others = super().collate(partners, rngs)
+        parts = zip(mixtures, pixels, others["pixel_values"], strict=True)
+        batch["pixel_values"] = torch.stack([mixture(own, other) for mixture, own, other in parts])
+        share = torch.tensor([mixture.share for mixture in mixtures], dtype=torch.float32)[:, None]
+        targets = []
+        for found in (batch, others):
+            labels = found["labels"]
+            if self.single:
+                labels = torch.nn.functional.one_hot(labels, len(self.labels)).float()
+                if "weights" in found:
+                    labels = labels * found["weights"][:, None]
+            targets.append(labels)
+        mixed = share * targets[0] + (1 - share) * targets[1]
+        if not self.single:
+            batch["labels"] = mixed
+            return
+        weights = mixed.sum(1)
+        batch["targets"] = mixed / weights[:, None]
+        if "weights" in batch:
+            batch["weights"] = weights
 
     def count(self, batch: Batch) -> torch.Tensor:
         if "labels" not in batch:

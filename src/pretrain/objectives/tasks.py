@@ -523,7 +523,13 @@ class ClassTask(Task):
     def cross_entropy(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the summed loss of logits (M, C) against labels (M,), each multiplied with its weight if given."""
+        """Return the summed loss of logits (M, C), each multiplied with its weight if given.
+
+        Args:
+            logits: (M, C).
+            labels: (M,) classes, or (M, C) distributions over them.
+            weights: (M,), or None.
+        """
         smoothing = self.label_smoothing if self.training else 0.0
         each = torch.nn.functional.cross_entropy(
             logits, labels, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing

@@ -136,6 +136,7 @@ class Trainer:
         self.checkpoint: Path | None = None
         self.home: Home | None = None  # on rank zero only, which writes the log
         objective.train(objective.training)  # freezes what the objective says is frozen
+        objective.train_rows = train_data
         self.origin = origin(objective)
         if objective.unit_name != "tokens":
             self.about["unit"] = objective.unit_name
