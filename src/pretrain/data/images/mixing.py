@@ -77,7 +77,8 @@ class Mixing:
         Args:
             rng: generator of the row.
             rows: number of training rows.
-            height, width: of the image.
+            height: of the image.
+            width: of the image.
         """
         partner = int(rng.integers(rows))
         means = bool(self.mixup) and (not self.cutmix or rng.random() < 0.5)
