@@ -1,4 +1,4 @@
-"""Mixup and CutMix in training: batches however they are split, targets beside an oracle, and evaluation without them."""
+"""Mixup and CutMix in training: batches however they are split, targets beside an oracle, and none in evaluation."""
 
 from __future__ import annotations
 
