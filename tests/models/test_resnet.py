@@ -10,10 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contract
 import pretrain
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.models.resnet import ResNetConfig
+from pretrain.objectives.image_classification import ImageClassification
+from pretrain.training.optim import build_optimizers
+from pretrain.training.trainer import Trainer
 
 TINY = {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (2, 1), "image_size": 16}
 
@@ -117,3 +121,54 @@ def test_one_place_of_one_image_cannot_be_normalised():
     model({"pixel_values": small.repeat(2, 1, 1, 1)})
     model({"pixel_values": larger})
     model.eval()({"pixel_values": small})
+
+
+def test_norms_get_no_weight_decay():
+    model = make()
+    groups = build_optimizers(
+        model, OptimConfig(lr=1e-3, weight_decay=0.1), model.backbone.blocks(), torch.device("cpu")
+    ).optimizers[0].param_groups  # fmt: skip
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        plain = "normalization" in name or name.endswith("bias")
+        assert (id(parameter) in decayed) != plain, name
+
+
+@pytest.mark.parametrize(("rows", "fixed"), [(8, True), (16, False)])
+def test_statistics_of_a_trained_model_are_kept_when_batches_are_small(
+    rows: int, fixed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """And those of a new model never, or it would have none."""
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    data = [{"pixel_values": image, "labels": k % 3} for k, image in enumerate(images.numpy())]
+    trained = make()
+    trained({"pixel_values": images})
+
+    def run(model: Model, name: str, limit: str) -> tuple[Model, Trainer]:
+        goal = ImageClassification(model, crop=1.0)
+        trainer = Trainer(
+            goal, data, optim=OptimConfig(lr=1e-3, schedule="constant", warmup=0),
+            train=TrainConfig(out=str(tmp_path / name), limit=limit, batch_rows=rows),
+            parallel=ParallelConfig(device="cpu"),
+        )  # fmt: skip
+        trainer.fit()
+        return model, trainer
+
+    before = {name: value.clone() for name, value in trained.named_buffers()}
+    tuned, trainer = run(trained, "tuned", "2 steps")
+    assert trainer.state.fixed_statistics is fixed
+    assert ("statistics of the model are kept" in capsys.readouterr().err) is fixed
+    for name, value in tuned.named_buffers():
+        assert torch.equal(value, before[name]) is fixed, name
+    weights = [p for p in tuned.parameters() if p.ndim == 4]
+    assert any(not torch.equal(p, q) for p, q in zip(weights, make().parameters(), strict=False))
+    if fixed:
+        resumed, trainer = run(make(seed=3), "tuned", "3 steps")
+        assert trainer.state.fixed_statistics
+        assert torch.equal(
+            resumed.backbone.stem.normalization.running_var,
+            before["backbone.stem.normalization.running_var"],
+        )
+        scratch, trainer = run(make(), "scratch", "1 steps")
+        assert not trainer.state.fixed_statistics
+        assert int(scratch.backbone.stem.normalization.num_batches_tracked) == 1

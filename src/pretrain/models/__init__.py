@@ -31,6 +31,7 @@ FAMILIES = {
     "clip": "pretrain.models.clip:CLIP",
     "siglip": "pretrain.models.siglip:Siglip",
     "resnet": "pretrain.models.resnet:ResNet",
+    "alexnet": "pretrain.models.alexnet:AlexNet",
     "vit_mae": "pretrain.models.vit_mae:ViTMAE",
 }
 

@@ -1,7 +1,7 @@
 """Residual networks (arXiv 1512.03385): convolutions with batch normalisation and a shortcut past every block.
 
 Blocks are basic (two 3x3 convolutions: ResNet-18 and -34) or bottlenecks (1x1, 3x3, 1x1: ResNet-50), with the stride on
-the 3x3 convolution.
+the 3x3 convolution. ``models.alexnet`` is the same trunk without the shortcuts.
 
 Letters: B images, C channels, H x W pixels or places of a grid, D channels of the last stage.
 """
@@ -31,11 +31,11 @@ Self = TypeVar("Self", bound="ResNetConfig")
 
 _BASIC, _WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
 # Sizes by the number of weighted layers: kind of block, channels and blocks of each stage.
-_DEPTHS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
-    "10": ("basic", _BASIC, (1, 1, 1, 1)),
-    "18": ("basic", _BASIC, (2, 2, 2, 2)),
-    "34": ("basic", _BASIC, (3, 4, 6, 3)),
-    "50": ("bottleneck", _WIDE, (3, 4, 6, 3)),
+_DEPTHS: dict[str, dict[str, Any]] = {
+    "10": {"layer_type": "basic", "hidden_sizes": _BASIC, "depths": (1, 1, 1, 1)},
+    "18": {"layer_type": "basic", "hidden_sizes": _BASIC, "depths": (2, 2, 2, 2)},
+    "34": {"layer_type": "basic", "hidden_sizes": _BASIC, "depths": (3, 4, 6, 3)},
+    "50": {"layer_type": "bottleneck", "hidden_sizes": _WIDE, "depths": (3, 4, 6, 3)},
 }
 _NAMED = {"tiny": "10", "small": "18", "medium": "34", "base": "50"}
 _REDUCTION = 4  # channels of a bottleneck over those of its 3x3 convolution
@@ -72,7 +72,21 @@ class ResNetConfig(BackboneConfig):
             of the 3x3 one.
         image_size: side of the images that costs are estimated for; images of other sizes are computed too.
         zero_init_outputs: the last normalisation of every block starts at zero (arXiv 1706.02677, section 5.1).
+
+    Class attributes:
+        title: name of the family, for messages.
+        kinds: values of ``layer_type``.
+        sizes: named size -> the fields that it sets; ``nicknames`` are other names of them.
+        residual: whether a shortcut leads past every block.
+        pooled: stages after which a max-pool halves the grid.
     """
+
+    title: ClassVar[str] = "resnet"
+    kinds: ClassVar[tuple[str, ...]] = ("basic", "bottleneck")
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = _DEPTHS
+    nicknames: ClassVar[Mapping[str, str]] = _NAMED
+    residual: ClassVar[bool] = True
+    pooled: ClassVar[tuple[int, ...]] = ()
 
     vocab_size: int = 0
     max_positions: int = 0
@@ -111,16 +125,16 @@ class ResNetConfig(BackboneConfig):
                 f"hidden_sizes {self.hidden_sizes} and depths {self.depths} describe {len(self.hidden_sizes)} and "
                 f"{len(self.depths)} stages. Give one number for each stage in both."
             )
-        if self.layer_type not in ("basic", "bottleneck"):
+        if self.layer_type not in self.kinds:
             raise ConfigError(
                 f"layer_type of the model is {self.layer_type!r}."
-                + did_you_mean(self.layer_type, ("basic", "bottleneck"))
+                + did_you_mean(self.layer_type, self.kinds)
             )
         super().validate()
 
     @classmethod
     def size_names(cls) -> tuple[str, ...]:
-        return tuple(_DEPTHS)
+        return tuple(cls.sizes)
 
     @classmethod
     def from_size(cls: type[Self], name: str | None = None, **overrides: Any) -> Self:
@@ -132,19 +146,17 @@ class ResNetConfig(BackboneConfig):
         for key in ("hidden_size", "num_layers"):
             if key in overrides:
                 raise ConfigError(
-                    f"{key} of a resnet follows from its stages. Set hidden_sizes (channels of each stage) and depths "
-                    "(blocks of each stage) instead."
+                    f"{key} of the family {cls.title} follows from its stages. Set hidden_sizes (channels of "
+                    "each stage) and depths (blocks of each stage) instead."
                 )
         if name is not None:
-            depth = _NAMED.get(name, name)
-            if depth not in _DEPTHS:
-                known = [*_NAMED, *_DEPTHS]
+            size = cls.sizes.get(cls.nicknames.get(name, name))
+            if size is None:
+                known = [*cls.nicknames, *cls.sizes]
                 raise ConfigError(
-                    f"There is no resnet of size {name!r}." + did_you_mean(name, known)
+                    f"There is no {cls.title} of size {name!r}." + did_you_mean(name, known)
                 )
-            kind, channels, depths = _DEPTHS[depth]
-            sizes = {"layer_type": kind, "hidden_sizes": channels, "depths": depths}
-            overrides = {**sizes, **overrides}
+            overrides = {**size, **overrides}
         return super().from_size(None, **overrides)
 
     def convolutions(self) -> Iterator[Shape]:
@@ -194,10 +206,21 @@ class Convolution(nn.Module):
 
 
 class Residual(nn.Module):
-    """Convolutions, and a projection of the input where its shape changes, added; (B, C, H, W) -> (B, C', H', W')."""
+    """Convolutions, and a projection of the input where its shape changes, added; (B, C, H, W) -> (B, C', H', W').
 
-    def __init__(self, shapes: list[Shape], parts: int, act: str) -> None:
+    Args:
+        shapes: convolutions of the block; the projection last.
+        parts: number of convolutions before the sum.
+        act: activation after the sum.
+        residual: False leaves out the shortcut.
+        pool: halve the grid by a max-pool afterwards.
+    """
+
+    def __init__(
+        self, shapes: list[Shape], parts: int, act: str, *, residual: bool = True, pool: bool = False
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.residual = residual
         # In transformers the configured activation follows the sum, and ReLU the convolutions before it.
         self.parts = nn.ModuleList(
             Convolution(shape, "relu" if i < parts - 1 else None)
@@ -205,12 +228,21 @@ class Residual(nn.Module):
         )
         self.shortcut = Convolution(shapes[parts], None) if len(shapes) > parts else None
         self.activation = activation(act)
+        self.pool = max_pool() if pool else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for part in self.parts:
             y = part(y)
-        return self.activation(y + (x if self.shortcut is None else self.shortcut(x)))
+        if self.residual:
+            y = y + (x if self.shortcut is None else self.shortcut(x))
+        pooled: Tensor = self.pool(self.activation(y))
+        return pooled
+
+
+def max_pool() -> nn.Module:
+    """Return the max-pool of these networks, which halves a grid and rounds up."""
+    return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
 
 class ResNet(ImageBackbone):
@@ -241,18 +273,29 @@ class ResNet(ImageBackbone):
         super().__init__(config)
         shapes = list(config.convolutions())
         self.halvings = shapes[-1].halvings
-        self.parts = 2 if config.layer_type == "basic" else 3
+        self.parts = {"plain": 1, "basic": 2, "bottleneck": 3}[config.layer_type]
         self.stem = Convolution(shapes[0], config.activation)
-        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.pool = max_pool()
+        ends = {sum(config.depths[: stage + 1]) - 1 for stage in config.pooled}
         self.layers = nn.ModuleList(
-            Residual(list(block), self.parts, config.activation)
-            for _, block in groupby(shapes[1:], key=lambda shape: shape.block)
+            Residual(
+                list(block),
+                self.parts,
+                config.activation,
+                residual=config.residual,
+                pool=number in ends,
+            )
+            for number, block in groupby(shapes[1:], key=lambda shape: shape.block)
         )
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         x = batch["pixel_values"]
         self.check_inputs(x, cache)
-        if self.training and len(x) == 1 and max(x.shape[2:]) <= 2**self.halvings:
+        if (
+            self.stem.normalization.training
+            and len(x) == 1
+            and max(x.shape[2:]) <= 2**self.halvings
+        ):
             raise DataError(
                 f"One image of {x.shape[2]} x {x.shape[3]} pixels leaves one place in the last stage, and "
                 "batch normalisation in training needs two. Train with more images at a time (batch_rows, and "

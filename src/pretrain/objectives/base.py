@@ -111,6 +111,8 @@ class Objective(nn.Module):
             training; evaluation must not depend on it.
         train_rows: the training rows, from which ``collate`` may draw others for a row, by its generator; None outside
             a run. Set for training.
+        fixed_statistics: normalisations use their running statistics in training too, and leave them as they are. Set
+            for training.
     """
 
     couples_examples: ClassVar[bool] = False
@@ -125,10 +127,16 @@ class Objective(nn.Module):
         self.compared = False
         self.progress: float | None = None
         self.train_rows: Examples | None = None
+        self.fixed_statistics = False
 
     def train(self, mode: bool = True) -> Objective:
-        """Set the training mode of all modules but the frozen ones, which stay in evaluation mode."""
+        """Set the training mode of all modules but those that are to stay in evaluation mode: the frozen ones, and
+        normalisations whose statistics are fixed.
+        """
         super().train(mode)
+        for module in self.modules() if self.fixed_statistics else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for name in self.frozen:
             self.get_submodule(name).requires_grad_(False).eval()
         return self

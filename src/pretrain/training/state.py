@@ -50,6 +50,7 @@ class RunState:
         lr: peak learning rate of the run.
         micro_rows: rows per forward pass that were measured to be the fastest, or since memory ran out with more; 0 if
             the settings and the data decide.
+        fixed_statistics: the running statistics of the model that the run began with are kept.
         facts: what reports show of model and machine: ``parameters``, ``trained``, ``hardware``, ``peak_memory`` (bytes
             of one process).
         log: digest of the last line of ``log.jsonl``.
@@ -81,6 +82,7 @@ class RunState:
     lr: float | None = None
     log: str = ""
     micro_rows: int = 0
+    fixed_statistics: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

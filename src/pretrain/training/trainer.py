@@ -61,6 +61,10 @@ from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
 
+_ROWS_OF_STATISTICS = (
+    16  # rows at a time that batch normalisation needs, as in the usual code of detectors
+)
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -256,6 +260,7 @@ class Trainer:
             with self.journal.starting(f"reading {checkpoint.name}"):
                 self.state, self.checkpoint = restore(self, checkpoint), checkpoint
             self._keep_micro_rows()
+        self._fix_statistics(new=checkpoint is None)
         seconds = preflight(self, checkpoint)
         self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
         if self.optim.unfreeze:
@@ -287,6 +292,23 @@ class Trainer:
         usable = (alone and free) if kept > self.micro_rows else (alone or free)
         if kept and usable and self.feed.share_rows % kept == 0:
             self.split(kept)
+
+    def _fix_statistics(self, *, new: bool) -> None:
+        """Keep the running statistics of a trained model if micro-batches are too small to estimate them."""
+        if new:
+            counts = {
+                name: buffer
+                for name, buffer in changing_buffers(self.objective).items()
+                if name.endswith("num_batches_tracked")
+            }
+            trained = any(int(buffer) > 0 for buffer in counts.values())
+            self.state.fixed_statistics = trained and self.micro_rows < _ROWS_OF_STATISTICS
+            if self.state.fixed_statistics:
+                self.say(
+                    f"the running statistics of the model are kept: {self.micro_rows} rows at a time would estimate "
+                    f"them poorly (from {_ROWS_OF_STATISTICS} on they are trained: train.micro_rows, train.batch_rows)"
+                )
+        self.objective.fixed_statistics = self.state.fixed_statistics
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:
