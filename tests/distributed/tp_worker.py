@@ -243,6 +243,39 @@ def classifier() -> Figures:
     return compared(whole, cut, lambda m: F.cross_entropy(m.train()(batch), target))
 
 
+IMAGES: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "image_size": 8,
+    "patch_size": 4, "num_channels": 3,
+}  # fmt: skip
+
+
+def images() -> Figures:
+    """A family without a vocabulary."""
+    model = build("vit", head="image-classification", labels=["a", "b", "c"], **IMAGES)
+    pixels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    whole, cut = pair(noisy(model))
+    target = torch.arange(6) % 3
+    return compared(whole, cut, lambda m: F.cross_entropy(m({"pixel_values": pixels}), target))
+
+
+def towers(family: str, objective: str) -> Figures:
+    """Both towers, the one of images wider than that of texts."""
+    wider = {"vision_hidden_size": 48, "vision_num_heads": 6, "vision_intermediate_size": 80}
+    options = IMAGES | wider | {"vocab_size": VOCAB, "max_positions": 12, "eos_id": 4, "pad_id": 1}
+    generator = torch.Generator().manual_seed(2)
+    rows = [
+        {
+            "pixel_values": torch.randn(3, 8, 8, generator=generator).numpy(),
+            "input_ids": torch.tensor([5 + k, 40 + k, 90 - k, 4]).numpy(),
+        }
+        for k in range(6)
+    ]
+    # Noise of 0.1 would be most of the score of SigLIP, whose scale and bias are parameters.
+    whole, cut = pair(noisy(build(family, **options), 0.05))
+    batch = build_objective(objective, {}, whole).collate(rows, row_rngs(0, "collate", 0, 6))
+    return compared(whole, cut, lambda m: build_objective(objective, {}, m).train()(batch).total)
+
+
 def whole_logits() -> Figures:
     """A loss on the gathered logits, for who does not go through the chunked one."""
     _, _, batch = batch_for("roberta")
@@ -368,6 +401,9 @@ CASES: dict[str, Callable[[], Figures]] = {
     "dora_qwen2": lambda: adapter("qwen2", True, 0.1),
     "bf16": bf16,
     "classifier": classifier,
+    "images": images,
+    "clip": lambda: towers("clip", "Contrastive"),
+    "siglip": lambda: towers("siglip", "SigmoidContrastive"),
     "whole_logits": whole_logits,
     "single_targets": single_targets,
     "ties": ties,

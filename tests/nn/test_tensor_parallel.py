@@ -157,6 +157,13 @@ def test_possible_sizes() -> None:
     assert sizes(num_kv_heads=2) == [1, 2]
     assert sizes(num_kv_heads=1) == [1]
     assert sizes(intermediate_size=66) == [1, 2]
+    images = {"image_size": 8, "patch_size": 4}
+    assert possible_tp(build("vit", hidden_size=32, num_heads=4, **images).backbone.config) == [
+        1,
+        2,
+        4,
+    ]
+    assert sizes(family="clip", vision_num_heads=2, eos_id=4, **images) == [1, 2]
     # Nine tokens in pieces of three fill three processes.
     assert sizes(vocab_size=9, pad_id=None, bos_id=None, eos_id=None) == [1, 2]
     assert sizes(vocab_size=8, pad_id=None, bos_id=None, eos_id=None) == [1, 2, 4]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from parity import test_clip, test_resnet, test_siglip, test_vit, test_vit_mae
+from parity import test_clip, test_image_towers, test_resnet, test_siglip, test_vit, test_vit_mae
 from parity.cases import CASES, Case, batch_of, build_theirs, compare, open_ours
 from pretrain.objectives.contrastive import Contrastive, SigmoidContrastive
 
@@ -19,6 +19,8 @@ def errors(case: Case, folder: Path) -> tuple[float, float]:
     theirs = build_theirs(case)
     theirs.save_pretrained(folder)
     ours, _ = open_ours(folder)
+    if case.head == "image-classification" and case.family in test_image_towers.NAMES:
+        return test_image_towers.differences(theirs, ours)
     match case.family:
         case "vit":
             return test_vit.differences(theirs, ours, test_vit.pixels(case))
@@ -53,6 +55,7 @@ def main() -> None:
         *(replace(case, label=f"{case.label}/{kind}") for kind, case in resnets),
         test_clip.case_of("gelu"),
         Case("siglip/none", "Siglip", "SiglipModel", test_siglip.SIZES),
+        *map(test_image_towers.case_of, test_image_towers.NAMES),
     ]
     for case in (*CASES, *images):
         with tempfile.TemporaryDirectory() as folder:

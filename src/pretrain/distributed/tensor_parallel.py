@@ -1,7 +1,8 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053): shard the parameters of a model as its blocks declare.
 
 The result is ordinary modules with smaller parameters, which know their process group and call the collectives of
-``nn.tensor_parallel``. The vocabulary is sharded by rows: the token embedding, the output projection and its bias.
+``nn.tensor_parallel``. The vocabulary, if there is one, is sharded by rows: the token embedding, the output projection
+and its bias.
 """
 
 from __future__ import annotations
@@ -80,15 +81,15 @@ class TensorParallel:
 def possible_tp(config: BackboneConfig) -> list[int]:
     """Return the possible sizes of a tensor-parallel group for a model of this configuration, 1 included.
 
-    They divide the attention heads, the key-value heads and the intermediate size, and give each rank a non-empty
-    part of the vocabulary.
+    They divide the attention heads, the key-value heads and the intermediate size, of every tower, and give each rank a
+    non-empty part of the vocabulary.
     """
-    most = math.gcd(config.num_heads, config.num_kv_heads or 0, config.intermediate_size or 0)
+    most = math.gcd(*config.divisible().values())
     return [n for n in range(1, most + 1) if most % n == 0 and _feeds_all(config.vocab_size, n)]
 
 
 def _feeds_all(vocab_size: int, size: int) -> bool:
-    return piece(vocab_size, size, size - 1)[1] > 0
+    return vocab_size == 0 or piece(vocab_size, size, size - 1)[1] > 0
 
 
 def check_tp(config: BackboneConfig, size: int) -> None:
@@ -100,13 +101,10 @@ def check_tp(config: BackboneConfig, size: int) -> None:
     possible = possible_tp(config)
     if size in possible:
         return
-    counts = {
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads or config.num_heads,
-        "intermediate_size": config.intermediate_size or 0,
-    }
     wrong = [
-        f"{name} {count} is not a multiple of it" for name, count in counts.items() if count % size
+        f"{name} {count} is not a multiple of it"
+        for name, count in config.divisible().items()
+        if count % size
     ]
     if not _feeds_all(config.vocab_size, size):
         rows = piece(config.vocab_size, size, 0)[1]
@@ -138,7 +136,8 @@ def cuts_of(model: Model) -> tuple[dict[str, int], frozenset[str]]:
                 partial.add(name)
             else:
                 cuts[name] = dim
-    cuts[f"{names[id(_token_embedding(model.backbone))]}.weight"] = 0
+    if model.backbone.vocab_size:  # images have no vocabulary
+        cuts[f"{names[id(_token_embedding(model.backbone))]}.weight"] = 0
     if isinstance(model.head, LanguageHead):
         for leaf in ("output_weight", "output_bias"):
             if getattr(model.head, leaf) is not None:
@@ -238,10 +237,11 @@ def shard_model(model: Model, group: Group) -> TensorParallel:
                 layer.out_features, layer.in_features = layer.weight.shape
             if kind == "row" and hasattr(layer, "parallel"):
                 layer.parallel = group
-    vocab = VocabShard(group, model.backbone.vocab_size)
-    model.backbone.vocab = vocab
-    if isinstance(model.head, LanguageHead):
-        model.head.vocab = vocab
+    if model.backbone.vocab_size:
+        vocab = VocabShard(group, model.backbone.vocab_size)
+        model.backbone.vocab = vocab
+        if isinstance(model.head, LanguageHead):
+            model.head.vocab = vocab
     model.tp = tp
     return tp
 

@@ -148,7 +148,9 @@ def _copied(source: Model, kind: str | None, labels: Sequence[str] | None) -> Mo
     if kind in type(source.backbone).successors:
         model = Model.from_hf_config(source.hf_config(), kind)
         model.load_disk_state(source.disk_view())
-        model.processor, model.source = copy.deepcopy(source.processor), source.source
+        # A processor of images with texts has one of images, which is all that such a successor needs.
+        processor = getattr(source.processor, "images", source.processor)
+        model.processor, model.source = copy.deepcopy(processor), source.source
         return model.eval()
     backbone = copy.deepcopy(source.backbone)
     model = Model.build(

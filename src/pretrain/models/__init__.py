@@ -125,6 +125,8 @@ def build(
     from pretrain.models.heads import pretraining_head
 
     cls = family_class(family)
+    if head is not None and head in cls.successors:
+        cls = family_class(cls.successors[head])
     if tokenizer is not None:
         known = {"vocab_size": len(tokenizer)}
         known |= {

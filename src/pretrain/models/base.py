@@ -195,8 +195,10 @@ class Model(ModelMethods, nn.Module):
                 "config.json has no 'model_type'. Is it the config of a Hugging Face model?"
             )
         backbone_class = family_class(family, path_allowed=False)
-        if head is not None and head in backbone_class.successors:
-            former, backbone_class = backbone_class, family_class(backbone_class.successors[head])
+        known, causal = backbone_class.architectures, backbone_class.causal
+        wanted = kind_named_by(config, known, causal=causal) if head in (None, "none") else head
+        if wanted is not None and wanted in backbone_class.successors:
+            former, backbone_class = backbone_class, family_class(backbone_class.successors[wanted])
             family, gone = backbone_class.model_type, _keys_of(former) - _keys_of(backbone_class)
             config = {key: value for key, value in config.items() if key not in gone}
         reader = ConfigReader(config, family)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm, compute_dtype
 from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["CLIP", "CLIPConfig", "TowersConfig", "TwoTowers"]
+__all__ = ["CLIP", "CLIPConfig", "TowersConfig", "TwoTowers", "read_part", "tower_names"]
 
 # transformers has no dropout in these families and ignores the key, so it is there for training alone.
 DROPOUT = Key("dropout", 0.0, optional=True)
@@ -91,6 +91,10 @@ class TowersConfig(BackboneConfig):
         """N."""
         return (self.image_size // self.patch_size) ** 2
 
+    def divisible(self) -> dict[str, int]:
+        names = ("vision_num_heads", "vision_intermediate_size")
+        return super().divisible() | {name: getattr(self, name) for name in names}
+
     def vision_block(self) -> BlockConfig:
         """Return the options of the blocks of the image tower."""
         return replace(
@@ -134,6 +138,66 @@ class ImageTower(nn.Module):
         self.first_norm = LayerNorm(size, config.norm_eps) if first_norm else None
         self.layers = nn.ModuleList(Block(block) for _ in range(config.vision_num_layers or 0))
         self.norm = LayerNorm(size, config.norm_eps)
+
+
+def tower_names(disk: str, own: str) -> dict[str, str]:
+    """Return name on disk -> name in memory of the parts of a block of one tower.
+
+    Args:
+        disk: name of the tower on disk.
+        own: prefix of its names in memory.
+    """
+    parts = {
+        "layer_norm1": "attention_norm",
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
+        "self_attn.out_proj": "attention.output",
+        "layer_norm2": "mlp_norm",
+        "mlp.fc1": "mlp.up",
+        "mlp.fc2": "mlp.down",
+    }
+    return {
+        f"{disk}.encoder.layers.{{n}}.{part}": f"{own}layers.{{n}}.{memory}"
+        for part, memory in parts.items()
+    }
+
+
+def read_part(
+    reader: ConfigReader,
+    part: str,
+    keys: Mapping[str, Key],
+    specs: Mapping[str, Field[Any]],
+    family: str,
+) -> dict[str, Any]:
+    """Return the fields of one tower, from ``text_config`` or ``vision_config`` of config.json.
+
+    Args:
+        reader: of config.json.
+        part: the key.
+        keys: field -> its key in there.
+        specs: the fields.
+        family: for messages.
+
+    Raises:
+        ConfigError: an older key of the file, which transformers reads too, has other values.
+    """
+    inner, older = ConfigReader(reader.mapping(part) or {}, f"{family} ({part})"), None
+    if (given := reader.mapping(f"{part}_dict")) is not None:
+        older = ConfigReader(given, f"{family} ({part}_dict)")
+    for side in ("image_size", "patch_size"):
+        for read in (inner, older):
+            if read is not None:
+                read.square(side)
+    found = {name: inner.read(specs[name], key) for name, key in keys.items()}
+    for name, key in keys.items():
+        # transformers lets this older key, with its defaults, take precedence.
+        if older is not None and older.read(specs[name], key) != found[name]:
+            raise ConfigError(
+                f"config.json: {part}_dict and {part} do not agree on {key.name!r}. Correct {part}, and remove "
+                f"{part}_dict."
+            )
+    return found
 
 
 class TwoTowers(Backbone):
@@ -183,6 +247,11 @@ class TwoTowers(Backbone):
         return None
 
     # ------------------------------------------------------------------ shared
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The token embedding of the text tower, which tensor parallelism cuts."""
+        return self.text.token_embedding
 
     def vectors(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Return unit vectors of the images and of the texts of a batch, in fp32; None for what it lacks.
@@ -282,21 +351,7 @@ class TwoTowers(Backbone):
     # ------------------------------------------------------------------ names and files
 
     def names(self) -> list[Name]:
-        block = {
-            "layer_norm1": "attention_norm",
-            "self_attn.q_proj": "attention.query",
-            "self_attn.k_proj": "attention.key",
-            "self_attn.v_proj": "attention.value",
-            "self_attn.out_proj": "attention.output",
-            "layer_norm2": "mlp_norm",
-            "mlp.fc1": "mlp.up",
-            "mlp.fc2": "mlp.down",
-        }
-        pairs = {
-            f"{tower}_model.encoder.layers.{{n}}.{disk}": f"{own}.layers.{{n}}.{memory}"
-            for tower, own in (("text", "text"), ("vision", "image"))
-            for disk, memory in block.items()
-        }
+        pairs = tower_names("text_model", "text.") | tower_names("vision_model", "image.")
         pairs |= {
             "text_model.embeddings.token_embedding": "text.token_embedding",
             "text_model.embeddings.position_embedding": "text.position_embedding",
@@ -318,30 +373,14 @@ class TwoTowers(Backbone):
         specs = {spec.name: spec for spec in fields(cls.config_class)}
         found = {name: reader.read(specs[name], key) for name, key in cls.hf_keys.items()}
         for part, keys in (("text_config", cls.text_keys), ("vision_config", cls.vision_keys)):
-            where = f"{cls.model_type} ({part})"
-            inner, older = ConfigReader(reader.mapping(part) or {}, where), None
-            if (given := reader.mapping(f"{part}_dict")) is not None:
-                older = ConfigReader(given, f"{where}_dict")
-            for side in ("image_size", "patch_size"):
-                for read in (inner, older):
-                    if read is not None:
-                        read.square(side)
-            for name, key in keys.items():
-                # transformers lets this older key, with its defaults, take precedence.
-                if older is not None and older.read(specs[name], key) != inner.read(
-                    specs[name], key
-                ):
-                    raise ConfigError(
-                        f"config.json: {part}_dict and {part} do not agree on {key.name!r}. Correct {part}, and remove "
-                        f"{part}_dict."
-                    )
+            for name, value in read_part(reader, part, keys, specs, cls.model_type).items():
                 if name in cls.hf_keys:
                     continue  # projection_dim of a tower alone, of which this model has no use
-                value = inner.read(specs[name], key)
                 if name in found and found[name] != value:
+                    key = keys[name].name
                     raise ConfigError(
-                        f"config.json: {key.name!r} is {value!r} in {part} and {found[name]!r} in text_config, which "
-                        f"this package does not implement for {cls.model_type}: both towers have the same."
+                        f"config.json: {key!r} is {value!r} in {part} and {found[name]!r} in text_config, which this "
+                        f"package does not implement for {cls.model_type}: both towers have the same."
                     )
                 found[name] = value
         return found
@@ -402,7 +441,13 @@ class CLIP(TwoTowers):
 
     model_type: ClassVar[str] = "clip"
     config_class: ClassVar[type[BackboneConfig]] = CLIPConfig
-    architectures: ClassVar[Mapping[str | None, str]] = {None: "CLIPModel"}
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "CLIPModel",
+        "image-classification": "CLIPForImageClassification",
+    }
+    successors: ClassVar[Mapping[str, str]] = {
+        "image-classification": "pretrain.models.image_tower:CLIPVision"
+    }
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "projection_dim": Key("projection_dim", 512),
         "logit_scale_init_value": Key("logit_scale_init_value", 2.6592),

@@ -176,6 +176,14 @@ class BackboneConfig:
         width = self.intermediate_size or 0
         return BlockConfig(self.hidden_size, self.num_heads, width, **(shared | options))
 
+    def divisible(self) -> dict[str, int]:
+        """Return the numbers that the size of a tensor-parallel group must divide, by field."""
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "intermediate_size": self.intermediate_size or 0,
+        }
+
     def default_intermediate(self) -> int:
         """Return the width of the feed-forward layer that is used if none is given."""
         return 4 * self.hidden_size

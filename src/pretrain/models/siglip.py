@@ -74,7 +74,13 @@ class Siglip(TwoTowers):
 
     model_type: ClassVar[str] = "siglip"
     config_class: ClassVar[type[BackboneConfig]] = SiglipConfig
-    architectures: ClassVar[Mapping[str | None, str]] = {None: "SiglipModel"}
+    architectures: ClassVar[Mapping[str | None, str]] = {
+        None: "SiglipModel",
+        "image-classification": "SiglipForImageClassification",
+    }
+    successors: ClassVar[Mapping[str, str]] = {
+        "image-classification": "pretrain.models.image_tower:SiglipVision"
+    }
     padded: ClassVar[bool] = True
     _shared: ClassVar[Mapping[str, Key]] = {
         "activation": Key("hidden_act", "gelu_pytorch_tanh"),
