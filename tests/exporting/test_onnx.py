@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import tiny
+from pretrain.data.images import ImageProcessor
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build
@@ -82,6 +83,50 @@ def test_onnxruntime_computes_the_same(case: str, tmp_path: Path) -> None:
     assert {"config.json", "tokenizer.json", "README.md"} <= set(os.listdir(out))
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     assert set(theirs("the red cat")) == set(names)
+
+
+IMAGES: dict[str, Any] = {"image_size": 12, "initializer_range": 0.3}
+BLOCKS = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "vit": BLOCKS,
+    "siglip": BLOCKS,
+    "resnet": {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (1, 1), "layer_type": "basic"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_classifiers(family: str, tmp_path: Path) -> None:
+    """And a body, at a size that the positions of a ViT are interpolated to."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    options = {**IMAGES, **FAMILIES[family]}
+    for head in ("image-classification", None) if family == "vit" else ("image-classification",):
+        labels = ("a", "b", "c") if head else None
+        model = build(family, head=head, labels=labels, seed=2, **options).eval()
+        side = 20 if head is None else 12
+        model.processor = ImageProcessor(size=side)
+        out = model.export("onnx", tmp_path / str(head))
+        session = runtime.InferenceSession(out / "model.onnx")
+        assert [given.name for given in session.get_inputs()] == ["pixel_values"]
+        assert session.get_inputs()[0].shape == ["batch_size", 3, side, side]
+        assert session.get_outputs()[0].name == ("logits" if head else "last_hidden_state")
+        for count in (1, 5):
+            pixels = torch.randn(count, 3, side, side)
+            found = session.run(None, {"pixel_values": pixels.numpy()})[0]
+            with torch.no_grad():
+                wanted = model({"pixel_values": pixels}).numpy()
+            assert np.abs(found - wanted).max() < 1e-4
+        assert {"config.json", "preprocessor_config.json", "README.md"} <= set(os.listdir(out))
+        assert transformers.AutoImageProcessor.from_pretrained(out).size["height"] == side
+
+
+def test_heads_and_inputs_without_a_graph_are_refused(tmp_path: Path) -> None:
+    options = {**BLOCKS, "image_size": 12}
+    for family, message in (("vit_mae", "has the head masked-image"), ("clip", "is neither")):
+        extra = {"eos_id": 4} if family == "clip" else {}
+        with pytest.raises(ModelError, match=message):
+            build(family, **options, **extra).export("onnx", tmp_path / "out")
 
 
 def test_positions_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """ONNX: the forward pass as a graph for onnxruntime, with inputs and outputs as the library optimum names them.
 
-A decoder is exported without a key-value cache: the graph gives the logits of whole rows.
+A decoder is exported without a key-value cache: the graph gives the logits of whole rows. That of a model of images reads
+any number of them, of the size that its image processor returns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.draft import model_texts, write_processor
 from pretrain.errors import ConfigError, ModelError
+from pretrain.models.image_backbone import ImageBackbone
 from pretrain.utils import files
 
 if TYPE_CHECKING:
@@ -27,19 +29,27 @@ __all__ = ["NAME", "check", "write"]
 
 NAME = "model.onnx"
 _OPSET = 18
-_AXES = {0: "batch_size", 1: "sequence_length"}
+_TEXTS, _IMAGES = {0: "batch_size", 1: "sequence_length"}, {0: "batch_size"}
 
 
 def check(model: Model) -> None:
     """Raise unless a graph can hold the model and the packages of the export are installed.
 
     Raises:
-        ModelError: the input of the model is no text, or its positions depend on the length of a row.
+        ModelError: the model reads neither texts nor images alone, has a head of pre-training on images, or positions
+            that depend on the length of a row.
         ConfigError: a package is missing.
     """
-    if model.backbone.vocab_size == 0 or model.backbone.processor_class is not None:
+    backbone, kind = model.backbone, model.head_kind
+    if not _reads_images(model) and (backbone.vocab_size == 0 or backbone.processor_class):
         raise ModelError(
-            f"The export to ONNX is for models of texts, and the input of a {model.backbone.model_type} model is none."
+            "The export to ONNX is for models of texts or of images alone, and the input of a "
+            f"{backbone.model_type} model is neither."
+        )
+    if _reads_images(model) and kind not in (None, "image-classification"):
+        raise ModelError(
+            f"The export to ONNX is for classifiers of images and bodies, and this {backbone.model_type} model has the "
+            f'head {kind}. Open it with pretrain.load(PATH, head="none").'
         )
     ropes = getattr(model.backbone.config, "rope", None) or {}
     for rope in (ropes, *ropes.values()):
@@ -56,6 +66,21 @@ def check(model: Model) -> None:
             f"The export to ONNX needs the packages of the extra `export` ({error}). Install them: pip install onnx "
             "onnxscript onnxruntime."
         ) from error
+
+
+def _reads_images(model: Model) -> bool:
+    return isinstance(model.backbone, ImageBackbone)
+
+
+class _ImageGraph(nn.Module):
+    """A model of images as a function of one tensor."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return self.model({"pixel_values": pixel_values})
 
 
 class _Graph(nn.Module):
@@ -79,6 +104,8 @@ class _Graph(nn.Module):
 
 def _inputs(model: Model) -> list[str]:
     """Return the names of the inputs, those that the tokenizer's files name."""
+    if _reads_images(model):
+        return ["pixel_values"]
     config, tokenizer = model.backbone.config, model.tokenizer
     segments = getattr(config, "type_vocab_size", 1) > 1
     segments = segments and (tokenizer is None or tokenizer.segments)
@@ -98,8 +125,19 @@ def _columns(model: Model) -> int:
     return max(2, min(model.backbone.max_length, max(8, *windows) + 3))
 
 
+def _example(model: Model, names: list[str]) -> dict[str, Tensor]:
+    """Return inputs by which the graph is traced: two rows."""
+    if _reads_images(model):
+        config, size = model.backbone.config, getattr(model.processor, "size", None)
+        height, width = size or (config.image_size,) * 2
+        return {names[0]: torch.zeros(2, config.num_channels, height, width)}
+    ids = torch.zeros(2, _columns(model), dtype=torch.long)
+    arguments = dict.fromkeys(names, ids) | {"attention_mask": torch.ones_like(ids)}
+    return {name: value.clone() for name, value in arguments.items()}
+
+
 def write(model: Model, directory: Path) -> None:
-    """Write the graph, config.json, the model card and the tokenizer.
+    """Write the graph, config.json, the model card and the tokenizer or image processor.
 
     Batch and sequence may have any size; rows are at most as long as the positions of the model.
 
@@ -108,18 +146,16 @@ def write(model: Model, directory: Path) -> None:
         directory: an empty directory.
     """
     names = _inputs(model)
-    ids = torch.zeros(2, _columns(model), dtype=torch.long)
-    arguments = dict.fromkeys(names, ids) | {"attention_mask": torch.ones_like(ids)}
-    arguments = {name: value.clone() for name, value in arguments.items()}
+    axes, form = (_IMAGES, _ImageGraph) if _reads_images(model) else (_TEXTS, _Graph)
     # The copy keeps what is cached while the graph is traced away from the model.
-    graph = _Graph(copy.deepcopy(model).to("cpu", torch.float32)).eval()
+    graph = form(copy.deepcopy(model).to("cpu", torch.float32)).eval()
     with _silence():
         program: Any = torch.onnx.export(
             graph,
-            kwargs=arguments,
+            kwargs=_example(model, names),
             input_names=names,
             output_names=_outputs(model),
-            dynamic_shapes={name: dict(_AXES) for name in names},
+            dynamic_shapes={name: dict(axes) for name in names},
             opset_version=_OPSET,
             dynamo=True,
             verbose=False,
