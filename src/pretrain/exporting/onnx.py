@@ -1,7 +1,7 @@
 """ONNX: the forward pass as a graph for onnxruntime, with inputs and outputs as the library optimum names them.
 
-A decoder is exported without a key-value cache: the graph gives the logits of whole rows. That of a model of images reads
-any number of them, of the size that its image processor returns.
+A decoder is exported without a key-value cache: the graph gives the logits of whole rows. That of a model of images has
+a batch of any number of them, of the size that its image processor returns.
 """
 
 from __future__ import annotations

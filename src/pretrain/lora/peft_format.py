@@ -3,12 +3,16 @@
 The files are untrusted input: types and bounds are checked, unsupported settings are refused by name, and no string in
 them is used as a regular expression.
 
+Modules have the names that they have in the memory of transformers, where peft finds them. For almost all families
+these are the names in the files of the base; where transformers 5 has others, both are read.
+
 ``base_model.model.<module>.lora_A.weight`` is (r, I), ``.lora_B.weight`` (O, r), ``.lora_magnitude_vector`` (O,);
 a fully trained module is stored under its own name after the same prefix.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,6 +61,24 @@ TASKS = {
 }
 
 
+# ------------------------------------------------------------------------------------------------ names
+
+
+def peft_names(model: Model) -> dict[str, str]:
+    """Return the name in peft's files of every module that has another one in the files of the base."""
+    found = {}
+    table = model.backbone.modules_of_peft
+    for entry in model.entries() if table else ():
+        bare, module = entry.bare.rpartition(".")[0], entry.disk.rpartition(".")[0]
+        number = re.search(r"\.(\d+)\.", bare)
+        if number is None or not entry.body:
+            continue
+        rule = table.get(f"{bare[: number.start()]}.{{n}}.{bare[number.end() :]}")
+        if rule is not None:
+            found[module] = module.removesuffix(bare) + rule.replace("{n}", number[1])
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 
@@ -64,12 +86,17 @@ def adapter_packing(model: Model) -> Packing:
     """Return the tensors of adapter_model.safetensors and the parameters that each is made of."""
     adapter: Adapter = model.adapter
     parts: dict[str, tuple[str, ...]] = {}
+    names = peft_names(model)
     for module, (site, _, _) in adapter.sites.items():
+        module = names.get(module, module)
         parts[PREFIX + module + _A] = (f"{site.layers[0]}.lora_A",)
         parts[PREFIX + module + _B] = tuple(f"{layer}.lora_B" for layer in site.layers)
         if adapter.config.dora:
             parts[PREFIX + module + _M] = tuple(f"{layer}.lora_magnitude" for layer in site.layers)
-    whole = {PREFIX + entry.disk: entry for entry in _full_entries(model)}
+    whole = {}
+    for entry in _full_entries(model):
+        module, _, leaf = entry.disk.rpartition(".")
+        whole[f"{PREFIX}{names.get(module, module)}.{leaf}"] = entry
 
     def make(name: str, full: Mapping[str, Tensor], device: str) -> Tensor:
         if name in whole:
@@ -89,8 +116,9 @@ def adapter_config(model: Model) -> dict[str, Any]:
     """Return the content of adapter_config.json. The base is named so that peft finds it from any working directory."""
     adapter: Adapter = model.adapter
     config = adapter.config
-    ranks, alphas = {}, {}
+    ranks, alphas, names = {}, {}, peft_names(model)
     for module, (_, r, alpha) in adapter.sites.items():
+        module = names.get(module, module)
         if r != config.r:
             ranks[module] = r
         if alpha != config.full_alpha:
@@ -142,8 +170,10 @@ def target_names(chosen: set[str], model: Model) -> list[str]:
     """Return the shortest suffixes of module names that match the chosen modules and no others of the model."""
     others = {entry.disk.rpartition(".")[0] for entry in model.entries()} - chosen
     others -= {name.rpartition(".")[0] for name in model.adapter.full}  # which PEFT never adapts
+    spelled = peft_names(model)
+    others = {spelled.get(module, module) for module in others}
     names: list[str] = []
-    for module in sorted(chosen):
+    for module in sorted(spelled.get(module, module) for module in chosen):
         if matches(module, names):
             continue
         parts = module.split(".")
@@ -159,12 +189,13 @@ def saved_names(model: Model) -> list[str]:
     """Return the names of the fully trained modules; a top-level module of the head counts as one if all of it is."""
     full = set(model.adapter.full)
     names: dict[str, None] = {}
+    spelled = peft_names(model)
     for entry in _full_entries(model):
         module, top = entry.disk.rpartition(".")[0], entry.disk.split(".")[0]
         whole = not entry.body and all(
             other.disk in full for other in model.entries() if other.disk.startswith(top + ".")
         )
-        names[top if whole else module] = None
+        names[top if whole else spelled.get(module, module)] = None
     return list(names)
 
 
@@ -412,11 +443,13 @@ def _own_names(
     The prefixes of the modules differ if the body was trained with another head.
     """
     own: dict[str, str] = {}
-    entries = model.entries()
+    entries, spelled = model.entries(), peft_names(model)
     for entry in entries:
+        bare, disk = (name.rpartition(".")[0] for name in (entry.bare, entry.disk))
+        other = spelled.get(disk, disk).removeprefix(disk.removesuffix(bare))
         for prefix in ("", *model.backbone.prefixes) if entry.body else ():
-            module = prefix + entry.bare.rpartition(".")[0]
-            own.setdefault(module, entry.disk.rpartition(".")[0])
+            own.setdefault(prefix + bare, disk)
+            own.setdefault(prefix + other, disk)
     own |= {name: name for name in (entry.disk.rpartition(".")[0] for entry in entries)}
     for key in tensors:
         if not key.startswith(PREFIX):

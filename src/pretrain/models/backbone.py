@@ -76,6 +76,8 @@ class Backbone(nn.Module):
         successors: head kind -> family that has this head on the same body, under the same names on disk; a model of
             this family that is opened with the head becomes one of that family.
         residual_scale: divide the initial standard deviation of output projections by sqrt(2 L), as in GPT-2.
+        modules_of_peft: name of a module in files, without prefix -> its name in the memory of transformers 5, by which
+            the files of peft call it, where the two differ.
         processor_class: reads the processor of a saved model (``from_directory``); None for a tokenizer.
         unit_name: what ``units`` counts, in the plural, for messages: tokens, patches, nodes.
     """
@@ -90,6 +92,7 @@ class Backbone(nn.Module):
     architectures: ClassVar[Mapping[str | None, str]] = {}
     successors: ClassVar[Mapping[str, str]] = {}
     residual_scale: ClassVar[bool] = False
+    modules_of_peft: ClassVar[Mapping[str, str]] = {}
     processor_class: ClassVar[Any] = None
     unit_name: ClassVar[str] = "tokens"
     # The rows of the token embedding that this rank holds under tensor parallelism, or None.

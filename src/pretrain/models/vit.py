@@ -40,6 +40,19 @@ BLOCK_NAMES = {
 }
 
 
+# The same parts in the memory of transformers 5.
+_PEFT_NAMES = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "layernorm_before": "layernorm_before",
+    "layernorm_after": "layernorm_after",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(BackboneConfig):
     """Fields of ViT.
@@ -115,6 +128,9 @@ class ViT(ImageBackbone):
     prefix: ClassVar[str] = "vit."
     prefixes: ClassVar[tuple[str, ...]] = ("vit.",)
     unit_name: ClassVar[str] = "patches"
+    modules_of_peft: ClassVar[Mapping[str, str]] = {
+        f"encoder.layer.{{n}}.{disk}": f"layers.{{n}}.{name}" for disk, name in _PEFT_NAMES.items()
+    }
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "ViTModel",
         "image-classification": "ViTForImageClassification",
