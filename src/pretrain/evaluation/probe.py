@@ -312,5 +312,4 @@ def _scores(method: str, parts: Sequence[_Part], k: int, seed: int) -> dict[str,
 def _units(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale rows to length one; zeros stay zeros."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    units: NDArray[np.float32] = rows / np.where(lengths > 0, lengths, 1)
-    return units
+    return np.asarray(rows / np.where(lengths > 0, lengths, 1), np.float32)
