@@ -1,9 +1,13 @@
-"""Digits with few labels: a vision transformer from random weights beside pixels under logistic regression.
+"""Images with few labels: from random weights, pre-trained on images without labels, and pixels under a linear model.
 
-    python docs/images.py --counts 100 1000
+    python docs/images.py labels --counts 100 1000   # a vision transformer from random weights beside pixels
+    python docs/images.py transfer mnist             # MaskedImage and LeJEPA beside random weights, pixels and probes
+    python docs/images.py transfer sign              # photographs of hands that show digits
+    python docs/images.py transfer digits            # learnt from the labels of the digits 0 to 4, for 5 to 9
+    python docs/images.py characters                 # few shots of characters of alphabets that were not trained on
 
-Data are looked for in PRETRAIN_TEST_DATA: training rows from mnist/train_5k.npz, drawn by class, and all 10,000 test
-images. One CPU thread. Each line goes to ``--out``/images.jsonl.
+Data are looked for in PRETRAIN_TEST_DATA. One CPU thread. Each figure is a line of ``--out``/NAME.jsonl; figures that
+stand there already are not computed again, and pre-training goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,28 +15,69 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import pretrain
-from pretrain.data.images.rows import read_images
+from pretrain.data.images.rows import pixel_vectors, read_images
+from pretrain.data.tables import Table
 from pretrain.finetuning.baseline import pixel_baseline
 from pretrain.finetuning.compare import stratified_subset
 from pretrain.finetuning.remarks import baseline_columns
 
-DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data")) / "mnist"
+DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
+SHAPE = {"num_layers": 4, "pooling": "mean"}
+# Rates of fine-tuning and their layer decay, from which each arm is given the better one on the validation rows.
+RATES = ((1e-3, 1.0), (3e-3, 0.75))
+STEPS = 150  # of fine-tuning
+# Set -> steps, rows and rate of pre-training, and the arguments of the objective.
+PRETRAINING: dict[str, dict[str, tuple[int, int, float, dict[str, Any]]]] = {
+    "mnist": {
+        "MaskedImage": (1100, 256, 2e-3, {"crop": 0.7}),
+        "LeJEPA": (500, 128, 2e-3, {"crop": 0.4}),
+    },
+    "sign": {
+        "MaskedImage": (400, 128, 2e-3, {"crop": 0.7}),
+        "LeJEPA": (200, 64, 2e-3, {"crop": 0.4, "flip": True}),
+    },
+    "characters": {
+        "MaskedImage": (400, 128, 2e-3, {"crop": 0.7}),
+        "LeJEPA": (200, 128, 2e-3, {"crop": 0.4}),
+    },
+}
+
+
+class Figures:
+    """Lines of a file, each a figure with what it is of; one that is there is not computed again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.lines = [json.loads(line) for line in lines]
+
+    def __call__(self, key: dict[str, Any], compute: Any) -> dict[str, Any]:
+        for line in self.lines:
+            if key.items() <= line.items():
+                return line
+        began = time.process_time()
+        line = {**key, **compute()}
+        line["cpu_seconds"] = round(time.process_time() - began)
+        self.lines.append(line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+        return line
 
 
 def measured(count: int, seed: int, out: Path, **options: Any) -> dict[str, Any]:
     """Accuracy on the test images of both, after learning from ``count`` images, chosen on 500 others."""
-    rows = read_images(DATA / "train_5k.npz")
-    labels = rows.columns["label"]
-    chosen = stratified_subset(labels, count + 500, seed)
-    held = stratified_subset([labels[i] for i in chosen], 500, seed)
-    valid = rows.take([chosen[k] for k in held])
-    train = rows.take([i for k, i in enumerate(chosen) if k not in set(held)])
-    test = read_images(DATA / "t10k-images-idx3-ubyte.gz")
+    rows = read_images(DATA / "mnist" / "train_5k.npz")
+    valid, train = drawn(rows, count, seed, held=500, held_seed=seed)
+    test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz")
     model = pretrain.build("vit", "tiny", image_size=28, patch_size=7, seed=seed)
     began = time.monotonic()
     result = pretrain.finetune(
@@ -50,8 +95,6 @@ def measured(count: int, seed: int, out: Path, **options: Any) -> dict[str, Any]
     assert result.test_metrics is not None
     pixels = pixel_baseline(*baseline_columns(train, valid, test))
     return {
-        "labels": count,
-        "seed": seed,
         "vit": result.test_metrics["accuracy"],
         "pixels": pixels["score_test"],
         "guess": result.trivial_test["accuracy"],
@@ -61,21 +104,263 @@ def measured(count: int, seed: int, out: Path, **options: Any) -> dict[str, Any]
     }
 
 
+def drawn(
+    rows: Table, count: int, seed: int, *, held: int, held_seed: int = 99
+) -> tuple[Table, Table]:
+    """Return ``held`` validation rows, and ``count`` others to learn from, both stratified by class."""
+    labels = rows.columns["label"]
+    chosen = set(stratified_subset(labels, held, held_seed))
+    rest = [i for i in range(len(labels)) if i not in chosen]
+    few = stratified_subset([labels[i] for i in rest], count, seed)
+    return rows.take(sorted(chosen)), rows.take([rest[k] for k in few])
+
+
+# ------------------------------------------------------------------------------------------------ pre-training
+
+
+def pretrained(name: str, source: Path, objective: str, size: int, channels: int, out: Path) -> Any:
+    """Pre-train on images without labels, or go on with it; return the directory of the run."""
+    steps, rows, rate, arguments = PRETRAINING[name][objective]
+    masked = objective == "MaskedImage"
+    shape = {"num_layers": 4} if masked else SHAPE
+    directory = out / f"{name}-{objective}"
+    pretrain.train(
+        {
+            "data": {
+                "source": "images",
+                "source_args": {
+                    "train": str(source),
+                    "labels": False,
+                    "channels": channels,
+                    "valid": 0.04,
+                    "size": size,
+                },
+            },
+            "model": {
+                "family": "vit_mae" if masked else "vit",
+                "size": "tiny",
+                "overrides": {**shape, "patch_size": size // 4},
+            },
+            "objective": {"class_path": objective, "init_args": arguments},
+            "optim": {"lr": rate, "weight_decay": 0.05},
+            "train": {
+                "out": str(directory),
+                "limit": f"{steps} steps",
+                "batch_rows": rows,
+                "eval_every": "50%",
+                "save_every": "50%",
+                "log_every": 50,
+            },
+            "parallel": {"threads": 1},
+        }
+    )
+    return directory
+
+
+def tuned(
+    model: Any, train: Table, valid: Table, test: Table | None, out: Path, seed: int, rate: int
+) -> dict[str, Any]:
+    """Fine-tune; return the accuracy on the validation rows and, if there are any, on the test rows."""
+    shutil.rmtree(out, ignore_errors=True)
+    lr, decay = RATES[rate]
+    result = pretrain.finetune(
+        model,
+        train,
+        task="image-classification",
+        valid=valid,
+        test=test,
+        out=out,
+        lr=lr,
+        layer_decay=decay,
+        limit=f"{STEPS} steps",
+        eval_every="50%",
+        pooling="mean",
+        seed=seed,
+        threads=1,
+        quiet=True,
+    )
+    found = {"valid": result.metrics["accuracy"]}
+    return found | ({} if test is None else {"accuracy": result.test_metrics["accuracy"]})  # type: ignore[index]
+
+
+def compare(
+    name: str,
+    models: dict[str, Any],
+    rows: Table,
+    test: Table,
+    count: int,
+    held: int,
+    seeds: int,
+    figures: Figures,
+    out: Path,
+) -> None:
+    """Fine-tune every model at its better rate on draws of ``count`` labels; pixels and probes beside them."""
+    for arm, model in models.items():
+        valid, train = drawn(rows, count, 0, held=held)
+        tries = [
+            figures(
+                {"what": "rate", "set": name, "arm": arm, "rate": rate},
+                lambda r=rate, m=model, t=train, v=valid: tuned(m, t, v, None, out / "tune", 0, r),
+            )["valid"]
+            for rate in range(len(RATES))
+        ]
+        best = int(np.argmax(tries))
+        for seed in range(seeds):
+            valid, train = drawn(rows, count, seed, held=held)
+            figures(
+                {"what": "tuned", "set": name, "arm": arm, "seed": seed, "rate": best},
+                lambda m=model, t=train, v=valid, s=seed, r=best: tuned(
+                    m, t, v, test, out / "tune", s, r
+                ),
+            )
+    for seed in range(seeds):
+        valid, train = drawn(rows, count, seed, held=held)
+        columns = baseline_columns(train, valid, test)
+        figures(
+            {"what": "pixels", "set": name, "arm": "pixels", "seed": seed},
+            lambda c=columns: {"accuracy": pixel_baseline(*c)["score_test"]},
+        )
+        for arm, model in models.items():
+            for method in ("linear", "knn"):
+                figures(
+                    {"what": method, "set": name, "arm": arm, "seed": seed},
+                    lambda m=model, t=train, v=valid, k=method: pretrain.probe(
+                        m, t, valid=v, test=test, method=k, k=1, pooling="mean"
+                    ),
+                )
+    summary(name, figures)
+
+
+def summary(name: str, figures: Figures) -> None:
+    """Print mean, spread and, for what is paired with random weights, the gain with its interval."""
+    scores: dict[tuple[str, str], list[float]] = {}
+    for line in figures.lines:
+        if line["set"] == name and line["what"] != "rate":
+            scores.setdefault((line["what"], line["arm"]), []).append(100 * line["accuracy"])
+    scratch = scores.get(("tuned", "scratch"), [])
+    for (what, arm), values in scores.items():
+        text = f"{name} {what} {arm}: {np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}"
+        if what == "tuned" and arm != "scratch" and len(values) == len(scratch):
+            gains = [a - b for a, b in zip(values, scratch, strict=True)]
+            mean, low, high = pretrain.metrics.mean_interval(gains)
+            better = sum(gain > 0 for gain in gains)
+            text += f", gain {mean:+.1f} [{low:+.1f}, {high:+.1f}], {better}/{len(gains)}"
+        print(text)
+
+
+def transfer(name: str, seeds: int, out: Path) -> None:
+    """Compare the arms of a set."""
+    figures = Figures(out / f"{name}.jsonl")
+    if name == "digits":
+        supervised(seeds, figures, out)
+        return
+    if name == "mnist":
+        source, size, channels = DATA / "mnist" / "train_5k.npz", 28, 1
+        rows, held = read_images(source), 500
+        test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz").take(range(0, 10_000, 5))
+    else:
+        source, size, channels = DATA / "sign_language_digits" / "sign_digits_64.npz", 32, 3
+        rows, held = read_images(source, name="train"), 200
+        test = read_images(source, name="test")
+    scratch = pretrain.build(
+        "vit", "tiny", image_size=size, patch_size=size // 4, num_channels=channels, **SHAPE
+    )
+    models = {"scratch": scratch}
+    for objective in PRETRAINING[name]:
+        models[objective] = pretrained(name, source, objective, size, channels, out)
+    compare(name, models, rows, test, 100, held, seeds, figures, out)
+
+
+def supervised(seeds: int, figures: Figures, out: Path) -> None:
+    """Learn the digits 0 to 4 from all their labels, then 5 to 9 from ten of each."""
+    rows = read_images(DATA / "mnist" / "train_5k.npz")
+    test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz")
+    low, high, test = (
+        table.take([i for i, label in enumerate(table.columns["label"]) if (label < 5) == first])
+        for table, first in ((rows, True), (rows, False), (test, False))
+    )
+    scratch = pretrain.build("vit", "tiny", image_size=28, patch_size=7, num_channels=1, **SHAPE)
+    directory = out / "digits-0-4"
+    if not (directory / "model").exists():
+        result = pretrain.finetune(
+            scratch,
+            low,
+            task="image-classification",
+            valid=0.1,
+            out=directory,
+            lr=1e-3,
+            limit="500 steps",
+            eval_every="25%",
+            threads=1,
+            quiet=True,
+        )
+        print("digits 0 to 4", result.metrics["accuracy"])
+    body = pretrain.load(directory / "model", quiet=True, head="none")
+    models = {"scratch": scratch, "digits 0 to 4": body}
+    test = test.take(range(0, len(test), 2))
+    compare("digits", models, high, test, 50, 250, seeds, figures, out)
+
+
+def characters(draws: int, out: Path) -> None:
+    """Tell two characters apart from four drawings of each; half of the characters were pre-trained on."""
+    with np.load(DATA / "omniglot_small1" / "omniglot_small1.npz") as file:
+        images, labels = file["images"] * np.uint8(255), file["labels"]
+    known = np.unique(labels)[::2]
+    source = out / "characters.npz"
+    np.savez(source, images=images[np.isin(labels, known)])
+    new = ~np.isin(labels, known)
+    rows = {"image": list(images[new]), "label": labels[new].tolist()}
+    models: dict[str, Any] = {
+        "scratch": pretrain.build(
+            "vit", "tiny", image_size=28, patch_size=7, num_channels=1, **SHAPE
+        )
+    }
+    for objective in PRETRAINING["characters"]:
+        models[objective] = pretrained("characters", source, objective, 28, 1, out)
+    for arm, model in models.items():
+        options: dict[str, Any] = {"shots": 4, "ways": 2, "draws": draws, "test": 0.5}
+        found = pretrain.probe(model, rows, method="means", pooling="mean", **options)
+        print(arm, {key: round(value, 4) for key, value in found.items()}, flush=True)
+    table = read_images(rows)
+    [(vectors, kept)] = pixel_vectors(table)
+    print("pixels", nearest_means(np.stack(vectors), np.array(rows["label"])[kept], draws))
+
+
+def nearest_means(vectors: Any, labels: Any, draws: int) -> float:
+    """Accuracy of the nearest class mean of pixels, two classes and four shots, over all other rows of the classes."""
+    rng, right = np.random.default_rng(0), []
+    for _ in range(draws):
+        pair = rng.choice(np.unique(labels), 2, replace=False)
+        own = [rng.permutation(np.flatnonzero(labels == label)) for label in pair]
+        means = np.stack([vectors[rows[:4]].mean(0) for rows in own])
+        for label, rows in enumerate(own):
+            apart = ((vectors[rows[4:], None] - means) ** 2).sum(-1)
+            right += (apart.argmin(1) == label).tolist()
+    return float(np.mean(right))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("labels", "transfer", "characters"))
+    parser.add_argument("name", nargs="?", choices=("mnist", "sign", "digits"), default="mnist")
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--epochs", type=float, default=0.0, help="0 is the default length")
     parser.add_argument("--out", type=Path, default=Path("runs/images"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for count in args.counts:
-        for seed in range(args.seeds):
-            options = {"epochs": args.epochs} if args.epochs else {}
-            line = json.dumps(measured(count, seed, args.out, **options))
-            print(line, flush=True)
-            with open(args.out / "images.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    if args.what == "transfer":
+        transfer(args.name, args.seeds, args.out)
+    elif args.what == "characters":
+        characters(args.draws, args.out)
+    else:
+        figures = Figures(args.out / "labels.jsonl")
+        options = {"epochs": args.epochs} if args.epochs else {}
+        for count in args.counts:
+            for seed in range(args.seeds):
+                key = {"labels": count, "seed": seed, **options}
+                figures(key, lambda c=count, s=seed: measured(c, s, args.out, **options))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ _PUBLIC = {
     "load": "pretrain.checkpoint",
     "lr_range_test": "pretrain.training.lr_range",
     "prepare": "pretrain.data.prepare",
+    "probe": "pretrain.evaluation.probe",
     "sizes": "pretrain.training.sizes",
     "train": "pretrain.training.run",
     "train_tokenizer": "pretrain.data.tokenizer",

@@ -45,6 +45,7 @@ COMMANDS = [
     "embed",
     "search",
     "evaluate",
+    "probe",
     "merge",
     "push",
     "export",

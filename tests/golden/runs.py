@@ -247,6 +247,18 @@ RUNS["vit"] = GoldenRun(
         "objective": {"class_path": "ImageClassification"},
     }
 )
+RUNS["lejepa"] = GoldenRun(
+    {
+        **RUNS["vit"].settings,
+        "data": {
+            "source": "images",
+            "source_args": {"train": "pictures.npz", "channels": 1, "labels": False},
+        },
+        "objective": {"class_path": "LeJEPA", "init_args": {"crop": 0.5}},
+        "train": {**_SHARED["train"], "batch_rows": 8},
+    },
+    stop=4,
+)
 RUNS["image-classification"] = finetuning("image-classification", PICTURES, "vit")
 for _name, _parallel in MESHES.items():
     _options: dict[str, Any] = {"overrides": {"dropout": 0.1}, "parallel": _parallel}

@@ -358,3 +358,25 @@ def test_comparison_with_scratch_and_pixels(place: Path, tmp_path: Path) -> None
     assert set(found.comparison.arms) == {"pretrained", "scratch", "pixels"}
     assert found.comparison.arms["pixels"][40][0] > 0.9
     assert "pixels + logistic regression" in found.comparison.verdict(40)
+
+
+def test_a_masked_autoencoder_is_tuned_as_a_vit_that_reads_the_mean(
+    place: Path, tmp_path: Path
+) -> None:
+    masked = pretrain.build("vit_mae", **TINY | {"num_channels": 3})
+    masked.save(tmp_path / "mae")
+    found = pretrain.finetune(
+        tmp_path / "mae", place / "rows.npz", task="image-classification", pooling="mean", quiet=True,
+        out=tmp_path / "run", **SHORT | {"limit": "2 steps"},
+    )  # fmt: skip
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (saved["model_type"], saved["pooling"]) == ("vit", "mean")
+    model = pretrain.load(tmp_path / "run", quiet=True)
+    images = model.processor(list(bars(5)[0]))
+    hidden = model.backbone(images)
+    wanted = model.head.classifier(hidden[:, 1:].mean(1))
+    assert torch.equal(model(images), wanted) and found.model.head.pool == "patches"
+    narrow = {"hidden_sizes": (4, 8), "depths": (1, 1), "layer_type": "basic"}
+    convolutions = pretrain.build("resnet", head="image-classification", image_size=32, **narrow)
+    with pytest.raises(ConfigError, match="pooling='mean': the classifier of a resnet"):
+        ImageClassification(convolutions, pooling="mean")

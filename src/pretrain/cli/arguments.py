@@ -394,7 +394,7 @@ def interface(name: str) -> Interface:
     """Return how messages spell the options of the command ``name``."""
     if name not in _SETTINGS:
         return Interface(
-            command=True, columns="columns." if name in ("predict", "evaluate") else ""
+            command=True, columns="columns." if name in ("predict", "evaluate", "probe") else ""
         )
     sections = settings_class(name).SECTIONS
     places = {

@@ -572,6 +572,46 @@ def _evaluate(args: Any) -> None:
     _show(evaluate(options.pop("checkpoint"), **options), as_json)
 
 
+def _add_probe(parser: Any) -> None:
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("data", type=str, help="labelled rows: a folder of images by class, .npz, or a table")
+    add("--test", type=float | str | None, help="held-out rows, or their share; not given, a fifth")
+    add(
+        "--valid",
+        type=float | str | None,
+        help="rows to choose C on, or their share; not given, a tenth",
+    )
+    add("--method", type=str, default="linear", help="linear, knn or means")
+    add("--shots", type=int | None, help="labelled rows of each class in a draw; not given, all")
+    add("--ways", type=int | None, help="classes of a draw; not given, all")
+    add("--draws", type=int, default=5, help="number of draws of --shots or --ways")
+    add("--k", type=int, default=5, help="neighbours that vote (knn)")
+    add(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        help="column of each role, e.g. --columns.label stars; not given, recognised by name",
+    )
+    add(
+        "--pooling",
+        type=str | None,
+        help="of images mean or first (the class token), of texts as for embed; not given, as the classifier reads",
+    )
+    add("--batch_rows", type=int, default=64, help="rows in one forward pass")
+    add("--seed", type=int, default=0, help="seed of the split and the draws")
+    add_device(parser)
+    add("--json", action="store_true", help="print JSON")
+
+
+def _probe(args: Any) -> None:
+    from pretrain.evaluation.probe import probe
+
+    options = vars(args)
+    as_json = options.pop("json")
+    _show(probe(options.pop("checkpoint"), options.pop("data"), **options), as_json)
+
+
 def _add_merge(parser: Any) -> None:
     add = parser.add_argument
     add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
@@ -787,6 +827,16 @@ COMMANDS = {
         _add_evaluate,
         _evaluate,
         ("checkpoint", "--data", "--columns", "--batch_rows", "--device", "--json"),
+    ),
+    "probe": Command(
+        "Measure what the frozen features of a checkpoint tell about labelled rows.",
+        "pretrain probe runs/photos-mae photos --method knn --shots 10",
+        _add_probe,
+        _probe,
+        (
+            *("checkpoint", "data", "--test", "--method", "--shots", "--ways", "--draws", "--k"),
+            *("--pooling", "--columns", "--device", "--json"),
+        ),
     ),
     "merge": Command(
         "Merge an adapter into its base and write the whole model.",

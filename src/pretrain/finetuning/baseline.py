@@ -42,8 +42,10 @@ __all__ = [
     "Lsa",
     "embeddings",
     "lsa_baseline",
+    "of_pairs",
     "pixel_baseline",
     "probe_baseline",
+    "sklearn_module",
     "tfidf_baseline",
 ]
 
@@ -86,7 +88,7 @@ def tfidf_baseline(
         metric: see above.
         seed: see above.
     """
-    text = _sklearn("feature_extraction.text")
+    text = sklearn_module("feature_extraction.text")
 
     def variants(train: Sequence[str]) -> Iterable[Variant]:
         for words in stop_words:
@@ -137,8 +139,11 @@ class Lsa:
             )
 
     def _space(self, corpus: list[str], words: str | None, seed: int) -> Vectors | None:
-        text, decomposition = _sklearn("feature_extraction.text"), _sklearn("decomposition")
-        pipeline, preprocessing = _sklearn("pipeline"), _sklearn("preprocessing")
+        text, decomposition = (
+            sklearn_module("feature_extraction.text"),
+            sklearn_module("decomposition"),
+        )
+        pipeline, preprocessing = sklearn_module("pipeline"), sklearn_module("preprocessing")
         for least in (2, 1):
             vectorizer = text.TfidfVectorizer(sublinear_tf=True, min_df=least, stop_words=words)
             if not _fitted(vectorizer, corpus):
@@ -176,14 +181,14 @@ def lsa_baseline(
     return _tuned(lambda train: variants, columns, grid, metric, seed)
 
 
-def embeddings(model: Model) -> Vectors:
-    """Return a function from texts to their mean last hidden states; it truncates silently, as all arms do."""
+def embeddings(model: Model, **options: Any) -> Vectors:
+    """Return a function from texts to their vectors (see ``embed``); it truncates silently, as all arms do."""
     from pretrain.inference.generate import embed
 
     def transform(texts: Sequence[str]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            return embed(model, texts).numpy()
+            return embed(model, texts, **options).numpy()
 
     return transform
 
@@ -205,7 +210,7 @@ def probe_baseline(
         seed: see above.
     """
     settings = {"features": "embeddings of the checkpoint", "stop_words": None}
-    scaler = _sklearn("preprocessing").StandardScaler()
+    scaler = sklearn_module("preprocessing").StandardScaler()
     return _tuned(lambda train: [(settings, embed)], columns, grid, metric, seed, scaler=scaler)
 
 
@@ -249,7 +254,7 @@ def _tuned(
     train, valid, test = _targets(labels, metric)
     best: tuple[float, float, dict[str, Any], Any, Any] | None = None
     for settings, transform in variants(_flat(texts[0])):
-        features = _of_pairs(transform) if pairs else transform
+        features = of_pairs(transform) if pairs else transform
         x_train, x_valid = features(texts[0]), features(texts[1])
         if scaler is not None:
             x_train, x_valid = scaler.fit_transform(x_train), scaler.transform(x_valid)
@@ -276,7 +281,7 @@ def _tuned(
 
 
 def _fit(x: Any, y: Any, strength: float, metric: str, seed: int) -> Any:
-    linear, errors = _sklearn("linear_model"), _sklearn("exceptions")
+    linear, errors = sklearn_module("linear_model"), sklearn_module("exceptions")
     if metric in _OF_NUMBERS:
         return linear.Ridge(alpha=1.0 / strength, random_state=seed).fit(x, y)
     with warnings.catch_warnings():
@@ -338,7 +343,7 @@ def _flat(texts: Iterable[Text]) -> list[str]:
     return [one for text in texts for one in (text if isinstance(text, tuple | list) else (text,))]
 
 
-def _of_pairs(transform: Vectors) -> Callable[[Sequence[Any]], Any]:
+def of_pairs(transform: Vectors) -> Callable[[Sequence[Any]], Any]:
     """Return a function for the features of pairs, given one for the features of texts."""
 
     def both(texts: Sequence[tuple[str, str]]) -> Any:
@@ -367,7 +372,12 @@ def _fitted(vectorizer: Any, texts: Sequence[str]) -> bool:
     return True
 
 
-def _sklearn(name: str) -> Any:
+def sklearn_module(name: str) -> Any:
+    """Import a module of scikit-learn.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module(f"sklearn.{name}")
     except ImportError as error:

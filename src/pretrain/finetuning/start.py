@@ -99,7 +99,9 @@ def check_fits(source: Any, task: type[Task]) -> None:
         kind, family = source.head_kind, type(source.backbone)
     elif isinstance(source, str | os.PathLike):
         kind, family = kind_and_family(os.fspath(source))
-    if task.head_kind is not None and kind != task.head_kind and family is not None:
+    if task.head_kind in (None, kind) or family is None:
+        return
+    if task.head_kind not in family.successors:
         try:
             check_head(family, task.head_kind)
         except ModelError as error:

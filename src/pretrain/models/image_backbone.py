@@ -33,9 +33,14 @@ def random_images(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 class ImageBackbone(Backbone):
-    """Base class of the models of images: ``pixel_values`` (B, C, H, W) -> hidden states."""
+    """Base class of the models of images: ``pixel_values`` (B, C, H, W) -> hidden states.
+
+    Class attributes:
+        class_token: whether the first hidden state is that of a class token, and the others are of patches.
+    """
 
     causal: ClassVar[bool] = False
+    class_token: ClassVar[bool] = True
     processor_class: ClassVar[Any] = ImageProcessor
 
     @classmethod
@@ -65,3 +70,22 @@ class ImageBackbone(Backbone):
                 f"because this {self.model_type} model reads {channels} channels. The image processor beside the "
                 "weights returns that."
             )
+
+    def pooled(self, hidden: Tensor, how: str | None = None) -> Tensor:
+        """Return one vector for each image, (B, T, D) -> (B, D).
+
+        Args:
+            hidden: hidden states of the backbone.
+            how: ``mean`` over the patches, or ``first``, the class token; None: what a classifier reads, or the mean in
+                a family whose config does not say.
+
+        Raises:
+            ModelError: ``how`` is something else, or ``first`` without a class token.
+        """
+        how = getattr(self.config, "pooling", "mean") if how is None else how
+        if how not in ("mean", "first") or (how == "first" and not self.class_token):
+            known = "mean or first" if self.class_token else "mean, because it has no class token"
+            raise ModelError(
+                f"pooling of a {self.model_type} model is {how!r}; it must be {known}."
+            )
+        return hidden[:, 0] if how == "first" else hidden[:, int(self.class_token) :].mean(1)

@@ -257,6 +257,7 @@ class ResNet(ImageBackbone):
         "image-classification": "ResNetForImageClassification",
     }
     unit_name: ClassVar[str] = "images"
+    class_token: ClassVar[bool] = False
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "num_channels": Key("num_channels", 3),
         "embedding_size": Key("embedding_size", 64),

@@ -7,6 +7,7 @@ the rows of ``pretrain.data.images.source``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,6 +49,8 @@ class ImageClassification(Classification):
         mixup: parameter of the beta distribution by which every training image is averaged with another one, and its
             target with the other's; 0 for none.
         cutmix: the same for a box of the image that is replaced by that of another one; 0 for none.
+        pooling: what the classifier of a ViT reads: ``first``, the class token, or the ``mean`` of the patches, as in
+            the fine-tuning of MAE; not given, as the config of the model says. It is recorded there.
         problem, class_weights, label_smoothing, threshold, codes: see ``Classification``.
         max_length: of texts only; None.
 
@@ -70,6 +73,7 @@ class ImageClassification(Classification):
         randaugment: int = 0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        pooling: str | None = None,
         problem: str = "single_label",
         class_weights: Any = None,
         label_smoothing: float = 0.0,
@@ -93,6 +97,16 @@ class ImageClassification(Classification):
         )
         self.augmentation = Augmentation(crop, flip, randaugment)
         self.mixing = Mixing(mixup, cutmix)
+        config: Any = model.backbone.config
+        if pooling is not None and not hasattr(config, "pooling"):
+            raise ConfigError(
+                f"{option('pooling', pooling)}: the classifier of a {model.backbone.model_type} model always reads the "
+                "mean of all places. Leave it out."
+            )
+        if pooling is not None:
+            head: Any = model.head
+            model.backbone.config = replace(config, pooling=pooling)
+            head.pool = model.backbone.build_head(str(model.head_kind), len(self.labels)).pool
 
     def check_processor(self) -> None:
         """Check that the model has an image processor that fits; a model without any gets that of its sizes.
