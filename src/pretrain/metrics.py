@@ -31,11 +31,13 @@ __all__ = [
     "entity_counts",
     "entity_f1",
     "exact_match",
+    "iou",
     "is_bio",
     "macro_f1",
     "mae",
     "matthews",
     "mean_interval",
+    "mean_iou",
     "mse",
     "multilabel_counts",
     "multilabel_scores",
@@ -136,6 +138,24 @@ def matthews(matrix: ArrayLike) -> float:
     spread = (1.0 - truth @ truth) * (1.0 - predicted @ predicted)
     one_class = np.count_nonzero(truth) < 2 or np.count_nonzero(predicted) < 2
     return 0.0 if one_class else float(np.clip(both / math.sqrt(spread), -1.0, 1.0))
+
+
+def iou(matrix: ArrayLike) -> Floats:
+    """Intersection over union (Jaccard index) of every class of a confusion matrix (C, C), (C,).
+
+    A class that occurs neither in the truth nor in the predictions has none: nan.
+    """
+    counts = _square(matrix)
+    hits = np.diagonal(counts)
+    union = counts.sum(0) + counts.sum(1) - hits
+    return np.where(union > 0, _ratios(hits, union), np.nan)
+
+
+def mean_iou(matrix: ArrayLike) -> float:
+    """Mean intersection over union of the classes that occur in truth or predictions; nan for no pixels."""
+    found = iou(matrix)
+    known = found[np.isfinite(found)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def multilabel_counts(true: ArrayLike, predicted: ArrayLike) -> tuple[Ints, Ints, Ints, int]:

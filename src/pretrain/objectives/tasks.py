@@ -512,9 +512,13 @@ class ClassTask(Task):
 
     def balance(self, classes: Sequence[int] | np.ndarray) -> None:
         """Compute balanced weights from the targets of the training rows, which are encoded first."""
+        found = np.asarray(classes, dtype=np.int64)
+        self.balance_counts(np.bincount(found, minlength=len(self.labels)))
+
+    def balance_counts(self, counts: np.ndarray) -> None:
+        """Compute balanced weights from the number of targets of each class, (C,)."""
         if self.unbalanced:
-            counts = np.bincount(np.asarray(classes, dtype=np.int64), minlength=len(self.labels))
-            self._weights = len(classes) / (len(self.labels) * np.maximum(counts, 1.0))
+            self._weights = counts.sum() / (len(self.labels) * np.maximum(counts, 1.0))
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Number of targets, or the sum of their weights, which normalises a weighted mean."""
