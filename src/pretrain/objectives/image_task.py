@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ from pretrain.utils.files import note
 if TYPE_CHECKING:
     from pretrain.data.images.decode import Stored
 
-__all__ = ["ImageTask"]
+__all__ = ["ImageTask", "shown_answers", "spread"]
+
+_JUDGED = 60  # rows among which those of the report are chosen
 
 
 class ImageTask(Task):
@@ -153,6 +156,23 @@ class ImageTask(Task):
         if several and not isinstance(inputs[0], Mapping):
             return _table(list(inputs)), False
         return None
+
+
+def shown_answers(task: Task, table: Table) -> list[tuple[int, dict[str, Any]]]:
+    """Return index and answer of at most ``_JUDGED`` rows, spread evenly over a table."""
+    rows = range(len(table))
+    chosen = (
+        [rows[k * len(rows) // _JUDGED] for k in range(_JUDGED)] if len(rows) > _JUDGED else rows
+    )
+    return list(zip(chosen, task.predict(table.take(list(chosen))), strict=True))
+
+
+def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return ``count`` rows from the lowest score to the highest, evenly by rank."""
+    order = sorted(rows, key=lambda row: (math.isfinite(row["score"]), row["score"]))
+    if len(order) <= count:
+        return order
+    return [order[round(k * (len(order) - 1) / (count - 1))] for k in range(count)]
 
 
 def _check_paths(images: Sequence[Any]) -> None:

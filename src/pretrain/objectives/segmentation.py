@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pretrain import metrics as figures_of
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.decode import BrokenImage
+from pretrain.data.images.draw import with_mask
 from pretrain.data.images.masks import UNLABELLED, Mask, read_masked, read_numbers
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
@@ -30,7 +31,7 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
-from pretrain.objectives.image_task import ImageTask
+from pretrain.objectives.image_task import ImageTask, shown_answers, spread
 from pretrain.objectives.tasks import ClassTask, Learned
 
 if TYPE_CHECKING:
@@ -288,6 +289,29 @@ class Segmentation(ImageTask, ClassTask):
         mask = outputs[0]
         counts = np.bincount(mask.reshape(-1), minlength=len(self.labels)) / mask.size
         return {"mask": mask, "share": dict(zip(self.labels, counts.tolist(), strict=True))}
+
+    def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
+        """Masks and predicted masks over their images; the score is the mean intersection over union of the image."""
+        masks, rows = self._masks(table), list[dict[str, Any]]()
+        for i, answer in shown_answers(self, table):
+            if answer and isinstance(masks[i], Mask):
+                truth, said = masks[i].values, answer["mask"]
+                known = truth != UNLABELLED
+                matrix = figures_of.confusion_matrix(truth[known], said[known], len(self.labels))
+                score = figures_of.mean_iou(matrix)
+                rows.append({"i": i, "truth": truth, "said": said, "score": score})
+        chosen = spread(rows, count)
+        of_rows = pictures(table.take([row["i"] for row in chosen]))
+        return [
+            {
+                "right": with_mask(picture, row["truth"]),
+                "predicted": with_mask(picture, row["said"]),
+                "score": row["score"],
+                "where": table.where(row["i"]),
+            }
+            for row, picture in zip(chosen, of_rows, strict=True)
+            if picture is not None
+        ]
 
 
 def _targets(masks: np.ndarray) -> Tensor:

@@ -357,6 +357,19 @@ class Task(Objective):
         """The correct answers of all rows, in the form that ``decode`` returns; None if the task has none."""
         return None
 
+    def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
+        """Rows with their targets and answers as pictures, worst first, for the report; none of most tasks.
+
+        Args:
+            table: rows with targets, columns named by role.
+            count: number of rows to choose, spread from the worst to the best.
+
+        Returns:
+            For each ``right`` and ``predicted``, addresses of images in a page, ``score``, which is higher for a better
+            answer, and ``where``.
+        """
+        return []
+
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Metrics on the held-out rows of a trivial baseline that is fitted to the training rows."""
         return {}

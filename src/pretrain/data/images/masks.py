@@ -5,6 +5,7 @@ A mask holds one whole number for each pixel of its image: that of the class, or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zlib
@@ -29,7 +30,7 @@ from pretrain.utils.files import note
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["UNLABELLED", "Mask", "read_masked", "read_numbers"]
+__all__ = ["UNLABELLED", "Mask", "pixel_features", "read_masked", "read_numbers"]
 
 UNLABELLED = 255  # the usual number of pixels without a class
 _IMAGES = ("images", "image", "imgs", "img", "JPEGImages")
@@ -152,3 +153,42 @@ def read_numbers(table: Table) -> Iterator[tuple[int, Any]]:
                 "correct them, or leave the row out."
             ) from found
         yield i, found
+
+
+def pixel_features(
+    *tables: Table, images: int = 200, pixels: int = 50_000
+) -> list[tuple[NDArray[np.float32], NDArray[np.uint8]]]:
+    """Return features and classes of pixels drawn from the images of each table, for classical methods.
+
+    The features are the colour of a pixel, and those of its surroundings at two sizes (Gaussian blur).
+
+    Args:
+        *tables: the columns ``image`` and ``mask``, the latter of ``Mask``.
+        images: most images of a table.
+        pixels: most pixels of a table, as many from each image.
+    """
+    found = []
+    for table in tables:
+        rows = [i for i, mask in enumerate(table.columns["mask"]) if isinstance(mask, Mask)]
+        rows = rows[:: max(1, len(rows) // images)][:images]
+        part = table.take(rows)
+        features, classes = [np.zeros((0, 9), np.float32)], [np.zeros(0, np.uint8)]
+        for i, picture in enumerate(pictures(part)):
+            mask = part.columns["mask"][i].values.reshape(-1)
+            known = np.flatnonzero(mask != UNLABELLED)
+            drawn = np.random.default_rng(i).permutation(known)[: max(1, pixels // len(rows))]
+            with contextlib.suppress(BrokenImage):
+                if picture is not None:
+                    features.append(_surroundings(picture)[drawn])
+                    classes.append(mask[drawn])
+        found.append((np.concatenate(features), np.concatenate(classes)))
+    return found
+
+
+def _surroundings(picture: Picture) -> NDArray[np.float32]:
+    """Return the colours of all pixels of an image, sharp and blurred twice, (H · W, 9)."""
+    from PIL import ImageFilter
+
+    image = picture.read()[0].convert("RGB")
+    seen = [image, *(image.filter(ImageFilter.GaussianBlur(r)) for r in (2, 8))]
+    return np.concatenate([np.asarray(one, np.float32).reshape(-1, 3) for one in seen], axis=1)
