@@ -21,6 +21,8 @@ BOX_SIDES = 4  # left, top, right and bottom
 _CELL = 4  # the grid is doubled until a place covers at most so many pixels along a side
 _WIDEST, _NARROWEST = 256, 32
 _GROUPS = 8
+_RARE = -2.19  # log odds of 0.1: few places are the centre of an object (arXiv 1904.07850)
+_LARGEST = 6.0  # log of a distance over the stride
 
 
 def doublings(stride: int) -> int:
@@ -74,6 +76,12 @@ class DenseHead(nn.Module):
         more = self.stride - 1 if self.partial else 0
         return (height + more) // self.stride, (width + more) // self.stride
 
+    def places(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of the map of an image."""
+        factor = 2 ** doublings(self.stride)
+        rows, columns = self.grid(height, width)
+        return rows * factor, columns * factor
+
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         rows, columns = self.grid(*batch["pixel_values"].shape[2:])
         places = hidden[:, -rows * columns :]  # class tokens stand first
@@ -85,8 +93,9 @@ class DenseHead(nn.Module):
         last = x.permute(0, 2, 3, 1)
         found: Tensor = self.classifier(last)
         if self.sides is not None:
-            # Distances are positive, and of the size of the map's places before training.
-            found = torch.cat((found, F.softplus(self.sides(last))), -1)
+            # Distances are in units of the stride, which lies between those of small and of large objects.
+            sides = self.stride * self.sides(last).clamp(-_LARGEST, _LARGEST).exp()
+            found = torch.cat((found + _RARE, sides), -1)
         return found.permute(0, 3, 1, 2)
 
     def to_pixels(self, scores: Tensor, height: int, width: int) -> Tensor:

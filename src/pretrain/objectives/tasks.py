@@ -294,6 +294,16 @@ class Task(Objective):
         return read_table(source, name=name, **options)
 
     @classmethod
+    def gathered(cls, table: Table, columns: Mapping[str, Any]) -> Table:
+        """Return rows as the task reads them, if a source has several rows for one example.
+
+        Args:
+            table: what `read` returned.
+            columns: role -> column, as the caller named them.
+        """
+        return table
+
+    @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
         """Return which of ``train``, ``valid`` and ``test`` a file or folder has beside each other; none of most."""
         return ()
