@@ -305,7 +305,9 @@ class ObjectDetection(ImageTask):
         corners = corners.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
         classes = places // cells
         rows = torch.cat((corners, best[..., None], classes[..., None].to(corners)), -1)
-        return [_without_overlap(found[found[:, 4] >= _LEAST]) for found in rows.cpu().numpy()]
+        return [
+            _without_overlap(found[found[:, 4] >= _LEAST]) for found in rows.detach().cpu().numpy()
+        ]
 
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
