@@ -26,16 +26,20 @@ from pretrain.errors import ConfigError, DataError
 __all__ = [
     "LOWER_IS_BETTER",
     "accuracy",
+    "box_iou",
     "confusion_matrix",
+    "detection_precision",
     "entities",
     "entity_counts",
     "entity_f1",
     "exact_match",
+    "iou",
     "is_bio",
     "macro_f1",
     "mae",
     "matthews",
     "mean_interval",
+    "mean_iou",
     "mse",
     "multilabel_counts",
     "multilabel_scores",
@@ -136,6 +140,86 @@ def matthews(matrix: ArrayLike) -> float:
     spread = (1.0 - truth @ truth) * (1.0 - predicted @ predicted)
     one_class = np.count_nonzero(truth) < 2 or np.count_nonzero(predicted) < 2
     return 0.0 if one_class else float(np.clip(both / math.sqrt(spread), -1.0, 1.0))
+
+
+def iou(matrix: ArrayLike) -> Floats:
+    """Intersection over union (Jaccard index) of every class of a confusion matrix (C, C), (C,).
+
+    A class that occurs neither in the truth nor in the predictions has none: nan.
+    """
+    counts = _square(matrix)
+    hits = np.diagonal(counts)
+    union = counts.sum(0) + counts.sum(1) - hits
+    return np.where(union > 0, _ratios(hits, union), np.nan)
+
+
+def mean_iou(matrix: ArrayLike) -> float:
+    """Mean intersection over union of the classes that occur in truth or predictions; nan for no pixels."""
+    found = iou(matrix)
+    known = found[np.isfinite(found)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def box_iou(boxes: ArrayLike, others: ArrayLike) -> Floats:
+    """Intersection over union of boxes of left, top, right, bottom, (N, 4), (M, 4) -> (N, M); 0 of empty boxes."""
+    one = np.asarray(boxes, np.float64).reshape(-1, 1, 4)
+    two = np.asarray(others, np.float64).reshape(1, -1, 4)
+    sides = np.minimum(one[..., 2:], two[..., 2:]) - np.maximum(one[..., :2], two[..., :2])
+    shared = np.clip(sides, 0, None).prod(-1)
+    areas = [np.clip(b[..., 2:] - b[..., :2], 0, None).prod(-1) for b in (one, two)]
+    return _ratios(shared, areas[0] + areas[1] - shared)
+
+
+def detection_precision(
+    images: Sequence[tuple[ArrayLike, ArrayLike]], num_classes: int, thresholds: Sequence[float]
+) -> Floats:
+    """Average precision of every class at thresholds of overlap, (thresholds, C), as COCO computes it.
+
+    In the order of their scores, boxes are matched with the true box of their class and image that overlaps them most
+    and has no better match. Precision, made monotone, is averaged over 101 values of recall. A class without true boxes
+    has no average precision: nan.
+
+    Args:
+        images: for each image its true boxes (N, 5), left, top, right, bottom and class, and the predicted ones (M, 6),
+            the same with a score before the class.
+        num_classes: C.
+        thresholds: smallest intersection over union of a match.
+    """
+    sums = np.zeros(num_classes, np.int64)
+    scores: list[list[Floats]] = [[] for _ in range(num_classes)]
+    hits: list[list[NDArray[np.bool_]]] = [[] for _ in range(num_classes)]
+    for truth, found in images:
+        true, said = np.asarray(truth).reshape(-1, 5), np.asarray(found).reshape(-1, 6)
+        for k in np.union1d(true[:, 4], said[:, 5]).astype(int):
+            own = true[true[:, 4] == k, :4]
+            boxes = said[said[:, 5] == k]
+            boxes = boxes[np.argsort(-boxes[:, 4], kind="stable")]
+            sums[k] += len(own)
+            scores[k].append(boxes[:, 4])
+            hits[k].append(_matches(box_iou(boxes[:, :4], own), thresholds))
+    result = np.full((len(thresholds), num_classes), np.nan)
+    for k in np.flatnonzero(sums):
+        order = np.argsort(-np.concatenate(scores[k]), kind="stable")
+        right = np.concatenate(hits[k], axis=1)[:, order].cumsum(1)  # (thresholds, boxes)
+        recall, precision = right / sums[k], right / np.arange(1, len(order) + 1)
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        for t in range(len(thresholds)):
+            places = np.searchsorted(recall[t], np.linspace(0, 1, 101), side="left")
+            inside = places < len(order)
+            result[t, k] = precision[t, places[inside]].sum() / 101
+    return result
+
+
+def _matches(overlap: Floats, thresholds: Sequence[float]) -> NDArray[np.bool_]:
+    """Return which boxes, best score first, match a true box: (N, M) -> (thresholds, N)."""
+    matched = np.zeros((len(thresholds), len(overlap)), dtype=bool)
+    for t, least in enumerate(thresholds):
+        free = np.ones(overlap.shape[1], dtype=bool)
+        for i, row in enumerate(overlap):
+            best = int(np.argmax(np.where(free, row, -1.0))) if free.any() else 0
+            if free.any() and row[best] >= least - 1e-10:
+                free[best], matched[t, i] = False, True
+    return matched
 
 
 def multilabel_counts(true: ArrayLike, predicted: ArrayLike) -> tuple[Ints, Ints, Ints, int]:

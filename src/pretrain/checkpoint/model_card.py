@@ -26,6 +26,8 @@ PIPELINES = {
     "token-classification": "token-classification",
     "question-answering": "question-answering",
     "image-classification": "image-classification",
+    "segmentation": "image-segmentation",
+    "object-detection": "object-detection",
     None: "feature-extraction",
 }
 # Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.

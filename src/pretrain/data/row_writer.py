@@ -37,6 +37,7 @@ class RowWriter:
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, list(names)
+        self.masks = 0  # that have been written as files
         self.answers: dict[str, str] = {}  # key of an answer -> column
         self._waiting: list[Mapping[str, Any]] = []  # rows before the first answer
         self._stack = contextlib.ExitStack()
@@ -97,7 +98,7 @@ class RowWriter:
 
     def _put(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         assert self._lines is not None
-        added = {column: answer.get(key) for key, column in self.answers.items()}
+        added = {column: self._plain(answer.get(key)) for key, column in self.answers.items()}
         if self._csv is None:
             self._lines.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
             return
@@ -108,6 +109,19 @@ class RowWriter:
             )
         cells = [row.get(name) for name in self.names] + list(added.values())
         self._csv.writerow([_cell(value) for value in cells])
+
+    def _plain(self, value: Any) -> Any:
+        """Write a mask, bytes (H, W), to a file beside the output and return its path; other values as they are."""
+        if getattr(value, "ndim", 0) != 2:
+            return value
+        from pretrain.data.images.decode import pillow
+
+        folder = self.path.with_name(f"{self.path.stem}.masks")
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{self.masks:06}.png"
+        pillow().fromarray(value).save(file)
+        self.masks += 1
+        return f"{folder.name}/{file.name}"
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:

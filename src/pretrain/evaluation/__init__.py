@@ -45,6 +45,8 @@ _LABELLED_HEADS = (
     "token-classification",
     "question-answering",
     "image-classification",
+    "segmentation",
+    "object-detection",
 )
 
 

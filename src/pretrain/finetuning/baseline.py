@@ -5,8 +5,8 @@ uses the labelled rows only, like a model trained from scratch. Latent semantic 
 reads unlabelled text, as pre-training does, so it is the fair baseline for a model that was pre-trained on the text of
 the task. The third is a linear probe (Alain and Bengio, 2016): the same linear model on the frozen embeddings of the
 checkpoint. Strength of the penalty and stop words are chosen on the validation rows; the test rows are used once, after
-the choice. For images, the pixels under the same linear model take the place of all three. All need scikit-learn, the
-extra ``eval``.
+the choice. For images, the pixels under the same linear model take the place of all three, and for the segmentation of
+images the colours of single pixels and of their surroundings. All need scikit-learn, the extra ``eval``.
 
 Each baseline takes six columns: texts and labels of the training rows, of the validation rows, and of the test rows.
 Texts are strings or pairs of strings; the features of a pair are those of both sides, their element-wise products and
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METRICS",
     "Lsa",
+    "colour_baseline",
     "embeddings",
     "lsa_baseline",
     "of_pairs",
@@ -64,6 +65,7 @@ _OF_CLASSES: dict[str, Callable[[Any], float]] = {
     "accuracy": metrics.accuracy,
     "macro_f1": metrics.macro_f1,
     "matthews": metrics.matthews,
+    "miou": metrics.mean_iou,
 }
 _OF_NUMBERS: dict[str, Callable[[Any, Any], float]] = {
     "pearson": metrics.pearson,
@@ -230,6 +232,24 @@ def pixel_baseline(
     """
     settings = {"features": "pixels", "stop_words": None}
     return _tuned(lambda train: [(settings, np.stack)], columns, grid, metric, seed)
+
+
+def colour_baseline(
+    *columns: Any, grid: Sequence[float] = GRID, metric: str = "miou", seed: int = 0
+) -> dict[str, Any]:
+    """Colours of pixels and of their surroundings under a linear model, for segmentation.
+
+    Args:
+        *columns: features and classes of pixels, see above.
+        grid: see above.
+        metric: see above.
+        seed: see above.
+    """
+    settings = {"features": "colours", "stop_words": None}
+    scaler = sklearn_module("preprocessing").StandardScaler()
+    return _tuned(
+        lambda train: [(settings, np.asarray)], columns, grid, metric, seed, scaler=scaler
+    )
 
 
 def _tuned(

@@ -63,8 +63,9 @@ _SHORT = {
     "lsa": "LSA",
     "probe": "frozen",
     "pixels": "pixels",
+    "colours": "colours",
 }
-_LINEAR = ("tfidf", "lsa", "probe", "pixels")  # baselines under a linear model
+_LINEAR = ("tfidf", "lsa", "probe", "pixels", "colours")  # baselines under a linear model
 _FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
 # A gain that this many times the seeds would show is not reported as no difference.
 _WORTH_TRYING = 4
@@ -211,7 +212,7 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
     labels = job.data.train.columns.get("label", ())
     if (
         job.task.name not in BASELINE_TASKS
-        or job.monitor not in ("accuracy", "macro_f1", "pearson")
+        or job.monitor not in ("accuracy", "macro_f1", "miou", "pearson")
         or any(isinstance(value, list | tuple) for value in labels[:50])
     ):
         return {}
@@ -219,6 +220,8 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
         if importlib.util.find_spec("sklearn") is None:
             note("no classical baseline: scikit-learn is not installed")
             return {}
+        if "mask" in job.data.train.names:
+            return {"colours": baseline.colour_baseline}
         return {"pixels": baseline.pixel_baseline}
     try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.

@@ -67,6 +67,7 @@ def labelled(
     given = dict(columns)
     options = {} if section is None else section.reading(source)
     table = task.read(source, name="data", **options)
+    table = task.gathered(table, {**(section.columns if section is not None else {}), **given})
     if section is not None:
         known = {role: c for role, c in section.columns.items() if has_columns(table, c)}
         given = {**known, **given}

@@ -23,6 +23,7 @@ from pretrain.report.history import History, loss_svg, sort_records
 from pretrain.report.run_report import machine_tiles
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import (
+    Html,
     bullets,
     card,
     chart,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["render", "write_report"]
 
 _MISTAKES, _TEXT = 20, 600
+_PICTURES = 12
 _CURVES = 4
 
 
@@ -85,6 +87,7 @@ def render(result: Finetuned) -> str:
         section("Training", _curves(result, history)),
         section("Figures", _figures(result)),
         *_mistakes(result),
+        section("From the worst to the best", _pictures(result)),
         section("Data", *_data(result)),
         section("Use it", card(pre(_use(result)))),
         section("Repeat it", _repeat(result)),
@@ -192,6 +195,34 @@ def _mistakes(result: Finetuned) -> list[str]:
     except DataError:  # the task has no correct answers to compare with
         return found
     return [*found, section("Worst mistakes", errors.html(_TEXT) if errors else "")]
+
+
+def _pictures(result: Finetuned) -> str:
+    """Targets and answers of judged rows as pictures, and the colours of the classes."""
+    judged = result.judged
+    shown = result.task.pictures(judged, _PICTURES) if len(judged) else []
+    if not shown:
+        return ""
+    from pretrain.data.images.draw import colour
+
+    first = int(result.task.name == "segmentation")  # the class that has no colour
+    swatch = '<span style="background:{}">&emsp;</span>&nbsp;{}&emsp; '
+    colours = "".join(
+        swatch.format(colour(k), escape(label))
+        for k, label in enumerate((result.labels or ())[first:])
+    )
+    rows = [
+        [
+            *(
+                Html(f'<img src="{row[key]}" width="240" alt="{key}">')
+                for key in ("right", "predicted")
+            ),
+            row["where"],
+            float(row["score"]),
+        ]
+        for row in shown
+    ]
+    return card(f"<p>{colours}</p>") + table(["right", "predicted", "where", "IoU"], rows, left=3)
 
 
 def _data(result: Finetuned) -> list[str]:

@@ -132,7 +132,9 @@ def _examples(task: Task, table: Table, rows: TaskRows) -> list[list[tuple[str, 
 
 def _classes(table: Table, data: Data) -> dict[str, int]:
     """Number of rows of each class, in the order of the labels; empty if rows have lists of labels."""
-    values = table.columns.get("label", [])
+    values = table.columns.get("label")
+    if values is None:
+        return {}
     if any(isinstance(value, list | tuple | Mapping) for value in values):
         return {}
     codes = data.learned.options.get("codes", {})

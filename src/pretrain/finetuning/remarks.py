@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BASELINE_TASKS", "baseline_columns", "remarks"]
 
-# Tasks with one label for each row, for which there are classical baselines.
-BASELINE_TASKS = ("classification", "regression", "image-classification")
+# Tasks with one label for each row or pixel, for which there are classical baselines.
+BASELINE_TASKS = ("classification", "regression", "image-classification", "segmentation")
 
 # Smallest improvement at the end that is reported: absolute for a metric between 0 and 1, else relative.
 _RISE, _RELATIVE_RISE = 0.005, 0.01
@@ -153,7 +153,8 @@ def _classical(result: Finetuned) -> str | None:
     if not theirs > ours:
         return None
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
-    read = "pixels" if "image" in result.data.train.names else "TF-IDF"
+    names = result.data.train.names
+    read = "colours" if "mask" in names else "pixels" if "image" in names else "TF-IDF"
     return (
         f"a classical baseline is better: {read} with {linear} on the same rows has {metric} {theirs:.4f} on the "
         f"{where} rows, this model {ours:.4f}"
@@ -166,7 +167,12 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
     """
-    from pretrain.finetuning.baseline import METRICS, pixel_baseline, tfidf_baseline
+    from pretrain.finetuning.baseline import (
+        METRICS,
+        colour_baseline,
+        pixel_baseline,
+        tfidf_baseline,
+    )
 
     data, metric = result.data, result.monitor
     held, where = (data.test, "test") if data.test is not None else (data.valid, "held-out")
@@ -180,7 +186,9 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
         return None
     try:
         columns = baseline_columns(data.train, data.valid, held)
-        if "image" in data.train.names:
+        if "mask" in data.train.names:
+            found = colour_baseline(*columns, grid=(1.0,), metric=metric)
+        elif "image" in data.train.names:
             found = pixel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
             found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
@@ -192,8 +200,15 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
 
 
 def baseline_columns(*tables: Table) -> list[Any]:
-    """Return the columns of a baseline: texts (or pairs of texts), or pixels, and the labels of each table."""
+    """Return the columns of a baseline: texts (or pairs of texts), or pixels, and the labels of each table.
+
+    Where every pixel has a label, the columns hold pixels that are drawn from all images.
+    """
     columns: list[Any] = []
+    if "mask" in tables[0].names:
+        from pretrain.data.images.masks import pixel_features
+
+        return [column for pair in pixel_features(*tables) for column in pair]
     if "image" in tables[0].names:
         from pretrain.data.images.rows import pixel_vectors
 

@@ -221,7 +221,7 @@ def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
     rows = splits(source).get("train", source)
     if isinstance(rows, list | tuple) and rows and isinstance(rows[0], list | tuple):
         options["columns"] = section.names or _tuple_names(rows[0], task)
-    return task.read(source, name=name, **options)
+    return task.gathered(task.read(source, name=name, **options), section.columns)
 
 
 def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:

@@ -324,7 +324,7 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
         items = None if isinstance(inputs[0], Mapping) else inputs
     if items is not None:
         return _table_of(task, items), single
-    table = task.read(inputs, name="inputs")
+    table = task.gathered(task.read(inputs, name="inputs"), columns)
     return roles_table(table, columns_read(task, table, columns, quiet=True)), single
 
 

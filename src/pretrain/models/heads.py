@@ -39,11 +39,16 @@ HEAD_KINDS = (
     "token-classification",
     "question-answering",
     "image-classification",
+    "segmentation",
+    "object-detection",
     "masked-image",
 )
 
 
-LABELLED = ("sequence-classification", "token-classification", "image-classification")
+LABELLED = (
+    *("sequence-classification", "token-classification", "image-classification"),
+    *("segmentation", "object-detection"),
+)
 # Ending of an architecture's name in config.json -> kind of head.
 ARCHITECTURES = {
     "ForCausalLM": "causal-lm",
@@ -54,6 +59,8 @@ ARCHITECTURES = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "segmentation",
+    "ForObjectDetection": "object-detection",
 }
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from pretrain.data.images import ImageProcessor
 from pretrain.errors import ModelError
 from pretrain.models.backbone import Backbone
+from pretrain.models.dense_head import DenseHead, doublings
+from pretrain.models.names import Name
 from pretrain.nn.attention import KVCache
 
 __all__ = ["ImageBackbone", "image_processor", "random_images"]
@@ -46,6 +48,27 @@ class ImageBackbone(Backbone):
     @classmethod
     def default_processor(cls, config: Any) -> ImageProcessor | None:
         return image_processor(config)
+
+    def grid_step(self) -> tuple[int, bool]:
+        """Return the pixels along a side of one place of the grid, and whether places lie partly outside of an image.
+
+        The places are the last hidden states, row by row; by default they are full patches of ``patch_size``.
+        """
+        return int(self.config.patch_size), False
+
+    def dense_head(self, kind: str, num_labels: int) -> DenseHead:
+        """Return the head of segmentation or of object detection, uninitialised."""
+        stride, partial = self.grid_step()
+        boxes = kind == "object-detection"
+        size = self.config.hidden_size
+        return DenseHead(size, num_labels, stride=stride, partial=partial, boxes=boxes)
+
+    def dense_names(self, kind: str) -> list[Name]:
+        """Return the rules for the parameters of that head."""
+        stages = 1 + doublings(self.grid_step()[0])
+        parts = [f"stages.{i}.{part}" for i in range(stages) for part in ("convolution", "norm")]
+        parts += ["classifier", *["sides"] * (kind == "object-detection")]
+        return [Name(f"decode_head.{part}", (f"head.{part}",), body=False) for part in parts]
 
     def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         return random_images(self.config, generator)

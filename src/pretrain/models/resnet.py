@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, DataError, did_you_mean
 from pretrain.models.backbone import Batch, ModelStats
 from pretrain.models.config import BackboneConfig, Key
+from pretrain.models.dense_head import DENSE
 from pretrain.models.heads import SequenceHead
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
@@ -255,6 +256,9 @@ class ResNet(ImageBackbone):
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "ResNetModel",
         "image-classification": "ResNetForImageClassification",
+        # transformers has neither of them.
+        "segmentation": "ResNetForSemanticSegmentation",
+        "object-detection": "ResNetForObjectDetection",
     }
     unit_name: ClassVar[str] = "images"
     class_token: ClassVar[bool] = False
@@ -328,7 +332,12 @@ class ResNet(ImageBackbone):
         products: int = sum(shape.weights * config.places(shape) for shape in config.convolutions())
         return 6.0 * products
 
+    def grid_step(self) -> tuple[int, bool]:
+        return 2**self.halvings, True
+
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        if kind in DENSE:
+            return self.dense_head(kind, num_labels)
         return SequenceHead(self.config.hidden_size, num_labels, pool="mean")
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
@@ -356,4 +365,6 @@ class ResNet(ImageBackbone):
         ]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
+        if kind in DENSE:
+            return self.dense_names(kind)
         return [Name("classifier.1", ("head.classifier",), body=False)]

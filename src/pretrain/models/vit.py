@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.dense_head import DENSE
 from pretrain.models.heads import SequenceHead
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
@@ -134,6 +135,9 @@ class ViT(ImageBackbone):
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "ViTModel",
         "image-classification": "ViTForImageClassification",
+        # transformers has neither of them.
+        "segmentation": "ViTForSemanticSegmentation",
+        "object-detection": "ViTForObjectDetection",
     }
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **ENCODER_KEYS,
@@ -177,6 +181,8 @@ class ViT(ImageBackbone):
         return [self.embedding]
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        if kind in DENSE:
+            return self.dense_head(kind, num_labels)
         config = self.config
         pool = "first" if config.pooling == "first" else "patches"
         return SequenceHead(
@@ -198,6 +204,8 @@ class ViT(ImageBackbone):
         ]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
+        if kind in DENSE:
+            return self.dense_names(kind)
         # transformers would apply a classifier of the mean to the class token, so it must not find one.
         disk = "classifier" if self.config.pooling == "first" else "mean_classifier"
         return [Name(disk, ("head.classifier",), body=False)]

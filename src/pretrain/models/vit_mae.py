@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError
 from pretrain.models.backbone import Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.dense_head import DENSE
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
 from pretrain.models.vit import BLOCK_NAMES, ENCODER_KEYS
@@ -144,7 +145,7 @@ class ViTMAE(ImageBackbone):
         None: "ViTMAEModel",
         "masked-image": "ViTMAEForPreTraining",
     }
-    successors: ClassVar[Mapping[str, str]] = {"image-classification": "vit"}
+    successors: ClassVar[Mapping[str, str]] = dict.fromkeys(("image-classification", *DENSE), "vit")
     unit_name: ClassVar[str] = "patches"
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **ENCODER_KEYS,

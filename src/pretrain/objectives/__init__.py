@@ -51,6 +51,8 @@ TASKS = {
     "embedding": "pretrain.objectives.embedding.Embedding",
     "preference": "pretrain.objectives.preference.Preference",
     "image-classification": "pretrain.objectives.image_classification.ImageClassification",
+    "segmentation": "pretrain.objectives.segmentation.Segmentation",
+    "object-detection": "pretrain.objectives.object_detection.ObjectDetection",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}

@@ -6,29 +6,26 @@ the rows of ``pretrain.data.images.source``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from pretrain.config.spelling import option
-from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.mixing import Mixing
-from pretrain.data.images.rows import decoded, is_image_source, parts_of, pictures, read_images
+from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
-from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import Classification
-from pretrain.objectives.row_pixels import check_processor, pixel_values
+from pretrain.objectives.image_task import ImageTask
+from pretrain.objectives.row_pixels import pixel_values
 from pretrain.objectives.tasks import Learned
-from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["ImageClassification"]
 
 
-class ImageClassification(Classification):
+class ImageClassification(ImageTask, Classification):
     """Predict the class or classes of an image.
 
     Args:
@@ -81,11 +78,7 @@ class ImageClassification(Classification):
         codes: Mapping[str, int] | None = None,
         max_length: int | None = None,
     ) -> None:
-        if max_length is not None:
-            raise ConfigError(
-                f"{option('max_length', max_length)} counts the tokens of a text, and the task {self.name} reads "
-                "images. Leave it out; the size of images is that in preprocessor_config.json."
-            )
+        self.refuse_length(max_length)
         super().__init__(
             model,
             problem=problem,
@@ -108,43 +101,7 @@ class ImageClassification(Classification):
             model.backbone.config = replace(config, pooling=pooling)
             head.pool = model.backbone.build_head(str(model.head_kind), len(self.labels)).pool
 
-    def check_processor(self) -> None:
-        """Check that the model has an image processor that fits; a model without any gets that of its sizes.
-
-        Raises:
-            ModelError: it does not fit.
-        """
-        model = self.model
-        if model.processor is None:
-            model.processor = model.backbone.default_processor(model.backbone.config)
-            if model.processor is not None:
-                note(
-                    f"the model has no preprocessor_config.json; its images are read by {model.processor}"
-                )
-        check_processor(model, f"The task {self.name}")
-
-    @property
-    def processor(self) -> ImageProcessor:
-        """The image processor of the model."""
-        found: ImageProcessor = self.model.processor
-        return found
-
-    @property
-    def limits(self) -> list[str]:
-        size = self.processor.size or (0, 0)
-        known = ["It knows no other labels, and names one of them for any image."]
-        read = f"An image is scaled to {size[0]} x {size[1]} pixels."
-        return [read, *known * (len(self.labels) > 1)]
-
     # ------------------------------------------------------------------ rows
-
-    @classmethod
-    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
-        return read_images(source, name=name, **options)
-
-    @classmethod
-    def parts(cls, source: Any) -> Sequence[str]:
-        return parts_of(source)
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
@@ -152,25 +109,6 @@ class ImageClassification(Classification):
         tidied = super().tidy(table, learned, options)
         columns = {**tidied.columns, "image": pictures(tidied)}
         return tidied.with_columns(columns, tidied.label_names)
-
-    def encode_inputs(self, table: Table, *, targets: bool) -> tuple[TaskRows, list[int]]:
-        """Decode every image once, so that a broken one is counted and named before the first step."""
-        rows, kept = TaskRows(size=self._patches()), []
-        for i, image, text in decoded(table, required=targets):
-            if image is None:
-                rows.drop(i, text or "no image")
-                continue
-            if text is not None:
-                rows.remark(i, text)
-            rows.add(i, {"image": image})  # type: ignore[dict-item]
-            kept.append(i)
-        return rows, kept
-
-    def _patches(self) -> int:
-        """What one image costs, in the unit of the model."""
-        size, model = self.processor.size or (1, 1), self.model
-        shape = (1, self.processor.channels, *size)
-        return model.backbone.units({"pixel_values": torch.empty(shape, device="meta")})
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
         """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
@@ -266,59 +204,3 @@ class ImageClassification(Classification):
         if self.unbalanced:
             self.balance([int(rows[i]["labels"]) for i in range(len(rows))])
         return super().survey(rows)
-
-    def sizes(self, rows: TaskRows) -> str:
-        size = self.processor.size or (0, 0)
-        return (
-            f"images are read as {self.processor.channels} x {size[0]} x {size[1]} values, {rows.size} "
-            f"{self.unit_name} each"
-        )
-
-    # ------------------------------------------------------------------ answers
-
-    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
-        """One image (a path, an array (H, W) or (H, W, C), an image of Pillow), or several in a list or an array."""
-        array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
-        path = Path(inputs) if isinstance(inputs, str | Path) else None
-        if path is not None and is_image_source(path) and path.suffix.lower() not in (".npz",):
-            table = read_images(path)
-            return table, not path.is_dir() and len(table) == 1
-        if path is not None:
-            if path.suffix.lower() == ".npz":
-                return read_images(path), False
-            if not path.suffix:  # neither an image nor a table
-                _check_paths([path])
-            return None
-        channels = array == 3 and (
-            inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4)
-        )
-        if array == 2 or channels or hasattr(inputs, "getbands"):
-            return _table([inputs]), True
-        if array in (3, 4):
-            return _table(list(inputs)), False
-        if isinstance(inputs, bytes):
-            return _table([inputs]), True
-        several = isinstance(inputs, list | tuple) and len(inputs)
-        if several and not isinstance(inputs[0], Mapping):
-            return _table(list(inputs)), False
-        return None
-
-
-def _check_paths(images: Sequence[Any]) -> None:
-    """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
-    for i, path in enumerate(images, start=1):
-        named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
-        if named and not Path(path).expanduser().exists():
-            raise DataError(f"image {i}: there is no file {str(path)[:200]!r}.")
-
-
-def _table(images: Sequence[Any]) -> Table:
-    """Return images of a caller as a table."""
-    _check_paths(images)
-    held = [
-        Picture(v.numpy() if hasattr(v, "numpy") else v, f"image {i}")
-        if hasattr(v, "dtype") or hasattr(v, "getbands")
-        else v
-        for i, v in enumerate(images, start=1)
-    ]
-    return Table("inputs", {"image": held}, origin="the inputs", unit="index")

@@ -294,6 +294,16 @@ class Task(Objective):
         return read_table(source, name=name, **options)
 
     @classmethod
+    def gathered(cls, table: Table, columns: Mapping[str, Any]) -> Table:
+        """Return rows as the task reads them, if a source has several rows for one example.
+
+        Args:
+            table: what `read` returned.
+            columns: role -> column, as the caller named them.
+        """
+        return table
+
+    @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
         """Return which of ``train``, ``valid`` and ``test`` a file or folder has beside each other; none of most."""
         return ()
@@ -356,6 +366,19 @@ class Task(Objective):
     def truth(self, table: Table) -> list[Any] | None:
         """The correct answers of all rows, in the form that ``decode`` returns; None if the task has none."""
         return None
+
+    def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
+        """Rows with their targets and answers as pictures, worst first, for the report; none of most tasks.
+
+        Args:
+            table: rows with targets, columns named by role.
+            count: number of rows to choose, spread from the worst to the best.
+
+        Returns:
+            For each ``right`` and ``predicted``, addresses of images in a page, ``score``, which is higher for a better
+            answer, and ``where``.
+        """
+        return []
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Metrics on the held-out rows of a trivial baseline that is fitted to the training rows."""
@@ -512,9 +535,13 @@ class ClassTask(Task):
 
     def balance(self, classes: Sequence[int] | np.ndarray) -> None:
         """Compute balanced weights from the targets of the training rows, which are encoded first."""
+        found = np.asarray(classes, dtype=np.int64)
+        self.balance_counts(np.bincount(found, minlength=len(self.labels)))
+
+    def balance_counts(self, counts: np.ndarray) -> None:
+        """Compute balanced weights from the number of targets of each class, (C,)."""
         if self.unbalanced:
-            counts = np.bincount(np.asarray(classes, dtype=np.int64), minlength=len(self.labels))
-            self._weights = len(classes) / (len(self.labels) * np.maximum(counts, 1.0))
+            self._weights = counts.sum() / (len(self.labels) * np.maximum(counts, 1.0))
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Number of targets, or the sum of their weights, which normalises a weighted mean."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.data.images.decode import Picture, Stored, in_threads, pillow, to_channels
+from pretrain.data.images.view import View
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,13 +67,32 @@ class Augmentation:
             processor: its ``size`` must be known.
             rng: generator of this image.
         """
+        return self.apply(image, self.view(image.size, processor, rng), processor, rng)
+
+    def view(
+        self, image: tuple[int, int], processor: ImageProcessor, rng: np.random.Generator
+    ) -> View:
+        """Draw the part of an image that is seen, and whether it is mirrored.
+
+        Args:
+            image: width and height of the image.
+            processor: its ``size`` must be known.
+            rng: generator of this image.
+        """
+        assert processor.size is not None
+        whole = View.whole(image, processor.size)
+        box = crop_box(image[1], image[0], self.crop, rng) if self.crop < 1 else whole.box
+        return View(box, processor.size, bool(self.flip and rng.random() < 0.5))
+
+    def apply(
+        self, image: Image, view: View, processor: ImageProcessor, rng: np.random.Generator
+    ) -> NDArray[np.uint8]:
+        """Return an image changed as ``view`` says, and by operations of RandAugment drawn with ``rng``."""
         image = to_channels(image, processor.channels)
         if self.crop < 1:
-            assert processor.size is not None
-            height, width = processor.size
-            box = crop_box(image.height, image.width, self.crop, rng)
-            image = image.resize((width, height), processor.settings["resample"], box)
-        if self.flip and rng.random() < 0.5:
+            height, width = view.size
+            image = image.resize((width, height), processor.settings["resample"], view.box)
+        if view.flip:
             image = image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment:
             for _ in range(2):
@@ -87,7 +107,18 @@ class Augmentation:
         *,
         evaluation: bool,
     ) -> NDArray[np.float32]:
-        """Return the pixel values of a batch, (B, C, H, W); in evaluation nothing is changed.
+        """Return the pixel values of a batch, (B, C, H, W); in evaluation nothing is changed."""
+        return self.seen(held, processor, rngs, evaluation=evaluation)[0]
+
+    def seen(
+        self,
+        held: Sequence[Any],
+        processor: ImageProcessor,
+        rngs: Sequence[np.random.Generator],
+        *,
+        evaluation: bool,
+    ) -> tuple[NDArray[np.float32], list[View]]:
+        """Return the pixel values of a batch, (B, C, H, W), and the view of each image; in evaluation it is whole.
 
         Args:
             held: the images, ``Stored`` or whatever a ``Picture`` is made from.
@@ -100,14 +131,18 @@ class Augmentation:
             given = held[i]
             stored = isinstance(given, Stored)
             image = given.image() if stored else Picture(given, "an image").read()[0]
+            assert processor.size is not None
             if evaluation:
-                return processor.values(processor.fitted(image))
-            return processor.values(self(image, processor, rngs[i]))
+                whole = View.whole(image.size, processor.size)
+                return processor.values(processor.fitted(image)), whole
+            view = self.view(image.size, processor, rngs[i])
+            return processor.values(self.apply(image, view, processor, rngs[i])), view
 
         # Threads pay for images of some size, before or after scaling.
         wide = max(map(_pixels, held), default=0) >= _LARGE
         wide = wide or math.prod(processor.size or (0, 0)) >= _LARGE
-        return np.stack(list((in_threads if wide else map)(one, range(len(held)))))
+        found = list((in_threads if wide else map)(one, range(len(held))))
+        return np.stack([values for values, _ in found]), [view for _, view in found]
 
 
 def _pixels(given: Any) -> int:

@@ -157,15 +157,67 @@ class Picture:
         """
         if isinstance(self.source, bytes | str | Path):
             content = self.source if isinstance(self.source, bytes) else self._bytes()
-            return self._decoded(content)
+            image, remark = self._decoded(content)
+            return image, remark
         if hasattr(self.source, "getbands"):
-            return self._decoded(None)
+            image, remark = self._decoded(None)
+            return image, remark
         image, remark = _from_array(np.asarray(self.source), self.name)
         _check_size(image, self.name)
         return flat(image, self.name)[0], remark
 
-    def _decoded(self, content: bytes | None) -> tuple[Image, str | None]:
-        """Decode the bytes of a file, or with None the image of Pillow, whose file may not have been read yet."""
+    def numbers(self) -> NDArray[Any]:
+        """Decode the image as a mask: the number of every pixel, (H, W); that of a palette, not its colour.
+
+        Raises:
+            BrokenImage: as for ``read``; it is a JPEG, whose values are not exact; or it has colours.
+        """
+        if isinstance(self.source, bytes | str | Path):
+            content = self.source if isinstance(self.source, bytes) else self._bytes()
+            found: Any = self._decoded(content, self._exact)
+        elif hasattr(self.source, "getbands"):
+            found = self._decoded(None, self._exact)
+        else:
+            found = np.asarray(self.source)
+        if found.ndim == 3 and found.shape[-1] == 1:
+            found = found[..., 0]
+        if found.ndim != 2 or not found.size or found.dtype.kind not in "bui":
+            raise BrokenImage(
+                self.name,
+                "the shape or type is not that of a mask",
+                f"a mask has one whole number for each pixel, (height, width); this is an array of {found.dtype} with "
+                f"the shape {found.shape}",
+            )
+        values: NDArray[Any] = found.astype(np.uint8) if found.dtype == bool else found
+        return values
+
+    def _exact(self, image: Image) -> Any:
+        if image.format in ("JPEG", "MPO", "JPEG2000"):
+            raise BrokenImage(
+                self.name,
+                "a mask in a lossy format",
+                "it is a JPEG file, which changes the numbers at every edge. Store masks as PNG",
+            )
+        values = np.asarray(_upright(image))
+        if image.mode in ("RGB", "RGBA", "LA"):
+            colours = values[..., :3] if image.mode != "LA" else values[..., :1]
+            if (colours != colours[..., :1]).any():
+                raise BrokenImage(
+                    self.name,
+                    "a mask in colours",
+                    "its pixels are colours, and a mask holds the number of a class for each pixel. Store it in grey "
+                    "or with a palette",
+                )
+            values = colours[..., 0]
+        return values
+
+    def _decoded(self, content: bytes | None, then: Callable[[Image], Any] | None = None) -> Any:
+        """Decode the bytes of a file, or with None the image of Pillow, whose file may not have been read yet.
+
+        Args:
+            content: the bytes.
+            then: what is made of the image; by default ``read`` returns it.
+        """
         if content is not None and not content:
             raise BrokenImage(self.name, "the file is empty")
         module = pillow()
@@ -181,6 +233,8 @@ class Picture:
             if content and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 frames = "several frames or pages, of which the first is read"
             image.load()
+            if then is not None:
+                return then(image)
             decoded, remark = flat(_upright(image), self.name)
             return decoded, "; ".join(filter(None, (frames, remark))) or None
         except DataError:

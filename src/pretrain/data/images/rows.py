@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "decoded",
+    "image_files",
     "is_image_source",
+    "part_for",
     "parts_of",
     "pictures",
     "pixel_vectors",
@@ -51,6 +53,7 @@ _FOR = {
     "data": ("test", "valid", "train"),
 }
 _IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets")
+_MASKS = ("masks", "mask", "segmentation", "segmentations")
 _CLASSES = ("class_names", "classes", "label_names", "names")
 _SMALL = 32  # side of images for classical methods
 _KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
@@ -96,23 +99,32 @@ def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
         path = Path(os.path.expanduser(source))
         if not path.exists():
             raise DataError(f"{source} does not exist.")
-        found = _parts(path)
-        part = next((part for part in _FOR.get(name, ("train",)) if part in found), None)
-        if part is None and "" not in found:
-            raise DataError(
-                f"{source} has the parts {', '.join(found)}, and none for the {name} rows. Name another source."
-            )
-        if len(found) > 1 and name == "data":
-            note(f"{source}: the part {part!r} is used of {', '.join(found)}")
-        if part and path.is_dir() and name in ("train", "data"):
-            used = {folder.name for folder in found.values()}
-            if others := [n for n in _folders(path, sorted(os.listdir(path))) if n not in used]:
-                note(f"{path}: not read, because they are no parts: {shown(others, 4)}")
-        table = _table(path, found[part or ""])
+        table = _table(path, part_for(path, name))
         if not len(table):
             raise DataError(f"{source} holds no images ({', '.join(sorted(SUFFIXES)[:6])}, ...).")
         return table
     return read_table(_wrapped(source), name=name, **options)
+
+
+def part_for(path: Path, name: str) -> Any:
+    """Return which part of a source is read for the rows ``name``: a folder, or what ``_table`` reads of a file.
+
+    Raises:
+        DataError: there is none for these rows.
+    """
+    found = _parts(path)
+    part = next((part for part in _FOR.get(name, ("train",)) if part in found), None)
+    if part is None and "" not in found:
+        raise DataError(
+            f"{path} has the parts {', '.join(found)}, and none for the {name} rows. Name another source."
+        )
+    if len(found) > 1 and name == "data":
+        note(f"{path}: the part {part!r} is used of {', '.join(found)}")
+    if part and path.is_dir() and name in ("train", "data"):
+        used = {folder.name for folder in found.values()}
+        if others := [n for n in _folders(path, sorted(os.listdir(path))) if n not in used]:
+            note(f"{path}: not read, because they are no parts: {shown(others, 4)}")
+    return found[part or ""]
 
 
 def parts_of(source: Any) -> list[str]:
@@ -130,7 +142,13 @@ def stream_images(path: Path, size: int) -> Iterator[Chunk]:
     table = read_images(path)
     for start in range(0, len(table), size):
         part = table.take(range(start, min(start + size, len(table))))
-        yield Chunk([{**row, "image": str(row["image"])} for row in part.rows()], part)
+        yield Chunk(
+            [
+                {k: str(v) if isinstance(v, Picture) else v for k, v in row.items()}
+                for row in part.rows()
+            ],
+            part,
+        )
 
 
 def pictures(table: Table, role: str = "image") -> list[Picture | None]:
@@ -371,8 +389,8 @@ def _table(path: Path, part: Any) -> Table:
     return _npz(path, part)
 
 
-def _folder(path: Path) -> Table:
-    """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
+def image_files(path: Path) -> list[Path]:
+    """Return the images below a folder, in order; the other files are counted and named in a line."""
     found, others, irregular = list[Path](), list[str](), list[str]()
     visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
     for root, folders, files in os.walk(path, followlinks=True):
@@ -397,6 +415,12 @@ def _folder(path: Path) -> Table:
     ):
         if names:
             note(f"{path}: {len(names):,} {what} and are left out: {shown(names, 4)}")
+    return found
+
+
+def _folder(path: Path) -> Table:
+    """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
+    found = image_files(path)
     columns: dict[str, list[Any]] = {"image": [Picture(file, str(file)) for file in found]}
     inside = [file.relative_to(path).parts for file in found]
     if inside and all(len(parts) > 1 for parts in inside):
@@ -426,7 +450,7 @@ def _npz_parts(path: Path) -> dict[str, dict[str, str]]:
         words = name.lower().split("_")
         part = next((_PARTS[w] for w in words if w in _PARTS), "")
         rest = "_".join(w for w in words if w not in _PARTS)
-        for role, known in (("image", _IMAGES), ("label", _LABELS)):
+        for role, known in (("image", _IMAGES), ("label", _LABELS), ("mask", _MASKS)):
             if rest in known:
                 found.setdefault(part, {}).setdefault(role, name)
     found = {part: roles for part, roles in found.items() if "image" in roles}
@@ -489,9 +513,19 @@ def _npz(path: Path, roles: Mapping[str, str]) -> Table:
     # Damaged files raise errors of zipfile, zlib, struct and numpy; large ones a MemoryError.
     except Exception as error:
         raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}.") from error
-    images, labels = (arrays.pop(roles[r]) if r in roles else None for r in ("image", "label"))
+    images, labels, masks = (
+        arrays.pop(roles[r]) if r in roles else None for r in ("image", "label", "mask")
+    )
+    assert images is not None
     names = next((arrays[n] for n in arrays if n.lower() in _CLASSES), None)
-    return _arrays(path, images, labels, names, arrays)
+    table = _arrays(path, images, labels, names, arrays)
+    if masks is None:
+        return table
+    if len(masks) != len(images):
+        raise DataError(f"{path} holds {len(images):,} images and {len(masks):,} masks.")
+    held = [Picture(mask, f"mask {i} of {path.name}") for i, mask in enumerate(masks)]
+    known = {} if names is None else {"mask": [str(n) for n in names.tolist()]}
+    return table.with_columns({**table.columns, "mask": held}, {**table.label_names, **known})
 
 
 def _arrays(

@@ -1,0 +1,242 @@
+"""Rows of images with boxes: files of COCO, folders of Pascal VOC, tables with one box or one image in a row.
+
+In a row, ``boxes`` are lists of left, top, right and bottom in pixels of the image, ``label`` has the class of each.
+"""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.images.decode import Picture
+from pretrain.data.images.rows import ImageTable, image_files, part_for, read_images
+from pretrain.data.tables import Table, shown
+from pretrain.errors import DataError
+from pretrain.utils.files import note, read_bytes
+from pretrain.utils.strict_json import parse_json
+
+__all__ = ["gathered_boxes", "read_boxes"]
+
+_SIDES = (
+    ("xmin", "x_min", "x1", "left"),
+    ("ymin", "y_min", "y1", "top"),
+    ("xmax", "x_max", "x2", "right"),
+    ("ymax", "y_max", "y2", "bottom"),
+)
+_OBJECTS = "objects"  # column of the datasets library: {"bbox": [...], "category": [...]}
+_FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
+_MOST_BYTES = 1 << 30  # of a file of annotations
+
+
+def read_boxes(source: Any, *, name: str = "data", **options: Any) -> Table:
+    """Read rows of images with boxes; sources without boxes are read like those of ``read_images``.
+
+    Args:
+        source: a .json file in the layout of COCO; a folder with such a file (``_annotations.coco.json``) or with .xml
+            files of Pascal VOC, or with such a folder for each part (``train``, ``val``, ``test``); or as for
+            ``read_images``.
+        name: what the rows are for; see there.
+        **options: see there.
+
+    Raises:
+        DataError: as there; or an annotation cannot be read.
+    """
+    path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
+    if path is not None and path.is_dir():
+        part = part_for(path, name)
+        folder = part if isinstance(part, Path) else path
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".json")
+        found = [(file, content) for file in files if (content := _coco_content(file))]
+        if len(found) > 1:
+            raise DataError(
+                f"{folder} has several files of COCO: {shown([f.name for f, _ in found], 4)}. Name the one that is "
+                "meant."
+            )
+        if found:
+            return _coco(*found[0])
+        if xml := sorted(p for p in folder.rglob("*") if p.suffix.lower() == ".xml"):
+            return _voc(folder, xml)
+    one = path is not None and path.suffix.lower() == ".json" and path.is_file()
+    if path is not None and one and (content := _coco_content(path)):
+        return _coco(path, content)
+    return read_images(source, name=name, **options)
+
+
+def gathered_boxes(
+    table: Table, columns: Mapping[str, Any], known: Mapping[str, Sequence[str]]
+) -> Table:
+    """Return a table with one row for each image, from one with one box in a row, or with a column ``objects``.
+
+    Args:
+        table: the rows as they were read.
+        columns: role -> column, as the caller named them.
+        known: role -> names by which its column is recognised.
+    """
+    chosen = {
+        role: columns.get(role) or next((n for n in names if n in table.columns), None)
+        for role, names in known.items()
+    }
+    image, label = chosen["image"], chosen["label"]
+    cells = table.columns.get(_OBJECTS)
+    if cells is not None and chosen["boxes"] is None:
+        return _with_images(_from_objects(table, cells), image)
+    sides = [next((n for n in names if n in table.columns), None) for names in _SIDES]
+    if image is None or None in sides or chosen["boxes"] is not None:
+        return _with_images(table, image)
+    groups: dict[Any, list[int]] = {}
+    for i, value in enumerate(table.columns[image]):
+        groups.setdefault(value if isinstance(value, str) else id(value), []).append(i)
+    first = table.take([rows[0] for rows in groups.values()])
+    gathered: dict[str, list[Any]] = {"boxes": []}
+    if label is not None:
+        gathered[label] = []
+    for rows in groups.values():
+        values = [[table.columns[str(side)][i] for side in sides] for i in rows]
+        # A row without numbers is an image in which nothing was found.
+        held = [k for k, box in enumerate(values) if any(v not in (None, "") for v in box)]
+        gathered["boxes"].append([values[k] for k in held])
+        if label is not None:
+            gathered[label].append([table.columns[label][rows[k]] for k in held])
+    kept = {n: column for n, column in first.columns.items() if n not in sides}
+    return _with_images(first.with_columns({**kept, **gathered}, table.label_names), image)
+
+
+def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
+    """Return the boxes of the datasets library, whose form is that of COCO: left, top, width, height."""
+    boxes, labels = list[Any](), list[Any]()
+    for i, cell in enumerate(cells):
+        if isinstance(cell, list):  # one mapping for each object
+            cell = {key: [one.get(key) for one in cell] for key in (cell[0] if cell else ())}
+        held = cell if isinstance(cell, Mapping) else {}
+        names: Sequence[Any] = next(
+            (held[k] for k in ("category", "label", "labels", "categories") if k in held), []
+        )
+        found = held.get("bbox", held.get("boxes", []))
+        if len(found) != len(names):
+            raise DataError(
+                f"{table.where(i)}: {len(found)} boxes (bbox) and {len(names)} classes (category) in {_OBJECTS}."
+            )
+        boxes.append([_corners(box) for box in found])
+        labels.append(list(names))
+    columns = {n: column for n, column in table.columns.items() if n != _OBJECTS}
+    return table.with_columns({**columns, "boxes": boxes, "label": labels}, table.label_names)
+
+
+def _corners(box: Sequence[Any]) -> list[Any]:
+    """Return left, top, right, bottom of left, top, width, height; other values as they are, to be refused."""
+    try:
+        left, top, width, height = map(float, box)
+    except (TypeError, ValueError):
+        return list(box)
+    return [left, top, left + width, top + height]
+
+
+def _with_images(table: Table, column: str | None) -> Table:
+    """Resolve paths that lie in a usual folder beside the file that names them."""
+    origin = Path(table.origin) if table.origin else None
+    if column is None or origin is None or not origin.is_file():
+        return table
+    cells = table.columns[column]
+    first = next((v for v in cells if isinstance(v, str) and v.strip()), None)
+    if first is None:
+        return table
+    for name in _FOLDERS:
+        if (folder := origin.parent / name).joinpath(first).is_file():
+            break
+    else:
+        return table
+    if not name:
+        return table
+    held = [str(folder / v) if isinstance(v, str) and v.strip() else v for v in cells]
+    return table.with_columns({**table.columns, column: held}, table.label_names)
+
+
+# ------------------------------------------------------------------------------------------------ COCO
+
+
+def _coco_content(path: Path) -> Mapping[str, Any] | None:
+    """Return the content of a file of COCO, or None if it is another one."""
+    with open(path, "rb") as file:
+        if not file.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
+            return None
+    content = parse_json(read_bytes(path, limit=_MOST_BYTES), path)
+    keys = ("images", "annotations", "categories")
+    known = isinstance(content, Mapping) and all(isinstance(content.get(k), list) for k in keys)
+    return content if known else None
+
+
+def _coco(path: Path, content: Mapping[str, Any]) -> Table:
+    try:
+        names = {one["id"]: str(one["name"]) for one in content["categories"]}
+        files = {one["id"]: str(one["file_name"]) for one in content["images"]}
+        boxes: dict[Any, list[Any]] = {key: [] for key in files}
+        labels: dict[Any, list[str]] = {key: [] for key in files}
+        crowds = 0
+        for one in content["annotations"]:
+            if one.get("iscrowd"):
+                crowds += 1
+                continue
+            labels[one["image_id"]].append(names[one["category_id"]])
+            boxes[one["image_id"]].append(_corners(one["bbox"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} looks like a file of COCO, but {error} is missing or no image or category has it as its id. Each "
+            "annotation needs image_id, category_id and bbox, each image id and file_name, each category id and name."
+        ) from error
+    if crowds:
+        note(f"{path}: {crowds:,} boxes around crowds (iscrowd) are left out")
+    columns: dict[str, list[Any]] = {
+        "image": [*files.values()],
+        "boxes": [*boxes.values()],
+        "label": [*labels.values()],
+    }
+    return _with_images(ImageTable(path.name, columns, origin=str(path)), "image")
+
+
+# ------------------------------------------------------------------------------------------ Pascal VOC
+
+
+def _voc(path: Path, annotations: Sequence[Path]) -> Table:
+    images: dict[str, Path] = {file.name: file for file in image_files(path)}
+    stems = {file.stem: file for file in images.values()}
+    columns: dict[str, list[Any]] = {"image": [], "boxes": [], "label": []}
+    without = list[str]()
+    for file in annotations:
+        content = read_bytes(file, limit=1 << 24)
+        if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+            raise DataError(f"{file} declares a document type or entities, which are not read.")
+        try:
+            root = ElementTree.fromstring(content)
+            boxes = [
+                [
+                    float(one.findtext(f"bndbox/{side}", ""))
+                    for side in ("xmin", "ymin", "xmax", "ymax")
+                ]
+                for one in root.iter("object")
+            ]
+            labels = [(one.findtext("name") or "").strip() for one in root.iter("object")]
+        except (ElementTree.ParseError, ValueError) as error:
+            raise DataError(f"{file} is no annotation of Pascal VOC: {error}.") from error
+        found = images.get((root.findtext("filename") or "").strip()) or stems.get(file.stem)
+        if found is None:
+            without.append(file.name)
+            continue
+        columns["image"].append(Picture(found, str(found)))
+        columns["boxes"].append(boxes)
+        columns["label"].append(labels)
+    if without:
+        note(
+            f"{path}: {len(without):,} annotations without an image are left out: {shown(without, 4)}"
+        )
+    used = {str(picture) for picture in columns["image"]}
+    if alone := [file.name for file in images.values() if str(file) not in used]:
+        note(f"{path}: {len(alone):,} images without an annotation are left out: {shown(alone, 4)}")
+    if not used:
+        raise DataError(
+            f"{path} holds {len(annotations):,} annotations, and none of the images that they name. Put the images "
+            "into the folder images or JPEGImages beside them."
+        )
+    return ImageTable(path.name or str(path), columns, origin=str(path))

@@ -1,0 +1,483 @@
+"""Object detection: boxes with classes, found by their centres (CenterNet, arXiv 1904.07850; TTFNet, 1909.00700).
+
+A map of places has a score of each class, high at the centres of its objects, and the distances to the four sides of
+the box around each place. The scores are trained by the focal loss of CenterNet against a bump around each centre, the
+distances by the overlap of the boxes (generalised intersection over union, arXiv 1902.09630) within the bump, as in
+TTFNet. There is no matching of predictions to objects in training. An answer is the boxes at the local maxima, without
+those that overlap a better one of their class.
+
+Letters: B images, C classes, N boxes, h x w places of the map, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain import metrics as figures_of
+from pretrain.config.spelling import option
+from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.boxes import gathered_boxes, read_boxes
+from pretrain.data.images.draw import with_boxes
+from pretrain.data.images.rows import pictures
+from pretrain.data.images.source import IMAGE
+from pretrain.data.labelled import Role, label_strata, make_tag_map
+from pretrain.data.labels import LabelMap
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
+from pretrain.objectives.image_task import ImageTask, shown_answers, spread
+from pretrain.objectives.tasks import Learned
+
+if TYPE_CHECKING:
+    from pretrain.data.images.decode import Stored
+    from pretrain.data.images.view import View
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["ObjectDetection"]
+
+BOXES = Role(
+    "boxes", ("boxes", "box", "bboxes", "bbox"), help="the boxes of the image", target=True
+)
+LABEL = Role(
+    "label",
+    ("label", "labels", "class", "classes", "category", "categories", "name"),
+    help="the class of each box",
+    target=True,
+)
+_THRESHOLDS = tuple(0.5 + 0.05 * k for k in range(10))
+_BUMP = 0.54  # size of the bump in units of the box (TTFNet)
+_SIDES_WEIGHT = 5.0  # of the overlap beside the focal loss (TTFNet)
+_MOST = 100  # boxes of an image
+_LEAST = 0.01  # score of a box that is evaluated
+_OVERLAP = 0.5  # of a box with a better one of its class, above which it is left out
+_VISIBLE = 0.3  # share of a box that a crop must keep
+_SHOWN = 24  # classes up to which each has its own figure
+
+
+class ObjectDetection(ImageTask):
+    """Predict boxes with classes.
+
+    Args:
+        model: a model with an object-detection head and ``labels``.
+        crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
+        flip: mirror half of the training images; not where left and right have a meaning.
+        codes: class number of every spelling of a label; by default the labels themselves.
+        max_length: of texts only; None.
+
+    Row options: ``labels``, the class names in order; ``box_format``, ``xyxy`` (left, top, right, bottom) or ``xywh``
+    (left, top, width, height) of boxes in a column; those of COCO and Pascal VOC are read as they are defined.
+    """
+
+    name: ClassVar[str] = "object-detection"
+    roles: ClassVar[tuple[Role, ...]] = (IMAGE, BOXES, LABEL)
+    metric: str = "ap50"
+    trivial_name: ClassVar[str] = "boxes of one training image"
+    recorded: ClassVar[tuple[str, ...]] = ("codes",)
+    head_kind: ClassVar[str | None] = "object-detection"
+    row_options: ClassVar[Mapping[str, Any]] = {**ImageTask.row_options, "box_format": str}
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        crop: float = 0.5,
+        flip: bool = False,
+        codes: Mapping[str, int] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.refuse_length(max_length)
+        super().__init__(model, pack=False)
+        self.labels: tuple[str, ...] = tuple(model.labels or ())
+        self.augmentation = Augmentation(crop, flip)
+        self.codes = dict(codes or {label: k for k, label in enumerate(self.labels)})
+        own = {label: k for k, label in enumerate(self.labels)}
+        self.known = LabelMap(self.labels, {**own, **self.codes})
+        self.check_whole()
+
+    # ------------------------------------------------------------------ rows
+
+    @classmethod
+    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
+        return read_boxes(source, name=name, **options)
+
+    @classmethod
+    def gathered(cls, table: Table, columns: Mapping[str, Any]) -> Table:
+        return gathered_boxes(table, columns, {role.name: role.known for role in cls.roles})
+
+    @classmethod
+    def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
+        rows = _lists(table, "label")
+        given, checkpoint = options.get("labels"), options.get("checkpoint_labels")
+        names = table.label_names.get("label")
+        different = list(dict.fromkeys(str(label).strip() for row in rows for label in row))
+        if not different:
+            raise DataError(f"{table.name}: none of the {len(table):,} rows has a box.")
+        if len(different) == 1 and not checkpoint and not names and len(given or (1,)) == 1:
+            # One class is enough here, because a place may also be no object.
+            known = LabelMap(tuple(given or different), {different[0]: 0})
+        else:
+            known, _ = make_tag_map(
+                rows, given, names=names, checkpoint=checkpoint, where=table.where, column="label"
+            )
+        strata = label_strata([[str(label) for label in row] for row in rows])
+        boxes = sum(map(len, rows))
+        notes = [f"{boxes:,} boxes in {len(table):,} images"]
+        if empty := sum(not row for row in rows):
+            notes.append(f"{empty:,} of {len(table):,} images have no box")
+        return Learned(known.labels, strata, {"codes": dict(known.codes)}, notes)
+
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """Replace every image by a ``Picture``, boxes by four numbers each, and labels by names."""
+        columns = {**table.columns, "image": pictures(table)}
+        if {"boxes", "label"} <= set(table.names):
+            labels = learned.labels or ()
+            own = {label: k for k, label in enumerate(labels)}
+            known = LabelMap(labels, {**own, **learned.options["codes"]})
+            form = options.get("box_format", "xyxy")
+            columns["boxes"], numbers = _boxes_of(table, known, form)
+            columns["label"] = [[labels[k] for k in row] for row in numbers]
+        return table.with_columns(columns, {})
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        if not targets:
+            return self.encode_inputs(table, targets=False)[0]
+        boxes, numbers = _boxes_of(table, self.known, "xyxy")
+        remarks: list[tuple[int, str]] = []
+
+        def target(i: int, image: Stored) -> Any:
+            width, height = image.size
+            found = np.asarray(boxes[i], np.float64).reshape(-1, 4)
+            if len(found) and (
+                found[:, :2].min() < -1 or (found[:, 2:] > np.asarray(image.size) + 1).any()
+            ):
+                remarks.append((i, "boxes reach beyond the image, and are cut at its border"))
+            inside = found.clip(0, [width, height, width, height])
+            kept = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
+            if not kept.all():
+                remarks.append((i, "boxes without an area in the image, which are left out"))
+            return {
+                "boxes": inside[kept].astype(np.float32),
+                "labels": np.asarray(numbers[i], np.int64)[kept],
+            }
+
+        rows, _ = self.encode_inputs(table, targets=True, target=target)
+        for i, text in remarks:
+            rows.remark(i, text)
+        return rows
+
+    def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
+        """The boxes of the training image with the median number of them, for every image."""
+        parts = [
+            [
+                np.column_stack([np.asarray(b, np.float64).reshape(-1, 4), np.asarray(k)])
+                for b, k in zip(*_boxes_of(table, self.known, "xyxy"), strict=True)
+            ]
+            for table in (train, held_out)
+        ]
+        if not parts[0] or not parts[1]:
+            return {}
+        usual = sorted(parts[0], key=len)[len(parts[0]) // 2]
+        said = np.insert(usual, 4, 0.5, axis=1)
+        return self._figures([(truth, said) for truth in parts[1]])
+
+    # ------------------------------------------------------------------ batches and loss
+
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
+        """Change training images at random together with their boxes, and draw the targets of the map.
+
+        ``bumps`` (B, C, h, w) are the targets of the scores, ``sides`` (B, 4, h, w) the box of each place in pixels
+        that the model reads, ``weights`` (B, h, w) its weight, which sums to 1 over an object, and ``counts`` (B,)
+        the number of boxes. In evaluation also ``sizes`` (B, 2) and the boxes with their classes, ``truth`` (B, N, 5),
+        whose rows beyond those of an image have the class -1.
+        """
+        held: Any = [example["image"] for example in examples]
+        pixels, views = self.augmentation.seen(held, self.processor, rngs, evaluation=evaluation)
+        batch = {"pixel_values": torch.from_numpy(pixels)}
+        if evaluation:
+            batch["sizes"] = torch.tensor([image.size[::-1] for image in held])
+        if "boxes" not in examples[0]:
+            return batch
+        targets = [
+            self._targets(example["boxes"], example["labels"], view)
+            for example, view in zip(examples, views, strict=True)
+        ]
+        for name, values in zip(
+            ("bumps", "sides", "weights"), zip(*targets, strict=True), strict=False
+        ):
+            batch[name] = torch.from_numpy(np.stack(values))
+        counts = [max(1, len(example["labels"])) for example in examples]
+        batch["counts"] = torch.tensor(counts)
+        if evaluation:
+            most = max(counts)
+            truth = np.full((len(examples), most, 5), -1.0, np.float32)
+            for rows, example in zip(truth, examples, strict=True):
+                rows[: len(example["labels"]), :4] = example["boxes"]
+                rows[: len(example["labels"]), 4] = example["labels"]
+            batch["truth"] = torch.from_numpy(truth)
+        return batch
+
+    def _targets(
+        self, boxes: np.ndarray, labels: np.ndarray, view: View
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return bumps, sides and weights of one image; large objects are drawn first."""
+        head: Any = self.model.head
+        rows, columns = head.places(*view.size)
+        bumps = np.zeros((len(self.labels), rows, columns), np.float32)
+        sides = np.zeros((4, rows, columns), np.float32)
+        weights = np.zeros((rows, columns), np.float32)
+        height, width = view.size
+        whole = view.boxes(boxes)
+        seen = whole.clip(0, [width, height, width, height])
+        areas = [np.clip(b[:, 2:] - b[:, :2], 0, None).prod(1) for b in (whole, seen)]
+        for i in np.argsort(-areas[1], kind="stable"):
+            if areas[1][i] < _VISIBLE * areas[0][i] or not areas[1][i]:
+                continue
+            box, k = seen[i] / head.cell, labels[i]
+            middle = (box[:2] + box[2:]) / 2
+            place = np.minimum(middle.astype(int), [columns - 1, rows - 1])
+            # The bump ends at radius cells from the centre, which is three standard deviations.
+            radius = np.maximum(0, (box[2:] - box[:2]) / 2 * _BUMP).astype(int)
+            low = np.maximum(0, place - radius)
+            high = np.minimum([columns, rows], place + radius + 1)
+            x, y = (np.arange(low[d], high[d]) - place[d] for d in (0, 1))
+            across, down = ((2 * r + 1) / 6 for r in radius)
+            bump = np.exp(-((x / across) ** 2)[None] / 2 - ((y / down) ** 2)[:, None] / 2)
+            part = np.s_[low[1] : high[1], low[0] : high[0]]
+            bumps[k][part] = np.maximum(bumps[k][part], bump)
+            sides[(slice(None), *part)] = seen[i][:, None, None]
+            weights[part] = bump / bump.sum()
+        return bumps, sides, weights
+
+    def count(self, batch: Batch) -> Tensor:
+        """Number of boxes; an image without any counts as one, because its places are trained too."""
+        return batch["counts"].sum()
+
+    def forward(self, batch: Batch) -> Loss:
+        scores = self._scores(batch)
+        logits, sides = scores[:, : len(self.labels)], scores[:, len(self.labels) :]
+        total = _focal(logits, batch["bumps"])
+        overlap = _generalised_iou(self._corners(sides), batch["sides"])
+        total = total + _SIDES_WEIGHT * ((1 - overlap) * batch["weights"]).sum()
+        if "truth" not in batch:
+            return Loss(total, self.count(batch))
+        truth = batch["truth"].cpu().numpy()
+        found = self._found(scores, batch)
+        images = [(t[t[:, 4] >= 0], f) for t, f in zip(truth, found, strict=True)]
+        return Loss(total, self.count(batch), {"images": images})
+
+    def _scores(self, batch: Batch) -> Tensor:
+        """Return logits of the classes and distances to the sides at every place, (B, C + 4, h, w)."""
+        scores: Tensor = self.model({"pixel_values": batch["pixel_values"]}).float()
+        return scores
+
+    def _corners(self, sides: Tensor) -> Tensor:
+        """Return the boxes of all places, left, top, right, bottom in pixels, of their distances; (B, 4, h, w)."""
+        head: Any = self.model.head
+        rows, columns = (
+            (torch.arange(n, device=sides.device) + 0.5) * head.cell for n in sides.shape[2:]
+        )
+        middle = torch.stack(
+            (columns.expand(len(rows), -1), rows[:, None].expand(-1, len(columns)))
+        )
+        return torch.cat((middle - sides[:, :2], middle + sides[:, 2:]), 1)
+
+    def _found(self, scores: Tensor, batch: Batch) -> list[np.ndarray]:
+        """Return the boxes of each image in its own pixels, best first: (N, 6), with score and class."""
+        chances = scores[:, : len(self.labels)].sigmoid()
+        peaks = chances * (chances == F.max_pool2d(chances, 3, stride=1, padding=1))
+        best, places = peaks.flatten(1).topk(min(_MOST, peaks[0].numel()))
+        boxes = self._corners(scores[:, len(self.labels) :]).flatten(2)
+        cells = boxes.shape[2]
+        index = (places % cells)[:, None].expand(-1, 4, -1)
+        corners = boxes.gather(2, index).transpose(1, 2)
+        read = torch.tensor(batch["pixel_values"].shape[2:], device=corners.device)
+        sizes = batch["sizes"]
+        corners = corners * (sizes / read).flip(1).repeat(1, 2)[:, None]
+        corners = corners.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
+        classes = places // cells
+        rows = torch.cat((corners, best[..., None], classes[..., None].to(corners)), -1)
+        return [
+            _without_overlap(found[found[:, 4] >= _LEAST]) for found in rows.detach().cpu().numpy()
+        ]
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Average precision at an overlap of 0.5, its mean over 0.5 to 0.95, and that at 0.5 of every class."""
+        return {"loss": total / count if count else math.nan} | self._figures(metrics["images"])
+
+    def _figures(self, images: Sequence[Any]) -> dict[str, float]:
+        found = figures_of.detection_precision(images, len(self.labels), _THRESHOLDS)
+        known = np.isfinite(found[0])
+        figures = {
+            "ap50": float(found[0, known].mean()) if known.any() else math.nan,
+            "ap": float(found[:, known].mean()) if known.any() else math.nan,
+        }
+        if len(self.labels) <= _SHOWN:
+            of_classes = zip(self.labels, found[0].tolist(), strict=True)
+            figures |= {f"ap50_{label}": value for label, value in of_classes}
+        return figures
+
+    def head_weights(self) -> int:
+        """Weights for each target: those of all places of an image, of which one object has about a tenth."""
+        head: Any = self.model.head
+        size = self.processor.size or (0, 0)
+        weights: float = head.weights_per_pixel() * size[0] * size[1] / 10
+        return round(weights)
+
+    # ------------------------------------------------------------------ answers
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        return self._found(self._scores(batch), batch)
+
+    def decode(
+        self, outputs: Sequence[Any], infos: Sequence[Any], *, threshold: float = 0.3
+    ) -> dict[str, Any]:
+        """Return ``label``, ``score`` and ``box`` (left, top, right, bottom in pixels) of the objects, best first.
+
+        Args:
+            outputs: the boxes of the image.
+            infos: see ``Task.decode``.
+            threshold: smallest score of an object.
+
+        Raises:
+            ConfigError: the threshold is no probability.
+        """
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise ConfigError(f"{option('threshold', threshold)}: it must be from 0 to 1.")
+        found = outputs[0][outputs[0][:, 4] >= threshold]
+        return {
+            "label": [self.labels[int(k)] for k in found[:, 5]],
+            "score": [float(score) for score in found[:, 4]],
+            "box": [[round(float(x), 2) for x in box] for box in found[:, :4]],
+        }
+
+    def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
+        """Boxes and predicted boxes over their images; the score is the mean overlap of an object with its best box."""
+        boxes, numbers = _boxes_of(table, self.known, "xyxy")
+        rows = []
+        for i, answer in shown_answers(self, table):
+            if answer:
+                said = [self.labels.index(label) for label in answer["label"]]
+                overlap = figures_of.box_iou(boxes[i], answer["box"])
+                overlap *= np.asarray(numbers[i])[:, None] == np.asarray(said)[None]
+                missed = overlap.max(1).tolist() if said else [0.0] * len(boxes[i])
+                extra = overlap.max(0).tolist() if boxes[i] else [0.0] * len(said)
+                both = [*missed, *extra]
+                score = float(np.mean(both)) if both else 1.0
+                rows.append({"i": i, "box": answer["box"], "class": said, "score": score})
+        chosen = spread(rows, count)
+        of_rows = pictures(table.take([row["i"] for row in chosen]))
+        return [
+            {
+                "right": with_boxes(picture, boxes[row["i"]], numbers[row["i"]]),
+                "predicted": with_boxes(picture, row["box"], row["class"]),
+                "score": row["score"],
+                "where": table.where(row["i"]),
+            }
+            for row, picture in zip(chosen, of_rows, strict=True)
+            if picture is not None
+        ]
+
+
+def _lists(table: Table, role: str) -> list[list[Any]]:
+    """Return the lists of a column; an empty cell is an image without boxes.
+
+    Raises:
+        DataError: a cell is no list; names the row.
+    """
+    found = []
+    for i, value in enumerate(table.columns[role]):
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if value is not None and not isinstance(value, list | tuple):
+            raise DataError(
+                f"{table.where(i)}: {role} is {type(value).__name__} {str(value)[:40]!r}, not a list with one entry "
+                "for each box. Files with one box in a row need columns called xmin, ymin, xmax and ymax."
+            )
+        found.append(list(value or ()))
+    return found
+
+
+def _boxes_of(
+    table: Table, known: LabelMap, form: str
+) -> tuple[list[list[list[float]]], list[list[int]]]:
+    """Return the boxes of every row, as left, top, right, bottom, and their classes.
+
+    Raises:
+        ConfigError: ``form`` is none that is known.
+        DataError: a box or a label that cannot be used; names the row.
+    """
+    if form not in ("xyxy", "xywh"):
+        raise ConfigError(f"box_format is {form!r}; it must be 'xyxy' or 'xywh'.")
+    labels, boxes = _lists(table, "label"), list[list[list[float]]]()
+    for i, row in enumerate(_lists(table, "boxes")):
+        if len(row) != len(labels[i]):
+            raise DataError(
+                f"{table.where(i)} has {len(row)} boxes and {len(labels[i])} labels; each box needs one."
+            )
+        try:
+            array = np.asarray(row, np.float64).reshape(-1, 4)
+        except (TypeError, ValueError):
+            array = np.full((1, 4), np.nan)
+        if not np.isfinite(array).all() or len(array) != len(row):
+            raise DataError(
+                f"{table.where(i)}: a box is four numbers, left, top, right and bottom in pixels; found "
+                f"{str(row)[:80]}."
+            )
+        if form == "xywh":
+            array[:, 2:] += array[:, :2]
+        if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
+            raise DataError(
+                f"{table.where(i)}: the box {row[wrong[0]]} ends before it begins. Boxes are left, top, right, bottom; "
+                f"if these are left, top, width, height: {option('box_format', 'xywh')}."
+            )
+        boxes.append(array.tolist())
+    flat, where = [], []
+    for i, row in enumerate(labels):
+        flat += row
+        where += [i] * len(row)
+    names = table.label_names.get("label")
+    ids = iter(known.ids(flat, names=names, where=lambda n: table.where(where[n])))
+    return boxes, [[next(ids) for _ in row] for row in labels]
+
+
+def _focal(logits: Tensor, bumps: Tensor) -> Tensor:
+    """Return the summed focal loss against bumps, whose centres are 1 (arXiv 1904.07850, equation 1)."""
+    chance, centre = logits.sigmoid(), bumps == 1
+    hit = (1 - chance) ** 2 * F.logsigmoid(logits)
+    rest = (1 - bumps) ** 4 * chance**2 * F.logsigmoid(-logits)
+    return -torch.where(centre, hit, rest).sum()
+
+
+def _generalised_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the generalised intersection over union, (B, 4, h, w), (B, 4, h, w) -> (B, h, w) (arXiv 1902.09630)."""
+
+    def area(low: Tensor, high: Tensor) -> Tensor:
+        return (high - low).clamp(min=0).prod(1)
+
+    one, two = (boxes[:, :2], boxes[:, 2:]), (others[:, :2], others[:, 2:])
+    shared = area(torch.maximum(one[0], two[0]), torch.minimum(one[1], two[1]))
+    union = area(*one) + area(*two) - shared
+    around = area(torch.minimum(one[0], two[0]), torch.maximum(one[1], two[1]))
+    return shared / union.clamp(min=1e-6) - (around - union) / around.clamp(min=1e-6)
+
+
+def _without_overlap(found: np.ndarray) -> np.ndarray:
+    """Leave out boxes (N, 6), best first, that overlap a better one of their class (non-maximum suppression)."""
+    overlap = figures_of.box_iou(found[:, :4], found[:, :4])
+    overlap *= found[:, None, 5] == found[None, :, 5]
+    kept: list[int] = []
+    for i in range(len(found)):
+        if not kept or overlap[i, kept].max() <= _OVERLAP:
+            kept.append(i)
+    return found[kept]

@@ -1,0 +1,351 @@
+"""Semantic segmentation: a class for every pixel of an image (Long et al., 2015, arXiv 1411.4038).
+
+A light convolutional decoder of the token grid scores the classes at places of a few pixels; the scores are
+interpolated to the pixels. Training compares them at the size that the model reads, and an evaluation at the size of
+the masks.
+
+Letters: B images, C classes, h x w places of the map, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain import metrics as figures_of
+from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.decode import BrokenImage
+from pretrain.data.images.draw import with_mask
+from pretrain.data.images.masks import UNLABELLED, Mask, read_masked, read_numbers
+from pretrain.data.images.rows import pictures
+from pretrain.data.images.source import IMAGE
+from pretrain.data.labelled import Role, label_strata
+from pretrain.data.labels import LabelMap
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import DataError
+from pretrain.nn.loss import IGNORE
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
+from pretrain.objectives.image_task import ImageTask, shown_answers, spread
+from pretrain.objectives.tasks import ClassTask, Learned
+
+if TYPE_CHECKING:
+    from pretrain.data.images.decode import Stored
+    from pretrain.data.tables import Table
+    from pretrain.models.base import Model
+
+__all__ = ["Segmentation"]
+
+MASK = Role(
+    "mask",
+    (
+        *("mask", "masks", "segmentation", "annotation", "label", "labels", "mask_path", "mask_file"),
+        *("segmentation_mask", "semantic_mask", "segmentation_maps", "mask_image"),
+    ),
+    help="the mask: an image whose pixels are numbers of classes",
+    target=True,
+)  # fmt: skip
+_SHOWN = 24  # classes up to which each has its own figure
+_BINARY = ("background", "foreground")
+
+
+class Segmentation(ImageTask, ClassTask):
+    """Predict the class of every pixel of an image.
+
+    Args:
+        model: a model with a segmentation head and ``labels``.
+        crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
+        flip: mirror half of the training images; not where left and right have a meaning.
+        class_weights, label_smoothing: see ``ClassTask``; a target is a pixel.
+        codes: class number of every number in the masks; by default the numbers count the labels from 0. The number
+            255 is a pixel without a class, unless it has a code.
+        max_length: of texts only; None.
+
+    Row options: ``labels``, the class names in the order of their numbers.
+    """
+
+    name: ClassVar[str] = "segmentation"
+    roles: ClassVar[tuple[Role, ...]] = (IMAGE, MASK)
+    metric: str = "miou"
+    trivial_name: ClassVar[str] = "commonest class"
+    recorded: ClassVar[tuple[str, ...]] = ("codes",)
+    head_kind: ClassVar[str | None] = "segmentation"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        crop: float = 0.5,
+        flip: bool = False,
+        class_weights: Any = None,
+        label_smoothing: float = 0.0,
+        codes: Mapping[str, int] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.refuse_length(max_length)
+        super().__init__(model, class_weights, label_smoothing, None, False)
+        self.augmentation = Augmentation(crop, flip)
+        self.codes = dict(codes or {str(k): k for k in range(len(self.labels))})
+        self.check_whole()
+
+    # ------------------------------------------------------------------ rows
+
+    @classmethod
+    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
+        return read_masked(source, name=name, **options)
+
+    @classmethod
+    def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
+        first, rows = dict[int, str](), list[list[int]]()
+        for i, found in read_numbers(table):
+            numbers = _numbers(found)
+            rows.append([n for n in numbers if n != UNLABELLED])
+            for number in numbers:
+                first.setdefault(number, table.where(i))
+        if not first:
+            raise DataError(
+                f"{table.name}: none of the {len(table):,} rows has a mask that can be read."
+            )
+        numbers, notes = sorted(first), list[str]()
+        given, checkpoint = options.get("labels"), options.get("checkpoint_labels")
+        names = table.label_names.get("mask")
+        if binary := numbers == [0, UNLABELLED]:
+            notes.append(
+                "the masks hold 0 and 255 only, so 255 is taken for the second class and not for pixels without one"
+            )
+            numbers, names = [0, 1], names or (None if given or checkpoint else list(_BINARY))
+        elif UNLABELLED in numbers:
+            numbers.remove(UNLABELLED)
+            notes.append("pixels of the masks that are 255 have no class, and are not trained on")
+        places = [first[UNLABELLED if binary and n else n] for n in numbers]
+        known = LabelMap.learn(
+            numbers, given, names=names, checkpoint=checkpoint, where=places.__getitem__,
+            column="mask",
+        )  # fmt: skip
+        if len(known.labels) >= UNLABELLED:
+            raise DataError(
+                f"The masks of {table.name} have {len(known.labels):,} classes; at most {UNLABELLED - 1} are trained. "
+                "Numbers of single objects are no classes: write 1 for all of one kind."
+            )
+        codes = {str(key): k for key, k in known.codes.items() if str(key).lstrip("-").isdigit()}
+        if binary:
+            codes = {"0": codes["0"], str(UNLABELLED): codes["1"]}
+        strata = label_strata([[str(n) for n in row] for row in rows])
+        return Learned(known.labels, strata, {"codes": codes}, notes)
+
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """Replace every image by a ``Picture``, and every mask by a ``Mask`` of class numbers."""
+        columns = {**table.columns, "image": pictures(table)}
+        if "mask" in table.names:
+            columns["mask"] = _classes(table, learned.options["codes"])
+        return table.with_columns(columns, {})
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        if not targets:
+            return self.encode_inputs(table, targets=False)[0]
+        masks, counts = self._masks(table), np.zeros(UNLABELLED + 1, np.int64)
+
+        def target(i: int, image: Stored) -> Any:
+            mask = masks[i]
+            if not isinstance(mask, Mask):
+                return "no mask" if mask is None else f"broken mask ({mask.cause})"
+            if mask.shape != image.size[::-1]:
+                raise DataError(
+                    f"{table.where(i)}: the image has {image.size[1]} x {image.size[0]} pixels (height x width, "
+                    f"upright) and its mask {mask.shape[0]} x {mask.shape[1]}. They must have one size; check that "
+                    "they belong together, and that neither was scaled or turned alone."
+                )
+            counts[:] += np.bincount(mask.values.reshape(-1), minlength=len(counts))
+            return {"mask": mask}
+
+        rows, _ = self.encode_inputs(table, targets=True, target=target)
+        self.balance_counts(counts[: len(self.labels)])
+        return rows
+
+    def _masks(self, table: Table) -> list[Any]:
+        """Return the masks of a table, whether it has been tidied or not."""
+        held = table.columns["mask"]
+        tidied = all(isinstance(value, Mask | BrokenImage | None) for value in held)
+        return held if tidied else _classes(table, self.codes)
+
+    def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
+        """Majority baseline: every pixel has the class of most pixels of the training rows."""
+        classes = len(self.labels)
+        parts = [
+            sum(
+                (
+                    np.bincount(mask.values.reshape(-1), minlength=UNLABELLED + 1)[:classes]
+                    for mask in self._masks(table)
+                    if isinstance(mask, Mask)
+                ),
+                start=np.zeros(classes, np.int64),
+            )
+            for table in (train, held_out)
+        ]
+        if not parts[1].sum():
+            return {}
+        matrix = np.zeros((classes, classes), np.int64)
+        matrix[:, parts[0].argmax()] = parts[1]
+        return self._figures(matrix)
+
+    # ------------------------------------------------------------------ batches and loss
+
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
+        """Change training images at random together with their masks; in evaluation masks keep their own sizes.
+
+        ``labels`` are (B, H, W), in evaluation padded to the largest mask; ``sizes`` (B, 2) are those of the images.
+        """
+        held: Any = [example["image"] for example in examples]
+        pixels, views = self.augmentation.seen(held, self.processor, rngs, evaluation=evaluation)
+        batch = {"pixel_values": torch.from_numpy(pixels)}
+        masks: Any = [example["mask"].values for example in examples if "mask" in example]  # type: ignore[attr-defined]
+        if evaluation:
+            sizes = np.asarray([image.size[::-1] for image in held])
+            batch["sizes"] = torch.from_numpy(sizes)
+            if masks:
+                whole = np.full((len(masks), *sizes.max(0)), UNLABELLED, np.uint8)
+                for labels, mask in zip(whole, masks, strict=True):
+                    labels[: mask.shape[0], : mask.shape[1]] = mask
+                batch["labels"] = _targets(whole)
+            return batch
+        if masks:
+            seen = [view.mask(mask) for view, mask in zip(views, masks, strict=True)]
+            batch["labels"] = _targets(np.stack(seen))
+            if self._weights is not None:
+                weights = torch.tensor([*self._weights, 0.0], dtype=torch.float32)
+                batch["weights"] = weights[batch["labels"].clamp(min=-1)]
+        return batch
+
+    def forward(self, batch: Batch) -> Loss:
+        labels = batch["labels"]
+        if "sizes" not in batch:
+            scores = self._to_pixels(batch)
+            total = self.cross_entropy(scores, labels, batch.get("weights"))
+            return Loss(total, self.count(batch))
+        classes = len(self.labels)
+        total = torch.zeros((), device=labels.device)
+        matrix = torch.zeros(classes**2, dtype=torch.int64, device=labels.device)
+        for scores, of_image in zip(self._at_sizes(batch), labels, strict=True):
+            height, width = scores.shape[1:]
+            truth = of_image[:height, :width].long()
+            total = total + self.cross_entropy(scores[None], truth[None], None)
+            known = truth != IGNORE
+            pairs = truth[known] * classes + scores.argmax(0)[known]
+            matrix += torch.bincount(pairs, minlength=classes**2)
+        return Loss(total, self.count(batch), {"confusion": matrix.view(classes, classes)})
+
+    def _to_pixels(self, batch: Batch) -> Tensor:
+        """Return the scores of the classes at every pixel that the model reads, (B, C, H, W)."""
+        scores = self.model({"pixel_values": batch["pixel_values"]}).float()
+        head: Any = self.model.head
+        found: Tensor = head.to_pixels(scores, *batch["pixel_values"].shape[2:])
+        return found
+
+    def _at_sizes(self, batch: Batch) -> Any:
+        """Yield the scores at every pixel of each image in its own size, (C, H, W)."""
+        scores = self._to_pixels(batch)
+        for of_image, size in zip(scores, batch["sizes"].tolist(), strict=True):
+            if tuple(of_image.shape[1:]) == tuple(size):
+                yield of_image
+            else:
+                yield F.interpolate(of_image[None], size, mode="bilinear", align_corners=False)[0]
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Mean intersection over union, accuracy of pixels, and the intersection over union of every class."""
+        figures = {"loss": total / count if count else math.nan}
+        return figures | self._figures(np.asarray(metrics["confusion"]))
+
+    def _figures(self, matrix: np.ndarray) -> dict[str, float]:
+        figures = {"miou": figures_of.mean_iou(matrix), "accuracy": figures_of.accuracy(matrix)}
+        if len(self.labels) <= _SHOWN:
+            of_classes = zip(self.labels, figures_of.iou(matrix).tolist(), strict=True)
+            figures |= {f"iou_{label}": value for label, value in of_classes}
+        return figures
+
+    def expected_first_loss(self) -> float | None:
+        """The log of the number of classes: an untrained head predicts a uniform distribution."""
+        return math.log(len(self.labels))
+
+    def head_weights(self) -> int:
+        head: Any = self.model.head
+        weights: float = head.weights_per_pixel()
+        return round(weights)
+
+    # ------------------------------------------------------------------ answers
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        return [scores.argmax(0).to(torch.uint8).cpu().numpy() for scores in self._at_sizes(batch)]
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """Return ``mask``, the number of every pixel's class, (H, W); and the ``share`` of the pixels of each class."""
+        mask = outputs[0]
+        counts = np.bincount(mask.reshape(-1), minlength=len(self.labels)) / mask.size
+        return {"mask": mask, "share": dict(zip(self.labels, counts.tolist(), strict=True))}
+
+    def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
+        """Masks and predicted masks over their images; the score is the mean intersection over union of the image."""
+        masks, rows = self._masks(table), list[dict[str, Any]]()
+        for i, answer in shown_answers(self, table):
+            if answer and isinstance(masks[i], Mask):
+                truth, said = masks[i].values, answer["mask"]
+                known = truth != UNLABELLED
+                matrix = figures_of.confusion_matrix(truth[known], said[known], len(self.labels))
+                score = figures_of.mean_iou(matrix)
+                rows.append({"i": i, "truth": truth, "said": said, "score": score})
+        chosen = spread(rows, count)
+        of_rows = pictures(table.take([row["i"] for row in chosen]))
+        return [
+            {
+                "right": with_mask(picture, row["truth"]),
+                "predicted": with_mask(picture, row["said"]),
+                "score": row["score"],
+                "where": table.where(row["i"]),
+            }
+            for row, picture in zip(chosen, of_rows, strict=True)
+            if picture is not None
+        ]
+
+
+def _targets(masks: np.ndarray) -> Tensor:
+    """Return classes (B, H, W) as int64, with ``IGNORE`` where there is none."""
+    labels = torch.from_numpy(masks).to(torch.int64)
+    return labels.masked_fill_(labels == UNLABELLED, IGNORE)
+
+
+def _numbers(found: Any) -> list[int]:
+    """Return the different numbers of a mask; none of one that cannot be read."""
+    if found is None or isinstance(found, BrokenImage):
+        return []
+    values = found.values if isinstance(found, Mask) else found
+    return [int(n) for n in np.unique(values)]
+
+
+def _classes(table: Table, codes: Mapping[str, int]) -> list[Any]:
+    """Return the masks of a table as ``Mask``; None, or a ``BrokenImage``, where there is none.
+
+    Raises:
+        DataError: a mask has a number that is not among the codes; names the row.
+    """
+    masks: list[Any] = []
+    for i, found in read_numbers(table):
+        if isinstance(found, Mask | BrokenImage | None):
+            masks.append(found)
+            continue
+        numbers = _numbers(found)
+        known = {n: codes.get(str(n), UNLABELLED if n == UNLABELLED else None) for n in numbers}
+        if wrong := [n for n, k in known.items() if k is None]:
+            raise DataError(
+                f"{table.where(i)}: the mask has pixels of the number {wrong[0]}, which stands for no class; the "
+                f"numbers are {', '.join(list(codes)[:20])}, and 255 for pixels without a class."
+            )
+        classes = np.asarray([known[n] for n in numbers], np.uint8)
+        masks.append(Mask(classes[np.searchsorted(numbers, found)]))
+    return masks

@@ -1,0 +1,282 @@
+"""Object detection from every form of rows: training, average precision, answers, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+import pretrain
+from contract import check_objective
+from pretrain.cli.main import main
+from pretrain.data.images import ImageProcessor
+from pretrain.data.loader import row_rngs
+from pretrain.errors import ConfigError, DataError
+from pretrain.metrics import box_iou, detection_precision
+from pretrain.objectives.object_detection import ObjectDetection, _without_overlap
+
+TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "image_size": 32, "patch_size": 8}
+SHORT = {"limit": "120 steps", "lr": 6e-3, "batch_rows": 16, "device": "cpu", "crop": 1.0}
+NAMES = ("bright", "dark")
+
+
+def squares(count: int, seed: int = 0, side: int = 32) -> list[dict[str, Any]]:
+    """Grey images of noise with one or two squares, bright or dark, of a quarter to half of a side."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        image = rng.integers(100, 156, (side, side), dtype=np.uint8)
+        boxes, labels = [], []
+        for part in rng.permutation(2)[: rng.integers(1, 3)]:  # one in each half at most
+            size = int(rng.integers(side // 4, side // 2))
+            left = int(rng.integers(0, side // 2 - size + 1)) + int(part) * side // 2
+            top, k = int(rng.integers(0, side - size + 1)), int(rng.integers(2))
+            image[top : top + size, left : left + size] = (230, 20)[k]
+            boxes.append([left, top, left + size, top + size])
+            labels.append(NAMES[k])
+        rows.append({"image": image, "boxes": boxes, "label": labels})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows as a table with one box in a row, a file of COCO and a folder of Pascal VOC; a random model."""
+    home = tmp_path_factory.mktemp("boxes")
+    lines = ["image,label,xmin,ymin,xmax,ymax"]
+    coco: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 7, "name": "bright"}, {"id": 3, "name": "dark"}],
+    }
+    for folder in ("images", "voc/JPEGImages", "voc/Annotations"):
+        (home / folder).mkdir(parents=True)
+    for i, row in enumerate(squares(6)):
+        for folder in ("images", "voc/JPEGImages"):
+            Image.fromarray(row["image"]).save(home / folder / f"{i}.png")
+        coco["images"].append({"id": 100 + i, "file_name": f"{i}.png"})
+        objects = ""
+        for box, label in zip(row["boxes"], row["label"], strict=True):
+            left, top, right, bottom = box
+            lines.append(f"{i}.png,{label},{left},{top},{right},{bottom}")
+            coco["annotations"].append(
+                {
+                    "image_id": 100 + i,
+                    "category_id": {"bright": 7, "dark": 3}[label],
+                    "bbox": [left, top, right - left, bottom - top],
+                }
+            )
+            sides = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+            inside = "".join(f"<{side}>{x}</{side}>" for side, x in sides)
+            objects += f"<object><name>{label}</name><bndbox>{inside}</bndbox></object>"
+        text = f"<annotation><filename>{i}.png</filename>{objects}</annotation>"
+        (home / "voc" / "Annotations" / f"{i}.xml").write_text(text)
+    (home / "rows.csv").write_text("\n".join(lines))
+    (home / "coco.json").write_text(json.dumps(coco))
+    pretrain.build("vit", **TINY).save(home / "model")
+    return home
+
+
+@pytest.fixture(scope="module")
+def tuned(place: Path) -> Any:
+    return pretrain.finetune(
+        place / "model", squares(96), task="object-detection", valid=0.1, quiet=True,
+        test=squares(24, seed=1), out=place / "tuned", **SHORT,
+    )  # fmt: skip
+
+
+def task(**options: Any) -> ObjectDetection:
+    model = pretrain.build("vit", head="object-detection", labels=NAMES, **TINY)
+    return ObjectDetection(model, **options)
+
+
+def rows_of(goal: ObjectDetection, source: Any, **options: Any) -> Any:
+    table = goal.gathered(goal.read(source, name="train"), {})
+    learned = goal.learn(table, options)
+    return goal.encode(goal.tidy(table, learned, options))
+
+
+def test_average_precision_of_a_case_that_is_computed_by_hand() -> None:
+    truth = [[0, 0, 10, 10, 0], [20, 20, 30, 30, 0]]
+    found = [
+        [0, 0, 10, 8, 0.9, 0],  # overlap 0.8 with the first
+        [50, 50, 60, 60, 0.8, 0],  # nothing there
+        [0, 0, 10, 10, 0.7, 0],  # the first again
+        [20, 20, 30, 26, 0.6, 0],  # overlap 0.6 with the second
+    ]
+    # At 0.5: right, wrong, wrong, right. Precision 1 up to recall 0.5 (51 of 101 values), then 2 / 4 (50 values).
+    # At 0.7: right, wrong, wrong, wrong: 51 values of 1. At 0.9: wrong, wrong, right, wrong: 51 values of 1 / 3.
+    precision = detection_precision([(truth, found)], 2, (0.5, 0.7, 0.9))
+    assert precision[:, 0] == pytest.approx([(51 + 50 * 0.5) / 101, 51 / 101, 51 / 3 / 101])
+    assert np.isnan(precision[:, 1]).all()  # there is no box of that class
+    # Two images count together: a wrong box in the second one comes before the last one of the first.
+    both = detection_precision([(truth, found), ([], [[0, 0, 9, 9, 0.65, 0]])], 1, (0.5,))
+    assert both[0, 0] == pytest.approx((51 + 50 * 2 / 5) / 101)
+    assert detection_precision([(truth, np.zeros((0, 6)))], 1, (0.5,))[0, 0] == 0
+    assert box_iou([[0, 0, 2, 2]], [[1, 1, 3, 3], [4, 4, 5, 5]]).tolist() == [[1 / 7, 0]]
+
+
+def test_boxes_that_overlap_a_better_one_are_left_out() -> None:
+    found = np.asarray(
+        [
+            [0, 0, 10, 10, 0.9, 0],
+            [1, 1, 11, 11, 0.8, 0],  # overlap 81 / 119 with the first
+            [1, 1, 11, 11, 0.7, 1],  # another class
+            [8, 8, 18, 18, 0.6, 0],
+        ]
+    )
+    assert _without_overlap(found)[:, 4].tolist() == [0.9, 0.7, 0.6]
+    assert _without_overlap(found[:0]).shape == (0, 6)
+
+
+def test_the_contract_of_objectives(tmp_path: Path) -> None:
+    rows = rows_of(task(), squares(16))
+    check_objective(lambda: task(crop=0.5, flip=True), rows, tmp_path)
+
+
+def test_a_model_learns_and_answers_in_pixels_of_the_image(tuned: Any, place: Path) -> None:
+    assert tuned.test_metrics["ap50"] > 0.6 > 0.3 > tuned.trivial_test["ap50"]
+    assert set(tuned.test_metrics) >= {"loss", "ap", "ap50_bright", "ap50_dark"}
+    row = squares(1, seed=1)[0]
+    large = Image.fromarray(row["image"]).resize((96, 64), 0)
+    answer = tuned.predict(large, threshold=0.2)
+    overlap = box_iou(np.asarray(row["boxes"]) * [3, 2, 3, 2], answer["box"])
+    assert overlap.max(1).min() > 0.5
+    assert answer["label"][int(overlap[0].argmax())] == row["label"][0]
+    assert answer["score"] == sorted(answer["score"], reverse=True)
+    assert tuned.predict(large, threshold=1.0) == {"label": [], "score": [], "box": []}
+    with pytest.raises(ConfigError, match="threshold"):
+        tuned.predict(large, threshold=2)
+    tuned.save(place / "saved")
+    opened = pretrain.load(place / "saved", quiet=True)
+    assert opened.predict(large, threshold=0.2) == answer
+
+
+def test_the_report_shows_boxes(tuned: Any) -> None:
+    page = tuned.report().read_text()
+    assert page.count("<img ") == 24 and "bright" in page and "object-detection" in tuned.model.card
+
+
+def test_the_command_line(tuned: Any, place: Path) -> None:
+    out = place / "answers.csv"
+    assert main(["predict", str(place / "tuned"), str(place / "images"), "--out", str(out)]) == 0
+    assert "predicted_label,score,box" in out.read_text()
+    assert main(["evaluate", str(place / "tuned"), "--data", str(place / "rows.csv")]) == 0
+    assert main(["evaluate", str(place / "tuned"), "--data", str(place / "coco.json")]) == 0
+
+
+def test_every_form_of_rows_gives_the_same_examples(place: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows, goal = squares(6), task()
+    objects = [
+        {
+            "bbox": [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in row["boxes"]],
+            "category": [NAMES.index(label) for label in row["label"]],
+        }
+        for row in rows
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "objects": datasets.Sequence(
+                {"bbox": datasets.Sequence(datasets.Value("float32"), 4), "category": datasets.ClassLabel(names=NAMES)}
+            ),
+        }
+    )  # fmt: skip
+    frame = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(row["image"]) for row in rows], "objects": objects},
+        features=features,
+    )
+    wide = [
+        {**row, "boxes": [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in row["boxes"]]}
+        for row in rows
+    ]
+    sources: list[tuple[Any, dict[str, Any]]] = [
+        (rows, {}), (wide, {"box_format": "xywh"}), (place / "rows.csv", {}),
+        (place / "coco.json", {}), (place / "voc", {}), (frame, {"labels": list(NAMES)}),
+    ]  # fmt: skip
+    for source, options in sources:
+        found = rows_of(goal, source, **options)
+        assert len(found) == 6
+        for example, row in zip(found, rows, strict=True):
+            assert np.array_equal(np.asarray(example["image"]), row["image"])
+            assert example["boxes"].tolist() == row["boxes"]
+            assert [NAMES[k] for k in example["labels"]] == row["label"]
+
+
+def test_the_targets_of_the_map(place: Path) -> None:
+    goal = task(crop=1.0, flip=True)
+    row = {"image": np.full((32, 32), 9, np.uint8), "boxes": [[4, 8, 20, 24]], "label": ["dark"]}
+    row["label"], more = ["dark"], {**row, "boxes": [], "label": []}
+    rows = rows_of(goal, [row, more, squares(1)[0], {**row, "label": ["bright"]}])
+    rngs = row_rngs(0, "x", 0, 1)
+    batch = goal.collate([rows[0]], rngs, evaluation=True)
+    cell = goal.model.head.cell
+    at = [int(16 / cell), int(12 / cell)]
+    assert batch["bumps"][0, 1, at[0], at[1]] == 1 and batch["bumps"][0, 0].max() == 0
+    assert batch["sides"][0, :, at[0], at[1]].tolist() == [4, 8, 20, 24]
+    assert float(batch["weights"].sum()) == pytest.approx(1) and int(goal.count(batch)) == 1
+    empty = goal.collate([rows[1]], rngs, evaluation=True)
+    assert empty["bumps"].max() == 0 and int(goal.count(empty)) == 1
+    goal.eval()
+    assert torch.isfinite(goal(empty).total)
+    # A perfect map gives the box back, whatever the size of the image.
+    scores = torch.full((1, 6, *batch["bumps"].shape[2:]), -9.0)
+    scores[0, 1, at[0], at[1]] = 3.0
+    middle = [(at[1] + 0.5) * cell, (at[0] + 0.5) * cell]
+    scores[0, 2:, at[0], at[1]] = torch.tensor(
+        [middle[0] - 4, middle[1] - 8, 20 - middle[0], 24 - middle[1]]
+    )
+    (found,) = goal._found(scores, {**batch, "sizes": torch.tensor([[64, 96]])})
+    assert found[0, :4].tolist() == pytest.approx([12, 16, 60, 48]) and found[0, 5] == 1
+
+
+def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
+    goal, (row, other) = task(), squares(2)
+    wrong = [
+        ([[5, 5, 3, 9]], ["dark"], "ends before it begins"),
+        ([[5, 5, 9]], ["dark"], "four numbers"),
+        ([[1, 2, 3, 4]], [], "1 boxes and 0 labels"),
+        ("no", ["dark"], "not a list"),
+    ]
+    for boxes, labels, message in wrong:
+        with pytest.raises(DataError, match=f"row 2.*{message}"):
+            rows_of(goal, [row, {**other, "boxes": boxes, "label": labels}], labels=list(NAMES))
+    outside = {**other, "boxes": [[20, 20, 40, 30], [7, 7, 7, 9]], "label": ["dark", "dark"]}
+    found = rows_of(goal, [row, outside], labels=list(NAMES))
+    assert found[1]["boxes"].tolist() == [[20, 20, 32, 30]]
+    assert len(found.remarks) == 2
+    xml = place / "voc" / "Annotations" / "0.xml"
+    (tmp_path / "0.xml").write_text("<!DOCTYPE a>" + xml.read_text())
+    with pytest.raises(DataError, match="document type"):
+        goal.read(tmp_path)
+    coco = json.loads((place / "coco.json").read_text())
+    coco["annotations"][0]["category_id"] = 99
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    with pytest.raises(DataError, match="99 is missing"):
+        goal.read(tmp_path / "coco.json")
+
+
+def test_adapters_one_class_and_other_families(place: Path, tmp_path: Path) -> None:
+    rows = [{**row, "label": ["thing"] * len(row["label"])} for row in squares(12)]
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    resnet = pretrain.build("resnet", image_size=32, **sizes)
+    resnet.processor = ImageProcessor("ConvNextImageProcessor", size={"shortest_edge": 32})
+    for model, options in ((resnet, {}), (place / "model", {"lora": 2})):
+        found = pretrain.finetune(
+            model, rows, task="object-detection", quiet=True, out=tmp_path / f"run{len(options)}",
+            **SHORT | {"limit": "2 steps"}, **options,
+        )  # fmt: skip
+        assert found.labels == ("thing",) and "ap50_thing" in found.metrics
+        answer = found.predict(rows[0]["image"], threshold=0.01)
+        found.save(tmp_path / f"saved{len(options)}")
+        base = {"base": pretrain.load(place / "model")} if options else {}
+        opened = pretrain.load(tmp_path / f"saved{len(options)}", quiet=True, **base)
+        assert opened.predict(rows[0]["image"], threshold=0.01) == answer

@@ -1,0 +1,307 @@
+"""Segmentation from every form of rows: training, figures, answers, files, the report, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+import pretrain
+from contract import check_objective
+from pretrain.cli.main import main
+from pretrain.data.images import ImageProcessor
+from pretrain.data.images.masks import pixel_features
+from pretrain.errors import DataError, ModelError
+from pretrain.metrics import iou, mean_iou
+from pretrain.objectives.segmentation import Segmentation
+
+TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "image_size": 16, "patch_size": 4}
+SHORT = {"limit": "60 steps", "lr": 5e-3, "batch_rows": 16, "device": "cpu", "crop": 1.0}
+NAMES = ("ground", "square")
+
+
+def squares(count: int, seed: int = 0, size: tuple[int, int] = (16, 16)) -> tuple[Any, Any]:
+    """Noisy images with a bright square, and masks of 0 and 1."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(90, 160, (count, *size), dtype=np.uint8)
+    masks = np.zeros((count, *size), np.uint8)
+    for image, mask in zip(images, masks, strict=True):
+        top, left = rng.integers(0, size[0] - 8), rng.integers(0, size[1] - 8)
+        place = np.s_[top : top + 8, left : left + 8]
+        image[place] = rng.integers(170, 255, (8, 8))
+        mask[place] = 1
+    return images, masks
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows as folders, a table and arrays, other rows for tests, and a random model."""
+    home = tmp_path_factory.mktemp("masks")
+    images, masks = squares(48)
+    lines = ["file,mask"]
+    for k, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        for name, array in (("images", image), ("masks", mask)):
+            file = home / "folder" / name / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(file)
+        lines.append(f"folder/images/{k}.png,folder/masks/{k}.png")
+    (home / "rows.csv").write_text("\n".join(lines))
+    more, wanted = squares(20, seed=1, size=(24, 20))
+    np.savez(home / "rows.npz", images=images, masks=masks, class_names=NAMES)
+    np.savez(home / "test.npz", images=more, masks=wanted, class_names=NAMES)
+    pretrain.build("vit", **TINY).save(home / "model")
+    return home
+
+
+@pytest.fixture(scope="module")
+def tuned(place: Path) -> Any:
+    return pretrain.finetune(
+        place / "model", place / "folder", task="segmentation", valid=0.25, test=place / "test.npz",
+        labels=list(NAMES), out=place / "tuned", quiet=True, **SHORT,
+    )  # fmt: skip
+
+
+def task(**options: Any) -> Segmentation:
+    return Segmentation(pretrain.build("vit", head="segmentation", labels=NAMES, **TINY), **options)
+
+
+def rows_of(goal: Segmentation, source: Any, **options: Any) -> Any:
+    table = goal.read(source, name="train")
+    learned = goal.learn(table, options)
+    return goal.encode(goal.tidy(table, learned, options))
+
+
+def test_the_contract_of_objectives(place: Path, tmp_path: Path) -> None:
+    rows = rows_of(task(), place / "rows.npz")
+    check_objective(lambda: task(crop=0.5, flip=True, class_weights="balanced"), rows, tmp_path)
+
+
+def test_a_model_learns_and_its_figures_are_those_of_scikit_learn(tuned: Any, place: Path) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    assert tuned.test_metrics["miou"] > 0.75 > 0.5 > tuned.trivial_test["miou"]
+    file = np.load(place / "test.npz")
+    said = np.stack([answer["mask"] for answer in tuned.predict(place / "test.npz")])
+    assert said.shape == (20, 24, 20) and said.dtype == np.uint8
+    true, found = file["masks"].reshape(-1), said.reshape(-1)
+    wanted = metrics.jaccard_score(true, found, average=None)
+    assert tuned.test_metrics["miou"] == pytest.approx(wanted.mean(), abs=1e-9)
+    assert tuned.test_metrics["iou_square"] == pytest.approx(wanted[1], abs=1e-9)
+    matrix = metrics.confusion_matrix(true, found)
+    assert iou(matrix) == pytest.approx(wanted) and mean_iou(matrix) == pytest.approx(wanted.mean())
+    assert tuned.test_metrics["accuracy"] == pytest.approx((true == found).mean(), abs=1e-9)
+    answer = tuned.predict(file["images"][0])
+    assert answer["share"]["square"] == pytest.approx((answer["mask"] == 1).mean())
+
+
+def test_a_class_that_is_nowhere_does_not_count() -> None:
+    matrix = np.asarray([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    assert np.isnan(iou(matrix)[2]) and mean_iou(matrix) == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert np.isnan(mean_iou(np.zeros((2, 2))))
+
+
+def test_the_report_shows_masks(tuned: Any) -> None:
+    page = tuned.report().read_text()
+    assert page.count("<img ") == 24 and "From the worst to the best" in page and "square" in page
+    assert "image-segmentation" in tuned.model.card and 'predict("photo.jpg")' in tuned.model.card
+
+
+def test_a_saved_model_answers_alike_and_its_encoder_opens_in_transformers(
+    tuned: Any, place: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    image = np.load(place / "test.npz")["images"][3]
+    tuned.save(tmp_path / "saved")
+    opened = pretrain.load(tmp_path / "saved", quiet=True)
+    assert np.array_equal(opened.predict(image)["mask"], tuned.predict(image)["mask"])
+    model, info = transformers.AutoModel.from_pretrained(
+        tmp_path / "saved", output_loading_info=True, add_pooling_layer=False
+    )
+    assert not info["missing_keys"] and all("decode_head" in k for k in info["unexpected_keys"])
+    pixels = opened.processor([image])["pixel_values"]
+    with torch.inference_mode():
+        theirs = model.eval()(pixels).last_hidden_state
+        assert torch.allclose(theirs, opened.backbone({"pixel_values": pixels}), atol=1e-5)
+    with pytest.raises(ValueError, match="Unrecognized configuration"):
+        transformers.AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "saved")
+
+
+def test_every_form_of_rows_gives_the_same_examples(place: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    goal = task()
+    images, masks = squares(48)
+    frame = datasets.Dataset.from_dict(
+        {
+            "image": [Image.fromarray(x) for x in images],
+            "label": [Image.fromarray(x) for x in masks],
+        },
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Image()}),
+    )
+    csv = goal.read(place / "rows.csv", name="train")
+    csv = csv.with_columns({"image": csv.columns["file"], "mask": csv.columns["mask"]}, {})
+    frame_table = goal.read(frame, name="train")
+    frame_table = frame_table.with_columns(
+        {"image": frame_table.columns["image"], "mask": frame_table.columns["label"]}, {}
+    )
+    dicts = [{"image": x, "mask": y} for x, y in zip(images, masks, strict=True)]
+    for source in (place / "rows.npz", place / "folder", csv, frame_table, dicts):
+        rows = rows_of(goal, source)
+        assert len(rows) == 48
+        for k in range(48):
+            assert np.array_equal(np.asarray(rows[k]["image"]), images[k])
+            assert np.array_equal(rows[k]["mask"].values, masks[k])
+
+
+def test_forms_of_masks(tmp_path: Path) -> None:
+    goal = task()
+    image, mask = squares(1)[0][0], squares(1)[1][0]
+    palette = Image.fromarray(mask, "P")
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    unlabelled = np.where(np.arange(16) < 3, np.uint8(255), mask)
+    forms = {
+        "palette": palette,
+        "bits": mask.astype(bool),
+        "binary": mask * np.uint8(255),
+        "wide": mask.astype(np.uint16),
+        "colours alike": np.repeat(mask[..., None], 3, 2),
+    }
+    for name, form in forms.items():
+        held: Any = form
+        if name in ("palette", "colours alike"):  # of files
+            saved = tmp_path / f"{name}.png"
+            (form if name == "palette" else Image.fromarray(form)).save(saved)
+            held = str(saved)
+        rows = rows_of(goal, [{"image": image, "mask": held}])
+        assert np.array_equal(rows[0]["mask"].values, mask), name
+    rows = rows_of(goal, [{"image": image, "mask": unlabelled}])
+    batch = goal.collate([rows[0]], [np.random.default_rng(0)], evaluation=True)
+    assert int(goal.count(batch)) == (unlabelled != 255).sum()
+    learned = goal.learn(goal.read([{"image": image, "mask": mask * np.uint8(255)}]), {})
+    assert learned.labels == ("background", "foreground") and "255" in learned.notes[0]
+    learned = goal.learn(goal.read([{"image": image, "mask": mask * np.uint8(7)}]), {})
+    assert learned.labels == ("0", "7") and learned.options["codes"] == {"0": 0, "7": 1}
+
+
+def test_what_cannot_be_a_mask_is_named(place: Path, tmp_path: Path) -> None:
+    images, masks = squares(3)
+    goal = task()
+    rows = [{"image": x, "mask": y} for x, y in zip(images, masks, strict=True)]
+    with pytest.raises(DataError, match=r"row 2.*16 x 16 .* mask 8 x 16"):
+        rows_of(goal, [rows[0], {"image": images[1], "mask": masks[1][:8]}])
+    learned = goal.learn(goal.read(rows), {})
+    with pytest.raises(DataError, match=r"row 1.* number 9, which stands for no class"):
+        goal.tidy(goal.read([{"image": images[0], "mask": masks[0] * np.uint8(9)}]), learned, {})
+    with pytest.raises(DataError, match="no file"):
+        rows_of(goal, [{"image": images[0], "mask": "nowhere.png"}])
+    Image.fromarray(masks[0] * np.uint8(255)).save(tmp_path / "a.jpg")
+    coloured = np.zeros((16, 16, 3), np.uint8)
+    coloured[4:, :, 1] = 200
+    Image.fromarray(coloured).save(tmp_path / "b.png")
+    for file, cause in (("a.jpg", "a mask in a lossy format"), ("b.png", "a mask in colours")):
+        found = rows_of(goal, [*rows, {"image": images[0], "mask": str(tmp_path / file)}])
+        assert found.dropped == {f"broken mask ({cause})": [3]} and len(found) == 3
+    assert rows_of(goal, [*rows, {"image": images[0], "mask": None}]).dropped == {"no mask": [3]}
+    with pytest.raises(ModelError, match="no segmentation head"):
+        pretrain.build("bert", head="segmentation", labels=NAMES)
+
+
+def test_folders_are_paired_by_name(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, numbers in (("train", (0, 1, 2)), ("val", (3, 4))):
+        for kind in ("images", "masks"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for k in numbers:
+                content = (place / "folder" / kind / f"{k}.png").read_bytes()
+                (tmp_path / part / kind / f"{k}.png").write_bytes(content)
+    (tmp_path / "train" / "masks" / "2.png").unlink()
+    assert Segmentation.parts(tmp_path) == ["train", "valid"]
+    assert len(Segmentation.read(tmp_path, name="train")) == 2
+    assert "1 images without a mask are left out" in capsys.readouterr().err
+    assert len(Segmentation.read(tmp_path, name="validation")) == 2
+    for k in (0, 1):
+        (tmp_path / "train" / "masks" / f"{k}.png").rename(
+            tmp_path / "train" / "masks" / f"x{k}.png"
+        )
+    with pytest.raises(DataError, match="no two files of one name"):
+        Segmentation.read(tmp_path, name="train")
+
+
+def test_adapters_and_layer_decay(place: Path, tmp_path: Path) -> None:
+    found = pretrain.finetune(
+        place / "model", place / "rows.npz", task="segmentation", lora=2, quiet=True,
+        out=tmp_path / "run", **SHORT | {"limit": "2 steps"},
+    )  # fmt: skip
+    image = squares(1)[0][0]
+    found.save(tmp_path / "saved")
+    opened = pretrain.load(tmp_path / "saved", quiet=True, base=pretrain.load(place / "model"))
+    assert np.array_equal(opened.predict(image)["mask"], found.predict(image)["mask"])
+    depths = found.model.depths()
+    assert {d for name, d in depths.items() if name.startswith("head.")} == {2}
+    pretrain.finetune(
+        place / "model", place / "rows.npz", task="segmentation", layer_decay=0.5, quiet=True,
+        out=tmp_path / "decayed", **SHORT | {"limit": "1 steps"},
+    )  # fmt: skip
+
+
+def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    words = ["predict", str(place / "tuned"), str(place / "folder" / "images"), "--out", str(out)]
+    assert main(words) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 48 and rows[0]["mask"] == "answers.masks/000000.png"
+    mask = np.asarray(Image.open(tmp_path / rows[5]["mask"]))
+    wanted = tuned.predict(place / "folder" / "images")[5]["mask"]
+    assert np.array_equal(mask, wanted)
+    assert main(["evaluate", str(place / "tuned"), "--data", str(place / "test.npz")]) == 0
+
+
+def test_comparison_and_preview(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    found = pretrain.finetune(
+        place / "model", place / "rows.npz", task="segmentation", compare="scratch", seeds=2,
+        valid=0.5, quiet=True, out=tmp_path / "run", lrs=[1e-3], **SHORT | {"limit": "2 steps"},
+    )  # fmt: skip
+    assert set(found.comparison.arms) == {"pretrained", "scratch", "colours"}
+    assert any("colours with logistic regression" in line for line in found.remarks)
+    shown = str(pretrain.data(place / "rows.npz", "segmentation", place / "model"))
+    assert "3 x 16 x 16 values" in shown and "43 train" in shown
+    goal = task()
+    table = goal.read(place / "rows.npz", name="train")
+    table = goal.tidy(table, goal.learn(table, {}), {})
+    ((features, classes),) = pixel_features(table, pixels=480)
+    assert features.shape == (480, 9) and set(classes) == {0, 1}
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (19, 22), (17, 33)])
+def test_scores_lie_where_their_pixels_are(height: int, width: int) -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    resnet = pretrain.build("resnet", head="segmentation", labels=3, image_size=16, **sizes)
+    vit = pretrain.build("vit", head="segmentation", labels=3, **TINY)
+    pixels = torch.randn(2, 3, height, width)
+    for model in (resnet.eval(), vit.eval()):
+        scores = model({"pixel_values": pixels})
+        head = model.head
+        assert scores.shape[1] == 3
+        full = head.to_pixels(scores, height, width)
+        assert full.shape == (2, 3, height, width)
+        ramp = torch.arange(scores.shape[3]).float().expand(1, 1, *scores.shape[2:])
+        middle = head.to_pixels(ramp, height, width)[0, 0, 0]
+        inside = slice(4, scores.shape[3] * int(head.cell) - 4)
+        places = (torch.arange(width) + 0.5) / head.cell - 0.5
+        assert torch.allclose(middle[inside], places[inside][: len(middle[inside])], atol=1e-5)
+
+
+def test_a_processor_that_crops_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    model = pretrain.build("vit", head="segmentation", labels=NAMES, **TINY)
+    model.processor = ImageProcessor("BitImageProcessor", size=20, crop_size=16)
+    goal = Segmentation(model)
+    assert goal.processor.size == (16, 16) and not goal.processor.settings["do_center_crop"]
+    assert "reads whole images" in capsys.readouterr().err
