@@ -26,6 +26,7 @@ PIPELINES = {
     "token-classification": "token-classification",
     "question-answering": "question-answering",
     "image-classification": "image-classification",
+    "audio-classification": "audio-classification",
     None: "feature-extraction",
 }
 # Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.

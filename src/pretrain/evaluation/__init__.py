@@ -45,6 +45,7 @@ _LABELLED_HEADS = (
     "token-classification",
     "question-answering",
     "image-classification",
+    "audio-classification",
 )
 
 

@@ -63,8 +63,9 @@ _SHORT = {
     "lsa": "LSA",
     "probe": "frozen",
     "pixels": "pixels",
+    "mel": "log-mel",
 }
-_LINEAR = ("tfidf", "lsa", "probe", "pixels")  # baselines under a linear model
+_LINEAR = ("tfidf", "lsa", "probe", "pixels", "mel")  # baselines under a linear model
 _FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
 # A gain that this many times the seeds would show is not reported as no difference.
 _WORTH_TRYING = 4
@@ -215,10 +216,12 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
         or any(isinstance(value, list | tuple) for value in labels[:50])
     ):
         return {}
-    if "image" in job.data.train.names:
+    if {"image", "audio"} & set(job.data.train.names):
         if importlib.util.find_spec("sklearn") is None:
             note("no classical baseline: scikit-learn is not installed")
             return {}
+        if "audio" in job.data.train.names:
+            return {"mel": baseline.mel_baseline}
         return {"pixels": baseline.pixel_baseline}
     try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BASELINE_TASKS", "baseline_columns", "remarks"]
 
 # Tasks with one label for each row, for which there are classical baselines.
-BASELINE_TASKS = ("classification", "regression", "image-classification")
+BASELINE_TASKS = ("classification", "regression", "image-classification", "audio-classification")
 
 # Smallest improvement at the end that is reported: absolute for a metric between 0 and 1, else relative.
 _RISE, _RELATIVE_RISE = 0.005, 0.01
@@ -145,7 +145,7 @@ def _constant(result: Finetuned) -> str | None:
 
 
 def _classical(result: Finetuned) -> str | None:
-    """Remark if TF-IDF, or pixels, under a linear model do better on the same rows."""
+    """Remark if TF-IDF, pixels or log-mel under a linear model do better on the same rows."""
     found = classical_baseline(result)
     if found is None:
         return None
@@ -153,7 +153,8 @@ def _classical(result: Finetuned) -> str | None:
     if not theirs > ours:
         return None
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
-    read = "pixels" if "image" in result.data.train.names else "TF-IDF"
+    names = result.data.train.names
+    read = "pixels" if "image" in names else "log-mel" if "audio" in names else "TF-IDF"
     return (
         f"a classical baseline is better: {read} with {linear} on the same rows has {metric} {theirs:.4f} on the "
         f"{where} rows, this model {ours:.4f}"
@@ -166,7 +167,7 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
     """
-    from pretrain.finetuning.baseline import METRICS, pixel_baseline, tfidf_baseline
+    from pretrain.finetuning.baseline import METRICS, mel_baseline, pixel_baseline, tfidf_baseline
 
     data, metric = result.data, result.monitor
     held, where = (data.test, "test") if data.test is not None else (data.valid, "held-out")
@@ -182,6 +183,8 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
         columns = baseline_columns(data.train, data.valid, held)
         if "image" in data.train.names:
             found = pixel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
+        elif "audio" in data.train.names:
+            found = mel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
             found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
         else:
@@ -192,12 +195,14 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
 
 
 def baseline_columns(*tables: Table) -> list[Any]:
-    """Return the columns of a baseline: texts (or pairs of texts), or pixels, and the labels of each table."""
+    """Return the columns of a baseline: texts (or pairs of texts), pixels or log-mel, and the labels of each table."""
     columns: list[Any] = []
-    if "image" in tables[0].names:
+    if {"image", "audio"} & set(tables[0].names):
+        from pretrain.data.audio.rows import mel_vectors
         from pretrain.data.images.rows import pixel_vectors
 
-        for table, (vectors, rows) in zip(tables, pixel_vectors(*tables), strict=True):
+        found = (pixel_vectors if "image" in tables[0].names else mel_vectors)(*tables)
+        for table, (vectors, rows) in zip(tables, found, strict=True):
             columns += [vectors, [table.columns["label"][i] for i in rows]]
         return columns
     for table in tables:

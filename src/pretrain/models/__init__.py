@@ -32,6 +32,7 @@ FAMILIES = {
     "siglip": "pretrain.models.siglip:Siglip",
     "resnet": "pretrain.models.resnet:ResNet",
     "vit_mae": "pretrain.models.vit_mae:ViTMAE",
+    "audio-spectrogram-transformer": "pretrain.models.audio_spectrogram_transformer:AST",
 }
 
 

@@ -39,11 +39,17 @@ HEAD_KINDS = (
     "token-classification",
     "question-answering",
     "image-classification",
+    "audio-classification",
     "masked-image",
 )
 
 
-LABELLED = ("sequence-classification", "token-classification", "image-classification")
+LABELLED = (
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "audio-classification",
+)
 # Ending of an architecture's name in config.json -> kind of head.
 ARCHITECTURES = {
     "ForCausalLM": "causal-lm",
@@ -54,6 +60,7 @@ ARCHITECTURES = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
 }
 
 
@@ -155,8 +162,8 @@ class SequenceHead(nn.Module):
     Args:
         hidden_size: D.
         num_labels: C.
-        pool: ``first`` token, ``mean`` over real tokens, ``last`` real token, or the mean over all tokens but the first
-            (``patches`` of an image).
+        pool: ``first`` token, ``mean`` over real tokens, ``last`` real token, the mean over all tokens but the first
+            (``patches`` of an image), or the mean of the first two (``pair``: class and distillation token).
         transform: applied to the pooled vector.
         bias: whether the classifier has a bias.
         dropout: dropout before the classifier.
@@ -211,6 +218,8 @@ class SequenceHead(nn.Module):
             return hidden[:, 0]
         if self.pool == "patches":
             return hidden[:, 1:].mean(1)
+        if self.pool == "pair":
+            return (hidden[:, 0] + hidden[:, 1]) / 2
         real = batch.get("attention_mask")
         if self.pool == "mean":
             if real is None:

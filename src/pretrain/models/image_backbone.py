@@ -39,7 +39,7 @@ class ImageBackbone(Backbone):
     processor_class: ClassVar[Any] = ImageProcessor
 
     @classmethod
-    def default_processor(cls, config: Any) -> ImageProcessor | None:
+    def default_processor(cls, config: Any) -> Any:
         return image_processor(config)
 
     def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ TASKS = {
     "embedding": "pretrain.objectives.embedding.Embedding",
     "preference": "pretrain.objectives.preference.Preference",
     "image-classification": "pretrain.objectives.image_classification.ImageClassification",
+    "audio-classification": "pretrain.objectives.audio_classification.AudioClassification",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}
@@ -61,6 +62,7 @@ OBJECTIVES = {
     "Contrastive": "pretrain.objectives.contrastive.Contrastive",
     "SigmoidContrastive": "pretrain.objectives.contrastive.SigmoidContrastive",
     "ImageClassification": "pretrain.objectives.image_classification.ImageClassification",
+    "AudioClassification": "pretrain.objectives.audio_classification.AudioClassification",
 }
 
 

@@ -14,9 +14,16 @@ import numpy as np
 import torch
 
 from pretrain.config.spelling import option
-from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.rows import decoded, is_image_source, parts_of, pictures, read_images
+from pretrain.data.images.rows import (
+    IMAGES,
+    Medium,
+    decoded,
+    is_image_source,
+    parts_of,
+    pictures,
+    read_images,
+)
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
@@ -24,7 +31,7 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import Classification
-from pretrain.objectives.row_pixels import check_processor, pixel_values
+from pretrain.objectives.row_pixels import check_processor, pixel_values, values_key
 from pretrain.objectives.tasks import Learned
 from pretrain.utils.files import note
 
@@ -56,6 +63,7 @@ class ImageClassification(Classification):
     recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     head_kind: ClassVar[str | None] = "image-classification"
     figures: ClassVar[tuple[str, ...] | None] = Classification.figures
+    medium: ClassVar[Medium] = IMAGES
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class ImageClassification(Classification):
         if max_length is not None:
             raise ConfigError(
                 f"{option('max_length', max_length)} counts the tokens of a text, and the task {self.name} reads "
-                "images. Leave it out; the size of images is that in preprocessor_config.json."
+                f"{self.medium.many}. Leave it out; their size is that in preprocessor_config.json."
             )
         super().__init__(
             model,
@@ -85,7 +93,7 @@ class ImageClassification(Classification):
             codes=codes,
             pack=False,
         )
-        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.augmentation: Any = Augmentation(crop, flip, randaugment)
 
     def check_processor(self) -> None:
         """Check that the model has an image processor that fits; a model without any gets that of its sizes.
@@ -98,65 +106,77 @@ class ImageClassification(Classification):
             model.processor = model.backbone.default_processor(model.backbone.config)
             if model.processor is not None:
                 note(
-                    f"the model has no preprocessor_config.json; its images are read by {model.processor}"
+                    f"the model has no preprocessor_config.json; its {self.medium.many} are read by {model.processor}"
                 )
         check_processor(model, f"The task {self.name}")
 
     @property
-    def processor(self) -> ImageProcessor:
-        """The image processor of the model."""
-        found: ImageProcessor = self.model.processor
-        return found
+    def processor(self) -> Any:
+        """The processor of the model, for images an ``ImageProcessor``."""
+        return self.model.processor
 
     @property
     def limits(self) -> list[str]:
+        known = [f"It knows no other labels, and names one of them for any {self.medium.column}."]
+        return [self.reading, *known * (len(self.labels) > 1)]
+
+    @property
+    def reading(self) -> str:
+        """A sentence for the model card on how an input is read."""
         size = self.processor.size or (0, 0)
-        known = ["It knows no other labels, and names one of them for any image."]
-        read = f"An image is scaled to {size[0]} x {size[1]} pixels."
-        return [read, *known * (len(self.labels) > 1)]
+        return f"An image is scaled to {size[0]} x {size[1]} pixels."
 
     # ------------------------------------------------------------------ rows
 
     @classmethod
     def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
-        return read_images(source, name=name, **options)
+        return read_images(source, name=name, medium=cls.medium, **options)
 
     @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
-        return parts_of(source)
+        return parts_of(source, cls.medium)
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """As for texts; and every image becomes a ``Picture``, whose content tells duplicates and fingerprints."""
+        """As for texts; and every image becomes an item, whose content tells duplicates and fingerprints."""
         tidied = super().tidy(table, learned, options)
-        columns = {**tidied.columns, "image": pictures(tidied)}
+        columns = {**tidied.columns, cls.medium.column: pictures(tidied, medium=cls.medium)}
         return tidied.with_columns(columns, tidied.label_names)
 
     def encode_inputs(self, table: Table, *, targets: bool) -> tuple[TaskRows, list[int]]:
         """Decode every image once, so that a broken one is counted and named before the first step."""
         rows, kept = TaskRows(size=self._patches()), []
-        for i, image, text in decoded(table, required=targets):
+        for i, image, text in decoded(table, required=targets, medium=self.medium):
             if image is None:
-                rows.drop(i, text or "no image")
+                rows.drop(i, text or f"no {self.medium.column}")
                 continue
-            if text is not None:
-                rows.remark(i, text)
-            rows.add(i, {"image": image})  # type: ignore[dict-item]
+            for remark in (text, self.remark(image)):
+                if remark is not None:
+                    rows.remark(i, remark)
+            rows.add(i, {self.medium.column: image})
             kept.append(i)
         return rows, kept
 
+    def remark(self, stored: Any) -> str | None:
+        """Return a remark on a decoded input, such as on what of it is not read."""
+        return None
+
     def _patches(self) -> int:
         """What one image costs, in the unit of the model."""
-        size, model = self.processor.size or (1, 1), self.model
-        shape = (1, self.processor.channels, *size)
-        return model.backbone.units({"pixel_values": torch.empty(shape, device="meta")})
+        shape = torch.empty(self.shape, device="meta")
+        return self.model.backbone.units({values_key(self.model): shape})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values of one image, with a dimension for the batch."""
+        return (1, self.processor.channels, *(self.processor.size or (1, 1)))
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
         """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
         found = pixel_values(
             self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=self.name
         )
-        return {"pixel_values": found}
+        return {values_key(self.model): found}
 
     # ------------------------------------------------------------------ rows of pre-training
 
@@ -188,8 +208,8 @@ class ImageClassification(Classification):
     def count(self, batch: Batch) -> torch.Tensor:
         if "labels" not in batch:
             raise DataError(
-                "The rows have no labels, from which an image is classified. Give each row labels, the number of its "
-                "class; data.source images reads them unless data.source_args.labels is false."
+                f"The rows have no labels, from which {self.medium.many} are classified. Give each row labels, the "
+                "number of its class; data.source reads them unless data.source_args.labels is false."
             )
         return super().count(batch)
 
@@ -215,46 +235,43 @@ class ImageClassification(Classification):
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
         """One image (a path, an array (H, W) or (H, W, C), an image of Pillow), or several in a list or an array."""
         array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
-        path = Path(inputs) if isinstance(inputs, str | Path) else None
-        if path is not None and is_image_source(path) and path.suffix.lower() not in (".npz",):
-            table = read_images(path)
-            return table, not path.is_dir() and len(table) == 1
-        if path is not None:
-            if path.suffix.lower() == ".npz":
-                return read_images(path), False
-            if not path.suffix:  # neither an image nor a table
-                _check_paths([path])
-            return None
+        if isinstance(inputs, str | Path):
+            return self._of_path(Path(inputs))
         channels = array == 3 and (
             inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4)
         )
-        if array == 2 or channels or hasattr(inputs, "getbands"):
-            return _table([inputs]), True
+        if array == 2 or channels or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
+            return self._table([inputs]), True
         if array in (3, 4):
-            return _table(list(inputs)), False
-        if isinstance(inputs, bytes):
-            return _table([inputs]), True
+            return self._table(list(inputs)), False
         several = isinstance(inputs, list | tuple) and len(inputs)
         if several and not isinstance(inputs[0], Mapping):
-            return _table(list(inputs)), False
+            return self._table(list(inputs)), False
         return None
 
+    def _of_path(self, path: Path) -> tuple[Table, bool] | None:
+        """Return the rows of a folder or file; None for a table with one row for each."""
+        if is_image_source(path, self.medium):
+            table, many = read_images(path, medium=self.medium), path.suffix.lower() == ".npz"
+            return table, not many and not path.is_dir() and len(table) == 1
+        if not path.suffix:  # neither an image nor a table
+            self._check_paths([path])
+        return None
 
-def _check_paths(images: Sequence[Any]) -> None:
-    """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
-    for i, path in enumerate(images, start=1):
-        named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
-        if named and not Path(path).expanduser().exists():
-            raise DataError(f"image {i}: there is no file {str(path)[:200]!r}.")
+    def _check_paths(self, given: Sequence[Any]) -> None:
+        """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
+        for i, path in enumerate(given, start=1):
+            named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
+            if named and not Path(path).expanduser().exists():
+                column = self.medium.column
+                raise DataError(f"{column} {i}: there is no file {str(path)[:200]!r}.")
 
-
-def _table(images: Sequence[Any]) -> Table:
-    """Return images of a caller as a table."""
-    _check_paths(images)
-    held = [
-        Picture(v.numpy() if hasattr(v, "numpy") else v, f"image {i}")
-        if hasattr(v, "dtype") or hasattr(v, "getbands")
-        else v
-        for i, v in enumerate(images, start=1)
-    ]
-    return Table("inputs", {"image": held}, origin="the inputs", unit="index")
+    def _table(self, given: Sequence[Any]) -> Table:
+        """Return images of a caller as a table."""
+        self._check_paths(given)
+        medium = self.medium
+        held = [
+            medium.make(v, f"{medium.column} {i}") if hasattr(v, "dtype") or medium.holds(v) else v
+            for i, v in enumerate(given, start=1)
+        ]
+        return Table("inputs", {medium.column: held}, origin="the inputs", unit="index")
