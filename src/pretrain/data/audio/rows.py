@@ -102,7 +102,8 @@ def mel_vectors(
     processor = AudioProcessor(num_mel_bins=_BANDS, max_length=1 << 16, do_normalize=False)
     result = []
     for table in tables:
-        rows, vectors = list[int](), list[NDArray[np.float32]]()
+        rows: list[int] = []
+        vectors: list[NDArray[np.float32]] = []
         for i, stored, _ in decoded(table, required=False, medium=AUDIO):
             if stored is not None:
                 energies = processor.log_mel(stored.clip.read()[0])

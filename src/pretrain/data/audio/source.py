@@ -101,7 +101,7 @@ def fitted_processor(
     total, squares, count = 0.0, 0.0, 0
     for clip in clips[::step]:
         energies = plain.log_mel(clip.clip.read()[0]).astype(np.float64)
-        total, squares = total + energies.sum(), squares + (energies**2).sum()
+        total, squares = total + float(energies.sum()), squares + float((energies**2).sum())
         count += energies.size
     mean = total / count
     std = max(float(np.sqrt(max(squares / count - mean**2, 0.0))), 1e-3)
