@@ -28,6 +28,7 @@ PIPELINES = {
     "image-classification": "image-classification",
     "segmentation": "image-segmentation",
     "object-detection": "object-detection",
+    "audio-classification": "audio-classification",
     None: "feature-extraction",
 }
 # Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.

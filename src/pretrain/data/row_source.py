@@ -59,7 +59,10 @@ class RowSource:
 
 
 # Sources of this package that have a short name.
-SOURCES = {"images": "pretrain.data.images.source:labelled_images"}
+SOURCES = {
+    "images": "pretrain.data.images.source:labelled_images",
+    "audio": "pretrain.data.audio.source:labelled_audio",
+}
 
 
 def open_rows(path: str, arguments: Mapping[str, Any]) -> RowSource:

@@ -47,6 +47,7 @@ _LABELLED_HEADS = (
     "image-classification",
     "segmentation",
     "object-detection",
+    "audio-classification",
 )
 
 

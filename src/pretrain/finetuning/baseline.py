@@ -5,8 +5,9 @@ uses the labelled rows only, like a model trained from scratch. Latent semantic 
 reads unlabelled text, as pre-training does, so it is the fair baseline for a model that was pre-trained on the text of
 the task. The third is a linear probe (Alain and Bengio, 2016): the same linear model on the frozen embeddings of the
 checkpoint. Strength of the penalty and stop words are chosen on the validation rows; the test rows are used once, after
-the choice. For images, the pixels under the same linear model take the place of all three, and for the segmentation of
-images the colours of single pixels and of their surroundings. All need scikit-learn, the extra ``eval``.
+the choice. For images, the pixels under the same linear model take the place of all three, for the segmentation of
+images the colours of single pixels and of their surroundings, and for audio the mean log-mel energies of eight parts of
+a recording. All need scikit-learn, the extra ``eval``.
 
 Each baseline takes six columns: texts and labels of the training rows, of the validation rows, and of the test rows.
 Texts are strings or pairs of strings; the features of a pair are those of both sides, their element-wise products and
@@ -43,6 +44,7 @@ __all__ = [
     "colour_baseline",
     "embeddings",
     "lsa_baseline",
+    "mel_baseline",
     "of_pairs",
     "pixel_baseline",
     "probe_baseline",
@@ -58,6 +60,7 @@ Variant = tuple[dict[str, Any], Vectors]
 GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
 PROBE_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # embeddings of variance 1 need a stronger penalty
+MEL_GRID = (0.01, 0.1, 1.0)  # of energies scaled to variance 1
 PIXEL_GRID = (0.01, 0.1, 1.0)  # of pixels between 0 and 1
 
 # Metrics for tuning and scoring of baselines; higher is better for all of them.
@@ -250,6 +253,25 @@ def colour_baseline(
     return _tuned(
         lambda train: [(settings, np.asarray)], columns, grid, metric, seed, scaler=scaler
     )
+
+
+def mel_baseline(
+    *columns: Sequence[Any],
+    grid: Sequence[float] = MEL_GRID,
+    metric: str = "accuracy",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Mean log-mel energies, scaled to variance 1, under a linear model.
+
+    Args:
+        *columns: vectors of energies in the place of texts, and labels, see above.
+        grid: see above.
+        metric: see above.
+        seed: see above.
+    """
+    settings = {"features": "log-mel", "stop_words": None}
+    scaler = sklearn_module("preprocessing").StandardScaler()
+    return _tuned(lambda train: [(settings, np.stack)], columns, grid, metric, seed, scaler=scaler)
 
 
 def _tuned(

@@ -180,8 +180,8 @@ def _measured(result: Finetuned) -> tuple[str, dict[str, float]]:
 def example_input(result: Finetuned) -> str:
     """An example input of the task, as Python code."""
     read = _read(result)
-    if read == ["image"]:
-        return '"photo.jpg"'
+    if read in (["image"], ["audio"]):
+        return '"photo.jpg"' if read == ["image"] else '"recording.wav"'
     return '"..."' if len(read) < 2 else "{" + ", ".join(f'"{role}": "..."' for role in read) + "}"
 
 
@@ -209,7 +209,7 @@ def _use(result: Finetuned) -> str:
         options = ', function_to_apply="none"' if result.task.name == "regression" else ""
         options += ", top_k=None" if several else ""
         example = '{"text": "...", "text_pair": "..."}' if len(_read(result)) > 1 else '"..."'
-    elif kind == "image-classification":
+    elif kind in ("image-classification", "audio-classification"):
         options = ", top_k=None" if not result.task.single else ""
     elif kind == "token-classification":
         options, example = ', aggregation_strategy="first"', '"..."'

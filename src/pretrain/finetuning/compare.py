@@ -64,8 +64,10 @@ _SHORT = {
     "probe": "frozen",
     "pixels": "pixels",
     "colours": "colours",
+    "mel": "log-mel",
 }
-_LINEAR = ("tfidf", "lsa", "probe", "pixels", "colours")  # baselines under a linear model
+# Baselines under a linear model.
+_LINEAR = ("tfidf", "lsa", "probe", "pixels", "colours", "mel")
 _FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
 # A gain that this many times the seeds would show is not reported as no difference.
 _WORTH_TRYING = 4
@@ -216,12 +218,14 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
         or any(isinstance(value, list | tuple) for value in labels[:50])
     ):
         return {}
-    if "image" in job.data.train.names:
+    if {"image", "audio"} & set(job.data.train.names):
         if importlib.util.find_spec("sklearn") is None:
             note("no classical baseline: scikit-learn is not installed")
             return {}
         if "mask" in job.data.train.names:
             return {"colours": baseline.colour_baseline}
+        if "audio" in job.data.train.names:
+            return {"mel": baseline.mel_baseline}
         return {"pixels": baseline.pixel_baseline}
     try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.

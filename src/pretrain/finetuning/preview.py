@@ -89,7 +89,7 @@ def look(
         "classes": {name: counts for name, counts in classes.items() if counts},
         "notes": notes,
     }
-    if model is None and "image" in found.train.names:
+    if model is None and {"image", "audio"} & set(found.train.names):
         return Overview(**common)
     if model is None:
         words = [_words(row.values()) for row in found.train.rows()]
@@ -103,7 +103,7 @@ def look(
         )
     for remark, places in rows.remarks.items():
         notes.append(f"{len(set(places)):,} rows: {remark} ({found.train.where(places[0])})")
-    if rows.size:  # images, which have no tokens to show
+    if rows.size:  # images and audio, which have no tokens to show
         notes.append(made.sizes(rows))
         return Overview(**common)
     return Overview(

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["BASELINE_TASKS", "baseline_columns", "remarks"]
 
 # Tasks with one label for each row or pixel, for which there are classical baselines.
-BASELINE_TASKS = ("classification", "regression", "image-classification", "segmentation")
+BASELINE_TASKS = (
+    *("classification", "regression", "image-classification", "segmentation"),
+    "audio-classification",
+)
 
 # Smallest improvement at the end that is reported: absolute for a metric between 0 and 1, else relative.
 _RISE, _RELATIVE_RISE = 0.005, 0.01
@@ -145,7 +148,7 @@ def _constant(result: Finetuned) -> str | None:
 
 
 def _classical(result: Finetuned) -> str | None:
-    """Remark if TF-IDF, or pixels, under a linear model do better on the same rows."""
+    """Remark if TF-IDF, pixels or log-mel under a linear model do better on the same rows."""
     found = classical_baseline(result)
     if found is None:
         return None
@@ -154,7 +157,8 @@ def _classical(result: Finetuned) -> str | None:
         return None
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
     names = result.data.train.names
-    read = "colours" if "mask" in names else "pixels" if "image" in names else "TF-IDF"
+    known = {"mask": "colours", "image": "pixels", "audio": "log-mel"}
+    read = next((features for column, features in known.items() if column in names), "TF-IDF")
     return (
         f"a classical baseline is better: {read} with {linear} on the same rows has {metric} {theirs:.4f} on the "
         f"{where} rows, this model {ours:.4f}"
@@ -170,6 +174,7 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
     from pretrain.finetuning.baseline import (
         METRICS,
         colour_baseline,
+        mel_baseline,
         pixel_baseline,
         tfidf_baseline,
     )
@@ -190,6 +195,8 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
             found = colour_baseline(*columns, grid=(1.0,), metric=metric)
         elif "image" in data.train.names:
             found = pixel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
+        elif "audio" in data.train.names:
+            found = mel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
             found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
         else:
@@ -200,7 +207,7 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
 
 
 def baseline_columns(*tables: Table) -> list[Any]:
-    """Return the columns of a baseline: texts (or pairs of texts), or pixels, and the labels of each table.
+    """Return the columns of a baseline: texts (or pairs), pixels or log-mel, and the labels of each table.
 
     Where every pixel has a label, the columns hold pixels that are drawn from all images.
     """
@@ -209,10 +216,12 @@ def baseline_columns(*tables: Table) -> list[Any]:
         from pretrain.data.images.masks import pixel_features
 
         return [column for pair in pixel_features(*tables) for column in pair]
-    if "image" in tables[0].names:
+    if {"image", "audio"} & set(tables[0].names):
+        from pretrain.data.audio.rows import mel_vectors
         from pretrain.data.images.rows import pixel_vectors
 
-        for table, (vectors, rows) in zip(tables, pixel_vectors(*tables), strict=True):
+        found = (pixel_vectors if "image" in tables[0].names else mel_vectors)(*tables)
+        for table, (vectors, rows) in zip(tables, found, strict=True):
             columns += [vectors, [table.columns["label"][i] for i in rows]]
         return columns
     for table in tables:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, option, using
-from pretrain.data.images.rows import is_image_source, stream_images
+from pretrain.data.audio.rows import medium_of
+from pretrain.data.images.rows import stream_images
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
@@ -103,7 +104,7 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
             return "regression", {}
         several = problem == "multi_label_classification"
         return "classification", {"problem": "multi_label" if several else "single_label"}
-    if kind == "image-classification":
+    if kind in ("image-classification", "audio-classification"):
         several = problem == "multi_label_classification"
         return kind, {"problem": "multi_label" if several else "single_label"}
     if kind in ("token-classification", "question-answering"):
@@ -410,7 +411,7 @@ def predict_file(
     Args:
         checkpoint: a run (its best checkpoint is used), a model directory, or a ``Model``.
         file: .csv .tsv .jsonl (read row by row), .json .parquet .conll (read whole), plain or compressed; for a model
-            of images also a folder of them, an image, or arrays (.npz).
+            of images or audio also a folder of them, an image or a recording, or arrays (.npz).
         out: .jsonl, .csv or .tsv; next to the input when None. The file appears once it is complete.
         columns: role -> column, for columns without a conventional name.
         batch_rows: examples in one forward pass.
@@ -466,9 +467,9 @@ def predict_file(
 
 
 def _chunks(source: Path, **form: Any) -> Iterator[Chunk]:
-    """Yield the rows of a file, or the images of a folder or file, in chunks."""
-    if is_image_source(source):
-        return stream_images(source, _CHUNK)
+    """Yield the rows of a file, or the images or recordings of a folder or file, in chunks."""
+    if (medium := medium_of(source)) is not None:
+        return stream_images(source, _CHUNK, medium)
     return stream_chunks(source, _CHUNK, **form)
 
 

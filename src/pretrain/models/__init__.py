@@ -33,6 +33,7 @@ FAMILIES = {
     "resnet": "pretrain.models.resnet:ResNet",
     "alexnet": "pretrain.models.alexnet:AlexNet",
     "vit_mae": "pretrain.models.vit_mae:ViTMAE",
+    "audio-spectrogram-transformer": "pretrain.models.audio_spectrogram_transformer:AST",
 }
 
 

@@ -41,13 +41,14 @@ HEAD_KINDS = (
     "image-classification",
     "segmentation",
     "object-detection",
+    "audio-classification",
     "masked-image",
 )
 
 
 LABELLED = (
     *("sequence-classification", "token-classification", "image-classification"),
-    *("segmentation", "object-detection"),
+    *("segmentation", "object-detection", "audio-classification"),
 )
 # Ending of an architecture's name in config.json -> kind of head.
 ARCHITECTURES = {
@@ -61,6 +62,7 @@ ARCHITECTURES = {
     "ForImageClassification": "image-classification",
     "ForSemanticSegmentation": "segmentation",
     "ForObjectDetection": "object-detection",
+    "ForAudioClassification": "audio-classification",
 }
 
 
@@ -162,8 +164,8 @@ class SequenceHead(nn.Module):
     Args:
         hidden_size: D.
         num_labels: C.
-        pool: ``first`` token, ``mean`` over real tokens, ``last`` real token, or the mean over all tokens but the first
-            (``patches`` of an image).
+        pool: ``first`` token, ``mean`` over real tokens, ``last`` real token, the mean over all tokens but the first
+            (``patches`` of an image), or the mean of the first two (``pair``: class and distillation token).
         transform: applied to the pooled vector.
         bias: whether the classifier has a bias.
         dropout: dropout before the classifier.
@@ -218,6 +220,8 @@ class SequenceHead(nn.Module):
             return hidden[:, 0]
         if self.pool == "patches":
             return hidden[:, 1:].mean(1)
+        if self.pool == "pair":
+            return (hidden[:, 0] + hidden[:, 1]) / 2
         real = batch.get("attention_mask")
         if self.pool == "mean":
             if real is None:

@@ -46,7 +46,7 @@ class ImageBackbone(Backbone):
     processor_class: ClassVar[Any] = ImageProcessor
 
     @classmethod
-    def default_processor(cls, config: Any) -> ImageProcessor | None:
+    def default_processor(cls, config: Any) -> Any:
         return image_processor(config)
 
     def grid_step(self) -> tuple[int, bool]:

@@ -28,16 +28,15 @@ from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm
 from pretrain.nn.patches import PatchEmbedding, grid_positions
 
-__all__ = ["PixelDecoder", "ViTMAE", "ViTMAEConfig"]
+__all__ = ["DECODER_KEYS", "MaskedConfig", "PixelDecoder", "ViTMAE", "ViTMAEConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTMAEConfig(BackboneConfig):
-    """Fields of ViT-MAE.
+class MaskedConfig(BackboneConfig):
+    """Fields of encoders of patches that are pre-trained with a decoder of the hidden ones.
 
     Attributes:
-        image_size: side of the images in pixels.
-        patch_size: side of a patch; divides ``image_size``.
+        patch_size: side of a patch.
         num_channels: channels of the images.
         qkv_bias: queries, keys and values have biases.
         decoder_hidden_size: E; two thirds of D when None, but at most 512.
@@ -51,7 +50,6 @@ class ViTMAEConfig(BackboneConfig):
     vocab_size: int = 0
     max_positions: int = 0
     norm_eps: float = 1e-6
-    image_size: int = 224
     patch_size: int = 16
     num_channels: int = 3
     qkv_bias: bool = True
@@ -75,12 +73,12 @@ class ViTMAEConfig(BackboneConfig):
                 object.__setattr__(self, name, value)
         super().__post_init__()
 
-    def validate(self) -> None:
-        super().validate()
-        if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}. Change one of them."
-            )
+    def check_decoder(self) -> None:
+        """Check the sizes of the decoder, and the share of the patches that are hidden.
+
+        Raises:
+            ConfigError: a size does not fit the heads, or no patch would be visible, or none hidden.
+        """
         for name, heads in (
             ("hidden_size", self.num_heads),
             ("decoder_hidden_size", self.decoder_num_heads),
@@ -98,9 +96,14 @@ class ViTMAEConfig(BackboneConfig):
             )
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        raise NotImplementedError
+
+    @property
     def num_patches(self) -> int:
         """N."""
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(self.grid)
 
     @property
     def num_visible(self) -> int:
@@ -123,12 +126,46 @@ class ViTMAEConfig(BackboneConfig):
             head_dim=None,
         )
 
+
+@dataclass(frozen=True, kw_only=True)
+class ViTMAEConfig(MaskedConfig):
+    """Fields of ViT-MAE.
+
+    Attributes:
+        image_size: side of the images in pixels, a multiple of ``patch_size``.
+    """
+
+    image_size: int = 224
+
+    def validate(self) -> None:
+        super().validate()
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}. Change one of them."
+            )
+        self.check_decoder()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.image_size // self.patch_size, self.image_size // self.patch_size
+
     def parameter_count(self) -> int:
         """Return the number of parameters of encoder and decoder, computed from the sizes."""
         width, inner = self.decoder_hidden_size or 0, self.decoder_intermediate_size or 0
         decoder = (self.decoder_num_layers or 0) * width * (4 * width + 2 * inner)
         tables = (self.hidden_size + width) * (self.pixels + self.num_patches)
         return super().parameter_count() + decoder + tables
+
+
+# Field -> key of config.json, of the fields of the decoder and of the masks.
+DECODER_KEYS: Mapping[str, Key] = {
+    "decoder_hidden_size": Key("decoder_hidden_size", 512),
+    "decoder_num_layers": Key("decoder_num_hidden_layers", 8),
+    "decoder_num_heads": Key("decoder_num_attention_heads", 16),
+    "decoder_intermediate_size": Key("decoder_intermediate_size", 2048),
+    "mask_ratio": Key("mask_ratio", 0.75),
+    "norm_pix_loss": Key("norm_pix_loss", False),
+}
 
 
 class ViTMAE(ImageBackbone):
@@ -150,12 +187,7 @@ class ViTMAE(ImageBackbone):
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **ENCODER_KEYS,
         "qkv_bias": Key("qkv_bias", True),
-        "decoder_hidden_size": Key("decoder_hidden_size", 512),
-        "decoder_num_layers": Key("decoder_num_hidden_layers", 8),
-        "decoder_num_heads": Key("decoder_num_attention_heads", 16),
-        "decoder_intermediate_size": Key("decoder_intermediate_size", 2048),
-        "mask_ratio": Key("mask_ratio", 0.75),
-        "norm_pix_loss": Key("norm_pix_loss", False),
+        **DECODER_KEYS,
     }
 
     def __init__(self, config: ViTMAEConfig) -> None:
@@ -216,6 +248,51 @@ class ViTMAE(ImageBackbone):
         ]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
+        return PixelDecoder.names(self.config)
+
+
+class PixelDecoder(nn.Module):
+    """Predict the pixels of all patches from the encoded ones, (B, 1 + K, D) -> (B, N, p · p · C), channels last.
+
+    Without ``visible_index`` in the batch, all patches are encoded in their order.
+
+    Args:
+        config: sizes of the decoder and of the grid.
+        lead: tokens before the patches.
+    """
+
+    constant_buffers: ClassVar[tuple[str, ...]] = ("positions",)
+
+    def __init__(self, config: MaskedConfig, lead: int = 1) -> None:
+        super().__init__()
+        block, self.num_patches, self.lead = config.decoder_block(), config.num_patches, lead
+        self.embed = nn.Linear(config.hidden_size, block.hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, block.hidden_size))
+        self.positions: Tensor
+        table = grid_positions(config.grid, block.hidden_size, class_token=lead)
+        self.register_buffer("positions", table[None])
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.decoder_num_layers or 0))
+        self.norm = LayerNorm(block.hidden_size, config.norm_eps)
+        self.predict = nn.Linear(block.hidden_size, config.pixels)
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        x, lead = self.embed(hidden), self.lead
+        visible = batch.get("visible_index")
+        if visible is not None:
+            token = self.mask_token.to(x.dtype)
+            places = (visible + lead)[..., None].expand(-1, -1, x.shape[-1])
+            known = x
+            x = token.expand(len(x), lead + self.num_patches, -1)
+            x = torch.cat((known[:, :lead], x[:, lead:]), dim=1).scatter(1, places, known[:, lead:])
+        x = x + self.positions
+        for layer in self.layers:
+            x = layer(x, mask=None)
+        pixels: Tensor = self.predict(self.norm(x)[:, lead:])
+        return pixels
+
+    @staticmethod
+    def names(config: MaskedConfig) -> list[Name]:
+        """Return the rules for the parameters of the decoder as a head."""
         parts = {
             "decoder_embed": "embed",
             "mask_token": "mask_token",
@@ -224,7 +301,7 @@ class ViTMAE(ImageBackbone):
             "decoder_pred": "predict",
         }
         # The decoder has its own number of blocks, so {n}, which counts those of the encoder, cannot be used.
-        for n in range(self.config.decoder_num_layers):
+        for n in range(config.decoder_num_layers or 0):
             parts |= {
                 f"decoder_layers.{n}.{disk}": f"layers.{n}.{own}"
                 for disk, own in BLOCK_NAMES.items()
@@ -232,41 +309,3 @@ class ViTMAE(ImageBackbone):
         return [
             Name(f"decoder.{disk}", (f"head.{own}",), body=False) for disk, own in parts.items()
         ]
-
-
-class PixelDecoder(nn.Module):
-    """Predict the pixels of all patches from the encoded ones, (B, 1 + K, D) -> (B, N, p · p · C), channels last.
-
-    Without ``visible_index`` in the batch, all patches are encoded in their order.
-    """
-
-    constant_buffers: ClassVar[tuple[str, ...]] = ("positions",)
-
-    def __init__(self, config: ViTMAEConfig) -> None:
-        super().__init__()
-        block, self.num_patches = config.decoder_block(), config.num_patches
-        self.embed = nn.Linear(config.hidden_size, block.hidden_size)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, block.hidden_size))
-        side = config.image_size // config.patch_size
-        self.positions: Tensor
-        self.register_buffer(
-            "positions", grid_positions(side, block.hidden_size, class_token=True)[None]
-        )
-        self.layers = nn.ModuleList(Block(block) for _ in range(config.decoder_num_layers or 0))
-        self.norm = LayerNorm(block.hidden_size, config.norm_eps)
-        self.predict = nn.Linear(block.hidden_size, config.pixels)
-
-    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        x = self.embed(hidden)
-        visible = batch.get("visible_index")
-        if visible is not None:
-            token = self.mask_token.to(x.dtype)
-            places = (visible + 1)[..., None].expand(-1, -1, x.shape[-1])
-            known = x
-            x = token.expand(len(x), 1 + self.num_patches, -1)
-            x = torch.cat((known[:, :1], x[:, 1:]), dim=1).scatter(1, places, known[:, 1:])
-        x = x + self.positions
-        for layer in self.layers:
-            x = layer(x, mask=None)
-        pixels: Tensor = self.predict(self.norm(x)[:, 1:])
-        return pixels

@@ -98,20 +98,23 @@ class PatchEmbedding(nn.Module):
             )
 
 
-def grid_positions(side: int, hidden_size: int, *, class_token: bool) -> Tensor:
-    """Return sines and cosines of column and row, (side², D), after a row of zeros for a class token.
+def grid_positions(side: int | tuple[int, int], hidden_size: int, *, class_token: int) -> Tensor:
+    """Return sines and cosines of column and row, (N, D), after as many rows of zeros as there are class tokens.
+
+    ``side`` is that of a square grid, or rows and columns.
 
     The first half of the features tells the column and the second the row, as in the published weights of MAE
     (arXiv 2111.06377); D must be a multiple of 4.
     """
     quarter = hidden_size // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    place = torch.arange(side, dtype=torch.float64)[:, None] * frequency
-    waves = torch.cat((place.sin(), place.cos()), dim=1)  # (side, D / 2)
-    column, row = waves.repeat(side, 1), waves.repeat_interleave(side, 0)
+    rows, columns = (side, side) if isinstance(side, int) else side
+    place = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency
+    waves = torch.cat((place.sin(), place.cos()), dim=1)  # (longer side, D / 2)
+    column, row = waves[:columns].repeat(rows, 1), waves[:rows].repeat_interleave(columns, 0)
     table = torch.cat((column, row), dim=1)
     if class_token:
-        table = torch.cat((table.new_zeros(1, table.shape[1]), table))
+        table = torch.cat((table.new_zeros(int(class_token), table.shape[1]), table))
     return table.float()
 
 

@@ -53,6 +53,7 @@ TASKS = {
     "image-classification": "pretrain.objectives.image_classification.ImageClassification",
     "segmentation": "pretrain.objectives.segmentation.Segmentation",
     "object-detection": "pretrain.objectives.object_detection.ObjectDetection",
+    "audio-classification": "pretrain.objectives.audio_classification.AudioClassification",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}
@@ -66,6 +67,7 @@ OBJECTIVES = {
     "Contrastive": "pretrain.objectives.contrastive.Contrastive",
     "SigmoidContrastive": "pretrain.objectives.contrastive.SigmoidContrastive",
     "ImageClassification": "pretrain.objectives.image_classification.ImageClassification",
+    "AudioClassification": "pretrain.objectives.audio_classification.AudioClassification",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.mixing import Mixing
-from pretrain.data.images.rows import pictures
+from pretrain.data.images.rows import IMAGES, Medium, pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
@@ -24,7 +24,7 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.image_task import ImageTask
-from pretrain.objectives.row_pixels import pixel_values
+from pretrain.objectives.row_pixels import pixel_values, values_key
 from pretrain.objectives.tasks import Learned
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class ImageClassification(ImageTask, Classification):
     recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     head_kind: ClassVar[str | None] = "image-classification"
     figures: ClassVar[tuple[str, ...] | None] = Classification.figures
+    medium: ClassVar[Medium] = IMAGES
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class ImageClassification(ImageTask, Classification):
             codes=codes,
             pack=False,
         )
-        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.augmentation: Any = Augmentation(crop, flip, randaugment)
         self.mixing = Mixing(mixup, cutmix)
         config: Any = model.backbone.config
         if pooling is not None and not hasattr(config, "pooling"):
@@ -105,9 +106,9 @@ class ImageClassification(ImageTask, Classification):
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """As for texts; and every image becomes a ``Picture``, whose content tells duplicates and fingerprints."""
+        """As for texts; and every image becomes an item, whose content tells duplicates and fingerprints."""
         tidied = super().tidy(table, learned, options)
-        columns = {**tidied.columns, "image": pictures(tidied)}
+        columns = {**tidied.columns, cls.medium.column: pictures(tidied, medium=cls.medium)}
         return tidied.with_columns(columns, tidied.label_names)
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
@@ -115,7 +116,7 @@ class ImageClassification(ImageTask, Classification):
         found = pixel_values(
             self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=self.name
         )
-        return {"pixel_values": found}
+        return {values_key(self.model): found}
 
     # ------------------------------------------------------------------ rows of pre-training
 
@@ -190,8 +191,8 @@ class ImageClassification(ImageTask, Classification):
     def count(self, batch: Batch) -> torch.Tensor:
         if "labels" not in batch:
             raise DataError(
-                "The rows have no labels, from which an image is classified. Give each row labels, the number of its "
-                "class; data.source images reads them unless data.source_args.labels is false."
+                f"The rows have no labels, from which {self.medium.many} are classified. Give each row labels, the "
+                "number of its class; data.source reads them unless data.source_args.labels is false."
             )
         return super().count(batch)
 

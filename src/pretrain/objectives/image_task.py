@@ -1,26 +1,30 @@
-"""Base class of fine-tuning tasks that read images: rows, image processor, sizes, and the inputs of ``predict``."""
+"""Base class of fine-tuning tasks that read images or recordings: rows, processor, sizes, inputs of ``predict``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 
 from pretrain.config.spelling import option
-from pretrain.data.images import ImageProcessor, Picture
-from pretrain.data.images.rows import decoded, is_image_source, parts_of, read_images
+from pretrain.data.images import ImageProcessor
+from pretrain.data.images.rows import (
+    IMAGES,
+    Medium,
+    decoded,
+    is_image_source,
+    parts_of,
+    read_images,
+)
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.objectives.row_pixels import check_processor
+from pretrain.objectives.row_pixels import check_processor, values_key
 from pretrain.objectives.tasks import Task
 from pretrain.utils.files import note
-
-if TYPE_CHECKING:
-    from pretrain.data.images.decode import Stored
 
 __all__ = ["ImageTask", "shown_answers", "spread"]
 
@@ -28,7 +32,9 @@ _JUDGED = 60  # rows among which those of the report are chosen
 
 
 class ImageTask(Task):
-    """Base class of the tasks of images; its other base class tells what is answered."""
+    """Base class of the tasks of images or of another ``medium``; its other base class tells what is answered."""
+
+    medium: ClassVar[Medium] = IMAGES
 
     @classmethod
     def refuse_length(cls, max_length: int | None) -> None:
@@ -40,7 +46,7 @@ class ImageTask(Task):
         if max_length is not None:
             raise ConfigError(
                 f"{option('max_length', max_length)} counts the tokens of a text, and the task {cls.name} reads "
-                "images. Leave it out; the size of images is that in preprocessor_config.json."
+                f"{cls.medium.many}. Leave it out; their size is that in preprocessor_config.json."
             )
 
     def check_processor(self) -> None:
@@ -54,7 +60,7 @@ class ImageTask(Task):
             model.processor = model.backbone.default_processor(model.backbone.config)
             if model.processor is not None:
                 note(
-                    f"the model has no preprocessor_config.json; its images are read by {model.processor}"
+                    f"the model has no preprocessor_config.json; its {self.medium.many} are read by {model.processor}"
                 )
         check_processor(model, f"The task {self.name}")
 
@@ -70,28 +76,31 @@ class ImageTask(Task):
         note(f"the image processor cut out the middle of an image; {self.name} reads whole images")
 
     @property
-    def processor(self) -> ImageProcessor:
-        """The image processor of the model."""
-        found: ImageProcessor = self.model.processor
-        return found
+    def processor(self) -> Any:
+        """The processor of the model, for images an ``ImageProcessor``."""
+        return self.model.processor
 
     @property
     def limits(self) -> list[str]:
+        known = [f"It knows no other labels, and names one of them for any {self.medium.column}."]
+        return [self.reading, *known * (len(self.model.labels or ()) > 1)]
+
+    @property
+    def reading(self) -> str:
+        """A sentence for the model card on how an input is read."""
         size = self.processor.size or (0, 0)
-        known = ["It knows no other labels, and names one of them for any image."]
-        read = f"An image is scaled to {size[0]} x {size[1]} pixels."
-        return [read, *known * (len(self.model.labels or ()) > 1)]
+        return f"An image is scaled to {size[0]} x {size[1]} pixels."
 
     @classmethod
     def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
-        return read_images(source, name=name, **options)
+        return read_images(source, name=name, medium=cls.medium, **options)
 
     @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
-        return parts_of(source)
+        return parts_of(source, cls.medium)
 
     def encode_inputs(
-        self, table: Table, *, targets: bool, target: Callable[[int, Stored], Any] | None = None
+        self, table: Table, *, targets: bool, target: Callable[[int, Any], Any] | None = None
     ) -> tuple[TaskRows, list[int]]:
         """Decode every image once, so that a broken one is counted and named before the first step.
 
@@ -101,25 +110,34 @@ class ImageTask(Task):
             target: returns further values of the example of a row, or as a text the reason why it has none.
         """
         rows, kept = TaskRows(size=self._patches()), []
-        for i, image, text in decoded(table, required=targets):
+        for i, image, text in decoded(table, required=targets, medium=self.medium):
             if image is None:
-                rows.drop(i, text or "no image")
+                rows.drop(i, text or f"no {self.medium.column}")
                 continue
             more = {} if target is None else target(i, image)
             if isinstance(more, str):
                 rows.drop(i, more)
                 continue
-            if text is not None:
-                rows.remark(i, text)
-            rows.add(i, {"image": image, **more}, image.size)  # type: ignore[dict-item]
+            for remark in (text, self.remark(image)):
+                if remark is not None:
+                    rows.remark(i, remark)
+            rows.add(i, {self.medium.column: image, **more}, getattr(image, "size", None))
             kept.append(i)
         return rows, kept
 
+    def remark(self, stored: Any) -> str | None:
+        """Return a remark on a decoded input, such as on what of it is not read."""
+        return None
+
     def _patches(self) -> int:
         """What one image costs, in the unit of the model."""
-        size, model = self.processor.size or (1, 1), self.model
-        shape = (1, self.processor.channels, *size)
-        return model.backbone.units({"pixel_values": torch.empty(shape, device="meta")})
+        values = torch.empty(self.shape, device="meta")
+        return self.model.backbone.units({values_key(self.model): values})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values of one image, with a dimension for the batch."""
+        return (1, self.processor.channels, *(self.processor.size or (1, 1)))
 
     def sizes(self, rows: TaskRows) -> str:
         size = self.processor.size or (0, 0)
@@ -133,29 +151,46 @@ class ImageTask(Task):
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
         """One image (a path, an array (H, W) or (H, W, C), an image of Pillow), or several in a list or an array."""
         array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
-        path = Path(inputs) if isinstance(inputs, str | Path) else None
-        if path is not None and is_image_source(path) and path.suffix.lower() not in (".npz",):
-            table = read_images(path)
-            return table, not path.is_dir() and len(table) == 1
-        if path is not None:
-            if path.suffix.lower() == ".npz":
-                return read_images(path), False
-            if not path.suffix:  # neither an image nor a table
-                _check_paths([path])
-            return None
+        if isinstance(inputs, str | Path):
+            return self._of_path(Path(inputs))
         channels = array == 3 and (
             inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4)
         )
-        if array == 2 or channels or hasattr(inputs, "getbands"):
-            return _table([inputs]), True
+        if array == 2 or channels or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
+            return self.table([inputs]), True
         if array in (3, 4):
-            return _table(list(inputs)), False
-        if isinstance(inputs, bytes):
-            return _table([inputs]), True
+            return self.table(list(inputs)), False
         several = isinstance(inputs, list | tuple) and len(inputs)
         if several and not isinstance(inputs[0], Mapping):
-            return _table(list(inputs)), False
+            return self.table(list(inputs)), False
         return None
+
+    def _of_path(self, path: Path) -> tuple[Table, bool] | None:
+        """Return the rows of a folder or file; None for a table with one row for each."""
+        if is_image_source(path, self.medium):
+            table, many = read_images(path, medium=self.medium), path.suffix.lower() == ".npz"
+            return table, not many and not path.is_dir() and len(table) == 1
+        if not path.suffix:  # neither an image nor a table
+            self._check_paths([path])
+        return None
+
+    def _check_paths(self, given: Sequence[Any]) -> None:
+        """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
+        for i, path in enumerate(given, start=1):
+            named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
+            if named and not Path(path).expanduser().exists():
+                column = self.medium.column
+                raise DataError(f"{column} {i}: there is no file {str(path)[:200]!r}.")
+
+    def table(self, given: Sequence[Any]) -> Table:
+        """Return images of a caller as a table."""
+        self._check_paths(given)
+        medium = self.medium
+        held = [
+            medium.make(v, f"{medium.column} {i}") if hasattr(v, "dtype") or medium.holds(v) else v
+            for i, v in enumerate(given, start=1)
+        ]
+        return Table("inputs", {medium.column: held}, origin="the inputs", unit="index")
 
 
 def shown_answers(task: Task, table: Table) -> list[tuple[int, dict[str, Any]]]:
@@ -173,23 +208,3 @@ def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     if len(order) <= count:
         return order
     return [order[round(k * (len(order) - 1) / (count - 1))] for k in range(count)]
-
-
-def _check_paths(images: Sequence[Any]) -> None:
-    """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
-    for i, path in enumerate(images, start=1):
-        named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
-        if named and not Path(path).expanduser().exists():
-            raise DataError(f"image {i}: there is no file {str(path)[:200]!r}.")
-
-
-def _table(images: Sequence[Any]) -> Table:
-    """Return images of a caller as a table."""
-    _check_paths(images)
-    held = [
-        Picture(v.numpy() if hasattr(v, "numpy") else v, f"image {i}")
-        if hasattr(v, "dtype") or hasattr(v, "getbands")
-        else v
-        for i, v in enumerate(images, start=1)
-    ]
-    return Table("inputs", {"image": held}, origin="the inputs", unit="index")

@@ -1,4 +1,7 @@
-"""Masked autoencoding of images: predict the pixels of hidden patches from the visible ones (MAE, arXiv 2111.06377)."""
+"""Masked autoencoding of images: predict the pixels of hidden patches from the visible ones (MAE, arXiv 2111.06377).
+
+Spectrograms are images of one channel: their rows are mel bands, their columns frames (AudioMAE, arXiv 2207.06405).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.config.spelling import option
+from pretrain.data.audio.augment import SpectrogramChanges
 from pretrain.data.images.augment import Augmentation
-from pretrain.errors import ModelError
+from pretrain.errors import ConfigError, ModelError
 from pretrain.nn.patches import patch_pixels
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
-from pretrain.objectives.row_pixels import pixel_values
+from pretrain.objectives.row_pixels import pixel_values, reads_audio, values_key
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
@@ -29,17 +34,17 @@ class MaskedImage(Objective):
     """Predict the pixels of hidden patches; the encoder computes only the visible ones.
 
     Args:
-        model: a ViT-MAE model with its decoder.
+        model: a ViT-MAE model with its decoder, or an audio spectrogram transformer with one.
         mask_ratio: share of the patches that are hidden; not given, that of the model's config, 0.75 in a new model.
         norm_pixels: give the pixels of each target patch mean 0 and variance 1; not given, ``norm_pix_loss`` of the
             model's config, which is true in a new model. Both are recorded in config.json.
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops. For rows of
-            images, not for rows of pixel values.
+            images, not for rows of pixel values or of audio.
         flip: mirror half of the training images.
 
     Raises:
         ModelError: the model has no decoder of pixels.
-        ConfigError: ``mask_ratio`` leaves no patch visible, or none hidden.
+        ConfigError: ``mask_ratio`` leaves no patch visible, or none hidden; or audio is to be cropped or mirrored.
     """
 
     head_kind: ClassVar[str | None] = "masked-image"
@@ -59,12 +64,21 @@ class MaskedImage(Objective):
                 f"MaskedImage needs a model with a decoder of pixels; this {model.backbone.model_type} model has the "
                 f"head {model.head_kind!r}. Build the family vit_mae."
             )
+        audio = reads_audio(model)
+        if audio and (crop, flip) != (1.0, False):
+            raise ConfigError(
+                f"{option('crop', crop)} and {option('flip', flip)} are for images, and this model reads audio. Leave "
+                "them out."
+            )
         given = {"mask_ratio": mask_ratio, "norm_pix_loss": norm_pixels}
         given = {key: value for key, value in given.items() if value is not None}
         config = model.backbone.config = replace(model.backbone.config, **given)
         self.num_patches, self.num_visible = config.num_patches, config.num_visible
         self.patch_size, self.norm_pixels = config.patch_size, config.norm_pix_loss
-        self.augmentation = Augmentation(crop, flip)
+        if audio:
+            config.check_decoder()
+        self.key = values_key(model)
+        self.augmentation = SpectrogramChanges() if audio else Augmentation(crop, flip)
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Choose the visible patches of each row with the row's own generator, and read its image."""
@@ -73,7 +87,7 @@ class MaskedImage(Objective):
         pixels = pixel_values(
             self.model, self.augmentation, examples, rngs, evaluation=evaluation, what="MaskedImage"
         )
-        return {"pixel_values": pixels, "visible_index": torch.from_numpy(np.stack(chosen))}
+        return {self.key: pixels, "visible_index": torch.from_numpy(np.stack(chosen))}
 
     def count(self, batch: Batch) -> Tensor:
         """Number of hidden patches."""
@@ -82,6 +96,8 @@ class MaskedImage(Objective):
 
     def targets(self, pixels: Tensor) -> Tensor:
         """Return what is predicted, (B, C, H, W) -> (B, N, p · p · C) in fp32."""
+        if pixels.ndim == 3:  # spectrograms (B, T, M)
+            pixels = pixels.transpose(1, 2)[:, None]
         target = patch_pixels(pixels.float(), self.patch_size)
         if self.norm_pixels:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as published
@@ -91,9 +107,7 @@ class MaskedImage(Objective):
     def forward(self, batch: Batch) -> Loss:
         """Sum, over the hidden patches, the mean squared error of their pixels."""
         predicted = self.model(batch)
-        error = (
-            (predicted.float() - self.targets(batch["pixel_values"])).square().mean(-1)
-        )  # (B, N)
+        error = (predicted.float() - self.targets(batch[self.key])).square().mean(-1)  # (B, N)
         hidden = torch.ones_like(error).scatter(1, batch["visible_index"], 0.0)
         return Loss((error * hidden).sum(), self.count(batch).to(error.device))
 
@@ -114,16 +128,18 @@ class MaskedImage(Objective):
         """Say how many patches are hidden."""
         hidden = self.num_patches - self.num_visible
         return [
-            f"hides {hidden} of {self.num_patches} patches of every image ({hidden / self.num_patches:.0%}); the "
+            f"hides {hidden} of {self.num_patches} patches of every row ({hidden / self.num_patches:.0%}); the "
             f"encoder computes the other {self.num_visible}"
         ]
 
     def describe(self) -> dict[str, Any]:
         """Name, masked share, kind of target, and changes of the images if there are any."""
-        changes = {"crop": self.augmentation.crop, "flip": self.augmentation.flip}
+        changed = (
+            isinstance(self.augmentation, Augmentation) and self.augmentation != Augmentation()
+        )
         return {
             "name": "MaskedImage",
             "mask_ratio": self.model.backbone.config.mask_ratio,
             "norm_pixels": self.norm_pixels,
-            **(changes if self.augmentation != Augmentation() else {}),
+            **({k: getattr(self.augmentation, k) for k in ("crop", "flip")} if changed else {}),
         }

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.data.audio import AudioProcessor
+from pretrain.data.audio.augment import SpectrogramChanges
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.processor import ImageProcessor
 from pretrain.errors import DataError, ModelError
@@ -15,11 +17,21 @@ from pretrain.objectives.base import ExampleList, Rngs, stack
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["check_processor", "given_pixels", "pixel_values"]
+__all__ = ["check_processor", "given_pixels", "pixel_values", "reads_audio", "values_key"]
 
 
-def check_processor(model: Model, what: str) -> ImageProcessor:
-    """Return the image processor of a model, if it gives all images the channels and one size.
+def reads_audio(model: Model) -> bool:
+    """Whether a model reads spectrograms, not images."""
+    return model.backbone.processor_class is AudioProcessor
+
+
+def values_key(model: Model) -> str:
+    """Return the key of batches and rows under which a model reads pixels or spectrograms."""
+    return AudioProcessor.key if reads_audio(model) else "pixel_values"
+
+
+def check_processor(model: Model, what: str) -> Any:
+    """Return the image processor of a model, if it gives all images the channels and one size; or the audio processor.
 
     Args:
         model: the model.
@@ -29,6 +41,8 @@ def check_processor(model: Model, what: str) -> ImageProcessor:
         ModelError: there is none, or it does not fit.
     """
     processor = model.processor
+    if reads_audio(model):
+        return _check_audio(model, what)
     if not isinstance(processor, ImageProcessor):
         raise ModelError(
             f"{what} reads images, and the model has no image processor. Put preprocessor_config.json into its "
@@ -48,30 +62,50 @@ def check_processor(model: Model, what: str) -> ImageProcessor:
     return processor
 
 
-def given_pixels(examples: ExampleList) -> Tensor:
-    """Stack the pixel values that rows hold, (B, C, H, W) in fp32.
+def _check_audio(model: Model, what: str) -> AudioProcessor:
+    processor, config = model.processor, model.backbone.config
+    if not isinstance(processor, AudioProcessor):
+        raise ModelError(
+            f"{what} reads audio, and the model has no audio processor. Put preprocessor_config.json into its "
+            "directory, or set model.processor to a pretrain.data.audio.AudioProcessor."
+        )
+    if processor.shape != (config.max_length, config.num_mel_bins):
+        raise ModelError(
+            f"The model reads {config.max_length} frames of {config.num_mel_bins} mel bands, and its audio processor "
+            f"returns {processor.shape[0]} of {processor.shape[1]}: max_length and num_mel_bins must be the same in "
+            "config.json and in preprocessor_config.json."
+        )
+    return processor
+
+
+def given_pixels(examples: ExampleList, key: str = "pixel_values") -> Tensor:
+    """Stack the pixel values that rows hold, (B, C, H, W) in fp32, or the spectrograms under another key.
 
     Raises:
         DataError: images of different sizes, or bytes, which no processor has brought to the values of the model.
     """
-    values = stack(examples, ("pixel_values",))["pixel_values"]
+    values = stack(examples, (key,))[key]
     if not values.is_floating_point():
-        kind = getattr(examples[0]["pixel_values"], "dtype", "integers")
+        kind = getattr(examples[0][key], "dtype", "integers")
+        column = AudioProcessor.column if key == AudioProcessor.key else "image"
         raise DataError(
-            f"pixel_values of the rows are {kind}, and a model reads normalised numbers. Give what the image processor "
-            'returns, processor(images)["pixel_values"], or rows with "image" instead, which it then reads.'
+            f"{key} of the rows are {kind}, and a model reads normalised numbers. Give what the {column} processor "
+            f'returns, processor(...)["{key}"], or rows with "{column}" instead, which it then reads.'
         )
     return values.to(torch.float32)
 
 
 def pixel_values(
-    model: Model, augmentation: Augmentation, examples: ExampleList, rngs: Rngs, *, evaluation: bool, what: str
+    model: Model, augmentation: Augmentation | SpectrogramChanges, examples: ExampleList, rngs: Rngs, *,
+    evaluation: bool, what: str,
 ) -> Tensor:  # fmt: skip
     """Return the pixel values of rows with ``image`` or ``pixel_values``, (B, C, H, W); images are changed in training.
 
+    Of rows with ``audio`` or ``input_values`` it returns the spectrograms, (B, T, M).
+
     Args:
         model: its processor reads the images.
-        augmentation: random changes of training images.
+        augmentation: random changes of training images, or of training spectrograms.
         examples: the rows.
         rngs: one generator per row.
         evaluation: whether nothing is changed.
@@ -82,17 +116,18 @@ def pixel_values(
         ModelError: the processor of the model does not fit.
     """
     first: Any = examples[0]
-    if "image" in first:
+    key, column = values_key(model), AudioProcessor.column if reads_audio(model) else "image"
+    if column in first:
         processor = check_processor(model, what)
-        held = [example["image"] for example in examples]
+        held: list[Any] = [example[column] for example in examples]
         return torch.from_numpy(augmentation.values(held, processor, rngs, evaluation=evaluation))
-    if "pixel_values" not in first:
-        raise DataError(
-            f"{what} reads rows with image or pixel_values; these have {', '.join(first)}."
+    if key not in first:
+        raise DataError(f"{what} reads rows with {column} or {key}; these have {', '.join(first)}.")
+    if augmentation != type(augmentation)() and not evaluation:
+        advice = (
+            "Set crop to 1 and leave flip and randaugment out, or give rows of images (data.source images)."
+            if isinstance(augmentation, Augmentation)
+            else "Set shift, mask_time and mask_bands to 0, or give rows of recordings (data.source audio)."
         )
-    if augmentation != Augmentation() and not evaluation:
-        raise DataError(
-            "The rows hold pixel values, which are not changed at random. Set crop to 1 and leave flip and randaugment "
-            "out, or give rows of images (data.source images)."
-        )
-    return given_pixels(examples)
+        raise DataError(f"The rows hold {key}, which are not changed at random. {advice}")
+    return given_pixels(examples, key)

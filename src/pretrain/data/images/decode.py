@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SUFFIXES",
+    "BrokenFile",
     "BrokenImage",
+    "FileItem",
     "Picture",
     "Stored",
     "flat",
@@ -82,8 +84,8 @@ def pillow() -> Any:
     return PIL.Image
 
 
-class BrokenImage(DataError):
-    """An image that cannot be decoded.
+class BrokenFile(DataError):
+    """An item that cannot be decoded.
 
     Args:
         name: what messages call the image.
@@ -91,22 +93,31 @@ class BrokenImage(DataError):
         detail: the rest of the sentence; the cause if empty.
     """
 
+    what: ClassVar[str]
+
     def __init__(self, name: str, cause: str, detail: str = "") -> None:
-        super().__init__(f"{name} cannot be read as an image: {detail or cause}.")
+        super().__init__(f"{name} cannot be read as {self.what}: {detail or cause}.")
         self.cause = cause
 
 
+class BrokenImage(BrokenFile):
+    """An image that cannot be decoded."""
+
+    what: ClassVar[str] = "an image"
+
+
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """One image of a source; it is decoded by ``read`` only.
+class FileItem:
+    """One item of a source, such as an image; it is decoded by ``read`` only.
 
     Attributes:
-        source: path of a file, the bytes of one, an array, or an image of Pillow.
+        source: path of a file, the bytes of one, or its content in memory, such as an array.
         name: what messages call it.
     """
 
     source: Any
     name: str
+    broken: ClassVar[type[BrokenFile]]
 
     def __str__(self) -> str:
         return self.name
@@ -123,13 +134,42 @@ class Picture:
                 return hashlib.sha256(source).hexdigest()
             if isinstance(source, str | Path):
                 return hashlib.sha256(self._bytes()).hexdigest()
-            # The values of a palette are no colours, so an image of Pillow is compared as it is read.
-            array = np.ascontiguousarray(self.read()[0] if hasattr(source, "getbands") else source)
-        except BrokenImage:
+            array = self._content()
+        except BrokenFile:
             called = source if isinstance(source, str | Path) else self.name
             return hashlib.sha256(f"unreadable {called}".encode("utf-8", "replace")).hexdigest()
         head = f"{array.dtype.str} {array.shape} ".encode()
         return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+    def _bytes(self) -> bytes:
+        try:
+            return Path(self.source).read_bytes()
+        except (OSError, ValueError) as error:  # the latter of a path with a null character
+            why = getattr(error, "strerror", None) or str(error)
+            raise self.broken(self.name, why[0].lower() + why[1:]) from error
+
+    def _content(self) -> NDArray[Any]:
+        """Return the content in memory, by which two items are compared."""
+        return np.ascontiguousarray(self.source)
+
+    def read(self) -> tuple[Any, str | None]:
+        """Decode the item; return it with a remark on what was left out, or None.
+
+        Raises:
+            BrokenFile: it cannot be decoded.
+        """
+        raise NotImplementedError
+
+
+class Picture(FileItem):
+    """One image of a source: a file, its bytes, an array, or an image of Pillow."""
+
+    broken: ClassVar[type[BrokenFile]] = BrokenImage
+
+    def _content(self) -> NDArray[Any]:
+        # The values of a palette are no colours, so an image of Pillow is compared as it is read.
+        image = hasattr(self.source, "getbands")
+        return np.ascontiguousarray(self.read()[0] if image else self.source)
 
     def thumbnail(self, side: int = 96) -> str:
         """Return a small copy as the address of an image in a page, ``data:image/png;base64,...``."""
@@ -138,13 +178,6 @@ class Picture:
         file = io.BytesIO()
         image.save(file, "PNG")
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-    def _bytes(self) -> bytes:
-        try:
-            return Path(self.source).read_bytes()
-        except (OSError, ValueError) as error:  # the latter of a path with a null character
-            why = getattr(error, "strerror", None) or str(error)
-            raise BrokenImage(self.name, why[0].lower() + why[1:]) from error
 
     def read(self) -> tuple[Image, str | None]:
         """Decode the image.
@@ -282,11 +315,13 @@ class Stored:
 
     Attributes:
         size: width and height.
+        nbytes: memory of the decoded form that is kept.
     """
 
     def __init__(self, picture: Picture, image: Image, *, keep: bool = True) -> None:
         self.picture, self.size = picture, image.size
         self.pixels = np.asarray(image) if keep else None
+        self.nbytes = 0 if self.pixels is None else self.pixels.nbytes
 
     def image(self) -> Image:
         """Return the decoded image.

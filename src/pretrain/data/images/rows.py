@@ -1,7 +1,7 @@
 """Rows of images: folders by class, arrays in ``.npz`` and IDX files, and columns of paths, bytes or arrays.
 
 A source is read into a ``Table`` like one of text: the column ``image`` holds ``Picture`` objects, the column ``label``
-the classes. Nothing is decoded here.
+the classes. Nothing is decoded here. A ``Medium`` says what other files, such as recordings, have instead of images.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Stored, in_threads
+from pretrain.data.images.decode import (
+    SUFFIXES,
+    BrokenFile,
+    FileItem,
+    Picture,
+    Stored,
+    in_threads,
+)
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.printing import console
@@ -30,7 +38,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "IMAGES",
+    "Medium",
     "decoded",
+    "from_list",
     "image_files",
     "is_image_source",
     "part_for",
@@ -52,7 +63,7 @@ _FOR = {
     "test": ("test",),
     "data": ("test", "valid", "train"),
 }
-_IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets")
+_LABELS = ("labels", "label", "y", "targets")
 _MASKS = ("masks", "mask", "segmentation", "segmentations")
 _CLASSES = ("class_names", "classes", "label_names", "names")
 _SMALL = 32  # side of images for classical methods
@@ -63,22 +74,87 @@ _IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
 
 
 class ImageTable(Table):
-    """A table whose rows are called by their image, such as the path of a file."""
+    """A table whose rows are called by their image or other file, such as its path."""
 
     def where(self, i: int) -> str:
-        """Return the name of the image of row `i`."""
-        images = self.columns.get("image")
-        return str(images[i]) if images is not None else super().where(i)
+        """Return the name of the file of row `i`."""
+        first = next((v for c in self.columns.values() for v in c[:1]), None)
+        if not isinstance(first, FileItem):
+            return super().where(i)
+        return str(next(iter(self.columns.values()))[i])
 
 
-def is_image_source(path: Path) -> bool:
+@dataclass(frozen=True)
+class Medium:
+    """What the rows of a source hold beside their labels, such as images: how it is recognised, read and called.
+
+    Attributes:
+        column: column of a table, ``image``.
+        many: plural for messages, ``images``.
+        item: class of the values of the column.
+        stored: class of the values of training rows, made of an item, its decoded form and ``keep``.
+        suffixes: endings of file names.
+        arrays: names of the array in a ``.npz`` file; the first is the usual one.
+        dimensions: numbers of dimensions that an array of one row may have.
+        shapes: shape of an array of all rows, for messages.
+        cell: what a cell may be, for messages.
+    """
+
+    column: str
+    many: str
+    item: type[FileItem]
+    stored: Callable[..., Any]
+    suffixes: frozenset[str]
+    arrays: tuple[str, ...]
+    dimensions: tuple[int, ...]
+    shapes: str
+    cell: str
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value in memory is one item."""
+        return isinstance(value, FileItem) or (
+            getattr(value, "ndim", 0) in self.dimensions and hasattr(value, "dtype")
+        )
+
+    def make(self, value: Any, name: str) -> FileItem:
+        """Return a value in memory, a path or the bytes of a file as an item."""
+        return self.item(value.numpy() if hasattr(value, "numpy") else value, name)
+
+    def from_mapping(self, value: Mapping[str, Any], name: str) -> FileItem | str | None:
+        """Return an entry of the ``datasets`` library as an item, or the path that it names."""
+        content, path = value.get("bytes"), value.get("path")
+        return self.item(content, f"{path} ({name})" if path else name) if content else path
+
+    def column_of(
+        self, path: Path, arrays: Mapping[str, Any], roles: Mapping[str, str]
+    ) -> list[Any]:
+        """Return the items of the arrays of a ``.npz`` file."""
+        return _array_items(self, path, arrays[roles[self.column]])
+
+
+class _Images(Medium):
+    def holds(self, value: Any) -> bool:
+        return hasattr(value, "getbands") or super().holds(value)
+
+
+IMAGES = _Images(
+    "image", "images", Picture, Stored, SUFFIXES, ("images", "image", "x", "data", "arr_0"), (2, 3),
+    "(rows, height, width) or (rows, height, width, channels)",
+    "a path, the bytes of a file, an array (height, width, channels) or an image of Pillow",
+)  # fmt: skip
+
+
+def is_image_source(path: Path, medium: Medium = IMAGES) -> bool:
     """Whether a path is a folder, a file of arrays or an image, and no table with one row for each image."""
     suffix = path.suffix.lower()
-    return path.is_dir() or suffix == ".npz" or suffix in SUFFIXES or bool(_IDX.match(path.name))
+    idx = medium is IMAGES and bool(_IDX.match(path.name))
+    return path.is_dir() or suffix == ".npz" or suffix in medium.suffixes or idx
 
 
-def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
-    """Read rows of images.
+def read_images(
+    source: Any, *, name: str = "data", medium: Medium = IMAGES, **options: Any
+) -> Table:
+    """Read rows of images, or of another medium.
 
     Args:
         source: a folder with one folder of images for each class, or with such a folder for each part (``train``,
@@ -86,33 +162,36 @@ def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
             if there are any, ``class_names``; an IDX file with its labels beside it; one image; or whatever
             ``read_table`` reads, with a column of paths (relative to the file), bytes, arrays or images of Pillow.
         name: what the rows are for, ``train``, ``validation``, ``test`` or ``data``, by which a part is chosen.
+        medium: what the files hold.
         **options: see ``read_table``.
 
     Raises:
         DataError: there are no images, or the source cannot be read.
     """
-    if isinstance(source, str | Path) and is_image_source(Path(os.path.expanduser(source))):
+    if isinstance(source, str | Path) and is_image_source(Path(os.path.expanduser(source)), medium):
         if extra := [key for key, value in options.items() if value is not None]:
             raise DataError(
-                f"{extra[0]} is for files of rows, but {source} holds images. Leave it out."
+                f"{extra[0]} is for files of rows, but {source} holds {medium.many}. Leave it out."
             )
         path = Path(os.path.expanduser(source))
         if not path.exists():
             raise DataError(f"{source} does not exist.")
-        table = _table(path, part_for(path, name))
+        table = _table(path, part_for(path, name, medium), medium)
         if not len(table):
-            raise DataError(f"{source} holds no images ({', '.join(sorted(SUFFIXES)[:6])}, ...).")
+            endings = sorted(medium.suffixes)
+            known = ", ".join(endings[:6]) + ", ..." * (len(endings) > 6)
+            raise DataError(f"{source} holds no {medium.many} ({known}).")
         return table
-    return read_table(_wrapped(source), name=name, **options)
+    return read_table(_wrapped(source, medium), name=name, **options)
 
 
-def part_for(path: Path, name: str) -> Any:
+def part_for(path: Path, name: str, medium: Medium = IMAGES) -> Any:
     """Return which part of a source is read for the rows ``name``: a folder, or what ``_table`` reads of a file.
 
     Raises:
         DataError: there is none for these rows.
     """
-    found = _parts(path)
+    found = _parts(path, medium)
     part = next((part for part in _FOR.get(name, ("train",)) if part in found), None)
     if part is None and "" not in found:
         raise DataError(
@@ -127,103 +206,112 @@ def part_for(path: Path, name: str) -> Any:
     return found[part or ""]
 
 
-def parts_of(source: Any) -> list[str]:
+def parts_of(source: Any, medium: Medium = IMAGES) -> list[str]:
     """Return the parts of a source of images: of ``train``, ``valid`` and ``test``; empty for one without parts."""
     if not isinstance(source, str | Path):
         return []
     path = Path(os.path.expanduser(source))
-    if not is_image_source(path) or not path.exists():
+    if not is_image_source(path, medium) or not path.exists():
         return []
-    return [part for part in _parts(path) if part]
+    return [part for part in _parts(path, medium) if part]
 
 
-def stream_images(path: Path, size: int) -> Iterator[Chunk]:
+def stream_images(path: Path, size: int, medium: Medium = IMAGES) -> Iterator[Chunk]:
     """Yield the images of a folder or file in chunks of ``size`` rows; their names stand in the column ``image``."""
-    table = read_images(path)
+    table = read_images(path, medium=medium)
     for start in range(0, len(table), size):
         part = table.take(range(start, min(start + size, len(table))))
         yield Chunk(
             [
-                {k: str(v) if isinstance(v, Picture) else v for k, v in row.items()}
+                {k: str(v) if isinstance(v, FileItem) else v for k, v in row.items()}
                 for row in part.rows()
             ],
             part,
         )
 
 
-def pictures(table: Table, role: str = "image") -> list[Picture | None]:
+def pictures(table: Table, role: str = "", medium: Medium = IMAGES) -> list[Any]:
     """Return the images of a column; None where a cell is empty.
 
     Args:
         table: a text in the column is a path, relative to the file that the table was read from.
-        role: the column.
+        role: the column; that of the medium if empty.
+        medium: what the cells are.
 
     Raises:
         DataError: a cell is no image; names the row.
     """
     folder = Path(table.origin).parent if table.origin and Path(table.origin).is_file() else None
-    return [_picture(value, table, i, folder) for i, value in enumerate(table.columns[role])]
+    column = table.columns[role or medium.column]
+    return [_picture(value, table, i, folder, medium) for i, value in enumerate(column)]
 
 
-def decoded(table: Table, *, required: bool) -> Iterator[tuple[int, Stored | None, str | None]]:
+def decoded(
+    table: Table, *, required: bool, medium: Medium = IMAGES
+) -> Iterator[tuple[int, Any, str | None]]:
     """Decode every image of a table once, so that a broken one is found before it is needed.
 
     Args:
         table: has a column ``image``.
         required: a file that does not exist is an error, not a row that is left out.
+        medium: what the files hold.
 
     Returns:
-        For each row its index, the image, and a remark on it; or None and the reason why there is none. The first
-        images, up to a gigabyte, are kept in their decoded form.
+        For each row its index, the image (``medium.stored``), and a remark on it; or None and the reason why there is
+        none. The first images, up to a gigabyte, are kept in their decoded form.
 
     Raises:
         DataError: a file does not exist, which a wrong folder causes for many; names the first.
     """
     room = _KEPT
-    for i, picture, found in _read_all(table):
+    for i, picture, found in _read_all(table, medium=medium):
         if picture is None:
-            yield i, None, "no image"
-        elif isinstance(found, BrokenImage):
+            yield i, None, f"no {medium.column}"
+        elif isinstance(found, BrokenFile):
             if required and isinstance(found.__cause__, FileNotFoundError):
                 raise DataError(
                     f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that names "
                     "them; correct them, or leave the row out."
                 ) from found
-            yield i, None, f"broken image ({found.cause})"
+            yield i, None, f"broken {medium.column} ({found.cause})"
         else:
             image, remark = found
-            room -= image.width * image.height * len(image.getbands())
-            yield i, Stored(picture, image, keep=room >= 0), remark
+            stored = medium.stored(picture, image, keep=room > 0)
+            room -= stored.nbytes
+            yield i, stored, remark
 
 
 def _read_all(
-    table: Table, then: Callable[[Image], Any] = lambda image: image
-) -> Iterator[tuple[int, Picture | None, Any]]:
+    table: Table, then: Callable[[Any], Any] = lambda image: image, medium: Medium = IMAGES
+) -> Iterator[tuple[int, Any, Any]]:
     """Decode the images of a table, files in several threads and many under a bar of progress.
 
     Args:
         table: has a column ``image``.
         then: what is kept of a decoded image.
+        medium: what the files hold.
 
     Returns:
-        For each row its index; its picture, or None; and what is kept with the remark, or the ``BrokenImage``.
+        For each row its index; its picture, or None; and what is kept with the remark, or the ``BrokenFile``.
     """
     from tqdm import tqdm
 
-    def read(picture: Picture | None) -> Any:
+    def read(picture: FileItem | None) -> Any:
         if picture is None:
             return None
         try:
             image, remark = picture.read()
-        except BrokenImage as error:
+        except BrokenFile as error:
             return error
         return then(image), remark
 
-    held = pictures(table)
+    held = pictures(table, medium=medium)
     files = any(p is not None and isinstance(p.source, bytes | str | Path) for p in held)
     found = (in_threads if files else map)(read, held)
     quiet = len(held) < _MANY or is_muted()
-    with tqdm(total=len(held), unit="image", disable=quiet, leave=False, file=console()) as bar:
+    with tqdm(
+        total=len(held), unit=medium.column, disable=quiet, leave=False, file=console()
+    ) as bar:
         for i, (picture, result) in enumerate(zip(held, found, strict=True)):
             bar.update()
             yield i, picture, result
@@ -258,39 +346,38 @@ def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[
     return [([vector(small) for _, small in rows], [i for i, _ in rows]) for rows in found]
 
 
-def _picture(value: Any, table: Table, i: int, folder: Path | None) -> Picture | None:
-    if isinstance(value, Picture):
+def _picture(
+    value: Any, table: Table, i: int, folder: Path | None, medium: Medium
+) -> FileItem | None:
+    if isinstance(value, Mapping):
+        value = medium.from_mapping(value, table.where(i))
+    if isinstance(value, FileItem):
         return value
-    if isinstance(value, Mapping):  # an image of the datasets library
-        content, path = value.get("bytes"), value.get("path")
-        name = f"{path} ({table.where(i)})" if path else table.where(i)
-        value = Picture(content, name) if content else path
-        if isinstance(value, Picture):
-            return value
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str | Path):
         if re.match(r"[a-z]+://", str(value)):
             raise DataError(
                 f"{table.where(i)}: {str(value)[:80]!r} is an address, and nothing is downloaded here. Store the "
-                "images beside the file, and name their paths."
+                f"{medium.many} beside the file, and name their paths."
             )
         path = Path(os.path.expanduser(value))
-        return Picture(path if folder is None or path.is_absolute() else folder / path, str(value))
+        return medium.item(
+            path if folder is None or path.is_absolute() else folder / path, str(value)
+        )
     if isinstance(value, bytes | bytearray | memoryview):
-        return Picture(bytes(value), f"the image in {table.where(i)}")
+        return medium.item(bytes(value), f"the {medium.column} in {table.where(i)}")
     if isinstance(value, list) or str(getattr(value, "dtype", "")) == "object":
         with contextlib.suppress(ValueError, OverflowError):
-            value = _from_list(list(value))
-    if hasattr(value, "getbands") or getattr(value, "ndim", 0) in (2, 3):
-        return Picture(value, f"the image in {table.where(i)}")
+            value = from_list(list(value))
+    if medium.holds(value):
+        return medium.make(value, f"the {medium.column} in {table.where(i)}")
     raise DataError(
-        f"{table.where(i)}: {type(value).__name__} {str(value)[:40]!r} is no image. Give a path, the bytes of a file, "
-        "an array (height, width, channels) or an image of Pillow."
+        f"{table.where(i)}: {type(value).__name__} {str(value)[:40]!r} is no {medium.column}. Give {medium.cell}."
     )
 
 
-def _from_list(value: list[Any]) -> NDArray[Any]:
+def from_list(value: list[Any]) -> NDArray[Any]:
     """Return nested lists as an array; whole numbers from 0 to 255 become bytes, other numbers keep their type.
 
     Raises:
@@ -305,12 +392,17 @@ def _from_list(value: list[Any]) -> NDArray[Any]:
     return array.astype(np.uint8) if whole and array.min() >= 0 and array.max() <= 255 else array
 
 
-def _wrapped(source: Any) -> Any:
-    """Replace the arrays and images of a source in memory by ``Picture``, which tables do not take apart."""
+def _wrapped(source: Any, medium: Medium) -> Any:
+    """Replace the arrays and images of a source in memory by items, which tables do not take apart."""
+
+    def _held(value: Any, name: str) -> Any:
+        return medium.make(value, name) if medium.holds(value) else value
+
+    least = medium.dimensions[0] + 1
     if isinstance(source, Mapping):
         return {
-            key: [_held(v, f"image {i}") for i, v in enumerate(column, start=1)]
-            if getattr(column, "ndim", 0) >= 3 or isinstance(column, list | tuple)
+            key: [_held(v, f"{medium.column} {i}") for i, v in enumerate(column, start=1)]
+            if getattr(column, "ndim", 0) >= least or isinstance(column, list | tuple)
             else column
             for key, column in source.items()
         }
@@ -326,19 +418,10 @@ def _wrapped(source: Any) -> Any:
     return source
 
 
-def _held(value: Any, name: str) -> Any:
-    image = hasattr(value, "getbands") or (
-        getattr(value, "ndim", 0) in (2, 3) and hasattr(value, "dtype")
-    )
-    if not image:
-        return value
-    return Picture(value.numpy() if hasattr(value, "numpy") else value, name)
-
-
 # ------------------------------------------------------------------------------------------------- files
 
 
-def _parts(path: Path) -> dict[str, Any]:
+def _parts(path: Path, medium: Medium) -> dict[str, Any]:
     """Return part -> what ``_table`` reads of it; the part "" is a source without parts."""
     if path.is_dir():
         try:
@@ -364,8 +447,8 @@ def _parts(path: Path) -> dict[str, Any]:
                 )
         return found
     if path.suffix.lower() == ".npz":
-        return _npz_parts(path)
-    if _IDX.match(path.name):
+        return _npz_parts(path, medium)
+    if medium is IMAGES and _IDX.match(path.name):
         return {"": "idx"}
     return {"": "file"}
 
@@ -379,17 +462,18 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _table(path: Path, part: Any) -> Table:
+def _table(path: Path, part: Any, medium: Medium) -> Table:
     if isinstance(part, Path):
-        return _folder(part)
+        return _folder(part, medium)
     if part == "idx":
         return _idx(path)
     if part == "file":
-        return ImageTable(path.name, {"image": [Picture(path, str(path))]}, origin=str(path))
-    return _npz(path, part)
+        only = medium.item(path, str(path))
+        return ImageTable(path.name, {medium.column: [only]}, origin=str(path))
+    return _npz(path, part, medium)
 
 
-def image_files(path: Path) -> list[Path]:
+def image_files(path: Path, medium: Medium = IMAGES) -> list[Path]:
     """Return the images below a folder, in order; the other files are counted and named in a line."""
     found, others, irregular = list[Path](), list[str](), list[str]()
     visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
@@ -403,14 +487,14 @@ def image_files(path: Path) -> list[Path]:
         for name in sorted(files, key=_natural):
             if _hidden(name):
                 continue
-            if Path(name).suffix.lower() not in SUFFIXES:
+            if Path(name).suffix.lower() not in medium.suffixes:
                 others.append(name)
             elif Path(root, name).is_file():
                 found.append(Path(root, name))
             else:  # a pipe, which would block, or a link to nothing
                 irregular.append(name)
     for names, what in (
-        (others, "files are no images by their names"),
+        (others, f"files are no {medium.many} by their names"),
         (irregular, "entries are no regular files"),
     ):
         if names:
@@ -418,21 +502,25 @@ def image_files(path: Path) -> list[Path]:
     return found
 
 
-def _folder(path: Path) -> Table:
+def _folder(path: Path, medium: Medium) -> Table:
     """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
-    found = image_files(path)
-    columns: dict[str, list[Any]] = {"image": [Picture(file, str(file)) for file in found]}
+    found = image_files(path, medium)
+    columns: dict[str, list[Any]] = {
+        medium.column: [medium.item(file, str(file)) for file in found]
+    }
     inside = [file.relative_to(path).parts for file in found]
     if inside and all(len(parts) > 1 for parts in inside):
         columns["label"] = [parts[0] for parts in inside]
         empty = set(_folders(path, os.listdir(path)))
         if empty := empty - set(columns["label"]):
-            note(f"{path}: no images in {shown(sorted(empty), 4)}, so there is no such class")
+            note(
+                f"{path}: no {medium.many} in {shown(sorted(empty), 4)}, so there is no such class"
+            )
     elif any(len(parts) > 1 for parts in inside):
         loose = sum(len(parts) == 1 for parts in inside)
         note(
-            f"{path}: {loose:,} images lie outside of folders, so the folders are not taken for classes; move each "
-            "into the folder of its class to have labels"
+            f"{path}: {loose:,} {medium.many} lie outside of folders, so the folders are not taken for classes; move "
+            "each into the folder of its class to have labels"
         )
     return ImageTable(path.name or str(path), columns, origin=str(path))
 
@@ -442,7 +530,7 @@ def _natural(name: str) -> list[Any]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
 
 
-def _npz_parts(path: Path) -> dict[str, dict[str, str]]:
+def _npz_parts(path: Path, medium: Medium) -> dict[str, dict[str, str]]:
     """Return part -> role -> name of the array, by the names of the arrays in the file."""
     names = _npz_names(path)
     found: dict[str, dict[str, str]] = {}
@@ -450,15 +538,18 @@ def _npz_parts(path: Path) -> dict[str, dict[str, str]]:
         words = name.lower().split("_")
         part = next((_PARTS[w] for w in words if w in _PARTS), "")
         rest = "_".join(w for w in words if w not in _PARTS)
-        for role, known in (("image", _IMAGES), ("label", _LABELS), ("mask", _MASKS)):
-            if rest in known:
+        known = [(medium.column, medium.arrays), ("label", _LABELS)]
+        known += [("mask", _MASKS)] * (medium is IMAGES)
+        for role, names_of_role in known:
+            if rest in names_of_role:
                 found.setdefault(part, {}).setdefault(role, name)
-    found = {part: roles for part, roles in found.items() if "image" in roles}
+    found = {part: roles for part, roles in found.items() if medium.column in roles}
     if not found:
+        usual = medium.arrays[0]
         raise DataError(
-            f"{path} has the arrays {shown(names, 8)}, and none called images. Expected: images (rows, height, width) "
-            "or (rows, height, width, channels), labels (rows,) and, if there are any, class_names; for several parts "
-            "train_images, train_labels, val_images, ..."
+            f"{path} has the arrays {shown(names, 8)}, and none called {usual}. Expected: {usual} {medium.shapes}, "
+            f"labels (rows,) and, if there are any, class_names; for several parts train_{usual}, train_labels, "
+            f"val_{usual}, ..."
         )
     return found
 
@@ -471,7 +562,7 @@ def _npz_names(path: Path) -> list[str]:
         raise DataError(f"{path} is no .npz file: {error}. numpy.savez writes one.") from error
     if (size := sum(entry.file_size for entry in entries)) > _MOST_BYTES:
         raise DataError(
-            f"{path} holds {size:,} bytes of arrays; at most {_MOST_BYTES:,} are read. Write the images as files in "
+            f"{path} holds {size:,} bytes of arrays; at most {_MOST_BYTES:,} are read. Write them as files in "
             "folders, which are read when they are needed."
         )
     return [e.filename.removesuffix(".npy") for e in entries if e.filename.endswith(".npy")]
@@ -499,26 +590,25 @@ def _npz_array(file: Any, name: str) -> NDArray[Any]:
     return array
 
 
-def _npz(path: Path, roles: Mapping[str, str]) -> Table:
+def _npz(path: Path, roles: Mapping[str, str], medium: Medium) -> Table:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {
                 name: _npz_array(file, name)
                 for name in _npz_names(path)
                 if name in roles.values()
-                or not ("image" in name or set(name.lower().split("_")) & set(_PARTS))
+                or not (medium.column in name or set(name.lower().split("_")) & set(_PARTS))
             }
     except DataError:
         raise
     # Damaged files raise errors of zipfile, zlib, struct and numpy; large ones a MemoryError.
     except Exception as error:
         raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}.") from error
-    images, labels, masks = (
-        arrays.pop(roles[r]) if r in roles else None for r in ("image", "label", "mask")
-    )
-    assert images is not None
+    images = medium.column_of(path, arrays, roles)
+    del arrays[roles[medium.column]]
+    labels, masks = (arrays.pop(roles[r]) if r in roles else None for r in ("label", "mask"))
     names = next((arrays[n] for n in arrays if n.lower() in _CLASSES), None)
-    table = _arrays(path, images, labels, names, arrays)
+    table = _arrays(path, medium, images, labels, names, arrays)
     if masks is None:
         return table
     if len(masks) != len(images):
@@ -528,25 +618,34 @@ def _npz(path: Path, roles: Mapping[str, str]) -> Table:
     return table.with_columns({**table.columns, "mask": held}, {**table.label_names, **known})
 
 
-def _arrays(
-    path: Path, images: Any, labels: Any, names: Any = None, extra: Mapping[str, Any] | None = None
-) -> Table:
-    """Return the images of an array (N, H, W) or (N, H, W, C), with their labels and other columns of N values."""
-    if images.ndim not in (3, 4) or not images.size:
+def _array_items(medium: Medium, path: Path, images: Any) -> list[Any]:
+    """Return the items of an array of all rows, such as (N, H, W) or (N, H, W, C)."""
+    if images.ndim - 1 not in medium.dimensions or not images.size:
         raise DataError(
-            f"{path}: the images have the shape {images.shape}; expected (rows, height, width) or (rows, height, "
-            "width, channels)."
+            f"{path}: the {medium.many} have the shape {images.shape}; expected {medium.shapes}."
         )
-    if images.dtype == np.uint8 and int(images.max()) == 1:
+    if medium is IMAGES and images.dtype == np.uint8 and int(images.max()) == 1:
         note(f"{path}: all values are 0 and 1, which are read as black and white")
         images = images * np.uint8(255)
-    called = f"image {{}} of {path.name}"
-    columns: dict[str, list[Any]] = {
-        "image": [Picture(image, called.format(i)) for i, image in enumerate(images)]
-    }
+    called = f"{medium.column} {{}} of {path.name}"
+    return [medium.item(image, called.format(i)) for i, image in enumerate(images)]
+
+
+def _arrays(
+    path: Path,
+    medium: Medium,
+    images: list[Any],
+    labels: Any,
+    names: Any = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Table:
+    """Return items with their labels and other columns of as many values."""
+    columns = {medium.column: images}
     if labels is not None:
         if labels.ndim and len(labels) != len(images):
-            raise DataError(f"{path} holds {len(images):,} images and {len(labels):,} labels.")
+            raise DataError(
+                f"{path} holds {len(images):,} {medium.many} and {len(labels):,} labels."
+            )
         columns["label"] = _labels(path, labels)
     for name, values in (extra or {}).items():
         if values.ndim == 1 and len(values) == len(images) and name.lower() not in _CLASSES:
@@ -567,7 +666,7 @@ def _labels(path: Path, labels: Any) -> list[Any]:
         return [np.flatnonzero(row).tolist() for row in labels]
     if labels.ndim != 1:
         raise DataError(
-            f"{path}: the labels have the shape {labels.shape}; expected one for each image, or 0 and 1 for each class."
+            f"{path}: the labels have the shape {labels.shape}; expected one for each row, or 0 and 1 for each class."
         )
     found: list[Any] = labels.tolist()
     return found
@@ -578,7 +677,8 @@ def _idx(path: Path) -> Table:
     name = _IDX.match(path.name)
     assert name is not None
     beside = path.with_name(f"{name[1]}labels{name[2].replace('3', '1')}{name[3]}{name[4] or ''}")
-    return _arrays(path, _idx_array(path, 3), _idx_array(beside, 1) if beside.is_file() else None)
+    images = _array_items(IMAGES, path, _idx_array(path, 3))
+    return _arrays(path, IMAGES, images, _idx_array(beside, 1) if beside.is_file() else None)
 
 
 def _idx_array(path: Path, dimensions: int) -> Any:

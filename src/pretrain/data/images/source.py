@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.images.processor import ImageProcessor
-from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
+from pretrain.data.images.rows import IMAGES, Medium, decoded, parts_of, pictures, read_images
 from pretrain.data.labelled import Role, choose_columns, drop_duplicates, roles_table, split
 from pretrain.data.labels import LabelMap
 from pretrain.data.row_source import RowSource
@@ -18,7 +18,7 @@ from pretrain.data.tables import Table
 from pretrain.errors import DataError
 from pretrain.utils.files import note
 
-__all__ = ["IMAGE", "labelled_images"]
+__all__ = ["IMAGE", "labelled_images", "rows_by_class"]
 
 IMAGE = Role(
     "image",
@@ -63,25 +63,7 @@ def labelled_images(
     Raises:
         DataError: no images, no labels, or an image that does not exist.
     """
-    whole = _by_role(read_images(train, name="train"), bool(labels))
-    if valid is None:
-        valid = train if "valid" in parts_of(train) else 0.1
-    names, known, strata = whole.label_names.get("label"), None, None
-    if labels:
-        order = None if isinstance(labels, bool) else list(labels)
-        known = LabelMap.learn(
-            whole.columns["label"], names=names, checkpoint=order, where=whole.where
-        )
-    if isinstance(valid, str):
-        held = _by_role(read_images(valid, name="validation"), bool(labels))
-    else:
-        if known is not None:
-            strata = known.ids(whole.columns["label"], names=names, where=whole.where)
-        whole, held = split(whole, strata, float(valid), seed)
-    whole, _ = drop_duplicates(whole, held, ["image"], "validation")
-    rows, held_rows = _examples(whole, known, "training"), _examples(held, known, "validation")
-    if not rows:
-        raise DataError(f"None of the images of {train} can be read.")
+    rows, held_rows, known = rows_by_class(train, valid, IMAGE, IMAGES, seed=seed, labels=labels)
     side, patch = _sizes(size or _common_size(rows))
     half = (0.5,) * channels
     return RowSource(
@@ -98,25 +80,75 @@ def labelled_images(
     )
 
 
-def _by_role(table: Table, labels: bool) -> Table:
-    roles = (IMAGE, _LABEL) if labels else (IMAGE,)
+def rows_by_class(
+    train: str,
+    valid: float | str | None,
+    role: Role,
+    medium: Medium,
+    *,
+    seed: int,
+    labels: bool | Sequence[str],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], LabelMap | None]:
+    """Read training rows and held-out rows of images or of another medium.
+
+    Args:
+        train: see ``labelled_images``.
+        valid: see ``labelled_images``.
+        role: the column of the rows, called as that of the medium.
+        medium: what the files hold.
+        seed: seed of the split.
+        labels: see ``labelled_images``.
+
+    Returns:
+        The rows, with ``labels`` if asked for; the held-out ones; and the classes, or None.
+    """
+    whole = _by_role(read_images(train, name="train", medium=medium), role, medium, bool(labels))
+    if valid is None:
+        valid = train if "valid" in parts_of(train, medium) else 0.1
+    names, known, strata = whole.label_names.get("label"), None, None
+    if labels:
+        order = None if isinstance(labels, bool) else list(labels)
+        known = LabelMap.learn(
+            whole.columns["label"], names=names, checkpoint=order, where=whole.where
+        )
+    if isinstance(valid, str):
+        rest = read_images(valid, name="validation", medium=medium)
+        held = _by_role(rest, role, medium, bool(labels))
+    else:
+        if known is not None:
+            strata = known.ids(whole.columns["label"], names=names, where=whole.where)
+        whole, held = split(whole, strata, float(valid), seed)
+    whole, _ = drop_duplicates(whole, held, [role.name], "validation")
+    rows, held_rows = (
+        _examples(table, known, medium, what)
+        for table, what in ((whole, "training"), (held, "validation"))
+    )
+    if not rows:
+        raise DataError(f"None of the {medium.many} of {train} can be read.")
+    return rows, held_rows, known
+
+
+def _by_role(table: Table, role: Role, medium: Medium, labels: bool) -> Table:
+    roles = (role, _LABEL) if labels else (role,)
     found = roles_table(table, choose_columns(table, roles, {}))
-    columns = {**found.columns, "image": pictures(found)}
+    columns = {**found.columns, role.name: pictures(found, medium=medium)}
     return found.with_columns(columns, found.label_names)
 
 
-def _examples(table: Table, known: LabelMap | None, what: str) -> list[dict[str, Any]]:
-    """Return the rows whose images can be read; the others are counted and named in a line for each reason."""
+def _examples(
+    table: Table, known: LabelMap | None, medium: Medium, what: str
+) -> list[dict[str, Any]]:
+    """Return the rows whose files can be read; the others are counted and named in a line for each reason."""
     names, ids = table.label_names.get("label"), None
     if known is not None:
         ids = known.ids(table.columns["label"], names=names, where=table.where)
     rows, told = [], dict[str, list[int]]()
-    for i, image, text in decoded(table, required=True):
+    for i, image, text in decoded(table, required=True, medium=medium):
         if text is not None:
             told.setdefault(f"{'left out, ' * (image is None)}{text}", []).append(i)
         if image is not None:
             label = {} if ids is None else {"labels": np.asarray(ids[i], np.int64)}
-            rows.append({"image": image, **label})
+            rows.append({medium.column: image, **label})
     for text, places in told.items():
         shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
         note(f"{len(places):,} {what} rows {text}: {shown}")

@@ -1,0 +1,118 @@
+"""Rows of audio: folders of ``.wav`` files by class, arrays in ``.npz`` files, and columns of paths, bytes or arrays.
+
+They are read as rows of images are, see ``pretrain.data.images.rows``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.data.audio.augment import StoredClip
+from pretrain.data.audio.decode import SUFFIXES, Clip
+from pretrain.data.audio.processor import AudioProcessor, clip_of
+from pretrain.data.images.decode import FileItem
+from pretrain.data.images.rows import IMAGES, Medium, decoded, is_image_source
+from pretrain.errors import DataError
+from pretrain.utils.files import note
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pretrain.data.tables import Table
+
+__all__ = ["AUDIO", "medium_of", "mel_vectors"]
+
+_RATES = ("sampling_rate", "sample_rate", "rate")
+_SHORTEST = 64  # values of an array that is taken for audio; labels have fewer
+_PARTS, _BANDS = 8, 64  # of a clip, whose means a classical method reads, and mel bands
+_LOOK = 10_000  # files of a folder that are looked at to tell what it holds
+
+
+class _Audio(Medium):
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return value.get("array") is not None
+        return isinstance(value, Clip) or (
+            super().holds(value) and value.size >= _SHORTEST and value.dtype.kind in "fiu"
+        )
+
+    def make(self, value: Any, name: str) -> FileItem:
+        return clip_of(value, name)
+
+    def from_mapping(self, value: Mapping[str, Any], name: str) -> FileItem | str | None:
+        if value.get("array") is None:
+            return super().from_mapping(value, name)
+        return clip_of(value, f"the audio in {name}")
+
+    def column_of(
+        self, path: Path, arrays: Mapping[str, Any], roles: Mapping[str, str]
+    ) -> list[Any]:
+        given = next((arrays[name] for name in _RATES if name in arrays), None)
+        if given is None:
+            note(f"{path}: no sampling_rate, so that of the model is assumed")
+        elif given.size != 1 or given.dtype.kind not in "iu":
+            raise DataError(f"{path}: sampling_rate is {given}; it must be one whole number.")
+        rate = None if given is None else int(given.reshape(-1)[0])
+        clips = super().column_of(path, arrays, roles)
+        return [Clip(clip.source, clip.name, rate) for clip in clips]
+
+
+AUDIO = _Audio(
+    "audio", "recordings", Clip, StoredClip, SUFFIXES,
+    ("audio", "waveforms", "clips", "signals", "recordings", "x", "data", "arr_0"), (1, 2),
+    "(rows, samples) or (rows, samples, channels), and sampling_rate",
+    "a path or the bytes of a .wav file, an array (samples,) of floats from -1 to 1, or a mapping with array and "
+    "sampling_rate",
+)  # fmt: skip
+
+
+def medium_of(path: Path) -> Medium | None:
+    """Return what a path holds, by the names of its files: images or audio; None for a table with one row for each."""
+    media = (IMAGES, AUDIO)
+    if path.is_dir():
+        found = (Path(name).suffix.lower() for _, _, names in os.walk(path) for name in names)
+        for _, suffix in zip(range(_LOOK), found, strict=False):
+            for medium in media:
+                if suffix in medium.suffixes:
+                    return medium
+        return IMAGES
+    if path.suffix.lower() == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            words = {word for name in file.namelist() for word in re.split(r"\W|_", name)}
+        return AUDIO if words & {*AUDIO.arrays[:5], *_RATES, "sampling"} else IMAGES
+    return next((medium for medium in media if is_image_source(path, medium)), None)
+
+
+def mel_vectors(
+    *tables: Table, parts: int = _PARTS
+) -> list[tuple[list[NDArray[np.float32]], list[int]]]:
+    """Return, for each table, the mean log-mel energies of equal parts of its clips, and the rows that can be read.
+
+    Args:
+        *tables: have the column ``audio``.
+        parts: of a clip; 1 for the mean over the whole clip.
+    """
+    processor = AudioProcessor(num_mel_bins=_BANDS, max_length=1 << 16, do_normalize=False)
+    result = []
+    for table in tables:
+        rows: list[int] = []
+        vectors: list[NDArray[np.float32]] = []
+        for i, stored, _ in decoded(table, required=False, medium=AUDIO):
+            if stored is not None:
+                energies = processor.log_mel(stored.clip.read()[0])
+                edges = np.linspace(0, len(energies), parts + 1)
+                cuts = [
+                    (int(a), max(int(b), int(a) + 1))
+                    for a, b in zip(edges, edges[1:], strict=False)
+                ]
+                vectors.append(np.concatenate([energies[a:b].mean(0) for a, b in cuts]))
+                rows.append(i)
+        result.append((vectors, rows))
+    return result

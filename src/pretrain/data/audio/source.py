@@ -1,0 +1,114 @@
+"""Audio for pre-training: the rows that ``data.source: audio`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.data.audio.processor import AudioProcessor
+from pretrain.data.audio.rows import AUDIO
+from pretrain.data.images.source import rows_by_class
+from pretrain.data.labelled import Role
+from pretrain.data.row_source import RowSource
+
+__all__ = ["CLIP", "fitted_processor", "labelled_audio"]
+
+CLIP = Role(
+    "audio",
+    (
+        *("audio", "sound", "recording", "clip", "speech", "wav", "file_name", "filename", "file"),
+        *("path", "audio_path", "filepath", "file_path", "audio_file", "wav_path"),
+    ),
+    help="the recording: a path, bytes or an array",
+)
+_LONGEST = 1024  # frames of a new model: ten seconds
+_MEASURED = 1000  # recordings from which mean and standard deviation are computed
+
+
+def labelled_audio(
+    train: str,
+    valid: float | str | None = None,
+    *,
+    sampling_rate: int = 16000,
+    bands: int = 64,
+    frames: int | None = None,
+    patch: int = 16,
+    seed: int = 0,
+    labels: bool | Sequence[str] = True,
+) -> RowSource:
+    """Return rows of recordings, with one class each for the objective ``AudioClassification``, or without for others.
+
+    Args:
+        train: a folder of ``.wav`` files by class, a ``.npz`` file, or a table with a column of paths.
+        valid: held-out rows: such a source, or a fraction of the rows, stratified by class. None: the part ``val`` of
+            the source, if it has one, else a tenth.
+        sampling_rate: samples per second that the model reads; recordings of other rates are resampled.
+        bands: mel bands of a spectrogram; a multiple of ``patch``.
+        frames: frames of a spectrogram, 100 a second; None: those of the longest training recording, at most 1,024.
+        patch: side of a patch, in bands and in frames.
+        seed: seed of the split.
+        labels: whether the rows have classes; False reads the recordings alone, for ``MaskedImage``. A list names the
+            classes in the order of a checkpoint that is trained on.
+
+    Returns:
+        Rows with ``audio`` and, if asked for, ``labels``; the audio processor, which normalises by the training rows;
+        and the labels and sizes that the model needs.
+
+    Raises:
+        DataError: no recordings, no labels, or a recording that does not exist.
+    """
+    rows, held, known = rows_by_class(train, valid, CLIP, AUDIO, seed=seed, labels=labels)
+    clips = [row["audio"] for row in rows]
+    processor = fitted_processor(clips, sampling_rate, bands, frames, patch)
+    return RowSource(
+        rows,
+        held,
+        processor=processor,
+        overrides={
+            **({} if known is None else {"labels": known.labels}),
+            "num_mel_bins": bands,
+            "max_length": processor.shape[0],
+            "patch_size": patch,
+            "frequency_stride": patch,
+            "time_stride": patch,
+        },
+        name=Path(train).name,
+    )
+
+
+def fitted_processor(
+    clips: Sequence[Any], rate: int, bands: int, frames: int | None, patch: int
+) -> AudioProcessor:
+    """Return the processor for recordings: as long as the longest of them, with their mean and standard deviation.
+
+    Args:
+        clips: ``StoredClip`` objects, the training rows.
+        rate: samples per second of the model.
+        bands: mel bands.
+        frames: frames, or None.
+        patch: side of a patch, of which the frames become a multiple.
+    """
+    if frames is None:
+        longest = max(clip.seconds(rate) for clip in clips)
+        frames = min(_LONGEST, -(-max(1, int(longest * 100)) // patch) * patch)
+    plain = AudioProcessor(
+        sampling_rate=rate, num_mel_bins=bands, max_length=frames, do_normalize=False
+    )
+    step = -(-len(clips) // _MEASURED)
+    total, squares, count = 0.0, 0.0, 0
+    for clip in clips[::step]:
+        energies = plain.log_mel(clip.clip.read()[0]).astype(np.float64)
+        total, squares = total + float(energies.sum()), squares + float((energies**2).sum())
+        count += energies.size
+    mean = total / count
+    std = max(float(np.sqrt(max(squares / count - mean**2, 0.0))), 1e-3)
+    settings = {
+        **plain.settings,
+        "do_normalize": True,
+        "mean": round(mean, 6),
+        "std": round(std, 6),
+    }
+    return AudioProcessor(**settings)
