@@ -59,7 +59,10 @@ class RowSource:
 
 
 # Sources of this package that have a short name.
-SOURCES = {"images": "pretrain.data.images.source:labelled_images"}
+SOURCES = {
+    "images": "pretrain.data.images.source:labelled_images",
+    "image_text": "pretrain.data.images.captions:captioned_images",
+}
 
 
 def open_rows(path: str, arguments: Mapping[str, Any]) -> RowSource:

@@ -37,6 +37,7 @@ from pretrain.models import build, family_class, own_family
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
 from pretrain.objectives import (
+    OBJECTIVES,
     build_objective,
     check_monitor,
     check_objective,
@@ -371,6 +372,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             )
         if tokenizer is None:
             check_labels(model, data)
+            check_tokenizer(settings, model, data)
             model.processor = data.processor if model.processor is None else model.processor
             return model
         if model.tokenizer is not None and model.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -393,6 +395,8 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     else:
         check_images(settings, data)
         overrides = {**known_fields(family, data.overrides), **settings.model.overrides}
+        if (words := getattr(data.processor, "tokenizer", None)) is not None:
+            overrides = vocabulary_of(words, overrides)
     model = build(
         settings.model.family,
         settings.model.size,
@@ -427,6 +431,21 @@ def check_labels(model: Model, data: Prepared | RowSource) -> None:
 
 def _listed(labels: Sequence[str]) -> str:
     return ", ".join(labels[:20]) + ", ..." * (len(labels) > 20)
+
+
+def check_tokenizer(settings: RunConfig, model: Model, data: Prepared | RowSource) -> None:
+    """Check that the texts of rows that are no text alone were encoded by the tokenizer of the checkpoint.
+
+    Raises:
+        TokenizerError: they were not.
+    """
+    words, known = getattr(data.processor, "tokenizer", None), model.tokenizer
+    if words is not None and known is not None and words.fingerprint != known.fingerprint:
+        raise TokenizerError(
+            f"The texts were encoded by another tokenizer ({len(words)} tokens) than that of "
+            f"{settings.model.checkpoint} ({len(known)} tokens): every id would mean something else. Name it: "
+            f"data.source_args.tokenizer={_place(settings.model.checkpoint or '')}."
+        )
 
 
 def check_images(settings: RunConfig, data: RowSource) -> None:
@@ -519,14 +538,19 @@ def evaluate(
     """
     path = Path(checkpoint)
     model = load(path, quiet=True) if model is None else model
+    recorded = model.extra_config.get("pretrain", {}).get("objective")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
     name, options = objective or objective_for(model.head_kind), {}
+    if (
+        name is None and recorded.get("name") in OBJECTIVES
+    ):  # one of those that train models without a head
+        name = recorded["name"]
     if name is None:
         raise ConfigError(
             f"{path} has the head {model.head_kind!r}, which no language objective evaluates. If the objective is your "
             f"own, name its class: {option('objective')}, as package.module:Class."
         )
-    recorded = model.extra_config.get("pretrain", {}).get("objective")
-    if isinstance(recorded, Mapping) and recorded.get("name") == objective_class(name).__name__:
+    if recorded.get("name") == objective_class(name).__name__:
         options = {key: value for key, value in recorded.items() if key not in ("name", "task")}
     rows = _held_out(path, data, model)
     if len(rows) == 0:

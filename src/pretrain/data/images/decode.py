@@ -30,6 +30,7 @@ __all__ = [
     "SUFFIXES",
     "BrokenImage",
     "Picture",
+    "Slice",
     "Stored",
     "flat",
     "in_threads",
@@ -82,6 +83,27 @@ def pillow() -> Any:
     return PIL.Image
 
 
+@dataclass(frozen=True)
+class Slice:
+    """The bytes of an image inside a larger file, which are read when they are needed.
+
+    Attributes:
+        path: the file.
+        offset: the first byte.
+        size: number of bytes.
+    """
+
+    path: Path
+    offset: int
+    size: int
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes; fewer if the file is cut off."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
 class BrokenImage(DataError):
     """An image that cannot be decoded.
 
@@ -101,7 +123,7 @@ class Picture:
     """One image of a source; it is decoded by ``read`` only.
 
     Attributes:
-        source: path of a file, the bytes of one, an array, or an image of Pillow.
+        source: path of a file, the bytes of one, a part of one, an array, or an image of Pillow.
         name: what messages call it.
     """
 
@@ -121,7 +143,7 @@ class Picture:
         try:
             if isinstance(source, bytes):
                 return hashlib.sha256(source).hexdigest()
-            if isinstance(source, str | Path):
+            if isinstance(source, str | Path | Slice):
                 return hashlib.sha256(self._bytes()).hexdigest()
             # The values of a palette are no colours, so an image of Pillow is compared as it is read.
             array = np.ascontiguousarray(self.read()[0] if hasattr(source, "getbands") else source)
@@ -140,8 +162,9 @@ class Picture:
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def _bytes(self) -> bytes:
+        source = self.source if isinstance(self.source, Slice) else Path(self.source)
         try:
-            return Path(self.source).read_bytes()
+            return source.read_bytes()
         except (OSError, ValueError) as error:  # the latter of a path with a null character
             why = getattr(error, "strerror", None) or str(error)
             raise BrokenImage(self.name, why[0].lower() + why[1:]) from error
@@ -155,7 +178,7 @@ class Picture:
         Raises:
             DataError: there is no such file, it is no image, is damaged or too large; the message names it.
         """
-        if isinstance(self.source, bytes | str | Path):
+        if isinstance(self.source, bytes | str | Path | Slice):
             content = self.source if isinstance(self.source, bytes) else self._bytes()
             return self._decoded(content)
         if hasattr(self.source, "getbands"):

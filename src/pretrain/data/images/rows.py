@@ -1,4 +1,4 @@
-"""Rows of images: folders by class, arrays in ``.npz`` and IDX files, and columns of paths, bytes or arrays.
+"""Rows of images: folders by class, archives, arrays in ``.npz`` and IDX files, and columns of paths, bytes or arrays.
 
 A source is read into a ``Table`` like one of text: the column ``image`` holds ``Picture`` objects, the column ``label``
 the classes. Nothing is decoded here.
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Stored, in_threads
+from pretrain.data.images.decode import SUFFIXES, BrokenImage, Picture, Slice, Stored, in_threads
+from pretrain.data.images.tars import read_tars, tar_files
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.printing import console
@@ -52,6 +53,9 @@ _FOR = {
 }
 _IMAGES, _LABELS = ("images", "image", "x", "data", "arr_0"), ("labels", "label", "y", "targets")
 _CLASSES = ("class_names", "classes", "label_names", "names")
+# Tables that name the images of a folder in a column, as the datasets library reads them.
+_METADATA, _FILE_NAME = ("metadata.csv", "metadata.jsonl", "metadata.parquet"), "file_name"
+_MOST_CAPTION = 1 << 16  # bytes of the text beside an image
 _SMALL = 32  # side of images for classical methods
 _KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
 _MANY = 3000  # images from which progress is shown
@@ -71,7 +75,8 @@ class ImageTable(Table):
 def is_image_source(path: Path) -> bool:
     """Whether a path is a folder, a file of arrays or an image, and no table with one row for each image."""
     suffix = path.suffix.lower()
-    return path.is_dir() or suffix == ".npz" or suffix in SUFFIXES or bool(_IDX.match(path.name))
+    known = suffix in (".npz", ".tar") or suffix in SUFFIXES
+    return path.is_dir() or known or bool(_IDX.match(path.name))
 
 
 def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
@@ -79,7 +84,9 @@ def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
 
     Args:
         source: a folder with one folder of images for each class, or with such a folder for each part (``train``,
-            ``val``, ``test``); a ``.npz`` file of ``images`` and ``labels`` (for parts ``train_images``, ...) and,
+            ``val``, ``test``), where a ``.txt`` of the name of an image is its caption; a folder with
+            ``metadata.csv``, ``.jsonl`` or ``.parquet``; a ``.tar`` of samples, or several (``train-*.tar``); a
+            ``.npz`` file of ``images`` and ``labels`` (for parts ``train_images``, ...) and,
             if there are any, ``class_names``; an IDX file with its labels beside it; one image; or whatever
             ``read_table`` reads, with a column of paths (relative to the file), bytes, arrays or images of Pillow.
         name: what the rows are for, ``train``, ``validation``, ``test`` or ``data``, by which a part is chosen.
@@ -94,7 +101,7 @@ def read_images(source: Any, *, name: str = "data", **options: Any) -> Table:
                 f"{extra[0]} is for files of rows, but {source} holds images. Leave it out."
             )
         path = Path(os.path.expanduser(source))
-        if not path.exists():
+        if not path.exists() and path.suffix.lower() != ".tar":
             raise DataError(f"{source} does not exist.")
         found = _parts(path)
         part = next((part for part in _FOR.get(name, ("train",)) if part in found), None)
@@ -202,7 +209,7 @@ def _read_all(
         return then(image), remark
 
     held = pictures(table)
-    files = any(p is not None and isinstance(p.source, bytes | str | Path) for p in held)
+    files = any(p is not None and isinstance(p.source, bytes | str | Path | Slice) for p in held)
     found = (in_threads if files else map)(read, held)
     quiet = len(held) < _MANY or is_muted()
     with tqdm(total=len(held), unit="image", disable=quiet, leave=False, file=console()) as bar:
@@ -347,6 +354,8 @@ def _parts(path: Path) -> dict[str, Any]:
         return found
     if path.suffix.lower() == ".npz":
         return _npz_parts(path)
+    if path.suffix.lower() == ".tar":
+        return {"": "tar"}
     if _IDX.match(path.name):
         return {"": "idx"}
     return {"": "file"}
@@ -366,33 +375,29 @@ def _table(path: Path, part: Any) -> Table:
         return _folder(part)
     if part == "idx":
         return _idx(path)
+    if part == "tar":
+        return ImageTable(path.name, read_tars(tar_files(path)), origin=str(path))
     if part == "file":
         return ImageTable(path.name, {"image": [Picture(path, str(path))]}, origin=str(path))
     return _npz(path, part)
 
 
 def _folder(path: Path) -> Table:
-    """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
-    found, others, irregular = list[Path](), list[str](), list[str]()
-    visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
-    for root, folders, files in os.walk(path, followlinks=True):
-        at = os.stat(root)
-        if (at.st_dev, at.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((at.st_dev, at.st_ino))
-        folders[:] = sorted(name for name in folders if not _hidden(name))
-        for name in sorted(files, key=_natural):
-            if _hidden(name):
-                continue
-            if Path(name).suffix.lower() not in SUFFIXES:
-                others.append(name)
-            elif Path(root, name).is_file():
-                found.append(Path(root, name))
-            else:  # a pipe, which would block, or a link to nothing
-                irregular.append(name)
+    """Return the images below a folder: those that a table in it names, those of its archives, or all.
+
+    The first folder of a path is the class, if all images lie in one. A text beside an image is its caption.
+    """
+    if (named := _named_images(path)) is not None:
+        return named
+    found, others, irregular = _files(path)
+    texts = {file for file in others if file.suffix.lower() == ".txt" and file.is_file()}
+    tars = [file for file in others if file.suffix.lower() == ".tar" and file.is_file()]
+    if not found and tars:
+        return ImageTable(path.name or str(path), read_tars(tars), origin=str(path))
+    beside = [text if (text := file.with_suffix(".txt")) in texts else None for file in found]
+    left = [file.name for file in others if file not in set(beside)]
     for names, what in (
-        (others, "files are no images by their names"),
+        (left, "files are no images by their names"),
         (irregular, "entries are no regular files"),
     ):
         if names:
@@ -410,7 +415,63 @@ def _folder(path: Path) -> Table:
             f"{path}: {loose:,} images lie outside of folders, so the folders are not taken for classes; move each "
             "into the folder of its class to have labels"
         )
+    if any(beside):
+        columns["caption"] = [None if text is None else _lines(text) for text in beside]
     return ImageTable(path.name or str(path), columns, origin=str(path))
+
+
+def _files(path: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Return the images below a folder, its other files, and the names of what is no file, all in natural order."""
+    found, others, irregular = list[Path](), list[Path](), list[str]()
+    visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
+    for root, folders, files in os.walk(path, followlinks=True):
+        at = os.stat(root)
+        if (at.st_dev, at.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((at.st_dev, at.st_ino))
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in sorted(files, key=_natural):
+            if _hidden(name):
+                continue
+            image = Path(name).suffix.lower() in SUFFIXES
+            if Path(root, name).is_file():
+                (found if image else others).append(Path(root, name))
+            elif image:  # a pipe, which would block, or a link to nothing
+                irregular.append(name)
+            else:
+                others.append(Path(root, name))
+    return found, others, irregular
+
+
+def _named_images(path: Path) -> Table | None:
+    """Return the rows of the table in a folder that names its images, or None."""
+    for name in _METADATA:
+        if not (path / name).is_file():
+            continue
+        table = read_table(path / name)
+        if _FILE_NAME in table.columns:
+            named = {os.path.normpath(path / str(value)) for value in table.columns[_FILE_NAME]}
+            rest = [file.name for file in _files(path)[0] if os.path.normpath(file) not in named]
+            if rest:
+                note(f"{path}: {len(rest):,} images are not named in {name}: {shown(rest, 4)}")
+            return table
+    return None
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of the text beside an image, each a caption.
+
+    Raises:
+        DataError: it cannot be read, or is no text in UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read(_MOST_CAPTION).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. The text beside an image must be UTF-8; correct or remove it."
+        ) from error
 
 
 def _natural(name: str) -> list[Any]:
