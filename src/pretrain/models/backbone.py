@@ -77,6 +77,8 @@ class Backbone(nn.Module):
             this family that is opened with the head becomes one of that family.
         residual_scale: divide the initial standard deviation of output projections by sqrt(2 L), as in GPT-2.
         processor_class: reads the processor of a saved model (``from_directory``); None for a tokenizer.
+        padded: whether texts are padded to all positions, and the padding is read like any token.
+        default_task: the task that a model without a head answers; None if there is none.
         unit_name: what ``units`` counts, in the plural, for messages: tokens, patches, nodes.
     """
 
@@ -91,6 +93,8 @@ class Backbone(nn.Module):
     successors: ClassVar[Mapping[str, str]] = {}
     residual_scale: ClassVar[bool] = False
     processor_class: ClassVar[Any] = None
+    default_task: ClassVar[str | None] = None
+    padded: ClassVar[bool] = False
     unit_name: ClassVar[str] = "tokens"
     # The rows of the token embedding that this rank holds under tensor parallelism, or None.
     vocab: VocabShard | None = None

@@ -51,6 +51,7 @@ TASKS = {
     "embedding": "pretrain.objectives.embedding.Embedding",
     "preference": "pretrain.objectives.preference.Preference",
     "image-classification": "pretrain.objectives.image_classification.ImageClassification",
+    "image-text-retrieval": "pretrain.objectives.image_text_retrieval.ImageTextRetrieval",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}

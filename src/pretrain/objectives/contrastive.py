@@ -30,11 +30,42 @@ from pretrain.objectives.row_pixels import pixel_values
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["Contrastive", "SigmoidContrastive", "recalls"]
+__all__ = ["Contrastive", "SigmoidContrastive", "padded_texts", "recalls"]
 
 _CHUNK = 512  # rows that are compared with the whole batch at once
 _AT = 5  # places among which a text or an image counts as found, beside the first
 _MOST = math.log(100.0)  # of the logarithm of the scale, as in CLIP
+
+
+def padded_texts(towers: TwoTowers, texts: Sequence[np.ndarray]) -> Batch:
+    """Return the ids of texts, padded on the right, with the mask of a model that does not read padding.
+
+    Raises:
+        DataError: a text is longer than the positions of the model, or lacks the end token at which it is read.
+    """
+    config = towers.config
+    longest, most = max(len(ids) for ids in texts), config.max_positions
+    if longest > most:
+        raise DataError(
+            f"A text of {longest} tokens is longer than the {most} positions of the model. Cut the texts and keep "
+            f"their end token (data.source_args.max_length={most}), or build the model with a larger "
+            "max_positions."
+        )
+    end = towers.end_id
+    # Padding may have the same id, so this is checked before it is there.
+    if end is not None and (cut := [ids for ids in texts if end not in ids]):
+        raise DataError(
+            f"{len(cut)} of {len(texts)} texts have no end token (eos_id {end}), whose hidden state is the vector "
+            f"of a text; the first has the ids {cut[0][:8].tolist()}. Encode the texts with the tokenizer of the "
+            "model, and keep the end token when cutting them."
+        )
+    columns = most if towers.padded else longest
+    ids = np.full((len(texts), columns), config.pad_id or 0, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    found = {"input_ids": torch.from_numpy(ids)}
+    return found if towers.padded else found | {"attention_mask": torch.from_numpy(mask)}
 
 
 class Contrastive(Objective):
@@ -72,10 +103,7 @@ class Contrastive(Objective):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(model)
-        self.augmentation = Augmentation(crop, flip, randaugment)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
-        self.label_smoothing = label_smoothing
+        self.change(Augmentation(crop, flip, randaugment), label_smoothing)
         if not isinstance(model.backbone, TwoTowers):
             raise ModelError(
                 f"Contrastive needs a model with a tower for images and one for texts; this one is a "
@@ -86,6 +114,16 @@ class Contrastive(Objective):
                 f"A {model.backbone.model_type} model reads the padding of a text like any token, and this one has no "
                 "pad_id. Set it to that of the tokenizer: model.overrides.pad_id."
             )
+
+    def change(self, augmentation: Augmentation, label_smoothing: float) -> None:
+        """Set the changes of training images and the smoothing of targets.
+
+        Raises:
+            ConfigError: the smoothing is out of range.
+        """
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
+        self.augmentation, self.label_smoothing = augmentation, label_smoothing
 
     @property
     def towers(self) -> TwoTowers:
@@ -106,6 +144,8 @@ class Contrastive(Objective):
         pixels = pixel_values(
             self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=type(self).__name__
         )  # fmt: skip
+        if "input_ids" not in examples[0]:  # images whose texts are to be found
+            return {"pixel_values": pixels}
         texts, further, owners = list[np.ndarray](), list[np.ndarray](), list[int]()
         for row, example in enumerate(examples):
             several = _texts_of(example)
@@ -114,38 +154,8 @@ class Contrastive(Objective):
             if evaluation:
                 further += several[1:]
                 owners += [row] * (len(several) - 1)
-        batch = {"pixel_values": pixels, **self.padded_texts(texts + further)}
+        batch = {"pixel_values": pixels, **padded_texts(self.towers, texts + further)}
         return batch | ({"owners": torch.tensor(owners)} if owners else {})
-
-    def padded_texts(self, texts: Sequence[np.ndarray]) -> Batch:
-        """Return the ids of texts, padded on the right, with the mask of a model that does not read padding.
-
-        Raises:
-            DataError: a text is longer than the positions of the model, or lacks the end token at which it is read.
-        """
-        config = self.towers.config
-        longest, most = max(len(ids) for ids in texts), config.max_positions
-        if longest > most:
-            raise DataError(
-                f"A text of {longest} tokens is longer than the {most} positions of the model. Cut the texts and keep "
-                f"their end token (data.source_args.max_length={most}), or build the model with a larger "
-                "max_positions."
-            )
-        end = self.towers.end_id
-        # Padding may have the same id, so this is checked before it is there.
-        if end is not None and (cut := [ids for ids in texts if end not in ids]):
-            raise DataError(
-                f"{len(cut)} of {len(texts)} texts have no end token (eos_id {end}), whose hidden state is the vector "
-                f"of a text; the first has the ids {cut[0][:8].tolist()}. Encode the texts with the tokenizer of the "
-                "model, and keep the end token when cutting them."
-            )
-        columns = most if self.towers.padded else longest
-        ids = np.full((len(texts), columns), config.pad_id or 0, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = text, 1
-        found = {"input_ids": torch.from_numpy(ids)}
-        return found if self.towers.padded else found | {"attention_mask": torch.from_numpy(mask)}
 
     def count(self, batch: Batch) -> Tensor:
         """Number of pairs."""

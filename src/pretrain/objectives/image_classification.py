@@ -7,16 +7,16 @@ the rows of ``pretrain.data.images.source``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from pretrain.config.spelling import option
-from pretrain.data.images import ImageProcessor, Picture
+from pretrain.data.images import ImageProcessor
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.rows import decoded, is_image_source, parts_of, pictures, read_images
+from pretrain.data.images.given import given_images
+from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
@@ -213,48 +213,4 @@ class ImageClassification(Classification):
     # ------------------------------------------------------------------ answers
 
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
-        """One image (a path, an array (H, W) or (H, W, C), an image of Pillow), or several in a list or an array."""
-        array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
-        path = Path(inputs) if isinstance(inputs, str | Path) else None
-        if path is not None and is_image_source(path) and path.suffix.lower() not in (".npz",):
-            table = read_images(path)
-            return table, not path.is_dir() and len(table) == 1
-        if path is not None:
-            if path.suffix.lower() == ".npz":
-                return read_images(path), False
-            if not path.suffix:  # neither an image nor a table
-                _check_paths([path])
-            return None
-        channels = array == 3 and (
-            inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4)
-        )
-        if array == 2 or channels or hasattr(inputs, "getbands"):
-            return _table([inputs]), True
-        if array in (3, 4):
-            return _table(list(inputs)), False
-        if isinstance(inputs, bytes):
-            return _table([inputs]), True
-        several = isinstance(inputs, list | tuple) and len(inputs)
-        if several and not isinstance(inputs[0], Mapping):
-            return _table(list(inputs)), False
-        return None
-
-
-def _check_paths(images: Sequence[Any]) -> None:
-    """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
-    for i, path in enumerate(images, start=1):
-        named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
-        if named and not Path(path).expanduser().exists():
-            raise DataError(f"image {i}: there is no file {str(path)[:200]!r}.")
-
-
-def _table(images: Sequence[Any]) -> Table:
-    """Return images of a caller as a table."""
-    _check_paths(images)
-    held = [
-        Picture(v.numpy() if hasattr(v, "numpy") else v, f"image {i}")
-        if hasattr(v, "dtype") or hasattr(v, "getbands")
-        else v
-        for i, v in enumerate(images, start=1)
-    ]
-    return Table("inputs", {"image": held}, origin="the inputs", unit="index")
+        return given_images(inputs, self.processor.channels)

@@ -68,6 +68,7 @@ __all__ = ["evaluate", "train"]
 _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
 _VOCAB_MULTIPLE = 64
+_ROWS = 16  # rows in one forward pass of an evaluation
 
 
 @using(TRAIN)
@@ -395,6 +396,8 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     else:
         check_images(settings, data)
         overrides = {**known_fields(family, data.overrides), **settings.model.overrides}
+        if family.padded and "max_positions" not in settings.model.overrides:
+            overrides.pop("max_positions", None)  # other libraries pad to that of the family
         if (words := getattr(data.processor, "tokenizer", None)) is not None:
             overrides = vocabulary_of(words, overrides)
     model = build(
@@ -509,7 +512,7 @@ def evaluate(
     data: Any = None,
     *,
     objective: str | None = None,
-    batch_rows: int = 16,
+    batch_rows: int | None = None,
     limit: int = 0,
     precision: str = "auto",
     device: str = "auto",
@@ -523,7 +526,7 @@ def evaluate(
             rows are used), or sources of text (all of it is used); None uses the held-out rows of the run that
             contains the checkpoint.
         objective: name of the objective; None chooses it by the head of the checkpoint.
-        batch_rows: rows per forward pass.
+        batch_rows: rows per forward pass; None is 16, or that of training if the loss compares the rows of a batch.
         limit: maximum number of rows; 0 uses all.
         precision: compute type; auto is ``train.eval_precision`` of the run, or fp32 if the checkpoint is in no run.
         device: device to run on.
@@ -560,14 +563,17 @@ def evaluate(
     built = build_objective(name, options, model)
     place = _place(path)
     load_others(built, latest(place) or place)
-    longest = row_length(rows, built)
-    if model.backbone.max_length and longest > model.backbone.max_length:
+    longest, room = row_length(rows, built), model.backbone.max_length
+    if room and longest > room and built.unit_name == "tokens":
         raise DataError(
             f"The rows have {longest} tokens and the model {model.backbone.max_length} positions. Prepare "
             f"the data with row_length={model.backbone.max_length} or less."
         )
     chosen = _evaluation_precision(path, precision, choose_device(device))
     built.to(chosen.device)
+    if batch_rows is None:
+        home = run_of(path) if built.couples_examples else None
+        batch_rows = _ROWS if home is None else RunConfig.load(home / "run.yaml").train.batch_rows
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
@@ -601,7 +607,7 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         rows: Examples = prepared.valid
     elif isinstance(data, RowSource):
         return _held_out_rows(None, data, model)
-    elif isinstance(data, str) and _FUNCTION.fullmatch(data):
+    elif names_function(data):
         named = DataConfig() if home is None else RunConfig.load(home / "run.yaml").data
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
@@ -624,6 +630,11 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
             f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {_place(path)}"
         )
     return rows
+
+
+def names_function(data: Any) -> bool:
+    """Whether data are the import path of a function that returns rows."""
+    return isinstance(data, str) and _FUNCTION.fullmatch(data) is not None
 
 
 def _held_out_rows(home: Path | None, data: RowSource, model: Model) -> Examples:

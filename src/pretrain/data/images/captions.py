@@ -19,7 +19,14 @@ from pretrain.data.tokenizer import KINDS, Tokenizer, train_from_texts
 from pretrain.errors import DataError, TokenizerError
 from pretrain.utils.files import note
 
-__all__ = ["CAPTION", "caption_fields", "captioned_images", "one_row_for_each_image", "read_pairs"]
+__all__ = [
+    "CAPTION",
+    "caption_fields",
+    "captioned_images",
+    "captions_by_row",
+    "one_row_for_each_image",
+    "read_pairs",
+]
 
 CAPTION = Role(
     "caption",
@@ -29,10 +36,7 @@ CAPTION = Role(
     ),
     help="the text of the image, or a list of several",
 )
-_POSITIONS, _STEP = (
-    77,
-    8,
-)  # tokens of a caption in a new model: at most, and rounded up to a multiple
+_LEAST, _MOST = 32, 77  # tokens of a caption in a new model; prompts are longer than names
 
 
 def captioned_images(
@@ -66,7 +70,7 @@ def captioned_images(
         vocab_size: upper bound for a trained vocabulary.
         lowercase: train a WordPiece tokenizer that drops case and accents.
         max_length: tokens of a caption, with its frame, after which it is cut; None: those of the longest caption, at
-            most 77.
+            least 32 and at most 77.
         seed: seed of the split.
 
     Returns:
@@ -99,7 +103,7 @@ def captioned_images(
         words = Tokenizer.open(tokenizer)
     if max_length is None:
         longest = max((len(e.ids) for e in words.frame_texts(texts)), default=1)
-        max_length = min(_POSITIONS, -(-longest // _STEP) * _STEP)
+        max_length = min(_MOST, max(_LEAST, longest))
     rows, held_rows = (
         _examples(table, words, max_length, what)
         for table, what in ((whole, "training"), (held, "validation"))
@@ -110,7 +114,7 @@ def captioned_images(
     return RowSource(
         rows,
         held_rows,
-        processor=PairProcessor(words, processor, max_length),
+        processor=PairProcessor(words, processor),
         overrides={**sizes, "max_positions": max_length},
         name=Path(train).name,
     )
@@ -135,35 +139,43 @@ def read_pairs(source: Any, columns: Mapping[str, Any], name: str = "data") -> T
 def one_row_for_each_image(table: Table) -> Table:
     """Return ``image`` as pictures and ``caption`` as lists of texts; rows of one image become one.
 
-    Rows without a caption are left out and counted in a printed line.
+    Raises:
+        DataError: a caption is no text; the message names the row.
+    """
+    found = captions_by_row(table)
+    images = pictures(table)
+    merged: dict[str, list[Any]] = {
+        "image": [images[i] for i in found],
+        "caption": [*found.values()],
+    }
+    return table.take(list(found)).with_columns(merged, {})
+
+
+def captions_by_row(table: Table) -> dict[int, list[str]]:
+    """Return the captions of every image by the first of its rows.
+
+    Rows without a caption are left out and counted in a printed line, as are further rows of one image.
 
     Raises:
         DataError: a caption is no text; the message names the row.
     """
-    images = pictures(table)
-    first, captions, without = dict[str, int](), dict[int, list[str]](), 0
-    for i, image in enumerate(images):
+    first, found, without = dict[str, int](), dict[int, list[str]](), 0
+    for i, image in enumerate(pictures(table)):
         texts = _captions(table, i)
         if not texts:
             without += 1
             continue
-        place = i if image is None else first.setdefault(image.digest, i)
-        held = captions.setdefault(place, [])
+        held = found.setdefault(i if image is None else first.setdefault(image.digest, i), [])
         held += [text for text in texts if text not in held]
     if without:
         note(f"{table.name}: {without:,} of {len(table):,} rows have no caption and are left out")
-    joined = len(table) - without - len(captions)
-    if joined:
+    rows = len(table) - without
+    if rows > len(found):
         note(
-            f"{table.name}: {len(captions):,} images in {len(table) - without:,} rows; the captions of one image stand "
-            "together, and each epoch draws one of them"
+            f"{table.name}: {len(found):,} images in {rows:,} rows; the captions of one image stand together, and each "
+            "epoch draws one of them"
         )
-    kept = table.take(list(captions))
-    merged: dict[str, list[Any]] = {
-        "image": [images[i] for i in captions],
-        "caption": list(captions.values()),
-    }
-    return kept.with_columns(merged, {})
+    return found
 
 
 def _captions(table: Table, i: int) -> list[str]:
@@ -196,9 +208,12 @@ def _examples(
 def caption_fields(
     captions: Sequence[Sequence[str]], tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return ``input_ids``, and ``lengths`` if there are several captions, of each row; and the rows that are cut."""
+    """Return ``input_ids``, and ``lengths`` if there are several captions, of each row; and the rows that are cut.
+
+    Special tokens typed into a caption are read as plain text, so that it cannot end itself.
+    """
     encodings = tokenizer.frame_texts(
-        [text for texts in captions for text in texts], max_length=max_length
+        [text for texts in captions for text in texts], max_length=max_length, special=False
     )
     found, cut, at = list[dict[str, Any]](), list[int](), 0
     for row, texts in enumerate(captions):

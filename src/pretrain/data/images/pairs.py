@@ -17,13 +17,10 @@ class PairProcessor:
     Args:
         tokenizer: a ``pretrain.Tokenizer``, or None.
         images: an ``ImageProcessor``, or None.
-        max_length: tokens of a text in the model, which the files of the tokenizer say; None keeps what they say.
     """
 
-    def __init__(self, tokenizer: Any, images: Any, max_length: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, images: Any) -> None:
         self.tokenizer, self.images = tokenizer, images
-        if tokenizer is not None and max_length is not None:
-            tokenizer.config["model_max_length"] = max_length
 
     @property
     def fingerprint(self) -> str:

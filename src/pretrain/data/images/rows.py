@@ -455,7 +455,9 @@ def _named_images(path: Path) -> Table | None:
             rest = [file.name for file in _files(path)[0] if os.path.normpath(file) not in named]
             if rest:
                 note(f"{path}: {len(rest):,} images are not named in {name}: {shown(rest, 4)}")
-            return table
+            others = {key: held for key, held in table.columns.items() if key != _FILE_NAME}
+            images: list[Any] = pictures(table, _FILE_NAME)
+            return table.with_columns({**others, "image": images}, table.label_names)
     return None
 
 
