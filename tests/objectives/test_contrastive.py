@@ -227,8 +227,57 @@ def test_retrieval_is_measured_over_all_held_out_rows() -> None:
     assert found["text_to_image"] == pytest.approx(
         float((scores.argmax(0) == target).float().mean())
     )
-    same = {"images": [torch.ones(3)] * 4, "texts": [torch.ones(3)] * 4}
+    same = {"images": [torch.ones(3)] * 4, "texts": [torch.ones(1, 3)] * 4}
     assert goal.summarize(1.0, 4, same, {})["image_to_text"] == 0  # equal vectors find nothing
+
+
+def test_one_of_several_texts_is_enough_and_each_must_find_its_image() -> None:
+    images = F.normalize(torch.eye(7), dim=-1)
+    texts = [images[i : i + 1] for i in range(7)]
+    texts[0] = torch.stack([images[1], images[0]])  # the first of two belongs to another image
+    assert contrastive.recalls(images, texts) == pytest.approx(
+        # For image 1 the wrong text of image 0 ties with its own.
+        {
+            "image_to_text": 6 / 7,
+            "image_to_text@5": 1.0,
+            "text_to_image": 7 / 8,
+            "text_to_image@5": 7 / 8,
+        }
+    )
+    far = [torch.roll(images, 1, 0)[i : i + 1] for i in range(7)]
+    assert contrastive.recalls(images, far)["text_to_image@5"] == 0
+
+
+def test_training_draws_one_of_several_texts_and_evaluation_takes_all() -> None:
+    several = np.array([10, 20, 4, 11, 21, 22, 4])
+    row = {**rows(1)[0], "input_ids": several, "lengths": np.array([3, 4])}
+    goal = objective()
+    drawn = [
+        goal.collate([row], [np.random.default_rng(seed)])["input_ids"][0].tolist()
+        for seed in range(8)
+    ]
+    assert {tuple(ids) for ids in drawn} == {(10, 20, 4), (11, 21, 22, 4)}
+    batch = goal.collate([rows(1)[0], row], [], evaluation=True)
+    assert batch["input_ids"].tolist()[1:] == [[10, 20, 4, 1], [11, 21, 22, 4]]
+    assert batch["owners"].tolist() == [1]
+    with torch.no_grad():
+        loss = goal.eval()(batch)
+    assert int(loss.count) == 2
+    assert [len(texts) for texts in loss.metrics["texts"]] == [1, 2]
+
+
+def test_smoothed_targets_are_those_of_the_plain_formula() -> None:
+    model = build("clip", **TINY)
+    goal = build_objective("Contrastive", {"label_smoothing": 0.2}, model)
+    assert isinstance(goal, Contrastive)
+    batch = goal.collate(rows(6), [])
+    images, texts = goal.towers.vectors(batch)
+    scores, target = goal.towers.scores(images, texts), torch.arange(6)
+    wanted = sum(F.cross_entropy(x, target, label_smoothing=0.2) for x in (scores, scores.T)) * 3
+    torch.testing.assert_close(goal.train()(batch).total, wanted)
+    assert float(goal.eval()(batch).total.detach()) != pytest.approx(float(wanted.detach()))
+    with pytest.raises(ConfigError, match="label_smoothing is 1"):
+        build_objective("Contrastive", {"label_smoothing": 1.0}, model)
 
 
 def test_texts_are_padded_on_the_right_and_too_long_ones_named() -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "Group",
     "draft_of",
     "spread",
+    "tokenizer_entries",
     "write_processor",
 ]
 
@@ -101,7 +102,7 @@ class Draft:
         texts: name -> content of the small files.
         groups: groups of tensors, the weights first.
         state: content of state.json; None without a training folder.
-        processor: the tokenizer or other processor, and whether the model was trained with token type ids (pairs).
+        processor: the tokenizer or other processor, and the keys of tokenizer_config.json that depend on the model.
         about: the environment that bit-identical resuming depends on, see ``manifest.environment``.
         pieces: which rank holds which shard of the tensors.
     """
@@ -110,7 +111,7 @@ class Draft:
     texts: Mapping[str, bytes]
     groups: tuple[Group, ...]
     state: bytes | None
-    processor: tuple[Any, bool] | None
+    processor: tuple[Any, dict[str, Any]] | None
     about: Mapping[str, Any]
     pieces: Pieces
 
@@ -179,7 +180,9 @@ def draft_of(
         texts=texts,
         groups=tuple(groups),
         state=encoded_state(training.state) if training is not None else None,
-        processor=None if model.processor is None else (model.processor, segments),
+        processor=None
+        if model.processor is None
+        else (model.processor, tokenizer_entries(model, segments=segments)),
         about=manifest.environment(torch.get_num_threads(), str(torch.__version__)),
         pieces=pieces,
     )
@@ -300,8 +303,25 @@ def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any
     return dict(finite_json(names_only({**ids, **drop_code(model.generation_config)})))
 
 
+def tokenizer_entries(model: Model, *, segments: bool) -> dict[str, Any]:
+    """Return the keys of tokenizer_config.json that depend on the model.
+
+    Args:
+        model: the model beside which the tokenizer is saved.
+        segments: the model was trained with token type ids, which AutoTokenizer would otherwise leave out.
+    """
+    # Padding that the model was trained to read must not be masked.
+    masked = [] if model.backbone.padded else ["attention_mask"]
+    found: dict[str, Any] = {
+        "model_input_names": ["input_ids", *["token_type_ids"] * segments, *masked]
+    }
+    if model.backbone.default_task is not None:  # a processor of pairs pads or cuts to it
+        found["model_max_length"] = model.backbone.max_length
+    return found
+
+
 def write_processor(
-    directory: Path, processor: Any, *, segments: bool
+    directory: Path, processor: Any, entries: Mapping[str, Any]
 ) -> Iterator[tuple[str, Record]]:
     """Write the files of a processor durably, with absolute paths removed, and yield the name and record of each.
 
@@ -310,15 +330,14 @@ def write_processor(
     Args:
         directory: directory of the model.
         processor: a tokenizer, an image processor or another one with ``save(directory)``.
-        segments: the model was trained with token type ids, which AutoTokenizer would otherwise leave out.
+        entries: keys of tokenizer_config.json that depend on the model.
     """
     aside = directory / "processor"
     processor.save(aside)
-    inputs = ["input_ids", *["token_type_ids"] * segments, "attention_mask"]
     for name in sorted(os.listdir(aside)):
         data = files.read_bytes(aside / name)
         if name == "tokenizer_config.json":
-            data = to_json(names_only({**parse_json(data, name), "model_input_names": inputs}))
+            data = to_json(names_only({**parse_json(data, name), **entries}))
         yield name, files.write_file(directory / name, data)
     directories.remove_tree(aside)
 

@@ -382,8 +382,7 @@ class _Unfinished:
         for name, data in texts.items():
             self._records[name] = files.write_file(directory / name, data)
         if draft.processor is not None:
-            processor, segments = draft.processor
-            self._records |= write_processor(directory, processor, segments=segments)
+            self._records |= write_processor(directory, *draft.processor)
 
     def agree(self) -> None:
         """Tell all ranks what each of them has written, once all of them have.

@@ -62,6 +62,7 @@ class RowSource:
 SOURCES = {
     "images": "pretrain.data.images.source:labelled_images",
     "audio": "pretrain.data.audio.source:labelled_audio",
+    "image_text": "pretrain.data.images.captions:captioned_images",
 }
 
 

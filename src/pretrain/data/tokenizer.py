@@ -498,10 +498,20 @@ def _read_template(folder: Path) -> str | None:
 
 
 def train_from_texts(
-    texts: Iterable[str], kind: str = "bpe", *, vocab_size: int = 8192, lowercase: bool = False
+    texts: Iterable[str],
+    kind: str = "bpe",
+    *,
+    vocab_size: int = 8192,
+    lowercase: bool = False,
+    captions: bool = False,
 ) -> Tokenizer:
-    """Train a tokenizer on an iterable of texts; see :func:`train_tokenizer`."""
-    backend, roles = train_backend(texts, kind, vocab_size=vocab_size, lowercase=lowercase)
+    """Train a tokenizer on an iterable of texts; see :func:`train_tokenizer`.
+
+    With ``captions`` it is one for a model of images and texts, which frames every text by bos and eos.
+    """
+    backend, roles = train_backend(
+        texts, kind, vocab_size=vocab_size, lowercase=lowercase, captions=captions
+    )
     return Tokenizer(backend, roles)
 
 

@@ -21,6 +21,9 @@ from pretrain.errors import TokenizerError, did_you_mean
 
 KINDS = ("bpe", "wordpiece", "char")
 ROLES = ("pad", "bos", "eos", "mask", "unk")
+# The order of the special tokens of a tokenizer for captions: transformers reads a CLIP model whose end token has the
+# id 2 in another way, for the sake of old files.
+_CAPTION_ROLES = ("pad", "bos", "mask", "eos", "unk")
 _TAGS = {role: f"<{role}>" for role in ROLES}
 _BERT_TAGS = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "unk": "[UNK]"}
 # Special tokens of the tokenizers trained by this package, in the order of ROLES; their ids count from 0.
@@ -116,20 +119,24 @@ def decoding_of(backend: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> Deco
 
 
 def train_backend(
-    texts: Iterable[str], kind: str, *, vocab_size: int, lowercase: bool
+    texts: Iterable[str], kind: str, *, vocab_size: int, lowercase: bool, captions: bool = False
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Train on texts; return the backend and the token of each role."""
+    """Train on texts; return the backend and the token of each role.
+
+    With ``captions`` a text is framed by bos and eos, whatever the kind, and eos has not the id 2.
+    """
     if kind not in KINDS:
         raise TokenizerError(f"unknown kind of tokenizer {kind!r}.{did_you_mean(kind, KINDS)}")
     tags = _BERT_TAGS if kind == "wordpiece" else _TAGS
-    special = [tags[role] for role in ROLES]
+    special = [tags[role] for role in (_CAPTION_ROLES if captions else ROLES)]
+    last = tags["eos"] if captions else ""
     least = len(special) + (256 if kind == "bpe" else 32)
     if kind != "char" and vocab_size < least:
         raise TokenizerError(
             f"vocab_size {vocab_size} is too small for a {kind} tokenizer; it needs at least {least}."
         )
     if kind == "char":
-        return _characters(texts, special), tags
+        return _characters(texts, special, last), tags
     if kind == "wordpiece":
         return _train_wordpiece(list(texts), special, vocab_size, lowercase), tags
     backend = tokenizers.Tokenizer(models.BPE())
@@ -144,7 +151,7 @@ def train_backend(
         max_token_length=_MAX_TOKEN,
     )
     backend.train_from_iterator(texts, trainer)
-    _begin(backend, tags["bos"])
+    _begin(backend, tags["bos"], last)
     # Tokens include the space before a word, so the mask token absorbs it too, as in RoBERTa.
     mask = tokenizers.AddedToken(tags["mask"], lstrip=True, special=True)
     backend.add_special_tokens([mask])
@@ -237,16 +244,20 @@ def _divides_words(char: str) -> bool:
     return char.isspace() or char in string.punctuation or unicodedata.category(char)[0] == "P"
 
 
-def _begin(backend: tokenizers.Tokenizer, first: str) -> None:
-    """Set a post-processor that prepends the bos token, so that a text is framed like the start of a document."""
+def _begin(backend: tokenizers.Tokenizer, first: str, last: str) -> None:
+    """Set a post-processor that prepends the bos token, so that a text is framed like the start of a document.
+
+    A caption is a whole text, so one for captions also appends the eos token, ``last``.
+    """
+    names = [first, *[last] * bool(last)]
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A",
+        single=f"{first} $A {last}".rstrip(),
         pair=f"{first} $A $B:1",
-        special_tokens=[(first, backend.token_to_id(first))],
+        special_tokens=[(name, backend.token_to_id(name)) for name in names],
     )
 
 
-def _characters(texts: Iterable[str], special: list[str]) -> tokenizers.Tokenizer:
+def _characters(texts: Iterable[str], special: list[str], last: str) -> tokenizers.Tokenizer:
     """Build a tokenizer of all characters in the texts, with byte fallback for all others."""
     seen: set[str] = set()
     for text in texts:
@@ -259,5 +270,5 @@ def _characters(texts: Iterable[str], special: list[str]) -> tokenizers.Tokenize
     )
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens(special)
-    _begin(backend, special[1])
+    _begin(backend, special[1], last)
     return backend

@@ -16,6 +16,7 @@ from pretrain.checkpoint.best import best_first
 from pretrain.checkpoint.download import located
 from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
+from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
 from pretrain.evaluation.embeddings import retrieval, sts
@@ -109,6 +110,9 @@ def evaluate(
     if task is not None:
         task_class(task)
     fine_tuned = recorded_task(model) is not None or model.head_kind in _LABELLED_HEADS
+    fine_tuned |= (
+        model.backbone.default_task is not None and data is not None and not _are_rows(data)
+    )
     pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
     if objective is not None or not fine_tuned or pretrained:
         if columns:
@@ -120,6 +124,11 @@ def evaluate(
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
     return _evaluate_task(path, model, data, columns or {}, base, precision, device, options)
+
+
+def _are_rows(data: Any) -> bool:
+    """Whether the data are rows of pre-training: a ``RowSource``, or the import path of a function that returns one."""
+    return isinstance(data, RowSource) or language.names_function(data)
 
 
 def _evaluate_task(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint.draft import model_texts, write_processor
+from pretrain.checkpoint.draft import model_texts, tokenizer_entries, write_processor
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.utils import files
@@ -168,7 +168,8 @@ def write(model: Model, directory: Path) -> None:
         (directory / name).parent.mkdir(exist_ok=True)
         files.write_file(directory / name, data)
     if model.processor is not None:
-        for _ in write_processor(directory, model.processor, segments="token_type_ids" in names):
+        entries = tokenizer_entries(model, segments="token_type_ids" in names)
+        for _ in write_processor(directory, model.processor, entries):
             pass
 
 

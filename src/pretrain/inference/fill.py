@@ -131,6 +131,10 @@ def embed(
 ) -> Tensor:
     """Return text embeddings, (N, D) in fp32 on the CPU; a vector does not depend on the other texts of its batch.
 
+    A model of images and texts (clip, siglip) gives the vectors of both in one space, of length one unless
+    ``normalize`` is False. Images are paths (``pathlib.Path``), arrays, bytes, images of Pillow, or the path of a
+    folder: a ``str`` is always a text.
+
     The defaults are those of a sentence-transformers directory (modules.json and the files that it refers to).
 
     Args:
@@ -167,6 +171,15 @@ def embed_counting(
     """Return what ``embed`` returns, and the number of texts that were cut, of which this prints nothing."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
+    if model.backbone.default_task is not None:
+        from pretrain.inference.towers import embed_pairs
+
+        options = {"pooling": pooling, "prompt": prompt, "prompt_name": prompt_name}
+        if given := [key for key, value in options.items() if value is not None]:
+            raise ConfigError(
+                f"A {model.backbone.model_type} model has vectors of its own: leave {given[0]!r} out."
+            )
+        return embed_pairs(model, texts, batch_size, normalize is not False)
     stored = model.sentences or SentenceSettings()
     if pooling is None and stored.missing:
         raise ModelError(

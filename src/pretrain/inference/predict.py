@@ -109,6 +109,8 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
         return kind, {"problem": "multi_label" if several else "single_label"}
     if kind in ("token-classification", "question-answering"):
         return kind, {}
+    if kind is None and (own := model.backbone.default_task) is not None:
+        return own, {}
     use = {
         "causal-lm": "it continues texts: model.generate(...), or model.chat(...) if it was trained on conversations",
         "masked-lm": "it fills masks: model.fill_mask(...)",

@@ -79,6 +79,8 @@ class Backbone(nn.Module):
         modules_of_peft: name of a module in files, without prefix -> its name in the memory of transformers 5, by which
             the files of peft call it, where the two differ.
         processor_class: reads the processor of a saved model (``from_directory``); None for a tokenizer.
+        padded: whether texts are padded to all positions, and the padding is read like any token.
+        default_task: the task that a model without a head answers; None if there is none.
         unit_name: what ``units`` counts, in the plural, for messages: tokens, patches, nodes.
     """
 
@@ -94,6 +96,8 @@ class Backbone(nn.Module):
     residual_scale: ClassVar[bool] = False
     modules_of_peft: ClassVar[Mapping[str, str]] = {}
     processor_class: ClassVar[Any] = None
+    default_task: ClassVar[str | None] = None
+    padded: ClassVar[bool] = False
     unit_name: ClassVar[str] = "tokens"
     # The rows of the token embedding that this rank holds under tensor parallelism, or None.
     vocab: VocabShard | None = None

@@ -201,18 +201,14 @@ def read_part(
 
 
 class TwoTowers(Backbone):
-    """Unit vectors of the images under ``pixel_values`` and the texts under ``input_ids``: (images + texts, P).
-
-    Class attributes:
-        padded: whether texts are padded to ``max_positions``, and the padding is read like any token.
-    """
+    """Unit vectors of the images under ``pixel_values`` and the texts under ``input_ids``: (images + texts, P)."""
 
     causal: ClassVar[bool] = False
     prefix: ClassVar[str] = ""
     prefixes: ClassVar[tuple[str, ...]] = ()
     processor_class: ClassVar[Any] = PairProcessor
+    default_task: ClassVar[str | None] = "image-text-retrieval"
     unit_name: ClassVar[str] = "patches and tokens"
-    padded: ClassVar[bool] = False
     text: TextTower
     image: ImageTower
     logit_scale: nn.Parameter

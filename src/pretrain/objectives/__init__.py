@@ -54,6 +54,7 @@ TASKS = {
     "segmentation": "pretrain.objectives.segmentation.Segmentation",
     "object-detection": "pretrain.objectives.object_detection.ObjectDetection",
     "audio-classification": "pretrain.objectives.audio_classification.AudioClassification",
+    "image-text-retrieval": "pretrain.objectives.image_text_retrieval.ImageTextRetrieval",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}

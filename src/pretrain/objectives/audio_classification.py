@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pretrain.data.audio.augment import SpectrogramChanges
 from pretrain.data.audio.rows import AUDIO
 from pretrain.data.audio.source import CLIP
+from pretrain.data.images.given import given_table
 from pretrain.data.images.rows import Medium
 from pretrain.data.labelled import Role
 from pretrain.objectives.classification import Classification
@@ -100,13 +101,13 @@ class AudioClassification(ImageClassification):
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
         """One recording (a path, an array (samples,), a mapping with ``array`` and ``sampling_rate``), or several."""
         if isinstance(inputs, Mapping) and self.medium.holds(inputs):
-            return self.table([inputs]), True
+            return given_table([inputs], self.medium), True
         several = isinstance(inputs, list | tuple) and len(inputs)
         if several and isinstance(inputs[0], Mapping) and self.medium.holds(inputs[0]):
-            return self.table(list(inputs)), False
+            return given_table(list(inputs), self.medium), False
         dimensions = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
         if dimensions == 1:
-            return self.table([inputs]), True
+            return given_table([inputs], self.medium), True
         if dimensions == 2:
-            return self.table(list(inputs)), False
+            return given_table(list(inputs), self.medium), False
         return super().inputs(inputs)

@@ -1,16 +1,17 @@
 """Contrastive learning of images with their texts.
 
-The losses are InfoNCE (CLIP, arXiv 2103.00020; 1807.03748) and the sigmoid loss of pairs (SigLIP, 2303.15343). Every
+The losses are InfoNCE (CLIP, arXiv 2103.00020; 1807.03748), with smoothed targets for noisy pairs (ALIGN, 2102.05918),
+and the sigmoid loss of pairs (SigLIP, 2303.15343). Every
 image is compared with all texts of the global batch, and with InfoNCE every text with all images. The scores are
 computed in chunks that the backward pass computes again, so memory grows linearly with the batch.
 
-Letters: n pairs on this rank, N in the whole batch, T tokens, P size of a vector.
+Letters: n pairs on this rank, N in the whole batch, T tokens, P size of a vector, M texts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,39 +20,90 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.errors import DataError, ModelError
+from pretrain.data.images.augment import Augmentation
+from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.models.clip import TwoTowers
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
-from pretrain.objectives.row_pixels import given_pixels
+from pretrain.objectives.row_pixels import pixel_values
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["Contrastive", "SigmoidContrastive"]
+__all__ = ["Contrastive", "SigmoidContrastive", "padded_texts", "recalls"]
 
 _CHUNK = 512  # rows that are compared with the whole batch at once
+_AT = 5  # places among which a text or an image counts as found, beside the first
 _MOST = math.log(100.0)  # of the logarithm of the scale, as in CLIP
+
+
+def padded_texts(towers: TwoTowers, texts: Sequence[np.ndarray]) -> Batch:
+    """Return the ids of texts, padded on the right, with the mask of a model that does not read padding.
+
+    Raises:
+        DataError: a text is longer than the positions of the model, or lacks the end token at which it is read.
+    """
+    config = towers.config
+    longest, most = max(len(ids) for ids in texts), config.max_positions
+    if longest > most:
+        raise DataError(
+            f"A text of {longest} tokens is longer than the {most} positions of the model. Cut the texts and keep "
+            f"their end token (data.source_args.max_length={most}), or build the model with a larger "
+            "max_positions."
+        )
+    end = towers.end_id
+    # Padding may have the same id, so this is checked before it is there.
+    if end is not None and (cut := [ids for ids in texts if end not in ids]):
+        raise DataError(
+            f"{len(cut)} of {len(texts)} texts have no end token (eos_id {end}), whose hidden state is the vector "
+            f"of a text; the first has the ids {cut[0][:8].tolist()}. Encode the texts with the tokenizer of the "
+            "model, and keep the end token when cutting them."
+        )
+    columns = most if towers.padded else longest
+    ids = np.full((len(texts), columns), config.pad_id or 0, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    found = {"input_ids": torch.from_numpy(ids)}
+    return found if towers.padded else found | {"attention_mask": torch.from_numpy(mask)}
 
 
 class Contrastive(Objective):
     """Find the text of every image among those of the batch, and the image of every text.
 
-    Rows have ``pixel_values`` (C, H, W) and ``input_ids`` (tokens), framed by the tokenizer of the model. More rows in
-    a batch mean more negatives; gradient accumulation would mean fewer, and is refused.
+    Rows have ``image``, or ``pixel_values`` (C, H, W), and ``input_ids`` (tokens), framed by the tokenizer of the
+    model. Rows with several texts have them one after another, and their ``lengths``; training draws one of them. More
+    rows in a batch mean more negatives; gradient accumulation would mean fewer, and is refused.
 
     Args:
         model: a model with two towers, such as clip.
+        crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops. Like the two
+            below for rows of images, not for rows of pixel values.
+        flip: mirror half of the training images; not if texts tell left from right.
+        randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        label_smoothing: share of a target that is spread over all pairs of the batch, for texts that often do not
+            belong to their image; in training only.
 
     Raises:
         ModelError: the model has no towers, or reads padding and has no ``pad_id``.
+        ConfigError: an option is out of range.
     """
 
     couples_examples: ClassVar[bool] = True
-    figures: ClassVar[tuple[str, ...] | None] = ("loss", "image_to_text", "text_to_image")
+    figures: ClassVar[tuple[str, ...] | None] = (
+        "loss", "image_to_text", "text_to_image", f"image_to_text@{_AT}", f"text_to_image@{_AT}",
+    )  # fmt: skip
 
-    def __init__(self, model: Model) -> None:
+    def __init__(
+        self,
+        model: Model,
+        crop: float = 1.0,
+        flip: bool = False,
+        randaugment: int = 0,
+        label_smoothing: float = 0.0,
+    ) -> None:
         super().__init__(model)
+        self.change(Augmentation(crop, flip, randaugment), label_smoothing)
         if not isinstance(model.backbone, TwoTowers):
             raise ModelError(
                 f"Contrastive needs a model with a tower for images and one for texts; this one is a "
@@ -63,6 +115,16 @@ class Contrastive(Objective):
                 "pad_id. Set it to that of the tokenizer: model.overrides.pad_id."
             )
 
+    def change(self, augmentation: Augmentation, label_smoothing: float) -> None:
+        """Set the changes of training images and the smoothing of targets.
+
+        Raises:
+            ConfigError: the smoothing is out of range.
+        """
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
+        self.augmentation, self.label_smoothing = augmentation, label_smoothing
+
     @property
     def towers(self) -> TwoTowers:
         """The backbone."""
@@ -71,44 +133,38 @@ class Contrastive(Objective):
         return found
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
-        """Stack the images, and pad the texts on the right.
+        """Read the images, draw a text of each, and pad the texts on the right.
+
+        In evaluation the further texts of all rows stand after the first of each, and ``owners`` (M - n,) says to which
+        row of the batch they belong.
 
         Raises:
             DataError: a text is longer than the positions of the model, or lacks the end token at which it is read.
         """
-        batch, config = {"pixel_values": given_pixels(examples)}, self.towers.config
-        texts = [np.asarray(example["input_ids"]).reshape(-1) for example in examples]
-        longest, most = max(len(ids) for ids in texts), config.max_positions
-        if longest > most:
-            raise DataError(
-                f"A text of {longest} tokens is longer than the {most} positions of the model. Cut the texts and keep "
-                "their end token, or build the model with a larger max_positions."
-            )
-        end = self.towers.end_id
-        # Padding may have the same id, so this is checked before it is there.
-        if end is not None and (cut := [ids for ids in texts if end not in ids]):
-            raise DataError(
-                f"{len(cut)} of {len(texts)} texts have no end token (eos_id {end}), whose hidden state is the vector "
-                f"of a text; the first has the ids {cut[0][:8].tolist()}. Encode the texts with the tokenizer of the "
-                "model, and keep the end token when cutting them."
-            )
-        columns = most if self.towers.padded else longest
-        ids = np.full((len(texts), columns), config.pad_id or 0, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = text, 1
-        batch["input_ids"] = torch.from_numpy(ids)
-        if not self.towers.padded:
-            batch["attention_mask"] = torch.from_numpy(mask)
-        return batch
+        pixels = pixel_values(
+            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=type(self).__name__
+        )  # fmt: skip
+        if "input_ids" not in examples[0]:  # images whose texts are to be found
+            return {"pixel_values": pixels}
+        texts, further, owners = list[np.ndarray](), list[np.ndarray](), list[int]()
+        for row, example in enumerate(examples):
+            several = _texts_of(example)
+            drawn = 0 if evaluation or len(several) == 1 else int(rngs[row].integers(len(several)))
+            texts.append(several[drawn])
+            if evaluation:
+                further += several[1:]
+                owners += [row] * (len(several) - 1)
+        batch = {"pixel_values": pixels, **padded_texts(self.towers, texts + further)}
+        return batch | ({"owners": torch.tensor(owners)} if owners else {})
 
     def count(self, batch: Batch) -> Tensor:
         """Number of pairs."""
-        return torch.tensor(len(batch["input_ids"]))
+        return torch.tensor(len(batch["pixel_values"]))
 
     def forward(self, batch: Batch) -> Loss:
-        images, texts = self.towers.vectors(batch)
-        assert images is not None and texts is not None
+        images, every = self.towers.vectors(batch)
+        assert images is not None and every is not None
+        texts = every[: len(images)]
         every_image, first = self.whole_batch(images)
         every_text, _ = self.whole_batch(texts)
         total, right = self.compare(images, texts, every_image, every_text, first)
@@ -116,7 +172,11 @@ class Contrastive(Objective):
         if self.training:
             metrics["accuracy"] = right
         else:
-            metrics["images"], metrics["texts"] = list(images), list(texts)
+            own = [[text] for text in texts]
+            owners = batch["owners"].tolist() if "owners" in batch else []
+            for row, text in zip(owners, every[len(images) :], strict=True):
+                own[row].append(text)
+            metrics["images"], metrics["texts"] = list(images), [torch.stack(t) for t in own]
         return Loss(total, self.count(batch).to(total.device), metrics)
 
     def compare(
@@ -136,10 +196,13 @@ class Contrastive(Objective):
         return (there + back) / 2, right
 
     def _entropy(self, rows: Tensor, others: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        smoothing = self.label_smoothing if self.training else 0.0
+
         def chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             scores = self.towers.scores(part, others)
             right = (scores.detach().argmax(-1) == targets).sum()
-            return F.cross_entropy(scores, targets, reduction="sum"), right
+            loss = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=smoothing)
+            return loss, right
 
         return self.chunked(chunk, rows, first)
 
@@ -159,16 +222,25 @@ class Contrastive(Objective):
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """How often the nearest of all held-out texts is that of the image, and the nearest image that of the text.
+        """How often the nearest of all held-out texts is one of the image, and the nearest image that of the text.
 
-        Only the loss is computed within batches, so it depends on the batch size: smaller batches have a lower loss.
+        Those with ``@5`` say how often it is among the five nearest. Only the loss is computed within batches, so it
+        depends on the batch size: smaller batches have a lower loss.
         """
         figures = {"loss": total / count if count else math.nan}
         if metrics.get("images"):
-            images, texts = (torch.stack(list(metrics[key])).float() for key in ("images", "texts"))
-            figures["image_to_text"] = _found(images, texts)
-            figures["text_to_image"] = _found(texts, images)
+            images, texts = torch.stack(list(metrics["images"])), list(metrics["texts"])
+            figures |= recalls(images.float(), [text.float() for text in texts])
         return figures
+
+    def describe(self) -> dict[str, Any]:
+        """Name, and the changes of the images and the smoothing if there are any."""
+        given = {
+            **vars(self.augmentation),
+            "label_smoothing": self.label_smoothing,
+        }
+        changed = vars(Augmentation()) | {"label_smoothing": 0.0}
+        return super().describe() | {k: v for k, v in given.items() if v != changed[k]}
 
     def head_weights(self) -> int:
         """0, because there is no head."""
@@ -195,6 +267,7 @@ class SigmoidContrastive(Contrastive):
 
     Args:
         model: a siglip model, whose scores have a bias.
+        crop, flip, randaugment: see ``Contrastive``.
 
     Raises:
         ModelError: the scores of the model have no bias: almost all decisions are "no", and would all begin wrong.
@@ -202,8 +275,10 @@ class SigmoidContrastive(Contrastive):
 
     figures: ClassVar[tuple[str, ...] | None] = Contrastive.figures
 
-    def __init__(self, model: Model) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Model, crop: float = 1.0, flip: bool = False, randaugment: int = 0
+    ) -> None:
+        super().__init__(model, crop, flip, randaugment)
         if not hasattr(model.backbone, "logit_bias"):
             raise ModelError(
                 f"SigmoidContrastive needs a model whose scores have a bias, and this {model.backbone.model_type} "
@@ -229,16 +304,42 @@ class SigmoidContrastive(Contrastive):
         """Leave the scale free, as in the paper."""
 
 
-def _found(rows: Tensor, others: Tensor) -> float:
-    """Share of the rows whose nearest other is their own; a tie with another counts against it."""
-    right = 0
-    own = (rows * others).sum(-1)
-    places = torch.arange(len(rows))
-    for part, best, place in _parts(rows, own, places):
-        scores = part @ others.T
-        scores[torch.arange(len(part)), place] = -math.inf
-        right += int((best > scores.max(dim=1).values).sum())
-    return right / len(rows)
+def recalls(images: Tensor, texts: Sequence[Tensor]) -> dict[str, float]:
+    """Return how often the own text of an image, and the image of a text, is the nearest, or among the five nearest.
+
+    Args:
+        images: (N, P) unit vectors.
+        texts: for each image those of its texts, (its texts, P).
+    """
+    image_owner = torch.arange(len(images))
+    text_owner = torch.repeat_interleave(image_owner, torch.tensor([len(t) for t in texts]))
+    every = torch.cat(list(texts))
+    figures = {}
+    for name, ranks in (
+        ("image_to_text", _ranks(images, every, image_owner, text_owner)),
+        ("text_to_image", _ranks(every, images, text_owner, image_owner)),
+    ):
+        figures[name] = float((ranks < 1).double().mean())
+        figures[f"{name}@{_AT}"] = float((ranks < _AT).double().mean())
+    return figures
+
+
+def _ranks(rows: Tensor, others: Tensor, row_owner: Tensor, other_owner: Tensor) -> Tensor:
+    """Number of others that belong to another owner and are as near as the best of the own; ties count against it."""
+    found = []
+    for part, owner in _parts(rows, row_owner):
+        scores, own = part @ others.T, owner[:, None] == other_owner
+        best = scores.masked_fill(~own, -math.inf).max(dim=1, keepdim=True).values
+        found.append(((scores >= best) & ~own).sum(1))
+    return torch.cat(found)
+
+
+def _texts_of(example: Mapping[str, Any]) -> list[np.ndarray]:
+    """Return the texts of a row."""
+    ids = np.asarray(example["input_ids"]).reshape(-1)
+    if "lengths" not in example:
+        return [ids]
+    return np.split(ids, np.cumsum(example["lengths"])[:-1])
 
 
 def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor
+from pretrain.data.images.given import given_images
 from pretrain.data.images.rows import (
     IMAGES,
     Medium,
     decoded,
-    is_image_source,
     parts_of,
     read_images,
 )
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError
 from pretrain.objectives.row_pixels import check_processor, values_key
 from pretrain.objectives.tasks import Task
 from pretrain.utils.files import note
@@ -149,48 +148,7 @@ class ImageTask(Task):
     # ------------------------------------------------------------------ answers
 
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
-        """One image (a path, an array (H, W) or (H, W, C), an image of Pillow), or several in a list or an array."""
-        array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
-        if isinstance(inputs, str | Path):
-            return self._of_path(Path(inputs))
-        channels = array == 3 and (
-            inputs.shape[0] == self.processor.channels == 3 or inputs.shape[-1] in (1, 3, 4)
-        )
-        if array == 2 or channels or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
-            return self.table([inputs]), True
-        if array in (3, 4):
-            return self.table(list(inputs)), False
-        several = isinstance(inputs, list | tuple) and len(inputs)
-        if several and not isinstance(inputs[0], Mapping):
-            return self.table(list(inputs)), False
-        return None
-
-    def _of_path(self, path: Path) -> tuple[Table, bool] | None:
-        """Return the rows of a folder or file; None for a table with one row for each."""
-        if is_image_source(path, self.medium):
-            table, many = read_images(path, medium=self.medium), path.suffix.lower() == ".npz"
-            return table, not many and not path.is_dir() and len(table) == 1
-        if not path.suffix:  # neither an image nor a table
-            self._check_paths([path])
-        return None
-
-    def _check_paths(self, given: Sequence[Any]) -> None:
-        """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
-        for i, path in enumerate(given, start=1):
-            named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
-            if named and not Path(path).expanduser().exists():
-                column = self.medium.column
-                raise DataError(f"{column} {i}: there is no file {str(path)[:200]!r}.")
-
-    def table(self, given: Sequence[Any]) -> Table:
-        """Return images of a caller as a table."""
-        self._check_paths(given)
-        medium = self.medium
-        held = [
-            medium.make(v, f"{medium.column} {i}") if hasattr(v, "dtype") or medium.holds(v) else v
-            for i, v in enumerate(given, start=1)
-        ]
-        return Table("inputs", {medium.column: held}, origin="the inputs", unit="index")
+        return given_images(inputs, getattr(self.processor, "channels", 0), self.medium)
 
 
 def shown_answers(task: Task, table: Table) -> list[tuple[int, dict[str, Any]]]:

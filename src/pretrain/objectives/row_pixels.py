@@ -40,9 +40,9 @@ def check_processor(model: Model, what: str) -> Any:
     Raises:
         ModelError: there is none, or it does not fit.
     """
-    processor = model.processor
     if reads_audio(model):
         return _check_audio(model, what)
+    processor = getattr(model.processor, "images", model.processor)
     if not isinstance(processor, ImageProcessor):
         raise ModelError(
             f"{what} reads images, and the model has no image processor. Put preprocessor_config.json into its "

@@ -37,6 +37,7 @@ from pretrain.models import build, family_class, own_family
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
 from pretrain.objectives import (
+    OBJECTIVES,
     build_objective,
     check_monitor,
     check_objective,
@@ -67,6 +68,7 @@ __all__ = ["evaluate", "train"]
 _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
 _VOCAB_MULTIPLE = 64
+_ROWS = 16  # rows in one forward pass of an evaluation
 
 
 @using(TRAIN)
@@ -371,6 +373,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             )
         if tokenizer is None:
             check_labels(model, data)
+            check_tokenizer(settings, model, data)
             model.processor = data.processor if model.processor is None else model.processor
             return model
         if model.tokenizer is not None and model.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -393,6 +396,10 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     else:
         check_images(settings, data)
         overrides = {**known_fields(family, data.overrides), **settings.model.overrides}
+        if family.padded and "max_positions" not in settings.model.overrides:
+            overrides.pop("max_positions", None)  # other libraries pad to that of the family
+        if (words := getattr(data.processor, "tokenizer", None)) is not None:
+            overrides = vocabulary_of(words, overrides)
     model = build(
         settings.model.family,
         settings.model.size,
@@ -427,6 +434,21 @@ def check_labels(model: Model, data: Prepared | RowSource) -> None:
 
 def _listed(labels: Sequence[str]) -> str:
     return ", ".join(labels[:20]) + ", ..." * (len(labels) > 20)
+
+
+def check_tokenizer(settings: RunConfig, model: Model, data: Prepared | RowSource) -> None:
+    """Check that the texts of rows that are no text alone were encoded by the tokenizer of the checkpoint.
+
+    Raises:
+        TokenizerError: they were not.
+    """
+    words, known = getattr(data.processor, "tokenizer", None), model.tokenizer
+    if words is not None and known is not None and words.fingerprint != known.fingerprint:
+        raise TokenizerError(
+            f"The texts were encoded by another tokenizer ({len(words)} tokens) than that of "
+            f"{settings.model.checkpoint} ({len(known)} tokens): every id would mean something else. Name it: "
+            f"data.source_args.tokenizer={_place(settings.model.checkpoint or '')}."
+        )
 
 
 def check_images(settings: RunConfig, data: RowSource) -> None:
@@ -490,7 +512,7 @@ def evaluate(
     data: Any = None,
     *,
     objective: str | None = None,
-    batch_rows: int = 16,
+    batch_rows: int | None = None,
     limit: int = 0,
     precision: str = "auto",
     device: str = "auto",
@@ -504,7 +526,7 @@ def evaluate(
             rows are used), or sources of text (all of it is used); None uses the held-out rows of the run that
             contains the checkpoint.
         objective: name of the objective; None chooses it by the head of the checkpoint.
-        batch_rows: rows per forward pass.
+        batch_rows: rows per forward pass; None is 16, or that of training if the loss compares the rows of a batch.
         limit: maximum number of rows; 0 uses all.
         precision: compute type; auto is ``train.eval_precision`` of the run, or fp32 if the checkpoint is in no run.
         device: device to run on.
@@ -519,14 +541,19 @@ def evaluate(
     """
     path = Path(checkpoint)
     model = load(path, quiet=True) if model is None else model
+    recorded = model.extra_config.get("pretrain", {}).get("objective")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
     name, options = objective or objective_for(model.head_kind), {}
+    if (
+        name is None and recorded.get("name") in OBJECTIVES
+    ):  # one of those that train models without a head
+        name = recorded["name"]
     if name is None:
         raise ConfigError(
             f"{path} has the head {model.head_kind!r}, which no language objective evaluates. If the objective is your "
             f"own, name its class: {option('objective')}, as package.module:Class."
         )
-    recorded = model.extra_config.get("pretrain", {}).get("objective")
-    if isinstance(recorded, Mapping) and recorded.get("name") == objective_class(name).__name__:
+    if recorded.get("name") == objective_class(name).__name__:
         options = {key: value for key, value in recorded.items() if key not in ("name", "task")}
     rows = _held_out(path, data, model)
     if len(rows) == 0:
@@ -536,14 +563,17 @@ def evaluate(
     built = build_objective(name, options, model)
     place = _place(path)
     load_others(built, latest(place) or place)
-    longest = row_length(rows, built)
-    if model.backbone.max_length and longest > model.backbone.max_length:
+    longest, room = row_length(rows, built), model.backbone.max_length
+    if room and longest > room and built.unit_name == "tokens":
         raise DataError(
             f"The rows have {longest} tokens and the model {model.backbone.max_length} positions. Prepare "
             f"the data with row_length={model.backbone.max_length} or less."
         )
     chosen = _evaluation_precision(path, precision, choose_device(device))
     built.to(chosen.device)
+    if batch_rows is None:
+        home = run_of(path) if built.couples_examples else None
+        batch_rows = _ROWS if home is None else RunConfig.load(home / "run.yaml").train.batch_rows
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
@@ -577,7 +607,7 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         rows: Examples = prepared.valid
     elif isinstance(data, RowSource):
         return _held_out_rows(None, data, model)
-    elif isinstance(data, str) and _FUNCTION.fullmatch(data):
+    elif names_function(data):
         named = DataConfig() if home is None else RunConfig.load(home / "run.yaml").data
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
@@ -600,6 +630,11 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
             f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {_place(path)}"
         )
     return rows
+
+
+def names_function(data: Any) -> bool:
+    """Whether data are the import path of a function that returns rows."""
+    return isinstance(data, str) and _FUNCTION.fullmatch(data) is not None
 
 
 def _held_out_rows(home: Path | None, data: RowSource, model: Model) -> Examples:

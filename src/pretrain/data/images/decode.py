@@ -32,6 +32,7 @@ __all__ = [
     "BrokenImage",
     "FileItem",
     "Picture",
+    "Slice",
     "Stored",
     "flat",
     "in_threads",
@@ -84,6 +85,27 @@ def pillow() -> Any:
     return PIL.Image
 
 
+@dataclass(frozen=True)
+class Slice:
+    """The bytes of an image inside a larger file, which are read when they are needed.
+
+    Attributes:
+        path: the file.
+        offset: the first byte.
+        size: number of bytes.
+    """
+
+    path: Path
+    offset: int
+    size: int
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes; fewer if the file is cut off."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
 class BrokenFile(DataError):
     """An item that cannot be decoded.
 
@@ -111,7 +133,7 @@ class FileItem:
     """One item of a source, such as an image; it is decoded by ``read`` only.
 
     Attributes:
-        source: path of a file, the bytes of one, or its content in memory, such as an array.
+        source: path of a file, the bytes of one, a part of one, or its content in memory, such as an array.
         name: what messages call it.
     """
 
@@ -132,7 +154,7 @@ class FileItem:
         try:
             if isinstance(source, bytes):
                 return hashlib.sha256(source).hexdigest()
-            if isinstance(source, str | Path):
+            if isinstance(source, str | Path | Slice):
                 return hashlib.sha256(self._bytes()).hexdigest()
             array = self._content()
         except BrokenFile:
@@ -142,8 +164,9 @@ class FileItem:
         return hashlib.sha256(head + array.tobytes()).hexdigest()
 
     def _bytes(self) -> bytes:
+        source = self.source if isinstance(self.source, Slice) else Path(self.source)
         try:
-            return Path(self.source).read_bytes()
+            return source.read_bytes()
         except (OSError, ValueError) as error:  # the latter of a path with a null character
             why = getattr(error, "strerror", None) or str(error)
             raise self.broken(self.name, why[0].lower() + why[1:]) from error
@@ -188,7 +211,7 @@ class Picture(FileItem):
         Raises:
             DataError: there is no such file, it is no image, is damaged or too large; the message names it.
         """
-        if isinstance(self.source, bytes | str | Path):
+        if isinstance(self.source, bytes | str | Path | Slice):
             content = self.source if isinstance(self.source, bytes) else self._bytes()
             image, remark = self._decoded(content)
             return image, remark

@@ -1,4 +1,4 @@
-"""Rows of images: folders by class, arrays in ``.npz`` and IDX files, and columns of paths, bytes or arrays.
+"""Rows of images: folders by class, archives, arrays in ``.npz`` and IDX files, and columns of paths, bytes or arrays.
 
 A source is read into a ``Table`` like one of text: the column ``image`` holds ``Picture`` objects, the column ``label``
 the classes. Nothing is decoded here. A ``Medium`` says what other files, such as recordings, have instead of images.
@@ -25,9 +25,11 @@ from pretrain.data.images.decode import (
     BrokenFile,
     FileItem,
     Picture,
+    Slice,
     Stored,
     in_threads,
 )
+from pretrain.data.images.tars import read_tars, tar_files
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.printing import console
@@ -66,6 +68,9 @@ _FOR = {
 _LABELS = ("labels", "label", "y", "targets")
 _MASKS = ("masks", "mask", "segmentation", "segmentations")
 _CLASSES = ("class_names", "classes", "label_names", "names")
+# Tables that name the images of a folder in a column, as the datasets library reads them.
+_METADATA, _FILE_NAME = ("metadata.csv", "metadata.jsonl", "metadata.parquet"), "file_name"
+_MOST_CAPTION = 1 << 16  # bytes of the text beside an image
 _SMALL = 32  # side of images for classical methods
 _KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
 _MANY = 3000  # images from which progress is shown
@@ -147,8 +152,8 @@ IMAGES = _Images(
 def is_image_source(path: Path, medium: Medium = IMAGES) -> bool:
     """Whether a path is a folder, a file of arrays or an image, and no table with one row for each image."""
     suffix = path.suffix.lower()
-    idx = medium is IMAGES and bool(_IDX.match(path.name))
-    return path.is_dir() or suffix == ".npz" or suffix in medium.suffixes or idx
+    own = medium is IMAGES and (suffix == ".tar" or bool(_IDX.match(path.name)))
+    return path.is_dir() or suffix == ".npz" or suffix in medium.suffixes or own
 
 
 def read_images(
@@ -158,7 +163,9 @@ def read_images(
 
     Args:
         source: a folder with one folder of images for each class, or with such a folder for each part (``train``,
-            ``val``, ``test``); a ``.npz`` file of ``images`` and ``labels`` (for parts ``train_images``, ...) and,
+            ``val``, ``test``), where a ``.txt`` of the name of an image is its caption; a folder with
+            ``metadata.csv``, ``.jsonl`` or ``.parquet``; a ``.tar`` of samples, or several (``train-*.tar``); a
+            ``.npz`` file of ``images`` and ``labels`` (for parts ``train_images``, ...) and,
             if there are any, ``class_names``; an IDX file with its labels beside it; one image; or whatever
             ``read_table`` reads, with a column of paths (relative to the file), bytes, arrays or images of Pillow.
         name: what the rows are for, ``train``, ``validation``, ``test`` or ``data``, by which a part is chosen.
@@ -174,7 +181,7 @@ def read_images(
                 f"{extra[0]} is for files of rows, but {source} holds {medium.many}. Leave it out."
             )
         path = Path(os.path.expanduser(source))
-        if not path.exists():
+        if not path.exists() and path.suffix.lower() != ".tar":
             raise DataError(f"{source} does not exist.")
         table = _table(path, part_for(path, name, medium), medium)
         if not len(table):
@@ -306,7 +313,7 @@ def _read_all(
         return then(image), remark
 
     held = pictures(table, medium=medium)
-    files = any(p is not None and isinstance(p.source, bytes | str | Path) for p in held)
+    files = any(p is not None and isinstance(p.source, bytes | str | Path | Slice) for p in held)
     found = (in_threads if files else map)(read, held)
     quiet = len(held) < _MANY or is_muted()
     with tqdm(
@@ -448,6 +455,8 @@ def _parts(path: Path, medium: Medium) -> dict[str, Any]:
         return found
     if path.suffix.lower() == ".npz":
         return _npz_parts(path, medium)
+    if medium is IMAGES and path.suffix.lower() == ".tar":
+        return {"": "tar"}
     if medium is IMAGES and _IDX.match(path.name):
         return {"": "idx"}
     return {"": "file"}
@@ -467,6 +476,8 @@ def _table(path: Path, part: Any, medium: Medium) -> Table:
         return _folder(part, medium)
     if part == "idx":
         return _idx(path)
+    if part == "tar":
+        return ImageTable(path.name, read_tars(tar_files(path)), origin=str(path))
     if part == "file":
         only = medium.item(path, str(path))
         return ImageTable(path.name, {medium.column: [only]}, origin=str(path))
@@ -475,36 +486,35 @@ def _table(path: Path, part: Any, medium: Medium) -> Table:
 
 def image_files(path: Path, medium: Medium = IMAGES) -> list[Path]:
     """Return the images below a folder, in order; the other files are counted and named in a line."""
-    found, others, irregular = list[Path](), list[str](), list[str]()
-    visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
-    for root, folders, files in os.walk(path, followlinks=True):
-        at = os.stat(root)
-        if (at.st_dev, at.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((at.st_dev, at.st_ino))
-        folders[:] = sorted(name for name in folders if not _hidden(name))
-        for name in sorted(files, key=_natural):
-            if _hidden(name):
-                continue
-            if Path(name).suffix.lower() not in medium.suffixes:
-                others.append(name)
-            elif Path(root, name).is_file():
-                found.append(Path(root, name))
-            else:  # a pipe, which would block, or a link to nothing
-                irregular.append(name)
+    found, others, irregular = _files(path, medium)
+    _say_left_out(path, medium, [file.name for file in others], irregular)
+    return found
+
+
+def _say_left_out(path: Path, medium: Medium, others: list[str], irregular: list[str]) -> None:
     for names, what in (
         (others, f"files are no {medium.many} by their names"),
         (irregular, "entries are no regular files"),
     ):
         if names:
             note(f"{path}: {len(names):,} {what} and are left out: {shown(names, 4)}")
-    return found
 
 
 def _folder(path: Path, medium: Medium) -> Table:
-    """Return the images below a folder; the first folder of a path is the class, if all images lie in one."""
-    found = image_files(path, medium)
+    """Return the images below a folder: those that a table in it names, those of its archives, or all.
+
+    The first folder of a path is the class, if all images lie in one. A text beside an image is its caption.
+    """
+    if (named := _named_files(path, medium)) is not None:
+        return named
+    found, others, irregular = _files(path, medium)
+    texts = {file for file in others if file.suffix.lower() == ".txt" and file.is_file()}
+    tars = [file for file in others if file.suffix.lower() == ".tar" and file.is_file()]
+    if medium is IMAGES and tars and not found:
+        return ImageTable(path.name or str(path), read_tars(tars), origin=str(path))
+    beside = [text if (text := file.with_suffix(".txt")) in texts else None for file in found]
+    left = [file.name for file in others if file not in set(beside)]
+    _say_left_out(path, medium, left, irregular)
     columns: dict[str, list[Any]] = {
         medium.column: [medium.item(file, str(file)) for file in found]
     }
@@ -522,7 +532,69 @@ def _folder(path: Path, medium: Medium) -> Table:
             f"{path}: {loose:,} {medium.many} lie outside of folders, so the folders are not taken for classes; move "
             "each into the folder of its class to have labels"
         )
+    if any(beside):
+        columns["caption"] = [None if text is None else _lines(text) for text in beside]
     return ImageTable(path.name or str(path), columns, origin=str(path))
+
+
+def _files(path: Path, medium: Medium) -> tuple[list[Path], list[Path], list[str]]:
+    """Return the images below a folder, its other files, and the names of what is no file, all in natural order."""
+    found, others, irregular = list[Path](), list[Path](), list[str]()
+    visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
+    for root, folders, files in os.walk(path, followlinks=True):
+        at = os.stat(root)
+        if (at.st_dev, at.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((at.st_dev, at.st_ino))
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in sorted(files, key=_natural):
+            if _hidden(name):
+                continue
+            image = Path(name).suffix.lower() in medium.suffixes
+            if Path(root, name).is_file():
+                (found if image else others).append(Path(root, name))
+            elif image:  # a pipe, which would block, or a link to nothing
+                irregular.append(name)
+            else:
+                others.append(Path(root, name))
+    return found, others, irregular
+
+
+def _named_files(path: Path, medium: Medium) -> Table | None:
+    """Return the rows of the table in a folder that names its images, or None."""
+    for name in _METADATA:
+        if not (path / name).is_file():
+            continue
+        table = read_table(path / name)
+        if _FILE_NAME in table.columns:
+            named = {os.path.normpath(path / str(value)) for value in table.columns[_FILE_NAME]}
+            rest = [
+                file.name for file in _files(path, medium)[0] if os.path.normpath(file) not in named
+            ]
+            if rest:
+                note(
+                    f"{path}: {len(rest):,} {medium.many} are not named in {name}: {shown(rest, 4)}"
+                )
+            others = {key: held for key, held in table.columns.items() if key != _FILE_NAME}
+            items = pictures(table, _FILE_NAME, medium)
+            return table.with_columns({**others, medium.column: items}, table.label_names)
+    return None
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of the text beside an image, each a caption.
+
+    Raises:
+        DataError: it cannot be read, or is no text in UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read(_MOST_CAPTION).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. The text beside an image must be UTF-8; correct or remove it."
+        ) from error
 
 
 def _natural(name: str) -> list[Any]:

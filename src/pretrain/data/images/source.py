@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pretrain.data.tables import Table
 from pretrain.errors import DataError
 from pretrain.utils.files import note
 
-__all__ = ["IMAGE", "labelled_images", "rows_by_class"]
+__all__ = ["IMAGE", "file_examples", "labelled_images", "processor_for", "rows_by_class"]
 
 IMAGE = Role(
     "image",
@@ -64,20 +64,24 @@ def labelled_images(
         DataError: no images, no labels, or an image that does not exist.
     """
     rows, held_rows, known = rows_by_class(train, valid, IMAGE, IMAGES, seed=seed, labels=labels)
-    side, patch = _sizes(size or _common_size(rows))
-    half = (0.5,) * channels
+    processor, sizes = processor_for(rows, size, channels)
     return RowSource(
         rows,
         held_rows,
-        processor=ImageProcessor(size=side, image_mean=half, image_std=half),
-        overrides={
-            **({} if known is None else {"labels": known.labels}),
-            "image_size": side,
-            "patch_size": patch,
-            "num_channels": channels,
-        },
+        processor=processor,
+        overrides={**({} if known is None else {"labels": known.labels}), **sizes},
         name=Path(train).name,
     )
+
+
+def processor_for(
+    rows: list[dict[str, Any]], size: int | None, channels: int
+) -> tuple[ImageProcessor, dict[str, int]]:
+    """Return the image processor of a new model for rows with ``image``, and the fields of its config."""
+    side, patch = _sizes(size or _common_size(rows))
+    half = (0.5,) * channels
+    processor = ImageProcessor(size=side, image_mean=half, image_std=half)
+    return processor, {"image_size": side, "patch_size": patch, "num_channels": channels}
 
 
 def rows_by_class(
@@ -138,17 +142,38 @@ def _by_role(table: Table, role: Role, medium: Medium, labels: bool) -> Table:
 def _examples(
     table: Table, known: LabelMap | None, medium: Medium, what: str
 ) -> list[dict[str, Any]]:
-    """Return the rows whose files can be read; the others are counted and named in a line for each reason."""
+    """Return the rows whose files can be read, with the numbers of their classes if they have some."""
     names, ids = table.label_names.get("label"), None
     if known is not None:
         ids = known.ids(table.columns["label"], names=names, where=table.where)
+    return file_examples(
+        table,
+        what,
+        lambda i: {} if ids is None else {"labels": np.asarray(ids[i], np.int64)},
+        medium,
+    )
+
+
+def file_examples(
+    table: Table,
+    what: str,
+    others: Callable[[int], dict[str, Any]],
+    medium: Medium = IMAGES,
+) -> list[dict[str, Any]]:
+    """Return the rows whose files can be read; the others are counted and named in a line for each reason.
+
+    Args:
+        table: has a column ``image``, or that of another medium.
+        what: what the rows are for, for messages.
+        others: returns the other fields of a row by its index.
+        medium: what the files hold.
+    """
     rows, told = [], dict[str, list[int]]()
     for i, image, text in decoded(table, required=True, medium=medium):
         if text is not None:
             told.setdefault(f"{'left out, ' * (image is None)}{text}", []).append(i)
         if image is not None:
-            label = {} if ids is None else {"labels": np.asarray(ids[i], np.int64)}
-            rows.append({medium.column: image, **label})
+            rows.append({medium.column: image, **others(i)})
     for text, places in told.items():
         shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
         note(f"{len(places):,} {what} rows {text}: {shown}")

@@ -1,0 +1,71 @@
+"""Images that a caller gives to a model: paths, folders, arrays, bytes, images of Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.images.rows import IMAGES, Medium, is_image_source, read_images
+from pretrain.data.tables import Table
+from pretrain.errors import DataError
+
+__all__ = ["given_images", "given_table"]
+
+
+def given_images(inputs: Any, channels: int, medium: Medium = IMAGES) -> tuple[Table, bool] | None:
+    """Return images as a table with the column ``image``, and whether they are one; None for rows and tables.
+
+    Args:
+        inputs: one image (a path, bytes, an array (H, W) or (H, W, C), an image of Pillow), several in a list or an
+            array, or the path of a folder or an archive of images.
+        channels: channels of the model, by which an array (3, H, W) is told from three images.
+        medium: what the files hold.
+
+    Raises:
+        DataError: a path that does not exist.
+    """
+    array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
+    if isinstance(inputs, str | Path):
+        return _of_path(Path(inputs), medium)
+    colours = array == 3 and (inputs.shape[0] == channels == 3 or inputs.shape[-1] in (1, 3, 4))
+    if array == 2 or colours or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
+        return given_table([inputs], medium), True
+    if array in (3, 4):
+        return given_table(list(inputs), medium), False
+    if isinstance(inputs, list | tuple) and inputs and not isinstance(inputs[0], Mapping):
+        return given_table(list(inputs), medium), False
+    return None
+
+
+def given_table(given: Sequence[Any], medium: Medium = IMAGES) -> Table:
+    """Return images of a caller, or what another medium holds, as a table of one column.
+
+    Raises:
+        DataError: a path that does not exist.
+    """
+    _check_paths(given, medium)
+    held = [
+        medium.make(v, f"{medium.column} {i}") if hasattr(v, "dtype") or medium.holds(v) else v
+        for i, v in enumerate(given, start=1)
+    ]
+    return Table("inputs", {medium.column: held}, origin="the inputs", unit="index")
+
+
+def _of_path(path: Path, medium: Medium) -> tuple[Table, bool] | None:
+    """Return the rows of a folder or file; None for a table with one row for each."""
+    if is_image_source(path, medium):
+        table = read_images(path, medium=medium)
+        several = path.is_dir() or path.suffix.lower() in (".npz", ".tar")
+        return table, not several and len(table) == 1
+    if not path.suffix:  # neither an image nor a table
+        _check_paths([path], medium)
+    return None
+
+
+def _check_paths(given: Sequence[Any], medium: Medium) -> None:
+    """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
+    for i, path in enumerate(given, start=1):
+        named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
+        if named and not Path(path).expanduser().exists():
+            raise DataError(f"{medium.column} {i}: there is no file {str(path)[:200]!r}.")

@@ -1,0 +1,114 @@
+"""Archives of samples as WebDataset writes them: the members of one name are one sample, their endings its columns."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.images.decode import SUFFIXES, Picture, Slice
+from pretrain.errors import CheckpointCorrupt, DataError
+from pretrain.utils.files import note
+from pretrain.utils.strict_json import parse_json
+
+__all__ = ["read_tars", "tar_files"]
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {00000..00099}, as WebDataset spells several archives
+_MOST_TEXT = 1 << 20  # bytes of a member that is no image
+
+
+def tar_files(name: str | Path) -> list[Path]:
+    """Return the archives of a path, a pattern (``train-*.tar``) or a range (``train-{000..099}.tar``), in order.
+
+    Raises:
+        DataError: there are none, or one of the range is missing.
+    """
+    spelled = os.path.expanduser(str(name))
+    if (found := _RANGE.search(spelled)) is None:
+        paths = [Path(spelled)] if os.path.exists(spelled) else []
+        paths = paths or [Path(file) for file in sorted(glob.glob(spelled))]
+    else:
+        low, high, width = int(found[1]), int(found[2]), len(found[1])
+        paths = [
+            Path(spelled[: found.start()] + f"{i:0{width}}" + spelled[found.end() :])
+            for i in range(low, high + 1)
+        ]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise DataError(
+                f"{name}: {len(missing):,} of {len(paths):,} archives do not exist, such as {missing[0]}. Correct the "
+                "range, or copy them again."
+            )
+    if not paths:
+        raise DataError(f"{name} names no file.")
+    return paths
+
+
+def read_tars(paths: Sequence[Path]) -> dict[str, list[Any]]:
+    """Return the samples of archives as columns: ``image``, ``caption`` (.txt), ``label`` (.cls) and those of .json.
+
+    Images stay in the archives, and are read from there when they are needed.
+
+    Raises:
+        DataError: a file is no archive, is compressed, or is cut off.
+    """
+    rows, passed = list[dict[str, Any]](), Counter[str]()
+    for path in paths:
+        samples: dict[str, dict[str, Any]] = {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    folder, _, name = member.name.rpartition("/")
+                    key, _, ending = name.partition(".")
+                    if member.isfile() and key:
+                        sample = samples.setdefault(f"{folder}/{key}".lstrip("./"), {})
+                        _add(sample, path, archive, member, ending.lower(), passed)
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(
+                f"{path} cannot be read as an archive: {error}. It must be a .tar that is not compressed; if it is "
+                "cut off, copy it again."
+            ) from error
+        rows += samples.values()
+    kept = [row for row in rows if "image" in row]
+    if lost := len(rows) - len(kept):
+        note(f"{lost:,} of {len(rows):,} samples have no image and are left out")
+    if passed:
+        named = ", ".join(f".{ending} ({count:,})" for ending, count in passed.most_common(4))
+        note(f"members that are not read: {named}{', ...' * (len(passed) > 4)}")
+    names = dict.fromkeys(name for row in kept for name in row)
+    return {name: [row.get(name) for row in kept] for name in names}
+
+
+def _add(
+    sample: dict[str, Any], path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str,
+    passed: Counter[str],
+) -> None:  # fmt: skip
+    """Add one member to its sample; ``passed`` counts, by ending, those that are not read."""
+    if f".{ending}" in SUFFIXES and "image" not in sample:
+        place = Slice(path, member.offset_data, member.size)
+        sample["image"] = Picture(place, f"{path.name}/{member.name}")
+        return
+    held = archive.extractfile(member) if ending in ("txt", "cls", "json") else None
+    content = b"" if held is None or member.size > _MOST_TEXT else held.read()
+    text = content.decode("utf-8", "replace").strip()
+    if ending == "txt" and text:
+        sample["caption"] = text.splitlines()
+    elif ending == "cls" and text:
+        sample["label"] = int(text) if re.fullmatch(r"\d{1,9}", text) else text
+    elif ending == "json" and (found := _mapping(content)) is not None:
+        # Members of their own take precedence, in whichever order they stand.
+        sample |= {key: value for key, value in found.items() if key not in (*sample, "image")}
+    else:
+        passed[ending] += 1
+
+
+def _mapping(content: bytes) -> dict[str, Any] | None:
+    try:
+        found = parse_json(content, "a member")
+    except CheckpointCorrupt:
+        return None
+    return found if isinstance(found, dict) else None
