@@ -28,7 +28,7 @@ def check_processor(model: Model, what: str) -> ImageProcessor:
     Raises:
         ModelError: there is none, or it does not fit.
     """
-    processor = model.processor
+    processor = getattr(model.processor, "images", model.processor)
     if not isinstance(processor, ImageProcessor):
         raise ModelError(
             f"{what} reads images, and the model has no image processor. Put preprocessor_config.json into its "
