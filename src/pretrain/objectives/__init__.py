@@ -51,6 +51,7 @@ TASKS = {
     "embedding": "pretrain.objectives.embedding.Embedding",
     "preference": "pretrain.objectives.preference.Preference",
     "image-classification": "pretrain.objectives.image_classification.ImageClassification",
+    "captioning": "pretrain.objectives.captioning.Captioning",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}
