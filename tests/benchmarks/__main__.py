@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[int, str, float]] = {
     "generate": (10, "generation:generate", 40),
     "growth": (11, "pretraining:growth", 40),
     "processes": (12, "processes:processes", 80),
+    "images": (13, "images:images", 60),
     "parts": (0, "parts:parts", 0),
     "estimates": (0, "memory:estimates", 0),
     "drift": (0, "memory:drift", 0),

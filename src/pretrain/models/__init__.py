@@ -30,6 +30,7 @@ FAMILIES = {
     "vit": "pretrain.models.vit:ViT",
     "clip": "pretrain.models.clip:CLIP",
     "siglip": "pretrain.models.siglip:Siglip",
+    "git": "pretrain.models.git:Git",
     "resnet": "pretrain.models.resnet:ResNet",
     "alexnet": "pretrain.models.alexnet:AlexNet",
     "vit_mae": "pretrain.models.vit_mae:ViTMAE",

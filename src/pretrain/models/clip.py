@@ -135,9 +135,9 @@ class ImageTower(nn.Module):
         shape = (size, config.image_size, config.patch_size, config.num_channels)
         # CLIP has a class token and no bias, SigLIP a bias and no class token.
         self.patches = PatchEmbedding(*shape, class_token=class_token, bias=not class_token, lead=0)
-        self.first_norm = LayerNorm(size, config.norm_eps) if first_norm else None
+        self.first_norm = LayerNorm(size, block.norm_eps) if first_norm else None
         self.layers = nn.ModuleList(Block(block) for _ in range(config.vision_num_layers or 0))
-        self.norm = LayerNorm(size, config.norm_eps)
+        self.norm = LayerNorm(size, block.norm_eps)
 
 
 def tower_names(disk: str, own: str) -> dict[str, str]:

@@ -55,6 +55,7 @@ TASKS = {
     "object-detection": "pretrain.objectives.object_detection.ObjectDetection",
     "audio-classification": "pretrain.objectives.audio_classification.AudioClassification",
     "image-text-retrieval": "pretrain.objectives.image_text_retrieval.ImageTextRetrieval",
+    "captioning": "pretrain.objectives.captioning.Captioning",
 }
 # name -> class of the tasks that the caller of this process has named.
 _OWN_TASKS: dict[str, type[Task]] = {}

@@ -258,6 +258,11 @@ class TokenObjective(Objective):
 
     def forward(self, batch: Batch) -> Loss:
         """Gather the target positions before the projection, so that logits exist only for targets."""
+        hidden, targets, _ = self.at_targets(batch)
+        return self.loss_at(hidden, targets)
+
+    def at_targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states (N, D) and labels (N,) of the targets, and their places in the flattened batch (N,)."""
         inputs = {
             key: value for key, value in batch.items() if key not in ("labels", "target_index")
         }
@@ -266,9 +271,12 @@ class TokenObjective(Objective):
         index = batch.get("target_index")
         if index is None:
             index = (labels != IGNORE).nonzero().squeeze(1)
+        return hidden.reshape(-1, hidden.shape[-1])[index], labels[index], index
+
+    def loss_at(self, hidden: Tensor, targets: Tensor) -> Loss:
+        """Return the loss of hidden states (N, D) against labels (N,)."""
         head: Any = self.model.head
-        features = head.features(hidden.reshape(-1, hidden.shape[-1])[index])  # (N, D)
-        targets = labels[index]
+        features = head.features(hidden)  # (N, D)
         total, correct = chunked_cross_entropy(
             features,
             head.weight(),

@@ -1,0 +1,139 @@
+"""Synthetic scenes of two coloured shapes with captions and questions, made from a seed: exact truth without a licence.
+
+Some pairs of a colour and a shape never occur in training, so that their descriptions must be put together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["COLOURS", "SHAPES", "UNSEEN", "Scene", "make_scenes", "rows_of"]
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 215, 50),
+    "purple": (160, 60, 190),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+# Every colour and every shape is among these; each is seen with others in training.
+UNSEEN = frozenset(
+    [
+        *(("red", "square"), ("green", "cross"), ("blue", "triangle")),
+        *(("yellow", "circle"), ("purple", "square"), ("white", "triangle")),
+    ]
+)
+_SIDES = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two shapes of different kinds and colours.
+
+    Attributes:
+        image: (H, W, 3).
+        first: colour and shape.
+        side: where the first one is, seen from the second.
+        second: colour and shape.
+    """
+
+    image: NDArray[np.uint8]
+    first: tuple[str, str]
+    side: str
+    second: tuple[str, str]
+
+    @property
+    def caption(self) -> str:
+        """Description of the scene."""
+        return f"a {' '.join(self.first)} {self.side} a {' '.join(self.second)}"
+
+    def questions(self) -> list[tuple[str, str]]:
+        """Return questions, each with its answer."""
+        found = []
+        for colour, shape in (self.first, self.second):
+            found.append((f"what colour is the {shape}?", colour))
+            found.append((f"what shape is {colour}?", shape))
+        found.append((f"what is {self.side} the {self.second[1]}?", f"a {' '.join(self.first)}"))
+        return found
+
+
+def make_scenes(count: int, seed: int = 0, *, unseen: bool = False, size: int = 24) -> list[Scene]:
+    """Return random scenes.
+
+    Args:
+        count: how many.
+        seed: of all of them; scene i does not depend on ``count``.
+        unseen: whether the first shape of every scene is one of ``UNSEEN``; without it none of both is.
+        size: H = W.
+    """
+    pairs = list(product(COLOURS, SHAPES))
+    known = [pair for pair in pairs if pair not in UNSEEN]
+    firsts = sorted(UNSEEN) if unseen else known
+    scenes = []
+    for i in range(count):
+        rng = np.random.default_rng([seed, i, int(unseen)])
+        first = firsts[int(rng.integers(len(firsts)))]
+        others = [pair for pair in known if pair[0] != first[0] and pair[1] != first[1]]
+        second = others[int(rng.integers(len(others)))]
+        side = _SIDES[int(rng.integers(len(_SIDES)))]
+        scenes.append(Scene(_draw(first, side, second, size, rng), first, side, second))
+    return scenes
+
+
+def rows_of(scenes: list[Scene], seed: int = 0, *, questions: bool = True) -> list[dict[str, Any]]:
+    """Return rows of the task ``captioning``: a caption for every scene and, if asked for, one question.
+
+    A caption is the answer to the question "describe".
+    """
+    rows: list[dict[str, Any]] = []
+    for i, scene in enumerate(scenes):
+        rows.append({"image": scene.image, "question": "describe", "text": scene.caption})
+        if questions:
+            asked = scene.questions()
+            question, answer = asked[int(np.random.default_rng([seed, i]).integers(len(asked)))]
+            rows.append({"image": scene.image, "question": question, "text": answer})
+    return rows
+
+
+def _draw(
+    first: tuple[str, str], side: str, second: tuple[str, str], size: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Draw both shapes on a dark, noisy ground, each in its half of the image."""
+    image = rng.integers(0, 40, (size, size, 3)).astype(np.uint8)
+    half = size // 2
+    upright = side in ("above", "below")
+    for (colour, shape), early in (
+        (first, side in ("left of", "above")),
+        (second, side not in ("left of", "above")),
+    ):
+        radius = int(rng.integers(size // 6, size // 5 + 1))
+        along = (0 if early else half) + int(rng.integers(radius, half - radius + 1))
+        across = int(rng.integers(radius, size - radius + 1))
+        row, column = (along, across) if upright else (across, along)
+        mask = _mask(shape, size, row, column, radius)
+        tint = np.asarray(COLOURS[colour]) + rng.integers(-12, 13, 3)
+        image[mask] = np.clip(tint, 0, 255)
+    return image
+
+
+def _mask(shape: str, size: int, row: int, column: int, radius: int) -> NDArray[np.bool_]:
+    """Return which pixels a shape covers."""
+    y, x = np.mgrid[:size, :size]
+    down, across = y + 0.5 - row, np.abs(x + 0.5 - column)
+    inside = (np.abs(down) <= radius) & (across <= radius)
+    if shape == "circle":
+        found = down**2 + across**2 <= radius**2
+    elif shape == "triangle":
+        found = inside & (across <= (down + radius) / 2)
+    elif shape == "cross":
+        found = inside & ((np.abs(down) <= radius / 3) | (across <= radius / 3))
+    else:
+        found = inside
+    return np.asarray(found, dtype=np.bool_)

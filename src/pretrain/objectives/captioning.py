@@ -1,0 +1,325 @@
+"""Captions of images, and answers to questions about them, by a decoder that reads the image as a prefix (GIT).
+
+A row is ``<start> question text <end>`` behind its image; the text and the end are the targets (arXiv 2205.14100,
+sections 3 and 4). Greedy decoding writes exactly the reference if every token of it is the likeliest after those
+before it, so the share of exact texts is measured without writing any.
+
+Letters: B rows, T tokens, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.images import ImageProcessor
+from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.pairs import PairProcessor
+from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
+from pretrain.data.images.source import IMAGE
+from pretrain.data.labelled import Role
+from pretrain.data.tables import Table
+from pretrain.data.task_rows import TaskRows
+from pretrain.errors import DataError, ModelError
+from pretrain.models.git import Git
+from pretrain.nn.attention import KVCache
+from pretrain.nn.loss import IGNORE
+from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs, TokenObjective
+from pretrain.objectives.image_classification import ImageClassification
+from pretrain.objectives.row_pixels import check_processor, pixel_values
+from pretrain.objectives.tasks import Learned, Task
+
+if TYPE_CHECKING:
+    from pretrain.models.base import Model
+
+__all__ = ["Captioning"]
+
+_NEW_TOKENS = 64
+_LOGITS_ROWS = 1024  # targets whose logits exist at once in an evaluation
+
+
+class Captioning(Task, TokenObjective):
+    """Describe an image, or answer a question about it.
+
+    Args:
+        model: a model of the family git, with a tokenizer and an image processor.
+        crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
+        flip: mirror half of the training images; not if texts tell left from right.
+        randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        max_new_tokens: maximum tokens of an answer.
+        max_length: of question and text together; see ``Task``.
+
+    Raises:
+        ModelError: the model reads no image before a text, or its tokenizer does not frame texts.
+    """
+
+    name: ClassVar[str] = "captioning"
+    roles: ClassVar[tuple[Role, ...]] = (
+        IMAGE,
+        Role("question", ("question", "prompt"), False, "what is asked about the image"),
+        Role("text", ("text", "caption", "answer"), help="the text to write", target=True),
+    )
+    metric: str = "exact_match"
+    trivial_name: ClassVar[str] = "always the most frequent text"
+    head_kind: ClassVar[str | None] = "causal-lm"
+    figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "perplexity", "exact_match")
+    recorded: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        crop: float = 1.0,
+        flip: bool = False,
+        randaugment: int = 0,
+        max_new_tokens: int = _NEW_TOKENS,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(model, max_length=max_length, pack=False)
+        if not isinstance(model.backbone, Git):
+            raise ModelError(
+                f"The task {self.name} needs a decoder that reads an image before a text; this one is a "
+                f"{model.backbone.model_type} model. Build or load the family git."
+            )
+        if max_new_tokens < 1:
+            raise DataError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.max_new_tokens = max_new_tokens
+        self.start, self.end = self._frame()
+
+    def check_processor(self) -> None:
+        """Check that the model has a tokenizer and an image processor; without one, that of its sizes is taken.
+
+        Raises:
+            ModelError: the tokenizer is missing, or the image processor does not fit.
+        """
+        super().check_processor()
+        model = self.model
+        if getattr(model.processor, "images", None) is None:
+            usual = model.backbone.default_processor(model.backbone.config)
+            model.processor = PairProcessor(model.tokenizer, getattr(usual, "images", None))
+        check_processor(self.model, f"The task {self.name}")
+
+    def _frame(self) -> tuple[int, int]:
+        """Return the first and the last token of every text."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        framed, bare = (tokenizer.frame_texts(["a"], framed=f)[0].ids for f in (True, False))
+        if framed[1:-1] == bare and len(framed) == len(bare) + 2:
+            return framed[0], framed[-1]
+        start, end = tokenizer.bos_id, tokenizer.eos_id
+        if start is None or end is None:
+            raise ModelError(
+                f"The task {self.name} needs tokens at the start and the end of a text, and the tokenizer of this "
+                "model has none. Take one with bos_token and eos_token, such as the wordpiece tokenizers of this package."
+            )
+        return start, end
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """The image processor of the model."""
+        found: ImageProcessor = self.model.processor.images
+        return found
+
+    @property
+    def limits(self) -> list[str]:
+        size = self.processor.size or (0, 0)
+        return [
+            f"An image is scaled to {size[0]} x {size[1]} pixels.",
+            "It writes what is likely after its training rows, also about what is not in the image.",
+        ]
+
+    # ------------------------------------------------------------------ rows
+
+    @classmethod
+    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
+        return read_images(source, name=name, **options)
+
+    @classmethod
+    def parts(cls, source: Any) -> Sequence[str]:
+        return parts_of(source)
+
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """Make every image a ``Picture``, whose content tells duplicates and fingerprints."""
+        return table.with_columns({**table.columns, "image": pictures(table)}, table.label_names)
+
+    def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
+        rows = TaskRows()
+        names = [name for name in ("question", "text") if name in table.names]
+        names = names if targets else [name for name in names if name != "text"]
+        kept = []
+        for i, image, text in decoded(table, required=targets):
+            if image is None:
+                rows.drop(i, text or "no image")
+            elif all(_is_text(table, name, i) for name in names):
+                kept.append((i, image))
+                if text is not None:
+                    rows.remark(i, text)
+            else:
+                rows.drop(i, "empty text")
+        ids = {name: self._ids([table.columns[name][i] for i, _ in kept]) for name in names}
+        for k, (i, image) in enumerate(kept):
+            question = ids["question"][k] if "question" in names else []
+            answer = ids["text"][k] if "text" in names else []
+            room = self.max_length - len(question) - 1
+            if room < 1 + targets:
+                rows.cut.append(i)
+                rows.drop(i, f"the question leaves no room for a text in {self.max_length} tokens")
+                continue
+            if len(answer) + 1 > room:
+                rows.cut.append(i)
+            tokens = [self.start, *question, *answer, self.end][: self.max_length + 1]
+            example: dict[str, Any] = {"image": image}
+            if targets:
+                labels = np.asarray(tokens[1:], np.int64)
+                labels[: len(question)] = IGNORE
+                example |= {"input_ids": np.asarray(tokens[:-1], np.int64), "labels": labels}
+            else:
+                example["input_ids"] = np.asarray([self.start, *question], np.int64)
+            rows.add(i, example)
+        longest = max((len(example["input_ids"]) for example in rows.examples), default=0)
+        rows.size = longest + int(self.model.backbone.config.num_patches)
+        return rows
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts without their frame."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        return [e.ids for e in tokenizer.frame_texts(texts, special=False, framed=False)]
+
+    def truth(self, table: Table) -> list[Any]:
+        """The texts, to compare with ``answer`` of ``decode``."""
+        return list(table.columns["text"])
+
+    def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
+        """Exact texts of always writing the most frequent one of the training rows."""
+        known = list(train.columns["text"])
+        if not known or not len(held_out):
+            return {}
+        most = max(set(known), key=known.count)
+        hits = [text == most for text in held_out.columns["text"]]
+        return {"exact_match": sum(hits) / len(hits)}
+
+    def sizes(self, rows: TaskRows) -> str:
+        size = self.processor.size or (0, 0)
+        longest = max(len(example["input_ids"]) for example in rows)
+        return (
+            f"images are read as {self.processor.channels} x {size[0]} x {size[1]} values; the longest text with its "
+            f"question has {longest} tokens"
+        )
+
+    def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
+        """Read the images, and pad the texts on the right; ``labels[:, t]`` is the target at position t."""
+        pixels = pixel_values(
+            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=self.name
+        )
+        lengths = [len(example["input_ids"]) for example in examples]
+        shape = (len(examples), max(lengths))
+        ids, labels = np.full(shape, self.pad_id, np.int64), np.full(shape, IGNORE, np.int64)
+        for row, example in enumerate(examples):
+            ids[row, : lengths[row]] = example["input_ids"]
+            if "labels" in example:
+                labels[row, : lengths[row]] = example["labels"]
+        batch = {"pixel_values": pixels, "input_ids": torch.from_numpy(ids)}
+        if "labels" not in examples[0]:
+            return batch | {"lengths": torch.tensor(lengths)}
+        batch["labels"] = torch.from_numpy(labels)
+        batch["target_index"] = (batch["labels"].reshape(-1) != IGNORE).nonzero().squeeze(1)
+        return batch
+
+    # ------------------------------------------------------------------ loss and figures
+
+    def forward(self, batch: Batch) -> Loss:
+        """Compute the loss of the targets; in evaluation also the number of texts all of whose tokens are right."""
+        hidden, targets, index = self.at_targets(batch)
+        loss = self.loss_at(hidden, targets)
+        if self.training:
+            return loss
+        head: Any = self.model.head
+        parts = [head(part).argmax(-1) for part in hidden.split(_LOGITS_ROWS)]
+        wrong = (torch.cat(parts) != targets).nonzero().squeeze(1)
+        count, columns = batch["labels"].shape
+        rows = torch.zeros(count, device=hidden.device)
+        rows[index[wrong] // columns] = 1
+        loss.metrics |= {"exact": count - rows.sum(), "rows": torch.tensor(float(count))}
+        return loss
+
+    def summarize(
+        self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Add the share of texts that greedy decoding writes exactly."""
+        known = {key: value for key, value in metrics.items() if key not in ("exact", "rows")}
+        figures = super().summarize(total, count, known, stats)
+        rows = float(metrics["rows"])
+        return figures | {"exact_match": float(metrics["exact"]) / rows if rows else 0.0}
+
+    # ------------------------------------------------------------------ answers
+
+    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
+        """One image or several, as for the task image-classification; questions stand in rows beside their images."""
+        return ImageClassification.inputs(self, inputs)  # type: ignore[arg-type]
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        """Write texts greedily, for rows with questions of one length together."""
+        lengths = batch["lengths"]
+        found: list[Any] = [None] * len(lengths)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(1)
+            part = {
+                "pixel_values": batch["pixel_values"][rows],
+                "input_ids": batch["input_ids"][rows, :length],
+            }
+            for row, text in zip(rows.tolist(), self._write(part), strict=True):
+                found[row] = text
+        return found
+
+    def _write(self, batch: Batch) -> list[str]:
+        """Return the texts behind images and questions of one length."""
+        model, head, tokenizer = self.model, self.model.head, self.model.tokenizer
+        assert head is not None and tokenizer is not None
+        count, length = batch["input_ids"].shape
+        most = min(self.max_new_tokens, self.max_length + 1 - length)
+        cache = KVCache(model.backbone.config.num_patches + 1 + length + most)
+        written: list[Tensor] = []
+        ended = torch.zeros(count, dtype=torch.bool, device=batch["input_ids"].device)
+        step = batch
+        for place in range(length, length + most):
+            hidden = model.backbone(step, cache=cache)[:, -1]
+            chosen = head(hidden).argmax(-1)
+            written.append(torch.where(ended, self.end, chosen))
+            ended = ended | (chosen == self.end)
+            if bool(ended.all()) or place + 1 > self.max_length:
+                break
+            step = {
+                "input_ids": chosen[:, None],
+                "position_ids": torch.tensor([[place]], device=chosen.device),
+            }
+        texts = []
+        for row in torch.stack(written, 1).tolist():
+            end = row.index(self.end) if self.end in row else len(row)
+            texts.append(tokenizer.decode(row[:end]).strip())
+        return texts
+
+    def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
+        """Return ``answer``, the text."""
+        return {"answer": outputs[0]}
+
+
+def _is_text(table: Table, name: str, i: int) -> bool:
+    """Whether a value is a text that is not empty.
+
+    Raises:
+        DataError: it is no text.
+    """
+    value = table.columns[name][i]
+    if value is not None and not isinstance(value, str):
+        raise DataError(
+            f"{table.where(i)}: the {name} is {type(value).__name__} {str(value)[:40]!r}, not a text. Name the column "
+            "that holds it, or turn its values into strings."
+        )
+    return bool(value and value.strip())
