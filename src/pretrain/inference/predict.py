@@ -106,7 +106,7 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
     if kind == "image-classification":
         several = problem == "multi_label_classification"
         return kind, {"problem": "multi_label" if several else "single_label"}
-    if kind in ("token-classification", "question-answering"):
+    if kind in ("token-classification", "question-answering", "segmentation", "object-detection"):
         return kind, {}
     use = {
         "causal-lm": "it continues texts: model.generate(...), or model.chat(...) if it was trained on conversations",
