@@ -193,9 +193,9 @@ def masked(
         },
         objective={"class_path": "MaskedImage"},
         optim={"lr": 1e-3},
+        parallel={"threads": 1},
         train={
-            "out": str(out), "limit": f"{steps} steps", "batch_rows": rows, "threads": 1,
-            "eval_every": "100 steps",
+            "out": str(out), "limit": f"{steps} steps", "batch_rows": rows, "eval_every": "100 steps",
         },
     )  # fmt: skip
     return str(out)

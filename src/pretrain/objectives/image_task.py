@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -28,7 +28,13 @@ _JUDGED = 60  # rows among which those of the report are chosen
 
 
 class ImageTask(Task):
-    """Base class of the tasks of images; its other base class tells what is answered."""
+    """Base class of the tasks of images; a subclass tells what is answered.
+
+    Class attributes:
+        closed: sentence for the model card on classes that the model does not know.
+    """
+
+    closed: ClassVar[str] = "It knows no other labels, and names one of them for any image."
 
     @classmethod
     def refuse_length(cls, max_length: int | None) -> None:
@@ -78,9 +84,8 @@ class ImageTask(Task):
     @property
     def limits(self) -> list[str]:
         size = self.processor.size or (0, 0)
-        known = ["It knows no other labels, and names one of them for any image."]
         read = f"An image is scaled to {size[0]} x {size[1]} pixels."
-        return [read, *known * (len(self.model.labels or ()) > 1)]
+        return [read, *[self.closed] * (len(self.model.labels or ()) > 1)]
 
     @classmethod
     def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
@@ -135,7 +140,7 @@ class ImageTask(Task):
         array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
         path = Path(inputs) if isinstance(inputs, str | Path) else None
         if path is not None and is_image_source(path) and path.suffix.lower() not in (".npz",):
-            table = read_images(path)
+            table = self.read(path, name="data")
             return table, not path.is_dir() and len(table) == 1
         if path is not None:
             if path.suffix.lower() == ".npz":

@@ -139,7 +139,9 @@ def parts_of(source: Any) -> list[str]:
 
 def stream_images(path: Path, size: int) -> Iterator[Chunk]:
     """Yield the images of a folder or file in chunks of ``size`` rows; their names stand in the column ``image``."""
-    table = read_images(path)
+    from pretrain.data.images.masks import read_masked  # it reads its rows by this module
+
+    table = read_masked(path)
     for start in range(0, len(table), size):
         part = table.take(range(start, min(start + size, len(table))))
         yield Chunk(
