@@ -398,3 +398,19 @@ def test_all_schemes_of_tags_give_the_same_spans(parts):
     for name, tags in schemes.items():
         assert metrics.entities(tags) == wanted, name
         assert not tags or set(tags) == {"O"} or metrics.is_bio(tags)
+
+
+def test_area_under_the_curve_and_sensitivity_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    for rows, steps in ((7, 3), (60, 5), (400, 1000)):
+        true = rng.integers(0, 2, rows)
+        true[:2] = 0, 1
+        scores = np.round((rng.random(rows) + 0.4 * true) * steps) / steps  # with ties
+        assert metrics.roc_auc(true, scores) == pytest.approx(sklearn.roc_auc_score(true, scores))
+        missed, found, _ = sklearn.roc_curve(true, scores, drop_intermediate=False)
+        wanted = found[missed <= 0.05 + 1e-12].max()
+        assert metrics.sensitivity(true, scores, 0.95) == pytest.approx(wanted)
+    assert math.isnan(metrics.roc_auc([1, 1], [0.1, 0.2])) and math.isnan(
+        metrics.sensitivity([0], [0.5])
+    )
+    assert metrics.sensitivity([1, 0], [0.2, 0.9], specificity=0.0) == 1.0

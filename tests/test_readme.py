@@ -34,6 +34,7 @@ SMALLER = {
     '"size": "small"': '"size": "tiny"',
     '"limit": "30 minutes"': '"limit": "3 steps", "batch_rows": 2, "eval_rows": 2',
     'limit="200 steps"': 'limit="3 steps"',
+    'limit="20 steps"': 'limit="2 steps"',
     'limit="1000 steps"': 'limit="3 steps", batch_rows=2, eval_rows=2',
     '"configs/books-gpt.yaml"': '"tiny.yaml"',
     '"runs/books-bert"': '"runs/books-gpt"',
@@ -78,6 +79,16 @@ def place(tmp_path, monkeypatch):
         file = tmp_path / "photos" / ("cat", "dog")[k % 2] / f"{k // 2}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour).save(file)
+    boxes = ["image,label,xmin,ymin,xmax,ymax"]
+    for k in range(1, 11):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[k : k + 12, 4:16] = 1
+        for folder, array in (("images", mask * np.uint8(200)), ("masks", mask)):
+            file = tmp_path / "cells" / folder / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(file)
+        boxes.append(f"cells/images/{k}.png,cell,4,{k},16,{k + 12}")
+    (tmp_path / "boxes.csv").write_text("\n".join(boxes))
     return tmp_path
 
 

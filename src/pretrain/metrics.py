@@ -49,6 +49,8 @@ __all__ = [
     "r2",
     "ranking",
     "rmse",
+    "roc_auc",
+    "sensitivity",
     "spearman",
     "student_t",
     "token_f1",
@@ -272,6 +274,39 @@ def spearman(true: ArrayLike, predicted: ArrayLike) -> float:
     if np.isnan(x).any() or np.isnan(y).any():
         return math.nan
     return _correlation(_ranks(x), _ranks(y))
+
+
+def roc_auc(true: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the receiver operating characteristic: the chance that of two rows the positive one scores higher.
+
+    Args:
+        true: (N,) of 0 and 1.
+        scores: (N,), higher for 1; ties count half.
+    """
+    x, y = _columns(true, scores)
+    positive = x > 0.5
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others or not np.isfinite(y).all():
+        return math.nan
+    return float((_ranks(y)[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def sensitivity(true: ArrayLike, scores: ArrayLike, specificity: float = 0.95) -> float:
+    """Largest share of the positive rows that are found with at least that share of the negative rows left out.
+
+    Args:
+        true: (N,) of 0 and 1.
+        scores: (N,), higher for 1; a row is found if its score is at or above a threshold.
+        specificity: smallest share of the rows of 0 below the threshold.
+    """
+    x, y = _columns(true, scores)
+    positive, negative = y[x > 0.5], np.sort(y[x <= 0.5])
+    if not positive.size or not negative.size or not np.isfinite(y).all():
+        return math.nan
+    allowed = math.floor((1 - specificity) * negative.size + 1e-9)
+    # Every score above that of the first negative row that may not be found is a threshold.
+    bound = negative[negative.size - allowed - 1] if allowed < negative.size else -math.inf
+    return float((positive > bound).mean())
 
 
 def mse(true: ArrayLike, predicted: ArrayLike) -> float:

@@ -52,6 +52,10 @@ class Result:
     def keep(self) -> None:
         """There is no run whose result could be written again."""
 
+    def pictures(self, count: int) -> list[dict[str, Any]]:
+        """The answers of texts are no pictures."""
+        return []
+
     @property
     def monitor(self) -> str:
         return self.settings.train.monitor or str(self.task.metric)

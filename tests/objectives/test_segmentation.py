@@ -226,6 +226,14 @@ def test_folders_are_paired_by_name(
     assert len(Segmentation.read(tmp_path, name="train")) == 2
     assert "1 images without a mask are left out" in capsys.readouterr().err
     assert len(Segmentation.read(tmp_path, name="validation")) == 2
+    nested = tmp_path / "nested"
+    for kind in ("images", "masks"):
+        (nested / kind / "train").mkdir(parents=True)
+        (nested / kind / "train" / "0.png").write_bytes(
+            (place / "folder" / kind / "0.png").read_bytes()
+        )
+    with pytest.raises(DataError, match="train/images and train/masks"):
+        Segmentation.read(nested)
     for k in (0, 1):
         (tmp_path / "train" / "masks" / f"{k}.png").rename(
             tmp_path / "train" / "masks" / f"x{k}.png"
@@ -260,6 +268,11 @@ def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_pat
     mask = np.asarray(Image.open(tmp_path / rows[5]["mask"]))
     wanted = tuned.predict(place / "folder" / "images")[5]["mask"]
     assert np.array_equal(mask, wanted)
+    assert len(tuned.predict(place / "folder")) == 48  # not the masks
+    whole = tmp_path / "whole.jsonl"
+    assert main(["predict", str(place / "tuned"), str(place / "folder"), "--out", str(whole)]) == 0
+    row = json.loads(whole.read_text().splitlines()[5])
+    assert row["mask"].endswith("5.png") and row["predicted_mask"] == "whole.masks/000005.png"
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "test.npz")]) == 0
 
 

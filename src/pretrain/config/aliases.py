@@ -319,6 +319,8 @@ VALUES: dict[str, dict[str, str | Advice]] = {
         embedding="embeddings sentence-embedding sentence-embeddings retrieval contrastive feature-extraction "
         "semantic-search sentence-transformers",
         preference="dpo preferences preference-optimization",
+        segmentation="semantic-segmentation image-segmentation pixel-classification",
+        object_detection="detection detect bounding-boxes",
         language_modelling="language-modeling causal-lm masked-lm text-generation fill-mask clm mlm "
         "continued-pretraining domain-adaptation",
     )

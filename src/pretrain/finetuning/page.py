@@ -199,8 +199,7 @@ def _mistakes(result: Finetuned) -> list[str]:
 
 def _pictures(result: Finetuned) -> str:
     """Targets and answers of judged rows as pictures, and the colours of the classes."""
-    judged = result.judged
-    shown = result.task.pictures(judged, _PICTURES) if len(judged) else []
+    shown = result.pictures(_PICTURES)
     if not shown:
         return ""
     from pretrain.data.images.draw import colour

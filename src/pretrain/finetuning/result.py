@@ -222,6 +222,10 @@ class Finetuned:
             })  # fmt: skip
         return Errors(mistakes)
 
+    def pictures(self, count: int = 12) -> list[dict[str, Any]]:
+        """Targets and answers of judged rows as pictures, from the worst to the best; see ``Task.pictures``."""
+        return self.task.pictures(self.judged, count) if len(self.judged) else []
+
     def keep(self) -> None:
         """Write the result of the run again, with all that is known by now: the model card and the test metrics."""
         chosen = self.run.best or self.run.checkpoint

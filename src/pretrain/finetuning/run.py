@@ -53,7 +53,8 @@ def finetune(
         data: training rows: a file (.csv .tsv .jsonl .json .parquet .conll), a list of dicts, a pandas frame or a
             ``datasets.Dataset``.
         task: ``classification``, ``regression``, ``token-classification``, ``question-answering``, ``chat``,
-            ``language-modelling``, ``embedding``, ``preference``, or the import path of a custom task.
+            ``language-modelling``, ``embedding``, ``preference``, ``image-classification``, ``segmentation``,
+            ``object-detection``, or the import path of a custom task.
         config: a YAML file or a mapping of sections with further settings.
         valid: held-out rows, or the fraction of the rows that is held out (a tenth, stratified by class).
         test: test rows, which are evaluated once, at the end.

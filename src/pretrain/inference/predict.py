@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, option, using
 from pretrain.data.audio.rows import medium_of
-from pretrain.data.images.rows import stream_images
+from pretrain.data.images.masks import read_masked
+from pretrain.data.images.rows import IMAGES, read_images, stream_images
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
@@ -107,7 +108,7 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
     if kind in ("image-classification", "audio-classification"):
         several = problem == "multi_label_classification"
         return kind, {"problem": "multi_label" if several else "single_label"}
-    if kind in ("token-classification", "question-answering"):
+    if kind in ("token-classification", "question-answering", "segmentation", "object-detection"):
         return kind, {}
     if kind is None and (own := model.backbone.default_task) is not None:
         return own, {}
@@ -471,7 +472,8 @@ def predict_file(
 def _chunks(source: Path, **form: Any) -> Iterator[Chunk]:
     """Yield the rows of a file, or the images or recordings of a folder or file, in chunks."""
     if (medium := medium_of(source)) is not None:
-        return stream_images(source, _CHUNK, medium)
+        table = read_masked(source) if medium is IMAGES else read_images(source, medium=medium)
+        return stream_images(table, _CHUNK)
     return stream_chunks(source, _CHUNK, **form)
 
 

@@ -115,7 +115,7 @@ class Captioning(Task, TokenObjective):
         if start is None or end is None:
             raise ModelError(
                 f"The task {self.name} needs tokens at the start and the end of a text, and the tokenizer of this "
-                "model has none. Take one with bos_token and eos_token, such as the wordpiece tokenizers of this package."
+                "model has none. Take one with bos_token and eos_token, such as a wordpiece tokenizer of this package."
             )
         return start, end
 

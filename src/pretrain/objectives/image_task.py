@@ -31,9 +31,15 @@ _JUDGED = 60  # rows among which those of the report are chosen
 
 
 class ImageTask(Task):
-    """Base class of the tasks of images or of another ``medium``; its other base class tells what is answered."""
+    """Base class of the tasks of images or of another ``medium``; a subclass tells what is answered.
+
+    Class attributes:
+        medium: what the files of the rows hold.
+        closed: sentence for the model card on classes that the model does not know; not given, the usual one.
+    """
 
     medium: ClassVar[Medium] = IMAGES
+    closed: ClassVar[str | None] = None
 
     @classmethod
     def refuse_length(cls, max_length: int | None) -> None:
@@ -81,8 +87,8 @@ class ImageTask(Task):
 
     @property
     def limits(self) -> list[str]:
-        known = [f"It knows no other labels, and names one of them for any {self.medium.column}."]
-        return [self.reading, *known * (len(self.model.labels or ()) > 1)]
+        usual = f"It knows no other labels, and names one of them for any {self.medium.column}."
+        return [self.reading, *[self.closed or usual] * (len(self.model.labels or ()) > 1)]
 
     @property
     def reading(self) -> str:
@@ -148,7 +154,8 @@ class ImageTask(Task):
     # ------------------------------------------------------------------ answers
 
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
-        return given_images(inputs, getattr(self.processor, "channels", 0), self.medium)
+        channels = getattr(self.processor, "channels", 0)
+        return given_images(inputs, channels, self.medium, self.read)
 
 
 def shown_answers(task: Task, table: Table) -> list[tuple[int, dict[str, Any]]]:

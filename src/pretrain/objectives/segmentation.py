@@ -75,6 +75,7 @@ class Segmentation(ImageTask, ClassTask):
     trivial_name: ClassVar[str] = "commonest class"
     recorded: ClassVar[tuple[str, ...]] = ("codes",)
     head_kind: ClassVar[str | None] = "segmentation"
+    closed: ClassVar[str] = "It knows no other classes, and gives one of them to every pixel."
 
     def __init__(
         self,

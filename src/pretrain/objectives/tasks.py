@@ -535,8 +535,9 @@ class ClassTask(Task):
 
     def balance(self, classes: Sequence[int] | np.ndarray) -> None:
         """Compute balanced weights from the targets of the training rows, which are encoded first."""
-        found = np.asarray(classes, dtype=np.int64)
-        self.balance_counts(np.bincount(found, minlength=len(self.labels)))
+        if self.unbalanced:
+            found = np.asarray(classes, dtype=np.int64)
+            self.balance_counts(np.bincount(found, minlength=len(self.labels)))
 
     def balance_counts(self, counts: np.ndarray) -> None:
         """Compute balanced weights from the number of targets of each class, (C,)."""

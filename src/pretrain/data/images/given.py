@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from pretrain.errors import DataError
 __all__ = ["given_images", "given_table"]
 
 
-def given_images(inputs: Any, channels: int, medium: Medium = IMAGES) -> tuple[Table, bool] | None:
+def given_images(
+    inputs: Any, channels: int, medium: Medium = IMAGES, read: Callable[..., Table] = read_images
+) -> tuple[Table, bool] | None:
     """Return images as a table with the column ``image``, and whether they are one; None for rows and tables.
 
     Args:
@@ -21,13 +23,14 @@ def given_images(inputs: Any, channels: int, medium: Medium = IMAGES) -> tuple[T
             array, or the path of a folder or an archive of images.
         channels: channels of the model, by which an array (3, H, W) is told from three images.
         medium: what the files hold.
+        read: reads a folder or file; called with its path and the name of the rows.
 
     Raises:
         DataError: a path that does not exist.
     """
     array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
     if isinstance(inputs, str | Path):
-        return _of_path(Path(inputs), medium)
+        return _of_path(Path(inputs), medium, read)
     colours = array == 3 and (inputs.shape[0] == channels == 3 or inputs.shape[-1] in (1, 3, 4))
     if array == 2 or colours or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
         return given_table([inputs], medium), True
@@ -52,10 +55,10 @@ def given_table(given: Sequence[Any], medium: Medium = IMAGES) -> Table:
     return Table("inputs", {medium.column: held}, origin="the inputs", unit="index")
 
 
-def _of_path(path: Path, medium: Medium) -> tuple[Table, bool] | None:
+def _of_path(path: Path, medium: Medium, read: Callable[..., Table]) -> tuple[Table, bool] | None:
     """Return the rows of a folder or file; None for a table with one row for each."""
     if is_image_source(path, medium):
-        table = read_images(path, medium=medium)
+        table = read(path, name="data")
         several = path.is_dir() or path.suffix.lower() in (".npz", ".tar")
         return table, not several and len(table) == 1
     if not path.suffix:  # neither an image nor a table

@@ -20,6 +20,7 @@ from pretrain.data.images.rows import (
     ImageTable,
     image_files,
     part_for,
+    parts_of,
     pictures,
     read_images,
 )
@@ -85,6 +86,11 @@ def _folder_of(path: Path, names: Sequence[str]) -> Path | None:
 
 def _paired(path: Path, images: Path, masks: Path) -> Table:
     """Return the images with a mask of the same name without the ending; the others are named in a line."""
+    if parts := parts_of(images):
+        raise DataError(
+            f"{images} holds the parts {', '.join(parts)}. Put them above: train/images and train/masks, val/images "
+            "and val/masks."
+        )
     found = [_by_stem(folder) for folder in (images, masks)]
     both = [stem for stem in found[0] if stem in found[1]]
     for own, other, what in (

@@ -223,9 +223,8 @@ def parts_of(source: Any, medium: Medium = IMAGES) -> list[str]:
     return [part for part in _parts(path, medium) if part]
 
 
-def stream_images(path: Path, size: int, medium: Medium = IMAGES) -> Iterator[Chunk]:
-    """Yield the images of a folder or file in chunks of ``size`` rows; their names stand in the column ``image``."""
-    table = read_images(path, medium=medium)
+def stream_images(table: Table, size: int) -> Iterator[Chunk]:
+    """Yield the rows of a table in chunks of ``size`` rows, in which images and other items stand by their names."""
     for start in range(0, len(table), size):
         part = table.take(range(start, min(start + size, len(table))))
         yield Chunk(
