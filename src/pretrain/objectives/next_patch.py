@@ -62,6 +62,9 @@ class NextPatch(Objective):
             nn.GELU(),
             nn.Linear(4 * width, config.num_channels * self.patch_size**2),
         )
+        self._weights = sum(
+            p.numel() for p in self.predictor.parameters()
+        )  # sharded ones have fewer
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Draw the prefix of each row, 0 to N - 1 patches, with the row's own generator, and read its image."""
@@ -92,7 +95,7 @@ class NextPatch(Objective):
         return Loss(total, self.count(batch).to(total.device))
 
     def head_weights(self) -> int:
-        return self._numel(self.predictor.parameters())
+        return self._weights
 
     def survey(self, rows: Examples) -> list[str]:
         """Say what is predicted."""
