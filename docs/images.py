@@ -119,11 +119,13 @@ def drawn(
 
 
 def pretrained(name: str, source: Path, objective: str, size: int, channels: int, out: Path) -> Any:
-    """Pre-train on images without labels, or go on with it; return the directory of the run."""
+    """Pre-train on images without labels, or go on with it, unless it is done; return the directory of the run."""
     steps, rows, rate, arguments = PRETRAINING[name][objective]
     masked = objective == "MaskedImage"
     shape = {"num_layers": 4} if masked else SHAPE
     directory = out / f"{name}-{objective}"
+    if (directory / "model").exists():
+        return directory
     pretrain.train(
         {
             "data": {

@@ -256,8 +256,7 @@ RUNS["lejepa"] = GoldenRun(
         },
         "objective": {"class_path": "LeJEPA", "init_args": {"crop": 0.5}},
         "train": {**_SHARED["train"], "batch_rows": 8},
-    },
-    stop=4,
+    }
 )
 RUNS["image-classification"] = finetuning("image-classification", PICTURES, "vit")
 for _name, _parallel in MESHES.items():

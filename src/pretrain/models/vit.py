@@ -122,7 +122,10 @@ ENCODER_KEYS: Mapping[str, Key] = {
 
 
 class ViT(ImageBackbone):
-    """Encoder of image patches; ``pixel_values`` (B, C, H, W) -> (B, 1 + P, D), the class token first."""
+    """Encoder of image patches; ``pixel_values`` (B, C, H, W) -> (B, 1 + P, D), the class token first.
+
+    With ``attention_bias``, (B|1, H|1, 1 + P, 1 + P), that is added to the scores of attention in every block.
+    """
 
     model_type: ClassVar[str] = "vit"
     config_class: ClassVar[type[BackboneConfig]] = ViTConfig
@@ -166,7 +169,8 @@ class ViT(ImageBackbone):
                 f"{config.patch_size} x {config.patch_size}. Make them larger: set size in preprocessor_config.json."
             )
         x, layers = self.drop(self.embedding(pixels)), len(self.layers)
-        x = self.run(x, [AttentionMask()] * layers, [None] * layers, None, batch.get("keep_index"))
+        mask = AttentionMask(bias=batch.get("attention_bias"))
+        x = self.run(x, [mask] * layers, [None] * layers, None, batch.get("keep_index"))
         found: Tensor = self.final_norm(x)
         return found
 

@@ -63,6 +63,7 @@ OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
     "MaskedImage": "pretrain.objectives.masked_image.MaskedImage",
+    "NextPatch": "pretrain.objectives.next_patch.NextPatch",
     "LeJEPA": "pretrain.objectives.views.LeJEPA",
     "SimCLR": "pretrain.objectives.views.SimCLR",
     "MoCo": "pretrain.objectives.views.MoCo",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pretrain.data.loader import Examples
     from pretrain.models.base import Model
 
-__all__ = ["MaskedImage"]
+__all__ = ["MaskedImage", "patch_targets"]
 
 _EPS = 1e-6  # added to the variance of the pixels of a patch, as in the published code
 
@@ -98,11 +98,7 @@ class MaskedImage(Objective):
         """Return what is predicted, (B, C, H, W) -> (B, N, p · p · C) in fp32."""
         if pixels.ndim == 3:  # spectrograms (B, T, M)
             pixels = pixels.transpose(1, 2)[:, None]
-        target = patch_pixels(pixels.float(), self.patch_size)
-        if self.norm_pixels:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as published
-            target = (target - mean) / (variance + _EPS).sqrt()
-        return target
+        return patch_targets(pixels, self.patch_size, self.norm_pixels)
 
     def forward(self, batch: Batch) -> Loss:
         """Sum, over the hidden patches, the mean squared error of their pixels."""
@@ -143,3 +139,21 @@ class MaskedImage(Objective):
             "norm_pixels": self.norm_pixels,
             **({k: getattr(self.augmentation, k) for k in ("crop", "flip")} if changed else {}),
         }
+
+
+def patch_targets(pixels: Tensor, patch_size: int, norm_pixels: bool) -> Tensor:
+    """Return the pixels of every patch, each patch with mean 0 and variance 1 if asked for; fp32.
+
+    Args:
+        pixels: (B, C, H, W).
+        patch_size: p.
+        norm_pixels: whether each patch is normalised.
+
+    Returns:
+        (B, N, p · p · C).
+    """
+    target = patch_pixels(pixels.float(), patch_size)
+    if norm_pixels:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as published
+        target = (target - mean) / (variance + _EPS).sqrt()
+    return target

@@ -71,6 +71,9 @@ class Views(Objective):
         self.views, self.pooling = views, pooling
         self.augmentation = Augmentation(crop, flip, randaugment)
         self.projector = _perceptron(model.backbone.config.hidden_size, projection)
+        self._weights = sum(
+            p.numel() for p in self.projector.parameters()
+        )  # sharded ones have fewer
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Draw the views of each row with the row's own generator, in evaluation too: ``views`` (n, V, C, H, W)."""
@@ -115,7 +118,7 @@ class Views(Objective):
 
     def head_weights(self) -> int:
         """Weights that each view is multiplied with behind the backbone, for all views of an image."""
-        return self.views * self._numel(self.projector.parameters())
+        return self.views * self._weights
 
     def survey(self, rows: Examples) -> list[str]:
         """Say what is compared."""
