@@ -19,6 +19,7 @@ from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.data.loader import row_rngs
 from pretrain.models import FAMILIES, family_class
 from pretrain.models.base import Model
+from pretrain.models.heads import LABELLED
 from pretrain.objectives import Objective
 from pretrain.training.trainer import Hook, Trainer
 
@@ -37,6 +38,9 @@ def batch_for(model: Model, rows: int = 4, tokens: int = 12) -> dict[str, Tensor
         config = model.backbone.config
         shape = (rows, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=generator)}
+    if hasattr(model.backbone.config, "num_mel_bins"):
+        shape = (rows, *model.backbone.random_batch(generator)["input_values"].shape[1:])
+        return {"input_values": torch.randn(shape, generator=generator)}
     pad = model.backbone.config.pad_id or 0
     ids = torch.randint(4, model.backbone.vocab_size, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -80,7 +84,7 @@ def check_shapes(model: Model, outputs: int | None) -> None:
     if outputs is not None:
         assert out.shape[-1] == outputs
     rows = len(next(iter(batch.values())))
-    if model.head_kind in ("sequence-classification", "image-classification"):
+    if model.head_kind in {*LABELLED} - {"token-classification"}:
         assert out.shape[:-1] == (rows,)
     elif "input_ids" in batch:
         assert out.shape[:-1] == batch["input_ids"].shape

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shlex
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,11 @@ def place(tmp_path, monkeypatch):
         file = tmp_path / "photos" / ("cat", "dog")[k % 2] / f"{k // 2}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour).save(file)
+        recording = tmp_path / "words" / ("yes", "no")[k % 2] / f"{k // 2}.wav"
+        recording.parent.mkdir(parents=True, exist_ok=True)
+        with wave.open(str(recording), "wb") as out:
+            out.setparams((1, 2, 8000, 0, "NONE", ""))
+            out.writeframes(colour.tobytes() * 20)
     boxes = ["image,label,xmin,ymin,xmax,ymax"]
     for k in range(1, 11):
         mask = np.zeros((32, 32), np.uint8)

@@ -9,7 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from parity import test_clip, test_image_towers, test_resnet, test_siglip, test_vit, test_vit_mae
+from parity import (
+    test_audio_spectrogram_transformer,
+    test_clip,
+    test_image_towers,
+    test_resnet,
+    test_siglip,
+    test_vit,
+    test_vit_mae,
+)
 from parity.cases import CASES, Case, batch_of, build_theirs, compare, open_ours
 from pretrain.objectives.contrastive import Contrastive, SigmoidContrastive
 
@@ -26,6 +34,8 @@ def errors(case: Case, folder: Path) -> tuple[float, float]:
             return test_vit.differences(theirs, ours, test_vit.pixels(case))
         case "vit_mae":
             return test_vit_mae.differences(theirs, ours)
+        case test_audio_spectrogram_transformer.FAMILY:
+            return test_audio_spectrogram_transformer.differences(theirs, ours)
         case "resnet":
             return test_resnet.differences(theirs, ours)
         case "clip":
@@ -52,6 +62,7 @@ def main() -> None:
     images = [
         *test_vit.CASES,
         *test_vit_mae.CASES,
+        *test_audio_spectrogram_transformer.CASES,
         *(replace(case, label=f"{case.label}/{kind}") for kind, case in resnets),
         test_clip.case_of("gelu"),
         Case("siglip/none", "Siglip", "SiglipModel", test_siglip.SIZES),

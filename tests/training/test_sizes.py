@@ -47,6 +47,12 @@ def test_families_of_images_have_sizes_of_their_own(family: str) -> None:
     assert "vocabulary" not in said and "WikiText" not in said
 
 
+def test_families_of_audio_have_sizes_of_their_own() -> None:
+    said = " ".join(str(pretrain.sizes("audio-spectrogram-transformer")).split())
+    assert "audio of 1,024 frames of 128 mel bands" in said
+    assert "32 recordings in a forward pass." in said
+
+
 def test_figures_are_those_that_were_measured(capsys: Any, monkeypatch: Any) -> None:
     assert all(set(of) <= set(SIZES) for of in FIGURES.values()) and "gpt2" in FIGURES
     found = pretrain.sizes("gpt2")

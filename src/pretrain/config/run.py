@@ -65,10 +65,12 @@ class DataConfig:
     """A prepared directory, or sources: a path, glob, folder, "hub:NAME" or "python" (the built-in
     corpus), a list of them, or {source: weight}."""
     source: str | None = None
-    """Rows of another kind than text, instead of all other settings of this section: images, or the
-    import path of a function of your own that returns a pretrain.RowSource, "package.module:function"."""
+    """Rows of another kind than text, instead of all other settings of this section: images, audio, or
+    the import path of a function of your own that returns a pretrain.RowSource,
+    "package.module:function"."""
     source_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of that function; of images: train, valid, size, channels, seed, labels."""
+    """Arguments of that function; of images: train, valid, size, channels, seed, labels; of audio:
+    train, valid, sampling_rate, bands, frames, patch, seed, labels."""
     valid: float | str = 0.01
     """Held-out text: a fraction of the documents, a source, or "last:0.1" (the last tenth of a
     single text)."""

@@ -90,8 +90,8 @@ class TuneTask:
 
     name: str = ""
     """classification, regression, token-classification, question-answering, chat, language-modelling,
-    embedding, preference, image-classification, segmentation, object-detection, or the import path of a custom
-    task."""
+    embedding, preference, image-classification, audio-classification, segmentation, object-detection,
+    image-text-retrieval, captioning, or the import path of a custom task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the task, e.g. {label_smoothing: 0.1, class_weights: balanced}."""
 

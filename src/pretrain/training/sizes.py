@@ -108,10 +108,15 @@ def sizes(family: str) -> Sizes:
         length, at_once = _ROW, _TOKENS
         if not texts:
             batch = backbone.random_batch(torch.Generator())
-            images, _, height, wide = batch["pixel_values"].shape
-            length = backbone.units(batch) // images
+            values = batch.get("pixel_values", batch.get("input_values"))
+            assert values is not None
+            (rows_of, *_), (height, wide) = values.shape, values.shape[-2:]
+            length = backbone.units(batch) // rows_of
             at_once = _IMAGES * length
             inputs, passed = f"with images of {height} x {wide} pixels", f"{_IMAGES} images"
+            if values.ndim == 3:
+                inputs = f"with audio of {height:,} frames of {wide} mel bands"
+                passed = f"{_IMAGES} recordings"
         count = sum(parameter.numel() for parameter in model.parameters())
         needs = Needs(
             **vars(backbone.stats()),
