@@ -78,6 +78,7 @@ def place(tmp_path, monkeypatch):
         file = tmp_path / "photos" / ("cat", "dog")[k % 2] / f"{k // 2}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour).save(file)
+        file.with_suffix(".txt").write_text(f"the {file.parent.name} number {k // 2}")
     return tmp_path
 
 

@@ -90,7 +90,7 @@ class TuneTask:
 
     name: str = ""
     """classification, regression, token-classification, question-answering, chat, language-modelling,
-    embedding, preference, image-classification, or the import path of a custom task."""
+    embedding, preference, image-classification, image-text-retrieval, or the import path of a custom task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the task, e.g. {label_smoothing: 0.1, class_weights: balanced}."""
 
