@@ -80,6 +80,7 @@ def place(tmp_path, monkeypatch):
         file = tmp_path / "photos" / ("cat", "dog")[k % 2] / f"{k // 2}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour).save(file)
+        file.with_suffix(".txt").write_text(f"the {file.parent.name} number {k // 2}")
         recording = tmp_path / "words" / ("yes", "no")[k % 2] / f"{k // 2}.wav"
         recording.parent.mkdir(parents=True, exist_ok=True)
         with wave.open(str(recording), "wb") as out:

@@ -31,6 +31,8 @@ PIPELINES = {
     "audio-classification": "audio-classification",
     None: "feature-extraction",
 }
+# Families whose models without a head have a pipeline of their own.
+_OWN_PIPELINE = dict.fromkeys(("clip", "siglip"), "zero-shot-image-classification")
 # Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.
 _OWN_TOKENIZER = {
     "qwen2": "In transformers 5 `AutoTokenizer` gives every qwen2 directory the text splitting of Qwen's own "
@@ -51,6 +53,11 @@ def readme(
     if written and isinstance(fingerprint, str) and fingerprint and fingerprint in written:
         return written.encode("utf-8", "replace")
     return model_card(config, head_kind, parameters)
+
+
+def _pipeline(family: str, head_kind: str | None) -> str:
+    own = _OWN_PIPELINE.get(family) if head_kind is None else None
+    return own or PIPELINES.get(head_kind, "feature-extraction")
 
 
 def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int) -> bytes:
@@ -74,7 +81,7 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
     one_licence = len(set(licences)) == 1 and len(licences) == len(sources)
     fields = {
         "library_name": library,
-        "pipeline_tag": PIPELINES.get(head_kind, "feature-extraction"),
+        "pipeline_tag": _pipeline(family, head_kind),
         "license": licences[0] if one_licence else None,
         "tags": ["pretrain", family],
     }

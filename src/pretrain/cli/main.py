@@ -394,6 +394,16 @@ def _add_predict(parser: Any) -> None:
         help="number of likeliest classes to write with their probabilities, or all; not given, the likeliest class, "
         "or those above the threshold",
     )
+    add(
+        "--labels",
+        type=list[str] | None,
+        help="classes of a model of images and texts, e.g. [cat,dog]; not given, the vectors of the images",
+    )
+    add(
+        "--template",
+        type=str | None,
+        help="prompt with {} for the name of a class; not given, This is a photo of {}.",
+    )
     add_device(parser)
     add_reading(parser)
     add("--quiet", action="store_true", help="no progress bar")
@@ -406,6 +416,9 @@ def _predict(args: Any) -> None:
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
     if (top_k := options.pop("top_k")) is not None:
         options["top_k"] = None if top_k == "all" else top_k
+    for key in ("labels", "template"):
+        if options[key] is None:
+            del options[key]
     out = predict_file(*places, progress=not options.pop("quiet"), **options)
     print(printable(str(out)))
 
