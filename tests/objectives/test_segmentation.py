@@ -259,6 +259,20 @@ def test_adapters_and_layer_decay(place: Path, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_the_encoder_of_a_masked_autoencoder_gets_the_head(place: Path, tmp_path: Path) -> None:
+    sizes = {**TINY, "decoder_hidden_size": 16, "decoder_num_layers": 1, "decoder_num_heads": 2}
+    model = pretrain.build("vit_mae", **sizes)
+    model.save(tmp_path / "mae")
+    for source in (tmp_path / "mae", model):
+        found = pretrain.finetune(
+            source, place / "rows.npz", task="segmentation", quiet=True,
+            out=tmp_path / type(source).__name__, **SHORT | {"limit": "1 steps", "lr": 1e-9},
+        )  # fmt: skip
+        assert found.model.backbone.model_type == "vit"
+        kept = found.model.backbone.layers[0].mlp.up.weight
+        assert torch.allclose(kept, model.backbone.layers[0].mlp.up.weight, atol=1e-6)
+
+
 def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     words = ["predict", str(place / "tuned"), str(place / "folder" / "images"), "--out", str(out)]

@@ -99,7 +99,9 @@ def check_fits(source: Any, task: type[Task]) -> None:
         kind, family = source.head_kind, type(source.backbone)
     elif isinstance(source, str | os.PathLike):
         kind, family = kind_and_family(os.fspath(source))
-    if task.head_kind is not None and kind != task.head_kind and family is not None:
+    if family is None or task.head_kind in family.successors:
+        return
+    if task.head_kind is not None and kind != task.head_kind:
         try:
             check_head(family, task.head_kind)
         except ModelError as error:
