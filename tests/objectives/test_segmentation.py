@@ -207,6 +207,8 @@ def test_what_cannot_be_a_mask_is_named(place: Path, tmp_path: Path) -> None:
     for file, cause in (("a.jpg", "a mask in a lossy format"), ("b.png", "a mask in colours")):
         found = rows_of(goal, [*rows, {"image": images[0], "mask": str(tmp_path / file)}])
         assert found.dropped == {f"broken mask ({cause})": [3]} and len(found) == 3
+    with pytest.raises(DataError, match="none of the 1 rows .*JPEG"):
+        rows_of(goal, [{"image": images[0], "mask": str(tmp_path / "a.jpg")}])
     assert rows_of(goal, [*rows, {"image": images[0], "mask": None}]).dropped == {"no mask": [3]}
     with pytest.raises(ModelError, match="no segmentation head"):
         pretrain.build("bert", head="segmentation", labels=NAMES)
