@@ -118,7 +118,7 @@ def _few(
 ) -> Iterator[dict[str, Any]]:
     place = args.out / f"{name.replace(' ', '-')}.npz"
     np.savez(place, images=train[0])
-    run = masked(args, place, 28, 4, steps=600, rows=64)
+    run = masked(args, place, 28, 4, steps=400, rows=32)
     sizes = {"hidden_size": 96, "num_layers": 3, "num_heads": 3, "image_size": 28, "patch_size": 4}
     scratch = pretrain.build("vit", num_channels=1, **sizes)
     classes = sorted(set(train[1].tolist()))

@@ -207,6 +207,8 @@ def test_what_cannot_be_a_mask_is_named(place: Path, tmp_path: Path) -> None:
     for file, cause in (("a.jpg", "a mask in a lossy format"), ("b.png", "a mask in colours")):
         found = rows_of(goal, [*rows, {"image": images[0], "mask": str(tmp_path / file)}])
         assert found.dropped == {f"broken mask ({cause})": [3]} and len(found) == 3
+    with pytest.raises(DataError, match="none of the 1 rows .*JPEG"):
+        rows_of(goal, [{"image": images[0], "mask": str(tmp_path / "a.jpg")}])
     assert rows_of(goal, [*rows, {"image": images[0], "mask": None}]).dropped == {"no mask": [3]}
     with pytest.raises(ModelError, match="no segmentation head"):
         pretrain.build("bert", head="segmentation", labels=NAMES)
@@ -257,6 +259,20 @@ def test_adapters_and_layer_decay(place: Path, tmp_path: Path) -> None:
         place / "model", place / "rows.npz", task="segmentation", layer_decay=0.5, quiet=True,
         out=tmp_path / "decayed", **SHORT | {"limit": "1 steps"},
     )  # fmt: skip
+
+
+def test_the_encoder_of_a_masked_autoencoder_gets_the_head(place: Path, tmp_path: Path) -> None:
+    sizes = {**TINY, "decoder_hidden_size": 16, "decoder_num_layers": 1, "decoder_num_heads": 2}
+    model = pretrain.build("vit_mae", **sizes)
+    model.save(tmp_path / "mae")
+    for source in (tmp_path / "mae", model):
+        found = pretrain.finetune(
+            source, place / "rows.npz", task="segmentation", quiet=True,
+            out=tmp_path / type(source).__name__, **SHORT | {"limit": "1 steps", "lr": 1e-9},
+        )  # fmt: skip
+        assert found.model.backbone.model_type == "vit"
+        kept = found.model.backbone.layers[0].mlp.up.weight
+        assert torch.allclose(kept, model.backbone.layers[0].mlp.up.weight, atol=1e-6)
 
 
 def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_path: Path) -> None:

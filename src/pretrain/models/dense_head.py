@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.errors import ModelError
+
 __all__ = ["BOX_SIDES", "DENSE", "DenseHead", "doublings"]
 
 DENSE = ("segmentation", "object-detection")
@@ -22,6 +24,7 @@ _CELL = 4  # the grid is doubled until a place covers at most so many pixels alo
 _WIDEST, _NARROWEST = 256, 32
 _GROUPS = 8
 _RARE = -2.19  # log odds of 0.1: few places are the centre of an object (arXiv 1904.07850)
+_BEFORE = 8  # most tokens before those of the grid, such as a class token
 _LARGEST = 6.0  # log of a distance over the stride
 
 
@@ -83,7 +86,14 @@ class DenseHead(nn.Module):
         return rows * factor, columns * factor
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        rows, columns = self.grid(*batch["pixel_values"].shape[2:])
+        pixels = batch["pixel_values"].shape[2:]
+        rows, columns = self.grid(*pixels)
+        if not 0 <= hidden.shape[1] - rows * columns <= _BEFORE:
+            raise ModelError(
+                f"The backbone returns {hidden.shape[1]} hidden states for {pixels[0]} x {pixels[1]} pixels, and its "
+                f"grid_step of {self.stride} pixels means {rows} x {columns} places. Correct grid_step in the class of "
+                "the backbone."
+            )
         places = hidden[:, -rows * columns :]  # class tokens stand first
         x = places.transpose(1, 2).reshape(len(hidden), -1, rows, columns)
         for i, stage in enumerate(self.stages):

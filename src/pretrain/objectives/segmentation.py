@@ -102,15 +102,16 @@ class Segmentation(ImageTask, ClassTask):
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
-        first, rows = dict[int, str](), list[list[int]]()
+        first, rows, broken = dict[int, str](), list[list[int]](), ""
         for i, found in read_numbers(table):
+            broken = broken or (str(found) if isinstance(found, BrokenImage) else "")
             numbers = _numbers(found)
             rows.append([n for n in numbers if n != UNLABELLED])
             for number in numbers:
                 first.setdefault(number, table.where(i))
         if not first:
             raise DataError(
-                f"{table.name}: none of the {len(table):,} rows has a mask that can be read."
+                f"{table.name}: none of the {len(table):,} rows has a mask that can be read. {broken}".strip()
             )
         numbers, notes = sorted(first), list[str]()
         given, checkpoint = options.get("labels"), options.get("checkpoint_labels")
