@@ -187,9 +187,17 @@ def test_masked_pre_training_is_fine_tuned(place: Path, tmp_path: Path) -> None:
     words += ["--parallel.device", "cpu", "--train.limit", "4 steps"]
     assert main(words) == 0
     found = pretrain.finetune(
-        tmp_path / "run", place / "folder", task="audio-classification", out=tmp_path / "tuned",
+        tmp_path / "run", place / "folder", task="audio-classification", out=tmp_path / "tuned", lora=2,
         **SHORT | {"limit": "3 steps"},
     )  # fmt: skip
+    file = place / "folder" / "low" / "1.wav"
+    found.save(tmp_path / "saved")
+    opened = pretrain.load(tmp_path / "saved", quiet=True, base=pretrain.load(tmp_path / "run"))
+    assert opened.predict(file) == found.predict(file)
+    mistakes = found.errors(3)
+    assert mistakes and found.report().read_text().count('src="data:image/png') == len(
+        found.errors(20)
+    )
     assert found.model.processor.settings == pretrain.load(tmp_path / "run").processor.settings
     assert all(name.startswith("classifier") or "head" in name for name in found.model.fresh)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import wave
@@ -105,6 +106,16 @@ def test_long_recordings_are_refused_before_they_are_decoded(
     piped = bytearray(wav(WAVE))
     piped[40:44] = struct.pack("<I", 0xFFFFFFFF)
     assert broken(bytes(piped)) == "too long"
+
+
+def test_a_thumbnail_shows_low_tones_at_the_bottom() -> None:
+    image = pytest.importorskip("PIL.Image")
+    tone = np.sin(np.arange(16000) / 16000 * 2 * np.pi * 200)
+    address = Clip(tone, "a").thumbnail(32)
+    kind, _, content = address.partition(",")
+    pixels = np.asarray(image.open(io.BytesIO(base64.b64decode(content))))
+    assert kind == "data:image/png;base64" and pixels.shape == (32, 98)
+    assert pixels[24:].mean() < pixels[:16].mean() - 100  # dark is loud
 
 
 def test_the_content_tells_two_recordings_apart(tmp_path: Path) -> None:

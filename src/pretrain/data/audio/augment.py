@@ -31,7 +31,6 @@ class StoredClip:
         keep: keep the spectrogram in memory; otherwise the recording is decoded again whenever it is used.
 
     Attributes:
-        seconds: length of the recording; None if nothing says how many samples a second has.
         nbytes: memory of the spectrogram that is kept, about.
     """
 

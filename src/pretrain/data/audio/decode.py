@@ -6,9 +6,11 @@ before they are decoded.
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import wave
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,6 +92,35 @@ class Clip(FileItem):
         if len(samples) < _LEAST_SECONDS * (rate or 16_000):
             raise BrokenAudio(self.name, "it is shorter than 25 ms")
         return Sound(samples, rate), remark
+
+    def thumbnail(self, side: int = 96) -> str:
+        """Return the spectrogram as the address of an image in a page; low frequencies are at the bottom.
+
+        Args:
+            side: rows of the image, the mel bands; it is at most four times as wide.
+        """
+        from pretrain.data.audio.processor import AudioProcessor
+
+        processor = AudioProcessor(num_mel_bins=side, max_length=1 << 14, do_normalize=False)
+        energies = processor.log_mel(self.read()[0])
+        energies = energies[:: -(-len(energies) // (4 * side))].T[::-1]
+        low, high = np.quantile(energies, (0.05, 0.995))
+        grey = np.clip((high - energies) / max(high - low, 1e-6), 0, 1) * 255
+        encoded = base64.b64encode(_png(grey.astype(np.uint8))).decode()
+        return f"data:image/png;base64,{encoded}"
+
+
+def _png(grey: NDArray[np.uint8]) -> bytes:
+    """Return an image (H, W) as a file."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    head = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in grey)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def _decode(content: bytes, name: str) -> tuple[NDArray[np.float32], int, str | None]:

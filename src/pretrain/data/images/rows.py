@@ -83,10 +83,9 @@ class ImageTable(Table):
 
     def where(self, i: int) -> str:
         """Return the name of the file of row `i`."""
-        first = next((v for c in self.columns.values() for v in c[:1]), None)
-        if not isinstance(first, FileItem):
-            return super().where(i)
-        return str(next(iter(self.columns.values()))[i])
+        columns = (c for c in self.columns.values() if len(c) and isinstance(c[0], FileItem))
+        items = next(columns, None)
+        return super().where(i) if items is None else str(items[i])
 
 
 @dataclass(frozen=True)
