@@ -232,16 +232,18 @@ def check_objective_learns(build: Callable[[], Objective], rows: Any, out: Path)
     for name, p in objective.named_parameters():
         assert not p.requires_grad or p.grad is not None, f"no gradient reaches {name}"
     steps: list[float] = []
-    fit = _trainer(build(), [rows[i] for i in range(8)], out, "80 steps", lr=2e-2)
+    few = [rows[i] for i in range(8)]
+    fit = _trainer(build(), few, out, "80 steps", lr=2e-2, save_every="0 steps")
     fit.hooks = [Hook(lambda record: steps.append(record["loss"]))]
     fit.fit()
     assert min(steps[-8:]) < 0.8 * steps[0]
 
 
 def check_objective_resumes(build: Callable[[], Objective], rows: Any, out: Path) -> None:
-    """Six steps equal three steps, a new process's worth of objects, and three more: bit for bit."""
+    """Six steps equal four of which three are saved, new objects, and the other three: bit for bit."""
     whole = _trainer(build(), rows, out / "whole", "6 steps").fit()
-    _trainer(build(), rows, out / "cut", "6 steps", stop_after=3)
+    _trainer(build(), rows, out / "cut", "6 steps", stop_after=4)
+    assert [path.name for path in (out / "cut").glob("checkpoint-*")] == ["checkpoint-3"]
     cut = _trainer(build(), rows, out / "cut", "6 steps").fit()
     assert whole.checkpoint is not None and cut.checkpoint is not None
     files = [run.checkpoint / "model.safetensors" for run in (whole, cut)]  # type: ignore[operator]
@@ -253,7 +255,14 @@ class _Stop(Exception):
 
 
 def _trainer(
-    objective: Objective, rows: Any, out: Path, limit: str, *, lr: float = 1e-3, stop_after: int = 0
+    objective: Objective,
+    rows: Any,
+    out: Path,
+    limit: str,
+    *,
+    lr: float = 1e-3,
+    stop_after: int = 0,
+    save_every: str = "3 steps",
 ) -> Trainer:
     def strike(record: Any) -> None:
         if record["step"] == stop_after:
@@ -264,7 +273,7 @@ def _trainer(
         rows,
         optim=OptimConfig(lr=lr),
         train=TrainConfig(
-            out=str(out), limit=limit, batch_rows=8, save_every="1 steps", keep=1, precision="fp32"
+            out=str(out), limit=limit, batch_rows=8, save_every=save_every, keep=1, precision="fp32"
         ),
         parallel=ParallelConfig(device="cpu"),
         hooks=[Hook(strike)],

@@ -149,14 +149,13 @@ def _constant(result: Finetuned) -> str | None:
 
 def _classical(result: Finetuned) -> str | None:
     """Remark if TF-IDF, pixels or log-mel under a linear model do better on the same rows."""
-    found = classical_baseline(result)
-    if found is None:
-        return None
-    metric, theirs, ours, where = found
-    if not theirs > ours:
+    metric, data = result.monitor, result.data
+    ours = (result.metrics if data.test is None else result.test_metrics or {}).get(metric)
+    theirs = None if ours is None else result.classical
+    if ours is None or theirs is None or not theirs > ours:
         return None
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
-    names = result.data.train.names
+    names, where = data.train.names, "held-out" if data.test is None else "test"
     known = {"mask": "colours", "image": "pixels", "audio": "log-mel"}
     read = next((features for column, features in known.items() if column in names), "TF-IDF")
     return (
@@ -165,8 +164,8 @@ def _classical(result: Finetuned) -> str | None:
     )
 
 
-def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | None:
-    """Return the metric, its value for TF-IDF or pixels and for the model, and the name of the rows.
+def classical_baseline(result: Finetuned) -> float | None:
+    """Return the metric of TF-IDF, pixels or log-mel under a linear model, on the test rows or the held-out ones.
 
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
@@ -180,11 +179,10 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
     )
 
     data, metric = result.data, result.monitor
-    held, where = (data.test, "test") if data.test is not None else (data.valid, "held-out")
-    ours = (result.test_metrics or {}) if data.test is not None else result.metrics
+    held = data.valid if data.test is None else data.test
     if result.task.name not in BASELINE_TASKS or metric not in METRICS:
         return None
-    if not len(data.valid) or metric not in ours or importlib.util.find_spec("sklearn") is None:
+    if not len(data.valid) or importlib.util.find_spec("sklearn") is None:
         return None
     classes = len(result.labels or ()) or 2
     if len(data.train) * classes > _CELLS:
@@ -203,7 +201,7 @@ def classical_baseline(result: Finetuned) -> tuple[str, float, float, str] | Non
             return None
     except DataError:
         return None
-    return metric, found["score_test"], ours[metric], where
+    return float(found["score_test"])
 
 
 def baseline_columns(*tables: Table) -> list[Any]:

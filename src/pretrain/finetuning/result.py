@@ -127,6 +127,13 @@ class Finetuned:
 
         return remarks(self)
 
+    @cached_property
+    def classical(self) -> float | None:
+        """The metric of a classical baseline on the same rows, or None; it is fitted once, at the first remark."""
+        from pretrain.finetuning.remarks import classical_baseline
+
+        return classical_baseline(self)
+
     @property
     def path(self) -> Path:
         """Directory of the run."""
