@@ -1,4 +1,4 @@
-"""Captions and questions of synthetic scenes: how often are they right for pairs of colour and shape never seen together?
+"""Captions and questions of synthetic scenes: how often are they right for colours and shapes never seen together?
 
     python docs/captions.py [--steps 1500] [--scenes 4000] [--seed 0]
 

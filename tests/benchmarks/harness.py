@@ -31,7 +31,7 @@ CONTROL = (0.97, 1.03)
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 PACKAGES = (
     *("torch", "numpy", "transformers", "tokenizers", "datasets", "accelerate", "peft"),
-    *("lightning", "litgpt", "x-transformers", "sentence-transformers"),
+    *("lightning", "litgpt", "x-transformers", "sentence-transformers", "timm"),
 )
 
 

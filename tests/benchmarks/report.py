@@ -23,6 +23,7 @@ TITLES = {
     "generate": "Generation",
     "growth": "Growth",
     "processes": "Several processes",
+    "images": "Images",
 }
 
 

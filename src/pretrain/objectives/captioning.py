@@ -79,12 +79,12 @@ class Captioning(Task, TokenObjective):
         max_new_tokens: int = _NEW_TOKENS,
         max_length: int | None = None,
     ) -> None:
-        super().__init__(model, max_length=max_length, pack=False)
         if not isinstance(model.backbone, Git):
             raise ModelError(
                 f"The task {self.name} needs a decoder that reads an image before a text; this one is a "
                 f"{model.backbone.model_type} model. Build or load the family git."
             )
+        super().__init__(model, max_length=max_length, pack=False)
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         self.augmentation = Augmentation(crop, flip, randaugment)
@@ -115,7 +115,7 @@ class Captioning(Task, TokenObjective):
         if start is None or end is None:
             raise ModelError(
                 f"The task {self.name} needs tokens at the start and the end of a text, and the tokenizer of this "
-                "model has none. Take one with bos_token and eos_token, such as a wordpiece tokenizer of this package."
+                "model has none. Take one with bos_token and eos_token, such as the wordpiece ones of this package."
             )
         return start, end
 
@@ -241,7 +241,7 @@ class Captioning(Task, TokenObjective):
         if self.training:
             return loss
         head: Any = self.model.head
-        parts = [head(part).argmax(-1) for part in hidden.split(_LOGITS_ROWS)]
+        parts = [head(part).argmax(-1) for part in torch.split(hidden, _LOGITS_ROWS)]
         wrong = (torch.cat(parts) != targets).nonzero().squeeze(1)
         count, columns = batch["labels"].shape
         rows = torch.zeros(count, device=hidden.device)
@@ -268,7 +268,7 @@ class Captioning(Task, TokenObjective):
         """Write texts greedily, for rows with questions of one length together."""
         lengths = batch["lengths"]
         found: list[Any] = [None] * len(lengths)
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             rows = (lengths == length).nonzero().squeeze(1)
             part = {
                 "pixel_values": batch["pixel_values"][rows],

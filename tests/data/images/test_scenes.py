@@ -1,0 +1,52 @@
+"""Synthetic scenes: what is drawn is what is said, and held-out pairs stay out of training."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pretrain.data.images.scenes import COLOURS, SHAPES, UNSEEN, make_scenes, rows_of
+
+
+def centre(image: np.ndarray, colour: str) -> tuple[float, float]:
+    """Mean row and column of the pixels that are nearest to a colour."""
+    tints = np.asarray([*COLOURS.values(), (20, 20, 20)])
+    nearest = np.abs(image[:, :, None].astype(int) - tints).sum(-1).argmin(-1)
+    rows, columns = np.nonzero(nearest == list(COLOURS).index(colour))
+    assert len(rows) >= 8
+    return float(rows.mean()), float(columns.mean())
+
+
+def test_a_scene_is_as_its_caption_says() -> None:
+    for scene in [*make_scenes(40, 3), *make_scenes(20, 3, unseen=True)]:
+        assert scene.image.shape == (24, 24, 3) and scene.image.dtype == np.uint8
+        (row, column), (other_row, other_column) = (
+            centre(scene.image, colour) for colour, _ in (scene.first, scene.second)
+        )
+        apart = {
+            "left of": other_column - column,
+            "right of": column - other_column,
+            "above": other_row - row,
+            "below": row - other_row,
+        }
+        assert apart[scene.side] > 5, scene.caption
+        assert scene.first[0] != scene.second[0] and scene.first[1] != scene.second[1]
+        words = " ".join([scene.caption, *(a for _, a in scene.questions())]).split()
+        assert set(words) <= {*COLOURS, *SHAPES, "a", "of", "left", "right", "above", "below"}
+
+
+def test_held_out_pairs_are_in_no_training_scene() -> None:
+    known = {pair for scene in make_scenes(400) for pair in (scene.first, scene.second)}
+    assert not known & UNSEEN and len(known) == len(COLOURS) * len(SHAPES) - len(UNSEEN)
+    assert {scene.first for scene in make_scenes(100, unseen=True)} == UNSEEN
+    for part, every in enumerate((COLOURS, SHAPES)):  # each of their parts is seen with others
+        assert {pair[part] for pair in UNSEEN} == {pair[part] for pair in known} == set(every)
+
+
+def test_the_seed_and_the_place_decide() -> None:
+    some, more = make_scenes(5, 1), make_scenes(9, 1)
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(some, more, strict=False))
+    assert any(a.caption != b.caption for a, b in zip(some, make_scenes(5, 2), strict=True))
+    rows = rows_of(some)
+    assert [row["question"] == "describe" for row in rows] == [True, False] * 5
+    assert [row["text"] for row in rows] == [row["text"] for row in rows_of(some)]
+    assert len(rows_of(some, questions=False)) == 5

@@ -1,0 +1,133 @@
+"""Captions and questions: targets, figures, answers beside those of transformers, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+import pretrain
+from contract import check_objective_resumes, check_row_randomness, check_sums
+from pretrain.data.images.scenes import make_scenes, rows_of
+from pretrain.data.loader import row_rngs
+from pretrain.data.tokenizer import Tokenizer, train_from_texts
+from pretrain.errors import DataError, ModelError
+from pretrain.objectives.captioning import Captioning
+
+SCENES = rows_of(make_scenes(24, 5))
+SIZES = {
+    "num_layers": 1, "hidden_size": 48, "num_heads": 2, "image_size": 24, "patch_size": 8,
+    "max_positions": 24, "dropout": 0.0, "attention_dropout": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    texts = [f"{row['question']} {row['text']}" for row in SCENES]
+    return train_from_texts(texts, "wordpiece", vocab_size=110)
+
+
+def task(tokenizer: Tokenizer, **options: Any) -> Captioning:
+    return Captioning(pretrain.build("git", tokenizer=tokenizer, **SIZES), **options)
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    return Captioning.read(rows)
+
+
+@pytest.fixture(scope="module")
+def tuned(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that knows most of four rows by heart."""
+    return pretrain.finetune(
+        pretrain.build("git", tokenizer=tokenizer, **SIZES), SCENES[:4], valid=SCENES[4:8],
+        task="captioning", limit="120 steps", batch_rows=4, lr=3e-3, device="cpu", quiet=True,
+        out=tmp_path_factory.mktemp("captions") / "run", eval_every="120 steps",
+    )  # fmt: skip
+
+
+def test_the_contract_of_objectives(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = task(tokenizer).encode(table(SCENES))
+    check_sums(task(tokenizer), rows)
+    check_row_randomness(task(tokenizer, crop=0.8), rows)
+    check_objective_resumes(lambda: task(tokenizer, crop=0.8), rows, tmp_path)
+    goal = task(tokenizer).train()
+    loss = goal(goal.collate([rows[i] for i in range(8)], row_rngs(0, "collate", 0, 8)))
+    loss.total.backward()
+    assert all(p.grad is not None for p in goal.parameters())
+
+
+def test_the_targets_are_the_text_and_its_end(tokenizer: Tokenizer) -> None:
+    goal = task(tokenizer)
+    rows = goal.encode(table(SCENES[:2]))
+    batch = goal.collate([rows[0], rows[1]], row_rngs(0, "x", 0, 2))
+    for row, ids, labels in zip(SCENES, batch["input_ids"], batch["labels"], strict=False):
+        words = [
+            tokenizer.frame_texts([row[name]], framed=False)[0].ids for name in ("question", "text")
+        ]
+        whole = [tokenizer.bos_id, *words[0], *words[1], tokenizer.eos_id]
+        assert ids[: len(whole) - 1].tolist() == whole[:-1]
+        known = labels[labels != -100].tolist()
+        assert known == [*words[1], tokenizer.eos_id]
+        assert labels[len(words[0])] == words[1][0]  # what follows the question
+    plain = goal.encode(table([{"image": row["image"], "text": row["text"]} for row in SCENES]))
+    assert (plain[0]["labels"] != -100).all()
+
+
+def test_exact_texts_are_counted_without_writing_them(tuned: Any) -> None:
+    asked = [{"image": row["image"], "question": row["question"]} for row in SCENES[:8]]
+    answers = [found["answer"] for found in tuned.predict(asked)]
+    exact = np.mean([a == row["text"] for a, row in zip(answers, SCENES[:8], strict=True)])
+    assert 0.25 <= exact < 1
+    found = pretrain.evaluate(tuned.run.path, SCENES[:8])
+    assert found["exact_match"] == pytest.approx(float(exact))
+    one = tuned.predict(asked[0])
+    assert one["answer"] == answers[0]
+    again = [found["answer"] for found in tuned.predict(asked[::-1])]
+    assert again == answers[::-1]  # whichever questions are answered together
+    assert isinstance(tuned.predict(SCENES[0]["image"])["answer"], str)
+    assert tuned.errors(3)[0]["label"] != tuned.errors(3)[0]["predicted"]
+
+
+def test_transformers_opens_the_directory_and_writes_the_same(tuned: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tuned.save(tmp_path / "saved")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    names = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    opened = pretrain.load(tmp_path / "saved", quiet=True)
+    for row in SCENES[:4]:
+        pixels = opened.processor.images([row["image"]])["pixel_values"]
+        question = names(row["question"], add_special_tokens=False).input_ids
+        ids = torch.tensor([[names.cls_token_id, *question]])
+        made = theirs.eval().generate(
+            pixel_values=pixels, input_ids=ids, max_new_tokens=16, do_sample=False
+        )
+        text = names.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        asked = {"image": row["image"], "question": row["question"]}
+        assert opened.predict(asked)["answer"] == text != ""
+
+
+def test_what_cannot_be_used_is_refused_or_counted(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ModelError, match="family git"):
+        Captioning(pretrain.build("gpt2", "tiny", tokenizer=tokenizer))
+    model = pretrain.build("git", tokenizer=tokenizer, **SIZES | {"image_size": 16})
+    assert Captioning(model).processor.size == (16, 16)
+    goal, image = task(tokenizer), SCENES[0]["image"]
+    rows = [
+        {"image": image, "question": "describe", "text": " "},
+        {"image": image, "question": "describe " * 30, "text": "red"},
+        {"image": image, "question": "describe", "text": "red " * 40},
+    ]
+    found = goal.encode(table(rows))
+    assert found.dropped["empty text"] == [0] and len(found) == 1
+    assert any("no room for a text" in reason for reason in found.dropped)
+    assert found.cut == [1, 2] and len(found[0]["input_ids"]) == 24
+    with pytest.raises(DataError, match="not a text"):
+        goal.encode(table([{"image": image, "text": 3}]))
