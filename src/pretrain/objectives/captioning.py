@@ -9,6 +9,7 @@ Letters: B rows, T tokens, N targets.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.pairs import PairProcessor
-from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
+from pretrain.data.images.rows import decoded, pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
@@ -29,7 +30,7 @@ from pretrain.models.git import Git
 from pretrain.nn.attention import KVCache
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs, TokenObjective
-from pretrain.objectives.image_classification import ImageClassification
+from pretrain.objectives.image_task import ImageTask
 from pretrain.objectives.row_pixels import check_processor, pixel_values
 from pretrain.objectives.tasks import Learned, Task
 
@@ -42,7 +43,7 @@ _NEW_TOKENS = 64
 _LOGITS_ROWS = 1024  # targets whose logits exist at once in an evaluation
 
 
-class Captioning(Task, TokenObjective):
+class Captioning(ImageTask, TokenObjective):
     """Describe an image, or answer a question about it.
 
     Args:
@@ -97,7 +98,7 @@ class Captioning(Task, TokenObjective):
         Raises:
             ModelError: the tokenizer is missing, or the image processor does not fit.
         """
-        super().check_processor()
+        Task.check_processor(self)
         model = self.model
         if getattr(model.processor, "images", None) is None:
             usual = model.backbone.default_processor(model.backbone.config)
@@ -127,21 +128,12 @@ class Captioning(Task, TokenObjective):
 
     @property
     def limits(self) -> list[str]:
-        size = self.processor.size or (0, 0)
-        return [
-            f"An image is scaled to {size[0]} x {size[1]} pixels.",
-            "It writes what is likely after its training rows, also about what is not in the image.",
-        ]
+        fancy = (
+            "It writes what is likely after its training rows, also about what is not in the image."
+        )
+        return [self.reading, fancy]
 
     # ------------------------------------------------------------------ rows
-
-    @classmethod
-    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
-        return read_images(source, name=name, **options)
-
-    @classmethod
-    def parts(cls, source: Any) -> Sequence[str]:
-        return parts_of(source)
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
@@ -198,10 +190,9 @@ class Captioning(Task, TokenObjective):
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Exact texts of always writing the most frequent one of the training rows."""
-        known = list(train.columns["text"])
-        if not known or not len(held_out):
+        if not len(train) or not len(held_out):
             return {}
-        most = max(set(known), key=known.count)
+        (most, _), *_ = Counter(train.columns["text"]).most_common(1)
         hits = [text == most for text in held_out.columns["text"]]
         return {"exact_match": sum(hits) / len(hits)}
 
@@ -259,10 +250,6 @@ class Captioning(Task, TokenObjective):
         return figures | {"exact_match": float(metrics["exact"]) / rows if rows else 0.0}
 
     # ------------------------------------------------------------------ answers
-
-    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
-        """One image or several, as for the task image-classification; questions stand in rows beside their images."""
-        return ImageClassification.inputs(self, inputs)  # type: ignore[arg-type]
 
     def outputs(self, batch: Batch) -> list[Any]:
         """Write texts greedily, for rows with questions of one length together."""
