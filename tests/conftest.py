@@ -52,6 +52,8 @@ def pytest_collection_finish() -> None:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    frozen = gc.get_freeze_count()
+    gc.get_freeze_count = lambda: frozen  # a training run asks, and counting walks all of them
 
 
 @pytest.hookimpl(tryfirst=True)  # the first answer ends this hook, and the loop of xdist answers

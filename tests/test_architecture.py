@@ -389,7 +389,7 @@ def test_models_of_texts_load_nothing_of_images():
         "import sys, pretrain.training.run, pretrain.checkpoint.loading\n"
         "from pretrain.models import build\n"
         "from pretrain.objectives import objective_class\n"
-        "build('bert', 'tiny'), build('gpt2', 'tiny', device='meta')\n"
+        "build('bert', 'tiny', device='meta'), build('gpt2', 'tiny', device='meta')\n"
         "objective_class('MaskedLM'), objective_class('NextToken')\n"
         "words = ('image', 'patches', 'pairs', 'contrastive', 'clip', 'siglip', 'resnet', '.vit')\n"
         "loaded = [m for m in sys.modules if m.startswith('pretrain.')]\n"

@@ -658,9 +658,9 @@ def _run(
 @pytest.mark.parametrize(
     ("kind", "dora", "optim"),
     [
-        ("NextToken", False, {}),
+        pytest.param("NextToken", False, {}, marks=pytest.mark.slow),
         ("NextToken", True, {"name": "muon"}),
-        ("MaskedLM", True, {"ema": 0.9}),
+        pytest.param("MaskedLM", True, {"ema": 0.9}, marks=pytest.mark.slow),
     ],
 )
 def test_resume_is_bit_exact(tmp_path: Path, kind: str, dora: bool, optim: dict[str, Any]) -> None:

@@ -24,9 +24,18 @@ TINY = {
     "pad_id": 1,
 }
 HEADS = [(family, kind) for family in TEXT_FAMILIES for kind in family_class(family).architectures]
+VARIANTS = ("mistral", "qwen2", "qwen3")  # of the code of llama, whose heads are checked once each
 
 
-@pytest.mark.parametrize(("family", "kind"), HEADS)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(
+            *case, marks=[pytest.mark.slow] * (case[0] in VARIANTS and case[1] != "causal-lm")
+        )
+        for case in HEADS
+    ],
+)
 def test_contract(family: str, kind: str | None):
     outputs = {"causal-lm": 61, "masked-lm": 61, "question-answering": 2, None: 32}.get(kind, 3)
     extra = {"type_vocab_size": 1} if family == "bert" else {}

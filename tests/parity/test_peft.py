@@ -96,7 +96,7 @@ def test_ours_opens_there(case: Case, tmp_path: Path, record_property: Any) -> N
         assert gap(theirs.merge_and_unload(), merged, batch) < TOLERANCE
 
 
-@pytest.mark.parametrize("targets", ["default", "all-linear"])
+@pytest.mark.parametrize("targets", ["default", pytest.param("all-linear", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", SHOWN, ids=lambda case: case.label)
 def test_theirs_opens_here(case: Case, targets: str, tmp_path: Path) -> None:
     """What ``get_peft_model`` made and saved; its default targets, and every linear layer it would take."""

@@ -31,7 +31,9 @@ def _strike(at: int) -> Any:
     return Hook(hook)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize(
+    "at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_has_a_checkpoint_and_a_best_one(tmp_path: Path, at: int) -> None:
     """Also before the first evaluation, which comes after step 4."""
     before = signal.getsignal(signal.SIGINT)
@@ -56,7 +58,7 @@ def test_an_interrupted_run_has_a_checkpoint_and_a_best_one(tmp_path: Path, at: 
     assert rest.metrics == whole.metrics
 
 
-@pytest.mark.parametrize("at", [8, 12])
+@pytest.mark.parametrize("at", [8, pytest.param(12, marks=pytest.mark.slow)])
 def test_an_evaluation_is_broken_off_and_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:

@@ -207,7 +207,13 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(
-    ("optim", "crash"), [(SETTINGS[0], 5), (SETTINGS[1], 5), (SETTINGS[2], 4), (SETTINGS[3], 2)]
+    ("optim", "crash"),
+    [
+        pytest.param(SETTINGS[0], 5, marks=pytest.mark.slow),
+        (SETTINGS[1], 5),
+        pytest.param(SETTINGS[2], 4, marks=pytest.mark.slow),
+        (SETTINGS[3], 2),  # all of them together
+    ],
 )
 def test_interrupted_is_uninterrupted(tmp_path: Path, optim: dict[str, Any], crash: int) -> None:
     options: dict[str, Any] = {"optim": optim, "save_every": "2 steps", "limit": "7 steps"}

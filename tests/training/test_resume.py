@@ -95,7 +95,11 @@ def test_chain_of_crashes_is_bit_identical(
 
 
 @pytest.mark.parametrize(
-    ("kind", "goal"), [("NextToken", {}), ("MaskedLM", {"rate": 0.5, "final_rate": 0.1})]
+    ("kind", "goal"),
+    [
+        pytest.param("NextToken", {}, marks=pytest.mark.slow),
+        ("MaskedLM", {"rate": 0.5, "final_rate": 0.1}),
+    ],
 )
 def test_resume_at_every_step(tmp_path: Path, kind: str, goal: dict[str, float]) -> None:
     """One crash after each step of a run that saves every step: the whole chain equals one run."""

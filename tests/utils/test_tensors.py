@@ -219,7 +219,7 @@ def test_bombs_are_refused_at_once(tmp_path, name):
 def test_huge_headers_are_refused_before_they_are_read(tmp_path):
     path = tmp_path / "m.safetensors"
     header = {
-        f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)
+        f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(160_000)
     }
     raw(path, header)
     assert path.stat().st_size > 9 << 20
