@@ -237,7 +237,7 @@ def summary(name: str, figures: Figures) -> None:
         print(text)
 
 
-def transfer(name: str, seeds: int, out: Path) -> None:
+def transfer(name: str, seeds: int, out: Path, objectives: list[str]) -> None:
     """Compare the arms of a set."""
     figures = Figures(out / f"{name}.jsonl")
     if name == "digits":
@@ -245,13 +245,13 @@ def transfer(name: str, seeds: int, out: Path) -> None:
         return
     rows = read_images(DATA / "mnist" / "train_5k.npz")
     test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz").take(range(0, 10_000, 5))
-    compare(name, models(out), rows, test, 100, 500, seeds, figures, out)
+    compare(name, models(out, objectives), rows, test, 100, 500, seeds, figures, out)
 
 
-def models(out: Path) -> dict[str, Any]:
+def models(out: Path, objectives: list[str]) -> dict[str, Any]:
     """Return a model with random weights, and the directories of those that saw digits without labels."""
     scratch = pretrain.build("vit", "tiny", image_size=28, patch_size=7, num_channels=1, **SHAPE)
-    return {"scratch": scratch} | {name: pretrained(name, out) for name in PRETRAINING}
+    return {"scratch": scratch} | {name: pretrained(name, out) for name in objectives}
 
 
 def supervised(seeds: int, figures: Figures, out: Path) -> None:
@@ -284,12 +284,12 @@ def supervised(seeds: int, figures: Figures, out: Path) -> None:
     compare("digits", arms, high, test, 50, 250, seeds, figures, out)
 
 
-def characters(draws: int, out: Path) -> None:
+def characters(draws: int, out: Path, objectives: list[str]) -> None:
     """Tell two characters of other alphabets apart from four drawings of each, with models that saw digits alone."""
     with np.load(DATA / "omniglot_small1" / "omniglot_small1.npz") as file:
         images, labels = file["images"] * np.uint8(255), file["labels"]
     rows = {"image": list(images), "label": labels.tolist()}
-    for arm, model in models(out).items():
+    for arm, model in models(out, objectives).items():
         options: dict[str, Any] = {"shots": 4, "ways": 2, "draws": draws, "test": 0.5}
         found = pretrain.probe(model, rows, method="means", pooling="mean", **options)
         print(arm, {key: round(value, 4) for key, value in found.items()}, flush=True)
@@ -316,15 +316,16 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=("mnist", "digits"), default="mnist")
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--objectives", nargs="+", choices=PRETRAINING, default=list(PRETRAINING))
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--epochs", type=float, default=0.0, help="0 is the default length")
     parser.add_argument("--out", type=Path, default=Path("runs/images"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "transfer":
-        transfer(args.name, args.seeds, args.out)
+        transfer(args.name, args.seeds, args.out, args.objectives)
     elif args.what == "characters":
-        characters(args.draws, args.out)
+        characters(args.draws, args.out, args.objectives)
     else:
         figures = Figures(args.out / "labels.jsonl")
         options = {"epochs": args.epochs} if args.epochs else {}

@@ -89,12 +89,17 @@ def test_the_distance_from_the_normal_distribution_is_that_of_the_paper() -> Non
     assert near < 3 < 100 < far
 
 
+def scaled(features: torch.Tensor) -> torch.Tensor:
+    """Features of all views of a batch as BatchNorm of torch scales them."""
+    return F.batch_norm(features, None, None, training=True)
+
+
 def plain_loss(goal: Any, batch: dict[str, torch.Tensor]) -> float:
     """The loss of each paper, pair by pair."""
     with torch.no_grad():
         views = batch["views"]
         hidden = goal.model.backbone({"pixel_values": views.flatten(0, 1)})
-        z = goal.projector(hidden[:, 1:].mean(1)).double().view(len(views), 2, -1)
+        z = goal.projector(scaled(hidden[:, 1:].mean(1))).double().view(len(views), 2, -1)
         if isinstance(goal, LeJEPA):
             apart = [
                 plain_distance(z[:, v].numpy(), batch["directions"][:, 0].numpy()) for v in (0, 1)
@@ -103,7 +108,11 @@ def plain_loss(goal: Any, batch: dict[str, torch.Tensor]) -> float:
             return len(z) * ((1 - goal.weight) * near + goal.weight * float(np.mean(apart)))
         if isinstance(goal, MoCo):
             hidden = goal.average_backbone({"pixel_values": views.flatten(0, 1)})
-            k = goal.average_projector(hidden[:, 1:].mean(1)).double().view(len(views), 2, -1)
+            k = (
+                goal.average_projector(scaled(hidden[:, 1:].mean(1)))
+                .double()
+                .view(len(views), 2, -1)
+            )
             q = goal.predictor(z.float()).double()
             total = 0.0
             for i in range(len(z)):

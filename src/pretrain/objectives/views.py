@@ -2,8 +2,8 @@
 
 LeJEPA (arXiv 2511.08544) predicts the mean of the views of an image and keeps projections distributed like a normal
 distribution; SimCLR (2002.05709) and MoCo v3 (2104.02057) tell the other view of an image from those of other images.
-The projector has LayerNorm where the papers have BatchNorm, so that the projection of an image depends neither on the
-other images nor on the number of processes.
+Inputs of the projector are normalised over the global batch, as by the BatchNorm of the papers, because the features of
+a new model are nearly equal for all images; between its layers stands LayerNorm, which needs no other image.
 
 Letters: n images of this rank, N of the whole batch, V views of each, P size of a projection, M directions, K knots.
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LeJEPA", "MoCo", "SimCLR", "gaussian_distance"]
 
+_EPS = 1e-5  # added to the variance of a feature over the batch, as by BatchNorm
 _WIDER = 4  # width of a projector in units of the model's
 
 
@@ -113,8 +114,11 @@ class Views(Objective):
         """Return the projections of all views in fp32, (n, V, P)."""
         views = batch["views"]
         hidden = backbone({"pixel_values": views.flatten(0, 1)})
-        found: Tensor = projector(backbone.pooled(hidden, self.pooling))
-        return found.float().reshape(*views.shape[:2], -1)
+        pooled = backbone.pooled(hidden, self.pooling).float().reshape(*views.shape[:2], -1)
+        every, _ = self.whole_batch(pooled)
+        variance, mean = torch.var_mean(every, dim=(0, 1), correction=0)
+        found: Tensor = projector((pooled - mean) * (variance + _EPS).rsqrt())
+        return found.float()
 
     def head_weights(self) -> int:
         """Weights that each view is multiplied with behind the backbone, for all views of an image."""
