@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import pretrain
 from pretrain.data.audio.decode import resampled
@@ -36,6 +37,11 @@ VOICES = {
 }
 COUNTS = {"train": 16, "val": 5, "test": 10}  # recordings of a digit by a voice
 RATE = 16000
+SIZES: dict[str, Any] = {
+    "num_layers": 3, "hidden_size": 96, "num_heads": 3, "intermediate_size": 192,
+    "decoder_num_layers": 2, "decoder_hidden_size": 64, "decoder_num_heads": 2,
+}  # fmt: skip
+GRID = {"num_mel_bins": 32, "max_length": 80, "patch_size": 8}
 PITCH, SPEED, LOUDNESS = 3, 1, 2  # parameters of espeak
 
 
@@ -113,10 +119,7 @@ def pre_train(clips: Path, out: Path, steps: int, norm_pixels: bool) -> float:
         },
         model={
             "family": "audio-spectrogram-transformer",
-            "overrides": {
-                "num_layers": 3, "hidden_size": 96, "num_heads": 3, "intermediate_size": 192,
-                "decoder_num_layers": 2, "decoder_hidden_size": 64, "decoder_num_heads": 2,
-            },
+            "overrides": SIZES,
         },
         objective={"class_path": "MaskedImage", "init_args": {"norm_pixels": norm_pixels}},
         optim={"lr": 2e-3, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.05},
@@ -129,21 +132,41 @@ def pre_train(clips: Path, out: Path, steps: int, norm_pixels: bool) -> float:
     return time.process_time() - began
 
 
-def classical(clips: Path, seeds: int, per_class: int) -> dict[str, list[float]]:
-    """Test accuracy of logistic regression on log-mel energies of the same subsets, chosen on the same rows."""
-    train, valid, test = (
-        read_images(clips / part, medium=AUDIO) for part in ("train", "val", "test")
-    )
-    found: dict[str, list[float]] = {}
+def linear(parts: Any, tables: Any, seeds: int, per_class: int) -> list[float]:
+    """Test accuracy of logistic regression on vectors of the same subsets, chosen on the same rows."""
+    labels, found = [table.columns["label"] for table in tables], []
+    for seed in range(seeds):
+        chosen = stratified_subset(labels[0], per_class * len(DIGITS), seed)
+        few = [parts[0][i] for i in chosen], [labels[0][i] for i in chosen]
+        columns = (*few, parts[1], labels[1], parts[2], labels[2])
+        score = mel_baseline(*columns, grid=(0.01, 0.1, 1.0, 10.0), seed=seed)["score_test"]
+        found.append(round(score, 4))
+    return found
+
+
+def under_linear_models(clips: Path, run: Path, seeds: int, per_class: int) -> dict[str, Any]:
+    """Log-mel energies, and the frozen patches of the encoder and of a random one, under logistic regression."""
+    tables = [read_images(clips / part, medium=AUDIO) for part in ("train", "val", "test")]
+    found: dict[str, Any] = {}
     for parts in (1, 8):
-        vectors = [vector for vector, _ in mel_vectors(train, valid, test, parts=parts)]
-        labels = [table.columns["label"] for table in (train, valid, test)]
-        for seed in range(seeds):
-            chosen = stratified_subset(labels[0], per_class * len(DIGITS), seed)
-            few = [vectors[0][i] for i in chosen], [labels[0][i] for i in chosen]
-            columns = (*few, vectors[1], labels[1], vectors[2], labels[2])
-            score = mel_baseline(*columns, grid=(0.01, 0.1, 1.0, 10.0), seed=seed)["score_test"]
-            found.setdefault(f"{parts} parts", []).append(score)
+        vectors = [vector for vector, _ in mel_vectors(*tables, parts=parts)]
+        found[f"log-mel, {parts} parts"] = linear(vectors, tables, seeds, per_class)
+    trained = pretrain.load(run, quiet=True)
+    random = pretrain.build(trained.backbone.model_type, **SIZES, **GRID)
+    for name, model in (("encoder", trained), ("random encoder", random)):
+        model.eval()
+        vectors = []
+        for table in tables:
+            values = trained.processor(table.columns["audio"])["input_values"]
+            with torch.inference_mode():
+                hidden = [
+                    model.backbone({"input_values": some})[:, 2:].unflatten(1, (4, 10))
+                    for some in values.split(64)
+                ]
+            # The mean over fifths of the time, so that the order of the sounds is kept.
+            patches = torch.cat(hidden).unflatten(2, (5, 2)).mean(3).flatten(1)
+            vectors.append(list(patches.numpy()))
+        found[f"frozen {name}"] = linear(vectors, tables, seeds, per_class)
     return found
 
 
@@ -175,11 +198,11 @@ def main() -> None:
         seeds=args.seeds,
     )
     found = json.loads(result.comparison.to_json())
-    found["log-mel"] = classical(clips, args.seeds, args.per_class)
+    found["linear"] = under_linear_models(clips, run, args.seeds, args.per_class)
     found["pre-training seconds"] = round(spent)
     (args.out / "audio.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(result.comparison)
-    print(found["log-mel"])
+    print(json.dumps(found["linear"], indent=1))
 
 
 if __name__ == "__main__":
