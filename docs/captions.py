@@ -1,6 +1,6 @@
 """Captions and questions of synthetic scenes: how often are they right for colours and shapes never seen together?
 
-    python docs/captions.py [--steps 1500] [--scenes 4000] [--seed 0]
+    python docs/captions.py [--steps 1500] [--scenes 8000] [--seed 0]
 
 A decoder with an image prefix learns from random weights; the test rows are read once.
 """
@@ -16,7 +16,7 @@ from pretrain.data.images.scenes import make_scenes, rows_of
 from pretrain.data.tokenizer import train_from_texts
 
 SIZES = {
-    "num_layers": 2, "hidden_size": 64, "num_heads": 4, "image_size": 24, "patch_size": 4,
+    "num_layers": 2, "hidden_size": 64, "num_heads": 4, "image_size": 24, "patch_size": 12,
     "max_positions": 32, "dropout": 0.0, "attention_dropout": 0.0,
 }  # fmt: skip
 
@@ -24,7 +24,7 @@ SIZES = {
 def main() -> None:
     """Train, and print the share of exact texts on scenes with seen and with unseen pairs."""
     parser = argparse.ArgumentParser()
-    for name, value in (("steps", 1500), ("scenes", 4000), ("seed", 0)):
+    for name, value in (("steps", 1500), ("scenes", 8000), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     train = rows_of(make_scenes(options.scenes, options.seed), options.seed)

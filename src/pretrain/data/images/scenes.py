@@ -105,7 +105,7 @@ def rows_of(scenes: list[Scene], seed: int = 0, *, questions: bool = True) -> li
 def _draw(
     first: tuple[str, str], side: str, second: tuple[str, str], size: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Draw both shapes on a dark, noisy ground, each in its half of the image."""
+    """Draw both shapes on a dark, noisy ground, each in a quarter of the image in its half."""
     image = rng.integers(0, 40, (size, size, 3)).astype(np.uint8)
     half = size // 2
     upright = side in ("above", "below")
@@ -115,7 +115,7 @@ def _draw(
     ):
         radius = int(rng.integers(size // 6, size // 5 + 1))
         along = (0 if early else half) + int(rng.integers(radius, half - radius + 1))
-        across = int(rng.integers(radius, size - radius + 1))
+        across = half * int(rng.integers(2)) + int(rng.integers(radius, half - radius + 1))
         row, column = (along, across) if upright else (across, along)
         mask = _mask(shape, size, row, column, radius)
         tint = np.asarray(COLOURS[colour]) + rng.integers(-12, 13, 3)
