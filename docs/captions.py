@@ -1,6 +1,6 @@
 """Captions and questions of synthetic scenes: how often are they right for colours and shapes never seen together?
 
-    python docs/captions.py [--steps 1500] [--scenes 8000] [--seed 0]
+    python docs/captions.py [--steps 800] [--scenes 8000] [--seed 0]
 
 A decoder with an image prefix learns from random weights; the test rows are read once.
 """
@@ -24,7 +24,7 @@ SIZES = {
 def main() -> None:
     """Train, and print the share of exact texts on scenes with seen and with unseen pairs."""
     parser = argparse.ArgumentParser()
-    for name, value in (("steps", 1500), ("scenes", 8000), ("seed", 0)):
+    for name, value in (("steps", 800), ("scenes", 8000), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     train = rows_of(make_scenes(options.scenes, options.seed), options.seed)

@@ -30,7 +30,8 @@ UNSEEN = frozenset(
         *(("yellow", "circle"), ("purple", "square"), ("white", "triangle")),
     ]
 )
-_SIDES = ("left of", "right of", "above", "below")
+# The caption begins with the left or the upper shape, so that there is one right caption. Side -> the other way round.
+_SIDES = {"left of": "right of", "above": "below"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Scene:
     Attributes:
         image: (H, W, 3).
         first: colour and shape.
-        side: where the first one is, seen from the second.
+        side: where the first one is, seen from the second: left of it or above.
         second: colour and shape.
     """
 
@@ -61,6 +62,8 @@ class Scene:
             found.append((f"what colour is the {shape}?", colour))
             found.append((f"what shape is {colour}?", shape))
         found.append((f"what is {self.side} the {self.second[1]}?", f"a {' '.join(self.first)}"))
+        back = _SIDES[self.side]
+        found.append((f"what is {back} the {self.first[1]}?", f"a {' '.join(self.second)}"))
         return found
 
 
@@ -82,7 +85,7 @@ def make_scenes(count: int, seed: int = 0, *, unseen: bool = False, size: int = 
         first = firsts[int(rng.integers(len(firsts)))]
         others = [pair for pair in known if pair[0] != first[0] and pair[1] != first[1]]
         second = others[int(rng.integers(len(others)))]
-        side = _SIDES[int(rng.integers(len(_SIDES)))]
+        side = list(_SIDES)[int(rng.integers(len(_SIDES)))]
         scenes.append(Scene(_draw(first, side, second, size, rng), first, side, second))
     return scenes
 
@@ -105,17 +108,14 @@ def rows_of(scenes: list[Scene], seed: int = 0, *, questions: bool = True) -> li
 def _draw(
     first: tuple[str, str], side: str, second: tuple[str, str], size: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Draw both shapes on a dark, noisy ground, each in a quarter of the image in its half."""
+    """Draw both shapes on a dark, noisy ground, each in a quarter of the image, side by side."""
     image = rng.integers(0, 40, (size, size, 3)).astype(np.uint8)
-    half = size // 2
-    upright = side in ("above", "below")
-    for (colour, shape), early in (
-        (first, side in ("left of", "above")),
-        (second, side not in ("left of", "above")),
-    ):
+    half, upright = size // 2, side == "above"
+    lane = half * int(rng.integers(2))
+    for start, (colour, shape) in ((0, first), (half, second)):
         radius = int(rng.integers(size // 6, size // 5 + 1))
-        along = (0 if early else half) + int(rng.integers(radius, half - radius + 1))
-        across = half * int(rng.integers(2)) + int(rng.integers(radius, half - radius + 1))
+        along = start + int(rng.integers(radius, half - radius + 1))
+        across = lane + int(rng.integers(radius, half - radius + 1))
         row, column = (along, across) if upright else (across, along)
         mask = _mask(shape, size, row, column, radius)
         tint = np.asarray(COLOURS[colour]) + rng.integers(-12, 13, 3)
