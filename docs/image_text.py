@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["compositional", "names"], default="compositional")
     parser.add_argument("--shuffled", type=float, default=0.0, help="share of shuffled captions")
     parser.add_argument("--label_smoothing", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--patch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/image-text"))

@@ -17,7 +17,7 @@ from tiny import TEXTS, objective
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 MAX_LINES = 60
-NOTEBOOKS = ("pretrain.ipynb", "finetune.ipynb")
+NOTEBOOKS = ("pretrain.ipynb", "finetune.ipynb", "image_text.ipynb")
 
 
 def environment():
@@ -91,6 +91,12 @@ SMALLER = {
         'rglob("*.py"))': 'rglob("*.py"))[:12]',
         '{"epochs": 15}': '{"limit": "10 steps", "batch_rows": 8, "eval_every": "50%", "log_every": 1}',
     },
+    "image_text.ipynb": {
+        "COPIES = 16": "COPIES = 1",
+        '"limit": "80 steps"': '"limit": "3 steps"',
+        '"batch_rows": 64': '"batch_rows": 8',
+        'find_spec("transformers")': 'find_spec("no_such_package")',  # takes seconds to import
+    },
 }
 
 
@@ -154,6 +160,16 @@ def test_cells_of_the_pretraining_notebook(tmp_path, monkeypatch):
         exec(compile(source, "<cell>", "exec"), names)
     assert (tmp_path / "runs" / "notebook" / "report.html").is_file()
     assert names["run"].step == 8
+
+
+def test_cells_of_the_notebook_of_images_and_texts(tmp_path, monkeypatch):
+    pytest.importorskip("IPython")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for source in smaller("image_text.ipynb"):
+        exec(compile(source, "<cell>", "exec"), names)
+    assert names["run"].step == 3 and len(names["answers"]) == 16
+    assert (tmp_path / "runs" / "notebook-shapes" / "report.html").is_file()
 
 
 @pytest.mark.slow

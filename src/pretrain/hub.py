@@ -49,7 +49,7 @@ class ModelMethods:
         return function("fill_mask")(self, text, **options)
 
     def embed(self, texts: Any, **options: Any) -> Any:
-        """Return one vector per text; see ``pretrain.inference.generate.embed``."""
+        """Return one vector per text, or per image; see ``pretrain.inference.generate.embed``."""
         return function("embed")(self, texts, **options)
 
     def similarity(self, a: Any, b: Any = None, **options: Any) -> Any:

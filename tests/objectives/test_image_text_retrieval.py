@@ -15,6 +15,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 import pretrain
+from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.data.tokenizer import train_from_texts
@@ -164,13 +165,14 @@ def test_fine_tuning_finds_the_texts_of_images(family: str, tmp_path: Path) -> N
     assert found["image_to_text"] == pytest.approx(result.metrics["image_to_text"])
     again = pretrain.evaluate(tmp_path / "run", folder(tmp_path / "b", copies=1))
     assert again["targets"] == 6 and again["image_to_text"] >= 0.5
-    colours = ["red", "green", "blue"]
-    given = [picture(text) for text in TEXTS]
-    labels = [f"a {colour} stripe" for colour in colours]
-    answers = pretrain.load(tmp_path / "run", quiet=True).predict(
-        given, labels=labels, template="{} at the top"
-    )
-    right = [row["label"].split()[1] == t.split()[1] for row, t in zip(answers, TEXTS, strict=True)]
+    # The classes are named on the command line.
+    out, prompt = tmp_path / "answers.jsonl", "a {} stripe at the top"
+    words = ["--labels", "[red,green,blue]", "--template", prompt, "--out", str(out), "--quiet"]
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "b"), *words]) == 0
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    right = [
+        row["predicted_label"] == text.split()[1] for row, text in zip(answers, TEXTS, strict=True)
+    ]
     assert np.mean(right) >= 0.8
 
 
@@ -210,3 +212,32 @@ def test_pre_training_from_files_alone(family: str, goal: str, tmp_path: Path) -
         pretrain.train(settings | other)
     data["tokenizer"] = str(tmp_path / "run" / "model")
     pretrain.train(settings | other)
+
+
+def test_a_resumed_run_draws_the_same_captions_and_changes(tmp_path: Path) -> None:
+    source = folder(tmp_path / "a", copies=2)
+    lines = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
+    several = [row | {"caption": [row["caption"], "a picture", "stripes"]} for row in lines]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, several)))
+    words = {"tokenizer": "wordpiece", "vocab_size": 60}
+    settings: dict[str, Any] = {
+        "data": {"source": "image_text", "source_args": {"train": str(source), **words}},
+        "model": {
+            "family": "clip",
+            "overrides": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "patch_size": 4},
+        },
+        "objective": {
+            "class_path": "Contrastive",
+            "init_args": {"crop": 0.5, "randaugment": 9, "label_smoothing": 0.1},
+        },
+        "optim": {"schedule": "constant", "warmup": 0},
+        "parallel": {"device": "cpu"},
+    }
+    losses = []
+    for limits in (["6 steps"], ["3 steps", "6 steps"]):
+        out = str(tmp_path / f"run-{len(limits)}")
+        for limit in limits:
+            train = {"out": out, "limit": limit, "batch_rows": 4, "log_every": 1}
+            run = pretrain.train(settings | {"train": train | {"eval_every": "0 steps"}})
+        losses.append([row["loss"] for row in run.history if "grad_norm" in row])
+    assert losses[0] == losses[1] and len(losses[0]) == 6
