@@ -73,7 +73,7 @@ def nuclei(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     seconds = time.monotonic() - began
     result = pretrain.finetune(
         run, args.out / "nuclei.npz", task="segmentation", test=args.out / "nuclei.npz",
-        compare="scratch", seeds=args.seeds, label_counts=[20], lrs=[1e-3, 3e-3], flip=True,
+        compare="scratch", seeds=args.seeds, label_counts=[20], lrs=args.lrs, flip=True,
         limit=f"{args.steps or 150} steps", batch_rows=8, threads=1, out=args.out / "nuclei",
     )  # fmt: skip
     result.report()
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="0 is the default length")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--out", type=Path, default=Path("runs/dense"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
