@@ -14,9 +14,10 @@ from torch import Tensor
 import pretrain
 from parity.cases import Case, build_theirs, gradient_error, open_ours, relative, save_ours
 from parity.test_clip import TEXT, VISION, check_config
-from pretrain.errors import ModelError
+from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.image_tower import ImageTower
+from pretrain.objectives.image_classification import ImageClassification
 
 NAMES = {"clip": "CLIP", "siglip": "Siglip"}
 TOLERANCE = 1e-5
@@ -114,6 +115,29 @@ def test_a_model_with_both_towers_is_fine_tuned_on_images(family: str, tmp_path:
     )
     with pytest.raises(ModelError, match=r"must be \(images, 3, 8, 8\)"):
         opened({"pixel_values": torch.zeros(1, 3, 16, 16)})
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_the_body_of_a_tower_opens_again(family: str, tmp_path: Path):
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "image_size": 8, "patch_size": 4}
+    model = pretrain.build(family, head="image-classification", labels=2, **sizes)
+    model.save(tmp_path / "classifier")
+    body = pretrain.load(tmp_path / "classifier", head="none", quiet=True)
+    body.save(tmp_path / "body")
+    again = pretrain.load(tmp_path / "body", quiet=True)
+    assert type(again.backbone) is type(model.backbone) and again.head is None
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    assert torch.equal(again.eval()(pixels), model.backbone.eval()(pixels))
+    headed = pretrain.load(tmp_path / "body", head="image-classification", quiet=True)
+    assert type(headed.backbone) is type(model.backbone) and headed.head is not None
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_the_pooling_of_a_tower_cannot_be_chosen(family: str):
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "image_size": 8, "patch_size": 4}
+    model = pretrain.build(family, head="image-classification", labels=["a", "b"], **sizes)
+    with pytest.raises(ConfigError, match="always reads the mean of all places"):
+        ImageClassification(model, pooling="first")
 
 
 def test_a_classifier_is_built_from_random_weights_too():

@@ -246,8 +246,8 @@ def _check_tp(settings: ParallelConfig, world: int, possible: Sequence[int]) -> 
     fitting = sorted({n for n in possible if world % n == 0} | {1})
     if tp not in possible and tp != 1:
         raise ConfigError(
-            f"parallel.tp is {tp}, but with this model it may be {_listed(sorted({1, *possible}))}: it must "
-            "divide the heads, the key-value heads and the width of the feed-forward layer."
+            f"parallel.tp is {tp}, but with this model and objective it may be {_listed(sorted({1, *possible}))}: it "
+            "must divide the heads, the key-value heads and the width of the feed-forward layer."
         )
     if world % tp:
         raise ConfigError(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.draft import model_texts, tokenizer_entries, write_processor
+from pretrain.data.images import ImageProcessor
 from pretrain.errors import ConfigError, ModelError
-from pretrain.models.image_backbone import ImageBackbone
 from pretrain.utils import files
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check(model: Model) -> None:
 
 
 def _reads_images(model: Model) -> bool:
-    return isinstance(model.backbone, ImageBackbone)
+    return model.backbone.processor_class is ImageProcessor
 
 
 class _ImageGraph(nn.Module):

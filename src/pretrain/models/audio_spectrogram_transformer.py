@@ -126,6 +126,7 @@ class AST(ImageBackbone):
     config_class: ClassVar[type[BackboneConfig]] = ASTConfig
     prefix: ClassVar[str] = "audio_spectrogram_transformer."
     prefixes: ClassVar[tuple[str, ...]] = ("audio_spectrogram_transformer.",)
+    lead_tokens: ClassVar[int] = _LEAD
     processor_class: ClassVar[Any] = AudioProcessor
     unit_name: ClassVar[str] = "patches"
     architectures: ClassVar[Mapping[str | None, str]] = {
@@ -199,6 +200,10 @@ class AST(ImageBackbone):
 
     def embeddings(self) -> list[nn.Module]:
         return [self.embedding]
+
+    def pooled(self, hidden: Tensor, how: str | None = None) -> Tensor:
+        """As for images; None is the mean of the class and the distillation token, which a classifier reads."""
+        return hidden[:, :_LEAD].mean(1) if how is None else super().pooled(hidden, how)
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
         config = self.config

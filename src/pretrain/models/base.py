@@ -58,6 +58,18 @@ def check_head(backbone_class: type[Backbone], head: str | None) -> None:
         )
 
 
+def _successor_named_by(config: Mapping[str, Any], family: type[Backbone]) -> str | None:
+    """Return the kind of head of the successor whose body the file names, such as an image tower; None without."""
+    from pretrain.models import family_class
+
+    named = config.get("architectures") or ()
+    for kind, path in family.successors.items():
+        body = family_class(path).architectures.get(None)
+        if body in named and body != family.architectures.get(None):
+            return kind
+    return None
+
+
 def _keys_of(backbone_class: type[Backbone]) -> set[str]:
     """Keys of config.json that a family reads."""
     return {key.name for key in backbone_class.hf_keys.values()}
@@ -197,6 +209,8 @@ class Model(ModelMethods, nn.Module):
         backbone_class = family_class(family, path_allowed=False)
         known, causal = backbone_class.architectures, backbone_class.causal
         wanted = kind_named_by(config, known, causal=causal) if head in (None, "none") else head
+        if wanted is None:
+            wanted = _successor_named_by(config, backbone_class)
         if wanted is not None and wanted in backbone_class.successors:
             former, backbone_class = backbone_class, family_class(backbone_class.successors[wanted])
             family, gone = backbone_class.model_type, _keys_of(former) - _keys_of(backbone_class)

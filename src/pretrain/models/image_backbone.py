@@ -38,11 +38,11 @@ class ImageBackbone(Backbone):
     """Base class of the models of images: ``pixel_values`` (B, C, H, W) -> hidden states.
 
     Class attributes:
-        class_token: whether the first hidden state is that of a class token, and the others are of patches.
+        lead_tokens: number of hidden states before those of the patches, such as that of a class token.
     """
 
     causal: ClassVar[bool] = False
-    class_token: ClassVar[bool] = True
+    lead_tokens: ClassVar[int] = 1
     processor_class: ClassVar[Any] = ImageProcessor
 
     @classmethod
@@ -106,9 +106,9 @@ class ImageBackbone(Backbone):
             ModelError: ``how`` is something else, or ``first`` without a class token.
         """
         how = getattr(self.config, "pooling", "mean") if how is None else how
-        if how not in ("mean", "first") or (how == "first" and not self.class_token):
-            known = "mean or first" if self.class_token else "mean, because it has no class token"
+        if how not in ("mean", "first") or (how == "first" and not self.lead_tokens):
+            known = "mean or first" if self.lead_tokens else "mean, because it has no class token"
             raise ModelError(
                 f"pooling of a {self.model_type} model is {how!r}; it must be {known}."
             )
-        return hidden[:, 0] if how == "first" else hidden[:, int(self.class_token) :].mean(1)
+        return hidden[:, 0] if how == "first" else hidden[:, self.lead_tokens :].mean(1)

@@ -35,6 +35,7 @@ class ImageTowerConfig(ViTConfig):
         projection_dim, logit_scale_init_value: of the comparison with texts; kept for the file.
     """
 
+    pooling: str = "mean"
     activation: str = "quick_gelu"
     patch_size: int = 32
     norm_eps: float = 1e-5
@@ -57,12 +58,11 @@ class ImageTower(ImageBackbone):
     unit_name: ClassVar[str] = "patches"
     vision_keys: ClassVar[Mapping[str, Key]]
     vision_extra: ClassVar[Mapping[str, Any]] = {}  # further keys of vision_config, as written
-    class_token: ClassVar[bool]
 
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__(config)
         sizes = (config.hidden_size, config.image_size, config.patch_size, config.num_channels)
-        token = self.class_token
+        token = bool(self.lead_tokens)
         self.patches = PatchEmbedding(*sizes, class_token=token, bias=not token, lead=0)
         self.first_norm = LayerNorm(config.hidden_size, config.norm_eps) if token else None
         self.layers = nn.ModuleList(Block(config.block()) for _ in range(config.num_layers))
@@ -78,7 +78,7 @@ class ImageTower(ImageBackbone):
         x = self.patches(pixels)
         x = x if self.first_norm is None else self.first_norm(x)
         x = self.run(self.drop(x), [AttentionMask()] * layers, [None] * layers, None)
-        hidden: Tensor = x if self.class_token else self.norm(x)
+        hidden: Tensor = x if self.lead_tokens else self.norm(x)
         return hidden
 
     def units(self, batch: Batch) -> int:
@@ -90,7 +90,7 @@ class ImageTower(ImageBackbone):
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
         config = self.config
-        pool, dropout = "patches" if self.class_token else "mean", config.classifier_dropout or 0.0
+        pool, dropout = "patches" if self.lead_tokens else "mean", config.classifier_dropout or 0.0
         return SequenceHead(config.hidden_size, num_labels, pool=pool, dropout=dropout)
 
     def names(self) -> list[Name]:
@@ -132,7 +132,7 @@ class CLIPVision(ImageTower):
     }
     hf_keys: ClassVar[Mapping[str, Key]] = CLIP.hf_keys
     vision_keys: ClassVar[Mapping[str, Key]] = _own(CLIP.vision_keys)
-    class_token: ClassVar[bool] = True
+    lead_tokens: ClassVar[int] = 1
 
 
 class SiglipVision(ImageTower):
@@ -145,4 +145,4 @@ class SiglipVision(ImageTower):
     }
     vision_keys: ClassVar[Mapping[str, Key]] = _own(Siglip.vision_keys)
     vision_extra: ClassVar[Mapping[str, Any]] = {"vision_use_head": False}
-    class_token: ClassVar[bool] = False
+    lead_tokens: ClassVar[int] = 0

@@ -97,6 +97,7 @@ class Objective(nn.Module):
 
     Attributes:
         couples_examples: the loss compares the rows of a batch, so it is not additive over micro-batches.
+        copies_model: it holds a copy of the model, of which tensor parallelism would not cut the same parts.
         head_kind: the head that a fresh model for this objective gets.
         figures: names of what an evaluation may report, beside the number of targets: what ``train.monitor`` can be;
             None if they are known only when it has run.
@@ -116,6 +117,7 @@ class Objective(nn.Module):
     """
 
     couples_examples: ClassVar[bool] = False
+    copies_model: ClassVar[bool] = False
     head_kind: ClassVar[str | None] = None
     figures: ClassVar[tuple[str, ...] | None] = None
     frozen: ClassVar[tuple[str, ...]] = ()

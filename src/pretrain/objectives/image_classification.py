@@ -92,7 +92,7 @@ class ImageClassification(ImageTask, Classification):
         self.augmentation: Any = Augmentation(crop, flip, randaugment)
         self.mixing = Mixing(mixup, cutmix)
         config: Any = model.backbone.config
-        if pooling is not None and not hasattr(config, "pooling"):
+        if pooling is not None and "pooling" not in model.backbone.hf_keys:
             raise ConfigError(
                 f"{option('pooling', pooling)}: the classifier of a {model.backbone.model_type} model always reads the "
                 "mean of all places. Leave it out."

@@ -27,7 +27,7 @@ from pretrain.models.image_backbone import ImageBackbone
 from pretrain.nn.layout import local
 from pretrain.nn.patches import PatchEmbedding
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
-from pretrain.objectives.row_pixels import pixel_values
+from pretrain.objectives.row_pixels import pixel_values, reads_audio
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
@@ -59,7 +59,8 @@ class Views(Objective):
     ) -> None:
         super().__init__(model)
         name = type(self).__name__
-        if not isinstance(model.backbone, ImageBackbone) or model.head is not None:
+        images = isinstance(model.backbone, ImageBackbone) and not reads_audio(model)
+        if not images or model.head is not None:
             raise ModelError(
                 f"{name} needs a model of images without a head; this is a {model.backbone.model_type} model with the "
                 f"head {model.head_kind!r}. Build the family vit."
@@ -311,6 +312,7 @@ class MoCo(SimCLR):
         ConfigError: a number is out of range.
     """
 
+    copies_model: ClassVar[bool] = True
     constant_buffers: ClassVar[tuple[str, ...]] = ("steps",)  # no forward pass changes it
     steps: Tensor
 

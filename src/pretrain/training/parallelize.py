@@ -77,6 +77,7 @@ def parallelize(trainer: Trainer) -> Strategy:
     memory, host, local = common_ground(device, world)
     # Broadcast, because choices that depend on the hardware may differ between hosts, and the mesh must not.
     needs = Needs(**world.broadcast_object(asdict(needs_of(trainer, guess))))
+    config = objective.model.backbone.config
     choice = choose_mesh(
         settings,
         world.size,
@@ -85,7 +86,7 @@ def parallelize(trainer: Trainer) -> Strategy:
         micro_rows=guess if settings.reproducible else train.micro_rows,
         coupled=objective.couples_examples,
         needs=needs,
-        possible_tp=possible_tp(objective.model.backbone.config),
+        possible_tp=[1] if objective.copies_model else possible_tp(config),
         device_memory=memory,
         host_share=host,
         local=local,
