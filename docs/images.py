@@ -1,8 +1,7 @@
 """Images with few labels: from random weights, pre-trained on images without labels, and pixels under a linear model.
 
     python docs/images.py labels --counts 100 1000   # a vision transformer from random weights beside pixels
-    python docs/images.py transfer mnist             # MaskedImage and LeJEPA beside random weights, pixels and probes
-    python docs/images.py transfer digits            # learnt from the labels of the digits 0 to 4, for 5 to 9
+    python docs/images.py transfer                   # MaskedImage and LeJEPA beside random weights, pixels and probes
     python docs/images.py characters                 # few shots of written characters, for the models of mnist
 
 Data are looked for in PRETRAIN_TEST_DATA. One CPU thread. Each figure is a line of ``--out``/NAME.jsonl; figures that
@@ -240,9 +239,6 @@ def summary(name: str, figures: Figures) -> None:
 def transfer(name: str, seeds: int, out: Path, objectives: list[str]) -> None:
     """Compare the arms of a set."""
     figures = Figures(out / f"{name}.jsonl")
-    if name == "digits":
-        supervised(seeds, figures, out)
-        return
     rows = read_images(DATA / "mnist" / "train_5k.npz")
     test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz").take(range(0, 10_000, 5))
     compare(name, models(out, objectives), rows, test, 100, 500, seeds, figures, out)
@@ -252,36 +248,6 @@ def models(out: Path, objectives: list[str]) -> dict[str, Any]:
     """Return a model with random weights, and the directories of those that saw digits without labels."""
     scratch = pretrain.build("vit", "tiny", image_size=28, patch_size=7, num_channels=1, **SHAPE)
     return {"scratch": scratch} | {name: pretrained(name, out) for name in objectives}
-
-
-def supervised(seeds: int, figures: Figures, out: Path) -> None:
-    """Learn the digits 0 to 4 from all their labels, then 5 to 9 from ten of each."""
-    rows = read_images(DATA / "mnist" / "train_5k.npz")
-    test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz")
-    low, high, test = (
-        table.take([i for i, label in enumerate(table.columns["label"]) if (label < 5) == first])
-        for table, first in ((rows, True), (rows, False), (test, False))
-    )
-    scratch = pretrain.build("vit", "tiny", image_size=28, patch_size=7, num_channels=1, **SHAPE)
-    directory = out / "digits-0-4"
-    if not (directory / "model").exists():
-        result = pretrain.finetune(
-            scratch,
-            low,
-            task="image-classification",
-            valid=0.1,
-            out=directory,
-            lr=1e-3,
-            limit="300 steps",
-            eval_every="50%",
-            threads=1,
-            quiet=True,
-        )
-        print("digits 0 to 4", result.metrics["accuracy"])
-    body = pretrain.load(directory / "model", quiet=True, head="none")
-    arms = {"scratch": scratch, "digits 0 to 4": body}
-    test = test.take(range(0, len(test), 2))
-    compare("digits", arms, high, test, 50, 250, seeds, figures, out)
 
 
 def characters(draws: int, out: Path, objectives: list[str]) -> None:
@@ -313,7 +279,6 @@ def nearest_means(vectors: Any, labels: Any, draws: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("labels", "transfer", "characters"))
-    parser.add_argument("name", nargs="?", choices=("mnist", "digits"), default="mnist")
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--objectives", nargs="+", choices=PRETRAINING, default=list(PRETRAINING))
@@ -323,7 +288,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "transfer":
-        transfer(args.name, args.seeds, args.out, args.objectives)
+        transfer("mnist", args.seeds, args.out, args.objectives)
     elif args.what == "characters":
         characters(args.draws, args.out, args.objectives)
     else:
