@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pretrain
-from contract import check_objective
+from contract import check_objective, check_row_randomness, check_sums
 from pretrain.cli.main import main
 from pretrain.data.audio import AudioProcessor
 from pretrain.data.audio.source import labelled_audio
@@ -91,7 +91,9 @@ def task(**options: Any) -> AudioClassification:
 def test_the_contract_of_objectives(place: Path, tmp_path: Path) -> None:
     rows = labelled_audio(str(place / "rows.npz"), sampling_rate=RATE, bands=16, patch=8, frames=16)
     assert rows.processor.shape == (16, 16) and len(rows.valid) == 12
-    check_objective(lambda: task(shift=0.2, mask_time=0.2), list(rows.train)[:16], tmp_path / "out")
+    # That it learns and resumes is tested below, by whole runs.
+    check_sums(task(shift=0.2, mask_time=0.2), rows.train)
+    check_row_randomness(task(shift=0.2, mask_time=0.2), rows.train)
     clips = [{"audio": row["audio"]} for row in list(rows.train)[:16]]
 
     def masked() -> MaskedImage:
