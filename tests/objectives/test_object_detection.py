@@ -249,6 +249,10 @@ def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
     for boxes, labels, message in wrong:
         with pytest.raises(DataError, match=f"row 2.*{message}"):
             rows_of(goal, [row, {**other, "boxes": boxes, "label": labels}], labels=list(NAMES))
+    shares = [{**r, "boxes": (np.array(r["boxes"]) / 32).tolist()} for r in (row, other)]
+    for form in ("xyxy", "xywh"):
+        with pytest.raises(DataError, match="shares of the image.*Multiply"):
+            rows_of(goal, shares, labels=list(NAMES), box_format=form)
     outside = {**other, "boxes": [[20, 20, 40, 30], [7, 7, 7, 9]], "label": ["dark", "dark"]}
     found = rows_of(goal, [row, outside], labels=list(NAMES))
     assert found[1]["boxes"].tolist() == [[20, 20, 32, 30]]

@@ -421,6 +421,7 @@ def _boxes_of(
     if form not in ("xyxy", "xywh"):
         raise ConfigError(f"box_format is {form!r}; it must be 'xyxy' or 'xywh'.")
     labels, boxes = _lists(table, "label"), list[list[list[float]]]()
+    shares: list[bool] = []  # of the rows with a box
     for i, row in enumerate(_lists(table, "boxes")):
         if len(row) != len(labels[i]):
             raise DataError(
@@ -435,6 +436,8 @@ def _boxes_of(
                 f"{table.where(i)}: a box is four numbers, left, top, right and bottom in pixels; found "
                 f"{str(row)[:80]}."
             )
+        if array.any():
+            shares.append(bool(array.min() >= 0 and array.max() <= 1))
         if form == "xywh":
             array[:, 2:] += array[:, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
@@ -443,6 +446,11 @@ def _boxes_of(
                 f"if these are left, top, width, height: {option('box_format', 'xywh')}."
             )
         boxes.append(array.tolist())
+    if shares and all(shares):
+        raise DataError(
+            f"{table.name}: all coordinates of the boxes lie between 0 and 1, so they look like shares of the image, "
+            "and boxes are in pixels. Multiply left and right by the width of the image, top and bottom by its height."
+        )
     flat, where = [], []
     for i, row in enumerate(labels):
         flat += row
