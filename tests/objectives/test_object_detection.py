@@ -238,6 +238,21 @@ def test_the_targets_of_the_map(place: Path) -> None:
     assert found[0, :4].tolist() == pytest.approx([12, 16, 60, 48]) and found[0, 5] == 1
 
 
+def test_the_weights_of_overlapping_objects_sum_to_one() -> None:
+    goal = task(crop=1.0)
+    boxes = [[0, 0, 32, 32], [12, 12, 20, 20], [10, 8, 30, 26]]
+    row = {
+        "image": np.zeros((32, 32), np.uint8),
+        "boxes": boxes,
+        "label": ["dark", "bright", "dark"],
+    }
+    example = rows_of(goal, [row], labels=list(NAMES))[0]
+    batch = goal.collate([example], row_rngs(0, "x", 0, 1), evaluation=True)
+    for box in boxes:
+        own = (batch["sides"][0] == torch.tensor(box)[:, None, None]).all(0)
+        assert float(batch["weights"][0][own].sum()) == pytest.approx(1)
+
+
 def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
     goal, (row, other) = task(), squares(2)
     wrong = [

@@ -196,8 +196,9 @@ class ObjectDetection(ImageTask):
         """Change training images at random together with their boxes, and draw the targets of the map.
 
         ``bumps`` (B, C, h, w) are the targets of the scores, ``sides`` (B, 4, h, w) the box of each place in pixels
-        that the model reads, ``weights`` (B, h, w) its weight, which sums to 1 over an object, and ``counts`` (B,)
-        the number of boxes. In evaluation also ``sizes`` (B, 2) and the boxes with their classes, ``truth`` (B, N, 5),
+        that the model reads, ``weights`` (B, h, w) its weight, which sums to 1 over the places of an object, and
+        ``counts`` (B,) the number of boxes. In evaluation also ``sizes`` (B, 2) and the boxes with their classes,
+        ``truth`` (B, N, 5),
         whose rows beyond those of an image have the class -1.
         """
         held: Any = [example["image"] for example in examples]
@@ -235,6 +236,7 @@ class ObjectDetection(ImageTask):
         bumps = np.zeros((len(self.labels), rows, columns), np.float32)
         sides = np.zeros((4, rows, columns), np.float32)
         weights = np.zeros((rows, columns), np.float32)
+        owners = np.zeros((rows, columns), np.int64)  # the object of each place
         height, width = view.size
         whole = view.boxes(boxes)
         seen = whole.clip(0, [width, height, width, height])
@@ -255,8 +257,10 @@ class ObjectDetection(ImageTask):
             part = np.s_[low[1] : high[1], low[0] : high[0]]
             bumps[k][part] = np.maximum(bumps[k][part], bump)
             sides[(slice(None), *part)] = seen[i][:, None, None]
-            weights[part] = bump / bump.sum()
-        return bumps, sides, weights
+            weights[part], owners[part] = bump, i
+        # A place belongs to the last object that was drawn there, so the sums are known at the end.
+        sums = np.bincount(owners.ravel(), weights.ravel())
+        return bumps, sides, weights / np.where(sums > 0, sums, 1).astype(np.float32)[owners]
 
     def count(self, batch: Batch) -> Tensor:
         """Number of boxes; an image without any counts as one, because its places are trained too."""
