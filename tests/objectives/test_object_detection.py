@@ -283,6 +283,30 @@ def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
         goal.read(tmp_path / "coco.json")
 
 
+def test_the_only_class_is_the_one_that_is_named() -> None:
+    def table_of(*labels: Any) -> Any:
+        rows = squares(len(labels))
+        return ObjectDetection.read(
+            [{**r, "label": [k] * len(r["boxes"])} for r, k in zip(rows, labels, strict=True)]
+        )
+
+    def learned(labels: Any, *found: Any) -> list[str]:
+        table = table_of(*found)
+        known = ObjectDetection.learn(table, {"labels": labels})
+        tidied = ObjectDetection.tidy(table, known, {})
+        assert known.labels is not None and len(known.labels) == 1
+        assert {name for row in tidied.columns["label"] for name in row} == set(known.labels)
+        return list(known.labels)
+
+    assert learned(None, "dog") == ["dog"]
+    assert learned(["cat"], "cat") == ["cat"]
+    assert learned(["cat"], 0) == learned(["cat"], 1) == ["cat"]
+    assert learned({"1": "cat"}, 1) == ["cat"]
+    for found in (("dog",), ("cat", "dog"), (0, 1)):
+        with pytest.raises(DataError, match="is not among .* cat"):
+            learned(["cat"], *found)
+
+
 def test_adapters_one_class_and_other_families(place: Path, tmp_path: Path) -> None:
     rows = [{**row, "label": ["thing"] * len(row["label"])} for row in squares(12)]
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}

@@ -121,9 +121,14 @@ class ObjectDetection(ImageTask):
         different = list(dict.fromkeys(str(label).strip() for row in rows for label in row))
         if not different:
             raise DataError(f"{table.name}: none of the {len(table):,} rows has a box.")
-        if len(different) == 1 and not checkpoint and not names and len(given or (1,)) == 1:
-            # One class is enough here, because a place may also be no object.
-            known = LabelMap(tuple(given or different), {different[0]: 0})
+        one = given or different
+        if len(one) == 1 and not isinstance(one, str) and not checkpoint and not names:
+            # One class is enough here, because a place may also be no object. A list names the class or its number;
+            # ``tidy`` refuses rows of any other.
+            ((key, name),) = one.items() if isinstance(one, Mapping) else [(one[0], one[0])]
+            if not isinstance(one, Mapping) and len(different) == 1 and different[0].isdigit():
+                key = different[0]
+            known = LabelMap((str(name).strip(),), {str(key).strip(): 0})
         else:
             known, _ = make_tag_map(
                 rows, given, names=names, checkpoint=checkpoint, where=table.where, column="label"
