@@ -78,6 +78,15 @@ def test_the_targets_are_the_text_and_its_end(tokenizer: Tokenizer) -> None:
     assert (plain[0]["labels"] != -100).all()
 
 
+def test_what_a_batch_costs_is_the_same_in_parts(tokenizer: Tokenizer) -> None:
+    goal = task(tokenizer)
+    rows = goal.encode(table([SCENES[0], {**SCENES[1], "text": SCENES[1]["text"] + " red" * 5}]))
+    parts = [goal.units(goal.collate([row], row_rngs(0, "x", 0, 1))) for row in rows]
+    whole = goal.units(goal.collate([rows[0], rows[1]], row_rngs(0, "x", 0, 2)))
+    patches = goal.model.backbone.config.num_patches
+    assert whole == sum(parts) == sum(len(row["input_ids"]) + patches for row in rows)
+
+
 def test_exact_texts_are_counted_without_writing_them(tuned: Any) -> None:
     asked = [{"image": row["image"], "question": row["question"]} for row in SCENES[:8]]
     answers = [found["answer"] for found in tuned.predict(asked)]

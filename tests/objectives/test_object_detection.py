@@ -238,6 +238,21 @@ def test_the_targets_of_the_map(place: Path) -> None:
     assert found[0, :4].tolist() == pytest.approx([12, 16, 60, 48]) and found[0, 5] == 1
 
 
+def test_the_weights_of_overlapping_objects_sum_to_one() -> None:
+    goal = task(crop=1.0)
+    boxes = [[0, 0, 32, 32], [12, 12, 20, 20], [10, 8, 30, 26]]
+    row = {
+        "image": np.zeros((32, 32), np.uint8),
+        "boxes": boxes,
+        "label": ["dark", "bright", "dark"],
+    }
+    example = rows_of(goal, [row], labels=list(NAMES))[0]
+    batch = goal.collate([example], row_rngs(0, "x", 0, 1), evaluation=True)
+    for box in boxes:
+        own = (batch["sides"][0] == torch.tensor(box)[:, None, None]).all(0)
+        assert float(batch["weights"][0][own].sum()) == pytest.approx(1)
+
+
 def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
     goal, (row, other) = task(), squares(2)
     wrong = [
@@ -249,6 +264,10 @@ def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
     for boxes, labels, message in wrong:
         with pytest.raises(DataError, match=f"row 2.*{message}"):
             rows_of(goal, [row, {**other, "boxes": boxes, "label": labels}], labels=list(NAMES))
+    shares = [{**r, "boxes": (np.array(r["boxes"]) / 32).tolist()} for r in (row, other)]
+    for form in ("xyxy", "xywh"):
+        with pytest.raises(DataError, match="shares of the image.*Multiply"):
+            rows_of(goal, shares, labels=list(NAMES), box_format=form)
     outside = {**other, "boxes": [[20, 20, 40, 30], [7, 7, 7, 9]], "label": ["dark", "dark"]}
     found = rows_of(goal, [row, outside], labels=list(NAMES))
     assert found[1]["boxes"].tolist() == [[20, 20, 32, 30]]
@@ -262,6 +281,30 @@ def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     with pytest.raises(DataError, match="99 is missing"):
         goal.read(tmp_path / "coco.json")
+
+
+def test_the_only_class_is_the_one_that_is_named() -> None:
+    def table_of(*labels: Any) -> Any:
+        rows = squares(len(labels))
+        return ObjectDetection.read(
+            [{**r, "label": [k] * len(r["boxes"])} for r, k in zip(rows, labels, strict=True)]
+        )
+
+    def learned(labels: Any, *found: Any) -> list[str]:
+        table = table_of(*found)
+        known = ObjectDetection.learn(table, {"labels": labels})
+        tidied = ObjectDetection.tidy(table, known, {})
+        assert known.labels is not None and len(known.labels) == 1
+        assert {name for row in tidied.columns["label"] for name in row} == set(known.labels)
+        return list(known.labels)
+
+    assert learned(None, "dog") == ["dog"]
+    assert learned(["cat"], "cat") == ["cat"]
+    assert learned(["cat"], 0) == learned(["cat"], 1) == ["cat"]
+    assert learned({"1": "cat"}, 1) == ["cat"]
+    for found in (("dog",), ("cat", "dog"), (0, 1)):
+        with pytest.raises(DataError, match="is not among .* cat"):
+            learned(["cat"], *found)
 
 
 def test_adapters_one_class_and_other_families(place: Path, tmp_path: Path) -> None:

@@ -105,6 +105,24 @@ def test_the_image_is_a_prefix_and_the_text_causal(tmp_path: Path):
         ours({**batch, "document_ids": torch.ones(3, 7, dtype=torch.long)})
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_read(side: str, tmp_path: Path):
+    theirs = build_theirs(case_of())
+    theirs.save_pretrained(tmp_path)
+    ours, _ = open_ours(tmp_path)
+    batch = batch_of()
+    real = torch.ones_like(batch["input_ids"])
+    real[1, slice(3) if side == "left" else slice(-3, None)] = 0
+    other = {**batch, "input_ids": batch["input_ids"].where(real != 0, 0)}
+    with torch.no_grad():
+        found = ours({**batch, "attention_mask": real})[real != 0]
+        assert torch.equal(ours({**other, "attention_mask": real.bool()})[real != 0], found)
+        wanted = theirs(**batch, attention_mask=real).logits[:, -7:][real != 0]
+    assert relative(found, wanted) <= TOLERANCE
+    with pytest.raises(ModelError, match="attention_mask has the shape"):
+        ours({**batch, "attention_mask": real[:, 1:]})
+
+
 def test_several_frames_are_refused():
     config = {"model_type": "git", "num_image_with_embedding": 6, **KINDS["plain"]}
     with pytest.raises(ConfigError, match="num_image_with_embedding"):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ModelError
@@ -134,7 +135,11 @@ class Git(Backbone):
         prefix = self.encode_images(pixels)
         count = prefix.shape[1]
         x = torch.cat((prefix.to(x.dtype), x), dim=1)
-        mask = AttentionMask(bias=prefix_bias(count, x.shape[1], x.device))
+        bias, documents = prefix_bias(count, x.shape[1], x.device), None
+        if (real := AttentionMask.from_batch(batch, causal=True).documents) is not None:
+            # The ids of padding differ from those of the image and the text, which are one document.
+            documents = F.pad(real, (count, 0), value=1)
+        mask = AttentionMask(documents=documents, bias=bias)
         return self.run(x, [mask] * len(layers), [None] * len(layers), cache)[:, count:]
 
     def embed_tokens(self, batch: Batch, cache: KVCache | None) -> Tensor:

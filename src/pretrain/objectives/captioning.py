@@ -217,11 +217,17 @@ class Captioning(ImageTask, TokenObjective):
             if "labels" in example:
                 labels[row, : lengths[row]] = example["labels"]
         batch = {"pixel_values": pixels, "input_ids": torch.from_numpy(ids)}
+        batch["lengths"] = torch.tensor(lengths)
         if "labels" not in examples[0]:
-            return batch | {"lengths": torch.tensor(lengths)}
+            return batch
         batch["labels"] = torch.from_numpy(labels)
         batch["target_index"] = (batch["labels"].reshape(-1) != IGNORE).nonzero().squeeze(1)
         return batch
+
+    def units(self, batch: Batch) -> int:
+        """Return the patches of the images and the tokens of the texts; the model counts padding as well."""
+        padding = batch["input_ids"].numel() - int(batch["lengths"].sum())
+        return super().units(batch) - padding
 
     # ------------------------------------------------------------------ loss and figures
 

@@ -121,9 +121,14 @@ class ObjectDetection(ImageTask):
         different = list(dict.fromkeys(str(label).strip() for row in rows for label in row))
         if not different:
             raise DataError(f"{table.name}: none of the {len(table):,} rows has a box.")
-        if len(different) == 1 and not checkpoint and not names and len(given or (1,)) == 1:
-            # One class is enough here, because a place may also be no object.
-            known = LabelMap(tuple(given or different), {different[0]: 0})
+        one = given or different
+        if len(one) == 1 and not isinstance(one, str) and not checkpoint and not names:
+            # One class is enough here, because a place may also be no object. A list names the class or its number;
+            # ``tidy`` refuses rows of any other.
+            ((key, name),) = one.items() if isinstance(one, Mapping) else [(one[0], one[0])]
+            if not isinstance(one, Mapping) and len(different) == 1 and different[0].isdigit():
+                key = different[0]
+            known = LabelMap((str(name).strip(),), {str(key).strip(): 0})
         else:
             known, _ = make_tag_map(
                 rows, given, names=names, checkpoint=checkpoint, where=table.where, column="label"
@@ -196,8 +201,9 @@ class ObjectDetection(ImageTask):
         """Change training images at random together with their boxes, and draw the targets of the map.
 
         ``bumps`` (B, C, h, w) are the targets of the scores, ``sides`` (B, 4, h, w) the box of each place in pixels
-        that the model reads, ``weights`` (B, h, w) its weight, which sums to 1 over an object, and ``counts`` (B,)
-        the number of boxes. In evaluation also ``sizes`` (B, 2) and the boxes with their classes, ``truth`` (B, N, 5),
+        that the model reads, ``weights`` (B, h, w) its weight, which sums to 1 over the places of an object, and
+        ``counts`` (B,) the number of boxes. In evaluation also ``sizes`` (B, 2) and the boxes with their classes,
+        ``truth`` (B, N, 5),
         whose rows beyond those of an image have the class -1.
         """
         held: Any = [example["image"] for example in examples]
@@ -235,6 +241,7 @@ class ObjectDetection(ImageTask):
         bumps = np.zeros((len(self.labels), rows, columns), np.float32)
         sides = np.zeros((4, rows, columns), np.float32)
         weights = np.zeros((rows, columns), np.float32)
+        owners = np.zeros((rows, columns), np.int64)  # the object of each place
         height, width = view.size
         whole = view.boxes(boxes)
         seen = whole.clip(0, [width, height, width, height])
@@ -255,8 +262,10 @@ class ObjectDetection(ImageTask):
             part = np.s_[low[1] : high[1], low[0] : high[0]]
             bumps[k][part] = np.maximum(bumps[k][part], bump)
             sides[(slice(None), *part)] = seen[i][:, None, None]
-            weights[part] = bump / bump.sum()
-        return bumps, sides, weights
+            weights[part], owners[part] = bump, i
+        # A place belongs to the last object that was drawn there, so the sums are known at the end.
+        sums = np.bincount(owners.ravel(), weights.ravel())
+        return bumps, sides, weights / np.where(sums > 0, sums, 1).astype(np.float32)[owners]
 
     def count(self, batch: Batch) -> Tensor:
         """Number of boxes; an image without any counts as one, because its places are trained too."""
@@ -421,6 +430,7 @@ def _boxes_of(
     if form not in ("xyxy", "xywh"):
         raise ConfigError(f"box_format is {form!r}; it must be 'xyxy' or 'xywh'.")
     labels, boxes = _lists(table, "label"), list[list[list[float]]]()
+    shares: list[bool] = []  # of the rows with a box
     for i, row in enumerate(_lists(table, "boxes")):
         if len(row) != len(labels[i]):
             raise DataError(
@@ -435,6 +445,8 @@ def _boxes_of(
                 f"{table.where(i)}: a box is four numbers, left, top, right and bottom in pixels; found "
                 f"{str(row)[:80]}."
             )
+        if array.any():
+            shares.append(bool(array.min() >= 0 and array.max() <= 1))
         if form == "xywh":
             array[:, 2:] += array[:, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
@@ -443,6 +455,11 @@ def _boxes_of(
                 f"if these are left, top, width, height: {option('box_format', 'xywh')}."
             )
         boxes.append(array.tolist())
+    if shares and all(shares):
+        raise DataError(
+            f"{table.name}: all coordinates of the boxes lie between 0 and 1, so they look like shares of the image, "
+            "and boxes are in pixels. Multiply left and right by the width of the image, top and bottom by its height."
+        )
     flat, where = [], []
     for i, row in enumerate(labels):
         flat += row

@@ -70,7 +70,7 @@ class Views(Objective):
                 f"views is {views} and projection {projection}; there must be two views or more to compare, and one "
                 "value or more in a projection."
             )
-        self.views, self.pooling = views, pooling
+        self.views, self.projection, self.pooling = views, projection, pooling
         self.augmentation = Augmentation(crop, flip, randaugment)
         self.projector = _perceptron(model.backbone.config.hidden_size, projection)
         self._weights = sum(
@@ -130,9 +130,9 @@ class Views(Objective):
         return [f"{self.views} random views of every image are compared"]
 
     def describe(self) -> dict[str, Any]:
-        """Name, number of views and the changes that make them."""
-        changes = vars(self.augmentation)
-        return {"name": type(self).__name__, "views": self.views, **changes}
+        """Name, changes that make the views, and what is projected."""
+        own = {"projection": self.projection, "pooling": self.pooling}
+        return {**super().describe(), **vars(self.augmentation), **own}
 
 
 class LeJEPA(Views):
@@ -178,7 +178,7 @@ class LeJEPA(Views):
                 f"weight is {weight} and directions {directions}; weight must lie between 0 and 1, and directions be 1 "
                 "or more."
             )
-        self.projection, self.weight, self.directions = projection, weight, directions
+        self.weight, self.directions = weight, directions
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Add ``directions`` (n, directions, P): rows draw them for all, so that all ranks use the same."""
@@ -199,7 +199,8 @@ class LeJEPA(Views):
         return Loss(total, self.count(batch).to(total.device), metrics)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "weight": self.weight}
+        own = {"views": self.views, "weight": self.weight, "directions": self.directions}
+        return {**super().describe(), **own}
 
 
 def gaussian_distance(
@@ -331,7 +332,7 @@ class MoCo(SimCLR):
         super().__init__(model, crop, flip, randaugment, projection, temperature, pooling)
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum is {momentum}; it must be from 0 to less than 1.")
-        self.momentum = momentum
+        self.momentum, self.freeze_patches = momentum, freeze_patches
         self.predictor = _perceptron(projection, projection)
         backbone = model.backbone
         average = Model.build(type(backbone), backbone.config, head=None).materialize()
@@ -373,7 +374,8 @@ class MoCo(SimCLR):
         self.steps += 1
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "momentum": self.momentum}
+        own = {"momentum": self.momentum, "freeze_patches": self.freeze_patches}
+        return {**super().describe(), **own}
 
 
 def _perceptron(inputs: int, outputs: int) -> nn.Sequential:
