@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -120,6 +121,11 @@ class AudioProcessor:
     def seconds(self) -> float:
         """Length of the audio that fits into a spectrogram."""
         return float(((self.shape[0] - 1) * _HOP + _WINDOW) / self.rate)
+
+    def frames(self, seconds: float) -> int:
+        """Return the frames of a recording: windows of 400 samples every 160 at the rate of this processor."""
+        samples = math.ceil(round(seconds * self.rate, 6))
+        return max(0, samples - _WINDOW) // _HOP + 1
 
     # ------------------------------------------------------------------ files
 
