@@ -162,11 +162,23 @@ def test_vectors_of_classical_methods(tmp_path: Path) -> None:
     assert np.allclose(eight[0].reshape(8, 64).mean(0), one[0], atol=0.5)
 
 
+def test_what_is_kept_is_as_small_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rate, seconds in (8000, 0.2), (16000, 0.2), (48000, 0.2), (8000, 20.0):
+        clip = Clip(np.full(int(rate * seconds), 0.1, np.float32), "a", rate)
+        stored, processor = StoredClip(clip, clip.read()[0]), AudioProcessor()
+        values = stored.values(processor)
+        with monkeypatch.context() as patch:  # the second time nothing is computed
+            patch.setattr(AudioProcessor, "log_mel", None)
+            assert np.array_equal(stored.values(processor), values)
+        assert np.array_equal(values, processor.values(clip.read()[0]))
+        held = [v for v in stored._kept or () if isinstance(v, np.ndarray)]
+        assert 0 < sum(array.nbytes for array in held) <= stored.nbytes
+
+
 def test_changes_move_and_hide_and_leave_the_stored_values() -> None:
     processor = AudioProcessor(max_length=20, num_mel_bins=10)
     stored = StoredClip(Clip(CLIPS[0], "a"), Clip(CLIPS[0], "a").read()[0])
     plain = stored.values(processor).copy()
-    assert stored.values(processor) is stored.values(processor)
     seen = {"moved": 0, "times": 0, "bands": 0}
     changes = SpectrogramChanges(shift=0.3, mask_time=0.5, mask_bands=0.5)
     for seed in range(40):

@@ -214,8 +214,11 @@ class AudioProcessor:
 
     def values(self, sound: Sound) -> NDArray[np.float32]:
         """Return the normalised spectrogram of a recording, (T, M)."""
+        return self.padded(self.log_mel(sound))
+
+    def padded(self, energies: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return log-mel energies (frames, M), of at most T frames, as a normalised spectrogram (T, M)."""
         found = np.zeros(self.shape, np.float32)
-        energies = self.log_mel(sound)
         found[: len(energies)] = energies
         if self.settings["do_normalize"]:
             found -= np.float32(self.settings["mean"])
