@@ -140,6 +140,22 @@ def test_the_whole_of_the_longest_recording_is_read(
     assert "2 of 2 training recordings are longer than" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"patch": 0}, "patch is 0"),
+        ({"patch": 16, "frames": 50}, "frames is 50.*multiple of the patch, 16"),
+        ({"frames": 0}, "frames is 0"),
+        ({"patch": 16, "bands": 60}, "bands is 60.*multiple"),
+    ],
+)
+def test_sizes_of_which_a_part_would_not_be_read_are_refused(
+    tmp_path: Path, options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        labelled_audio(str(filled(tmp_path)), **options)
+
+
 def test_long_recordings_are_cut_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -237,9 +237,8 @@ def clip_of(value: Any, name: str) -> Clip:
         rate = value.get("sampling_rate")
         if isinstance(array, Sequence):
             array = np.asarray(array)
-        if rate is not None and type(rate) is not int and not isinstance(rate, np.integer):
-            rate = -1  # which no recording has
-        return Clip(_plain(array), name, None if rate is None else int(rate))
+        whole = isinstance(rate, float | np.floating) and float(rate).is_integer()
+        return Clip(_plain(array), name, int(rate) if whole else rate)
     if isinstance(value, str | Path):
         return Clip(value, str(value))
     return Clip(_plain(value), name)

@@ -13,6 +13,7 @@ from pretrain.data.audio.rows import AUDIO
 from pretrain.data.images.source import rows_by_class
 from pretrain.data.labelled import Role
 from pretrain.data.row_source import RowSource
+from pretrain.errors import ConfigError
 from pretrain.utils.files import note
 
 __all__ = ["CLIP", "fitted_processor", "labelled_audio"]
@@ -62,7 +63,18 @@ def labelled_audio(
 
     Raises:
         DataError: no recordings, no labels, or a recording that does not exist.
+        ConfigError: bands or frames are no multiple of ``patch``, so that some would never be read.
     """
+    for name, value, step in (
+        ("patch", patch, 1),
+        ("bands", bands, patch),
+        ("frames", frames, patch),
+    ):
+        if value is not None and (type(value) is not int or value < 1 or value % step):
+            raise ConfigError(
+                f"data.source_args.{name} is {value!r}; it must be a whole number above 0"
+                f"{f' and a multiple of the patch, {patch}' * (step > 1)}."
+            )
     rows, held, known = rows_by_class(train, valid, CLIP, AUDIO, seed=seed, labels=labels)
     clips = [row["audio"] for row in rows]
     processor = fitted_processor(clips, sampling_rate, bands, frames, patch)
