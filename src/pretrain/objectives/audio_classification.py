@@ -87,7 +87,7 @@ class AudioClassification(ImageClassification):
         """Return a remark on a recording that is longer than what the model reads."""
         processor = self.processor
         # What fills no frame at the end is left out of every recording.
-        if stored.seconds(processor.rate) < processor.seconds + 0.01:
+        if processor.frames(stored.seconds(processor.rate)) <= processor.shape[0]:
             return None
         return f"longer than {processor.seconds:.2f} seconds, of which the beginning is read"
 

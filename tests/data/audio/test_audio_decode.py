@@ -13,6 +13,7 @@ import pytest
 
 from pretrain.data.audio import decode
 from pretrain.data.audio.decode import BrokenAudio, Clip, resampled
+from pretrain.data.audio.processor import clip_of
 
 RNG = np.random.default_rng(0)
 WAVE = (0.5 * np.sin(np.arange(2000) / 7)).astype(np.float64)
@@ -71,9 +72,10 @@ def test_pcm_in_the_extensible_form_is_read() -> None:
 
 def test_a_file_from_a_pipe_is_read_to_its_end() -> None:
     content = bytearray(wav(WAVE))
-    content[40:44] = struct.pack("<I", 0xFFFFFFFF)
-    (samples, _), remark = Clip(bytes(content), "a").read()
-    assert len(samples) == 2000 and "no length in the header" in str(remark)
+    for length in (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x7FFFF024):
+        content[40:44] = struct.pack("<I", length)
+        (samples, _), remark = Clip(bytes(content), "a").read()
+        assert len(samples) == 2000 and "no length in the header" in str(remark)
 
 
 def test_what_cannot_be_read_is_named() -> None:
@@ -83,6 +85,8 @@ def test_what_cannot_be_read_is_named() -> None:
     assert broken(b"ID3 an mp3 file") == "it is no .wav file"
     assert broken(good[:30]) == broken(good[:12]) == "the file is damaged"
     assert broken(good[:-100]) == "the file is cut off"
+    for form in (b"RF64", b"BW64"):
+        assert f"its form is {form.decode()}" in broken(form + good[4:])
     for tag, words in ((3, "floats"), (0x55, "compressed (format 0x0055)"), (7, "compressed")):
         cause = broken(good[:20] + struct.pack("<H", tag) + good[22:])
         assert words in cause and "ffmpeg" in cause
@@ -91,7 +95,13 @@ def test_what_cannot_be_read_is_named() -> None:
     assert (
         broken(good[:24] + struct.pack("<I", 1) + good[28:]) == "the sampling rate is not possible"
     )
-    assert broken(np.zeros(2000), rate=-1) == "the sampling rate is not possible"
+    for rate in (-1, 16000.5, "16k"):
+        clip = clip_of({"array": np.zeros(2000), "sampling_rate": rate}, "x.wav")
+        with pytest.raises(BrokenAudio, match=f"its sampling rate is {rate}; it must be a whole"):
+            clip.read()
+    for rate in (16000.0, np.float32(16000), np.int64(16000)):
+        clip = clip_of({"array": np.zeros(2000), "sampling_rate": rate}, "x.wav")
+        assert clip.read()[0].rate == 16000
     assert broken(np.full(2000, 3000.0)).startswith("the samples are far above 1")
     assert "no numbers" in broken(np.full(2000, np.nan))
     assert "uint8" in broken(np.zeros(2000, np.uint8))

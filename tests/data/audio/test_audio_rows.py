@@ -122,6 +122,52 @@ def test_rows_of_pre_training_are_normalised_by_themselves(tmp_path: Path) -> No
     assert abs(values.mean()) < 0.1 and values.std() == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.parametrize("rate", [8000, 16000, 48000])
+def test_the_whole_of_the_longest_recording_is_read(
+    tmp_path: Path, rate: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = RNG.uniform(-0.5, 0.5, (4, 48000 // 2)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", audio=noise, labels=[0, 1] * 2, sampling_rate=48000)
+    options = {"sampling_rate": rate, "bands": 8, "patch": 4, "valid": 0.5}
+    processor = labelled_audio(str(tmp_path / "a.npz"), **options).processor
+    said = capsys.readouterr().err
+    assert processor.seconds >= 0.5 - 160 / rate and "longer than" not in said
+    assert ("25 ms every 10 ms" in said) == (rate != 16000)  # what transformers does otherwise
+    whole = AudioProcessor(**processor.settings | {"max_length": 4096})
+    count = len(whole.log_mel(Clip(noise[0], "a", 48000).read()[0]))
+    assert whole.frames(0.5) == count and count <= processor.shape[0] < count + 4
+    labelled_audio(str(tmp_path / "a.npz"), **options, frames=count // 4 * 4 - 4)
+    assert "2 of 2 training recordings are longer than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"patch": 0}, "patch is 0"),
+        ({"patch": 16, "frames": 50}, "frames is 50.*multiple of the patch, 16"),
+        ({"frames": 0}, "frames is 0"),
+        ({"patch": 16, "bands": 60}, "bands is 60.*multiple"),
+    ],
+)
+def test_sizes_of_which_a_part_would_not_be_read_are_refused(
+    tmp_path: Path, options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        labelled_audio(str(filled(tmp_path)), **options)
+
+
+def test_long_recordings_are_cut_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in ("a", 160 * 1023 + 400), ("b", 160 * 1024 + 399), ("c", 160 * 1024 + 400):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / f"{name}.wav").write_bytes(wav(np.zeros(count)))
+    rows = labelled_audio(str(tmp_path / "x"), 0.0, bands=8, patch=4, labels=False)
+    assert rows.processor.shape == (1024, 8)
+    said = capsys.readouterr().err
+    assert "1 of 3 training recordings are longer than 10.26 seconds" in said and "1,025" in said
+
+
 def test_vectors_of_classical_methods(tmp_path: Path) -> None:
     table = read_images(
         {"audio": [*CLIPS, CLIPS[0] * np.nan], "label": list("abababa")}, medium=AUDIO
@@ -132,11 +178,23 @@ def test_vectors_of_classical_methods(tmp_path: Path) -> None:
     assert np.allclose(eight[0].reshape(8, 64).mean(0), one[0], atol=0.5)
 
 
+def test_what_is_kept_is_as_small_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rate, seconds in (8000, 0.2), (16000, 0.2), (48000, 0.2), (8000, 20.0):
+        clip = Clip(np.full(int(rate * seconds), 0.1, np.float32), "a", rate)
+        stored, processor = StoredClip(clip, clip.read()[0]), AudioProcessor()
+        values = stored.values(processor)
+        with monkeypatch.context() as patch:  # the second time nothing is computed
+            patch.setattr(AudioProcessor, "log_mel", None)
+            assert np.array_equal(stored.values(processor), values)
+        assert np.array_equal(values, processor.values(clip.read()[0]))
+        held = [v for v in stored._kept or () if isinstance(v, np.ndarray)]
+        assert 0 < sum(array.nbytes for array in held) <= stored.nbytes
+
+
 def test_changes_move_and_hide_and_leave_the_stored_values() -> None:
     processor = AudioProcessor(max_length=20, num_mel_bins=10)
     stored = StoredClip(Clip(CLIPS[0], "a"), Clip(CLIPS[0], "a").read()[0])
     plain = stored.values(processor).copy()
-    assert stored.values(processor) is stored.values(processor)
     seen = {"moved": 0, "times": 0, "bands": 0}
     changes = SpectrogramChanges(shift=0.3, mask_time=0.5, mask_bands=0.5)
     for seed in range(40):

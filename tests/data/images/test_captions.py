@@ -156,6 +156,21 @@ def test_damaged_archives_and_samples_are_said(
         captioned_images(str(tmp_path / "gz.tar"))
 
 
+def test_texts_that_are_not_read_cost_their_captions_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = texts_beside(tmp_path / "a")
+    folder.joinpath("4.txt").write_bytes("caf\xe9".encode("latin-1"))
+    folder.joinpath("5.txt").write_text("x " * 40_000)
+    captions = read_images(folder).columns["caption"]  # which a task without captions ignores
+    said = capsys.readouterr().err
+    assert captions[4] is None and len(captions[5][0]) == 1 << 16 and None not in captions[:4]
+    assert "1 texts beside a file cannot be read as UTF-8" in said and "'4.txt'" in said
+    assert "1 texts beside a file are longer than 65,536 characters" in said and "'5.txt'" in said
+    assert len(read_pairs(folder, {})) == len(TEXTS) - 1
+    assert "1 of 12 rows have no caption" in capsys.readouterr().err
+
+
 def test_several_captions_of_an_image_stand_in_one_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

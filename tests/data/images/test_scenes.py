@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+
 import numpy as np
+import pytest
 
 from pretrain.data.images.scenes import COLOURS, SHAPES, UNSEEN, make_scenes, rows_of
 
@@ -46,3 +49,17 @@ def test_the_seed_and_the_place_decide() -> None:
     assert [row["question"] == "describe" for row in rows] == [True, False] * 5
     assert [row["text"] for row in rows] == [row["text"] for row in rows_of(some)]
     assert len(rows_of(some, questions=False)) == 5
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_questions_do_not_tell_their_answers(unseen: bool) -> None:
+    """The commonest answer to each question is as often right for one seed as for seeds that share nothing."""
+
+    def blind(seed: int) -> float:
+        rows = rows_of(make_scenes(1200, 0, unseen=unseen, size=12), seed)
+        answers = defaultdict[str, Counter[str]](Counter)
+        for row in rows[1::2]:
+            answers[row["question"]][row["text"]] += 1
+        return sum(max(found.values()) for found in answers.values()) / 1200
+
+    assert blind(0) < np.mean([blind(7), blind(8)]) + 0.04

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("PIL")
 
 from pretrain.data.images.source import labelled_images
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
 
@@ -32,6 +33,12 @@ def test_a_new_model_has_at_most_16_patches_along_a_side(
     assert rows.overrides["image_size"] == scaled and rows.processor.size == (scaled, scaled)
     assert rows.overrides["patch_size"] == patch
     assert (f"scaled to {scaled} x {scaled}" in capsys.readouterr().err) == (side != scaled)
+
+
+@pytest.mark.parametrize("size", [0, -8, 8.0])
+def test_a_size_that_is_no_size_is_refused(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"data.source_args.size is {size}"):
+        labelled_images(stored(tmp_path), size=size)
 
 
 def test_training_rows_that_are_also_held_out_are_left_out(

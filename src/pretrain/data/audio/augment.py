@@ -23,21 +23,22 @@ __all__ = ["SpectrogramChanges", "StoredClip"]
 
 
 class StoredClip:
-    """A recording of the training rows that has been read once; its spectrogram is kept from the first use on.
+    """A recording of the training rows that has been read once; its energies are kept from the first use on.
 
     Args:
         clip: the recording.
         sound: its decoded form.
-        keep: keep the spectrogram in memory; otherwise the recording is decoded again whenever it is used.
+        keep: keep the log-mel energies in memory; otherwise the recording is decoded again whenever it is used.
 
     Attributes:
-        nbytes: memory of the spectrogram that is kept, about.
+        nbytes: memory of what is kept, at most, for a model that reads up to 160 mel bands at 16 kHz or at the rate of
+            the recording.
     """
 
     def __init__(self, clip: Clip, sound: Sound, *, keep: bool = True) -> None:
         self.clip, self.count, self.rate, self.keep = clip, len(sound.samples), sound.rate, keep
-        # A frame for every 160 samples, of 128 bands in fp32.
-        self.nbytes = 4 * self.count if keep else 0
+        # A frame for every 160 samples, of 160 bands in fp32; a recording of a lower rate is resampled first.
+        self.nbytes = int(4 * self.count * max(1.0, 16_000 / (self.rate or 16_000))) if keep else 0
         self._kept: tuple[str, NDArray[np.float32]] | None = None
 
     def seconds(self, rate: int) -> float:
@@ -45,18 +46,19 @@ class StoredClip:
         return self.count / (self.rate or rate)
 
     def values(self, processor: AudioProcessor) -> NDArray[np.float32]:
-        """Return the spectrogram, (T, M), which must not be changed.
+        """Return the spectrogram, (T, M).
 
         Raises:
             BrokenAudio: the file has changed since, and can no longer be read.
         """
         name = processor.fingerprint if self.keep else ""
         if self._kept is not None and self._kept[0] == name:
-            return self._kept[1]
-        found = processor.values(self.clip.read()[0])
+            return processor.padded(self._kept[1])
+        # What is kept has no padding, which may be far larger than a short recording.
+        found = processor.log_mel(self.clip.read()[0])
         if self.keep:
             self._kept = name, found
-        return found
+        return processor.padded(found)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[np.float32]:
         return np.asarray(self.clip.read()[0].samples, dtype=dtype)

@@ -34,9 +34,9 @@ _LOUDEST = (
     4.0  # floats above 1 are clipped by players; far above it, they are integers in another type
 )
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
-_UNKNOWN_SIZE = (
-    0x7FFFFFFF  # programs that write to a pipe leave the length of the data at its greatest value
-)
+# Programs that write to a pipe leave the length of the data at its greatest value, or, like sox, a page below it; whole
+# samples of all channels may be a few bytes less.
+_UNKNOWN_SIZE = 0x7FFFF000 - 64
 _LOBES = 16  # zero crossings of the sinc on either side, at the lower rate
 _ROLLOFF = 0.97  # cut-off frequency in units of the Nyquist frequency
 _PHASES = 4096  # up to so many filters are kept as a table
@@ -83,15 +83,16 @@ class Clip(FileItem):
             samples, rate, remark = _decode(content, self.name)
         else:
             samples = _from_array(np.asarray(self.source), self.name)
-        if rate is not None and not _RATES[0] <= rate <= _RATES[1]:
+        known = isinstance(rate, int | np.integer) and _RATES[0] <= rate <= _RATES[1]
+        if rate is not None and not known:
             raise BrokenAudio(
                 self.name,
                 "the sampling rate is not possible",
-                f"its sampling rate is {rate}; it must lie between {_RATES[0]:,} and {_RATES[1]:,}",
+                f"its sampling rate is {rate!s:.40}; it must be a whole number from {_RATES[0]:,} to {_RATES[1]:,}",
             )
         if len(samples) < _LEAST_SECONDS * (rate or 16_000):
             raise BrokenAudio(self.name, "it is shorter than 25 ms")
-        return Sound(samples, rate), remark
+        return Sound(samples, None if rate is None else int(rate)), remark
 
     def thumbnail(self, side: int = 96) -> str:
         """Return the spectrogram as the address of an image in a page; low frequencies are at the bottom.
@@ -176,7 +177,10 @@ def _plain(content: bytes, name: str) -> bytes:
     Raises:
         BrokenAudio: it is no ``.wav`` file, or its samples are floats or compressed.
     """
-    if content[:4] not in (b"RIFF", b"RF64") or content[8:12] != b"WAVE":
+    if content[:4] in (b"RF64", b"BW64") and content[8:12] == b"WAVE":
+        form = content[:4].decode()
+        raise BrokenAudio(name, f"its form is {form}, that of very long files; {_ADVICE}")
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         raise BrokenAudio(
             name,
             "it is no .wav file",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -121,6 +122,11 @@ class AudioProcessor:
         """Length of the audio that fits into a spectrogram."""
         return float(((self.shape[0] - 1) * _HOP + _WINDOW) / self.rate)
 
+    def frames(self, seconds: float) -> int:
+        """Return the frames of a recording: windows of 400 samples every 160 at the rate of this processor."""
+        samples = math.ceil(round(seconds * self.rate, 6))
+        return max(0, samples - _WINDOW) // _HOP + 1
+
     # ------------------------------------------------------------------ files
 
     @classmethod
@@ -208,8 +214,11 @@ class AudioProcessor:
 
     def values(self, sound: Sound) -> NDArray[np.float32]:
         """Return the normalised spectrogram of a recording, (T, M)."""
+        return self.padded(self.log_mel(sound))
+
+    def padded(self, energies: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return log-mel energies (frames, M), of at most T frames, as a normalised spectrogram (T, M)."""
         found = np.zeros(self.shape, np.float32)
-        energies = self.log_mel(sound)
         found[: len(energies)] = energies
         if self.settings["do_normalize"]:
             found -= np.float32(self.settings["mean"])
@@ -228,9 +237,8 @@ def clip_of(value: Any, name: str) -> Clip:
         rate = value.get("sampling_rate")
         if isinstance(array, Sequence):
             array = np.asarray(array)
-        if rate is not None and type(rate) is not int and not isinstance(rate, np.integer):
-            rate = -1  # which no recording has
-        return Clip(_plain(array), name, None if rate is None else int(rate))
+        whole = isinstance(rate, float | np.floating) and float(rate).is_integer()
+        return Clip(_plain(array), name, int(rate) if whole else rate)
     if isinstance(value, str | Path):
         return Clip(value, str(value))
     return Clip(_plain(value), name)

@@ -13,6 +13,8 @@ from pretrain.data.audio.rows import AUDIO
 from pretrain.data.images.source import rows_by_class
 from pretrain.data.labelled import Role
 from pretrain.data.row_source import RowSource
+from pretrain.errors import ConfigError
+from pretrain.utils.files import note
 
 __all__ = ["CLIP", "fitted_processor", "labelled_audio"]
 
@@ -24,7 +26,8 @@ CLIP = Role(
     ),
     help="the recording: a path, bytes or an array",
 )
-_LONGEST = 1024  # frames of a new model: ten seconds
+_LONGEST = 1024  # frames of a new model: ten seconds at 16 kHz, the rate of the published models
+_USUAL_RATE = 16_000
 _MEASURED = 1000  # recordings from which mean and standard deviation are computed
 
 
@@ -47,7 +50,8 @@ def labelled_audio(
             the source, if it has one, else a tenth.
         sampling_rate: samples per second that the model reads; recordings of other rates are resampled.
         bands: mel bands of a spectrogram; a multiple of ``patch``.
-        frames: frames of a spectrogram, 100 a second; None: those of the longest training recording, at most 1,024.
+        frames: frames of a spectrogram, one for every 160 samples, so 100 a second at 16 kHz; None: those of the
+            longest training recording, at most 1,024. Recordings with more are cut, and counted in a line.
         patch: side of a patch, in bands and in frames.
         seed: seed of the split.
         labels: whether the rows have classes; False reads the recordings alone, for ``MaskedImage``. A list names the
@@ -59,7 +63,18 @@ def labelled_audio(
 
     Raises:
         DataError: no recordings, no labels, or a recording that does not exist.
+        ConfigError: bands or frames are no multiple of ``patch``, so that some would never be read.
     """
+    for name, value, step in (
+        ("patch", patch, 1),
+        ("bands", bands, patch),
+        ("frames", frames, patch),
+    ):
+        if value is not None and (type(value) is not int or value < 1 or value % step):
+            raise ConfigError(
+                f"data.source_args.{name} is {value!r}; it must be a whole number above 0"
+                f"{f' and a multiple of the patch, {patch}' * (step > 1)}."
+            )
     rows, held, known = rows_by_class(train, valid, CLIP, AUDIO, seed=seed, labels=labels)
     clips = [row["audio"] for row in rows]
     processor = fitted_processor(clips, sampling_rate, bands, frames, patch)
@@ -91,12 +106,22 @@ def fitted_processor(
         frames: frames, or None.
         patch: side of a patch, of which the frames become a multiple.
     """
+    given: dict[str, Any] = {"sampling_rate": rate, "num_mel_bins": bands, "do_normalize": False}
+    counts = [AudioProcessor(**given).frames(clip.seconds(rate)) for clip in clips]
     if frames is None:
-        longest = max(clip.seconds(rate) for clip in clips)
-        frames = min(_LONGEST, -(-max(1, int(longest * 100)) // patch) * patch)
-    plain = AudioProcessor(
-        sampling_rate=rate, num_mel_bins=bands, max_length=frames, do_normalize=False
-    )
+        frames = -(-min(_LONGEST, max(counts)) // patch) * patch
+    plain = AudioProcessor(**given, max_length=frames)
+    if longer := sum(count > frames for count in counts):
+        note(
+            f"{longer:,} of {len(counts):,} training recordings are longer than {plain.seconds:.2f} seconds, of which "
+            f"the beginning is read; the longest has {max(counts):,} frames (data.source_args.frames)"
+        )
+    if rate != _USUAL_RATE:
+        note(
+            f"windows of 400 samples every 160 at {rate:,} Hz are {400 / rate * 1000:.1f} ms every "
+            f"{160 / rate * 1000:.1f} ms. transformers computes the same without torchaudio; with it, its windows are "
+            "25 ms every 10 ms, which is the same at 16,000 Hz alone (data.source_args.sampling_rate)"
+        )
     step = -(-len(clips) // _MEASURED)
     total, squares, count = 0.0, 0.0, 0
     for clip in clips[::step]:

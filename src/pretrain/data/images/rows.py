@@ -70,7 +70,7 @@ _MASKS = ("masks", "mask", "segmentation", "segmentations")
 _CLASSES = ("class_names", "classes", "label_names", "names")
 # Tables that name the images of a folder in a column, as the datasets library reads them.
 _METADATA, _FILE_NAME = ("metadata.csv", "metadata.jsonl", "metadata.parquet"), "file_name"
-_MOST_CAPTION = 1 << 16  # bytes of the text beside an image
+_MOST_CAPTION = 1 << 16  # characters of the text beside an image
 _SMALL = 32  # side of images for classical methods
 _KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
 _MANY = 3000  # images from which progress is shown
@@ -531,7 +531,7 @@ def _folder(path: Path, medium: Medium) -> Table:
             "each into the folder of its class to have labels"
         )
     if any(beside):
-        columns["caption"] = [None if text is None else _lines(text) for text in beside]
+        columns["caption"] = _captions(path, beside)
     return ImageTable(path.name or str(path), columns, origin=str(path))
 
 
@@ -580,19 +580,31 @@ def _named_files(path: Path, medium: Medium) -> Table | None:
     return None
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the lines of the text beside an image, each a caption.
+def _captions(path: Path, texts: list[Path | None]) -> list[list[str] | None]:
+    """Return the lines of the text beside each image, of which each is a caption.
 
-    Raises:
-        DataError: it cannot be read, or is no text in UTF-8.
+    A text that is not read leaves its image without a caption, because not every task asks for one; a line names those.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read(_MOST_CAPTION).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}. The text beside an image must be UTF-8; correct or remove it."
-        ) from error
+    found = list[list[str] | None]()
+    unread, cut = list[str](), list[str]()
+    for text in texts:
+        content: str | None = None
+        if text is not None:
+            try:
+                with open(text, encoding="utf-8-sig") as file:
+                    content = file.read(_MOST_CAPTION + 1)
+            except (OSError, UnicodeDecodeError):
+                unread.append(text.name)
+            else:
+                cut += [text.name] * (len(content) > _MOST_CAPTION)
+        found.append(None if content is None else content[:_MOST_CAPTION].splitlines())
+    for names, what in (
+        (unread, "texts beside a file cannot be read as UTF-8, so these files have no caption"),
+        (cut, f"texts beside a file are longer than {_MOST_CAPTION:,} characters, and are cut"),
+    ):
+        if names:
+            note(f"{path}: {len(names):,} {what}: {shown(names, 4)}")
+    return found
 
 
 def _natural(name: str) -> list[Any]:

@@ -100,7 +100,10 @@ def rows_of(scenes: list[Scene], seed: int = 0, *, questions: bool = True) -> li
         rows.append({"image": scene.image, "question": "describe", "text": scene.caption})
         if questions:
             asked = scene.questions()
-            question, answer = asked[int(np.random.default_rng([seed, i]).integers(len(asked)))]
+            # The third number is none of those of ``make_scenes``; a missing one counts as 0, and the choice of the
+            # question would then follow from the scene, and tell the answer.
+            rng = np.random.default_rng([seed, i, 2])
+            question, answer = asked[int(rng.integers(len(asked)))]
             rows.append({"image": scene.image, "question": question, "text": answer})
     return rows
 

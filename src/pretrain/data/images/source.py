@@ -15,7 +15,7 @@ from pretrain.data.labelled import Role, choose_columns, drop_duplicates, roles_
 from pretrain.data.labels import LabelMap
 from pretrain.data.row_source import RowSource
 from pretrain.data.tables import Table
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.utils.files import note
 
 __all__ = ["IMAGE", "file_examples", "labelled_images", "processor_for", "rows_by_class"]
@@ -77,8 +77,14 @@ def labelled_images(
 def processor_for(
     rows: list[dict[str, Any]], size: int | None, channels: int
 ) -> tuple[ImageProcessor, dict[str, int]]:
-    """Return the image processor of a new model for rows with ``image``, and the fields of its config."""
-    side, patch = _sizes(size or _common_size(rows))
+    """Return the image processor of a new model for rows with ``image``, and the fields of its config.
+
+    Raises:
+        ConfigError: the size is no whole number above 0.
+    """
+    if size is not None and (type(size) is not int or size < 1):
+        raise ConfigError(f"data.source_args.size is {size!r}; it must be a whole number above 0.")
+    side, patch = _sizes(_common_size(rows) if size is None else size)
     half = (0.5,) * channels
     processor = ImageProcessor(size=side, image_mean=half, image_std=half)
     return processor, {"image_size": side, "patch_size": patch, "num_channels": channels}
