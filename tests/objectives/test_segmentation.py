@@ -18,7 +18,8 @@ import pretrain
 from contract import check_objective
 from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
-from pretrain.data.images.masks import pixel_features
+from pretrain.data.images.masks import Mask, pixel_features
+from pretrain.data.tables import Table
 from pretrain.errors import DataError, ModelError
 from pretrain.metrics import iou, mean_iou
 from pretrain.objectives.segmentation import Segmentation
@@ -307,6 +308,13 @@ def test_comparison_and_preview(place: Path, tmp_path: Path) -> None:
     table = goal.tidy(table, goal.learn(table, {}), {})
     ((features, classes),) = pixel_features(table, pixels=480)
     assert features.shape == (480, 9) and set(classes) == {0, 1}
+
+
+def test_the_pixels_of_a_baseline_come_from_all_images() -> None:
+    masks = [Mask(np.full((4, 4), int(i >= 20), np.uint8)) for i in range(39)]  # sorted by class
+    table = Table("rows", {"image": [np.zeros((4, 4, 3), np.uint8)] * 39, "mask": masks})
+    ((_, classes),) = pixel_features(table, images=20)
+    assert 0.4 < classes.mean() < 0.6
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (19, 22), (17, 33)])
