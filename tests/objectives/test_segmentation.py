@@ -281,7 +281,7 @@ def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_pat
     words = ["predict", str(place / "tuned"), str(place / "folder" / "images"), "--out", str(out)]
     assert main(words) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 48 and rows[0]["mask"] == "answers.masks/000000.png"
+    assert len(rows) == 48 and rows[0]["mask"] == "answers.jsonl.masks/000000.png"
     mask = np.asarray(Image.open(tmp_path / rows[5]["mask"]))
     wanted = tuned.predict(place / "folder" / "images")[5]["mask"]
     assert np.array_equal(mask, wanted)
@@ -289,7 +289,7 @@ def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_pat
     whole = tmp_path / "whole.jsonl"
     assert main(["predict", str(place / "tuned"), str(place / "folder"), "--out", str(whole)]) == 0
     row = json.loads(whole.read_text().splitlines()[5])
-    assert row["mask"].endswith("5.png") and row["predicted_mask"] == "whole.masks/000005.png"
+    assert row["mask"].endswith("5.png") and row["predicted_mask"] == "whole.jsonl.masks/000005.png"
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "test.npz")]) == 0
 
 
