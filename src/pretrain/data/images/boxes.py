@@ -168,10 +168,27 @@ def _coco_content(path: Path) -> Mapping[str, Any] | None:
     return content if known else None
 
 
+def _by_id(path: Path, content: Mapping[str, Any], part: str, key: str) -> dict[Any, str]:
+    """Return id -> name of a part of a file of COCO.
+
+    Raises:
+        DataError: two of them have one id, so that their boxes cannot be told apart.
+    """
+    found: dict[Any, str] = {}
+    for one in content[part]:
+        other = found.setdefault(one["id"], str(one[key]))
+        if other != str(one[key]):
+            raise DataError(
+                f"{path}: the id {one['id']!r} stands for two {part}, {other!r} and {str(one[key])!r}. Ids must "
+                "differ, also where files were joined; give each its own, here and in the annotations."
+            )
+    return found
+
+
 def _coco(path: Path, content: Mapping[str, Any]) -> Table:
     try:
-        names = {one["id"]: str(one["name"]) for one in content["categories"]}
-        files = {one["id"]: str(one["file_name"]) for one in content["images"]}
+        names = _by_id(path, content, "categories", "name")
+        files = _by_id(path, content, "images", "file_name")
         boxes: dict[Any, list[Any]] = {key: [] for key in files}
         labels: dict[Any, list[str]] = {key: [] for key in files}
         crowds = 0
