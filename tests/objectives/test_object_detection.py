@@ -264,6 +264,42 @@ def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
         goal.read(tmp_path / "coco.json")
 
 
+def test_an_annotation_of_pascal_voc_belongs_to_the_image_beside_it(tmp_path: Path) -> None:
+    def put(folder: str, name: str = "001.png", label: str = "") -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / folder / name)
+        if label:
+            box = "".join(f"<{s}>{k}</{s}>" for k, s in enumerate(("xmin", "ymin", "xmax", "ymax")))
+            (tmp_path / folder / "001.xml").write_text(
+                f"<annotation><filename>001.png</filename><object><name>{label}</name>"
+                f"<bndbox>{box}</bndbox></object></annotation>"
+            )
+
+    put("voc/a", label="cat")
+    put("voc/b", label="dog")
+    put("voc/c", "001.jpg", label="fox")  # of another ending than the annotation says
+    found = ObjectDetection.read(tmp_path / "voc", name="train").columns
+    pairs = [
+        (str(image).removeprefix(f"{tmp_path}/voc/"), labels)
+        for image, labels in zip(found["image"], found["label"], strict=True)
+    ]
+    assert pairs == [("a/001.png", ["cat"]), ("b/001.png", ["dog"]), ("c/001.jpg", ["fox"])]
+    put("far/x")
+    put("far/y")
+    put("far/notes", "other.png", label="cat")
+    with pytest.raises(DataError, match=r"notes/001\.xml: its image may be .*x/001\.png or .*y/"):
+        ObjectDetection.read(tmp_path / "far", name="train")
+
+
+def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Path) -> None:
+    for part, key in (("images", "file_name"), ("categories", "name")):
+        coco = json.loads((place / "coco.json").read_text())
+        coco[part].append({**coco[part][0], key: "another"})
+        (file := tmp_path / "coco.json").write_text(json.dumps(coco))
+        with pytest.raises(DataError, match=f"stands for two {part}, .*'another'"):
+            ObjectDetection.read(file)
+
+
 def test_adapters_one_class_and_other_families(place: Path, tmp_path: Path) -> None:
     rows = [{**row, "label": ["thing"] * len(row["label"])} for row in squares(12)]
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}

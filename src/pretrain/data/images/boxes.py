@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,37 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
 # ------------------------------------------------------------------------------------------ Pascal VOC
 
 
+def _image_of(file: Path, *alike: Sequence[Path]) -> Path | None:
+    """Return the image of an annotation: the one beside it, or in a usual folder there, or else the only one.
+
+    Args:
+        file: the annotation.
+        *alike: images of the name that it gives, and those of its own name without the ending.
+
+    Raises:
+        DataError: several images are as near; the message names two.
+    """
+    places = [os.path.normpath(file.parent / name) for name in _FOLDERS]
+    near = [
+        [image for image in found if os.path.normpath(image.parent) == place]
+        for place in places
+        for found in alike
+    ]
+    found = next(filter(None, [*near, *alike]), [])
+    if len(found) > 1:
+        raise DataError(
+            f"{file}: its image may be {found[0]} or {found[1]}. Put each annotation beside its image, or give the "
+            "images different names."
+        )
+    return found[0] if found else None
+
+
 def _voc(path: Path, annotations: Sequence[Path]) -> Table:
-    images: dict[str, Path] = {file.name: file for file in image_files(path)}
-    stems = {file.stem: file for file in images.values()}
+    images = image_files(path)
+    names, stems = defaultdict[str, list[Path]](list), defaultdict[str, list[Path]](list)
+    for image in images:
+        names[image.name].append(image)
+        stems[image.stem].append(image)
     columns: dict[str, list[Any]] = {"image": [], "boxes": [], "label": []}
     without = list[str]()
     for file in annotations:
@@ -237,7 +266,8 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
             labels = [(one.findtext("name") or "").strip() for one in root.iter("object")]
         except (ElementTree.ParseError, ValueError) as error:
             raise DataError(f"{file} is no annotation of Pascal VOC: {error}.") from error
-        found = images.get((root.findtext("filename") or "").strip()) or stems.get(file.stem)
+        name = (root.findtext("filename") or "").strip()
+        found = _image_of(file, names.get(name, []), stems.get(file.stem, []))
         if found is None:
             without.append(file.name)
             continue
@@ -249,7 +279,7 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
             f"{path}: {len(without):,} annotations without an image are left out: {shown(without, 4)}"
         )
     used = {str(picture) for picture in columns["image"]}
-    if alone := [file.name for file in images.values() if str(file) not in used]:
+    if alone := [file.name for file in images if str(file) not in used]:
         note(f"{path}: {len(alone):,} images without an annotation are left out: {shown(alone, 4)}")
     if not used:
         raise DataError(
