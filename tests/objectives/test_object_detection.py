@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,54 @@ def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Pa
         (file := tmp_path / "coco.json").write_text(json.dumps(coco))
         with pytest.raises(DataError, match=f"stands for two {part}, .*'another'"):
             ObjectDetection.read(file)
+
+
+def test_boxes_may_be_arrays_and_json(tmp_path: Path) -> None:
+    goal, rows = task(), squares(4)
+    Image.fromarray(rows[0]["image"]).save(tmp_path / "a.png")
+    arrays = [{**r, "boxes": np.array(r["boxes"]), "label": np.array(r["label"])} for r in rows]
+    tensors = [{**r, "boxes": torch.tensor(r["boxes"])} for r in rows]
+    for source in (arrays, tensors):
+        found = rows_of(goal, source)
+        assert [one["boxes"].tolist() for one in found] == [r["boxes"] for r in rows]
+    (tmp_path / "lines.json").write_text(
+        "".join(
+            json.dumps({"image": "a.png", "boxes": r["boxes"], "label": r["label"]}) + "\n"
+            for r in rows
+        )
+    )
+    found = rows_of(goal, tmp_path / "lines.json")
+    assert [one["boxes"].tolist() for one in found] == [r["boxes"] for r in rows]
+    with open(tmp_path / "objects.csv", "w", newline="") as file:
+        objects = {"bbox": [[1, 2, 3, 4]], "category": ["dark"]}
+        cells = [json.dumps(objects), json.dumps([{"bbox": [1, 2, 3, 4], "category": "dark"}]), ""]
+        csv.writer(file).writerows([["image", "objects"], *(["a.png", cell] for cell in cells)])
+    found = rows_of(goal, tmp_path / "objects.csv", labels=list(NAMES))
+    assert [one["boxes"].tolist() for one in found] == [[[1, 2, 4, 6]], [[1, 2, 4, 6]], []]
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ({"bbox": [None], "category": ["dark"]}, "four numbers"),
+        ({"bbox": ["1234"], "category": ["dark"]}, "four numbers"),
+        ({"bbox": 3, "category": ["dark"]}, "objects is .*Expected is a mapping"),
+        ({"other": []}, "objects is .*Expected is a mapping"),
+        (["dark"], "objects is .*Expected is a mapping"),
+        ("{'bbox': []}", "objects is .*Expected is a mapping"),
+        ({"bbox": None, "category": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_objects_that_are_none_are_named(objects: Any, message: str) -> None:
+    image = np.zeros((32, 32), np.uint8)
+    good = {"image": image, "objects": {"bbox": [[1, 2, 3, 4]], "category": ["dark"]}}
+    source = [good, {"image": image, "objects": objects}]
+    if message:
+        with pytest.raises(DataError, match=f"row 2.*{message}"):
+            rows_of(task(), source, labels=list(NAMES))
+    else:
+        assert rows_of(task(), source, labels=list(NAMES))[1]["boxes"].tolist() == []
 
 
 def test_adapters_one_class_and_other_families(place: Path, tmp_path: Path) -> None:

@@ -5,17 +5,18 @@ In a row, ``boxes`` are lists of left, top, right and bottom in pixels of the im
 
 from __future__ import annotations
 
+import contextlib
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.data.images.decode import Picture
 from pretrain.data.images.rows import ImageTable, image_files, part_for, read_images
 from pretrain.data.tables import Table, shown
-from pretrain.errors import DataError
+from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import parse_json
 
@@ -28,6 +29,7 @@ _SIDES = (
     ("ymax", "y_max", "y2", "bottom"),
 )
 _OBJECTS = "objects"  # column of the datasets library: {"bbox": [...], "category": [...]}
+_KEYS = (("bbox", "boxes"), ("category", "label", "labels", "categories"))  # in such a mapping
 _FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
 _MOST_BYTES = 1 << 30  # of a file of annotations
 
@@ -109,13 +111,7 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
     """Return the boxes of the datasets library, whose form is that of COCO: left, top, width, height."""
     boxes, labels = list[Any](), list[Any]()
     for i, cell in enumerate(cells):
-        if isinstance(cell, list):  # one mapping for each object
-            cell = {key: [one.get(key) for one in cell] for key in (cell[0] if cell else ())}
-        held = cell if isinstance(cell, Mapping) else {}
-        names: Sequence[Any] = next(
-            (held[k] for k in ("category", "label", "labels", "categories") if k in held), []
-        )
-        found = held.get("bbox", held.get("boxes", []))
+        found, names = _object_lists(cell, table.where(i))
         if len(found) != len(names):
             raise DataError(
                 f"{table.where(i)}: {len(found)} boxes (bbox) and {len(names)} classes (category) in {_OBJECTS}."
@@ -126,8 +122,36 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
     return table.with_columns({**columns, "boxes": boxes, "label": labels}, table.label_names)
 
 
-def _corners(box: Sequence[Any]) -> list[Any]:
+def _object_lists(cell: Any, where: str) -> list[Sequence[Any]]:
+    """Return the boxes and the classes of one cell, which may be JSON text; an empty cell has none.
+
+    Raises:
+        DataError: it has another form; names the row.
+    """
+    given = cell
+    if isinstance(cell, str):
+        with contextlib.suppress(CheckpointCorrupt):
+            cell = parse_json(cell.encode(), where) if cell.strip() else None
+    cell = cell.tolist() if hasattr(cell, "tolist") else cell
+    if isinstance(cell, list) and all(isinstance(one, Mapping) for one in cell):
+        cell = {key: [one.get(key) for one in cell] for key in (cell[0] if cell else ())}
+    if cell is None or (isinstance(cell, Mapping) and not cell):
+        return [[], []]
+    if isinstance(cell, Mapping) and any(key in cell for keys in _KEYS for key in keys):
+        parts = [next((cell[k] for k in keys if k in cell), None) for keys in _KEYS]
+        parts = [part.tolist() if hasattr(part, "tolist") else part for part in parts]
+        if all(part is None or isinstance(part, list | tuple) for part in parts):
+            return [part or [] for part in parts]
+    raise DataError(
+        f"{where}: {_OBJECTS} is {str(given)[:60]!r}. Expected is a mapping, or JSON text of one, with bbox, which "
+        "lists left, top, width and height of each box, and category, which lists their classes."
+    )
+
+
+def _corners(box: Any) -> list[Any]:
     """Return left, top, right, bottom of left, top, width, height; other values as they are, to be refused."""
+    if not isinstance(box, Iterable) or isinstance(box, str):
+        return [box]
     try:
         left, top, width, height = map(float, box)
     except (TypeError, ValueError):
@@ -163,7 +187,10 @@ def _coco_content(path: Path) -> Mapping[str, Any] | None:
     with open(path, "rb") as file:
         if not file.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
             return None
-    content = parse_json(read_bytes(path, limit=_MOST_BYTES), path)
+    try:
+        content = parse_json(read_bytes(path, limit=_MOST_BYTES), path, limit=_MOST_BYTES)
+    except CheckpointCorrupt:  # such as one object in each line
+        return None
     keys = ("images", "annotations", "categories")
     known = isinstance(content, Mapping) and all(isinstance(content.get(k), list) for k in keys)
     return content if known else None
