@@ -138,7 +138,7 @@ def _object_lists(cell: Any, where: str) -> list[Sequence[Any]]:
     if cell is None or (isinstance(cell, Mapping) and not cell):
         return [[], []]
     if isinstance(cell, Mapping) and any(key in cell for keys in _KEYS for key in keys):
-        parts = [next((cell[k] for k in keys if k in cell), None) for keys in _KEYS]
+        parts: list[Any] = [next((cell[k] for k in keys if k in cell), None) for keys in _KEYS]
         parts = [part.tolist() if hasattr(part, "tolist") else part for part in parts]
         if all(part is None or isinstance(part, list | tuple) for part in parts):
             return [part or [] for part in parts]
