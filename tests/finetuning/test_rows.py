@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.objectives import check_options
+from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import Classification
 
 
@@ -69,6 +71,28 @@ def test_one_text_with_two_partners_does_not_recur() -> None:
     rows = [{"text": "a cat", "pair": f"b {i}", "label": ANIMALS[i % 3]} for i in range(12)]
     found = opened(rows, valid=[{"text": "a cat", "pair": "b 3", "label": "cat"}])
     assert found.recurring == {"valid": 1} and found.left_out == 1
+
+
+def test_questions_about_one_image_stand_on_one_side() -> None:
+    pytest.importorskip("PIL")
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
+    rows = [
+        {"image": images[i // 2], "question": f"what {i % 2}", "text": f"it {i}"} for i in range(40)
+    ]
+
+    def seen(table: Any) -> set[str]:
+        return {image.digest for image in table.columns["image"]}
+
+    for asked in (rows, [{k: v for k, v in row.items() if k != "question"} for row in rows]):
+        found = opened(asked, Captioning, valid=0.2)
+        assert found.counts == {"train": 32, "valid": 8} and found.left_out == 0
+        assert not seen(found.train) & seen(found.valid)
+        assert any("whole groups by 'image' (20 in all)" in note for note in found.notes)
+    single = opened(rows[::2], Captioning, valid=0.2)
+    assert single.counts == {"train": 16, "valid": 4}
+    assert not any("whole groups" in note for note in single.notes)
+    given = opened(rows, Captioning, valid=[{**rows[0], "question": "another"}])
+    assert given.counts == {"train": 38, "valid": 1} and given.recurring == {"valid": 2}
 
 
 def test_a_row_that_recurs_in_two_parts_counts_in_each() -> None:

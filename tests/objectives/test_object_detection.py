@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,90 @@ def test_the_only_class_is_the_one_that_is_named() -> None:
     for found in (("dog",), ("cat", "dog"), (0, 1)):
         with pytest.raises(DataError, match="is not among .* cat"):
             learned(["cat"], *found)
+
+
+def test_an_annotation_of_pascal_voc_belongs_to_the_image_beside_it(tmp_path: Path) -> None:
+    def put(folder: str, name: str = "001.png", label: str = "") -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / folder / name)
+        if label:
+            box = "".join(f"<{s}>{k}</{s}>" for k, s in enumerate(("xmin", "ymin", "xmax", "ymax")))
+            (tmp_path / folder / "001.xml").write_text(
+                f"<annotation><filename>001.png</filename><object><name>{label}</name>"
+                f"<bndbox>{box}</bndbox></object></annotation>"
+            )
+
+    put("voc/a", label="cat")
+    put("voc/b", label="dog")
+    put("voc/c", "001.jpg", label="fox")  # of another ending than the annotation says
+    found = ObjectDetection.read(tmp_path / "voc", name="train").columns
+    pairs = [
+        (str(image).removeprefix(f"{tmp_path}/voc/"), labels)
+        for image, labels in zip(found["image"], found["label"], strict=True)
+    ]
+    assert pairs == [("a/001.png", ["cat"]), ("b/001.png", ["dog"]), ("c/001.jpg", ["fox"])]
+    put("far/x")
+    put("far/y")
+    put("far/notes", "other.png", label="cat")
+    with pytest.raises(DataError, match=r"notes/001\.xml: its image may be .*x/001\.png or .*y/"):
+        ObjectDetection.read(tmp_path / "far", name="train")
+
+
+def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Path) -> None:
+    for part, key in (("images", "file_name"), ("categories", "name")):
+        coco = json.loads((place / "coco.json").read_text())
+        coco[part].append({**coco[part][0], key: "another"})
+        (file := tmp_path / "coco.json").write_text(json.dumps(coco))
+        with pytest.raises(DataError, match=f"stands for two {part}, .*'another'"):
+            ObjectDetection.read(file)
+
+
+def test_boxes_may_be_arrays_and_json(tmp_path: Path) -> None:
+    goal, rows = task(), squares(4)
+    Image.fromarray(rows[0]["image"]).save(tmp_path / "a.png")
+    arrays = [{**r, "boxes": np.array(r["boxes"]), "label": np.array(r["label"])} for r in rows]
+    tensors = [{**r, "boxes": torch.tensor(r["boxes"])} for r in rows]
+    for source in (arrays, tensors):
+        found = rows_of(goal, source)
+        assert [one["boxes"].tolist() for one in found] == [r["boxes"] for r in rows]
+    (tmp_path / "lines.json").write_text(
+        "".join(
+            json.dumps({"image": "a.png", "boxes": r["boxes"], "label": r["label"]}) + "\n"
+            for r in rows
+        )
+    )
+    found = rows_of(goal, tmp_path / "lines.json")
+    assert [one["boxes"].tolist() for one in found] == [r["boxes"] for r in rows]
+    with open(tmp_path / "objects.csv", "w", newline="") as file:
+        objects = {"bbox": [[1, 2, 3, 4]], "category": ["dark"]}
+        cells = [json.dumps(objects), json.dumps([{"bbox": [1, 2, 3, 4], "category": "dark"}]), ""]
+        csv.writer(file).writerows([["image", "objects"], *(["a.png", cell] for cell in cells)])
+    found = rows_of(goal, tmp_path / "objects.csv", labels=list(NAMES))
+    assert [one["boxes"].tolist() for one in found] == [[[1, 2, 4, 6]], [[1, 2, 4, 6]], []]
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ({"bbox": [None], "category": ["dark"]}, "four numbers"),
+        ({"bbox": ["1234"], "category": ["dark"]}, "four numbers"),
+        ({"bbox": 3, "category": ["dark"]}, "objects is .*Expected is a mapping"),
+        ({"other": []}, "objects is .*Expected is a mapping"),
+        (["dark"], "objects is .*Expected is a mapping"),
+        ("{'bbox': []}", "objects is .*Expected is a mapping"),
+        ({"bbox": None, "category": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_objects_that_are_none_are_named(objects: Any, message: str) -> None:
+    image = np.zeros((32, 32), np.uint8)
+    good = {"image": image, "objects": {"bbox": [[1, 2, 3, 4]], "category": ["dark"]}}
+    source = [good, {"image": image, "objects": objects}]
+    if message:
+        with pytest.raises(DataError, match=f"row 2.*{message}"):
+            rows_of(task(), source, labels=list(NAMES))
+    else:
+        assert rows_of(task(), source, labels=list(NAMES))[1]["boxes"].tolist() == []
 
 
 def test_adapters_one_class_and_other_families(place: Path, tmp_path: Path) -> None:

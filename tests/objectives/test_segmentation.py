@@ -18,7 +18,8 @@ import pretrain
 from contract import check_objective
 from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
-from pretrain.data.images.masks import pixel_features
+from pretrain.data.images.masks import Mask, pixel_features
+from pretrain.data.tables import Table
 from pretrain.errors import DataError, ModelError
 from pretrain.metrics import iou, mean_iou
 from pretrain.objectives.segmentation import Segmentation
@@ -280,7 +281,7 @@ def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_pat
     words = ["predict", str(place / "tuned"), str(place / "folder" / "images"), "--out", str(out)]
     assert main(words) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 48 and rows[0]["mask"] == "answers.masks/000000.png"
+    assert len(rows) == 48 and rows[0]["mask"] == "answers.jsonl.masks/000000.png"
     mask = np.asarray(Image.open(tmp_path / rows[5]["mask"]))
     wanted = tuned.predict(place / "folder" / "images")[5]["mask"]
     assert np.array_equal(mask, wanted)
@@ -288,7 +289,7 @@ def test_the_command_line_writes_masks_as_files(tuned: Any, place: Path, tmp_pat
     whole = tmp_path / "whole.jsonl"
     assert main(["predict", str(place / "tuned"), str(place / "folder"), "--out", str(whole)]) == 0
     row = json.loads(whole.read_text().splitlines()[5])
-    assert row["mask"].endswith("5.png") and row["predicted_mask"] == "whole.masks/000005.png"
+    assert row["mask"].endswith("5.png") and row["predicted_mask"] == "whole.jsonl.masks/000005.png"
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "test.npz")]) == 0
 
 
@@ -307,6 +308,13 @@ def test_comparison_and_preview(place: Path, tmp_path: Path) -> None:
     table = goal.tidy(table, goal.learn(table, {}), {})
     ((features, classes),) = pixel_features(table, pixels=480)
     assert features.shape == (480, 9) and set(classes) == {0, 1}
+
+
+def test_the_pixels_of_a_baseline_come_from_all_images() -> None:
+    masks = [Mask(np.full((4, 4), int(i >= 20), np.uint8)) for i in range(39)]  # sorted by class
+    table = Table("rows", {"image": [np.zeros((4, 4, 3), np.uint8)] * 39, "mask": masks})
+    ((_, classes),) = pixel_features(table, images=20)
+    assert 0.4 < classes.mean() < 0.6
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (19, 22), (17, 33)])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pretrain.errors import DataError
-from pretrain.utils.files import HashingFile, replacing
+from pretrain.utils.files import HashingFile, replacing, temporary_name
 
 __all__ = ["WRITABLE", "RowWriter"]
 
@@ -19,13 +21,15 @@ WRITABLE = (".jsonl", ".csv", ".tsv")
 _BUFFER = 64 << 10  # bytes
 # Limit of the rows that wait for the first answer, whose keys determine the columns.
 _MOST_WAITING = 100_000
+_MASK = re.compile(r"\d{6,}\.png")
 
 
 class RowWriter:
     """Write rows with their predictions to a .jsonl, .csv or .tsv file, which is created atomically at the end.
 
     The columns of the answers follow those of the rows; ``label`` is written as ``predicted_label``, and any other name
-    that the rows already have gets the same prefix. A row without an answer has empty cells, or nulls.
+    that the rows already have gets the same prefix. A row without an answer has empty cells, or nulls. Masks are files
+    in a folder beside the table, ``NAME.masks``, which replaces an earlier one together with the table.
 
     Args:
         path: the file; an existing one is kept until the new one is complete.
@@ -38,6 +42,8 @@ class RowWriter:
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, list(names)
         self.masks = 0  # that have been written as files
+        self._folder = path.with_name(f"{path.name}.masks")
+        self._new, self._old = (temporary_name(self._folder, "new") for _ in range(2))
         self.answers: dict[str, str] = {}  # key of an answer -> column
         self._waiting: list[Mapping[str, Any]] = []  # rows before the first answer
         self._stack = contextlib.ExitStack()
@@ -45,6 +51,7 @@ class RowWriter:
         self._csv: Any = None
 
     def __enter__(self) -> RowWriter:
+        self._stack.push(self._settle)  # runs last, when the table is complete or removed
         with self._saying():
             self._lines = _Lines(self._stack.enter_context(replacing(self.path, buffer=_BUFFER)))
         if self.path.suffix.lower() != ".jsonl":
@@ -64,6 +71,20 @@ class RowWriter:
                 return
             with self._stack:  # an error in these last writes leaves no file either
                 self._begin({})
+                if self.masks:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._folder.rename(self._old)
+                    self._new.rename(self._folder)
+
+    def _settle(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove the earlier masks; after an exception the new ones, and put the earlier ones back."""
+        if kind is not None and self._old.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._old.rename(self._folder)
+        elif kind is not None and self.masks and not self._new.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+        for rest in (self._new, self._old):
+            shutil.rmtree(rest, ignore_errors=True)
 
     def write(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Append a row and its answer, which is {} if there is none."""
@@ -111,17 +132,23 @@ class RowWriter:
         self._csv.writerow([_cell(value) for value in cells])
 
     def _plain(self, value: Any) -> Any:
-        """Write a mask, bytes (H, W), to a file beside the output and return its path; other values as they are."""
+        """Write a mask, bytes (H, W), to a file and return its path beside the output; other values as they are."""
         if getattr(value, "ndim", 0) != 2:
             return value
         from pretrain.data.images.decode import pillow
 
-        folder = self.path.with_name(f"{self.path.stem}.masks")
-        folder.mkdir(exist_ok=True)
-        file = folder / f"{self.masks:06}.png"
-        pillow().fromarray(value).save(file)
+        if not self.masks:
+            found = self._folder.iterdir() if self._folder.exists() else iter(())
+            if other := next((p.name for p in found if not _MASK.fullmatch(p.name)), None):
+                raise DataError(
+                    f"{self._folder} holds {other}, which is no mask of earlier predictions, and the folder would be "
+                    "replaced. Move it, or name another output."
+                )
+            self._new.mkdir()
+        name = f"{self.masks:06}.png"
+        pillow().fromarray(value).save(self._new / name)
         self.masks += 1
-        return f"{folder.name}/{file.name}"
+        return f"{self._folder.name}/{name}"
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:

@@ -148,7 +148,7 @@ def _constant(result: Finetuned) -> str | None:
 
 
 def _classical(result: Finetuned) -> str | None:
-    """Remark if TF-IDF, pixels or log-mel under a linear model do better on the same rows."""
+    """Remark if TF-IDF, pixels or log-mel under a linear model do better on the same rows, or on pixels of them."""
     metric, data = result.monitor, result.data
     ours = (result.metrics if data.test is None else result.test_metrics or {}).get(metric)
     theirs = None if ours is None else result.classical
@@ -158,8 +158,9 @@ def _classical(result: Finetuned) -> str | None:
     names, where = data.train.names, "held-out" if data.test is None else "test"
     known = {"mask": "colours", "image": "pixels", "audio": "log-mel"}
     read = next((features for column, features in known.items() if column in names), "TF-IDF")
+    seen = "a sample of pixels" if "mask" in names else "the same rows"
     return (
-        f"a classical baseline is better: {read} with {linear} on the same rows has {metric} {theirs:.4f} on the "
+        f"a classical baseline is better: {read} with {linear} on {seen} has {metric} {theirs:.4f} on the "
         f"{where} rows, this model {ours:.4f}"
     )
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "encode", "open_data"]
 
+_TEXTS = {"question", "text", "caption"}  # of which one image may have several
+
 
 @dataclass
 class Data:
@@ -110,12 +112,15 @@ def open_data(
     wanted = objects.get("valid", section.valid)
     if isinstance(wanted, int | float):
         share = float(wanted)
-        train, valid = split(train, learned.strata, share, settings.train.seed, groups)
+        whole_groups, by = groups, section.group
+        if groups is None and share and (whole_groups := _same_image(train)) is not None:
+            by = "image"
+        train, valid = split(train, learned.strata, share, settings.train.seed, whole_groups)
         names["valid"] = f"{share:.0%} of {whole.name}"
-        if groups is not None and len(valid):
+        if whole_groups is not None and len(valid):
             notes.append(
                 f"{len(valid) / (len(train) + len(valid)):.1%} of the rows are held out, as whole groups by "
-                f"{section.group!r} ({len(set(groups)):,} in all)"
+                f"{by!r} ({len(set(whole_groups)):,} in all)"
             )
     else:
         valid = held_out(wanted, "validation")
@@ -151,8 +156,12 @@ def open_data(
 def _without_recurring(
     train: Table, valid: Table, test: Table | None, task: type[Task], notes: list[str]
 ) -> tuple[Table, dict[str, int]]:
-    """Drop training rows whose text recurs in held-out rows; return the rest, and how many recur, by part."""
+    """Drop training rows whose text recurs in held-out rows; return the rest, and how many recur, by part.
+
+    An image recurs with whatever question: answers to others tell what it shows.
+    """
     roles = [role.name for role in task.roles if role.name in train.names and not role.target]
+    roles = ["image"] if {"image", "question"} <= set(roles) else roles
     given, recurring = train, {}
     for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
         if other is not None and len(other):
@@ -186,6 +195,15 @@ def _groups(table: Table, column: str | None, *, required: bool = False) -> list
         f"{table.name} {i}" if is_missing(value) else json.dumps(value, default=str)
         for i, value in enumerate(table.columns[column])
     ]
+
+
+def _same_image(table: Table) -> list[str] | None:
+    """The image of every row, if rows with texts share images, which would be seen in training; else None."""
+    if "image" not in table.names or not _TEXTS & set(table.names):
+        return None
+    column = table.columns["image"]
+    found = [getattr(image, "digest", f"row {i}") for i, image in enumerate(column)]
+    return found if len(set(found)) < len(found) else None
 
 
 def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:

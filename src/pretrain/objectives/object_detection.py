@@ -24,6 +24,7 @@ from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.boxes import gathered_boxes, read_boxes
+from pretrain.data.images.decode import FileItem
 from pretrain.data.images.draw import with_boxes
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
@@ -407,6 +408,8 @@ def _lists(table: Table, role: str) -> list[list[Any]]:
     """
     found = []
     for i, value in enumerate(table.columns[role]):
+        if isinstance(value, FileItem):  # an array of two dimensions, which was taken for an image
+            value = value.source
         if hasattr(value, "tolist"):
             value = value.tolist()
         if value is not None and not isinstance(value, list | tuple):

@@ -151,6 +151,23 @@ def test_damaged_archives_and_samples_are_said(
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:7000])
     with pytest.raises(DataError, match=r"cut\.tar cannot be read as an archive"):
         captioned_images(str(tmp_path / "cut.tar"))
+    good = whole.read_bytes()
+    with tarfile.open(whole) as archive:
+        places = [entry.offset for entry in archive]
+        end = archive.offset
+    flipped = bytearray(good)
+    flipped[places[5] + 10] ^= 1
+    damaged = {
+        "flipped": bytes(flipped),
+        "at": good[: places[5]],
+        "inside": good[: places[5] + 100],
+        "unclosed": good[:end],
+        "joined": good + good,
+    }
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}\.tar cannot be read as an archive"):
+            read_images(str(tmp_path / f"{name}.tar"))
     (tmp_path / "gz.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(DataError, match="not compressed"):
         captioned_images(str(tmp_path / "gz.tar"))

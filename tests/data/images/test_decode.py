@@ -237,3 +237,24 @@ def test_a_decoded_image_may_be_kept_or_read_again() -> None:
 
 def test_suffixes_are_of_formats_that_are_read() -> None:
     assert ".png" in SUFFIXES and ".eps" not in SUFFIXES and ".pdf" not in SUFFIXES
+
+
+def test_masks_are_read_from_formats_that_keep_their_numbers() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:40, 10:50], mask[20:30, 20:60], mask[45:60, 5:20] = 1, 2, 7
+    exact: list[tuple[str, dict[str, Any]]] = [
+        ("PNG", {}), ("BMP", {}), ("PPM", {}), ("TGA", {}), ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ]  # fmt: skip
+    for kind, options in exact:
+        file = io.BytesIO()
+        Image.fromarray(mask).save(file, kind, **options)
+        assert np.array_equal(Picture(file.getvalue(), kind).numbers(), mask), kind
+    lossy: list[tuple[str, dict[str, Any]]] = [
+        ("WEBP", {}), ("JPEG", {}), ("TIFF", {"compression": "jpeg"}), ("GIF", {}),
+    ]  # fmt: skip
+    for kind, options in lossy:
+        file = io.BytesIO()
+        Image.fromarray(mask).save(file, kind, **options)
+        with pytest.raises(BrokenImage, match=f"it is a {kind} file.*Store masks as PNG"):
+            Picture(file.getvalue(), "a mask").numbers()

@@ -5,16 +5,18 @@ In a row, ``boxes`` are lists of left, top, right and bottom in pixels of the im
 
 from __future__ import annotations
 
+import contextlib
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.data.images.decode import Picture
 from pretrain.data.images.rows import ImageTable, image_files, part_for, read_images
 from pretrain.data.tables import Table, shown
-from pretrain.errors import DataError
+from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import parse_json
 
@@ -27,6 +29,7 @@ _SIDES = (
     ("ymax", "y_max", "y2", "bottom"),
 )
 _OBJECTS = "objects"  # column of the datasets library: {"bbox": [...], "category": [...]}
+_KEYS = (("bbox", "boxes"), ("category", "label", "labels", "categories"))  # in such a mapping
 _FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
 _MOST_BYTES = 1 << 30  # of a file of annotations
 
@@ -108,13 +111,7 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
     """Return the boxes of the datasets library, whose form is that of COCO: left, top, width, height."""
     boxes, labels = list[Any](), list[Any]()
     for i, cell in enumerate(cells):
-        if isinstance(cell, list):  # one mapping for each object
-            cell = {key: [one.get(key) for one in cell] for key in (cell[0] if cell else ())}
-        held = cell if isinstance(cell, Mapping) else {}
-        names: Sequence[Any] = next(
-            (held[k] for k in ("category", "label", "labels", "categories") if k in held), []
-        )
-        found = held.get("bbox", held.get("boxes", []))
+        found, names = _object_lists(cell, table.where(i))
         if len(found) != len(names):
             raise DataError(
                 f"{table.where(i)}: {len(found)} boxes (bbox) and {len(names)} classes (category) in {_OBJECTS}."
@@ -125,8 +122,36 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
     return table.with_columns({**columns, "boxes": boxes, "label": labels}, table.label_names)
 
 
-def _corners(box: Sequence[Any]) -> list[Any]:
+def _object_lists(cell: Any, where: str) -> list[Sequence[Any]]:
+    """Return the boxes and the classes of one cell, which may be JSON text; an empty cell has none.
+
+    Raises:
+        DataError: it has another form; names the row.
+    """
+    given = cell
+    if isinstance(cell, str):
+        with contextlib.suppress(CheckpointCorrupt):
+            cell = parse_json(cell.encode(), where) if cell.strip() else None
+    cell = cell.tolist() if hasattr(cell, "tolist") else cell
+    if isinstance(cell, list) and all(isinstance(one, Mapping) for one in cell):
+        cell = {key: [one.get(key) for one in cell] for key in (cell[0] if cell else ())}
+    if cell is None or (isinstance(cell, Mapping) and not cell):
+        return [[], []]
+    if isinstance(cell, Mapping) and any(key in cell for keys in _KEYS for key in keys):
+        parts: list[Any] = [next((cell[k] for k in keys if k in cell), None) for keys in _KEYS]
+        parts = [part.tolist() if hasattr(part, "tolist") else part for part in parts]
+        if all(part is None or isinstance(part, list | tuple) for part in parts):
+            return [part or [] for part in parts]
+    raise DataError(
+        f"{where}: {_OBJECTS} is {str(given)[:60]!r}. Expected is a mapping, or JSON text of one, with bbox, which "
+        "lists left, top, width and height of each box, and category, which lists their classes."
+    )
+
+
+def _corners(box: Any) -> list[Any]:
     """Return left, top, right, bottom of left, top, width, height; other values as they are, to be refused."""
+    if not isinstance(box, Iterable) or isinstance(box, str):
+        return [box]
     try:
         left, top, width, height = map(float, box)
     except (TypeError, ValueError):
@@ -162,16 +187,36 @@ def _coco_content(path: Path) -> Mapping[str, Any] | None:
     with open(path, "rb") as file:
         if not file.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
             return None
-    content = parse_json(read_bytes(path, limit=_MOST_BYTES), path)
+    try:
+        content = parse_json(read_bytes(path, limit=_MOST_BYTES), path, limit=_MOST_BYTES)
+    except CheckpointCorrupt:  # such as one object in each line
+        return None
     keys = ("images", "annotations", "categories")
     known = isinstance(content, Mapping) and all(isinstance(content.get(k), list) for k in keys)
     return content if known else None
 
 
+def _by_id(path: Path, content: Mapping[str, Any], part: str, key: str) -> dict[Any, str]:
+    """Return id -> name of a part of a file of COCO.
+
+    Raises:
+        DataError: two of them have one id, so that their boxes cannot be told apart.
+    """
+    found: dict[Any, str] = {}
+    for one in content[part]:
+        other = found.setdefault(one["id"], str(one[key]))
+        if other != str(one[key]):
+            raise DataError(
+                f"{path}: the id {one['id']!r} stands for two {part}, {other!r} and {str(one[key])!r}. Ids must "
+                "differ, also where files were joined; give each its own, here and in the annotations."
+            )
+    return found
+
+
 def _coco(path: Path, content: Mapping[str, Any]) -> Table:
     try:
-        names = {one["id"]: str(one["name"]) for one in content["categories"]}
-        files = {one["id"]: str(one["file_name"]) for one in content["images"]}
+        names = _by_id(path, content, "categories", "name")
+        files = _by_id(path, content, "images", "file_name")
         boxes: dict[Any, list[Any]] = {key: [] for key in files}
         labels: dict[Any, list[str]] = {key: [] for key in files}
         crowds = 0
@@ -199,9 +244,37 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
 # ------------------------------------------------------------------------------------------ Pascal VOC
 
 
+def _image_of(file: Path, *alike: Sequence[Path]) -> Path | None:
+    """Return the image of an annotation: the one beside it, or in a usual folder there, or else the only one.
+
+    Args:
+        file: the annotation.
+        *alike: images of the name that it gives, and those of its own name without the ending.
+
+    Raises:
+        DataError: several images are as near; the message names two.
+    """
+    places = [os.path.normpath(file.parent / name) for name in _FOLDERS]
+    near = [
+        [image for image in found if os.path.normpath(image.parent) == place]
+        for place in places
+        for found in alike
+    ]
+    found = next(filter(None, [*near, *alike]), [])
+    if len(found) > 1:
+        raise DataError(
+            f"{file}: its image may be {found[0]} or {found[1]}. Put each annotation beside its image, or give the "
+            "images different names."
+        )
+    return found[0] if found else None
+
+
 def _voc(path: Path, annotations: Sequence[Path]) -> Table:
-    images: dict[str, Path] = {file.name: file for file in image_files(path)}
-    stems = {file.stem: file for file in images.values()}
+    images = image_files(path)
+    names, stems = defaultdict[str, list[Path]](list), defaultdict[str, list[Path]](list)
+    for image in images:
+        names[image.name].append(image)
+        stems[image.stem].append(image)
     columns: dict[str, list[Any]] = {"image": [], "boxes": [], "label": []}
     without = list[str]()
     for file in annotations:
@@ -220,7 +293,8 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
             labels = [(one.findtext("name") or "").strip() for one in root.iter("object")]
         except (ElementTree.ParseError, ValueError) as error:
             raise DataError(f"{file} is no annotation of Pascal VOC: {error}.") from error
-        found = images.get((root.findtext("filename") or "").strip()) or stems.get(file.stem)
+        name = (root.findtext("filename") or "").strip()
+        found = _image_of(file, names.get(name, []), stems.get(file.stem, []))
         if found is None:
             without.append(file.name)
             continue
@@ -232,7 +306,7 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
             f"{path}: {len(without):,} annotations without an image are left out: {shown(without, 4)}"
         )
     used = {str(picture) for picture in columns["image"]}
-    if alone := [file.name for file in images.values() if str(file) not in used]:
+    if alone := [file.name for file in images if str(file) not in used]:
         note(f"{path}: {len(alone):,} images without an annotation are left out: {shown(alone, 4)}")
     if not used:
         raise DataError(

@@ -59,6 +59,9 @@ _FORMATS = (
     "TGA",
     "JPEG2000",
 )
+# Those that return the values that were written; the others change the numbers of a mask, or may.
+_EXACT = (None, "PNG", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # File names that are taken for images in a folder.
 SUFFIXES = frozenset(
     {
@@ -226,7 +229,7 @@ class Picture(FileItem):
         """Decode the image as a mask: the number of every pixel, (H, W); that of a palette, not its colour.
 
         Raises:
-            BrokenImage: as for ``read``; it is a JPEG, whose values are not exact; or it has colours.
+            BrokenImage: as for ``read``; it is in a format like JPEG, whose values are not exact; or it has colours.
         """
         if isinstance(self.source, bytes | str | Path):
             content = self.source if isinstance(self.source, bytes) else self._bytes()
@@ -248,11 +251,16 @@ class Picture(FileItem):
         return values
 
     def _exact(self, image: Image) -> Any:
-        if image.format in ("JPEG", "MPO", "JPEG2000"):
+        kind = f"{image.format} file"
+        if lossy := image.format == "TIFF" and image.info.get("compression") in _LOSSY_TIFF:
+            kind += f" with compression {image.info['compression']}"
+        elif lossy := image.format == "GIF" and image.mode == "P":  # Writers renumber it.
+            kind += " with a palette"
+        if lossy or image.format not in _EXACT:
             raise BrokenImage(
                 self.name,
                 "a mask in a lossy format",
-                "it is a JPEG file, which changes the numbers at every edge. Store masks as PNG",
+                f"it is a {kind}, which may not hold the numbers that were written. Store masks as PNG",
             )
         values = np.asarray(_upright(image))
         if image.mode in ("RGB", "RGBA", "LA"):

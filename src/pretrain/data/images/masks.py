@@ -170,13 +170,13 @@ def pixel_features(
 
     Args:
         *tables: the columns ``image`` and ``mask``, the latter of ``Mask``.
-        images: most images of a table.
+        images: most images of a table, at even distances.
         pixels: most pixels of a table, as many from each image.
     """
     found = []
     for table in tables:
         rows = [i for i, mask in enumerate(table.columns["mask"]) if isinstance(mask, Mask)]
-        rows = rows[:: max(1, len(rows) // images)][:images]
+        rows = rows[:: max(1, -(-len(rows) // images))]
         part = table.take(rows)
         features, classes = [np.zeros((0, 9), np.float32)], [np.zeros(0, np.uint8)]
         for i, picture in enumerate(pictures(part)):

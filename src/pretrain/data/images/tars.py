@@ -54,7 +54,7 @@ def read_tars(paths: Sequence[Path]) -> dict[str, list[Any]]:
     Images stay in the archives, and are read from there when they are needed.
 
     Raises:
-        DataError: a file is no archive, is compressed, or is cut off.
+        DataError: a file is no archive, is compressed, damaged, or cut off.
     """
     rows, passed = list[dict[str, Any]](), Counter[str]()
     for path in paths:
@@ -67,10 +67,11 @@ def read_tars(paths: Sequence[Path]) -> dict[str, list[Any]]:
                     if member.isfile() and key:
                         sample = samples.setdefault(f"{folder}/{key}".lstrip("./"), {})
                         _add(sample, path, archive, member, ending.lower(), passed)
+                _check_end(archive)
         except (tarfile.TarError, OSError) as error:
             raise DataError(
-                f"{path} cannot be read as an archive: {error}. It must be a .tar that is not compressed; if it is "
-                "cut off, copy it again."
+                f"{path} cannot be read as an archive: {error}. It must be one .tar that is not compressed; if it "
+                "is damaged or cut off, copy it again."
             ) from error
         rows += samples.values()
     kept = [row for row in rows if "image" in row]
@@ -81,6 +82,28 @@ def read_tars(paths: Sequence[Path]) -> dict[str, list[Any]]:
         note(f"members that are not read: {named}{', ...' * (len(passed) > 4)}")
     names = dict.fromkeys(name for row in kept for name in row)
     return {name: [row.get(name) for row in kept] for name in names}
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Check that an archive that has been read ends as one: with a block of zeros, and nothing else behind it.
+
+    ``tarfile`` also stops, without an error, at a header that is damaged or cut off.
+
+    Raises:
+        ReadError: it does not.
+    """
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    found = file.read(tarfile.BLOCKSIZE)
+    if len(found) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it ends without the block of zeros that closes an archive")
+    while found:
+        if found.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"{archive.offset:,} bytes from its start the header of a member is damaged, or another archive follows"
+            )
+        found = file.read(1 << 20)
 
 
 def _add(
