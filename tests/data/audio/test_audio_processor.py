@@ -57,7 +57,7 @@ def test_every_form_of_a_recording_has_one_spectrogram() -> None:
         assert np.array_equal(processor(form)["input_values"], wanted)
     other = processor({"array": NOISE, "sampling_rate": 22050})["input_values"]
     assert np.array_equal(other, processor(resampled(NOISE, 22050, 16000))["input_values"])
-    with pytest.raises(DataError, match="sampling rate is -1"):
+    with pytest.raises(DataError, match="sampling rate is fast"):
         processor({"array": NOISE, "sampling_rate": "fast"})
     assert processor.seconds == pytest.approx(0.515)
 

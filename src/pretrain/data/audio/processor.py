@@ -234,7 +234,7 @@ def clip_of(value: Any, name: str) -> Clip:
         array = value["array"] if value.get("array") is not None else value.get("raw")
         if array is None:
             return clip_of(value.get("bytes") or value.get("path"), name)
-        rate = value.get("sampling_rate")
+        rate: Any = value.get("sampling_rate")
         if isinstance(array, Sequence):
             array = np.asarray(array)
         whole = isinstance(rate, float | np.floating) and float(rate).is_integer()
