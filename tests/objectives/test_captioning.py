@@ -78,6 +78,22 @@ def test_the_targets_are_the_text_and_its_end(tokenizer: Tokenizer) -> None:
     assert (plain[0]["labels"] != -100).all()
 
 
+def test_rows_that_just_fit_are_not_cut(tokenizer: Tokenizer) -> None:
+    goal, image = task(tokenizer, max_length=5), SCENES[0]["image"]
+    assert [len(ids) for ids in goal._ids(["red", "describe"])] == [2, 1]
+    asked = [("", "red red"), ("", "red red red"), ("red", "red"), ("red describe", "describe")]
+    asked += [("red red", "describe")]
+    for question, text in asked:
+        row = {"image": image, "text": text} | ({"question": question} if question else {})
+        found = goal.encode(table([row]))
+        needed = sum(len(ids) for ids in goal._ids([question, text])) + 2
+        if question == "red red":
+            assert found.dropped and not found.cut and not len(found)
+        else:
+            assert bool(found.cut) == (needed > 6) and not found.dropped
+            assert len(found[0]["input_ids"]) == min(needed, 6) - 1
+
+
 def test_what_a_batch_costs_is_the_same_in_parts(tokenizer: Tokenizer) -> None:
     goal = task(tokenizer)
     rows = goal.encode(table([SCENES[0], {**SCENES[1], "text": SCENES[1]["text"] + " red" * 5}]))
@@ -137,6 +153,6 @@ def test_what_cannot_be_used_is_refused_or_counted(tokenizer: Tokenizer) -> None
     found = goal.encode(table(rows))
     assert found.dropped["empty text"] == [0] and len(found) == 1
     assert any("no room for a text" in reason for reason in found.dropped)
-    assert found.cut == [1, 2] and len(found[0]["input_ids"]) == 24
+    assert found.cut == [2] and len(found[0]["input_ids"]) == 24
     with pytest.raises(DataError, match="not a text"):
         goal.encode(table([{"image": image, "text": 3}]))

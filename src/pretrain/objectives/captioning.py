@@ -159,11 +159,10 @@ class Captioning(ImageTask, TokenObjective):
             question = ids["question"][k] if "question" in names else []
             answer = ids["text"][k] if "text" in names else []
             room = self.max_length - len(question) - 1
-            if room < 1 + targets:
-                rows.cut.append(i)
+            if room < 1:
                 rows.drop(i, f"the question leaves no room for a text in {self.max_length} tokens")
                 continue
-            if len(answer) + 1 > room:
+            if len(answer) > room:
                 rows.cut.append(i)
             tokens = [self.start, *question, *answer, self.end][: self.max_length + 1]
             example: dict[str, Any] = {"image": image}
