@@ -424,6 +424,28 @@ def test_broken_files_are_named_and_leave_nothing(
     assert old.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_model_says_what_a_folder_holds(model: Model, tmp_path: Path) -> None:
+    """Not the files in it: a stray recording, or classes that are called like the folders of masks."""
+    image = pytest.importorskip("PIL.Image")
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "image_size": 8, "patch_size": 4}
+    vit = build("vit", head="image-classification", labels=["x", "y"], **sizes).eval()
+    for file in ("images/0.png", "images/1.png", "labels/0.png", "labels/9.png", "more/2.png"):
+        (tmp_path / "rows" / file).parent.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (8, 8), int(file[-5]) * 20).save(tmp_path / "rows" / file)
+    (tmp_path / "rows" / "a.wav").write_bytes(b"RIFF")
+    target = predict_file(vit, tmp_path / "rows", tmp_path / "o.csv", progress=False)
+    found = read_csv(target)
+    assert [row["label"] for row in found] == ["images"] * 2 + ["labels"] * 2 + ["more"]
+    assert all(row["predicted_label"] in "xy" for row in found)
+    for place in ("nowhere.png", "nowhere-*.tar", "nowhere.npz", "nowhere.wav"):
+        with pytest.raises(DataError, match="nowhere"):  # before a model is looked for
+            predict_file("no-model", tmp_path / place, tmp_path / "o.csv", progress=False)
+    with pytest.raises(DataError, match="delimiter is for files of rows"):
+        predict_file(vit, tmp_path / "rows", tmp_path / "o.csv", progress=False, delimiter=",")
+    with pytest.raises(DataError, match="is a folder, not a file of rows"):
+        predict_file(model, tmp_path / "rows", tmp_path / "o.csv", progress=False)
+
+
 def test_places_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "r.csv", ROWS)
     with pytest.raises(DataError, match="is the input"):

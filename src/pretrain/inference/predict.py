@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, option, using
-from pretrain.data.audio.rows import medium_of
-from pretrain.data.images.masks import read_masked
-from pretrain.data.images.rows import IMAGES, read_images, stream_images
+from pretrain.data.audio.rows import AUDIO
+from pretrain.data.images.rows import IMAGES, is_image_source, stream_images
+from pretrain.data.images.tars import tar_files
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
@@ -439,11 +439,14 @@ def predict_file(
 
     _check_batch(batch_rows)
     source = Path(file)
-    chunks = _chunks(source, delimiter=delimiter, quoting=quoting, encoding=encoding)
-    first = next(chunks)  # an unreadable file raises before the model is loaded
+    form = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
+    chunks = _table_chunks(source, **form)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     known = isinstance(checkpoint, str | os.PathLike)
     task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
+    if chunks is None:
+        chunks = stream_images(task.read(source, name="data", **form), _CHUNK)
+    first = next(chunks)
     where = choose_device(device)
     task.to(where)
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
@@ -469,12 +472,27 @@ def predict_file(
     return target
 
 
-def _chunks(source: Path, **form: Any) -> Iterator[Chunk]:
-    """Yield the rows of a file, or the images or recordings of a folder or file, in chunks."""
-    if (medium := medium_of(source)) is not None:
-        table = read_masked(source) if medium is IMAGES else read_images(source, medium=medium)
-        return stream_images(table, _CHUNK)
-    return stream_chunks(source, _CHUNK, **form)
+def _table_chunks(source: Path, **form: Any) -> Iterator[Chunk] | None:
+    """Return the rows of a table in chunks, of which the first has been read.
+
+    None for a folder or file of images or recordings, which the task of the model reads; here it is only opened.
+
+    Raises:
+        DataError: the source cannot be opened, or the first rows cannot be read.
+    """
+    if not any(is_image_source(source, medium) for medium in (IMAGES, AUDIO)):
+        chunks = stream_chunks(source, _CHUNK, **form)
+        return chain([next(chunks)], chunks)
+    source = source.expanduser()
+    for path in tar_files(source) if source.suffix.lower() == ".tar" else [source]:
+        try:
+            if path.is_dir():
+                os.scandir(path).close()
+            else:  # without waiting for a writer if it is a pipe
+                os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    return None
 
 
 def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:

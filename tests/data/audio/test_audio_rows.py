@@ -1,4 +1,4 @@
-"""Rows of audio from folders, arrays and tables, what tells them from images, and random changes of spectrograms."""
+"""Rows of audio from folders, arrays and tables, their sizes for a new model, and random changes of spectrograms."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from data.audio.test_audio_decode import wav
 from pretrain.data.audio import AudioProcessor, Clip
 from pretrain.data.audio.augment import SpectrogramChanges, StoredClip
-from pretrain.data.audio.rows import AUDIO, medium_of, mel_vectors
+from pretrain.data.audio.rows import AUDIO, mel_vectors
 from pretrain.data.audio.source import labelled_audio
-from pretrain.data.images.rows import IMAGES, decoded, parts_of, pictures, read_images
+from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
 from pretrain.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -91,16 +91,6 @@ def test_arrays_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     np.savez(tmp_path / "c.npz", audio=CLIPS, sampling_rate=np.array([1.5]))
     with pytest.raises(DataError, match="one whole number"):
         read_images(tmp_path / "c.npz", medium=AUDIO)
-    np.savez(tmp_path / "d.npz", images=np.zeros((2, 4, 4), np.uint8), labels=[0, 1])
-    found = [medium_of(tmp_path / f"{n}.npz") for n in "abd"]
-    assert found == [AUDIO, AUDIO, IMAGES]
-
-
-def test_the_names_of_files_tell_audio_from_images(tmp_path: Path) -> None:
-    assert medium_of(filled(tmp_path / "x")) is AUDIO and medium_of(tmp_path / "a.wav") is AUDIO
-    (tmp_path / "y").mkdir()
-    (tmp_path / "y" / "a.png").write_bytes(b"")
-    assert medium_of(tmp_path / "y") is IMAGES and medium_of(tmp_path / "rows.csv") is None
 
 
 def test_broken_recordings_are_told_and_missing_ones_are_errors(tmp_path: Path) -> None:

@@ -5,9 +5,6 @@ They are read as rows of images are, see ``pretrain.data.images.rows``.
 
 from __future__ import annotations
 
-import os
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,7 @@ from pretrain.data.audio.augment import StoredClip
 from pretrain.data.audio.decode import SUFFIXES, Clip
 from pretrain.data.audio.processor import AudioProcessor, clip_of
 from pretrain.data.images.decode import FileItem
-from pretrain.data.images.rows import IMAGES, Medium, decoded, is_image_source
+from pretrain.data.images.rows import Medium, decoded
 from pretrain.errors import DataError
 from pretrain.utils.files import note
 
@@ -27,12 +24,11 @@ if TYPE_CHECKING:
 
     from pretrain.data.tables import Table
 
-__all__ = ["AUDIO", "medium_of", "mel_vectors"]
+__all__ = ["AUDIO", "mel_vectors"]
 
 _RATES = ("sampling_rate", "sample_rate", "rate")
 _SHORTEST = 64  # values of an array that is taken for audio; labels have fewer
 _PARTS, _BANDS = 8, 64  # of a clip, whose means a classical method reads, and mel bands
-_LOOK = 10_000  # files of a folder that are looked at to tell what it holds
 
 
 class _Audio(Medium):
@@ -71,23 +67,6 @@ AUDIO = _Audio(
     "a path or the bytes of a .wav file, an array (samples,) of floats from -1 to 1, or a mapping with array and "
     "sampling_rate",
 )  # fmt: skip
-
-
-def medium_of(path: Path) -> Medium | None:
-    """Return what a path holds, by the names of its files: images or audio; None for a table with one row for each."""
-    media = (IMAGES, AUDIO)
-    if path.is_dir():
-        found = (Path(name).suffix.lower() for _, _, names in os.walk(path) for name in names)
-        for _, suffix in zip(range(_LOOK), found, strict=False):
-            for medium in media:
-                if suffix in medium.suffixes:
-                    return medium
-        return IMAGES
-    if path.suffix.lower() == ".npz" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            words = {word for name in file.namelist() for word in re.split(r"\W|_", name)}
-        return AUDIO if words & {*AUDIO.arrays[:5], *_RATES, "sampling"} else IMAGES
-    return next((medium for medium in media if is_image_source(path, medium)), None)
 
 
 def mel_vectors(
