@@ -80,6 +80,8 @@ def test_vectors_are_what_the_classifier_reads(model: Model) -> None:
     towers = build("clip", vocab_size=9, eos_id=3, **(SIZES | {"num_channels": 3})).eval()
     wanted = towers.backbone.image_vectors(towers.processor.images(images)["pixel_values"])
     assert np.allclose(image_vectors(towers, images), wanted.detach(), atol=1e-5)
+    with pytest.raises(ModelError, match="vectors of its own.*pooling"):
+        image_vectors(towers, images, pooling="mean")
 
 
 def test_a_linear_probe_is_that_of_scikit_learn(model: Model, parts: Any) -> None:
@@ -98,6 +100,46 @@ def test_a_linear_probe_is_that_of_scikit_learn(model: Model, parts: Any) -> Non
         "rows": 60,
         "targets": 45,
     }
+
+
+def test_a_linear_probe_of_few_shots_reads_no_other_labels(model: Model, parts: Any) -> None:
+    (x, y), _, (x_test, y_test) = parts
+    scaler = StandardScaler().fit(x)
+    regression = LogisticRegression(C=1.0, max_iter=1000).fit(scaler.transform(x), y)
+    found = asked(model, shots=20, draws=2)  # all rows of every class
+    assert found["accuracy"] == pytest.approx(regression.score(scaler.transform(x_test), y_test))
+    assert found["C"] == 1 and found["std"] == 0 and "valid" not in found
+    other = pictures(30, 1)
+    train, test = pictures(60, 0), pictures(45, 2)
+    for valid in (0, {**other, "label": other["label"][1:] + other["label"][:1]}):
+        assert pretrain.probe(model, train, valid=valid, test=test, shots=20, draws=2) == found
+
+
+def test_rows_to_choose_on_are_needed_for_c_alone(model: Model) -> None:
+    train, test = pictures(60, 0), pictures(45, 2)
+    for method in ("knn", "means"):
+        found = pretrain.probe(model, train, valid=0, test=test, method=method)
+        assert found == asked(model, method=method)
+    with pytest.raises(DataError, match=r"choose C.*valid.*ways"):
+        pretrain.probe(model, train, valid=0, test=test)
+    labels = [f"c{i % 20}" for i in range(60)]
+    many, test = ({**pictures(60, i), "label": labels} for i in (0, 2))
+    with pytest.raises(DataError, match=r"choose C.*valid.*ways"):
+        pretrain.probe(model, many, test=test, ways=2)
+    assert pretrain.probe(model, many, test=test, ways=2, shots=1)["rows"] == 2
+
+
+def test_several_labels_of_a_row_are_refused_before_the_features(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.evaluation.probe.image_vectors", None)
+    rows = pictures(60, 0)
+    several = {**rows, "label": [["a", "b"] if i % 2 else ["a"] for i in range(60)]}
+    labels = (np.random.default_rng(0).random((60, 3)) < 0.5).astype(int)
+    np.savez(tmp_path / "a.npz", images=np.stack(rows["image"]), labels=labels)
+    for source in (several, str(tmp_path / "a.npz")):
+        with pytest.raises(DataError, match="several at once.*one class"):
+            pretrain.probe(model, source)
 
 
 @pytest.mark.parametrize("k", [1, 7])

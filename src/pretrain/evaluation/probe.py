@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def probe(
         data: labelled rows, images or texts, as for ``pretrain.finetune``; its parts ``val`` and ``test`` are used.
         test: held-out rows: a source, or a share of the rows, stratified by class; not given, a fifth.
         valid: rows on which the linear probe chooses C, the inverse strength of the penalty: a source or a share; not
-            given, a tenth.
+            given, a tenth. With ``shots`` C is 1, so that no other labels are read.
         method: ``linear``, logistic regression on features of mean 0 and variance 1; ``knn``, the most frequent class
             of the ``k`` rows with the largest cosines; ``means``, the class whose mean is nearest by the cosine.
         shots: labelled rows of each class, drawn ``draws`` times; not given, all of them.
@@ -94,14 +94,14 @@ def probe(
 
     Returns:
         ``accuracy``, ``majority`` (the accuracy of the class that is most frequent in the test rows), ``rows`` with
-        labels and ``targets``, the number of test rows; of a linear probe ``C`` and ``valid``, its accuracy on the rows
-        it was chosen on. Over several draws ``accuracy`` is the mean, ``std`` the standard deviation, ``low`` and
-        ``high`` the limits of Student's 95 % interval, and the other figures are means.
+        labels and ``targets``, the number of test rows; of a linear probe ``C`` and, unless ``shots`` are given,
+        ``valid``, its accuracy on the rows it was chosen on. Over several draws ``accuracy`` is the mean, ``std`` the
+        standard deviation, ``low`` and ``high`` the limits of Student's 95 % interval, and the other figures are means.
 
     Raises:
         ConfigError: an option out of range, or scikit-learn is not installed.
-        DataError: the rows have no labels, or a class has fewer rows than ``shots``.
-        ModelError: the model reads neither images nor texts.
+        DataError: the rows have no labels, or several each; or a class has fewer rows than ``shots``.
+        ModelError: the model reads neither images nor texts, or does not pool as ``pooling`` says.
     """
     _check(method, shots=shots, ways=ways, draws=draws, k=k, batch_rows=batch_rows)
     sklearn_module("linear_model")  # says how to install it before anything is computed
@@ -120,7 +120,7 @@ def probe(
         parts = [_of(part, classes) for part in (train, choose, score)]
         if shots is not None:
             parts[0] = _drawn(parts[0], shots, rng)
-        found.append(_scores(method, parts, k, seed))
+        found.append(_scores(method, parts, k, seed, choose_c=shots is None))
     figures = {key: statistics.fmean(one[key] for one in found) for key in found[0]}
     if len(found) > 1:
         scores = [one["accuracy"] for one in found]
@@ -166,6 +166,13 @@ def _tables(
     task = task_class(name)
     found = open_data(settings, objects, task)
     train, choose, score = found.train, found.valid, found.test
+    for table in (part for part in (train, choose, score) if part is not None):
+        for i, label in enumerate(table.columns["label"]):
+            if not isinstance(label, Hashable):
+                raise DataError(
+                    f"{table.where(i)}: the label is {str(label)[:40]}, several at once, and a probe tells single "
+                    "classes apart. Give each row one class."
+                )
     if score is None:
         train, score = split(train, label_strata(train.columns["label"]), share, seed)
         role = task.roles[0].name
@@ -179,14 +186,21 @@ def _features(
 ) -> list[_Part]:
     """Return features and labels of each table; rows without a readable image are counted in a line and left out."""
     found: list[_Part] = []
+    none: _Part = (np.empty((0, 0), np.float32), [])  # of a table without rows, which valid=0 gives
     if not _reads_images(model):
         transform = embeddings(model, pooling=pooling, batch_size=batch_rows)
         for table in tables:
+            if not len(table):
+                found.append(none)
+                continue
             rows, labels = baseline_columns(table)
             of_rows = of_pairs(transform) if "pair" in table.names else transform
             found.append((np.asarray(of_rows(rows)), list(labels)))
         return found
     for table in tables:
+        if not len(table):
+            found.append(none)
+            continue
         kept, images, reasons = list[int](), list[Any](), Counter[str]()
         for i, image, text in decoded(table, required=True):
             if image is None:
@@ -215,8 +229,13 @@ def image_vectors(
         batch_rows: images in one forward pass.
 
     Raises:
-        ModelError: the model reads no images, or has no class token.
+        ModelError: the model reads no images, has no class token, or is a tower, which has vectors of its own, and
+            ``pooling`` is given.
     """
+    if pooling is not None and isinstance(model.backbone, TwoTowers):
+        raise ModelError(
+            f"A {model.backbone.model_type} model has vectors of its own: leave {option('pooling', pooling)} out."
+        )
     backbone, processor = model.backbone, model.processor
     processor = getattr(processor, "images", processor)
     if not isinstance(processor, ImageProcessor):
@@ -276,17 +295,32 @@ def _drawn(part: _Part, shots: int, rng: np.random.Generator) -> _Part:
     return part[0][rows], [part[1][i] for i in rows]
 
 
-def _scores(method: str, parts: Sequence[_Part], k: int, seed: int) -> dict[str, float]:
+def _scores(
+    method: str, parts: Sequence[_Part], k: int, seed: int, *, choose_c: bool
+) -> dict[str, float]:
     (x_train, train), (x_valid, valid), (x_test, test) = parts
     if not len(x_train) or not len(x_test):
-        raise DataError("There are no rows with labels, or no test rows, of the classes of a draw.")
+        raise DataError(
+            "There are no rows with labels, or no test rows, of the classes of a draw. Hold more rows out "
+            f"({option('test')}), or draw more classes ({option('ways')})."
+        )
     figures = {
         "accuracy": math.nan,
         "majority": max(Counter(test).values()) / len(test),
         "rows": float(len(train)),
         "targets": float(len(test)),
     }
+    if method == "linear" and not choose_c:
+        columns = (list(x_train), train, list(x_train), train, list(x_test), test)
+        found = probe_baseline(np.stack, *columns, grid=(1.0,), seed=seed)
+        return figures | {"accuracy": found["score_test"], "C": found["C"]}
     if method == "linear":
+        if not len(x_valid):
+            raise DataError(
+                "There are no rows of the classes of a draw on which the linear probe can choose C. Hold more rows out "
+                f"for that ({option('valid')}), draw more classes ({option('ways')}), or name {option('shots')} or "
+                f"another {option('method')}."
+            )
         columns = (list(x_train), train, list(x_valid), valid, list(x_test), test)
         found = probe_baseline(np.stack, *columns, seed=seed)
         return figures | {

@@ -237,8 +237,9 @@ def clip_of(value: Any, name: str) -> Clip:
         rate: Any = value.get("sampling_rate")
         if isinstance(array, Sequence):
             array = np.asarray(array)
-        whole = isinstance(rate, float | np.floating) and float(rate).is_integer()
-        return Clip(_plain(array), name, int(rate) if whole else rate)
+        if isinstance(rate, float | np.floating) and float(rate).is_integer():
+            rate = int(rate)
+        return Clip(_plain(array), name, rate)
     if isinstance(value, str | Path):
         return Clip(value, str(value))
     return Clip(_plain(value), name)
