@@ -403,3 +403,33 @@ def test_an_evaluation_of_large_images_needs_little_memory(monkeypatch: pytest.M
     assert int(found.count) == matrix.sum() == pixels - 3 * (90 + 200 + 16)
     assert float(found.total) == pytest.approx(total, rel=1e-5)
     assert np.array_equal(found.metrics["confusion"].numpy(), matrix)
+
+
+def test_masks_of_images_of_other_sizes_lie_where_the_classes_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    goal = task()
+    cell = int(goal.model.head.cell)
+
+    def by_brightness(batch: Any) -> torch.Tensor:
+        bright = F.avg_pool2d(batch["pixel_values"].mean(1, keepdim=True), cell)
+        return torch.cat((-bright, bright), 1)
+
+    monkeypatch.setattr(goal.model, "forward", by_brightness)
+    rows = []
+    # Borders between two places of the map, at a quarter or three of height or width, of tall and wide images.
+    for (height, width), part in (
+        ((48, 80), np.s_[12:]), ((80, 48), np.s_[:, :12]), ((8, 16), np.s_[:6]),
+        ((16, 64), np.s_[:, 48:]), ((16, 16), np.s_[4:]),
+    ):  # fmt: skip
+        mask = np.zeros((height, width), np.uint8)
+        mask[part] = 1
+        rows.append({"image": mask * np.uint8(255), "mask": mask})
+    encoded = rows_of(goal, rows, labels=list(NAMES))
+    batch = goal.collate(
+        [encoded[i] for i in range(5)], [np.random.default_rng(0)] * 5, evaluation=True
+    )
+    for row, answer in zip(rows, goal.eval().outputs(batch), strict=True):
+        assert np.array_equal(answer, row["mask"])
+    confusion = goal(batch).metrics["confusion"].numpy()
+    assert confusion.trace() == confusion.sum() == sum(row["mask"].size for row in rows)
