@@ -408,3 +408,43 @@ def test_adapters_one_class_and_other_families(place: Path, tmp_path: Path) -> N
         base = {"base": pretrain.load(place / "model")} if options else {}
         opened = pretrain.load(tmp_path / f"saved{len(options)}", quiet=True, **base)
         assert opened.predict(rows[0]["image"], threshold=0.01) == answer
+
+
+def test_boxes_in_images_of_other_sizes_lie_where_the_objects_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    goal = task()
+    cell = goal.model.head.cell
+
+    def by_brightness(batch: Any) -> torch.Tensor:
+        pixels = batch["pixel_values"].mean(1)
+        maps = torch.full((len(pixels), 6, *goal.model.head.places(*pixels.shape[1:])), -9.0)
+        for scores, image in zip(maps, pixels, strict=True):
+            y, x = (image > 0).nonzero(as_tuple=True)
+            left, top, right, bottom = (
+                int(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)
+            )
+            at = int((top + bottom) / 2 / cell), int((left + right) / 2 / cell)
+            middle = (at[0] + 0.5) * cell, (at[1] + 0.5) * cell
+            sides = middle[1] - left, middle[0] - top, right - middle[1], bottom - middle[0]
+            scores[0, at[0], at[1]] = 3.0
+            scores[2:, at[0], at[1]] = torch.tensor(sides)
+        return maps
+
+    monkeypatch.setattr(goal.model, "forward", by_brightness)
+    rows = []
+    for (height, width), box in (
+        ((64, 96), [24, 16, 60, 48]), ((96, 64), [2, 60, 30, 96]), ((16, 8), [0, 2, 4, 10]),
+        ((32, 32), [3, 8, 20, 27]),
+    ):  # fmt: skip
+        image = np.zeros((height, width), np.uint8)
+        image[box[1] : box[3], box[0] : box[2]] = 255
+        rows.append({"image": image, "boxes": [box], "label": ["bright"]})
+    encoded = rows_of(goal, rows, labels=list(NAMES))
+    batch = goal.collate([encoded[i] for i in range(4)], row_rngs(0, "x", 0, 4), evaluation=True)
+    goal.eval()
+    for row, found in zip(rows, goal.outputs(batch), strict=True):
+        answer = goal.decode([found], [None])
+        assert answer["label"] == ["bright"] and answer["box"][0] == pytest.approx(row["boxes"][0])
+    figures = goal.summarize(1.0, 1.0, goal(batch).metrics, {})
+    assert figures["ap50_bright"] == figures["ap"] == pytest.approx(1)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("PIL")
 
@@ -21,7 +23,8 @@ from pretrain.data.images import ImageProcessor
 from pretrain.data.images.masks import Mask, pixel_features
 from pretrain.data.tables import Table
 from pretrain.errors import DataError, ModelError
-from pretrain.metrics import iou, mean_iou
+from pretrain.metrics import confusion_matrix, iou, mean_iou
+from pretrain.objectives import segmentation
 from pretrain.objectives.segmentation import Segmentation
 
 TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "image_size": 16, "patch_size": 4}
@@ -342,3 +345,99 @@ def test_a_processor_that_crops_is_replaced(capsys: pytest.CaptureFixture[str]) 
     goal = Segmentation(model)
     assert goal.processor.size == (16, 16) and not goal.processor.settings["do_center_crop"]
     assert "reads whole images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(9, 7), (31, 26), (4, 40), (9, 20), (500, 7), (1, 1)])
+def test_scores_in_bands_of_rows_are_those_of_the_whole(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(5, 9, 7)
+    wanted = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+    for limit in (1, 5 * max(7, size[1]) * 3, 1 << 23):  # bands of one row, of three, of all
+        monkeypatch.setattr(segmentation, "_BAND", limit)
+        bands = list(segmentation.row_bands(scores, *size))
+        assert [r for rows, _ in bands for r in range(rows.start, rows.stop)] == [*range(size[0])]
+        assert all(band.numel() <= max(limit, 5 * size[1]) for _, band in bands)
+        found = torch.cat([band for _, band in bands], 1)
+        assert torch.allclose(found, wanted, atol=1e-6, rtol=0)
+        assert torch.equal(found.argmax(0), wanted.argmax(0))
+    assert size != (9, 7) or torch.equal(found, scores)
+
+
+class Largest(TorchDispatchMode):
+    """Records the most bytes of a tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(value, torch.Tensor):
+                self.bytes = max(self.bytes, value.numel() * value.element_size())
+        return found
+
+
+def test_an_evaluation_of_large_images_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes, sizes, limit = 40, ((150, 90), (70, 200), (16, 16)), 1 << 14
+    labels = [str(k) for k in range(classes)]
+    goal = Segmentation(pretrain.build("vit", head="segmentation", labels=labels, **TINY)).eval()
+    rng, rows = np.random.default_rng(0), []
+    for size in sizes:
+        mask = rng.integers(0, classes, size).astype(np.uint8)
+        mask[:3] = 255
+        rows.append({"image": rng.integers(0, 255, size, dtype=np.uint8), "mask": mask})
+    encoded = rows_of(goal, rows, labels=labels)
+    batch = goal.collate([encoded[i] for i in range(3)], [rng] * 3, evaluation=True)
+    assert batch["labels"].shape == (3, 150, 200) and batch["labels"].dtype == torch.uint8
+    monkeypatch.setattr(segmentation, "_BAND", limit)
+    with torch.inference_mode(), Largest() as largest:
+        found, answers = goal(batch), goal.outputs(batch)
+    pixels = sum(height * width for height, width in sizes)
+    assert largest.bytes <= max(4 * limit, batch["labels"].numel()) < 4 * classes * 150 * 90 / 20
+
+    total, matrix = 0.0, np.zeros((classes, classes), np.int64)
+    with torch.inference_mode():
+        whole = goal.model.head.to_pixels(goal.model(batch).float(), 16, 16)
+        for scores, row, answer in zip(whole, rows, answers, strict=True):
+            at = F.interpolate(scores[None], row["mask"].shape, mode="bilinear")[0]
+            truth = torch.from_numpy(row["mask"]).long()
+            total += float(
+                F.cross_entropy(at[None], truth[None], ignore_index=255, reduction="sum")
+            )
+            said, known = at.argmax(0).numpy(), row["mask"] != 255
+            assert np.array_equal(answer, said) and answer.dtype == np.uint8
+            matrix += confusion_matrix(row["mask"][known], said[known], classes)
+    assert int(found.count) == matrix.sum() == pixels - 3 * (90 + 200 + 16)
+    assert float(found.total) == pytest.approx(total, rel=1e-5)
+    assert np.array_equal(found.metrics["confusion"].numpy(), matrix)
+
+
+def test_masks_of_images_of_other_sizes_lie_where_the_classes_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    goal = task()
+    cell = int(goal.model.head.cell)
+
+    def by_brightness(batch: Any) -> torch.Tensor:
+        bright = F.avg_pool2d(batch["pixel_values"].mean(1, keepdim=True), cell)
+        return torch.cat((-bright, bright), 1)
+
+    monkeypatch.setattr(goal.model, "forward", by_brightness)
+    rows = []
+    # Borders between two places of the map, at a quarter or three of height or width, of tall and wide images.
+    for (height, width), part in (
+        ((48, 80), np.s_[12:]), ((80, 48), np.s_[:, :12]), ((8, 16), np.s_[:6]),
+        ((16, 64), np.s_[:, 48:]), ((16, 16), np.s_[4:]),
+    ):  # fmt: skip
+        mask = np.zeros((height, width), np.uint8)
+        mask[part] = 1
+        rows.append({"image": mask * np.uint8(255), "mask": mask})
+    encoded = rows_of(goal, rows, labels=list(NAMES))
+    batch = goal.collate(
+        [encoded[i] for i in range(5)], [np.random.default_rng(0)] * 5, evaluation=True
+    )
+    for row, answer in zip(rows, goal.eval().outputs(batch), strict=True):
+        assert np.array_equal(answer, row["mask"])
+    confusion = goal(batch).metrics["confusion"].numpy()
+    assert confusion.trace() == confusion.sum() == sum(row["mask"].size for row in rows)

@@ -2,7 +2,7 @@
 
 A light convolutional decoder of the token grid scores the classes at places of a few pixels; the scores are
 interpolated to the pixels. Training compares them at the size that the model reads, and an evaluation at the size of
-the masks.
+the masks, in bands of rows, so that its memory does not grow with C x H x W.
 
 Letters: B images, C classes, h x w places of the map, H x W pixels.
 """
@@ -10,7 +10,7 @@ Letters: B images, C classes, h x w places of the map, H x W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -52,6 +52,7 @@ MASK = Role(
 )  # fmt: skip
 _SHOWN = 24  # classes up to which each has its own figure
 _BINARY = ("background", "foreground")
+_BAND = 1 << 23  # scores that are interpolated to the size of an image at once
 
 
 class Segmentation(ImageTask, ClassTask):
@@ -201,7 +202,8 @@ class Segmentation(ImageTask, ClassTask):
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Change training images at random together with their masks; in evaluation masks keep their own sizes.
 
-        ``labels`` are (B, H, W), in evaluation padded to the largest mask; ``sizes`` (B, 2) are those of the images.
+        ``labels`` are (B, H, W). In evaluation they are padded to the largest mask and stay uint8, ``UNLABELLED`` where
+        there is no class; ``sizes`` (B, 2) are those of the images.
         """
         held: Any = [example["image"] for example in examples]
         pixels, views = self.augmentation.seen(held, self.processor, rngs, evaluation=evaluation)
@@ -214,49 +216,53 @@ class Segmentation(ImageTask, ClassTask):
                 whole = np.full((len(masks), *sizes.max(0)), UNLABELLED, np.uint8)
                 for labels, mask in zip(whole, masks, strict=True):
                     labels[: mask.shape[0], : mask.shape[1]] = mask
-                batch["labels"] = _targets(whole)
+                batch["labels"] = torch.from_numpy(whole)
             return batch
         if masks:
             seen = [view.mask(mask) for view, mask in zip(views, masks, strict=True)]
-            batch["labels"] = _targets(np.stack(seen))
+            batch["labels"] = _as_targets(torch.from_numpy(np.stack(seen)))
             if self._weights is not None:
                 weights = torch.tensor([*self._weights, 0.0], dtype=torch.float32)
                 batch["weights"] = weights[batch["labels"].clamp(min=-1)]
         return batch
 
+    def count(self, batch: Batch) -> Tensor:
+        if "sizes" in batch:
+            return (batch["labels"] != UNLABELLED).sum()
+        return super().count(batch)
+
     def forward(self, batch: Batch) -> Loss:
-        labels = batch["labels"]
+        labels, scores = batch["labels"], self._scores(batch)
         if "sizes" not in batch:
-            scores = self._to_pixels(batch)
-            total = self.cross_entropy(scores, labels, batch.get("weights"))
+            total = self.cross_entropy(self._to_pixels(scores, batch), labels, batch.get("weights"))
             return Loss(total, self.count(batch))
         classes = len(self.labels)
         total = torch.zeros((), device=labels.device)
         matrix = torch.zeros(classes**2, dtype=torch.int64, device=labels.device)
-        for scores, of_image in zip(self._at_sizes(batch), labels, strict=True):
-            height, width = scores.shape[1:]
-            truth = of_image[:height, :width].long()
-            total = total + self.cross_entropy(scores[None], truth[None], None)
-            known = truth != IGNORE
-            pairs = truth[known] * classes + scores.argmax(0)[known]
-            matrix += torch.bincount(pairs, minlength=classes**2)
+        for bands, of_image in zip(self._at_sizes(scores, batch), labels, strict=True):
+            for rows, band in bands:
+                truth = _as_targets(of_image[rows, : band.shape[2]])
+                total = total + self.cross_entropy(band[None], truth[None], None)
+                known = truth != IGNORE
+                pairs = truth[known] * classes + band.argmax(0)[known]
+                matrix += torch.bincount(pairs, minlength=classes**2)
         return Loss(total, self.count(batch), {"confusion": matrix.view(classes, classes)})
 
-    def _to_pixels(self, batch: Batch) -> Tensor:
-        """Return the scores of the classes at every pixel that the model reads, (B, C, H, W)."""
-        scores = self.model({"pixel_values": batch["pixel_values"]}).float()
+    def _scores(self, batch: Batch) -> Tensor:
+        """Return the scores of the classes at the places of the map, (B, C, h, w)."""
+        scores: Tensor = self.model({"pixel_values": batch["pixel_values"]}).float()
+        return scores
+
+    def _to_pixels(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Return scores (B, C, h, w) at every pixel that the model reads, (B, C, H, W)."""
         head: Any = self.model.head
         found: Tensor = head.to_pixels(scores, *batch["pixel_values"].shape[2:])
         return found
 
-    def _at_sizes(self, batch: Batch) -> Any:
-        """Yield the scores at every pixel of each image in its own size, (C, H, W)."""
-        scores = self._to_pixels(batch)
-        for of_image, size in zip(scores, batch["sizes"].tolist(), strict=True):
-            if tuple(of_image.shape[1:]) == tuple(size):
-                yield of_image
-            else:
-                yield F.interpolate(of_image[None], size, mode="bilinear", align_corners=False)[0]
+    def _at_sizes(self, scores: Tensor, batch: Batch) -> Iterator[Iterator[tuple[slice, Tensor]]]:
+        """Yield for each image the ``row_bands`` of scores (B, C, h, w) at every pixel of its own size."""
+        for of_image, (height, width) in zip(scores, batch["sizes"].tolist(), strict=True):
+            yield row_bands(self._to_pixels(of_image[None], batch)[0], height, width)
 
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
@@ -284,7 +290,10 @@ class Segmentation(ImageTask, ClassTask):
     # ------------------------------------------------------------------ answers
 
     def outputs(self, batch: Batch) -> list[Any]:
-        return [scores.argmax(0).to(torch.uint8).cpu().numpy() for scores in self._at_sizes(batch)]
+        return [
+            torch.cat([band.argmax(0).to(torch.uint8) for _, band in bands]).cpu().numpy()
+            for bands in self._at_sizes(self._scores(batch), batch)
+        ]
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """Return ``mask``, the number of every pixel's class, (H, W); and the ``share`` of the pixels of each class."""
@@ -316,9 +325,31 @@ class Segmentation(ImageTask, ClassTask):
         ]
 
 
-def _targets(masks: np.ndarray) -> Tensor:
-    """Return classes (B, H, W) as int64, with ``IGNORE`` where there is none."""
-    labels = torch.from_numpy(masks).to(torch.int64)
+def row_bands(scores: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Interpolate scores (C, h, w) to H x W pixels, as ``F.interpolate`` does (bilinear, corners not aligned), by rows.
+
+    Yields:
+        The rows of a band, at most ``_BAND`` scores unless one row has more, and their scores (C, rows, W).
+    """
+    step = max(1, _BAND // (len(scores) * max(width, scores.shape[2])))
+    # Where the centre of a pixel lies between two rows of the scores. torch rounds the ratio to fp32, and the place
+    # only once; by another order of rounding, the scores would differ in their fifth digit.
+    ratio, last = float(np.float32(scores.shape[1] / height)), scores.shape[1] - 1
+    places = ((torch.arange(height).double() + 0.5) * ratio - 0.5).clamp(0, last).to(scores.dtype)
+    upper = places.long()
+    share = (places - upper)[:, None].to(scores.device)
+    upper = upper.to(scores.device)
+    lower = (upper + 1).clamp(max=last)
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        band = scores[:, upper[rows]] * (1 - share[rows]) + scores[:, lower[rows]] * share[rows]
+        size = (band.shape[1], width)
+        yield rows, F.interpolate(band[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def _as_targets(masks: Tensor) -> Tensor:
+    """Return classes as int64, with ``IGNORE`` where there is none."""
+    labels = masks.to(torch.int64)
     return labels.masked_fill_(labels == UNLABELLED, IGNORE)
 
 
