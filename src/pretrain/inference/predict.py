@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, option, using
 from pretrain.data.audio.rows import AUDIO
-from pretrain.data.images.rows import IMAGES, is_image_source, stream_images
+from pretrain.data.images.rows import IMAGES, is_image_source, table_chunks
 from pretrain.data.images.tars import tar_files
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
@@ -445,7 +445,7 @@ def predict_file(
     known = isinstance(checkpoint, str | os.PathLike)
     task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
     if chunks is None:
-        chunks = stream_images(task.read(source, name="data", **form), _CHUNK)
+        chunks = table_chunks(task.read(source, name="data", **form), _CHUNK)
     first = next(chunks)
     where = choose_device(device)
     task.to(where)

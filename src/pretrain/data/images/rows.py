@@ -51,7 +51,7 @@ __all__ = [
     "pictures",
     "pixel_vectors",
     "read_images",
-    "stream_images",
+    "table_chunks",
 ]
 
 _TRAIN = ("train", "training")
@@ -222,7 +222,7 @@ def parts_of(source: Any, medium: Medium = IMAGES) -> list[str]:
     return [part for part in _parts(path, medium) if part]
 
 
-def stream_images(table: Table, size: int) -> Iterator[Chunk]:
+def table_chunks(table: Table, size: int) -> Iterator[Chunk]:
     """Yield the rows of a table in chunks of ``size`` rows, in which images and other items stand by their names."""
     for start in range(0, len(table), size):
         part = table.take(range(start, min(start + size, len(table))))
