@@ -118,6 +118,22 @@ def test_exact_texts_are_counted_without_writing_them(tuned: Any) -> None:
     assert tuned.errors(3)[0]["label"] != tuned.errors(3)[0]["predicted"]
 
 
+def test_texts_that_are_never_written_are_not_exact(tokenizer: Tokenizer) -> None:
+    goal, image = task(tokenizer, max_new_tokens=4).eval(), SCENES[0]["image"]
+    texts = ["red", "red red", "☃", "red ☃", "Red", " red", "red red red", "describe " * 30]
+    found = goal.encode(table([{"image": image, "text": text} for text in texts]))
+    batch = goal.collate(list(found), row_rngs(0, "x", 0, len(texts)), evaluation=True)
+    reference = batch["labels"][batch["labels"] != -100]
+    head: Any = goal.model.head  # made to say the reference, whatever it reads
+    head.forward = lambda hidden: torch.nn.functional.one_hot(reference, 110).float()
+    metrics = goal(batch).metrics
+    assert float(metrics["exact"]) == 2 and float(metrics["rows"]) == len(texts)
+    (spelled, long) = found.remarks
+    assert found.remarks[spelled] == [2, 3, 4, 5, 7] and found.remarks[long] == [6]
+    cut = task(tokenizer).encode(table([{"image": image, "text": " ".join(["red"] * 20)}]))
+    assert cut.cut == [0] and not cut.remarks and not cut[0]["writable"]
+
+
 def test_transformers_opens_the_directory_and_writes_the_same(tuned: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tuned.save(tmp_path / "saved")

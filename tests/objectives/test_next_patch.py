@@ -11,7 +11,7 @@ import torch
 
 from contract import check_objective
 from pretrain.data.loader import row_rngs
-from pretrain.errors import ModelError
+from pretrain.errors import DataError, ModelError
 from pretrain.models import build
 from pretrain.objectives import build_objective
 from pretrain.objectives.next_patch import NextPatch
@@ -95,3 +95,10 @@ def test_the_loss_is_the_squared_error_behind_the_prefix() -> None:
 def test_other_models_are_refused() -> None:
     with pytest.raises(ModelError, match="Build the family vit"):
         NextPatch(build("vit_mae", None, **TINY))
+
+
+def test_images_of_another_size_are_refused() -> None:
+    goal = objective()
+    for shape in ((2, 16, 12), (2, 8, 8)):
+        with pytest.raises(DataError, match=f"{shape[1]} x {shape[2]} pixels.* 12 x 12"):
+            goal.collate([{"pixel_values": np.zeros(shape, np.float32)}], row_rngs(0, "x", 0, 1))

@@ -2,7 +2,8 @@
 
 A row is ``<start> question text <end>`` behind its image; the text and the end are the targets (arXiv 2205.14100,
 sections 3 and 4). Greedy decoding writes exactly the reference if every token of it is the likeliest after those
-before it, so the share of exact texts is measured without writing any.
+before it, so the share of exact texts is measured without writing any. Texts that the tokenizer cannot spell, or that
+are longer than an answer, are not exact.
 
 Letters: B rows, T tokens, N targets.
 """
@@ -169,7 +170,11 @@ class Captioning(ImageTask, TokenObjective):
             if targets:
                 labels = np.asarray(tokens[1:], np.int64)
                 labels[: len(question)] = IGNORE
+                why = self._unwritable(table.columns["text"][i], answer)
+                if why:
+                    rows.remark(i, f"{why}, so the text never counts as exact")
                 example |= {"input_ids": np.asarray(tokens[:-1], np.int64), "labels": labels}
+                example["writable"] = np.asarray(not why and len(answer) <= room)
             else:
                 example["input_ids"] = np.asarray([self.start, *question], np.int64)
             rows.add(i, example)
@@ -182,6 +187,15 @@ class Captioning(ImageTask, TokenObjective):
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         return [e.ids for e in tokenizer.frame_texts(texts, special=False, framed=False)]
+
+    def _unwritable(self, text: str, ids: list[int]) -> str:
+        """Return why no answer of the model can be this text, encoded as ``ids``; empty if one can."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        if tokenizer.decode(ids).strip() != text:
+            return "the tokens of the text spell another one"
+        long = len(ids) > self.max_new_tokens
+        return f"the text has more than max_new_tokens={self.max_new_tokens} tokens" if long else ""
 
     def truth(self, table: Table) -> list[Any]:
         """The texts, to compare with ``answer`` of ``decode``."""
@@ -220,6 +234,7 @@ class Captioning(ImageTask, TokenObjective):
         if "labels" not in examples[0]:
             return batch
         batch["labels"] = torch.from_numpy(labels)
+        batch["writable"] = torch.from_numpy(np.stack([e["writable"] for e in examples]))
         batch["target_index"] = (batch["labels"].reshape(-1) != IGNORE).nonzero().squeeze(1)
         return batch
 
@@ -231,7 +246,7 @@ class Captioning(ImageTask, TokenObjective):
     # ------------------------------------------------------------------ loss and figures
 
     def forward(self, batch: Batch) -> Loss:
-        """Compute the loss of the targets; in evaluation also the number of texts all of whose tokens are right."""
+        """Compute the loss; in evaluation also the number of texts that can be written, and whose tokens are right."""
         hidden, targets, index = self.at_targets(batch)
         loss = self.loss_at(hidden, targets)
         if self.training:
@@ -240,9 +255,9 @@ class Captioning(ImageTask, TokenObjective):
         parts = [head(part).argmax(-1) for part in torch.split(hidden, _LOGITS_ROWS)]
         wrong = (torch.cat(parts) != targets).nonzero().squeeze(1)
         count, columns = batch["labels"].shape
-        rows = torch.zeros(count, device=hidden.device)
-        rows[index[wrong] // columns] = 1
-        loss.metrics |= {"exact": count - rows.sum(), "rows": torch.tensor(float(count))}
+        exact = batch["writable"].clone()
+        exact[index[wrong] // columns] = False
+        loss.metrics |= {"exact": exact.float().sum(), "rows": torch.tensor(float(count))}
         return loss
 
     def summarize(

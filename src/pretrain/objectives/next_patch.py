@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.images.augment import Augmentation
-from pretrain.errors import ModelError
+from pretrain.errors import DataError, ModelError
 from pretrain.models.vit import ViT
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
 from pretrain.objectives.masked_image import patch_targets
@@ -72,6 +72,13 @@ class NextPatch(Objective):
         pixels = pixel_values(
             self.model, self.augmentation, examples, rngs, evaluation=evaluation, what="NextPatch"
         )
+        size = self.model.backbone.config.image_size
+        if pixels.shape[2:] != (size, size):
+            raise DataError(
+                f"The images have {pixels.shape[2]} x {pixels.shape[3]} pixels, and the model that NextPatch trains "
+                f"reads {size} x {size}. Resize them (size in preprocessor_config.json), or build the model with their "
+                "image_size."
+            )
         return {"pixel_values": pixels, "prefix": torch.from_numpy(prefixes)}
 
     def count(self, batch: Batch) -> Tensor:
