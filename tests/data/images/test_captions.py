@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -251,3 +251,25 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         read_pairs([{"image": PIXELS[0], "caption": 3}], {})
     with pytest.raises(DataError, match="no column for caption"):
         read_pairs(images_in(tmp_path / "b"), {})
+
+
+def test_a_folder_takes_time_in_proportion_to_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, plain = [0], PurePath.__hash__
+
+    def counted(path: PurePath) -> int:
+        seen[0] += 1
+        return plain(path)
+
+    monkeypatch.setattr(PurePath, "__hash__", counted)
+    calls = []
+    for count in (20, 80):
+        (folder := tmp_path / str(count)).mkdir()
+        for i in range(count):
+            (folder / f"{i}.png").write_bytes(b"")
+            (folder / f"{i}.txt").write_text("a cat")
+        seen[0] = 0
+        assert len(read_images(folder).columns["caption"]) == count
+        calls.append(seen[0])
+    assert calls[1] < 5 * calls[0]

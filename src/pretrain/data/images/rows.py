@@ -511,7 +511,8 @@ def _folder(path: Path, medium: Medium) -> Table:
     if medium is IMAGES and tars and not found:
         return ImageTable(path.name or str(path), read_tars(tars), origin=str(path))
     beside = [text if (text := file.with_suffix(".txt")) in texts else None for file in found]
-    left = [file.name for file in others if file not in set(beside)]
+    captions = set(beside)
+    left = [file.name for file in others if file not in captions]
     _say_left_out(path, medium, left, irregular)
     columns: dict[str, list[Any]] = {
         medium.column: [medium.item(file, str(file)) for file in found]
