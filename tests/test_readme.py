@@ -36,7 +36,7 @@ SMALLER = {
     '"limit": "30 minutes"': '"limit": "3 steps", "batch_rows": 2, "eval_rows": 2',
     'limit="200 steps"': 'limit="3 steps"',
     'limit="20 steps"': 'limit="2 steps"',
-    'limit="1000 steps"': 'limit="3 steps", batch_rows=2, eval_rows=2',
+    'limit="1000 steps"': 'limit="3 steps", batch_rows=2',
     '"configs/books-gpt.yaml"': '"tiny.yaml"',
     '"runs/books-bert"': '"runs/books-gpt"',
     'task="classification", valid=0.2': 'task="classification", valid=0.2, limit="3 steps"',

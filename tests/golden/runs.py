@@ -101,6 +101,11 @@ def picture(number: int) -> dict[str, Any]:
 
 
 PICTURES = [picture(number) for number in range(24)]
+MASKS = [{"image": row["image"], "mask": (row["image"] > 127).astype(np.uint8)} for row in PICTURES]
+BOXES = [
+    {"image": row["image"], "boxes": [[4 * (n % 2), 0, 4 * (n % 2) + 4, 8]], "label": ["half"]}
+    for n, row in enumerate(PICTURES)
+]
 
 # ------------------------------------------------------------------------------------------ the runs
 
@@ -259,6 +264,8 @@ RUNS["lejepa"] = GoldenRun(
     }
 )
 RUNS["image-classification"] = finetuning("image-classification", PICTURES, "vit")
+RUNS["segmentation"] = finetuning("segmentation", MASKS, "vit")
+RUNS["object-detection"] = finetuning("object-detection", BOXES, "vit")
 for _name, _parallel in MESHES.items():
     _options: dict[str, Any] = {"overrides": {"dropout": 0.1}, "parallel": _parallel}
     RUNS[_name] = pretraining("gpt2", processes=2, **_options)

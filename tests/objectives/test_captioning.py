@@ -80,14 +80,15 @@ def test_the_targets_are_the_text_and_its_end(tokenizer: Tokenizer) -> None:
 
 def test_rows_that_just_fit_are_not_cut(tokenizer: Tokenizer) -> None:
     goal, image = task(tokenizer, max_length=5), SCENES[0]["image"]
-    assert [len(ids) for ids in goal._ids(["red", "describe"])] == [2, 1]
-    asked = [("", "red red"), ("", "red red red"), ("red", "red"), ("red describe", "describe")]
-    asked += [("red red", "describe")]
+    one, two = "describe", "describe describe"
+    assert [len(ids) for ids in goal._ids([two, one])] == [2, 1]
+    asked = [("", f"{two} {two}"), ("", f"{two} {two} {two}"), (two, two), (f"{two} {one}", one)]
+    asked += [(f"{two} {two}", one)]
     for question, text in asked:
         row = {"image": image, "text": text} | ({"question": question} if question else {})
         found = goal.encode(table([row]))
         needed = sum(len(ids) for ids in goal._ids([question, text])) + 2
-        if question == "red red":
+        if question == f"{two} {two}":
             assert found.dropped and not found.cut and not len(found)
         else:
             assert bool(found.cut) == (needed > 6) and not found.dropped
@@ -120,7 +121,9 @@ def test_exact_texts_are_counted_without_writing_them(tuned: Any) -> None:
 
 def test_texts_that_are_never_written_are_not_exact(tokenizer: Tokenizer) -> None:
     goal, image = task(tokenizer, max_new_tokens=4).eval(), SCENES[0]["image"]
-    texts = ["red", "red red", "☃", "red ☃", "Red", " red", "red red red", "describe " * 30]
+    two = "describe describe"
+    texts = [two, f"{two} {two}", "☃", f"{two} ☃", two.title(), f" {two}", " ".join([two] * 3)]
+    texts += ["describe " * 30]
     found = goal.encode(table([{"image": image, "text": text} for text in texts]))
     batch = goal.collate(list(found), row_rngs(0, "x", 0, len(texts)), evaluation=True)
     reference = batch["labels"][batch["labels"] != -100]

@@ -157,7 +157,7 @@ def test_what_cannot_be_embedded_or_chosen_among_is_refused(tmp_path: Path) -> N
 def test_fine_tuning_finds_the_texts_of_images(family: str, tmp_path: Path) -> None:
     source = folder(tmp_path / "a")
     result = pretrain.finetune(
-        model(family), source, task="image-text-retrieval", valid=1 / 6, limit="40 steps", lr=1e-2,
+        model(family), source, task="image-text-retrieval", valid=1 / 6, limit="80 steps", lr=1e-2,
         batch_rows=15, out=str(tmp_path / "run"),
     )  # fmt: skip
     assert result.trivial["image_to_text@5"] == pytest.approx(5 / 6)
