@@ -83,6 +83,7 @@ class ObjectDetection(ImageTask):
     trivial_name: ClassVar[str] = "boxes of one training image"
     recorded: ClassVar[tuple[str, ...]] = ("codes",)
     head_kind: ClassVar[str | None] = "object-detection"
+    figures: ClassVar[tuple[str, ...] | None] = None  # each class has one
     closed: ClassVar[str] = "It finds no objects of other classes, or takes them for one of these."
     row_options: ClassVar[Mapping[str, Any]] = {**ImageTask.row_options, "box_format": str}
 

@@ -76,6 +76,7 @@ class Segmentation(ImageTask, ClassTask):
     trivial_name: ClassVar[str] = "commonest class"
     recorded: ClassVar[tuple[str, ...]] = ("codes",)
     head_kind: ClassVar[str | None] = "segmentation"
+    figures: ClassVar[tuple[str, ...] | None] = None  # each class has one
     closed: ClassVar[str] = "It knows no other classes, and gives one of them to every pixel."
 
     def __init__(

@@ -313,6 +313,7 @@ class MoCo(SimCLR):
         ConfigError: a number is out of range.
     """
 
+    figures: ClassVar[tuple[str, ...] | None] = SimCLR.figures
     copies_model: ClassVar[bool] = True
     constant_buffers: ClassVar[tuple[str, ...]] = ("steps",)  # no forward pass changes it
     steps: Tensor
