@@ -27,6 +27,10 @@ PLACES = {"top": 0, "bottom": 1}
 TEXTS = [f"a {colour} stripe at the {place}" for colour in COLOURS for place in PLACES]
 LABELS = ["red stripe", "blue stripe", "green"]
 FAMILIES = ["clip", "siglip"]
+ONE_QUICK = [
+    "clip",
+    pytest.param("siglip", marks=pytest.mark.slow),
+]  # the same code but for the loss
 
 
 def picture(text: str, seed: int = 0) -> np.ndarray:
@@ -152,7 +156,7 @@ def test_what_cannot_be_embedded_or_chosen_among_is_refused(tmp_path: Path) -> N
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_QUICK)
 def test_fine_tuning_finds_the_texts_of_images(family: str, tmp_path: Path) -> None:
     source = folder(tmp_path / "a")
     result = pretrain.finetune(

@@ -55,7 +55,7 @@ def batch_of(goal: Any, count: int = 8) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["LeJEPA", "MoCo", pytest.param("SimCLR", marks=pytest.mark.slow)])
 def test_contract(kind: str, tmp_path: Path) -> None:
     check_row_randomness(objective(kind), rows(8))
     check_objective_learns(lambda: objective(kind), rows(8), tmp_path / "learn")
