@@ -25,7 +25,7 @@ import pretrain
 from pretrain.data.audio.decode import resampled
 from pretrain.data.audio.rows import AUDIO, mel_vectors
 from pretrain.data.images.rows import read_images
-from pretrain.finetuning.baseline import mel_baseline
+from pretrain.finetuning.baseline import vector_baseline
 from pretrain.finetuning.compare import stratified_subset
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -139,7 +139,8 @@ def linear(parts: Any, tables: Any, seeds: int, per_class: int) -> list[float]:
         chosen = stratified_subset(labels[0], per_class * len(DIGITS), seed)
         few = [parts[0][i] for i in chosen], [labels[0][i] for i in chosen]
         columns = (*few, parts[1], labels[1], parts[2], labels[2])
-        score = mel_baseline(*columns, grid=(0.01, 0.1, 1.0, 10.0), seed=seed)["score_test"]
+        grid = (0.01, 0.1, 1.0, 10.0)
+        score = vector_baseline("log-mel", *columns, grid=grid, seed=seed)["score_test"]
         found.append(round(score, 4))
     return found
 

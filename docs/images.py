@@ -23,7 +23,7 @@ import numpy as np
 import pretrain
 from pretrain.data.images.rows import pixel_vectors, read_images
 from pretrain.data.tables import Table
-from pretrain.finetuning.baseline import pixel_baseline
+from pretrain.finetuning.baseline import vector_baseline
 from pretrain.finetuning.compare import stratified_subset
 from pretrain.finetuning.remarks import baseline_columns
 
@@ -81,7 +81,7 @@ def measured(count: int, seed: int, out: Path, **options: Any) -> dict[str, Any]
     )
     seconds = time.monotonic() - began
     assert result.test_metrics is not None
-    pixels = pixel_baseline(*baseline_columns(train, valid, test))
+    pixels = vector_baseline("pixels", *baseline_columns(train, valid, test))
     return {
         "vit": result.test_metrics["accuracy"],
         "pixels": pixels["score_test"],
@@ -206,7 +206,7 @@ def compare(
         columns = baseline_columns(train, valid, test)
         figures(
             {"what": "pixels", "set": name, "arm": "pixels", "seed": seed},
-            lambda c=columns: {"accuracy": pixel_baseline(*c)["score_test"]},
+            lambda c=columns: {"accuracy": vector_baseline("pixels", *c)["score_test"]},
         )
         for arm, model in models.items():
             for method in ("linear", "knn"):

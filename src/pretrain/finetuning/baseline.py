@@ -40,16 +40,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METRICS",
+    "VECTORS",
     "Lsa",
-    "colour_baseline",
     "embeddings",
     "lsa_baseline",
-    "mel_baseline",
     "of_pairs",
-    "pixel_baseline",
     "probe_baseline",
     "sklearn_module",
     "tfidf_baseline",
+    "vector_baseline",
 ]
 
 Text = str | tuple[str, str]
@@ -60,8 +59,13 @@ Variant = tuple[dict[str, Any], Vectors]
 GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
 PROBE_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # embeddings of variance 1 need a stronger penalty
-MEL_GRID = (0.01, 0.1, 1.0)  # of energies scaled to variance 1
-PIXEL_GRID = (0.01, 0.1, 1.0)  # of pixels between 0 and 1
+# Vectors that are no embeddings of texts: their grid, and whether they are scaled to variance 1. Pixels lie between 0
+# and 1; colours are those of pixels and of their surroundings; log-mel are mean energies of parts of a recording.
+VECTORS = {
+    "pixels": ((0.01, 0.1, 1.0), False),
+    "colours": (GRID, True),
+    "log-mel": ((0.01, 0.1, 1.0), True),
+}
 
 # Metrics for tuning and scoring of baselines; higher is better for all of them.
 _OF_CLASSES: dict[str, Callable[[Any], float]] = {
@@ -219,59 +223,27 @@ def probe_baseline(
     return _tuned(lambda train: [(settings, embed)], columns, grid, metric, seed, scaler=scaler)
 
 
-def pixel_baseline(
-    *columns: Sequence[Any],
-    grid: Sequence[float] = PIXEL_GRID,
+def vector_baseline(
+    features: str,
+    *columns: Any,
+    grid: Sequence[float] | None = None,
     metric: str = "accuracy",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Pixels under a linear model.
+    """Vectors that are no embeddings of texts, such as pixels, under a linear model.
 
     Args:
-        *columns: vectors of pixels in the place of texts, and labels, see above.
-        grid: see above.
+        features: what they are, a key of ``VECTORS``.
+        *columns: the vectors in the place of texts, and labels or classes of pixels, see above.
+        grid: see above; by default that of ``VECTORS``.
         metric: see above.
         seed: see above.
     """
-    settings = {"features": "pixels", "stop_words": None}
-    return _tuned(lambda train: [(settings, np.stack)], columns, grid, metric, seed)
-
-
-def colour_baseline(
-    *columns: Any, grid: Sequence[float] = GRID, metric: str = "miou", seed: int = 0
-) -> dict[str, Any]:
-    """Colours of pixels and of their surroundings under a linear model, for segmentation.
-
-    Args:
-        *columns: features and classes of pixels, see above.
-        grid: see above.
-        metric: see above.
-        seed: see above.
-    """
-    settings = {"features": "colours", "stop_words": None}
-    scaler = sklearn_module("preprocessing").StandardScaler()
-    return _tuned(
-        lambda train: [(settings, np.asarray)], columns, grid, metric, seed, scaler=scaler
-    )
-
-
-def mel_baseline(
-    *columns: Sequence[Any],
-    grid: Sequence[float] = MEL_GRID,
-    metric: str = "accuracy",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Mean log-mel energies, scaled to variance 1, under a linear model.
-
-    Args:
-        *columns: vectors of energies in the place of texts, and labels, see above.
-        grid: see above.
-        metric: see above.
-        seed: see above.
-    """
-    settings = {"features": "log-mel", "stop_words": None}
-    scaler = sklearn_module("preprocessing").StandardScaler()
-    return _tuned(lambda train: [(settings, np.stack)], columns, grid, metric, seed, scaler=scaler)
+    usual, scaled = VECTORS[features]
+    settings = {"features": features, "stop_words": None}
+    scaler = sklearn_module("preprocessing").StandardScaler() if scaled else None
+    variants = [(settings, np.asarray)]
+    return _tuned(lambda train: variants, columns, grid or usual, metric, seed, scaler=scaler)
 
 
 def _tuned(

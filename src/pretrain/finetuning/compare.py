@@ -31,7 +31,7 @@ import numpy as np
 
 from pretrain.config.spelling import option
 from pretrain.errors import ConfigError, DataError, PretrainError
-from pretrain.finetuning.remarks import BASELINE_TASKS, baseline_columns
+from pretrain.finetuning.remarks import BASELINE_TASKS, baseline_columns, vectors_of
 from pretrain.metrics import LOWER_IS_BETTER, mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
@@ -218,15 +218,12 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
         or any(isinstance(value, list | tuple) for value in labels[:50])
     ):
         return {}
-    if {"image", "audio"} & set(job.data.train.names):
+    if (features := vectors_of(job.data.train)) is not None:
         if importlib.util.find_spec("sklearn") is None:
             note("no classical baseline: scikit-learn is not installed")
             return {}
-        if "mask" in job.data.train.names:
-            return {"colours": baseline.colour_baseline}
-        if "audio" in job.data.train.names:
-            return {"mel": baseline.mel_baseline}
-        return {"pixels": baseline.pixel_baseline}
+        name = "mel" if features == "log-mel" else features
+        return {name: partial(baseline.vector_baseline, features)}
     try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.
         space = baseline.Lsa(baseline_columns(job.data.train)[0])

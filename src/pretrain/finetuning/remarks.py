@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
     from pretrain.training.state import Run
 
-__all__ = ["BASELINE_TASKS", "baseline_columns", "remarks"]
+__all__ = ["BASELINE_TASKS", "baseline_columns", "remarks", "vectors_of"]
 
 # Tasks with one label for each row or pixel, for which there are classical baselines.
 BASELINE_TASKS = (
@@ -155,10 +155,9 @@ def _classical(result: Finetuned) -> str | None:
     if ours is None or theirs is None or not theirs > ours:
         return None
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
-    names, where = data.train.names, "held-out" if data.test is None else "test"
-    known = {"mask": "colours", "image": "pixels", "audio": "log-mel"}
-    read = next((features for column, features in known.items() if column in names), "TF-IDF")
-    seen = "a sample of pixels" if "mask" in names else "the same rows"
+    where = "held-out" if data.test is None else "test"
+    read = vectors_of(data.train) or "TF-IDF"
+    seen = "a sample of pixels" if read == "colours" else "the same rows"
     return (
         f"a classical baseline is better: {read} with {linear} on {seen} has {metric} {theirs:.4f} on the "
         f"{where} rows, this model {ours:.4f}"
@@ -171,13 +170,7 @@ def classical_baseline(result: Finetuned) -> float | None:
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
     """
-    from pretrain.finetuning.baseline import (
-        METRICS,
-        colour_baseline,
-        mel_baseline,
-        pixel_baseline,
-        tfidf_baseline,
-    )
+    from pretrain.finetuning.baseline import METRICS, tfidf_baseline, vector_baseline
 
     data, metric = result.data, result.monitor
     held = data.valid if data.test is None else data.test
@@ -190,12 +183,9 @@ def classical_baseline(result: Finetuned) -> float | None:
         return None
     try:
         columns = baseline_columns(data.train, data.valid, held)
-        if "mask" in data.train.names:
-            found = colour_baseline(*columns, grid=(1.0,), metric=metric)
-        elif "image" in data.train.names:
-            found = pixel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
-        elif "audio" in data.train.names:
-            found = mel_baseline(*columns, grid=(0.01, 0.1), metric=metric)
+        if (features := vectors_of(data.train)) is not None:
+            grid = (1.0,) if features == "colours" else (0.01, 0.1)
+            found = vector_baseline(features, *columns, grid=grid, metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
             found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
         else:
@@ -205,21 +195,28 @@ def classical_baseline(result: Finetuned) -> float | None:
     return float(found["score_test"])
 
 
+def vectors_of(table: Table) -> str | None:
+    """Return the key of ``baseline.VECTORS`` for the rows of a table, or None for texts."""
+    known = {"mask": "colours", "image": "pixels", "audio": "log-mel"}
+    return next((features for column, features in known.items() if column in table.names), None)
+
+
 def baseline_columns(*tables: Table) -> list[Any]:
     """Return the columns of a baseline: texts (or pairs), pixels or log-mel, and the labels of each table.
 
     Where every pixel has a label, the columns hold pixels that are drawn from all images.
     """
     columns: list[Any] = []
-    if "mask" in tables[0].names:
+    features = vectors_of(tables[0])
+    if features == "colours":
         from pretrain.data.images.masks import pixel_features
 
         return [column for pair in pixel_features(*tables) for column in pair]
-    if {"image", "audio"} & set(tables[0].names):
+    if features is not None:
         from pretrain.data.audio.rows import mel_vectors
         from pretrain.data.images.rows import pixel_vectors
 
-        found = (pixel_vectors if "image" in tables[0].names else mel_vectors)(*tables)
+        found = (pixel_vectors if features == "pixels" else mel_vectors)(*tables)
         for table, (vectors, rows) in zip(tables, found, strict=True):
             columns += [vectors, [table.columns["label"][i] for i in rows]]
         return columns
