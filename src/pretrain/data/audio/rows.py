@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.data.audio.augment import StoredClip
-from pretrain.data.audio.decode import SUFFIXES, Clip
+from pretrain.data.audio.decode import SUFFIXES, Clip, Sound
 from pretrain.data.audio.processor import AudioProcessor, clip_of
 from pretrain.data.images.decode import FileItem
-from pretrain.data.images.rows import Medium, decoded
+from pretrain.data.images.rows import Medium, read_all
 from pretrain.errors import DataError
 from pretrain.utils.files import note
 
@@ -79,19 +79,19 @@ def mel_vectors(
         parts: of a clip; 1 for the mean over the whole clip.
     """
     processor = AudioProcessor(num_mel_bins=_BANDS, max_length=1 << 16, do_normalize=False)
+
+    def means(sound: Sound) -> NDArray[np.float32]:
+        energies = processor.log_mel(sound)
+        edges = np.linspace(0, len(energies), parts + 1)
+        cuts = [(int(a), max(int(b), int(a) + 1)) for a, b in zip(edges, edges[1:], strict=False)]
+        return np.concatenate([energies[a:b].mean(0) for a, b in cuts])
+
     result = []
     for table in tables:
-        rows: list[int] = []
-        vectors: list[NDArray[np.float32]] = []
-        for i, stored, _ in decoded(table, required=False, medium=AUDIO):
-            if stored is not None:
-                energies = processor.log_mel(stored.clip.read()[0])
-                edges = np.linspace(0, len(energies), parts + 1)
-                cuts = [
-                    (int(a), max(int(b), int(a) + 1))
-                    for a, b in zip(edges, edges[1:], strict=False)
-                ]
-                vectors.append(np.concatenate([energies[a:b].mean(0) for a, b in cuts]))
-                rows.append(i)
-        result.append((vectors, rows))
+        read = [
+            (i, found[0])
+            for i, _, found in read_all(table, means, AUDIO)
+            if isinstance(found, tuple)
+        ]
+        result.append(([vector for _, vector in read], [i for i, _ in read]))
     return result

@@ -107,7 +107,8 @@ def fitted_processor(
         patch: side of a patch, of which the frames become a multiple.
     """
     given: dict[str, Any] = {"sampling_rate": rate, "num_mel_bins": bands, "do_normalize": False}
-    counts = [AudioProcessor(**given).frames(clip.seconds(rate)) for clip in clips]
+    any_length = AudioProcessor(**given)
+    counts = [any_length.frames(clip.seconds(rate)) for clip in clips]
     if frames is None:
         frames = -(-min(_LONGEST, max(counts)) // patch) * patch
     plain = AudioProcessor(**given, max_length=frames)

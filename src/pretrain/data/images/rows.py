@@ -50,6 +50,7 @@ __all__ = [
     "parts_of",
     "pictures",
     "pixel_vectors",
+    "read_all",
     "read_images",
     "table_chunks",
 ]
@@ -269,7 +270,7 @@ def decoded(
         DataError: a file does not exist, which a wrong folder causes for many; names the first.
     """
     room = _KEPT
-    for i, picture, found in _read_all(table, medium=medium):
+    for i, picture, found in read_all(table, medium=medium):
         if picture is None:
             yield i, None, f"no {medium.column}"
         elif isinstance(found, BrokenFile):
@@ -286,7 +287,7 @@ def decoded(
             yield i, stored, remark
 
 
-def _read_all(
+def read_all(
     table: Table, then: Callable[[Any], Any] = lambda image: image, medium: Medium = IMAGES
 ) -> Iterator[tuple[int, Any, Any]]:
     """Decode the images of a table, files in several threads and many under a bar of progress.
@@ -336,7 +337,7 @@ def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[
         return {size: image.resize(size, 2) for size in dict.fromkeys((own, square))}
 
     found = [
-        [(i, result[0]) for i, _, result in _read_all(table, scaled) if isinstance(result, tuple)]
+        [(i, result[0]) for i, _, result in read_all(table, scaled) if isinstance(result, tuple)]
         for table in tables
     ]
     images = [small for rows in found for _, small in rows]
