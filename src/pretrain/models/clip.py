@@ -25,7 +25,7 @@ from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm, compute_dtype
 from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["CLIP", "CLIPConfig", "TowersConfig", "TwoTowers", "read_part", "tower_names"]
+__all__ = ["CLIP", "CLIPConfig", "TowersConfig", "TwoTowers", "image_tower_names", "read_part"]
 
 # transformers has no dropout in these families and ignores the key, so it is there for training alone.
 DROPOUT = Key("dropout", 0.0, optional=True)
@@ -138,6 +138,27 @@ class ImageTower(nn.Module):
         self.first_norm = LayerNorm(size, block.norm_eps) if first_norm else None
         self.layers = nn.ModuleList(Block(block) for _ in range(config.vision_num_layers or 0))
         self.norm = LayerNorm(size, block.norm_eps)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return what the first block reads, (B, C, H, W) -> (B, T, D).
+
+        Raises:
+            ModelError: the images are not of the size of the model.
+        """
+        self.patches.check(pixels)
+        x: Tensor = self.patches(pixels)
+        return x if self.first_norm is None else self.first_norm(x)
+
+
+def image_tower_names(disk: str, own: str) -> dict[str, str]:
+    """Return name on disk -> name in memory of an image tower; see ``tower_names``."""
+    return tower_names(disk, own) | {
+        f"{disk}.embeddings.class_embedding": f"{own}patches.class_token",
+        f"{disk}.embeddings.patch_embedding": f"{own}patches.projection",
+        f"{disk}.embeddings.position_embedding.weight": f"{own}patches.positions",
+        f"{disk}.pre_layrnorm": f"{own}first_norm",  # so it is spelled in the files
+        f"{disk}.post_layernorm": f"{own}norm",
+    }
 
 
 def tower_names(disk: str, own: str) -> dict[str, str]:
@@ -347,16 +368,11 @@ class TwoTowers(Backbone):
     # ------------------------------------------------------------------ names and files
 
     def names(self) -> list[Name]:
-        pairs = tower_names("text_model", "text.") | tower_names("vision_model", "image.")
+        pairs = tower_names("text_model", "text.") | image_tower_names("vision_model", "image.")
         pairs |= {
             "text_model.embeddings.token_embedding": "text.token_embedding",
             "text_model.embeddings.position_embedding": "text.position_embedding",
             "text_model.final_layer_norm": "text.norm",
-            "vision_model.embeddings.class_embedding": "image.patches.class_token",
-            "vision_model.embeddings.patch_embedding": "image.patches.projection",
-            "vision_model.embeddings.position_embedding.weight": "image.patches.positions",
-            "vision_model.pre_layrnorm": "image.first_norm",  # so it is spelled in the files
-            "vision_model.post_layernorm": "image.norm",
         }
         return [Name(disk, (own,)) for disk, own in pairs.items()]
 
@@ -493,10 +509,7 @@ class CLIP(TwoTowers):
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.image
-        tower.patches.check(pixels)
-        x = tower.patches(pixels)
-        x = x if tower.first_norm is None else tower.first_norm(x)
-        hidden = self.through(tower.layers, x, AttentionMask())
+        hidden = self.through(tower.layers, tower.embed(pixels), AttentionMask())
         return hidden, tower.norm(hidden[:, 0])
 
     def encode_texts(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ModelError
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.clip import ImageTower, TowersConfig, read_part, tower_names
+from pretrain.models.clip import ImageTower, TowersConfig, image_tower_names, read_part
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.heads import LanguageHead
 from pretrain.models.image_backbone import image_processor
@@ -64,8 +64,8 @@ class Git(Backbone):
     """Tokens under ``input_ids`` behind the image under ``pixel_values``, if there is one, (B, T) -> (B, T, D).
 
     All image tokens attend to one another, and a token of the text to the image and the tokens before it. Positions
-    count the text alone. Padding may stand on the right only. With a cache, the image belongs to the first call, and
-    later ones need ``position_ids``.
+    count the text alone. Padding, named by ``attention_mask``, may stand on either side. With a cache, the image
+    belongs to the first call, and later ones need ``position_ids``.
     """
 
     model_type: ClassVar[str] = "git"
@@ -155,11 +155,8 @@ class Git(Backbone):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Return the image tokens, (B, C, H, W) -> (B, M, D)."""
-        tower = self.image
-        tower.patches.check(pixels)
-        x = tower.patches(pixels)
-        x = x if tower.first_norm is None else tower.first_norm(x)
-        mask = AttentionMask()
+        tower, mask = self.image, AttentionMask()
+        x = tower.embed(pixels)
         for layer in tower.layers:
             x = layer(x, mask=mask)
         found: Tensor = self.image_norm(self.image_projection(tower.norm(x)))
@@ -200,13 +197,8 @@ class Git(Backbone):
     # ------------------------------------------------------------------ names and files
 
     def names(self) -> list[Name]:
-        tower, text = "image_encoder.vision_model", "encoder.layer.{n}."
-        pairs = tower_names(tower, "image.") | {
-            f"{tower}.embeddings.class_embedding": "image.patches.class_token",
-            f"{tower}.embeddings.patch_embedding": "image.patches.projection",
-            f"{tower}.embeddings.position_embedding.weight": "image.patches.positions",
-            f"{tower}.pre_layrnorm": "image.first_norm",  # so it is spelled in the files
-            f"{tower}.post_layernorm": "image.norm",
+        text = "encoder.layer.{n}."
+        pairs = image_tower_names("image_encoder.vision_model", "image.") | {
             "visual_projection.visual_projection.0": "image_projection",
             "visual_projection.visual_projection.1": "image_norm",
             "embeddings.word_embeddings": "token_embedding",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pretrain.models.backbone import Batch
-from pretrain.models.clip import CLIP, read_part, tower_names
+from pretrain.models.clip import CLIP, image_tower_names, read_part
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.heads import SequenceHead
 from pretrain.models.image_backbone import ImageBackbone
@@ -94,13 +94,7 @@ class ImageTower(ImageBackbone):
         return SequenceHead(config.hidden_size, num_labels, pool=pool, dropout=dropout)
 
     def names(self) -> list[Name]:
-        pairs = tower_names("vision_model", "") | {
-            "vision_model.embeddings.class_embedding": "patches.class_token",
-            "vision_model.embeddings.patch_embedding": "patches.projection",
-            "vision_model.embeddings.position_embedding.weight": "patches.positions",
-            "vision_model.pre_layrnorm": "first_norm",  # so it is spelled in the files
-            "vision_model.post_layernorm": "norm",
-        }
+        pairs = image_tower_names("vision_model", "")
         return [Name(disk, (own,)) for disk, own in pairs.items()]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:

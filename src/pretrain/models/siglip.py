@@ -123,8 +123,7 @@ class Siglip(TwoTowers):
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.image
-        tower.patches.check(pixels)
-        x = self.through(tower.layers, tower.patches(pixels), AttentionMask())
+        x = self.through(tower.layers, tower.embed(pixels), AttentionMask())
         hidden = tower.norm(x)
         return hidden, self.pool(hidden)
 
