@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.images import ImageProcessor
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.data.images.rows import decoded, pictures
@@ -120,12 +119,6 @@ class Captioning(ImageTask, TokenObjective):
                 "model has none. Take one with bos_token and eos_token, such as the wordpiece ones of this package."
             )
         return start, end
-
-    @property
-    def processor(self) -> ImageProcessor:
-        """The image processor of the model."""
-        found: ImageProcessor = self.model.processor.images
-        return found
 
     @property
     def limits(self) -> list[str]:

@@ -82,8 +82,8 @@ class ImageTask(Task):
 
     @property
     def processor(self) -> Any:
-        """The processor of the model, for images an ``ImageProcessor``."""
-        return self.model.processor
+        """What reads the inputs: for images an ``ImageProcessor``, also that of a processor of images and texts."""
+        return getattr(self.model.processor, "images", self.model.processor)
 
     @property
     def limits(self) -> list[str]:

@@ -18,8 +18,7 @@ from pretrain.data.images.captions import (
     captions_by_row,
     one_row_for_each_image,
 )
-from pretrain.data.images.given import given_images
-from pretrain.data.images.rows import decoded, parts_of, read_images
+from pretrain.data.images.rows import decoded
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
@@ -27,6 +26,7 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import Batch
 from pretrain.objectives.contrastive import Contrastive, SigmoidContrastive, padded_texts
+from pretrain.objectives.image_task import ImageTask
 from pretrain.objectives.row_pixels import check_processor
 from pretrain.objectives.tasks import Learned, Task
 from pretrain.utils.files import note
@@ -39,7 +39,7 @@ __all__ = ["ImageTextRetrieval"]
 _PROMPT = "This is a photo of {}."  # that of the pipeline of transformers
 
 
-class ImageTextRetrieval(Task, Contrastive):
+class ImageTextRetrieval(ImageTask, Contrastive):
     """Train on images with their texts, and choose among texts for images.
 
     The loss is that of the model: InfoNCE for clip, the sigmoid loss of pairs for siglip.
@@ -90,12 +90,12 @@ class ImageTextRetrieval(Task, Contrastive):
         Raises:
             ModelError: it has not.
         """
-        super().check_processor()
+        Task.check_processor(self)
         check_processor(self.model, f"The task {self.name}")
 
     @property
     def limits(self) -> list[str]:
-        side = self.model.processor.images.size or (0, 0)
+        side = self.processor.size or (0, 0)
         return [
             f"An image is scaled to {side[0]} x {side[1]} pixels, and a text is cut after {self.max_length} tokens."
         ]
@@ -103,22 +103,12 @@ class ImageTextRetrieval(Task, Contrastive):
     # ------------------------------------------------------------------ rows
 
     @classmethod
-    def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
-        return read_images(source, name=name, **options)
-
-    @classmethod
-    def parts(cls, source: Any) -> Sequence[str]:
-        return parts_of(source)
-
-    @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
         return one_row_for_each_image(table)
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         """Decode every image once, so that a broken one is counted and named before the first step."""
-        size = self.model.processor.images.size or (1, 1)
-        pixels = torch.empty((1, self.model.processor.images.channels, *size), device="meta")
-        rows = TaskRows(size=self.model.backbone.units({"pixel_values": pixels}))
+        rows = TaskRows(size=self._patches())
         owners, fields = list(range(len(table))), list[dict[str, Any]]()
         if targets:
             several, tokenizer = captions_by_row(table), self.model.tokenizer
@@ -137,8 +127,7 @@ class ImageTextRetrieval(Task, Contrastive):
         return rows
 
     def sizes(self, rows: TaskRows) -> str:
-        images = self.model.processor.images
-        size = images.size or (0, 0)
+        images, size = self.processor, self.processor.size or (0, 0)
         return (
             f"images are read as {images.channels} x {size[0]} x {size[1]} values, {rows.size} patches each, texts as "
             f"at most {self.max_length} tokens"
@@ -165,9 +154,6 @@ class ImageTextRetrieval(Task, Contrastive):
         }
 
     # ------------------------------------------------------------------ answers
-
-    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
-        return given_images(inputs, self.model.processor.images.channels)
 
     def outputs(self, batch: Batch) -> list[Any]:
         return list(self.model({"pixel_values": batch["pixel_values"]}).float().cpu())
