@@ -8,8 +8,6 @@ Letters: B clips, T frames, M mel bands.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from pretrain.data.audio.decode import Clip, Sound, resampled
+from pretrain.data.images.processor import SavedProcessor
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.utils.files import note, read_bytes
-from pretrain.utils.strict_json import parse_json, to_json
+from pretrain.utils.strict_json import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,7 @@ _WITHOUT_EFFECT = {"feature_extractor_type", "processor_class", "transformers_ve
 _RANGES = {"sampling_rate": (1_000, 768_000), "num_mel_bins": (2, 512), "max_length": (1, 1 << 17)}
 
 
-class AudioProcessor:
+class AudioProcessor(SavedProcessor):
     """Turns recordings into log-mel spectrograms of one length, by the keys of ``preprocessor_config.json``.
 
     Args:
@@ -159,16 +158,6 @@ class AudioProcessor:
         """Return the content of ``preprocessor_config.json``."""
         fixed = {key: values[0] for key, values in _ONLY.items()}
         return {"feature_extractor_type": _KIND, **fixed, **self.settings}
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``preprocessor_config.json``."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, _FILE).write_bytes(to_json(self.to_dict()))
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all settings."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def __repr__(self) -> str:
         frames, bands = self.shape

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-__all__ = ["ImageProcessor"]
+__all__ = ["ImageProcessor", "SavedProcessor"]
 
 _FILE, _NESTED = "preprocessor_config.json", "processor_config.json"
 _LARGEST = 1 << 14  # of a side; far above every published model
@@ -104,7 +104,25 @@ _ONLY = {
 }
 
 
-class ImageProcessor:
+class SavedProcessor:
+    """Base class of the processors that ``preprocessor_config.json`` describes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``preprocessor_config.json``."""
+        raise NotImplementedError
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``preprocessor_config.json``."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        Path(directory, _FILE).write_bytes(to_json(self.to_dict()))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all settings."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+class ImageProcessor(SavedProcessor):
     """Resizes, crops, rescales and normalises images, by the keys of ``preprocessor_config.json``.
 
     Args:
@@ -239,16 +257,6 @@ class ImageProcessor:
         chosen |= {key: list(chosen[key]) for key in ("image_mean", "image_std")}
         kept = {k: v for k, v in self.extra.items() if k in ("processor_class",)}
         return {"image_processor_type": self.kind, **chosen, **kept}
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``preprocessor_config.json``."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, _FILE).write_bytes(to_json(self.to_dict()))
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all settings."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def __repr__(self) -> str:
         size = "their own size" if self.size is None else f"{self.size[0]} x {self.size[1]}"
