@@ -73,9 +73,8 @@ class Views(Objective):
         self.views, self.projection, self.pooling = views, projection, pooling
         self.augmentation = Augmentation(crop, flip, randaugment)
         self.projector = _perceptron(model.backbone.config.hidden_size, projection)
-        self._weights = sum(
-            p.numel() for p in self.projector.parameters()
-        )  # sharded ones have fewer
+        # Counted now, because sharded parameters have fewer.
+        self._weights = sum(p.numel() for p in self.projector.parameters())
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Draw the views of each row with the row's own generator, in evaluation too: ``views`` (n, V, C, H, W)."""
@@ -274,9 +273,7 @@ class SimCLR(Views):
     def forward(self, batch: Batch) -> Loss:
         own = F.normalize(self.projected(batch, self.model.backbone, self.projector), dim=-1)
         every, first = self.whole_batch(own)
-        others = every.transpose(0, 1).flatten(
-            0, 1
-        )  # (2 N, P), the first views of all images first
+        others = every.transpose(0, 1).flatten(0, 1)  # (2 N, P), first views first
         places = first + torch.arange(len(own), device=own.device)
         total, right = own.new_zeros(()), own.new_zeros(())
         for view in (0, 1):

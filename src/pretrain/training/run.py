@@ -544,9 +544,7 @@ def evaluate(
     recorded = model.extra_config.get("pretrain", {}).get("objective")
     recorded = recorded if isinstance(recorded, Mapping) else {}
     name, options = objective or objective_for(model.head_kind), {}
-    if (
-        name is None and recorded.get("name") in OBJECTIVES
-    ):  # one of those that train models without a head
+    if name is None and recorded.get("name") in OBJECTIVES:  # it trains models without a head
         name = recorded["name"]
     if name is None:
         raise ConfigError(

@@ -61,9 +61,8 @@ from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
 
-_ROWS_OF_STATISTICS = (
-    16  # rows at a time that batch normalisation needs, as in the usual code of detectors
-)
+# Rows at a time that batch normalisation needs, as in the usual code of detectors.
+_ROWS_OF_STATISTICS = 16
 
 
 @dataclass(frozen=True)

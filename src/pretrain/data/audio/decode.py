@@ -30,9 +30,8 @@ _MOST_SAMPLES = 1 << 26  # of all channels: 35 minutes of stereo at 16 kHz
 _LEAST_SECONDS = 0.025  # one window of the spectrogram
 _RATES = (1_000, 768_000)  # samples per second that a header may name
 _MOST_CHANNELS = 8
-_LOUDEST = (
-    4.0  # floats above 1 are clipped by players; far above it, they are integers in another type
-)
+# Floats above 1 are clipped by players; far above it, they are integers in another type.
+_LOUDEST = 4.0
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 # Programs that write to a pipe leave the length of the data at its greatest value, or, like sox, a page below it; whole
 # samples of all channels may be a few bytes less.
