@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from pretrain.errors import ConfigError
+from pretrain.nn.attention import AttentionMask
+from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.mlp import ACTIVATIONS, MLP
 from pretrain.nn.norm import LayerNorm, RMSNorm, build_norm
 from pretrain.nn.positions import RotaryTable, check_rope, document_positions, rotate
@@ -94,3 +96,35 @@ def test_document_positions_restart():
 def test_bad_rotary_parameters(rope: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         check_rope(rope)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_kept_columns_are_those_of_the_whole_block(causal: bool, pre_norm: bool):
+    torch.manual_seed(0)
+    block = Block(BlockConfig(16, 2, 32, pre_norm=pre_norm)).double()
+    mask = AttentionMask(causal=causal)
+    columns = torch.tensor([[4, 0], [2, 6], [1, 1]])
+    weight = torch.randn(3, 2, 16, dtype=torch.double)
+    found = []
+    for keep in (None, columns):
+        x = torch.linspace(-1, 1, 3 * 7 * 16, dtype=torch.double).sin().view(3, 7, 16)
+        x.requires_grad_()
+        out = block(x, mask=mask, keep=keep)
+        out = torch.stack([out[i, columns[i]] for i in range(3)]) if keep is None else out
+        grads = torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])
+        found.append([out, *grads])
+    for whole, kept in zip(*found, strict=True):
+        torch.testing.assert_close(kept, whole)
+
+
+def test_a_mask_restricts_the_attention_of_kept_columns():
+    """Only what nothing masks has fewer queries; the second row here has padding."""
+    block = Block(BlockConfig(16, 2, 32))
+    x, columns = torch.randn(2, 5, 16), torch.tensor([[0], [1]])
+    for mask in (AttentionMask(documents=torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])),
+                 AttentionMask(window=1), AttentionMask(bias=torch.randn(1, 2, 5, 5))):  # fmt: skip
+        whole = block(x, mask=mask)
+        kept = block(x, mask=mask, keep=columns)
+        torch.testing.assert_close(kept[:, 0], whole[torch.arange(2), columns[:, 0]])
+        assert not mask.empty

@@ -161,10 +161,9 @@ class AST(ImageBackbone):
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         self.check_inputs(batch["input_values"], cache)
         x = self.drop(self.embedding(batch["input_values"], batch.get("visible_index")))
-        layers = len(self.layers)
-        found: Tensor = self.final_norm(
-            self.run(x, [AttentionMask()] * layers, [None] * layers, None)
-        )
+        masks = [AttentionMask()] * len(self.layers)
+        x = self.run(x, masks, [None] * len(masks), None, batch.get("keep_index"))
+        found: Tensor = self.final_norm(x)
         return found
 
     # ------------------------------------------------------------------ what a batch is

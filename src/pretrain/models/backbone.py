@@ -374,8 +374,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Run all blocks, (B, T, D) -> (B, T, D), with one mask and one rotary table per block.
 
-        ``keep`` holds (N,) indices into the flattened batch: the last block computes only these tokens after its
-        attention, and the result is (N, D).
+        ``keep`` names the tokens that the last block computes, whose states are the result: see ``Block``.
         """
         columns = x.shape[1]
         if self.compiled and cache is None:

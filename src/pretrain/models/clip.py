@@ -21,7 +21,7 @@ from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.image_backbone import image_processor, random_images
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
-from pretrain.nn.block import Block, BlockConfig
+from pretrain.nn.block import Block, BlockConfig, columns_of
 from pretrain.nn.norm import LayerNorm, compute_dtype
 from pretrain.nn.patches import PatchEmbedding
 
@@ -236,21 +236,26 @@ class TwoTowers(Backbone):
 
     # ------------------------------------------------------------------ implemented by the family
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last hidden states of the image tower and the pooled vectors, as transformers does."""
+    def encode_images(self, pixels: Tensor, *, whole: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states of the image tower and the pooled vectors, as transformers does.
+
+        Unless ``whole``, the states may be only those that are pooled, and the last block computes no others.
+        """
         raise NotImplementedError
 
-    def encode_texts(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the last hidden states of the text tower and the pooled vectors, as transformers does."""
+    def encode_texts(
+        self, ids: Tensor, mask: Tensor | None = None, *, whole: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states of the text tower and the pooled vectors; see ``encode_images``."""
         raise NotImplementedError
 
     def image_vectors(self, pixels: Tensor) -> Tensor:
         """Return the vectors of images, not normalised, (B, C, H, W) -> (B, P)."""
-        return self.encode_images(pixels)[1]
+        return self.encode_images(pixels, whole=False)[1]
 
     def text_vectors(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the vectors of texts, not normalised, (B, T) -> (B, P)."""
-        return self.encode_texts(ids, mask)[1]
+        return self.encode_texts(ids, mask, whole=False)[1]
 
     def scores(self, images: Tensor, texts: Tensor) -> Tensor:
         """Return the similarity of unit vectors, times the learned scale, in fp32, (images, texts)."""
@@ -306,15 +311,19 @@ class TwoTowers(Backbone):
         return x + self.text.position_embedding.weight[:columns]
 
     def through(
-        self, layers: Sequence[nn.Module] | nn.ModuleList, x: Tensor, mask: AttentionMask
+        self,
+        layers: Sequence[nn.Module] | nn.ModuleList,
+        x: Tensor,
+        mask: AttentionMask,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """Run the blocks of one tower, (B, T, D) -> (B, T, D)."""
+        """Run the blocks of one tower, (B, T, D) -> (B, T, D), or only (B, K) columns of each row in the last one."""
         if self.compiled:
             first: Any = layers[0]
             width: int = first.attention.head_dim
             mask.prepare(x.shape[1], x.device, compute_dtype(x), width)
-        for layer in layers:
-            x = layer(x, mask=mask)
+        for i, layer in enumerate(layers):
+            x = layer(x, mask=mask, keep=keep if i == len(layers) - 1 else None)
         return x
 
     @classmethod
@@ -507,16 +516,19 @@ class CLIP(TwoTowers):
         end: int | None = None if self.config.largest_id else self.config.eos_id
         return end
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        tower = self.image
-        hidden = self.through(tower.layers, tower.embed(pixels), AttentionMask())
+    def encode_images(self, pixels: Tensor, *, whole: bool = True) -> tuple[Tensor, Tensor]:
+        tower, first = (
+            self.image,
+            torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device),
+        )
+        x = tower.embed(pixels)
+        hidden = self.through(tower.layers, x, AttentionMask(), None if whole else first)
         return hidden, tower.norm(hidden[:, 0])
 
-    def encode_texts(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_texts(
+        self, ids: Tensor, mask: Tensor | None = None, *, whole: bool = True
+    ) -> tuple[Tensor, Tensor]:
         batch = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-        x = self.embed_tokens(ids)
-        x = self.through(self.text.layers, x, AttentionMask.from_batch(batch, causal=True))
-        hidden = self.text.norm(x)
         if self.config.largest_id:
             last = ids.argmax(dim=-1)
         else:
@@ -528,14 +540,18 @@ class CLIP(TwoTowers):
                     "the tokenizer of the model, and keep the end token when cutting them."
                 )
             last = ends.int().argmax(dim=-1)  # the first, because padding may have the same id
-        return hidden, hidden[torch.arange(len(ids), device=ids.device), last]
+        last = last[:, None]
+        seen = AttentionMask.from_batch(batch, causal=True)
+        x = self.through(self.text.layers, self.embed_tokens(ids), seen, None if whole else last)
+        hidden = self.text.norm(x)
+        return hidden, (columns_of(hidden, last) if whole else hidden)[:, 0]
 
     def image_vectors(self, pixels: Tensor) -> Tensor:
-        found: Tensor = self.image_projection(self.encode_images(pixels)[1])
+        found: Tensor = self.image_projection(self.encode_images(pixels, whole=False)[1])
         return found
 
     def text_vectors(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        found: Tensor = self.text_projection(self.encode_texts(ids, mask)[1])
+        found: Tensor = self.text_projection(self.encode_texts(ids, mask, whole=False)[1])
         return found
 
     def first_scale(self) -> float:

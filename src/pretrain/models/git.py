@@ -140,7 +140,8 @@ class Git(Backbone):
             # The ids of padding differ from those of the image and the text, which are one document.
             documents = F.pad(real, (count, 0), value=1)
         mask = AttentionMask(documents=documents, bias=bias)
-        return self.run(x, [mask] * len(layers), [None] * len(layers), cache)[:, count:]
+        text = torch.arange(count, x.shape[1], device=x.device).expand(len(x), -1)
+        return self.run(x, [mask] * len(layers), [None] * len(layers), cache, text)
 
     def embed_tokens(self, batch: Batch, cache: KVCache | None) -> Tensor:
         """Embed ids with their positions, (B, T) -> (B, T, D)."""

@@ -210,9 +210,15 @@ class SequenceHead(nn.Module):
         scores: Tensor = self.classifier(F.dropout(pooled, self.dropout, self.training))
         return scores
 
+    @property
+    def lead(self) -> int:
+        """How many tokens at the start of a row are all that is pooled; 0 if others may be."""
+        return {"first": 1, "pair": 2}.get(self.pool, 0)
+
     def _pool(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Pool (B, T, D) -> (B, D), or (N, D) for the N documents of packed rows."""
-        if "keep_index" in batch:  # the backbone has computed the pooled tokens only
+        kept = batch.get("keep_index")
+        if kept is not None and kept.ndim == 1:  # the backbone has computed the pooled tokens only
             return hidden
         if "first_index" in batch:
             return pool_documents(hidden, batch, self.pool)
@@ -221,7 +227,7 @@ class SequenceHead(nn.Module):
         if self.pool == "patches":
             return hidden[:, 1:].mean(1)
         if self.pool == "pair":
-            return (hidden[:, 0] + hidden[:, 1]) / 2
+            return hidden[:, :2].mean(1)
         real = batch.get("attention_mask")
         if self.pool == "mean":
             if real is None:

@@ -121,16 +121,19 @@ class Siglip(TwoTowers):
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1))
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, pixels: Tensor, *, whole: bool = True) -> tuple[Tensor, Tensor]:
         tower = self.image
         x = self.through(tower.layers, tower.embed(pixels), AttentionMask())
         hidden = tower.norm(x)
         return hidden, self.pool(hidden)
 
-    def encode_texts(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_texts(
+        self, ids: Tensor, mask: Tensor | None = None, *, whole: bool = True
+    ) -> tuple[Tensor, Tensor]:
         batch = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-        x = self.embed_tokens(ids)
-        x = self.through(self.text.layers, x, AttentionMask.from_batch(batch, causal=False))
+        x, seen = self.embed_tokens(ids), AttentionMask.from_batch(batch, causal=False)
+        last = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
+        x = self.through(self.text.layers, x, seen, None if whole else last)
         hidden = self.text.norm(x)
         return hidden, self.text_projection(hidden[:, -1])
 

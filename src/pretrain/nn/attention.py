@@ -204,6 +204,12 @@ class AttentionMask:
         shared: Buckets | None = self._shared["buckets"]
         return shared
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is masked and nothing added, whatever the columns."""
+        parts = (self.documents, self.window, self.bias)
+        return not self.causal and all(part is None for part in parts)
+
     def only_causal(self, queries: int, keys: int) -> bool:
         """Return whether the mask is the plain lower triangle, for which every kernel has a fast path."""
         narrow = self.window is not None and self.window < keys - 1

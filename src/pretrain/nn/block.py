@@ -25,7 +25,7 @@ from pretrain.nn.mlp import MLP
 from pretrain.nn.norm import build_norm
 from pretrain.nn.positions import Rope
 
-__all__ = ["Block", "BlockConfig"]
+__all__ = ["Block", "BlockConfig", "columns_of"]
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,17 @@ class Block(nn.Module):
             context_mask: mask of the cross-attention from ``x`` to ``context``.
             cache: keys and values of earlier tokens; filled in place.
             layer: index of this block in the cache.
-            keep: (N,) indices, into the flattened (B * T) tokens, of the outputs that are needed; after the attention
-                only these are computed, and the result is (N, D).
+            keep: the tokens whose outputs are needed: (N,) indices into the flattened (B * T) tokens, or (B, K) columns
+                of each row. After the attention only these are computed, and the result is (N, D) or (B, K, D). Of
+                columns that nothing masks, only these are queries.
         """
-        h = self.attention_norm(x) if self.pre_norm else x
-        x = x + self._drop(self.attention(h, mask=mask, rope=rope, cache=cache, layer=layer))
+        h, source = self.attention_norm(x) if self.pre_norm else x, None
+        plain = rope is None and cache is None and (mask is None or mask.empty)
+        if keep is not None and keep.ndim == 2 and plain:
+            source, mask = h, None
+            h, x, keep = columns_of(h, keep), columns_of(x, keep), None
+        options: dict[str, Any] = {"rope": rope, "cache": cache, "layer": layer, "context": source}
+        x = x + self._drop(self.attention(h, mask=mask, **options))
         if not self.pre_norm:
             x = self.attention_norm(x)
         if (
@@ -199,13 +205,18 @@ class Block(nn.Module):
             if not self.pre_norm:
                 x = self.cross_attention_norm(x)
         if keep is not None:
-            x = x.reshape(-1, x.shape[-1])[keep]
+            x = columns_of(x, keep) if keep.ndim == 2 else x.reshape(-1, x.shape[-1])[keep]
         h = self.mlp_norm(x) if self.pre_norm else x
         x = x + self.mlp(h)
         return x if self.pre_norm else self.mlp_norm(x)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+def columns_of(x: Tensor, columns: Tensor) -> Tensor:
+    """Select (B, K) columns of each row, (B, T, D) -> (B, K, D)."""
+    return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:

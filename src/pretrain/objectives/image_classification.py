@@ -116,7 +116,11 @@ class ImageClassification(ImageTask, Classification):
         found = pixel_values(
             self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=self.name
         )
-        return {values_key(self.model): found}
+        batch = {values_key(self.model): found}
+        if lead := getattr(self.model.head, "lead", 0):
+            # The last block need not compute the tokens that the head does not read.
+            batch["keep_index"] = torch.arange(lead).repeat(len(found), 1)
+        return batch
 
     # ------------------------------------------------------------------ rows of pre-training
 
