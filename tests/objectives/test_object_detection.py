@@ -20,7 +20,7 @@ from contract import check_objective
 from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.metrics import box_iou, detection_precision
 from pretrain.objectives.object_detection import ObjectDetection, _without_overlap
 
@@ -202,6 +202,8 @@ def test_every_form_of_rows_gives_the_same_examples(place: Path) -> None:
     sources: list[tuple[Any, dict[str, Any]]] = [
         (rows, {}), (wide, {"box_format": "xywh"}), (place / "rows.csv", {}),
         (place / "coco.json", {}), (place / "voc", {}), (frame, {"labels": list(NAMES)}),
+        # Where the file says what its numbers are, they are not converted a second time.
+        *((place / name, {"box_format": "xywh"}) for name in ("rows.csv", "coco.json", "voc")),
     ]  # fmt: skip
     for source, options in sources:
         found = rows_of(goal, source, **options)
@@ -282,6 +284,25 @@ def test_what_cannot_be_boxes_is_named(place: Path, tmp_path: Path) -> None:
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     with pytest.raises(DataError, match="99 is missing"):
         goal.read(tmp_path / "coco.json")
+    whole = json.dumps(coco)
+    for length in (
+        200,
+        len(whole) // 2,
+        len(whole) - 1,
+    ):  # also in a folder, where other files might do
+        (tmp_path / "coco.json").write_text(whole[:length])
+        for source in (tmp_path, tmp_path / "coco.json"):
+            with pytest.raises(DataError, match="coco.json.*damaged or cut off"):
+                goal.read(source)
+
+
+def test_an_answer_that_is_not_a_number_is_an_error() -> None:
+    goal = task()
+    table = goal.read(squares(2), name="data")
+    with torch.no_grad():
+        next(goal.model.head.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"row 1.*not a number"):
+        list(goal.predict(goal.tidy(table, goal.learn(table, {}), {})))
 
 
 def test_the_only_class_is_the_one_that_is_named() -> None:

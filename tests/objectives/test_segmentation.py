@@ -105,6 +105,15 @@ def test_a_model_learns_and_its_figures_are_those_of_scikit_learn(tuned: Any, pl
     assert answer["share"]["square"] == pytest.approx((answer["mask"] == 1).mean())
 
 
+def test_an_answer_that_is_not_a_number_is_an_error(place: Path) -> None:
+    goal = task()
+    table = goal.read(place / "rows.npz", name="data")
+    with torch.no_grad():
+        goal.model.head.classifier.bias[1] = torch.nan
+    with pytest.raises(ModelError, match=r"not a number"):
+        list(goal.predict(goal.tidy(table, goal.learn(table, {}), {})))
+
+
 def test_a_class_that_is_nowhere_does_not_count() -> None:
     matrix = np.asarray([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     assert np.isnan(iou(matrix)[2]) and mean_iou(matrix) == pytest.approx((3 / 4 + 4 / 5) / 2)
@@ -399,7 +408,7 @@ def test_an_evaluation_of_large_images_needs_little_memory(monkeypatch: pytest.M
     total, matrix = 0.0, np.zeros((classes, classes), np.int64)
     with torch.inference_mode():
         whole = goal.model.head.to_pixels(goal.model(batch).float(), 16, 16)
-        for scores, row, answer in zip(whole, rows, answers, strict=True):
+        for scores, row, (answer, _) in zip(whole, rows, answers, strict=True):
             at = F.interpolate(scores[None], row["mask"].shape, mode="bilinear")[0]
             truth = torch.from_numpy(row["mask"]).long()
             total += float(
@@ -437,7 +446,7 @@ def test_masks_of_images_of_other_sizes_lie_where_the_classes_are(
     batch = goal.collate(
         [encoded[i] for i in range(5)], [np.random.default_rng(0)] * 5, evaluation=True
     )
-    for row, answer in zip(rows, goal.eval().outputs(batch), strict=True):
+    for row, (answer, _) in zip(rows, goal.eval().outputs(batch), strict=True):
         assert np.array_equal(answer, row["mask"])
     confusion = goal(batch).metrics["confusion"].numpy()
     assert confusion.trace() == confusion.sum() == sum(row["mask"].size for row in rows)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.boxes import gathered_boxes, read_boxes
+from pretrain.data.images.boxes import Corners, gathered_boxes, read_boxes
 from pretrain.data.images.decode import FileItem
 from pretrain.data.images.draw import with_boxes
 from pretrain.data.images.rows import pictures
@@ -318,7 +318,9 @@ class ObjectDetection(ImageTask):
         classes = places // cells
         rows = torch.cat((corners, best[..., None], classes[..., None].to(corners)), -1)
         return [
-            _without_overlap(found[found[:, 4] >= _LEAST]) for found in rows.detach().cpu().numpy()
+            # What is not a number is kept, and refused as an answer.
+            _without_overlap(found[~(found[:, 4] < _LEAST)])
+            for found in rows.detach().cpu().numpy()
         ]
 
     def summarize(
@@ -452,7 +454,8 @@ def _boxes_of(
         if array.any():
             shares.append(bool(array.min() >= 0 and array.max() <= 1))
         if form == "xywh":
-            array[:, 2:] += array[:, :2]
+            own = [not isinstance(box, Corners) for box in row]
+            array[own, 2:] += array[own, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
             raise DataError(
                 f"{table.where(i)}: the box {row[wrong[0]]} ends before it begins. Boxes are left, top, right, bottom; "

@@ -291,14 +291,17 @@ class Segmentation(ImageTask, ClassTask):
     # ------------------------------------------------------------------ answers
 
     def outputs(self, batch: Batch) -> list[Any]:
-        return [
+        """The number of every pixel's class, and the highest score, which is NaN if any is."""
+        scores = self._scores(batch)
+        masks = [
             torch.cat([band.argmax(0).to(torch.uint8) for _, band in bands]).cpu().numpy()
-            for bands in self._at_sizes(self._scores(batch), batch)
+            for bands in self._at_sizes(scores, batch)
         ]
+        return list(zip(masks, scores.flatten(1).amax(1).tolist(), strict=True))
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """Return ``mask``, the number of every pixel's class, (H, W); and the ``share`` of the pixels of each class."""
-        mask = outputs[0]
+        mask, _ = outputs[0]
         counts = np.bincount(mask.reshape(-1), minlength=len(self.labels)) / mask.size
         return {"mask": mask, "share": dict(zip(self.labels, counts.tolist(), strict=True))}
 

@@ -142,12 +142,14 @@ def test_a_folder_of_archives_and_a_pattern_are_read_too(tmp_path: Path) -> None
 def test_damaged_archives_and_samples_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = shard(tmp_path / "a.tar", range(12), x_txt=b"alone", y_npy=b"1", z_json=b"[1]")
+    whole = shard(
+        tmp_path / "a.tar", range(12), x_txt=b"alone", y_npy=b"1", z_json=b"[1]", w_txt=b"caf\xe9"
+    )
     rows = captioned_images(str(whole), 0.25)
     said = capsys.readouterr().err
     assert len(rows.train) + len(rows.valid) == 12
-    assert "3 of 15 samples have no image" in said
-    assert "members that are not read: .npy (1), .json (1)" in said
+    assert "4 of 16 samples have no image" in said
+    assert "members that are not read: .npy (1), .json (1), .txt not in UTF-8 (1)" in said
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:7000])
     with pytest.raises(DataError, match=r"cut\.tar cannot be read as an archive"):
         captioned_images(str(tmp_path / "cut.tar"))

@@ -20,7 +20,7 @@ from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import parse_json
 
-__all__ = ["gathered_boxes", "read_boxes"]
+__all__ = ["Corners", "gathered_boxes", "read_boxes"]
 
 _SIDES = (
     ("xmin", "x_min", "x1", "left"),
@@ -97,7 +97,7 @@ def gathered_boxes(
     if label is not None:
         gathered[label] = []
     for rows in groups.values():
-        values = [[table.columns[str(side)][i] for side in sides] for i in rows]
+        values = [Corners(table.columns[str(side)][i] for side in sides) for i in rows]
         # A row without numbers is an image in which nothing was found.
         held = [k for k, box in enumerate(values) if any(v not in (None, "") for v in box)]
         gathered["boxes"].append([values[k] for k in held])
@@ -148,15 +148,19 @@ def _object_lists(cell: Any, where: str) -> list[Sequence[Any]]:
     )
 
 
-def _corners(box: Any) -> list[Any]:
+class Corners(list[Any]):
+    """Left, top, right and bottom of a box, where its file says what its numbers are."""
+
+
+def _corners(box: Any) -> Corners:
     """Return left, top, right, bottom of left, top, width, height; other values as they are, to be refused."""
     if not isinstance(box, Iterable) or isinstance(box, str):
-        return [box]
+        return Corners([box])
     try:
         left, top, width, height = map(float, box)
     except (TypeError, ValueError):
-        return list(box)
-    return [left, top, left + width, top + height]
+        return Corners(box)
+    return Corners([left, top, left + width, top + height])
 
 
 def _with_images(table: Table, column: str | None) -> Table:
@@ -183,15 +187,26 @@ def _with_images(table: Table, column: str | None) -> Table:
 
 
 def _coco_content(path: Path) -> Mapping[str, Any] | None:
-    """Return the content of a file of COCO, or None if it is another one."""
+    """Return the content of a file of COCO, or None if it is another one.
+
+    Raises:
+        DataError: it looks like one, and is damaged or cut off.
+    """
     with open(path, "rb") as file:
         if not file.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
             return None
+    keys, held = ("images", "annotations", "categories"), read_bytes(path, limit=_MOST_BYTES)
     try:
-        content = parse_json(read_bytes(path, limit=_MOST_BYTES), path, limit=_MOST_BYTES)
-    except CheckpointCorrupt:  # such as one object in each line
+        content = parse_json(held, path, limit=_MOST_BYTES)
+    except CheckpointCorrupt as error:
+        with contextlib.suppress(CheckpointCorrupt):
+            parse_json(held.split(b"\n", 1)[0], path)
+            return None  # one object in each line
+        if any(f'"{key}"'.encode() in held for key in keys):
+            raise DataError(
+                f"{path} looks like a file of COCO, and is damaged or cut off: {error} Copy it again, or move it away."
+            ) from error
         return None
-    keys = ("images", "annotations", "categories")
     known = isinstance(content, Mapping) and all(isinstance(content.get(k), list) for k in keys)
     return content if known else None
 
@@ -284,10 +299,10 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
         try:
             root = ElementTree.fromstring(content)
             boxes = [
-                [
+                Corners(
                     float(one.findtext(f"bndbox/{side}", ""))
                     for side in ("xmin", "ymin", "xmax", "ymax")
-                ]
+                )
                 for one in root.iter("object")
             ]
             labels = [(one.findtext("name") or "").strip() for one in root.iter("object")]

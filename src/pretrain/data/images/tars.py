@@ -117,7 +117,11 @@ def _add(
         return
     held = archive.extractfile(member) if ending in ("txt", "cls", "json") else None
     content = b"" if held is None or member.size > _MOST_TEXT else held.read()
-    text = content.decode("utf-8", "replace").strip()
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        passed[f"{ending} not in UTF-8"] += 1
+        return
     if ending == "txt" and text:
         sample["caption"] = text.splitlines()
     elif ending == "cls" and text:
