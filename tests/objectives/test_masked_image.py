@@ -79,8 +79,12 @@ def test_the_loss_is_the_squared_error_of_hidden_patches_alone() -> None:
     batch = goal.collate(rows(4), row_rngs(0, "collate", 0, 4))
     with torch.no_grad():
         loss = goal(batch)
-        predicted = goal.model(batch)
+        predicted = goal.model({k: v for k, v in batch.items() if k != "hidden_index"})
+        hidden = goal.model(batch)
     total = 0.0
+    for row, places in enumerate(batch["hidden_index"]):
+        assert set(places.tolist()) == set(range(16)) - set(batch["visible_index"][row].tolist())
+        torch.testing.assert_close(hidden[row], predicted[row, places])
     for row in range(4):
         for patch in set(range(16)) - set(batch["visible_index"][row].tolist()):
             top, left = 3 * (patch // 4), 3 * (patch % 4)

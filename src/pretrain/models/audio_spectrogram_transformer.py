@@ -195,7 +195,8 @@ class AST(ImageBackbone):
         return len(batch["input_values"]) * patches
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
-        return {"visible_index": ("number of patches", self.config.num_patches)}
+        limit = ("number of patches", self.config.num_patches)
+        return {"visible_index": limit, "hidden_index": limit}
 
     def embeddings(self) -> list[nn.Module]:
         return [self.embedding]

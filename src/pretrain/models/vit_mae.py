@@ -220,7 +220,8 @@ class ViTMAE(ImageBackbone):
         return len(batch["pixel_values"]) * patches
 
     def id_limits(self) -> dict[str, tuple[str, int]]:
-        return {"visible_index": ("number of patches", self.config.num_patches)}
+        limit = ("number of patches", self.config.num_patches)
+        return {"visible_index": limit, "hidden_index": limit}
 
     def embeddings(self) -> list[nn.Module]:
         return [self.patches]
@@ -254,7 +255,8 @@ class ViTMAE(ImageBackbone):
 class PixelDecoder(nn.Module):
     """Predict the pixels of all patches from the encoded ones, (B, 1 + K, D) -> (B, N, p · p · C), channels last.
 
-    Without ``visible_index`` in the batch, all patches are encoded in their order.
+    Without ``visible_index`` in the batch, all patches are encoded in their order. With ``hidden_index``, (B, M)
+    indices of patches, only these are predicted: (B, M, p · p · C).
 
     Args:
         config: sizes of the decoder and of the grid.
@@ -284,10 +286,11 @@ class PixelDecoder(nn.Module):
             known = x
             x = token.expand(len(x), lead + self.num_patches, -1)
             x = torch.cat((known[:, :lead], x[:, lead:]), dim=1).scatter(1, places, known[:, lead:])
-        x = x + self.positions
-        for layer in self.layers:
-            x = layer(x, mask=None)
-        pixels: Tensor = self.predict(self.norm(x)[:, lead:])
+        wanted = batch.get("hidden_index")
+        x, keep = x + self.positions, None if wanted is None else wanted + lead
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask=None, keep=keep if i == len(self.layers) - 1 else None)
+        pixels: Tensor = self.predict(self.norm(x if keep is not None else x[:, lead:]))
         return pixels
 
     @staticmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pretrain.config.spelling import option
 from pretrain.data.audio.augment import SpectrogramChanges
 from pretrain.data.images.augment import Augmentation
 from pretrain.errors import ConfigError, ModelError
+from pretrain.nn.block import columns_of
 from pretrain.nn.patches import patch_pixels
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
 from pretrain.objectives.row_pixels import pixel_values, reads_audio, values_key
@@ -83,16 +84,21 @@ class MaskedImage(Objective):
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Choose the visible patches of each row with the row's own generator, and read its image."""
         # All rows have equally many, in ascending order: attention does not see the order, memory does.
-        chosen = [np.sort(rng.permutation(self.num_patches)[: self.num_visible]) for rng in rngs]
+        orders = [rng.permutation(self.num_patches) for rng in rngs]
+        parts = [(order[: self.num_visible], order[self.num_visible :]) for order in orders]
+        visible, hidden = (np.sort(np.stack(part), axis=1) for part in zip(*parts, strict=True))
         pixels = pixel_values(
             self.model, self.augmentation, examples, rngs, evaluation=evaluation, what="MaskedImage"
         )
-        return {self.key: pixels, "visible_index": torch.from_numpy(np.stack(chosen))}
+        return {
+            self.key: pixels,
+            "visible_index": torch.from_numpy(visible),
+            "hidden_index": torch.from_numpy(hidden),
+        }
 
     def count(self, batch: Batch) -> Tensor:
         """Number of hidden patches."""
-        images, visible = batch["visible_index"].shape
-        return torch.tensor(images * (self.num_patches - visible))
+        return torch.tensor(batch["hidden_index"].numel())
 
     def targets(self, pixels: Tensor) -> Tensor:
         """Return what is predicted, (B, C, H, W) -> (B, N, p · p · C) in fp32."""
@@ -102,20 +108,24 @@ class MaskedImage(Objective):
 
     def forward(self, batch: Batch) -> Loss:
         """Sum, over the hidden patches, the mean squared error of their pixels."""
-        predicted = self.model(batch)
-        error = (predicted.float() - self.targets(batch[self.key])).square().mean(-1)  # (B, N)
-        hidden = torch.ones_like(error).scatter(1, batch["visible_index"], 0.0)
-        return Loss((error * hidden).sum(), self.count(batch).to(error.device))
+        predicted: Tensor = self.model(batch)
+        targets = columns_of(self.targets(batch[self.key]), batch["hidden_index"])
+        error = (predicted.float() - targets).square().mean(-1)  # (B, M)
+        return Loss(error.sum(), self.count(batch).to(error.device))
 
     def flops(self, units: int, targets: int, row_length: int) -> float:
-        """Operations of the encoder on visible patches and of the decoder on all of them."""
-        backbone, head = self.model.backbone, self.model.head
+        """Operations of the encoder on visible patches, and of the decoder on all, but at its end on hidden ones."""
+        backbone, head = self.model.backbone, cast(Any, self.model.head)
         encoder = self._matrices(backbone.blocks())
-        seen = units * self.num_visible / self.num_patches
+        seen: float = units * self.num_visible / self.num_patches
         config = backbone.config
-        attention: int = 2 * config.decoder_num_layers * config.decoder_hidden_size * row_length
-        cost: float = backbone.flops_per_unit(encoder, self.num_visible + 1) * seen
-        return cost + 6.0 * units * (self._matrices([head]) + attention)
+        attention = 2 * config.decoder_hidden_size * row_length
+        decoder = self._matrices([head]) + config.decoder_num_layers * attention
+        last = head.layers[-1]
+        ends = [last.attention.query, last.attention.output, last.mlp, head.predict]
+        left_out = (self._matrices(ends) + attention) * self.num_visible / self.num_patches
+        cost: float = 6.0 * units * (decoder - left_out)
+        return cost + backbone.flops_per_unit(encoder, self.num_visible + 1) * seen
 
     def _matrices(self, modules: Sequence[Any]) -> int:
         return self._numel(p for m in modules for p in m.parameters() if p.ndim == 2)
