@@ -54,6 +54,7 @@ def test_the_contract_of_objectives(tokenizer: Tokenizer, tmp_path: Path) -> Non
     rows = task(tokenizer).encode(table(SCENES))
     check_sums(task(tokenizer), rows)
     check_row_randomness(task(tokenizer, crop=0.8), rows)
+    check_row_randomness(task(tokenizer, word_dropout=0.4), rows)
     check_objective_resumes(lambda: task(tokenizer, crop=0.8), rows, tmp_path)
     goal = task(tokenizer).train()
     loss = goal(goal.collate([rows[i] for i in range(8)], row_rngs(0, "collate", 0, 8)))
@@ -76,6 +77,25 @@ def test_the_targets_are_the_text_and_its_end(tokenizer: Tokenizer) -> None:
         assert labels[len(words[0])] == words[1][0]  # what follows the question
     plain = goal.encode(table([{"image": row["image"], "text": row["text"]} for row in SCENES]))
     assert (plain[0]["labels"] != -100).all()
+
+
+def test_word_dropout_hides_texts_and_leaves_questions_and_targets(tokenizer: Tokenizer) -> None:
+    rows = task(tokenizer).encode(table(SCENES))
+    rngs = row_rngs(0, "x", 0, len(rows))
+    plain = task(tokenizer).collate(list(rows), rngs)
+    goal = task(tokenizer, word_dropout=0.4)
+    changed = goal.collate(list(rows), row_rngs(0, "x", 0, len(rows)))
+    assert torch.equal(plain["labels"], changed["labels"])
+    may = torch.zeros_like(plain["input_ids"], dtype=torch.bool)
+    may[:, 1:] = plain["labels"][:, :-1] != -100
+    hidden = plain["input_ids"] != changed["input_ids"]
+    assert not bool((hidden & ~may).any())
+    assert bool((changed["input_ids"][hidden] == goal.pad_id).all())
+    assert 0.3 < float(hidden.sum() / may.sum()) < 0.5
+    whole = goal.collate(list(rows), row_rngs(0, "x", 0, len(rows)), evaluation=True)
+    assert torch.equal(whole["input_ids"], plain["input_ids"])
+    with pytest.raises(DataError, match="word_dropout"):
+        task(tokenizer, word_dropout=1.0)
 
 
 def test_rows_that_just_fit_are_not_cut(tokenizer: Tokenizer) -> None:

@@ -150,6 +150,16 @@ class ImageTower(nn.Module):
         return x if self.first_norm is None else self.first_norm(x)
 
 
+def tower_std(config: TowersConfig, name: str, *, image: bool) -> float:
+    """Return the standard deviation of an initial matrix of a tower: ``initialize_parameters`` of CLIP's code."""
+    width = (config.vision_hidden_size if image else config.hidden_size) or 1
+    layers = (config.vision_num_layers if image else config.num_layers) or 1
+    base = 1 / math.sqrt(width)
+    if name.endswith(("attention.output.weight", "mlp.down.weight")):
+        return 0.0 if config.zero_init_outputs else base / math.sqrt(2 * layers)
+    return math.sqrt(0.5 / width) if name.endswith("mlp.up.weight") else base
+
+
 def image_tower_names(disk: str, own: str) -> dict[str, str]:
     """Return name on disk -> name in memory of an image tower; see ``tower_names``."""
     return tower_names(disk, own) | {
@@ -559,19 +569,12 @@ class CLIP(TwoTowers):
         return scale
 
     def init_std(self, name: str) -> float:
-        """Return the standard deviations of the published code (section ``initialize_parameters``)."""
-        image = ".image" in name
-        config = self.config
-        width: int = config.vision_hidden_size if image else config.hidden_size
-        layers: int = config.vision_num_layers if image else config.num_layers
-        base = 1 / math.sqrt(width)
-        if name.endswith(("attention.output.weight", "mlp.down.weight")):
-            return 0.0 if config.zero_init_outputs else base / math.sqrt(2 * layers)
-        if name.endswith("mlp.up.weight"):
-            return math.sqrt(0.5 / width)
+        """Return the standard deviations of the published code; see ``tower_std``."""
         if ".text." in name and "embedding" in name:
             return 0.01 if "position" in name else 0.02
-        return super().init_std(name) if "patches.projection" in name else base
+        if "patches.projection" in name:
+            return super().init_std(name)
+        return tower_std(self.config, name, image=".image" in name)
 
     def names(self) -> list[Name]:
         return [

@@ -5,6 +5,7 @@ Letters: B rows, T tokens, M image tokens (the class token and the patches), D h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -16,7 +17,13 @@ from torch.nn import functional as F
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ModelError
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.clip import ImageTower, TowersConfig, image_tower_names, read_part
+from pretrain.models.clip import (
+    ImageTower,
+    TowersConfig,
+    image_tower_names,
+    read_part,
+    tower_std,
+)
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.heads import LanguageHead
 from pretrain.models.image_backbone import image_processor
@@ -190,6 +197,19 @@ class Git(Backbone):
 
     def build_head(self, kind: str, num_labels: int) -> nn.Module:
         return LanguageHead(self.token_embedding, tied=self.config.tie_embeddings, bias=True)
+
+    def init_std(self, name: str) -> float:
+        """Return the standard deviations of the published CLIP for the image tower, which GIT takes from it.
+
+        The decoder has ``initializer_range``. With it the positions of patches were a twentieth of their pixels, and
+        small models learned which colours and shapes are in an image, but not where.
+        """
+        if ".image." not in name:
+            return super().init_std(name)
+        if "patches.projection" in name:
+            # That of a convolution in torch, which the published code leaves as it is.
+            return 1 / math.sqrt(3 * self.config.num_channels * self.config.patch_size**2)
+        return tower_std(self.config, name, image=True)
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
         """Initialise as usual; the class token is drawn like a row of a matrix."""

@@ -51,6 +51,8 @@ class Captioning(ImageTask, TokenObjective):
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
         flip: mirror half of the training images; not if texts tell left from right.
         randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        word_dropout: share of the tokens of a text that training hides from the tokens behind them (arXiv 1511.06349),
+            so that they are read from the image, not guessed from the words before them. The targets stay.
         max_new_tokens: maximum tokens of an answer.
         max_length: of question and text together; see ``Task``.
 
@@ -77,6 +79,7 @@ class Captioning(ImageTask, TokenObjective):
         crop: float = 1.0,
         flip: bool = False,
         randaugment: int = 0,
+        word_dropout: float = 0.0,
         max_new_tokens: int = _NEW_TOKENS,
         max_length: int | None = None,
     ) -> None:
@@ -88,7 +91,9 @@ class Captioning(ImageTask, TokenObjective):
         super().__init__(model, max_length=max_length, pack=False)
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-        self.augmentation = Augmentation(crop, flip, randaugment)
+        if not 0 <= word_dropout < 1:
+            raise DataError(f"word_dropout is {word_dropout}; it must lie in [0, 1).")
+        self.augmentation, self.word_dropout = Augmentation(crop, flip, randaugment), word_dropout
         self.max_new_tokens = max_new_tokens
         self.start, self.end = self._frame()
 
@@ -222,6 +227,13 @@ class Captioning(ImageTask, TokenObjective):
             ids[row, : lengths[row]] = example["input_ids"]
             if "labels" in example:
                 labels[row, : lengths[row]] = example["labels"]
+        if self.word_dropout and not evaluation:
+            # An input is of the text if it was the target before. The embedding of padding is zero.
+            for row, rng in enumerate(rngs):
+                hidden = (labels[row, :-1] != IGNORE) & (
+                    rng.random(shape[1] - 1) < self.word_dropout
+                )
+                ids[row, 1:][hidden] = self.pad_id
         batch = {"pixel_values": pixels, "input_ids": torch.from_numpy(ids)}
         batch["lengths"] = torch.tensor(lengths)
         if "labels" not in examples[0]:

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from pretrain.data.images.scenes import COLOURS, SHAPES, UNSEEN, make_scenes, rows_of
+from pretrain.data.images.scenes import COLOURS, SHAPES, UNSEEN, held_out, make_scenes, rows_of
 
 
 def centre(image: np.ndarray, colour: str) -> tuple[float, float]:
@@ -34,11 +34,35 @@ def test_a_scene_is_as_its_caption_says() -> None:
 
 
 def test_held_out_pairs_are_in_no_training_scene() -> None:
-    known = {pair for scene in make_scenes(400) for pair in (scene.first, scene.second)}
+    known = {pair for scene in make_scenes(800) for pair in (scene.first, scene.second)}
     assert not known & UNSEEN and len(known) == len(COLOURS) * len(SHAPES) - len(UNSEEN)
-    assert {scene.first for scene in make_scenes(100, unseen=True)} == UNSEEN
+    assert {scene.first for scene in make_scenes(300, unseen=True)} == UNSEEN
     for part, every in enumerate((COLOURS, SHAPES)):  # each of their parts is seen with others
         assert {pair[part] for pair in UNSEEN} == {pair[part] for pair in known} == set(every)
+
+
+def test_other_pairs_are_held_out_for_choosing() -> None:
+    sets = [held_out(shift) for shift in range(4)]
+    assert sets[0] == UNSEEN and len(frozenset().union(*sets)) == len(COLOURS) * len(SHAPES)
+    assert all(set(Counter(shape for _, shape in pairs).values()) == {3} for pairs in sets)
+    assert all(set(Counter(colour for colour, _ in pairs).values()) == {2} for pairs in sets)
+    small = {"size": 12, "colours": 6, "shapes": 4, "apart": sets[1]}
+    known = {pair for s in make_scenes(200, **small) for pair in (s.first, s.second)}
+    unseen = {s.first for s in make_scenes(100, unseen=True, **small)}
+    assert len(known) == 18 and len(unseen) == 6 and unseen < sets[1] and not known & sets[1]
+
+
+def test_every_shape_looks_like_no_other() -> None:
+    drawn = defaultdict[str, set[bytes]](set)
+    for scene in make_scenes(400, 1, apart=frozenset()):
+        bright = scene.image.max(-1) > 100
+        halves = np.split(bright, 2, axis=1 if scene.side == "left of" else 0)
+        for half, (_, shape) in zip(halves, (scene.first, scene.second), strict=True):
+            rows, columns = np.nonzero(half)
+            cut = half[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            drawn[shape].add(bytes(cut.shape) + cut.tobytes())
+    assert set(drawn) == set(SHAPES)
+    assert len(set().union(*drawn.values())) == sum(len(found) for found in drawn.values())
 
 
 def test_the_seed_and_the_place_decide() -> None:
@@ -48,7 +72,11 @@ def test_the_seed_and_the_place_decide() -> None:
     rows = rows_of(some)
     assert [row["question"] == "describe" for row in rows] == [True, False] * 5
     assert [row["text"] for row in rows] == [row["text"] for row in rows_of(some)]
-    assert len(rows_of(some, questions=False)) == 5
+    assert len(rows_of(some, questions=0)) == 5
+    many = rows_of(some, questions=6)
+    for i, scene in enumerate(some):
+        asked = [(row["question"], row["text"]) for row in many[7 * i + 1 : 7 * i + 7]]
+        assert sorted(asked) == sorted(scene.questions())
 
 
 @pytest.mark.parametrize("unseen", [False, True])

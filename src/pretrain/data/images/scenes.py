@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["COLOURS", "SHAPES", "UNSEEN", "Scene", "make_scenes", "rows_of"]
+__all__ = ["COLOURS", "SHAPES", "UNSEEN", "Scene", "held_out", "make_scenes", "rows_of"]
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -21,15 +21,45 @@ COLOURS = {
     "yellow": (235, 215, 50),
     "purple": (160, 60, 190),
     "white": (240, 240, 240),
+    "orange": (240, 140, 30),
+    "pink": (250, 150, 190),
+    "cyan": (60, 210, 220),
+    "brown": (130, 80, 40),
+    "grey": (130, 130, 130),
+    "lime": (160, 230, 60),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-# Every colour and every shape is among these; each is seen with others in training.
-UNSEEN = frozenset(
-    [
-        *(("red", "square"), ("green", "cross"), ("blue", "triangle")),
-        *(("yellow", "circle"), ("purple", "square"), ("white", "triangle")),
-    ]
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring", "bar", "pillar")
+# For each colour, which of the first four shapes and which of the last four never occurs with it in training.
+_APART = (
+    (1, 0),
+    (3, 1),
+    (2, 2),
+    (0, 3),
+    (1, 1),
+    (2, 0),
+    (0, 3),
+    (3, 2),
+    (1, 2),
+    (2, 3),
+    (3, 0),
+    (0, 1),
 )
+
+
+def held_out(shift: int = 0) -> frozenset[tuple[str, str]]:
+    """Return a quarter of the pairs: two shapes of every colour, three colours of every shape.
+
+    A ``shift`` from 1 to 3 gives other pairs than 0, for choosing settings by them.
+    """
+    half = len(SHAPES) // 2
+    found = set()
+    for colour, (low, high) in zip(COLOURS, _APART, strict=True):
+        for first, place in ((0, low), (half, high)):
+            found.add((colour, SHAPES[first + (place + shift) % half]))
+    return frozenset(found)
+
+
+UNSEEN = held_out()
 # The caption begins with the left or the upper shape, so that there is one right caption. Side -> the other way round.
 _SIDES = {"left of": "right of", "above": "below"}
 
@@ -67,18 +97,30 @@ class Scene:
         return found
 
 
-def make_scenes(count: int, seed: int = 0, *, unseen: bool = False, size: int = 24) -> list[Scene]:
+def make_scenes(
+    count: int,
+    seed: int = 0,
+    *,
+    unseen: bool = False,
+    size: int = 24,
+    colours: int = len(COLOURS),
+    shapes: int = len(SHAPES),
+    apart: frozenset[tuple[str, str]] = UNSEEN,
+) -> list[Scene]:
     """Return random scenes.
 
     Args:
         count: how many.
         seed: of all of them; scene i does not depend on ``count``.
-        unseen: whether the first shape of every scene is one of ``UNSEEN``; without it none of both is.
+        unseen: whether the first shape of every scene is one of ``apart``; without it none of both is.
         size: H = W.
+        colours: only the first of ``COLOURS``, at least six.
+        shapes: only the first of ``SHAPES``, at least four.
+        apart: pairs that are held out; see ``held_out``.
     """
-    pairs = list(product(COLOURS, SHAPES))
-    known = [pair for pair in pairs if pair not in UNSEEN]
-    firsts = sorted(UNSEEN) if unseen else known
+    pairs = list(product(list(COLOURS)[:colours], SHAPES[:shapes]))
+    known = [pair for pair in pairs if pair not in apart]
+    firsts = [pair for pair in pairs if (pair in apart) == unseen]
     scenes = []
     for i in range(count):
         rng = np.random.default_rng([seed, i, int(unseen)])
@@ -90,20 +132,21 @@ def make_scenes(count: int, seed: int = 0, *, unseen: bool = False, size: int = 
     return scenes
 
 
-def rows_of(scenes: list[Scene], seed: int = 0, *, questions: bool = True) -> list[dict[str, Any]]:
-    """Return rows of the task ``captioning``: a caption for every scene and, if asked for, one question.
+def rows_of(scenes: list[Scene], seed: int = 0, *, questions: int = 1) -> list[dict[str, Any]]:
+    """Return rows of the task ``captioning``: for every scene a caption and so many different questions, at most six.
 
     A caption is the answer to the question "describe".
     """
     rows: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes):
-        rows.append({"image": scene.image, "question": "describe", "text": scene.caption})
-        if questions:
-            asked = scene.questions()
-            # The third number is none of those of ``make_scenes``; a missing one counts as 0, and the choice of the
-            # question would then follow from the scene, and tell the answer.
-            rng = np.random.default_rng([seed, i, 2])
-            question, answer = asked[int(rng.integers(len(asked)))]
+        asked = scene.questions()
+        # The third number is none of those of ``make_scenes``; a missing one counts as 0, and the choice of the
+        # question would then follow from the scene, and tell the answer.
+        order = np.random.default_rng([seed, i, 2]).permutation(len(asked))
+        for question, answer in [
+            ("describe", scene.caption),
+            *(asked[k] for k in order[:questions]),
+        ]:
             rows.append({"image": scene.image, "question": question, "text": answer})
     return rows
 
@@ -131,12 +174,15 @@ def _mask(shape: str, size: int, row: int, column: int, radius: int) -> NDArray[
     y, x = np.mgrid[:size, :size]
     down, across = y + 0.5 - row, np.abs(x + 0.5 - column)
     inside = (np.abs(down) <= radius) & (across <= radius)
-    if shape == "circle":
-        found = down**2 + across**2 <= radius**2
-    elif shape == "triangle":
-        found = inside & (across <= (down + radius) / 2)
-    elif shape == "cross":
-        found = inside & ((np.abs(down) <= radius / 3) | (across <= radius / 3))
-    else:
-        found = inside
-    return np.asarray(found, dtype=np.bool_)
+    distance = down**2 + across**2
+    drawn = {
+        "circle": distance <= radius**2,
+        "square": inside,
+        "triangle": inside & (across <= (down + radius) / 2),
+        "cross": inside & ((np.abs(down) <= radius / 3) | (across <= radius / 3)),
+        "diamond": np.abs(down) + across <= radius,
+        "ring": (distance <= radius**2) & (distance >= radius**2 / 4),
+        "bar": inside & (np.abs(down) <= radius / 3),
+        "pillar": inside & (across <= radius / 3),
+    }
+    return np.asarray(drawn[shape], dtype=np.bool_)
