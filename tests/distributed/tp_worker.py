@@ -249,9 +249,10 @@ IMAGES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def images() -> Figures:
-    """A family without a vocabulary."""
-    model = build("vit", head="image-classification", labels=["a", "b", "c"], **IMAGES)
+def images(family: str, **options: Any) -> Figures:
+    """Families without a vocabulary."""
+    options = {"head": "image-classification", "labels": ["a", "b", "c"], **IMAGES, **options}
+    model = build(family, **options)
     pixels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     whole, cut = pair(noisy(model))
     target = torch.arange(6) % 3
@@ -401,7 +402,8 @@ CASES: dict[str, Callable[[], Figures]] = {
     "dora_qwen2": lambda: adapter("qwen2", True, 0.1),
     "bf16": bf16,
     "classifier": classifier,
-    "images": images,
+    "images": lambda: images("vit"),
+    "scaled_images": lambda: images("dinov2", intermediate_size=None, use_swiglu_ffn=True),
     "clip": lambda: towers("clip", "Contrastive"),
     "siglip": lambda: towers("siglip", "SigmoidContrastive"),
     "whole_logits": whole_logits,

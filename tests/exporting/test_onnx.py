@@ -89,6 +89,7 @@ IMAGES: dict[str, Any] = {"image_size": 12, "initializer_range": 0.3}
 BLOCKS = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "vit": BLOCKS,
+    "dinov2_with_registers": BLOCKS,
     "siglip": BLOCKS,
     "resnet": {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (1, 1), "layer_type": "basic"},
 }  # fmt: skip

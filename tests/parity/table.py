@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from parity import (
     test_audio_spectrogram_transformer,
     test_clip,
+    test_dinov2,
     test_image_towers,
     test_resnet,
     test_siglip,
@@ -32,6 +33,8 @@ def errors(case: Case, folder: Path) -> tuple[float, float]:
     match case.family:
         case "vit":
             return test_vit.differences(theirs, ours, test_vit.pixels(case))
+        case "dinov2" | "dinov2_with_registers":
+            return test_dinov2.differences(theirs, ours, test_dinov2.pixels(case))
         case "vit_mae":
             return test_vit_mae.differences(theirs, ours)
         case test_audio_spectrogram_transformer.FAMILY:
@@ -61,6 +64,7 @@ def main() -> None:
     resnets = zip(test_resnet.KINDS, test_resnet.CASES, strict=True)
     images = [
         *test_vit.CASES,
+        *test_dinov2.CASES,
         *test_vit_mae.CASES,
         *test_audio_spectrogram_transformer.CASES,
         *(replace(case, label=f"{case.label}/{kind}") for kind, case in resnets),

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from parity import test_image_towers, test_vit
+from parity import test_dinov2, test_image_towers, test_vit
 from parity.cases import Case, build_theirs
 from parity.test_peft import shake
 from pretrain.checkpoint import load
@@ -21,6 +21,7 @@ peft = pytest.importorskip("peft")
 CASES = {
     "vit": test_vit.CASES[0],
     "vit-body": Case("vit/none", "ViT", "ViTModel", test_vit.CASES[0].options),
+    "dinov2": test_dinov2.CASES[0],
     "clip": test_image_towers.case_of("clip"),
 }
 TOLERANCE = 1e-5
@@ -49,11 +50,12 @@ def test_ours_opens_there_and_theirs_here(name: str, tmp_path: Path) -> None:
 
     ours = load(tmp_path / "base", quiet=True)
     saved = () if name == "vit-body" else ("classifier",)
-    attention = ("query", "value") if "vit" in name else ("q_proj", "v_proj")
+    renamed = name != "clip"
+    attention = ("query", "value") if renamed else ("q_proj", "v_proj")
     shake(apply_lora(ours, LoraConfig(r=4, targets=attention)))
     path = save_adapter(ours, tmp_path / "adapter")
     config = json.loads((path / "adapter_config.json").read_text())
-    if "vit" in name:
+    if renamed:
         assert config["target_modules"] == ["q_proj", "v_proj"]
     theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), path).eval()
     assert gap(theirs, ours) < TOLERANCE

@@ -28,6 +28,8 @@ FAMILIES = {
     "roberta": "pretrain.models.bert:Roberta",
     "modernbert": "pretrain.models.modernbert:ModernBert",
     "vit": "pretrain.models.vit:ViT",
+    "dinov2": "pretrain.models.dinov2:Dinov2",
+    "dinov2_with_registers": "pretrain.models.dinov2:Dinov2WithRegisters",
     "clip": "pretrain.models.clip:CLIP",
     "siglip": "pretrain.models.siglip:Siglip",
     "git": "pretrain.models.git:Git",

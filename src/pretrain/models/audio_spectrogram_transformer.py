@@ -126,7 +126,7 @@ class AST(ImageBackbone):
     config_class: ClassVar[type[BackboneConfig]] = ASTConfig
     prefix: ClassVar[str] = "audio_spectrogram_transformer."
     prefixes: ClassVar[tuple[str, ...]] = ("audio_spectrogram_transformer.",)
-    lead_tokens: ClassVar[int] = _LEAD
+    lead_tokens: int = _LEAD
     processor_class: ClassVar[Any] = AudioProcessor
     unit_name: ClassVar[str] = "patches"
     architectures: ClassVar[Mapping[str | None, str]] = {

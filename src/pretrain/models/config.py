@@ -60,6 +60,8 @@ _LIMITS = {
     "decoder_num_layers": 1 << 12,
     "decoder_num_heads": 1 << 12,
     "decoder_intermediate_size": 1 << 20,
+    "mlp_ratio": 1 << 7,
+    "num_register_tokens": 1 << 10,
 }
 _ZERO_ALLOWED = {"type_vocab_size", "vocab_size", "max_positions"}  # none: the input is not text
 

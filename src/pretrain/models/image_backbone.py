@@ -42,7 +42,7 @@ class ImageBackbone(Backbone):
     """
 
     causal: ClassVar[bool] = False
-    lead_tokens: ClassVar[int] = 1
+    lead_tokens: int = 1
     processor_class: ClassVar[Any] = ImageProcessor
 
     @classmethod

@@ -126,7 +126,7 @@ class CLIPVision(ImageTower):
     }
     hf_keys: ClassVar[Mapping[str, Key]] = CLIP.hf_keys
     vision_keys: ClassVar[Mapping[str, Key]] = _own(CLIP.vision_keys)
-    lead_tokens: ClassVar[int] = 1
+    lead_tokens: int = 1
 
 
 class SiglipVision(ImageTower):
@@ -139,4 +139,4 @@ class SiglipVision(ImageTower):
     }
     vision_keys: ClassVar[Mapping[str, Key]] = _own(Siglip.vision_keys)
     vision_extra: ClassVar[Mapping[str, Any]] = {"vision_use_head": False}
-    lead_tokens: ClassVar[int] = 0
+    lead_tokens: int = 0

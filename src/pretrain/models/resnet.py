@@ -261,7 +261,7 @@ class ResNet(ImageBackbone):
         "object-detection": "ResNetForObjectDetection",
     }
     unit_name: ClassVar[str] = "images"
-    lead_tokens: ClassVar[int] = 0
+    lead_tokens: int = 0
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "num_channels": Key("num_channels", 3),
         "embedding_size": Key("embedding_size", 64),

@@ -26,7 +26,7 @@ from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
 from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["BLOCK_NAMES", "ENCODER_KEYS", "ViT", "ViTConfig"]
+__all__ = ["BLOCK_NAMES", "ENCODER_KEYS", "PatchesConfig", "ViT", "ViTConfig"]
 
 # Names on disk of the parts of a block.
 BLOCK_NAMES = {
@@ -55,30 +55,22 @@ _PEFT_NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig(BackboneConfig):
-    """Fields of ViT.
+class PatchesConfig(BackboneConfig):
+    """Fields of encoders of patches behind a class token, with learned positions.
 
     Attributes:
         image_size: height and width of the images that the positions are learned for.
         patch_size: height and width of a patch.
         num_channels: channels of an image.
         attention_bias: biases on queries, keys and values.
-        pooling: what the classifier reads: the class token (``first``), or the ``mean`` of the patches, which
-            transformers does not have.
-        encoder_stride, pooler_act, pooler_output_size: of heads that this package does not have; kept for the file.
     """
 
     vocab_size: int = 0
     max_positions: int = 0
-    norm_eps: float = 1e-12
     image_size: int = 224
     patch_size: int = 16
     num_channels: int = 3
     attention_bias: bool = True
-    pooling: str = "first"
-    encoder_stride: int = 16
-    pooler_act: str = "tanh"
-    pooler_output_size: int | None = None
 
     def validate(self) -> None:
         if self.num_channels > 64:
@@ -90,8 +82,6 @@ class ViTConfig(BackboneConfig):
                 f"patch_size {self.patch_size} is larger than image_size {self.image_size}, so an image would have no "
                 "patch. Make it smaller: a divisor of image_size."
             )
-        if self.pooling not in ("first", "mean"):
-            raise ConfigError(f"pooling is {self.pooling!r}; it must be 'first' or 'mean'.")
         super().validate()
 
     @property
@@ -102,6 +92,28 @@ class ViTConfig(BackboneConfig):
     def parameter_count(self) -> int:
         tables = self.num_channels * self.patch_size**2 + self.side**2 + 1
         return super().parameter_count() + self.hidden_size * tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(PatchesConfig):
+    """Fields of ViT.
+
+    Attributes:
+        pooling: what the classifier reads: the class token (``first``), or the ``mean`` of the patches, which
+            transformers does not have.
+        encoder_stride, pooler_act, pooler_output_size: of heads that this package does not have; kept for the file.
+    """
+
+    norm_eps: float = 1e-12
+    pooling: str = "first"
+    encoder_stride: int = 16
+    pooler_act: str = "tanh"
+    pooler_output_size: int | None = None
+
+    def validate(self) -> None:
+        if self.pooling not in ("first", "mean"):
+            raise ConfigError(f"pooling is {self.pooling!r}; it must be 'first' or 'mean'.")
+        super().validate()
 
 
 # Field -> key of config.json, of the families whose encoder is that of ViT.
@@ -152,13 +164,22 @@ class ViT(ImageBackbone):
         "classifier_dropout": Key("classifier_dropout", None, optional=True),
     }
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: PatchesConfig) -> None:
         super().__init__(config)
-        block = config.block(attention_bias=config.attention_bias, output_bias=True)
-        sizes = (config.hidden_size, config.image_size, config.patch_size, config.num_channels)
-        self.embedding = PatchEmbedding(*sizes)
-        self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        self.embedding = self.build_embedding()
+        self.layers = nn.ModuleList(self.build_block() for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
+
+    def build_embedding(self) -> PatchEmbedding:
+        """Return the embedding of the patches, uninitialised."""
+        config = self.config
+        sizes = (config.hidden_size, config.image_size, config.patch_size, config.num_channels)
+        return PatchEmbedding(*sizes)
+
+    def build_block(self) -> Block:
+        """Return one block, uninitialised."""
+        config = self.config
+        return Block(config.block(attention_bias=config.attention_bias, output_bias=True))
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         pixels, config = batch["pixel_values"], self.config

@@ -31,6 +31,7 @@ class PatchEmbedding(nn.Module):
         bias: bias of the projection.
         lead: leading dimensions of size 1 of the class token and the positions, as the files of the family have them:
             1 gives the shapes (1, 1, D) and (1, N, D), 0 gives (D,) and (N, D).
+        antialias: average neighbouring positions where they are interpolated to a smaller grid.
     """
 
     constant_buffers: ClassVar[tuple[str, ...]] = ("positions",)
@@ -46,10 +47,12 @@ class PatchEmbedding(nn.Module):
         fixed: bool = False,
         bias: bool = True,
         lead: int = 1,
+        antialias: bool = False,
     ) -> None:
         super().__init__()
         self.shape = (num_channels, image_size, image_size)
         self.side = side = image_size // patch_size
+        self.antialias = antialias
         self.projection = nn.Conv2d(num_channels, hidden_size, patch_size, patch_size, bias=bias)
         ones, rows = (1,) * lead, int(class_token) + side**2
         self.class_token = (
@@ -81,7 +84,8 @@ class PatchEmbedding(nn.Module):
         if rows == columns == self.side:
             return token, table
         grid = table.reshape(1, self.side, self.side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+        size, soft = (rows, columns), self.antialias
+        grid = F.interpolate(grid, size, mode="bicubic", align_corners=False, antialias=soft)
         return token, grid.flatten(2).transpose(1, 2)
 
     def check(self, pixels: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -91,14 +91,15 @@ class ImageClassification(ImageTask, Classification):
         )
         self.augmentation: Any = Augmentation(crop, flip, randaugment)
         self.mixing = Mixing(mixup, cutmix)
-        config: Any = model.backbone.config
+        config, head = model.backbone.config, cast(Any, model.head)
         if pooling is not None and "pooling" not in model.backbone.hf_keys:
+            both = "class token beside the mean of the patches"
+            same = both if head.pool == "both" else "mean of all places"
             raise ConfigError(
                 f"{option('pooling', pooling)}: the classifier of a {model.backbone.model_type} model always reads the "
-                "mean of all places. Leave it out."
+                f"{same}. Leave it out."
             )
         if pooling is not None:
-            head: Any = model.head
             model.backbone.config = replace(config, pooling=pooling)
             head.pool = model.backbone.build_head(str(model.head_kind), len(self.labels)).pool
 

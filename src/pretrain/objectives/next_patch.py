@@ -48,9 +48,11 @@ class NextPatch(Objective):
         self, model: Model, norm_pixels: bool = True, crop: float = 1.0, flip: bool = False
     ) -> None:
         super().__init__(model)
-        if not isinstance(model.backbone, ViT) or model.head is not None:
+        backbone = model.backbone
+        leads = isinstance(backbone, ViT) and backbone.lead_tokens == 1
+        if not leads or model.head is not None:
             raise ModelError(
-                f"NextPatch needs a vit without a head; this is a {model.backbone.model_type} model with the head "
+                f"NextPatch needs a vit without a head; this is a {backbone.model_type} model with the head "
                 f"{model.head_kind!r}. Build the family vit."
             )
         config = model.backbone.config

@@ -83,6 +83,7 @@ _OF_MODELS = {
     "siglip_vision_model": "SiglipImageProcessor",
     "bit": "BitImageProcessor",
     "dinov2": "BitImageProcessor",
+    "dinov2_with_registers": "BitImageProcessor",
     "resnet": "ConvNextImageProcessor",
     "convnext": "ConvNextImageProcessor",
 }
