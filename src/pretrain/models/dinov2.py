@@ -173,10 +173,10 @@ class ClassAndPatchesHead(SequenceHead):
 
     def __init__(self, hidden_size: int, num_labels: int, lead: int, dropout: float) -> None:
         super().__init__(2 * hidden_size, num_labels, pool="both", dropout=dropout)
-        self.lead = lead
+        self.lead_tokens = lead
 
     def _pool(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat((hidden[:, 0], hidden[:, self.lead :].mean(1)), dim=-1)
+        return torch.cat((hidden[:, 0], hidden[:, self.lead_tokens :].mean(1)), dim=-1)
 
 
 class Dinov2(ViT):
