@@ -2,7 +2,7 @@
 
     python -m golden record before.json            # on the commit before a change: train all runs, record them
     python -m golden compare before.json           # on the commit after it, on the same machine: every byte
-    python -m golden expect                        # write expected.json anew
+    python -m golden expect lejepa                 # write the part of expected.json on these runs, or all, anew
     python -m golden store FOLDER                  # write run directories like those in stored/
 
 ``record`` and ``compare`` take names of runs (see ``runs.py``) to leave the others out. ``compare`` trains again and
@@ -40,7 +40,8 @@ def main() -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("file", type=Path)
         command.add_argument("names", nargs="*", metavar="RUN", help="runs; all if none is named")
-    commands.add_parser("expect", help="write expected.json anew")
+    command = commands.add_parser("expect", help="write expected.json anew")
+    command.add_argument("names", nargs="*", metavar="RUN", help="runs; all if none is named")
     commands.add_parser("store", help="write run directories").add_argument("folder", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="golden-") as place:
@@ -54,7 +55,7 @@ def main() -> int:
         if args.command == "expect":
             from golden.compare import write_expected
 
-            write_expected(_trained(Path(place), []))
+            write_expected(_trained(Path(place), args.names))
             return 0
         if args.command == "record":
             found = {"machine": _machine(), "runs": _trained(Path(place), args.names)}

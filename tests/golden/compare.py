@@ -95,8 +95,11 @@ def read_expected() -> dict[str, Any]:
 
 
 def write_expected(records: Mapping[str, Any]) -> None:
-    """Keep the portable part of these records, every line of a log and every tensor on a line of its own."""
-    runs = {name: portable(record) for name, record in records.items()}
+    """Keep the portable part of these records, every line of a log and every tensor on a line of its own.
+
+    Runs that are not among them stay as they are kept.
+    """
+    runs = read_expected() | {name: portable(record) for name, record in records.items()}
     EXPECTED.write_text(as_lines(runs, 3) + "\n", encoding="utf-8")
 
 

@@ -105,7 +105,7 @@ def test_evaluation_and_runs_without_it_are_as_before() -> None:
     mixed, plain = task(rows, mixup=1.0), task(rows)
     one = mixed.collate(rows[:6], rngs, evaluation=True)
     other = plain.collate(rows[:6], row_rngs(0, "collate", 3, 6), evaluation=True)
-    assert one.keys() == other.keys() == {"pixel_values", "labels"}
+    assert one.keys() == other.keys() == {"pixel_values", "labels", "keep_index"}
     assert all(torch.equal(one[key], other[key]) for key in one)
     own = plain.collate(rows[:6], row_rngs(0, "collate", 3, 6))
     changed = mixed.collate(rows[:6], row_rngs(0, "collate", 3, 6))
