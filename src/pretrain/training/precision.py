@@ -37,6 +37,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # Dense bf16/fp16 peaks from the vendors' data sheets, FLOP/s.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12}
 _PEAK_SECONDS = 60.0  # between two measurements of peak FLOP/s, which take about 0.1 s
+_LONG_ENOUGH = 0.01  # seconds of a product whose speed is measured
 # (device, type, threads) -> best FLOP/s measured in this process, and the time of the last measurement.
 _peaks_seen: dict[tuple[str, str, int], tuple[float, float]] = {}
 
@@ -198,18 +199,25 @@ def peak_flops(precision: Precision) -> float:
 
 
 def _measured_flops(precision: Precision) -> float:
-    """Return the FLOP/s of a square matrix product, best of five."""
-    size = 1024 if precision.device.type == "cpu" else 4096
+    """Return the FLOP/s of a square matrix product, best of five.
+
+    Processors without instructions for a type may need a second for a product of 1,024 rows, so a smaller one is taken
+    where it is long enough to be measured.
+    """
     # A separate generator, because a measurement must not advance the global random state.
-    draw = torch.Generator().manual_seed(0)
-    a = torch.randn(size, size, generator=draw).to(precision.device, precision.dtype)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        b = a @ a
-        b[0, 0].item()
-        best = min(best, time.perf_counter() - start)
+    draw, best = torch.Generator().manual_seed(0), math.inf
+    for size in (256, 512, 1024) if precision.device.type == "cpu" else (4096,):
+        a = torch.randn(size, size, generator=draw).to(precision.device, precision.dtype)
+        best = min(_product_seconds(a) for _ in range(5))
+        if best > _LONG_ENOUGH:
+            break
     return 2.0 * size**3 / best
+
+
+def _product_seconds(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()
+    return time.perf_counter() - start
 
 
 def common_precision(setting: str, device: torch.device, world: World) -> Precision:
