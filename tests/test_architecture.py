@@ -359,10 +359,14 @@ def test_no_todo_without_an_issue():
     assert not wrong, "\n".join(wrong)
 
 
-def python(code: str) -> str:
+def python(code: str, *arguments: str) -> str:
     env = {**os.environ, "PYTHONPATH": str(SRC.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -382,6 +386,25 @@ def test_light_imports_stay_light(code):
     heavy = ("torch", "datasets", "transformers", "pyarrow", "pandas", "tokenizers", "numpy")
     out = python(f"{code}\nimport sys\nprint('HEAVY', [m for m in {heavy!r} if m in sys.modules])")
     assert out.splitlines()[-1] == "HEAVY []"
+
+
+def test_a_model_is_saved_loaded_and_asked_without_the_compiler_of_torch(tmp_path: Path):
+    """It takes as long to load as torch itself, and comes along unasked: with a draw or a join on the meta device."""
+    code = (
+        "import sys, pretrain\n"
+        "from pretrain.data.tokenizer import train_from_texts\n"
+        "tokenizer = train_from_texts(['the cat sat'] * 9, 'bpe', vocab_size=270)\n"
+        "size = dict(num_layers=2, hidden_size=32, num_heads=2, max_positions=64)\n"
+        "for family in ('gpt2', 'llama', 'bert'):\n"
+        "    folder = sys.argv[1] + '/' + family\n"
+        "    pretrain.build(family, tokenizer=tokenizer, **size).save(folder)\n"
+        "    model = pretrain.load(folder, quiet=True)\n"
+        "    model.embed(['the cat'])\n"
+        "    if family != 'bert':\n"
+        "        model.generate('the', max_new_tokens=4)\n"
+        "print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
+    )
+    assert python(code, str(tmp_path)).splitlines()[-1] == "[]"
 
 
 def test_models_of_texts_load_nothing_of_images():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["changing_buffers", "parameters_on_meta", "persistent_buffers", "stored_tensors"]
@@ -48,6 +49,9 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **persistent_buffers(module)}
 
 
+_DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.constant_)
+
+
 class _Inside(threading.local):
     """Whether this thread is in ``parameters_on_meta``: the parameters met so far, each with its replacement."""
 
@@ -55,6 +59,17 @@ class _Inside(threading.local):
 
 
 _inside = _Inside()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Skip what constructors draw for tensors on the meta device; torch may load its compiler for it, in a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        drawn = options.get("tensor") if func in _DRAWS else None
+        if drawn is not None and drawn.is_meta:
+            return drawn
+        return func(*args, **options)
 
 
 @contextmanager
@@ -67,7 +82,7 @@ def parameters_on_meta() -> Iterator[None]:
     _register()
     _inside.moved = WeakIdKeyDictionary()
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), _NothingDrawn():
             yield
     finally:
         _inside.moved = None
