@@ -3,6 +3,8 @@
     python docs/images.py labels --counts 100 1000   # a vision transformer from random weights beside pixels
     python docs/images.py transfer                   # MaskedImage and LeJEPA beside random weights, pixels and probes
     python docs/images.py characters                 # few shots of written characters, for the models of mnist
+    python docs/images.py signs                      # MaskedImage on photographs of hands, as transfer on digits
+    python docs/images.py classes                    # a classifier of the digits 0 to 4, fine-tuned on 5 to 9
 
 Data are looked for in PRETRAIN_TEST_DATA. One CPU thread. Each figure is a line of ``--out``/NAME.jsonl; figures that
 stand there already are not computed again, and pre-training goes on where it was.
@@ -29,13 +31,28 @@ from pretrain.finetuning.remarks import baseline_columns
 
 DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
 SHAPE = {"num_layers": 4, "pooling": "mean"}
+# Set -> its file of training images, and the sizes of the model that reads it.
+SETS: dict[str, tuple[str, dict[str, int]]] = {
+    "mnist": ("mnist/train_5k.npz", {"image_size": 28, "patch_size": 7, "num_channels": 1}),
+    "signs": (
+        "sign_language_digits/sign_digits_64.npz",
+        {"image_size": 32, "patch_size": 8, "num_channels": 3},
+    ),
+}
 # Rates of fine-tuning and their layer decay, from which each arm is given the better one on the validation rows.
 RATES = ((1e-3, 1.0), (3e-3, 0.75))
 STEPS = 150  # of fine-tuning
-# Objective -> steps, rows and rate of pre-training, and the arguments of the objective.
-PRETRAINING: dict[str, tuple[int, int, float, dict[str, Any]]] = {
-    "MaskedImage": (1100, 256, 2e-3, {"crop": 0.7}),
-    "LeJEPA": (500, 128, 2e-3, {"crop": 0.4}),
+# Set and objective -> steps and rows of pre-training, the optimizer, and the arguments of the objective.
+ADAMW = {"lr": 2e-3, "weight_decay": 0.05}
+PRETRAINING: dict[tuple[str, str], tuple[int, int, dict[str, Any], dict[str, Any]]] = {
+    ("mnist", "MaskedImage"): (1100, 256, ADAMW, {"crop": 0.7}),
+    ("signs", "MaskedImage"): (500, 256, ADAMW, {"crop": 0.7}),
+    ("mnist", "LeJEPA"): (
+        1000,
+        64,
+        {"name": "muon", "lr": 2e-3, "muon_lr": 0.02, "weight_decay": 0.01},
+        {"crop": 0.15},
+    ),
 }
 
 
@@ -106,31 +123,36 @@ def drawn(
 # ------------------------------------------------------------------------------------------------ pre-training
 
 
-def pretrained(objective: str, out: Path) -> Path:
-    """Pre-train on digits without labels, or go on with it, unless it is done; return the directory of the run."""
-    steps, rows, rate, arguments = PRETRAINING[objective]
+def pretrained(objective: str, name: str, out: Path) -> Path:
+    """Pre-train on images without labels, or go on with it, unless it is done; return the directory of the run."""
+    steps, rows, optim, arguments = PRETRAINING[name, objective]
     masked = objective == "MaskedImage"
-    directory = out / f"mnist-{objective}"
+    directory = out / f"{name}-{objective}"
     if (directory / "model").exists():
         return directory
+    source, sizes = SETS[name]
     pretrain.train(
         {
             "data": {
                 "source": "images",
                 "source_args": {
-                    "train": str(DATA / "mnist" / "train_5k.npz"),
+                    "train": str(DATA / source),
                     "labels": False,
-                    "channels": 1,
+                    "size": sizes["image_size"],
+                    "channels": sizes["num_channels"],
                     "valid": 0.04,
                 },
             },
             "model": {
                 "family": "vit_mae" if masked else "vit",
                 "size": "tiny",
-                "overrides": {**({"num_layers": 4} if masked else SHAPE), "patch_size": 7},
+                "overrides": {
+                    **({"num_layers": 4} if masked else SHAPE),
+                    "patch_size": sizes["patch_size"],
+                },
             },
             "objective": {"class_path": objective, "init_args": arguments},
-            "optim": {"lr": rate, "weight_decay": 0.05},
+            "optim": optim,
             "train": {
                 "out": str(directory),
                 "limit": f"{steps} steps",
@@ -157,6 +179,7 @@ def tuned(
         task="image-classification",
         valid=valid,
         test=test,
+        labels=sorted({str(label) for label in train.columns["label"]}),
         out=out,
         lr=lr,
         layer_decay=decay,
@@ -237,17 +260,55 @@ def summary(name: str, figures: Figures) -> None:
 
 
 def transfer(name: str, seeds: int, out: Path, objectives: list[str]) -> None:
-    """Compare the arms of a set."""
-    figures = Figures(out / f"{name}.jsonl")
-    rows = read_images(DATA / "mnist" / "train_5k.npz")
-    test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz").take(range(0, 10_000, 5))
-    compare(name, models(out, objectives), rows, test, 100, 500, seeds, figures, out)
+    """Compare the arms of a set: 100 labels, 500 rows of digits or 200 of hands to tune."""
+    rows, test = read(name)
+    arms = models(name, out, objectives)
+    held = 500 if name == "mnist" else 200
+    compare(name, arms, rows, test, 100, held, seeds, Figures(out / f"{name}.jsonl"), out)
 
 
-def models(out: Path, objectives: list[str]) -> dict[str, Any]:
-    """Return a model with random weights, and the directories of those that saw digits without labels."""
-    scratch = pretrain.build("vit", "tiny", image_size=28, patch_size=7, num_channels=1, **SHAPE)
-    return {"scratch": scratch} | {name: pretrained(name, out) for name in objectives}
+def read(name: str) -> tuple[Table, Table]:
+    """Return the training rows and the test rows of a set; of the digits every fifth test row."""
+    rows = read_images(DATA / SETS[name][0])
+    if name != "mnist":
+        return rows, read_images(DATA / SETS[name][0], name="test")
+    test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz")
+    return rows, test.take(range(0, len(test), 5))
+
+
+def scratch(name: str) -> Any:
+    """Return a model with random weights for the images of a set."""
+    return pretrain.build("vit", "tiny", **SETS[name][1], **SHAPE)
+
+
+def models(name: str, out: Path, objectives: list[str]) -> dict[str, Any]:
+    """Return a model with random weights, and the directories of those that saw the images without labels."""
+    return {"scratch": scratch(name)} | {o: pretrained(o, name, out) for o in objectives}
+
+
+def classes(seeds: int, out: Path) -> None:
+    """Train a classifier of the digits 0 to 4 on all their rows, and fine-tune it on ten of each of 5 to 9."""
+    rows, test = (
+        {low: table.take([i for i, y in enumerate(table.columns["label"]) if (int(y) < 5) == low])
+         for low in (True, False)}
+        for table in read("mnist")
+    )  # fmt: skip
+    directory = out / "digits-0-4"
+    if not (directory / "model").exists():
+        pretrain.finetune(
+            scratch("mnist"),
+            rows[True],
+            task="image-classification",
+            valid=0.1,
+            out=directory,
+            lr=RATES[0][0],
+            limit="600 steps",
+            eval_every="25%",
+            threads=1,
+        )
+    arms = {"scratch": scratch("mnist"), "ImageClassification": directory}
+    figures = Figures(out / "classes.jsonl")
+    compare("classes", arms, rows[False], test[False], 50, 500, seeds, figures, out)
 
 
 def characters(draws: int, out: Path, objectives: list[str]) -> None:
@@ -255,7 +316,7 @@ def characters(draws: int, out: Path, objectives: list[str]) -> None:
     with np.load(DATA / "omniglot_small1" / "omniglot_small1.npz") as file:
         images, labels = file["images"] * np.uint8(255), file["labels"]
     rows = {"image": list(images), "label": labels.tolist()}
-    for arm, model in models(out, objectives).items():
+    for arm, model in models("mnist", out, objectives).items():
         options: dict[str, Any] = {"shots": 4, "ways": 2, "draws": draws, "test": 0.5}
         found = pretrain.probe(model, rows, method="means", pooling="mean", **options)
         print(arm, {key: round(value, 4) for key, value in found.items()}, flush=True)
@@ -278,10 +339,11 @@ def nearest_means(vectors: Any, labels: Any, draws: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("labels", "transfer", "characters"))
+    parser.add_argument("what", choices=("labels", "transfer", "characters", "signs", "classes"))
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--objectives", nargs="+", choices=PRETRAINING, default=list(PRETRAINING))
+    known = ("MaskedImage", "LeJEPA")
+    parser.add_argument("--objectives", nargs="+", choices=known, default=list(known))
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--epochs", type=float, default=0.0, help="0 is the default length")
     parser.add_argument("--out", type=Path, default=Path("runs/images"))
@@ -289,6 +351,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "transfer":
         transfer("mnist", args.seeds, args.out, args.objectives)
+    elif args.what == "signs":
+        transfer("signs", args.seeds, args.out, ["MaskedImage"])
+    elif args.what == "classes":
+        classes(args.seeds, args.out)
     elif args.what == "characters":
         characters(args.draws, args.out, args.objectives)
     else:

@@ -17,7 +17,7 @@ from tiny import TEXTS, objective
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 MAX_LINES = 60
-NOTEBOOKS = ("pretrain.ipynb", "finetune.ipynb", "image_text.ipynb")
+NOTEBOOKS = ("pretrain.ipynb", "finetune.ipynb", "image_text.ipynb", "images.ipynb")
 
 
 def environment():
@@ -97,6 +97,15 @@ SMALLER = {
         '"batch_rows": 64': '"batch_rows": 8',
         'find_spec("transformers")': 'find_spec("no_such_package")',  # takes seconds to import
     },
+    "images.ipynb": {
+        "COPIES = 500": "COPIES = 4",
+        '"1000 steps"': '"3 steps"',
+        "batch_rows=64": "batch_rows=8",
+        '"10%"': '"50%"',
+        "rows[:500], rows[500:]": "rows[:40], rows[40:]",
+        "seeds=3": "seeds=2",
+        '"100 steps"': '"2 steps"',
+    },
 }
 
 
@@ -170,6 +179,21 @@ def test_cells_of_the_notebook_of_images_and_texts(tmp_path, monkeypatch):
         exec(compile(source, "<cell>", "exec"), names)
     assert names["run"].step == 3 and len(names["answers"]) == 16
     assert (tmp_path / "runs" / "notebook-shapes" / "report.html").is_file()
+
+
+def test_cells_of_the_notebook_of_images(tmp_path, monkeypatch):
+    pytest.importorskip("IPython")
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for source in smaller("images.ipynb"):
+        exec(compile(source, "<cell>", "exec"), names)
+    assert names["base"].run.step == 3 and len(names["right"]) == 40
+    comparison = names["clf"].comparison
+    assert comparison.counts == [50] and len(comparison.arms["scratch"][50]) == 2
+    assert set(names["answers"][0]["label"]) <= set(names["STROKES"])
+    assert (tmp_path / "runs" / "notebook-digits" / "report.html").is_file()
+    assert (tmp_path / "digits" / "preprocessor_config.json").is_file()
 
 
 @pytest.mark.slow
