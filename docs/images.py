@@ -5,6 +5,7 @@
     python docs/images.py characters                 # few shots of written characters, for the models of mnist
     python docs/images.py signs                      # MaskedImage on photographs of hands, as transfer on digits
     python docs/images.py classes                    # a classifier of the digits 0 to 4, fine-tuned on 5 to 9
+    python docs/images.py reading                    # seconds to read 1,000 photos, from files and prepared
 
 Data are looked for in PRETRAIN_TEST_DATA. One CPU thread. Each figure is a line of ``--out``/NAME.jsonl; figures that
 stand there already are not computed again, and pre-training goes on where it was.
@@ -23,7 +24,11 @@ from typing import Any
 import numpy as np
 
 import pretrain
+from pretrain.data.images import rows as image_rows
+from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.rows import pixel_vectors, read_images
+from pretrain.data.images.source import labelled_images
+from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table
 from pretrain.finetuning.baseline import vector_baseline
 from pretrain.finetuning.compare import stratified_subset
@@ -337,9 +342,40 @@ def nearest_means(vectors: Any, labels: Any, draws: int) -> float:
     return float(np.mean(right))
 
 
+def reading(out: Path) -> None:
+    """Seconds of the processor for 1,000 photos of 640 x 480 pixels: to open them, and to make values of 224 x 224."""
+    folder = DATA / "bccd_blood_cells" / "images"
+    image_rows._KEPT = (
+        0  # as of all images after the first gigabyte, which are decoded whenever they are used
+    )
+    sources = {"files": folder}
+    for name, size in (("prepared", None), ("prepared, 224 x 224", 224)):
+        began, place = time.process_time(), out / f"photos-{size}"
+        shutil.rmtree(place, ignore_errors=True)
+        sources[name] = pretrain.prepare(folder, place, size=size, quiet=True).path
+        megabytes = (place / "all.pixels.bin").stat().st_size / 1e6
+        print(name, f"{time.process_time() - began:.1f} s once, {megabytes:.0f} MB")
+    for name, source in sources.items():
+        began = time.process_time()
+        rows = labelled_images(str(source), valid=0.01, labels=False, size=224)
+        images = [row["image"] for row in rows.train]
+        figures = {"open": time.process_time() - began}
+        for what, changes in (("as they are", Augmentation()), ("crops", Augmentation(0.3, True))):
+            for turn in range(2):  # the first verifies the checksums
+                began = time.process_time()
+                for start in range(0, len(images), 16):
+                    batch = images[start : start + 16]
+                    rngs = row_rngs(0, "collate", start, len(batch))
+                    changes.seen(batch, rows.processor, rngs, evaluation=what != "crops")
+                figures[what if turn else f"{what}, first time"] = time.process_time() - began
+        each = {key: f"{value / len(images) * 1000:.2f}" for key, value in figures.items()}
+        print(name, each, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("labels", "transfer", "characters", "signs", "classes"))
+    kinds = ("labels", "transfer", "characters", "signs", "classes", "reading")
+    parser.add_argument("what", choices=kinds)
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seeds", type=int, default=5)
     known = ("MaskedImage", "LeJEPA")
@@ -355,6 +391,8 @@ def main() -> None:
         transfer("signs", args.seeds, args.out, ["MaskedImage"])
     elif args.what == "classes":
         classes(args.seeds, args.out)
+    elif args.what == "reading":
+        reading(args.out)
     elif args.what == "characters":
         characters(args.draws, args.out, args.objectives)
     else:

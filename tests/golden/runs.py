@@ -107,6 +107,18 @@ BOXES = [
     for n, row in enumerate(PICTURES)
 ]
 
+
+def recording(number: int) -> dict[str, Any]:
+    """A quarter of a second at 8 kHz: a tone that is low or high by its class, and grows louder or softer."""
+    side = number % 2
+    time = np.arange(2000) / 8000
+    wave = np.sin(2 * np.pi * (300 + 23 * number + 2000 * side) * time)
+    samples = np.round(8000 * wave * (1 + (1 - 2 * (number % 3)) * time)).astype(np.int16)
+    return {"audio": {"array": samples, "sampling_rate": 8000}, "label": ("low", "high")[side]}
+
+
+RECORDINGS = [recording(number) for number in range(24)]
+
 # ------------------------------------------------------------------------------------------ the runs
 
 
@@ -274,6 +286,24 @@ RUNS["lejepa"] = GoldenRun(
 RUNS["image-classification"] = finetuning("image-classification", PICTURES, "vit")
 RUNS["segmentation"] = finetuning("segmentation", MASKS, "vit")
 RUNS["object-detection"] = finetuning("object-detection", BOXES, "vit")
+RUNS["spectrograms"] = GoldenRun(
+    {
+        **_SHARED,
+        "data": {
+            "source": "audio",
+            "source_args": {
+                "train": "recordings.npz", "labels": False, "sampling_rate": 8000, "bands": 16, "patch": 4,
+            },
+        },
+        "model": {
+            "family": "audio-spectrogram-transformer",
+            "size": "tiny",
+            "overrides": {**SHAPE, "decoder_hidden_size": 16, "decoder_num_heads": 2},
+        },
+        "objective": {"class_path": "MaskedImage"},
+    }
+)  # fmt: skip
+RUNS["audio-classification"] = finetuning("audio-classification", RECORDINGS, "spectrograms")
 for _name, _parallel in MESHES.items():
     _options: dict[str, Any] = {"overrides": {"dropout": 0.1}, "parallel": _parallel}
     RUNS[_name] = pretraining("gpt2", processes=2, **_options)
@@ -300,6 +330,8 @@ def prepare_data(folder: Path) -> None:
     images = np.stack([row["image"] for row in PICTURES])
     labels = np.array([row["label"] for row in PICTURES])
     np.savez(folder / "pictures.npz", images=images, labels=labels)
+    audio = np.stack([row["audio"]["array"] for row in RECORDINGS])
+    np.savez(folder / "recordings.npz", audio=audio, sampling_rate=8000)
     for name, kind, vocab_size in (("pieces", "wordpiece", 120), ("bytes", "bpe", 340)):
         texts.write_text("\n\n".join(TEXTS + TALKS) + "\n", encoding="utf-8")
         pretrain.prepare(

@@ -22,7 +22,7 @@ from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.metrics import box_iou, detection_precision
-from pretrain.objectives.object_detection import ObjectDetection, _without_overlap
+from pretrain.objectives.object_detection import ObjectDetection, without_overlap
 
 TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "image_size": 32, "patch_size": 8}
 SHORT = {"limit": "120 steps", "lr": 6e-3, "batch_rows": 16, "device": "cpu", "crop": 1.0}
@@ -133,8 +133,8 @@ def test_boxes_that_overlap_a_better_one_are_left_out() -> None:
             [8, 8, 18, 18, 0.6, 0],
         ]
     )
-    assert _without_overlap(found)[:, 4].tolist() == [0.9, 0.7, 0.6]
-    assert _without_overlap(found[:0]).shape == (0, 6)
+    assert without_overlap(found)[:, 4].tolist() == [0.9, 0.7, 0.6]
+    assert without_overlap(found[:0]).shape == (0, 6)
 
 
 def test_the_contract_of_objectives(tmp_path: Path) -> None:

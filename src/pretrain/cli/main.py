@@ -228,6 +228,9 @@ def _add_prepare(parser: Any) -> None:
     add("--seed", type=int, default=0, help="seed of the choice of held-out documents")
     add("--workers", type=int | None, help="processes; not given, one per core")
     add("--lowercase", action="store_true", help="wordpiece only: ignore case and accents")
+    add("--source", type=str | None, help="text or images; not given, by what the sources are")
+    add("--size", type=int | None, help="of images: height and width; not given, their own")
+    add("--channels", type=int | None, help="of images: 3 or 1; not given, those of each")
     add("--quiet", action="store_true", help="no progress bar and no table")
 
 
@@ -734,7 +737,7 @@ COMMANDS = {
         _quickstart,
     ),
     "prepare": Command(
-        "Turn text into a tokenizer and packed rows of tokens.",
+        "Turn text into a tokenizer and packed rows of tokens, or decode images once.",
         'pretrain prepare "books/*.txt" --out data/books --vocab_size 8192',
         _add_prepare,
         _prepare,

@@ -112,6 +112,13 @@ class FlatFile:
         ]
         return np.frombuffer(b"".join(parts), dtype=self.dtype)
 
+    def range(self, start: int, length: int, row: int) -> NDArray[Any]:
+        """Return the items of one range, as ``read`` does."""
+        if self._whole is not None:
+            return self._whole[start : start + length]
+        item = self.dtype.itemsize
+        return np.frombuffer(self._bytes(start * item, length * item, row), dtype=self.dtype)
+
     def _bytes(self, offset: int, size: int, row: int) -> bytes | memoryview:
         first, last = offset // BLOCK, (offset + size - 1) // BLOCK
         where = f" (needed for row {int(row)})"

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.config.spelling import option
+from pretrain.data.manifests import read_sealed, write_sealed
 from pretrain.data.order import mix64
 from pretrain.data.packing import pack
-from pretrain.data.shards import SPLITS, read_sealed, token_dtype, write_sealed
+from pretrain.data.shards import SPLITS, token_dtype
 from pretrain.data.sources import PIECE_CHARS, Source, sized_pieces
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.workers import encode_batches

@@ -7,11 +7,10 @@ this one is killed, and renamed into place at the end, so the target never holds
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import inspect
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from typing import Any
 from pretrain.config.spelling import option
 from pretrain.data.encodings import check_encoding
 from pretrain.data.flat_files import write_sums
+from pretrain.data.manifests import MANIFEST, file_record, write_sealed
 from pretrain.data.paths import FileHashes, cache_home
 from pretrain.data.pipeline import (
     Progressed,
@@ -36,32 +36,20 @@ from pretrain.data.pipeline import (
     tokenise,
     unigram_baseline,
 )
-from pretrain.data.shards import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    Prepared,
-    file_record,
-    read_manifest,
-    write_sealed,
-)
+from pretrain.data.shards import FORMAT, SPLITS, Prepared, read_manifest
 from pretrain.data.sources import Source, check_columns, resolve_sources
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
 from pretrain.data.tokenizer_build import KINDS
-from pretrain.data.workdir import (
-    disk_errors,
-    foreign,
-    hold,
-    publish,
-    remove_unused,
-    sweep,
-    unlink_links,
-)
+from pretrain.data.workdir import build, disk_errors, foreign, sweep
 from pretrain.data.workers import train_apart
-from pretrain.errors import DataError, TokenizerError
+from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.printing import console, in_notebook, printable
+from pretrain.utils.imports import import_named
 
 __all__ = ["Prepared", "prepare"]
+
+_IMAGES = "pretrain.data.images.prepare"  # which preparing text does not load
+_ARRAYS = (".npz", ".tar", "ubyte", "ubyte.gz")
 
 
 def prepare(
@@ -80,8 +68,11 @@ def prepare(
     cache_dir: str | Path | None = None,
     quiet: bool = False,
     lowercase: bool = False,
-) -> Prepared:
-    """Turn text into packed rows of token ids; a second call with the same input reuses the result.
+    source: str | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+) -> Any:
+    """Turn text into packed rows of token ids, or decode images; a second call with the same input reuses the result.
 
     Args:
         sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, a ``datasets.Dataset``, a list of these, or a
@@ -101,13 +92,24 @@ def prepare(
         cache_dir: default ``$PRETRAIN_CACHE``, else ``~/.cache/pretrain``.
         quiet: print nothing.
         lowercase: train a WordPiece tokenizer that drops case and accents.
+        source: what the sources hold: ``"text"`` or ``"images"``, of which there is one source: what ``data.source:
+            images`` reads. Not given: images if it is an archive or arrays of them, or a folder of them without text.
+        size: of images: height and width that all are scaled to; not given, they keep their own.
+        channels: of images: 3 for RGB, 1 for grey; not given, those of each.
+
+    Returns:
+        ``Prepared``, or ``PreparedImages``. Only ``out``, ``size``, ``channels``, ``cache_dir`` and ``quiet`` are for
+        images.
 
     Raises:
         DataError: a source cannot be read (with file, line and byte), there is no text, or the disk is full.
         TokenizerError: the tokenizer cannot be opened or trained.
         CheckpointError: the tokenizer is on the Hub, and cannot be fetched.
+        ConfigError: an option is for the other kind of source.
     """
-    cache = _place(cache_dir) if cache_dir is not None else cache_home()
+    given, cache = {**locals()}, _place(cache_dir) if cache_dir is not None else cache_home()
+    if _of_images(source, sources, given):
+        return _images(sources, out, cache, size, channels, quiet)
     with disk_errors(cache):
         hashes = FileHashes(cache / "files.json")
         job = _understand(
@@ -124,6 +126,47 @@ def prepare(
         return found
     with disk_errors(target), _stoppable():
         prepared = _build(target, job)
+    if not quiet:
+        print(printable(prepared.table(), lines=True), file=console())
+    return prepared
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def _of_images(source: str | None, sources: Any, given: Mapping[str, Any]) -> bool:
+    """Return whether the sources are of images, and check that no option of the other kind is given."""
+    if source not in (None, "text", "images"):
+        raise ConfigError(f"{option('source', source)}: prepare knows text and images.")
+    one = isinstance(sources, str | Path)
+    if source is None and one and (os.path.isdir(sources) or str(sources).endswith(_ARRAYS)):
+        source = "images" if import_named(f"{_IMAGES}:holds_images", "source")(sources) else "text"
+    images = source == "images"
+    both, of_images = ("sources", "out", "source", "cache_dir", "quiet"), ("size", "channels")
+    for name, parameter in inspect.signature(prepare).parameters.items():
+        other_kind = name not in both and (name in of_images) != images
+        if other_kind and given[name] != parameter.default:
+            kind, other = ("images", "text") if images else ("text", "images")
+            raise ConfigError(
+                f"{option(name, given[name])} is for {other}, and {sources} is prepared as {kind}. Leave it out, or "
+                f"set {option('source', other)}."
+            )
+    return images
+
+
+def _images(
+    source: Any, out: str | Path | None, cache: Path, size: Any, channels: Any, quiet: bool
+) -> Any:
+    def say(line: str) -> None:
+        if not quiet:
+            print(printable(line), file=console())
+
+    name = hashlib.sha256(f"{os.path.abspath(str(source))} {size} {channels}".encode()).hexdigest()
+    target = _place(out) if out is not None else cache / "prepared" / f"images-{name[:20]}"
+    with disk_errors(target), _stoppable():
+        sweep(Path(os.path.realpath(target)), say)
+        make = import_named(f"{_IMAGES}:prepare_images", "source")
+        prepared = make(source, target, size=size, channels=channels, say=say)
     if not quiet:
         print(printable(prepared.table(), lines=True), file=console())
     return prepared
@@ -310,35 +353,11 @@ def _ready(target: Path, job: _Job) -> Prepared | None:
 
 
 def _build(out: Path, job: _Job) -> Prepared:
-    # Resolved, so that a link keeps pointing to the data and "." has a name.
-    target = Path(os.path.realpath(out))
-    made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.parent / f".{target.name}.preparing-{job.fingerprint[:12]}"
-    for stale in target.parent.glob(glob.escape(f".{target.name}.preparing-") + "*"):
-        if stale != work:
-            remove_unused(stale)
-    unlink_links(work)
-    work.mkdir(exist_ok=True)
-    with hold(work, job.say):
-        ready = _ready(target, job)
-        if ready is not None:  # prepared by another process while this one waited for the lock
-            shutil.rmtree(work, ignore_errors=True)
-            return ready
-        work.mkdir(exist_ok=True)
-        try:
-            scan, tokenizer = _scan(work, job)
-        except BaseException:
-            # A later run cannot resume an incomplete scan.
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):
-                for folder in made:
-                    folder.rmdir()
-            raise
-        _fill(work, job, scan, tokenizer)
-        publish(work, target)
-    # If `out` is the current directory, the rename has replaced that directory, so only the absolute path is valid.
-    return Prepared.open(out if (out / MANIFEST).is_file() else target)
+    place = build(
+        out, job.fingerprint, job.say, lambda target: _ready(target, job),
+        lambda work: _scan(work, job), lambda work, begun: _fill(work, job, *begun),
+    )  # fmt: skip
+    return Prepared.open(place)
 
 
 @contextmanager

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from pretrain.data.manifests import MANIFEST
 from pretrain.errors import DataError
 from pretrain.utils.files import fsync_directory
 
-__all__ = ["disk_errors", "foreign", "hold", "publish", "remove_unused", "sweep", "unlink_links"]
+__all__ = ["build", "disk_errors", "foreign", "publish", "sweep"]
 
 _KINDS = ("tokens", "documents", "segments", "rows")
-_OURS = {"manifest.json", "tokenizer"} | {
+_SPLITS = ("train", "valid")
+_PARTS = ("all", *_SPLITS, "test")  # of prepared images
+_OURS = {MANIFEST, "tokenizer", *(f"{part}.rows.jsonl" for part in _PARTS)} | {
     f"{split}.{kind}{sums}.bin"
-    for split in ("train", "valid")
-    for kind in _KINDS
+    for kind in (*_KINDS, "pixels")
+    for split in (_PARTS if kind == "pixels" else _SPLITS)
     for sums in ("", ".blocks")
 }
 _OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json"}
@@ -124,6 +129,55 @@ def hold(work: Path, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def build(
+    out: Path,
+    fingerprint: str,
+    say: Callable[[str], None],
+    ready: Callable[[Path], Any],
+    begin: Callable[[Path], Any],
+    finish: Callable[[Path, Any], None] = lambda work, begun: None,
+) -> Path:
+    """Build data in a hidden directory beside ``out``, rename it into place, and return where it is.
+
+    Args:
+        out: the directory.
+        fingerprint: of the content and the options, by which a later run finds what a killed one has done.
+        say: prints a line.
+        ready: returns what is in the directory if another process has prepared it meanwhile, or None.
+        begin: does what cannot be resumed, in the hidden directory; after an error that is removed.
+        finish: does the rest, with what ``begin`` returned; after an error a later run goes on from there.
+    """
+    # Resolved, so that a link keeps pointing to the data and "." has a name.
+    target = Path(os.path.realpath(out))
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".{target.name}.preparing-{fingerprint[:12]}"
+    for stale in target.parent.glob(glob.escape(f".{target.name}.preparing-") + "*"):
+        if stale != work:
+            remove_unused(stale)
+    unlink_links(work)
+    work.mkdir(exist_ok=True)
+    with hold(work, say):
+        if (
+            ready(target) is not None
+        ):  # prepared by another process while this one waited for the lock
+            shutil.rmtree(work, ignore_errors=True)
+            return target
+        work.mkdir(exist_ok=True)
+        try:
+            begun = begin(work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+            raise
+        finish(work, begun)
+        publish(work, target)
+    # If `out` is the current directory, the rename has replaced that directory, so only the absolute path is valid.
+    return out if (out / MANIFEST).is_file() else target
 
 
 @contextmanager

@@ -36,6 +36,7 @@ _NEAR_GUESSING = 0.05
 # The classical baseline is only computed if it takes seconds: rows times classes, and characters. On one core 1,000
 # rows of 77 classes take 5 s, 1,600 film reviews of 6 million characters 8 s, 6,000 short phrases of two classes 0.5 s.
 _CELLS, _CHARACTERS = 100_000, 8_000_000
+_SCENES = 200  # held-out images of object detection, of which 20 take a second
 # Metrics that are means over rows, and correlations; the number of standard errors that one difference in a hundred
 # exceeds by chance, and the fewest rows for this test.
 _SHARES, _CORRELATIONS = ("accuracy", "exact_match", "exact"), ("pearson", "spearman")
@@ -165,19 +166,27 @@ def _classical(result: Finetuned) -> str | None:
 
 
 def classical_baseline(result: Finetuned) -> float | None:
-    """Return the metric of TF-IDF, pixels or log-mel under a linear model, on the test rows or the held-out ones.
+    """Return the metric of TF-IDF, pixels, regions or log-mel under a linear model, on the test or the held-out rows.
 
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
     """
     from pretrain.finetuning.baseline import METRICS, tfidf_baseline, vector_baseline
+    from pretrain.finetuning.regions import region_boxes
 
     data, metric = result.data, result.monitor
     held = data.valid if data.test is None else data.test
-    if result.task.name not in BASELINE_TASKS or metric not in METRICS:
+    boxes = result.task.name == "object-detection"
+    if not boxes and (result.task.name not in BASELINE_TASKS or metric not in METRICS):
         return None
     if not len(data.valid) or importlib.util.find_spec("sklearn") is None:
         return None
+    if boxes:
+        few, names = len(held) <= _SCENES, result.labels or ()
+        images = region_boxes(data.train, held, names) if few else []
+        return (
+            result.task.summarize(0.0, 0.0, {"images": images}, {}).get(metric) if images else None
+        )
     classes = len(result.labels or ()) or 2
     if len(data.train) * classes > _CELLS:
         return None
@@ -196,8 +205,8 @@ def classical_baseline(result: Finetuned) -> float | None:
 
 
 def vectors_of(table: Table) -> str | None:
-    """Return the key of ``baseline.VECTORS`` for the rows of a table, or None for texts."""
-    known = {"mask": "colours", "image": "pixels", "audio": "log-mel"}
+    """Return what a classical baseline reads of the rows of a table, such as a key of ``VECTORS``; None for texts."""
+    known = {"boxes": "regions of pixels", "mask": "colours", "image": "pixels", "audio": "log-mel"}
     return next((features for column, features in known.items() if column in table.names), None)
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["ObjectDetection"]
+__all__ = ["ObjectDetection", "without_overlap"]
 
 BOXES = Role(
     "boxes", ("boxes", "box", "bboxes", "bbox"), help="the boxes of the image", target=True
@@ -319,7 +319,7 @@ class ObjectDetection(ImageTask):
         rows = torch.cat((corners, best[..., None], classes[..., None].to(corners)), -1)
         return [
             # What is not a number is kept, and refused as an answer.
-            _without_overlap(found[~(found[:, 4] < _LEAST)])
+            without_overlap(found[~(found[:, 4] < _LEAST)])
             for found in rows.detach().cpu().numpy()
         ]
 
@@ -497,7 +497,7 @@ def _generalised_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return shared / union.clamp(min=1e-6) - (around - union) / around.clamp(min=1e-6)
 
 
-def _without_overlap(found: np.ndarray) -> np.ndarray:
+def without_overlap(found: np.ndarray) -> np.ndarray:
     """Leave out boxes (N, 6), best first, that overlap a better one of their class (non-maximum suppression)."""
     overlap = figures_of.box_iou(found[:, :4], found[:, :4])
     overlap *= found[:, None, 5] == found[None, :, 5]

@@ -321,8 +321,9 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
     if settings.model.checkpoint is not None and tokenizer == "bpe":
         place = _place(settings.model.checkpoint)
         tokenizer = str(latest(place) or place)
-    return prepare(
+    made: Prepared = prepare(
         data.train,
+        source="text",
         tokenizer=tokenizer,
         vocab_size=data.vocab_size,
         row_length=data.row_length,
@@ -334,6 +335,7 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
         cache_dir=data.cache,
         quiet=quiet,
     )
+    return made
 
 
 def say_differences(settings: RunConfig, prepared: Prepared) -> None:
@@ -619,7 +621,9 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         length = min(_row_length_of(home, model), model.backbone.max_length or 1 << 20)
         source = str(latest(path) or path) if (path / "run.yaml").is_file() else str(_place(path))
         # All text is evaluated, so notes on training data (no validation rows) would be misleading.
-        prepared = prepare(data, tokenizer=source, row_length=length, valid=0.0, quiet=True)
+        prepared = prepare(
+            data, source="text", tokenizer=source, row_length=length, valid=0.0, quiet=True
+        )
         rows = prepared.train
     mine = model.tokenizer
     if mine is not None and prepared.tokenizer.fingerprint != mine.fingerprint:

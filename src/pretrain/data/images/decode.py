@@ -159,6 +159,8 @@ class FileItem:
                 return hashlib.sha256(source).hexdigest()
             if isinstance(source, str | Path | Slice):
                 return hashlib.sha256(self._bytes()).hexdigest()
+            if (known := getattr(source, "digest", None)) is not None:
+                return str(known)  # of prepared images
             array = self._content()
         except BrokenFile:
             called = source if isinstance(source, str | Path) else self.name

@@ -30,8 +30,16 @@ from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
-__all__ = ["UNLABELLED", "Mask", "pixel_features", "read_masked", "read_numbers"]
+__all__ = [
+    "UNLABELLED",
+    "Mask",
+    "pixel_features",
+    "read_masked",
+    "read_numbers",
+    "surroundings",
+]
 
 UNLABELLED = 255  # the usual number of pixels without a class
 _IMAGES = ("images", "image", "imgs", "img", "JPEGImages")
@@ -185,16 +193,16 @@ def pixel_features(
             drawn = np.random.default_rng(i).permutation(known)[: max(1, pixels // len(rows))]
             with contextlib.suppress(BrokenImage):
                 if picture is not None:
-                    features.append(_surroundings(picture)[drawn])
+                    features.append(surroundings(picture.read()[0])[drawn])
                     classes.append(mask[drawn])
         found.append((np.concatenate(features), np.concatenate(classes)))
     return found
 
 
-def _surroundings(picture: Picture) -> NDArray[np.float32]:
+def surroundings(image: Image) -> NDArray[np.float32]:
     """Return the colours of all pixels of an image, sharp and blurred twice, (H · W, 9)."""
     from PIL import ImageFilter
 
-    image = picture.read()[0].convert("RGB")
+    image = image.convert("RGB")
     seen = [image, *(image.filter(ImageFilter.GaussianBlur(r)) for r in (2, 8))]
     return np.concatenate([np.asarray(one, np.float32).reshape(-1, 3) for one in seen], axis=1)

@@ -29,6 +29,7 @@ from pretrain.data.images.decode import (
     Stored,
     in_threads,
 )
+from pretrain.data.images.stored import Pixels, PreparedImages
 from pretrain.data.images.tars import read_tars, tar_files
 from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
 from pretrain.errors import DataError
@@ -206,7 +207,7 @@ def part_for(path: Path, name: str, medium: Medium = IMAGES) -> Any:
         )
     if len(found) > 1 and name == "data":
         note(f"{path}: the part {part!r} is used of {', '.join(found)}")
-    if part and path.is_dir() and name in ("train", "data"):
+    if part and isinstance(found[part], Path) and name in ("train", "data"):
         used = {folder.name for folder in found.values()}
         if others := [n for n in _folders(path, sorted(os.listdir(path))) if n not in used]:
             note(f"{path}: not read, because they are no parts: {shown(others, 4)}")
@@ -270,7 +271,7 @@ def decoded(
         DataError: a file does not exist, which a wrong folder causes for many; names the first.
     """
     room = _KEPT
-    for i, picture, found in read_all(table, medium=medium):
+    for i, picture, found in read_all(table, medium=medium, lazily=True):
         if picture is None:
             yield i, None, f"no {medium.column}"
         elif isinstance(found, BrokenFile):
@@ -282,13 +283,18 @@ def decoded(
             yield i, None, f"broken {medium.column} ({found.cause})"
         else:
             image, remark = found
-            stored = medium.stored(picture, image, keep=room > 0)
+            keep = room > 0 and not isinstance(image, Pixels)
+            stored = medium.stored(picture, image, keep=keep)
             room -= stored.nbytes
             yield i, stored, remark
 
 
 def read_all(
-    table: Table, then: Callable[[Any], Any] = lambda image: image, medium: Medium = IMAGES
+    table: Table,
+    then: Callable[[Any], Any] = lambda image: image,
+    medium: Medium = IMAGES,
+    *,
+    lazily: bool = False,
 ) -> Iterator[tuple[int, Any, Any]]:
     """Decode the images of a table, files in several threads and many under a bar of progress.
 
@@ -296,6 +302,7 @@ def read_all(
         table: has a column ``image``.
         then: what is kept of a decoded image.
         medium: what the files hold.
+        lazily: what is decoded already is not read, and stands for itself (``Pixels``).
 
     Returns:
         For each row its index; its picture, or None; and what is kept with the remark, or the ``BrokenFile``.
@@ -305,6 +312,8 @@ def read_all(
     def read(picture: FileItem | None) -> Any:
         if picture is None:
             return None
+        if lazily and isinstance(picture.source, Pixels):
+            return picture.source, None
         try:
             image, remark = picture.read()
         except BrokenFile as error:
@@ -430,6 +439,8 @@ def _wrapped(source: Any, medium: Medium) -> Any:
 def _parts(path: Path, medium: Medium) -> dict[str, Any]:
     """Return part -> what ``_table`` reads of it; the part "" is a source without parts."""
     if path.is_dir():
+        if medium is IMAGES and (kept := PreparedImages.find(path)) is not None:
+            return {part: (kept, part) for part in kept.parts}
         try:
             inside = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
         except OSError as error:
@@ -473,6 +484,8 @@ def _hidden(name: str) -> bool:
 def _table(path: Path, part: Any, medium: Medium) -> Table:
     if isinstance(part, Path):
         return _folder(part, medium)
+    if isinstance(part, tuple):
+        return _prepared(*part)
     if part == "idx":
         return _idx(path)
     if part == "tar":
@@ -481,6 +494,12 @@ def _table(path: Path, part: Any, medium: Medium) -> Table:
         only = medium.item(path, str(path))
         return ImageTable(path.name, {medium.column: [only]}, origin=str(path))
     return _npz(path, part, medium)
+
+
+def _prepared(kept: PreparedImages, part: str) -> Table:
+    columns, names = kept.columns(part)
+    columns["image"] = [Picture(pixels, name) for pixels, name in columns["image"]]
+    return ImageTable(str(kept.manifest["source"]), columns, names, origin=str(kept.path))
 
 
 def image_files(path: Path, medium: Medium = IMAGES) -> list[Path]:

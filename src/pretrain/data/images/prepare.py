@@ -1,0 +1,205 @@
+"""``prepare`` for images: each is decoded once, scaled if that is asked for, and written to checksummed files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.data.flat_files import sums_name, write_sums
+from pretrain.data.images.decode import SUFFIXES, BrokenFile, FileItem, in_threads, to_channels
+from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_all, read_images
+from pretrain.data.images.source import IMAGE
+from pretrain.data.images.stored import FORMAT, KIND, PreparedImages, file_names
+from pretrain.data.labelled import choose_columns
+from pretrain.data.manifests import MANIFEST, file_record, write_sealed
+from pretrain.data.tables import Table, shown
+from pretrain.data.workdir import build, foreign
+from pretrain.errors import ConfigError, DataError
+from pretrain.utils.files import note
+
+__all__ = ["holds_images", "prepare_images"]
+
+_USES = {"": "train", "train": "train", "valid": "validation", "test": "test"}
+_BOXES = ("boxes", "bboxes", "objects", "xmin", "ymin", "xmax", "ymax")
+_TEXTS = (".md", ".jsonl", ".csv", ".tsv", ".parquet", ".html", ".htm")
+
+
+def holds_images(source: Any) -> bool:
+    """Whether a source is of images by its name: an archive, arrays, or a folder of them that holds no text to learn.
+
+    A ``.txt`` beside an image is its caption, and a table called ``metadata`` names its images.
+    """
+    if not isinstance(source, str | Path) or not is_image_source(path := Path(source).expanduser()):
+        return False
+    if not path.is_dir():
+        return True
+    files = [Path(root, name) for root, _, names in os.walk(path) for name in names]
+    images = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    texts = (
+        (file.suffix.lower() in _TEXTS and file.stem != "metadata")
+        or (file.suffix.lower() == ".txt" and file.with_suffix("") not in images)
+        for file in files
+    )  # fmt: skip
+    archives = any(file.suffix.lower() == ".tar" for file in files)
+    return bool(images or archives) and not any(texts)
+
+
+def prepare_images(
+    source: Any,
+    target: Path,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    say: Callable[[str], None] = note,
+) -> PreparedImages:
+    """Decode the images of a source into a directory that is read like the source; a second call finds it again.
+
+    Args:
+        source: what ``read_images`` reads, with a column of images.
+        target: the directory.
+        size: height and width that all images are scaled to, as a run with ``data.source_args.size`` scales them; None
+            keeps their own.
+        channels: 1 (grey) or 3 (RGB); None keeps those of each image.
+        say: prints a line.
+
+    Raises:
+        DataError: no image can be read, a path does not exist, or there is something else in the directory.
+        ConfigError: an option is wrong.
+    """
+    whole = size is None or (type(size) is int and size > 0)
+    if not whole or channels not in (None, 1, 3):
+        raise ConfigError(
+            f"size is {size!r} and channels is {channels!r}; size must be a whole number above 0, and channels 1 or 3."
+        )
+    found = {part: _rows(source, part, size) for part in parts_of(source) or [""]}
+    options = {"size": size, "channels": channels}
+    digest = hashlib.sha256(json.dumps([FORMAT, options]).encode())
+    for part, (table, columns) in found.items():
+        names = in_threads(
+            lambda picture: "" if picture is None else picture.digest, pictures(table)
+        )
+        content = [part, list(names), columns, table.label_names]
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    fingerprint = digest.hexdigest()
+    if _existing(target, fingerprint, say) is None:
+        name = Path(source).name if isinstance(source, str | Path) else type(source).__name__
+        head = {"format": FORMAT, "kind": KIND, "fingerprint": fingerprint, "options": options}
+
+        def fill(work: Path) -> None:
+            _write(work, found, size, channels, {**head, "source": name})
+
+        target = build(
+            target, fingerprint, say, lambda at: _existing(at, fingerprint, lambda line: None), fill
+        )
+    prepared = PreparedImages.find(target)
+    assert prepared is not None
+    return prepared
+
+
+def _existing(target: Path, fingerprint: str, say: Callable[[str], None]) -> PreparedImages | None:
+    """Return what is in the directory, if it was made of the same content with the same options."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return None
+    if (strange := foreign(target)) is not None:
+        raise DataError(
+            f"{target} exists and is not prepared data: {strange!r} in it was not written by prepare, and would be "
+            "lost. Choose another `out`."
+        )
+    try:
+        prepared = PreparedImages.find(target)
+    except DataError as error:
+        say(f"{error} Preparing it again.")
+        return None
+    if prepared is None or prepared.fingerprint != fingerprint:
+        say(f"{target} was prepared from other sources or options: preparing it again")
+        return None
+    say(f"prepared images found in {target}: nothing to do")
+    return prepared
+
+
+def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, list[Any]]]:
+    """Return the rows of a part with their images under ``image``, and their other columns, ready for JSON."""
+    table = read_images(source, name=_USES[part])
+    column = choose_columns(table, (IMAGE,), {}, quiet=True)["image"]
+    columns, lost = dict[str, list[Any]](), list[str]()
+    for name, values in table.columns.items():
+        if name == column:
+            continue
+        files = any(isinstance(value, FileItem) for value in values)
+        if files or (name == "label" and {"images", "masks"} <= set(map(str, values))):
+            raise DataError(
+                f"{table.name} holds masks beside the images, and prepare writes one image for each row. Train on the "
+                "source itself."
+            )
+        if size is not None and name.lower() in _BOXES:
+            raise DataError(
+                f"{table.name}: the column {name!r} holds places in pixels, which scaling would move. Leave size out."
+            )
+        try:
+            columns[name] = json.loads(json.dumps(values, default=lambda value: value.tolist()))
+        except (TypeError, ValueError, AttributeError):
+            lost.append(name)
+    if lost:
+        note(
+            f"{table.name}: columns that are not stored, because JSON has no such values: {shown(lost, 4)}"
+        )
+    held = table.with_columns({"image": pictures(table, column), **columns}, table.label_names)
+    return held, columns
+
+
+def _write(
+    work: Path,
+    found: Mapping[str, tuple[Table, dict[str, list[Any]]]],
+    size: int | None,
+    channels: int | None,
+    head: dict[str, Any],
+) -> None:
+    def values(image: Any) -> Any:
+        image = image if channels is None else to_channels(image, channels)
+        return np.asarray(image if size is None else image.resize((size, size), resample=2))
+
+    parts, files = dict[str, Any](), dict[str, Any]()
+    for part, (table, columns) in found.items():
+        names, told, rows = file_names(part), dict[str, list[int]](), 0
+        with (work / names[0]).open("wb") as pixels, (work / names[1]).open("w") as lines:
+            for i, picture, result in read_all(table, values):
+                if picture is None or isinstance(result, BrokenFile):
+                    _check_there(table, i, picture, result)
+                    cause = "no image" if picture is None else f"broken image ({result.cause})"
+                    told.setdefault(f"left out, {cause}", []).append(i)
+                    continue
+                array, remark = result
+                if remark:
+                    told.setdefault(remark, []).append(i)
+                row = {"name": str(picture), "shape": array.shape, "sha256": picture.digest}
+                row["row"] = {name: column[i] for name, column in columns.items()}
+                lines.write(json.dumps(row) + "\n")
+                pixels.write(array.tobytes())
+                rows += 1
+        for text, places in told.items():
+            named = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
+            note(f"{len(places):,} rows {text}: {named}")
+        if not rows:
+            raise DataError(f"None of the images of {table.name} can be read.")
+        write_sums(work / names[0])
+        written = [name for name in (*names, sums_name(names[0])) if (work / name).is_file()]
+        files |= {name: file_record(work / name) for name in written}
+        kept = {name: names for name, names in table.label_names.items() if name in columns}
+        parts[part] = {
+            "rows": rows, "left_out": len(table) - rows, "columns": list(columns), "label_names": kept,
+        }  # fmt: skip
+    write_sealed(work / MANIFEST, {**head, "parts": parts, "files": files})
+
+
+def _check_there(table: Table, i: int, picture: Any, result: Any) -> None:
+    if picture is not None and isinstance(result.__cause__, FileNotFoundError):
+        raise DataError(
+            f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that names them; "
+            "correct them, or leave the row out."
+        )

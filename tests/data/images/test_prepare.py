@@ -1,0 +1,267 @@
+"""Images that are decoded once into checksummed files: the same rows and values as of the files, damage, safety."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+import pretrain
+from pretrain.cli.main import main
+from pretrain.data import flat_files
+from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.captions import captioned_images
+from pretrain.data.images.decode import Picture
+from pretrain.data.images.prepare import holds_images
+from pretrain.data.images.rows import parts_of, read_images
+from pretrain.data.images.source import labelled_images
+from pretrain.data.images.stored import Pixels, PreparedImages
+from pretrain.data.loader import row_rngs
+from pretrain.errors import ConfigError, DataError
+
+
+def picture(seed: int, width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
+    shape = (height, width) if mode == "L" else (height, width, 3)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8), mode)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes, several sizes and formats, one grey, one turned by its camera, one twice."""
+    for k in range(24):
+        folder = tmp_path / "photos" / ("cat" if k % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        image = picture(k % 23, 40 + k, 30, "L" if k == 5 else "RGB")
+        kinds: dict[str, Any] = {"quality": 80} if k % 3 else {}
+        exif = Image.Exif()
+        exif[0x0112] = 6 if k == 7 else 1
+        image.save(folder / f"{k}.{'jpg' if k % 3 else 'png'}", exif=exif, **kinds)
+    return tmp_path / "photos"
+
+
+def values(source: Path, **options: Any) -> list[Any]:
+    """Labels and values of all rows as training changes them at random, then as they are evaluated."""
+    rows = labelled_images(str(source), **options)
+    found = []
+    for part in (rows.train, rows.valid):
+        images = [row["image"] for row in part]
+        for evaluation in (False, True):
+            rngs = row_rngs(0, "collate", 0, len(images))
+            pixels, _ = Augmentation(0.5, True, 9).seen(
+                images, rows.processor, rngs, evaluation=evaluation
+            )
+            found.append((pixels, [int(row["labels"]) for row in part]))
+    return [rows.fingerprint, dict(rows.overrides), *found]
+
+
+def check_equal(one: list[Any], two: list[Any]) -> None:
+    assert one[:2] == two[:2]
+    for (pixels, labels), (others, their_labels) in zip(one[2:], two[2:], strict=True):
+        assert labels == their_labels and pixels.dtype == others.dtype
+        assert np.array_equal(pixels, others)
+
+
+def test_the_rows_and_values_are_those_of_the_files(photos: Path, tmp_path: Path) -> None:
+    kept = pretrain.prepare(str(photos), tmp_path / "kept", quiet=True)
+    assert isinstance(kept, PreparedImages) and "24 images" in kept.table()
+    check_equal(values(photos, size=24), values(kept.path, size=24))
+    check_equal(values(photos, valid=0.3, seed=3), values(kept.path, valid=0.3, seed=3))
+    row = labelled_images(str(kept.path)).train[0]["image"]
+    assert isinstance(row.picture.source, Pixels) and row.nbytes == 0  # not held in memory
+    assert str(row.picture).startswith(str(photos))
+
+
+def test_scaled_images_are_those_that_a_run_reads(photos: Path, tmp_path: Path) -> None:
+    """Without random crops, which are taken before scaling."""
+    for channels in (3, 1):
+        kept = pretrain.prepare(photos, tmp_path / "k", size=16, channels=channels, quiet=True)
+        runs = [labelled_images(str(p), size=16, channels=channels) for p in (photos, kept.path)]
+        for part in ("train", "valid"):
+            one, two = ([row["image"] for row in getattr(run, part)] for run in runs)
+            seen = [
+                run.processor([image.image() for image in part])
+                for run, part in zip(runs, (one, two), strict=True)
+            ]
+            assert np.array_equal(seen[0]["pixel_values"], seen[1]["pixel_values"])
+            assert {image.size for image in two} == {(16, 16)}
+
+
+def test_parts_arrays_and_captions(photos: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{part}_{name}": value
+        for part, rows in (("train", 20), ("val", 6), ("test", 5))
+        for name, value in (
+            ("images", rng.integers(0, 256, (rows, 8, 8), np.uint8)),
+            ("labels", rng.integers(0, 3, rows)),
+        )
+    }
+    np.savez(tmp_path / "a.npz", class_names=["a", "b", "c"], **arrays)
+    kept = pretrain.prepare(tmp_path / "a.npz", tmp_path / "a", quiet=True)
+    assert parts_of(kept.path) == parts_of(tmp_path / "a.npz") == ["train", "valid", "test"]
+    check_equal(values(tmp_path / "a.npz", channels=1), values(kept.path, channels=1))
+    for name in ("train", "validation", "test", "data"):
+        one, two = (read_images(path, name=name) for path in (tmp_path / "a.npz", kept.path))
+        assert one.columns["label"] == two.columns["label"] and one.label_names == two.label_names
+        assert [p.digest for p in one.columns["image"]] == [p.digest for p in two.columns["image"]]
+
+    with tarfile.open(tmp_path / "pairs.tar", "w") as archive:
+        for k in range(12):
+            file = io.BytesIO()
+            picture(k).save(file, "PNG")
+            for ending, content in (("png", file.getvalue()), ("txt", f"number {k}\n".encode())):
+                member = tarfile.TarInfo(f"{k}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    kept = pretrain.prepare(tmp_path / "pairs.tar", tmp_path / "pairs", quiet=True)
+    one, two = (captioned_images(str(p), size=8) for p in (tmp_path / "pairs.tar", kept.path))
+    assert one.fingerprint == two.fingerprint and len(one.train) == len(two.train)
+
+    words = [{"image": picture(k), "label": "ab"[k % 2], "share": 0.5} for k in range(6)]
+    kept = pretrain.prepare(words, tmp_path / "list", source="images", quiet=True)
+    table = read_images(kept.path)
+    assert table.columns["label"] == ["a", "b"] * 3 and table.columns["share"] == [0.5] * 6
+    assert np.array_equal(np.asarray(table.columns["image"][2].read()[0]), np.asarray(picture(2)))
+
+
+def test_fine_tuning_reads_them(photos: Path, tmp_path: Path) -> None:
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    runs = [
+        pretrain.finetune(
+            pretrain.build(
+                "vit", num_layers=1, hidden_size=16, num_heads=2, image_size=16, patch_size=8
+            ),
+            source,
+            task="image-classification",
+            valid=0.25,
+            limit="3 steps",
+            batch_rows=4,
+            device="cpu",
+            quiet=True,
+            out=tmp_path / name,
+        )
+        for name, source in (("files", str(photos)), ("kept", str(kept.path)))
+    ]
+    one, two = (run.model.disk_state() for run in runs)
+    assert all(np.array_equal(value, two[name]) for name, value in one.items())
+    assert runs[0].metrics == runs[1].metrics
+    assert runs[0].predict(str(photos / "cat" / "1.jpg")) == runs[1].predict(
+        str(photos / "cat" / "1.jpg")
+    )
+
+
+def test_broken_images_are_counted_once(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    (photos / "cat" / "x.png").write_bytes(b"\x89PNG nothing")
+    (photos / "dog" / "y.jpg").write_bytes(b"")
+    kept = pretrain.prepare(photos, tmp_path / "kept")
+    told = capsys.readouterr().err
+    assert "1 rows left out, broken image (it is no image of a known format)" in told
+    assert "24 images, 2 left out" in told and "x.png" in told and "y.jpg" in told
+    labelled_images(str(kept.path))
+    assert "broken" not in capsys.readouterr().err
+    (tmp_path / "rows.csv").write_text("file_name,label\nphotos/cat/1.jpg,a\nphotos/none.jpg,b\n")
+    with pytest.raises(DataError, match=r"there is no file .*none.jpg"):
+        pretrain.prepare(tmp_path / "rows.csv", tmp_path / "rows", source="images", quiet=True)
+    assert not (tmp_path / "rows").exists() and not list(tmp_path.glob(".rows*"))
+
+
+def test_a_second_call_finds_them_and_a_change_is_noticed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cache = {"cache_dir": tmp_path / "cache"}
+    first = pretrain.prepare(photos, **cache)
+    before = (first.path / "all.pixels.bin").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(Picture, "read", lambda self: pytest.fail("decoded again"))
+        assert pretrain.prepare(photos, **cache).fingerprint == first.fingerprint
+    assert "nothing to do" in capsys.readouterr().err
+    assert (first.path / "all.pixels.bin").stat().st_mtime_ns == before
+    picture(99).save(photos / "cat" / "1.jpg")
+    second = pretrain.prepare(photos, **cache)
+    assert second.path == first.path and second.fingerprint != first.fingerprint
+    assert "prepared from other sources or options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_damage_is_named(
+    large: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(flat_files, "IN_MEMORY", 64)
+        monkeypatch.setattr(flat_files, "BLOCK", 128)
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    pixels, table = (kept.path / f"all.{kind}" for kind in ("pixels.bin", "rows.jsonl"))
+    content = pixels.read_bytes()
+    pixels.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    with pytest.raises(DataError, match=r"all.pixels.bin (is damaged: its bytes|does not have)"):
+        [np.asarray(row["image"]) for row in labelled_images(str(kept.path)).train]
+    pixels.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="it was truncated or changed"):
+        labelled_images(str(kept.path))
+    pixels.write_bytes(content)
+    rows = table.read_bytes()
+    table.write_bytes(rows.replace(b'"cat"', b'"dog"'))
+    with pytest.raises(DataError, match=r"rows.jsonl .*SHA-256"):
+        labelled_images(str(kept.path))
+    table.write_bytes(rows)
+    manifest = json.loads((kept.path / "manifest.json").read_text())
+    manifest["parts"]["all"] = manifest["parts"].pop("")
+    (kept.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"manifest.json is damaged"):
+        labelled_images(str(kept.path))
+    again = pretrain.prepare(photos, kept.path, quiet=True)
+    assert PreparedImages.find(again.path, verify=True) is not None
+
+
+def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not prepared data: 'cat'"):
+        pretrain.prepare(photos, photos, quiet=True)
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    text = tmp_path / "a.txt"
+    text.write_text("some words\n" * 50)
+    with pytest.raises(DataError, match="is not prepared data of text, but of images"):
+        pretrain.prepare(text, kept.path, tokenizer="char", quiet=True)
+    for folder in ("images", "masks"):
+        (tmp_path / "cells" / folder).mkdir(parents=True)
+        picture(1, mode="L").save(tmp_path / "cells" / folder / "1.png")
+    with pytest.raises(DataError, match="holds masks beside the images"):
+        pretrain.prepare(tmp_path / "cells", tmp_path / "c", quiet=True)
+    boxes = [{"image": picture(k), "boxes": [[1, 2, 3, 4]], "label": ["a"]} for k in range(3)]
+    with pytest.raises(DataError, match="places in pixels"):
+        pretrain.prepare(boxes, tmp_path / "c", source="images", size=8, quiet=True)
+
+
+def test_what_a_source_holds_and_options_of_the_other_kind(photos: Path, tmp_path: Path) -> None:
+    assert holds_images(photos) and not holds_images(photos / "cat" / "none.csv")
+    assert not holds_images(tmp_path / "nothing.txt")
+    (photos / "cat" / "1.txt").write_text("a cat")
+    assert holds_images(photos)
+    (photos / "readme.md").write_text("words")
+    assert not holds_images(photos)
+    with pytest.raises(ConfigError, match=r"vocab_size=50 is for text, .* source='text'"):
+        pretrain.prepare(photos, source="images", vocab_size=50)
+    with pytest.raises(ConfigError, match=r"size=8 is for images, .* source='images'"):
+        pretrain.prepare(photos, size=8)
+    with pytest.raises(ConfigError, match="source='sounds'"):
+        pretrain.prepare(photos, source="sounds")
+    with pytest.raises(ConfigError, match="channels 1 or 3"):
+        pretrain.prepare(photos, source="images", channels=2)
+
+
+def test_on_the_command_line(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["prepare", str(photos), "--out", str(tmp_path / "kept"), "--size", "16"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "kept")
+    words = ["train", "--data.source", "images", "--data.source_args.train", str(tmp_path / "kept")]
+    words += ["--model.family", "vit", "--objective.class_path", "ImageClassification"]
+    words += ["--model.overrides.num_layers", "1", "--model.overrides.hidden_size", "16"]
+    words += ["--train.limit", "2 steps", "--train.batch_rows", "4"]
+    assert main([*words, "--train.out", str(tmp_path / "run"), "--parallel.device", "cpu"]) == 0
+    assert pretrain.load(tmp_path / "run", quiet=True).processor.size == (16, 16)
