@@ -87,33 +87,32 @@ class Journey:
                 text = json.loads(line)["text"]
                 (self.folder / "books" / f"{i}.txt").write_text(text, encoding="utf-8")
 
-    def figure(self, run: str, name: str) -> float:
-        """Return a figure of ``pretrain inspect --json``'s best evaluation of a run."""
-        best = json.loads((self.folder / run / "best.json").read_text(encoding="utf-8"))
-        return float(best["value"] if name == "value" else best["metrics"][name])
+
+def closing(text: str) -> str:
+    """Return what a training run says at its end of its best evaluation."""
+    found = re.findall(r"best validation \w+ [\d.]+", text)
+    return found[-1] if found else "no evaluation"
 
 
 def gpt(journey: Journey) -> None:
     """Own text to a GPT that writes."""
     journey.books()
-    journey.run(GPT)
-    text = journey.run("pretrain generate runs/gpt 'It was' --max_new_tokens 30 --seed 0")
+    trained = journey.run(GPT)
+    text = journey.run("pretrain generate runs/gpt 'It was' --max_new_tokens 20 --seed 0")
     journey.run("pretrain report runs/gpt")
-    journey.said.append(f"loss {journey.figure('runs/gpt', 'value'):.2f}; writes: {text.strip()!r}")
+    journey.said.append(f"{closing(trained)}; writes {text.strip()!r}")
 
 
 def bert(journey: Journey) -> None:
     """Own text to a BERT, filled masks and search."""
     journey.books()
-    journey.run(f"pretrain train --data books {BERT}")
+    trained = journey.run(f"pretrain train --data books {BERT}")
     text = journey.run("pretrain fill-mask runs/bert 'He went to the [MASK].'")
     (journey.folder / "lines.txt").write_text(
         "The ship sailed at dawn.\nShe wrote a long letter.\nThe storm broke the mast.\n"
     )
     journey.run("pretrain search runs/bert lines.txt 'a boat at sea'")
-    journey.said.append(
-        f"loss {journey.figure('runs/bert', 'value'):.2f}; {text.splitlines()[0].strip()!r}"
-    )
+    journey.said.append(f"{closing(trained)}; fills {text.splitlines()[0].strip()!r}")
 
 
 def labels(journey: Journey) -> None:
@@ -150,13 +149,13 @@ def chat(journey: Journey) -> None:
             )
             file.write(json.dumps({"prompt": asked, "completion": row["instances"][0]["output"]}) + "\n")  # fmt: skip
     method = "--task chat --data.valid 0.1 --method.lora 16"
-    journey.run(f"pretrain finetune --model theirs {method} --data chats.jsonl --out runs/chat")
+    tuned = journey.run(
+        f"pretrain finetune --model theirs {method} --data chats.jsonl --out runs/chat"
+    )
     text = journey.run(
         "pretrain generate runs/chat 'Name three animals.' --chat --max_new_tokens 24"
     )
-    journey.said.append(
-        f"loss of answers {journey.figure('runs/chat', 'value'):.2f}; says: {text.strip()!r}"
-    )
+    journey.said.append(f"{closing(tuned)}; says {text.strip()!r}")
 
 
 def _weights(journey: Journey, run: str) -> bytes:
@@ -178,13 +177,9 @@ def processes(journey: Journey) -> None:
     """A run that goes on in two processes."""
     journey.books(100)
     journey.run(STEPS + "two", until="step 20 of")
-    journey.run(STEPS + "two" + " --devices 2")
+    two = closing(journey.run(STEPS + "two --devices 2"))
     one = Journey(journey.folder, journey.minutes)
-    one.run(STEPS + "one")
-    two, alone = journey.figure("runs/two", "value"), journey.figure("runs/one", "value")
-    journey.said.append(
-        f"validation loss {two:.4f} after going on in two processes, {alone:.4f} in one throughout"
-    )
+    journey.said.append(f"{two}; in one process throughout {closing(one.run(STEPS + 'one'))}")
 
 
 JOURNEYS: dict[str, Callable[[Journey], None]] = {
