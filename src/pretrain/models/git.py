@@ -199,15 +199,17 @@ class Git(Backbone):
         return LanguageHead(self.token_embedding, tied=self.config.tie_embeddings, bias=True)
 
     def init_std(self, name: str) -> float:
-        """Return the standard deviations of the published CLIP for the image tower, which GIT takes from it.
+        """Return ``initializer_range`` for the decoder; the image tower starts as that of CLIP, with louder positions.
 
-        The decoder has ``initializer_range``. With it the positions of patches were a twentieth of their pixels, and
-        small models learned which colours and shapes are in an image, but not where.
+        Normalised pixels give patches a variance of 1/3 under the initial weights of a convolution in torch, which the
+        published CLIP leaves as they are, and positions are given the same here. With a fraction of it, small models
+        learned which colours and shapes are in an image, and long not where.
         """
         if ".image." not in name:
             return super().init_std(name)
+        if name.endswith(("patches.positions", "patches.class_token")):
+            return 1 / math.sqrt(3)
         if "patches.projection" in name:
-            # That of a convolution in torch, which the published code leaves as it is.
             return 1 / math.sqrt(3 * self.config.num_channels * self.config.patch_size**2)
         return tower_std(self.config, name, image=True)
 

@@ -30,7 +30,8 @@ def test_a_scene_is_as_its_caption_says() -> None:
         assert along > 5 and abs(across) < along, scene.caption  # so that one caption is right
         assert scene.first[0] != scene.second[0] and scene.first[1] != scene.second[1]
         words = " ".join([scene.caption, *(a for _, a in scene.questions())]).split()
-        assert set(words) <= {*COLOURS, *SHAPES, "a", "of", "left", "right", "above", "below"}
+        little = {"a", "of", "left", "right", "above", "below"}
+        assert set(words) <= {*COLOURS, *SHAPES, *little}
 
 
 def test_held_out_pairs_are_in_no_training_scene() -> None:
