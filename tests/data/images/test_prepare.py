@@ -235,6 +235,9 @@ def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: 
     text.write_text("some words\n" * 50)
     with pytest.raises(DataError, match="is not prepared data of text, but of images"):
         pretrain.prepare(text, kept.path, tokenizer="char", quiet=True)
+    pretrain.prepare(text, tmp_path / "text", tokenizer="char", quiet=True)
+    with pytest.raises(DataError, match="holds prepared text"):
+        pretrain.prepare(photos, tmp_path / "text", quiet=True)
     for folder in ("images", "masks"):
         (tmp_path / "cells" / folder).mkdir(parents=True)
         picture(1, mode="L").save(tmp_path / "cells" / folder / "1.png")
