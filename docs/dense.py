@@ -47,7 +47,8 @@ def cells(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         eval_every="100 steps", seed=args.seed, out=args.out / f"cells-{args.seed}",
     )  # fmt: skip
     result.report()
-    yield {"seconds": round(time.monotonic() - began), **(result.test_metrics or {})}
+    seconds = round(time.monotonic() - began)
+    yield {"seconds": seconds, **(result.test_metrics or {}), "regions": result.classical}
 
 
 def _boxes() -> list[dict[str, str]]:
@@ -69,7 +70,7 @@ def nuclei(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     arrays |= {f"{part}_masks": masks[place] for part, place in parts.items()}
     np.savez(args.out / "nuclei.npz", class_names=["background", "nucleus"], **arrays)  # type: ignore[arg-type]
     began = time.monotonic()
-    run = masked(args, args.out / "unlabelled.npz", 128, 8, steps=400, rows=16)
+    run = masked(args, args.out / "unlabelled.npz", 256, 16, steps=400, rows=16)
     seconds = time.monotonic() - began
     result = pretrain.finetune(
         run, args.out / "nuclei.npz", task="segmentation", test=args.out / "nuclei.npz",

@@ -450,3 +450,19 @@ def test_masks_of_images_of_other_sizes_lie_where_the_classes_are(
         assert np.array_equal(answer, row["mask"])
     confusion = goal(batch).metrics["confusion"].numpy()
     assert confusion.trace() == confusion.sum() == sum(row["mask"].size for row in rows)
+
+
+def test_a_rare_class_is_learnt_within_few_steps(tmp_path: Path) -> None:
+    """Scores near zero would take over a hundred steps at this rate to tell anything but the commonest class."""
+    for head, wanted in (("segmentation", 32**-0.5), ("object-detection", 0.02)):
+        model = pretrain.build("vit", head=head, labels=40, **TINY)
+        weight = model.disk_state()["decode_head.classifier.weight"]
+        assert weight.shape == (40, 32) and float(weight.std()) == pytest.approx(wanted, rel=0.05)
+    images, masks = squares(64, size=(32, 32))  # 6 % of the pixels
+    rows = [{"image": x, "mask": m} for x, m in zip(images, masks, strict=True)]
+    model = pretrain.build("vit", **TINY | {"image_size": 32})
+    result = pretrain.finetune(
+        model, rows[16:], "segmentation", valid=rows[:16], labels=list(NAMES), lr=1e-3, crop=1.0,
+        limit="15 steps", batch_rows=16, device="cpu", quiet=True, out=tmp_path / "run",
+    )  # fmt: skip
+    assert result.metrics["loss"] < 0.3

@@ -265,7 +265,7 @@ def load_slices(
                 model.reset_buffers(fresh - own)
             for name in sorted((fresh - own) & {name for name, _ in model.named_parameters()}):
                 value = torch.empty(parts.shapes[name], dtype=torch.float32, device="cpu")
-                model.backbone.init_parameter(name, value, seed)
+                model.init_parameter(name, value, seed)
                 parts.put_whole(name, value)
             if not quiet and peers.rank == 0:
                 config = directory.json("config.json")

@@ -259,10 +259,17 @@ class Model(ModelMethods, nn.Module):
                 layout = self.layout
                 shape = parameter.shape if layout is None else layout.shapes[name]
                 value = torch.empty(shape, dtype=torch.float32, device="cpu")
-                self.backbone.init_parameter(name, value, seed)
+                self.init_parameter(name, value, seed)
                 if layout is not None:
                     value = value[layout.region(name).slices()]
                 local(parameter).copy_(value)
+
+    def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
+        """Initialise one fp32 CPU tensor as the family does, and then as the head does, if it says how."""
+        self.backbone.init_parameter(name, value, seed)
+        head: Any = self.head
+        if name.startswith("head.") and hasattr(head, "init_parameter"):
+            head.init_parameter(name.removeprefix("head."), value)
 
     @torch.no_grad()
     def reset_buffers(self, names: Collection[str] | None = None) -> None:

@@ -74,6 +74,15 @@ class DenseHead(nn.Module):
         self.classifier = nn.Linear(widths[-1], num_labels)
         self.sides = nn.Linear(widths[-1], BOX_SIDES) if boxes else None
 
+    def init_parameter(self, name: str, value: Tensor) -> None:
+        """Give the scores of segmentation the variance of their inputs, which other heads need not have.
+
+        A step of Adam changes a weight by the learning rate at most, so with the few inputs that there are here, scores
+        near zero take over a hundred steps to tell anything but the commonest class.
+        """
+        if name == "classifier.weight" and self.sides is None and value.any():
+            value.mul_(value.shape[1] ** -0.5 / value.std())
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the token grid of an image."""
         more = self.stride - 1 if self.partial else 0

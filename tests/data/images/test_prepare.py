@@ -148,11 +148,17 @@ def test_fine_tuning_reads_them(photos: Path, tmp_path: Path) -> None:
             quiet=True,
             out=tmp_path / name,
         )
-        for name, source in (("files", str(photos)), ("kept", str(kept.path)))
+        for name, source in (("files", str(photos)), ("tuned", str(kept.path)))
     ]
     one, two = (run.model.disk_state() for run in runs)
     assert all(np.array_equal(value, two[name]) for name, value in one.items())
     assert runs[0].metrics == runs[1].metrics
+    answers = [
+        list(run.predict(source)) for run, source in zip(runs, (photos, kept.path), strict=True)
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 24
+    figures = [pretrain.evaluate(tmp_path / "tuned", str(source)) for source in (photos, kept.path)]
+    assert figures[0] == figures[1]
     assert runs[0].predict(str(photos / "cat" / "1.jpg")) == runs[1].predict(
         str(photos / "cat" / "1.jpg")
     )
@@ -229,6 +235,9 @@ def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: 
     text.write_text("some words\n" * 50)
     with pytest.raises(DataError, match="is not prepared data of text, but of images"):
         pretrain.prepare(text, kept.path, tokenizer="char", quiet=True)
+    pretrain.prepare(text, tmp_path / "text", tokenizer="char", quiet=True)
+    with pytest.raises(DataError, match="holds prepared text"):
+        pretrain.prepare(photos, tmp_path / "text", quiet=True)
     for folder in ("images", "masks"):
         (tmp_path / "cells" / folder).mkdir(parents=True)
         picture(1, mode="L").save(tmp_path / "cells" / folder / "1.png")

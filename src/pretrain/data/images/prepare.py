@@ -116,7 +116,9 @@ def _existing(target: Path, fingerprint: str, say: Callable[[str], None]) -> Pre
     except DataError as error:
         say(f"{error} Preparing it again.")
         return None
-    if prepared is None or prepared.fingerprint != fingerprint:
+    if prepared is None:
+        raise DataError(f"{target} holds prepared text. Choose another `out`, or delete it first.")
+    if prepared.fingerprint != fingerprint:
         say(f"{target} was prepared from other sources or options: preparing it again")
         return None
     say(f"prepared images found in {target}: nothing to do")
