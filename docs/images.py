@@ -274,7 +274,7 @@ def transfer(name: str, seeds: int, out: Path, objectives: list[str]) -> None:
 
 def read(name: str) -> tuple[Table, Table]:
     """Return the training rows and the test rows of a set; of the digits every fifth test row."""
-    rows = read_images(DATA / SETS[name][0])
+    rows = read_images(DATA / SETS[name][0], name="train")
     if name != "mnist":
         return rows, read_images(DATA / SETS[name][0], name="test")
     test = read_images(DATA / "mnist" / "t10k-images-idx3-ubyte.gz")
