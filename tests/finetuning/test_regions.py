@@ -12,6 +12,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("sklearn")
 
 import pretrain
+from pretrain.data.tables import Table
 from pretrain.finetuning.regions import region_boxes
 from pretrain.finetuning.remarks import remarks
 from pretrain.metrics import detection_precision
@@ -89,3 +90,26 @@ def test_a_run_says_that_it_is_better(tmp_path: Path) -> None:
     assert "regions of pixels with logistic regression on the same rows has ap50 " in line
     result.metrics["ap50"] = 1.0
     assert not any("classical" in line for line in remarks(result))
+
+
+def test_many_classes_and_regions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def compared(found: np.ndarray) -> np.ndarray:
+        seen.append(len(found))
+        return found[:0]
+
+    monkeypatch.setattr("pretrain.finetuning.regions.without_overlap", compared)
+    monkeypatch.setattr("pretrain.finetuning.regions._MOST", 5)
+    taken: list[int] = []
+    whole = Table.take
+
+    def take(self: Table, rows: Any) -> Table:
+        taken.append(len(rows))
+        return whole(self, rows)
+
+    monkeypatch.setattr(Table, "take", take)
+    train, held = table(discs(24, 0)), table(discs(2, 1))
+    taken.clear()
+    region_boxes(train, held, NAMES, images=24)
+    assert seen == [5, 5] and taken[0] == 12

@@ -25,6 +25,8 @@ from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.settings import from_keywords
+from pretrain.models.backbone import Backbone
+from pretrain.models.vit import ViT
 from pretrain.objectives.image_classification import ImageClassification
 
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "image_size": 8, "patch_size": 4}
@@ -380,3 +382,35 @@ def test_a_masked_autoencoder_is_tuned_as_a_vit_that_reads_the_mean(
     convolutions = pretrain.build("resnet", head="image-classification", image_size=32, **narrow)
     with pytest.raises(ConfigError, match="pooling='mean': the classifier of a resnet"):
         ImageClassification(convolutions, pooling="mean")
+
+
+class OwnBlock(torch.nn.Module):
+    """A block that knows nothing of tokens to keep."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(size, size)
+
+    def forward(self, x: torch.Tensor, *, mask: Any, rope: Any = None) -> torch.Tensor:
+        return x + self.mix(x.mean(1, keepdim=True))
+
+
+class OwnViT(ViT):
+    def build_block(self) -> Any:
+        return OwnBlock(self.config.hidden_size)
+
+    def names(self) -> list[Any]:
+        return Backbone.names(self)
+
+
+def test_a_family_with_blocks_of_its_own_is_classified_too() -> None:
+    model = pretrain.build(OwnViT, head="image-classification", labels=NAMES, **TINY)
+    goal, rows = ImageClassification(model, crop=1.0), bars(4)
+    examples = [
+        {"image": image, "labels": np.asarray(label)} for image, label in zip(*rows, strict=True)
+    ]
+    batch = goal.eval().collate(examples, row_rngs(0, "collate", 0, 4), evaluation=True)
+    assert batch["keep_index"].shape == (4, 1)
+    whole = {key: value for key, value in batch.items() if key != "keep_index"}
+    torch.testing.assert_close(model(batch), model(whole))
+    assert torch.isfinite(goal(batch).total)

@@ -34,11 +34,12 @@ _PIXELS = 400  # drawn from every training image
 # Thresholds of the likelihood, and how far the core of a region is from its border.
 _LEVELS = ((0.2, 0), (0.35, 0), (0.5, 0), (0.7, 0), (0.5, 3), (0.5, 6), (0.7, 3), (0.7, 6))
 _LEAST = 6  # pixels of a region
+_MOST = 1000  # likeliest regions of an image that are compared with each other
 _MATCH = 0.5  # overlap from which the box of a region is one of the object
 
 
 def region_boxes(
-    train: Table, held: Table, labels: Sequence[str], *, images: int = 100, seed: int = 0
+    train: Table, held: Table, labels: Sequence[str], *, images: int = 300, seed: int = 0
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Return the true and the predicted boxes of every held-out image that can be read.
 
@@ -46,14 +47,15 @@ def region_boxes(
         train: rows with ``image``, ``boxes`` (left, top, right, bottom) and ``label`` (names).
         held: held-out rows.
         labels: the classes.
-        images: most training images, at even distances.
+        images: most training images times classes, but 10 images at least; they lie at even distances.
         seed: seed of the pixels that are drawn.
 
     Returns:
         For each image its boxes (N, 5), with their classes, and those found (M, 6), with score and class, best first;
         none if the training images have no regions of at least two kinds.
     """
-    part = train.take(range(0, len(train), max(1, -(-len(train) // images))))
+    most = max(10, images // max(1, len(labels)))
+    part = train.take(range(0, len(train), max(1, -(-len(train) // most))))
     own, rng, pixels, classes = _scenes(part, labels), np.random.default_rng(seed), [], []
     for features, truth, shape, scale in own:
         drawn = rng.permutation(len(features))[:_PIXELS]
@@ -83,7 +85,8 @@ def region_boxes(
             if k
         ]
         every = np.concatenate(rows)
-        found.append((scene[1], without_overlap(every[np.argsort(-every[:, 4], kind="stable")])))
+        best = every[np.argsort(-every[:, 4], kind="stable")[:_MOST]]
+        found.append((scene[1], without_overlap(best)))
     return found
 
 

@@ -22,7 +22,7 @@ from pretrain.errors import ConfigError, ModelError
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
-from pretrain.nn.block import Block
+from pretrain.nn.block import Block, run_block
 from pretrain.nn.buffers import changing_buffers
 from pretrain.nn.norm import compute_dtype
 from pretrain.nn.positions import Rope, document_positions
@@ -386,13 +386,10 @@ class Backbone(nn.Module):
                 if rope is not None:
                     rope.to(compute_dtype(x))
         for i, block in enumerate(self.layers):
-            # Passed only if set, so that the blocks of a custom family need not accept it.
-            last: dict[str, Any] = (
-                {"keep": keep} if keep is not None and i == len(self.layers) - 1 else {}
-            )
-            if cache is not None:
-                last |= {"cache": cache, "layer": i}
-            x = block(x, mask=masks[i], rope=ropes[i], **last)
+            # Passed only if there is one, so that the blocks of a custom family need not accept it.
+            cached: dict[str, Any] = {} if cache is None else {"cache": cache, "layer": i}
+            last = keep if i == len(self.layers) - 1 else None
+            x = run_block(block, x, last, mask=masks[i], rope=ropes[i], **cached)
         if cache is not None:
             cache.advance(columns)
         return x

@@ -21,7 +21,7 @@ from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.image_backbone import image_processor, random_images
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
-from pretrain.nn.block import Block, BlockConfig, columns_of
+from pretrain.nn.block import Block, BlockConfig, columns_of, run_block
 from pretrain.nn.norm import LayerNorm, compute_dtype
 from pretrain.nn.patches import PatchEmbedding
 
@@ -333,7 +333,7 @@ class TwoTowers(Backbone):
             width: int = first.attention.head_dim
             mask.prepare(x.shape[1], x.device, compute_dtype(x), width)
         for i, layer in enumerate(layers):
-            x = layer(x, mask=mask, keep=keep if i == len(layers) - 1 else None)
+            x = run_block(layer, x, keep if i == len(layers) - 1 else None, mask=mask)
         return x
 
     @classmethod

@@ -25,7 +25,7 @@ from pretrain.nn.mlp import MLP
 from pretrain.nn.norm import build_norm
 from pretrain.nn.positions import Rope
 
-__all__ = ["Block", "BlockConfig", "columns_of"]
+__all__ = ["Block", "BlockConfig", "columns_of", "run_block"]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Block(nn.Module):
             if not self.pre_norm:
                 x = self.cross_attention_norm(x)
         if keep is not None:
-            x = columns_of(x, keep) if keep.ndim == 2 else x.reshape(-1, x.shape[-1])[keep]
+            x = kept_of(x, keep)
         h = self.mlp_norm(x) if self.pre_norm else x
         x = x + self.mlp(h)
         return x if self.pre_norm else self.mlp_norm(x)
@@ -217,6 +217,26 @@ class Block(nn.Module):
 def columns_of(x: Tensor, columns: Tensor) -> Tensor:
     """Select (B, K) columns of each row, (B, T, D) -> (B, K, D)."""
     return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def kept_of(x: Tensor, keep: Tensor) -> Tensor:
+    """Select the tokens that ``Block._forward`` calls ``keep``, (B, T, D) -> (N, D) or (B, K, D)."""
+    return columns_of(x, keep) if keep.ndim == 2 else x.reshape(-1, x.shape[-1])[keep]
+
+
+def run_block(block: nn.Module, x: Tensor, keep: Tensor | None, **options: Any) -> Tensor:
+    """Run a block for the tokens to keep, or for all; one with its own forward pass computes all, and they are selected.
+
+    Args:
+        block: the block.
+        x: (B, T, D).
+        keep: see ``Block._forward``.
+        **options: its other arguments.
+    """
+    if keep is not None and isinstance(block, Block) and type(block)._forward is Block._forward:
+        options["keep"], keep = keep, None
+    x = block(x, **options)
+    return x if keep is None else kept_of(x, keep)
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:

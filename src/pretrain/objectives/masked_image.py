@@ -108,8 +108,10 @@ class MaskedImage(Objective):
 
     def forward(self, batch: Batch) -> Loss:
         """Sum, over the hidden patches, the mean squared error of their pixels."""
-        predicted: Tensor = self.model(batch)
-        targets = columns_of(self.targets(batch[self.key]), batch["hidden_index"])
+        predicted, hidden = self.model(batch), batch["hidden_index"]
+        if predicted.shape[1] == self.num_patches:  # of a head of one's own, which predicts all
+            predicted = columns_of(predicted, hidden)
+        targets = columns_of(self.targets(batch[self.key]), hidden)
         error = (predicted.float() - targets).square().mean(-1)  # (B, M)
         return Loss(error.sum(), self.count(batch).to(error.device))
 

@@ -439,9 +439,9 @@ def _wrapped(source: Any, medium: Medium) -> Any:
 def _parts(path: Path, medium: Medium) -> dict[str, Any]:
     """Return part -> what ``_table`` reads of it; the part "" is a source without parts."""
     if path.is_dir():
-        if medium is IMAGES and (kept := PreparedImages.find(path)) is not None:
-            return {part: (kept, part) for part in kept.parts}
         try:
+            if medium is IMAGES and (kept := PreparedImages.find(path)) is not None:
+                return {part: (kept, part) for part in kept.parts}
             inside = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
