@@ -225,7 +225,7 @@ def kept_of(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, x: Tensor, keep: Tensor | None, **options: Any) -> Tensor:
-    """Run a block for the tokens to keep, or for all; one with its own forward pass computes all, and they are selected.
+    """Run a block for the tokens to keep, or all; one with its own forward pass computes all, and they are selected.
 
     Args:
         block: the block.
