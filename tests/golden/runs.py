@@ -16,13 +16,14 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 
 import pretrain
@@ -108,6 +109,9 @@ BOXES = [
 ]
 
 
+CAPTIONS = [{"image": row["image"], "text": f"the big cat sat {row['label']}"} for row in PICTURES]
+
+
 def recording(number: int) -> dict[str, Any]:
     """A quarter of a second at 8 kHz: a tone that is low or high by its class, and grows louder or softer."""
     side = number % 2
@@ -131,6 +135,7 @@ class GoldenRun:
         task: of a fine-tuning run.
         rows: of a fine-tuning run; every third of them is held out.
         base: name of the run that it starts from.
+        start: arguments of ``pretrain.build`` for a model that it starts from where there is no base.
         stop: step after which it is stopped as by Ctrl-C, and then started again.
         processes: how many it runs in.
         precision: which tolerance its figures have on another machine.
@@ -141,6 +146,7 @@ class GoldenRun:
     task: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
     base: str = ""
+    start: Mapping[str, Any] = field(default_factory=dict)
     stop: int = 0
     processes: int = 1
     precision: str = "fp32"
@@ -192,8 +198,9 @@ def pretraining(
 def finetuning(
     task: str,
     rows: Sequence[Mapping[str, Any]],
-    base: str,
+    base: str = "",
     *,
+    start: Mapping[str, Any] | None = None,
     stop: int = 0,
     slow: bool = False,
     **settings: Any,
@@ -209,7 +216,8 @@ def finetuning(
     }
     settings = {**common, "parallel": DEVICE, **settings}
     precision = str(settings["precision"])
-    return GoldenRun(settings, task, rows, base, stop, precision=precision, slow=slow)
+    begin = {"base": base, "start": start or {}}
+    return GoldenRun(settings, task, rows, **begin, stop=stop, precision=precision, slow=slow)
 
 
 RUNS: dict[str, GoldenRun] = {
@@ -286,6 +294,21 @@ RUNS["lejepa"] = GoldenRun(
 RUNS["image-classification"] = finetuning("image-classification", PICTURES, "vit")
 RUNS["segmentation"] = finetuning("segmentation", MASKS, "vit")
 RUNS["object-detection"] = finetuning("object-detection", BOXES, "vit")
+_TINY = {**SHAPE, "max_positions": 24, "image_size": 8, "patch_size": 4}
+RUNS["captioning"] = finetuning("captioning", CAPTIONS, start={"family": "git", **_TINY})
+RUNS["clip"] = GoldenRun(
+    {
+        **_SHARED,
+        "data": {"source": "image_text", "source_args": {"train": "pairs", "valid": 0.25}},
+        "model": {
+            "family": "clip",
+            "size": "tiny",
+            "overrides": {k: v for k, v in _TINY.items() if k != "image_size"},
+        },
+        "objective": {"class_path": "Contrastive"},
+    }
+)
+RUNS["image-text-retrieval"] = finetuning("image-text-retrieval", CAPTIONS, "clip")
 RUNS["spectrograms"] = GoldenRun(
     {
         **_SHARED,
@@ -330,6 +353,10 @@ def prepare_data(folder: Path) -> None:
     images = np.stack([row["image"] for row in PICTURES])
     labels = np.array([row["label"] for row in PICTURES])
     np.savez(folder / "pictures.npz", images=images, labels=labels)
+    (folder / "pairs").mkdir()
+    for number, row in enumerate(CAPTIONS):
+        Image.fromarray(row["image"]).save(folder / "pairs" / f"{number:02}.png")
+        (folder / "pairs" / f"{number:02}.txt").write_text(f"{row['text']} {TEXTS[number % 8]}")
     audio = np.stack([row["audio"]["array"] for row in RECORDINGS])
     np.savez(folder / "recordings.npz", audio=audio, sampling_rate=8000)
     for name, kind, vocab_size in (("pieces", "wordpiece", 120), ("bytes", "bpe", 340)):
@@ -384,8 +411,12 @@ def train(folder: Path, name: str) -> None:
 def _start(folder: Path, name: str, run: GoldenRun, hooks: list[Any]) -> None:
     out = str(folder / "runs" / name)
     if run.task:
+        model: Any = str(folder / "runs" / run.base)
+        if run.start:
+            tokenizer = pretrain.Tokenizer.from_directory(folder / "pieces" / "tokenizer")
+            model = pretrain.build(tokenizer=tokenizer, **run.start)
         pretrain.finetune(
-            str(folder / "runs" / run.base),
+            model,
             [dict(row) for row in run.rows],
             run.task,
             valid=[dict(row) for row in run.rows[::3]],
