@@ -25,6 +25,7 @@ from pretrain.data.images.rows import parts_of, read_images
 from pretrain.data.images.source import labelled_images
 from pretrain.data.images.stored import Pixels, PreparedImages
 from pretrain.data.loader import row_rngs
+from pretrain.data.manifests import file_record, write_sealed
 from pretrain.errors import ConfigError, DataError
 
 
@@ -246,6 +247,58 @@ def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: 
     boxes = [{"image": picture(k), "boxes": [[1, 2, 3, 4]], "label": ["a"]} for k in range(3)]
     with pytest.raises(DataError, match="places in pixels"):
         pretrain.prepare(boxes, tmp_path / "c", source="images", size=8, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"manifest.json": '{"name": "my app"}'},
+        {"manifest.json": "no JSON"},
+        {"tokenizer/tokenizer.json": "{}"},
+        {"all.rows.jsonl": "{}"},
+        {"manifest.json": '{"name": "my app"}', "all.pixels.bin": ""},
+        {"all.pixels.bin": "", "tokenizer/tokenizer.json": "{}"},
+        {"manifest.json/all.pixels.bin": ""},
+    ],
+)
+def test_files_of_other_programs_are_kept(
+    files: dict[str, str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Picture, "read", lambda self: pytest.fail("decoded"))
+    for name, content in files.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(content)
+    with pytest.raises(DataError, match=r"site exists and is not prepared data: '"):
+        pretrain.prepare(photos, tmp_path / "site", quiet=True)
+    assert all((tmp_path / "site" / n).read_text() == text for n, text in files.items())
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(DataError, match="is a file; `out` must be a directory"):
+        pretrain.prepare(photos, tmp_path / "file", quiet=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "site", "file"}
+
+
+@pytest.mark.parametrize("row", ['{"shape": [1e999, 3]}', "[" * 100_000])
+def test_rows_that_json_cannot_hold_are_damage(row: str, photos: Path, tmp_path: Path) -> None:
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    (kept.path / "all.rows.jsonl").write_text(row + "\n")
+    files = {name: file_record(kept.path / name) for name in kept.manifest["files"]}
+    write_sealed(kept.path / "manifest.json", {**kept.manifest, "files": files})
+    with pytest.raises(DataError, match=r"all.rows.jsonl is damaged"):
+        read_images(kept.path)
+    (kept.path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"manifest.json is damaged"):
+        read_images(kept.path)
+
+
+def test_a_damaged_directory_is_replaced_and_a_source_is_not(photos: Path, tmp_path: Path) -> None:
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    for content in (None, "[" * 100_000, "{"):
+        (kept.path / "manifest.json").unlink()
+        if content is not None:
+            (kept.path / "manifest.json").write_text(content)
+        assert pretrain.prepare(photos, kept.path, quiet=True).fingerprint == kept.fingerprint
+    with pytest.raises(DataError, match="is the source itself"):
+        pretrain.prepare(kept.path, kept.path, source="images", size=8, quiet=True)
 
 
 def test_what_a_source_holds_and_options_of_the_other_kind(photos: Path, tmp_path: Path) -> None:

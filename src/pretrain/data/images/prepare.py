@@ -15,13 +15,14 @@ from pretrain.data.flat_files import sums_name, write_sums
 from pretrain.data.images.decode import SUFFIXES, BrokenFile, FileItem, in_threads, to_channels
 from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_all, read_images
 from pretrain.data.images.source import IMAGE
-from pretrain.data.images.stored import FORMAT, KIND, PreparedImages, file_names
+from pretrain.data.images.stored import FORMAT, KIND, PARTS, PreparedImages, file_names
 from pretrain.data.labelled import choose_columns
 from pretrain.data.manifests import MANIFEST, file_record, write_sealed
 from pretrain.data.tables import Table, shown
 from pretrain.data.workdir import build, foreign
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import CheckpointCorrupt, ConfigError, DataError
 from pretrain.utils.files import note
+from pretrain.utils.strict_json import parse_json
 
 __all__ = ["holds_images", "prepare_images"]
 
@@ -77,6 +78,12 @@ def prepare_images(
         raise ConfigError(
             f"size is {size!r} and channels is {channels!r}; size must be a whole number above 0, and channels 1 or 3."
         )
+    _check_replaceable(target)
+    if isinstance(source, str | Path) and os.path.exists(target):
+        if os.path.realpath(os.path.expanduser(source)) == os.path.realpath(target):
+            raise DataError(
+                f"{target} is the source itself, which would be lost. Choose another `out`."
+            )
     found = {part: _rows(source, part, size) for part in parts_of(source) or [""]}
     options = {"size": size, "channels": channels}
     digest = hashlib.sha256(json.dumps([FORMAT, options]).encode())
@@ -102,22 +109,47 @@ def prepare_images(
     return prepared
 
 
+def _check_replaceable(target: Path) -> None:
+    """Refuse what would be lost: only directories that prepare of images wrote are replaced.
+
+    Raises:
+        DataError: there is a file, or a directory with other files, or with the manifest of something else.
+    """
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target} is a file; `out` must be a directory.")
+    held = set(os.listdir(target)) if target.is_dir() else set()
+    if not held:
+        return
+    if "train.tokens.bin" in held and foreign(target) is None:
+        raise DataError(f"{target} holds prepared text. Choose another `out`, or delete it first.")
+    names = [file_names(part) for part in PARTS]
+    ours = {MANIFEST, *(n for pixels, rows in names for n in (pixels, rows, sums_name(pixels)))}
+    strange = foreign(target) or min(held - ours, default=None)
+    if strange is None:
+        try:
+            manifest = parse_json((target / MANIFEST).read_bytes(), target / MANIFEST)
+        except (OSError, CheckpointCorrupt):
+            manifest = {"kind": KIND}  # damaged, among files that all have our names
+        kind = manifest.get("kind") if isinstance(manifest, dict) else None
+        if kind != KIND or held.isdisjoint(pixels for pixels, _ in names):
+            strange = MANIFEST if MANIFEST in held else min(held)
+    if strange is not None:
+        raise DataError(
+            f"{target} exists and is not prepared data: {strange!r} in it was not written by prepare of images, and "
+            "would be lost. Choose another `out`."
+        )
+
+
 def _existing(target: Path, fingerprint: str, say: Callable[[str], None]) -> PreparedImages | None:
     """Return what is in the directory, if it was made of the same content with the same options."""
-    if not target.is_dir() or not any(target.iterdir()):
-        return None
-    if (strange := foreign(target)) is not None:
-        raise DataError(
-            f"{target} exists and is not prepared data: {strange!r} in it was not written by prepare, and would be "
-            "lost. Choose another `out`."
-        )
+    _check_replaceable(target)
     try:
         prepared = PreparedImages.find(target)
     except DataError as error:
         say(f"{error} Preparing it again.")
         return None
     if prepared is None:
-        raise DataError(f"{target} holds prepared text. Choose another `out`, or delete it first.")
+        return None
     if prepared.fingerprint != fingerprint:
         say(f"{target} was prepared from other sources or options: preparing it again")
         return None

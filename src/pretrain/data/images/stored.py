@@ -127,7 +127,7 @@ class PreparedImages:
                 )
             if digest.hexdigest() != self.manifest["files"][table.name]["sha256"]:
                 raise ValueError("it does not have the SHA-256 of the manifest")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise _damaged(table, str(error) or type(error).__name__) from error
         return columns, dict(stats["label_names"])
 
