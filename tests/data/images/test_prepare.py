@@ -21,7 +21,7 @@ from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.captions import captioned_images
 from pretrain.data.images.decode import Picture
 from pretrain.data.images.prepare import holds_images
-from pretrain.data.images.rows import parts_of, read_images
+from pretrain.data.images.rows import parts_of, pictures, read_images
 from pretrain.data.images.source import labelled_images
 from pretrain.data.images.stored import Pixels, PreparedImages
 from pretrain.data.loader import row_rngs
@@ -93,6 +93,27 @@ def test_scaled_images_are_those_that_a_run_reads(photos: Path, tmp_path: Path) 
             ]
             assert np.array_equal(seen[0]["pixel_values"], seen[1]["pixel_values"])
             assert {image.size for image in two} == {(16, 16)}
+
+
+def test_other_pixels_have_another_digest(photos: Path, tmp_path: Path) -> None:
+    """By which a run that is resumed notices them, and a second ``prepare`` of prepared images."""
+
+    def kept(source: Path, name: str, **options: Any) -> tuple[list[str], list[Any], str]:
+        prepared = pretrain.prepare(source, tmp_path / name, source="images", quiet=True, **options)
+        held = pictures(read_images(prepared.path))
+        pixels = [np.asarray(one.read()[0]) for one in held]
+        return [one.digest for one in held], pixels, labelled_images(str(prepared.path)).fingerprint
+
+    plain, small = kept(photos, "plain"), kept(photos, "small", size=4)
+    assert plain[0] == [one.digest for one in pictures(read_images(photos))]
+    assert set(plain[0]).isdisjoint(small[0]) and len({*small[0]}) == 24
+    others = [kept(photos, "small", size=5), kept(photos, "grey", channels=1)]
+    assert len({plain[2], small[2], *(other[2] for other in others)}) == 4
+    first = kept(tmp_path / "small", "again")
+    assert first[0] == others[0][0] and {pixels.shape[:2] for pixels in first[1]} == {(5, 5)}
+    second = kept(photos, "again")
+    assert second[0] == plain[0]
+    assert all(np.array_equal(a, b) for a, b in zip(second[1], plain[1], strict=True))
 
 
 def test_parts_arrays_and_captions(photos: Path, tmp_path: Path) -> None:
@@ -225,7 +246,7 @@ def test_damage_is_named(
     with pytest.raises(DataError, match=r"manifest.json is damaged"):
         labelled_images(str(kept.path))
     again = pretrain.prepare(photos, kept.path, quiet=True)
-    assert PreparedImages.find(again.path, verify=True) is not None
+    assert PreparedImages.find(again.path) is not None
 
 
 def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: Path) -> None:

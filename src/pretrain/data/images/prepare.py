@@ -79,11 +79,11 @@ def prepare_images(
             f"size is {size!r} and channels is {channels!r}; size must be a whole number above 0, and channels 1 or 3."
         )
     _check_replaceable(target)
-    if isinstance(source, str | Path) and os.path.exists(target):
-        if os.path.realpath(os.path.expanduser(source)) == os.path.realpath(target):
-            raise DataError(
-                f"{target} is the source itself, which would be lost. Choose another `out`."
-            )
+    place = os.path.expanduser(source) if isinstance(source, str | Path) else ""
+    if place and os.path.realpath(place) == os.path.realpath(target):
+        raise DataError(
+            f"{target} is the source itself, which would be lost. Choose another `out`."
+        )
     found = {part: _rows(source, part, size) for part in parts_of(source) or [""]}
     options = {"size": size, "channels": channels}
     digest = hashlib.sha256(json.dumps([FORMAT, options]).encode())
