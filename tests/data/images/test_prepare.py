@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_damage_is_named(
     assert PreparedImages.find(again.path) is not None
 
 
-def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_other_data_are_not_replaced(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not prepared data: 'cat'"):
         pretrain.prepare(photos, photos, quiet=True)
     kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
@@ -260,14 +261,6 @@ def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: 
     pretrain.prepare(text, tmp_path / "text", tokenizer="char", quiet=True)
     with pytest.raises(DataError, match="holds prepared text"):
         pretrain.prepare(photos, tmp_path / "text", quiet=True)
-    for folder in ("images", "masks"):
-        (tmp_path / "cells" / folder).mkdir(parents=True)
-        picture(1, mode="L").save(tmp_path / "cells" / folder / "1.png")
-    with pytest.raises(DataError, match="holds masks beside the images"):
-        pretrain.prepare(tmp_path / "cells", tmp_path / "c", quiet=True)
-    boxes = [{"image": picture(k), "boxes": [[1, 2, 3, 4]], "label": ["a"]} for k in range(3)]
-    with pytest.raises(DataError, match="places in pixels"):
-        pretrain.prepare(boxes, tmp_path / "c", source="images", size=8, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +313,61 @@ def test_a_damaged_directory_is_replaced_and_a_source_is_not(photos: Path, tmp_p
         assert pretrain.prepare(photos, kept.path, quiet=True).fingerprint == kept.fingerprint
     with pytest.raises(DataError, match="is the source itself"):
         pretrain.prepare(kept.path, kept.path, source="images", size=8, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["bbox", "Box", "objects", "x_min", "x1", "left", "bottom"])
+def test_places_in_pixels_are_not_scaled(name: str, tmp_path: Path) -> None:
+    rows = [{"image": picture(k), name: [[1, 2, 3, 4]]} for k in range(2)]
+    with pytest.raises(DataError, match=f"the column '{name}' holds places in pixels"):
+        pretrain.prepare(rows, tmp_path / "kept", source="images", size=8, quiet=True)
+    kept = pretrain.prepare(rows, tmp_path / "kept", source="images", channels=1, quiet=True)
+    assert read_images(kept.path).columns[name] == [[[1, 2, 3, 4]]] * 2
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("images", "annotations"), ("imgs", "labels"), ("JPEGImages", "SegmentationClass"), ("val/image", "val/mask")],
+)  # fmt: skip
+def test_folders_of_masks_are_refused(folders: tuple[str, str], tmp_path: Path) -> None:
+    for folder in (*folders, *(("train/images",) if "/" in folders[0] else ())):
+        (tmp_path / "cells" / folder).mkdir(parents=True)
+        picture(1, mode="L").save(tmp_path / "cells" / folder / "1.png")
+    with pytest.raises(
+        DataError,
+        match=r"cells holds masks or other annotations beside the images, .* source itself",
+    ):
+        pretrain.prepare(tmp_path / "cells", tmp_path / "kept", source="images", quiet=True)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_masks_and_boxes_in_other_files_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for k in range(2):
+        picture(k).save(folder / f"{k}.png")
+        picture(k, mode="L").save(folder / f"m{k}.png")
+    table = folder.with_suffix(".csv")
+    for column, value, kept in (
+        ("mask", "rows/m{}.png", False),
+        ("annotation", "rows/m{}.png", False),
+        ("label", "cat {}", True),
+    ):
+        lines = [f"rows/{k}.png,{value.format(k)}" for k in range(2)]
+        table.write_text("\n".join([f"image,{column}", *lines]))
+        with nullcontext() if kept else pytest.raises(DataError, match="rows.csv holds masks"):
+            pretrain.prepare(table, tmp_path / "kept", source="images", quiet=True)
+    (folder / "of_a_camera.xml").write_text("<clip><name>1</name></clip>")
+    pretrain.prepare(folder, tmp_path / "kept", quiet=True)
+    box = "<object><name>a</name><bndbox><xmin>1</xmin></bndbox></object>"
+    (folder / "0.xml").write_text(f"<annotation>{box}</annotation>")
+    with pytest.raises(DataError, match=r"rows holds boxes beside the images, .* source itself"):
+        pretrain.prepare(folder, tmp_path / "kept", quiet=True)
+    (folder / "0.xml").unlink()
+    held = {"images": [{"id": 0, "file_name": "0.png"}], "annotations": [], "categories": []}
+    (folder / "some.json").write_text(json.dumps(held))
+    for source in (folder, folder / "some.json"):
+        with pytest.raises(DataError, match="holds boxes beside the images"):
+            pretrain.prepare(source, tmp_path / "kept", source="images", quiet=True)
 
 
 def test_what_a_source_holds_and_options_of_the_other_kind(photos: Path, tmp_path: Path) -> None:

@@ -12,22 +12,24 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.flat_files import sums_name, write_sums
+from pretrain.data.images.boxes import PLACES, annotations_of
 from pretrain.data.images.decode import SUFFIXES, BrokenFile, FileItem, in_threads, to_channels
+from pretrain.data.images.masks import MASK, mask_folders
 from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_all, read_images
 from pretrain.data.images.source import IMAGE
 from pretrain.data.images.stored import FORMAT, KIND, PARTS, PreparedImages, file_names
 from pretrain.data.labelled import choose_columns
+from pretrain.data.labels import is_missing
 from pretrain.data.manifests import MANIFEST, file_record, write_sealed
 from pretrain.data.tables import Table, shown
 from pretrain.data.workdir import build, foreign
 from pretrain.errors import CheckpointCorrupt, ConfigError, DataError
-from pretrain.utils.files import note
+from pretrain.utils.files import muted, note
 from pretrain.utils.strict_json import parse_json
 
 __all__ = ["holds_images", "prepare_images"]
 
 _USES = {"": "train", "train": "train", "valid": "validation", "test": "test"}
-_BOXES = ("boxes", "bboxes", "objects", "xmin", "ymin", "xmax", "ymax")
 _TEXTS = (".md", ".jsonl", ".csv", ".tsv", ".parquet", ".html", ".htm")
 
 
@@ -159,19 +161,20 @@ def _existing(target: Path, fingerprint: str, say: Callable[[str], None]) -> Pre
 
 def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, list[Any]]]:
     """Return the rows of a part with their images under ``image``, and their other columns, ready for JSON."""
+    with muted():  # reading says the same again
+        folders = mask_folders(source, name=_USES[part]) is not None
+        boxes = not folders and _has_boxes(source, _USES[part])
+    if folders or boxes:
+        raise _beside(source, "boxes" if boxes else "masks or other annotations")
     table = read_images(source, name=_USES[part])
     column = choose_columns(table, (IMAGE,), {}, quiet=True)["image"]
     columns, lost = dict[str, list[Any]](), list[str]()
     for name, values in table.columns.items():
         if name == column:
             continue
-        files = any(isinstance(value, FileItem) for value in values)
-        if files or (name == "label" and {"images", "masks"} <= set(map(str, values))):
-            raise DataError(
-                f"{table.name} holds masks beside the images, and prepare writes one image for each row. Train on the "
-                "source itself."
-            )
-        if size is not None and name.lower() in _BOXES:
+        if any(isinstance(value, FileItem) for value in values) or _has_masks(table, name):
+            raise _beside(table.name, "masks")
+        if size is not None and name.lower() in PLACES:
             raise DataError(
                 f"{table.name}: the column {name!r} holds places in pixels, which scaling would move. Leave size out."
             )
@@ -185,6 +188,38 @@ def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, li
         )
     held = table.with_columns({"image": pictures(table, column), **columns}, table.label_names)
     return held, columns
+
+
+def _beside(source: Any, what: str) -> DataError:
+    return DataError(
+        f"{source} holds {what} beside the images, and prepare writes one image for each row, without them. Train on "
+        "the source itself."
+    )
+
+
+def _has_boxes(source: Any, use: str) -> bool:
+    """Return whether files of boxes lie beside the images; a file of XML without any says something else."""
+    if (found := annotations_of(source, name=use)) is None:
+        return False
+    files = found[1]
+    return isinstance(files, Mapping) or any(
+        file.is_file() and b"<bndbox" in file.read_bytes() for file in files
+    )
+
+
+def _has_masks(table: Table, name: str) -> bool:
+    """Return whether a column is called like one of masks, and its first value is an image and no label."""
+    if name.lower() not in MASK.known:
+        return False
+    values = table.columns[name]
+    first = next((i for i, v in enumerate(values) if not is_missing(v)), None)
+    try:
+        one = None if first is None else pictures(table.take([first]), name)[0]
+    except DataError:
+        return False
+    if one is None or not isinstance(one.source, Path):
+        return one is not None
+    return one.source.suffix.lower() in SUFFIXES or one.source.is_file()
 
 
 def _write(
