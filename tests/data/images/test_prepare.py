@@ -194,6 +194,7 @@ def test_broken_images_are_counted_once(photos: Path, tmp_path: Path, capsys: An
     told = capsys.readouterr().err
     assert "1 rows left out, broken image (it is no image of a known format)" in told
     assert "24 images, 2 left out" in told and "x.png" in told and "y.jpg" in told
+    assert "photos: the other rows are numbered anew" in told
     labelled_images(str(kept.path))
     assert "broken" not in capsys.readouterr().err
     (tmp_path / "rows.csv").write_text("file_name,label\nphotos/cat/1.jpg,a\nphotos/none.jpg,b\n")
@@ -370,13 +371,31 @@ def test_masks_and_boxes_in_other_files_are_refused(tmp_path: Path) -> None:
             pretrain.prepare(source, tmp_path / "kept", source="images", quiet=True)
 
 
-def test_what_a_source_holds_and_options_of_the_other_kind(photos: Path, tmp_path: Path) -> None:
+def test_what_a_source_holds_and_options_of_the_other_kind(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert holds_images(photos) and not holds_images(photos / "cat" / "none.csv")
     assert not holds_images(tmp_path / "nothing.txt")
     (photos / "cat" / "1.txt").write_text("a cat")
     assert holds_images(photos)
+    for hidden in (".git/a.md", "__MACOSX/._a.txt", ".b.md", "metadata.csv", "of_a_program.json"):
+        (photos / hidden).parent.mkdir(exist_ok=True)
+        (photos / hidden).write_text("words\nmore\n")
+    assert holds_images(photos)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "cat").symlink_to(photos / "cat")
+    assert holds_images(tmp_path / "links")
+    for name in ("a.ndjson", "a.tab", "a.jsonl.gz", "a.txt.zst", "A.HTML", "cat/2.txt.gz", "a.md"):
+        (photos / name).write_text("words")
+        assert not holds_images(photos), name
+        (photos / name).unlink()
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    (kept.path / "notes.txt").write_text("words")
+    assert holds_images(kept.path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    again = pretrain.prepare("~/photos", cache_dir=tmp_path / "cache", quiet=True)
+    assert again.path == pretrain.prepare(photos, cache_dir=tmp_path / "cache", quiet=True).path
     (photos / "readme.md").write_text("words")
-    assert not holds_images(photos)
     with pytest.raises(ConfigError, match=r"vocab_size=50 is for text, .* source='text'"):
         pretrain.prepare(photos, source="images", vocab_size=50)
     with pytest.raises(ConfigError, match=r"size=8 is for images, .* source='images'"):
@@ -385,6 +404,8 @@ def test_what_a_source_holds_and_options_of_the_other_kind(photos: Path, tmp_pat
         pretrain.prepare(photos, source="sounds")
     with pytest.raises(ConfigError, match="channels 1 or 3"):
         pretrain.prepare(photos, source="images", channels=2)
+    with pytest.raises(ConfigError, match="size must be a whole number from 1 to 8,192"):
+        pretrain.prepare(photos, source="images", size=8193)
 
 
 def test_on_the_command_line(photos: Path, tmp_path: Path, capsys: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,14 +14,29 @@ import numpy as np
 
 from pretrain.data.flat_files import sums_name, write_sums
 from pretrain.data.images.boxes import PLACES, annotations_of
-from pretrain.data.images.decode import SUFFIXES, BrokenFile, FileItem, in_threads, to_channels
+from pretrain.data.images.decode import (
+    MOST_PIXELS,
+    SUFFIXES,
+    BrokenFile,
+    FileItem,
+    in_threads,
+    to_channels,
+)
 from pretrain.data.images.masks import MASK, mask_folders
-from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_all, read_images
+from pretrain.data.images.rows import (
+    files_below,
+    is_image_source,
+    parts_of,
+    pictures,
+    read_all,
+    read_images,
+)
 from pretrain.data.images.source import IMAGE
 from pretrain.data.images.stored import FORMAT, KIND, PARTS, PreparedImages, file_names
 from pretrain.data.labelled import choose_columns
 from pretrain.data.labels import is_missing
 from pretrain.data.manifests import MANIFEST, file_record, write_sealed
+from pretrain.data.readers import found_in_folders
 from pretrain.data.tables import Table, shown
 from pretrain.data.workdir import build, foreign
 from pretrain.errors import CheckpointCorrupt, ConfigError, DataError
@@ -30,7 +46,6 @@ from pretrain.utils.strict_json import parse_json
 __all__ = ["holds_images", "prepare_images"]
 
 _USES = {"": "train", "train": "train", "valid": "validation", "test": "test"}
-_TEXTS = (".md", ".jsonl", ".csv", ".tsv", ".parquet", ".html", ".htm")
 
 
 def holds_images(source: Any) -> bool:
@@ -38,19 +53,19 @@ def holds_images(source: Any) -> bool:
 
     A ``.txt`` beside an image is its caption, and a table called ``metadata`` names its images.
     """
-    if not isinstance(source, str | Path) or not is_image_source(path := Path(source).expanduser()):
+    path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
+    if path is None or not is_image_source(path):
         return False
-    if not path.is_dir():
+    if not path.is_dir() or PreparedImages.find(path) is not None:
         return True
-    files = [Path(root, name) for root, _, names in os.walk(path) for name in names]
-    images = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    found, others, _ = files_below(path)
+    captions = {file.with_suffix(".txt") for file in found}
     texts = (
-        (file.suffix.lower() in _TEXTS and file.stem != "metadata")
-        or (file.suffix.lower() == ".txt" and file.with_suffix("") not in images)
-        for file in files
-    )  # fmt: skip
-    archives = any(file.suffix.lower() == ".tar" for file in files)
-    return bool(images or archives) and not any(texts)
+        found_in_folders(file) and file.stem != "metadata" and file not in captions
+        for file in others
+    )
+    archives = any(file.suffix.lower() == ".tar" for file in others)
+    return bool(found or archives) and not any(texts)
 
 
 def prepare_images(
@@ -75,10 +90,11 @@ def prepare_images(
         DataError: no image can be read, a path does not exist, or there is something else in the directory.
         ConfigError: an option is wrong.
     """
-    whole = size is None or (type(size) is int and size > 0)
+    whole = size is None or (type(size) is int and 0 < size <= math.isqrt(MOST_PIXELS))
     if not whole or channels not in (None, 1, 3):
         raise ConfigError(
-            f"size is {size!r} and channels is {channels!r}; size must be a whole number above 0, and channels 1 or 3."
+            f"size is {size!r} and channels is {channels!r}; size must be a whole number from 1 to "
+            f"{math.isqrt(MOST_PIXELS):,}, and channels 1 or 3."
         )
     _check_replaceable(target)
     place = os.path.expanduser(source) if isinstance(source, str | Path) else ""
@@ -254,6 +270,11 @@ def _write(
         for text, places in told.items():
             named = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
             note(f"{len(places):,} rows {text}: {named}")
+        if rows < len(table):
+            note(
+                f"{table.name}: the other rows are numbered anew, so the fraction that a run holds out may be another "
+                "one than that of the source"
+            )
         if not rows:
             raise DataError(f"None of the images of {table.name} can be read.")
         write_sums(work / names[0])

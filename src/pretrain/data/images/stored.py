@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class PreparedImages:
         Raises:
             DataError: a file is missing, truncated or changed, or the manifest is damaged.
         """
-        if not any((folder / file_names(part)[0]).is_file() for part in PARTS):
+        if not any(os.path.isfile(folder / file_names(part)[0]) for part in PARTS):
             return None
         try:
             manifest = read_sealed(folder / MANIFEST)
