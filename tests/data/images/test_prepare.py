@@ -268,6 +268,7 @@ def test_other_data_are_not_replaced(photos: Path, tmp_path: Path) -> None:
     "files",
     [
         {"manifest.json": '{"name": "my app"}'},
+        {"manifest.json": '{"kind": "images"}'},
         {"manifest.json": "no JSON"},
         {"tokenizer/tokenizer.json": "{}"},
         {"all.rows.jsonl": "{}"},
@@ -312,6 +313,8 @@ def test_a_damaged_directory_is_replaced_and_a_source_is_not(photos: Path, tmp_p
         if content is not None:
             (kept.path / "manifest.json").write_text(content)
         assert pretrain.prepare(photos, kept.path, quiet=True).fingerprint == kept.fingerprint
+    (kept.path / "all.pixels.bin").unlink()
+    assert pretrain.prepare(photos, kept.path, quiet=True).fingerprint == kept.fingerprint
     with pytest.raises(DataError, match="is the source itself"):
         pretrain.prepare(kept.path, kept.path, source="images", size=8, quiet=True)
 

@@ -147,9 +147,11 @@ def _check_replaceable(target: Path) -> None:
         try:
             manifest = parse_json((target / MANIFEST).read_bytes(), target / MANIFEST)
         except (OSError, CheckpointCorrupt):
-            manifest = {"kind": KIND}  # damaged, among files that all have our names
-        kind = manifest.get("kind") if isinstance(manifest, dict) else None
-        if kind != KIND or held.isdisjoint(pixels for pixels, _ in names):
+            ok = not held.isdisjoint(pixels for pixels, _ in names)  # damaged, among our files
+        else:
+            kind = manifest.get("kind") if isinstance(manifest, dict) else None
+            ok = kind == KIND and len(held) > 1
+        if not ok:
             strange = MANIFEST if MANIFEST in held else min(held)
     if strange is not None:
         raise DataError(
