@@ -37,7 +37,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: the file does not exist or cannot be read.
         ValueError: the file is damaged.
     """
-    return unsealed(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def unsealed(value: Any) -> dict[str, Any]:

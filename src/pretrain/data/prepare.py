@@ -139,7 +139,11 @@ def _of_images(source: str | None, sources: Any, given: Mapping[str, Any]) -> bo
     if source not in (None, "text", "images"):
         raise ConfigError(f"{option('source', source)}: prepare knows text and images.")
     one = isinstance(sources, str | Path)
-    if source is None and one and (os.path.isdir(sources) or str(sources).endswith(_ARRAYS)):
+    if (
+        source is None
+        and one
+        and (os.path.isdir(os.path.expanduser(sources)) or str(sources).endswith(_ARRAYS))
+    ):
         source = "images" if import_named(f"{_IMAGES}:holds_images", "source")(sources) else "text"
     images = source == "images"
     both, of_images = ("sources", "out", "source", "cache_dir", "quiet"), ("size", "channels")
@@ -161,7 +165,8 @@ def _images(
         if not quiet:
             print(printable(line), file=console())
 
-    name = hashlib.sha256(f"{os.path.abspath(str(source))} {size} {channels}".encode()).hexdigest()
+    place = os.path.abspath(os.path.expanduser(str(source)))
+    name = hashlib.sha256(f"{place} {size} {channels}".encode()).hexdigest()
     target = _place(out) if out is not None else cache / "prepared" / f"images-{name[:20]}"
     with disk_errors(target), _stoppable():
         sweep(Path(os.path.realpath(target)), say)

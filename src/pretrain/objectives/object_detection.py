@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.boxes import Corners, gathered_boxes, read_boxes
+from pretrain.data.images.boxes import BOXES, Corners, gathered_boxes, read_boxes
 from pretrain.data.images.decode import FileItem
 from pretrain.data.images.draw import with_boxes
 from pretrain.data.images.rows import pictures
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectDetection", "without_overlap"]
 
-BOXES = Role(
-    "boxes", ("boxes", "box", "bboxes", "bbox"), help="the boxes of the image", target=True
-)
 LABEL = Role(
     "label",
     ("label", "labels", "class", "classes", "category", "categories", "name"),

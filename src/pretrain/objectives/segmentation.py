@@ -22,7 +22,7 @@ from pretrain import metrics as figures_of
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.decode import BrokenImage
 from pretrain.data.images.draw import with_mask
-from pretrain.data.images.masks import UNLABELLED, Mask, read_masked, read_numbers
+from pretrain.data.images.masks import MASK, UNLABELLED, Mask, read_masked, read_numbers
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role, label_strata
@@ -41,15 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Segmentation"]
 
-MASK = Role(
-    "mask",
-    (
-        *("mask", "masks", "segmentation", "annotation", "label", "labels", "mask_path", "mask_file"),
-        *("segmentation_mask", "semantic_mask", "segmentation_maps", "mask_image"),
-    ),
-    help="the mask: an image whose pixels are numbers of classes",
-    target=True,
-)  # fmt: skip
 _SHOWN = 24  # classes up to which each has its own figure
 _BINARY = ("background", "foreground")
 _BAND = 1 << 23  # scores that are interpolated to the size of an image at once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.captions import captioned_images
 from pretrain.data.images.decode import Picture
 from pretrain.data.images.prepare import holds_images
-from pretrain.data.images.rows import parts_of, read_images
+from pretrain.data.images.rows import parts_of, pictures, read_images
 from pretrain.data.images.source import labelled_images
 from pretrain.data.images.stored import Pixels, PreparedImages
 from pretrain.data.loader import row_rngs
+from pretrain.data.manifests import file_record, write_sealed
 from pretrain.errors import ConfigError, DataError
 
 
@@ -92,6 +94,27 @@ def test_scaled_images_are_those_that_a_run_reads(photos: Path, tmp_path: Path) 
             ]
             assert np.array_equal(seen[0]["pixel_values"], seen[1]["pixel_values"])
             assert {image.size for image in two} == {(16, 16)}
+
+
+def test_other_pixels_have_another_digest(photos: Path, tmp_path: Path) -> None:
+    """By which a run that is resumed notices them, and a second ``prepare`` of prepared images."""
+
+    def kept(source: Path, name: str, **options: Any) -> tuple[list[str], list[Any], str]:
+        prepared = pretrain.prepare(source, tmp_path / name, source="images", quiet=True, **options)
+        held = pictures(read_images(prepared.path))
+        pixels = [np.asarray(one.read()[0]) for one in held]
+        return [one.digest for one in held], pixels, labelled_images(str(prepared.path)).fingerprint
+
+    plain, small = kept(photos, "plain"), kept(photos, "small", size=4)
+    assert plain[0] == [one.digest for one in pictures(read_images(photos))]
+    assert set(plain[0]).isdisjoint(small[0]) and len({*small[0]}) == 24
+    others = [kept(photos, "small", size=5), kept(photos, "grey", channels=1)]
+    assert len({plain[2], small[2], *(other[2] for other in others)}) == 4
+    first = kept(tmp_path / "small", "again")
+    assert first[0] == others[0][0] and {pixels.shape[:2] for pixels in first[1]} == {(5, 5)}
+    second = kept(photos, "again")
+    assert second[0] == plain[0]
+    assert all(np.array_equal(a, b) for a, b in zip(second[1], plain[1], strict=True))
 
 
 def test_parts_arrays_and_captions(photos: Path, tmp_path: Path) -> None:
@@ -171,6 +194,7 @@ def test_broken_images_are_counted_once(photos: Path, tmp_path: Path, capsys: An
     told = capsys.readouterr().err
     assert "1 rows left out, broken image (it is no image of a known format)" in told
     assert "24 images, 2 left out" in told and "x.png" in told and "y.jpg" in told
+    assert "photos: the other rows are numbered anew" in told
     labelled_images(str(kept.path))
     assert "broken" not in capsys.readouterr().err
     (tmp_path / "rows.csv").write_text("file_name,label\nphotos/cat/1.jpg,a\nphotos/none.jpg,b\n")
@@ -224,10 +248,10 @@ def test_damage_is_named(
     with pytest.raises(DataError, match=r"manifest.json is damaged"):
         labelled_images(str(kept.path))
     again = pretrain.prepare(photos, kept.path, quiet=True)
-    assert PreparedImages.find(again.path, verify=True) is not None
+    assert PreparedImages.find(again.path) is not None
 
 
-def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_other_data_are_not_replaced(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not prepared data: 'cat'"):
         pretrain.prepare(photos, photos, quiet=True)
     kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
@@ -238,23 +262,143 @@ def test_nothing_else_is_replaced_and_masks_are_refused(photos: Path, tmp_path: 
     pretrain.prepare(text, tmp_path / "text", tokenizer="char", quiet=True)
     with pytest.raises(DataError, match="holds prepared text"):
         pretrain.prepare(photos, tmp_path / "text", quiet=True)
-    for folder in ("images", "masks"):
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"manifest.json": '{"name": "my app"}'},
+        {"manifest.json": '{"kind": "images"}'},
+        {"manifest.json": "no JSON"},
+        {"tokenizer/tokenizer.json": "{}"},
+        {"all.rows.jsonl": "{}"},
+        {"manifest.json": '{"name": "my app"}', "all.pixels.bin": ""},
+        {"all.pixels.bin": "", "tokenizer/tokenizer.json": "{}"},
+        {"manifest.json/all.pixels.bin": ""},
+    ],
+)
+def test_files_of_other_programs_are_kept(
+    files: dict[str, str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Picture, "read", lambda self: pytest.fail("decoded"))
+    for name, content in files.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(content)
+    with pytest.raises(DataError, match=r"site exists and is not prepared data: '"):
+        pretrain.prepare(photos, tmp_path / "site", quiet=True)
+    assert all((tmp_path / "site" / n).read_text() == text for n, text in files.items())
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(DataError, match="is a file; `out` must be a directory"):
+        pretrain.prepare(photos, tmp_path / "file", quiet=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "site", "file"}
+
+
+@pytest.mark.parametrize("row", ['{"shape": [1e999, 3]}', "[" * 100_000])
+def test_rows_that_json_cannot_hold_are_damage(row: str, photos: Path, tmp_path: Path) -> None:
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    (kept.path / "all.rows.jsonl").write_text(row + "\n")
+    files = {name: file_record(kept.path / name) for name in kept.manifest["files"]}
+    write_sealed(kept.path / "manifest.json", {**kept.manifest, "files": files})
+    with pytest.raises(DataError, match=r"all.rows.jsonl is damaged"):
+        read_images(kept.path)
+    (kept.path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"manifest.json is damaged"):
+        read_images(kept.path)
+
+
+def test_a_damaged_directory_is_replaced_and_a_source_is_not(photos: Path, tmp_path: Path) -> None:
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    for content in (None, "[" * 100_000, "{"):
+        (kept.path / "manifest.json").unlink()
+        if content is not None:
+            (kept.path / "manifest.json").write_text(content)
+        assert pretrain.prepare(photos, kept.path, quiet=True).fingerprint == kept.fingerprint
+    (kept.path / "all.pixels.bin").unlink()
+    assert pretrain.prepare(photos, kept.path, quiet=True).fingerprint == kept.fingerprint
+    with pytest.raises(DataError, match="is the source itself"):
+        pretrain.prepare(kept.path, kept.path, source="images", size=8, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["bbox", "Box", "objects", "x_min", "x1", "left", "bottom"])
+def test_places_in_pixels_are_not_scaled(name: str, tmp_path: Path) -> None:
+    rows = [{"image": picture(k), name: [[1, 2, 3, 4]]} for k in range(2)]
+    with pytest.raises(DataError, match=f"the column '{name}' holds places in pixels"):
+        pretrain.prepare(rows, tmp_path / "kept", source="images", size=8, quiet=True)
+    kept = pretrain.prepare(rows, tmp_path / "kept", source="images", channels=1, quiet=True)
+    assert read_images(kept.path).columns[name] == [[[1, 2, 3, 4]]] * 2
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("images", "annotations"), ("imgs", "labels"), ("JPEGImages", "SegmentationClass"), ("val/image", "val/mask")],
+)  # fmt: skip
+def test_folders_of_masks_are_refused(folders: tuple[str, str], tmp_path: Path) -> None:
+    for folder in (*folders, *(("train/images",) if "/" in folders[0] else ())):
         (tmp_path / "cells" / folder).mkdir(parents=True)
         picture(1, mode="L").save(tmp_path / "cells" / folder / "1.png")
-    with pytest.raises(DataError, match="holds masks beside the images"):
-        pretrain.prepare(tmp_path / "cells", tmp_path / "c", quiet=True)
-    boxes = [{"image": picture(k), "boxes": [[1, 2, 3, 4]], "label": ["a"]} for k in range(3)]
-    with pytest.raises(DataError, match="places in pixels"):
-        pretrain.prepare(boxes, tmp_path / "c", source="images", size=8, quiet=True)
+    with pytest.raises(
+        DataError,
+        match=r"cells holds masks or other annotations beside the images, .* source itself",
+    ):
+        pretrain.prepare(tmp_path / "cells", tmp_path / "kept", source="images", quiet=True)
+    assert not (tmp_path / "kept").exists()
 
 
-def test_what_a_source_holds_and_options_of_the_other_kind(photos: Path, tmp_path: Path) -> None:
+def test_masks_and_boxes_in_other_files_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for k in range(2):
+        picture(k).save(folder / f"{k}.png")
+        picture(k, mode="L").save(folder / f"m{k}.png")
+    table = folder.with_suffix(".csv")
+    for column, value, kept in (
+        ("mask", "rows/m{}.png", False),
+        ("annotation", "rows/m{}.png", False),
+        ("label", "cat {}", True),
+    ):
+        lines = [f"rows/{k}.png,{value.format(k)}" for k in range(2)]
+        table.write_text("\n".join([f"image,{column}", *lines]))
+        with nullcontext() if kept else pytest.raises(DataError, match="rows.csv holds masks"):
+            pretrain.prepare(table, tmp_path / "kept", source="images", quiet=True)
+    (folder / "of_a_camera.xml").write_text("<clip><name>1</name></clip>")
+    pretrain.prepare(folder, tmp_path / "kept", quiet=True)
+    box = "<object><name>a</name><bndbox><xmin>1</xmin></bndbox></object>"
+    (folder / "0.xml").write_text(f"<annotation>{box}</annotation>")
+    with pytest.raises(DataError, match=r"rows holds boxes beside the images, .* source itself"):
+        pretrain.prepare(folder, tmp_path / "kept", quiet=True)
+    (folder / "0.xml").unlink()
+    held = {"images": [{"id": 0, "file_name": "0.png"}], "annotations": [], "categories": []}
+    (folder / "some.json").write_text(json.dumps(held))
+    for source in (folder, folder / "some.json"):
+        with pytest.raises(DataError, match="holds boxes beside the images"):
+            pretrain.prepare(source, tmp_path / "kept", source="images", quiet=True)
+
+
+def test_what_a_source_holds_and_options_of_the_other_kind(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert holds_images(photos) and not holds_images(photos / "cat" / "none.csv")
     assert not holds_images(tmp_path / "nothing.txt")
     (photos / "cat" / "1.txt").write_text("a cat")
     assert holds_images(photos)
+    for hidden in (".git/a.md", "__MACOSX/._a.txt", ".b.md", "metadata.csv", "of_a_program.json"):
+        (photos / hidden).parent.mkdir(exist_ok=True)
+        (photos / hidden).write_text("words\nmore\n")
+    assert holds_images(photos)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "cat").symlink_to(photos / "cat")
+    assert holds_images(tmp_path / "links")
+    for name in ("a.ndjson", "a.tab", "a.jsonl.gz", "a.txt.zst", "A.HTML", "cat/2.txt.gz", "a.md"):
+        (photos / name).write_text("words")
+        assert not holds_images(photos), name
+        (photos / name).unlink()
+    kept = pretrain.prepare(photos, tmp_path / "kept", quiet=True)
+    (kept.path / "notes.txt").write_text("words")
+    assert holds_images(kept.path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    again = pretrain.prepare("~/photos", cache_dir=tmp_path / "cache", quiet=True)
+    assert again.path == pretrain.prepare(photos, cache_dir=tmp_path / "cache", quiet=True).path
     (photos / "readme.md").write_text("words")
-    assert not holds_images(photos)
     with pytest.raises(ConfigError, match=r"vocab_size=50 is for text, .* source='text'"):
         pretrain.prepare(photos, source="images", vocab_size=50)
     with pytest.raises(ConfigError, match=r"size=8 is for images, .* source='images'"):
@@ -263,6 +407,8 @@ def test_what_a_source_holds_and_options_of_the_other_kind(photos: Path, tmp_pat
         pretrain.prepare(photos, source="sounds")
     with pytest.raises(ConfigError, match="channels 1 or 3"):
         pretrain.prepare(photos, source="images", channels=2)
+    with pytest.raises(ConfigError, match="size must be a whole number from 1 to 8,192"):
+        pretrain.prepare(photos, source="images", size=8193)
 
 
 def test_on_the_command_line(photos: Path, tmp_path: Path, capsys: Any) -> None:

@@ -15,12 +15,17 @@ from typing import Any
 
 from pretrain.data.images.decode import Picture
 from pretrain.data.images.rows import ImageTable, image_files, part_for, read_images
+from pretrain.data.labelled import Role
 from pretrain.data.tables import Table, shown
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import parse_json
 
-__all__ = ["Corners", "gathered_boxes", "read_boxes"]
+__all__ = ["BOXES", "PLACES", "Corners", "annotations_of", "gathered_boxes", "read_boxes"]
+
+BOXES = Role(
+    "boxes", ("boxes", "box", "bboxes", "bbox"), help="the boxes of the image", target=True
+)
 
 _SIDES = (
     ("xmin", "x_min", "x1", "left"),
@@ -29,6 +34,8 @@ _SIDES = (
     ("ymax", "y_max", "y2", "bottom"),
 )
 _OBJECTS = "objects"  # column of the datasets library: {"bbox": [...], "category": [...]}
+# Columns that hold places in pixels.
+PLACES = frozenset((_OBJECTS, *BOXES.known, *(name for names in _SIDES for name in names)))
 _KEYS = (("bbox", "boxes"), ("category", "label", "labels", "categories"))  # in such a mapping
 _FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
 _MOST_BYTES = 1 << 30  # of a file of annotations
@@ -47,6 +54,19 @@ def read_boxes(source: Any, *, name: str = "data", **options: Any) -> Table:
     Raises:
         DataError: as there; or an annotation cannot be read.
     """
+    found = annotations_of(source, name=name)
+    if found is None:
+        return read_images(source, name=name, **options)
+    path, held = found
+    return _coco(path, held) if isinstance(held, Mapping) else _voc(path, held)
+
+
+def annotations_of(source: Any, *, name: str = "data") -> tuple[Path, Any] | None:
+    """Return a file of COCO and its content, or a folder and its files of Pascal VOC; None if there is neither.
+
+    Raises:
+        DataError: a file of COCO is damaged, or there are several.
+    """
     path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
     if path is not None and path.is_dir():
         part = part_for(path, name)
@@ -59,13 +79,13 @@ def read_boxes(source: Any, *, name: str = "data", **options: Any) -> Table:
                 "meant."
             )
         if found:
-            return _coco(*found[0])
+            return found[0]
         if xml := sorted(p for p in folder.rglob("*") if p.suffix.lower() == ".xml"):
-            return _voc(folder, xml)
+            return folder, xml
     one = path is not None and path.suffix.lower() == ".json" and path.is_file()
     if path is not None and one and (content := _coco_content(path)):
-        return _coco(path, content)
-    return read_images(source, name=name, **options)
+        return path, content
+    return None
 
 
 def gathered_boxes(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "MOST_PIXELS",
     "SUFFIXES",
     "BrokenFile",
     "BrokenImage",
@@ -69,7 +70,7 @@ SUFFIXES = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".tga", ".jp2"),
     }
 )  # fmt: skip
-_MOST_PIXELS = 1 << 26  # 8,192 x 8,192; a small file may claim, and decode to, any number
+MOST_PIXELS = 1 << 26  # 8,192 x 8,192; a small file may claim, and decode to, any number
 _NARROWEST = 100  # longer side of an image, in units of the shorter
 
 
@@ -375,11 +376,11 @@ def _check_size(image: Image, name: str) -> None:
         BrokenImage: it is one of them.
     """
     size = f"it has {image.width:,} x {image.height:,} pixels"
-    if image.width * image.height > _MOST_PIXELS:
+    if image.width * image.height > MOST_PIXELS:
         raise BrokenImage(
             name,
             "too many pixels",
-            f"{size}, and at most {_MOST_PIXELS:,} are decoded, because a small file that claims so many would fill "
+            f"{size}, and at most {MOST_PIXELS:,} are decoded, because a small file that claims so many would fill "
             "the memory. Scale it down first",
         )
     if max(image.size) > _NARROWEST * min(image.size):

@@ -24,6 +24,7 @@ from pretrain.data.images.rows import (
     pictures,
     read_images,
 )
+from pretrain.data.labelled import Role
 from pretrain.data.tables import Table, shown
 from pretrain.errors import DataError
 from pretrain.utils.files import note
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "MASK",
     "UNLABELLED",
     "Mask",
+    "mask_folders",
     "pixel_features",
     "read_masked",
     "read_numbers",
@@ -42,6 +45,15 @@ __all__ = [
 ]
 
 UNLABELLED = 255  # the usual number of pixels without a class
+MASK = Role(
+    "mask",
+    (
+        *("mask", "masks", "segmentation", "annotation", "label", "labels", "mask_path", "mask_file"),
+        *("segmentation_mask", "semantic_mask", "segmentation_maps", "mask_image"),
+    ),
+    help="the mask: an image whose pixels are numbers of classes",
+    target=True,
+)  # fmt: skip
 _IMAGES = ("images", "image", "imgs", "img", "JPEGImages")
 _MASKS = ("masks", "mask", "labels", "annotations", "SegmentationClass")
 
@@ -77,14 +89,19 @@ def read_masked(source: Any, *, name: str = "data", **options: Any) -> Table:
     Raises:
         DataError: as there; or an image and a mask do not belong together.
     """
+    found = mask_folders(source, name=name)
+    return read_images(source, name=name, **options) if found is None else _paired(*found)
+
+
+def mask_folders(source: Any, *, name: str = "data") -> tuple[Path, Path, Path] | None:
+    """Return the folder that is read for the rows ``name``, and in it those of images and of masks, or None."""
     path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
-    if path is not None and path.is_dir():
-        part = part_for(path, name)
-        folder = part if isinstance(part, Path) else path
-        images, masks = (_folder_of(folder, names) for names in (_IMAGES, _MASKS))
-        if images is not None and masks is not None:
-            return _paired(folder, images, masks)
-    return read_images(source, name=name, **options)
+    if path is None or not path.is_dir():
+        return None
+    part = part_for(path, name)
+    folder = part if isinstance(part, Path) else path
+    images, masks = (_folder_of(folder, names) for names in (_IMAGES, _MASKS))
+    return None if images is None or masks is None else (folder, images, masks)
 
 
 def _folder_of(path: Path, names: Sequence[str]) -> Path | None:

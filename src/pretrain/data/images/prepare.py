@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,22 +13,39 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.flat_files import sums_name, write_sums
-from pretrain.data.images.decode import SUFFIXES, BrokenFile, FileItem, in_threads, to_channels
-from pretrain.data.images.rows import is_image_source, parts_of, pictures, read_all, read_images
+from pretrain.data.images.boxes import PLACES, annotations_of
+from pretrain.data.images.decode import (
+    MOST_PIXELS,
+    SUFFIXES,
+    BrokenFile,
+    FileItem,
+    in_threads,
+    to_channels,
+)
+from pretrain.data.images.masks import MASK, mask_folders
+from pretrain.data.images.rows import (
+    files_below,
+    is_image_source,
+    parts_of,
+    pictures,
+    read_all,
+    read_images,
+)
 from pretrain.data.images.source import IMAGE
-from pretrain.data.images.stored import FORMAT, KIND, PreparedImages, file_names
+from pretrain.data.images.stored import FORMAT, KIND, PARTS, PreparedImages, file_names
 from pretrain.data.labelled import choose_columns
+from pretrain.data.labels import is_missing
 from pretrain.data.manifests import MANIFEST, file_record, write_sealed
+from pretrain.data.readers import found_in_folders
 from pretrain.data.tables import Table, shown
 from pretrain.data.workdir import build, foreign
-from pretrain.errors import ConfigError, DataError
-from pretrain.utils.files import note
+from pretrain.errors import CheckpointCorrupt, ConfigError, DataError
+from pretrain.utils.files import muted, note
+from pretrain.utils.strict_json import parse_json
 
 __all__ = ["holds_images", "prepare_images"]
 
 _USES = {"": "train", "train": "train", "valid": "validation", "test": "test"}
-_BOXES = ("boxes", "bboxes", "objects", "xmin", "ymin", "xmax", "ymax")
-_TEXTS = (".md", ".jsonl", ".csv", ".tsv", ".parquet", ".html", ".htm")
 
 
 def holds_images(source: Any) -> bool:
@@ -35,19 +53,19 @@ def holds_images(source: Any) -> bool:
 
     A ``.txt`` beside an image is its caption, and a table called ``metadata`` names its images.
     """
-    if not isinstance(source, str | Path) or not is_image_source(path := Path(source).expanduser()):
+    path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
+    if path is None or not is_image_source(path):
         return False
-    if not path.is_dir():
+    if not path.is_dir() or PreparedImages.find(path) is not None:
         return True
-    files = [Path(root, name) for root, _, names in os.walk(path) for name in names]
-    images = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    found, others, _ = files_below(path)
+    captions = {file.with_suffix(".txt") for file in found}
     texts = (
-        (file.suffix.lower() in _TEXTS and file.stem != "metadata")
-        or (file.suffix.lower() == ".txt" and file.with_suffix("") not in images)
-        for file in files
-    )  # fmt: skip
-    archives = any(file.suffix.lower() == ".tar" for file in files)
-    return bool(images or archives) and not any(texts)
+        found_in_folders(file) and file.stem != "metadata" and file not in captions
+        for file in others
+    )
+    archives = any(file.suffix.lower() == ".tar" for file in others)
+    return bool(found or archives) and not any(texts)
 
 
 def prepare_images(
@@ -72,10 +90,17 @@ def prepare_images(
         DataError: no image can be read, a path does not exist, or there is something else in the directory.
         ConfigError: an option is wrong.
     """
-    whole = size is None or (type(size) is int and size > 0)
+    whole = size is None or (type(size) is int and 0 < size <= math.isqrt(MOST_PIXELS))
     if not whole or channels not in (None, 1, 3):
         raise ConfigError(
-            f"size is {size!r} and channels is {channels!r}; size must be a whole number above 0, and channels 1 or 3."
+            f"size is {size!r} and channels is {channels!r}; size must be a whole number from 1 to "
+            f"{math.isqrt(MOST_PIXELS):,}, and channels 1 or 3."
+        )
+    _check_replaceable(target)
+    place = os.path.expanduser(source) if isinstance(source, str | Path) else ""
+    if place and os.path.realpath(place) == os.path.realpath(target):
+        raise DataError(
+            f"{target} is the source itself, which would be lost. Choose another `out`."
         )
     found = {part: _rows(source, part, size) for part in parts_of(source) or [""]}
     options = {"size": size, "channels": channels}
@@ -102,22 +127,49 @@ def prepare_images(
     return prepared
 
 
+def _check_replaceable(target: Path) -> None:
+    """Refuse what would be lost: only directories that prepare of images wrote are replaced.
+
+    Raises:
+        DataError: there is a file, or a directory with other files, or with the manifest of something else.
+    """
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target} is a file; `out` must be a directory.")
+    held = set(os.listdir(target)) if target.is_dir() else set()
+    if not held:
+        return
+    if "train.tokens.bin" in held and foreign(target) is None:
+        raise DataError(f"{target} holds prepared text. Choose another `out`, or delete it first.")
+    names = [file_names(part) for part in PARTS]
+    ours = {MANIFEST, *(n for pixels, rows in names for n in (pixels, rows, sums_name(pixels)))}
+    strange = foreign(target) or min(held - ours, default=None)
+    if strange is None:
+        try:
+            manifest = parse_json((target / MANIFEST).read_bytes(), target / MANIFEST)
+        except (OSError, CheckpointCorrupt):
+            ok = not held.isdisjoint(pixels for pixels, _ in names)  # damaged, among our files
+        else:
+            kind = manifest.get("kind") if isinstance(manifest, dict) else None
+            ok = kind == KIND and len(held) > 1
+        if not ok:
+            strange = MANIFEST if MANIFEST in held else min(held)
+    if strange is not None:
+        raise DataError(
+            f"{target} exists and is not prepared data: {strange!r} in it was not written by prepare of images, and "
+            "would be lost. Choose another `out`."
+        )
+
+
 def _existing(target: Path, fingerprint: str, say: Callable[[str], None]) -> PreparedImages | None:
     """Return what is in the directory, if it was made of the same content with the same options."""
-    if not target.is_dir() or not any(target.iterdir()):
-        return None
-    if (strange := foreign(target)) is not None:
-        raise DataError(
-            f"{target} exists and is not prepared data: {strange!r} in it was not written by prepare, and would be "
-            "lost. Choose another `out`."
-        )
+    _check_replaceable(target)
     try:
         prepared = PreparedImages.find(target)
     except DataError as error:
         say(f"{error} Preparing it again.")
         return None
     if prepared is None:
-        raise DataError(f"{target} holds prepared text. Choose another `out`, or delete it first.")
+        return None
     if prepared.fingerprint != fingerprint:
         say(f"{target} was prepared from other sources or options: preparing it again")
         return None
@@ -127,19 +179,20 @@ def _existing(target: Path, fingerprint: str, say: Callable[[str], None]) -> Pre
 
 def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, list[Any]]]:
     """Return the rows of a part with their images under ``image``, and their other columns, ready for JSON."""
+    with muted():  # reading says the same again
+        folders = mask_folders(source, name=_USES[part]) is not None
+        boxes = not folders and _has_boxes(source, _USES[part])
+    if folders or boxes:
+        raise _beside(source, "boxes" if boxes else "masks or other annotations")
     table = read_images(source, name=_USES[part])
     column = choose_columns(table, (IMAGE,), {}, quiet=True)["image"]
     columns, lost = dict[str, list[Any]](), list[str]()
     for name, values in table.columns.items():
         if name == column:
             continue
-        files = any(isinstance(value, FileItem) for value in values)
-        if files or (name == "label" and {"images", "masks"} <= set(map(str, values))):
-            raise DataError(
-                f"{table.name} holds masks beside the images, and prepare writes one image for each row. Train on the "
-                "source itself."
-            )
-        if size is not None and name.lower() in _BOXES:
+        if any(isinstance(value, FileItem) for value in values) or _has_masks(table, name):
+            raise _beside(table.name, "masks")
+        if size is not None and name.lower() in PLACES:
             raise DataError(
                 f"{table.name}: the column {name!r} holds places in pixels, which scaling would move. Leave size out."
             )
@@ -153,6 +206,38 @@ def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, li
         )
     held = table.with_columns({"image": pictures(table, column), **columns}, table.label_names)
     return held, columns
+
+
+def _beside(source: Any, what: str) -> DataError:
+    return DataError(
+        f"{source} holds {what} beside the images, and prepare writes one image for each row, without them. Train on "
+        "the source itself."
+    )
+
+
+def _has_boxes(source: Any, use: str) -> bool:
+    """Return whether files of boxes lie beside the images; a file of XML without any says something else."""
+    if (found := annotations_of(source, name=use)) is None:
+        return False
+    files = found[1]
+    return isinstance(files, Mapping) or any(
+        file.is_file() and b"<bndbox" in file.read_bytes() for file in files
+    )
+
+
+def _has_masks(table: Table, name: str) -> bool:
+    """Return whether a column is called like one of masks, and its first value is an image and no label."""
+    if name.lower() not in MASK.known:
+        return False
+    values = table.columns[name]
+    first = next((i for i, v in enumerate(values) if not is_missing(v)), None)
+    try:
+        one = None if first is None else pictures(table.take([first]), name)[0]
+    except DataError:
+        return False
+    if one is None or not isinstance(one.source, Path):
+        return one is not None
+    return one.source.suffix.lower() in SUFFIXES or one.source.is_file()
 
 
 def _write(
@@ -187,6 +272,11 @@ def _write(
         for text, places in told.items():
             named = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
             note(f"{len(places):,} rows {text}: {named}")
+        if rows < len(table):
+            note(
+                f"{table.name}: the other rows are numbered anew, so the fraction that a run holds out may be another "
+                "one than that of the source"
+            )
         if not rows:
             raise DataError(f"None of the images of {table.name} can be read.")
         write_sums(work / names[0])

@@ -44,6 +44,7 @@ __all__ = [
     "IMAGES",
     "Medium",
     "decoded",
+    "files_below",
     "from_list",
     "image_files",
     "is_image_source",
@@ -504,7 +505,7 @@ def _prepared(kept: PreparedImages, part: str) -> Table:
 
 def image_files(path: Path, medium: Medium = IMAGES) -> list[Path]:
     """Return the images below a folder, in order; the other files are counted and named in a line."""
-    found, others, irregular = _files(path, medium)
+    found, others, irregular = files_below(path, medium)
     _say_left_out(path, medium, [file.name for file in others], irregular)
     return found
 
@@ -525,7 +526,7 @@ def _folder(path: Path, medium: Medium) -> Table:
     """
     if (named := _named_files(path, medium)) is not None:
         return named
-    found, others, irregular = _files(path, medium)
+    found, others, irregular = files_below(path, medium)
     texts = {file for file in others if file.suffix.lower() == ".txt" and file.is_file()}
     tars = [file for file in others if file.suffix.lower() == ".tar" and file.is_file()]
     if medium is IMAGES and tars and not found:
@@ -556,7 +557,7 @@ def _folder(path: Path, medium: Medium) -> Table:
     return ImageTable(path.name or str(path), columns, origin=str(path))
 
 
-def _files(path: Path, medium: Medium) -> tuple[list[Path], list[Path], list[str]]:
+def files_below(path: Path, medium: Medium = IMAGES) -> tuple[list[Path], list[Path], list[str]]:
     """Return the images below a folder, its other files, and the names of what is no file, all in natural order."""
     found, others, irregular = list[Path](), list[Path](), list[str]()
     visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
@@ -589,7 +590,9 @@ def _named_files(path: Path, medium: Medium) -> Table | None:
         if _FILE_NAME in table.columns:
             named = {os.path.normpath(path / str(value)) for value in table.columns[_FILE_NAME]}
             rest = [
-                file.name for file in _files(path, medium)[0] if os.path.normpath(file) not in named
+                file.name
+                for file in files_below(path, medium)[0]
+                if os.path.normpath(file) not in named
             ]
             if rest:
                 note(

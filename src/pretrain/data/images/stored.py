@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Pixels:
         start: its first byte there.
         shape: (H, W) or (H, W, 3).
         row: number of its row, for messages.
-        digest: SHA-256 of the content that it was decoded from.
+        digest: SHA-256 of the content that it was decoded from; where it was changed, together with the options.
     """
 
     file: FlatFile
@@ -72,29 +73,26 @@ class PreparedImages:
     manifest: dict[str, Any]
 
     @classmethod
-    def find(cls, folder: Path, *, verify: bool = False) -> PreparedImages | None:
+    def find(cls, folder: Path) -> PreparedImages | None:
         """Open a directory; None if it holds no prepared images.
-
-        Args:
-            folder: the directory.
-            verify: hash files over 64 MiB completely now, not block by block when they are read.
 
         Raises:
             DataError: a file is missing, truncated or changed, or the manifest is damaged.
         """
-        if not any((folder / file_names(part)[0]).is_file() for part in PARTS):
+        if not any(os.path.isfile(folder / file_names(part)[0]) for part in PARTS):
             return None
         try:
             manifest = read_sealed(folder / MANIFEST)
             known = manifest["kind"] == KIND and manifest["format"] == FORMAT
             files, parts = manifest["files"], manifest["parts"]
+            known &= isinstance(manifest["options"], dict)
             known &= set(parts) <= set(PARTS) and bool(parts)
             known &= {name for part in parts for name in file_names(part)} <= set(files)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(folder / MANIFEST, str(error) or type(error).__name__) from error
         if not known:
             raise _damaged(folder / MANIFEST, "it lists other files than this release reads")
-        check_files(folder, files, full=verify)
+        check_files(folder, files)
         return cls(folder, manifest)
 
     def columns(self, part: str) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
@@ -107,7 +105,8 @@ class PreparedImages:
         stats, file = self.manifest["parts"][part], FlatFile(pixels, np.dtype(np.uint8))
         names = list(stats["columns"])
         columns: dict[str, list[Any]] = {name: [] for name in ("image", *names)}
-        start, digest = 0, hashlib.sha256()
+        start, digest, options = 0, hashlib.sha256(), self.manifest["options"]
+        changed = json.dumps(options, sort_keys=True) if any(options.values()) else ""
         try:
             with table.open("rb") as lines:
                 for number, line in enumerate(lines):
@@ -116,7 +115,10 @@ class PreparedImages:
                     shape = tuple(map(int, row["shape"]))
                     if len(shape) not in (2, 3) or min(shape) < 1 or shape[2:] not in ((), (3,)):
                         raise ValueError(f"row {number} has the shape {shape}")
-                    found = Pixels(file, start, shape, number, str(row["sha256"]))
+                    content = str(row["sha256"])
+                    if changed:  # other pixels than those of the file
+                        content = hashlib.sha256(f"{content} {changed}".encode()).hexdigest()
+                    found = Pixels(file, start, shape, number, content)
                     columns["image"].append((found, str(row["name"])))
                     for name in names:
                         columns[name].append(row["row"][name])
@@ -127,7 +129,7 @@ class PreparedImages:
                 )
             if digest.hexdigest() != self.manifest["files"][table.name]["sha256"]:
                 raise ValueError("it does not have the SHA-256 of the manifest")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise _damaged(table, str(error) or type(error).__name__) from error
         return columns, dict(stats["label_names"])
 
