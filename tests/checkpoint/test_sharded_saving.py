@@ -55,6 +55,8 @@ from pretrain.utils.tensors import read_header, read_tensors, write_tensors
 SIZES = {"num_layers": 2, "hidden_size": 12, "num_heads": 2, "max_positions": 10}
 # (dp_replicate, dp_shard, tp): rows, columns, both, uneven (12 rows over 5), more processes than some have rows.
 MESHES = [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (1, 5, 1), (4, 1, 1), (2, 1, 2)]
+# Meshes that every family is tried on, and the families that are tried on every mesh: fused and separate projections.
+UNLIKE, BOTH = [(1, 5, 1), (2, 1, 2)], ("gpt2", "modernbert")
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +146,17 @@ def same_tensors(one, two):
 # ------------------------------------------------------------------------------------------------ one format
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("family", TEXT_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [
+        pytest.param(
+            family, mesh, marks=() if family in BOTH or mesh in UNLIKE else pytest.mark.slow
+        )
+        for family in TEXT_FAMILIES
+        for mesh in MESHES
+    ],
+    ids=str,
+)
 def test_the_bytes_are_those_that_one_process_writes(family, mesh, tmp_path):
     model = tiny(family)
     whole = save_whole(tmp_path / "one", model)
@@ -198,7 +209,7 @@ def test_large_weights_are_divided_among_the_processes(
 
 @pytest.mark.parametrize("reader", [(1, 1, 1), (1, 2, 2), (1, 5, 1), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize("writer", [(1, 1, 1), (1, 2, 2), (1, 3, 1), (2, 2, 1)], ids=str)
-@pytest.mark.parametrize("family", ["gpt2", "modernbert"])
+@pytest.mark.parametrize("family", [BOTH[0], pytest.param(BOTH[1], marks=pytest.mark.slow)])
 def test_any_mesh_reads_what_any_mesh_wrote(family, writer, reader, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.checkpoint.draft.SMALLEST_SHARE", 1000)
     model = tiny(family)

@@ -36,6 +36,13 @@ SHOWN = [
     if case.head in ("causal-lm", "masked-lm", "sequence-classification")
     or case.family in ("gpt2", "bert", "modernbert")
 ]
+# Their classifiers, too, are of the code of llama, and left to the slow tests.
+VARIANTS = ("mistral", "qwen2", "qwen3")
+SHOWN = [
+    pytest.param(case, id=case.label, marks=[pytest.mark.slow] * late)
+    for case in SHOWN
+    for late in [case.family in VARIANTS and case.head == "sequence-classification"]
+]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +83,7 @@ def their_class(case: Case) -> Any:
     return getattr(transformers, case.architecture)
 
 
-@pytest.mark.parametrize("case", SHOWN, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", SHOWN)
 def test_ours_opens_there(case: Case, tmp_path: Path, record_property: Any) -> None:
     """The directory of a new head on a base: logits of peft, with head, before and after merging, here and there."""
     build_theirs(case).save_pretrained(tmp_path / "base")
@@ -97,7 +104,7 @@ def test_ours_opens_there(case: Case, tmp_path: Path, record_property: Any) -> N
 
 
 @pytest.mark.parametrize("targets", ["default", pytest.param("all-linear", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", SHOWN, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", SHOWN)
 def test_theirs_opens_here(case: Case, targets: str, tmp_path: Path) -> None:
     """What ``get_peft_model`` made and saved; its default targets, and every linear layer it would take."""
     if targets == "default" and case.family == "modernbert":
