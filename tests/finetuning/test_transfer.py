@@ -146,6 +146,10 @@ def test_no_difference_and_harm_are_said_with_figures_and_advice():
     assert text.startswith("pre-training hurts here by 2.9 ± 0.9 points; try a lower learning rate")
     for hint in ("layer_decay", "l2_sp", 'task="language-modelling"', "tokenizer"):
         assert hint in text
+    of_images = compared(GAINS["hurts"])
+    of_images.notes.unit, of_images.notes.tokens = "patches", 1000
+    assert of_images.verdict(100).endswith("or optim.l2_sp")
+    assert "1,000 patches of pre-training" in of_images.table()
 
 
 def test_without_an_interval_there_is_no_verdict():

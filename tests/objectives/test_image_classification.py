@@ -360,6 +360,8 @@ def test_comparison_with_scratch_and_pixels(place: Path, tmp_path: Path) -> None
     assert set(found.comparison.arms) == {"pretrained", "scratch", "pixels"}
     assert found.comparison.arms["pixels"][40][0] > 0.9
     assert "pixels + logistic regression" in found.comparison.verdict(40)
+    assert found.comparison.notes.unit == "patches"
+    assert ">40<" in found.comparison.svg()  # the only count of labels, without decimals
 
 
 def test_a_masked_autoencoder_is_tuned_as_a_vit_that_reads_the_mean(

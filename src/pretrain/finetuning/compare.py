@@ -68,13 +68,15 @@ _SHORT = {
 }
 # Baselines under a linear model.
 _LINEAR = ("tfidf", "lsa", "probe", "pixels", "colours", "mel")
+_TOKENS = "tokens"
 _FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
 # A gain that this many times the seeds would show is not reported as no difference.
 _WORTH_TRYING = 4
 _MOST_SEEDS = 100
-_HINTS = (
-    "try a lower learning rate, optim.layer_decay or optim.l2_sp, go on pre-training on this text "
-    '(task="language-modelling") before fine-tuning, and look whether the tokenizer fits the text (tokens per word)'
+_HINTS = "try a lower learning rate, optim.layer_decay or optim.l2_sp"
+_TEXT_HINTS = (
+    ', go on pre-training on this text (task="language-modelling") before fine-tuning, and look whether the tokenizer '
+    "fits the text (tokens per word)"
 )
 
 
@@ -166,7 +168,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             ]
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
-    notes.saved = f"lr {job.compared_lr:g} on all {len(train):,} rows"
+    notes.saved, notes.unit = f"lr {job.compared_lr:g} on all {len(train):,} rows", job.unit
     lower = job.monitor in LOWER_IS_BETTER
     for by_count in arms.values() if lower else ():
         by_count.update({n: [-x for x in scores] for n, scores in by_count.items()})
@@ -280,7 +282,8 @@ class Notes:
         settings: hyperparameters chosen per arm, as ``{"scratch": {"lr": 1e-3}, "tfidf": {"C": 10.0}}``; a list is
             one value per seed.
         seconds: seconds of fine-tuning per arm, and of ``"pre-training"``.
-        tokens: tokens of pre-training.
+        tokens: tokens of pre-training, or what else ``unit`` names.
+        unit: what the model counts, in the plural.
         saved: hyperparameters of the saved model, in the terms of ``settings``.
     """
 
@@ -291,6 +294,7 @@ class Notes:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
+    unit: str = _TOKENS
     saved: str = ""
 
 
@@ -393,7 +397,8 @@ class Comparison:
             above = f", {self._plain(-best[1])} above {self._long(best[0])}" if best else ""
             return f"pre-training helps by {size}{above}"
         elif outcome == "hurts":
-            text = f"pre-training hurts here by {size}; {_HINTS}"
+            more = _TEXT_HINTS if self.notes.unit == _TOKENS else ""
+            text = f"pre-training hurts here by {size}; {_HINTS}{more}"
         else:
             text = self._open_verdict(count, gain)
         return f"{text}; and {other}" if worse else text
@@ -580,7 +585,7 @@ class Comparison:
         if notes.saved:
             lines.append(f"the saved model: {notes.saved}")
         cost = [f"{_SHORT.get(name, name)} {value:,.0f} s" for name, value in notes.seconds.items()]
-        cost += [f"{notes.tokens:,} tokens of pre-training"] if notes.tokens else []
+        cost += [f"{notes.tokens:,} {notes.unit} of pre-training"] if notes.tokens else []
         return [*lines, "cost: " + " | ".join(cost)] if cost else lines
 
 

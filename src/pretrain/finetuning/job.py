@@ -104,6 +104,7 @@ class Job:
         task: class of the task.
         quiet: print nothing.
         metric: metric of the task, set when it is built for these labels.
+        unit: what the model counts, such as tokens; set likewise.
         compared_lr: learning rate that a comparison chose for the run, or None.
     """
 
@@ -113,6 +114,7 @@ class Job:
     task: type[Task]
     quiet: bool = False
     metric: str = ""
+    unit: str = "tokens"
     compared_lr: float | None = None
 
     @classmethod
@@ -178,7 +180,7 @@ class Job:
         task = self.task(model, max_length=settings.data.max_length, **options)
         if touched_early(task, before):
             return self.build(**new)
-        self.metric = task.metric
+        self.metric, self.unit = task.metric, task.unit_name
         if method.lora and not scratch:
             from pretrain.lora import LoraConfig, apply_lora
 

@@ -407,7 +407,7 @@ def _digits(ticks: Sequence[float]) -> int:
     """Return the number of decimals that distinguishes neighbouring ticks."""
     steps = [b - a for a, b in itertools.pairwise(ticks) if b > a]
     if not steps:
-        return 2
+        return 0 if all(float(tick).is_integer() for tick in ticks) else 2
     step = min(steps)
     quarter = abs(step / 10.0 ** math.floor(math.log10(step)) - 2.5) < 1e-6  # 2.5, 0.25, ...
     return max(0, min(9, math.ceil(-math.log10(step) - 1e-9) + quarter))
