@@ -94,13 +94,19 @@ def closing(text: str) -> str:
     return found[-1] if found else "no evaluation"
 
 
+def answer(text: str) -> str:
+    """Return the first line of an answer, behind the line on what was loaded."""
+    lines = [line for line in text.splitlines() if line.strip() and " tensors, " not in line]
+    return lines[0].strip() if lines else "nothing"
+
+
 def gpt(journey: Journey) -> None:
     """Own text to a GPT that writes."""
     journey.books()
     trained = journey.run(GPT)
     text = journey.run("pretrain generate runs/gpt 'It was' --max_new_tokens 20 --seed 0")
     journey.run("pretrain report runs/gpt")
-    journey.said.append(f"{closing(trained)}; writes {text.strip()!r}")
+    journey.said.append(f"{closing(trained)}; writes {answer(text)!r}")
 
 
 def bert(journey: Journey) -> None:
@@ -111,8 +117,8 @@ def bert(journey: Journey) -> None:
     (journey.folder / "lines.txt").write_text(
         "The ship sailed at dawn.\nShe wrote a long letter.\nThe storm broke the mast.\n"
     )
-    journey.run("pretrain search runs/bert lines.txt 'a boat at sea'")
-    journey.said.append(f"{closing(trained)}; fills {text.splitlines()[0].strip()!r}")
+    journey.run("pretrain search runs/bert 'a boat at sea' lines.txt")
+    journey.said.append(f"{closing(trained)}; fills {answer(text)!r}")
 
 
 def labels(journey: Journey) -> None:
@@ -127,7 +133,7 @@ def labels(journey: Journey) -> None:
     )
     text = journey.run("pretrain evaluate runs/spam --data test.tsv")
     journey.run("pretrain predict runs/spam test.tsv --out answers.csv")
-    journey.said.append(" ".join(text.split())[:160])
+    journey.said.append(" ".join(text.split()[2:4]))
 
 
 def chat(journey: Journey) -> None:
@@ -155,7 +161,7 @@ def chat(journey: Journey) -> None:
     text = journey.run(
         "pretrain generate runs/chat 'Name three animals.' --chat --max_new_tokens 24"
     )
-    journey.said.append(f"{closing(tuned)}; says {text.strip()!r}")
+    journey.said.append(f"{closing(tuned)}; says {answer(text)!r}")
 
 
 def _weights(journey: Journey, run: str) -> bytes:
@@ -165,7 +171,7 @@ def _weights(journey: Journey, run: str) -> bytes:
 def resume(journey: Journey) -> None:
     """A run that is killed, and the same command again."""
     journey.books(100)
-    journey.run(STEPS + "killed", until="step 20 of")
+    journey.run(STEPS + "killed", until=r"step 2\d")
     journey.run(STEPS + "killed")
     whole = Journey(journey.folder, journey.minutes)  # not typed by the user: what to compare with
     whole.run(STEPS + "whole")
@@ -176,7 +182,7 @@ def resume(journey: Journey) -> None:
 def processes(journey: Journey) -> None:
     """A run that goes on in two processes."""
     journey.books(100)
-    journey.run(STEPS + "two", until="step 20 of")
+    journey.run(STEPS + "two", until=r"step 2\d")
     two = closing(journey.run(STEPS + "two --devices 2"))
     one = Journey(journey.folder, journey.minutes)
     journey.said.append(f"{two}; in one process throughout {closing(one.run(STEPS + 'one'))}")
@@ -195,7 +201,10 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder that keeps what was made")
     options = parser.parse_args()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    rows = []
+    rows = [
+        "| journey | commands | minutes | CPU minutes | result |",
+        "|---|---:|---:|---:|---|",
+    ]
     with tempfile.TemporaryDirectory() as made:
         for name in options.names or JOURNEYS:
             folder = (options.keep or Path(made)) / name
@@ -210,8 +219,7 @@ def main() -> None:
             rows.append(
                 f"| {doc} | {len(journey.commands)} | {minutes:.1f} | {spent / 60:.1f} | {'; '.join(journey.said)} |"
             )
-    print("\n| journey | commands | minutes | CPU minutes | result |\n|---|---:|---:|---:|---|")
-    print("\n".join(rows))
+            print("\n", "\n".join(rows), "\n", sep="", flush=True)
 
 
 if __name__ == "__main__":
