@@ -345,9 +345,8 @@ def nearest_means(vectors: Any, labels: Any, draws: int) -> float:
 def reading(out: Path) -> None:
     """Seconds of the processor for 1,000 photos of 640 x 480 pixels: to open them, and to make values of 224 x 224."""
     folder = DATA / "bccd_blood_cells" / "images"
-    image_rows._KEPT = (
-        0  # as of all images after the first gigabyte, which are decoded whenever they are used
-    )
+    # As of all images after the first gigabyte, which are decoded whenever they are used.
+    image_rows._KEPT = 0
     sources = {"files": folder}
     for name, size in (("prepared", None), ("prepared, 224 x 224", 224)):
         began, place = time.process_time(), out / f"photos-{size}"

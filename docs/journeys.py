@@ -4,7 +4,7 @@
 
 Every journey begins in an empty folder with files of PRETRAIN_TEST_DATA, and runs its commands one after the other in a
 shell. Training ends after so many minutes, which are in the times; a command that fails ends the program. The figures
-printed at the end are those of the table in docs/compared.md.
+printed after each are those of the table in docs/compared.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data")).resolve()
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT = "--limit '{minutes} minutes'"
 GPT = f"pretrain train --data books --model llama:mini --out runs/gpt {LIMIT}"
 BERT = f"--model bert:mini --objective masked-lm --out runs/bert {LIMIT}"

@@ -5,21 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pretrain.data import flat_files
+from pretrain.data.flat_files import sums_name
 from pretrain.errors import DataError
 from pretrain.utils.files import replace_file
 
-__all__ = ["MANIFEST", "check_files", "file_record", "read_sealed", "unsealed", "write_sealed"]
+__all__ = [
+    "IMAGE_FILES",
+    "MANIFEST",
+    "TEXT_FILES",
+    "check_files",
+    "file_record",
+    "read_sealed",
+    "unsealed",
+    "write_sealed",
+]
 
 MANIFEST = "manifest.json"
-# The names that a manifest may list: an untrusted manifest must not make us read files outside its directory.
-_NAMES = re.compile(
-    r"(train|valid)\.(tokens|documents|segments|rows)(\.blocks)?\.bin|tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*"
-    r"|(all|train|valid|test)\.(pixels(\.blocks)?\.bin|rows\.jsonl)"
+
+
+def _with_sums(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(file for name in names for file in (name, sums_name(name)))
+
+
+# The files beside the manifest. An untrusted one must not make us read others, above all none outside its directory.
+TEXT_FILES = _with_sums(
+    f"{split}.{kind}.bin"
+    for split in ("train", "valid")
+    for kind in ("tokens", "documents", "segments", "rows")
 )
+_PARTS = ("all", "train", "valid", "test")
+IMAGE_FILES = _with_sums(f"{part}.pixels.bin" for part in _PARTS) | {
+    f"{part}.rows.jsonl" for part in _PARTS
+}
+_TOKENIZER = re.compile(r"tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
@@ -83,7 +106,7 @@ def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> N
     """
     again = "Prepare the data again (delete the directory first)."
     for name, record in files.items():
-        if not _NAMES.fullmatch(name):
+        if name not in TEXT_FILES | IMAGE_FILES and not _TOKENIZER.fullmatch(name):
             raise DataError(
                 f"{folder}/manifest.json lists {name!r}, which is not a file of prepared data; the manifest was "
                 f"changed or written by another program. {again}"

@@ -12,21 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.manifests import MANIFEST
+from pretrain.data.manifests import IMAGE_FILES, MANIFEST, TEXT_FILES
 from pretrain.errors import DataError
 from pretrain.utils.files import fsync_directory
 
 __all__ = ["build", "disk_errors", "foreign", "publish", "sweep"]
 
-_KINDS = ("tokens", "documents", "segments", "rows")
-_SPLITS = ("train", "valid")
-_PARTS = ("all", *_SPLITS, "test")  # of prepared images
-_OURS = {MANIFEST, "tokenizer", *(f"{part}.rows.jsonl" for part in _PARTS)} | {
-    f"{split}.{kind}{sums}.bin"
-    for kind in (*_KINDS, "pixels")
-    for split in (_PARTS if kind == "pixels" else _SPLITS)
-    for sums in ("", ".blocks")
-}
+_OURS = TEXT_FILES | IMAGE_FILES | {MANIFEST, "tokenizer"}
 _OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json"}
 
 
@@ -160,9 +152,8 @@ def build(
     unlink_links(work)
     work.mkdir(exist_ok=True)
     with hold(work, say):
-        if (
-            ready(target) is not None
-        ):  # prepared by another process while this one waited for the lock
+        if ready(target) is not None:
+            # Another process has prepared it while this one waited for the lock.
             shutil.rmtree(work, ignore_errors=True)
             return target
         work.mkdir(exist_ok=True)

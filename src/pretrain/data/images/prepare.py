@@ -35,7 +35,7 @@ from pretrain.data.images.source import IMAGE
 from pretrain.data.images.stored import FORMAT, KIND, PARTS, PreparedImages, file_names
 from pretrain.data.labelled import choose_columns
 from pretrain.data.labels import is_missing
-from pretrain.data.manifests import MANIFEST, file_record, write_sealed
+from pretrain.data.manifests import IMAGE_FILES, MANIFEST, file_record, write_sealed
 from pretrain.data.readers import found_in_folders
 from pretrain.data.tables import Table, shown
 from pretrain.data.workdir import build, foreign
@@ -112,17 +112,18 @@ def prepare_images(
         content = [part, list(names), columns, table.label_names]
         digest.update(json.dumps(content, sort_keys=True).encode())
     fingerprint = digest.hexdigest()
-    if _existing(target, fingerprint, say) is None:
-        name = Path(source).name if isinstance(source, str | Path) else type(source).__name__
-        head = {"format": FORMAT, "kind": KIND, "fingerprint": fingerprint, "options": options}
+    ready = _existing(target, fingerprint, say)
+    if ready is not None:
+        return ready
+    name = Path(source).name if isinstance(source, str | Path) else type(source).__name__
+    head = {"format": FORMAT, "kind": KIND, "fingerprint": fingerprint, "options": options}
 
-        def fill(work: Path) -> None:
-            _write(work, found, size, channels, {**head, "source": name})
+    def fill(work: Path) -> None:
+        _write(work, found, size, channels, {**head, "source": name})
 
-        target = build(
-            target, fingerprint, say, lambda at: _existing(at, fingerprint, lambda line: None), fill
-        )
-    prepared = PreparedImages.find(target)
+    prepared = PreparedImages.find(
+        build(target, fingerprint, say, lambda at: _existing(at, fingerprint, lambda _: None), fill)
+    )
     assert prepared is not None
     return prepared
 
@@ -140,14 +141,12 @@ def _check_replaceable(target: Path) -> None:
         return
     if "train.tokens.bin" in held and foreign(target) is None:
         raise DataError(f"{target} holds prepared text. Choose another `out`, or delete it first.")
-    names = [file_names(part) for part in PARTS]
-    ours = {MANIFEST, *(n for pixels, rows in names for n in (pixels, rows, sums_name(pixels)))}
-    strange = foreign(target) or min(held - ours, default=None)
+    strange = foreign(target) or min(held - IMAGE_FILES - {MANIFEST}, default=None)
     if strange is None:
         try:
             manifest = parse_json((target / MANIFEST).read_bytes(), target / MANIFEST)
         except (OSError, CheckpointCorrupt):
-            ok = not held.isdisjoint(pixels for pixels, _ in names)  # damaged, among our files
+            ok = any(file_names(part)[0] in held for part in PARTS)  # damaged, among our files
         else:
             kind = manifest.get("kind") if isinstance(manifest, dict) else None
             ok = kind == KIND and len(held) > 1
