@@ -527,12 +527,10 @@ class CLIP(TwoTowers):
         return end
 
     def encode_images(self, pixels: Tensor, *, whole: bool = True) -> tuple[Tensor, Tensor]:
-        tower, first = (
-            self.image,
-            torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device),
-        )
+        tower = self.image
         x = tower.embed(pixels)
-        hidden = self.through(tower.layers, x, AttentionMask(), None if whole else first)
+        first = None if whole else torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
+        hidden = self.through(tower.layers, x, AttentionMask(), first)
         return hidden, tower.norm(hidden[:, 0])
 
     def encode_texts(

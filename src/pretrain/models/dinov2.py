@@ -100,6 +100,7 @@ class Dinov2WithRegistersConfig(Dinov2Config):
         num_register_tokens: R.
     """
 
+    # A field here; in Dinov2Config it is a constant of the class, because files of dinov2 have no such key.
     num_register_tokens: int = 4  # type: ignore[misc]
 
     def validate(self) -> None:

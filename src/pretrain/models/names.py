@@ -169,9 +169,8 @@ def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") ->
     """Return the tensor for the disk; a view of the parameter if nothing is converted or fused."""
     parts = [parameters[name].detach().to(device, entry.dtype) for name in entry.memory]
     tensor = parts[0]
-    if (
-        len(parts) > 1 and tensor.is_meta
-    ):  # torch loads its compiler to join them, which takes a second
+    if len(parts) > 1 and tensor.is_meta:
+        # torch would load its compiler to join them, which takes a second.
         tensor = tensor.new_empty((sum(map(len, parts)), *tensor.shape[1:]))
     elif len(parts) > 1:
         tensor = torch.cat(parts)
