@@ -6,7 +6,7 @@ Weights are random everywhere (norms and biases too), so that no term can hide b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,13 +261,36 @@ def compare(theirs: Any, ours: Model, batch: dict[str, Tensor]) -> tuple[float, 
         return logits if logits.shape[:2] != real.shape else logits[real]
 
     a, b = masked(theirs_forward(theirs, batch)), masked(ours(batch))
-    direction = torch.randn(a.shape, generator=torch.Generator().manual_seed(2))
-    theirs.zero_grad()
-    ours.zero_grad()
-    (a * direction).sum().backward()
-    (b * direction).sum().backward()
-    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    return relative(b.detach(), a.detach()), gradient_error(ours, wanted)
+    return difference(theirs, a, ours, b)
+
+
+def difference(
+    theirs: Any,
+    wanted: Tensor,
+    ours: Model,
+    found: Tensor,
+    on_disk: Callable[[str], str] = lambda name: name,
+) -> tuple[float, float]:
+    """Largest relative error of our outputs, and of the gradient of any tensor in one random direction of them.
+
+    Args:
+        theirs: the model of transformers.
+        wanted: its outputs.
+        ours: our model.
+        found: its outputs.
+        on_disk: returns the name in files of a parameter of theirs.
+    """
+    backward_in_one_direction((theirs, wanted), (ours, found))
+    gradients = {on_disk(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    return relative(found.detach(), wanted.detach()), gradient_error(ours, gradients)
+
+
+def backward_in_one_direction(*runs: tuple[Any, Tensor]) -> None:
+    """Compute the gradients of models from their outputs, which have one shape, in one random direction of them."""
+    direction = torch.randn(runs[0][1].shape, generator=torch.Generator().manual_seed(2))
+    for model, outputs in runs:
+        model.zero_grad()
+        (outputs * direction).sum().backward()
 
 
 def gradient_error(ours: Model, wanted: Mapping[str, Tensor]) -> float:

@@ -9,7 +9,13 @@ import pytest
 import torch
 import transformers
 
-from parity.cases import Case, build_theirs, gradient_error, open_ours, relative, save_ours
+from parity.cases import (
+    Case,
+    build_theirs,
+    difference,
+    open_ours,
+    save_ours,
+)
 from parity.test_vit import on_disk
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build
@@ -57,12 +63,7 @@ def outputs(theirs: Any, ours: Model) -> tuple[torch.Tensor, torch.Tensor]:
 def differences(theirs: Any, ours: Model) -> tuple[float, float]:
     """Largest relative error of the outputs, and of the gradient of any tensor; see ``parity.cases.compare``."""
     mine, wanted = outputs(theirs, ours)
-    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    for model, out in ((theirs, wanted), (ours, mine)):
-        model.zero_grad()
-        (out * direction).sum().backward()
-    named = {on_disk(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    return relative(mine.detach(), wanted.detach()), gradient_error(ours, named)
+    return difference(theirs, wanted, ours, mine, on_disk)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)

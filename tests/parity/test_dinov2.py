@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pretrain
-from parity.cases import Case, build_theirs, gradient_error, open_ours, relative, save_ours
+from parity.cases import (
+    Case,
+    backward_in_one_direction,
+    build_theirs,
+    gradient_error,
+    open_ours,
+    relative,
+    save_ours,
+)
 from pretrain.errors import ConfigError
 from pretrain.models.base import Model
 
@@ -89,10 +97,7 @@ def gradients(theirs: Any) -> dict[str, Tensor]:
 def differences(theirs: Any, ours: Model, x: Tensor) -> tuple[float, float]:
     """Largest relative error of the outputs, and of the gradient of any tensor; see ``parity.cases.compare``."""
     mine, wanted = ours({"pixel_values": x}), answer(theirs, x)
-    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    for model, out in ((theirs, wanted), (ours, mine)):
-        model.zero_grad()
-        (out * direction).sum().backward()
+    backward_in_one_direction((theirs, wanted), (ours, mine))
     return relative(mine.detach(), wanted.detach()), gradient_error(ours, gradients(theirs))
 
 

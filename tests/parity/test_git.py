@@ -10,7 +10,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from parity.cases import Case, build_theirs, gradient_error, open_ours, relative, save_ours
+from parity.cases import (
+    Case,
+    build_theirs,
+    difference,
+    open_ours,
+    relative,
+    save_ours,
+)
 from parity.test_clip import VISION, check_config
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
@@ -51,11 +58,7 @@ def differences(theirs: Any, ours: Model) -> tuple[float, float]:
     batch = batch_of()
     wanted = theirs(**batch).logits[:, -batch["input_ids"].shape[1] :]
     found = ours(batch)
-    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    (wanted * direction).sum().backward()
-    (found * direction).sum().backward()
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    return relative(found.detach(), wanted.detach()), gradient_error(ours, gradients)
+    return difference(theirs, wanted, ours, found)
 
 
 @pytest.mark.parametrize("kind", KINDS)

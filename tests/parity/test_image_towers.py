@@ -12,7 +12,13 @@ import transformers
 from torch import Tensor
 
 import pretrain
-from parity.cases import Case, build_theirs, gradient_error, open_ours, relative, save_ours
+from parity.cases import (
+    Case,
+    build_theirs,
+    difference,
+    open_ours,
+    save_ours,
+)
 from parity.test_clip import TEXT, VISION, check_config
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model
@@ -46,11 +52,7 @@ def images(rows: int = 4) -> Tensor:
 def differences(theirs: Any, ours: Model) -> tuple[float, float]:
     """Largest relative error of the logits, and of the gradient of any tensor."""
     wanted, found = theirs(images()).logits, ours({"pixel_values": images()})
-    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    (wanted * direction).sum().backward()
-    (found * direction).sum().backward()
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    return relative(found.detach(), wanted.detach()), gradient_error(ours, gradients)
+    return difference(theirs, wanted, ours, found)
 
 
 @pytest.mark.parametrize("family", NAMES)

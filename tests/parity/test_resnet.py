@@ -10,7 +10,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from parity.cases import Case, build_theirs, gradient_error, open_ours, relative, save_ours
+from parity.cases import (
+    Case,
+    build_theirs,
+    difference,
+    open_ours,
+    save_ours,
+)
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.nn.buffers import stored_tensors
@@ -62,11 +68,7 @@ def images() -> Tensor:
 def differences(theirs: Any, ours: Model) -> tuple[float, float]:
     """Largest relative error of the logits, and of the gradient of any tensor."""
     wanted, found = theirs(images()).logits, ours({"pixel_values": images()})
-    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    (wanted * direction).sum().backward()
-    (found * direction).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    return relative(found.detach(), wanted.detach()), gradient_error(ours, gradients)
+    return difference(theirs, wanted, ours, found)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
