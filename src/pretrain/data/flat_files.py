@@ -99,12 +99,10 @@ class FlatFile:
             DataError: the file was truncated or changed since it was prepared.
         """
         if self._whole is not None:
-            ends = np.cumsum(lengths)
-            within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(
-                ends - lengths, lengths
-            )
-            found: NDArray[Any] = self._whole[np.repeat(starts, lengths) + within]
-            return found
+            before = np.cumsum(lengths) - lengths
+            index = np.repeat(starts - before, lengths)
+            index += np.arange(len(index))
+            return self._whole.take(index)
         item = self.dtype.itemsize
         parts = [
             self._bytes(start * item, length * item, row)

@@ -189,22 +189,28 @@ class Rows:
         before = np.cumsum(counts) - counts
         rank = np.arange(len(row)) - before[row]
         starts, lengths = pieces[:, 0], pieces[:, 1]
-        ends = np.cumsum(lengths)
-        position = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-        # Start of each piece in its row: the number of tokens before it minus the tokens of all earlier rows.
-        row_tokens = np.bincount(row, weights=lengths, minlength=len(chosen)).astype(np.int64)
-        offset = (ends - lengths) - (np.cumsum(row_tokens) - row_tokens)[row]
-        place = np.repeat(row * self.row_length + offset, lengths) + position
-        shape = (len(chosen), self.row_length)
-        batch = {
-            "input_ids": np.full(shape, self.pad_id, dtype=np.int64),
-            "document_ids": np.zeros(shape, dtype=np.int64),
-            "position_ids": np.zeros(shape, dtype=np.int64),
+        document = np.repeat(rank + 1, lengths)
+        position = np.arange(len(document))
+        position -= np.repeat(np.cumsum(lengths) - lengths, lengths)
+        # The pieces of a row follow each other from its first column on; padding is at its end.
+        used = np.bincount(row, weights=lengths, minlength=len(chosen))
+        filled = np.arange(self.row_length) < used[:, None]
+        tokens = self._tokens.read(starts, lengths, chosen[row])
+        columns = {
+            "input_ids": (tokens, self.pad_id),
+            "document_ids": (document, 0),
+            "position_ids": (position, 0),
         }
-        batch["input_ids"].reshape(-1)[place] = self._tokens.read(starts, lengths, chosen[row])
-        batch["document_ids"].reshape(-1)[place] = np.repeat(rank + 1, lengths)
-        batch["position_ids"].reshape(-1)[place] = position
-        return batch
+        return {name: _laid_out(values, filled, fill) for name, (values, fill) in columns.items()}
+
+
+def _laid_out(values: NDArray[Any], filled: NDArray[np.bool_], fill: int) -> Ints:
+    """Return (B, T) values where ``filled``, in order, and ``fill`` elsewhere."""
+    if len(values) == filled.size:
+        return values.astype(np.int64, copy=False).reshape(filled.shape)
+    found = np.full(filled.shape, fill, dtype=np.int64)
+    found[filled] = values
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ the directory
