@@ -304,3 +304,15 @@ def test_thin_keeps_mean_and_extremes():
         (3, 6.0, 5.0, 7.0),
     ]
     assert thin([(0, 1.0)], 10) == [(0, 1.0, 1.0, 1.0)]
+
+
+def test_a_legend_that_does_not_fit_beside_the_title_stands_below_it():
+    def heights(names: list[str], title: str) -> tuple[set[str], float]:
+        svg = curve_svg([Series(name, [(0, 1), (1, 2)]) for name in names], title=title)
+        texts = {text.text: text.get("y") for text in ET.fromstring(svg).iter() if text.text}
+        lines = [one for one in ET.fromstring(svg).iter() if one.get("class") == "grid"]
+        return {str(texts[name]) for name in names}, min(float(one.get("y1", 0)) for one in lines)
+
+    beside, top = heights(["one", "two"], "a title")
+    below, lower = heights([f"a long name of line {k}" for k in range(4)], "a title")
+    assert beside == {"21"} and below == {"39"} and lower == top + 18

@@ -150,12 +150,14 @@ def curve_svg(
     if not lines:
         body = [_text(width / 2, height / 2, "nothing to draw yet", "middle")]
     else:
-        frame = _Frame.around(lines, kept, width, height, zero, log_x)
+        named = [(index % 4, one.label) for index, one, _ in lines if one.label]
+        # A legend that does not fit beside the title stands below it.
+        below = 14 + 8 * len(title) + _legend_width(named) > width and bool(title)
+        frame = _Frame.around(lines, kept, width, height, zero, log_x, 18 * below)
         body = [frame.axes(x_label, y_label)]
         body += [frame.reference(name, y) for name, y in kept.items()]
         body += [frame.line(index % 4, one, points) for index, one, points in lines]
-        named = [(index % 4, one.label) for index, one, _ in lines if one.label]
-        body.append(_legend(named, width))
+        body.append(_legend(named, width, 21 + 18 * below))
     return _picture(title, y_label or "curve", width, height, body)
 
 
@@ -288,8 +290,9 @@ class _Frame:
         height: int,
         zero: bool,
         log_x: bool = False,
+        more: int = 0,
     ) -> _Frame:
-        """Choose scales that show all points, error bars and references."""
+        """Choose scales that show all points, error bars and references, below ``more`` pixels for a second line."""
         xs = [x for _, _, points in lines for x, _ in points]
         ys = [y for _, _, points in lines for _, y in points] + list(references.values())
         ys += [
@@ -299,6 +302,7 @@ class _Frame:
         if zero:
             low = min(0.0, low)
         left, top, right, bottom = _MARGIN
+        top += more
         x0, x1 = min(xs), max(xs)
         if x0 == x1:
             x0, x1 = (x0 / 2, x1 * 2) if log_x else (x0 - 0.5, x1 + 0.5)
@@ -391,13 +395,17 @@ def _pieces(
     return pieces
 
 
-def _legend(names: Sequence[tuple[int, str]], width: int) -> str:
+def _legend_width(names: Sequence[tuple[int, str]]) -> float:
+    return 16 + sum(6.6 * len(label) + 32 for _, label in names)
+
+
+def _legend(names: Sequence[tuple[int, str]], width: int, y: int) -> str:
     parts, right = [], float(width - 16)
     for colour, label in reversed(names):
         right -= 6.6 * len(label)
-        parts.append(f'<text x="{right:.1f}" y="21">{escape(label)}</text>')
+        parts.append(f'<text x="{right:.1f}" y="{y}">{escape(label)}</text>')
         parts.append(
-            f'<rect class="f{colour}" x="{right - 16:.1f}" y="15.5" width="11" height="4" rx="2"/>'
+            f'<rect class="f{colour}" x="{right - 16:.1f}" y="{y - 5.5}" width="11" height="4" rx="2"/>'
         )
         right -= 32
     return "".join(parts)
