@@ -5,6 +5,7 @@
     python -m tests.benchmarks time-to-loss                       # minutes; by name only
     python -m tests.benchmarks --device cuda --out bench-gpu.json
     python -m tests.benchmarks report bench.json                  # docs/benchmarks.md and its figures
+    python -m tests.benchmarks report bench.json later.json       # with rows that were measured again
 
 Rows go by name or number. The environment needs `pip install -e ".[bench]"`; a peer that is not installed is left out
 by name. On the CPU one thread is used and time is that of the process; the machine should be idle all the same.
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["report"]:
         from .report import write_page
 
-        write_page(Path(arguments[1]), Path(arguments[2] if len(arguments) > 2 else "docs"))
+        write_page([Path(name) for name in arguments[1:]], Path("docs"))
         return 0
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",

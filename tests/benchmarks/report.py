@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,31 @@ def growth_figure(record: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def write_page(source: Path, docs: Path) -> None:
+def joined(sources: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """Return what a run was, its cases with those that later runs measured again, and a line about each of these.
+
+    Raises:
+        SystemExit: a later run had another processor, device or version of a package.
+    """
+    first, *others = (json.loads(source.read_text(encoding="utf-8")) for source in sources)
+    about, rows, remarks = first["about"], first["rows"], []
+    for source, later in zip(sources[1:], others, strict=True):
+        for key in ("cpu", "device", "versions"):
+            if later["about"][key] != about[key]:
+                raise SystemExit(
+                    f"{source} is of another {key} than {sources[0]}; make a page of each"
+                )
+        names = {record["row"] for record in later["rows"]}
+        rows = [record for record in rows if record["row"] not in names] + later["rows"]
+        when = f"{later['about']['started']}, --budget {later['about']['budget']:.0f}"
+        remarks.append(f"The rows {', '.join(sorted(names))} are of a later run ({when}).")
+    order = {name: place for place, name in enumerate(TITLES)}
+    return about, sorted(rows, key=lambda record: order.get(record["row"], len(order))), remarks
+
+
+def write_page(sources: Sequence[Path], docs: Path) -> None:
     """Write benchmarks.md and figures/benchmarks-*.svg into ``docs``."""
-    found = json.loads(source.read_text(encoding="utf-8"))
-    about, rows = found["about"], found["rows"]
+    about, rows, remarks = joined(sources)
     figures = docs / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     worst = summary(rows)
@@ -184,7 +206,7 @@ def write_page(source: Path, docs: Path) -> None:
         "```bash",
         f"python -m tests.benchmarks {' '.join(about['rows'])} "
         f"--device {'cpu' if about['device'] == 'cpu' else 'cuda'} --budget {about['budget']:.0f} --out bench.json",
-        "python -m tests.benchmarks report bench.json",
+        f"python -m tests.benchmarks report bench.json{' later.json' * len(remarks)}",
         "```\n",
         "Ratios are peer / ours: above 1 ours needs less time or memory. Contenders take turns in one call,\n"
         "forwards and backwards, on the same shapes, number type, data and optimizer settings; what is compared\n"
@@ -196,6 +218,7 @@ def write_page(source: Path, docs: Path) -> None:
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         + f". {probes(rows)}\n",
     ]
+    lines += [f"{remark}\n" for remark in remarks]
     reached = {record["row"] for record in rows}
     if missing := [name for name in about["rows"] if name not in reached]:
         lines.append(f"**The run was stopped before the rows {', '.join(missing)}.**\n")

@@ -93,8 +93,9 @@ def test_rows_run_and_the_page_is_made_of_their_ratios(
     found = json.loads((tmp_path / "bench.json").read_text())
     check(found)
     assert "A/A control" in capsys.readouterr().out
-    assert main(["report", str(tmp_path / "bench.json"), str(tmp_path)]) == 0
-    page = (tmp_path / "benchmarks.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "bench.json"]) == 0
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert (
         "stock torch" in page
         and "transformers is not installed" in page
@@ -104,9 +105,24 @@ def test_rows_run_and_the_page_is_made_of_their_ratios(
     assert "stopped" not in page
     found["about"]["rows"].append("save")
     (tmp_path / "part.json").write_text(json.dumps(found))
-    report.write_page(tmp_path / "part.json", tmp_path)
+    report.write_page([tmp_path / "part.json"], tmp_path)
     assert "stopped before the rows save" in (tmp_path / "benchmarks.md").read_text()
     assert (tmp_path / "figures" / "benchmarks.svg").read_text().startswith("<svg")
+
+
+def test_a_page_takes_rows_from_a_later_run(tmp_path: Path):
+    """Its rows replace those of the first run; another machine or version is refused."""
+    about = {"cpu": "c", "device": "cpu", "versions": {"torch": "1"}, "started": "", "budget": 9}
+    rows = [{"row": "prepare", "case": "old"}, {"row": "decoder", "case": "old"}]
+    first, later = tmp_path / "first.json", tmp_path / "later.json"
+    first.write_text(json.dumps({"about": about, "rows": rows}))
+    later.write_text(json.dumps({"about": about, "rows": [{"row": "prepare", "case": "new"}]}))
+    _, found, remarks = report.joined([first, later])
+    assert [(one["row"], one["case"]) for one in found] == [("decoder", "old"), ("prepare", "new")]
+    assert len(remarks) == 1 and "prepare" in remarks[0]
+    later.write_text(json.dumps({"about": {**about, "versions": {"torch": "2"}}, "rows": []}))
+    with pytest.raises(SystemExit, match="another versions"):
+        report.joined([first, later])
 
 
 def check(found: dict[str, Any]) -> None:
