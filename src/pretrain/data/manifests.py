@@ -16,10 +16,12 @@ from pretrain.utils.files import replace_file
 
 __all__ = [
     "IMAGE_FILES",
+    "IMAGE_PARTS",
     "MANIFEST",
     "TEXT_FILES",
     "check_files",
     "file_record",
+    "image_file_names",
     "read_sealed",
     "unsealed",
     "write_sealed",
@@ -38,10 +40,18 @@ TEXT_FILES = _with_sums(
     for split in ("train", "valid")
     for kind in ("tokens", "documents", "segments", "rows")
 )
-_PARTS = ("all", "train", "valid", "test")
-IMAGE_FILES = _with_sums(f"{part}.pixels.bin" for part in _PARTS) | {
-    f"{part}.rows.jsonl" for part in _PARTS
-}
+# Part of a data set of images, "" for rows that are in no part -> how its files begin.
+IMAGE_PARTS = {"": "all", "train": "train", "valid": "valid", "test": "test"}
+
+
+def image_file_names(part: str) -> tuple[str, str]:
+    """Return the names of the files of pixels and of rows of a part."""
+    return f"{IMAGE_PARTS[part]}.pixels.bin", f"{IMAGE_PARTS[part]}.rows.jsonl"
+
+
+_PIXELS, _ROWS = zip(*map(image_file_names, IMAGE_PARTS), strict=True)
+IMAGE_FILES = _with_sums(_PIXELS) | frozenset(_ROWS)
+_LISTED = TEXT_FILES | IMAGE_FILES
 _TOKENIZER = re.compile(r"tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -106,7 +116,7 @@ def check_files(folder: Path, files: dict[str, Any], *, full: bool = False) -> N
     """
     again = "Prepare the data again (delete the directory first)."
     for name, record in files.items():
-        if name not in TEXT_FILES | IMAGE_FILES and not _TOKENIZER.fullmatch(name):
+        if name not in _LISTED and not _TOKENIZER.fullmatch(name):
             raise DataError(
                 f"{folder}/manifest.json lists {name!r}, which is not a file of prepared data; the manifest was "
                 f"changed or written by another program. {again}"

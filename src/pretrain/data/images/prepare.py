@@ -32,10 +32,17 @@ from pretrain.data.images.rows import (
     read_images,
 )
 from pretrain.data.images.source import IMAGE
-from pretrain.data.images.stored import FORMAT, KIND, PARTS, PreparedImages, file_names
+from pretrain.data.images.stored import FORMAT, KIND, PreparedImages
 from pretrain.data.labelled import choose_columns
 from pretrain.data.labels import is_missing
-from pretrain.data.manifests import IMAGE_FILES, MANIFEST, file_record, write_sealed
+from pretrain.data.manifests import (
+    IMAGE_FILES,
+    IMAGE_PARTS,
+    MANIFEST,
+    file_record,
+    image_file_names,
+    write_sealed,
+)
 from pretrain.data.readers import found_in_folders
 from pretrain.data.tables import Table, shown
 from pretrain.data.workdir import build, foreign
@@ -146,7 +153,9 @@ def _check_replaceable(target: Path) -> None:
         try:
             manifest = parse_json((target / MANIFEST).read_bytes(), target / MANIFEST)
         except (OSError, CheckpointCorrupt):
-            ok = any(file_names(part)[0] in held for part in PARTS)  # damaged, among our files
+            ok = any(
+                image_file_names(part)[0] in held for part in IMAGE_PARTS
+            )  # damaged, among our files
         else:
             kind = manifest.get("kind") if isinstance(manifest, dict) else None
             ok = kind == KIND and len(held) > 1
@@ -252,7 +261,7 @@ def _write(
 
     parts, files = dict[str, Any](), dict[str, Any]()
     for part, (table, columns) in found.items():
-        names, told, rows = file_names(part), dict[str, list[int]](), 0
+        names, told, rows = image_file_names(part), dict[str, list[int]](), 0
         with (work / names[0]).open("wb") as pixels, (work / names[1]).open("w") as lines:
             for i, picture, result in read_all(table, values):
                 if picture is None or isinstance(result, BrokenFile):

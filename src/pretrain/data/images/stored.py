@@ -18,19 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.flat_files import FlatFile
-from pretrain.data.manifests import MANIFEST, check_files, read_sealed
+from pretrain.data.manifests import (
+    IMAGE_PARTS,
+    MANIFEST,
+    check_files,
+    image_file_names,
+    read_sealed,
+)
 from pretrain.errors import DataError
 
-__all__ = ["FORMAT", "KIND", "PARTS", "Pixels", "PreparedImages", "file_names"]
+__all__ = ["FORMAT", "KIND", "Pixels", "PreparedImages"]
 
 KIND, FORMAT = "images", 1
-# Part of a source -> how its files are called.
-PARTS = {"": "all", "train": "train", "valid": "valid", "test": "test"}
-
-
-def file_names(part: str) -> tuple[str, str]:
-    """Return the names of the files of the pixels and of the rows of a part."""
-    return f"{PARTS[part]}.pixels.bin", f"{PARTS[part]}.rows.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +78,15 @@ class PreparedImages:
         Raises:
             DataError: a file is missing, truncated or changed, or the manifest is damaged.
         """
-        if not any(os.path.isfile(folder / file_names(part)[0]) for part in PARTS):
+        if not any(os.path.isfile(folder / image_file_names(part)[0]) for part in IMAGE_PARTS):
             return None
         try:
             manifest = read_sealed(folder / MANIFEST)
             known = manifest["kind"] == KIND and manifest["format"] == FORMAT
             files, parts = manifest["files"], manifest["parts"]
             known &= isinstance(manifest["options"], dict)
-            known &= set(parts) <= set(PARTS) and bool(parts)
-            known &= {name for part in parts for name in file_names(part)} <= set(files)
+            known &= set(parts) <= set(IMAGE_PARTS) and bool(parts)
+            known &= {name for part in parts for name in image_file_names(part)} <= set(files)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(folder / MANIFEST, str(error) or type(error).__name__) from error
         if not known:
@@ -101,7 +100,7 @@ class PreparedImages:
         Raises:
             DataError: the table does not fit the pixels.
         """
-        pixels, table = (self.path / name for name in file_names(part))
+        pixels, table = (self.path / name for name in image_file_names(part))
         stats, file = self.manifest["parts"][part], FlatFile(pixels, np.dtype(np.uint8))
         names = list(stats["columns"])
         columns: dict[str, list[Any]] = {name: [] for name in ("image", *names)}
@@ -136,7 +135,7 @@ class PreparedImages:
     @property
     def parts(self) -> list[str]:
         """The parts of the source, in their order; one without parts is ``""``."""
-        return [part for part in PARTS if part in self.manifest["parts"]]
+        return [part for part in IMAGE_PARTS if part in self.manifest["parts"]]
 
     @property
     def fingerprint(self) -> str:
@@ -148,10 +147,10 @@ class PreparedImages:
         lines = [f"prepared {self.path}"]
         for part in self.parts:
             stats = self.manifest["parts"][part]
-            pixels = self.manifest["files"][file_names(part)[0]]["size"]
+            pixels = self.manifest["files"][image_file_names(part)[0]]["size"]
             left = f", {stats['left_out']:,} left out" if stats["left_out"] else ""
             lines.append(
-                f"{PARTS[part]:<6} {stats['rows']:,} images{left}, {pixels / 1e6:,.1f} MB of pixels; columns "
+                f"{IMAGE_PARTS[part]:<6} {stats['rows']:,} images{left}, {pixels / 1e6:,.1f} MB of pixels; columns "
                 f"{', '.join(['image', *stats['columns']])}"
             )
         return "\n".join(lines)
