@@ -9,13 +9,7 @@ import pytest
 import torch
 import transformers
 
-from parity.cases import (
-    Case,
-    build_theirs,
-    difference,
-    open_ours,
-    save_ours,
-)
+from parity.cases import Case, build_theirs, difference, open_ours, save_ours
 from parity.test_vit import on_disk
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build

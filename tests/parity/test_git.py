@@ -10,14 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from parity.cases import (
-    Case,
-    build_theirs,
-    difference,
-    open_ours,
-    relative,
-    save_ours,
-)
+from parity.cases import Case, build_theirs, difference, open_ours, relative, save_ours
 from parity.test_clip import VISION, check_config
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model

@@ -12,13 +12,7 @@ import transformers
 from torch import Tensor
 
 import pretrain
-from parity.cases import (
-    Case,
-    build_theirs,
-    difference,
-    open_ours,
-    save_ours,
-)
+from parity.cases import Case, build_theirs, difference, open_ours, save_ours
 from parity.test_clip import TEXT, VISION, check_config
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.base import Model

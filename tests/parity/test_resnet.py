@@ -10,13 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from parity.cases import (
-    Case,
-    build_theirs,
-    difference,
-    open_ours,
-    save_ours,
-)
+from parity.cases import Case, build_theirs, difference, open_ours, save_ours
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.nn.buffers import stored_tensors

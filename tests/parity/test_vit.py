@@ -10,13 +10,7 @@ import pytest
 import torch
 import transformers
 
-from parity.cases import (
-    Case,
-    build_theirs,
-    difference,
-    open_ours,
-    save_ours,
-)
+from parity.cases import Case, build_theirs, difference, open_ours, save_ours
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
