@@ -208,9 +208,9 @@ def _laid_out(values: NDArray[Any], filled: NDArray[np.bool_], fill: int) -> Int
     """Return (B, T) values where ``filled``, in order, and ``fill`` elsewhere."""
     if len(values) == filled.size:
         return values.astype(np.int64, copy=False).reshape(filled.shape)
-    found = np.full(filled.shape, fill, dtype=np.int64)
-    found[filled] = values
-    return found
+    padded = np.full(filled.shape, fill, dtype=np.int64)
+    padded[filled] = values
+    return padded
 
 
 # ------------------------------------------------------------------------------------------------ the directory

@@ -290,9 +290,9 @@ class _Frame:
         height: int,
         zero: bool,
         log_x: bool = False,
-        more: int = 0,
+        extra_top: int = 0,
     ) -> _Frame:
-        """Choose scales that show all points, error bars and references, below ``more`` pixels for a second line."""
+        """Choose scales that show all points, error bars and references, below ``extra_top`` pixels."""
         xs = [x for _, _, points in lines for x, _ in points]
         ys = [y for _, _, points in lines for _, y in points] + list(references.values())
         ys += [
@@ -302,7 +302,7 @@ class _Frame:
         if zero:
             low = min(0.0, low)
         left, top, right, bottom = _MARGIN
-        top += more
+        top += extra_top
         x0, x1 = min(xs), max(xs)
         if x0 == x1:
             x0, x1 = (x0 / 2, x1 * 2) if log_x else (x0 - 0.5, x1 + 0.5)
@@ -395,19 +395,22 @@ def _pieces(
     return pieces
 
 
+_CHARACTER, _GAP = 6.6, 32  # pixels of a character of the legend, and between two of its labels
+
+
 def _legend_width(names: Sequence[tuple[int, str]]) -> float:
-    return 16 + sum(6.6 * len(label) + 32 for _, label in names)
+    return 16 + sum(_CHARACTER * len(label) + _GAP for _, label in names)
 
 
 def _legend(names: Sequence[tuple[int, str]], width: int, y: int) -> str:
     parts, right = [], float(width - 16)
     for colour, label in reversed(names):
-        right -= 6.6 * len(label)
+        right -= _CHARACTER * len(label)
         parts.append(f'<text x="{right:.1f}" y="{y}">{escape(label)}</text>')
         parts.append(
             f'<rect class="f{colour}" x="{right - 16:.1f}" y="{y - 5.5}" width="11" height="4" rx="2"/>'
         )
-        right -= 32
+        right -= _GAP
     return "".join(parts)
 
 
