@@ -1,18 +1,25 @@
-"""Escaping of untrusted text before it is printed on a terminal.
+"""Text on a terminal: escaped, because it cannot be trusted, and wrapped between words.
 
 Control characters can control a terminal, and direction and zero-width characters make a text look like another one.
-Everything that is printed goes through `printable`; files keep the original text.
+Everything that is printed goes through `printable`; files keep the original text. On a terminal, long lines are wrapped
+between words.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-__all__ = ["aligned", "clock", "console", "in_notebook", "printable", "printable_pieces"]
+__all__ = [
+    "aligned", "clock", "columns", "console", "in_notebook", "printable", "printable_pieces", "show", "wrapped",
+]  # fmt: skip
+
+_COLUMNS = 80  # of a terminal that does not say its width
 
 
 def console() -> TextIO:
@@ -25,6 +32,42 @@ def in_notebook() -> bool:
     module: Any = sys.modules.get("IPython")  # a kernel has imported it
     shell = None if module is None else module.get_ipython()
     return any(cls.__name__ == "ZMQInteractiveShell" for cls in type(shell).__mro__)
+
+
+def columns(stream: TextIO) -> int | None:
+    """Return the columns of a terminal, None for a stream that is none."""
+    if not stream.isatty():
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        return _COLUMNS
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print a text of one or more lines, escaped and wrapped, on a stream (by default the `console`)."""
+    stream = stream or console()
+    print(wrapped(printable(text, lines=True), columns(stream)), file=stream, flush=True)
+
+
+def wrapped(text: str, room: int | None) -> str:
+    """Wrap lines between words so that each fits into ``room`` columns (None: any); paths stay whole, to be copied."""
+    return "\n".join(
+        part
+        for line in text.split("\n")
+        for part in ([line] if room is None or len(line) < room else _parts(line, room))
+    )
+
+
+def _parts(line: str, room: int) -> list[str]:
+    return textwrap.wrap(
+        line,
+        room - 1,
+        subsequent_indent=" " * (len(line) - len(line.lstrip()) + 4),
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [""]
 
 
 def clock(seconds: float) -> str:

@@ -110,7 +110,18 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["report"]:
         from .report import write_page
 
-        write_page([Path(name) for name in arguments[1:]], Path("docs"))
+        parser = argparse.ArgumentParser(
+            prog="python -m tests.benchmarks report",
+            description="Write docs/benchmarks.md and its figures from what runs measured.",
+        )
+        parser.add_argument(
+            "sources",
+            nargs="+",
+            type=Path,
+            metavar="FILE",
+            help="of --out; later files replace their rows",
+        )
+        write_page(parser.parse_args(arguments[1:]).sources, Path("docs"))
         return 0
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",

@@ -211,7 +211,7 @@ def measure(peer: str, processes: int, steps: int) -> float:
 
 def processes(settings: Settings) -> list[Callable[[], Case]]:
     """Row 12: a step in two processes; the floor of ours is half of its step in one."""
-    steps = 1 if settings.tiny else 3
+    steps = 1 if settings.tiny else 8
 
     def make(peer: str, count: int) -> tuple[Callable[[], float], Work]:
         share = 1 if count == 2 else 2

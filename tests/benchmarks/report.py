@@ -206,7 +206,7 @@ def write_page(sources: Sequence[Path], docs: Path) -> None:
         "```bash",
         f"python -m tests.benchmarks {' '.join(about['rows'])} "
         f"--device {'cpu' if about['device'] == 'cpu' else 'cuda'} --budget {about['budget']:.0f} --out bench.json",
-        f"python -m tests.benchmarks report bench.json{' later.json' * len(remarks)}",
+        f"python -m tests.benchmarks report {' '.join(source.name for source in sources)}",
         "```\n",
         "Ratios are peer / ours: above 1 ours needs less time or memory. Contenders take turns in one call,\n"
         "forwards and backwards, on the same shapes, number type, data and optimizer settings; what is compared\n"

@@ -20,11 +20,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.cli.main import main
 from pretrain.errors import ConfigError
 from pretrain.training import live
 from pretrain.training.live import LiveView
 from pretrain.training.logging import Journal, Progress, RunLog, make_loggers
 from pretrain.training.state import RunState
+from pretrain.utils.files import note
 from pretrain.utils.run_log import read_log
 from tiny import Rows, objective, trainer
 
@@ -165,6 +167,35 @@ def test_loss_speed_and_time_left_fit_into_a_terminal(
     assert "mfu" not in last
 
 
+def test_what_is_said_after_the_last_step_stands_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use() -> None:
+        screen = Progress()
+        for step in (1, 2):
+            screen.show(step, {"loss": 1.0}, 2)
+            screen.write(f"said after step {step}")
+        screen.close()
+
+    pieces = [piece.strip() for piece in drawn(monkeypatch, 80, use)]
+    assert "step 2/2" in pieces[-2] and pieces[-1] == "said after step 2"
+
+
+def test_notes_and_errors_are_wrapped_between_words_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [f"word{k}" for k in range(40)]
+    path = "/a/folder/" + "x" * 60
+
+    def use() -> None:
+        note(" ".join([*words, path]))
+        assert main(["inspect", path]) != 0
+
+    pieces = drawn(monkeypatch, 50, use)
+    assert all(len(piece) < 50 for piece in pieces if path not in piece and "error" not in piece)
+    shown = " ".join(pieces).split()
+    assert shown[: len(words)] == words and shown[len(words)] == path
+    assert any("error: " in piece for piece in pieces)
+
+
 def test_a_terminal_sees_each_step_of_the_start_up_and_a_log_file_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,7 +205,7 @@ def test_a_terminal_sees_each_step_of_the_start_up_and_a_log_file_lines(
     assert "running the largest batch ..." in steps and "saving and reloading ..." in steps
     whole = " ".join(pieces)
     assert re.search(r"start-up: placing the model \d\.\d s, checking free space \d\.\d s", whole)
-    assert "?step" not in whole and "2/2" in pieces[-1]
+    assert "?step" not in whole and any("2/2" in piece for piece in pieces[-3:])
     monkeypatch.undo()
     trainer(tmp_path / "log", objective(), Rows(8), limit="2 steps").fit()
     said = capfd.readouterr().err

@@ -40,7 +40,7 @@ from pretrain.errors import (
     did_you_mean,
     out_of_memory,
 )
-from pretrain.printing import printable
+from pretrain.printing import columns, printable, wrapped
 
 __all__ = ["COMMANDS", "main"]
 
@@ -174,9 +174,10 @@ def _overview() -> str:
 def _complain(message: str, label: str = "error: ") -> None:
     """Print one paragraph on stderr; characters that could control the terminal are escaped."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    text = wrapped(f"{label}{printable(message, lines=True)}", columns(sys.stderr))
     if label and sys.stderr.isatty() and not plain:
-        label = f"\033[31m{label}\033[0m"
-    print(f"{label}{printable(message, lines=True)}", file=sys.stderr)
+        text = f"\033[31m{label}\033[0m{text.removeprefix(label)}"
+    print(text, file=sys.stderr)
 
 
 def _note(message: Warning | str, *place: Any, **options: Any) -> None:

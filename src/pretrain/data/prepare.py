@@ -43,7 +43,7 @@ from pretrain.data.tokenizer_build import KINDS
 from pretrain.data.workdir import build, disk_errors, foreign, sweep
 from pretrain.data.workers import train_apart
 from pretrain.errors import ConfigError, DataError, TokenizerError
-from pretrain.printing import console, in_notebook, printable
+from pretrain.printing import console, in_notebook, printable, show
 from pretrain.utils.imports import import_named
 
 __all__ = ["Prepared", "prepare"]
@@ -127,7 +127,7 @@ def prepare(
     with disk_errors(target), _stoppable():
         prepared = _build(target, job)
     if not quiet:
-        print(printable(prepared.table(), lines=True), file=console())
+        show(prepared.table())
     return prepared
 
 
@@ -163,7 +163,7 @@ def _images(
 ) -> Any:
     def say(line: str) -> None:
         if not quiet:
-            print(printable(line), file=console())
+            show(printable(line))
 
     place = os.path.abspath(os.path.expanduser(str(source)))
     name = hashlib.sha256(f"{place} {size} {channels}".encode()).hexdigest()
@@ -173,7 +173,7 @@ def _images(
         make = import_named(f"{_IMAGES}:prepare_images", "source")
         prepared = make(source, target, size=size, channels=channels, say=say)
     if not quiet:
-        print(printable(prepared.table(), lines=True), file=console())
+        show(prepared.table())
     return prepared
 
 
@@ -248,7 +248,7 @@ def _understand(
 
     def say(line: str) -> None:
         if not quiet:
-            print(printable(line), file=console())
+            show(printable(line))
 
     return _Job(
         sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,

@@ -12,14 +12,13 @@ import json
 import math
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.errors import ConfigError, did_you_mean
-from pretrain.printing import clock, console, printable
+from pretrain.printing import clock, columns, console, printable, wrapped
 from pretrain.training.state import RunState
 from pretrain.utils import files
 from pretrain.utils.files import note, replace_file, writing
@@ -28,7 +27,6 @@ from pretrain.utils.run_log import LogFile, line_digest, open_log
 __all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "make_loggers"]
 
 _PAUSE = 30.0  # seconds between two lines of the pace in a log file
-_COLUMNS = 80  # of a terminal that does not say its width
 _ROOMY = 110  # columns from which there is room for a bar beside the figures
 
 
@@ -136,9 +134,11 @@ class Progress:
             speeds.append(f"{clock(each * (total - step))} left")
         share = step / max(total, 1)
         if self._live:
-            bar = f" {'█' * round(20 * share):░<20}" if self._columns() >= _ROOMY else ""
+            bar = f" {'█' * round(20 * share):░<20}" if (columns(self._file) or 0) >= _ROOMY else ""
             head = f"{share:4.0%}{bar} step {step:,}/{total:,}"
             self._redraw(" | ".join([head, *words[:1], *speeds, *words[1:]]))
+            if step >= total:
+                self.close()  # what is said after the last step stands below it
         elif now - self._last_print > _PAUSE:
             self._last_print = now
             head = f"step {step:,} of {total:,} ({share:.0%})"
@@ -159,10 +159,8 @@ class Progress:
         """Print a line above the one that changes; on a terminal long ones are wrapped between words."""
         line = printable(line, lines=True)
         if self._live:
-            room = self._columns()
-            line = "\n".join(wrapped for part in line.split("\n") for wrapped in _wrap(part, room))
             drawn, self._drawn = self._drawn, " " * len(self._drawn)
-            self._file.write(f"\r{self._drawn}\r{line}\n")
+            self._file.write(f"\r{self._drawn}\r{wrapped(line, columns(self._file))}\n")
             self._redraw(drawn)
         else:
             print(line, file=self._file, flush=True)
@@ -178,34 +176,14 @@ class Progress:
         if not self._live:
             return
         text, parts = printable(text), printable(text).split(" | ")
-        while len(text) >= self._columns() and len(parts) > 1:
+        room = columns(self._file) or 0
+        while len(text) >= room and len(parts) > 1:
             parts.pop()
             text = " | ".join(parts)
-        text = text[: self._columns() - 1]
+        text = text[: room - 1]
         self._file.write(f"\r{text.ljust(len(self._drawn))}")
         self._file.flush()
         self._drawn = text
-
-    def _columns(self) -> int:
-        try:
-            return os.get_terminal_size(self._file.fileno()).columns or _COLUMNS
-        except OSError:
-            return _COLUMNS
-
-
-def _wrap(line: str, columns: int) -> list[str]:
-    """Split a line between words so that each part fits into ``columns``; paths stay whole, to be copied."""
-    if len(line) < columns:
-        return [line]
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return textwrap.wrap(
-        line,
-        columns - 1,
-        subsequent_indent=indent,
-        replace_whitespace=False,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [""]
 
 
 class Logger(Protocol):

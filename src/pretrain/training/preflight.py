@@ -241,10 +241,11 @@ def describe(
     sizes, needed = choice.sizes, memory_needed(trainer, resumed=checkpoint is not None)
     accumulation = train.batch_rows // (trainer.micro_rows * sizes.dp)
     config = trainer.objective.model.backbone.config
+    threads = torch.get_num_threads()
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
-        f"evaluation in {trainer.eval_precision.name}, {torch.get_num_threads()} threads, "
+        f"evaluation in {trainer.eval_precision.name}, {threads} thread{'s' * (threads != 1)}, "
         f"{'compiled' if trainer.compiled[0] else 'eager'} blocks ({trainer.compiled[1]})",
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",

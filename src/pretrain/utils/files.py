@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.printing import console, printable
+from pretrain.printing import printable, show
 
 __all__ = [
     "FileIO",
@@ -112,9 +112,9 @@ _MUTED: ContextVar[bool] = ContextVar("muted", default=False)
 
 
 def note(text: str) -> None:
-    """Print one line to the console, unless `muted`; see `console` and `printable`."""
+    """Print one line to the console, unless `muted`; see `pretrain.printing.show`."""
     if not is_muted():
-        print(printable(text), file=console(), flush=True)
+        show(printable(text))
 
 
 @contextlib.contextmanager
