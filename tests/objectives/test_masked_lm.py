@@ -224,7 +224,7 @@ def test_the_preview_shows_hidden_words_whole_with_what_the_brackets_mean() -> N
     row = {"input_ids": np.array(made.encode(text))}
     (shown,) = objective.preview([row], "", 0)
     passage, legend = shown.split("\n")
-    assert legend.startswith("(brackets: hidden words")
+    assert legend == "([its word | the hidden word], or one word where the model is right)"
     hidden = re.findall(r"\[(?:[^|\]]* \| )?([^]]*)\]", passage)
     assert 1 <= len(hidden) <= 6 and set(hidden) <= set(text.split())
     plain = re.sub(r"\[(?:[^|\]]* \| )?([^]]*)\]", r"\1", passage)

@@ -726,7 +726,8 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, found), default=0) + 2
     for key, value in found.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        shown = f"{value:.4f}" if isinstance(value, float) else shown
+        if isinstance(value, float):
+            shown = f"{value:,.0f}" if key == "targets" else f"{value:.4f}"
         print(f"{key:<{width}}{printable(str(shown))}")
 
 

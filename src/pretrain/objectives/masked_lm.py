@@ -39,7 +39,7 @@ _TRIAL_ROWS = 64
 # Hidden words of a preview, and tokens before the first and after the last of them.
 _SHOWN_WORDS, _CONTEXT = 6, 12
 _BLANK = "\u2423"  # stands for spaces and line breaks
-_LEGEND = "(brackets: hidden words; where the model is wrong, its word | the hidden one)"
+_LEGEND = "([its word | the hidden word], or one word where the model is right)"
 
 
 class MaskedLM(TokenObjective):
