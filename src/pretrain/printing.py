@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 __all__ = [
-    "aligned", "clock", "columns", "console", "in_notebook", "printable", "printable_pieces", "show", "wrapped",
+    "aligned", "clock", "columns", "console", "duration", "in_notebook", "printable", "printable_pieces", "show",
+    "wrapped",
 ]  # fmt: skip
 
 _COLUMNS = 80  # of a terminal that does not say its width
@@ -77,6 +78,15 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds roughly, with their unit: 700 -> "12 minutes"."""
+    for unit, size in (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0), ("second", 1.0)):
+        if seconds >= 2 * size or size == 1:
+            count = max(1, round(seconds / size))
+            return f"{count} {unit}{'s' * (count != 1)}"
+    raise AssertionError
 
 
 def printable(text: str, *, lines: bool = False) -> str:

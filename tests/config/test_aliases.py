@@ -127,8 +127,8 @@ def test_names_work_in_yaml_and_are_written_under_our_names(tmp_path: Any) -> No
     # A name of the command line replaces the setting of the file, and the other way round.
     assert RunConfig.load(path, {"train.batch_rows": 8}).train.batch_rows == 8
     assert RunConfig.load({"train.batch_rows": 8}, {"batch_size": 16}).train.batch_rows == 16
-    path.write_text("train:\n  limit: 5\n  batch_size: 0\n")
-    assert error(RunConfig, path).startswith(f"{path}:3: train.batch_rows is 0")
+    path.write_text("train:\n  limit: 5\n  batch_size: -1\n")
+    assert error(RunConfig, path).startswith(f"{path}:3: train.batch_rows is -1")
     path.write_text("resume: true\n")
     assert error(RunConfig, path).startswith(f"{path}:1: 'resume' is not a setting: ")
 
@@ -173,14 +173,14 @@ def test_models_by_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     for text, family, size, checkpoint in (
-        ("gpt2", "gpt2", "small", None),
+        ("gpt2", "gpt2", "auto", None),
         ("gpt2:tiny", "gpt2", "tiny", None),
-        ("package.module:Class", "package.module:Class", "small", None),
+        ("package.module:Class", "package.module:Class", "auto", None),
         ("package.module:Class:tiny", "package.module:Class", "tiny", None),
-        ("runs/x", "qwen3", "small", "runs/x"),
-        ("./x", "qwen3", "small", "./x"),
-        ("hub:org/name", "qwen3", "small", "hub:org/name"),
-        ("mine", "qwen3", "small", "mine"),
+        ("runs/x", "qwen3", "auto", "runs/x"),
+        ("./x", "qwen3", "auto", "./x"),
+        ("hub:org/name", "qwen3", "auto", "hub:org/name"),
+        ("mine", "qwen3", "auto", "mine"),
     ):
         model = RunConfig.load({"model": text}).model
         assert (model.family, model.size, model.checkpoint) == (family, size, checkpoint)

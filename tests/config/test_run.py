@@ -192,7 +192,7 @@ def test_sources_may_be_paths_and_prepared_data(tmp_path: Path) -> None:
         ({"optim.betas": [0.9, 1.0]}, ["optim.betas", "between"]),
         ({"optim.name": "adam"}, ["optim.name", "'adamw'"]),
         ({"optim": [1]}, ["optim", "section"]),
-        ({"train.batch_rows": 0}, ["train.batch_rows", "between"]),
+        ({"train.batch_rows": -1}, ["train.batch_rows", "between"]),
         ({"train.batch_rows": 1.5}, ["train.batch_rows", "whole number"]),
         ({"train.batch_rows": True}, ["train.batch_rows", "whole number"]),
         ({"train.batch_rows": 4, "train.micro_rows": 8}, ["train.micro_rows", "train.batch_rows"]),
@@ -378,4 +378,4 @@ def test_intervals() -> None:
 
 
 def test_the_dataclasses_are_plain() -> None:
-    assert dataclasses.asdict(TrainConfig())["limit"] == "1 epochs"
+    assert dataclasses.asdict(TrainConfig())["limit"] == "auto"

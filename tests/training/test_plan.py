@@ -10,7 +10,7 @@ import torch
 from pretrain.config import TrainConfig
 from pretrain.nn.device import TOKENS_AT_ONCE
 from pretrain.training import plan as planning
-from pretrain.training.plan import Plan, choose_micro_rows
+from pretrain.training.plan import Plan, choose_micro_rows, settle_amounts
 from pretrain.training.state import RunState
 from tiny import Rows, objective
 
@@ -26,6 +26,28 @@ def test_limits(limit: str, steps: int) -> None:
     assert (
         Plan(TrainConfig(limit=limit, batch_rows=4), ROWS, GOAL, len(ROWS)).total_steps() == steps
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "limit"),
+    [
+        (3, 2, "10 epochs"),  # no batch holds a row twice
+        (100, 8, "10 epochs"),
+        (256, 8, "10 epochs"),
+        (512, 16, "10 epochs"),
+        (1024, 32, "10 epochs"),
+        (3200, 32, "5 epochs"),
+        (16000, 32, "1 epochs"),
+        (10**6, 32, "1 epochs"),
+    ],
+)
+def test_automatic_rows_of_a_step_and_limit(rows: int, batch: int, limit: str) -> None:
+    found = settle_amounts(TrainConfig(), range(rows))  # type: ignore[arg-type]
+    assert (found.batch_rows, found.limit) == (batch, limit)
+    steps = -(-rows // batch) * int(limit.split()[0])
+    assert steps >= 500 or limit == "10 epochs"
+    given = TrainConfig(limit="7 steps", batch_rows=5)
+    assert settle_amounts(given, range(rows)) == given  # type: ignore[arg-type]
 
 
 def test_minutes_follow_the_measured_pace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import pretrain
-from pretrain.config import RunConfig
+from pretrain.config import ModelConfig, RunConfig
 from pretrain.data.prepare import Prepared
 from pretrain.errors import (
     CheckpointError,
@@ -23,8 +23,9 @@ from pretrain.errors import (
     TrainingError,
 )
 from pretrain.objectives import build_objective
+from pretrain.training import run as running
 from pretrain.training.preflight import remarks
-from pretrain.training.run import run_name
+from pretrain.training.run import run_name, settle_size
 from pretrain.training.trainer import Trainer
 from tiny import losses
 
@@ -90,6 +91,38 @@ def test_same_command_resumes_and_figures_agree(tmp_path: Path, text: Path) -> N
     assert facts["step"] == 8 and facts["manifest"] == "holds" and facts["tokens_seen"] > 0
     assert facts["objective"] == "NextToken"
     assert "<svg" in again._repr_html_()
+
+
+def test_what_is_chosen_by_the_text_is_said_recorded_and_kept(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(tmp_path, text)
+    del given["model"]["size"], given["train"]["limit"], given["train"]["batch_rows"]
+    short = RunConfig.load(given, {"train.limit": "4 steps"})
+    pretrain.train(short)
+    assert re.search(
+        r"in 4 steps, about \d+ (second|minute)s? on this machine", capfd.readouterr().err
+    )
+    written = RunConfig.load(tmp_path / "run" / "run.yaml")
+    assert (written.model.size, written.train.batch_rows) == ("tiny", 8)
+    assert written.train.limit == "4 steps"
+    # Later rules may choose otherwise; what has begun goes on as it began.
+    monkeypatch.setattr(running, "_SIZES", {"base": 1.0})
+    run = pretrain.train(given)
+    assert run.step == 4 and RunConfig.load(tmp_path / "run" / "run.yaml") == written
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"),
+    [(1, "tiny"), (5_000_000, "mini"), (10**8, "small"), (2 * 10**9, "medium"), (10**11, "base"), (0, "small")],
+)  # fmt: skip
+def test_the_automatic_size_goes_by_the_tokens(tokens: int, size: str) -> None:
+    data: Any = object.__new__(Prepared)
+    object.__setattr__(data, "train", SimpleNamespace(num_tokens=tokens))
+    assert settle_size(ModelConfig(), data) == size
+    assert settle_size(ModelConfig(size="xl"), data) == "xl"
+    rows: Any = SimpleNamespace()  # of no text
+    assert settle_size(ModelConfig(), rows) == "small"
 
 
 def test_changed_settings_are_named(tmp_path: Path, text: Path) -> None:

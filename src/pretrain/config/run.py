@@ -99,8 +99,10 @@ class ModelConfig:
 
     family: str = "qwen3"
     """gpt2, llama, mistral, qwen2, qwen3, bert, roberta, modernbert, or "package.module:Class"."""
-    size: str = "small"
-    """Model size: tiny, mini, small, medium, base, large, xl; "?" shows parameters, memory, time and loss of each."""
+    size: str = "auto"
+    """Model size: tiny, mini, small, medium, base, large, xl; "?" shows parameters, memory, time and loss of each. auto
+    goes by the training text: tiny below 5 million tokens, mini below 50, small below 1,000, medium below 5,000, base
+    from there on; small for rows that are no text."""
     checkpoint: str | None = None
     """Checkpoint to start from, a directory or a model of the Hub (org/name); family and size are taken from it."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -162,10 +164,12 @@ class TrainConfig:
 
     out: str = setting("", resumable=True)
     """Directory of the run; repeating the command resumes it. Not given, runs/FAMILY-SIZE-FINGERPRINT."""
-    limit: str = setting("1 epochs", resumable=True, unit="steps")
-    """When to stop: "500 steps" or 500, "1e9 tokens", "3 epochs" or "10 minutes"."""
-    batch_rows: int = setting(32, 1, 1 << 24)
-    """Rows per optimizer step, over all devices and micro-batches (global batch)."""
+    limit: str = setting("auto", resumable=True, unit="steps")
+    """When to stop: "500 steps" or 500, "1e9 tokens", "3 epochs" or "10 minutes"; auto is one epoch, or as many as give
+    500 steps, at most ten."""
+    batch_rows: int = setting(0, 0, 1 << 24)
+    """Rows per optimizer step, over all devices and micro-batches (global batch); 0 is automatic: 32, or 16 or 8 where
+    an epoch would have fewer than 32 steps."""
     micro_rows: int = setting(0, 0, 1 << 24)
     """Rows per forward pass of one process (micro-batch); 0 is automatic: on a CPU about 8,192 tokens, always the
     same; on a GPU the fastest of a few sizes that fit, measured before the first step of a run that is long enough
@@ -282,7 +286,7 @@ def parse_limit(text: str) -> Limit:
 
     Args:
         text: an amount and a unit: ``"500 steps"``, ``"1e9 tokens"``, ``"3 epochs"``,
-            ``"10 minutes"``; a number alone is one of steps.
+            ``"10 minutes"``; a number alone is one of steps. "auto" is replaced before, by the rows of the run.
 
     Raises:
         ConfigError: the text is not of that form, not positive, or a fraction of a step or token.
@@ -421,10 +425,11 @@ class RunConfig(Sections):
     def check(self) -> None:
         """See `Sections.check`."""
         data, train, name = self.data, self.train, self.objective.class_path
-        parse_limit(train.limit)
+        if train.limit != "auto":
+            parse_limit(train.limit)
         for key in ("eval_every", "save_every"):
             parse_every(getattr(train, key), 100, f"train.{key}")
-        if train.micro_rows > train.batch_rows:
+        if train.micro_rows > train.batch_rows > 0:
             raise ConfigError(
                 f"train.micro_rows is {train.micro_rows}, more than train.batch_rows ({train.batch_rows})."
             )

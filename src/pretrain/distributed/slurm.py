@@ -120,7 +120,7 @@ def script(
     check_batch(
         nodes * processes,
         int(parallel.get("tp", 1)),
-        int(train.get("batch_rows", 32)),
+        int(train.get("batch_rows", 0)) or 32,
         int(train.get("micro_rows", 0)),
     )
     header = {

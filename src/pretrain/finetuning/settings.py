@@ -153,6 +153,8 @@ class TuneTrain(TrainConfig):
     passes or 100 steps, whichever is more)."""
     limit: str = setting("", resumable=True, unit="steps")
     """Length of the run in place of epochs: "500 steps" or 500, "1e6 tokens" or "10 minutes"."""
+    batch_rows: int = setting(32, 1, 1 << 24)
+    """Rows per optimizer step, over all devices and micro-batches (global batch)."""
     eval_every: str = setting("1 epochs", resumable=True, unit="steps")
     """Evaluate every "1 epochs", "200 steps" or "5%" of the run; "1 epochs" is at most
     twenty times in a run of steps."""

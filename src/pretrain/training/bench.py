@@ -145,6 +145,7 @@ def bench(
                 break
             finally:
                 world.on_mark = None
+        settings.train.batch_rows = RunConfig.load(out / "run.yaml").train.batch_rows
         records = [r for r in read_log(out / "log.jsonl") if "tokens_per_second" in r][-steps:]
     seconds = median_high([b - a for a, b in zip(times[warm - 1 :], times[warm:], strict=False)])
     whole = {name: sum(clock.spent[name][-steps:]) for name in _PHASES}

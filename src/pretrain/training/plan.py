@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -9,13 +10,34 @@ from collections.abc import Callable
 import torch
 
 from pretrain.config import TrainConfig, parse_limit
-from pretrain.data.loader import Examples, row_rngs
+from pretrain.data.loader import Examples, Loader, row_rngs
 from pretrain.errors import ConfigError
 from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
 
-__all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length"]
+__all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length", "settle_amounts"]
+
+# Automatic amounts: rows of a step, with the fewest steps of an epoch; steps of a run, with the most epochs.
+_BATCHES, _EPOCH_STEPS = (32, 16, 8), 32
+_STEPS, _EPOCHS = 500, 10
+
+
+def settle_amounts(train: TrainConfig, data: Examples) -> TrainConfig:
+    """Return the settings with automatic rows of a step and an automatic limit replaced by those for the rows.
+
+    They depend on the number of rows only, never on the machine, so that a run can be repeated and resumed anywhere.
+    """
+    limit, batch = train.limit, train.batch_rows
+    rows = Loader(data, seed=0).epoch_length if len(data) else 0
+    if not batch:
+        batch = next((size for size in _BATCHES if rows >= size * _EPOCH_STEPS), _BATCHES[-1])
+        while batch > max(rows, 1):
+            batch //= 2
+    if limit == "auto":
+        steps = max(1, math.ceil(rows / batch))
+        limit = f"{min(_EPOCHS, math.ceil(_STEPS / steps))} epochs"
+    return dataclasses.replace(train, limit=limit, batch_rows=batch)
 
 
 def row_length(data: Examples, objective: Objective) -> int:

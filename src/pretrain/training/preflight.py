@@ -22,6 +22,7 @@ from pretrain.data.shards import Rows
 from pretrain.errors import DataError, TrainingError, out_of_memory
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import local
+from pretrain.printing import duration
 from pretrain.training.dry_run import dry_run
 from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.micro_rows import fastest_micro_rows, may_measure
@@ -243,6 +244,8 @@ def describe(
     config = trainer.objective.model.backbone.config
     threads = torch.get_num_threads()
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
+    timed = trainer.plan.limit.kind == "minutes"
+    pace = "" if timed else f", about {duration(steps * seconds)} on this machine"
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
         f"evaluation in {trainer.eval_precision.name}, {threads} thread{'s' * (threads != 1)}, "
@@ -250,7 +253,7 @@ def describe(
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {tokens:,} in all, {epochs:.2f} epochs in "
-        f"{steps:,} steps",
+        f"{steps:,} steps{pace}",
         f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x "
         f"{sizes.dp} rank{'s' * (sizes.dp > 1)}{micro}",
         f"schedule {optim.schedule}, {optim.name} lr {float(optim.lr):g}{trainer.lr_reason}"

@@ -23,7 +23,7 @@ import torch
 from pretrain.checkpoint import latest, load
 from pretrain.checkpoint.download import located
 from pretrain.checkpoint.manifest import candidates
-from pretrain.config import DataConfig, RunConfig, TrainConfig
+from pretrain.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pretrain.config.run import Sections
 from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.loader import Examples
@@ -68,6 +68,9 @@ __all__ = ["evaluate", "train"]
 _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
 _VOCAB_MULTIPLE = 64
+# Automatic model sizes, below so many tokens of training text; the size for more, and for rows that are no text.
+_SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9}
+_LARGEST_SIZE, _PLAIN_SIZE = "base", "small"
 _ROWS = 16  # rows in one forward pass of an evaluation
 
 
@@ -99,6 +102,7 @@ def train(
         PretrainError: a setting, the data or the output directory cannot be used; the message says what to do.
     """
     settings = RunConfig.load(config, sections or None)
+    keep_automatic(settings)
     check_early(settings)
     if rows is not None and (devices != 1 or settings.data.source is not None):
         raise ConfigError(
@@ -108,7 +112,9 @@ def train(
         )
     if devices != 1:
         if not settings.train.out:
-            settings.train.out = run_name(settings, rows_of(settings, quiet=False))
+            found = rows_of(settings, quiet=False)
+            settings.model.size = settle_size(settings.model, found)
+            settings.train.out = run_name(settings, found)
         if (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
             return run
     world = current_world()
@@ -122,8 +128,10 @@ def train(
             lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
         )
+        settings.model.size = settle_size(settings.model, data)
         if not settings.train.out:
             settings.train.out = run_name(settings, data)
+            keep_automatic(settings)
         out = Path(settings.train.out)
         model = make_model(settings, data)
         chosen, seed = settings.objective, settings.train.seed
@@ -142,6 +150,7 @@ def train(
 
         def begin() -> None:
             # Called under the run's lock, so that a second command cannot overwrite the settings of the first.
+            settings.train = trainer.train
             check_same_run(settings, out)
             settings.save(out / "run.yaml")
 
@@ -177,7 +186,8 @@ def check_early(settings: RunConfig) -> None:
     check_head(family, chosen.head_kind)
     check_overrides(model.overrides)
     if settings.data.source is None:  # rows of a function may determine further fields
-        family.config_class.from_size(model.size, **model.overrides)
+        size = _PLAIN_SIZE if model.size == "auto" else model.size
+        family.config_class.from_size(size, **model.overrides)
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
@@ -188,6 +198,33 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
                 f"model.overrides.{key} is no field of a model's config; it is set elsewhere (model.family, "
                 "model.size, train.seed, data.tokenizer, objective)."
             )
+
+
+def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
+    """Return the model size of the settings; an automatic one by the tokens of the training text.
+
+    It depends on the text only, never on the machine, so that a run can be repeated and resumed anywhere.
+    """
+    if model.size != "auto" or model.checkpoint is not None:
+        return model.size
+    tokens = data.train.num_tokens if isinstance(data, Prepared) else 0
+    found = next((size for size, most in _SIZES.items() if 0 < tokens < most), _PLAIN_SIZE)
+    if tokens >= max(_SIZES.values()):
+        found = _LARGEST_SIZE
+    return found if found in family_class(model.family).config_class.size_names() else _PLAIN_SIZE
+
+
+def keep_automatic(settings: RunConfig) -> None:
+    """Take from a run that has begun what the settings leave to be chosen, so that its choices outlive the rules."""
+    before = settings_before(settings)
+    if before is None:
+        return
+    if settings.model.size == "auto":
+        settings.model.size = before.model.size
+    if settings.train.limit == "auto":
+        settings.train.limit = before.train.limit
+    if not settings.train.batch_rows:
+        settings.train.batch_rows = before.train.batch_rows
 
 
 def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
@@ -404,7 +441,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             overrides = vocabulary_of(words, overrides)
     model = build(
         settings.model.family,
-        settings.model.size,
+        settle_size(settings.model, data),
         head=wanted,
         seed=settings.train.seed,
         # With several ranks, memory is allocated after sharding only.

@@ -41,7 +41,7 @@ from pretrain.training.layers import Layers
 from pretrain.training.logging import Journal
 from pretrain.training.optim import Optimizers, build_optimizers, settled_lr
 from pretrain.training.parallelize import enter_world, parallelize, run_lock
-from pretrain.training.plan import Plan, choose_micro_rows, mean_length
+from pretrain.training.plan import Plan, choose_micro_rows, mean_length, settle_amounts
 from pretrain.training.precision import (
     LossScale,
     Precision,
@@ -126,7 +126,7 @@ class Trainer:
     ) -> None:
         self.objective, self.train_data = objective, train_data
         self.optim, self.lr_reason = settled_lr(optim or OptimConfig(), objective)
-        self.train = train or TrainConfig()
+        self.train = settle_amounts(train or TrainConfig(), train_data)
         self.parallel = parallel or ParallelConfig()
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
         self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
