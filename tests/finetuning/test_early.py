@@ -74,6 +74,11 @@ def test_the_figures_of_a_derived_class_are_known_when_it_is_evaluated() -> None
 def test_a_mistyped_other_name_of_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "--model", "m", "--data", "rows.csv", "--task", "stss"]) == 2
     assert "There is no task 'stss'. Did you mean 'sts'?" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="Did you mean 'topic-classification'"):
+        pretrain.finetune(bert(), "rows.csv", task="topic")
+    for name in ("foo", "ktoo", "reranking"):  # near only to names that are refused, or to none
+        with pytest.raises(ConfigError, match=f"no task '{name}'. Known: "):
+            pretrain.finetune(bert(), "rows.csv", task=name)
     with pytest.raises(ConfigError, match="Known: audio-classification, captioning, chat"):
         pretrain.finetune(bert(), "rows.csv", task="zzzzzz")
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
-from pretrain.config.aliases import VALUES
+from pretrain.config.aliases import VALUES, Advice
 from pretrain.config.check import check_value
 from pretrain.config.spelling import option, option_name
-from pretrain.errors import ConfigError, did_you_mean
+from pretrain.errors import ConfigError, did_you_mean, nearest
 from pretrain.objectives.base import Loss, Objective
 from pretrain.utils.imports import import_named
 
@@ -82,10 +81,10 @@ def check_monitor(objective: type[Objective], name: str, monitor: str | None) ->
     """
     known = vars(objective).get("figures")  # a derived class may report more than its base
     if monitor and known and monitor not in known:
-        near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.5)
+        near = nearest(monitor, known)
         raise ConfigError(
             f"train.monitor is {monitor!r}, and the evaluation of {name} has only these figures: {', '.join(known)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
+            + (f" Did you mean {near!r}?" if near else "")
         )
 
 
@@ -129,9 +128,10 @@ def task_class(name: str | type[Task], *, path_allowed: bool = True) -> type[Tas
     elif name in _OWN_TASKS:
         return _OWN_TASKS[name]
     elif name not in TASKS and not (path_allowed and re.search("[.:]", name)):
+        others = [word for word, ours in VALUES["task.name"].items() if type(ours) is not Advice]
         raise ConfigError(
             f"There is no task {name!r}."
-            + did_you_mean(name, TASKS, VALUES["task.name"])
+            + did_you_mean(name, TASKS, others)
             + f" If it is your own, name its class: {option('task', 'package.module:Class')}."
         )
     else:
