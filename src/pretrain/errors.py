@@ -161,7 +161,7 @@ def out_of_memory(error: BaseException) -> bool:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that ``name`` was likely meant to be, or None: none is better than an unlike one.
 
-    That is a name that differs in few letters, else one that begins with the other, else one of mostly the same letters.
+    That is a name that differs in few letters, else one that begins as the other, else one of mostly the same letters.
     """
     options = list(known)
     starts = [

@@ -64,6 +64,15 @@ def test_an_unknown_monitor(tmp_path: Path) -> None:
         pretrain.finetune(bert(), "rows.csv", task="classification", monitor="f1")
 
 
+def test_a_logger_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="'trackio', whose package is not installed"):
+        pretrain.finetune(
+            bert(), "rows.csv", task="classification", loggers=["trackio"], out=tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_figures_of_a_derived_class_are_known_when_it_is_evaluated() -> None:
     class Own(task_class("classification")):  # type: ignore[misc]
         pass

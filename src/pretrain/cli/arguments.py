@@ -407,7 +407,11 @@ def interface(name: str) -> Interface:
         if spec.init
     }
     # These options are also keywords of the Python function.
-    places |= {section: section for section in sections if section in ("model", "data", "task")}
+    places |= {
+        section: section
+        for section in sections
+        if section in ("model", "data", "task", "objective")
+    }
     columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
     return Interface(True, places, columns, others)
 

@@ -60,7 +60,9 @@ FINETUNE = Interface()
 PREDICT = Interface(columns="columns.")
 EVALUATE = PREDICT
 TRAIN = Interface(
-    places={"out": "train.out", "device": "parallel.device"}, columns="data.", others="data."
+    places={"out": "train.out", "device": "parallel.device", "objective": "objective"},
+    columns="data.",
+    others="data.",
 )
 
 _current = READ
