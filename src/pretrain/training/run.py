@@ -117,8 +117,7 @@ def train(
     world = current_world()
     with muted(not world.is_rank_zero):
         settings.model.checkpoint = settle_checkpoint(settings)
-        if settings.model.checkpoint and hub_name(settings.model.checkpoint) is not None:
-            check_checkpoint(settings, rows)
+        check_checkpoint(settings, rows)
         settings.data.tokenizer = settle_tokenizer(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out), say=False)
