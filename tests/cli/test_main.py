@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,20 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
         assert cli.COMMANDS[name].example in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("pretrain 0.")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_few_options(name: str, capsys: Any) -> None:
+    assert cli.main([name, "--help"]) == 0
+    shown = re.findall(r"^  (?! )(?!pretrain )", capsys.readouterr().out, flags=re.MULTILINE)
+    assert 1 <= len(shown) <= 14
+
+
+@pytest.mark.parametrize("name", ["train", "lr-range", "bench"])
+@pytest.mark.parametrize("words", ["--model gpt2:?", "--model.family gpt2 --model.size ?"])
+def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
+    assert cli.main([name, *words.split()]) == 0
+    assert "layers x width" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- errors
