@@ -10,10 +10,10 @@ import pytest
 import pretrain
 import tiny
 from pretrain.cli.main import main
-from pretrain.errors import CheckpointError, ConfigError, ModelError
+from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError
 
 SETTINGS = {
-    "data": {"train": "text.txt", "row_length": 32},
+    "data": {"train": "python", "row_length": 32},
     "model": {
         "family": "gpt2",
         "size": "tiny",
@@ -97,10 +97,15 @@ def test_rows_as_long_as_the_positions_are_let_through(family: str, length: int)
         pretrain.train(SETTINGS, **chosen | {"row_length": length + 1})
 
 
+def test_a_text_that_is_not_there_is_named_first() -> None:
+    with pytest.raises(DataError, match="no such file"):
+        pretrain.train(SETTINGS, data="nowhere", row_length=33)
+
+
 def test_a_checkpoint_is_judged_by_its_configuration(tmp_path: Path) -> None:
     sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 32}
     path = pretrain.build("gpt2", tokenizer=tiny.tokenizer(), **sizes).save(tmp_path / "gpt2")
-    chosen = {"data": {"train": "text.txt", "row_length": 32}, "model": str(path)}
+    chosen = {"data": {"train": "python", "row_length": 32}, "model": str(path)}
     for command in (pretrain.train, pretrain.lr_range_test):
         with pytest.raises(AssertionError, match="the data were read"):
             command(chosen)

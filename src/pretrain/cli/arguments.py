@@ -393,12 +393,11 @@ def read_settings(
     return settings, others
 
 
-def interface(name: str) -> Interface:
-    """Return how messages spell the options of the command ``name``."""
+def interface(name: str, options: Collection[str] = ()) -> Interface:
+    """Return how messages spell the options of the command ``name``; ``options`` are those of its parser."""
     if name not in _SETTINGS:
-        return Interface(
-            command=True, columns="columns." if name in ("predict", "evaluate", "probe") else ""
-        )
+        columns = "columns." if name in ("predict", "evaluate", "probe") else ""
+        return Interface(True, columns=columns, reading={word.lstrip("-") for word in options})
     sections = settings_class(name).SECTIONS
     places = {
         spec.name: f"{section}.{spec.name}"
@@ -413,7 +412,7 @@ def interface(name: str) -> Interface:
         if section in ("model", "data", "task", "objective")
     }
     columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
-    return Interface(True, places, columns, others)
+    return Interface(True, places, columns, others, reading=places)
 
 
 def settings_class(name: str) -> Any:

@@ -146,7 +146,7 @@ def _dispatch(arguments: list[str]) -> int:
     if asked := [place for place, word in enumerate(options) if word in ("-h", "--help")]:
         print(parser.help(everything=options[asked[0] + 1 : asked[0] + 2] == ["all"]))
         return 0
-    with using(interface(name)):
+    with using(interface(name, parser.takes_value)):
         args = parser.parse(rest)
         if (family := vars(args).pop("family", None)) is not None:
             from pretrain.models import own_family

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, reads_with
 from pretrain.data.encodings import (
     COMPRESSIONS,
     check_encoding,
@@ -848,7 +848,9 @@ def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Senten
             if len(cells) != _CONLLU_COLUMNS:
                 raise DataError(
                     f"{path}:{number} has {len(cells)} columns, but CoNLL-U has {_CONLLU_COLUMNS}, with tabs between: "
-                    f"{line[:60]!r}. Files of two columns are read with {option('format', 'conll')}."
+                    f"{line[:60]!r}. Files of two columns are read with "
+                    + (option("format", "conll") if reads_with("format") else "a name in .conll")
+                    + "."
                 )
             if "-" in cells[0] or "." in cells[0]:
                 continue

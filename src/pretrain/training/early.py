@@ -12,6 +12,7 @@ from pretrain.config.aliases import VALUES
 from pretrain.config.spelling import option
 from pretrain.data.prepare import Prepared
 from pretrain.data.row_source import RowSource
+from pretrain.data.sources import resolve_sources
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import FAMILIES, build, family_class
 from pretrain.models.backbone import Backbone
@@ -27,6 +28,7 @@ __all__ = [
     "check_early",
     "check_overrides",
     "check_trained_head",
+    "prepared_in",
     "tokens_per_row",
 ]
 
@@ -100,24 +102,38 @@ def check_trained_head(settings: RunConfig, model: Model) -> None:
 
 
 def check_positions(settings: RunConfig, model: Model) -> None:
-    """Check that rows of text are not longer than the positions of the model."""
+    """Check that rows of text are not longer than the positions of the model.
+
+    Raises:
+        ConfigError: they are.
+        DataError: there is no such text.
+    """
     length, room = tokens_per_row(settings.data), model.backbone.max_length
     if model.backbone.unit_name != "tokens" or not room or length <= room:
         return
-    more = ""
+    more, shorter = "", "Prepare the data anew with shorter rows"
+    if prepared_in(settings.data) is None:
+        resolve_sources(settings.data.train)  # one that is not there is the mistake to name
+        shorter = "Make the rows shorter"
     if settings.model.checkpoint is None:
         more = f", or build a model with more positions (model.overrides.max_positions {length})"
     raise ConfigError(
-        f"The rows have {length} tokens, but the {model.backbone.model_type} model has {room} positions. Make the rows "
-        f"shorter, {option('row_length', room)}{more}."
+        f"The rows have {length} tokens, but the {model.backbone.model_type} model has {room} positions. {shorter}, "
+        f"{option('row_length', room)}{more}."
     )
 
 
 def tokens_per_row(data: DataConfig) -> int:
     """Return the tokens of a row of text: of prepared data as they were prepared, else as they will be."""
+    prepared = prepared_in(data)
+    return data.row_length if prepared is None else prepared.manifest["options"]["row_length"]
+
+
+def prepared_in(data: DataConfig) -> Prepared | None:
+    """Open the prepared directory that ``data.train`` names; None if it names something else."""
     if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
-        return int(Prepared.open(Path(data.train)).manifest["options"]["row_length"])
-    return data.row_length
+        return Prepared.open(Path(data.train))
+    return None
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ from pretrain.training.early import (
     check_early,
     check_overrides,
     check_trained_head,
+    prepared_in,
     tokens_per_row,
 )
 from pretrain.training.evaluate import evaluate_rows
@@ -280,8 +281,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
     """Open the prepared directory that ``data.train`` names, or prepare (or find in the cache) the text it names."""
     data = settings.data
-    if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
-        prepared = Prepared.open(Path(data.train))
+    if (prepared := prepared_in(data)) is not None:
         say_differences(settings, prepared)
         return prepared
     tokenizer = data.tokenizer
