@@ -31,6 +31,7 @@ __all__ = [
     "naming_memory",
     "nearest",
     "out_of_memory",
+    "suggestion",
 ]
 
 
@@ -176,11 +177,17 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return None
 
 
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or "" if none is near."""
+    near = nearest(name, known)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
 def did_you_mean(name: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name or other name, else the list of known names."""
     options = sorted(str(item) for item in known)
-    if (near := nearest(name, [*options, *others])) is not None:
-        return f" Did you mean {near!r}?"
+    if near := suggestion(name, [*options, *others]):
+        return near
     return f" Known: {', '.join(options)}." if options else ""
 
 

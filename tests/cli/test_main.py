@@ -170,6 +170,16 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
         (["finetune", "--task", "summarization"], ["task.name", "chat", "response"]),
         (["finetune", "--save_steps", "3"], ["'save_steps'", "train.eval_every"]),
         (["finetune", "--comparee", "x"], ["--comparee", "compare"]),
+        (
+            ["finetune", "--model", "m", "--data", "d", "--task", "chat", "--compare", "x"],
+            ["--compare scratch"],
+        ),
+        (["train", "--model", "nosuch"], ["--family package.module:Class."]),
+        (["train", "--objective", "chat"], ["pretrain finetune --task chat"]),
+        (["evaluate", "x", "--task", "retreival"], ["Did you mean 'retrieval'?"]),
+        (["evaluate", "x", "--task", "foo"], ["minimal-pairs", "sts"]),
+        (["export", "x", "--to", "onx"], ["Did you mean 'onnx'?"]),
+        (["prepare", "pyproject.toml", "--valid", "last:2"], ["--valid last:2: the share"]),
         (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
         (["finetune", "--label_counts", "many"], ["--label_counts", "a list", "'many'"]),
         (["finetune", "--label_counts", "[5, x]"], ["--label_counts.1", "whole number", "'x'"]),
@@ -199,6 +209,23 @@ def test_mistakes_are_one_paragraph_with_the_name(
 ) -> None:
     text = fails(capsys, *words)
     assert all(part in text for part in parts), text
+
+
+def test_what_a_model_is_not_for_is_told_in_commands(tmp_path: Path, capsys: Any) -> None:
+    names = {"NextToken": "gpt2", "MaskedLM": "bert"}
+    for kind, name in names.items():
+        tiny.objective(kind).model.save(tmp_path / name)
+    (tmp_path / "r.csv").write_text("text\na\n")
+    for words, advised in (
+        (["predict", "bert", "r.csv"], "pretrain fill-mask. To teach it one: pretrain finetune"),
+        (["predict", "gpt2", "r.csv"], "pretrain generate, or pretrain chat"),
+        (["merge", "bert", "--out", "m"], "nothing to merge"),
+    ):
+        placed = [
+            str(tmp_path / word) if word in ("bert", "gpt2", "r.csv") else word for word in words
+        ]
+        assert cli.main(placed) == 2
+        assert advised in capsys.readouterr().err
 
 
 def test_debug_shows_where_the_error_was_raised() -> None:
@@ -551,7 +578,7 @@ def test_the_wrong_command_for_a_model_names_the_right_one(folder: str, capsys: 
     assert "fill_mask" in capsys.readouterr().err
     path = saved("gpt", folder)
     assert cli.main(["fill-mask", path, "the [MASK]"]) == 2
-    assert "generate" in capsys.readouterr().err
+    assert "pretrain generate" in capsys.readouterr().err
 
 
 def test_inspect(folder: str, capsys: Any) -> None:

@@ -51,15 +51,22 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"objective": "mlm", "init_args": {"rat": 0.3}}, "objective.init_args.rat"),
         (
             {"objective": "mlm"},
-            "no masked-lm head.*Train it with objective='next-token'.*bert, roberta, modernbert",
+            "no masked-lm head.*bert, roberta, modernbert.*Train this one with objective='next-token'",
         ),
-        ({"model": "bert"}, "no causal-lm head.*Train it with objective='masked-lm'.*gpt2, llama"),
-        ({"model": "vit"}, "no causal-lm head.*Train it with objective='ImageClassification'"),
+        (
+            {"model": "bert"},
+            "no causal-lm head.*gpt2, llama, mistral, qwen2, qwen3. Train this one with objective='masked-lm'",
+        ),
+        (
+            {"model": "vit"},
+            "no causal-lm head.*Train this one with objective='ImageClassification'",
+        ),
         (
             {"row_length": 33},
             "33 tokens, but the gpt2 model has 32 positions.*'row_length': 32.*max_positions 33",
         ),
         ({"objective": "NextTokken"}, "'NextToken'"),
+        ({"objective": "chat"}, r"a task of fine-tuning: finetune\(task='chat'\)"),
         ({"device": "mps"}, r"parallel={'device': 'auto'}"),
         (
             {"monitor": "acuracy"},
@@ -109,7 +116,9 @@ def test_a_checkpoint_is_judged_by_its_configuration(tmp_path: Path) -> None:
     for command in (pretrain.train, pretrain.lr_range_test):
         with pytest.raises(AssertionError, match="the data were read"):
             command(chosen)
-        with pytest.raises(ConfigError, match="has the head 'causal-lm'.*trains 'masked-lm'"):
+        with pytest.raises(
+            ConfigError, match="has the head 'causal-lm'.*trains 'masked-lm'.*'next-token'"
+        ):
             command(chosen, objective="mlm")
         with pytest.raises(
             ConfigError, match=r"33 tokens, but the gpt2 model has 32 positions.*: 32}\.$"
@@ -120,4 +129,4 @@ def test_a_checkpoint_is_judged_by_its_configuration(tmp_path: Path) -> None:
 def test_the_objective_is_spelt_as_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "lr-range", "bench"):
         assert main([command, "--model", "bert:tiny"]) == 2
-        assert "Train it with --objective masked-lm, or choose" in capsys.readouterr().err
+        assert "Train this one with --objective masked-lm." in capsys.readouterr().err

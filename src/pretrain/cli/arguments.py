@@ -405,12 +405,14 @@ def interface(name: str, options: Collection[str] = ()) -> Interface:
         for spec in dataclasses.fields(kind)
         if spec.init
     }
-    # These options are also keywords of the Python function.
+    # These options are also keywords of the Python function, as are those that are no settings.
     places |= {
         section: section
         for section in sections
         if section in ("model", "data", "task", "objective")
     }
+    plain = {word.lstrip("-"): word.lstrip("-") for word in options if "." not in word}
+    places = plain | places
     columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
     return Interface(True, places, columns, others, reading=places)
 

@@ -10,12 +10,12 @@ import os
 import re
 import stat
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
-from pretrain.errors import ConfigError, did_you_mean, nearest
+from pretrain.errors import ConfigError, nearest, suggestion
 
 __all__ = [
     "check_value",
@@ -55,7 +55,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no config file {path}.{_near(path.name, _neighbours(path))}"
+            f"There is no config file {path}.{suggestion(path.name, _neighbours(path))}"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -306,7 +306,7 @@ class _Checker:
                 return value
             if not isinstance(value, str):
                 raise self.wrong(key, value, type_in_words(hint))
-            near = _near(value, list(map(str, args)))
+            near = suggestion(value, list(map(str, args)))
             raise self.fail(key, f"{key} is {value!r}; it must be {type_in_words(hint)}.{near}")
         if hint in (list, tuple, dict):
             if isinstance(value, dict if hint is dict else list | tuple):
@@ -476,11 +476,6 @@ def type_in_words(hint: Any) -> str:
 def _example(hint: Any) -> str:
     examples = {int: "1, 2", float: "0.1, 0.2", str: "a, b"}
     return examples.get(hint) or str((get_args(hint) or ("...",))[0])
-
-
-def _near(value: str, known: Sequence[str]) -> str:
-    hint = did_you_mean(value, known)
-    return hint if "Did you mean" in hint else ""
 
 
 def _show(value: Any) -> str:

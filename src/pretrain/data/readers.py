@@ -30,7 +30,7 @@ from pretrain.data.encodings import (
     open_packed,
     open_text,
 )
-from pretrain.errors import DataError, did_you_mean
+from pretrain.errors import DataError, suggestion
 
 __all__ = [
     "COMPRESSIONS", "FORMATS", "TABLE_FORMATS", "Piece", "Reading", "Sentence", "cell_form", "cell_text",
@@ -528,8 +528,7 @@ def whole_characters(value: Any) -> Any:
 def no_column(where: str, column: str, present: list[str]) -> DataError:
     """Return the error for a column that does not exist, with the nearest name of those present."""
     names = ", ".join(map(repr, present)) or "none"
-    hint = did_you_mean(column, present) if present else ""
-    hint = hint if "mean" in hint else ""
+    hint = suggestion(column, present)
     return DataError(
         f"{where} has no column {column!r}; columns present: {names}.{hint} Choose one with {column_option('text')}."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from pretrain.data.prepare import Prepared
 from pretrain.data.row_source import RowSource
 from pretrain.data.sources import resolve_sources
 from pretrain.errors import ConfigError, ModelError
-from pretrain.models import FAMILIES, build, family_class
-from pretrain.models.backbone import Backbone
+from pretrain.models import build, family_class
 from pretrain.models.base import Model, check_head
 from pretrain.objectives import OBJECTIVES, check_monitor, check_objective, objective_class
 from pretrain.training.logging import check_loggers
@@ -55,7 +54,7 @@ def check_early(settings: RunConfig, rows: RowSource | None = None) -> None:
     try:
         check_head(family, chosen.head_kind)
     except ModelError as error:
-        raise ModelError(f"{error} {fitting(family, chosen.head_kind)}") from error
+        raise ModelError(f"{error}{fitting(family.architectures)}") from error
     check_overrides(model.overrides)
     if settings.data.source is None:  # rows of a function may determine further fields
         family.config_class.from_size(model.size, **model.overrides)
@@ -65,17 +64,13 @@ def check_early(settings: RunConfig, rows: RowSource | None = None) -> None:
             check_positions(settings, build(model.family, model.size, device="meta", **fields))
 
 
-def fitting(family: type[Backbone], head: str | None) -> str:
-    """Return what to choose if a family lacks the head of the objective: other objectives, or other families."""
+def fitting(heads: Collection[str | None]) -> str:
+    """Return the advice to train a model, which has or can have one of these heads, with an objective that fits."""
     names = {ours: name for name, ours in reversed(VALUES["objective.class_path"].items())}
-    heads = {name: objective_class(name).head_kind for name in OBJECTIVES}
-    fit = [name for name, kind in heads.items() if kind and kind in family.architectures]
+    kinds = {name: objective_class(name).head_kind for name in OBJECTIVES}
+    fit = [name for name, kind in kinds.items() if kind is not None and kind in heads]
     words = [option("objective", names.get(name, name)) for name in fit]
-    others = [name for name in FAMILIES if head in family_class(name).architectures]
-    choices = [f"train it with {' or '.join(words)}"] if words else []
-    choices += [f"choose a family with that head: {', '.join(others)}"] if others else []
-    text = ", or ".join(choices)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return f" Train this one with {' or '.join(words)}." * bool(words)
 
 
 def check_checkpoint(settings: RunConfig, rows: RowSource | None = None) -> None:
@@ -97,7 +92,7 @@ def check_trained_head(settings: RunConfig, model: Model) -> None:
     if wanted is not None and model.head_kind != wanted:
         raise ConfigError(
             f"{settings.model.checkpoint} has the head {model.head_kind!r}, and {settings.objective.class_path} "
-            f"trains {wanted!r}. Choose the objective that fits, or another checkpoint."
+            f"trains {wanted!r}.{fitting([model.head_kind])} Or choose another checkpoint."
         )
 
 
