@@ -29,10 +29,13 @@ __all__ = [
     "did_you_mean",
     "named_error",
     "naming_memory",
+    "nearest",
     "out_of_memory",
+    "suggestion",
 ]
 
 
+_START = 3  # letters by which a name is known to begin as another
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -156,12 +159,35 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that ``name`` was likely meant to be, or None: none is better than an unlike one.
+
+    That is a name that differs in few letters, else one that begins as the other, else one of mostly the same letters.
+    """
+    options = list(known)
+    starts = [
+        option
+        for option in options
+        if min(len(option), len(name)) >= _START
+        and (option.startswith(name) or name.startswith(option))
+    ]
+    for candidates, cutoff in ((options, 0.8), (starts, 0.0), (options, 0.6)):
+        if near := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
+            return near[0]
+    return None
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or "" if none is near."""
+    near = nearest(name, known)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
 def did_you_mean(name: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name or other name, else the list of known names."""
     options = sorted(str(item) for item in known)
-    near = difflib.get_close_matches(name, [*options, *others], n=1, cutoff=0.5)
-    if near:
-        return f" Did you mean {near[0]!r}?"
+    if near := suggestion(name, [*options, *others]):
+        return near
     return f" Known: {', '.join(options)}." if options else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,20 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
     assert capsys.readouterr().out.startswith("pretrain 0.")
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_few_options(name: str, capsys: Any) -> None:
+    assert cli.main([name, "--help"]) == 0
+    shown = re.findall(r"^  (?! )(?!pretrain )", capsys.readouterr().out, flags=re.MULTILINE)
+    assert 1 <= len(shown) <= 14
+
+
+@pytest.mark.parametrize("name", ["train", "lr-range", "bench"])
+@pytest.mark.parametrize("words", ["--model gpt2:?", "--model.family gpt2 --model.size ?"])
+def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
+    assert cli.main([name, *words.split()]) == 0
+    assert "layers x width" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------- errors
 
 
@@ -145,10 +160,26 @@ def test_help_shows_every_command_and_every_setting(capsys: Any) -> None:
         (["train", "--train.loggers", "wandb"], ["train.loggers", "list"]),
         (["train", "--config", "nope.yaml", "--show_config"], ["nope.yaml"]),
         (["train", "stray"], ["stray"]),
+        (["train", "--batch", "8"], ["Did you mean 'batch_size', which is 'train.batch_rows'?"]),
+        (["train", "--dat", "8"], ["Did you mean 'data'?"]),
+        (["train", "--conf", "c.yaml"], ["Did you mean '--config'?"]),
+        (["train", "--foo", "8"], ["'foo' is not a setting. Known: data, model, objective"]),
+        (["train", "--optim.foo", "8"], ["'optim.foo'", "Known: optim.betas, optim.c"]),
+        (["train", "--schedule", "cosine_with_restarts"], ["Did you mean 'cosine'?"]),
         (["finetune", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),
         (["finetune", "--task", "summarization"], ["task.name", "chat", "response"]),
         (["finetune", "--save_steps", "3"], ["'save_steps'", "train.eval_every"]),
         (["finetune", "--comparee", "x"], ["--comparee", "compare"]),
+        (
+            ["finetune", "--model", "m", "--data", "d", "--task", "chat", "--compare", "x"],
+            ["--compare scratch"],
+        ),
+        (["train", "--model", "nosuch"], ["--family package.module:Class."]),
+        (["train", "--objective", "chat"], ["pretrain finetune --task chat"]),
+        (["evaluate", "x", "--task", "retreival"], ["Did you mean 'retrieval'?"]),
+        (["evaluate", "x", "--task", "foo"], ["minimal-pairs", "sts"]),
+        (["export", "x", "--to", "onx"], ["Did you mean 'onnx'?"]),
+        (["prepare", "pyproject.toml", "--valid", "last:2"], ["--valid last:2: the share"]),
         (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
         (["finetune", "--label_counts", "many"], ["--label_counts", "a list", "'many'"]),
         (["finetune", "--label_counts", "[5, x]"], ["--label_counts.1", "whole number", "'x'"]),
@@ -178,6 +209,23 @@ def test_mistakes_are_one_paragraph_with_the_name(
 ) -> None:
     text = fails(capsys, *words)
     assert all(part in text for part in parts), text
+
+
+def test_what_a_model_is_not_for_is_told_in_commands(tmp_path: Path, capsys: Any) -> None:
+    names = {"NextToken": "gpt2", "MaskedLM": "bert"}
+    for kind, name in names.items():
+        tiny.objective(kind).model.save(tmp_path / name)
+    (tmp_path / "r.csv").write_text("text\na\n")
+    for words, advised in (
+        (["predict", "bert", "r.csv"], "pretrain fill-mask. To teach it one: pretrain finetune"),
+        (["predict", "gpt2", "r.csv"], "pretrain generate, or pretrain chat"),
+        (["merge", "bert", "--out", "m"], "nothing to merge"),
+    ):
+        placed = [
+            str(tmp_path / word) if word in ("bert", "gpt2", "r.csv") else word for word in words
+        ]
+        assert cli.main(placed) == 2
+        assert advised in capsys.readouterr().err
 
 
 def test_debug_shows_where_the_error_was_raised() -> None:
@@ -530,7 +578,7 @@ def test_the_wrong_command_for_a_model_names_the_right_one(folder: str, capsys: 
     assert "fill_mask" in capsys.readouterr().err
     path = saved("gpt", folder)
     assert cli.main(["fill-mask", path, "the [MASK]"]) == 2
-    assert "generate" in capsys.readouterr().err
+    assert "pretrain generate" in capsys.readouterr().err
 
 
 def test_inspect(folder: str, capsys: Any) -> None:

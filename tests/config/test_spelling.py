@@ -1,11 +1,32 @@
 """Messages name options as the user of the interface writes them."""
 
+import inspect
+
 import pytest
 
+import tiny
+from pretrain import evaluate
 from pretrain.cli.arguments import interface
 from pretrain.cli.main import main
-from pretrain.config.spelling import FINETUNE, PREDICT, TRAIN, Interface, column, option, using
+from pretrain.config.spelling import (
+    EVALUATE,
+    FINETUNE,
+    PREDICT,
+    SEARCH,
+    STREAM,
+    TRAIN,
+    Interface,
+    column,
+    option,
+    reads_with,
+    using,
+)
+from pretrain.data.tables import read_table
 from pretrain.errors import DataError
+from pretrain.inference.predict import predict_file
+from pretrain.inference.text_files import embed_file, search_file
+
+READING = ("format", "names", "delimiter", "quoting", "encoding")
 
 
 def command(name):
@@ -81,3 +102,42 @@ def test_the_same_mistake_is_told_in_the_words_of_its_interface(tmp_path, capsys
 
     with pytest.raises(DataError, match="Choose one with text=..."):
         prepare(str(file), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("function", "interface"),
+    [(evaluate, EVALUATE), (predict_file, PREDICT), (embed_file, STREAM), (search_file, SEARCH)],
+)
+def test_only_options_that_a_function_has_are_advised(function, interface):
+    with using(interface):
+        had = {name for name in READING if reads_with(name)}
+    assert had == set(READING) & set(inspect.signature(function).parameters)
+
+
+def test_only_options_that_a_command_has_are_advised(tmp_path, capsys):
+    (tmp_path / "n.txt").write_text("a\n")
+    (tmp_path / "latin.csv").write_bytes(b"id;text\n" + "1;caf\xe9\n".encode("cp1252") * 40)
+    for words, advised in (
+        (["evaluate", "{}", "--task", "sts", "--data", "n.txt"], ""),
+        (["finetune", "--model", "{}", "--task", "regression", "--data", "n.txt"], "--data.format tsv"),
+        (["search", "{}", "a query", "latin.csv"], ""),
+        (["embed", "{}", "latin.csv", "--out", "v.npy"], "--encoding cp1252"),
+    ):  # fmt: skip
+        model = tmp_path / "model"
+        if not model.exists():
+            tiny.objective("MaskedLM").model.save(model)
+        files = {name: str(tmp_path / name) for name in ("n.txt", "latin.csv", "v.npy")}
+        assert main([files.get(word, word.format(model)) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert "Rename it" in said or "convert it" in said.lower()
+        assert advised in said and (advised or "--" not in said), said
+
+
+def test_a_file_whose_first_line_is_a_row(tmp_path):
+    (tmp_path / "a.csv").write_text("same,same\n")
+    for where, cure in (
+        (FINETUNE, r"name the columns: names=\[\.\.\.\]"),
+        (EVALUATE, "put a line with the names"),
+    ):
+        with using(where), pytest.raises(DataError, match=cure):
+            read_table(tmp_path / "a.csv")

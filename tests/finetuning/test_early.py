@@ -64,6 +64,15 @@ def test_an_unknown_monitor(tmp_path: Path) -> None:
         pretrain.finetune(bert(), "rows.csv", task="classification", monitor="f1")
 
 
+def test_a_logger_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="'trackio', whose package is not installed"):
+        pretrain.finetune(
+            bert(), "rows.csv", task="classification", loggers=["trackio"], out=tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_figures_of_a_derived_class_are_known_when_it_is_evaluated() -> None:
     class Own(task_class("classification")):  # type: ignore[misc]
         pass
@@ -74,6 +83,11 @@ def test_the_figures_of_a_derived_class_are_known_when_it_is_evaluated() -> None
 def test_a_mistyped_other_name_of_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "--model", "m", "--data", "rows.csv", "--task", "stss"]) == 2
     assert "There is no task 'stss'. Did you mean 'sts'?" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="Did you mean 'topic-classification'"):
+        pretrain.finetune(bert(), "rows.csv", task="topic")
+    for name in ("foo", "ktoo", "reranking"):  # near only to names that are refused, or to none
+        with pytest.raises(ConfigError, match=f"no task '{name}'. Known: "):
+            pretrain.finetune(bert(), "rows.csv", task=name)
     with pytest.raises(ConfigError, match="Known: audio-classification, captioning, chat"):
         pretrain.finetune(bert(), "rows.csv", task="zzzzzz")
 

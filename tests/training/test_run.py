@@ -17,7 +17,6 @@ from pretrain.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    ModelError,
     RunLocked,
     TokenizerError,
     TrainingError,
@@ -155,40 +154,6 @@ def test_unknown_size_and_option_are_named(tmp_path: Path, text: Path) -> None:
     with pytest.raises(ConfigError, match="hidden_size"):
         pretrain.train(settings(tmp_path, text), model={"overrides": {"hiden_size": 8}})
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("given", "match"),
-    [
-        ({"model": {"size": "tinny"}}, "tinny"),
-        ({"model": "gtp2:tiny"}, "'gpt2'"),
-        ({"model": {"overrides": {"hiden_size": 8}}}, "hidden_size"),
-        ({"model": {"overrides": {"num_heads": 7}}}, "num_heads"),
-        ({"model": {"overrides": {"seed": 7}}}, "set elsewhere"),
-        ({"model": "/no/such/run"}, "/no/such/run"),
-        ({"objective": "mlm", "init_args": {"rat": 0.3}}, "objective.init_args.rat"),
-        ({"objective": "mlm"}, "has no masked-lm head"),
-        ({"objective": "NextTokken"}, "'NextToken'"),
-        ({"device": "mps"}, r"parallel={'device': 'auto'}"),
-        (
-            {"monitor": "acuracy"},
-            "loss, accuracy, perplexity, bits_per_byte. Did you mean 'accuracy'",
-        ),
-        ({"loggers": ["trackio"]}, "trackio"),
-        ({"batch_sise": 8}, "'batch_size'"),
-    ],
-)
-def test_mistakes_are_found_before_the_data_are_read(
-    given: dict[str, Any], match: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read(*args: Any, **options: Any) -> None:
-        raise AssertionError("the data were read")
-
-    monkeypatch.setattr("pretrain.training.run.prepare", read)
-    monkeypatch.setattr("pretrain.training.run.open_rows", read)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises((ConfigError, CheckpointError, ModelError), match=match):
-        pretrain.train(settings(tmp_path, text), **given)
 
 
 def test_a_run_names_itself(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -93,6 +94,24 @@ def test_many_contenders_one_at_a_time(tmp_path):
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert os.listdir(tmp_path) == []
+
+
+def test_a_holder_may_remove_the_directory_with_the_lock(tmp_path):
+    """As a run that fails before it begins does; the next one makes it anew."""
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            done, end = 0, time.monotonic() + 20
+            while done < 50 and time.monotonic() < end:
+                with contextlib.suppress(RunLocked):
+                    with RunLock(tmp_path / "run"):
+                        done += 1
+                    with contextlib.suppress(OSError):
+                        os.rmdir(tmp_path / "run")
+            os._exit(done < 50)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
 
 
 def test_the_lock_sweeps_what_a_killed_save_left(tmp_path):

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin
 
 from pretrain.config.aliases import find, main_setting
 from pretrain.config.spelling import Interface
-from pretrain.errors import ConfigError, did_you_mean
+from pretrain.errors import ConfigError, nearest
 
 __all__ = [
     "Parser", "add_checkpoint", "add_device", "add_reading", "add_sampling", "add_settings", "interface", "make_parser",
@@ -197,8 +197,11 @@ class Parser(argparse.ArgumentParser):
         if self.name in _SETTINGS:
             self._know_setting(option, word, value)
             return
-        near = did_you_mean(option, [known for known in self.takes_value if known != "-h"])
-        raise ConfigError(f"{self.prog} has no option {option}.{near}")
+        # Without the dashes, which all options share.
+        known = {name.lstrip("-"): name for name in self.takes_value if name != "-h"}
+        near = nearest(word, known)
+        hint = f"Did you mean {known[near]!r}?" if near else f"See {self.prog} --help."
+        raise ConfigError(f"{self.prog} has no option {option}. {hint}")
 
     def _know_setting(self, option: str, word: str, value: str | None) -> None:
         from pretrain.config.check import type_of
@@ -207,10 +210,10 @@ class Parser(argparse.ArgumentParser):
         try:
             hint = type_of(kind.SECTIONS, word)
         except ConfigError:
-            near = difflib.get_close_matches(option, self.others, n=1, cutoff=0.8)
+            near = difflib.get_close_matches(word, [name[2:] for name in self.others], 1, 0.8)
             if near:
                 raise ConfigError(
-                    f"{self.prog} has no option {option}. Did you mean {near[0]!r}?"
+                    f"{self.prog} has no option {option}. Did you mean '--{near[0]}'?"
                 ) from None
             given = None if value is None or value.startswith("--") else value
             kind.load(None, {word: given})  # raises with the value
@@ -390,12 +393,11 @@ def read_settings(
     return settings, others
 
 
-def interface(name: str) -> Interface:
-    """Return how messages spell the options of the command ``name``."""
+def interface(name: str, options: Collection[str] = ()) -> Interface:
+    """Return how messages spell the options of the command ``name``; ``options`` are those of its parser."""
     if name not in _SETTINGS:
-        return Interface(
-            command=True, columns="columns." if name in ("predict", "evaluate", "probe") else ""
-        )
+        columns = "columns." if name in ("predict", "evaluate", "probe") else ""
+        return Interface(True, columns=columns, reading={word.lstrip("-") for word in options})
     sections = settings_class(name).SECTIONS
     places = {
         spec.name: f"{section}.{spec.name}"
@@ -403,10 +405,16 @@ def interface(name: str) -> Interface:
         for spec in dataclasses.fields(kind)
         if spec.init
     }
-    # These options are also keywords of the Python function.
-    places |= {section: section for section in sections if section in ("model", "data", "task")}
+    # These options are also keywords of the Python function, as are those that are no settings.
+    places |= {
+        section: section
+        for section in sections
+        if section in ("model", "data", "task", "objective")
+    }
+    plain = {word.lstrip("-"): word.lstrip("-") for word in options if "." not in word}
+    places = plain | places
     columns, others = ("data.columns.", "task.options.") if name == "finetune" else ("data.", "")
-    return Interface(True, places, columns, others)
+    return Interface(True, places, columns, others, reading=places)
 
 
 def settings_class(name: str) -> Any:

@@ -146,7 +146,7 @@ def _dispatch(arguments: list[str]) -> int:
     if asked := [place for place, word in enumerate(options) if word in ("-h", "--help")]:
         print(parser.help(everything=options[asked[0] + 1 : asked[0] + 2] == ["all"]))
         return 0
-    with using(interface(name)):
+    with using(interface(name, parser.takes_value)):
         args = parser.parse(rest)
         if (family := vars(args).pop("family", None)) is not None:
             from pretrain.models import own_family
@@ -273,16 +273,21 @@ def _train(args: Any) -> int:
     from pretrain.config import RunConfig
 
     settings, options = read_settings(RunConfig, args)
-    if settings is None:
-        return 0
-    if settings.model.size == "?":
-        from pretrain.training.sizes import sizes
-
-        print(printable(str(sizes(settings.model.family)), lines=True))
+    if _only_shown(settings):
         return 0
     from pretrain.training.run import train
 
     return int(train(settings, **options).exit_code)
+
+
+def _only_shown(settings: Any) -> bool:
+    """Whether a command ends here: its settings have been shown, or the sizes of the model are, which is done here."""
+    if settings is not None and settings.model.size == "?":
+        from pretrain.training.sizes import sizes
+
+        print(printable(str(sizes(settings.model.family)), lines=True))
+        return True
+    return settings is None
 
 
 def _add_bench(parser: Any) -> None:
@@ -297,7 +302,7 @@ def _bench(args: Any) -> None:
     from pretrain.config import RunConfig
 
     settings, options = read_settings(RunConfig, args, own=("steps", "json"))
-    if settings is None:
+    if _only_shown(settings):
         return
     from pretrain.training.bench import bench
 
@@ -325,7 +330,7 @@ def _lr_range(args: Any) -> None:
 
     picture = vars(args).pop("plot")
     settings, options = read_settings(RunConfig, args, own=("lowest", "highest", "steps"))
-    if settings is None:
+    if _only_shown(settings):
         return
     from pretrain.training.lr_range import lr_range_test
 
@@ -731,6 +736,10 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         print(f"{key:<{width}}{printable(str(shown))}")
 
 
+# The common settings of a run, in ``train``, ``lr-range`` and ``bench``.
+_RUN = ("--data", "--model", "--objective")
+_ROWS = ("--batch_rows", "--row_length", "--vocab_size")
+
 COMMANDS = {
     "quickstart": Command(
         "No download: prepare, train and show a small model in a few minutes.",
@@ -753,16 +762,14 @@ COMMANDS = {
         "pretrain train --data text.txt --model gpt2:small --objective next-token",
         _add_train,
         _train,
-        (
-            *("--data", "--model", "--objective", "--out", "--limit", "--lr", "--batch_rows"),
-            *("--row_length", "--vocab_size", "--config", "--show_config", "--devices"),
-        ),
+        (*_RUN, "--out", "--limit", "--lr", *_ROWS, "--config", "--show_config", "--devices"),
     ),
     "lr-range": Command(
         "Try rising learning rates on throwaway weights, and suggest one for `train`.",
         "pretrain lr-range --config configs/books-gpt.yaml --data.train data/books",
         _add_lr_range,
         _lr_range,
+        (*_RUN, "--lowest", "--highest", "--steps", "--plot", *_ROWS, "--config"),
     ),
     "finetune": Command(
         "Fine-tune a checkpoint on labelled rows; the same command again resumes it.",
@@ -779,6 +786,10 @@ COMMANDS = {
         "pretrain bench --config configs/gpt2-124m.yaml --parallel.compile true",
         _add_bench,
         _bench,
+        (
+            *(*_RUN, "--steps", *_ROWS, "--micro_rows", "--precision", "--compile", "--config"),
+            "--json",
+        ),
     ),
     "doctor": Command(
         "Show what this machine has and what is wrong; under torchrun, test the connections.",
@@ -820,6 +831,10 @@ COMMANDS = {
         "pretrain chat runs/chat --temperature 0.7",
         add_chat,
         chat,
+        (
+            *("checkpoint", "--system", "--web", "--port", "--max_new_tokens", "--temperature"),
+            *("--top_k", "--top_p", "--seed"),
+        ),
     ),
     "fill-mask": Command(
         "Fill the masks of a text.",
@@ -832,6 +847,10 @@ COMMANDS = {
         "pretrain embed runs/sentences notes.csv --text body --out notes.npy",
         _add_embed,
         _embed,
+        (
+            *("checkpoint", "file", "--out", "--text", "--pooling", "--normalize", "--prompt"),
+            *("--batch_rows", "--device"),
+        ),
     ),
     "search": Command(
         "Print the texts of a file that are nearest to a query.",
@@ -844,7 +863,7 @@ COMMANDS = {
         "pretrain evaluate runs/reviews --data more.csv",
         _add_evaluate,
         _evaluate,
-        ("checkpoint", "--data", "--columns", "--batch_rows", "--device", "--json"),
+        ("checkpoint", "--data", "--task", "--columns", "--batch_rows", "--device", "--json"),
     ),
     "probe": Command(
         "Measure what the frozen features of a checkpoint tell about labelled rows.",

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import math
 import os
 import re
 import stat
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
-from pretrain.errors import ConfigError, did_you_mean
+from pretrain.errors import ConfigError, nearest, suggestion
 
 __all__ = [
     "check_value",
@@ -56,7 +55,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no config file {path}.{_near(path.name, _neighbours(path))}"
+            f"There is no config file {path}.{suggestion(path.name, _neighbours(path))}"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -251,27 +250,23 @@ class _Checker:
         if (entry := next((e for e in NAMES if bare in e.names), None)) is not None:
             command = "train" if "task" in self.sections else "finetune"
             return f" It is {entry.setting} of pretrain {command}, and not a setting here."
+        if near := nearest(name, self.fields.get(head, ())):
+            return f" Did you mean '{head}.{near}'?"
         if head in _OPEN:
-            near = difflib.get_close_matches(name, self.fields[head], n=1, cutoff=0.75)
-            return f" Did you mean '{head}.{near[0]}'?" if near else f" {_OPEN[head]}"
+            return f" {_OPEN[head]}"
         known = [f"{section}.{key}" for section, names in self.fields.items() for key in names]
         same = [key for key in known if key.rpartition(".")[2] == bare]
         if same:
             return f" Did you mean {' or '.join(map(repr, same))}?"
-        inside = [key for key in known if key.startswith(f"{head}.")]
-        hint = did_you_mean(dotted, inside or [*known, *self.sections])
         words = {
             w: e.setting for e in NAMES if not e.advice and e.fits(self.fields) for w in e.names
         }
-        words |= {key.rpartition(".")[2]: key for key in known}
-        close = difflib.get_close_matches(bare, words, n=1, cutoff=0.8)
-        if close and ("mean" not in hint or not inside):
-            other = words[close[0]]
-            return f" Did you mean {close[0]!r}, which is {other!r}?"
-        if " Known: " in hint and inside:
-            wide = did_you_mean(dotted, known)
-            return hint if " Known: " in wide else wide
-        return hint if inside or " Known: " not in hint else f" Known: {', '.join(self.sections)}."
+        words |= {key.rpartition(".")[2]: key for key in [*known, *self.sections]}
+        if close := nearest(bare, words):
+            which = f", which is {words[close]!r}" * (words[close] != close)
+            return f" Did you mean {close!r}{which}?"
+        inside = [key for key in known if key.startswith(f"{head}.")]
+        return f" Known: {', '.join(sorted(inside) or self.sections)}."
 
     def section(self, section: str, values: Mapping[str, Any]) -> Any:
         checked = {}
@@ -311,7 +306,7 @@ class _Checker:
                 return value
             if not isinstance(value, str):
                 raise self.wrong(key, value, type_in_words(hint))
-            near = _near(value, list(map(str, args)))
+            near = suggestion(value, list(map(str, args)))
             raise self.fail(key, f"{key} is {value!r}; it must be {type_in_words(hint)}.{near}")
         if hint in (list, tuple, dict):
             if isinstance(value, dict if hint is dict else list | tuple):
@@ -481,11 +476,6 @@ def type_in_words(hint: Any) -> str:
 def _example(hint: Any) -> str:
     examples = {int: "1, 2", float: "0.1, 0.2", str: "a, b"}
     return examples.get(hint) or str((get_args(hint) or ("...",))[0])
-
-
-def _near(value: str, known: Sequence[str]) -> str:
-    hint = did_you_mean(value, known)
-    return hint if "Did you mean" in hint else ""
 
 
 def _show(value: Any) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,15 @@ __all__ = [
     "EVALUATE",
     "FINETUNE",
     "PREDICT",
+    "SEARCH",
+    "STREAM",
     "TRAIN",
     "Interface",
     "column",
     "either",
     "option",
     "option_name",
+    "reads_with",
     "using",
 ]
 
@@ -37,12 +40,15 @@ class Interface:
         places: option -> its dotted path (``format`` -> ``data.format``), where that differs from the name.
         columns: prefix of the role of a column: ``data.columns.``.
         others: prefix of options that are not in ``places``: ``task.options.``.
+        reading: options that it has, of those with which files are read (format, names, delimiter, quoting, encoding);
+            None for all of them.
     """
 
     command: bool = False
     places: Mapping[str, str] = field(default_factory=dict)
     columns: str = ""
     others: str = ""
+    reading: Collection[str] | None = None
 
     def spell(self, path: str, value: Any) -> str:
         """Return the option at a dotted path with its value, as written in this interface."""
@@ -57,10 +63,14 @@ class Interface:
 # The column names of a file without a header are called `columns` in read_table and `names` in finetune.
 READ = Interface(places={"names": "columns"})
 FINETUNE = Interface()
-PREDICT = Interface(columns="columns.")
-EVALUATE = PREDICT
+STREAM = Interface(reading=("delimiter", "quoting", "encoding"))
+PREDICT = Interface(columns="columns.", reading=STREAM.reading)
+EVALUATE = Interface(columns="columns.", reading=())
+SEARCH = Interface(reading=())
 TRAIN = Interface(
-    places={"out": "train.out", "device": "parallel.device"}, columns="data.", others="data."
+    places={"out": "train.out", "device": "parallel.device", "objective": "objective"},
+    columns="data.",
+    others="data.",
 )
 
 _current = READ
@@ -93,6 +103,11 @@ def option_name(name: str) -> str:
     """Return the name of an option: ``format`` or ``--data.format``."""
     path = _current.places.get(name, _current.others + name)
     return f"--{path}" if _current.command else path
+
+
+def reads_with(name: str) -> bool:
+    """Whether files can be read with the option ``name`` here, so that a message may advise it."""
+    return _current.reading is None or name in _current.reading
 
 
 def either(command: str, python: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, reads_with
 from pretrain.errors import DataError
 
 __all__ = [
@@ -160,9 +160,7 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
                 try:
                     text = decoder.decode(block, final=not block)
                 except UnicodeError as error:  # UTF-16 and UTF-32 without a byte order mark
-                    raise DataError(
-                        f"{path} is not {encoding}: {error}. Choose another {option('encoding')}, or correct the file."
-                    ) from error
+                    raise DataError(f"{path} is not {encoding}: {error}. {_correct()}") from error
                 return text.encode("utf-8", "surrogateescape")
 
             stream = io.BufferedReader(_Translated(stream, recode), _BLOCK)
@@ -177,6 +175,13 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
                 _Translated(stream, lambda block: block.replace(b"\r", b"\n")), _BLOCK
             )
         yield stream
+
+
+def _correct() -> str:
+    other = (
+        f"Choose another {option('encoding')}, or correct" if reads_with("encoding") else "Correct"
+    )
+    return f"{other} the file."
 
 
 def not_decodable(
@@ -194,13 +199,14 @@ def not_decodable(
     """
     if encoding is not None:
         return DataError(
-            f"{path}:{line} is not {encoding}: a byte of this line is invalid in this encoding. Choose another "
-            f"{option('encoding')}, or correct the file."
+            f"{path}:{line} is not {encoding}: a byte of this line is invalid in this encoding. "
+            f"{_correct()}"
         )
     of = f", offset {offset} of the file" if offset is not None else ""
     likely = likely_encoding(path)
+    named = f"{option('encoding', likely)}, or " if reads_with("encoding") else ""
     cause = (
-        f"It looks like {likely}: {option('encoding', likely)}, or convert it: iconv -f {likely} -t UTF-8."
+        f"It looks like {likely}: {named}convert it: iconv -f {likely} -t UTF-8."
         if likely
         else "The file is damaged, or is not a text file."
     )

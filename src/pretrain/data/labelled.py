@@ -17,7 +17,7 @@ from pretrain.config.spelling import column as column_option
 from pretrain.config.spelling import option
 from pretrain.data.labels import is_missing, is_on, make_tag_map, number_in
 from pretrain.data.tables import Table, shown
-from pretrain.errors import ConfigError, DataError, did_you_mean
+from pretrain.errors import ConfigError, DataError, did_you_mean, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
@@ -146,8 +146,7 @@ def column_names(names: Sequence[str]) -> str:
 
 
 def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
-    near = did_you_mean(column, table.columns)
-    near = near if "mean" in near else ""
+    near = suggestion(column, table.columns)
     known = {_folded(name) for item in roles for name in item.known}
     strange = not known & {_folded(name) for name in table.columns}
     if table.hint and strange and not near:

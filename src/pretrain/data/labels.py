@@ -19,7 +19,7 @@ from typing import Any
 from pretrain.config.spelling import column as column_option
 from pretrain.config.spelling import option
 from pretrain.data.tables import shortened
-from pretrain.errors import DataError, did_you_mean
+from pretrain.errors import DataError, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
@@ -167,8 +167,7 @@ class LabelMap:
         unknown = list(dict.fromkeys(texts[i] for i in strange))
         first = texts[strange[0]]
         more = f" ({len(unknown)} such values: {_listed(unknown)})" if len(unknown) > 1 else ""
-        near = did_you_mean(first, self.labels)
-        near = near if "mean" in near else ""
+        near = suggestion(first, self.labels)
         near += " In public test sets -1 marks a row without a label." if first == "-1" else ""
         raise DataError(
             f"{at(strange[0])}: {column} {_short(first)!r} is not among {what}: {_listed(self.labels)}.{near}{more} "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.readers import COMPRESSIONS, FORMATS, found_in_folders
-from pretrain.errors import DataError
+from pretrain.errors import DataError, nearest
 from pretrain.utils.files import replace_file
 
 __all__ = ["FileHashes", "cache_home", "find_files", "passed_over"]
@@ -144,10 +143,8 @@ def _find(name: str) -> list[Path]:
     parent = path.parent
     if not parent.is_dir():
         raise DataError(f"no such file: {name!r}; there is no folder {str(parent)!r} either.")
-    near = difflib.get_close_matches(path.name, sorted(os.listdir(parent)), n=1, cutoff=0.5)
-    hint = (
-        f" Did you mean {str(parent / near[0])!r}?" if near else f" Looked in {parent.resolve()}."
-    )
+    near = nearest(path.name, sorted(os.listdir(parent)))
+    hint = f" Did you mean {str(parent / near)!r}?" if near else f" Looked in {parent.resolve()}."
     raise DataError(f"no such file, folder or pattern: {name!r}.{hint}")
 
 

@@ -271,10 +271,12 @@ def _understand_valid(
             share = float(number)
         except ValueError as error:
             raise DataError(
-                f"valid={valid!r}: expected a number after 'last:', as in 'last:0.1'."
+                f"{option('valid', valid)}: expected a number after 'last:', as in 'last:0.1'."
             ) from error
         if not 0 <= share < 1:
-            raise DataError(f"valid={valid!r}: the share held out must be at least 0 and below 1.")
+            raise DataError(
+                f"{option('valid', valid)}: the share held out must be at least 0 and below 1."
+            )
         return share, last and share > 0, []
     if valid is None or isinstance(valid, bool):
         return 0.0, False, []

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, reads_with
 from pretrain.data.encodings import (
     COMPRESSIONS,
     check_encoding,
@@ -30,7 +30,7 @@ from pretrain.data.encodings import (
     open_packed,
     open_text,
 )
-from pretrain.errors import DataError, did_you_mean
+from pretrain.errors import DataError, suggestion
 
 __all__ = [
     "COMPRESSIONS", "FORMATS", "TABLE_FORMATS", "Piece", "Reading", "Sentence", "cell_form", "cell_text",
@@ -528,8 +528,7 @@ def whole_characters(value: Any) -> Any:
 def no_column(where: str, column: str, present: list[str]) -> DataError:
     """Return the error for a column that does not exist, with the nearest name of those present."""
     names = ", ".join(map(repr, present)) or "none"
-    hint = did_you_mean(column, present) if present else ""
-    hint = hint if "mean" in hint else ""
+    hint = suggestion(column, present)
     return DataError(
         f"{where} has no column {column!r}; columns present: {names}.{hint} Choose one with {column_option('text')}."
     )
@@ -848,7 +847,9 @@ def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Senten
             if len(cells) != _CONLLU_COLUMNS:
                 raise DataError(
                     f"{path}:{number} has {len(cells)} columns, but CoNLL-U has {_CONLLU_COLUMNS}, with tabs between: "
-                    f"{line[:60]!r}. Files of two columns are read with {option('format', 'conll')}."
+                    f"{line[:60]!r}. Files of two columns are read with "
+                    + (option("format", "conll") if reads_with("format") else "a name in .conll")
+                    + "."
                 )
             if "-" in cells[0] or "." in cells[0]:
                 continue

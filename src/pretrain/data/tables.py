@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.spelling import option, option_name
+from pretrain.config.spelling import option, option_name, reads_with
 from pretrain.data.paths import find_files
 from pretrain.data.readers import (
     COMPRESSIONS,
@@ -458,7 +458,10 @@ def _kind(path: Path, format: str | None) -> str:
     if format is None and not kind:
         raise DataError(
             f"the name of {path} ends in no known suffix. Rename it to end in {' '.join(TABLE_FORMATS)} (plain or "
-            f"{' '.join(COMPRESSIONS)}), or set the format: {option('format', 'tsv')}, one of {', '.join(known)}."
+            f"{' '.join(COMPRESSIONS)})"
+            + f", or set the format: {option('format', 'tsv')}, one of {', '.join(known)}"
+            * reads_with("format")
+            + "."
         )
     if kind not in known:
         raise DataError(f"{option('format', format)} is not known.{did_you_mean(kind, known)}")
@@ -478,8 +481,8 @@ def _delimited(
     between, quoted = cell_form(path, kind, delimiter, quoting, encoding)
     if kind == "tsv" and quoting is None and quoted:
         note(
-            f"{path}: cells are enclosed in double quotes where needed, as a CSV writer does, and read so; "
-            f"{option('quoting', False)} keeps the quotes"
+            f"{path}: cells are enclosed in double quotes where needed, as a CSV writer does, and read so"
+            + f"; {option('quoting', False)} keeps the quotes" * reads_with("quoting")
         )
     headless = header is False or (columns is not None and not header)
     rows = csv_rows(
@@ -488,7 +491,8 @@ def _delimited(
         quoting=quoted,
         first="the first row" if headless else "the header",
         encoding=encoding,
-        cure=f" If quotes are ordinary characters in this file: {option('quoting', False)}.",
+        cure=f" If quotes are ordinary characters in this file: {option('quoting', False)}."
+        * reads_with("quoting"),
     )
     number, top = next(rows, (1, []))
     if not top:
@@ -543,7 +547,7 @@ def distinct(where: str, names: list[str]) -> list[str]:
     if twice:
         raise DataError(
             f"{where} names the column {twice[0]!r} twice: {shown(names)}. Names must differ; if this line is a row "
-            f"and not a header, give the names: {option('names', [...])}."
+            f"and not a header, {_give_names([...])}."
         )
     return names
 
@@ -565,12 +569,20 @@ def _header_hint(path: Path, top: list[str], delimiter: str) -> str:
     if len(top) == 1:
         other = next((mark for mark in ("\t", ";", "|", ",") if mark in top[0]), None)
         if other and other != delimiter:
-            return (
-                f"{text} If {other!r} stands between columns, say so: {option('delimiter', other)}."
-            )
+            cure = f"write {delimiter!r} there"
+            if reads_with("delimiter"):
+                cure = f"say so: {option('delimiter', other)}"
+            return f"{text} If {other!r} stands between columns, {cure}."
     names = ["label", "text", *numbered_names(9)[2:]][: len(top)]
     names += [...] if len(top) > len(names) else []  # type: ignore[list-item]
-    return f"{text} If it is a row, name the columns instead, for example {option('names', names)}."
+    return f"{text} If it is a row, {_give_names(names)}."
+
+
+def _give_names(names: Sequence[Any]) -> str:
+    """Return how to name the columns of a file without a header; an ellipsis is for the user to fill in."""
+    if not reads_with("names"):
+        return "put a line with the names of the columns before it"
+    return f"name the columns: {option('names', names)}"
 
 
 def columns_of_rows(

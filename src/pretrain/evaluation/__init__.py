@@ -18,7 +18,13 @@ from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
-from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
+from pretrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    naming_memory,
+)
 from pretrain.evaluation.embeddings import retrieval, sts
 from pretrain.evaluation.pairs import minimal_pairs
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
@@ -100,6 +106,8 @@ def evaluate(
         raise ConfigError(
             f"The task {task} is measured on rows of its own. Give {option('data')}, and no objective."
         )
+    if untrained is None and task is not None:
+        task_class(task, others=UNTRAINED)
     model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
     if untrained is not None:
         chosen, rows = reported_precision(None, precision, device), batch_rows or _ROWS
@@ -107,8 +115,6 @@ def evaluate(
             return untrained(model.to(chosen.device), data, columns or {}, rows, limit)
     options: dict[str, Any] = {"limit": limit}
     options |= {} if batch_rows is None else {"batch_rows": batch_rows}
-    if task is not None:
-        task_class(task)
     fine_tuned = recorded_task(model) is not None or model.head_kind in _LABELLED_HEADS
     fine_tuned |= (
         model.backbone.default_task is not None and data is not None and not _are_rows(data)

@@ -25,7 +25,7 @@ from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.rows import decoded
 from pretrain.data.labelled import drop_duplicates, label_strata, split
-from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean, naming_memory
+from pretrain.errors import ConfigError, DataError, ModelError, naming_memory, suggestion
 from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline, sklearn_module
 from pretrain.finetuning.measure import reported_precision
 from pretrain.finetuning.remarks import baseline_columns
@@ -133,7 +133,7 @@ def probe(
 def _check(method: str, **counts: Any) -> None:
     if method not in METHODS:
         raise ConfigError(
-            f"method is {method!r}; it must be {', '.join(METHODS)}.{did_you_mean(method, METHODS)}"
+            f"method is {method!r}; it must be {', '.join(METHODS)}.{suggestion(method, METHODS)}"
         )
     for name, value in counts.items():
         least = 2 if name == "ways" else 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import load, save_model
 from pretrain.config.spelling import option
-from pretrain.errors import CheckpointError, ConfigError, ModelError, did_you_mean
+from pretrain.errors import CheckpointError, ConfigError, ModelError, suggestion
 from pretrain.exporting import gguf, onnx
 from pretrain.lora.attach import merge
 from pretrain.models.base import Model
@@ -49,7 +49,7 @@ def export(
     if to not in TARGETS:
         raise ConfigError(
             f"There is no export to {to!r}; there is {', '.join(TARGETS)}."
-            + did_you_mean(to, TARGETS)
+            + suggestion(to, TARGETS)
         )
     if dtype is not None and to != "gguf":
         raise ConfigError(
@@ -58,7 +58,7 @@ def export(
     if dtype is not None and dtype not in gguf.DTYPES:
         raise ConfigError(
             f"There is no dtype {dtype!r}; there is {', '.join(gguf.DTYPES)}."
-            + did_you_mean(dtype, gguf.DTYPES)
+            + suggestion(dtype, gguf.DTYPES)
         )
     target = _target(source, to, out)
     model = _opened(source)

@@ -38,6 +38,7 @@ from pretrain.models import own_family
 from pretrain.objectives import check_monitor, check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.training.closing import taken
+from pretrain.training.logging import check_loggers
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
@@ -126,6 +127,7 @@ class Job:
         check_options(task, settings.task.options)
         check_monitor(task, task.name, settings.train.monitor)
         choose_device(settings.parallel.device)
+        check_loggers(settings.train.loggers)
         if settings.model.family is not None:
             own_family(settings.model.family)
         source, given = model, settings.model.checkpoint

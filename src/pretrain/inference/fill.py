@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.prompts import (
     as_texts,
@@ -51,7 +52,9 @@ def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[A
     if model.head_kind != "masked-lm":
         raise ModelError(
             f"This {model.backbone.model_type} model has the head {model.head_kind!r} and cannot fill masks; only a "
-            "masked-language model can. Use generate with a causal model."
+            "masked-language model can."
+            + f" This one continues texts: {either('pretrain generate', 'generate')}."
+            * (model.head_kind == "causal-lm")
         )
     tokenizer = tokenizer_of(model, "fill masks")
     if tokenizer.mask_id is None:

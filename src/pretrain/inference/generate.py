@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.fill import embed, fill_mask
 from pretrain.inference.prompts import Prompts, check_ids, evaluating, fill_id, pad, tokenizer_of
@@ -107,7 +108,9 @@ def _check_kind(model: Model) -> None:
     if not model.backbone.causal or model.head_kind != "causal-lm":
         raise ModelError(
             f"This {model.backbone.model_type} model with the head {model.head_kind!r} cannot continue text; only a "
-            "causal model with a language-model head can. Use fill_mask with a masked-language model."
+            "causal model with a language-model head can."
+            + f" This one fills masks: {either('pretrain fill-mask', 'fill_mask')}."
+            * (model.head_kind == "masked-lm")
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
-from pretrain.config.spelling import PREDICT, option, using
+from pretrain.config.spelling import PREDICT, either, option, using
 from pretrain.data.audio.rows import AUDIO
 from pretrain.data.images.rows import IMAGES, is_image_source, table_chunks
 from pretrain.data.images.tars import tar_files
@@ -112,13 +112,21 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
         return kind, {}
     if kind is None and (own := model.backbone.default_task) is not None:
         return own, {}
+    generate, chat, fill, embed = (
+        either(f"pretrain {name}", f"model.{name.replace('-', '_')}(...)")
+        for name in ("generate", "chat", "fill-mask", "embed")
+    )
     use = {
-        "causal-lm": "it continues texts: model.generate(...), or model.chat(...) if it was trained on conversations",
-        "masked-lm": "it fills masks: model.fill_mask(...)",
-    }.get(str(kind), "it gives vectors: model.embed(...)")
+        "causal-lm": f"it continues texts: {generate}, or {chat} if it was trained on conversations",
+        "masked-lm": f"it fills masks: {fill}",
+    }.get(str(kind), f"it gives vectors: {embed}")
+    teach = either(
+        "pretrain finetune --model CHECKPOINT --task classification --data FILE",
+        'pretrain.finetune(model, data, task="classification")',
+    )
     raise ModelError(
         f"This model has {f'the head {kind!r}' if kind else 'no head'} and no task to predict for; {use}. To teach it "
-        'one: pretrain.finetune(model, data, task="classification").'
+        f"one: {teach}."
     )
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.checkpoint import load
-from pretrain.config.spelling import Interface, option, using
+from pretrain.config.spelling import SEARCH, STREAM, option, using
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.readers import decode_line, file_format, lines, table_kind
 from pretrain.data.row_writer import RowWriter
@@ -100,7 +100,7 @@ def _lines_of(path: Path, column: str | None, encoding: str | None) -> Iterator[
         raise DataError(f"{path} is empty. Check that it is the right file.")
 
 
-@using(Interface())
+@using(STREAM)
 def embed_file(
     checkpoint: Any,
     file: str | os.PathLike[str],
@@ -197,6 +197,7 @@ def _embedded(
         bar.update(len(part.rows))
 
 
+@using(SEARCH)
 def search_file(
     checkpoint: Any,
     query: str,

@@ -113,6 +113,6 @@ def load_adapter(directory: str | Path, base: Model | str | Path | None = None) 
     # A run has no such file, but its checkpoint may hold an adapter.
     if model.adapter is None:
         raise ModelError(
-            f"{directory} holds a whole model, not an adapter. Open it with pretrain.load."
+            f"{directory} holds a whole model, not an adapter, so there is nothing to merge."
         )
     return model

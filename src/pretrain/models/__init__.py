@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.utils.imports import import_named
 
@@ -66,8 +67,8 @@ def family_class(family: str | type[Backbone], *, path_allowed: bool = True) -> 
             raise ConfigError(
                 f"There is no model family {family!r}."
                 + did_you_mean(family, FAMILIES)
-                + " For a family of your own, give its class: load(..., family=...) in Python, or "
-                "--family package.module:Class on the command line."
+                + " A family of your own is named by its class: "
+                + either("--family package.module:Class.", 'family="package.module:Class".')
             )
         found = import_named(path, "model.family")
     else:

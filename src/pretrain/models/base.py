@@ -52,9 +52,18 @@ def check_head(backbone_class: type[Backbone], head: str | None) -> None:
     if head is not None and head not in HEAD_KINDS:
         raise ModelError(f"There is no head {head!r}." + did_you_mean(head, HEAD_KINDS))
     if head not in backbone_class.architectures:
+        from pretrain.models import FAMILIES, family_class
+
         known = [str(kind) for kind in backbone_class.architectures if kind is not None]
+        families = {name: family_class(name) for name in FAMILIES}
+        fit = [
+            name
+            for name, family in families.items()
+            if head in family.architectures and family.unit_name == backbone_class.unit_name
+        ]
         raise ModelError(
             f"A {backbone_class.model_type} model has no {head} head. Its heads: {', '.join(known)}."
+            + f" Families with that head: {', '.join(fit)}." * bool(fit)
         )
 
 

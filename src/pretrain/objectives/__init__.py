@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
-from pretrain.config.aliases import VALUES
+from pretrain.config.aliases import VALUES, Advice
 from pretrain.config.check import check_value
-from pretrain.config.spelling import option, option_name
-from pretrain.errors import ConfigError, did_you_mean
+from pretrain.config.spelling import either, option, option_name
+from pretrain.errors import ConfigError, did_you_mean, suggestion
 from pretrain.objectives.base import Loss, Objective
 from pretrain.utils.imports import import_named
 
@@ -82,10 +81,9 @@ def check_monitor(objective: type[Objective], name: str, monitor: str | None) ->
     """
     known = vars(objective).get("figures")  # a derived class may report more than its base
     if monitor and known and monitor not in known:
-        near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.5)
         raise ConfigError(
             f"train.monitor is {monitor!r}, and the evaluation of {name} has only these figures: {', '.join(known)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
+            + suggestion(monitor, known)
         )
 
 
@@ -97,6 +95,13 @@ def objective_class(class_path: str) -> type[Objective]:
     """
     path = OBJECTIVES.get(class_path, class_path)
     if "." not in path and ":" not in path:
+        if class_path in TASKS:
+            raise ConfigError(
+                f"objective.class_path: {class_path!r} is no objective of pre-training but a task of fine-tuning: "
+                + either(
+                    f"pretrain finetune --task {class_path}.", f"finetune(task={class_path!r})."
+                )
+            )
         raise ConfigError(
             f"objective.class_path: no objective is called {class_path!r}."
             + did_you_mean(class_path, OBJECTIVES)
@@ -110,7 +115,9 @@ def objective_class(class_path: str) -> type[Objective]:
     return found
 
 
-def task_class(name: str | type[Task], *, path_allowed: bool = True) -> type[Task]:
+def task_class(
+    name: str | type[Task], *, path_allowed: bool = True, others: Iterable[str] = ()
+) -> type[Task]:
     """Return the class of a task.
 
     An own class becomes known to this process: models whose config.json records its ``name`` are used with it.
@@ -118,6 +125,7 @@ def task_class(name: str | type[Task], *, path_allowed: bool = True) -> type[Tas
     Args:
         name: a key of ``TASKS``, the import path of a class, or a class.
         path_allowed: False if the name comes from a file, because a file must never select code to import.
+        others: names that the caller knows besides, for the message.
 
     Raises:
         ConfigError: there is no such task.
@@ -129,9 +137,10 @@ def task_class(name: str | type[Task], *, path_allowed: bool = True) -> type[Tas
     elif name in _OWN_TASKS:
         return _OWN_TASKS[name]
     elif name not in TASKS and not (path_allowed and re.search("[.:]", name)):
+        aliases = [word for word, ours in VALUES["task.name"].items() if type(ours) is not Advice]
         raise ConfigError(
             f"There is no task {name!r}."
-            + did_you_mean(name, TASKS, VALUES["task.name"])
+            + did_you_mean(name, [*TASKS, *others], aliases)
             + f" If it is your own, name its class: {option('task', 'package.module:Class')}."
         )
     else:

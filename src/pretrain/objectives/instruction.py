@@ -31,7 +31,7 @@ from pretrain.data.chat import (
 from pretrain.data.chat_spans import Unplaced, assistant_spans, readable, unread_keys
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import ConfigError, DataError, ModelError, did_you_mean
+from pretrain.errors import ConfigError, DataError, ModelError, suggestion
 from pretrain.hub import function
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, ExampleList, Rngs, TokenObjective
@@ -214,7 +214,7 @@ class Instruction(Task, TokenObjective):
         super().__init__(model, max_length=max_length, pack=pack)
         if long not in _LONG:
             raise ConfigError(
-                f"{option('long', long)}: it must be one of {', '.join(_LONG)}.{did_you_mean(long, _LONG)}"
+                f"{option('long', long)}: it must be one of {', '.join(_LONG)}.{suggestion(long, _LONG)}"
             )
         self.template = chat_template_of(model, chat_template)
         self.drop_unanswered, self.long = drop_unanswered, long

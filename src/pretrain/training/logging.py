@@ -6,7 +6,7 @@ Nothing is sent anywhere unless a logger is named.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -221,22 +221,36 @@ class _Tracked:
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Check that the loggers are known and their packages installed, without importing them.
+
+    Raises:
+        ConfigError: one of them is unknown, or its package is not installed.
+    """
+    for name in names:
+        if name not in LOGGERS:
+            raise ConfigError(f"train.loggers names {name!r}." + did_you_mean(name, LOGGERS))
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"train.loggers names {name!r}, whose package is not installed. Install it with: pip install {name}"
+            )
+
+
 def make_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any]) -> list[Logger]:
     """Start the named loggers.
 
     Raises:
         ConfigError: a logger is unknown, or its package is not installed.
     """
+    check_loggers(names)
     loggers: list[Logger] = []
     for name in names:
-        if name not in LOGGERS:
-            raise ConfigError(f"train.loggers names {name!r}." + did_you_mean(name, LOGGERS))
         try:
             tracked = name != "tensorboard"
             loggers.append(_Tracked(name, out, config) if tracked else _TensorBoard(out))
         except ImportError as error:
             raise ConfigError(
-                f"train.loggers names {name!r}, whose package is not installed ({error}). "
+                f"train.loggers names {name!r}, whose package cannot be imported ({error}). "
                 f"Install it with: pip install {name}"
             ) from error
         except Exception as error:  # no key, no network, a service that is down

@@ -23,6 +23,7 @@ from pretrain.data.row_source import RowSource
 from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.objectives import build_objective
+from pretrain.training.early import check_early
 from pretrain.training.run import about, make_model, rows_of
 from pretrain.training.trainer import Trainer
 from pretrain.utils.curves import Plot, Series, curve_svg
@@ -139,6 +140,8 @@ def lr_range_test(
         )
     if launched():
         raise ConfigError("A range test runs in one process: start it without a launcher.")
+    settings.train = dataclasses.replace(settings.train, loggers=[])
+    check_early(settings, rows)
     data = rows or rows_of(settings, quiet=False)
     folder = temporary_name(Path(f"{settings.train.out}.lr-range"), "new")
     with torch.random.fork_rng():
@@ -154,7 +157,6 @@ def lr_range_test(
                 out=os.fspath(folder),
                 limit=f"{steps} steps",
                 save_every="0 steps",
-                loggers=[],
             ),
             parallel=settings.parallel,
             about=about(settings, data),

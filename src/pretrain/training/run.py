@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +33,23 @@ from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, family_class, own_family
 from pretrain.models.backbone import Backbone
-from pretrain.models.base import Model, check_head
+from pretrain.models.base import Model
 from pretrain.objectives import (
     OBJECTIVES,
     build_objective,
-    check_monitor,
-    check_objective,
     objective_class,
     objective_for,
 )
 from pretrain.training.closing import last_words
+from pretrain.training.early import (
+    PLAIN_SIZE,
+    check_checkpoint,
+    check_early,
+    check_overrides,
+    check_trained_head,
+    prepared_in,
+    tokens_per_row,
+)
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launch import on_devices
 from pretrain.training.plan import row_length
@@ -68,9 +73,9 @@ __all__ = ["evaluate", "train"]
 _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
 _VOCAB_MULTIPLE = 64
-# Automatic model sizes, below so many tokens of training text; the size for more, and for rows that are no text.
+# Automatic model sizes, below so many tokens of training text; the size for more.
 _SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9}
-_LARGEST_SIZE, _PLAIN_SIZE = "base", "small"
+_LARGEST_SIZE = "base"
 _ROWS = 16  # rows in one forward pass of an evaluation
 
 
@@ -103,7 +108,7 @@ def train(
     """
     settings = RunConfig.load(config, sections or None)
     keep_automatic(settings)
-    check_early(settings)
+    check_early(settings, rows)
     if rows is not None and (devices != 1 or settings.data.source is not None):
         raise ConfigError(
             "rows= is an object in the memory of this process: other processes (devices) cannot read it, and it cannot "
@@ -120,6 +125,7 @@ def train(
     world = current_world()
     with muted(not world.is_rank_zero):
         settings.model.checkpoint = settle_checkpoint(settings)
+        check_checkpoint(settings, rows)
         settings.data.tokenizer = settle_tokenizer(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out), say=False)
@@ -162,44 +168,6 @@ def train(
         return trainer.fit(begin, end)
 
 
-def check_early(settings: RunConfig) -> None:
-    """Check whatever needs no data, before they are read: device, objective, family, size and the model's fields.
-
-    Raises:
-        ConfigError, ModelError: one of them cannot be used.
-        CheckpointError: there is no such checkpoint.
-    """
-    model, objective = settings.model, settings.objective
-    choose_device(settings.parallel.device)
-    chosen = check_objective(objective.class_path, objective.init_args)
-    check_monitor(chosen, objective.class_path, settings.train.monitor)
-    for name in settings.train.loggers:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"train.loggers names {name!r}, whose package is not installed. Install it with: pip install {name}"
-            )
-    if model.checkpoint is not None:
-        if hub_name(model.checkpoint) is None and not os.path.exists(model.checkpoint):
-            open_source(model.checkpoint)  # raises
-        return
-    family = family_class(model.family)
-    check_head(family, chosen.head_kind)
-    check_overrides(model.overrides)
-    if settings.data.source is None:  # rows of a function may determine further fields
-        size = _PLAIN_SIZE if model.size == "auto" else model.size
-        family.config_class.from_size(size, **model.overrides)
-
-
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Refuse fields of a model that are settings elsewhere."""
-    for key in ("seed", "head", "size", "family", "tokenizer", "labels"):
-        if key in overrides:
-            raise ConfigError(
-                f"model.overrides.{key} is no field of a model's config; it is set elsewhere (model.family, "
-                "model.size, train.seed, data.tokenizer, objective)."
-            )
-
-
 def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
     """Return the model size of the settings; an automatic one by the tokens of the training text.
 
@@ -208,10 +176,10 @@ def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
     if model.size != "auto" or model.checkpoint is not None:
         return model.size
     tokens = data.train.num_tokens if isinstance(data, Prepared) else 0
-    found = next((size for size, most in _SIZES.items() if 0 < tokens < most), _PLAIN_SIZE)
+    found = next((size for size, most in _SIZES.items() if 0 < tokens < most), PLAIN_SIZE)
     if tokens >= max(_SIZES.values()):
         found = _LARGEST_SIZE
-    return found if found in family_class(model.family).config_class.size_names() else _PLAIN_SIZE
+    return found if found in family_class(model.family).config_class.size_names() else PLAIN_SIZE
 
 
 def keep_automatic(settings: RunConfig) -> None:
@@ -350,8 +318,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
     """Open the prepared directory that ``data.train`` names, or prepare (or find in the cache) the text it names."""
     data = settings.data
-    if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
-        prepared = Prepared.open(Path(data.train))
+    if (prepared := prepared_in(data)) is not None:
         say_differences(settings, prepared)
         return prepared
     tokenizer = data.tokenizer
@@ -405,11 +372,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         ):  # of the user's own; which of ours it is, the checkpoint says
             own_family(settings.model.family)
         model = open_source(settings.model.checkpoint)
-        if wanted is not None and model.head_kind != wanted:
-            raise ConfigError(
-                f"{settings.model.checkpoint} has the head {model.head_kind!r}, and {settings.objective.class_path} "
-                f"trains {wanted!r}. Choose the objective that fits, or another checkpoint."
-            )
+        check_trained_head(settings, model)
         if tokenizer is None:
             check_labels(model, data)
             check_tokenizer(settings, model, data)
@@ -710,7 +673,4 @@ def _row_length_of(home: Path | None, model: Model) -> int:
         return recorded
     if home is None:
         return DataConfig().row_length
-    data = RunConfig.load(home / "run.yaml").data
-    if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
-        return int(Prepared.open(Path(data.train)).manifest["options"]["row_length"])
-    return data.row_length
+    return tokens_per_row(RunConfig.load(home / "run.yaml").data)

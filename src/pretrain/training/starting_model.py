@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.download import located, pinned
+from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.download import described, located, pinned
+from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.sharded_loading import load_slices, open_empty
 from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import World, current_world
-from pretrain.errors import AdapterFound
+from pretrain.errors import AdapterFound, PretrainError
 from pretrain.models.base import Model
 from pretrain.models.state import make_fresh
+from pretrain.utils.files import muted
 from pretrain.utils.hub_names import hub_name
 
-__all__ = ["open_source", "origin", "settled_source"]
+__all__ = ["open_source", "origin", "outline", "settled_source"]
 
 
 def settled_source(name: str, before: str | None) -> str:
@@ -39,6 +43,20 @@ def origin(checkpoint: str | None) -> str | None:
         return None
     name = hub_name(checkpoint)
     return Path(checkpoint).name if name is None else str(name)
+
+
+def outline(path: str) -> Model | None:
+    """Return the model of a checkpoint without its weights, from config.json alone; None if it has none or is damaged.
+
+    ``open_source`` raises what is wrong with it. An adapter has no config.json of its own.
+    """
+    with contextlib.suppress(PretrainError, OSError), muted():
+        directory = described(path)
+        if not (directory / "config.json").is_file():  # a run
+            directory = next(iter(best_first(directory)), directory)
+        opened = ModelDirectory(directory, verify=False)
+        return None if opened.is_adapter else Model.from_hf_config(opened.json("config.json"))
+    return None
 
 
 def open_source(

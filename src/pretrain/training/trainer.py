@@ -55,6 +55,7 @@ from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.schedule import lr_factor
 from pretrain.training.skips import count_skips
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
+from pretrain.training.unbegun import Unbegun
 from pretrain.training.validation import Cost, run_validation
 from pretrain.utils.memory_info import hardware, peak_memory
 from pretrain.utils.run_log import read_log
@@ -165,10 +166,13 @@ class Trainer:
             end: called on all ranks when everything is saved, while the watchdog still runs.
         """
         began, world = time.monotonic(), self.world
+        unbegun = Unbegun(self.out, world.is_rank_zero)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(unbegun.removed())
             self.device = stack.enter_context(enter_world(self))
             self.stop = stack.enter_context(catch_signals())
             stack.enter_context(run_lock(self.out, world))
+            stack.enter_context(unbegun.emptied())
             if begin is not None:
                 world.on_rank_zero(begin)
             self.journal = Journal(

@@ -44,9 +44,14 @@ class RunLock:
             return self
         path = self.run_dir / NAME
         with files.writing(self.run_dir):
-            directories.make_directories(self.run_dir)
             while self._descriptor < 0:
-                descriptor = files.IO.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+                directories.make_directories(self.run_dir)
+                try:
+                    descriptor = files.IO.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+                except FileNotFoundError:
+                    if os.path.lexists(self.run_dir):
+                        raise
+                    continue  # a run that failed before it began has removed it
                 try:
                     self._try(descriptor, path)
                 except BaseException:

@@ -1,0 +1,146 @@
+"""Checks of a run that need no data, and come before they are read: what is wrong shows before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import DataConfig, RunConfig
+from pretrain.config.aliases import VALUES
+from pretrain.config.spelling import option
+from pretrain.data.prepare import Prepared
+from pretrain.data.row_source import RowSource
+from pretrain.data.sources import resolve_sources
+from pretrain.errors import ConfigError, ModelError
+from pretrain.models import build, family_class
+from pretrain.models.base import Model, check_head
+from pretrain.objectives import OBJECTIVES, check_monitor, check_objective, objective_class
+from pretrain.training.logging import check_loggers
+from pretrain.training.precision import choose_device
+from pretrain.training.starting_model import open_source, outline
+from pretrain.utils.hub_names import hub_name
+
+__all__ = [
+    "PLAIN_SIZE",
+    "check_checkpoint",
+    "check_early",
+    "check_overrides",
+    "check_trained_head",
+    "prepared_in",
+    "tokens_per_row",
+]
+
+# The automatic size where the rows are no text, or the text has not been read yet.
+PLAIN_SIZE = "small"
+
+
+def check_early(settings: RunConfig, rows: RowSource | None = None) -> None:
+    """Check whatever needs no data, before they are read: device, objective, loggers, family, size, fields, positions.
+
+    Raises:
+        ConfigError, ModelError: one of them cannot be used.
+        CheckpointError: there is no such checkpoint.
+    """
+    model, objective = settings.model, settings.objective
+    choose_device(settings.parallel.device)
+    chosen = check_objective(objective.class_path, objective.init_args)
+    check_monitor(chosen, objective.class_path, settings.train.monitor)
+    check_loggers(settings.train.loggers)
+    if model.checkpoint is not None:
+        if hub_name(model.checkpoint) is None:  # others are fetched first
+            if not os.path.exists(model.checkpoint):
+                open_source(model.checkpoint)  # raises
+            check_checkpoint(settings, rows)
+        return
+    family = family_class(model.family)
+    try:
+        check_head(family, chosen.head_kind)
+    except ModelError as error:
+        raise ModelError(f"{error}{fitting(family.architectures)}") from error
+    check_overrides(model.overrides)
+    if settings.data.source is None:  # rows of a function may determine further fields
+        size = PLAIN_SIZE if model.size == "auto" else model.size
+        family.config_class.from_size(size, **model.overrides)
+        if rows is None and family.unit_name == "tokens":
+            # The pad id, which the tokenizer sets, takes positions away in some families.
+            fields = {"pad_id": 0, **model.overrides}
+            check_positions(settings, build(model.family, size, device="meta", **fields))
+
+
+def fitting(heads: Collection[str | None]) -> str:
+    """Return the advice to train a model, which has or can have one of these heads, with an objective that fits."""
+    names = {ours: name for name, ours in reversed(VALUES["objective.class_path"].items())}
+    kinds = {name: objective_class(name).head_kind for name in OBJECTIVES}
+    fit = [name for name, kind in kinds.items() if kind is not None and kind in heads]
+    words = [option("objective", names.get(name, name)) for name in fit]
+    return f" Train this one with {' or '.join(words)}." * bool(words)
+
+
+def check_checkpoint(settings: RunConfig, rows: RowSource | None = None) -> None:
+    """Check from its config.json that a checkpoint has the head of the objective, and positions for the rows.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    checkpoint = settings.model.checkpoint
+    if checkpoint is not None and (model := outline(checkpoint)) is not None:
+        check_trained_head(settings, model)
+        if rows is None and settings.data.source is None:
+            check_positions(settings, model)
+
+
+def check_trained_head(settings: RunConfig, model: Model) -> None:
+    """Check that the model of a checkpoint has the head that the objective trains."""
+    wanted = objective_class(settings.objective.class_path).head_kind
+    if wanted is not None and model.head_kind != wanted:
+        raise ConfigError(
+            f"{settings.model.checkpoint} has the head {model.head_kind!r}, and {settings.objective.class_path} "
+            f"trains {wanted!r}.{fitting([model.head_kind])} Or choose another checkpoint."
+        )
+
+
+def check_positions(settings: RunConfig, model: Model) -> None:
+    """Check that rows of text are not longer than the positions of the model.
+
+    Raises:
+        ConfigError: they are.
+        DataError: there is no such text.
+    """
+    length, room = tokens_per_row(settings.data), model.backbone.max_length
+    if model.backbone.unit_name != "tokens" or not room or length <= room:
+        return
+    more, shorter = "", "Prepare the data anew with shorter rows"
+    if prepared_in(settings.data) is None:
+        resolve_sources(settings.data.train)  # one that is not there is the mistake to name
+        shorter = "Make the rows shorter"
+    if settings.model.checkpoint is None:
+        more = f", or build a model with more positions (model.overrides.max_positions {length})"
+    raise ConfigError(
+        f"The rows have {length} tokens, but the {model.backbone.model_type} model has {room} positions. {shorter}, "
+        f"{option('row_length', room)}{more}."
+    )
+
+
+def tokens_per_row(data: DataConfig) -> int:
+    """Return the tokens of a row of text: of prepared data as they were prepared, else as they will be."""
+    prepared = prepared_in(data)
+    return data.row_length if prepared is None else prepared.manifest["options"]["row_length"]
+
+
+def prepared_in(data: DataConfig) -> Prepared | None:
+    """Open the prepared directory that ``data.train`` names; None if it names something else."""
+    if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
+        return Prepared.open(Path(data.train))
+    return None
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Refuse fields of a model that are settings elsewhere."""
+    for key in ("seed", "head", "size", "family", "tokenizer", "labels"):
+        if key in overrides:
+            raise ConfigError(
+                f"model.overrides.{key} is no field of a model's config; it is set elsewhere (model.family, "
+                "model.size, train.seed, data.tokenizer, objective)."
+            )
