@@ -40,7 +40,16 @@ def test_no_public_name_stands_under_another_path() -> None:
 
 def test_what_is_returned_is_there_too() -> None:
     shown = {name.rpartition(".")[2] for name in documented()}
-    assert {"LrRange", "Plot", "Confusion", "Finetuned", "Run", "Sizes", "Task", "Backbone"} <= shown
+    assert {
+        "LrRange",
+        "Plot",
+        "Confusion",
+        "Finetuned",
+        "Run",
+        "Sizes",
+        "Task",
+        "Backbone",
+    } <= shown
     errors = {
         name
         for name in pretrain.errors.__all__
