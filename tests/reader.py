@@ -12,6 +12,7 @@ from PIL import Image
 
 import pretrain
 from inference import chatty
+from pretrain.data.audio import AudioProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -82,17 +83,27 @@ def fill(folder: Path) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs")
 
 
-def add_model(folder: Path, name: str) -> None:
-    """Save a small model with random weights, as one that the reader has from elsewhere."""
-    if name == "support":
+def add_model(folder: Path, path: str) -> None:
+    """Save a small model with random weights at ``path``, as one that the reader has from elsewhere."""
+    family = {
+        "runs/books-gpt": "gpt2",
+        "runs/books-bert": "bert",
+        "runs/sentences": "bert",
+        "runs/photos-mae": "vit_mae",
+        "runs/support": "talker",
+        "vit-base": "vit",
+        "ast": "audio-spectrogram-transformer",
+    }[path]
+    if family == "talker":
         model = chatty.talker()
-    elif name == "photos-mae":
-        sizes = {"image_size": 8, "patch_size": 4}
-        model = pretrain.build("vit_mae", "tiny", **sizes)
-    else:
-        family = {"books-gpt": "gpt2", "books-bert": "bert", "sentences": "bert"}[name]
-        tokenizer = pretrain.train_tokenizer(
-            str(folder / "books"), "wordpiece" if family == "bert" else "bpe", vocab_size=300
-        )
+    elif family in ("gpt2", "bert"):
+        kind = {"gpt2": "bpe", "bert": "wordpiece"}[family]
+        tokenizer = pretrain.train_tokenizer(str(folder / "books"), kind, vocab_size=300)
         model = pretrain.build(family, "tiny", tokenizer=tokenizer)
-    model.save(folder / "runs" / name)
+    elif family == "audio-spectrogram-transformer":
+        sizes = {"num_mel_bins": 32, "max_length": 96}
+        model = pretrain.build(family, "tiny", patch_size=8, **sizes)
+        model.processor = AudioProcessor(**sizes)
+    else:
+        model = pretrain.build(family, "tiny", image_size=8, patch_size=4)
+    model.save(folder / path)

@@ -36,11 +36,13 @@ FENCE = re.compile(r"(?:<!-- (run|ci|not run)(?:: (.*?))? -->\n)?```bash\n(.*?)`
 FIRST = ["README", "quickstart", "tutorial-text", "tutorial-labels", "tutorial-chat"]
 # What the reader of a page has already.
 HAS = {
-    "README": ["photos-mae"],
-    "tutorial-labels": ["books-bert"],
-    "tutorial-chat": ["books-gpt"],
-    "finetuning": ["books-bert", "support"],
-    "evaluation": ["sentences"],
+    "README": ["runs/photos-mae"],
+    "tutorial-labels": ["runs/books-bert"],
+    "tutorial-chat": ["runs/books-gpt"],
+    "finetuning": ["runs/books-bert", "runs/support"],
+    "evaluation": ["runs/sentences"],
+    "audio": ["ast"],
+    "images": ["vit-base"],
 }
 SMALLER = {
     "--model DIR --task chat": "--model runs/books-gpt --task chat",

@@ -95,7 +95,7 @@ def test_python_block_runs(page, name, code, place, request):
         commit = fake.add("org/name", model.save(place / "saved"))
         fake.repositories["org/name"].refs["v1.0"] = commit
     if name == "streaming":
-        add_model(place, "support")
+        add_model(place, "runs/support")
     run(code, f"{page.name}: {name}", run_before(name))
 
 
