@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import wave
@@ -72,6 +73,8 @@ def fill(folder: Path) -> None:
         TINY.replace("books-gpt", "own").replace("batch_rows: 2", "batch_rows: 32")
         + "data: {train: data/books}\n"
     )
+    np.savez(folder / "characters.npz", images=colours, labels=np.arange(24) % 3)
+    write_judged(folder)
     pairs = [
         f"photos/{kind}/{k}.png,{kind} number {k}" for kind in ("cat", "dog") for k in range(12)
     ]
@@ -81,6 +84,22 @@ def fill(folder: Path) -> None:
         shutil.copytree(folder / "photos", folder / name)
     shutil.copytree(folder / "words", folder / "recordings")
     shutil.copytree(ROOT / "configs", folder / "configs")
+
+
+def write_judged(folder: Path) -> None:
+    """Write what embeddings and language models are judged by: scored pairs, a small BEIR, minimal pairs."""
+    texts = ["a ship at sea", "a boat at sea", "a dull film", "a warm book"]
+    (folder / "stsb").mkdir()
+    pairs = [f"{a}\t{b}\t{i}" for i, (a, b) in enumerate(itertools.combinations(texts, 2))]
+    (folder / "stsb" / "dev.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *pairs]))
+    beir = folder / "beir" / "scifact"
+    (beir / "qrels").mkdir(parents=True)
+    lines = "\n".join(json.dumps({"_id": str(i), "text": text}) for i, text in enumerate(texts))
+    for name in ("queries", "corpus"):
+        (beir / f"{name}.jsonl").write_text(lines)
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t1\t1\n2\t3\t1\n")
+    pair = {"good": texts[0], "bad": "sea at ship a", "group": "order"}
+    (folder / "blimp.jsonl").write_text(json.dumps(pair))
 
 
 def add_model(folder: Path, path: str) -> None:

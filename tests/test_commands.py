@@ -40,7 +40,7 @@ HAS = {
     "tutorial-labels": ["runs/books-bert"],
     "tutorial-chat": ["runs/books-gpt"],
     "finetuning": ["runs/books-bert", "runs/support"],
-    "evaluation": ["runs/sentences"],
+    "evaluation": ["runs/sentences", "runs/books-gpt", "runs/photos-mae"],
     "audio": ["ast"],
     "images": ["vit-base"],
 }

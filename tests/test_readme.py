@@ -222,7 +222,7 @@ def test_every_row_of_the_comparison_names_a_test_that_proves_it():
         assert re.match(r"\d (command|line)s?\b|nothing to do|the same command", row[1]), row
 
 
-def test_the_front_page_shows_how_to_install_ten_lines_and_a_picture():
+def test_the_front_page_shows_how_to_install_code_and_a_picture():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     begin, end = re.findall(r'^:(?:start-after|end-before): "(.*)"$', index, re.M)
