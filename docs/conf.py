@@ -33,6 +33,9 @@ autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_custom_sections = [
+    (name, "params_style") for name in ("Class attributes", "Class attributes of a family")
+]
 # Docstrings are written to be read in the source, with `name` for code as in Markdown.
 default_role = "code"
 

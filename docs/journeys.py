@@ -1,10 +1,10 @@
 """First days with the package, typed as a new user would: how many commands they take, how long, and what comes out.
 
-    python docs/journeys.py [gpt bert labels chat resume processes] [--minutes 2] [--keep FOLDER]
+    python docs/journeys.py [gpt bert labels chat notebook resume processes] [--minutes 2] [--keep FOLDER]
 
 Every journey begins in an empty folder with files of PRETRAIN_TEST_DATA, and runs its commands one after the other in a
-shell. Training ends after so many minutes, which are in the times; a command that fails ends the program. The figures
-printed after each are those of the table in docs/compared.md.
+shell; that of the notebook runs its cells in a kernel. Training ends after so many minutes, which are in the times; a
+command or cell that fails ends the program. The figures printed after each are those of the table in docs/compared.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data")).resolve()
+NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "finetune.ipynb"
+NOTEBOOK_LIMIT = '"limit": "2 minutes"'  # of its pre-training
 LIMIT = "--limit '{minutes} minutes'"
 GPT = f"pretrain train --data books --model llama:mini --out runs/gpt {LIMIT}"
 BERT = f"--model bert:mini --objective masked-lm --out runs/bert {LIMIT}"
@@ -38,7 +40,7 @@ class Journey:
     Attributes:
         folder: where its commands run.
         minutes: limit of each training.
-        commands: what was typed.
+        commands: what was typed; of a notebook, its cells.
         said: what the journey came to.
     """
 
@@ -77,6 +79,26 @@ class Journey:
         if until is not None and not killed:
             sys.exit(f"{command}\nended before a line matched {until!r}.")
         return "".join(lines)
+
+    def execute(self, path: Path) -> str:
+        """Execute a notebook in a kernel and return what its cells printed."""
+        import nbclient
+        import nbformat
+
+        notebook = nbformat.read(path, as_version=4)
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for cell in cells:
+            instead = NOTEBOOK_LIMIT.replace("2", f"{self.minutes:g}")
+            cell.source = cell.source.replace(NOTEBOOK_LIMIT, instead)
+            self.commands.append(cell.source)
+        place = {"metadata": {"path": str(self.folder)}}
+        client = nbclient.NotebookClient(
+            notebook, timeout=None, kernel_name="python3", resources=place
+        )
+        client.execute()
+        outputs = [output for cell in cells for output in cell.outputs]
+        texts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs]
+        return "\n".join(texts)
 
     def books(self, count: int = 600) -> None:
         """Write some chapters of books as text files."""
@@ -157,10 +179,14 @@ def chat(journey: Journey) -> None:
     tuned = journey.run(
         f"pretrain finetune --model theirs {method} --data chats.jsonl --out runs/chat"
     )
-    text = journey.run(
-        "pretrain generate runs/chat 'Name three animals.' --chat --max_new_tokens 24"
-    )
+    text = journey.run("echo 'Name three animals.' | pretrain chat runs/chat --max_new_tokens 24")
     journey.said.append(f"{closing(tuned)}; says {answer(text)!r}")
+
+
+def notebook(journey: Journey) -> None:
+    """A notebook, cell by cell: a checkpoint, labelled rows, a classifier, its mistakes, an adapter."""
+    found = re.findall(r"test: .*?(accuracy [\d.]+)", journey.execute(NOTEBOOK))
+    journey.said.append(f"test {found[0]}" if found else "no test figure")
 
 
 def _weights(journey: Journey, run: str) -> bytes:
@@ -188,7 +214,7 @@ def processes(journey: Journey) -> None:
 
 
 JOURNEYS: dict[str, Callable[[Journey], None]] = {
-    made.__name__: made for made in (gpt, bert, labels, chat, resume, processes)
+    made.__name__: made for made in (gpt, bert, labels, chat, notebook, resume, processes)
 }
 
 

@@ -1,4 +1,4 @@
-"""What the documentation says is run: its Python blocks at a tiny size, its command lines against the real options.
+"""What the documentation says is run: its Python blocks, at a tiny size; commands are in test_commands.py.
 
 A block is run when a line ``<!-- test: NAME -->`` stands before it. The words are those of the reader; only sizes are
 replaced, by the table ``SMALLER``, so that it takes seconds.
@@ -6,28 +6,22 @@ replaced, by the table ``SMALLER``, so that it takes seconds.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-import shlex
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import pretrain
 import tiny
 from pretrain import objectives
 from pretrain.cli import main as cli
-from pretrain.cli.arguments import read_settings, settings_class
 from pretrain.finetuning.settings import TuneConfig
+from reader import PAGES, ROOT, add_model, fill
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", re.S)
-FENCE = re.compile(r"```bash\n(.*?)```", re.S)
+NOT_RUN = re.compile(r"<!-- not run: ([^\n]*) -->\n```python\n(.*?)```", re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)#\s]+)\)")
 
 SMALLER = {
@@ -43,10 +37,6 @@ SMALLER = {
     'label="stars", valid=0.2': 'label="stars", valid=0.2, limit="3 steps", out="runs/stars"',
     'task="chat", valid=0.2': 'task="chat", valid=0.2, limit="3 steps", out="runs/answers"',
 }
-TINY = """
-model: {family: gpt2, size: tiny}
-train: {out: runs/books-gpt, limit: 3 steps, batch_rows: 2, eval_rows: 2}
-"""
 
 
 def blocks():
@@ -57,45 +47,8 @@ def blocks():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A directory like a reader's: some books, and recipes."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "books").mkdir()
-    for number in range(12):
-        words = " ".join(
-            f"Chapter {number}: the ship {i} sailed at dawn and came home." for i in range(30)
-        )
-        (tmp_path / "books" / f"{number}.txt").write_text(words)
-    (tmp_path / "other.txt").write_text("The boat came home at night. " * 50)
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    reviews = [f"a {w} film {n},{k}" for k, w in enumerate(("dull", "warm")) for n in range(30)]
-    (tmp_path / "reviews.csv").write_text("review,stars\n" + "\n".join(reviews) + "\n")
-    asked = [{"role": "user", "content": "What sails?"}, {"role": "assistant", "content": "A ship"}]
-    chats = [
-        json.dumps({"messages": [*asked, {**asked[0], "content": str(n)}, asked[1]]})
-        for n in range(20)
-    ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(chats) + "\n")
-    colours = np.random.default_rng(0).integers(0, 256, (24, 9, 9, 3), dtype=np.uint8)
-    for k, colour in enumerate(colours):
-        file = tmp_path / "photos" / ("cat", "dog")[k % 2] / f"{k // 2}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(colour).save(file)
-        file.with_suffix(".txt").write_text(f"the {file.parent.name} number {k // 2}")
-        recording = tmp_path / "words" / ("yes", "no")[k % 2] / f"{k // 2}.wav"
-        recording.parent.mkdir(parents=True, exist_ok=True)
-        with wave.open(str(recording), "wb") as out:
-            out.setparams((1, 2, 8000, 0, "NONE", ""))
-            out.writeframes(colour.tobytes() * 20)
-    boxes = ["image,label,xmin,ymin,xmax,ymax"]
-    for k in range(1, 11):
-        mask = np.zeros((32, 32), np.uint8)
-        mask[k : k + 12, 4:16] = 1
-        for folder, array in (("images", mask * np.uint8(200)), ("masks", mask)):
-            file = tmp_path / "cells" / folder / f"{k}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(file)
-        boxes.append(f"cells/images/{k}.png,cell,4,{k},16,{k + 12}")
-    (tmp_path / "boxes.csv").write_text("\n".join(boxes))
+    fill(tmp_path)
     return tmp_path
 
 
@@ -141,6 +94,8 @@ def test_python_block_runs(page, name, code, place, request):
         model = pretrain.build("gpt2", "tiny", tokenizer=tiny.tokenizer())
         commit = fake.add("org/name", model.save(place / "saved"))
         fake.repositories["org/name"].refs["v1.0"] = commit
+    if name == "streaming":
+        add_model(place, "runs/support")
     run(code, f"{page.name}: {name}", run_before(name))
 
 
@@ -150,10 +105,15 @@ def test_blocks_are_found():
 
 
 def test_unmarked_python_blocks_do_not_exist():
-    """A Python block in the documentation is run; there is no other kind."""
+    """A Python block in the documentation is run, or says why not; none hides in a fence of another kind."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        assert text.count("```python") == len(BLOCK.findall(text)), page.name
+        left = NOT_RUN.findall(text)
+        assert text.count("```python") == len(BLOCK.findall(text)) + len(left), page.name
+        for reason, code in left:
+            assert len(reason) > 10 and compile(code, page.name, "exec"), page.name
+        for other in re.findall(r"```text\n(.*?)```", text, re.S):
+            assert not re.search(r"^(from|import) \w|^\w+ = \w+\S*\(", other, re.M), other
 
 
 def test_the_objective_of_the_guide_trains(place):
@@ -226,30 +186,6 @@ def test_the_task_of_the_guide_trains(place):
     assert np.isfinite(tuned.metrics["loss"])
 
 
-def command_lines():
-    for page in PAGES:
-        for fence in FENCE.findall(page.read_text(encoding="utf-8")):
-            for line in fence.splitlines():
-                for part in line.split("&&"):
-                    words = shlex.split(part, comments=True)
-                    if words and Path(words[0]).name == "pretrain":
-                        yield pytest.param(words[1:], id=f"{page.stem}: {' '.join(words)[:60]}")
-
-
-@pytest.mark.parametrize("words", list(command_lines()))
-def test_command_line_is_understood(words, monkeypatch, capsys):
-    """The command exists and takes these options with these types; what it would do is replaced by nothing."""
-
-    def check(arguments):
-        if words[0] in ("train", "finetune"):
-            vars(arguments).pop("config")  # the files of the documentation do not all exist
-            read_settings(settings_class(words[0]), arguments)
-
-    command = dataclasses.replace(cli.COMMANDS[words[0]], run=check)
-    monkeypatch.setitem(cli.COMMANDS, words[0], command)
-    assert cli.main(words) == 0, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -261,13 +197,40 @@ def test_links_lead_somewhere(page):
             )
 
 
-def test_tests_that_are_named_exist():
-    text = (ROOT / "docs" / "compared.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", text)
-    assert len(named) > 10
-    for path, name in named:
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "lab-log.md"],  # a log names what there was then
+    ids=lambda page: page.name,
+)
+def test_tests_that_are_named_exist(page):
+    for path, name in re.findall(r"\b(tests/[\w/]+(?:\.py)?)(?:::(\w+))?", page.read_text("utf-8")):
         assert (ROOT / path).exists(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
+def test_every_row_of_the_comparison_names_a_test_that_proves_it():
+    """Not a file or a folder, but a test; and our cell says how many commands or lines it takes."""
+    text = (ROOT / "docs" / "compared.md").read_text(encoding="utf-8")
+    table = text.split("## First days")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    tasks = " ".join(row[0] for row in rows)
+    for task in ("Hub", "GGUF", "ONNX", "retrieval", "harness", "size", "rate", "notebook", "talk"):
+        assert task in tasks, task
+    for row in rows:
+        assert len(row) == 8 and all(cell.strip("| ") for cell in row), row
+        assert re.fullmatch(r"(`tests/[\w/]+\.py::test_\w+`(, )?)+", row[2]), row
+        assert re.match(r"\d (command|line)s?\b|nothing to do|the same command", row[1]), row
+
+
+def test_the_front_page_shows_how_to_install_code_and_a_picture():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    begin, end = re.findall(r'^:(?:start-after|end-before): "(.*)"$', index, re.M)
+    assert "```{include} ../README.md" in index
+    front = readme.split(begin)[1].split(end)[0]
+    assert (
+        "pip install" in front and "pretrain.load(" in front and re.search(r"!\[.*\.svg\)", front)
+    )
 
 
 def test_recipes_that_are_named_exist():

@@ -203,6 +203,7 @@ def write_page(sources: Sequence[Path], docs: Path) -> None:
     lines = [
         "<!-- Written by python -m tests.benchmarks report; do not edit. -->",
         "# Benchmarks\n",
+        "<!-- not run: it measures for minutes; tests/benchmarks/test_benchmarks.py runs the rows in small -->",
         "```bash",
         f"python -m tests.benchmarks {' '.join(about['rows'])} "
         f"--device {'cpu' if about['device'] == 'cpu' else 'cuda'} --budget {about['budget']:.0f} --out bench.json",

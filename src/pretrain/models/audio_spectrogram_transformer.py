@@ -39,8 +39,8 @@ class ASTConfig(MaskedConfig):
     """Fields of AST; the fields of a decoder are of the head ``masked-image``.
 
     Attributes:
-        num_mel_bins: M.
-        max_length: T.
+        num_mel_bins: mel bands of a spectrogram, M.
+        max_length: frames of a spectrogram, T.
         frequency_stride: mel bands from one patch to the next; ``patch_size`` when None.
         time_stride: frames from one patch to the next; ``patch_size`` when None.
     """

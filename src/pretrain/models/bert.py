@@ -23,7 +23,11 @@ __all__ = ["Bert", "BertConfig", "Roberta", "RobertaConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(BackboneConfig):
-    """Fields of BERT: ``type_vocab_size`` is the number of segments, ``classifier_dropout`` defaults to ``dropout``."""
+    """Fields of BERT; ``classifier_dropout`` defaults to ``dropout``.
+
+    Attributes:
+        type_vocab_size: number of segments.
+    """
 
     vocab_size: int = 30522
     max_positions: int = 512
@@ -216,7 +220,11 @@ class Bert(Backbone):
 
 @dataclass(frozen=True, kw_only=True)
 class RobertaConfig(BertConfig):
-    """Fields of RoBERTa: ``max_positions`` is the number of table rows; the first ``pad_id + 1`` hold no position."""
+    """Fields of RoBERTa.
+
+    Attributes:
+        max_positions: number of table rows; the first ``pad_id + 1`` hold no position.
+    """
 
     vocab_size: int = 50265
     max_positions: int = 514

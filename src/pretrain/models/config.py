@@ -106,9 +106,9 @@ class BackboneConfig:
 
     Attributes:
         vocab_size: rows of the token embedding, V.
-        hidden_size: D.
+        hidden_size: width of the hidden states, D.
         num_layers: number of blocks.
-        num_heads: H.
+        num_heads: heads of attention, H.
         num_kv_heads: heads of keys and values; H when None.
         head_dim: size of a head; D / H when None.
         intermediate_size: width of the feed-forward layer; the family's usual multiple of D when None.

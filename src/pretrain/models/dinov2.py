@@ -97,7 +97,7 @@ class Dinov2WithRegistersConfig(Dinov2Config):
     """Fields of DINOv2 with registers; its files always have a mask token.
 
     Attributes:
-        num_register_tokens: R.
+        num_register_tokens: register tokens beside the class token, R.
     """
 
     # A field here; in Dinov2Config it is a constant of the class, because files of dinov2 have no such key.

@@ -21,7 +21,13 @@ __all__ = ["GPT2", "GPT2Config"]
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(BackboneConfig):
-    """Fields of GPT-2: ``dropout``, ``embedding_dropout``, ``attention_dropout`` are resid_, embd_ and attn_pdrop."""
+    """Fields of GPT-2.
+
+    Attributes:
+        dropout: dropout on the output of each sub-layer of a block, ``resid_pdrop`` of config.json.
+        embedding_dropout: dropout on the embeddings, ``embd_pdrop``.
+        attention_dropout: dropout on the attention weights, ``attn_pdrop``.
+    """
 
     vocab_size: int = 50257
     activation: str = "gelu_new"

@@ -55,6 +55,8 @@ class TokenClassification(ClassTask):
         class_weights, label_smoothing: see ``ClassTask``.
         max_length, pack: see ``Task``.
 
+    Row options: ``labels``, the names of the tags in order.
+
     Raises:
         ConfigError: an option is out of range.
     """
