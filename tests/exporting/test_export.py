@@ -131,7 +131,6 @@ def test_sentence_transformers_get_the_body_and_its_pooling(tmp_path: Path) -> N
         build("bert", None, vocab_size=9, **SIZES).export("sentence-transformers", tmp_path / "no")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_sentence_transformers_gives_the_same_vectors(

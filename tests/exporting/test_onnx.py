@@ -55,8 +55,10 @@ def rows(model: Model, count: int, columns: int, names: list[str]) -> dict[str, 
     return batch
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case != "bert-classifier")) for case in CASES],
+)
 def test_onnxruntime_computes_the_same(case: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
