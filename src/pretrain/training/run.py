@@ -103,7 +103,7 @@ def train(
         PretrainError: a setting, the data or the output directory cannot be used; the message says what to do.
     """
     settings = RunConfig.load(config, sections or None)
-    check_early(settings, rows)
+    check_early(settings, rows, devices)
     if rows is not None and (devices != 1 or settings.data.source is not None):
         raise ConfigError(
             "rows= is an object in the memory of this process: other processes (devices) cannot read it, and it cannot "
