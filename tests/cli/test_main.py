@@ -575,7 +575,7 @@ def test_fill_mask(folder: str, capsys: Any) -> None:
 def test_the_wrong_command_for_a_model_names_the_right_one(folder: str, capsys: Any) -> None:
     path = saved("bert", folder)
     assert cli.main(["generate", path, "the"]) == 2
-    assert "fill_mask" in capsys.readouterr().err
+    assert "pretrain fill-mask" in capsys.readouterr().err
     path = saved("gpt", folder)
     assert cli.main(["fill-mask", path, "the [MASK]"]) == 2
     assert "pretrain generate" in capsys.readouterr().err

@@ -59,6 +59,11 @@ def test_an_adapter_fits_what_its_base_fits(tmp_path: Path) -> None:
         pretrain.finetune(adapter, "chats.jsonl", task="chat", out=tmp_path / "run")
 
 
+def test_a_number_of_devices_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="devices is 'foo'"):
+        pretrain.finetune("bert", "rows.csv", task="classification", devices="foo")
+
+
 def test_an_unknown_monitor(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"monitor is 'f1'.*classification.*accuracy, macro_f1"):
         pretrain.finetune(bert(), "rows.csv", task="classification", monitor="f1")

@@ -82,6 +82,11 @@ def test_mistakes_are_found_before_the_data_are_read(
         command(SETTINGS, **given)
 
 
+def test_a_number_of_devices_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="devices is 'foo'"):
+        pretrain.train(SETTINGS, devices="foo")
+
+
 def test_a_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="'trackio', whose package is not installed"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import FINETUNE, option, using
+from pretrain.distributed.launch import count_devices
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError
 from pretrain.finetuning.job import Job
@@ -86,6 +87,7 @@ def finetune(
     quiet = quiet or not current_world().is_rank_zero
     if devices != 1:
         check_spread(model, objects, compare)
+        count_devices(devices, settings.parallel.device)
     with muted(quiet):
         job = Job.open(model, settings, objects, quiet=quiet)
         comparison = None

@@ -13,6 +13,7 @@ from pretrain.config.spelling import option
 from pretrain.data.prepare import Prepared
 from pretrain.data.row_source import RowSource
 from pretrain.data.sources import resolve_sources
+from pretrain.distributed.launch import count_devices
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build, family_class
 from pretrain.models.base import Model, check_head
@@ -36,8 +37,8 @@ __all__ = [
 PLAIN_SIZE = "small"
 
 
-def check_early(settings: RunConfig, rows: RowSource | None = None) -> None:
-    """Check whatever needs no data, before they are read: device, objective, loggers, family, size, fields, positions.
+def check_early(settings: RunConfig, rows: RowSource | None = None, devices: int | str = 1) -> None:
+    """Check whatever needs no data, before they are read: devices, objective, loggers, family, size, fields, positions.
 
     Raises:
         ConfigError, ModelError: one of them cannot be used.
@@ -45,6 +46,7 @@ def check_early(settings: RunConfig, rows: RowSource | None = None) -> None:
     """
     model, objective = settings.model, settings.objective
     choose_device(settings.parallel.device)
+    count_devices(devices, settings.parallel.device)
     chosen = check_objective(objective.class_path, objective.init_args)
     check_monitor(chosen, objective.class_path, settings.train.monitor)
     check_loggers(settings.train.loggers)

@@ -108,7 +108,7 @@ def train(
     """
     settings = RunConfig.load(config, sections or None)
     keep_automatic(settings)
-    check_early(settings, rows)
+    check_early(settings, rows, devices)
     if rows is not None and (devices != 1 or settings.data.source is not None):
         raise ConfigError(
             "rows= is an object in the memory of this process: other processes (devices) cannot read it, and it cannot "
