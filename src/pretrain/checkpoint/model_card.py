@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
     "HERE",
     "PIPELINES",
+    "auto_class",
     "front_matter",
     "markdown_table",
     "model_card",
@@ -53,6 +55,13 @@ def readme(
     if written and isinstance(fingerprint, str) and fingerprint and fingerprint in written:
         return written.encode("utf-8", "replace")
     return model_card(config, head_kind, parameters)
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """Return the class of transformers that opens a directory with this `config.json`, with its head."""
+    architecture = str(next(iter(config.get("architectures") or ()), ""))
+    head = re.search(r"For([A-Z]\w+)$", architecture.replace("LMHeadModel", "ForCausalLM"))
+    return f"AutoModelFor{head[1]}" if head else "AutoModel"
 
 
 def _pipeline(family: str, head_kind: str | None) -> str:

@@ -20,7 +20,7 @@ from pretrain.errors import DataError
 from pretrain.finetuning.card import COUNTS, example_input, measured_parts, model_card
 from pretrain.finetuning.settings import from_memory
 from pretrain.report.history import History, loss_svg, sort_records
-from pretrain.report.run_report import machine_tiles
+from pretrain.report.run_report import PAGE, machine_tiles
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import (
     Html,
@@ -64,7 +64,7 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
         raise DataError(
             "This result has no run directory to write to. Name the file: report(out=FILE)."
         )
-    place = Path(out) if out is not None else result.run.path / "report.html"
+    place = Path(out) if out is not None else result.run.path / PAGE
     if not current_world().is_rank_zero:
         return place
     text = render(result)
