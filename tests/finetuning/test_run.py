@@ -352,6 +352,9 @@ def test_the_lines_on_what_to_do_next_differ() -> None:
         in_python = follow_up(result)
         with using(Interface(command=True)):
             on_the_command_line = follow_up(result)
+            task.name = "chat"
+            lines = [line.strip() for line in follow_up(result)]
     assert "embed(TEXTS)" in in_python[1]
     assert on_the_command_line[1].strip() == "pretrain embed runs/x FILE --out vectors.npy"
     assert on_the_command_line[2].split()[:3] == ["pretrain", "evaluate", "runs/x"]
+    assert lines[1:3] == ["pretrain chat runs/x", 'pretrain generate runs/x "Hello" --chat']
