@@ -259,7 +259,7 @@ def test_card_is_read_by_the_hub(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     card = model_card(result(tmp_path / "reviews-bert"))  # type: ignore[arg-type]
     head = head_of(card)
-    assert head["library_name"] == "transformers" and head["base_model"] == "books-bert"
+    assert head["library_name"] == "transformers" and "base_model" not in head
     assert head["pipeline_tag"] == "text-classification"
     assert head["tags"] == ["pretrain", "bert", "classification"]
     assert head["metrics"] == ["accuracy", "f1", "matthews_correlation"]
@@ -275,7 +275,8 @@ def test_card_is_read_by_the_hub(tmp_path: Path) -> None:
     )
     assert "Loss" not in found
     for words in (
-        "## Use", "pretrain.load", 'pipeline("text-classification"', "| Accuracy | 0.875 | 0.42 |", "negative, neutral",
+        "## Use", "from books-bert",
+        "pretrain.load", 'pipeline("text-classification"', "| Accuracy | 0.875 | 0.42 |", "negative, neutral",
         "| train | reviews.csv | 2,160 |", "ab" * 32, "a little too good", "exceed 48 tokens", "48 tokens.",
     ):  # fmt: skip
         assert words in card, words
@@ -318,19 +319,6 @@ def test_no_name_breaks_the_card(trial: Result, name: str, label: str) -> None:
     assert (
         head["base_model"] == base_model(label) if base_model(label) else "base_model" not in head
     )
-
-
-def test_names_of_the_base() -> None:
-    assert (
-        base_model("runs/books-bert")
-        == base_model("runs/books-bert/checkpoint-400")
-        == "books-bert"
-    )
-    assert (
-        base_model("/c/hub/models--answerdotai--ModernBERT-base/snapshots/0a1b")
-        == "answerdotai/ModernBERT-base"
-    )
-    assert base_model("a model") is base_model("") is None
 
 
 def test_the_card_goes_with_the_saved_model(tmp_path: Path) -> None:

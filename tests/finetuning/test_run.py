@@ -348,7 +348,7 @@ def test_the_lines_on_what_to_do_next_differ() -> None:
     model, data = SimpleNamespace(head_kind="embedding"), None
     task = SimpleNamespace(name="embedding")
     result: Any = SimpleNamespace(path=Path("runs/x"), task=task, model=model, data=data)
-    with patch("pretrain.finetuning.closing.example_input", return_value='"..."'):
+    with patch("pretrain.finetuning.closing.example_call", return_value="embed(TEXTS)"):
         in_python = follow_up(result)
         with using(Interface(command=True)):
             on_the_command_line = follow_up(result)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.config.spelling import either
 from pretrain.errors import DataError
-from pretrain.finetuning.card import example_input
+from pretrain.finetuning.card import example_call
 from pretrain.training.closing import taken
 
 if TYPE_CHECKING:
@@ -39,17 +39,15 @@ def follow_up(result: Finetuned) -> list[str]:
     """Return what can be done with the model, in the spelling of the interface in use."""
     path, task, kind = str(result.path), result.task.name, result.model.head_kind
     place = shlex.quote(path)
-    ways = [(f"pretrain predict {place} FILE", f"predict({example_input(result)})")]
+    call = example_call(result)
+    ways = [(f"pretrain predict {place} FILE", call)]
     if task in ("chat", "preference"):
-        ways = [
-            (f"pretrain chat {place}", 'chat("Hello")'),
-            (f'pretrain generate {place} "Hello" --chat', ""),
-        ]
+        ways = [(f"pretrain chat {place}", call), (f'pretrain generate {place} "Hello" --chat', "")]
     elif task == "language-modelling":
         name = "generate" if kind == "causal-lm" else "fill-mask"
-        ways = [(f"pretrain {name} {place} TEXT", f"{name.replace('-', '_')}(TEXT)")]
+        ways = [(f"pretrain {name} {place} TEXT", call)]
     elif task == "embedding":
-        ways = [(f"pretrain embed {place} FILE --out vectors.npy", "embed(TEXTS)")]
+        ways = [(f"pretrain embed {place} FILE --out vectors.npy", call)]
     lines = [either(way, f"pretrain.load({path!r}).{call}" if call else "") for way, call in ways]
     evaluate = (f"pretrain evaluate {place} --data FILE", f"pretrain.evaluate({path!r}, ROWS)")
     return ["next:", *(f"    {line}" for line in [*lines, either(*evaluate)] if line)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_choice
+from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option
@@ -280,6 +281,7 @@ class Job:
             # Metrics of objectives that couple examples depend on it.
             "batch_rows": self.settings.train.batch_rows,
             "parent": origin(self.source) if isinstance(self.source, str) else None,
+            **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
 
     def train(self, hooks: Sequence[Any] = ()) -> Finetuned:

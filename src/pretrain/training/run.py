@@ -22,7 +22,7 @@ import torch
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import opened, with_training
-from pretrain.checkpoint.download import located
+from pretrain.checkpoint.download import located, terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.config.run import Sections
@@ -506,7 +506,8 @@ def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[st
 
 def about(settings: RunConfig, data: Prepared | RowSource) -> dict[str, Any]:
     """Return what a checkpoint records about its origin."""
-    return data.about() | {"parent": origin(settings.model.checkpoint)}
+    start = settings.model.checkpoint
+    return data.about() | {"parent": origin(start), **terms(start or "")}
 
 
 def evaluate(
