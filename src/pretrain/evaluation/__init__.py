@@ -69,7 +69,7 @@ def evaluate(
     """Evaluate a checkpoint: a fine-tuned model by the metrics of its task, a language model by its loss on text.
 
     Args:
-        checkpoint: a run (the best checkpoint of a fine-tuned one is used), a checkpoint, an adapter, any Hugging
+        checkpoint: a run, whose best model is used, a checkpoint, an adapter, any Hugging
             Face directory of a known family, or a model of the Hub (``"org/name"``).
         data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
             For a language model a prepared directory, whose held-out rows are used, or sources, all text of which is
