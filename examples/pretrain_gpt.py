@@ -50,6 +50,6 @@ run = pretrain.train(
 )
 print(run)
 
-# 3. The checkpoint is a Hugging Face directory; this opens the newest one of the run.
+# 3. The checkpoint is a Hugging Face directory; this opens the best one of the run.
 model = pretrain.load(run.path)
 print(model.generate(args.prompt, max_new_tokens=40, temperature=0.8, top_k=50, seed=0))

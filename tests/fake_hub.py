@@ -16,6 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
+from pretrain.checkpoint.licences import HUB_LICENCES
+
 TOKEN = "hf_of_the_tests"
 _LARGE = (".safetensors", ".bin")  # stored by LFS, under their SHA-256
 
@@ -203,8 +207,18 @@ class _Handler(BaseHTTPRequestHandler):
         return self._say(200, url)
 
     def _valid(self, body: bytes) -> None:
-        good = json.loads(body)["content"].startswith("---\n")
-        self._say(200 if good else 400, {"errors": [], "warnings": []})
+        head = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+        licence, base = head.get("license", "mit"), head.get("base_model", "org/name")
+        errors = [
+            {"message": f'"{name}" is not valid'}
+            for name, good in (
+                ("license", licence in HUB_LICENCES),
+                ("license_name", licence != "other" or "license_name" in head),
+                ("base_model", re.fullmatch(r"([\w.-]+/)?[\w.-]+", base)),
+            )
+            if not good
+        ]
+        self._say(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def _modes(self, name: str, body: bytes) -> None:
         paths = [file["path"] for file in json.loads(body)["files"]]

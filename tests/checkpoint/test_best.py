@@ -9,8 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import TrainingState, save_checkpoint
-from pretrain.checkpoint.best import BEST, SWEEP, best_first, swept_rate, write_choice
+from pretrain.checkpoint import (
+    TrainingState,
+    inspect,
+    load,
+    read_training,
+    save_checkpoint,
+)
+from pretrain.checkpoint.best import (
+    BEST,
+    SWEEP,
+    best_first,
+    swept_rate,
+    with_training,
+    write_choice,
+)
+from pretrain.checkpoint.result import write_result
 from pretrain.models import build
 
 
@@ -20,9 +34,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_positions": 8, "vocab_size": 9}
     model = build("gpt2", **sizes)
     for step in (5, 9):
-        state = TrainingState({}, {"run": {"best_step": 5, "lr": 0.01}})
+        state = TrainingState({}, {"run": {"best_step": 5, "lr": 0.01}, "step": step})
         save_checkpoint(run, model, step=step, tokens=1, pretrain_block={}, training=state)
-    (run / "run.yaml").write_text("task:\n  name: classification\n")
     write_choice(run / BEST, {"checkpoint": "checkpoint-5"})
     write_choice(run / SWEEP, {"lr": 0.01})
     return run
@@ -80,3 +93,31 @@ def test_without_a_state_a_damaged_choice_is_named(
         (run / name).write_bytes(b"\0")
     assert chosen(run) == ("checkpoint-9", None)
     assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_opening_a_run_opens_its_result(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """For both kinds of runs; training goes on from the newest checkpoint nevertheless."""
+    (run / BEST).unlink()  # which pre-training does not write
+    write_result(run, run / "checkpoint-5")
+    assert load(run, quiet=True).source == str(run / "model")
+    assert with_training(run) == run / "checkpoint-5"
+    assert read_training(run, quiet=True).state["step"] == 9
+    found = inspect(run)
+    assert (found["checkpoint"], found["step"], found["resumable"]) == ("model", 5, True)
+    shutil.rmtree(run / "checkpoint-5")
+    assert chosen(run)[0] == "model" and capfd.readouterr().err == ""
+    (run / "checkpoint-9" / "model.safetensors").write_bytes(b"")
+    assert "checkpoint-9" in inspect(run)["manifest"] and load(run, quiet=True)
+    (run / "model" / "manifest.json").write_bytes(b"")
+    assert best_first(run)[0].name == "model", "a damaged result must be reported"
+
+
+def test_a_run_that_goes_on_may_have_a_better_checkpoint(run: Path) -> None:
+    (run / BEST).unlink()
+    write_result(run, run / "checkpoint-5")
+    model = load(run / "checkpoint-9", quiet=True)
+    state = TrainingState({}, {"run": {"best_step": 12}})
+    save_checkpoint(run, model, step=12, tokens=1, pretrain_block={}, training=state, keep=9)
+    assert [path.name for path in best_first(run)][::3] == ["checkpoint-12", "model"]
+    write_result(run, run / "checkpoint-12")
+    assert chosen(run)[0] == "model"

@@ -55,6 +55,7 @@ def test_a_model_is_loaded_by_its_name_and_only_what_it_needs_is_fetched(
     assert sorted(os.listdir(located("org/bert")[0])) == sorted(
         [
             ".gitattributes",
+            "README.md",
             "config.json",
             "model.safetensors",
             "tokenizer.json",
@@ -65,7 +66,7 @@ def test_a_model_is_loaded_by_its_name_and_only_what_it_needs_is_fetched(
     size = sum(path.stat().st_size for path in located("org/bert")[0].iterdir())
     cache = f"{constants.HF_HUB_CACHE}/models--org--bert"
     assert (
-        f"hub:org/bert@{commit}: 5 files, {size / 1e6:,.1f} MB, licence: mit, kept in {cache}"
+        f"hub:org/bert@{commit}: 6 files, {size / 1e6:,.1f} MB, licence: mit, kept in {cache}"
         in said
     )
     assert "is used, which is in" in said  # the second time, from the cache
@@ -132,7 +133,7 @@ def test_inspect_and_evaluate_take_names(hub, saved, tmp_path):
     found = inspect("org/bert")
     assert found["path"] == "org/bert" and found["family"] == "bert" and found["parameters"] > 0
     assert (
-        found["files"] == 5 and found["bytes"] > 4 * found["parameters"]
+        found["files"] == 6 and found["bytes"] > 4 * found["parameters"]
     )  # links into the cache count
     (tmp_path / "text.txt").write_text("\n".join(tiny.TEXTS))
     metrics = pretrain.evaluate("org/bert", data=str(tmp_path / "text.txt"))

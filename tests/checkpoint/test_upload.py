@@ -34,7 +34,7 @@ def files_of(hub, name):
 
 def test_what_save_writes_is_pushed_in_one_commit_and_loaded_again(hub, tmp_path, capfd):
     model = model_of()
-    model.save(tmp_path / "saved")
+    save_model(model, tmp_path / "saved", repository="org/bert")
     address = model.push_to_hub("org/bert", private=True)
     assert files_of(hub, "org/bert") == {
         p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()

@@ -60,7 +60,7 @@ def test_a_teacher_is_recorded_and_never_written(here: None) -> None:
     record = json.loads(Path("student/checkpoint-8/config.json").read_text())["pretrain"]
     assert record["objective"]["teacher"] == "teacher"
     assert record["frozen"] == {
-        "teacher": {"path": "teacher/checkpoint-20", "sha256": state["identity"]["teacher"]}
+        "teacher": {"path": "teacher/model", "sha256": state["identity"]["teacher"]}
     }
 
 

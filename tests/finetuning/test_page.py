@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -16,6 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from finetuning.conftest import QUICK, rows_of
+from pretrain import finetune, report
+from pretrain.cli import main as cli
 from pretrain.errors import DataError
 from pretrain.finetuning.card import base_model, model_card
 from pretrain.finetuning.page import command, render, write_report
@@ -255,7 +259,7 @@ def test_card_is_read_by_the_hub(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     card = model_card(result(tmp_path / "reviews-bert"))  # type: ignore[arg-type]
     head = head_of(card)
-    assert head["library_name"] == "transformers" and head["base_model"] == "books-bert"
+    assert head["library_name"] == "transformers" and "base_model" not in head
     assert head["pipeline_tag"] == "text-classification"
     assert head["tags"] == ["pretrain", "bert", "classification"]
     assert head["metrics"] == ["accuracy", "f1", "matthews_correlation"]
@@ -271,7 +275,8 @@ def test_card_is_read_by_the_hub(tmp_path: Path) -> None:
     )
     assert "Loss" not in found
     for words in (
-        "## Use", "pretrain.load", 'pipeline("text-classification"', "| Accuracy | 0.875 | 0.42 |", "negative, neutral",
+        "## Use", "from books-bert",
+        "pretrain.load", 'pipeline("text-classification"', "| Accuracy | 0.875 | 0.42 |", "negative, neutral",
         "| train | reviews.csv | 2,160 |", "ab" * 32, "a little too good", "exceed 48 tokens", "48 tokens.",
     ):  # fmt: skip
         assert words in card, words
@@ -314,19 +319,6 @@ def test_no_name_breaks_the_card(trial: Result, name: str, label: str) -> None:
     assert (
         head["base_model"] == base_model(label) if base_model(label) else "base_model" not in head
     )
-
-
-def test_names_of_the_base() -> None:
-    assert (
-        base_model("runs/books-bert")
-        == base_model("runs/books-bert/checkpoint-400")
-        == "books-bert"
-    )
-    assert (
-        base_model("/c/hub/models--answerdotai--ModernBERT-base/snapshots/0a1b")
-        == "answerdotai/ModernBERT-base"
-    )
-    assert base_model("a model") is base_model("") is None
 
 
 def test_the_card_goes_with_the_saved_model(tmp_path: Path) -> None:
@@ -406,3 +398,46 @@ def test_errors_are_shown() -> None:
     check_self_contained(Page(html))
     assert len(found) == 2 and found[0] is row and isinstance(found[:1], Errors)
     assert repr(Errors([])) == "no mistakes" and Page(Errors([])._repr_html_())
+
+
+# ------------------------------------------------------------------------------------------------ pretrain report
+
+
+def test_the_command_never_puts_another_page_in_its_place(
+    checkpoint: str, tmp_path: Path, capfd: Any
+) -> None:
+    """The page of a fine-tuning run was overwritten by one of pre-training, whose command trains something else."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(32)))
+    out = tmp_path / "clf"
+    options = {**QUICK, "quiet": False, "valid": 0.25}
+    tuned = finetune(checkpoint, str(rows), "classification", out=out, **options)
+    page = out / "report.html"
+    written = page.read_text("utf-8")
+    assert f"report: {page}" in capfd.readouterr().err and "Confusion" in written
+    assert tuned.run.report() == page and report.write(out) == page
+    assert cli.main(["report", str(out)]) == 0 and capfd.readouterr().out == f"{page}\n"
+    assert page.read_text("utf-8") == written
+    page.unlink()  # as of a run that was killed
+    with pytest.raises(DataError, match="is a fine-tuning run"):
+        report.write(out)
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert cli.main(["report", str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "it is read only"
+    again = page.read_text("utf-8")
+    assert "pretrain finetune --config" in again and "pretrain train" not in again
+    assert again == written
+    page.unlink()
+    rows.write_text(rows.read_text().replace("cat", "cow"))
+    assert cli.main(["report", str(out)]) == 2 and "has changed since" in capfd.readouterr().err
+    assert "pretrain finetune --config" in report.render(out)
+
+
+def test_the_page_of_rows_in_memory_is_not_made_again(
+    checkpoint: str, tmp_path: Path, capfd: Any
+) -> None:
+    out = tmp_path / "clf"
+    tuned = finetune(checkpoint, rows_of(32), "classification", out=out, **QUICK)
+    assert (out / "report.html").is_file() and "report:" not in capfd.readouterr().err
+    (tuned.path / "report.html").unlink()
+    assert cli.main(["report", str(out)]) == 2 and "in memory" in capfd.readouterr().err

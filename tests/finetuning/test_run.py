@@ -16,6 +16,7 @@ from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.config.spelling import Interface, using
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.finetuning import job as running
+from pretrain.finetuning.closing import follow_up
 from pretrain.objectives.classification import Classification
 
 
@@ -347,10 +348,13 @@ def test_the_lines_on_what_to_do_next_differ() -> None:
     model, data = SimpleNamespace(head_kind="embedding"), None
     task = SimpleNamespace(name="embedding")
     result: Any = SimpleNamespace(path=Path("runs/x"), task=task, model=model, data=data)
-    with patch("pretrain.finetuning.job.example_input", return_value='"..."'):
-        in_python = running.follow_up(result)
+    with patch("pretrain.finetuning.closing.example_call", return_value="embed(TEXTS)"):
+        in_python = follow_up(result)
         with using(Interface(command=True)):
-            on_the_command_line = running.follow_up(result)
+            on_the_command_line = follow_up(result)
+            task.name = "chat"
+            lines = [line.strip() for line in follow_up(result)]
     assert "embed(TEXTS)" in in_python[1]
     assert on_the_command_line[1].strip() == "pretrain embed runs/x FILE --out vectors.npy"
     assert on_the_command_line[2].split()[:3] == ["pretrain", "evaluate", "runs/x"]
+    assert lines[1:3] == ["pretrain chat runs/x", 'pretrain generate runs/x "Hello" --chat']

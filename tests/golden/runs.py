@@ -470,7 +470,7 @@ def record(folder: Path, name: str) -> dict[str, Any]:
         "log": log_lines(run),
         "files": sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()),
         "config": config,
-        "inspect": inspected(run),
+        "inspect": inspected(last),
         "tensors": tensors(last.glob("*.safetensors")),
         "training": tensors((last / "training").glob("*.safetensors")),
         "settings": settings,

@@ -510,7 +510,7 @@ def test_memory_of_predictions_does_not_grow(model: Model, tmp_path: Path) -> No
 
 
 def test_the_best_checkpoint_of_a_run_is_taken(tmp_path: Path) -> None:
-    """Whoever opens a fine-tuned run gets the best so far, also before it has come to its end."""
+    """Opening a run gives the best so far, also before it has come to its end."""
     from pretrain.checkpoint import TrainingState, load, save_checkpoint
 
     run = tmp_path / "run"
@@ -519,10 +519,6 @@ def test_the_best_checkpoint_of_a_run_is_taken(tmp_path: Path) -> None:
             run, small(seed=step), step=step, tokens=1, pretrain_block={}, keep=2,
             training=TrainingState({}, {"run": {"best_step": best}}),
         )  # fmt: skip
-    assert load(run, quiet=True).source == str(
-        run / "checkpoint-9"
-    )  # nothing says that it was fine-tuned
-    (run / "run.yaml").write_text("task:\n  name: classification\n")
     assert load(run, quiet=True).source == str(run / "checkpoint-5")
     source = write_rows(tmp_path / "r.csv", [{"text": "the red cat"}])
     found = read_csv(predict_file(run, source, progress=False))[0]

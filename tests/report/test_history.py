@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.finetuning.result import Confusion
+from pretrain.finetuning.result import Confusion, Finetuned
 from pretrain.report.history import frame_of, plot_history, sort_records
+from pretrain.training.state import Run
 from pretrain.utils.html import write_page
 
 HISTORY = sort_records([
@@ -58,3 +59,19 @@ def test_a_written_page_is_a_path_that_a_notebook_shows(tmp_path: Path) -> None:
         and "&lt;p title=&quot;&#x27;&quot;&gt;&amp;amp;" in shown
     )
     assert path.parent._repr_html_() is None  # type: ignore[attr-defined]
+
+
+def test_a_run_and_a_result_draw_and_frame_their_history() -> None:
+    pytest.importorskip("pandas")
+    records = [*HISTORY.train, *HISTORY.evals]
+    run = Run(Path("runs/x"), 4, "limit", {"loss": 2.0}, records)
+    assert run.frame()["valid_accuracy"].tolist()[1:] == [0.5, 0.75]
+    assert run.plot().svg == plot_history(HISTORY).svg
+    assert "held-out accuracy" in run.plot("accuracy").svg
+    result = object.__new__(Finetuned)
+    result.run, result.trivial = run, {}
+    assert result.frame().equals(run.frame()) and result.plot().svg == run.plot().svg
+    result.run = None  # type: ignore[assignment]
+    for use in (result.frame, result.plot):
+        with pytest.raises(DataError, match="no history"):
+            use()

@@ -6,6 +6,7 @@ import json
 import math
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -94,7 +95,20 @@ def test_report_says_everything(tmp_path):
     ):  # fmt: skip
         assert words in text, words
     assert "checkpoint-60" not in text
+    assert f"pretrain.load({str(run / 'checkpoint-50')!r})" in text, "the run has no result yet"
     assert page.tags.count("svg") >= 4
+
+
+def test_the_code_opens_the_result_with_its_head(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(Path("runs/books-gpt"))
+    for name in ("checkpoint-50", "model"):
+        (run / name).mkdir()
+        (run / name / "manifest.json").write_text("{}")
+        (run / name / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    text = " ".join(Page(report.render(run)).text)
+    assert "pretrain.load('runs/books-gpt/model')" in text and str(tmp_path) not in text
+    assert "AutoModelForCausalLM.from_pretrained('runs/books-gpt/model')" in text
 
 
 def test_the_main_chart_is_drawn_for_narrow_pages_too(tmp_path):

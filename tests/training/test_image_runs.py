@@ -12,6 +12,7 @@ pytest.importorskip("PIL")
 
 import pretrain
 from pretrain import RowSource
+from pretrain.config.spelling import Interface, using
 from pretrain.data.images.source import labelled_images
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError
@@ -134,3 +135,33 @@ def test_balanced_weights_are_counted_on_the_rows_of_pretraining() -> None:
     weights = goal.collate(rows, row_rngs(0, "collate", 0, 8))["weights"]
     wanted = [8 / (4 * labels.count(k)) for k in labels]
     assert weights.tolist() == pytest.approx(wanted)
+
+
+def test_the_next_commands_exist_and_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain.cli import main as cli
+
+    monkeypatch.chdir(tmp_path)
+    stored(tmp_path / "a.npz", NAMES)
+    small = {f"decoder_{key}": value for key, value in {**MODEL, "intermediate_size": 32}.items()}
+    small = MODEL | {key: value for key, value in small.items() if "patch" not in key}
+    mae = {"family": "vit_mae", "overrides": small}
+    masked = {"model": mae, "objective": {"class_path": "MaskedImage"}}
+    commands: dict[str, list[str]] = {}
+    for name, changes in (("vit", {}), ("mae", masked)):
+        with using(Interface(command=True)):
+            pretrain.train(sections("a.npz", Path(name), **changes))
+        said = capfd.readouterr().err.partition("next:\n")[2]
+        commands[name] = [line.strip() for line in said.splitlines()]
+    assert [line.split()[:3] for line in commands["vit"]] == [
+        ["pretrain", "predict", "vit"],
+        ["pretrain", "finetune", "--model"],
+        ["pretrain", "probe", "vit"],
+    ]
+    assert [line.split()[1] for line in commands["mae"]] == ["finetune", "probe"]
+    for line in [*commands["vit"], *commands["mae"]]:
+        words = line.replace("photos", "a.npz").split()[1:]
+        if words[0] == "finetune":
+            words += ["--train.limit", "1 steps", "--parallel.device", "cpu"]
+        assert cli.main(words) == 0, capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import manifest
+from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import described, located
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
@@ -126,8 +125,8 @@ class _Base:
             return
         path, self.name = located(base)
         with reading(base):
-            if not os.path.lexists(path / "config.json") and (run := manifest.latest(path)):
-                path, self.name = run, str(Path(base) / run.name)
+            if (best := opened(path)) != path:
+                path, self.name = best, str(Path(base) / best.name)
             self._directory = ModelDirectory(path, verify=verify)
             if self._directory.is_adapter:
                 raise CheckpointError(

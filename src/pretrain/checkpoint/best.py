@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import manifest
-from pretrain.config.check import name_change
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils.files import note, read_bytes, replace_file, writing
 from pretrain.utils.strict_json import parse_json, sealed, unsealed
 
-__all__ = ["BEST", "RESULT", "SWEEP", "best_first", "run_state", "swept_rate", "write_choice"]
+__all__ = [
+    "BEST",
+    "RESULT",
+    "SWEEP",
+    "best_first",
+    "opened",
+    "run_state",
+    "swept_rate",
+    "with_training",
+    "write_choice",
+]
 
 BEST, SWEEP = "best.json", "sweep.json"
 RESULT = "model"  # directory inside a run, see ``pretrain.checkpoint.result``
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
-_TASK = re.compile(r"^task:", re.M)  # in the run.yaml of a fine-tuning run
 
 
 def write_choice(path: Path, body: Mapping[str, Any]) -> None:
@@ -65,23 +72,23 @@ def run_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def best_first(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run in the order in which loading tries them.
+    """Return the directories of a run that hold its model, in the order in which loading tries them.
 
-    Of a fine-tuned run the checkpoint that was best on the held-out rows comes first; the others, and those of any
-    other run, follow with the highest step first. The result of the run, which holds the best one, comes last.
+    The best one comes first: the result of the run, or, while a run that was resumed has a better checkpoint, that
+    checkpoint. The other checkpoints follow with the highest step first.
     """
-    found = manifest.candidates(run_dir)
+    found, result = manifest.candidates(run_dir), _result(run_dir)
     path, known = run_dir / BEST, {checkpoint.name for checkpoint in found}
+    known |= {f"checkpoint-{step}" for step in result.values()}
     state, newest = next(((s, c.name) for c in found if (s := run_state(c))), ({}, ""))
     best = state.get("best_step")
     expected = f"checkpoint-{best}" if type(best) is int and best > 0 else newest
-    expected = expected if expected in known else newest
-    said = (
+    name = expected = expected if expected in known else newest
+    instead = (
         f"going by the training state in {newest}, {expected} is used"
         if newest
         else "the newest checkpoint is used"
     )
-    name = expected if _was_tuned(run_dir) else ""
     try:
         recorded = _read(path, "checkpoint")
         if recorded is not None:
@@ -91,26 +98,37 @@ def best_first(run_dir: Path) -> list[Path]:
                 raise CheckpointCorrupt(path, expected, recorded)
             name = recorded
     except CheckpointError as error:
-        note(f"{error} This file names the best checkpoint of the run; {said} instead.")
-        name = expected
+        note(f"{error} This file names the best checkpoint of the run; {instead} instead.")
+    checkpoints = sorted(found, key=lambda checkpoint: checkpoint.name != name)
+    better = any((manifest.step_of(name) or 0) > step for step in result.values())
+    return [*checkpoints, *result] if better else [*result, *checkpoints]
+
+
+def opened(path: Path) -> Path:
+    """Return the directory that opening ``path`` opens: of a run the best one, else ``path`` itself."""
+    own = any(os.path.lexists(path / name) for name in ("config.json", manifest.ADAPTER_CONFIG))
+    return path if own else next(iter(best_first(path)), path)
+
+
+def with_training(path: Path) -> Path:
+    """Return the checkpoint that holds the training folder of the model that opening ``path`` opens."""
+    directory = opened(path)
+    if directory.name != RESULT or (directory / manifest.TRAINING).is_dir():
+        return directory
+    step = manifest.read_manifest(directory).step
+    made_from = directory.parent / f"checkpoint-{step}"
+    return made_from if made_from.is_dir() else directory
+
+
+def _result(run_dir: Path) -> dict[Path, float]:
+    """Return the result of a run, if there is one, with its step; infinite if it is damaged, so that it is reported."""
     result = run_dir / RESULT
-    kept = [result] if os.path.lexists(result / manifest.NAME) else []
-    return [*sorted(found, key=lambda checkpoint: checkpoint.name != name), *kept]
-
-
-def _was_tuned(run_dir: Path) -> bool:
-    path = run_dir / "run.yaml"
-    if not os.path.lexists(path):
-        return False
+    if result.is_symlink() or not os.path.lexists(result / manifest.NAME):
+        return {}
     try:
-        text = read_bytes(path, limit=1 << 20).decode("utf-8", errors="replace")
-    except (CheckpointError, OSError) as error:
-        note(
-            f"{error} This file shows whether the run was fine-tuned; it is assumed that it was not."
-        )
-        return False
-    name_change(path, text)
-    return _TASK.search(text) is not None
+        return {result: manifest.read_manifest(result).step or 0}
+    except (CheckpointError, OSError):
+        return {result: math.inf}
 
 
 def swept_rate(run_dir: Path) -> float | None:

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.best import opened
+from pretrain.checkpoint.licences import card_terms
 from pretrain.checkpoint.manifest import checked_directory
 from pretrain.checkpoint.model_directory import (
     ADAPTED_MODEL,
@@ -31,15 +33,16 @@ from pretrain.errors import (
     ModelError,
 )
 from pretrain.lora.peft_format import from_peft
-from pretrain.utils.files import free_bytes, hash_file, note
+from pretrain.utils.files import free_bytes, hash_file, note, read_bytes
 from pretrain.utils.hub_files import hub_errors, snapshot
 from pretrain.utils.hub_files import pinned as pinned_name
 from pretrain.utils.hub_names import HubName, hub_name
 
-__all__ = ["described", "located", "pinned"]
+__all__ = ["described", "located", "pinned", "terms"]
 
 # Read before the weights are fetched. Patterns of fnmatch, of paths inside the repository.
 _SMALL = (
+    "README.md",  # names licence and languages
     ".gitattributes",  # which every repository has: the library warns at length if nothing matches
     *("config.json", "generation_config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -81,6 +84,27 @@ def described(path: str | Path) -> Path:
     """Return the directory of a model with its configuration; of a model on the Hub the weights may be missing."""
     name = hub_name(path)
     return checked_directory(path) if name is None else _small_files(name)
+
+
+def terms(path: str | Path) -> dict[str, Any]:
+    """Return licence and languages of a model by its model card; nothing is known without a directory or a card.
+
+    A link to a file of a repository on the Hub becomes its address; of a local directory it is left out.
+    """
+    if not path:
+        return {}
+    name = hub_name(path)
+    try:
+        directory = ModelDirectory(opened(described(path)), verify=False)
+        found = card_terms(read_bytes(directory.real("README.md")).decode("utf-8", "replace"))
+    except CheckpointError:
+        return {}
+    link = found.get("license_link")
+    if link and "://" not in link:
+        found["license_link"] = name and (
+            f"https://huggingface.co/{name.repository}/blob/{name.revision or 'main'}/{link}"
+        )
+    return {key: value for key, value in found.items() if value}
 
 
 def pinned(path: str, before: str | None = None) -> str:

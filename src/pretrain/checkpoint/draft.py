@@ -130,6 +130,7 @@ def draft_of(
     max_shard_bytes: int,
     layout: ShardLayout | None,
     peers: Peers,
+    repository: str | None = None,
 ) -> Draft:
     """Plan a model directory. Every rank computes the same plan, without communication.
 
@@ -141,6 +142,7 @@ def draft_of(
         max_shard_bytes: weights above this size are split into several files.
         layout: sharding of the parameters; None if they are whole.
         peers: the ranks; only ``rank`` and ``size`` are used.
+        repository: see ``model_texts``.
 
     Raises:
         CheckpointError: a value cannot be stored, or a shard does not have the shape given by the layout.
@@ -170,7 +172,7 @@ def draft_of(
             check_stem(stem)
             groups.append(_training_group(stem, tensors, pieces))
     count = sum(full[name].numel() for name, _ in model.named_parameters())
-    texts = model_texts(model, config, count, in_run=step is not None)
+    texts = model_texts(model, config, count, in_run=step is not None, repository=repository)
     if len(shards) > 1:
         texts = {model_directory.INDEX: index_json(shards, weights), **texts}
     several = getattr(model.backbone.config, "type_vocab_size", 1) > 1
@@ -271,7 +273,12 @@ def index_json(shards: Mapping[str, Mapping[str, Tensor]], layout: Mapping[str, 
 
 
 def model_texts(
-    model: Model, config: dict[str, Any], count: int, *, in_run: bool = False
+    model: Model,
+    config: dict[str, Any],
+    count: int,
+    *,
+    in_run: bool = False,
+    repository: str | None = None,
 ) -> dict[str, bytes]:
     """Return name -> content of the small files of a model directory: configurations and model card.
 
@@ -280,6 +287,7 @@ def model_texts(
         config: content of config.json.
         count: number of parameters.
         in_run: the directory is a checkpoint of a run, which always has a config.json.
+        repository: name on the hub that the examples of the model card open.
     """
     own = "config.json" if model.adapter is None or in_run else model_directory.ADAPTED_MODEL
     texts = {own: to_json(config)}
@@ -290,7 +298,7 @@ def model_texts(
     if model.sentences is not None and model.head_kind in (None, "masked-lm", "causal-lm"):
         contents = model.sentences.files(model.backbone.config.hidden_size)
         texts |= {name: to_json(content) for name, content in contents.items()}
-    texts["README.md"] = readme(config, model.head_kind, count, model.card)
+    texts["README.md"] = readme(config, model.head_kind, count, model.card, repository)
     return texts
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import manifest
 from pretrain.checkpoint.adapter_files import adapted_state, adapter_sizes, open_adapter
-from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.best import best_first, opened
 from pretrain.checkpoint.download import described, located
 from pretrain.checkpoint.model_card import objective_name
 from pretrain.checkpoint.model_directory import (
@@ -78,9 +78,9 @@ def load(
 
     Args:
         path: a directory, or a model of the Hugging Face Hub, which is fetched if it is not in the cache:
-            ``"org/name"`` or ``"hub:org/name"``, with ``@revision`` for a branch, tag or commit. Of a fine-tuned run
-            the best checkpoint is loaded, of any other run the newest. A broken checkpoint of a run is reported on
-            stderr and skipped; a broken checkpoint named directly is an error.
+            ``"org/name"`` or ``"hub:org/name"``, with ``@revision`` for a branch, tag or commit. Of a run
+            the best checkpoint is loaded, which is its directory ``model``; name ``RUN/checkpoint-N`` for another one.
+            A broken checkpoint of a run is reported on stderr and skipped; one named directly is an error.
         head: kind of head to use instead of the stored one (`"sequence-classification"`, ...).
         verify: compare every file with the manifest, if there is one.
         tokenizer: also load the tokenizer, if there is one.
@@ -298,14 +298,9 @@ def kind_and_family(path: str | Path) -> tuple[str | None, type[Backbone] | None
 
 
 def _configuration(path: str | Path) -> Mapping[str, Any]:
-    """Return config.json of a checkpoint, of the newest or best one of a run, or of the base of an adapter."""
-    directory = described(path)
-    known = [directory / "config.json", directory / ADAPTER_CONFIG]
-    if not any(map(os.path.lexists, known)):
-        run = best_first(directory)
-        directory = run[0] if run else directory
-    opened = ModelDirectory(directory, verify=False)
-    return opened.model_config() if opened.is_adapter else opened.json("config.json")
+    """Return config.json of a checkpoint, of the best one of a run, or of the base of an adapter."""
+    directory = ModelDirectory(opened(described(path)), verify=False)
+    return directory.model_config() if directory.is_adapter else directory.json("config.json")
 
 
 def _kind_of(config: Mapping[str, Any]) -> str | None:
@@ -319,14 +314,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Describe a checkpoint from its configuration, headers and manifest; weights are hashed but not loaded.
 
     Args:
-        path: a checkpoint, a run (its highest step, even if broken), a Hugging Face model directory, or the name of a
-            model on the Hub.
+        path: a checkpoint, a run (what ``load`` opens, even if broken), a Hugging Face model directory, or the name of
+            a model on the Hub.
 
     Returns:
         path, checkpoint, family, architecture, parameters, objective, tokens_seen, step, vocabulary, manifest
         ("holds", "absent" or "broken: ..."), resumable, files and bytes; for an adapter also its kind and base, the
         number of trainable parameters (its own, like ``parameters``) and the total including the base. ``problem``
-        holds the error text if the manifest holds or is broken, but the model cannot be read.
+        holds the error text if the manifest holds or is broken, but the model cannot be read. Of a run, ``manifest``
+        and ``resumable`` also speak of its newest checkpoint, from which training goes on.
 
     Raises:
         CheckpointError: the directory does not exist, cannot be read, or holds no model.
@@ -336,17 +332,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
-    known = [directory / "config.json", directory / ADAPTER_CONFIG]
-    if not any(map(os.path.lexists, known)) and (run := manifest.candidates(directory)):
-        directory = run[0]
-    state, listed = "absent", None
-    try:
-        if os.path.lexists(directory / manifest.NAME) or manifest.looks_cut(directory):
-            listed = manifest.read_manifest(directory)
-            manifest.check_files(directory, listed)
-            state = "holds"
-    except CheckpointError as error:
-        state = f"broken: {error}"
+    given, directory = directory, opened(directory)
+    trained = directory if directory == given else next(iter(manifest.candidates(given)), directory)
+    state, listed = _manifest_state(directory)
     plain = ModelDirectory(directory, verify=False)
     found: dict[str, Any] = {"path": str(path), "checkpoint": directory.name}
     try:
@@ -357,10 +345,13 @@ def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
         found["problem"] = str(error)
     if listed is not None and found.get("step") is None:
         found["step"] = listed.step
+    if trained != directory:
+        other, listed = _manifest_state(trained)
+        state = other if state == "holds" else state
     entries = [plain.real(str(entry.relative_to(directory))) for entry in directory.rglob("*")]
     sizes = [e.stat().st_size for e in entries if e.is_file() and not e.is_symlink()]
     resumable = (
-        listed is not None and bool(listed.training) and (directory / manifest.TRAINING).is_dir()
+        listed is not None and bool(listed.training) and (trained / manifest.TRAINING).is_dir()
     )
     return {
         **found,
@@ -369,6 +360,19 @@ def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
         "files": len(sizes),
         "bytes": sum(sizes),
     }
+
+
+def _manifest_state(directory: Path) -> tuple[str, manifest.Manifest | None]:
+    """Return "holds", "absent" or "broken: ..." for the manifest of a directory, and the manifest if it was read."""
+    listed = None
+    try:
+        if os.path.lexists(directory / manifest.NAME) or manifest.looks_cut(directory):
+            listed = manifest.read_manifest(directory)
+            manifest.check_files(directory, listed)
+            return "holds", listed
+    except CheckpointError as error:
+        return f"broken: {error}", listed
+    return "absent", None
 
 
 def _contents(directory: ModelDirectory) -> dict[str, Any]:

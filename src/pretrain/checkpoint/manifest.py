@@ -31,9 +31,19 @@ from pretrain.utils.files import (
 from pretrain.utils.hub_names import hub_hint
 from pretrain.utils.strict_json import sealed, unsealed
 
-__all__ = ["Manifest", "complete", "latest", "read_manifest", "rotate", "verify", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "complete",
+    "latest",
+    "read_manifest",
+    "rotate",
+    "step_of",
+    "verify",
+    "write_manifest",
+]
 
 NAME = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
 TRAINING = "training"
 SCHEMA = 1
 LIMIT = 16 << 20
@@ -117,7 +127,7 @@ def read_manifest(directory: Path) -> Manifest:
     step = body.get("step")
     if step is not None and type(step) is not int:
         raise CheckpointCorrupt(path, "a step", repr(step)[:40])
-    named = _step_of(directory.name)
+    named = step_of(directory.name)
     if named is not None and step is not None and named != step:
         hint = "The directory was renamed, or the manifest belongs to another checkpoint."
         raise CheckpointCorrupt(path, f"step {named}", f"step {step}", hint)
@@ -143,7 +153,7 @@ def _records(path: Path, entries: Any) -> dict[str, Record]:
     return records
 
 
-def _step_of(name: str) -> int | None:
+def step_of(name: str) -> int | None:
     """Return the step in `checkpoint-<step>`, also if the directory has been moved aside; None for other names."""
     aside = _ASIDE.match(name)
     match = _CHECKPOINT.fullmatch(aside[1] if aside else name)
@@ -292,16 +302,16 @@ def candidates(run_dir: Path) -> list[Path]:
     found = {}
     for name in os.listdir(run_dir):
         if (
-            _step_of(name) is not None
+            step_of(name) is not None
             and not name.startswith(".")
             and not os.path.islink(run_dir / name)
         ):
             found[name] = run_dir / name
     for name, path in moved_aside(run_dir).items():
-        if _step_of(name) is not None:
+        if step_of(name) is not None:
             found[name] = path
     return [
-        found[name] for name in sorted(found, key=lambda name: _step_of(name) or 0, reverse=True)
+        found[name] for name in sorted(found, key=lambda name: step_of(name) or 0, reverse=True)
     ]
 
 
@@ -381,7 +391,7 @@ def rotate(
         note(f"{run_dir} cannot be listed, so old checkpoints stay: {error.strerror or error}.")
         return deleted
     for path in found:
-        step = _step_of(path.name)
+        step = step_of(path.name)
         if step is None or path.name.startswith(".") or (newest is not None and step > newest):
             continue
         if whole >= keep and step not in protect:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pretrain.checkpoint.licences import licence_fields
+
 __all__ = [
+    "EXAMPLE",
     "HERE",
     "PIPELINES",
+    "auto_class",
     "front_matter",
     "markdown_table",
     "model_card",
@@ -33,6 +38,23 @@ PIPELINES = {
 }
 # Families whose models without a head have a pipeline of their own.
 _OWN_PIPELINE = dict.fromkeys(("clip", "siglip"), "zero-shot-image-classification")
+EXAMPLE = """\
+```python
+import pretrain
+
+model = pretrain.load("{path}")
+print(model.{call})
+```
+"""
+# Kind of head, or of the inputs of a model without a head -> call of the method that uses it.
+_CALLS = {
+    "causal-lm": 'generate("Once upon a time", max_new_tokens=40)',
+    "masked-lm": 'fill_mask("The [MASK] of the day.")',
+    "image-classification": 'predict("photo.jpg")',
+    "audio-classification": 'predict("recording.wav")',
+    "texts": 'embed(["A first text.", "A second text."])',
+    "pairs": 'predict("photo.jpg", labels=["cat", "dog"])',
+}
 # Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.
 _OWN_TOKENIZER = {
     "qwen2": "In transformers 5 `AutoTokenizer` gives every qwen2 directory the text splitting of Qwen's own "
@@ -41,18 +63,31 @@ _OWN_TOKENIZER = {
 
 
 def readme(
-    config: Mapping[str, Any], head_kind: str | None, parameters: int, written: str | None = None
+    config: Mapping[str, Any],
+    head_kind: str | None,
+    parameters: int,
+    written: str | None = None,
+    repository: str | None = None,
 ) -> bytes:
     """Return the README.md of a model: the card that was written for it, else one made from `config.json`.
 
     A written card is used only if it describes this model: it must contain the data fingerprint recorded in
-    `config.json`, which the card of an earlier fine-tuning does not.
+    `config.json`, which the card of an earlier fine-tuning does not. Its examples open ``repository``, if it is given.
     """
     block = config.get("pretrain")
     fingerprint = block.get("fingerprint") if isinstance(block, Mapping) else None
     if written and isinstance(fingerprint, str) and fingerprint and fingerprint in written:
-        return written.encode("utf-8", "replace")
-    return model_card(config, head_kind, parameters)
+        card = written.encode("utf-8", "replace")
+    else:
+        card = model_card(config, head_kind, parameters)
+    return card.replace(HERE.encode(), (repository or HERE).encode())
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """Return the class of transformers that opens a directory with this `config.json`, with its head."""
+    architecture = str(next(iter(config.get("architectures") or ()), ""))
+    head = re.search(r"For([A-Z]\w+)$", architecture.replace("LMHeadModel", "ForCausalLM"))
+    return f"AutoModelFor{head[1]}" if head else "AutoModel"
 
 
 def _pipeline(family: str, head_kind: str | None) -> str:
@@ -77,12 +112,17 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
     licences = [
         str(source[key]) for source in sources for key in ("license", "licence") if source.get(key)
     ]
+    stated = len(licences) == len(sources)
+    if block.get("license"):  # that of the model from which training started
+        licences.append(str(block["license"]))
+        stated = True
     library = "peft" if isinstance(block.get("adapter"), Mapping) else "transformers"
-    one_licence = len(set(licences)) == 1 and len(licences) == len(sources)
+    one_licence = stated and len({licence.lower() for licence in licences}) == 1
     fields = {
         "library_name": library,
         "pipeline_tag": _pipeline(family, head_kind),
-        "license": licences[0] if one_licence else None,
+        **(licence_fields({**block, "license": licences[0]}) if one_licence else {}),
+        "language": block.get("language"),
         "tags": ["pretrain", family],
     }
     lines = [
@@ -94,6 +134,7 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
     ]
     if family in _OWN_TOKENIZER:
         lines[-1:] = ["", _OWN_TOKENIZER[family], ""]
+    lines += _use(config, head_kind)
     lines += [f"- {label}: {one_line(value)}" for label, value in _facts(block).items()]
     rows, unit = [], _unit(block)
     for source in sources:
@@ -104,6 +145,15 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
     if rows:
         lines += ["", *markdown_table(("source", "licence", unit), rows, left=2)]
     return ("\n".join(lines).rstrip() + "\n").encode("utf-8")
+
+
+def _use(config: Mapping[str, Any], head_kind: str | None) -> list[str]:
+    """Return an example that uses the model; no lines if no method of it answers inputs of its kind."""
+    call = _CALLS.get(str(head_kind))
+    if head_kind is None:
+        call = _CALLS["pairs" if config.get("model_type") in _OWN_PIPELINE else "texts"]
+        call = call if "text_config" in config or config.get("vocab_size") else None
+    return [*EXAMPLE.format(path=HERE, call=call).splitlines(), ""] if call else []
 
 
 def _facts(block: Mapping[str, Any]) -> dict[str, Any]:

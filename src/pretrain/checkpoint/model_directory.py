@@ -29,7 +29,7 @@ __all__ = [
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = manifest.ADAPTER_CONFIG
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # The name of config.json for an adapted model: with a config.json beside adapter_config.json, transformers would expect
 # a whole model in the directory and not look for the base.

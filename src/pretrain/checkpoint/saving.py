@@ -77,6 +77,7 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     layout: ShardLayout | None = None,
     peers: Peers = ALONE,
+    repository: str | None = None,
 ) -> Path:
     """Write a model in the format of `load` and transformers, or of `load` and peft if it has an adapter.
 
@@ -91,6 +92,7 @@ def save_model(
         max_shard_bytes: weights above this size are split into several files with an index.
         layout: which shards of the parameters each rank holds; None if every rank holds them whole.
         peers: the ranks that hold the model; all of them must call this function.
+        repository: name on the hub that the examples of the model card open.
 
     Returns:
         The absolute path of the directory, which is durable on disk.
@@ -105,7 +107,13 @@ def save_model(
             with files.writing(target):
                 directories.make_directories(target.parent)
                 directories.sweep(target.parent, name=target.name)
-        draft = draft_of(model, max_shard_bytes=max_shard_bytes, layout=layout, peers=peers)
+        draft = draft_of(
+            model,
+            max_shard_bytes=max_shard_bytes,
+            layout=layout,
+            peers=peers,
+            repository=repository,
+        )
     unfinished = _Unfinished(target, draft, peers)
     unfinished.write()
     unfinished.agree()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from pretrain.checkpoint.best import best_first
 from pretrain.checkpoint.download import located
 from pretrain.checkpoint.loading import load
-from pretrain.checkpoint.model_card import HERE
 from pretrain.checkpoint.saving import OVERWRITABLE, save_model
 from pretrain.errors import CheckpointError
 from pretrain.utils.files import note, read_bytes
@@ -45,13 +44,8 @@ def push_to_hub(
     """
     target = _target(name)
     _refuse_local_base(model)
-    card = model.card
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
-        try:
-            model.card = None if card is None else card.replace(HERE, target.repository)
-            files = save_model(model, Path(folder) / "model")
-        finally:
-            model.card = card
+        files = save_model(model, Path(folder) / "model", repository=target.repository)
         return _upload(files, target, private, message or "Write a model with pretrain")
 
 

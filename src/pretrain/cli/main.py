@@ -14,7 +14,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.cli.arguments import (
@@ -366,13 +365,9 @@ def _finetune(args: Any) -> int:
     settings, options = read_settings(TuneConfig, args)
     if settings is None:
         return 0
-    from pretrain.distributed.world import current_world
     from pretrain.finetuning import run
 
-    result = run.finetune(config=settings, **options)
-    if not result.run.exit_code and current_world().is_rank_zero:
-        print(printable(str(result.report())))
-    return int(result.run.exit_code)
+    return int(run.finetune(config=settings, **options).run.exit_code)
 
 
 def _slurm(args: Any) -> None:
@@ -698,9 +693,14 @@ def _add_report(parser: Any) -> None:
 
 
 def _report(args: Any) -> None:
-    from pretrain.report import write
+    from pretrain.report import fine_tuned, write
 
-    print(printable(str(write(Path(args.run)))))
+    if fine_tuned(args.run):
+        from pretrain.finetuning.run import report
+
+        print(printable(str(report(args.run))))
+    else:
+        print(printable(str(write(args.run))))
 
 
 def _add_schema(parser: Any) -> None:

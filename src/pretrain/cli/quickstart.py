@@ -281,7 +281,6 @@ class _Story:
 
     def judge(self, result: Finetuned) -> None:
         """Print the test accuracy and the table of the comparison."""
-        result.report()
         assert result.comparison is not None
         self.result["comparison"] = result.comparison
         tested, chance = result.test_metrics or {}, result.trivial.get("accuracy")

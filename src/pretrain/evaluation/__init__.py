@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import located
-from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
+from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
@@ -75,7 +75,7 @@ def evaluate(
     """Evaluate a checkpoint: a fine-tuned model by the metrics of its task, a language model by its loss on text.
 
     Args:
-        checkpoint: a run (the best checkpoint of a fine-tuned one is used), a checkpoint, an adapter, any Hugging
+        checkpoint: a run, whose best model is used, a checkpoint, an adapter, any Hugging
             Face directory of a known family, or a model of the Hub (``"org/name"``).
         data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
             For a language model a prepared directory, whose held-out rows are used, or sources, all text of which is
@@ -170,10 +170,7 @@ def _batch_rows_of(model: Model) -> int:
 
 def _is_adapter(path: Path) -> bool:
     """Whether ``load`` finds an adapter there, which needs a base model."""
-    path, _ = located(path)
-    known = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-    run = [] if known else best_first(path)
-    return bool(ModelDirectory(run[0] if run else path, verify=False).is_adapter)
+    return bool(ModelDirectory(opened(located(path)[0]), verify=False).is_adapter)
 
 
 def _settings_of(home: Path | None) -> TuneConfig | None:

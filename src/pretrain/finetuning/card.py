@@ -6,19 +6,31 @@ metrics.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.model_card import HERE, PIPELINES, front_matter, markdown_table, one_line
+from pretrain.checkpoint.best import RESULT
+from pretrain.checkpoint.licences import licence_fields
+from pretrain.checkpoint.manifest import step_of
+from pretrain.checkpoint.model_card import (
+    EXAMPLE,
+    HERE,
+    PIPELINES,
+    front_matter,
+    markdown_table,
+    one_line,
+)
+from pretrain.finetuning.settings import from_memory
 from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
 
-__all__ = ["COUNTS", "example_input", "measured_parts", "model_card"]
+__all__ = ["COUNTS", "example_call", "example_input", "measured_parts", "model_card"]
 
 # Tasks whose pipeline is not that of their head.
 _PIPELINES = {"embedding": "sentence-similarity", "chat": "text-generation"}
@@ -41,14 +53,8 @@ _METRICS = {
 COUNTS = ("targets", "examples", "rows", "tokens")  # metrics that are counts and not scores
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _MOST_LABELS = 60
-_READS = """\
-```python
-import pretrain
-
-model = pretrain.load("{path}")
-model.predict({example})
-```
-"""
+_FILES = {"image": "photo.jpg", "audio": "recording.wav"}  # inputs that are no texts
+_MOST_CHARACTERS, _MOST_WORDS = 80, 12  # of an example input
 _TRANSFORMERS = """
 The same directory opens in `transformers`:
 
@@ -56,7 +62,21 @@ The same directory opens in `transformers`:
 from transformers import pipeline
 
 answer = pipeline("{pipeline}", model="{path}"{options})
-answer({example})
+print(answer({example}))
+```
+"""
+# transformers 5 has no pipeline that marks answers in a context.
+_SPANS = """
+The same directory opens in `transformers`:
+
+```python
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+model = AutoModelForQuestionAnswering.from_pretrained("{path}")
+inputs = tokenizer({example}, return_tensors="pt")
+answer = model(**inputs)
+print(int(answer.start_logits.argmax()), int(answer.end_logits.argmax()))  # tokens of the answer
 ```
 """
 _PEFT = """
@@ -79,7 +99,8 @@ _PEFT_CLASSES = {
 def model_card(result: Finetuned) -> str:
     """Return README.md of a fine-tuned model.
 
-    A license is named only if the checkpoint records one, and languages and data sets never, as they are not known.
+    Licence and languages are those that the card of the base model names, and data sets are not named, as they are not
+    known. The example reads the beginning of a row of the run.
 
     Args:
         result: result of ``pretrain.finetune``.
@@ -87,7 +108,8 @@ def model_card(result: Finetuned) -> str:
     model, task = result.model, result.task
     name = result.run.path.resolve().name if result.run is not None else task.name
     family = model.backbone.model_type
-    base = base_model(result.settings.model.checkpoint)
+    checkpoint = result.settings.model.checkpoint
+    base = base_model(checkpoint) or _directory_name(checkpoint)
     train = one_line(result.sources.get("train", "rows in memory"))
     rows = [
         (part, result.sources.get(part, ""), f"{count:,}")
@@ -95,7 +117,7 @@ def model_card(result: Finetuned) -> str:
         if count
     ]
     parts = [
-        f"{_head(result, name, base)}# {one_line(name)}",
+        f"{_head(result, name, base_model(checkpoint))}# {one_line(name)}",
         f"A {one_line(family)} with {model.num_parameters():,} parameters, fine-tuned for {task.name} on {train}"
         + (f", from {one_line(base)}" if base else "")
         + ". Made with `pretrain`.",
@@ -120,17 +142,20 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 def base_model(checkpoint: str) -> str | None:
-    """Name of the model that was fine-tuned: its hub id if it is in the hub's cache, else that of its directory."""
-    if not checkpoint or checkpoint.startswith("a "):
-        return None
-    if checkpoint.startswith("hub:") and (name := hub_name(checkpoint)) is not None:
+    """Return the name on the Hub of the model that was fine-tuned; None for a directory of this machine."""
+    name = hub_name(checkpoint) if checkpoint.startswith("hub:") else None
+    if name is not None:
         return name.repository
-    found = _SNAPSHOT.search(checkpoint)
-    if found:
-        return f"{found[1]}/{found[2]}"
+    cached = _SNAPSHOT.search(checkpoint)
+    return f"{cached[1]}/{cached[2]}" if cached else None
+
+
+def _directory_name(checkpoint: str) -> str | None:
+    """Return the name of the directory of a model or a run; None if the model was an object in memory."""
+    if not checkpoint or from_memory(checkpoint):
+        return None
     path = Path(checkpoint)
-    inside = path.name.startswith("checkpoint-") and path.parent.name
-    return path.parent.name if inside else path.name or None
+    return (path.parent if path.name == RESULT or step_of(path.name) is not None else path).name
 
 
 def _pipeline(result: Finetuned) -> str:
@@ -141,12 +166,13 @@ def _pipeline(result: Finetuned) -> str:
 def _head(result: Finetuned, name: str, base: str | None) -> str:
     """The YAML metadata, including the fences."""
     model, block = result.model, result.model.extra_config.get("pretrain")
-    licence = block.get("license") if isinstance(block, Mapping) else None
+    known = block if isinstance(block, Mapping) else {}
     tags = ["pretrain", model.backbone.model_type, result.task.name]
     fields: dict[str, Any] = {
         "library_name": "transformers" if getattr(model, "adapter", None) is None else "peft",
         "pipeline_tag": _pipeline(result),
-        "license": licence if isinstance(licence, str) and licence else None,
+        **licence_fields(known),
+        "language": known.get("language"),
         "base_model": base,
         "tags": list(dict.fromkeys(tags)),
     }
@@ -177,12 +203,64 @@ def _measured(result: Finetuned) -> tuple[str, dict[str, float]]:
     return "test" if tested else "validation", finite
 
 
+def example_call(result: Finetuned) -> str:
+    """Return a call of the method of the model that answers for the task, as Python code, with a row of the run."""
+    task, model = result.task.name, result.model
+    if task in ("chat", "preference"):
+        message = {"role": "user", "content": _question(_row(result)) or "Hello"}
+        return f"chat([{_code(message)}])"
+    if task in ("embedding", "language-modelling"):
+        text = str(_row(result).get("anchor" if task == "embedding" else "text", "..."))
+        if task == "embedding":
+            return f"embed([{_code(text)}])"
+        if model.head_kind == "causal-lm":
+            return f"generate({_code(text)}, max_new_tokens=40)"
+        return f"fill_mask({_code(f'{_short(text)} [MASK]')})"
+    return f"predict({example_input(result)})"
+
+
 def example_input(result: Finetuned) -> str:
-    """An example input of the task, as Python code."""
+    """Return an example input of ``predict`` as Python code: the texts of a row of the run, or names of files."""
     read = _read(result)
-    if read in (["image"], ["audio"]):
-        return '"photo.jpg"' if read == ["image"] else '"recording.wav"'
-    return '"..."' if len(read) < 2 else "{" + ", ".join(f'"{role}": "..."' for role in read) + "}"
+    row = {**_row(result), **_FILES}
+    inputs = {role: row.get(role, "...") for role in read}
+    return _code(inputs if len(read) > 1 else inputs[read[0]])
+
+
+def _row(result: Finetuned) -> dict[str, Any]:
+    """Return a held-out row, else a training row; empty if the rows are not at hand."""
+    data: Any = getattr(result, "data", None)
+    tables = () if data is None else (data.valid, data.train)
+    return next((table.row(0) for table in tables if len(table)), {})
+
+
+def _question(row: Mapping[str, Any]) -> str | None:
+    """Return the first text of the user in a row of conversations."""
+    for value in (row.get("messages"), row.get("prompt"), row.get("chosen")):
+        if isinstance(value, str) and value is not row.get("chosen"):
+            return value
+        for message in value if isinstance(value, list) else ():
+            text = message.get("content") if isinstance(message, Mapping) else None
+            if isinstance(text, str) and message.get("role") == "user":
+                return text
+    return None
+
+
+def _code(value: Any) -> str:
+    """Return texts, and lists and mappings of them, as Python code; long ones are shortened."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_code(key)}: {_code(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_code, value[:_MOST_WORDS]))}]"
+    return json.dumps(_short(str(value)), ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    """Return the beginning of a text in one line, cut between words where there are any."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(line) > _MOST_CHARACTERS:
+        line = line[:_MOST_CHARACTERS].rpartition(" ")[0] or line[:_MOST_CHARACTERS]
+    return line or "..."
 
 
 def _read(result: Finetuned) -> list[str]:
@@ -197,24 +275,29 @@ def _read(result: Finetuned) -> list[str]:
 
 
 def _use(result: Finetuned) -> str:
-    example = example_input(result)
     path, kind = HERE, result.model.head_kind
-    text = _READS.format(path=path, example=example)
+    text = EXAMPLE.format(path=path, call=example_call(result))
     if getattr(result.model, "adapter", None) is not None:
         if kind in _PEFT_CLASSES:
             text += _PEFT.format(kind=_PEFT_CLASSES[kind], path=path)
         return text
+    row = _row(result)
     if result.task.name in ("classification", "regression") and kind == "sequence-classification":
         several = result.model.extra_config.get("problem_type") == "multi_label_classification"
         options = ', function_to_apply="none"' if result.task.name == "regression" else ""
         options += ", top_k=None" if several else ""
-        example = '{"text": "...", "text_pair": "..."}' if len(_read(result)) > 1 else '"..."'
+        example = _code(row.get("text", "..."))
+        if len(_read(result)) > 1:
+            example = f'{{"text": {example}, "text_pair": {_code(row.get("pair", "..."))}}}'
     elif kind in ("image-classification", "audio-classification"):
-        options = ", top_k=None" if not result.task.single else ""
+        options, example = ", top_k=None" if not result.task.single else "", example_input(result)
     elif kind == "token-classification":
-        options, example = ', aggregation_strategy="first"', '"..."'
+        tokens = row.get("tokens", "...")
+        words = tokens if isinstance(tokens, str) else " ".join(map(str, tokens))
+        options, example = ', aggregation_strategy="first"', _code(words)
     elif kind == "question-answering":
-        options, example = "", 'question="...", context="..."'
+        example = ", ".join(_code(row.get(role, "...")) for role in ("question", "context"))
+        return text + _SPANS.format(path=path, example=example)
     else:
         return text
     return text + _TRANSFORMERS.format(

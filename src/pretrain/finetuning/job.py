@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_choice
+from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
-from pretrain.config.spelling import either, option
+from pretrain.config.spelling import option
 from pretrain.distributed.whole_parameters import copy_whole
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError, Interrupted
-from pretrain.finetuning.card import example_input
 from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
@@ -37,7 +36,7 @@ from pretrain.finetuning.start import (
 from pretrain.models import own_family
 from pretrain.objectives import check_monitor, check_options, task_class
 from pretrain.objectives.tasks import Task
-from pretrain.training.closing import taken
+from pretrain.report.run_report import PAGE
 from pretrain.training.logging import check_loggers
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.precision import choose_device
@@ -73,25 +72,6 @@ def automatic_steps(epoch: int) -> int:
 def grid(middle: float) -> list[float]:
     """Grid of learning rates around ``middle``."""
     return [float(f"{middle * factor:.1e}") for factor in _SWEEP]
-
-
-def follow_up(result: Finetuned) -> list[str]:
-    """Return what can be done with the model, in the spelling of the interface in use."""
-    path, task, kind = str(result.path), result.task.name, result.model.head_kind
-    place = shlex.quote(path)
-    command, python = f"pretrain predict {place} FILE", f"predict({example_input(result)})"
-    if task in ("chat", "preference"):
-        command, python = f'pretrain generate {place} "Hello" --chat', 'chat("Hello")'
-    elif task == "language-modelling":
-        name = "generate" if kind == "causal-lm" else "fill-mask"
-        command, python = f"pretrain {name} {place} TEXT", f"{name.replace('-', '_')}(TEXT)"
-    elif task == "embedding":
-        command, python = f"pretrain embed {place} FILE --out vectors.npy", "embed(TEXTS)"
-    return [
-        "next:",
-        f"    {either(command, f'pretrain.load({path!r}).{python}')}",
-        f"    {either(f'pretrain evaluate {place} --data FILE', f'pretrain.evaluate({path!r}, ROWS)')}",
-    ]
 
 
 @dataclass
@@ -303,6 +283,7 @@ class Job:
             # Metrics of objectives that couple examples depend on it.
             "batch_rows": self.settings.train.batch_rows,
             "parent": origin(self.source) if isinstance(self.source, str) else None,
+            **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
 
     def train(self, hooks: Sequence[Any] = ()) -> Finetuned:
@@ -329,7 +310,8 @@ class Job:
         def begin() -> None:
             check_same_run(settings, out)
             settings.save(out / "run.yaml")
-            (out / BEST).unlink(missing_ok=True)  # the previous best may not be the best at the end
+            for name in (BEST, PAGE):  # what they say may not hold at the end
+                (out / name).unlink(missing_ok=True)
             if chosen:
                 write_choice(out / SWEEP, {"lr": lr})
 
@@ -363,6 +345,7 @@ class Job:
         tested: TaskRows | None,
         notes: list[str],
         figures: Sequence[dict[str, float]] = (),
+        write: bool = True,
     ) -> Finetuned:
         """Restore and evaluate the best checkpoint, and record it as the one that opening the run loads.
 
@@ -373,9 +356,10 @@ class Job:
             tested: encoded test rows, or None.
             notes: notes on the rows.
             figures: metrics of the two if they were computed on the sharded model; an empty mapping for missing rows.
+            write: write to the run directory; if False, it is only read, because the run may still be going on.
         """
         chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
-        if chosen is not None:
+        if chosen is not None and write:
             world.on_rank_zero(lambda: write_choice(run.path / BEST, {"checkpoint": chosen.name}))
 
         def restored() -> Task:
@@ -400,12 +384,10 @@ class Job:
         if self.data.test is not None:
             result.trivial_test = task.trivial(self.data.train, self.data.test)
         result.describe()
-        if shared is None:  # else it waits for `report`, because this rank has no whole model yet
+        if (
+            shared is None and write
+        ):  # else it waits for `report`, as this rank has no whole model yet
             world.on_rank_zero(result.keep)
-        for line in (
-            () if self.quiet else [*repr(result).splitlines(), taken(run), *follow_up(result)]
-        ):
-            note(line)
         return result
 
     def overview(self, rows: TaskRows, task: Task) -> list[str]:

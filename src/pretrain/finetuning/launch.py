@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import ConfigError
 from pretrain.finetuning.job import Job
@@ -13,7 +13,10 @@ from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import encode
 from pretrain.training.launch import on_devices
 
-__all__ = ["check_spread", "train_on"]
+if TYPE_CHECKING:
+    from pretrain.training.state import Run
+
+__all__ = ["check_spread", "read_back", "train_on"]
 
 
 def check_spread(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
@@ -55,7 +58,18 @@ def train_on(job: Job, devices: int | str, hooks: Sequence[Any] = ()) -> Finetun
     run = on_devices("finetune", settings, devices, hooks=hooks, quiet=job.quiet)
     if run is None:
         return None
-    silent, data = replace(job, quiet=True), job.data
+    return read_back(job, run)
+
+
+def read_back(job: Job, run: Run, *, write: bool = True) -> Finetuned:
+    """Return the result of a job whose run is on disk, as if it had been trained here.
+
+    Args:
+        job: the job, with the rows of the run.
+        run: its run.
+        write: see ``Job.finish``.
+    """
+    silent, data, settings = replace(job, quiet=True), job.data, job.settings
     notes = list(data.notes)
     task = silent.build(seed=settings.train.seed)
     share = settings.data.max_cut
@@ -64,4 +78,4 @@ def train_on(job: Job, devices: int | str, hooks: Sequence[Any] = ()) -> Finetun
     for part in (held_out, tested):
         if part is not None:
             task.prepare_reference(part)
-    return silent.finish(task, run, held_out, tested, notes)
+    return silent.finish(task, run, held_out, tested, notes, write=write)

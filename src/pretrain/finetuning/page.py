@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint.best import run_state
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
-from pretrain.finetuning.card import COUNTS, example_input, measured_parts, model_card
+from pretrain.finetuning.card import COUNTS, example_call, measured_parts, model_card
 from pretrain.finetuning.settings import from_memory
 from pretrain.report.history import History, loss_svg, sort_records
-from pretrain.report.run_report import machine_tiles
+from pretrain.report.run_report import PAGE, machine_tiles
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import (
     Html,
@@ -64,7 +64,7 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
         raise DataError(
             "This result has no run directory to write to. Name the file: report(out=FILE)."
         )
-    place = Path(out) if out is not None else result.run.path / "report.html"
+    place = Path(out) if out is not None else result.run.path / PAGE
     if not current_world().is_rank_zero:
         return place
     text = render(result)
@@ -284,5 +284,4 @@ def _use(result: Finetuned) -> str:
     """Code that loads the model and predicts."""
     run: Any = result.run  # None for a trial
     path = "MODEL" if run is None else str(run.result or run.path)
-    example = example_input(result)
-    return f"import pretrain\nmodel = pretrain.load({path!r})\nmodel.predict({example})"
+    return f"import pretrain\nmodel = pretrain.load({path!r})\nprint(model.{example_call(result)})"

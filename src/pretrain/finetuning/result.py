@@ -263,6 +263,16 @@ class Finetuned:
         references = {} if guess is None else {self.task.trivial_name: float(guess)}
         return plot_history(sort_records(self.run.history), figure, references=references)
 
+    def frame(self) -> Any:
+        """Return the history as a pandas frame, as that of a run: one row per step, held-out figures as ``valid_...``.
+
+        Raises:
+            DataError: pandas is not installed, or there is no run.
+        """
+        if self.run is None:
+            raise DataError("The result of a trial has no history to show.")
+        return self.run.frame()
+
     def push_to_hub(self, name: str, **options: Any) -> str:
         """Write the model with its card to the Hugging Face Hub; see ``pretrain.checkpoint.upload.push_to_hub``."""
         model = self.model

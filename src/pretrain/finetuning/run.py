@@ -14,18 +14,23 @@ from typing import TYPE_CHECKING, Any
 from pretrain.config.spelling import FINETUNE, option, using
 from pretrain.distributed.launch import count_devices
 from pretrain.distributed.world import current_world
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.closing import last_words
 from pretrain.finetuning.job import Job
-from pretrain.finetuning.launch import check_spread, train_on
-from pretrain.finetuning.settings import TuneConfig, from_keywords
+from pretrain.finetuning.launch import check_spread, read_back, train_on
+from pretrain.finetuning.page import render
+from pretrain.finetuning.settings import TuneConfig, from_keywords, from_memory
+from pretrain.report.run_report import PAGE
+from pretrain.training.launch import read_run
 from pretrain.training.run import check_same_run
 from pretrain.utils.files import muted, note
+from pretrain.utils.html import write_page
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
     from pretrain.training.trainer import Hook
 
-__all__ = ["finetune"]
+__all__ = ["finetune", "report"]
 
 
 @using(FINETUNE)
@@ -73,7 +78,8 @@ def finetune(
             (``class_weights="balanced"``), or settings of any section (``lora=16, lr=3e-5, epochs=4``).
 
     Returns:
-        The trained model with its metrics; see ``Finetuned``. The weights are those of the best evaluation.
+        The trained model with its metrics; see ``Finetuned``. The weights are those of the best evaluation. The model
+        card and the page ``report.html`` are in the directory of the run.
 
     Raises:
         PretrainError: a setting, the rows or the checkpoint cannot be used; the message says what to do.
@@ -98,10 +104,44 @@ def finetune(
             check_same_run(settings, Path(settings.train.out), say=False)
             comparison = compare_arms(job, label_counts, seeds)
         result = train_on(job, devices, hooks) if devices != 1 else None
-        if result is None:
-            result = job.train(hooks)
-        if comparison is not None:
+        if (
+            result is None
+        ):  # else the other processes have written the report and printed these lines
+            result = done = job.train(hooks)
             result.comparison = comparison
-            for line in comparison.table().splitlines():
+            for line in current_world().broadcast_result(lambda: last_words(done)):
                 note(line)
     return result
+
+
+def report(run_dir: str | os.PathLike[str]) -> Path:
+    """Return the page of a fine-tuning run, which is written when the run ends.
+
+    If there is none, as while the run goes on, it is made from the rows and the best checkpoint; nothing else in the
+    directory is changed.
+
+    Raises:
+        DataError: model or rows were objects in memory, or the rows have changed since the run.
+        PretrainError: there is no such run, or its rows or its checkpoint cannot be read.
+    """
+    folder = Path(run_dir)
+    page = folder / PAGE
+    if page.is_file():
+        return page
+    settings, run = TuneConfig.load(folder / "run.yaml"), read_run(folder)
+    settings.train.out = str(folder)
+    sources = (settings.data.train, settings.data.valid, settings.data.test)
+    if any(map(from_memory, (settings.model.checkpoint, *sources))):
+        raise DataError(
+            f"The model or the rows of {folder} were objects in memory, so its page can be written only where they "
+            "are: call finetune again with them and the same out, which trains no further."
+        )
+    with muted():
+        job = Job.open(None, settings, {}, quiet=True)
+        result = read_back(job, run, write=False)
+    if result.model.extra_config["pretrain"].get("fingerprint") != result.fingerprint:
+        raise DataError(
+            f"The rows of {', '.join(dict.fromkeys(job.data.names.values()))} are not those of {folder}: a file has "
+            "changed since, so its page cannot be made again. Restore the file."
+        )
+    return write_page(page, render(result))

@@ -5,7 +5,6 @@ Letters: N texts, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from pretrain.inference.prompts import (
     tokenizer_of,
 )
 from pretrain.models.sentences import SentenceSettings, pool, pooling_named
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -158,7 +158,7 @@ def embed(
     """
     vectors, cut = embed_counting(model, texts, pooling, batch_size, normalize, prompt, prompt_name)
     if cut:
-        warnings.warn(cut_texts(model, cut, len(vectors)), stacklevel=2)
+        note(cut_texts(model, cut, len(vectors)))
     return vectors
 
 

@@ -6,7 +6,6 @@ a batch as alone. Letters: B prompts, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -331,8 +330,7 @@ class _Decoder:
                 yield from self._loop(rows, steps, generator)
         full = [len(a) == b < n for a, b, n in zip(self.new, budgets, wanted, strict=True)]
         if any(full):
-            text = f"{sum(full)} of {len(full)} texts ended early: the model has {room} positions."
-            warnings.warn(text, stacklevel=4)
+            note(f"{sum(full)} of {len(full)} texts ended early: the model has {room} positions.")
 
     def _loop(
         self, rows: list[int], budget: list[int], generator: torch.Generator

@@ -7,7 +7,6 @@ vocabulary.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from pretrain.config.check import check_value
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.inference.prompts import end_ids
 from pretrain.inference.sampling import Sampler
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -236,12 +236,12 @@ class Settings:
 
 
 def _name_missing(stored: Mapping[str, Any], *, sampling: bool) -> None:
-    """Warn about keys of the file that change the text and are not implemented."""
+    """Name the keys of the file that change the text and are not implemented."""
     table = _MISSING | (_MISSING_IN_SAMPLING if sampling else {})
     missing = [f"{k}={stored[k]!r}" for k in table if k in stored and stored[k] not in table[k]]
     if missing:
         text = f"{FILE} asks for {', '.join(missing)}, not implemented here: texts are generated without."
-        warnings.warn(text, stacklevel=4)
+        note(text, once=True)
 
 
 def _sampler(reader: _Reader) -> Sampler:

@@ -5,7 +5,6 @@ Letters: N texts, Q queries, D hidden, K hits.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ from torch.nn.functional import normalize
 
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.inference.fill import cut_texts, embed_counting
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -108,7 +108,7 @@ def search(model: Model, queries: Any, texts: Any, top_k: int = 10, **options: A
     if not count:
         raise DataError("There are no texts to search. Give at least one.")
     if cut:
-        warnings.warn(cut_texts(model, cut, count), stacklevel=2)
+        note(cut_texts(model, cut, count))
     hits = [
         [Hit(i, score, kept.get(i)) for i, score in zip(places, values, strict=True)]
         for places, values in zip(indices.tolist(), scores.tolist(), strict=True)
@@ -181,7 +181,7 @@ def _units(model: Model, given: Any, options: Mapping[str, Any]) -> tuple[Tensor
 
 def _said(model: Model, vectors: Tensor, cut: int) -> Tensor:
     if cut:
-        warnings.warn(cut_texts(model, cut, len(vectors)), stacklevel=3)
+        note(cut_texts(model, cut, len(vectors)))
     return vectors
 
 

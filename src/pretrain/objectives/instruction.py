@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +35,7 @@ from pretrain.hub import function
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, ExampleList, Rngs, TokenObjective
 from pretrain.objectives.tasks import Learned, Task
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -89,11 +89,11 @@ def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
         model.generation_config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     pad = tokenizer.pad_id
     if pad is not None and pad in ends:
-        warnings.warn(
+        note(
             f"The padding token {tokenizer.roles['pad']!r} also ends an answer. pretrain masks padding by position, "
             "so the model learns the end of an answer; tools that mask padding by id would mask this end too. Use a "
             "separate padding token.",
-            stacklevel=3,
+            once=True,
         )
     elif pad is not None:
         model.generation_config["pad_token_id"] = pad

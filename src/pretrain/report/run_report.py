@@ -17,12 +17,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.best import run_state
+from pretrain.checkpoint.best import best_first, run_state
+from pretrain.checkpoint.model_card import auto_class
+from pretrain.errors import DataError
 from pretrain.printing import clock
 from pretrain.report.history import History, loss_svg, number, read_history
 from pretrain.report.remarks import beside_frequencies, overfitted
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import (
+    Page,
     bullets,
     card,
     chart,
@@ -37,21 +40,37 @@ from pretrain.utils.html import (
     write_page,
 )
 
-__all__ = ["machine_tiles", "render", "write"]
+__all__ = ["PAGE", "fine_tuned", "machine_tiles", "render", "write"]
+
+PAGE = "report.html"
 
 
 def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Write the report of a run and return its path.
+    """Write the report of a pre-training run and return its path.
 
     Args:
-        run_dir: directory of a run, finished or not.
+        run_dir: directory of a run, finished or not. The page in that of a fine-tuning run is kept: it shows more.
         out: file to write; ``run_dir/report.html`` by default.
 
     Raises:
-        DataError: ``run_dir`` is not a run directory, or the file cannot be written.
+        DataError: ``run_dir`` is not a run directory, or one of fine-tuning without a page, or the file cannot be
+            written.
     """
-    path = Path(out) if out is not None else Path(run_dir) / "report.html"
-    return write_page(path, render(run_dir))
+    path = Path(out) if out is not None else Path(run_dir) / PAGE
+    if out is not None or not fine_tuned(run_dir):
+        return write_page(path, render(run_dir))
+    if path.is_file():
+        kept: Path = Page(path)
+        return kept
+    raise DataError(
+        f"{run_dir} is a fine-tuning run, whose page shows its task. Write it with: "
+        f"{shlex.join(['pretrain', 'report', str(run_dir)])}"
+    )
+
+
+def fine_tuned(run_dir: str | os.PathLike[str]) -> bool:
+    """Whether a run directory is one of fine-tuning, going by its ``run.yaml``."""
+    return "task" in _read_config(Path(run_dir))
 
 
 def render(run_dir: str | os.PathLike[str]) -> str:
@@ -268,10 +287,15 @@ def _data(about: Mapping[str, Any]) -> str:
 
 def _block(folder: Path) -> Mapping[str, Any]:
     """Return the "pretrain" block of the newest checkpoint."""
-    for path in _complete(folder)[-1:]:
-        with contextlib.suppress(OSError, ValueError):
-            block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("pretrain")
-            return block if isinstance(block, Mapping) else {}
+    blocks = [_config(path).get("pretrain") for path in _complete(folder)[-1:]]
+    return next((block for block in blocks if isinstance(block, Mapping)), {})
+
+
+def _config(directory: Path) -> Mapping[str, Any]:
+    """Return the content of config.json; empty if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, Mapping) else {}
     return {}
 
 
@@ -283,22 +307,26 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _checkpoints(folder: Path) -> str:
-    found = _complete(folder)
-    if not found:
+    """Return the code that opens the model of the run, by the path that was given, and the names of the checkpoints."""
+    names = ", ".join(path.name for path in _complete(folder))
+    made = best_first(folder) if folder.is_dir() else []
+    best = next((path for path in made if (path / "manifest.json").is_file()), None)
+    if best is None:
         return ""
-    newest, names = str(found[-1].resolve()), ", ".join(path.name for path in found)
+    auto = auto_class(_config(best))
     code = (
-        f"import pretrain\nmodel = pretrain.load({newest!r})\n\n"
+        f"import pretrain\nmodel = pretrain.load({str(best)!r})\n\n"
         "# or with Hugging Face transformers, from the same directory\n"
-        f"from transformers import AutoModel\nmodel = AutoModel.from_pretrained({newest!r})"
+        f"from transformers import {auto}\nmodel = {auto}.from_pretrained({str(best)!r})"
     )
-    place = f"<div>{escape(names)} in <code>{escape(str(folder.resolve()))}</code></div>"
+    place = f"<div>{escape(names)} in <code>{escape(str(folder))}</code></div>" if names else ""
     return card(place, pre(code))
 
 
 def _repeat(folder: Path) -> str:
     path = folder / "run.yaml"
-    words = ["pretrain", "train", "--config", str(path), "--train.out", f"{folder}-again"]
+    command = "finetune" if fine_tuned(folder) else "train"
+    words = ["pretrain", command, "--config", str(path), "--train.out", f"{folder}-again"]
     text = path.read_text(encoding="utf-8", errors="replace")
     return card(pre(shlex.join(words)), details("all settings (run.yaml)", pre(text)))
 

@@ -18,6 +18,9 @@ from pretrain.training.state import Run
 
 __all__ = ["last_words", "taken"]
 
+# Task with a class for each row -> rows of it, in the commands that go on from a run.
+_LABELLED = {"image-classification": "photos", "audio-classification": "recordings"}
+
 
 def last_words(run: Run, objective: Objective, unigram: float | None) -> list[str]:
     """Write the report of a run and return the lines that are printed at its end.
@@ -63,20 +66,36 @@ def _report(path: Path) -> list[str]:
 def _next(path: Path, objective: Objective) -> list[str]:
     """Return what can be done with the model, in the spelling of the interface in use."""
     model: Any = objective.model
+    backbone, kind, words = model.backbone, model.head_kind, model.tokenizer
+    heads = {*backbone.architectures, *backbone.successors}
     quoted, loaded = shlex.quote(str(path)), f"pretrain.load({str(path)!r})"
+    task, rows = next(
+        (way for way in _LABELLED.items() if way[0] in heads), ("TASK", "labelled.csv")
+    )
+    if backbone.default_task is not None:
+        task, rows = backbone.default_task, "pairs.csv"
     ways = []
-    if model.tokenizer is not None and model.head_kind == "causal-lm":
+    if words is not None and kind == "causal-lm":
         ways.append(
             (f'pretrain generate {quoted} "Once upon a time"', f'{loaded}.generate("Once upon a time")')
         )  # fmt: skip
-    elif model.tokenizer is not None and model.head_kind == "masked-lm":
-        text = f'"The {model.tokenizer.decode([model.tokenizer.mask_id], skip_special=False)} of the day."'
+    elif words is not None and kind == "masked-lm":
+        text = f'"The {words.decode([words.mask_id], skip_special=False)} of the day."'
         ways.append((f"pretrain fill-mask {quoted} {text}", f"{loaded}.fill_mask({text})"))
-    if model.tokenizer is not None:
+    elif kind == task:
+        ways.append((f"pretrain predict {quoted} {rows}", f"{loaded}.predict(FILES)"))
+    elif backbone.default_task is not None:
+        ways.append(
+            (f"pretrain predict {quoted} photos --labels [cat,dog]",
+             f'{loaded}.predict(FILES, labels=["cat", "dog"])')
+        )  # fmt: skip
+    if words is not None or task != "TASK":
         ways.append(
             (
-                f"pretrain finetune --model {quoted} --data labelled.csv --task TASK",
-                f'pretrain.finetune({str(path)!r}, "labelled.csv", TASK)',
+                f"pretrain finetune --model {quoted} --data {rows} --task {task}",
+                f"pretrain.finetune({str(path)!r}, {rows!r}, {'TASK' if task == 'TASK' else repr(task)})",
             )
         )
+    if "image-classification" in heads:
+        ways.append((f"pretrain probe {quoted} photos", f"pretrain.probe({str(path)!r}, 'photos')"))
     return ["next:", *(f"    {either(*way)}" for way in ways)] if ways else []

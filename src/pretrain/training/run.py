@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint import latest, load
-from pretrain.checkpoint.download import located
+from pretrain.checkpoint import load
+from pretrain.checkpoint.best import opened, with_training
+from pretrain.checkpoint.download import located, terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pretrain.config.run import Sections
@@ -323,8 +324,7 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
         return prepared
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None and tokenizer == "bpe":
-        place = _place(settings.model.checkpoint)
-        tokenizer = str(latest(place) or place)
+        tokenizer = str(opened(_place(settings.model.checkpoint)))
     made: Prepared = prepare(
         data.train,
         source="text",
@@ -506,7 +506,8 @@ def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[st
 
 def about(settings: RunConfig, data: Prepared | RowSource) -> dict[str, Any]:
     """Return what a checkpoint records about its origin."""
-    return data.about() | {"parent": origin(settings.model.checkpoint)}
+    start = settings.model.checkpoint
+    return data.about() | {"parent": origin(start), **terms(start or "")}
 
 
 def evaluate(
@@ -561,8 +562,7 @@ def evaluate(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
     built = build_objective(name, options, model)
-    place = _place(path)
-    load_others(built, latest(place) or place)
+    load_others(built, with_training(_place(path)))
     longest, room = row_length(rows, built), model.backbone.max_length
     if room and longest > room and built.unit_name == "tokens":
         raise DataError(
@@ -619,7 +619,7 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
         length = min(_row_length_of(home, model), model.backbone.max_length or 1 << 20)
-        source = str(latest(path) or path) if (path / "run.yaml").is_file() else str(_place(path))
+        source = str(opened(_place(path)))
         # All text is evaluated, so notes on training data (no validation rows) would be misleading.
         prepared = prepare(
             data, source="text", tokenizer=source, row_length=length, valid=0.0, quiet=True

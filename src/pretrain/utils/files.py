@@ -111,10 +111,20 @@ IO = FileIO()
 _MUTED: ContextVar[bool] = ContextVar("muted", default=False)
 
 
-def note(text: str) -> None:
-    """Print one line to the console, unless `muted`; see `pretrain.printing.show`."""
-    if not is_muted():
+_TOLD: set[str] = set()  # lines that were printed once
+
+
+def note(text: str, *, once: bool = False) -> None:
+    """Print one line to the console, unless `muted`; see `pretrain.printing.show`.
+
+    Args:
+        text: the line.
+        once: print it only the first time in this process, as it holds for every call.
+    """
+    if not is_muted() and not (once and text in _TOLD):
         show(printable(text))
+        if once:
+            _TOLD.add(text)
 
 
 @contextlib.contextmanager
