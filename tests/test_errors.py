@@ -16,6 +16,7 @@ from pretrain.errors import did_you_mean, nearest
         ("cosine_with_restarts", ["constant", "cosine", "linear"], "cosine"),
         ("topic", ["kto", "topic-classification"], "topic-classification"),
         ("foo", ["orpo"], None),
+        ("problem", ["parallel.reproducible", "reproducible"], None),
         ("reranking", ["chunking"], None),
         ("l", ["labels"], None),
     ],

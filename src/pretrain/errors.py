@@ -171,7 +171,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         if min(len(option), len(name)) >= _START
         and (option.startswith(name) or name.startswith(option))
     ]
-    for candidates, cutoff in ((options, 0.8), (starts, 0.0), (options, 0.6)):
+    for candidates, cutoff in ((options, 0.8), (starts, 0.0), (options, 0.65)):
         if near := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return near[0]
     return None

@@ -180,6 +180,7 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
         (["evaluate", "x", "--task", "foo"], ["minimal-pairs", "sts"]),
         (["export", "x", "--to", "onx"], ["Did you mean 'onnx'?"]),
         (["prepare", "pyproject.toml", "--valid", "last:2"], ["--valid last:2: the share"]),
+        (["finetune", "--problem", "x"], ["belong under task.options"]),
         (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
         (["finetune", "--label_counts", "many"], ["--label_counts", "a list", "'many'"]),
         (["finetune", "--label_counts", "[5, x]"], ["--label_counts.1", "whole number", "'x'"]),

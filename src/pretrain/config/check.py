@@ -266,7 +266,8 @@ class _Checker:
             which = f", which is {words[close]!r}" * (words[close] != close)
             return f" Did you mean {close!r}{which}?"
         inside = [key for key in known if key.startswith(f"{head}.")]
-        return f" Known: {', '.join(sorted(inside) or self.sections)}."
+        options = " Options of the task belong under task.options." * ("task" in self.sections)
+        return f" Known: {', '.join(sorted(inside) or self.sections)}.{options * (not inside)}"
 
     def section(self, section: str, values: Mapping[str, Any]) -> Any:
         checked = {}
