@@ -160,7 +160,8 @@ class Run:
         return write(self.path, out)
 
     def __repr__(self) -> str:
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in self.metrics.items())
+        shown = (f"{key} {value:.4g}" for key, value in self.metrics.items() if key != "targets")
+        figures = ", ".join(shown)
         return f"Run({str(self.path)!r}, step {self.step:,}, stopped by {self.stopped}, {figures})"
 
     def _repr_html_(self) -> str:
