@@ -144,7 +144,9 @@ def test_from_python(unknown: None, tmp_path: Path) -> None:
     model = pretrain.build(FAMILY, None, tokenizer=tokenizer, max_positions=16, **sizes)
     model.save("saved")
     forget()
-    with pytest.raises(ConfigError, match=r"no model family 'own-gpt'.*family=\.\.\."):
+    with pytest.raises(
+        ConfigError, match="no model family 'own-gpt'.*family=.package.module:Class"
+    ):
         pretrain.load("saved")
     opened = pretrain.load("saved", family=FAMILY)
     assert opened.generate("the", max_new_tokens=3) == model.eval().generate(
