@@ -144,7 +144,7 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
         (["train", "--optim.lrr=3"], ["'optim.lrr'", "'optim.lr'"]),
         (["train", "--lrr", "3"], ["'lrr'", "'optim.lr'"]),
         (["train", "--optim.lr", "fast", "--batch_size", "3"], ["optim.lr", "a number"]),
-        (["train", "--batch_size", "0"], ["train.batch_rows", "between", "batch_size"]),
+        (["train", "--batch_size", "-1"], ["train.batch_rows", "between", "batch_size"]),
         (["train", "--batch_size", "8", "--batch_rows", "8"], ["both train.batch_rows"]),
         (["train", "--gradient_accumulation_steps", "4"], ["train.micro_rows", "divided by 4"]),
         (["train", "--resume", "--out", "runs/x"], ["train.out", "resumes", "model.checkpoint"]),

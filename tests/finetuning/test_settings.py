@@ -123,7 +123,7 @@ def test_settings_of_pre_training_that_fine_tuning_fixes() -> None:
         min_lr=0.0,
     )  # fmt: skip
     assert train == TrainConfig(
-        out="runs/x", limit="5 steps", micro_rows=4, eval_every="1 epochs", save_every="25%", keep=1,
+        out="runs/x", limit="5 steps", batch_rows=32, micro_rows=4, eval_every="1 epochs", save_every="25%", keep=1,
         monitor="",
     )  # fmt: skip
     trial = made.train.at("runs/x", "5 steps", save=False)

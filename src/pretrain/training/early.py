@@ -44,6 +44,12 @@ def check_early(settings: RunConfig, rows: RowSource | None = None, devices: int
         ConfigError, ModelError: one of them cannot be used.
         CheckpointError: there is no such checkpoint.
     """
+    if rows is not None and (devices != 1 or settings.data.source is not None):
+        raise ConfigError(
+            "rows= is an object in the memory of this process: other processes (devices) cannot read it, and it cannot "
+            "be combined with data.source. Leave it out, write a function that returns the rows, and name that: "
+            'data={"source": "package.module:function"}.'
+        )
     model, objective = settings.model, settings.objective
     choose_device(settings.parallel.device)
     count_devices(devices, settings.parallel.device)

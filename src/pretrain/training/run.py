@@ -110,17 +110,9 @@ def train(
     settings = RunConfig.load(config, sections or None)
     keep_automatic(settings)
     check_early(settings, rows, devices)
-    if rows is not None and (devices != 1 or settings.data.source is not None):
-        raise ConfigError(
-            "rows= is an object in the memory of this process: other processes (devices) cannot read it, and it cannot "
-            "be combined with data.source. Leave it out, write a function that returns the rows, and name that: "
-            'data={"source": "package.module:function"}.'
-        )
     if devices != 1:
         if not settings.train.out:
-            found = rows_of(settings, quiet=False)
-            settings.model.size = settle_size(settings.model, found)
-            settings.train.out = run_name(settings, found)
+            settle_by_data(settings, rows_of(settings, quiet=False))
         if (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
             return run
     world = current_world()
@@ -135,10 +127,7 @@ def train(
             lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
         )
-        settings.model.size = settle_size(settings.model, data)
-        if not settings.train.out:
-            settings.train.out = run_name(settings, data)
-            keep_automatic(settings)
+        settle_by_data(settings, data)
         out = Path(settings.train.out)
         model = make_model(settings, data)
         chosen, seed = settings.objective, settings.train.seed
@@ -167,6 +156,14 @@ def train(
                     trainer.say(line)
 
         return trainer.fit(begin, end)
+
+
+def settle_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
+    """Choose by the data what the settings leave open: the size of the model, and the directory of the run."""
+    settings.model.size = settle_size(settings.model, data)
+    if not settings.train.out:
+        settings.train.out = run_name(settings, data)
+        keep_automatic(settings)
 
 
 def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
