@@ -96,15 +96,15 @@ def terms(path: str | Path) -> dict[str, Any]:
     name = hub_name(path)
     try:
         directory = ModelDirectory(opened(described(path)), verify=False)
-        found = card_terms(read_bytes(directory.real("README.md")).decode("utf-8", "replace"))
+        stated = card_terms(read_bytes(directory.real("README.md")).decode("utf-8", "replace"))
     except CheckpointError:
         return {}
-    link = found.get("license_link")
+    link = stated.get("license_link")
     if link and "://" not in link:
-        found["license_link"] = name and (
+        stated["license_link"] = name and (
             f"https://huggingface.co/{name.repository}/blob/{name.revision or 'main'}/{link}"
         )
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in stated.items() if value}
 
 
 def pinned(path: str, before: str | None = None) -> str:

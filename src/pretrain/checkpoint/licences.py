@@ -33,16 +33,16 @@ _LIMIT = 200  # characters of a value
 
 def card_terms(card: str) -> dict[str, Any]:
     """Return licence and languages from the front matter of a model card; a value of another form is left out."""
-    from pretrain.config.strict_yaml import parse
+    from pretrain.config.strict_yaml import parse  # yaml, which most programs do not need
 
     head = _HEAD.match(card)
     try:
-        found = parse(head[1], "the model card")[0] if head else None
+        fields = parse(head[1], "the model card")[0] if head else None
     except ConfigError:  # a card can use more of YAML than is read here
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         return {}
-    return {key: found[key] for key in TERMS if _plain(found.get(key), lists=key == "language")}
+    return {key: fields[key] for key in TERMS if _plain(fields.get(key), lists=key == "language")}
 
 
 def _plain(value: Any, *, lists: bool) -> bool:

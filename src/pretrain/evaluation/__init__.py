@@ -18,13 +18,7 @@ from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
-from pretrain.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ModelError,
-    naming_memory,
-)
+from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
 from pretrain.evaluation.embeddings import retrieval, sts
 from pretrain.evaluation.pairs import minimal_pairs
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision

@@ -18,11 +18,11 @@ __all__ = ["follow_up", "last_words"]
 
 def last_words(result: Finetuned) -> list[str]:
     """Write the report of a run that has come to its end, and return the lines that are printed then."""
-    found = result.comparison
+    comparison = result.comparison
     return [
         *repr(result).splitlines(),
         taken(result.run),
-        *(found.table().splitlines() if found is not None else []),
+        *(comparison.table().splitlines() if comparison is not None else []),
         *(_report(result) if not result.run.exit_code else []),
         *follow_up(result),
     ]

@@ -29,6 +29,8 @@ def settle_amounts(train: TrainConfig, data: Examples) -> TrainConfig:
     They depend on the number of rows only, never on the machine, so that a run can be repeated and resumed anywhere.
     """
     limit, batch = train.limit, train.batch_rows
+    if batch and limit != "auto":
+        return train
     rows = Loader(data, seed=0).epoch_length if len(data) else 0
     if not batch:
         batch = next((size for size in _BATCHES if rows >= size * _EPOCH_STEPS), _BATCHES[-1])

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -74,9 +75,8 @@ __all__ = ["evaluate", "train"]
 _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The vocabulary is padded to a multiple of this, which is faster on matrix units; small ones are not padded.
 _VOCAB_MULTIPLE = 64
-# Automatic model sizes, below so many tokens of training text; the size for more.
-_SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9}
-_LARGEST_SIZE = "base"
+# Automatic model sizes, below so many tokens of training text.
+_SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9, "base": math.inf}
 _ROWS = 16  # rows in one forward pass of an evaluation
 
 
@@ -174,10 +174,8 @@ def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
     if model.size != "auto" or model.checkpoint is not None:
         return model.size
     tokens = data.train.num_tokens if isinstance(data, Prepared) else 0
-    found = next((size for size, most in _SIZES.items() if 0 < tokens < most), PLAIN_SIZE)
-    if tokens >= max(_SIZES.values()):
-        found = _LARGEST_SIZE
-    return found if found in family_class(model.family).config_class.size_names() else PLAIN_SIZE
+    size = next((size for size, below in _SIZES.items() if 0 < tokens < below), PLAIN_SIZE)
+    return size if size in family_class(model.family).config_class.size_names() else PLAIN_SIZE
 
 
 def keep_automatic(settings: RunConfig) -> None:
