@@ -1,6 +1,7 @@
 """Time and loss of the small model sizes on one CPU thread, for the table that ``--model.size ?`` prints.
 
     python docs/sizes.py gpt2:tiny gpt2:mini qwen3:tiny    # about two minutes of the processor for tiny
+    python docs/sizes.py --time gpt2:base                  # the time alone, of four steps: for sizes that take hours
 
 Every size reads the same tokens of WikiText-2 (its test file, in PRETRAIN_TEST_DATA) in the same order, and writes its
 figures into src/pretrain/training/sizes.json. The time is that of the processor, without start-up, evaluation and
@@ -27,8 +28,9 @@ TABLE = Path(__file__).parents[1] / "src" / "pretrain" / "training" / "sizes.jso
 ROWS, LENGTH, STEPS, RATE, WARM = 4, 512, 128, 2e-3, 8
 
 
-def measure(family: str, size: str, folder: Path) -> dict[str, float]:
-    """Train one size; return seconds per million tokens and the held-out loss."""
+def measure(family: str, size: str, folder: Path, *, loss: bool = True) -> dict[str, float]:
+    """Train one size; return seconds per million tokens and, unless only a few steps are timed, the held-out loss."""
+    steps, warm = (STEPS, WARM) if loss else (4, 1)
     clock: dict[int, float] = {}
 
     def tick(record: Any) -> None:
@@ -47,10 +49,10 @@ def measure(family: str, size: str, folder: Path) -> dict[str, float]:
         objective="masked-lm" if encoder else "next-token",
         lr=RATE,
         batch_rows=ROWS,
-        limit=STEPS,
+        limit=steps,
         eval_every=0,
         save_every=0,
-        eval_rows=64,
+        eval_rows=64 if loss else 4,
         precision="fp32",
         device="cpu",
         threads=1,
@@ -59,9 +61,9 @@ def measure(family: str, size: str, folder: Path) -> dict[str, float]:
     )
     if run.exit_code:  # a signal ended it
         sys.exit(run.exit_code)
-    tokens = (STEPS - WARM) * ROWS * LENGTH
-    seconds = (clock[STEPS] - clock[WARM]) / tokens * 1e6
-    return {"seconds": round(seconds, 1), "loss": round(run.metrics["loss"], 3)}
+    tokens = (steps - warm) * ROWS * LENGTH
+    found = {"seconds": round((clock[steps] - clock[warm]) / tokens * 1e6, 1)}
+    return found | ({"loss": round(run.metrics["loss"], 3)} if loss else {})
 
 
 def processor() -> str:
@@ -72,13 +74,15 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], *, loss: bool) -> None:
     """Measure the sizes named ``FAMILY:SIZE`` and write them beside those that were measured before."""
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"figures": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             family, _, size = name.partition(":")
-            table["figures"].setdefault(family, {})[size] = measure(family, size, Path(folder))
+            table["figures"].setdefault(family, {})[size] = measure(
+                family, size, Path(folder), loss=loss
+            )
             table["measured"] = (
                 f"Time and loss were measured on one thread of {processor()} in fp32; the loss is held out, after "
                 f"{STEPS * ROWS * LENGTH:,} tokens of WikiText-2 (masked for encoders)."
@@ -88,4 +92,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main([name for name in sys.argv[1:] if name != "--time"], loss="--time" not in sys.argv)

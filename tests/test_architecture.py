@@ -15,7 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from architecture import circle, folder_graph, set_on_trainers
+from architecture import PRE_TRAIN, TEXTS, circle, folder_graph, observed, set_on_trainers
+
+from pretrain.data.tokenizer import train_from_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "pretrain"
@@ -419,6 +421,30 @@ def test_models_of_texts_load_nothing_of_images():
         "print([m for m in loaded if any(word in m for word in words)])"
     )
     assert python(code).splitlines()[-1] == "[]"
+
+
+def test_a_run_of_one_process_loads_only_what_it_uses(tmp_path: Path):
+    """No LoRA, no tables, nothing that only several processes need."""
+    train_from_texts(TEXTS * 20, "wordpiece", vocab_size=60).save(tmp_path)
+    files, _ = observed(PRE_TRAIN, str(tmp_path))
+    loaded = {Path(file).relative_to(SRC).with_suffix("").as_posix() for file in files}
+    assert "training/trainer" in loaded
+    several = (
+        "processes",
+        "parallel_strategy",
+        "tensor_parallel",
+        "watchdog",
+        "handshake",
+        "store",
+        "launch",
+        "ddp",
+    )
+    unused = {"data/table_readers", "data/tables", "checkpoint/adapter_files", "metrics"}
+    unused |= {f"distributed/{name}" for name in several}
+    assert not loaded & unused
+    assert not [
+        name for name in loaded if name.startswith(("lora/", "finetuning/", "inference/predict"))
+    ]
 
 
 def test_everything_public_resolves_and_costs_little_more_than_torch():

@@ -369,10 +369,6 @@ def test_mean_interval_of_few_values():
         metrics.student_t(0.5, 0)
 
 
-def test_lower_is_better_names_losses_only():
-    assert "mse" in metrics.LOWER_IS_BETTER and "accuracy" not in metrics.LOWER_IS_BETTER
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["X", "Y", ""]), st.integers(1, 4)), max_size=8))
 def test_all_schemes_of_tags_give_the_same_spans(parts):

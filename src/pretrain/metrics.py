@@ -24,7 +24,6 @@ from numpy.typing import ArrayLike, NDArray
 from pretrain.errors import ConfigError, DataError
 
 __all__ = [
-    "LOWER_IS_BETTER",
     "accuracy",
     "box_iou",
     "confusion_matrix",
@@ -60,8 +59,6 @@ __all__ = [
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Span = tuple[str, int, int]
-
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae"})
 
 
 def confusion_matrix(true: ArrayLike, predicted: ArrayLike, num_classes: int) -> Ints:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import pretrain
 from pretrain.cli.main import main
 from pretrain.data.encodings import likely_encoding
-from pretrain.data.readers import Reading, delimiter_of, read_file
+from pretrain.data.readers import Reading, read_file
 from pretrain.data.sources import documents, resolve_sources
+from pretrain.data.table_readers import delimiter_of
 from pretrain.errors import DataError
 
 GOOD = [f"document number {k} says hello,\nto the other {k * k} documents" for k in range(40)]

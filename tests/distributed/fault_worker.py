@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cli.main import main
-from pretrain.distributed.world import World
+from pretrain.distributed.processes import Processes
 from pretrain.training.trainer import Trainer
 
 PHASES = ("start", "data", "forward", "backward", "update", "evaluate", "save")
@@ -71,9 +71,9 @@ def prepare() -> None:
         own = Path(os.environ["OWN"], os.environ["RANK"])
         own.mkdir(parents=True, exist_ok=True)
         os.chdir(own)
-    mark, set_up = World.mark, Trainer._set_up
+    mark, set_up = Processes.mark, Trainer._set_up
 
-    def marked(world: World, phase: str, step: int) -> None:
+    def marked(world: Processes, phase: str, step: int) -> None:
         mark(world, phase, step)
         reached(world.rank, phase, step)
 
@@ -83,7 +83,7 @@ def prepare() -> None:
         tell("began", step=trainer.state.step)
         return resumed
 
-    World.mark, Trainer._set_up = marked, with_start  # type: ignore[method-assign]
+    Processes.mark, Trainer._set_up = marked, with_start  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pretrain.distributed import launch, launched
-from pretrain.distributed.launch import Launched, count_devices
+from pretrain.distributed.launch import Launched
+from pretrain.distributed.launched import count_devices
 from pretrain.errors import ConfigError, NoTargets
 from pretrain.training.live import open_screen
 from pretrain.training.relay import Relay

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.distributed.tensor_parallel import possible_tp
 from pretrain.errors import ModelError
 from pretrain.exporting import onnx
 from pretrain.models import build
@@ -52,6 +51,6 @@ def test_a_model_of_audio_is_not_taken_for_one_of_images():
 
 def test_a_copy_of_the_model_rules_out_tensor_parallelism():
     model = build("vit", **SIZES, **IMAGES, num_channels=1)
-    assert possible_tp(model.backbone.config) == [1, 2]
+    assert model.backbone.config.possible_tp() == [1, 2]
     assert MoCo.copies_model and not LeJEPA.copies_model
     assert build_objective("MoCo", {}, model).copies_model

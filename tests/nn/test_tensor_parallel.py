@@ -15,7 +15,6 @@ from torch import nn
 from contract import TEXT_FAMILIES
 from pretrain.distributed.tensor_parallel import (
     cuts_of,
-    possible_tp,
     reduce_partial_gradients,
     shard_model,
 )
@@ -151,14 +150,14 @@ def test_adapters_are_cut_with_their_layers(dora: bool) -> None:
 
 def test_possible_sizes() -> None:
     def sizes(**options: Any) -> list[int]:
-        return possible_tp(made(**options).backbone.config)
+        return made(**options).backbone.config.possible_tp()
 
     assert sizes() == [1, 2, 4]
     assert sizes(num_kv_heads=2) == [1, 2]
     assert sizes(num_kv_heads=1) == [1]
     assert sizes(intermediate_size=66) == [1, 2]
     images = {"image_size": 8, "patch_size": 4}
-    assert possible_tp(build("vit", hidden_size=32, num_heads=4, **images).backbone.config) == [
+    assert build("vit", hidden_size=32, num_heads=4, **images).backbone.config.possible_tp() == [
         1,
         2,
         4,

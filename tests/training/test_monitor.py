@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pretrain.errors import TrainingError
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
-from pretrain.training.monitor import improves, score
+from pretrain.training.monitor import LOWER_IS_BETTER, improves, score
 from pretrain.training.state import RunState
 from tiny import Rows, objective, trainer
 
@@ -197,3 +197,7 @@ def test_the_best_of_a_sequence(values: list[float], name: str) -> None:
     assert values.index(best) + 1 == state.best_step
     assert state.evals_since_best == len(values) - state.best_step
     assert score({name: best}, name) == state.best_score
+
+
+def test_lower_is_better_names_losses_only() -> None:
+    assert "mse" in LOWER_IS_BETTER and "accuracy" not in LOWER_IS_BETTER

@@ -9,7 +9,8 @@
 A checkpoint is written to a temporary sibling directory, flushed, verified and renamed; the previous checkpoint is kept
 until then. Nothing is pickled, and no pickle is ever opened. Every file is treated as untrusted input.
 
-The names below are imported on first use, so that reading a manifest does not import the models.
+The names below are imported on first use, so that reading a manifest does not import the models; so is
+``adapter_files``, which the other modules use for models that have an adapter.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pretrain.checkpoint import adapter_files as adapter_files
     from pretrain.checkpoint.loading import inspect, load, state_of
     from pretrain.checkpoint.manifest import latest, rotate, verify
     from pretrain.checkpoint.saving import Saver, estimated_size, save_checkpoint, save_model
@@ -62,6 +64,8 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "adapter_files":
+        return importlib.import_module("pretrain.checkpoint.adapter_files")
     if name not in _PLACES:
         raise AttributeError(f"module 'pretrain.checkpoint' has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES[name]), name)

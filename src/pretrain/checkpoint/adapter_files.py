@@ -1,4 +1,7 @@
-"""Loading of adapter directories, written by this package or by peft, as untrusted input."""
+"""Files of adapters, written by this package or by peft: what only models with an adapter need of `pretrain.lora`.
+
+What is read is untrusted input.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,15 @@ from pretrain.checkpoint.model_directory import (
 )
 from pretrain.errors import CheckpointError, ConfigError, ModelError
 from pretrain.lora.attach import base_sample, body_shapes, fingerprint
-from pretrain.lora.peft_format import PeftSettings, attach_stored, fill, from_peft, head_of
+from pretrain.lora.peft_format import (
+    PeftSettings,
+    adapter_config,
+    adapter_packing,
+    attach_stored,
+    fill,
+    from_peft,
+    head_of,
+)
 from pretrain.models.heads import LABELLED
 from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, reading
@@ -31,7 +42,17 @@ from pretrain.utils.tensors import read_header
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["adapted_state", "adapted_values", "adapter_facts", "adapter_sizes", "open_adapter"]
+__all__ = [
+    "adapted_state",
+    "adapted_values",
+    "adapter_config",
+    "adapter_facts",
+    "adapter_packing",
+    "adapter_sizes",
+    "base_sample",
+    "from_peft",
+    "open_adapter",
+]
 
 _PARENTS = 3  # number of parents of the adapter directory in which a base named by a relative path is searched
 

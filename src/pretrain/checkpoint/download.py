@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pretrain import checkpoint
 from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.licences import card_terms
 from pretrain.checkpoint.manifest import checked_directory
@@ -32,7 +33,6 @@ from pretrain.errors import (
     ConfigError,
     ModelError,
 )
-from pretrain.lora.peft_format import from_peft
 from pretrain.utils.files import free_bytes, hash_file, note, read_bytes
 from pretrain.utils.hub_files import hub_errors, snapshot
 from pretrain.utils.hub_files import pinned as pinned_name
@@ -181,7 +181,9 @@ def _refuse_unusable(
         )
     try:
         if weights == [ADAPTER_WEIGHTS]:
-            from_peft(model.json(ADAPTER_CONFIG), f"{name}, {ADAPTER_CONFIG}")
+            checkpoint.adapter_files.from_peft(
+                model.json(ADAPTER_CONFIG), f"{name}, {ADAPTER_CONFIG}"
+            )
         elif not model.has("config.json"):
             raise CheckpointError(f"{name} has no config.json, so it is no Hugging Face model.")
         else:

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain import __version__
+from pretrain import __version__, checkpoint
 from pretrain.checkpoint import manifest, model_directory
-from pretrain.checkpoint.adapter_files import adapter_facts
 from pretrain.checkpoint.model_card import readme
 from pretrain.checkpoint.peers import Peers, Pieces
 from pretrain.checkpoint.training_state import TrainingState, check_stem, encoded_state, shard_name
-from pretrain.lora.peft_format import adapter_config, adapter_packing
 from pretrain.models.config import drop_code
 from pretrain.models.state import disk_packing
 from pretrain.nn.buffers import stored_tensors
@@ -151,7 +149,11 @@ def draft_of(
     parts = {name: local(tensor).detach() for name, tensor in stored_tensors(model).items()}
     full = pieces.full(parts)
     config = _config(model, block, full)
-    packing = disk_packing(model) if model.adapter is None else adapter_packing(model)
+    packing = (
+        disk_packing(model)
+        if model.adapter is None
+        else checkpoint.adapter_files.adapter_packing(model)
+    )
     used = {key for keys in packing.sources.values() for key in keys}
     weights = packing.layout(full)
     adapted = model.adapter is not None
@@ -198,7 +200,7 @@ def _config(
         versions = {"pretrain": __version__, "torch": str(torch.__version__)}
         config["pretrain"] = {"versions": versions, **block}
     if model.adapter is not None:
-        facts = adapter_facts(model, full)
+        facts = checkpoint.adapter_files.adapter_facts(model, full)
         config["pretrain"] = {**(config.get("pretrain") or {}), "adapter": facts}
     return dict(finite_json(names_only(config)))
 
@@ -292,7 +294,9 @@ def model_texts(
     own = "config.json" if model.adapter is None or in_run else model_directory.ADAPTED_MODEL
     texts = {own: to_json(config)}
     if model.adapter is not None:
-        texts[model_directory.ADAPTER_CONFIG] = to_json(adapter_config(model))
+        texts[model_directory.ADAPTER_CONFIG] = to_json(
+            checkpoint.adapter_files.adapter_config(model)
+        )
     if model.head_kind == "causal-lm":
         texts["generation_config.json"] = to_json(_generation_config(model, config))
     if model.sentences is not None and model.head_kind in (None, "masked-lm", "causal-lm"):

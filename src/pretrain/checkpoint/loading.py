@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pretrain import checkpoint
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.adapter_files import adapted_state, adapter_sizes, open_adapter
 from pretrain.checkpoint.best import best_first, opened
 from pretrain.checkpoint.download import described, located
 from pretrain.checkpoint.model_card import objective_name
@@ -132,7 +132,9 @@ def _load(
     if directory.is_adapter:
         if directory.manifest is None:
             _refuse_half(path, directory.model_config(), verify)
-        model = open_adapter(directory, head=head, base=base, verify=verify, quiet=quiet)
+        model = checkpoint.adapter_files.open_adapter(
+            directory, head=head, base=base, verify=verify, quiet=quiet
+        )
         _open_rest(model, directory, tokenizer=tokenizer)
         verify_rest(directory, {ADAPTER_WEIGHTS: None})
         return model.eval()
@@ -205,7 +207,7 @@ def state_of(path: Path, model: Model) -> dict[str, Tensor]:
     if model.adapter is None:
         return load(path, quiet=True).state_dict()
     with reading(path):
-        return adapted_state(ModelDirectory(path, verify=True), model)
+        return checkpoint.adapter_files.adapted_state(ModelDirectory(path, verify=True), model)
 
 
 def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
@@ -396,7 +398,7 @@ def _contents(directory: ModelDirectory) -> dict[str, Any]:
         about = {
             "adapter": f"{kind}, rank {settings.get('r')}",
             "base": settings.get("base_model_name_or_path"),
-            **adapter_sizes(directory),
+            **checkpoint.adapter_files.adapter_sizes(directory),
         }
     size = config.get("vocab_size")
     vocabulary = {} if size == 0 else {"vocabulary": size}  # 0 in a model whose input is not text

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pretrain import checkpoint
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.adapter_files import adapted_values
 from pretrain.checkpoint.best import best_first
 from pretrain.checkpoint.download import located
 from pretrain.checkpoint.loading import open_described, report_line
@@ -37,7 +37,6 @@ from pretrain.checkpoint.training_state import (
     tensor_files,
 )
 from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
-from pretrain.lora.attach import base_sample
 from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
 from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
 from pretrain.nn.buffers import stored_tensors
@@ -235,7 +234,7 @@ def load_slices(
         parts = _Parts(model, Pieces(layout, peers), put, own)
         directory = ModelDirectory(manifest.checked_directory(path), verify=True)
         if model.adapter is not None and not base:
-            values = adapted_values(directory, model, parts.full)
+            values = checkpoint.adapter_files.adapted_values(directory, model, parts.full)
             for name, value in values.items():
                 parts.put_whole(name, value)
     if model.adapter is not None and not base:
@@ -308,7 +307,7 @@ class _Parts:
             region = ShardSlice((0,) * len(shape), (rows, *shape[1:]))
             return unpack_part(entry, name, region, self.shapes, lambda box: stored.box(key, box))
 
-        return base_sample(model, first)
+        return checkpoint.adapter_files.base_sample(model, first)
 
     def put_stored(self, entry: Entry, key: str, stored: StoredTensors) -> None:
         """Read this rank's shards of the parameters that a tensor on disk holds."""

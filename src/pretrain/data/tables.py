@@ -17,6 +17,10 @@ from pretrain.data.paths import find_files
 from pretrain.data.readers import (
     COMPRESSIONS,
     TABLE_FORMATS,
+    table_kind,
+    whole_characters,
+)
+from pretrain.data.table_readers import (
     cell_form,
     conll_sentences,
     conllu_sentences,
@@ -24,8 +28,6 @@ from pretrain.data.readers import (
     json_rows,
     json_value,
     open_parquet,
-    table_kind,
-    whole_characters,
 )
 from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.files import note

@@ -209,7 +209,7 @@ def describe(facts: Facts) -> list[str]:
 
 
 def _together(device: str, out: str | None, as_json: bool, seconds: float) -> int:
-    world = World.find()
+    world: Any = World.find()  # several processes
     store = PrefixStore("doctor", world.store)
     everybody: list[Facts] = []
     try:

@@ -27,9 +27,9 @@ from typing import Any
 
 from pretrain.distributed.launched import ERROR, GRACE, SCREEN, cores
 from pretrain.distributed.watchdog import EXIT_LOST
-from pretrain.errors import ConfigError, DistributedError, PretrainError, named_error
+from pretrain.errors import DistributedError, PretrainError, named_error
 
-__all__ = ["Launched", "count_devices"]
+__all__ = ["Launched"]
 
 _HURRY = 30  # seconds for the remaining processes to end after one has failed
 _TAIL = 25  # last lines of output that are shown for a failure
@@ -40,41 +40,6 @@ _RANK = re.compile(r"^\[rank\d+\]: ?", re.M)  # before traceback lines if there 
 _RAISED = "Traceback (most recent call last):"
 # Exit codes of processes that were asked to stop: they saved and ended, or had not installed their handlers yet.
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, -signal.SIGTERM}
-
-
-def count_devices(devices: int | str, device: str = "auto") -> int:
-    """Return the number of processes that ``devices`` asks for.
-
-    Args:
-        devices: a number, or ``"auto"``: one process for each GPU, at least one.
-        device: where they will run; on GPUs there cannot be more processes than GPUs.
-
-    Raises:
-        ConfigError: ``devices`` is not a number of at least 1, is more than the number of GPUs, or asks for several
-            processes on Apple's GPU.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if isinstance(devices, str) and devices.isdigit():
-        devices = int(devices)
-    if devices == "auto":
-        return max(1, gpus)
-    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
-        raise ConfigError(
-            f'devices is {devices!r}; write a number of processes, or "auto" for one on each GPU.'
-        )
-    if gpus and devices > gpus:
-        raise ConfigError(
-            f"devices is {devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs one "
-            "of its own. Ask for fewer, or set parallel.device=cpu."
-        )
-    if devices > 1 and not gpus and device in ("auto", "mps") and torch.backends.mps.is_available():
-        raise ConfigError(
-            f"devices is {devices}, but this machine has one GPU, Apple's (mps), on which only one process can train. "
-            "Leave devices out, or set parallel.device=cpu."
-        )
-    return devices
 
 
 class Launched:

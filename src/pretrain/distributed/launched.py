@@ -1,4 +1,4 @@
-"""One of several processes: who launched it, which of them prints an error, and which of them goes first.
+"""Launched processes: how many of them, whether this is one, and which of them prints an error.
 
 Run as a program by `pretrain.distributed.launch`, it is ``python -m pretrain`` for one process of a launch: it leaves
 the error that ends it in a file, and stops when the launching process ends, however that ends.
@@ -13,16 +13,12 @@ import runpy
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
-from pretrain.errors import DistributedError, PretrainError
+from pretrain.errors import ConfigError, DistributedError, PretrainError
 
-if TYPE_CHECKING:  # both import torch, which a command without a launcher does not need here
-    from pretrain.distributed.world import World
-
-__all__ = ["ERROR", "GRACE", "SCREEN", "cores", "launched", "main_process_first", "prints_error"]
+__all__ = ["ERROR", "GRACE", "SCREEN", "cores", "count_devices", "launched", "prints_error"]
 
 SCREEN = "PRETRAIN_SCREEN"
 """Environment variable with the path of the file to which the run relays its screen instead of drawing it."""
@@ -32,9 +28,6 @@ GRACE = 600
 
 _SECONDS = 2.0  # seconds within which all processes fail that fail by the same cause
 _REACH = 5.0  # seconds to connect to the others, if that has not been done yet
-_POLL = 0.1
-
-T = TypeVar("T")
 
 
 def launched() -> bool:
@@ -47,6 +40,41 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def count_devices(devices: int | str, device: str = "auto") -> int:
+    """Return the number of processes that ``devices`` asks for.
+
+    Args:
+        devices: a number, or ``"auto"``: one process for each GPU, at least one.
+        device: where they will run; on GPUs there cannot be more processes than GPUs.
+
+    Raises:
+        ConfigError: ``devices`` is not a number of at least 1, is more than the number of GPUs, or asks for several
+            processes on Apple's GPU.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if isinstance(devices, str) and devices.isdigit():
+        devices = int(devices)
+    if devices == "auto":
+        return max(1, gpus)
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise ConfigError(
+            f'devices is {devices!r}; write a number of processes, or "auto" for one on each GPU.'
+        )
+    if gpus and devices > gpus:
+        raise ConfigError(
+            f"devices is {devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs one "
+            "of its own. Ask for fewer, or set parallel.device=cpu."
+        )
+    if devices > 1 and not gpus and device in ("auto", "mps") and torch.backends.mps.is_available():
+        raise ConfigError(
+            f"devices is {devices}, but this machine has one GPU, Apple's (mps), on which only one process can train. "
+            "Leave devices out, or set parallel.device=cpu."
+        )
+    return devices
 
 
 def prints_error(error: PretrainError) -> bool:
@@ -67,47 +95,13 @@ def prints_error(error: PretrainError) -> bool:
     if not found() and isinstance(error, DistributedError):
         return not said  # the error is that the others cannot be reached
     with contextlib.suppress(PretrainError, RuntimeError):
-        world = current_world(_REACH)
+        world: Any = current_world(_REACH)  # several processes
         keys = [f"error/{one}" for one in range(world.size)]
         put(world.store, keys[rank], str(error))
         wait(world.store, keys, _SECONDS)
         lower = [get(world.store, key) for key in keys[:rank] if world.store.check([key])]
         said = said or str(error) in lower
     return not said
-
-
-def main_process_first(world: World, make: Callable[[], T], what: str) -> T:
-    """Call ``make``, which caches its result, on rank 0, then on one process of every other host, then on the rest.
-
-    Ranks wait on the store, without a process group, so that a long preparation of data meets no timeout.
-
-    Raises:
-        DistributedError: on the waiting ranks, if the rank that they wait for failed.
-    """
-    if world.size == 1:
-        return make()
-    world.turns += 1
-    turn, host = f"pretrain/turn/{world.turns}", world.rank - world.local_rank
-    before = None if world.rank == 0 else host if world.local_rank else 0
-    try:
-        if before is not None:
-            _await(world, f"{turn}/{before}", f"Rank {before} could not {what}.")
-        made = make()
-    except BaseException as error:
-        world.store.set(f"{turn}/{world.rank}", f"{type(error).__name__}: {error}"[:4000])
-        raise
-    world.store.set(f"{turn}/{world.rank}", "done")
-    return made
-
-
-def _await(world: World, key: str, failed: str) -> None:
-    while not world.store.check([key]):
-        time.sleep(_POLL)
-    said = world.store.get(key).decode("utf-8", "replace")
-    if said != "done":
-        error = DistributedError(f"{failed} {said}")
-        error.everywhere = True  # that rank prints its own error
-        raise error
 
 
 # ---------------------------------------------------------------------------------------------------- the program

@@ -7,7 +7,6 @@ and its bias.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,14 +19,13 @@ from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
 from pretrain.models.config import BackboneConfig
 from pretrain.models.heads import LanguageHead
-from pretrain.nn.layout import piece
+from pretrain.nn.layout import fills_all, piece
 from pretrain.nn.tensor_parallel import Group, VocabShard, all_reduce
 
 __all__ = [
     "TensorParallel",
     "check_tp",
     "cuts_of",
-    "possible_tp",
     "reduce_partial_gradients",
     "shard_model",
 ]
@@ -78,27 +76,13 @@ class TensorParallel:
         return full.narrow(self.cuts[name], *self.local(name, tuple(full.shape)))
 
 
-def possible_tp(config: BackboneConfig) -> list[int]:
-    """Return the possible sizes of a tensor-parallel group for a model of this configuration, 1 included.
-
-    They divide the attention heads, the key-value heads and the intermediate size, of every tower, and give each rank a
-    non-empty part of the vocabulary.
-    """
-    most = math.gcd(*config.divisible().values())
-    return [n for n in range(1, most + 1) if most % n == 0 and _feeds_all(config.vocab_size, n)]
-
-
-def _feeds_all(vocab_size: int, size: int) -> bool:
-    return vocab_size == 0 or piece(vocab_size, size, size - 1)[1] > 0
-
-
 def check_tp(config: BackboneConfig, size: int) -> None:
     """Raise if the model cannot be sharded over a group of that size.
 
     Raises:
         ConfigError: the message lists the possible sizes.
     """
-    possible = possible_tp(config)
+    possible = config.possible_tp()
     if size in possible:
         return
     wrong = [
@@ -106,7 +90,7 @@ def check_tp(config: BackboneConfig, size: int) -> None:
         for name, count in config.divisible().items()
         if count % size
     ]
-    if not _feeds_all(config.vocab_size, size):
+    if not fills_all(config.vocab_size, size):
         rows = piece(config.vocab_size, size, 0)[1]
         wrong.append(
             f"vocab_size {config.vocab_size} in pieces of {rows} leaves the last process nothing"

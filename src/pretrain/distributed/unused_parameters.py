@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.distributed.world import World
-from pretrain.errors import ModelError, TrainingError
+from pretrain.errors import TrainingError
 from pretrain.nn.layout import local
 
-__all__ = ["drop_zero_gradients", "fill_missing_gradients", "find_used_parameters", "refuse_lost"]
+__all__ = ["drop_zero_gradients", "fill_missing_gradients", "find_used_parameters"]
 
 
 def find_used_parameters(
@@ -79,25 +79,6 @@ def fill_missing_gradients(units: Sequence[Any], *, uneven: bool) -> None:
             raise TrainingError(
                 "A gradient reaches some parameters on a few of the processes only, which FSDP2 of torch "
                 f"{torch.__version__} cannot sum. Use parallel.strategy=ddp, or torch 2.13."
-            )
-
-
-def refuse_lost(objective: nn.Module, empty: Sequence[str]) -> None:
-    """Refuse meta tensors outside of the model: only the model's own weights are set later.
-
-    Args:
-        objective: the objective that owns the parameters and buffers.
-        empty: names of those on the meta device, prefixed by ``objective.``.
-
-    Raises:
-        ModelError: one of them lies outside of ``objective.model``.
-    """
-    for name in empty:
-        if not name.startswith("objective.model."):
-            raise ModelError(
-                f"{name.removeprefix('objective.')} of {type(objective).__name__} has no values: it was made from "
-                "weights of the model, which several processes load only later. Make it when it is first used, or pass "
-                "a model that has been loaded."
             )
 
 

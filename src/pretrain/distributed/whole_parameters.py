@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.distributed.world import World
+from pretrain.distributed.processes import Processes
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local
 
@@ -27,7 +27,7 @@ class Parts:
         world: the processes.
     """
 
-    def __init__(self, layout: ShardLayout, world: World) -> None:
+    def __init__(self, layout: ShardLayout, world: Processes) -> None:
         self._layout, self._world = layout, world
 
     def assemble(self, name: str, part: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Parts:
 
 
 @torch.no_grad()
-def copy_whole(model: Model, whole: Model, world: World) -> None:
+def copy_whole(model: Model, whole: Model, world: Processes) -> None:
     """Copy parameters and persistent buffers of a sharded model into an unsharded one; all ranks must call it.
 
     Args:
@@ -99,7 +99,7 @@ def copy_whole(model: Model, whole: Model, world: World) -> None:
         there[name].copy_(parts.assemble(name, local(tensor.detach())) if sharded else tensor)
 
 
-def align(module: nn.Module, layout: ShardLayout, world: World) -> None:
+def align(module: nn.Module, layout: ShardLayout, world: Processes) -> None:
     """Broadcast parameters and buffers from the first rank that holds them: random initial values may differ.
 
     Args:

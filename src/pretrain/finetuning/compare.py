@@ -32,9 +32,10 @@ import numpy as np
 from pretrain.config.spelling import option
 from pretrain.errors import ConfigError, DataError, PretrainError
 from pretrain.finetuning.remarks import BASELINE_TASKS, baseline_columns, vectors_of
-from pretrain.metrics import LOWER_IS_BETTER, mean_interval, student_t
+from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
+from pretrain.training.monitor import LOWER_IS_BETTER
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.files import note
 from pretrain.utils.html import bullets, notebook_view, table
@@ -303,8 +304,8 @@ class Comparison:
     """Scores of all arms at a few label counts, with statistics, verdicts and report.
 
     Args:
-        metric: name of the score. Those of ``metrics.LOWER_IS_BETTER`` are reported as they are, all others are in
-            [0, 1] or a correlation and are reported in points, 100 times the score.
+        metric: name of the score. Those of ``training.monitor.LOWER_IS_BETTER`` are reported as they are, all others
+            are in [0, 1] or a correlation and are reported in points, 100 times the score.
         counts: numbers of labels, ascending.
         arms: arm -> label count -> one test score per seed. ``"pretrained"`` and ``"scratch"`` are required, with
             every count; every other arm is a baseline.

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain import distributed
 from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_choice
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option
-from pretrain.distributed.whole_parameters import copy_whole
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError, Interrupted
 from pretrain.finetuning.measure import measure_in_parts
@@ -463,7 +463,7 @@ class Job:
                 shutil.rmtree(out, ignore_errors=True)
         if task.model.layout is not None:
             whole = self.build(seed=seed, scratch=scratch)
-            copy_whole(task.model, whole.model, world)
+            distributed.copy_whole(task.model, whole.model, world.with_process_group())
             task = whole
         result = Finetuned(task.eval, None, self.settings, self.data, [])
         measured: list[float] = world.broadcast_result(

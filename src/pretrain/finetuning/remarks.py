@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import option
 from pretrain.errors import DataError
-from pretrain.metrics import LOWER_IS_BETTER
 from pretrain.report.remarks import curve_of, overfitted
+from pretrain.training.monitor import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table

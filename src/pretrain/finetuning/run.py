@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import FINETUNE, option, using
-from pretrain.distributed.launch import count_devices
+from pretrain.distributed.launched import count_devices
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.closing import last_words

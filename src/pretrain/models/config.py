@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.block import BlockConfig
+from pretrain.nn.layout import fills_all
 from pretrain.nn.mlp import ACTIVATIONS
 from pretrain.nn.positions import ROPE_TYPES, check_rope
 from pretrain.utils.memory_info import physical_memory
@@ -189,6 +190,15 @@ class BackboneConfig:
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "intermediate_size": self.intermediate_size or 0,
         }
+
+    def possible_tp(self) -> list[int]:
+        """Return the possible sizes of a tensor-parallel group for this model, 1 included.
+
+        They divide the attention heads, the key-value heads and the intermediate size, of every tower, and give each
+        rank a non-empty part of the vocabulary.
+        """
+        most = math.gcd(*self.divisible().values())
+        return [n for n in range(1, most + 1) if most % n == 0 and fills_all(self.vocab_size, n)]
 
     def default_intermediate(self) -> int:
         """Return the width of the feed-forward layer that is used if none is given."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ShardLayout", "ShardSlice", "local", "piece", "whole"]
+__all__ = ["ShardLayout", "ShardSlice", "fills_all", "local", "piece", "whole"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -56,6 +56,11 @@ def piece(size: int, parts: int, index: int) -> tuple[int, int]:
     step = -(-size // parts)
     start = min(size, index * step)
     return start, min(size, start + step) - start
+
+
+def fills_all(size: int, parts: int) -> bool:
+    """Return whether no piece of a dimension of ``size`` is empty; a dimension of 0 is no dimension."""
+    return size == 0 or piece(size, parts, parts - 1)[1] > 0
 
 
 def whole(shape: tuple[int, ...]) -> ShardSlice:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -112,10 +112,11 @@ def nothing_kept(trainer: Trainer) -> Iterator[None]:
 
 def _see_reached(trainer: Trainer, tried: Sequence[Batch]) -> None:
     """Find the trained parameters: FSDP2 must know before its first backward pass whether all ranks have the same."""
+    strategy: Any = trainer.strategy  # a `ParallelStrategy`
     found: set[str] = set()
     for batch in tried:
         with trainer.precision.autocast():
-            found |= trainer.strategy.used_parameters(to_device(batch, trainer.device))
+            found |= strategy.used_parameters(to_device(batch, trainer.device))
     _take_reached(trainer, found)
 
 

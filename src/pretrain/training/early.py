@@ -13,7 +13,7 @@ from pretrain.config.spelling import option
 from pretrain.data.prepare import Prepared
 from pretrain.data.row_source import RowSource
 from pretrain.data.sources import resolve_sources
-from pretrain.distributed.launch import count_devices
+from pretrain.distributed.launched import count_devices
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build, family_class
 from pretrain.models.base import Model, check_head

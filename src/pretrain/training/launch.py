@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain import distributed
 from pretrain.checkpoint import latest
 from pretrain.checkpoint.best import RESULT
-from pretrain.distributed.launch import Launched, count_devices
+from pretrain.distributed.launched import count_devices
 from pretrain.errors import ConfigError
 from pretrain.training.live import open_screen
 from pretrain.training.logging import Progress
@@ -94,7 +95,7 @@ def follow(
     Raises:
         PretrainError: the error or last output of the first process that failed, also if it failed while stopping.
     """
-    with catch_signals() as stop, Launched(words, devices, threads) as group:
+    with catch_signals() as stop, distributed.Launched(words, devices, threads) as group:
         screen = None if quiet else open_screen()
         asked = False
         try:
@@ -123,7 +124,7 @@ def _say(screen: Progress | None, line: str) -> None:
         screen.write(line)
 
 
-def _pass_on(group: Launched, screen: Progress | None, out: Path) -> None:
+def _pass_on(group: distributed.Launched, screen: Progress | None, out: Path) -> None:
     """Show what rank zero has relayed or printed since the last call."""
     for told in group.told():
         if screen is None:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 
 from pretrain.errors import TrainingError
-from pretrain.metrics import LOWER_IS_BETTER
 from pretrain.training.state import RunState
 
-__all__ = ["improves", "score"]
+__all__ = ["LOWER_IS_BETTER", "improves", "score"]
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae"})
+"""Figures of which less is better; of all others more is."""
 
 
 def score(figures: Mapping[str, float], monitor: str) -> float:

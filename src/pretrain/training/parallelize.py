@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pretrain import distributed
 from pretrain.checkpoint import RunLock
 from pretrain.distributed.estimates import Needs
-from pretrain.distributed.handshake import fingerprint
 from pretrain.distributed.mesh import choose_mesh
 from pretrain.distributed.strategy import Strategy
-from pretrain.distributed.tensor_parallel import possible_tp
 from pretrain.distributed.world import World
 from pretrain.training.plan import choose_micro_rows, row_length
 from pretrain.training.precision import choose_device
@@ -32,9 +31,11 @@ __all__ = ["enter_world", "parallelize", "run_lock"]
 def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.device]:
     """Return a context that joins the ranks of the run, checks that they agree, and yields the device of this rank."""
     settings = trainer.parallel
-    about = _same_for_all(trainer)
     return trainer.world.entered(
-        choose_device(settings.device), trainer.out, settings.timeout, about
+        choose_device(settings.device),
+        trainer.out,
+        settings.timeout,
+        lambda: _same_for_all(trainer),
     )
 
 
@@ -57,7 +58,7 @@ def _same_for_all(trainer: Trainer) -> dict[str, Any]:
             "rows": len(trainer.train_data),
             "held-out rows": 0 if trainer.eval_data is None else len(trainer.eval_data),
         },
-        "model": fingerprint([trainer.objective.describe(), shapes]),
+        "model": [trainer.objective.describe(), shapes],
     }
 
 
@@ -86,23 +87,28 @@ def parallelize(trainer: Trainer) -> Strategy:
         micro_rows=guess if settings.reproducible else train.micro_rows,
         coupled=objective.couples_examples,
         needs=needs,
-        possible_tp=[1] if objective.copies_model else possible_tp(config),
+        possible_tp=[1] if objective.copies_model else config.possible_tp(),
         device_memory=memory,
         host_share=host,
         local=local,
     )
     if choice.strategy == "fsdp":
-        world.init_process_group_alone(device)
+        world = world.with_process_group()
     world.build_mesh(choice.sizes)
-    strategy = Strategy(
-        objective,
-        world,
-        choice,
-        settings,
-        device=device,
-        gather=gather_type(trainer),
-        compiled=trainer.compiled[0],
-    )
+    compiled = trainer.compiled[0]
+    strategy: Strategy
+    if world.size == 1 and choice.strategy == "single" and not settings.reproducible:
+        strategy = Strategy(objective, world, choice, settings, device=device, compiled=compiled)
+    else:
+        strategy = distributed.ParallelStrategy(
+            objective,
+            world,
+            choice,
+            settings,
+            device=device,
+            gather=gather_type(trainer),
+            compiled=compiled,
+        )
     if world.size > 1:
         speed = f"all-reduce {world.links['bus_gb_s']:.2g} GB/s, " if world.links else ""
         trainer.say(f"{world.size} processes, {speed}{choice.sizes}: {choice.reason}")

@@ -30,7 +30,6 @@ from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import SOURCES, RowSource, open_rows
 from pretrain.data.tokenizer import HUB_FILES, Tokenizer
-from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, family_class, own_family
@@ -122,8 +121,7 @@ def train(
         settings.data.tokenizer = settle_tokenizer(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out), say=False)
-        data = main_process_first(
-            world,
+        data = world.main_process_first(
             lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
         )

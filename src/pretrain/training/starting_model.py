@@ -10,7 +10,6 @@ from pretrain.checkpoint.best import best_first
 from pretrain.checkpoint.download import described, located, pinned
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.sharded_loading import load_slices, open_empty
-from pretrain.distributed.launched import main_process_first
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import AdapterFound, PretrainError
 from pretrain.models.base import Model
@@ -33,7 +32,7 @@ def settled_source(name: str, before: str | None) -> str:
     """
     world = current_world()
     settled = world.broadcast_result(lambda: pinned(name, before))
-    main_process_first(world, lambda: located(settled), f"fetch {settled}")
+    world.main_process_first(lambda: located(settled), f"fetch {settled}")
     return settled
 
 

@@ -26,7 +26,6 @@ from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples, Loader
 from pretrain.distributed.strategy import Strategy
-from pretrain.distributed.whole_parameters import Parts, align
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import changing_buffers
@@ -228,10 +227,7 @@ class Trainer:
             self.device,
             scales=self.layers.scales,
             fresh=self.layers.fresh,
-            # The last bits of a matrix product may depend on its batch, which changes with the number of ranks.
-            parts=Parts(self.strategy.layout, world)
-            if world.size > 1 and not self.parallel.reproducible
-            else None,
+            parts=self.strategy.parts(),
         )
         self.average = WeightAverage(self.objective.model, self.optim.ema)
         self.saver = Saver(
@@ -285,7 +281,7 @@ class Trainer:
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
         )
         self.strategy.fill(initialise=checkpoint is None)
-        align(self.objective, self.strategy.layout, self.world)
+        self.strategy.align()
         self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
     def _keep_micro_rows(self) -> None:

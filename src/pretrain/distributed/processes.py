@@ -1,0 +1,296 @@
+"""Several processes of a run, or one with a process group: groups, device mesh, watchdog and collectives.
+
+Nothing is launched here. Python values are exchanged as JSON in byte tensors, never pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from pretrain.checkpoint.peers import errors_on_all_ranks, raise_on_all_ranks
+from pretrain.distributed.comm import Callers, Peers, connect, gather_json
+from pretrain.distributed.estimates import MeshShape
+from pretrain.distributed.handshake import check_links, fingerprint, handshake, introduce
+from pretrain.distributed.store import all_here, put, store_of_this_start, wait
+from pretrain.distributed.watchdog import SLOW, Watchdog
+from pretrain.distributed.world import World
+from pretrain.errors import DistributedError, PretrainError
+from pretrain.utils.directories import make_directories
+from pretrain.utils.files import note, writing
+
+__all__ = ["Processes"]
+
+T = TypeVar("T")
+_ALL_FAIL = 2.0  # seconds within which all processes raise an error that has the same cause on all
+_POLL = 0.1  # seconds between two looks for what another rank has done
+
+
+class Processes(World):
+    """All processes of a run, seen from one of them.
+
+    Attributes:
+        store: key-value store of the rendezvous; None for a single process with a group of its own.
+        replica: process group of the ranks that hold one copy of the weights between them.
+        turns: number of exchanges through the store so far, which makes their keys unique.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, store: Any = None, timeout: float = 300.0
+    ) -> None:
+        super().__init__(rank, size)
+        self.store, self.timeout = store, timeout
+        self.joined = False
+        self.replica: Any = None
+        self._mesh: Any = None
+        self._control: Any = None  # process group for Python values; None is the default group
+        self.turns = self._entries = 0
+        self._watchdog: Watchdog | None = None
+
+    # ------------------------------------------------------------------ before the process group exists
+
+    @staticmethod
+    def find(patience: float = 300.0) -> World:
+        """Return the world of the environment, connected to its store, without a process group; see `World.find`.
+
+        If the user's script has initialised a process group already, that group is used.
+        """
+        if dist.is_available() and dist.is_initialized():  # by the user's own script
+            rank, size = dist.get_rank(), dist.get_world_size()
+            if size == 1:
+                return World()
+            world = Processes(rank, size, dist.distributed_c10d._get_default_store())
+            world.joined = True
+            world._control = dist.new_group(
+                backend="gloo"
+            )  # the user's may not support CPU tensors
+            return world
+        limit = datetime.timedelta(seconds=min(60.0, patience))
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        except Exception as error:
+            raise DistributedError(
+                f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at {address}: "
+                f"{error}. Start all of them with torchrun and the same rendezvous address; check that a firewall "
+                "lets the hosts talk."
+            ) from error
+        return Processes(rank, size, store_of_this_start(store, rank, size, patience))
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Processes:
+        """Return a world of this one process that has a process group, for FSDP2 on a single device."""
+        world = cls()
+        if not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            connect(store, 0, 1, device, world._limit)
+        world.device, world.joined = device, True
+        return world
+
+    def callers(self) -> Peers:
+        self.turns += 1
+        return Callers(self.rank, self.size, PrefixStore(f"pretrain/call/{self.turns}", self.store))
+
+    def main_process_first(self, make: Callable[[], T], what: str) -> T:
+        self.turns += 1
+        turn, host = f"pretrain/turn/{self.turns}", self.rank - self.local_rank
+        before = None if self.rank == 0 else host if self.local_rank else 0
+        try:
+            if before is not None:
+                self._await(f"{turn}/{before}", f"Rank {before} could not {what}.")
+            made = make()
+        except BaseException as error:
+            self.store.set(f"{turn}/{self.rank}", f"{type(error).__name__}: {error}"[:4000])
+            raise
+        self.store.set(f"{turn}/{self.rank}", "done")
+        return made
+
+    def _await(self, key: str, failed: str) -> None:
+        while not self.store.check([key]):
+            time.sleep(_POLL)
+        said = self.store.get(key).decode("utf-8", "replace")
+        if said != "done":
+            error = DistributedError(f"{failed} {said}")
+            error.everywhere = True  # that rank prints its own error
+            raise error
+
+    # ------------------------------------------------------------------ the process group
+
+    def init_process_group(self, device: torch.device, within: float = 60.0) -> torch.device:
+        device = self._own(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self.device = device
+        if not dist.is_initialized():
+            connect(self.store, self.rank, self.size, device, self._limit, within)
+        self.joined = True
+        return device
+
+    @property
+    def _limit(self) -> datetime.timedelta:
+        """Timeout of a collective: a last resort, because the watchdog ends a hung run long before it."""
+        return datetime.timedelta(seconds=2 * max(SLOW.values()) * self.timeout)
+
+    def _own(self, device: torch.device) -> torch.device:
+        """Return the device of this process among those of its host."""
+        if device.type != "cuda":
+            return device
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def with_process_group(self) -> Processes:
+        return self
+
+    def build_mesh(self, sizes: MeshShape) -> None:
+        if self.joined and (self._mesh is None or sizes != self.sizes):
+            self._mesh = init_device_mesh(
+                self.device.type,
+                (sizes.dp_replicate, sizes.dp_shard, sizes.tp),
+                mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
+            )
+            each = sizes.dp_shard * sizes.tp
+            for first in range(0, self.size, each):  # all ranks must call every new_group()
+                ranks = list(range(first, first + each))
+                some = each < self.size
+                group = dist.new_group(ranks, self._limit) if some else dist.group.WORLD
+                if self.rank in ranks:
+                    self.replica = group
+        self.sizes = sizes
+
+    def mesh(self, *names: str) -> Any:
+        """Return the submesh of one or more dimensions of the mesh."""
+        return self._mesh[names if len(names) > 1 else names[0]]
+
+    def group(self, name: str) -> Any:
+        """Return the process group along one dimension of the mesh that contains this rank."""
+        return self._mesh.get_group(name)
+
+    def batch_group(self) -> Any:
+        """Return the group of ranks with different rows of a batch, in order of ``dp_rank``; all ranks must call it."""
+        if self.sizes.tp == 1 or self.sizes.dp_replicate == 1:
+            return dist.group.WORLD if self.sizes.tp == 1 else self.group("dp_shard")
+        ranks = [list(range(t, self.size, self.sizes.tp)) for t in range(self.sizes.tp)]
+        return [dist.new_group(some, self._limit) for some in ranks][self.tp_rank]
+
+    @property
+    def replica_ranks(self) -> list[int]:
+        """Ranks in the group ``replica``."""
+        each = self.sizes.dp_shard * self.sizes.tp
+        first = self.rank // each * each
+        return list(range(first, first + each))
+
+    def destroy_process_group(self) -> None:
+        joined, self.joined = self.joined, False
+        self._mesh = self._control = self.replica = None
+        gc.collect()  # a group that is still referenced when Python exits crashes the process
+        if joined and dist.is_initialized():
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def entered(
+        self,
+        device: torch.device,
+        out: Path,
+        timeout: float,
+        about: Callable[[], Mapping[str, Any]],
+    ) -> Iterator[torch.device]:
+        self.timeout = timeout
+        self._entries += 1
+        store = PrefixStore(f"pretrain/{self._entries}", self.store)
+        all_here(store, self.rank, self.size, say=note)
+        with errors_on_all_ranks(self.callers()), writing(out):
+            if self.is_rank_zero:
+                make_directories(Path(os.path.abspath(out)))
+        same = dict(about())
+        same["model"] = fingerprint(same["model"])
+        said = introduce(self._own(device), **same)
+        try:
+            met = PrefixStore("handshake", store)
+            handshake(met, self.rank, self.size, said, run_dir=out)
+        except DistributedError as error:
+            error.everywhere = True
+            raise
+        watched = PrefixStore("watchdog", store)
+        with Watchdog(watched, self.rank, self.size, run_dir=out, timeout=timeout) as watchdog:
+            self._watchdog = watchdog
+            try:
+                new = not self.joined
+                device = self.init_process_group(device)
+                if new:
+                    self.links = check_links(dist.all_reduce, device, self.rank, self.size)
+                yield device
+                # A launcher may send SIGTERM to the other processes when the first one exits: all wait for each other.
+                self.all_reduce_sum([0.0])
+            except PretrainError as error:
+                error.everywhere |= self._all_failed(store)
+                if not error.everywhere:
+                    # The caller may catch the error and continue, so this process must not be ended.
+                    watchdog.fail(error, end_within=None)
+                watchdog.close()
+                raise
+            finally:
+                self._watchdog = None
+
+    def _all_failed(self, store: Any) -> bool:
+        """Return whether all other ranks fail as well, as they do for a setting that is wrong on all ranks."""
+        put(store, f"failed/{self.rank}", True)
+        return wait(store, [f"failed/{rank}" for rank in range(self.size)], _ALL_FAIL)
+
+    def mark(self, phase: str, step: int) -> None:
+        super().mark(phase, step)
+        if self._watchdog is not None:
+            self._watchdog.mark(phase, step)
+
+    # ------------------------------------------------------------------ collectives on Python values
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
+        dist.all_reduce(tensor, group=self._control)
+        return list(tensor.tolist())
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return gather_json(value, self.size, self._control)
+
+    def on_rank_zero(self, make: Callable[[], T]) -> T | None:
+        made, failure = None, None
+        if self.is_rank_zero:
+            try:
+                made = make()
+            except Exception as error:  # raised on all ranks below
+                failure = error
+        self.raise_on_all_ranks(failure)
+        return made
+
+    def broadcast_result(self, make: Callable[[], T]) -> T:
+        made, failure, callers = None, None, self.callers()
+        if self.is_rank_zero:
+            try:
+                made = make()
+            except Exception as error:
+                failure = error
+        raise_on_all_ranks(callers, failure)
+        found: T = callers.all_gather_object(made)[0]
+        return found
+
+    def raise_on_all_ranks(self, failure: Exception | None) -> None:
+        try:
+            raise_on_all_ranks(self.peers() if self.joined else self.callers(), failure)
+        except PretrainError as error:
+            error.everywhere = True
+            raise
+
+    def peers(self) -> Peers:
+        group = self._control or dist.group.WORLD
+        return Peers(self.rank, self.size, group, self.replica, self.heartbeat)
