@@ -370,6 +370,9 @@ def test_intervals() -> None:
     for total, every in ((1, 1), (10, 1), (40, 4), (99, 10), (150, 10), (200, 10), (1000, 50)):
         assert parse_every("auto", total) == every, total
     assert all(total // parse_every("auto", total) <= 21 for total in range(1, 3000))
+    for work, every in ((0.0, 50), (10.0, 50), (20.0, 100), (1e6, 125)):
+        assert parse_every("auto", 1000, evaluation=work) == every, work
+    assert parse_every("5%", 1000, evaluation=1e6) == 50
     with pytest.raises(ConfigError, match=r"train\.save_every"):
         parse_every("auto", 100, "train.save_every")
     for wrong in ("often", "101%", "1.5 steps", "3 hours", "-1 epochs", "-5%", "inf steps"):

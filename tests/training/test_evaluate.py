@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_precision
-from tiny import Rows, objective
+from tiny import Rows, objective, trainer
 
 CPU = choose_precision("fp32", torch.device("cpu"))
 KINDS = 4
@@ -118,3 +119,24 @@ def test_a_metric_that_changes_its_shape_is_named(later: Any) -> None:
 
     with pytest.raises(TrainingError, match="'histogram' of Changing.*return a list"):
         evaluate_rows(Changing(objective()), Rows(4), CPU, batch_rows=2)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "rows", "evaluations"),
+    [("loss", 4, 10), ("loss", 400, 8), ("accuracy", 400, 10)],
+)
+def test_evaluations_come_as_often_as_they_are_worth(
+    tmp_path: Path, monitor: str, rows: int, evaluations: int
+) -> None:
+    """Less often if they are most of the work, unless a figure that scatters chooses the best of them."""
+    task = trainer(
+        tmp_path,
+        objective(),
+        Rows(16),
+        eval_rows=Rows(rows, seed=5),
+        limit="80 steps",
+        batch_rows=2,
+        monitor=monitor,
+        eval_every="auto",
+    )
+    assert sum("eval" in record for record in task.fit().history) == evaluations

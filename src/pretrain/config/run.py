@@ -176,7 +176,8 @@ class TrainConfig:
     and kept when it is resumed. Two runs of one command may then differ in the last bits and the draws of dropout."""
     eval_every: str = setting("auto", resumable=True, unit="steps")
     """Evaluate every "200 steps" or 200, "0.5 epochs" or "5%" of the run; 0 is only at the end; auto is 5%
-    or 10 steps, whichever is more, and ten times in a run of less than 100 steps."""
+    or 10 steps, whichever is more, and ten times in a run of less than 100 steps; if train.monitor is the loss,
+    less often, down to eight times, where evaluations would be more than a fifth of the work."""
     eval_rows: int = setting(0, 0, 1 << 40, resumable=True)
     """Held-out rows per evaluation; 0 is all of them."""
     save_every: str = setting("10%", resumable=True, unit="steps")
@@ -306,22 +307,29 @@ def parse_limit(text: str) -> Limit:
 
 
 def parse_every(
-    text: str, total: int, key: str = "train.eval_every", epoch_steps: float = 1.0
+    text: str,
+    total: int,
+    key: str = "train.eval_every",
+    epoch_steps: float = 1.0,
+    evaluation: float = 0.0,
 ) -> int:
     """Parse an interval and return it in steps; 0 is never.
 
     Args:
         text: ``"200 steps"``, ``"0.5 epochs"`` or a share of the run, ``"5%"``; the last two are at least one
-            step; a number alone is one of steps. ``"auto"``, of evaluations, is 5 %, or 10 steps or 10 % if short.
+            step; a number alone is one of steps. ``"auto"``, of evaluations, is 5 %, or 10 steps or 10 % if short,
+            and longer, up to an eighth of the run, where evaluations would be more than a fifth of the work.
         total: steps of the whole run.
         key: name of the setting in errors.
         epoch_steps: steps in one epoch.
+        evaluation: work of one evaluation, in steps; 0 if it does not matter.
 
     Raises:
         ConfigError: the text is not of that form.
     """
     if text == "auto" and key == "train.eval_every":
-        return max(1, round(total / 20), min(10, math.ceil(total / 10)))
+        worth = min(math.ceil(5 * evaluation), total // 8)
+        return max(1, round(total / 20), min(10, math.ceil(total / 10)), worth)
     value, unit = _amount(text)
     if unit == "step" and value == int(value) and value < 1e18:
         return int(value)

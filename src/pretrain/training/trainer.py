@@ -63,6 +63,8 @@ __all__ = ["Hook", "Trainer"]
 
 # Rows at a time that batch normalisation needs, as in the usual code of detectors.
 _ROWS_OF_STATISTICS = 16
+# Work of a row in a step, in forward passes: a backward pass is about two.
+_STEP_WORK = 3
 
 
 @dataclass(frozen=True)
@@ -561,7 +563,12 @@ class Trainer:
 
     def _due(self, every: str, last: int, name: str) -> bool:
         epoch = self.plan.epoch_rows / self.train.batch_rows
-        interval = parse_every(every, self.state.total_steps, f"train.{name}_every", epoch)
+        # Among losses the last is the best as a rule; of a figure that scatters, every evaluation is worth its cost.
+        work = 0.0
+        if name == "eval" and self.train.monitor == "loss" and self.eval_data is not None:
+            rows = self.train.eval_rows or len(self.eval_data)
+            work = rows / (_STEP_WORK * self.train.batch_rows)
+        interval = parse_every(every, self.state.total_steps, f"train.{name}_every", epoch, work)
         return interval > 0 and self.state.step - last >= interval
 
     def _out_of_patience(self) -> bool:

@@ -22,7 +22,7 @@ _DEAR, _SEEN = 0.1, 3
 class Cost:
     """Time that evaluations take, beside that of the whole run since this process started it.
 
-    Evaluations are never moved: which checkpoint is the best must not depend on the speed of the machine.
+    Evaluations are never moved by it: which checkpoint is the best must not depend on the speed of the machine.
     """
 
     def __init__(self) -> None:
