@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain import errors
-from pretrain.printing import printable, printable_pieces
+from pretrain.printing import printable, printable_pieces, wrapped
 from pretrain.training.logging import Progress
 from pretrain.utils.files import note
 
@@ -52,6 +52,23 @@ def test_what_prints_texts_of_others_prints_them_harmless(
         if kind not in (errors.CheckpointCorrupt, errors.RunLocked):
             assert str(kind(EVIL)) == printable(EVIL, lines=True)
     assert hidden(str(errors.CheckpointCorrupt(EVIL, EVIL, EVIL))) == []
+
+
+@given(st.text("ab /-é", max_size=60), st.integers(1, 30))
+def test_wrapping_changes_blanks_only(text: str, room: int) -> None:
+    shown = wrapped(text, room)
+    assert shown.split() == text.split()
+    words = [len(word) for word in text.split()]
+    fits = max(words, default=0) + 4 + len(text) - len(text.lstrip()) < room
+    if fits and not text.startswith("    "):
+        assert max(map(len, shown.split("\n"))) < room
+
+
+def test_commands_are_not_wrapped() -> None:
+    command = (
+        "    pretrain finetune --model runs/gpt2-tiny-f87e5a0c --data labelled.csv --task TASK"
+    )
+    assert wrapped(command, 80) == wrapped(command, None) == command
 
 
 @given(st.lists(st.text("a\t\r\n\x1b\u202e\ud800 é", max_size=5), max_size=8))

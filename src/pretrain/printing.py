@@ -52,18 +52,25 @@ def show(text: str, stream: TextIO | None = None) -> None:
 
 
 def wrapped(text: str, room: int | None) -> str:
-    """Wrap lines between words so that each fits into ``room`` columns (None: any); paths stay whole, to be copied."""
+    """Wrap lines between words so that each fits into ``room`` columns (None: any).
+
+    Paths stay whole, and so do lines that are indented by four: they are commands, to be copied.
+    """
     return "\n".join(
         part
         for line in text.split("\n")
-        for part in ([line] if room is None or len(line) < room else _parts(line, room))
+        for part in (
+            [line]
+            if room is None or len(line) < room or line.startswith("    ")
+            else _parts(line, room)
+        )
     )
 
 
 def _parts(line: str, room: int) -> list[str]:
     return textwrap.wrap(
         line,
-        room - 1,
+        max(1, room - 1),
         subsequent_indent=" " * (len(line) - len(line.lstrip()) + 4),
         replace_whitespace=False,
         break_long_words=False,

@@ -95,6 +95,18 @@ def test_without_a_state_a_damaged_choice_is_named(
     assert len(capfd.readouterr().err.splitlines()) == 2
 
 
+def test_training_of_a_result_that_loading_skips_and_of_another_directory_called_model(
+    run: Path, tmp_path: Path
+) -> None:
+    write_result(run, run / "checkpoint-5")
+    (run / "model" / "manifest.json").write_bytes(b"{")
+    assert with_training(run) == run / "checkpoint-5"
+    plain = tmp_path / "plain" / "model"
+    load(run / "checkpoint-5", quiet=True).save(plain)
+    (plain / "manifest.json").unlink(missing_ok=True)
+    assert with_training(plain) == plain
+
+
 def test_opening_a_run_opens_its_result(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """For both kinds of runs; training goes on from the newest checkpoint nevertheless."""
     (run / BEST).unlink()  # which pre-training does not write

@@ -255,6 +255,14 @@ def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch
             monkeypatch.setenv(key, value)
         assert cli.main(["trian"]) == 2
         assert ("\033[31m" in terminal.getvalue()) == coloured
+    monkeypatch.delenv("TERM")
+    for width in (1, 8, 80):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr("pretrain.cli.main.columns", lambda stream, width=width: width)
+        assert cli.main(["inspect", "a-path/" * 12]) == 2
+        assert terminal.getvalue().startswith("\033[31merror:\033[0m")
+        assert terminal.getvalue().count("error:") == 1
 
 
 # ---------------------------------------------------------------------------------------------- train

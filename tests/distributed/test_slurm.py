@@ -216,13 +216,19 @@ def test_a_task_is_fine_tuned_without_a_step_of_its_own_for_the_data(place: Path
         ({"nodes": 0}, "nodes is 0"),
         ({"nodes": 1, "grace": 20}, "grace is 20; it must be at least 30"),
         ({"nodes": 3}, "numbers of processes"),
+        (
+            {"nodes": 2, "config": "automatic.yaml"},
+            "train.batch_rows of automatic.yaml is automatic",
+        ),
     ],
 )
 def test_what_would_lose_the_run_is_refused(
     place: Path, options: dict[str, object], said: str
 ) -> None:
+    (place / "automatic.yaml").write_text("data: {train: text.txt}\n")
     with pytest.raises(ConfigError, match=re.escape(said)):
-        script("a run.yaml", gpus_per_node=1, **options)  # type: ignore[arg-type]
+        script(**({"config": "a run.yaml", "gpus_per_node": 1} | options))  # type: ignore[arg-type]
+    assert "automatic.yaml" in script("automatic.yaml", nodes=1, gpus_per_node=1)
 
 
 def test_a_wrong_config_is_refused_before_it_is_in_the_queue(place: Path) -> None:

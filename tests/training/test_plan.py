@@ -46,6 +46,9 @@ def test_automatic_rows_of_a_step_and_limit(rows: int, batch: int, limit: str) -
     assert (found.batch_rows, found.limit) == (batch, limit)
     steps = -(-rows // batch) * int(limit.split()[0])
     assert steps >= 500 or limit == "10 epochs"
+    for micro in (1, 5, 40):
+        whole = settle_amounts(TrainConfig(micro_rows=micro), range(rows)).batch_rows  # type: ignore[arg-type]
+        assert whole % micro == 0 and whole <= max(batch, micro)
     given = TrainConfig(limit="7 steps", batch_rows=5)
     assert settle_amounts(given, range(rows)) == given  # type: ignore[arg-type]
 

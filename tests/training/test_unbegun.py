@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def test_what_others_wrote_stays(tmp_path: Path) -> None:
 def test_a_run_that_has_begun_stays(tmp_path: Path) -> None:
     fails(trainer(tmp_path / "run", hooks=[stop]), KeyboardInterrupt)
     assert {"run.yaml", "log.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_what_cannot_be_seen_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    out = tmp_path / "run"
+    late = trainer(out, hooks=[stop])
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.training.unbegun.candidates", full)
+        fails(late, KeyboardInterrupt)
+    assert {"run.yaml", "log.jsonl"} <= {path.name for path in out.iterdir()}
 
 
 def test_the_directory_of_a_run_that_locks_first_stays(

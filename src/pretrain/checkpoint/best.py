@@ -113,9 +113,10 @@ def opened(path: Path) -> Path:
 def with_training(path: Path) -> Path:
     """Return the checkpoint that holds the training folder of the model that opening ``path`` opens."""
     directory = opened(path)
-    if directory.name != RESULT or (directory / manifest.TRAINING).is_dir():
-        return directory
-    step = manifest.read_manifest(directory).step
+    step = _result(directory.parent).get(directory)
+    if step == math.inf:  # loading skips a damaged result, too
+        others = (one for one in best_first(directory.parent) if one != directory)
+        return next(others, directory)
     made_from = directory.parent / f"checkpoint-{step}"
     return made_from if made_from.is_dir() else directory
 

@@ -175,7 +175,8 @@ def _complain(message: str, label: str = "error: ") -> None:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     text = wrapped(f"{label}{printable(message, lines=True)}", columns(sys.stderr))
     if label and sys.stderr.isatty() and not plain:
-        text = f"\033[31m{label}\033[0m{text.removeprefix(label)}"
+        head = label.rstrip()  # the blank after it may have become a line end
+        text = f"\033[31m{head}\033[0m{text.removeprefix(head)}"
     print(text, file=sys.stderr)
 
 

@@ -22,7 +22,7 @@ from pretrain.utils.files import note
 
 __all__ = [
     "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata", "make_tag_map",
-    "normalised", "roles_table", "single_classes", "split",
+    "normalised", "roles_table", "split",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a continuous target
@@ -280,11 +280,6 @@ def label_strata(values: Sequence[Any]) -> list[Hashable]:
         return int(value) if isinstance(value, float) and math.isfinite(value) else None
 
     return [key(value) for value in values]
-
-
-def single_classes(keys: Sequence[Hashable]) -> list[Hashable]:
-    """Return the classes with a single row, in order; :func:`split` keeps them in training, so warn the user."""
-    return [key for key, count in Counter(keys).items() if count == 1]
 
 
 def split(

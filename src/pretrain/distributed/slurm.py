@@ -117,12 +117,14 @@ def script(
     processes = max(1, gpus_per_node)
     given = settings_in(sections, {"train": TrainConfig, "parallel": ParallelConfig})
     train, parallel = given["train"], given["parallel"]
-    check_batch(
-        nodes * processes,
-        int(parallel.get("tp", 1)),
-        int(train.get("batch_rows", 0)) or 32,
-        int(train.get("micro_rows", 0)),
-    )
+    tp, micro = int(parallel.get("tp", 1)), int(train.get("micro_rows", 0))
+    batch = int(train.get("batch_rows", 0)) or (32 if command == "finetune" else 0)
+    if not batch and nodes * processes // tp > 1:
+        raise ConfigError(
+            f"train.batch_rows of {path} is automatic: 32, 16 or 8 rows, by the data, which {nodes * processes} "
+            "processes may not be able to share. Write the rows of a step there, such as batch_rows: 256."
+        )
+    check_batch(nodes * processes, tp, batch or 32, micro)
     header = {
         "job-name": job_name or re.sub(r"[^\w.-]", "-", path.stem),
         "nodes": nodes,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["finetune", "report"]
 
+_ANEW = "<!-- made from a checkpoint, not at the end of the run -->"
+
 
 @using(FINETUNE)
 def finetune(
@@ -117,8 +119,8 @@ def finetune(
 def report(run_dir: str | os.PathLike[str]) -> Path:
     """Return the page of a fine-tuning run, which is written when the run ends.
 
-    If there is none, as while the run goes on, it is made from the rows and the best checkpoint; nothing else in the
-    directory is changed.
+    Until then it is made from the rows and the best checkpoint, each time anew; nothing else in the directory is
+    changed.
 
     Raises:
         DataError: model or rows were objects in memory, or the rows have changed since the run.
@@ -126,7 +128,7 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     """
     folder = Path(run_dir)
     page = folder / PAGE
-    if page.is_file():
+    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").endswith(_ANEW):
         return page
     settings, run = TuneConfig.load(folder / "run.yaml"), read_run(folder)
     settings.train.out = str(folder)
@@ -144,4 +146,4 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
             f"The rows of {', '.join(dict.fromkeys(job.data.names.values()))} are not those of {folder}: a file has "
             "changed since, so its page cannot be made again. Restore the file."
         )
-    return write_page(page, render(result))
+    return write_page(page, render(result) + _ANEW)

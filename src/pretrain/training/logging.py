@@ -24,7 +24,7 @@ from pretrain.utils import files
 from pretrain.utils.files import note, replace_file, writing
 from pretrain.utils.run_log import LogFile, line_digest, open_log
 
-__all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "make_loggers"]
+__all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "check_loggers", "make_loggers"]
 
 _PAUSE = 30.0  # seconds between two lines of the pace in a log file
 _ROOMY = 110  # columns from which there is room for a bar beside the figures

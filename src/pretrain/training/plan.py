@@ -36,6 +36,8 @@ def settle_amounts(train: TrainConfig, data: Examples) -> TrainConfig:
         batch = next((size for size in _BATCHES if rows >= size * _EPOCH_STEPS), _BATCHES[-1])
         while batch > max(rows, 1):
             batch //= 2
+        micro = train.micro_rows or 1
+        batch = max(batch // micro, 1) * micro
     if limit == "auto":
         steps = max(1, math.ceil(rows / batch))
         limit = f"{min(_EPOCHS, math.ceil(_STEPS / steps))} epochs"

@@ -245,7 +245,8 @@ def describe(
     threads = torch.get_num_threads()
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
     timed = trainer.plan.limit.kind == "minutes"
-    pace = "" if timed else f", about {duration(steps * seconds)} on this machine"
+    left = steps - trainer.state.step
+    pace = f", about {duration(left * seconds)} on this machine" if left > 0 and not timed else ""
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
         f"evaluation in {trainer.eval_precision.name}, {threads} thread{'s' * (threads != 1)}, "

@@ -177,7 +177,10 @@ def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
 
 
 def keep_automatic(settings: RunConfig) -> None:
-    """Take from a run that has begun what the settings leave to be chosen, so that its choices outlive the rules."""
+    """Take from the run in ``train.out`` what the settings leave to be chosen, so that its choices outlive the rules.
+
+    A run that names no directory is found by its size: with another rule for the size it is another run.
+    """
     before = settings_before(settings)
     if before is None:
         return

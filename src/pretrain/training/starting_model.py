@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import best_first
+from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import described, located, pinned
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.sharded_loading import load_slices, open_empty
@@ -50,11 +50,9 @@ def outline(path: str) -> Model | None:
     ``open_source`` raises what is wrong with it. An adapter has no config.json of its own.
     """
     with contextlib.suppress(PretrainError, OSError), muted():
-        directory = described(path)
-        if not (directory / "config.json").is_file():  # a run
-            directory = next(iter(best_first(directory)), directory)
-        opened = ModelDirectory(directory, verify=False)
-        return None if opened.is_adapter else Model.from_hf_config(opened.json("config.json"))
+        directory = ModelDirectory(opened(described(path)), verify=False)
+        if not directory.is_adapter:
+            return Model.from_hf_config(directory.json("config.json"))
     return None
 
 

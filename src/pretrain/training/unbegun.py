@@ -54,6 +54,9 @@ class Unbegun:
             raise
 
     def _has_begun(self) -> bool:
-        with contextlib.suppress(OSError):
+        try:
             return bool(candidates(self.path)) or (self.path / "log.jsonl").stat().st_size > 0
-        return False
+        except FileNotFoundError:
+            return False
+        except OSError:  # too many open files, a disk that is gone: what cannot be seen is kept
+            return True
