@@ -193,7 +193,7 @@ def test_notes_and_errors_are_wrapped_between_words_on_a_terminal(
     assert all(len(piece) < 50 for piece in pieces if path not in piece and "error" not in piece)
     shown = " ".join(pieces).split()
     assert shown[: len(words)] == words and shown[len(words)] == path
-    assert any("error: " in piece for piece in pieces)
+    assert any("error:" in piece for piece in pieces)
 
 
 def test_a_terminal_sees_each_step_of_the_start_up_and_a_log_file_lines(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +33,12 @@ from pretrain.lora.peft_format import (
     from_peft,
     head_of,
 )
+from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
 from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, reading
 from pretrain.utils.hub_names import hub_name
 from pretrain.utils.tensors import read_header
-
-if TYPE_CHECKING:
-    from pretrain.models.base import Model
 
 __all__ = [
     "adapted_state",
@@ -241,8 +239,6 @@ def _peft_head(
 
 def _refuse_other_base(model: Model, source: _Base, facts: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError unless the names and shapes of the base are those that the adapter was trained on."""
-    from pretrain.models.base import Model
-
     there = Model.from_hf_config(source.config, head="none")
     wanted, found = body_shapes(model), body_shapes(there)
     same_family = model.backbone.model_type == there.backbone.model_type

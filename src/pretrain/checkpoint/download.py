@@ -33,6 +33,7 @@ from pretrain.errors import (
     ConfigError,
     ModelError,
 )
+from pretrain.models.base import Model
 from pretrain.utils.files import free_bytes, hash_file, note, read_bytes
 from pretrain.utils.hub_files import hub_errors, snapshot
 from pretrain.utils.hub_files import pinned as pinned_name
@@ -161,8 +162,6 @@ def _refuse_unusable(
     name: HubName, model: ModelDirectory, weights: list[str], listed: Mapping[str, Any]
 ) -> None:
     """Raise the error that loading the model would end with, as far as its small files show it."""
-    from pretrain.models.base import Model
-
     if not weights:
         pickles = sorted(file for file in listed if file.endswith(PICKLES))
         if pickles:

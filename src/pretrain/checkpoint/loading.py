@@ -32,13 +32,18 @@ from pretrain.checkpoint.model_directory import (
     read_weights,
     verify_rest,
 )
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
+from pretrain.models import family_class
+from pretrain.models.base import Model
+from pretrain.models.config import drop_code
+from pretrain.models.heads import ARCHITECTURES
+from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, read_bytes, reading
 from pretrain.utils.tensors import read_header
 
 if TYPE_CHECKING:
     from pretrain.models.backbone import Backbone
-    from pretrain.models.base import Model
 
 __all__ = [
     "INDEX",
@@ -161,8 +166,6 @@ def open_described(
         The model on the meta device with its tokenizer, the content of config.json, and the weight files as
         returned by ``ModelDirectory.weight_files``.
     """
-    from pretrain.models.base import Model
-
     path, verify = directory.path, directory.verify
     if not directory.has("config.json") and directory.manifest is None:
         _refuse_half(path, {}, verify)
@@ -185,9 +188,6 @@ def open_described(
 
 def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> None:
     """Read the generation settings, the sentence-embedding settings and the tokenizer, where present."""
-    from pretrain.models.config import drop_code
-    from pretrain.models.sentences import SentenceSettings
-
     if directory.intact("generation_config.json"):
         model.generation_config = drop_code(directory.json("generation_config.json"))
     model.sentences = SentenceSettings.read(directory) or model.sentences
@@ -235,8 +235,6 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
     )
     if not usable:
         return
-    from pretrain.data.tokenizer import Tokenizer
-
     if directory.has(_TEMPLATE) and _TEMPLATE not in present:
         # Tokenizer.from_directory reads the template if it exists, so a damaged one is left out of a copy.
         with tempfile.TemporaryDirectory(prefix="pretrain-") as copy:
@@ -290,8 +288,6 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
 
 def kind_and_family(path: str | Path) -> tuple[str | None, type[Backbone] | None]:
     """Return the kind of head of a checkpoint and the class of its family, as ``named_classes`` does."""
-    from pretrain.models import family_class
-
     try:
         config = _configuration(path)
         return _kind_of(config), family_class(str(config["model_type"]), path_allowed=False)
@@ -306,8 +302,6 @@ def _configuration(path: str | Path) -> Mapping[str, Any]:
 
 
 def _kind_of(config: Mapping[str, Any]) -> str | None:
-    from pretrain.models.heads import ARCHITECTURES
-
     architecture = str((config.get("architectures") or [""])[0])
     return next((k for ending, k in ARCHITECTURES.items() if architecture.endswith(ending)), None)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
 from pretrain.errors import ConfigError, nearest, suggestion
+from pretrain.utils.files import replace_file
 
 __all__ = [
     "check_value",
@@ -520,8 +521,6 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         ConfigError: the file cannot be written.
     """
-    from pretrain.utils.files import replace_file
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode())

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from pretrain.config.check import with_digest, write_text
 from pretrain.errors import ConfigError
 
 __all__ = [
@@ -409,8 +410,6 @@ class Sections:
         Raises:
             ConfigError: the file cannot be written.
         """
-        from pretrain.config.check import with_digest, write_text
-
         return write_text(Path(path), with_digest(self.to_yaml()))
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from pretrain.data.sources import resolve_sources, sized_pieces
 from pretrain.data.tokenizer_build import (
     KINDS,
     KNOWN,
@@ -543,7 +544,6 @@ def train_tokenizer(
         DataError: a source cannot be read, or there is no text.
     """
     from pretrain.data.pipeline import Sample
-    from pretrain.data.sources import resolve_sources, sized_pieces
 
     sample = Sample(sample_bytes)
     found, _ = resolve_sources(sources, text=text, separator=separator, encoding=encoding)

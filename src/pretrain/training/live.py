@@ -25,7 +25,7 @@ Bundle = dict[str, str]
 
 _INTERVAL = 1.0  # seconds between two redraws
 _SHARE = 20.0  # least pause between redraws, as a multiple of the duration of one
-_ROWS, _COLUMNS, _LINES = 24, 8, 12
+_ROWS, _COLUMNS, _LINES = 24, 8, 30
 _SAMPLE = 400  # characters of a sample
 
 
