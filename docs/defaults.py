@@ -202,7 +202,7 @@ def _size(layers: int, width: int, times: int = 2) -> dict[str, Any]:
 
 # The tasks of the part "encoder", whose own text, without labels, the deep checkpoints read beside general text.
 FEW_LABELS = ("pros_cons", "ag_news")
-MILLIONS = (1, 3)
+MILLIONS = (1, 3, 10)
 # name -> family, fields, minutes, learning rate
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "mb128": ("modernbert", _size(2, 128) | {"classifier_pooling": "mean"}, 4.0, 2e-3),

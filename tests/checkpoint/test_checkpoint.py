@@ -559,3 +559,13 @@ def test_inspect_what_transformers_saved(tmp_path):
     assert found["manifest"] == "absent"
     assert found["objective"] is None
     assert found["parameters"] == tiny("bert").num_parameters()
+
+
+def test_a_directory_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "run.yaml").touch()
+    for use in (load, inspect):
+        with pytest.raises(CheckpointError, match="holds no model but runs: one"):
+            use(tmp_path / "runs")
+        with pytest.raises(CheckpointError, match="is a run without a checkpoint"):
+            use(tmp_path / "runs" / "one")

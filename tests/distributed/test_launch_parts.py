@@ -26,6 +26,8 @@ def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
         count_devices(8)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="devices is 3000, but this machine has"):
+        count_devices(3000)
     assert count_devices("auto") == 1 and count_devices(2) == 2
     for wrong in (0, -1, True, "all", 2.5):
         with pytest.raises(ConfigError, match="devices is"):

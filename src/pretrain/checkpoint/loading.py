@@ -376,8 +376,8 @@ def _contents(directory: ModelDirectory) -> dict[str, Any]:
         config = directory.model_config()
         names: list[str] = [ADAPTER_WEIGHTS]
     else:
-        config = directory.json("config.json")
         names = list(directory.weight_files())
+        config = directory.json("config.json")
     parameters = 0
     for name in names:
         infos = read_header(directory.real(name)).values()

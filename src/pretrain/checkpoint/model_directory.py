@@ -163,6 +163,12 @@ class ModelDirectory:
                 f"{self.path} has no complete checkpoint. To see why, load one of its directories by name: "
                 f"{', '.join(steps)}."
             )
+        runs = [name for name in names if os.path.lexists(self.path / name / "run.yaml")]
+        if runs:
+            some = ", ".join(runs[:8]) + ", ..." * (len(runs) > 8)
+            return f"{self.path} holds no model but runs: {some}. Name one of them."
+        if "run.yaml" in names:
+            return f"{self.path} is a run without a checkpoint: it has not saved one yet. Wait, or start it again."
         return f"{self.path} has no {SINGLE}. Name the directory of a run, a checkpoint or a Hugging Face model."
 
 

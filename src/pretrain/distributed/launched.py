@@ -26,6 +26,7 @@ ERROR = "error.json"
 GRACE = 600
 """Seconds within which a run that was asked to stop must save."""
 
+_PROCESSES = 64  # that are started on a CPU, however few cores it has
 _SECONDS = 2.0  # seconds within which all processes fail that fail by the same cause
 _REACH = 5.0  # seconds to connect to the others, if that has not been done yet
 
@@ -50,8 +51,8 @@ def count_devices(devices: int | str, device: str = "auto") -> int:
         device: where they will run; on GPUs there cannot be more processes than GPUs.
 
     Raises:
-        ConfigError: ``devices`` is not a number of at least 1, is more than the number of GPUs, or asks for several
-            processes on Apple's GPU.
+        ConfigError: ``devices`` is not a number of at least 1, is more than the number of GPUs, far more than that of
+            cores, or asks for several processes on Apple's GPU.
     """
     import torch
 
@@ -68,6 +69,11 @@ def count_devices(devices: int | str, device: str = "auto") -> int:
         raise ConfigError(
             f"devices is {devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs one "
             "of its own. Ask for fewer, or set parallel.device=cpu."
+        )
+    if not gpus and devices > (most := max(_PROCESSES, 4 * cores())):
+        raise ConfigError(
+            f"devices is {devices}, but this machine has {cores()} cores, and each process needs one: {most} are the "
+            "most that are started here. On the cores of several machines, start them with torchrun."
         )
     if devices > 1 and not gpus and device in ("auto", "mps") and torch.backends.mps.is_available():
         raise ConfigError(
