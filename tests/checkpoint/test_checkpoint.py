@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import weakref
+from pathlib import Path
 
 import pytest
 import safetensors.torch
