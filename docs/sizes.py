@@ -80,9 +80,8 @@ def main(names: list[str], *, loss: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             family, _, size = name.partition(":")
-            table["figures"].setdefault(family, {})[size] = measure(
-                family, size, Path(folder), loss=loss
-            )
+            known = table["figures"].setdefault(family, {}).setdefault(size, {})
+            known.update(measure(family, size, Path(folder), loss=loss))
             table["measured"] = (
                 f"Time and loss were measured on one thread of {processor()} in fp32; the loss is held out, after "
                 f"{STEPS * ROWS * LENGTH:,} tokens of WikiText-2 (masked for encoders)."

@@ -18,6 +18,7 @@ from pretrain.config import ParallelConfig
 from pretrain.distributed.unused_parameters import find_used_parameters
 from pretrain.distributed.world import World
 from pretrain.models.backbone import Backbone
+from pretrain.objectives.next_token import NextToken
 from tiny import Rows, losses, objective, trainer
 
 HERE = Path(__file__).parent
@@ -53,12 +54,21 @@ def test_processes_agree_on_the_micro_batch_that_is_fastest_on_the_slowest(
     assert seen["measured"] == {"rows": [2, 2]}
 
 
-def test_fsdp_on_one_process_inside_a_group_of_ones_own(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "plain", objective(), Rows(8), limit="3 steps")
+class _WithUnused(NextToken):
+    """An objective with a parameter that no gradient reaches."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.unused = nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cuda:gloo"])  # the latter has none for CPU tensors
+def test_fsdp_on_one_process_inside_a_group_of_ones_own(tmp_path: Path, backend: str) -> None:
+    run = trainer(tmp_path / "plain", _WithUnused(objective().model), Rows(8), limit="3 steps")
     run.fit()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        cut = trainer(tmp_path / "cut", objective(), Rows(8), limit="3 steps")
+        cut = trainer(tmp_path / "cut", _WithUnused(objective().model), Rows(8), limit="3 steps")
         cut.parallel, cut.world = ParallelConfig(device="cpu", strategy="fsdp"), World.find()
         cut.fit()
     finally:

@@ -216,6 +216,7 @@ def test_a_task_is_fine_tuned_without_a_step_of_its_own_for_the_data(place: Path
         ({"nodes": 0}, "nodes is 0"),
         ({"nodes": 1, "grace": 20}, "grace is 20; it must be at least 30"),
         ({"nodes": 3}, "numbers of processes"),
+        ({"nodes": 1, "config": "cut.yaml"}, "parallel.tp of cut.yaml is 4, which does not divide"),
         (
             {"nodes": 2, "config": "automatic.yaml"},
             "train.batch_rows of automatic.yaml is automatic",
@@ -225,7 +226,8 @@ def test_a_task_is_fine_tuned_without_a_step_of_its_own_for_the_data(place: Path
 def test_what_would_lose_the_run_is_refused(
     place: Path, options: dict[str, object], said: str
 ) -> None:
-    (place / "automatic.yaml").write_text("data: {train: text.txt}\n")
+    (place / "automatic.yaml").write_text("train: {micro_rows: 12}\n")
+    (place / "cut.yaml").write_text("parallel: {tp: 4}\n")
     with pytest.raises(ConfigError, match=re.escape(said)):
         script(**({"config": "a run.yaml", "gpus_per_node": 1} | options))  # type: ignore[arg-type]
     assert "automatic.yaml" in script("automatic.yaml", nodes=1, gpus_per_node=1)

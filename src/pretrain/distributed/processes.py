@@ -39,7 +39,7 @@ _POLL = 0.1  # seconds between two looks for what another rank has done
 
 
 class Processes(World):
-    """All processes of a run, seen from one of them.
+    """All processes of a run, seen from one of them; also one process alone, if it has a process group.
 
     Attributes:
         store: key-value store of the rendezvous; None for a single process with a group of its own.
@@ -67,7 +67,7 @@ class Processes(World):
 
         If the user's script has initialised a process group already, that group is used.
         """
-        if dist.is_available() and dist.is_initialized():  # by the user's own script
+        if dist.is_initialized():  # by the user's own script
             rank, size = dist.get_rank(), dist.get_world_size()
             if size == 1:
                 return World()
@@ -256,11 +256,15 @@ class Processes(World):
     # ------------------------------------------------------------------ collectives on Python values
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        if self.size == 1:  # the group may be one of the user's, which supports no CPU tensors
+            return super().all_reduce_sum(values)
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
         dist.all_reduce(tensor, group=self._control)
         return list(tensor.tolist())
 
     def all_gather_object(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return super().all_gather_object(value)
         return gather_json(value, self.size, self._control)
 
     def on_rank_zero(self, make: Callable[[], T]) -> T | None:

@@ -119,12 +119,16 @@ def script(
     train, parallel = given["train"], given["parallel"]
     tp, micro = int(parallel.get("tp", 1)), int(train.get("micro_rows", 0))
     batch = int(train.get("batch_rows", 0)) or (32 if command == "finetune" else 0)
-    if not batch and nodes * processes // tp > 1:
+    if nodes * processes % tp:
+        raise ConfigError(
+            f"parallel.tp of {path} is {tp}, which does not divide the {nodes * processes} processes."
+        )
+    if not batch and nodes * processes > tp:
         raise ConfigError(
             f"train.batch_rows of {path} is automatic: 32, 16 or 8 rows, by the data, which {nodes * processes} "
             "processes may not be able to share. Write the rows of a step there, such as batch_rows: 256."
         )
-    check_batch(nodes * processes, tp, batch or 32, micro)
+    check_batch(nodes * processes, tp, batch or micro or 32, micro)
     header = {
         "job-name": job_name or re.sub(r"[^\w.-]", "-", path.stem),
         "nodes": nodes,

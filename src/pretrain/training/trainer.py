@@ -566,7 +566,8 @@ class Trainer:
         # Among losses the last is the best as a rule; of a figure that scatters, every evaluation is worth its cost.
         work = 0.0
         if name == "eval" and self.train.monitor == "loss" and self.eval_data is not None:
-            rows = self.train.eval_rows or len(self.eval_data)
+            rows = len(self.eval_data)
+            rows = min(self.train.eval_rows or rows, rows)
             work = rows / (_STEP_WORK * self.train.batch_rows)
         interval = parse_every(every, self.state.total_steps, f"train.{name}_every", epoch, work)
         return interval > 0 and self.state.step - last >= interval
