@@ -115,7 +115,8 @@ def test_the_automatic_rate_falls_with_width_and_depth() -> None:
     # What the papers of BERT and of its small relatives use.
     assert 2e-5 <= lr(768, 12) <= 6e-5 and 1e-5 <= lr(1024, 24) <= 3e-5
     assert lr(16, 1) == lr(32, 1) and lr(4096, 32) == lr(8192, 80), "a rate without a bound"
-    assert lr(64, 4, adapter=True) == pytest.approx(10 * lr(64, 4), rel=0.05)
+    assert lr(768, 12, adapter=True) == pytest.approx(10 * lr(768, 12), rel=0.05)
+    assert lr(64, 4, adapter=True) == lr(128, 2, adapter=True) == 4e-3
     model = model_of(hidden_size=256, num_layers=2)
     assert automatic_lr(model) == lr(256, 2)
 
