@@ -1,7 +1,7 @@
 """Time and loss of the small model sizes on one CPU thread, for the table that ``--model.size ?`` prints.
 
     python docs/sizes.py gpt2:tiny gpt2:mini qwen3:tiny    # about two minutes of the processor for tiny
-    python docs/sizes.py --time gpt2:base                  # the time alone, of four steps: for sizes that take hours
+    python docs/sizes.py --time gpt2:base                  # the time alone, of a few steps; a loss stays as it is
 
 Every size reads the same tokens of WikiText-2 (its test file, in PRETRAIN_TEST_DATA) in the same order, and writes its
 figures into src/pretrain/training/sizes.json. The time is that of the processor, without start-up, evaluation and
@@ -30,7 +30,7 @@ ROWS, LENGTH, STEPS, RATE, WARM = 4, 512, 128, 2e-3, 8
 
 def measure(family: str, size: str, folder: Path, *, loss: bool = True) -> dict[str, float]:
     """Train one size; return seconds per million tokens and, unless only a few steps are timed, the held-out loss."""
-    steps, warm = (STEPS, WARM) if loss else (4, 1)
+    steps, warm = (STEPS, WARM) if loss else (10, 2)
     clock: dict[int, float] = {}
 
     def tick(record: Any) -> None:
@@ -61,8 +61,9 @@ def measure(family: str, size: str, folder: Path, *, loss: bool = True) -> dict[
     )
     if run.exit_code:  # a signal ended it
         sys.exit(run.exit_code)
-    tokens = (steps - warm) * ROWS * LENGTH
-    found = {"seconds": round((clock[steps] - clock[warm]) / tokens * 1e6, 1)}
+    last = steps - 1  # with the last step come the evaluation and the checkpoint
+    tokens = (last - warm) * ROWS * LENGTH
+    found = {"seconds": round((clock[last] - clock[warm]) / tokens * 1e6, 1)}
     return found | ({"loss": round(run.metrics["loss"], 3)} if loss else {})
 
 
