@@ -4,7 +4,7 @@
     python docs/defaults.py run rates steps minilm  # the screening grids that the rule was chosen by
     python docs/defaults.py run final:mb128         # default, sweep, scratch, TF-IDF, linear probe
     python docs/defaults.py show mb128              # as a table
-    python docs/defaults.py pretrain deep-1 deep-3  # a deep and thin encoder after 1 and 3 million tokens
+    python docs/defaults.py pretrain deep-1 deep-3 deep-10  # a deep and thin encoder after 1, 3 and 10 million tokens
     python docs/defaults.py run encoder             # on 200 labels of sentiment and topic, beside TF-IDF
     python docs/defaults.py show encoder            # as a table, and docs/figures/encoder.svg
 
