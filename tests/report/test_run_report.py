@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -330,3 +331,13 @@ def test_a_legend_that_does_not_fit_beside_the_title_stands_below_it():
     beside, top = heights(["one", "two"], "a title")
     below, lower = heights([f"a long name of line {k}" for k in range(4)], "a title")
     assert beside == {"21"} and below == {"39"} and lower == top + 18
+
+
+@pytest.mark.parametrize(
+    ("points", "anchor"), [([(0, 0.0), (10, 5.5)], "start"), ([(0, 5.5), (10, 0.0)], "end")]
+)
+def test_the_label_of_a_reference_stands_where_no_curve_is(
+    points: list[tuple[float, float]], anchor: str
+) -> None:
+    picture = curve_svg([("loss", points)], references={"baseline": 5.3})
+    assert re.search(rf'text-anchor="{anchor}">baseline 5.3<', picture)

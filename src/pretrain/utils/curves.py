@@ -155,7 +155,7 @@ def curve_svg(
         below = 14 + 8 * len(title) + _legend_width(named) > width and bool(title)
         frame = _Frame.around(lines, kept, width, height, zero, log_x, 18 * below)
         body = [frame.axes(x_label, y_label)]
-        body += [frame.reference(name, y) for name, y in kept.items()]
+        body += [frame.reference(name, y, lines) for name, y in kept.items()]
         body += [frame.line(index % 4, one, points) for index, one, points in lines]
         body.append(_legend(named, width, 21 + 18 * below))
     return _picture(title, y_label or "curve", width, height, body)
@@ -337,11 +337,42 @@ class _Frame:
             parts.append(_vertical((top + bottom) / 2, y_label))
         return "".join(parts)
 
-    def reference(self, name: str, value: float) -> str:
+    def reference(
+        self, name: str, value: float, lines: Sequence[tuple[int, Series, list[Point]]]
+    ) -> str:
+        """Draw a dashed line; its label stands at that end, above or below, where the fewest curves cross it."""
         left, _, right, _ = self.box
-        at = self.y(value)
-        text = _text(right - 4, at - 5, f"{name} {value:.4g}", "end")
-        return _line("ref", left, at, right, at) + text
+        at, text = self.y(value), f"{name} {value:.4g}"
+        wide = _CHARACTER * len(text)
+        places = [(x, y) for x in (right - 4 - wide, left + 4) for y in (at - 5, at + 14)]
+
+        def crossed(place: tuple[float, float]) -> int:
+            x, y = place
+            return sum(
+                y - 12 <= height <= y + 3
+                for _, _, points in lines
+                for height in self._heights(points, x, x + wide)
+            )
+
+        x, y = min(places, key=crossed)
+        end = x > left + 4
+        label = _text(x + wide if end else x, y, text, "end" if end else "start")
+        return _line("ref", left, at, right, at) + label
+
+    def _heights(self, points: Sequence[Point], start: float, end: float) -> list[float]:
+        """Return the heights of a curve at positions from ``start`` to ``end``, four pixels apart."""
+        if len(points) < 2:
+            return [self.y(y) for x, y in points if start <= self.x(x) <= end]
+        xs, ys = zip(*((self.x(x), self.y(y)) for x, y in points), strict=True)
+        found, k, x = [], 0, max(start, xs[0])
+        while x <= min(end, xs[-1]):
+            while k < len(xs) - 2 and xs[k + 1] < x:
+                k += 1
+            step = xs[k + 1] - xs[k]
+            share = (x - xs[k]) / step if step else 0.0
+            found.append(ys[k] + share * (ys[k + 1] - ys[k]))
+            x += 4.0
+        return found
 
     def line(self, colour: int, one: Series, points: list[Point]) -> str:
         groups = thin(points, 400)
