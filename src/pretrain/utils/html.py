@@ -53,7 +53,8 @@ padding:5px 14px 5px 0;border:0;border-bottom:1px solid var(--line);vertical-ali
 .pt .t tr.best:nth-child(n){background:var(--mark);color:var(--on);font-weight:600}
 .pt pre:nth-child(n),.pt code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .pt pre:nth-child(n){background:var(--well);color:inherit;border-radius:8px;padding:10px 12px;margin:8px 0;
-white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal}.pt pre.plain:nth-child(n){white-space:pre;overflow-x:auto}
+white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal}
+.pt pre.plain:nth-child(n){white-space:pre;overflow-x:auto}
 .pt .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(360px,100%),1fr));gap:12px}
 .pt .pair>div{margin:0}.pt svg{display:block;width:100%;height:auto}.pt .narrow{display:none}
 @media (max-width:600px){.pt .wide{display:none}.pt .narrow{display:block}.pt main{padding:16px 10px 40px}}
