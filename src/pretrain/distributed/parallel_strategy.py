@@ -284,6 +284,8 @@ class ParallelStrategy(Strategy):
     def reduce_loss_and_norm(
         self, totals: Sequence[Tensor], params: Mapping[str, Tensor]
     ) -> tuple[list[float], float]:
+        if self.world.size == 1:
+            return super().reduce_loss_and_norm(totals, params)
         grads = {name: local(p.grad) for name, p in params.items() if p.grad is not None}
         every = not self.cut  # each rank holds whole gradients
         mine = (
@@ -294,9 +296,6 @@ class ParallelStrategy(Strategy):
         norm = torch.nn.utils.get_total_norm([g for g in mine if g.numel()])
         norm = norm.to(self.device)
         dp = self.choice.sizes.dp
-        if self.world.size == 1:
-            *losses, whole = torch.stack([*totals, norm]).tolist()
-            return losses, whole
         slots = torch.zeros(dp * len(totals) + 1, dtype=torch.float32, device=self.device)
         if not every:
             slots[-1] = norm.square()
@@ -336,7 +335,7 @@ class ParallelStrategy(Strategy):
     @contextlib.contextmanager
     def without_gradient(self) -> Iterator[None]:
         if not self.sharded:
-            with torch.inference_mode():
+            with super().without_gradient():
                 yield
             return
         try:

@@ -73,9 +73,8 @@ class Processes(World):
                 return World()
             world = Processes(rank, size, dist.distributed_c10d._get_default_store())
             world.joined = True
-            world._control = dist.new_group(
-                backend="gloo"
-            )  # the user's may not support CPU tensors
+            # The user's group may not support CPU tensors.
+            world._control = dist.new_group(backend="gloo")
             return world
         limit = datetime.timedelta(seconds=min(60.0, patience))
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -268,25 +267,25 @@ class Processes(World):
         return gather_json(value, self.size, self._control)
 
     def on_rank_zero(self, make: Callable[[], T]) -> T | None:
-        made, failure = None, None
-        if self.is_rank_zero:
-            try:
-                made = make()
-            except Exception as error:  # raised on all ranks below
-                failure = error
+        made, failure = self._tried_on_rank_zero(make)
         self.raise_on_all_ranks(failure)
         return made
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
-        made, failure, callers = None, None, self.callers()
-        if self.is_rank_zero:
-            try:
-                made = make()
-            except Exception as error:
-                failure = error
+        callers = self.callers()
+        made, failure = self._tried_on_rank_zero(make)
         raise_on_all_ranks(callers, failure)
         found: T = callers.all_gather_object(made)[0]
         return found
+
+    def _tried_on_rank_zero(self, make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        """Return what ``make`` made on rank zero, or its failure, which the caller raises on all ranks."""
+        if self.is_rank_zero:
+            try:
+                return make(), None
+            except Exception as error:
+                return None, error
+        return None, None
 
     def raise_on_all_ranks(self, failure: Exception | None) -> None:
         try:

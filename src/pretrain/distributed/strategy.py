@@ -187,7 +187,7 @@ class Strategy:
             totals: summed losses of the micro-batches of this rank.
             params: trainable parameters by name, with their gradients.
         """
-        grads = [p.grad for p in params.values() if p.grad is not None]
+        grads = [local(p.grad) for p in params.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([g for g in grads if g.numel()])
         *losses, whole = torch.stack([*totals, norm.to(self.device)]).tolist()
         return losses, whole

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain import distributed
-from pretrain.checkpoint.peers import ALONE
-from pretrain.checkpoint.peers import Peers as Exchange
+from pretrain.checkpoint.peers import ALONE, Peers
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.launched import launched
 
@@ -206,11 +205,11 @@ class World:
         if failure is not None:
             raise failure
 
-    def peers(self) -> Exchange:
+    def peers(self) -> Peers:
         """Return the peers for writing and reading checkpoints."""
         return ALONE
 
-    def callers(self) -> Exchange:
+    def callers(self) -> Peers:
         """Return the peers to use before the process group exists: JSON values go through the store, no tensors."""
         return ALONE
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint.best import with_training
 from pretrain.checkpoint.peers import ALONE, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
@@ -142,8 +143,8 @@ def other_tensors(objective: Objective) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in state.items() if not name.startswith(left_out)}
 
 
-def load_others(objective: Objective, checkpoint: Path) -> None:
-    """Load the weights of the objective's own trained modules, to evaluate a checkpoint.
+def load_others(objective: Objective, path: Path) -> None:
+    """Load the weights of the objective's own trained modules, if it has any, to evaluate what opening ``path`` opens.
 
     Raises:
         CheckpointError: the checkpoint has no training folder, which holds them, or they do not fit.
@@ -151,6 +152,7 @@ def load_others(objective: Objective, checkpoint: Path) -> None:
     wanted = other_tensors(objective)
     if not wanted:
         return
+    checkpoint = with_training(path)
     training = read_training_slices(checkpoint, None, ALONE, quiet=True, stems=("objective",))
     found = training.tensors.get("objective", {})
     for name, tensor in wanted.items():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import opened, with_training
+from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import located, terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -558,7 +558,7 @@ def evaluate(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
     built = build_objective(name, options, model)
-    load_others(built, with_training(_place(path)))
+    load_others(built, _place(path))
     longest, room = row_length(rows, built), model.backbone.max_length
     if room and longest > room and built.unit_name == "tokens":
         raise DataError(

@@ -536,7 +536,8 @@ class Trainer:
             )
         improved = False
         if self.eval_data is not None and (
-            last or self._due(self.train.eval_every, state.last_eval, "eval")
+            last
+            or self._due(self.train.eval_every, state.last_eval, "eval", self._evaluation_work())
         ):
             improved = self._evaluate(last=last)
         if last or improved or self._due(self.train.save_every, state.last_save, "save"):
@@ -561,14 +562,17 @@ class Trainer:
             self.about |= ngram_baseline(self)
         return found.improved and self.train.best
 
-    def _due(self, every: str, last: int, name: str) -> bool:
+    def _evaluation_work(self) -> float:
+        """Return the work of one evaluation in steps; 0 where each is worth its cost, as of figures that scatter."""
+        if (
+            self.train.monitor != "loss" or self.eval_data is None
+        ):  # the last loss is the best as a rule
+            return 0.0
+        rows = len(self.eval_data)
+        return min(self.train.eval_rows or rows, rows) / (_STEP_WORK * self.train.batch_rows)
+
+    def _due(self, every: str, last: int, name: str, work: float = 0.0) -> bool:
         epoch = self.plan.epoch_rows / self.train.batch_rows
-        # Among losses the last is the best as a rule; of a figure that scatters, every evaluation is worth its cost.
-        work = 0.0
-        if name == "eval" and self.train.monitor == "loss" and self.eval_data is not None:
-            rows = len(self.eval_data)
-            rows = min(self.train.eval_rows or rows, rows)
-            work = rows / (_STEP_WORK * self.train.batch_rows)
         interval = parse_every(every, self.state.total_steps, f"train.{name}_every", epoch, work)
         return interval > 0 and self.state.step - last >= interval
 
