@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -213,6 +214,22 @@ class TestLoading:
         del state["transformer.h.1.mlp.c_fc.weight"]
         with pytest.raises(CheckpointError, match=r"lack transformer\.h\.1\.mlp\.c_fc\.weight"):
             model.load_disk_state(state)
+
+    @pytest.mark.parametrize("family", TEXT_FAMILIES)
+    def test_tensors_of_the_caller_stay_apart_unless_they_are_handed_over(self, family):
+        source = build(family, **TINY)
+        kept = source.disk_state()
+        places = {tensor.data_ptr() for tensor in kept.values()}
+        for filled, adopt in itertools.product((False, True), repeat=2):
+            target = Model.from_hf_config(source.hf_config(), source.head_kind)
+            if filled:
+                target.materialize(1)
+            target.load_disk_state(kept, adopt=adopt)
+            shared = places & {tensor.data_ptr() for tensor in target.parameters()}
+            assert bool(shared) is (adopt and not filled)
+            assert all(p.is_contiguous() for p in target.parameters())
+            for name, tensor in target.disk_state().items():
+                assert torch.equal(tensor, kept[name])
 
     def test_missing_head_is_named_and_fresh(self):
         source = build("bert", **TINY)

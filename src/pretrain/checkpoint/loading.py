@@ -150,7 +150,7 @@ def _load(
     model, config, names = open_described(directory, head=head, tokenizer=tokenizer)
     tensors = read_weights(directory, names)
     verify_rest(directory, names)
-    report = model.load_disk_state(tensors)
+    report = model.load_disk_state(tensors, adopt=True)
     model.source = named
     if not quiet:
         note(report_line(model, config, len(tensors), report))

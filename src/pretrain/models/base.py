@@ -314,13 +314,15 @@ class Model(ModelMethods, nn.Module):
         """Return the same as a lazy mapping: each tensor is created on access, and may be a view of a parameter."""
         return disk_view(self)
 
-    def load_disk_state(self, tensors: Mapping[str, Tensor], *, seed: int = 0) -> LoadReport:
+    def load_disk_state(
+        self, tensors: Mapping[str, Tensor], *, seed: int = 0, adopt: bool = False
+    ) -> LoadReport:
         """Fill the model from tensors under their names on disk; see ``pretrain.models.state``.
 
         Raises:
             CheckpointError: a tensor of the body is missing, or one has the wrong shape or type.
         """
-        return load_disk_state(self, tensors, seed=seed)
+        return load_disk_state(self, tensors, seed=seed, adopt=adopt)
 
     def hf_config(self) -> dict[str, Any]:
         """Return the content of config.json, with the keys of transformers 4 and 5."""

@@ -182,6 +182,8 @@ def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") ->
 def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tensor]]:
     """Return the parameters or buffers that a tensor of the file holds, in their dtype on disk.
 
+    They may share memory with the tensor, and need not be contiguous.
+
     Raises:
         CheckpointError: the shape or the dtype does not match the model.
     """
@@ -189,10 +191,7 @@ def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tens
     rows = [shapes[name][0] for name in entry.memory if shapes[name]]
     tensor = tensor.reshape(1) if entry.scalar else tensor.T if flip else tensor
     parts = torch.split(tensor, rows) if len(entry.memory) > 1 else (tensor,)
-    return [
-        (name, part.to(entry.dtype, copy=True).contiguous())
-        for name, part in zip(entry.memory, parts, strict=True)
-    ]
+    return [(name, part.to(entry.dtype)) for name, part in zip(entry.memory, parts, strict=True)]
 
 
 def unpack_part(

@@ -112,7 +112,9 @@ def disk_packing(model: Model) -> Packing:
 
 
 @torch.no_grad()
-def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 0) -> LoadReport:
+def load_disk_state(
+    model: Model, tensors: Mapping[str, Tensor], *, seed: int = 0, adopt: bool = False
+) -> LoadReport:
     """Fill the model from tensors under their names on disk; parameters on the meta device are allocated.
 
     Names with and without the body's prefix, the spellings of old BERT files, and additional copies of tied tensors are
@@ -123,6 +125,8 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
         model: materialised or on the meta device.
         tensors: read one at a time, so a lazy mapping costs no second copy of the model.
         seed: seed of head tensors that the file lacks.
+        adopt: let a tensor itself become the parameter where nothing has to be converted or split; the caller has no
+            other use for it.
 
     Raises:
         CheckpointError: a tensor of the body is missing, or one has the wrong shape or dtype.
@@ -137,10 +141,12 @@ def load_disk_state(model: Model, tensors: Mapping[str, Tensor], *, seed: int = 
 
     def fill(entry: Entry, key: str) -> None:
         for name, value in unpack(entry, tensors[key], shapes):
-            if there[name].is_meta:
+            if not there[name].is_meta:
+                there[name].copy_(value)
+            elif adopt and value.is_contiguous() and len(entry.memory) == 1:
                 _make_real(model, name, value)
             else:
-                there[name].copy_(value)
+                _make_real(model, name, value.clone(memory_format=torch.contiguous_format))
 
     report, fresh = match_disk_state(model, tensors, fill)
     report.untied = untied
