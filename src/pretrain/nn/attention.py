@@ -358,4 +358,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         mixed = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
-        return row_linear(self.output, mixed.transpose(1, 2).flatten(2), self.parallel)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        if self.parallel is not None:
+            return row_linear(self.output, mixed, self.parallel)
+        found: Tensor = self.output(mixed)
+        return found

@@ -90,5 +90,5 @@ class MLP(nn.Module):
             x = self.activation(self.up(x))
         else:
             x = self.activation(self.gate(x)) * self.up(x)
-        x = row_linear(self.down, x, self.parallel)
+        x = self.down(x) if self.parallel is None else row_linear(self.down, x, self.parallel)
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

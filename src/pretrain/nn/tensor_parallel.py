@@ -2,7 +2,7 @@
 that compare rows of several ranks.
 
 A tensor-parallel region begins with ``copy_to_tensor_parallel`` and ends with ``reduce_from_tensor_parallel``; outside
-of it, all ranks of the group hold the same activations. Without a group no collective is called.
+of it, all ranks of the group hold the same activations.
 Letters: N targets, D hidden, V vocabulary.
 """
 
@@ -141,19 +141,16 @@ class _Gather(torch.autograd.Function):
         return grad.narrow(*ctx.place), None, None, None, None
 
 
-def row_linear(layer: nn.Linear, x: Tensor, group: Group | None) -> Tensor:
+def row_linear(layer: nn.Linear, x: Tensor, group: Group) -> Tensor:
     """Return ``layer(x)`` for a row-parallel layer: each rank holds some columns of the weight and their inputs.
 
     The partial products are all-reduced over the group, and the bias is added once, to the sum.
 
     Args:
         layer: a linear layer; a layer with an adapter defines ``product(x)``, its output without the bias.
-        x: (..., I / group.size), or (..., I) without a group.
-        group: the ranks that share the layer; with None the layer is called directly.
+        x: (..., I / group.size).
+        group: the ranks that share the layer.
     """
-    if group is None:
-        whole: Tensor = layer(x)
-        return whole
     product = getattr(layer, "product", None)
     y = reduce_from_tensor_parallel(
         F.linear(x, layer.weight) if product is None else product(x), group
