@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
+import pretrain
 from contract import check_objective
-from finetuning.conftest import ANIMALS, model_of, rows_of
+from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import ConfigError, DataError, ModelError
@@ -178,3 +179,48 @@ def test_options_that_cannot_be() -> None:
             task_of(**options)
     with pytest.raises(ConfigError, match="one output"):
         Regression(model_of(head="sequence-classification", labels=ANIMALS))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3, 1e5])
+def test_targets_of_any_size_are_learned_alike(size: float, tmp_path: Path) -> None:
+    """Powers of two change no bit; thousands and thousandths change as little as the nearest power allows."""
+    rows = [{"text": r["text"], "label": float(len(r["text"].split()))} for r in rows_of(48)]
+    source = model_of()
+    options: dict[str, Any] = {**QUICK, "limit": "60 steps", "eval_every": "60 steps"}
+
+    def ended(unit: float) -> float:
+        scaled = [{**row, "label": row["label"] * unit} for row in rows]
+        out = tmp_path / f"{unit:g}"
+        return float(
+            pretrain.finetune(source, scaled, "regression", out=out, **options).metrics["loss"]
+        )
+
+    plain = ended(1.0)
+    assert ended(2.0**17) == pytest.approx(plain, rel=1e-6) and plain < 0.7
+    assert ended(size) < 1.3 * plain + 0.05
+
+
+def test_weights_in_the_file_are_in_the_unit_of_the_targets(tmp_path: Path) -> None:
+    task = task_of(center=2e5, scale=7e4)
+    assert task.model.head.unit == 2.0**16
+    batch = task.collate(task.encode(table_of()), row_rngs(0, "collate", 0, 24), evaluation=True)
+    there = task.model.eval()(batch)
+    assert float(there.mean()) == pytest.approx(2e5, rel=0.05)
+    task.model.save(tmp_path / "model")
+    loaded = pretrain.load(tmp_path / "model", quiet=True)
+    assert loaded.head.unit == 1.0 and torch.equal(loaded(batch), there)
+    assert float(loaded.head.classifier.bias) == float(task.model.head.classifier.bias) * 2.0**16
+    # Fine-tuned again, and only used: the answers stay the same bits.
+    again = Regression(loaded, center=2e5, scale=7e4)
+    assert loaded.head.unit == 2.0**16 and torch.equal(again.model(batch), there)
+    assert torch.equal(
+        loaded.disk_state()["classifier.weight"], task.model.disk_state()["classifier.weight"]
+    )
+
+
+def test_a_number_is_not_rounded_to_half_precision() -> None:
+    task = task_of(std=0.5, center=2000.0, scale=4.0)
+    batch = task.collate(task.encode(table_of()), row_rngs(0, "collate", 0, 24), evaluation=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = task.model.eval()(batch)
+    assert scores.dtype == torch.float32 and len(scores.unique()) > 12

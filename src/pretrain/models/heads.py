@@ -6,6 +6,7 @@ before the projection. Letters: B rows, T tokens, D hidden, V vocabulary, C clas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,6 +172,9 @@ class SequenceHead(nn.Module):
         dropout: dropout before the classifier.
         dropout_first: apply dropout before the transform as well (RoBERTa).
         pad_id: identifies padding for ``last`` if the batch has no ``attention_mask``.
+
+    Attributes:
+        unit: what a score of 1 in memory stands for, a power of two; see ``set_unit``.
     """
 
     def __init__(
@@ -194,6 +198,25 @@ class SequenceHead(nn.Module):
         )
         self.transform = transform
         self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
+        self.unit = 1.0
+
+    @torch.no_grad()
+    def set_unit(self, size: float, *, rescale: bool) -> None:
+        """Let the weights in memory be those of the file divided by a power of two, so that the scores are about 1.
+
+        An optimizer changes every weight by about the learning rate, so scores in thousands would not be reached, and
+        scores of thousandths would be passed. By a power of two nothing is rounded: the file and the scores stay the
+        same, bit by bit.
+
+        Args:
+            size: usual size of a score; its nearest power of two is the unit.
+            rescale: the weights are those of the file, and not new ones.
+        """
+        unit = 2.0 ** round(math.log2(size))
+        for parameter in self.classifier.parameters() if rescale else ():
+            if not parameter.is_meta:
+                parameter.mul_(self.unit / unit)
+        self.unit = unit
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         if "document_ids" in batch and "first_index" not in batch:
@@ -207,8 +230,14 @@ class SequenceHead(nn.Module):
             pooled = F.dropout(pooled, self.dropout, self.training)
         if self.transform is not None:
             pooled = self.transform(pooled)
-        scores: Tensor = self.classifier(F.dropout(pooled, self.dropout, self.training))
-        return scores
+        pooled = F.dropout(pooled, self.dropout, self.training)
+        if self.classifier.out_features > 1:
+            scores: Tensor = self.classifier(pooled)
+            return scores
+        # A number may be far from 0 and still matter in its last digits, such as a year: it is not rounded to 8 bits.
+        with torch.autocast(pooled.device.type, enabled=False):
+            scores = self.classifier(pooled.float())
+        return scores * self.unit if self.unit != 1.0 else scores
 
     @property
     def lead(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class Name:
 class Entry:
     """A rule applied to one tensor: its name on disk with and without prefix, and the parameters that it holds.
 
-    ``dtype`` is the one on disk: fp32, or that of a buffer of integers.
+    ``dtype`` is the one on disk: fp32, or that of a buffer of integers. The tensor on disk is that in memory times
+    ``unit``, a power of two.
     """
 
     disk: str
@@ -74,6 +75,7 @@ class Entry:
     body: bool
     dtype: torch.dtype = torch.float32
     scalar: bool = False
+    unit: float = 1.0
 
 
 @dataclass
@@ -168,6 +170,8 @@ class Packing:
 def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") -> Tensor:
     """Return the tensor for the disk; a view of the parameter if nothing is converted or fused."""
     parts = [parameters[name].detach().to(device, entry.dtype) for name in entry.memory]
+    if entry.unit != 1.0:
+        parts = [part * entry.unit for part in parts]
     tensor = parts[0]
     if len(parts) > 1 and tensor.is_meta:
         # torch would load its compiler to join them, which takes a second.
@@ -190,6 +194,8 @@ def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tens
     flip = check_stored(entry, tensor.dtype, tuple(tensor.shape), shapes)
     rows = [shapes[name][0] for name in entry.memory if shapes[name]]
     tensor = tensor.reshape(1) if entry.scalar else tensor.T if flip else tensor
+    if entry.unit != 1.0:
+        tensor = tensor / entry.unit
     parts = torch.split(tensor, rows) if len(entry.memory) > 1 else (tensor,)
     return [(name, part.to(entry.dtype)) for name, part in zip(entry.memory, parts, strict=True)]
 
@@ -214,6 +220,9 @@ def unpack_part(
         The slice in its dtype on disk, contiguous.
     """
     start, shape = region.start, region.shape
+    if entry.unit != 1.0:
+        part = unpack_part(replace(entry, unit=1.0), name, region, shapes, read)
+        return part / entry.unit
     if entry.scalar:
         whole = read(ShardSlice((), ())).reshape(1).to(entry.dtype)
         return whole[start[0] : start[0] + shape[0]].contiguous()

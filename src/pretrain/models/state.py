@@ -73,6 +73,12 @@ def entries_of(model: Model) -> list[Entry]:
     prefix = model.backbone.prefix_of(model.head_kind)
     entries = expand(rules, len(model.backbone.blocks()), tensors, prefix)
     covered = {name for entry in entries for name in entry.memory}
+    unit = getattr(model.head, "unit", 1.0)
+    if unit != 1.0:
+        entries = [
+            replace(entry, unit=unit) if entry.memory[0].startswith("head.classifier.") else entry
+            for entry in entries
+        ]
     if forgotten := sorted(set(tensors) - covered):
         raise ModelError(
             f"The family {model.backbone.model_type} has no name on disk for {', '.join(forgotten[:5])}. "

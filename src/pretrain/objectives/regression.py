@@ -16,6 +16,7 @@ from pretrain.data.labelled import Role
 from pretrain.data.labels import finite_numbers
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
+from pretrain.models.heads import SequenceHead
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import PAIR, TEXT, encode_texts
 from pretrain.objectives.tasks import Learned, Task, count_examples, sequence_labels
@@ -78,10 +79,13 @@ class Regression(Task):
             )
         self.center, self.scale = center, scale
         model.extra_config["problem_type"] = "regression"
+        head = model.head
+        if isinstance(head, SequenceHead):
+            head.set_unit(scale, rescale="head.classifier.weight" not in model.fresh)
         bias = dict(model.named_parameters()).get("head.classifier.bias")
         if bias is not None and "head.classifier.bias" in model.fresh:
             with torch.no_grad():
-                bias.fill_(center)
+                bias.fill_(center / getattr(head, "unit", 1.0))
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
