@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("PIL")
 
+from PIL import Image
+
 import pretrain
 from contract import check_objective_resumes, check_row_randomness, check_sums
 from pretrain.data.images.scenes import make_scenes, rows_of
@@ -195,3 +197,34 @@ def test_what_cannot_be_used_is_refused_or_counted(tokenizer: Tokenizer) -> None
     assert found.cut == [2] and len(found[0]["input_ids"]) == 24
     with pytest.raises(DataError, match="not a text"):
         goal.encode(table([{"image": image, "text": 3}]))
+
+
+def test_texts_in_files_beside_images(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line is a text; an image with several has a row for each."""
+    for k, row in enumerate(SCENES[:6]):
+        Image.fromarray(np.asarray(row["image"])).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"{row['text']}\n" + "red\n" * (k == 0))
+    goal = task(tokenizer)
+    found = goal.gathered(goal.read(tmp_path), {})
+    assert list(found.columns["caption"]) == [
+        SCENES[0]["text"],
+        "red",
+        *(r["text"] for r in SCENES[1:6]),
+    ]
+    assert "1 of 6 images have several texts" in capsys.readouterr().err
+    result = pretrain.finetune(
+        goal.model, tmp_path, task="captioning", valid=2 / 7, limit="1 steps", device="cpu", quiet=True,
+        out=tmp_path / "run", batch_rows=2,
+    )  # fmt: skip
+    assert result.data.counts["train"] + result.data.counts["valid"] <= 7
+
+
+@pytest.mark.parametrize("form", ["array", "list"])
+def test_a_row_with_one_image_is_one_input(form: str, tuned: Any) -> None:
+    image = np.asarray(SCENES[0]["image"])
+    given = image if form == "array" else image.tolist()
+    asked = {"image": given, "question": SCENES[0]["question"]}
+    answer = tuned.predict(asked)
+    assert answer == tuned.predict([asked])[0] == tuned.predict({**asked, "image": image})

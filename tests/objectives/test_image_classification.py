@@ -416,3 +416,57 @@ def test_a_family_with_blocks_of_its_own_is_classified_too() -> None:
     whole = {key: value for key, value in batch.items() if key != "keep_index"}
     torch.testing.assert_close(model(batch), model(whole))
     assert torch.isfinite(goal(batch).total)
+
+
+@pytest.mark.parametrize("form", ["array", "list", "pillow"])
+def test_a_mapping_with_one_image_is_one_row(form: str, place: Path) -> None:
+    model = pretrain.build("vit", head="image-classification", labels=NAMES, num_channels=3, **TINY)
+    image = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    given = {"array": image, "list": image.tolist(), "pillow": Image.fromarray(image)}[form]
+    answer = model.predict(image)
+    assert model.predict({"image": given}) == answer and model.predict([{"image": given}]) == [
+        answer
+    ]
+    assert model.predict({"image": np.stack([image, image])}) == [answer, answer]
+    assert model.predict({"image": [image, image]}) == [answer, answer]
+
+
+def test_baselines_and_classes_are_those_of_the_rows_that_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = bars(48)
+    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        file = tmp_path / "rows" / ("train" if k < 24 else "val") / NAMES[label] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    for k in range(40):
+        (tmp_path / "rows" / "val" / NAMES[0] / f"empty{k}.png").write_bytes(b"")
+    for file in (tmp_path / "rows" / "train" / NAMES[3]).iterdir():
+        file.write_bytes(b"rubbish")
+    result = pretrain.finetune(
+        pretrain.build("vit", **TINY), tmp_path / "rows", "image-classification", out=tmp_path / "run",
+        **{**SHORT, "limit": "1 steps"},
+    )  # fmt: skip
+    assert result.metrics["targets"] == 24 and result.trivial["accuracy"] == pytest.approx(0.25)
+    assert f"no training row of the class {NAMES[3]!r} is left" in capsys.readouterr().err
+
+
+def test_pixels_that_fill_no_patch_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = bars(16)
+    rows = [{"image": image, "label": NAMES[k]} for image, k in zip(images, labels, strict=True)]
+    for patch, told in ((4, False), (3, True)):
+        model = pretrain.build("vit", **{**TINY, "patch_size": patch})
+        options = {**SHORT, "limit": "1 steps", "out": tmp_path / f"{patch}", "valid": 0.25}
+        pretrain.finetune(model, rows, "image-classification", **options)
+        line = "the last 2 rows and 2 columns of pixels fill no patch"
+        assert (line in capsys.readouterr().err) is told
+
+
+def test_images_smaller_than_a_patch_are_refused(tmp_path: Path) -> None:
+    model = pretrain.build("vit", **TINY)
+    model.processor = ImageProcessor(size={"height": 2, "width": 2})
+    rows = [{"image": image, "label": NAMES[k]} for image, k in zip(*bars(8), strict=True)]
+    with pytest.raises(ModelError, match="2 x 2 values, which is less than one"):
+        pretrain.finetune(model, rows, "image-classification", out=tmp_path / "run", **SHORT)

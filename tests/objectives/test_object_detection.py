@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -469,3 +470,66 @@ def test_boxes_in_images_of_other_sizes_lie_where_the_objects_are(
         assert answer["label"] == ["bright"] and answer["box"][0] == pytest.approx(row["boxes"][0])
     figures = goal.summarize(1.0, 1.0, goal(batch).metrics, {})
     assert figures["ap50_bright"] == figures["ap"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("form", ["coco", "csv"])
+def test_images_in_a_folder_beside_a_relative_file(
+    form: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.parent)
+    name = {"coco": "coco.json", "csv": "rows.csv"}[form]
+    rows = rows_of(task(), f"{place.name}/{name}")
+    assert len(rows) == 6 and not rows.dropped
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "csv"])
+@pytest.mark.parametrize("size", [(32, 32), (16, 32), (0, 0)])
+def test_a_size_that_an_annotation_states_must_be_that_of_the_image(
+    form: str, size: tuple[int, int], place: Path, tmp_path: Path
+) -> None:
+    """Boxes of another size or orientation lie elsewhere, and nothing else would show it."""
+    width, height = size
+    shutil.copytree(place / "images", tmp_path / "images")
+    if form == "coco":
+        content = json.loads((place / "coco.json").read_text())
+        for one in content["images"]:
+            one |= {"width": width, "height": height}
+        source = tmp_path / "coco.json"
+        source.write_text(json.dumps(content))
+    elif form == "csv":
+        lines = (place / "rows.csv").read_text().split("\n")
+        source = tmp_path / "rows.csv"
+        source.write_text(
+            "\n".join([f"{lines[0]},width,height", *(f"{x},{width},{height}" for x in lines[1:])])
+        )
+    else:
+        source = tmp_path / "voc"
+        shutil.copytree(place / "voc", source)
+        stated = f"<size><width>{width}</width><height>{height}</height></size></annotation>"
+        for file in (source / "Annotations").iterdir():
+            file.write_text(file.read_text().replace("</annotation>", stated))
+    if size == (16, 32):
+        with pytest.raises(
+            DataError, match=r"an image of 16 x 32 pixels .* and the image has 32 x 32"
+        ):
+            rows_of(task(), source)
+    else:
+        assert len(rows_of(task(), source)) == 6
+
+
+def test_row_options_are_keywords_as_the_messages_say(tmp_path: Path) -> None:
+    rows = [
+        {**row, "boxes": [[a, b, c - a, d - b] for a, b, c, d in row["boxes"]]}
+        for row in squares(12)
+    ]
+    options = {
+        "task": "object-detection",
+        "valid": 0.25,
+        "limit": "1 steps",
+        "device": "cpu",
+        "quiet": True,
+    }
+    model = pretrain.build("vit", **TINY)
+    result = pretrain.finetune(model, rows, box_format="xywh", out=tmp_path / "run", **options)
+    whole = np.concatenate([example["boxes"] for example in result.task.encode(result.data.train)])
+    assert (whole[:, 2:] > whole[:, :2]).all() and whole.max() > 20

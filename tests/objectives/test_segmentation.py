@@ -466,3 +466,11 @@ def test_a_rare_class_is_learnt_within_few_steps(tmp_path: Path) -> None:
         limit="15 steps", batch_rows=16, device="cpu", quiet=True, out=tmp_path / "run",
     )  # fmt: skip
     assert result.metrics["loss"] < 0.3
+
+
+def test_masks_of_one_number_are_counted_by_rows() -> None:
+    images, _ = squares(10)
+    rows = [{"image": image, "mask": np.zeros((16, 16), np.uint8)} for image in images]
+    table = Segmentation.read(rows)
+    with pytest.raises(DataError, match="the masks hold the number 0 only"):
+        Segmentation.learn(table, {})

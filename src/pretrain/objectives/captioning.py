@@ -33,6 +33,7 @@ from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs, TokenObject
 from pretrain.objectives.image_task import ImageTask
 from pretrain.objectives.row_pixels import check_processor, pixel_values
 from pretrain.objectives.tasks import Learned, Task
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -135,6 +136,24 @@ class Captioning(ImageTask, TokenObjective):
     # ------------------------------------------------------------------ rows
 
     @classmethod
+    def gathered(cls, table: Table, columns: Mapping[str, Any]) -> Table:
+        """Make a row of each text, where files beside images have one in each line."""
+        known = next(role.known for role in cls.roles if role.name == "text")
+        name = columns.get("text") or next((n for n in known if n in table.columns), None)
+        cells = table.columns.get(name, ()) if name is not None else ()
+        if name is None or not any(isinstance(cell, list) for cell in cells):
+            return table
+        texts = [[c for c in cell if c] if isinstance(cell, list) else [cell] for cell in cells]
+        places = [i for i, some in enumerate(texts) for _ in some or [None]]
+        if (several := sum(len(some) > 1 for some in texts)) and len(places) > len(table):
+            note(
+                f"{several:,} of {len(table):,} images have several texts; each is a row of its own"
+            )
+        found = table.take(places)
+        held = [text for some in texts for text in some or [None]]
+        return found.with_columns({**found.columns, name: held}, table.label_names)
+
+    @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
         """Make every image a ``Picture``, whose content tells duplicates and fingerprints."""
         return table.with_columns({**table.columns, "image": pictures(table)}, table.label_names)
@@ -152,7 +171,8 @@ class Captioning(ImageTask, TokenObjective):
                 if text is not None:
                     rows.remark(i, text)
             else:
-                rows.drop(i, "empty text")
+                empty = [name for name in names if not _is_text(table, name, i)]
+                rows.drop(i, f"empty {' and '.join(empty)}")
         ids = {name: self._ids([table.columns[name][i] for i, _ in kept]) for name in names}
         for k, (i, image) in enumerate(kept):
             question = ids["question"][k] if "question" in names else []

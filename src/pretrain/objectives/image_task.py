@@ -15,12 +15,13 @@ from pretrain.data.images.rows import (
     IMAGES,
     Medium,
     decoded,
+    from_list,
     parts_of,
     read_images,
 )
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, ModelError
 from pretrain.objectives.row_pixels import check_processor, values_key
 from pretrain.objectives.tasks import Task
 from pretrain.utils.files import note
@@ -137,7 +138,13 @@ class ImageTask(Task):
     def _patches(self) -> int:
         """What one image costs, in the unit of the model."""
         values = torch.empty(self.shape, device="meta")
-        return self.model.backbone.units({values_key(self.model): values})
+        found = self.model.backbone.units({values_key(self.model): values})
+        if not found:
+            raise ModelError(
+                f"The {self.medium.many} are read as {' x '.join(map(str, self.shape[2:]))} values, which is less than "
+                f"one of the {self.unit_name} of this model. Set a larger size in preprocessor_config.json."
+            )
+        return found
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -146,12 +153,28 @@ class ImageTask(Task):
 
     def sizes(self, rows: TaskRows) -> str:
         size = self.processor.size or (0, 0)
+        patch = getattr(self.model.backbone.config, "patch_size", 1)
+        left = [side % patch for side in size]
+        unread = f"; the last {left[0]} rows and {left[1]} columns of pixels fill no patch and are not seen"
         return (
             f"images are read as {self.processor.channels} x {size[0]} x {size[1]} values, {rows.size} "
-            f"{self.unit_name} each"
+            f"{self.unit_name} each" + unread * any(left)
         )
 
     # ------------------------------------------------------------------ answers
+
+    def is_one(self, value: Any) -> bool:
+        """Whether an array or nested lists have the shape of one input: (H, W), or (H, W, C) of at most 4 channels."""
+        if isinstance(value, list) and value and isinstance(value[0], list | int | float):
+            try:
+                value = from_list(value)
+            except (ValueError, OverflowError):
+                return False
+        least = self.medium.dimensions[0]
+        numbers = getattr(getattr(value, "dtype", None), "kind", "O") != "O"
+        if not numbers or not self.medium.holds(value):
+            return False
+        return bool(value.ndim == least or value.shape[-1] <= 4)
 
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
         channels = getattr(self.processor, "channels", 0)

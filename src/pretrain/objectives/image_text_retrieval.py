@@ -178,10 +178,14 @@ class ImageTextRetrieval(ImageTask, Contrastive):
                 probabilities of the classes for clip, and of each class by itself for siglip.
 
         Raises:
-            ConfigError: there are no labels, or a template has no ``{}``.
+            ConfigError: there are no labels, or they are no list; or a template has no ``{}``.
         """
         if labels is None:
             return {"embedding": [float(value) for value in outputs[0]]}
+        if isinstance(labels, str):
+            raise ConfigError(
+                f"labels is the text {labels[:40]!r}; give a list: labels=['cat', 'dog']."
+            )
         if not (top_k in ("best", None) or (type(top_k) is int and top_k >= 1)):
             raise ConfigError(
                 f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all classes."

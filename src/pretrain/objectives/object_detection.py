@@ -23,7 +23,14 @@ from torch.nn import functional as F
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.boxes import BOXES, Corners, gathered_boxes, read_boxes
+from pretrain.data.images.boxes import (
+    BOXES,
+    SIZE,
+    Corners,
+    gathered_boxes,
+    read_boxes,
+    stated_size,
+)
 from pretrain.data.images.decode import FileItem
 from pretrain.data.images.draw import with_boxes
 from pretrain.data.images.rows import pictures
@@ -75,7 +82,7 @@ class ObjectDetection(ImageTask):
     """
 
     name: ClassVar[str] = "object-detection"
-    roles: ClassVar[tuple[Role, ...]] = (IMAGE, BOXES, LABEL)
+    roles: ClassVar[tuple[Role, ...]] = (IMAGE, BOXES, LABEL, SIZE)
     metric: str = "ap50"
     trivial_name: ClassVar[str] = "boxes of one training image"
     recorded: ClassVar[tuple[str, ...]] = ("codes",)
@@ -160,6 +167,14 @@ class ObjectDetection(ImageTask):
 
         def target(i: int, image: Stored) -> Any:
             width, height = image.size
+            stated = stated_size(table.columns[SIZE.name][i]) if SIZE.name in table.names else None
+            if stated not in (None, (width, height)):
+                raise DataError(
+                    f"{table.where(i)}: the boxes are for an image of {stated[0]} x {stated[1]} pixels (width x "
+                    f"height), and the image has {width} x {height}. Either the image was scaled or turned alone (also "
+                    "by the orientation that a camera stored), or the annotation states a wrong size: correct it, and "
+                    "the boxes."
+                )
             found = np.asarray(boxes[i], np.float64).reshape(-1, 4)
             if len(found) and (
                 found[:, :2].min() < -1 or (found[:, 2:] > np.asarray(image.size) + 1).any()

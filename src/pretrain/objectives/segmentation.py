@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
+from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.decode import BrokenImage
 from pretrain.data.images.draw import with_mask
@@ -118,6 +119,11 @@ class Segmentation(ImageTask, ClassTask):
             numbers.remove(UNLABELLED)
             notes.append("pixels of the masks that are 255 have no class, and are not trained on")
         places = [first[UNLABELLED if binary and n else n] for n in numbers]
+        if len(numbers) == 1 and not (given or checkpoint or names):
+            raise DataError(
+                f"{table.name}: the masks hold the number {numbers[0]} only; training needs at least two classes. If "
+                f"another one is missing here by chance, name them all: {option('labels', [...])}."
+            )
         known = LabelMap.learn(
             numbers, given, names=names, checkpoint=checkpoint, where=places.__getitem__,
             column="mask",
@@ -370,9 +376,10 @@ def _classes(table: Table, codes: Mapping[str, int]) -> list[Any]:
         numbers = _numbers(found)
         known = {n: codes.get(str(n), UNLABELLED if n == UNLABELLED else None) for n in numbers}
         if wrong := [n for n, k in known.items() if k is None]:
+            without = ", and 255 for pixels without a class" * (str(UNLABELLED) not in codes)
             raise DataError(
                 f"{table.where(i)}: the mask has pixels of the number {wrong[0]}, which stands for no class; the "
-                f"numbers are {', '.join(list(codes)[:20])}, and 255 for pixels without a class."
+                f"numbers are {', '.join(list(codes)[:20])}{without}."
             )
         classes = np.asarray([known[n] for n in numbers], np.uint8)
         masks.append(Mask(classes[np.searchsorted(numbers, found)]))

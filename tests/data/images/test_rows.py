@@ -17,6 +17,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from pretrain.data.images import rows as rows_of_images
+from pretrain.data.images.given import given_images
 from pretrain.data.images.rows import (
     decoded,
     is_image_source,
@@ -439,3 +440,50 @@ def test_published_arrays(
     assert (len(table), parts_of(data_sets / file)) == (count, parts)
     assert (image.size, image.mode) == (size, mode)
     assert np.asarray(image).max() > 100 and len(set(table.columns["label"])) > 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+@pytest.mark.parametrize("form", ["array", "list", "rows", "columns"])
+def test_images_of_0_and_1_in_memory_are_black_and_white_as_in_files(
+    form: str, dtype: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = (np.indices((3, 5, 5)).sum(0) % 2).astype(dtype)
+    other = (np.indices((3, 5, 5)).sum(0) % 3).astype(dtype)
+    for given, scale in ((images, 255), (other, 1)):
+        if form in ("array", "list"):
+            found = given_images(given if form == "array" else list(given), 1)
+            assert found is not None
+            table = found[0]
+        elif form == "rows":
+            table = read_images([{"image": image, "mask": image} for image in given])
+        else:
+            table = read_images({"image": list(given), "label": [0, 1, 0]})
+        assert np.array_equal(np.stack(values(table)), given * scale)
+        assert ("read as black and white" in capsys.readouterr().err) is (scale == 255)
+        if form == "rows":
+            assert np.array_equal(np.asarray(table.columns["mask"][0].source), given[0])
+
+
+def test_whole_numbers_of_other_types_are_read_and_the_advice_for_others_holds() -> None:
+    image = np.arange(0, 256, 4).reshape(8, 8)
+    for dtype in (np.int64, np.int32, np.int16, np.uint32):
+        (found,) = values(read_images([{"image": image.astype(dtype)}]))
+        assert np.array_equal(found, image)
+    for wrong, advice in ((image / 255, "array * 255"), (image + 0.25, "array.round()")):
+        ((_, found, remark),) = decoded(read_images([{"image": wrong}]), required=True)
+        assert found is None and advice in str(remark)
+        array = wrong
+        fixed = (
+            (array * 255).round().astype("uint8")
+            if "255)" in str(remark).split("by ")[-1][:13]
+            else array.round().clip(0, 255).astype("uint8")
+        )
+        assert np.abs(fixed.astype(int) - image).max() <= 1
+
+
+def test_broken_files_are_no_duplicates_of_each_other(tmp_path: Path) -> None:
+    for k in range(3):
+        (tmp_path / f"{k}.png").write_bytes(b"")
+        (tmp_path / f"page{k}.png").write_bytes(b"<!DOCTYPE html><html>Not found</html>")
+    table = read_images(tmp_path)
+    assert len({picture.digest for picture in pictures(table)}) == 6

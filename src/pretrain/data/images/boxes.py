@@ -21,11 +21,21 @@ from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import parse_json
 
-__all__ = ["BOXES", "PLACES", "Corners", "annotations_of", "gathered_boxes", "read_boxes"]
+__all__ = [
+    "BOXES",
+    "PLACES",
+    "SIZE",
+    "Corners",
+    "annotations_of",
+    "gathered_boxes",
+    "read_boxes",
+    "stated_size",
+]
 
 BOXES = Role(
     "boxes", ("boxes", "box", "bboxes", "bbox"), help="the boxes of the image", target=True
 )
+SIZE = Role("image_size", (), False, "width and height of the image that the boxes belong to")
 
 _SIDES = (
     ("xmin", "x_min", "x1", "left"),
@@ -33,6 +43,7 @@ _SIDES = (
     ("xmax", "x_max", "x2", "right"),
     ("ymax", "y_max", "y2", "bottom"),
 )
+_EXTENT = ("width", "height")  # of the image, beside columns of sides
 _OBJECTS = "objects"  # column of the datasets library: {"bbox": [...], "category": [...]}
 # Columns that hold places in pixels.
 PLACES = frozenset((_OBJECTS, *BOXES.known, *(name for names in _SIDES for name in names)))
@@ -124,6 +135,8 @@ def gathered_boxes(
         if label is not None:
             gathered[label].append([table.columns[label][rows[k]] for k in held])
     kept = {n: column for n, column in first.columns.items() if n not in sides}
+    if set(_EXTENT) <= set(kept) and SIZE.name not in kept:
+        kept[SIZE.name] = list(zip(*(kept.pop(name) for name in _EXTENT), strict=True))
     return _with_images(first.with_columns({**kept, **gathered}, table.label_names), image)
 
 
@@ -183,6 +196,15 @@ def _corners(box: Any) -> Corners:
     return Corners([left, top, left + width, top + height])
 
 
+def stated_size(cell: Any) -> tuple[int, int] | None:
+    """Return width and height as an annotation states them; None if it does not, or states 0, as some programs do."""
+    try:
+        width, height = (int(float(value)) for value in cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None
+
+
 def _with_images(table: Table, column: str | None) -> Table:
     """Resolve paths that lie in a usual folder beside the file that names them."""
     origin = Path(table.origin) if table.origin else None
@@ -193,13 +215,14 @@ def _with_images(table: Table, column: str | None) -> Table:
     if first is None:
         return table
     for name in _FOLDERS:
-        if (folder := origin.parent / name).joinpath(first).is_file():
+        if (origin.parent / name / first).is_file():
             break
     else:
         return table
     if not name:
         return table
-    held = [str(folder / v) if isinstance(v, str) and v.strip() else v for v in cells]
+    # Relative to the file, as all paths of a table are.
+    held = [str(Path(name, v)) if isinstance(v, str) and v.strip() else v for v in cells]
     return table.with_columns({**table.columns, column: held}, table.label_names)
 
 
@@ -252,6 +275,7 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
     try:
         names = _by_id(path, content, "categories", "name")
         files = _by_id(path, content, "images", "file_name")
+        extents = {one["id"]: [one.get(name) for name in _EXTENT] for one in content["images"]}
         boxes: dict[Any, list[Any]] = {key: [] for key in files}
         labels: dict[Any, list[str]] = {key: [] for key in files}
         crowds = 0
@@ -272,6 +296,7 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
         "image": [*files.values()],
         "boxes": [*boxes.values()],
         "label": [*labels.values()],
+        SIZE.name: [extents[key] for key in files],
     }
     return _with_images(ImageTable(path.name, columns, origin=str(path)), "image")
 
@@ -310,7 +335,7 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
     for image in images:
         names[image.name].append(image)
         stems[image.stem].append(image)
-    columns: dict[str, list[Any]] = {"image": [], "boxes": [], "label": []}
+    columns: dict[str, list[Any]] = {"image": [], "boxes": [], "label": [], SIZE.name: []}
     without = list[str]()
     for file in annotations:
         content = read_bytes(file, limit=1 << 24)
@@ -336,6 +361,7 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
         columns["image"].append(Picture(found, str(found)))
         columns["boxes"].append(boxes)
         columns["label"].append(labels)
+        columns[SIZE.name].append([root.findtext(f"size/{name}") for name in _EXTENT])
     if without:
         note(
             f"{path}: {len(without):,} annotations without an image are left out: {shown(without, 4)}"

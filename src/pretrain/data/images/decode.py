@@ -156,10 +156,10 @@ class FileItem:
         """
         source = self.source
         try:
-            if isinstance(source, bytes):
-                return hashlib.sha256(source).hexdigest()
-            if isinstance(source, str | Path | Slice):
-                return hashlib.sha256(self._bytes()).hexdigest()
+            if isinstance(source, bytes | str | Path | Slice):
+                content = source if isinstance(source, bytes) else self._bytes()
+                self.check_kind(content)
+                return hashlib.sha256(content).hexdigest()
             if (known := getattr(source, "digest", None)) is not None:
                 return str(known)  # of prepared images
             array = self._content()
@@ -168,6 +168,16 @@ class FileItem:
             return hashlib.sha256(f"unreadable {called}".encode("utf-8", "replace")).hexdigest()
         head = f"{array.dtype.str} {array.shape} ".encode()
         return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+    def check_kind(self, content: bytes) -> None:
+        """Raise ``BrokenFile`` if the first bytes already show that the content cannot be decoded: it is no duplicate.
+
+        Raises:
+            BrokenFile: the content is empty, or a text or page in place of the item.
+        """
+        head = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        if not head or head.startswith((b"<!doctype", b"<html", b"<?xml")):
+            raise self.broken(self.name, "empty" if not head else "a page in place of a file")
 
     def _bytes(self) -> bytes:
         source = self.source if isinstance(self.source, Slice) else Path(self.source)
@@ -421,8 +431,15 @@ def _from_array(array: NDArray[Any], name: str) -> tuple[Image, str | None]:
     remark = None
     if array.dtype == np.uint16:
         array, remark = _narrowed(array, name)
+    elif array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
+        array = array.astype(np.uint8)  # numpy makes integers of 64 bits unless it is told not to
     if array.dtype != np.uint8:
-        advice = "values from 0 to 1 become that by (array * 255).round().astype('uint8')"
+        real = array.dtype.kind == "f" and bool((array > 1).any())
+        advice = (
+            "round them: array.round().clip(0, 255).astype('uint8')"
+            if real
+            else "values from 0 to 1 become that by (array * 255).round().astype('uint8')"
+        )
         raise BrokenImage(
             name,
             f"the values are no whole numbers from 0 to 255 (uint8); {advice}",
