@@ -31,7 +31,7 @@ __all__ = [
     "versions",
 ]
 
-_LR_OF_UNIT, _LR_BOUNDS = 1 / 3, (1e-5, 4e-3)
+_LR_OF_BASE, _LR_BOUNDS, _LR_OF_ADAPTERS = 3.6e-5, (1e-5, 2e-3), 4e-3
 
 
 def starting_model(
@@ -245,22 +245,21 @@ def freeze(model: Model, what: str | int) -> int:
 
 
 def automatic_lr(model: Model, *, adapter: bool = False) -> float:
-    """Peak learning rate of AdamW by the size of the model: a third of 1 / (width * layers).
+    """Peak learning rate of AdamW by the width of the model: 3.6e-5 * (768 / width) ** 2.
 
-    A step of Adam changes every weight by about the learning rate, so the change of a matrix's output grows with its
-    width, and that of the residual stream with the number of blocks. The rate is 3.6e-5 for BERT-base and 1.4e-5 for
-    BERT-large, as in the appendix A.3 of their paper, and 1.3e-3 for two layers of 128; docs/lab-log.md has the
-    measurements. It is at most 4e-3, above which small models no longer gain, and at least 1e-5, with which larger ones
-    are fine-tuned. The rate of an adapter is ten times as high, and at most 4e-3 as well: at 1.3e-2 adapters of two
-    layers of 128 did not learn.
+    It is 3.6e-5 for BERT-base and 2e-5 for BERT-large, within appendix A.3 of their paper (1810.04805), 3.2e-4 for a
+    width of 256, where ELECTRA-Small of 12 layers has 3e-4 (2003.10555), and 1.3e-3 for one of 128. The number of
+    layers plays no part: two and six layers of 128 are best at the same rate (docs/lab-log.md). It is at most 2e-3,
+    above which models of 64 no longer gain, and at least 1e-5, with which larger ones are fine-tuned. The rate of an
+    adapter is ten times as high, and at most 4e-3: at 1.3e-2 adapters of two layers of 128 did not learn.
     """
-    size = int(model.backbone.config.hidden_size) * len(model.backbone.blocks())
+    width = int(model.backbone.config.hidden_size)
     low, high = _LR_BOUNDS
-    lr = min(max(_LR_OF_UNIT / size, low) * (10 if adapter else 1), high)
-    return float(f"{lr:.2g}")
+    lr = min(max(_LR_OF_BASE * (768 / width) ** 2, low), high)
+    return float(f"{min(10 * lr, _LR_OF_ADAPTERS) if adapter else lr:.2g}")
 
 
 def earlier_lr(model: Model, *, adapter: bool = False) -> float:
-    """Automatic rate of runs that began before ``automatic_lr`` considered the number of layers, to resume them."""
+    """Automatic rate of the first runs, which did not keep theirs, to resume them."""
     lr = 3e-5 * (768 / int(model.backbone.config.hidden_size)) ** 1.5
     return float(f"{lr * (10 if adapter else 1):.2g}")
