@@ -570,3 +570,18 @@ def test_a_directory_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
             use(tmp_path / "runs")
         with pytest.raises(CheckpointError, match="is a run without a checkpoint"):
             use(tmp_path / "runs" / "one")
+
+
+def test_an_edited_file_says_how_to_keep_the_change(tmp_path: Path) -> None:
+    """Whether or not the length changed."""
+    model = build(
+        "gpt2", num_layers=1, hidden_size=64, num_heads=2, vocab_size=64, max_positions=16
+    )
+    for k, change in enumerate(
+        (lambda text: text + "\n", lambda text: text.replace("64", "65", 1))
+    ):
+        path = model.save(tmp_path / f"{k}")
+        file = path / "config.json"
+        file.write_text(change(file.read_text()))
+        with pytest.raises(CheckpointCorrupt, match="If you changed it on purpose"):
+            load(path)

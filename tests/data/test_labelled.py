@@ -25,6 +25,8 @@ from pretrain.data.labelled import (
 from pretrain.data.labels import LabelMap, is_missing, make_tag_map
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.classification import Classification
+from pretrain.objectives.token_classification import TokenClassification
 
 TEXT = Role("text", ("text", "sentence", "review"), help="the text to classify")
 LABEL = Role("label", ("label", "labels", "category"))
@@ -372,7 +374,7 @@ def test_duplicates_of_pairs_words_and_chats() -> None:
 @given(*[st.lists(st.text(max_size=6), min_size=1, max_size=20)] * 2)
 def test_no_text_stands_in_both_parts(ours: list[str], theirs: list[str]) -> None:
     train, other = read_table({"text": ours}), read_table({"text": theirs})
-    known = {normalised(text) for text in theirs}
+    known = {normalised(text) for text in theirs if normalised(text).strip("\0")}
     if all(normalised(text) in known for text in ours):
         refused(lambda: drop_duplicates(train, other, ["text"], "test"), "given twice")
         return
@@ -411,3 +413,39 @@ def test_real_labels(data_sets: Path, capsys: pytest.CaptureFixture[str]) -> Non
     left, held = split(words, strata, 0.1, 0)
     for part in (left, held):
         assert {tag for row in part.columns["ner_tags"] for tag in row} == set(tags.labels)
+
+
+def test_columns_named_by_numbers_and_twice() -> None:
+    pandas = pytest.importorskip("pandas")
+    table = read_table(pandas.DataFrame({0: ["a text"], 1: ["pos"]}))
+    assert choose_columns(table, ROLES, {"text": 0, "label": 1}) == {"text": "0", "label": "1"}
+    several = read_table([{"text": "a", "t": 1, "u": 0}])
+    with pytest.raises(DataError, match="names a column twice"):
+        choose_columns(several, Classification.roles, {"label": ["t", "t"]})
+    assert choose_columns(several, Classification.roles, {"label": ["t", "u"]})["label"] == [
+        "t",
+        "u",
+    ]
+
+
+def test_label2id_in_place_of_id2label() -> None:
+    numbers = {"neg": 0, "pos": 1}
+    for told in (numbers, {"pos": 1, "neg": 0}, {"0": "neg", "1": "pos"}, [*numbers]):
+        learned = LabelMap.learn([0, 1, 1], told)
+        assert learned.labels == ("neg", "pos") and learned.ids([1, 0]) == [1, 0]
+
+
+def test_the_mark_of_tokens_without_a_label_is_no_class() -> None:
+    rows = read_table([{"tokens": ["a", "b"], "label": [0, -100]}, {"tokens": ["c"], "label": [1]}])
+    with pytest.raises(DataError, match="-100 is no class"):
+        TokenClassification.learn(rows, {})
+    with pytest.raises(DataError, match="-100 is no class"):
+        LabelMap.learn([0, 1, -100])
+    assert LabelMap.learn([0, -100], {"0": "no", "-100": "yes"}).labels == ("no", "yes")
+
+
+def test_rows_without_a_text_are_no_duplicates() -> None:
+    train = read_table([{"text": text} for text in ("", "a", "b", None)])
+    other = read_table([{"text": text} for text in ("", "a", None)])
+    kept, count = drop_duplicates(train, other, ["text"], "validation")
+    assert count == 1 and list(kept.columns["text"]) == ["", "b", None]

@@ -16,7 +16,7 @@ from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of, texts
 from pretrain import metrics as own
 from pretrain.cli.main import main
 from pretrain.data.prepare import prepare
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.objectives import build_objective
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_device, choose_precision
@@ -282,3 +282,38 @@ def test_text_is_measured_in_rows_of_the_length_of_the_run(tmp_path: Path, capsy
     assert found["loss"] == pytest.approx(rows["loss"], abs=1e-6)
     copy = model.save(tmp_path / "copy")
     assert pretrain.evaluate(copy, other, precision="fp32")["loss"] == pytest.approx(found["loss"])
+
+
+def test_a_class_that_the_model_does_not_know_is_no_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only a training run can be told the classes."""
+    run = pretrain.finetune(
+        model_of(), rows_of(24), "classification", out=tmp_path / "run", **QUICK
+    )
+    wrong = [{"text": "the old yak", "label": "yak"}]
+    for call in (lambda: pretrain.evaluate(tmp_path / "run", wrong), lambda: run.evaluate(wrong)):
+        with pytest.raises(DataError, match="'yak' is not among") as caught:
+            call()
+        assert "labels=" not in str(caught.value) and "leave it out" in str(caught.value)
+    (tmp_path / "rows.csv").write_text("text,label\nthe old yak,yak\n")
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "rows.csv")]) == 2
+    assert "--labels" not in capsys.readouterr().err
+    with pytest.raises(DataError, match="list every label, in order: labels="):
+        pretrain.finetune(
+            model_of(),
+            [*rows_of(24), *wrong],
+            "classification",
+            labels=ANIMALS,
+            out=tmp_path / "b",
+            **QUICK,
+        )
+
+
+def test_what_is_no_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="was given a Model"):
+        pretrain.evaluate(model_of(), rows_of(4))
+    with pytest.raises(ConfigError, match="The task is a dict"):
+        pretrain.finetune(
+            model_of(), rows_of(8), {"name": "classification"}, out=tmp_path / "run", **QUICK
+        )

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.conftest import QUICK, rows_of
+import pretrain
+from finetuning.conftest import QUICK, model_of, rows_of
 from pretrain import finetune
 from pretrain.finetuning.remarks import beyond_chance, overfitted, remarks, still_improving
 
@@ -151,3 +152,46 @@ def test_chance_is_that_of_two_proportions(seed: int, p: float, first: int, seco
     error = (common * (1 - common) * (1 / first + 1 / second)) ** 0.5
     value = 1.0 if error == 0 else 2 * stats.norm.sf(abs(a / first - b / second) / error)
     assert (line is not None) == (value < 0.01) or abs(value - 0.01) < 1e-4
+
+
+@pytest.mark.parametrize("part", ["training", "held-out"])
+@pytest.mark.parametrize("empty", [None, "", " "])
+def test_rows_without_a_text_count_in_no_baseline(
+    part: str, empty: str | None, tmp_path: Path
+) -> None:
+    """They are left out for the model, so a baseline on them would be one of other rows."""
+    rows, held_out = rows_of(48), rows_of(60)[48:]
+    (rows if part == "training" else held_out).extend([{"text": empty, "label": "cat"}] * 30)
+    options = {**QUICK, "valid": held_out, "out": tmp_path / "run"}
+    result = pretrain.finetune(model_of(), rows, "classification", **options)
+    assert result.metrics["targets"] == 12 and result.trivial["accuracy"] == pytest.approx(1 / 3)
+    plain = pretrain.finetune(
+        model_of(),
+        rows_of(48),
+        "classification",
+        **{**options, "valid": rows_of(60)[48:], "out": tmp_path / "plain"},
+    )
+    assert result.classical == plain.classical is not None
+    assert "Traceback" not in "".join(result.remarks)
+
+
+@pytest.mark.parametrize("case", ["diverged", "one held-out row"])
+def test_a_figure_that_is_no_number_is_reported(case: str, tmp_path: Path) -> None:
+    rows = rows_of(24)
+    options: dict[str, Any] = {**QUICK, "out": tmp_path / "run"}
+    if case == "diverged":
+        options |= {"lr": 1e6, "limit": "2 steps"}
+        result = pretrain.finetune(model_of(), rows, "classification", **options)
+        assert not math.isfinite(result.metrics["loss"]) or result.metrics["loss"] > 10
+    else:
+        rows = [{"text": row["text"], "label": float(k)} for k, row in enumerate(rows)]
+        options["valid"] = [{"text": "the other", "label": 3.0}]
+        result = pretrain.finetune(model_of(), rows, "regression", **options)
+        assert math.isnan(result.metrics["pearson"])
+    assert result.run.exit_code == 0 and (tmp_path / "run" / "report.html").exists()
+    assert isinstance(result.remarks, list)
+    records = [
+        {"step": 1, "eval": {"loss": "nan"}, "loss": "inf"},
+        {"step": 2, "eval": {"loss": 1.0}, "loss": 2.0},
+    ]
+    assert overfitted([*records, {"step": 3, "eval": {"loss": 1.0}, "loss": 1.0}]) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -358,3 +360,12 @@ def test_the_lines_on_what_to_do_next_differ() -> None:
     assert on_the_command_line[1].strip() == "pretrain embed runs/x FILE --out vectors.npy"
     assert on_the_command_line[2].split()[:3] == ["pretrain", "evaluate", "runs/x"]
     assert lines[1:3] == ["pretrain chat runs/x", 'pretrain generate runs/x "Hello" --chat']
+
+
+def test_a_run_in_the_directory_of_a_model_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    """Opening it would give the model, and never the run."""
+    place = shutil.copytree(checkpoint, tmp_path / "model")
+    before = sorted(os.listdir(place))
+    with pytest.raises(ConfigError, match="holds a model"):
+        tune(place, place, rows_of(24))
+    assert sorted(os.listdir(place)) == before

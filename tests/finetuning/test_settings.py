@@ -152,3 +152,28 @@ def test_impossible_values_are_found_when_settings_are_read(
 ) -> None:
     with pytest.raises(ConfigError, match=match):
         settled(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"lr": "sweep", "lrs": [1e-3, -1.0]}, "lrs"),
+        ({"lrs": [0.0]}, "lrs"),
+        ({"dora": True}, "dora"),
+        ({"alpha": 16.0}, "alpha"),
+        ({"lora_dropout": 0.1}, "lora_dropout"),
+        ({"targets": ["query"]}, "targets"),
+        ({"patience": 2, "valid": 0}, "patience"),
+        ({"patience": 2, "valid": 0.0}, "patience"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_harm(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        settled(**given)
+    if named in ("dora", "alpha", "lora_dropout", "targets"):
+        settled(**given, lora=8)
+
+
+def test_numbers_as_keys_of_classes() -> None:
+    made = settled(labels={0: "neg", 1: "pos"})
+    assert made.task.options["labels"] == {"0": "neg", "1": "pos"}

@@ -609,3 +609,67 @@ def test_what_goes_wrong_leaves_no_file_and_is_one_sentence(
 
 def _disk_full(answer: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_model_of_single_texts_reads_no_second_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns that it was not trained with are not read, even if they have a known name; foreign models read them."""
+    pandas = pytest.importorskip("pandas")
+    rows = [
+        {"text": f"the {'cat' if k % 2 else 'dog'} sat on {k}", "label": k % 2} for k in range(24)
+    ]
+    options: dict[str, Any] = {"valid": 0.25, "limit": "2 steps", "device": "cpu", "quiet": True}
+    tuned = pretrain.finetune(
+        small("fill"), rows, "classification", out=tmp_path / "run", **options
+    )
+    plain = tuned.predict("the cat")
+    with_more = {"text": ["the cat"], "sentence2": ["the old dog"]}
+    capsys.readouterr()
+    for inputs in (
+        pandas.DataFrame(with_more),
+        [{"text": "the cat", "sentence2": "the old dog"}],
+        with_more,
+    ):
+        answers = tuned.predict(inputs)
+        answers = answers.to_dict("records") if hasattr(answers, "to_dict") else answers
+        assert answers == [plain]
+        assert "'sentence2' is not read" in capsys.readouterr().err
+    several = tuned.predict(("the cat", "the dog"))
+    assert [a["label"] for a in several] == [plain["label"], tuned.predict("the dog")["label"]]
+    assert tuned.evaluate([{**rows[0], "hypothesis": "the old dog"}]) == tuned.evaluate([rows[0]])
+    foreign = small()
+    assert predict(foreign, with_more) == [predict(foreign, ("the cat", "the old dog"))]
+
+
+def test_held_out_rows_have_the_columns_of_the_training_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"the cat {k}", "label": k % 2} for k in range(16)]
+    more = [{"text": f"a dog {k}", "sentence2": "on a mat", "label": k % 2} for k in range(8)]
+    options: dict[str, Any] = {"limit": "1 steps", "device": "cpu", "quiet": True}
+    tuned = pretrain.finetune(
+        small("fill"), rows, "classification", valid=more, out=tmp_path / "a", **options
+    )
+    assert "pair" not in tuned.data.valid.names
+    pairs = [{**row, "sentence2": "on a mat"} for row in rows]
+    with pytest.raises(DataError, match="pair"):
+        pretrain.finetune(
+            small("fill"), pairs, "classification", valid=rows[:8], out=tmp_path / "b", **options
+        )
+
+
+def test_inputs_that_are_read_in_part_are_counted(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "the cat sat on the mat " * 40
+    for inputs, told in (
+        (long, "1 of 1 inputs exceed"),
+        ([long, "a dog"], "1 of 2"),
+        (["a dog"], ""),
+    ):
+        predict(model, inputs)
+        printed = capsys.readouterr().err
+        assert told in printed and (told or "exceed" not in printed)
+    path = model.save(tmp_path / "model")
+    (tmp_path / "rows.csv").write_text(f"text\n{long}\na dog\n")
+    predict_file(path, tmp_path / "rows.csv", tmp_path / "out.csv", device="cpu")
+    assert "1 of 2 inputs exceed" in capsys.readouterr().err

@@ -256,3 +256,12 @@ def test_the_trivial_figure_is_that_of_the_commonest_class() -> None:
     task = task_of()
     train, held = bad(["dog", "dog", "cat", "fox"]), bad(["cat", "dog", "dog", "fox"])
     assert task.trivial(train, held) == {"accuracy": 0.5}
+
+
+def test_a_threshold_is_a_probability_of_several_classes() -> None:
+    model = model_of(head="sequence-classification", labels=ANIMALS)
+    for wrong in (0.0, 1.0, 1.5, -1.0):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            Classification(model, problem="multi_label", threshold=wrong)
+    with pytest.raises(ConfigError, match="threshold is for texts that may have several"):
+        Classification(model, threshold=0.7)

@@ -227,7 +227,7 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
         present.remove(_TEMPLATE)
     for name in present:
         record = directory.record(name)
-        read_bytes(directory.real(name), record, limit=TOKENIZER_LIMIT)
+        read_bytes(directory.real(name), record, limit=TOKENIZER_LIMIT, hint=manifest.ON_PURPOSE)
     usable = (
         "tokenizer.json" in present
         or "vocab.txt" in present

@@ -53,7 +53,7 @@ POOLING = "1_Pooling"  # folder of sentence-transformers
 _FILE = re.compile(r"(?:(?:training|1_Pooling)/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _ASIDE = re.compile(r"^\.pretrain-old-\d+-[0-9a-f]{8}-(.+)$")
-_ON_PURPOSE = "If you changed it on purpose, open the directory with load(..., verify=False) and save it anew."
+ON_PURPOSE = "If you changed it on purpose, open the directory with load(..., verify=False) and save it anew."
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / NAME
     data = read_bytes(path, limit=LIMIT)
-    body = unsealed(data, path, limit=LIMIT, hint=_ON_PURPOSE)
+    body = unsealed(data, path, limit=LIMIT, hint=ON_PURPOSE)
     if body.get("schema") != SCHEMA:
         hint = "It was written by another version of pretrain; install that one."
         raise CheckpointCorrupt(path, f"schema {SCHEMA}", body.get("schema"), hint)
@@ -231,18 +231,19 @@ def _check_size(path: Path, record: Record) -> None:
     info = os.lstat(path)
     if not stat.S_ISREG(info.st_mode):
         raise CheckpointCorrupt(path, "a regular file", "a link, directory, pipe or device")
-    record.check(path, info.st_size)
+    record.check(path, info.st_size, hint=_hint(path))
+
+
+def _hint(path: Path) -> str:
+    """Return what to do with a file that people edit."""
+    return ON_PURPOSE if path.suffix in (".json", ".md", ".jinja") else ""
 
 
 def check_hash(path: Path, record: Record) -> None:
     """Hash a file and raise CheckpointCorrupt unless its size and hash agree with ``record``."""
     found = hash_file(path)
     if found != record:
-        hint = _ON_PURPOSE if path.suffix in (".json", ".md", ".jinja") else ""
-        record.check(path, found.size)
-        raise CheckpointCorrupt(
-            path, f"SHA-256 {record.sha256[:16]}...", f"{found.sha256[:16]}...", hint
-        )
+        record.check(path, found.size, found.sha256, _hint(path))
 
 
 def _listing(directory: Path) -> set[str]:

@@ -102,7 +102,11 @@ class ModelDirectory:
 
     def _parsed(self, name: str, limit: int) -> Any:
         path = self.real(name)
-        return parse_json(read_bytes(path, self.record(name), limit=limit), path, limit=limit)
+        return parse_json(
+            read_bytes(path, self.record(name), limit=limit, hint=manifest.ON_PURPOSE),
+            path,
+            limit=limit,
+        )
 
     def json_list(self, name: str, limit: int = CONFIG_LIMIT) -> list[Any]:
         """Return the list in a JSON file of at most ``limit`` bytes."""

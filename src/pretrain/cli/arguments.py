@@ -397,7 +397,9 @@ def interface(name: str, options: Collection[str] = ()) -> Interface:
     """Return how messages spell the options of the command ``name``; ``options`` are those of its parser."""
     if name not in _SETTINGS:
         columns = "columns." if name in ("predict", "evaluate", "probe") else ""
-        return Interface(True, columns=columns, reading={word.lstrip("-") for word in options})
+        reading = {word.lstrip("-") for word in options}
+        trains = name not in ("predict", "evaluate")
+        return Interface(True, columns=columns, reading=reading, trains=trains)
     sections = settings_class(name).SECTIONS
     places = {
         spec.name: f"{section}.{spec.name}"

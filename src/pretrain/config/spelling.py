@@ -27,7 +27,9 @@ __all__ = [
     "option",
     "option_name",
     "reads_with",
+    "trains",
     "using",
+    "within",
 ]
 
 
@@ -42,6 +44,7 @@ class Interface:
         others: prefix of options that are not in ``places``: ``task.options.``.
         reading: options that it has, of those with which files are read (format, names, delimiter, quoting, encoding);
             None for all of them.
+        trains: it trains a model, so that it can be told the classes.
     """
 
     command: bool = False
@@ -49,6 +52,7 @@ class Interface:
     columns: str = ""
     others: str = ""
     reading: Collection[str] | None = None
+    trains: bool = True
 
     def spell(self, path: str, value: Any) -> str:
         """Return the option at a dotted path with its value, as written in this interface."""
@@ -64,8 +68,8 @@ class Interface:
 READ = Interface(places={"names": "columns"})
 FINETUNE = Interface()
 STREAM = Interface(reading=("delimiter", "quoting", "encoding"))
-PREDICT = Interface(columns="columns.", reading=STREAM.reading)
-EVALUATE = Interface(columns="columns.", reading=())
+PREDICT = Interface(columns="columns.", reading=STREAM.reading, trains=False)
+EVALUATE = Interface(columns="columns.", reading=(), trains=False)
 SEARCH = Interface(reading=())
 TRAIN = Interface(
     places={"out": "train.out", "device": "parallel.device", "objective": "objective"},
@@ -83,6 +87,18 @@ def using(interface: Interface) -> Iterator[None]:
     before = _current
     if not before.command:
         _current = interface
+    try:
+        yield
+    finally:
+        _current = before
+
+
+@contextlib.contextmanager
+def within(section: str) -> Iterator[None]:
+    """Spell all options as entries of a section of settings within the context, in the interface that is set."""
+    global _current
+    before, prefix = _current, f"{section}."
+    _current = Interface(before.command, columns=prefix, others=prefix, reading=())
     try:
         yield
     finally:
@@ -108,6 +124,11 @@ def option_name(name: str) -> str:
 def reads_with(name: str) -> bool:
     """Whether files can be read with the option ``name`` here, so that a message may advise it."""
     return _current.reading is None or name in _current.reading
+
+
+def trains() -> bool:
+    """Return whether the interface trains a model, which learns its classes from the rows or is told them."""
+    return _current.trains
 
 
 def either(command: str, python: str) -> str:

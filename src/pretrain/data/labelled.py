@@ -53,6 +53,13 @@ class Role:
 # ------------------------------------------------------------------------------------------------ columns
 
 
+def _spelled_as_in(table: Table, column: Any) -> Any:
+    """Return the name of a column as text, which those of a frame are not when they are numbers."""
+    if isinstance(column, list | tuple):
+        return [_spelled_as_in(table, name) for name in column]
+    return str(column) if isinstance(column, int) and str(column) in table.columns else column
+
+
 def choose_columns(
     table: Table, roles: Sequence[Role], given: Mapping[str, Any], *, quiet: bool = False
 ) -> dict[str, Any]:
@@ -72,7 +79,9 @@ def choose_columns(
         DataError: a role or column does not exist, a column is named for two roles, or a required role has no column;
             the error lists the columns and the call to write.
     """
-    named = {role: column for role, column in given.items() if column is not None}
+    named = {
+        role: _spelled_as_in(table, column) for role, column in given.items() if column is not None
+    }
     by_name = {role.name: role for role in roles}
     for role in named:
         if role not in by_name:
@@ -88,6 +97,8 @@ def choose_columns(
                 f"{', or several columns with 0 and 1 that each are a label' if by_name[role].many else ''}. Write "
                 f"{column_option(role, str(next(iter(column), 'name')))}."
             )
+        if len(set(_listed(column))) < len(_listed(column)):
+            raise DataError(f"{column_option(role, column)} names a column twice; name each once.")
         for name in _listed(column):
             if name not in table.columns:
                 raise DataError(_absent(table, role, str(name), roles))
@@ -460,24 +471,27 @@ def drop_duplicates(
     """
     used = [name for name in role_names if name in train.columns and name in other.columns]
 
-    def keys(table: Table) -> list[bytes]:
+    def keys(table: Table) -> list[bytes | None]:
         columns = [table.columns[name] for name in used]
         texts = ("\0".join(map(_compared, cells)) for cells in zip(*columns, strict=True))
-        return [
-            hashlib.blake2b(t.encode("utf-8", "replace"), digest_size=16).digest() for t in texts
+        return [  # rows without a text are left out for that, and are no duplicates
+            hashlib.blake2b(t.encode("utf-8", "replace"), digest_size=16).digest()
+            if t.strip("\0")
+            else None
+            for t in texts
         ]
 
     if not used:
         return train, 0
-    known = set(keys(other))
+    known = set(keys(other)) - {None}
     kept = [i for i, key in enumerate(keys(train)) if key not in known]
     count = len(train) - len(kept)
     if not count:
         return train, 0
     if not kept:
         raise DataError(
-            f"all {len(train):,} training rows ({train.name}) also stand in the {what} rows ({other.name}); the same "
-            "source was probably given twice."
+            f"all {len(train):,} training rows ({train.name}) also stand in the {what} rows ({other.name}): the "
+            "same source was given twice, or its rows repeat each other."
         )
     note(
         f"{train.name}: {count:,} of {len(train):,} training rows also stand in the {what} rows and are left out"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, trains
 from pretrain.data.tables import shortened
 from pretrain.errors import DataError, suggestion
 from pretrain.utils.files import note
@@ -93,6 +93,11 @@ class LabelMap:
                 or there are so many classes that the column looks like text.
         """
         texts = _spelled(values, where, column)
+        if "-100" in texts and not given:
+            raise DataError(
+                f"{where(texts.index('-100'))}: {column} -100 is no class: in rows that are tokens already it marks "
+                "those without a label. Give whole words or texts with a label each, and leave these out."
+            )
         what = "its classes"
         if given is not None:
             made, what = _given(given, texts, column, names), "the labels given"
@@ -171,7 +176,11 @@ class LabelMap:
         near += " In public test sets -1 marks a row without a label." if first == "-1" else ""
         raise DataError(
             f"{at(strange[0])}: {column} {_short(first)!r} is not among {what}: {_listed(self.labels)}.{near}{more} "
-            f"Correct the row, or list every label, in order: {option('labels', [...])}."
+            + (
+                f"Correct the row, or list every label, in order: {option('labels', [...])}."
+                if trains()
+                else "Correct the row, or leave it out: the model knows no other classes."
+            )
         )
 
 
@@ -418,6 +427,13 @@ def _given(
         raise DataError(
             f"{option('labels', given)} must list the labels, as {option('labels', ['negative', 'positive'])}."
         )
+    if isinstance(given, Mapping):
+        numbers = dict[Any, Any](given)
+        if all(type(k) is int for k in numbers.values()) and {*numbers.values()} == {
+            *range(len(numbers))
+        }:
+            # From names to numbers, as label2id of transformers, in place of the reverse.
+            given = sorted(numbers, key=numbers.__getitem__)
     pairs = list(given.items()) if isinstance(given, Mapping) else [(name, name) for name in given]
     spelled = _spelled([name for _, name in pairs], lambda i: f"label {i + 1} of labels", "name")
     labels = tuple(dict.fromkeys(spelled))

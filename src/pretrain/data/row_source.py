@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pretrain.config.spelling import within
 from pretrain.data.loader import Examples
 from pretrain.errors import ConfigError, DataError
 from pretrain.utils.imports import import_named
@@ -82,7 +83,8 @@ def open_rows(path: str, arguments: Mapping[str, Any]) -> RowSource:
         inspect.signature(make).bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"data.source_args do not fit {path}: {error}.") from error
-    found = make(**arguments)
+    with within("data.source_args"):
+        found = make(**arguments)
     if not isinstance(found, RowSource):
         raise DataError(
             f"data.source: {path} returned {type(found).__name__}, and must return a pretrain.RowSource(train, valid)."

@@ -454,9 +454,17 @@ def _of_file(
     return Table(path.name, columns, places=lines, origin=str(path), unit=unit, **more)
 
 
+_ARCHIVES = (".zip", ".7z", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
 def _kind(path: Path, format: str | None) -> str:
     known = sorted(set(TABLE_FORMATS.values()))
     kind = table_kind(path) if format is None else format.lower().removeprefix(".")
+    if format is None and path.name.lower().endswith(_ARCHIVES):
+        raise DataError(
+            f"{path} is a compressed archive, and no table. Unpack it, and give the folder or the file in it; only a "
+            ".tar of images that is not compressed is read as it is."
+        )
     if format is None and not kind:
         raise DataError(
             f"the name of {path} ends in no known suffix. Rename it to end in {' '.join(TABLE_FORMATS)} (plain or "
@@ -575,7 +583,8 @@ def _header_hint(path: Path, top: list[str], delimiter: str) -> str:
             if reads_with("delimiter"):
                 cure = f"say so: {option('delimiter', other)}"
             return f"{text} If {other!r} stands between columns, {cure}."
-    names = ["label", "text", *numbered_names(9)[2:]][: len(top)]
+    usual = ["text", "label"] if len(top) > 1 and len(top[0]) > len(top[1]) else ["label", "text"]
+    names = [*usual, *numbered_names(9)[2:]][: len(top)]
     names += [...] if len(top) > len(names) else []  # type: ignore[list-item]
     return f"{text} If it is a row, {_give_names(names)}."
 
@@ -584,7 +593,7 @@ def _give_names(names: Sequence[Any]) -> str:
     """Return how to name the columns of a file without a header; an ellipsis is for the user to fill in."""
     if not reads_with("names"):
         return "put a line with the names of the columns before it"
-    return f"name the columns: {option('names', names)}"
+    return f"name the columns, in their order in the file: {option('names', names)}"
 
 
 def columns_of_rows(

@@ -94,6 +94,11 @@ def evaluate(
     Raises:
         PretrainError: no rows, rows that do not fit the model, or rows that have changed since the run.
     """
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise ConfigError(
+            f"evaluate opens a directory, and was given a {type(checkpoint).__name__}. Give the path of its run, or "
+            "save it first: model.save(DIRECTORY)."
+        )
     path = Path(checkpoint)
     untrained = UNTRAINED.get(task) if isinstance(task, str) else None
     if untrained is not None and (data is None or objective is not None):

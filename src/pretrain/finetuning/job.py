@@ -380,9 +380,9 @@ class Job:
                 result.test_metrics = world.broadcast_result(lambda: result.measure(tested))
         elif figures:
             result.metrics, result.test_metrics = figures[0] or result.metrics, figures[1] or None
-        result.trivial = task.trivial(self.data.train, self.data.valid)
+        result.trivial = task.trivial(self.data.train, _measured(self.data.valid, held_out))
         if self.data.test is not None:
-            result.trivial_test = task.trivial(self.data.train, self.data.test)
+            result.trivial_test = task.trivial(self.data.train, _measured(self.data.test, tested))
         result.describe()
         if (
             shared is None and write
@@ -470,3 +470,10 @@ class Job:
             lambda: [-lower_is_better(result.measure(part), self.monitor) for part in others]
         )
         return measured
+
+
+def _measured(table: Table, rows: TaskRows | None) -> Table:
+    """Return the rows of a table that have examples: a baseline is measured on what the model is."""
+    if rows is None or not rows.dropped:
+        return table
+    return table.take(sorted(set(rows.owners)))

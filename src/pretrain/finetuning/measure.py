@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
-from pretrain.inference.predict import columns_of, has_columns, smaller_batch
+from pretrain.inference.predict import (
+    columns_of,
+    has_columns,
+    roles_known,
+    say_unread,
+    smaller_batch,
+)
 from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.tasks import Task
 from pretrain.training.evaluate import evaluate_rows
@@ -71,9 +77,10 @@ def labelled(
     if section is not None:
         known = {role: c for role, c in section.columns.items() if has_columns(table, c)}
         given = {**known, **given}
-    return roles_table(
-        table, choose_columns(table, task.roles, columns_of(task.model, table, given))
-    )
+    inputs = roles_known(task, given)
+    say_unread(task, table, inputs)
+    roles = [role for role in task.roles if role.target or role in inputs]
+    return roles_table(table, choose_columns(table, roles, columns_of(task.model, table, given)))
 
 
 def measure(

@@ -232,6 +232,15 @@ def baseline_columns(*tables: Table) -> list[Any]:
         return columns
     for table in tables:
         pairs = [table.columns[name] for name in ("text", "pair") if name in table.columns]
-        texts = list(zip(*pairs, strict=True)) if len(pairs) > 1 else list(pairs[0])
-        columns += [texts, table.columns["label"]]
+        # Rows without a text are not read by the model either.
+        used = [i for i, cells in enumerate(zip(*pairs, strict=True)) if all(map(_has_text, cells))]
+        texts = [tuple(column[i] for column in pairs) for i in used]
+        columns += [
+            texts if len(pairs) > 1 else [text for (text,) in texts],
+            [table.columns["label"][i] for i in used],
+        ]
     return columns
+
+
+def _has_text(cell: Any) -> bool:
+    return isinstance(cell, str) and bool(cell.strip())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import option
@@ -21,7 +21,7 @@ from pretrain.data.labelled import (
     roles_table,
     split,
 )
-from pretrain.data.tables import splits
+from pretrain.data.tables import shown, splits
 from pretrain.errors import DataError
 from pretrain.inference.predict import has_columns
 from pretrain.utils.files import muted
@@ -250,9 +250,20 @@ def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
 
 
 def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:
-    """Held-out rows by role: the columns of the training rows if present, else those recognised by name."""
+    """Held-out rows by role: the columns of the training rows if present, else those recognised by name.
+
+    What the model reads is the same in all rows: a second text is read if the training rows have one, and must then be
+    there.
+    """
     known = {role: column for role, column in columns.items() if has_columns(table, column)}
-    return roles_table(table, choose_columns(table, task.roles, known))
+    roles = [
+        replace(role, required=True)
+        if role.name in columns and role.known and not role.target
+        else role
+        for role in task.roles
+        if role.required or role.target or role.name in columns or not role.known
+    ]
+    return roles_table(table, choose_columns(table, roles, known))
 
 
 def _fingerprint(*tables: Table | None) -> str:
@@ -268,8 +279,12 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
     """
     rows = task.encode(table)
     for reason, places in rows.dropped.items():
-        shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
-        notes.append(f"{len(places):,} {what} rows left out, {reason}: {shown}")
+        some = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
+        notes.append(f"{len(places):,} {what} rows left out, {reason}: {some}")
+    if lost := _lost_labels(table, rows):
+        notes.append(
+            f"no {what} row of the class{'es' * (len(lost) > 1)} {shown(lost)} is left: what was left out held them all"
+        )
     room = task.model.backbone.max_length
     longer = f"set {option('max_length', room)}, which this model has positions for, "
     cure = f"{longer if task.max_length < room else ''}{task.shorten}"
@@ -291,3 +306,12 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
             )
         notes.append(f"{text} and are {task.beyond}")
     return rows
+
+
+def _lost_labels(table: Table, rows: TaskRows) -> list[str]:
+    """Return the classes that only rows without an example have."""
+    cells = table.columns.get("label", ())
+    if not cells or not rows.dropped or not all(isinstance(cell, str | int) for cell in cells):
+        return []
+    left = {cells[i] for i in set(rows.owners)}
+    return sorted({str(cell) for cell in cells if cell not in left})

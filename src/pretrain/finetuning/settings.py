@@ -202,6 +202,25 @@ class TuneConfig(Sections):
             )
         if not isinstance(lr, str) and not 0 < lr < math.inf:
             raise ConfigError(f"{option_name('lr')} is {lr}; it must be above 0.")
+        if wrong := [rate for rate in self.optim.lrs or () if not 0 < rate < math.inf]:
+            raise ConfigError(f"{option_name('lrs')} holds {wrong[0]}; rates must be above 0.")
+        method = self.method
+        without = {
+            "dora": method.dora,
+            "alpha": method.alpha is not None,
+            "lora_dropout": bool(method.lora_dropout),
+            "targets": bool(method.targets),
+        }
+        if idle := [name for name, is_set in without.items() if is_set and not method.lora]:
+            raise ConfigError(
+                f"{option_name(idle[0])} is a setting of an adapter, and there is none. Set its rank, "
+                f"{option('lora', 8)}, or leave it out."
+            )
+        if isinstance(data.valid, int | float) and not data.valid and train.patience:
+            raise ConfigError(
+                f"{option_name('patience')} stops by evaluations, and there are no held-out rows. Give some, "
+                f"{option('valid', 0.1)}, or leave it out."
+            )
         if isinstance(data.valid, float) and not 0 <= data.valid < 1:
             raise ConfigError(
                 f"{option_name('valid')} is {data.valid}; as a share of the rows it must lie between 0 and 1."
@@ -251,7 +270,7 @@ def from_keywords(
     cls = task_class(name)
     roles = {role.name for role in cls.roles}
     options = set(inspect.signature(cls.__init__).parameters) - {"self", "model", "max_length"}
-    options |= {"labels"}
+    options |= {"labels", *cls.row_options}
     places = {
         f.name: key
         for key in ("parallel", "data", "train", "optim", "method")
@@ -272,7 +291,8 @@ def from_keywords(
         elif key in roles:
             columns[key] = value
         elif key in options:
-            given[key] = value
+            # In YAML and JSON all keys are text; numbers as keys are those of classes.
+            given[key] = {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
         elif key in places:
             sections.setdefault(places[key], {})[key] = value
         elif any(key in entry.names for entry in NAMES):  # read, or answered, by TuneConfig.load

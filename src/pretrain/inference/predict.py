@@ -42,7 +42,9 @@ __all__ = [
     "predict_with",
     "rebuilt",
     "recorded_task",
+    "roles_known",
     "roles_read",
+    "say_unread",
     "smaller_batch",
     "task_of",
 ]
@@ -211,14 +213,13 @@ def predict_with(
     if table is None:
         return []
     task.unanswered.clear()
+    task.shortened = 0
     found = _answers(task, table, batch_rows, options)
     with naming_memory("predicting", lambda: smaller_batch(batch_rows)):
         answers = list(found)
-    if single:
-        if _is_empty(answers[0]):
-            _say_unanswered(task, 1, 1)
-        return answers[0]
     _say_unanswered(task, sum(map(_is_empty, answers)), len(answers))
+    if single:
+        return answers[0]
     return _frame_of(inputs, answers) if _is_frame(inputs) else answers
 
 
@@ -259,7 +260,11 @@ def _is_empty(answer: Mapping[str, Any]) -> bool:
 
 
 def _say_unanswered(task: Task, empty: int, count: int) -> None:
-    """Print how many inputs have no answer, and for what reasons."""
+    """Print how many inputs have no answer, for what reasons, and how many were read in part."""
+    if task.shortened and not task.beyond_chosen:
+        note(
+            f"{task.shortened:,} of {count:,} inputs exceed {task.max_length} tokens and are {task.beyond}"
+        )
     if empty:
         reasons = +task.unanswered
         if (others := empty - reasons.total()) > 0:
@@ -295,11 +300,32 @@ def columns_read(
     task: Task, table: Table, given: Mapping[str, Any], *, quiet: bool
 ) -> dict[str, Any]:
     """Return the columns of a table that the task reads: those of ``columns_of``, then those recognised by name."""
-    roles = roles_read(task)
+    roles = roles_known(task, given)
     known = {role.name for role in roles}
     wanted = columns_of(task.model, table, given)
     wanted = {role: c for role, c in wanted.items() if role in known or role in given}
+    say_unread(task, table, roles)
     return choose_columns(table, roles, wanted, quiet=quiet)
+
+
+def say_unread(task: Task, table: Table, roles: Sequence[Role]) -> None:
+    """Name the columns that look like inputs of the task and belong to none of ``roles``."""
+    for role in roles_read(task):
+        if role not in roles and (names := [n for n in role.known if n in table.columns]):
+            note(f"the column {names[0]!r} is not read: the model was trained without {role.name}")
+
+
+def roles_known(task: Task, given: Mapping[str, Any]) -> list[Role]:
+    """Return the input roles that the model was trained with, as far as that is recorded, and those that are given."""
+    block = task.model.extra_config.get("pretrain")
+    recorded = block.get("columns") if isinstance(block, Mapping) else None
+    if not isinstance(recorded, Mapping) or not recorded:
+        return roles_read(task)
+    return [
+        role
+        for role in roles_read(task)
+        if role.required or role.name in recorded or role.name in given or not role.known
+    ]
 
 
 def _by_words(task: Task) -> bool:
@@ -349,7 +375,7 @@ def _is_one(task: Task, values: tuple[Any, ...]) -> bool:
     """Return whether a tuple is one input: a pair of texts, or the words of one text."""
     if not values or not all(isinstance(value, str) for value in values):
         return False
-    return _by_words(task) or (len(values) == 2 and len(roles_read(task)) > 1)
+    return _by_words(task) or (len(values) == 2 and len(roles_known(task, {})) > 1)
 
 
 def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
@@ -357,6 +383,9 @@ def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
     values = [v.tolist() if hasattr(v, "tolist") else v for v in inputs.values()]
     listed = [isinstance(value, list | tuple) for value in values]
     if any(isinstance(v, list) and v and _is_turn(v[0]) for v in values):
+        return False
+    others = {name for role in task.roles[1:] for name in (role.name, *role.known)}
+    if any(task.is_one(value) for key, value in inputs.items() if key not in others):
         return False
     if _by_words(task):  # the words of a single row are already a list
         return any(
@@ -372,7 +401,7 @@ def _table_of(task: Task, items: Sequence[Any]) -> Table:
     Raises:
         DataError: pairs and single texts are mixed, or the task needs more than a text.
     """
-    roles = roles_read(task)
+    roles = roles_known(task, {})
     if _by_words(task):
         rows = {roles[0].name: [list(w) if isinstance(w, tuple) else w for w in items]}
         return Table("inputs", rows, origin="the inputs", unit="index")
@@ -461,6 +490,7 @@ def predict_file(
     quiet = not progress or not (sys.stderr.isatty() or in_notebook())
     count = empty = 0
     task.unanswered.clear()
+    task.shortened = 0
     with (
         naming_memory("predicting", lambda: smaller_batch(batch_rows)),
         RowWriter(target, first.table.names) as output,

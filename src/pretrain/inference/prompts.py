@@ -126,9 +126,10 @@ def tokenizer_of(model: Model, purpose: str) -> Tokenizer:
         ModelError: it has none; the message names the ``purpose`` that needs it.
     """
     if model.tokenizer is None:
-        raise ModelError(
-            f"This model has no tokenizer, so it cannot {purpose}. Give ids, or set model.tokenizer."
-        )
+        cure = "Give ids, or set model.tokenizer."
+        if model.processor is not None:
+            cure = "It reads no texts: see predict, and pretrain.probe for its vectors."
+        raise ModelError(f"This model has no tokenizer, so it cannot {purpose}. {cure}")
     return model.tokenizer
 
 

@@ -132,7 +132,12 @@ def task_class(
     """
     from pretrain.objectives.tasks import Task
 
-    if not isinstance(name, str):
+    if not isinstance(name, str | type):
+        raise ConfigError(
+            f"The task is a {type(name).__name__}, {name!r:.60}; give a name, one of {', '.join(TASKS)}, or a "
+            "class."
+        )
+    if isinstance(name, type):
         found: type[Objective] = name
     elif name in _OWN_TASKS:
         return _OWN_TASKS[name]

@@ -192,6 +192,7 @@ class Task(Objective):
         beyond: what happens to rows that exceed ``max_length``, as messages say it: ``cut``.
         beyond_chosen: whether the user chose this, so that it is not an error.
         unanswered: reason -> number of inputs of ``predict`` that got no answer because of it.
+        shortened: number of inputs of ``predict`` of which the beginning alone was read.
 
     Raises:
         ModelError: the model has another head, or no tokenizer.
@@ -221,6 +222,7 @@ class Task(Objective):
         self.max_length, self.pack = max_length or room, pack
         self.beyond, self.beyond_chosen = "cut", False
         self.unanswered: Counter[str] = Counter()
+        self.shortened = 0
 
     def check_processor(self) -> None:
         """Check that the model has what turns the inputs of this task into batches: a tokenizer.
@@ -314,6 +316,10 @@ class Task(Objective):
         None leaves them to the common forms: texts, rows, frames, data sets.
         """
         return None
+
+    def is_one(self, value: Any) -> bool:
+        """Whether a list or an array in a row of ``predict`` is one input, and not a column of several."""
+        return False
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
@@ -471,6 +477,7 @@ class Task(Objective):
                         )
                     yield answer
                 self.count_unanswered(rows)
+                self.shortened += len(set(rows.cut))
         finally:
             self.train(was_training)
 

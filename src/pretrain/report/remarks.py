@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pretrain.report.history import number
+
 __all__ = ["beside_frequencies", "curve_of", "overfitted"]
 
 # A run is reported as overfitted if its held-out loss ends at this multiple of its lowest value.
@@ -27,7 +29,7 @@ def beside_frequencies(loss: float, unigram: float) -> str:
 def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Remark if the held-out loss ended well above its lowest value while the training loss fell."""
     held_out = curve_of(history, "loss")
-    training = [(int(r["step"]), float(r["loss"])) for r in history if "loss" in r]
+    training = [(int(r["step"]), number(r["loss"])) for r in history if "loss" in r]
     if len(held_out) < 2 or len(training) < 2:
         return None
     (low_step, low), (last_step, last) = min(held_out, key=lambda p: p[1]), held_out[-1]
@@ -44,5 +46,5 @@ def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 def curve_of(history: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[int, float]]:
     """Return (step, value) of every evaluation in which the metric is finite."""
-    points = [(int(r["step"]), r["eval"].get(figure, math.nan)) for r in history if "eval" in r]
-    return [(step, float(value)) for step, value in points if math.isfinite(value)]
+    points = [(int(r["step"]), number(r["eval"].get(figure))) for r in history if "eval" in r]
+    return [(step, value) for step, value in points if math.isfinite(value)]

@@ -233,6 +233,11 @@ def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
     """
     written = out / "run.yaml"
     if not written.exists() or not has_begun(out):
+        if (out / "config.json").exists():
+            raise ConfigError(
+                f"{out} holds a model, and a run in it would be taken for that model. Name a new directory with "
+                f"{option('out')}."
+            )
         return
     try:
         before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())

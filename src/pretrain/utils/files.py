@@ -194,16 +194,21 @@ class Record:
     size: int
     sha256: str
 
-    def check(self, path: Path, size: int, sha256: str | None = None) -> None:
-        """Raise CheckpointCorrupt unless the size and, if given, the hash agree."""
+    def check(self, path: Path, size: int, sha256: str | None = None, hint: str = "") -> None:
+        """Raise CheckpointCorrupt unless the size and, if given, the hash agree; ``hint`` says what may be done."""
         if size != self.size:
-            raise CheckpointCorrupt(path, f"{self.size:,} bytes", f"{size:,} bytes")
+            raise CheckpointCorrupt(path, f"{self.size:,} bytes", f"{size:,} bytes", hint)
         if sha256 is not None and sha256 != self.sha256:
-            raise CheckpointCorrupt(path, f"SHA-256 {self.sha256[:16]}...", f"{sha256[:16]}...")
+            expected, found = (f"SHA-256 {value[:16]}..." for value in (self.sha256, sha256))
+            raise CheckpointCorrupt(path, expected, found, hint)
 
 
-def read_bytes(path: Path, record: Record | None = None, *, limit: int = SMALL) -> bytes:
+def read_bytes(
+    path: Path, record: Record | None = None, *, limit: int = SMALL, hint: str = ""
+) -> bytes:
     """Read a regular file of at most `limit` bytes; if `record` is given, its size and hash must agree.
+
+    An error about that ends with ``hint``.
 
     Raises:
         CheckpointCorrupt: the file is too large or differs from `record`; see also `open_regular`.
@@ -214,7 +219,7 @@ def read_bytes(path: Path, record: Record | None = None, *, limit: int = SMALL) 
             raise CheckpointCorrupt(path, f"at most {limit:,} bytes", f"{size:,} bytes")
         data = file.read(limit + 1)
     if record is not None:
-        record.check(path, len(data), hashlib.sha256(data).hexdigest())
+        record.check(path, len(data), hashlib.sha256(data).hexdigest(), hint)
     return data
 
 
