@@ -755,3 +755,19 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(
     assert cli.main(["predict"]) == code
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(getattr(signal, name)) is before
+
+
+def test_prepare_by_a_config_does_what_it_says_or_refuses(tmp_path: Path, capsys: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three. " * 200)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data: {{train: {text}, vocab_size: 280, row_length: 32, cache: {tmp_path / 'cache'}}}\n"
+    )
+    for words in (["--out", str(tmp_path / "other")], ["--vocab_size", "300"], ["--valid", "0.3"]):
+        assert words[0] in fails(capsys, "prepare", "--config", str(config), *words)
+    assert "either sources" in fails(capsys, "prepare", str(text), "--config", str(config))
+    assert cli.main(["prepare", "--config", str(config), "--quiet"]) == 0
+    assert Path(capsys.readouterr().out.strip()).parent == tmp_path / "cache"
+    config.write_text("data: {source: images, source_args: {train: photos}}\n")
+    assert "no text is to be prepared" in fails(capsys, "prepare", "--config", str(config))

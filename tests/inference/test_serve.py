@@ -191,7 +191,9 @@ def test_wrong_requests_are_refused(server: Server) -> None:
     refused(server, 411, None, "/v1/chat/completions", "POST", Content_Length="-5")
 
 
-def test_only_this_machine_and_this_page_may_ask(server: Server) -> None:
+def test_only_this_machine_and_this_page_may_ask(
+    server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
     body, port = {"messages": HELLO, "max_tokens": 1}, server.server_port
     for host in (f"evil.example:{port}", "127.0.0.1:1", f"127.0.0.1.evil.example:{port}", ""):
         refused(server, 403, None, "/", Host=host)
@@ -206,6 +208,7 @@ def test_only_this_machine_and_this_page_may_ask(server: Server) -> None:
     for host in (f"127.0.0.1:{port}", f"LOCALHOST:{port}"):
         assert ask(server, body, Host=host, Origin=f"http://{host}")[0] == 200
     assert server.socket.getsockname()[0] == "127.0.0.1"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_conversation_that_is_too_long_is_refused_or_shortened(server: Server) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 import pretrain
-from pretrain.config import ModelConfig, RunConfig
+from pretrain.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.data.prepare import Prepared
 from pretrain.errors import (
     CheckpointError,
@@ -22,6 +24,7 @@ from pretrain.errors import (
     TrainingError,
 )
 from pretrain.objectives import build_objective
+from pretrain.report.history import on_as_many
 from pretrain.training import run as running
 from pretrain.training.preflight import remarks
 from pretrain.training.run import run_name, settle_size
@@ -337,3 +340,112 @@ def test_a_changed_source_is_noticed_when_resuming(tmp_path: Path, text: Path) -
     text.write_text(text.read_text() + "\nand one line more")
     with pytest.raises(TrainingError, match="would repeat some rows"):
         pretrain.train(settings(tmp_path, text, limit="8 steps"))
+
+
+@pytest.mark.parametrize("place", ["model", "data", "result without checkpoints"])
+def test_a_run_replaces_and_hides_nothing(place: str, tmp_path: Path, text: Path) -> None:
+    """Neither in the directory of a model or of data, nor where only the result of a run is left."""
+    first = pretrain.train(settings(tmp_path, text))
+    out = {"model": first.path / "model", "data": tmp_path / "prepared"}.get(place, first.path)
+    if place == "data":
+        pretrain.prepare(str(text), out, vocab_size=280, row_length=32, quiet=True)
+    elif place.startswith("result"):
+        for checkpoint in first.path.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    for changed in ({}, {"limit": "2 steps"}):
+        with pytest.raises(ConfigError, match="holds (a model|the result of a run)"):
+            pretrain.train(settings(tmp_path, text, out=str(out), **changed))
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_settings_of_a_new_model_are_not_used_for_a_checkpoint_and_said(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = pretrain.train(settings(tmp_path, text))
+    base = settings(tmp_path, text, out=str(tmp_path / "more"), limit="2 steps")
+    base["model"] = {"checkpoint": str(first.path), "overrides": {"dropout": 0.5}, "size": "tiny"}
+    capfd.readouterr()
+    pretrain.train(base)
+    said = capfd.readouterr().err
+    assert "not used: model.size 'tiny', model.overrides {'dropout': 0.5}" in said
+    base["model"] = {"checkpoint": str(first.path), "family": "gpt2"}
+    pretrain.train(base | {"train": base["train"] | {"out": str(tmp_path / "plain")}})
+    assert "not used" not in capfd.readouterr().err
+
+
+def test_changed_text_has_no_held_out_rows_of_the_run(tmp_path: Path, text: Path) -> None:
+    run = pretrain.train(settings(tmp_path, text))
+    whole = pretrain.evaluate(run.path)
+    content = text.read_text()
+    text.write_text(content[: len(content) // 2])
+    with pytest.raises(DataError, match="has changed since the run"):
+        pretrain.evaluate(run.path)
+    assert pretrain.evaluate(run.path, str(text))["loss"] > 0
+    text.write_text(content)
+    assert pretrain.evaluate(run.path) == whole
+
+
+def test_a_table_is_evaluated_by_its_column_and_what_is_left_out_is_said(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain.train(settings(tmp_path, text))
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"body": line}).encode() for line in text.read_text().split("\n")]
+    rows.write_bytes(b"\n".join([*lines, b'{"body": "caf\xe9"}']))
+    with pytest.raises(DataError, match=r"columns=\{'text'"):
+        pretrain.evaluate(run.path, rows)
+    capfd.readouterr()
+    figures = pretrain.evaluate(run.path, rows, columns={"text": "body"})
+    assert figures["targets"] > 100 and "cannot be decoded" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="one column of text"):
+        pretrain.evaluate(run.path, rows, columns={"text": "body", "label": "x"})
+
+
+def test_another_objective_than_that_of_the_run_is_named(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain.train(settings(tmp_path, text))
+    model = pretrain.load(run.path, quiet=True)
+    model.extra_config["pretrain"]["objective"] = {"name": "TokenAfterNext"}
+    capfd.readouterr()
+    running.evaluate(run.path, model=model)
+    assert "trained with TokenAfterNext, and is measured with NextToken" in capfd.readouterr().err
+    running.evaluate(run.path, model=model, objective="NextToken")
+    assert "measured with" not in capfd.readouterr().err
+
+
+def test_the_loss_on_all_rows_is_not_compared_with_that_of_a_sample(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain.train(settings(tmp_path, text, eval_every="2 steps", eval_rows=2))
+    said = capfd.readouterr().err
+    evals = [record for record in run.history if "eval" in record]
+    assert evals[-1]["eval"]["targets"] > 3 * evals[0]["eval"]["targets"]
+    assert f", validation loss {evals[-1]['eval']['loss']:.4g} (step 6, all rows)" in said
+    assert "best held-out loss" not in (run.path / "report.html").read_text()
+    assert [r["step"] for r in on_as_many(evals, evals[0])] == [2, 4]
+    assert [r["step"] for r in on_as_many(evals, evals[-1])] == [6]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"lr": 0.5}, {"weight_decay": 5.0}, {"name": "muon"}, {"schedule": "constant"}]
+)
+def test_a_trainer_keeps_the_settings_of_its_optimizer(
+    changed: dict[str, Any], tmp_path: Path, text: Path
+) -> None:
+    data = pretrain.prepare(str(text), tmp_path / "data", vocab_size=280, row_length=32, quiet=True)
+
+    def trainer(limit: str, **options: Any) -> Trainer:
+        size = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 32}
+        model = pretrain.build("gpt2", tokenizer=data.tokenizer, **size)
+        train = TrainConfig(out=str(tmp_path / "run"), limit=limit, batch_rows=4)
+        return Trainer(
+            pretrain.NextToken(model), data.train, optim=OptimConfig(**options), train=train,
+            parallel=ParallelConfig(device="cpu"), quiet=True,
+        )  # fmt: skip
+
+    trainer("2 steps").fit()
+    with pytest.raises(TrainingError, match=next(iter(changed))):
+        trainer("4 steps", **changed).fit()
+    assert trainer("4 steps").fit().step == 4

@@ -112,7 +112,7 @@ def open_training(directory: Path, *, quiet: bool = False) -> Manifest:
         raise CheckpointError(
             f"{directory} has no {manifest.TRAINING}/ folder (it was deleted, or the model was saved alone), so a run "
             f"cannot be resumed from it: optimizer state and position in the data are gone. Its weights are complete; "
-            f"to continue from them, start a new run with model.checkpoint={directory.name} and a new output directory."
+            f"to continue from them, start a new run from {directory} in a new output directory."
         )
     if not quiet:
         _note_environment(directory, listed.environment)

@@ -238,12 +238,27 @@ def _add_prepare(parser: Any) -> None:
 def _prepare(args: Any) -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("sources", "config")}
     if (args.config is None) == (not args.sources):
-        raise ConfigError("Name sources to prepare, or a config that names them: --config FILE.")
+        raise ConfigError(
+            "Name either sources to prepare, or a config that names them: --config FILE."
+        )
     if args.config is not None:
         from pretrain.config import RunConfig
         from pretrain.training.run import open_data
 
-        prepared = open_data(RunConfig.load(args.config))
+        usual = vars(make_parser("prepare", "", "", _add_prepare).parse([]))
+        quiet = options.pop("quiet")
+        if changed := [name for name, value in options.items() if value != usual[name]]:
+            raise ConfigError(
+                f"--{changed[0]} has no effect with --config, which says how to prepare the data. Set it there, under "
+                "data, or name the sources in place of the config."
+            )
+        settings = RunConfig.load(args.config)
+        if settings.data.source is not None:
+            raise ConfigError(
+                f"{args.config} reads its rows by data.source ({settings.data.source}), so no text is to be prepared: "
+                "train with it as it is. Images are prepared by pretrain prepare FOLDER --source images."
+            )
+        prepared = open_data(settings, quiet=quiet)
     else:
         from pretrain.data.prepare import prepare
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.check import read_file, settings_in, write_text
-from pretrain.config.run import ParallelConfig, TrainConfig
+from pretrain.config.run import DataConfig, ParallelConfig, TrainConfig
 from pretrain.distributed.mesh import check_batch
 from pretrain.errors import ConfigError
 
@@ -117,6 +117,10 @@ def script(
     processes = max(1, gpus_per_node)
     given = settings_in(sections, {"train": TrainConfig, "parallel": ParallelConfig})
     train, parallel = given["train"], given["parallel"]
+    # Rows of data.source are read as they are.
+    own_rows = command == "train" and settings_in(sections, {"data": DataConfig})["data"].get(
+        "source"
+    )
     tp, micro = int(parallel.get("tp", 1)), int(train.get("micro_rows", 0))
     batch = int(train.get("batch_rows", 0)) or (32 if command == "finetune" else 0)
     if nodes * processes % tp:
@@ -146,7 +150,7 @@ def script(
         "config": shlex.quote(os.fspath(path)),
         "processes": processes,
         "command": command,
-        "prepare": _PREPARE if command == "train" else "",
+        "prepare": _PREPARE if command == "train" and not own_rows else "",
     }
     template = Path(__file__).with_name("slurm.sh.in").read_text(encoding="utf-8")
     return re.sub(r"@(\w+)@", lambda match: str(values[match[1]]), template)

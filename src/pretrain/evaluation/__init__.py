@@ -16,6 +16,7 @@ from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import located
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.config.spelling import EVALUATE, option, using
+from pretrain.config.spelling import column as column_option
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
@@ -120,12 +121,13 @@ def evaluate(
     )
     pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
     if objective is not None or not fine_tuned or pretrained:
-        if columns:
+        text = columns.get("text") if columns and set(columns) == {"text"} else None
+        if columns and text is None:
             raise ConfigError(
-                f"{path} is a language model, which is evaluated on text and not on columns of labelled rows. Leave "
-                f"{option('columns')} out."
+                f"{path} is a language model, which is evaluated on one column of text and not on labelled rows. Leave "
+                f"{option('columns')} out, or name that of the text: {column_option('text', 'body')}."
             )
-        options |= {"precision": precision, "device": device}
+        options |= {"precision": precision, "device": device, "text": text}
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
     return _evaluate_task(path, model, data, columns or {}, base, precision, device, options)

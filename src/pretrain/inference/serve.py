@@ -285,6 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
             "owned_by": "pretrain",
         }
         with self._answering():
+            self._check_origin()
             if path == "/":
                 self._send(200, self.server.page, "text/html; charset=utf-8")
             elif path == "/favicon.ico":
@@ -301,6 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer a conversation."""
         with self._answering():
+            self._check_origin()
             if self.path.partition("?")[0] != "/v1/chat/completions":
                 raise _Refusal(404, f"There is nothing at {self.path:.100}.", code="not_found")
             asked = _Request.read(self._body(), self.server.name)
@@ -309,15 +311,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
-        """Check where the request comes from, and turn errors into answers."""
+        """Turn errors into answers."""
         try:
-            hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
-            if len(hosts) != 1 or hosts[0].lower() not in self.server.hosts:
-                raise _Refusal(403, "This server is only reached by the names of the own machine.")
-            if origin is not None and origin.lower() not in {
-                f"http://{h}" for h in self.server.hosts
-            }:
-                raise _Refusal(403, "This server answers no other web pages than its own.")
             yield
         except _Refusal as refusal:
             self._refuse(refusal)
@@ -330,6 +325,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse(_Refusal(500, "The server failed; its own output says how."))
                 raise  # the server prints it and goes on
             self._refuse(_Refusal(503, "There is not enough memory for this conversation."))
+
+    def _check_origin(self) -> None:
+        """Refuse a request that a page of another server, or another name of this one, sent."""
+        hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
+        if len(hosts) != 1 or hosts[0].lower() not in self.server.hosts:
+            raise _Refusal(403, "This server is only reached by the names of the own machine.")
+        if origin is not None and origin.lower() not in {f"http://{h}" for h in self.server.hosts}:
+            raise _Refusal(403, "This server answers no other web pages than its own.")
 
     def _refuse(self, refusal: _Refusal) -> None:
         self.close_connection = True  # the body may not have been read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "frame_of",
     "loss_svg",
     "number",
+    "on_as_many",
     "plot_history",
     "read_history",
     "sort_records",
@@ -38,6 +39,17 @@ def number(value: Any, default: float = math.nan) -> float:
 def points_of(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
     """Convert pairs to numbers; pairs that contain None are omitted."""
     return [(number(x), number(y)) for x, y in pairs if x is not None and y is not None]
+
+
+def on_as_many(evals: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> list[Any]:
+    """Return the evaluations on about as many targets as ``one``: a loss on a sample is not one on all rows."""
+    targets = number(one["eval"].get("targets"))
+    counts = [number(record["eval"].get("targets")) for record in evals]
+    return [
+        record
+        for record, count in zip(evals, counts, strict=True)
+        if not targets > 0 or 0.5 < count / targets < 2
+    ]
 
 
 @dataclass
@@ -60,9 +72,10 @@ class History:
         """Return (step, value) pairs of a metric in the training records."""
         return points_of((r.get("step"), r.get(key)) for r in self.train)
 
-    def eval_points(self, key: str = "loss") -> list[tuple[float, float]]:
-        """Return (step, value) pairs of a metric in the evaluations."""
-        return points_of((r.get("step"), r["eval"].get(key)) for r in self.evals)
+    def eval_points(self, key: str = "loss", *, alike: bool = False) -> list[tuple[float, float]]:
+        """Return (step, value) pairs of a metric in the evaluations; ``alike``: of those on as many as the last one."""
+        evals = on_as_many(self.evals, self.evals[-1]) if alike and self.evals else self.evals
+        return points_of((r.get("step"), r["eval"].get(key)) for r in evals)
 
     @property
     def samples(self) -> list[tuple[int, str]]:

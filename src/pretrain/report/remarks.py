@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.report.history import number
+from pretrain.report.history import number, on_as_many
 
 __all__ = ["beside_frequencies", "curve_of", "overfitted"]
 
@@ -28,7 +28,8 @@ def beside_frequencies(loss: float, unigram: float) -> str:
 
 def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Remark if the held-out loss ended well above its lowest value while the training loss fell."""
-    held_out = curve_of(history, "loss")
+    evals = [record for record in history if "eval" in record]
+    held_out = curve_of(on_as_many(evals, evals[0]), "loss") if evals else []
     training = [(int(r["step"]), number(r["loss"])) for r in history if "loss" in r]
     if len(held_out) < 2 or len(training) < 2:
         return None

@@ -138,10 +138,15 @@ def _tiles(history: History) -> list[tuple[str, str]]:
         if math.isfinite(number(last.get("tokens"))):
             tiles.append((f"{_unit(history)} seen", show(int(number(last["tokens"])))))
         tiles.append(("last training loss", figure(number(last.get("loss")))))
-    losses = [(y, x) for x, y in history.eval_points() if math.isfinite(y)]
+    losses = [(y, x) for x, y in history.eval_points(alike=True) if math.isfinite(y)]
     if losses:
         loss, step = min(losses)
-        tiles.append((f"best held-out loss, step {int(step):,}", figure(loss)))
+        best = (
+            "best held-out loss"
+            if len(losses) == len(history.evals)
+            else "held-out loss on all rows"
+        )
+        tiles.append((f"{best}, step {int(step):,}", figure(loss)))
     for key, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy")):
         values = [y for _, y in history.eval_points(key) if math.isfinite(y)]
         if values:
@@ -189,13 +194,13 @@ def _remarks(history: History, folder: Path) -> list[str]:
     """Return remarks on overfitting, and on the distance from word frequencies where the data have such a baseline."""
     finite = [(step, loss) for step, loss in history.points("loss") if math.isfinite(loss)]
     records: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in finite]
-    records += [{"step": step, "eval": {"loss": loss}} for step, loss in history.eval_points()]
+    records += [{"step": r.get("step"), "eval": r["eval"]} for r in history.evals]
     remark = overfitted(records)
     found = [remark] if remark else []
-    losses = [y for _, y in history.eval_points() if math.isfinite(y)]
+    losses = [y for _, y in history.eval_points(alike=True) if math.isfinite(y)]
     unigram = number(_block(folder).get("unigram_nats"))
     if losses and math.isfinite(unigram) and unigram > 0:
-        found.append(f"The best held-out loss is {beside_frequencies(min(losses), unigram)}.")
+        found.append(f"The held-out loss is {beside_frequencies(min(losses), unigram)}.")
     return found
 
 

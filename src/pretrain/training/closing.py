@@ -46,10 +46,13 @@ def taken(run: Run) -> str:
 
 def _reached(run: Run, objective: Objective, unigram: float | None) -> list[str]:
     history, words = sort_records(run.history), [taken(run)]
-    losses = [(loss, step) for step, loss in history.eval_points() if math.isfinite(loss)]
+    losses = [(y, x) for x, y in history.eval_points(alike=True) if math.isfinite(y)]
     if losses:
         loss, step = min(losses)
-        words.append(f"best validation loss {loss:.4g} (step {int(step):,})")
+        best = "best " * (len(losses) == len(history.evals))
+        words.append(
+            f"{best}validation loss {loss:.4g} (step {int(step):,}{'' if best else ', all rows'})"
+        )
         if unigram and isinstance(objective, TokenObjective):
             words.append(beside_frequencies(loss, unigram))
     remark = overfitted(run.history)

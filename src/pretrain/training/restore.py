@@ -49,6 +49,12 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings of the optimizer, which a run keeps to its end."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(trainer.optim)))
+    return found
+
+
 def origin(objective: Objective) -> dict[str, Any]:
     """Return what a run takes from its starting models besides the weights that are trained.
 
@@ -83,6 +89,7 @@ def training_state(trainer: Trainer) -> TrainingState:
     if others:
         tensors["objective"] = others
     state = {"run": trainer.state.to_json(), "identity": identity(trainer)}
+    state["optim"] = optimizer_settings(trainer)
     return TrainingState(tensors=tensors, state=state)
 
 
@@ -128,6 +135,13 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     if trainer.average.decay:
         trainer.average.load(training.tensors["weights"])
     trainer.optimizers.load(training.tensors["optimizer"])
+    known = training.state.get("optim", {})  # earlier versions did not keep it
+    for key, value in optimizer_settings(trainer).items():
+        if known.get(key, value) != value:
+            raise TrainingError(
+                f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
+                "moments and its schedule do not fit. Restore the setting, or use a new train.out."
+            )
     return state
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import opened
+from pretrain.checkpoint.best import RESULT, opened
 from pretrain.checkpoint.download import located, terms
+from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pretrain.config.run import Sections
@@ -225,6 +226,26 @@ def rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:
     return open_data(settings, quiet=quiet)
 
 
+def check_free(out: Path) -> None:
+    """Refuse a directory in which a new run would hide or replace what is there.
+
+    Raises:
+        ConfigError: it holds a model or prepared data, or the result of a run whose checkpoints are gone.
+    """
+    for name, what in (("config.json", "a model"), (MANIFEST, "a model or prepared data")):
+        if (out / name).exists():
+            raise ConfigError(
+                f"{out} holds {what} ({name}), and a run in it would be taken for that. Name a new directory with "
+                f"{option('out')}."
+            )
+    if (out / RESULT / "config.json").exists() and not has_begun(out):
+        raise ConfigError(
+            f"{out} holds the result of a run ({RESULT}) whose checkpoints are gone, so it cannot be resumed, and a "
+            f"new run would overwrite it. Name a new directory with {option('out')}; it can start from "
+            f"{out / RESULT}."
+        )
+
+
 def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
     """Refuse to resume a run with other settings; changes that do not affect the result are printed.
 
@@ -233,11 +254,7 @@ def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
     """
     written = out / "run.yaml"
     if not written.exists() or not has_begun(out):
-        if (out / "config.json").exists():
-            raise ConfigError(
-                f"{out} holds a model, and a run in it would be taken for that model. Name a new directory with "
-                f"{option('out')}."
-            )
+        check_free(out)
         return
     try:
         before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())
@@ -373,6 +390,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         ):  # of the user's own; which of ours it is, the checkpoint says
             own_family(settings.model.family)
         model = open_source(settings.model.checkpoint)
+        _say_unused(settings.model, model)
         check_trained_head(settings, model)
         if tokenizer is None:
             check_labels(model, data)
@@ -414,6 +432,23 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     )
     model.processor = data.processor
     return model
+
+
+def _say_unused(section: ModelConfig, model: Model) -> None:
+    """Print which settings of a new model are not used, because a checkpoint says what the model is."""
+    family = section.family
+    unused = {
+        "family": family != ModelConfig.family
+        and ":" not in family
+        and family != model.backbone.model_type,
+        "size": section.size != ModelConfig.size,
+        "overrides": bool(section.overrides),
+    }
+    named = [
+        f"model.{name} {getattr(section, name)!r}" for name, is_set in unused.items() if is_set
+    ]
+    if named:
+        note(f"the model is that of {section.checkpoint}; not used: {', '.join(named)}")
 
 
 def check_labels(model: Model, data: Prepared | RowSource) -> None:
@@ -521,6 +556,7 @@ def evaluate(
     precision: str = "auto",
     device: str = "auto",
     model: Model | None = None,
+    text: str | None = None,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on held-out text with its own objective.
 
@@ -535,6 +571,7 @@ def evaluate(
         precision: compute type; auto is ``train.eval_precision`` of the run, or fp32 if the checkpoint is in no run.
         device: device to run on.
         model: model of the checkpoint, if it is already open.
+        text: column of the text where the data are a table.
 
     Returns:
         ``loss`` (nats per target), ``perplexity``, ``accuracy``, ``targets`` and, for next-token models,
@@ -555,9 +592,14 @@ def evaluate(
             f"{path} has the head {model.head_kind!r}, which no language objective evaluates. If the objective is your "
             f"own, name its class: {option('objective')}, as package.module:Class."
         )
+    if objective is None and recorded.get("name") not in (None, objective_class(name).__name__):
+        note(
+            f"{path} was trained with {recorded['name']}, and is measured with {objective_class(name).__name__}; "
+            f"name another with {option('objective')}"
+        )
     if recorded.get("name") == objective_class(name).__name__:
         options = {key: value for key, value in recorded.items() if key not in ("name", "task")}
-    rows = _held_out(path, data, model)
+    rows = _held_out(path, data, model, text)
     if len(rows) == 0:
         raise DataError(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
@@ -588,8 +630,11 @@ def _evaluation_precision(path: Path, name: str, device: torch.device) -> Precis
     return evaluation_precision(train.eval_precision, choose_precision(train.precision, device))
 
 
-def _held_out(path: Path, data: Any, model: Model) -> Examples:
-    """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer."""
+def _held_out(path: Path, data: Any, model: Model, text: str | None = None) -> Examples:
+    """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer.
+
+    ``text`` is the column of the text where the data are a table.
+    """
     home = run_of(path)
     if data is None:
         if home is None:
@@ -605,6 +650,11 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
                 f"only a file names: name it yourself, {option('data', settings.data.source)}."
             )
         prepared = open_data(settings)
+        if _changed(model, prepared.fingerprint):
+            raise DataError(
+                f"The text of {home} has changed since the run, so its held-out rows are not those of before, and may "
+                f"be among those that it was trained on. Restore it, or name the text to measure on: {option('data')}."
+            )
         rows: Examples = prepared.valid
     elif isinstance(data, RowSource):
         return _held_out_rows(None, data, model)
@@ -623,8 +673,17 @@ def _held_out(path: Path, data: Any, model: Model) -> Examples:
         source = str(opened(_place(path)))
         # All text is evaluated, so notes on training data (no validation rows) would be misleading.
         prepared = prepare(
-            data, source="text", tokenizer=source, row_length=length, valid=0.0, quiet=True
+            data,
+            source="text",
+            text=text or "text",
+            tokenizer=source,
+            row_length=length,
+            valid=0.0,
+            quiet=True,
         )
+        for line in prepared.manifest.get("notes", ()):
+            if not line.startswith("no validation rows"):
+                note(line)
         rows = prepared.train
     mine = model.tokenizer
     if mine is not None and prepared.tokenizer.fingerprint != mine.fingerprint:
@@ -643,14 +702,19 @@ def names_function(data: Any) -> bool:
 def _held_out_rows(home: Path | None, data: RowSource, model: Model) -> Examples:
     """Return the held-out rows of a source; if they are those of a run, say whether they have changed since."""
     check_labels(model, data)
-    block = model.extra_config.get("pretrain")
-    recorded = block.get("fingerprint") if isinstance(block, Mapping) else None
-    if home is not None and recorded not in (None, data.fingerprint):
+    if home is not None and _changed(model, data.fingerprint):
         note(
             f"the rows of {home} have changed since the model was trained; a held-out share is drawn anew, so rows "
             "that it was trained on may be among the held-out ones"
         )
     return data.valid
+
+
+def _changed(model: Model, fingerprint: str | None) -> bool:
+    """Whether rows are others than those that a model was trained with, as far as that is recorded."""
+    block = model.extra_config.get("pretrain")
+    recorded = block.get("fingerprint") if isinstance(block, Mapping) else None
+    return recorded not in (None, fingerprint)
 
 
 def run_of(path: Path) -> Path | None:
