@@ -768,6 +768,6 @@ def test_prepare_by_a_config_does_what_it_says_or_refuses(tmp_path: Path, capsys
         assert words[0] in fails(capsys, "prepare", "--config", str(config), *words)
     assert "either sources" in fails(capsys, "prepare", str(text), "--config", str(config))
     assert cli.main(["prepare", "--config", str(config), "--quiet"]) == 0
-    assert Path(capsys.readouterr().out.strip()).parent == tmp_path / "cache"
+    assert tmp_path / "cache" in Path(capsys.readouterr().out.strip()).parents
     config.write_text("data: {source: images, source_args: {train: photos}}\n")
     assert "no text is to be prepared" in fails(capsys, "prepare", "--config", str(config))

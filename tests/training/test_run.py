@@ -390,14 +390,16 @@ def test_a_table_is_evaluated_by_its_column_and_what_is_left_out_is_said(
     tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = pretrain.train(settings(tmp_path, text))
-    rows = tmp_path / "rows.jsonl"
+    rows, broken = tmp_path / "rows.jsonl", tmp_path / "broken.jsonl"
     lines = [json.dumps({"body": line}).encode() for line in text.read_text().split("\n")]
-    rows.write_bytes(b"\n".join([*lines, b'{"body": "caf\xe9"}']))
+    rows.write_bytes(b"\n".join(lines))
+    broken.write_bytes(b"\n".join([*lines, b'{"body": "caf\xe9"}']))
     with pytest.raises(DataError, match=r"columns=\{'text'"):
         pretrain.evaluate(run.path, rows)
-    capfd.readouterr()
     figures = pretrain.evaluate(run.path, rows, columns={"text": "body"})
-    assert figures["targets"] > 100 and "cannot be decoded" in capfd.readouterr().err
+    capfd.readouterr()
+    assert pretrain.evaluate(run.path, broken, columns={"text": "body"}) == figures
+    assert "1 documents cannot be decoded" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="one column of text"):
         pretrain.evaluate(run.path, rows, columns={"text": "body", "label": "x"})
 

@@ -110,14 +110,14 @@ def json_rows(
         DataError: a line is invalid; names the line and column.
     """
     for number, line in lines(path, encoding):
-        complete = line.endswith(b"\n")
+        complete, fault = line.endswith(b"\n"), None
         try:
             content = line.decode("utf-8")
         except UnicodeDecodeError as error:
+            fault = partial(
+                not_decodable, path, number, error.start + 1, line[error.start], encoding
+            )
             if complete:
-                fault = partial(
-                    not_decodable, path, number, error.start + 1, line[error.start], encoding
-                )
                 if undecodable is None:
                     raise fault() from error
                 undecodable(fault)
@@ -140,9 +140,12 @@ def json_rows(
                 f"{path}:{number}{where} is not valid JSON: {_json_cause(content, error)}. Expected one JSON object "
                 f"on each line, such as {example}."
             ) from error
-        if not complete:
-            decode_line(path, number, line, encoding)
-        yield number, row
+        if fault is None:
+            yield number, row
+        elif undecodable is None:
+            raise fault()
+        else:
+            undecodable(fault)
 
 
 def _json_cause(content: str, error: Exception) -> str:
