@@ -117,6 +117,23 @@ def test_save_and_open_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_tokens_beyond_the_vocabulary_of_the_model_are_not_written(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """They are left out beside a model that has no row for them, and must not come back without it."""
+    tokenizer.save(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unk_token": "<nowhere>"}))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "vocab_size": len(tokenizer)})
+    )
+    opened = Tokenizer.from_directory(tmp_path / "model")
+    assert len(opened) == len(tokenizer) and "<nowhere>" not in opened.vocab
+    opened.save(tmp_path / "again")
+    again = Tokenizer.from_directory(tmp_path / "again")
+    assert len(again) == len(opened) and again.fingerprint == opened.fingerprint
+
+
 def test_opens_what_transformers_saved_with_extra_tokens(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     _cached("bpe").save(tmp_path / "a")

@@ -400,6 +400,14 @@ class Tokenizer:
         if "bos" in self.roles and "eos" in self.roles:
             config.setdefault("cls_token", self.roles["bos"])
             config.setdefault("sep_token", self.roles["eos"])
+        # A token that the file names and the vocabulary lacks would be added when the directory is opened again.
+        lacking = [
+            key
+            for key, value in config.items()
+            if key.endswith("_token") and isinstance(value, str) and value not in self.vocab
+        ]
+        for key in lacking:
+            del config[key]
         named = {value for value in config.values() if isinstance(value, str)}
         inverse = {index: name for name, index in self.vocab.items()}
         others = [
