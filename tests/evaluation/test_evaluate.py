@@ -317,3 +317,13 @@ def test_what_is_no_directory_is_named(tmp_path: Path) -> None:
         pretrain.finetune(
             model_of(), rows_of(8), {"name": "classification"}, out=tmp_path / "run", **QUICK
         )
+
+
+def test_the_task_of_another_model_is_refused(tmp_path: Path) -> None:
+    run = pretrain.finetune(
+        model_of(), rows_of(24), "classification", out=tmp_path / "run", **QUICK
+    )
+    numbers = [{"text": row["text"], "label": float(k)} for k, row in enumerate(rows_of(4))]
+    with pytest.raises(ConfigError, match="fine-tuned for the task classification"):
+        pretrain.evaluate(run.path, numbers, task="regression")
+    assert pretrain.evaluate(run.path, rows_of(4), task="classification")["targets"] == 4

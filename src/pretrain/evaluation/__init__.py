@@ -106,8 +106,9 @@ def evaluate(
         raise ConfigError(
             f"The task {task} is measured on rows of its own. Give {option('data')}, and no objective."
         )
+    wanted = None
     if untrained is None and task is not None:
-        task_class(task, others=UNTRAINED)
+        wanted = task_class(task, others=UNTRAINED)
     model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
     if untrained is not None:
         chosen, rows = reported_precision(None, precision, device), batch_rows or _ROWS
@@ -130,7 +131,13 @@ def evaluate(
         options |= {"precision": precision, "device": device, "text": text}
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
-    return _evaluate_task(path, model, data, columns or {}, base, precision, device, options)
+    trained = task_of(model)
+    if wanted is not None and not isinstance(trained, wanted):
+        raise ConfigError(
+            f"{path} was fine-tuned for the task {trained.name}, by whose figures it is measured, and not for "
+            f"{wanted.name}. Leave {option('task')} out."
+        )
+    return _evaluate_task(path, trained, data, columns or {}, base, precision, device, options)
 
 
 def _are_rows(data: Any) -> bool:
@@ -140,7 +147,7 @@ def _are_rows(data: Any) -> bool:
 
 def _evaluate_task(
     path: Path,
-    model: Model,
+    trained: Task,
     data: Any,
     columns: Mapping[str, str],
     base: Any,
@@ -149,7 +156,7 @@ def _evaluate_task(
     options: Mapping[str, Any],
 ) -> dict[str, float]:
     """Evaluate a fine-tuned model on labelled rows."""
-    trained, home = task_of(model), language.run_of(path)
+    home = language.run_of(path)
     settings = _settings_of(home)
     if data is None:
         table = _held_out(path, settings, trained)
@@ -158,7 +165,7 @@ def _evaluate_task(
     train = TuneTrain() if settings is None else settings.train
     chosen = reported_precision(None if settings is None else train, precision, device)
     rows = encoded(trained, table, lambda: _before_training(path, trained, settings, base))
-    coupled_rows = train.batch_rows if settings is not None else _batch_rows_of(model)
+    coupled_rows = train.batch_rows if settings is not None else _batch_rows_of(trained.model)
     return measure(trained, rows, chosen, coupled_rows=coupled_rows, **options)
 
 
