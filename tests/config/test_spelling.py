@@ -136,7 +136,7 @@ def test_only_options_that_a_command_has_are_advised(tmp_path, capsys):
 def test_a_file_whose_first_line_is_a_row(tmp_path):
     (tmp_path / "a.csv").write_text("same,same\n")
     for where, cure in (
-        (FINETUNE, r"name the columns: names=\[\.\.\.\]"),
+        (FINETUNE, r"name the columns, in their order in the file: names=\[\.\.\.\]"),
         (EVALUATE, "put a line with the names"),
     ):
         with using(where), pytest.raises(DataError, match=cure):

@@ -73,6 +73,11 @@ def _has_task(sections: Mapping[str, Any]) -> bool:
     return any(key.partition(".")[0] == "task" for key in sections)
 
 
+def _reads_own_rows(sections: Mapping[str, Any]) -> bool:
+    """Whether a config of ``pretrain train`` names a source of rows, which are read as they are."""
+    return bool(settings_in(sections, {"data": DataConfig})["data"].get("source"))
+
+
 def script(
     config: str | os.PathLike[str],
     *,
@@ -117,10 +122,6 @@ def script(
     processes = max(1, gpus_per_node)
     given = settings_in(sections, {"train": TrainConfig, "parallel": ParallelConfig})
     train, parallel = given["train"], given["parallel"]
-    # Rows of data.source are read as they are.
-    own_rows = command == "train" and settings_in(sections, {"data": DataConfig})["data"].get(
-        "source"
-    )
     tp, micro = int(parallel.get("tp", 1)), int(train.get("micro_rows", 0))
     batch = int(train.get("batch_rows", 0)) or (32 if command == "finetune" else 0)
     if nodes * processes % tp:
@@ -150,7 +151,7 @@ def script(
         "config": shlex.quote(os.fspath(path)),
         "processes": processes,
         "command": command,
-        "prepare": _PREPARE if command == "train" and not own_rows else "",
+        "prepare": _PREPARE if command == "train" and not _reads_own_rows(sections) else "",
     }
     template = Path(__file__).with_name("slurm.sh.in").read_text(encoding="utf-8")
     return re.sub(r"@(\w+)@", lambda match: str(values[match[1]]), template)

@@ -291,8 +291,7 @@ def from_keywords(
         elif key in roles:
             columns[key] = value
         elif key in options:
-            # In YAML and JSON all keys are text; numbers as keys are those of classes.
-            given[key] = {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+            given[key] = _with_text_keys(value)
         elif key in places:
             sections.setdefault(places[key], {})[key] = value
         elif any(key in entry.names for entry in NAMES):  # read, or answered, by TuneConfig.load
@@ -314,6 +313,11 @@ def from_keywords(
     return TuneConfig.load(base, sections), {
         k: v for k, v in objects.items() if not isinstance(v, str) or k == "spare_test"
     }
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Return a mapping with keys of text, as in YAML: numbers as keys are those of classes."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _use_parts(
