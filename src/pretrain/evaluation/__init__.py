@@ -95,12 +95,7 @@ def evaluate(
     Raises:
         PretrainError: no rows, rows that do not fit the model, or rows that have changed since the run.
     """
-    if not isinstance(checkpoint, str | os.PathLike):
-        raise ConfigError(
-            f"evaluate opens a directory, and was given a {type(checkpoint).__name__}. Give the path of its run, or "
-            "save it first: model.save(DIRECTORY)."
-        )
-    path = Path(checkpoint)
+    path = _directory(checkpoint)
     untrained = UNTRAINED.get(task) if isinstance(task, str) else None
     if untrained is not None and (data is None or objective is not None):
         raise ConfigError(
@@ -138,6 +133,20 @@ def evaluate(
             f"{wanted.name}. Leave {option('task')} out."
         )
     return _evaluate_task(path, trained, data, columns or {}, base, precision, device, options)
+
+
+def _directory(checkpoint: Any) -> Path:
+    """Return the path to a checkpoint.
+
+    Raises:
+        ConfigError: it is no path, but a model or the result of a run.
+    """
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise ConfigError(
+            f"evaluate opens a directory, and was given a {type(checkpoint).__name__}. Give the path of its run, or "
+            "save it first: model.save(DIRECTORY)."
+        )
+    return Path(checkpoint)
 
 
 def _are_rows(data: Any) -> bool:
