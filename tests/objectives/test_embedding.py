@@ -225,3 +225,22 @@ def test_what_is_refused() -> None:
         Embedding(model(), scale=0.0)
     long = Embedding(model(), max_length=4).encode(table())
     assert long.cut == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["label", "gold_label"])
+@pytest.mark.parametrize("values", [("entailment", "contradiction", "neutral"), (0, 1), (1.0, 0.0)])
+def test_pairs_that_do_not_match_are_no_examples(
+    name: str, values: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """A column that says so must be obeyed, or all pairs would be trained as matching ones."""
+    rows = [
+        {"sentence1": f"{text} {k}", "sentence2": f"{k} {text}", name: values[k % len(values)]}
+        for k, text in enumerate(WORDS * 3)
+    ]
+    options: dict[str, Any] = {"valid": 0.25, "limit": "1 steps", "device": "cpu", "quiet": True}
+    with pytest.raises(DataError, match=f"the column '{name}' says which texts match"):
+        pretrain.finetune(model(), rows, "embedding", out=tmp_path / "a", **options)
+    matching = [{**row, name: values[0]} for row in rows]
+    pretrain.finetune(model(), matching, "embedding", out=tmp_path / "b", **options)
+    if not isinstance(values[0], str):
+        pretrain.finetune(model(), rows, "embedding", out=tmp_path / "c", label=name, **options)

@@ -19,6 +19,7 @@ from pretrain.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    ModelError,
     RunLocked,
     TokenizerError,
     TrainingError,
@@ -451,3 +452,29 @@ def test_a_trainer_keeps_the_settings_of_its_optimizer(
     with pytest.raises(TrainingError, match=next(iter(changed))):
         trainer("4 steps", **changed).fit()
     assert trainer("4 steps").fit().step == 4
+
+
+def test_an_objective_that_returns_no_loss_is_named(tmp_path: Path, text: Path) -> None:
+    class Plain(pretrain.NextToken):
+        def forward(self, batch: Any) -> Any:
+            return super().forward(batch).total
+
+    data = pretrain.prepare(str(text), tmp_path / "data", vocab_size=280, row_length=32, quiet=True)
+    size = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 32}
+    model = pretrain.build("gpt2", tokenizer=data.tokenizer, **size)
+    train = TrainConfig(out=str(tmp_path / "run"), limit="1 steps", batch_rows=4)
+    cpu = ParallelConfig(device="cpu")
+    with pytest.raises(ModelError, match="Plain returned Tensor"):
+        Trainer(Plain(model), data.train, train=train, parallel=cpu, quiet=True).fit()
+
+
+def test_what_cannot_be_a_run_directory_or_a_text_is_named(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match="is a file"):
+        pretrain.train(settings(tmp_path, text, out=str(text)))
+    prepared = pretrain.prepare(
+        str(text), tmp_path / "data", vocab_size=280, row_length=32, quiet=True
+    )
+    mixed = settings(tmp_path, text)
+    mixed["data"]["train"] = {str(prepared.path): 1, str(text): 2}
+    with pytest.raises(DataError, match="holds prepared rows"):
+        pretrain.train(mixed)

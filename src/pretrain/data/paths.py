@@ -126,9 +126,13 @@ def _find(name: str) -> list[Path]:
         found = _walk(path)
         if not found:
             kinds = " ".join(sorted(set(FORMATS) - {".json"}))
+            prepared = (path / "manifest.json").is_file()
             raise DataError(
-                f"the folder {name!r} holds no file that can be read ({kinds}, plain or {COMPRESSIONS}; name a "
-                ".json file to have it read)."
+                f"the folder {name!r} holds prepared rows, which are used alone and not mixed with text: name the text "
+                "that they were made of."
+                if prepared
+                else f"the folder {name!r} holds no file that can be read ({kinds}, plain or {' '.join(COMPRESSIONS)}; "
+                "name a .json file to have it read)."
             )
         return found
     if any(char in name for char in _GLOB):

@@ -94,6 +94,7 @@ def open_data(
         raise DataError("There are no training rows: name a file, or give a list of dicts.")
     whole = _read(source, section, "train", task)
     columns = choose_columns(whole, task.roles, _named_columns(whole, task, settings))
+    task.check_unread(whole, columns)
     train = roles_table(whole, columns)
     options = dict(settings.task.options)
     if labels is not None and "labels" not in options:

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
+from pretrain.config.spelling import column as column_option
 from pretrain.data.labelled import Role
 from pretrain.data.labels import finite_numbers
+from pretrain.data.tables import shown
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.models.heads import pool_documents
@@ -38,6 +40,11 @@ __all__ = ["Embedding"]
 _PARTS = ("anchor", "positive", "negative")
 _ANCHORS = 512  # anchors that are compared with all candidates at once
 _LIKE = 0.8  # share of the highest score from which two texts count as a pair
+
+# Columns of published pairs that say whether two texts match, and values that say that they do not.
+_VERDICTS = ("label", "labels", "gold_label", "entailment_judgment")
+_OPPOSITES = {"contradiction", "neutral", "not_entailment"}
+_BINARY = {"0", "1", "0.0", "1.0", "true", "false"}
 
 
 class Embedding(Task):
@@ -124,6 +131,19 @@ class Embedding(Task):
         if model.head is not None:
             for parameter in model.head.parameters():
                 parameter.requires_grad_(False)
+
+    @classmethod
+    def check_unread(cls, table: Table, columns: Mapping[str, Any]) -> None:
+        """Refuse pairs of which a column says that some do not match: they would be trained as if all did."""
+        for name in _VERDICTS:
+            if name in table.columns and name not in columns.values() and "label" not in columns:
+                values = {str(value).strip().lower() for value in table.columns[name]}
+                if values & _OPPOSITES or (len(values) == 2 and values <= _BINARY):
+                    raise DataError(
+                        f"{table.name}: the column {name!r} says which texts match ({shown(sorted(values), 4)}), and "
+                        "without it all pairs would count as such. Keep the rows that match; or, if it is a "
+                        f"number that is larger the more they do, name it: {column_option('label', name)}."
+                    )
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:

@@ -306,6 +306,18 @@ class Task(Objective):
         return table
 
     @classmethod
+    def check_unread(cls, table: Table, columns: Mapping[str, Any]) -> None:
+        """Refuse training rows with a column that is not read, and without which they would mean something else.
+
+        Args:
+            table: the rows as they were read.
+            columns: role -> the column that is read.
+
+        Raises:
+            DataError: there is such a column.
+        """
+
+    @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
         """Return which of ``train``, ``valid`` and ``test`` a file or folder has beside each other; none of most."""
         return ()

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.errors import TrainingError, out_of_memory
+from pretrain.errors import ModelError, TrainingError, out_of_memory
 from pretrain.nn.layout import local
+from pretrain.objectives.base import Loss
 from pretrain.training.compiling import compile_fault
 from pretrain.training.feed import hash_seed, to_device
 from pretrain.training.plan import row_length
 
 if TYPE_CHECKING:
-    from pretrain.objectives.base import Batch, Loss
+    from pretrain.objectives.base import Batch
     from pretrain.training.trainer import Trainer
 
 __all__ = ["dry_run", "nothing_kept", "run_pass"]
@@ -94,6 +95,11 @@ def _forward_backward(trainer: Trainer, batch: Batch, seed: int = 0) -> Loss:
     torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
     with trainer.precision.autocast():
         result = trainer.strategy.forward_no_sync(to_device(batch, trainer.device))
+    if not isinstance(result, Loss):
+        raise ModelError(
+            f"{type(trainer.objective).__name__} returned {type(result).__name__}; forward must return a "
+            "pretrain.objectives.base.Loss: the sum of the loss over its targets, and their number."
+        )
     torch.autograd.backward(result.total)
     return result
 

@@ -232,6 +232,8 @@ def check_free(out: Path) -> None:
     Raises:
         ConfigError: it holds a model or prepared data, or the result of a run whose checkpoints are gone.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file. Name a directory with {option('out')}.")
     for name, what in (("config.json", "a model"), (MANIFEST, "a model or prepared data")):
         if (out / name).exists():
             raise ConfigError(

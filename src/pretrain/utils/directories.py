@@ -215,12 +215,6 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def check_directory(path: Path) -> None:
-    """Raise CheckpointError if there is something else than a directory."""
-    if os.path.lexists(path) and not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory. Choose another output directory.")
-
-
 def check_writable(run_dir: str | Path, needed_bytes: int = 0) -> None:
     """Check before training that the first save will not fail: permissions, free space, and that it is a directory.
 
@@ -232,7 +226,8 @@ def check_writable(run_dir: str | Path, needed_bytes: int = 0) -> None:
         CheckpointError: the text names the path, and the bytes needed and free.
     """
     path = Path(os.path.abspath(run_dir))
-    check_directory(path)
+    if os.path.lexists(path) and not path.is_dir():
+        raise CheckpointError(f"{run_dir} is not a directory. Choose another output directory.")
     with writing(path, needed_bytes):
         make_directories(path)
         probe = temporary_name(path / "probe", "new")
