@@ -458,7 +458,7 @@ def grid(name: str) -> Iterator[dict[str, Any]]:
 TABLE = (
     *("banking77 1000", "pros_cons 200", "ag_news 200", "acts (several)", "sms_spam 500", "wnut17"),
     *("sick relatedness", "sick entailment", "ud_tags 500", "cad_nli", "wellformedness"),
-    *("movie_reviews", "xquad"),
+    *("stsb", "movie_reviews", "xquad"),
 )
 SWEEP = (2.0, 1 / 2, 4.0, 1 / 4)
 SEEDS = 3

@@ -327,3 +327,20 @@ def test_the_task_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fine-tuned for the task classification"):
         pretrain.evaluate(run.path, numbers, task="regression")
     assert pretrain.evaluate(run.path, rows_of(4), task="classification")["targets"] == 4
+    language = model_of().save(tmp_path / "language")
+    with pytest.raises(ConfigError, match="is a language model, and was not fine-tuned"):
+        pretrain.evaluate(language, rows_of(4), task="classification")
+
+
+def test_a_finished_run_with_an_idle_setting_is_still_read(tmp_path: Path) -> None:
+    """Settings that are refused in a new run may stand in one that an earlier version made."""
+    run = pretrain.finetune(
+        model_of(), rows_of(24), "classification", out=tmp_path / "run", **QUICK
+    )
+    settings = (run.path / "run.yaml").read_text()
+    (run.path / "run.yaml").write_text(settings.replace("alpha: null", "alpha: 16.0"))
+    assert pretrain.evaluate(run.path, rows_of(4))["targets"] == 4
+    with pytest.raises(ConfigError, match="alpha is a setting of an adapter"):
+        pretrain.finetune(
+            model_of(), rows_of(24), "classification", out=tmp_path / "new", alpha=16.0, **QUICK
+        )

@@ -11,7 +11,7 @@ import pytest
 from finetuning.conftest import rows_of
 from pretrain.config import OptimConfig, TrainConfig
 from pretrain.errors import ConfigError
-from pretrain.finetuning.settings import TuneConfig, from_keywords
+from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords
 
 
 def settled(config: Any = None, task: str | None = "classification", **keywords: Any) -> TuneConfig:
@@ -169,9 +169,16 @@ def test_impossible_values_are_found_when_settings_are_read(
 )
 def test_settings_that_would_do_nothing_or_harm(given: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        settled(**given)
+        check_idle(settled(**given), None)
     if named in ("dora", "alpha", "lora_dropout", "targets"):
-        settled(**given, lora=8)
+        check_idle(settled(**given, lora=8), None)
+
+
+def test_a_threshold_is_for_several_classes() -> None:
+    made = settled(threshold=0.4)
+    check_idle(made, "multi_label")
+    with pytest.raises(ConfigError, match="threshold is for texts that may have several"):
+        check_idle(made, "single_label")
 
 
 def test_numbers_as_keys_of_classes() -> None:

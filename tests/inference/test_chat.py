@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import pretrain
 from inference import chatty
 from pretrain.errors import DataError
 from pretrain.inference.chat import Chat, chat
@@ -58,3 +61,21 @@ def test_a_typed_special_token_is_refused() -> None:
     assert model.tokenizer is not None
     with pytest.raises(DataError, match="special token"):
         chat(model, f"a {model.tokenizer.roles['eos']} b", stream=True)
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_a_chat_model_reads_conversations_in_every_form(form: str, tmp_path: Path) -> None:
+    """Whatever form the rows had that it was trained on."""
+    turns = [{"role": "user", "content": "red cat?"}, {"role": "assistant", "content": "old dog"}]
+    rows = {
+        "messages": [{"messages": turns}] * 12,
+        "prompt": [{"prompt": "red cat?", "answer": "old dog"}] * 12,
+    }
+    other = "prompt" if form == "messages" else "messages"
+    model = chatty.talker(256)
+    tuned = pretrain.finetune(
+        model, rows[form], "chat", valid=rows[other], limit="1 steps", device="cpu", quiet=True,
+        out=tmp_path / "run",
+    )  # fmt: skip
+    assert tuned.metrics["loss"] > 0
+    assert tuned.evaluate(rows[form])["loss"] == pytest.approx(tuned.evaluate(rows[other])["loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.models.heads import SequenceHead
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.regression import Regression
 from pretrain.training.evaluate import evaluate_rows
@@ -224,3 +226,51 @@ def test_a_number_is_not_rounded_to_half_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         scores = task.model.eval()(batch)
     assert scores.dtype == torch.float32 and len(scores.unique()) > 12
+
+
+def test_a_model_of_numbers_becomes_one_of_classes(tmp_path: Path) -> None:
+    """And answers in memory as it does from its file."""
+    rows = [{"text": r["text"], "label": 1000.0 * len(r["text"].split())} for r in rows_of(32)]
+    numbers = pretrain.finetune(model_of(), rows, "regression", out=tmp_path / "a", **QUICK)
+    assert numbers.model.head.unit > 1
+    text = "the old cat"
+    assert numbers.model.predict(text) == numbers.predict(text)  # a new task on the same model
+    classes = pretrain.finetune(
+        numbers.model, rows_of(32), "classification", out=tmp_path / "b", **QUICK
+    )
+    assert classes.model.head.unit == 1.0
+    there = classes.predict(text, top_k=None)
+    again = pretrain.load(tmp_path / "b", quiet=True).predict(text, top_k=None)
+    assert there["label"] == again["label"] and there["score"] == pytest.approx(again["score"])
+    assert 0.1 < there["score"][0] < 0.9
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_goes_on_in_the_unit_that_it_began_in(ema: float, tmp_path: Path) -> None:
+    """Also one of an earlier version, which had none: weights, average and moments are in that unit."""
+    rows = [{"text": r["text"], "label": 1000.0 * len(r["text"].split())} for r in rows_of(32)]
+    source = model_of()
+
+    def tune(place: str, limit: str) -> Any:
+        options = {**QUICK, "limit": limit, "eval_every": limit, "ema": ema, "lr": 3e-3}
+        options |= {"schedule": "constant", "warmup": 0.0}
+        result = pretrain.finetune(source, rows, "regression", out=tmp_path / place, **options)
+        return result.run.history[-1]["eval"]
+
+    whole = tune("whole", "8 steps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SequenceHead, "set_unit", lambda self, size, rescale: None)  # as before
+        before = tune("before", "8 steps")
+        tune("old", "4 steps")
+    assert tune("halves", "4 steps") != whole
+    assert tune("halves", "8 steps") == whole
+    for state in (tmp_path / "old").glob("checkpoint-*/training/state.json"):
+        assert json.loads(state.read_text())["unit"] == 1.0
+    assert tune("old", "8 steps") == before
+
+
+def test_a_model_in_half_precision_answers() -> None:
+    task = task_of(center=10.0, scale=2.0)
+    model = task.model.eval().to(torch.bfloat16)
+    batch = task.collate(task.encode(table_of()), row_rngs(0, "collate", 0, 24), evaluation=True)
+    assert torch.isfinite(model(batch)).all() and model(batch).dtype == torch.float32

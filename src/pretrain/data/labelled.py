@@ -40,6 +40,7 @@ class Role:
         help: description for error messages: ``the text to classify``.
         target: the column holds the training target, which is absent at prediction.
         many: several columns may have this role together, each a label that a row has or not.
+        constant: all rows of a model have the column, or none: it belongs to what is asked.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Role:
     help: str = ""
     target: bool = False
     many: bool = False
+    constant: bool = False
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -97,7 +99,7 @@ def choose_columns(
                 f"{', or several columns with 0 and 1 that each are a label' if by_name[role].many else ''}. Write "
                 f"{column_option(role, str(next(iter(column), 'name')))}."
             )
-        if len(set(_listed(column))) < len(_listed(column)):
+        if len({str(name) for name in _listed(column)}) < len(_listed(column)):
             raise DataError(f"{column_option(role, column)} names a column twice; name each once.")
         for name in _listed(column):
             if name not in table.columns:

@@ -117,13 +117,8 @@ def evaluate(
     )
     pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
     if objective is not None or not fine_tuned or pretrained:
-        text = columns.get("text") if columns and set(columns) == {"text"} else None
-        if columns and text is None:
-            raise ConfigError(
-                f"{path} is a language model, which is evaluated on one column of text and not on labelled rows. Leave "
-                f"{option('columns')} out, or name that of the text: {column_option('text', 'body')}."
-            )
-        options |= {"precision": precision, "device": device, "text": text}
+        options |= {"precision": precision, "device": device}
+        options["text"] = _text_column(path, columns or {}, wanted)
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
     trained = task_of(model)
@@ -147,6 +142,24 @@ def _directory(checkpoint: Any) -> Path:
             "save it first: model.save(DIRECTORY)."
         )
     return Path(checkpoint)
+
+
+def _text_column(path: Path, columns: Mapping[str, str], task: type[Task] | None) -> str | None:
+    """Return the column of the text for a language model; None if it is not named.
+
+    Raises:
+        ConfigError: a task, or another column, is named.
+    """
+    if task is not None:
+        raise ConfigError(
+            f"{path} is a language model, and was not fine-tuned for {task.name}. Leave {option('task')} out."
+        )
+    if set(columns) - {"text"}:
+        raise ConfigError(
+            f"{path} is a language model, which is evaluated on one column of text and not on labelled rows. Leave "
+            f"{option('columns')} out, or name that of the text: {column_option('text', 'body')}."
+        )
+    return columns.get("text")
 
 
 def _are_rows(data: Any) -> bool:

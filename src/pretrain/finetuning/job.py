@@ -362,6 +362,8 @@ class Job:
         if chosen is not None and write:
             world.on_rank_zero(lambda: write_choice(run.path / BEST, {"checkpoint": chosen.name}))
 
+        task.model.fresh = frozenset()  # it has been trained
+
         def restored() -> Task:
             # A sharded model cannot be used on one rank alone, so a whole one is built when it is needed.
             found = task if shared is None else self.build(seed=self.settings.train.seed)

@@ -93,8 +93,7 @@ def open_data(
     if source is None:
         raise DataError("There are no training rows: name a file, or give a list of dicts.")
     whole = _read(source, section, "train", task)
-    columns = choose_columns(whole, task.roles, _named_columns(whole, task, settings))
-    task.check_unread(whole, columns)
+    columns = _columns_of(whole, task, settings)
     train = roles_table(whole, columns)
     options = dict(settings.task.options)
     if labels is not None and "labels" not in options:
@@ -250,6 +249,13 @@ def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
     return next((names for names in (needed, every) if len(names) == len(row)), None)
 
 
+def _columns_of(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:
+    """Return role -> column of the training rows, which may hold no column that the task must not ignore."""
+    columns = choose_columns(table, task.roles, _named_columns(table, task, settings))
+    task.check_unread(table, columns)
+    return columns
+
+
 def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:
     """Held-out rows by role: the columns of the training rows if present, else those recognised by name.
 
@@ -258,11 +264,9 @@ def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Tabl
     """
     known = {role: column for role, column in columns.items() if has_columns(table, column)}
     roles = [
-        replace(role, required=True)
-        if role.name in columns and role.known and not role.target
-        else role
+        replace(role, required=True) if role.constant else role
         for role in task.roles
-        if role.required or role.target or role.name in columns or not role.known
+        if not role.constant or role.name in columns
     ]
     return roles_table(table, choose_columns(table, roles, known))
 
@@ -282,7 +286,7 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
     for reason, places in rows.dropped.items():
         some = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
         notes.append(f"{len(places):,} {what} rows left out, {reason}: {some}")
-    if lost := _lost_labels(table, rows):
+    if getattr(task, "labels", ()) and (lost := _lost_labels(table, rows)):
         notes.append(
             f"no {what} row of the class{'es' * (len(lost) > 1)} {shown(lost)} is left: what was left out held them all"
         )

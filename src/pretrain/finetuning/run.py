@@ -19,10 +19,10 @@ from pretrain.finetuning.closing import last_words
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.launch import check_spread, read_back, train_on
 from pretrain.finetuning.page import render
-from pretrain.finetuning.settings import TuneConfig, from_keywords, from_memory
+from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, from_memory
 from pretrain.report.run_report import PAGE
 from pretrain.training.launch import read_run
-from pretrain.training.run import check_same_run
+from pretrain.training.run import check_same_run, has_begun
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page
 
@@ -98,6 +98,8 @@ def finetune(
         count_devices(devices, settings.parallel.device)
     with muted(quiet):
         job = Job.open(model, settings, objects, quiet=quiet)
+        if not has_begun(Path(settings.train.out)):
+            check_idle(job.settings, job.data.learned.options.get("problem"))
         comparison = None
         if compare is not None:
             from pretrain.finetuning.compare import compare_arms

@@ -204,23 +204,6 @@ class TuneConfig(Sections):
             raise ConfigError(f"{option_name('lr')} is {lr}; it must be above 0.")
         if wrong := [rate for rate in self.optim.lrs or () if not 0 < rate < math.inf]:
             raise ConfigError(f"{option_name('lrs')} holds {wrong[0]}; rates must be above 0.")
-        method = self.method
-        without = {
-            "dora": method.dora,
-            "alpha": method.alpha is not None,
-            "lora_dropout": bool(method.lora_dropout),
-            "targets": bool(method.targets),
-        }
-        if idle := [name for name, is_set in without.items() if is_set and not method.lora]:
-            raise ConfigError(
-                f"{option_name(idle[0])} is a setting of an adapter, and there is none. Set its rank, "
-                f"{option('lora', 8)}, or leave it out."
-            )
-        if isinstance(data.valid, int | float) and not data.valid and train.patience:
-            raise ConfigError(
-                f"{option_name('patience')} stops by evaluations, and there are no held-out rows. Give some, "
-                f"{option('valid', 0.1)}, or leave it out."
-            )
         if isinstance(data.valid, float) and not 0 <= data.valid < 1:
             raise ConfigError(
                 f"{option_name('valid')} is {data.valid}; as a share of the rows it must lie between 0 and 1."
@@ -231,6 +214,44 @@ class TuneConfig(Sections):
 
 
 TuneConfig.SECTIONS = sections_of(TuneConfig)
+
+
+def check_idle(settings: TuneConfig, problem: str | None) -> None:
+    """Refuse settings of a new run that would do nothing; those of a run that is there are read as they are.
+
+    Args:
+        settings: of the run.
+        problem: kind of a classification, ``single_label`` or ``multi_label``, else None.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    method = settings.method
+    without = {
+        "dora": method.dora,
+        "alpha": method.alpha is not None,
+        "lora_dropout": bool(method.lora_dropout),
+        "targets": bool(method.targets),
+    }
+    if idle := [name for name, is_set in without.items() if is_set and not method.lora]:
+        raise ConfigError(
+            f"{option_name(idle[0])} is a setting of an adapter, and there is none. Set its rank, "
+            f"{option('lora', 8)}, or leave it out."
+        )
+    if (
+        isinstance(settings.data.valid, int | float)
+        and not settings.data.valid
+        and settings.train.patience
+    ):
+        raise ConfigError(
+            f"{option_name('patience')} stops by evaluations, and there are no held-out rows. Give some, "
+            f"{option('valid', 0.1)}, or leave it out."
+        )
+    if problem == "single_label" and "threshold" in settings.task.options:
+        raise ConfigError(
+            f"{option_name('threshold')} is for texts that may have several classes, and here each has one. Leave it "
+            "out."
+        )
 
 
 def from_keywords(

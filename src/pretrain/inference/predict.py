@@ -273,13 +273,18 @@ def _say_unanswered(task: Task, empty: int, count: int) -> None:
         note(f"{empty:,} of {count:,} inputs get no answer: {told}")
 
 
-def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return role -> column: the caller's choice, or else the column of the training data if the table has it."""
+def _recorded_columns(model: Model) -> Mapping[str, Any]:
+    """Return role -> column of the rows that the model was trained on; empty if they are not recorded."""
     block = model.extra_config.get("pretrain")
     recorded = block.get("columns") if isinstance(block, Mapping) else None
+    return recorded if isinstance(recorded, Mapping) else {}
+
+
+def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return role -> column: the caller's choice, or else the column of the training data if the table has it."""
     remembered = {
         role: column
-        for role, column in (recorded.items() if isinstance(recorded, Mapping) else ())
+        for role, column in _recorded_columns(model).items()
         if has_columns(table, column) and column not in given.values()
     }
     return {**remembered, **given}
@@ -317,14 +322,13 @@ def say_unread(task: Task, table: Table, roles: Sequence[Role]) -> None:
 
 def roles_known(task: Task, given: Mapping[str, Any]) -> list[Role]:
     """Return the input roles that the model was trained with, as far as that is recorded, and those that are given."""
-    block = task.model.extra_config.get("pretrain")
-    recorded = block.get("columns") if isinstance(block, Mapping) else None
-    if not isinstance(recorded, Mapping) or not recorded:
+    recorded = _recorded_columns(task.model)
+    if not recorded:
         return roles_read(task)
     return [
         role
         for role in roles_read(task)
-        if role.required or role.name in recorded or role.name in given or not role.known
+        if not role.constant or role.name in recorded or role.name in given
     ]
 
 
@@ -384,8 +388,9 @@ def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
     listed = [isinstance(value, list | tuple) for value in values]
     if any(isinstance(v, list) and v and _is_turn(v[0]) for v in values):
         return False
-    others = {name for role in task.roles[1:] for name in (role.name, *role.known)}
-    if any(task.is_one(value) for key, value in inputs.items() if key not in others):
+    first = roles_read(task)[0]
+    names = {first.name, *first.known, _recorded_columns(task.model).get(first.name)}
+    if any(task.is_one(value) for key, value in inputs.items() if key in names):
         return False
     if _by_words(task):  # the words of a single row are already a list
         return any(

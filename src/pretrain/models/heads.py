@@ -236,7 +236,7 @@ class SequenceHead(nn.Module):
             return scores
         # A number may be far from 0 and still matter in its last digits, such as a year: it is not rounded to 8 bits.
         with torch.autocast(pooled.device.type, enabled=False):
-            scores = self.classifier(pooled.float())
+            scores = self.classifier(pooled.to(self.classifier.weight.dtype)).float()
         return scores * self.unit if self.unit != 1.0 else scores
 
     @property

@@ -195,7 +195,7 @@ def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tens
     rows = [shapes[name][0] for name in entry.memory if shapes[name]]
     tensor = tensor.reshape(1) if entry.scalar else tensor.T if flip else tensor
     if entry.unit != 1.0:
-        tensor = tensor / entry.unit
+        tensor = tensor.to(entry.dtype) / entry.unit
     parts = torch.split(tensor, rows) if len(entry.memory) > 1 else (tensor,)
     return [(name, part.to(entry.dtype)) for name, part in zip(entry.memory, parts, strict=True)]
 

@@ -64,7 +64,13 @@ class Captioning(ImageTask, TokenObjective):
     name: ClassVar[str] = "captioning"
     roles: ClassVar[tuple[Role, ...]] = (
         IMAGE,
-        Role("question", ("question", "prompt"), False, "what is asked about the image"),
+        Role(
+            "question",
+            ("question", "prompt"),
+            False,
+            "what is asked about the image",
+            constant=True,
+        ),
         Role("text", ("text", "caption", "answer"), help="the text to write", target=True),
     )
     metric: str = "exact_match"

@@ -47,7 +47,7 @@ TEXT = Role(
 )
 PAIR = Role(
     "pair", ("pair", "sentence2", "hypothesis", "sentence_b", "text_b", "text_pair", "question2"), False,
-    "a second text, read together with the first",
+    "a second text, read together with the first", constant=True,
 )  # fmt: skip
 _SINGLE, _MULTI = "single_label", "multi_label"
 
@@ -126,12 +126,8 @@ class Classification(ClassTask):
             raise ConfigError(
                 f"{option} is for texts with one class each, and here a text may have several. Leave it out."
             )
-        if not 0 < threshold < 1:
+        if problem == _MULTI and not 0 < threshold < 1:
             raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1.")
-        if problem == _SINGLE and threshold != 0.5:
-            raise ConfigError(
-                "threshold is for texts that may have several classes, and here each has one. Leave it out."
-            )
         self.problem, self.threshold = problem, threshold
         self._map = LabelMap(self.labels, _checked_codes(codes, self.labels))
         model.extra_config["problem_type"] = f"{problem}_classification"

@@ -80,10 +80,11 @@ class Regression(Task):
         self.center, self.scale = center, scale
         model.extra_config["problem_type"] = "regression"
         head = model.head
+        new = "head.classifier.weight" in model.fresh and getattr(head, "unit", 1.0) == 1.0
         if isinstance(head, SequenceHead):
-            head.set_unit(scale, rescale="head.classifier.weight" not in model.fresh)
+            head.set_unit(scale, rescale=not new)
         bias = dict(model.named_parameters()).get("head.classifier.bias")
-        if bias is not None and "head.classifier.bias" in model.fresh:
+        if bias is not None and new and "head.classifier.bias" in model.fresh:
             with torch.no_grad():
                 bias.fill_(center / getattr(head, "unit", 1.0))
 

@@ -88,8 +88,9 @@ def training_state(trainer: Trainer) -> TrainingState:
     others = other_tensors(trainer.objective)
     if others:
         tensors["objective"] = others
-    state = {"run": trainer.state.to_json(), "identity": identity(trainer)}
+    state: dict[str, Any] = {"run": trainer.state.to_json(), "identity": identity(trainer)}
     state["optim"] = optimizer_settings(trainer)
+    state["unit"] = getattr(trainer.objective.model.head, "unit", 1.0)
     return TrainingState(tensors=tensors, state=state)
 
 
@@ -121,6 +122,17 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
                 f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
                 "repeat some rows and skip others. Restore what was changed, or use a new train.out."
             )
+    known = training.state.get("optim", {})  # earlier versions did not keep it
+    for key, value in optimizer_settings(trainer).items():
+        if key not in ("ema", "l2_sp") and known.get(key, value) != value:
+            raise TrainingError(
+                f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
+                "moments and its schedule do not fit. Restore the setting, or use a new train.out."
+            )
+    head: Any = trainer.objective.model.head
+    if hasattr(head, "unit"):
+        # What is in training/ is in the unit of the run; earlier versions had none.
+        head.unit = float(training.state.get("unit", 1.0))
     state = RunState.from_json(training.state["run"])
     trainer.scaler.load(state.scale)
     others = training.tensors.get("objective", {})
@@ -135,13 +147,6 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     if trainer.average.decay:
         trainer.average.load(training.tensors["weights"])
     trainer.optimizers.load(training.tensors["optimizer"])
-    known = training.state.get("optim", {})  # earlier versions did not keep it
-    for key, value in optimizer_settings(trainer).items():
-        if known.get(key, value) != value:
-            raise TrainingError(
-                f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
-                "moments and its schedule do not fit. Restore the setting, or use a new train.out."
-            )
     return state
 
 

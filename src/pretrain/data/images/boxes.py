@@ -35,7 +35,9 @@ __all__ = [
 BOXES = Role(
     "boxes", ("boxes", "box", "bboxes", "bbox"), help="the boxes of the image", target=True
 )
-SIZE = Role("image_size", (), False, "width and height of the image that the boxes belong to")
+SIZE = Role(
+    "image_size", ("image_size",), False, "width and height of the image that the boxes belong to"
+)
 
 _SIDES = (
     ("xmin", "x_min", "x1", "left"),
@@ -136,8 +138,29 @@ def gathered_boxes(
             gathered[label].append([table.columns[label][rows[k]] for k in held])
     kept = {n: column for n, column in first.columns.items() if n not in sides}
     if set(_EXTENT) <= set(kept) and SIZE.name not in kept:
-        kept[SIZE.name] = list(zip(*(kept.pop(name) for name in _EXTENT), strict=True))
+        sizes = [
+            stated_size([table.columns[name][i] for name in _EXTENT]) for i in range(len(table))
+        ]
+        if _of_images(sizes, [*groups.values()], gathered["boxes"]):
+            kept[SIZE.name] = [sizes[rows[0]] for rows in groups.values()]
     return _with_images(first.with_columns({**kept, **gathered}, table.label_names), image)
+
+
+def _of_images(
+    sizes: Sequence[Any], groups: Sequence[Sequence[int]], boxes: Sequence[Sequence[Any]]
+) -> bool:
+    """Whether columns of width and height are those of the images, and not of the boxes."""
+    for rows, inside in zip(groups, boxes, strict=True):
+        stated = {sizes[i] for i in rows}
+        if len(stated) > 1 or None in stated:
+            return False
+        ((width, height),) = stated
+        try:
+            if any(float(box[2]) > width + 1 or float(box[3]) > height + 1 for box in inside):
+                return False
+        except (TypeError, ValueError):
+            return False
+    return True
 
 
 def _from_objects(table: Table, cells: Sequence[Any]) -> Table:

@@ -433,6 +433,9 @@ def _from_array(array: NDArray[Any], name: str) -> tuple[Image, str | None]:
         array, remark = _narrowed(array, name)
     elif array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
         array = array.astype(np.uint8)  # numpy makes integers of 64 bits unless it is told not to
+    if array.dtype == np.uint8 and array.max() == 1:
+        # An image of bits, which as brightness would be black; the same in whatever it is given.
+        array, remark = array * np.uint8(255), "values 0 and 1, which are read as black and white"
     if array.dtype != np.uint8:
         real = array.dtype.kind == "f" and bool((array > 1).any())
         advice = (

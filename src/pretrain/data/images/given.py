@@ -6,13 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.images.rows import (
-    IMAGES,
-    Medium,
-    black_and_white,
-    is_image_source,
-    read_images,
-)
+from pretrain.data.images.rows import IMAGES, Medium, is_image_source, read_images
 from pretrain.data.tables import Table
 from pretrain.errors import DataError
 
@@ -54,7 +48,6 @@ def given_table(given: Sequence[Any], medium: Medium = IMAGES) -> Table:
         DataError: a path that does not exist.
     """
     _check_paths(given, medium)
-    given = black_and_white(given, "the images") if medium is IMAGES else given
     held = [
         medium.make(v, f"{medium.column} {i}") if hasattr(v, "dtype") or medium.holds(v) else v
         for i, v in enumerate(given, start=1)

@@ -70,7 +70,6 @@ _FOR = {
 }
 _LABELS = ("labels", "label", "y", "targets")
 _MASKS = ("masks", "mask", "segmentation", "segmentations")
-_PIXELS = {"image", "images", "img", "picture", "photo"}  # columns in memory that hold images
 _CLASSES = ("class_names", "classes", "label_names", "names")
 # Tables that name the images of a folder in a column, as the datasets library reads them.
 _METADATA, _FILE_NAME = ("metadata.csv", "metadata.jsonl", "metadata.parquet"), "file_name"
@@ -417,25 +416,18 @@ def _wrapped(source: Any, medium: Medium) -> Any:
 
     least = medium.dimensions[0] + 1
     if isinstance(source, Mapping):
-        found = {}
-        for key, column in source.items():
-            if getattr(column, "ndim", 0) >= least or isinstance(column, list | tuple):
-                values = black_and_white(column, f"column {key}") if key in _PIXELS else column
-                column = [_held(v, f"{medium.column} {i}") for i, v in enumerate(values, start=1)]
-            found[key] = column
-        return found
+        return {
+            key: [_held(v, f"{medium.column} {i}") for i, v in enumerate(column, start=1)]
+            if getattr(column, "ndim", 0) >= least or isinstance(column, list | tuple)
+            else column
+            for key, column in source.items()
+        }
     if isinstance(source, list | tuple) and source and isinstance(source[0], Mapping):
-        rows = [dict(row) if isinstance(row, Mapping) else row for row in source]
-        for key in _PIXELS & rows[0].keys():
-            cells = [row.get(key) if isinstance(row, Mapping) else None for row in rows]
-            if (values := black_and_white(cells, f"column {key}")) is not cells:
-                for row, value in zip(rows, values, strict=True):
-                    row[key] = value
         return [
             {k: _held(v, f"row {i} ({k})") for k, v in row.items()}
             if isinstance(row, Mapping)
             else row
-            for i, row in enumerate(rows, start=1)
+            for i, row in enumerate(source, start=1)
         ]
     if isinstance(source, list | tuple) and source and isinstance(source[0], list | tuple):
         return [tuple(_held(v, f"row {i}") for v in row) for i, row in enumerate(source, start=1)]
@@ -738,27 +730,11 @@ def _array_items(medium: Medium, path: Path, images: Any) -> list[Any]:
         raise DataError(
             f"{path}: the {medium.many} have the shape {images.shape}; expected {medium.shapes}."
         )
-    if medium is IMAGES:
-        images = black_and_white(images, str(path))
+    if medium is IMAGES and images.dtype == np.uint8 and int(images.max()) == 1:
+        note(f"{path}: all values are 0 and 1, which are read as black and white")
+        images = images * np.uint8(255)
     called = f"{medium.column} {{}} of {path.name}"
     return [medium.item(image, called.format(i)) for i, image in enumerate(images)]
-
-
-def black_and_white(images: Any, where: str) -> Any:
-    """Return images in memory whose values are all 0 and 1 with 0 and 255, and say so; others as they are.
-
-    Args:
-        images: one array of all of them, or a list of arrays and other values.
-        where: what the line begins with.
-    """
-    kinds = [getattr(getattr(v, "dtype", None), "kind", "") for v in images]
-    arrays = [v for v, kind in zip(images, kinds, strict=True) if kind in ("u", "i")]
-    if len(arrays) < len(images) or not any(map(np.any, arrays)):
-        return images
-    if any(v.size and (v.max() > 1 or v.min() < 0) for v in arrays):
-        return images
-    note(f"{where}: all values are 0 and 1, which are read as black and white")
-    return [v.astype(np.uint8) * np.uint8(255) for v in images]
 
 
 def _arrays(
