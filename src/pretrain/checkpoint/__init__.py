@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import adapter_files as adapter_files
-    from pretrain.checkpoint.loading import inspect, load, state_of
+    from pretrain.checkpoint.loading import inspect, load
     from pretrain.checkpoint.manifest import latest, rotate, verify
     from pretrain.checkpoint.saving import Saver, estimated_size, save_checkpoint, save_model
     from pretrain.checkpoint.sharded_loading import read_training
@@ -41,7 +41,6 @@ __all__ = [
     "rotate",
     "save_checkpoint",
     "save_model",
-    "state_of",
     "verify",
 ]
 
@@ -58,7 +57,6 @@ _PLACES = {
     "rotate": "pretrain.checkpoint.manifest",
     "save_checkpoint": "pretrain.checkpoint.saving",
     "save_model": "pretrain.checkpoint.saving",
-    "state_of": "pretrain.checkpoint.loading",
     "verify": "pretrain.checkpoint.manifest",
 }
 

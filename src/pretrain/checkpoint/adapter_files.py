@@ -41,7 +41,6 @@ from pretrain.utils.hub_names import hub_name
 from pretrain.utils.tensors import read_header
 
 __all__ = [
-    "adapted_state",
     "adapted_values",
     "adapter_config",
     "adapter_facts",
@@ -270,11 +269,6 @@ def _line(model: Model, source: _Base, count: int, report: Any, unused: list[str
     if model.remarks:
         parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
     return ", ".join(parts)
-
-
-def adapted_state(directory: ModelDirectory, model: Model) -> dict[str, Tensor]:
-    """Return the `state_dict` of an adapted model with the values of a checkpoint; see ``loading.state_of``."""
-    return {**model.state_dict(), **adapted_values(directory, model)}
 
 
 def adapted_values(

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from pretrain import checkpoint
 from pretrain.checkpoint import manifest
 from pretrain.checkpoint.best import best_first, opened
@@ -55,7 +53,6 @@ __all__ = [
     "named_classes",
     "open_described",
     "report_line",
-    "state_of",
 ]
 
 _TEMPLATE = "chat_template.jinja"
@@ -196,18 +193,6 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
         model.processor = model.processor if processor is None else processor
     elif tokenizer:
         _open_tokenizer(model, directory)
-
-
-def state_of(path: Path, model: Model) -> dict[str, Tensor]:
-    """Return the `state_dict` of a checkpoint of this model; the frozen base of an adapter keeps its values.
-
-    Raises:
-        CheckpointError: the checkpoint is broken, or holds a different adapter or one for a different base.
-    """
-    if model.adapter is None:
-        return load(path, quiet=True).state_dict()
-    with reading(path):
-        return checkpoint.adapter_files.adapted_state(ModelDirectory(path, verify=True), model)
 
 
 def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
