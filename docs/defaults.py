@@ -462,9 +462,9 @@ TABLE = (
 )
 SWEEP = (2.0, 1 / 2, 4.0, 1 / 4)
 SEEDS = 3
-# The rates that the rule gives these checkpoints: 3.6e-5 * (768 / width) ** 2, at most 2e-3.
+# The rates that the rule gives these checkpoints.
 DEFAULT = {"mb64": 2e-3, "mb128": 1.3e-3, "bert128": 1.3e-3, "mb256": 3.2e-4, "minilm": 1.4e-4}
-DEFAULT |= {"deep-10": 1.3e-3}
+DEFAULT |= {"deep-10": 7.5e-4}
 
 
 def _swept(model: str) -> list[float]:

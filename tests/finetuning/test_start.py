@@ -103,24 +103,25 @@ def test_what_is_frozen_is_counted(checkpoint: str) -> None:
             freeze(starting_model(checkpoint, TASK, ANIMALS, quiet=True), wrong)
 
 
-def test_the_automatic_rate_falls_with_the_width() -> None:
-    def lr(size: int, **options: Any) -> float:
-        backbone: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=size))
+def test_the_automatic_rate_falls_with_width_and_depth() -> None:
+    def lr(size: int, layers: int, **options: Any) -> float:
+        config = SimpleNamespace(hidden_size=size)
+        backbone: Any = SimpleNamespace(config=config, blocks=lambda: [None] * layers)
         return automatic_lr(SimpleNamespace(backbone=backbone), **options)  # type: ignore[arg-type]
 
-    rates = [lr(width) for width in (64, 128, 256, 384, 768, 1024)]
+    sizes = [(64, 1), (128, 2), (256, 4), (384, 6), (768, 12), (1024, 24)]
+    rates = [lr(*size) for size in sizes]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
     # What the papers of BERT and ELECTRA use.
     assert (
-        2e-5 <= lr(768) <= 5e-5
-        and 1e-5 <= lr(1024) <= 5e-5
-        and lr(256) == pytest.approx(3e-4, rel=0.1)
+        2e-5 <= lr(768, 12) <= 5e-5 and 1e-5 <= lr(1024, 24) <= 5e-5 and 1e-4 < lr(256, 12) < 4e-4
     )
-    assert lr(16) == lr(32) and lr(4096) == lr(8192), "a rate without a bound"
-    assert lr(768, adapter=True) == pytest.approx(10 * lr(768), rel=0.05)
-    assert lr(64, adapter=True) == lr(128, adapter=True) == 4e-3
-    shallow, deep = (model_of(hidden_size=256, num_layers=layers) for layers in (1, 3))
-    assert automatic_lr(shallow) == automatic_lr(deep) == lr(256)
+    assert lr(128, 2) == 1.3e-3 and lr(128, 6) == 7.5e-4
+    assert lr(16, 1) == lr(32, 1) and lr(4096, 32) == lr(8192, 80), "a rate without a bound"
+    assert lr(768, 12, adapter=True) == pytest.approx(10 * lr(768, 12), rel=0.05)
+    assert lr(64, 4, adapter=True) == lr(128, 2, adapter=True) == 4e-3
+    model = model_of(hidden_size=256, num_layers=2)
+    assert automatic_lr(model) == lr(256, 2)
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:

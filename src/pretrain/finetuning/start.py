@@ -246,17 +246,17 @@ def freeze(model: Model, what: str | int) -> int:
 
 
 def automatic_lr(model: Model, *, adapter: bool = False) -> float:
-    """Peak learning rate of AdamW by the width of the model: 3.6e-5 * (768 / width) ** 2.
+    """Peak learning rate of AdamW by the size of the model: 3.6e-5 * (768 / width) ** 1.5 * (12 / layers) ** 0.5.
 
-    It is 3.6e-5 for BERT-base and 2e-5 for BERT-large, within appendix A.3 of their paper (1810.04805), 3.2e-4 for a
-    width of 256, where ELECTRA-Small of 12 layers has 3e-4 (2003.10555), and 1.3e-3 for one of 128. The number of
-    layers plays no part: two and six layers of 128 are best at the same rate (docs/lab-log.md). It is at most 2e-3,
-    above which models of 64 no longer gain, and at least 1e-5, with which larger ones are fine-tuned. The rate of an
-    adapter is ten times as high, and at most 4e-3: at 1.3e-2 adapters of two layers of 128 did not learn.
+    Models of the usual shape have a layer for every 64 of width: BERT-base gets 3.6e-5 and BERT-large 1.7e-5, as in
+    appendix A.3 of their paper (1810.04805), two layers of 128 get 1.3e-3. Deeper and thinner ones do best between what
+    the width alone and the width times the depth would give them (docs/lab-log.md). The rate is at most 2e-3, above
+    which models of 64 no longer gain, and at least 1e-5, with which larger ones are fine-tuned. That of an adapter is
+    ten times as high, and at most 4e-3: at 1.3e-2 adapters of two layers of 128 did not learn.
     """
-    width = int(model.backbone.config.hidden_size)
+    width, layers = int(model.backbone.config.hidden_size), len(model.backbone.blocks())
     low, high = _LR_BOUNDS
-    lr = min(max(_LR_OF_BASE * (768 / width) ** 2, low), high)
+    lr = min(max(_LR_OF_BASE * (768 / width) ** 1.5 * (12 / layers) ** 0.5, low), high)
     return float(f"{min(10 * lr, _LR_OF_ADAPTERS) if adapter else lr:.2g}")
 
 
