@@ -537,7 +537,7 @@ def encoder_table(out: Path) -> str:
     with open(out / "results.jsonl", encoding="utf-8") as file:
         for line in map(json.loads, file):
             spec = line["spec"]
-            if spec["model"].startswith("deep") and "test" in line:
+            if spec["model"].startswith("deep") and "test" in line and "lr" not in spec:
                 kind = "scratch" if spec.get("scratch") else spec["kind"]
                 millions = spec["model"].removeprefix("deep-") if kind in ("probe", "tune") else ""
                 found.setdefault((spec["task"], kind + millions), []).append(100 * line["test"])
