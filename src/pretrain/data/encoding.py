@@ -156,9 +156,9 @@ def _slow(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> Encoded:
 def _word_by_word(backend: tokenizers.Tokenizer, words: list[str]) -> Encoded:
     """Return what `_slow` does, for words that the tokenizer never joins: one call for all takes two thirds as long."""
     with library_errors("the tokenizer cannot encode a text"):
-        found = backend.encode(words, is_pretokenized=True, add_special_tokens=False)
-    owners = np.array(found.word_ids, dtype=np.int64)
-    return np.array(found.ids, dtype=np.uint32), np.bincount(owners, minlength=len(words))
+        encoding = backend.encode(words, is_pretokenized=True, add_special_tokens=False)
+    owners = np.array(encoding.word_ids, dtype=np.int64)
+    return np.array(encoding.ids, dtype=np.uint32), np.bincount(owners, minlength=len(words))
 
 
 def _merge(

@@ -283,7 +283,7 @@ class Processes(World):
         if self.is_rank_zero:
             try:
                 return make(), None
-            except Exception as error:
+            except Exception as error:  # of any kind: the other ranks wait for an answer
                 return None, error
         return None, None
 

@@ -101,9 +101,9 @@ def evaluate(
         raise ConfigError(
             f"The task {task} is measured on rows of its own. Give {option('data')}, and no objective."
         )
-    wanted = None
+    named_task = None
     if untrained is None and task is not None:
-        wanted = task_class(task, others=UNTRAINED)
+        named_task = task_class(task, others=UNTRAINED)
     model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
     if untrained is not None:
         chosen, rows = reported_precision(None, precision, device), batch_rows or _ROWS
@@ -118,14 +118,14 @@ def evaluate(
     pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
     if objective is not None or not fine_tuned or pretrained:
         options |= {"precision": precision, "device": device}
-        options["text"] = _text_column(path, columns or {}, wanted)
+        options["text"] = _text_column(path, columns or {}, named_task)
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
     trained = task_of(model)
-    if wanted is not None and not isinstance(trained, wanted):
+    if named_task is not None and not isinstance(trained, named_task):
         raise ConfigError(
             f"{path} was fine-tuned for the task {trained.name}, by whose figures it is measured, and not for "
-            f"{wanted.name}. Leave {option('task')} out."
+            f"{named_task.name}. Leave {option('task')} out."
         )
     return _evaluate_task(path, trained, data, columns or {}, base, precision, device, options)
 

@@ -212,8 +212,7 @@ def predict_with(
     table, single = _as_table(task, inputs, dict(columns or {}))
     if table is None:
         return []
-    task.unanswered.clear()
-    task.shortened = 0
+    task.reset_counts()
     found = _answers(task, table, batch_rows, options)
     with naming_memory("predicting", lambda: smaller_batch(batch_rows)):
         answers = list(found)
@@ -494,8 +493,7 @@ def predict_file(
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
     quiet = not progress or not (sys.stderr.isatty() or in_notebook())
     count = empty = 0
-    task.unanswered.clear()
-    task.shortened = 0
+    task.reset_counts()
     with (
         naming_memory("predicting", lambda: smaller_batch(batch_rows)),
         RowWriter(target, first.table.names) as output,

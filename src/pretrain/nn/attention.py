@@ -361,5 +361,5 @@ class Attention(nn.Module):
         mixed = mixed.transpose(1, 2).flatten(2)
         if self.parallel is not None:
             return row_linear(self.output, mixed, self.parallel)
-        found: Tensor = self.output(mixed)
-        return found
+        projected: Tensor = self.output(mixed)
+        return projected

@@ -155,9 +155,9 @@ class Captioning(ImageTask, TokenObjective):
             note(
                 f"{several:,} of {len(table):,} images have several texts; each is a row of its own"
             )
-        found = table.take(places)
+        expanded = table.take(places)
         held = [text for some in texts for text in some or [None]]
-        return found.with_columns({**found.columns, name: held}, table.label_names)
+        return expanded.with_columns({**expanded.columns, name: held}, table.label_names)
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:

@@ -493,6 +493,11 @@ class Task(Objective):
         finally:
             self.train(was_training)
 
+    def reset_counts(self) -> None:
+        """Forget what earlier calls of ``predict`` counted."""
+        self.unanswered.clear()
+        self.shortened = 0
+
     def count_unanswered(self, rows: TaskRows) -> None:
         """Count in ``unanswered``, by reason, the rows that gave no example."""
         answered = set(rows.owners)
