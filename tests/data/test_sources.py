@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import pretrain
+from pretrain.config.run import RunConfig
 from pretrain.data.prepare import Prepared
-from pretrain.errors import DataError
+from pretrain.data.sources import FileHashes, documents, resolve_sources
+from pretrain.errors import ConfigError, DataError
 
 GOOD = [f"document number {k} says hello to the other {k * k} documents" for k in range(30)]
 
@@ -60,3 +63,36 @@ def test_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(Moving(), tmp_path / "out")
+
+
+def test_rows_in_memory_are_documents_like_those_of_a_file(tmp_path: Path) -> None:
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    texts = [f"the man saw number {i}" for i in range(9)] + [None]
+    rows = [{"body": text, "n": i} for i, text in enumerate(texts)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = list(documents(resolve_sources(str(path), text="body")[0][0]))
+    prints = set()
+    for given in (rows, tuple(rows), pandas.DataFrame(rows, index=range(5, 15)), pyarrow.table(
+        {"body": texts}
+    )):  # fmt: skip
+        (source,), weights = resolve_sources(given, text="body")
+        assert list(documents(source)) == expected and weights is None
+        prints.add(source.fingerprint(FileHashes()))
+    assert len(prints) == 1
+    frame = pandas.DataFrame({"body": ["a", float("nan")]})
+    assert list(documents(resolve_sources([frame], text="body")[0][0])) == ["a", ""]
+
+
+def test_rows_and_texts_that_are_no_source() -> None:
+    for given, message in (
+        ([{"body": "a"}], "has no column 'text'"),
+        ([{"text": "a"}, "b"], "dicts only"),
+        ([{"text": 3}], "row 0: column 'text' holds int"),
+        ("a text\nof two lines", r"given as rows: \[\{'text'"),
+        (["the first text that is no file", "the second"], r"given as rows: \[\{'text'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(documents(resolve_sources(given)[0][0]))
+    with pytest.raises(ConfigError, match=r"Prepare it first: pretrain.prepare"):
+        RunConfig.load({"data": {"train": [{"text": "a"}]}})

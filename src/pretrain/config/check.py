@@ -383,7 +383,8 @@ class _Checker:
             value = kept
         if isinstance(value, str | os.PathLike) and os.fspath(value):
             return self.scalar(key, value, str)
-        if isinstance(value, list | tuple) and value:
+        rows = isinstance(value, list | tuple) and value and isinstance(value[0], Mapping)
+        if isinstance(value, list | tuple) and value and not rows:
             return [self.scalar(f"{key}.{i}", item, str) for i, item in enumerate(value)]
         if isinstance(value, Mapping) and value:
             weights = {
@@ -393,7 +394,7 @@ class _Checker:
             if (least := min(weights.values())) <= 0:
                 raise self.fail(key, f"{key}: a source's weight must be above 0, found {least}.")
             return weights
-        plain = isinstance(value, str | int | float | list | dict | None)
+        plain = isinstance(value, str | int | float | list | dict | None) and not rows
         hint = "" if plain else " Prepare it first: pretrain.prepare(...)."
         expected = "a prepared directory, a source, a list of sources or {source: weight}"
         raise self.fail(key, f"{key} must be {expected}, found {_show(value)}.{hint}")

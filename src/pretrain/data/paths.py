@@ -144,11 +144,18 @@ def _find(name: str) -> list[Path]:
         raise DataError(
             f"no file matches {name!r} (looked from {Path.cwd()}). Quote the pattern, and check the folder."
         )
+    rows = " In Python, texts themselves are given as rows: [{'text': '...'}, ...]."
+    if "\n" in name or len(name) > 255:
+        raise DataError(
+            f"no such file, but a text of {len(name):,} characters: {name[:40]!r}.{rows}"
+        )
     parent = path.parent
     if not parent.is_dir():
         raise DataError(f"no such file: {name!r}; there is no folder {str(parent)!r} either.")
     near = nearest(path.name, sorted(os.listdir(parent)))
     hint = f" Did you mean {str(parent / near)!r}?" if near else f" Looked in {parent.resolve()}."
+    if not near and " " in name:
+        hint += rows
     raise DataError(f"no such file, folder or pattern: {name!r}.{hint}")
 
 

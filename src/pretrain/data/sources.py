@@ -1,4 +1,4 @@
-"""Sources of documents: files, globs, folders, ``datasets.Dataset``, hub names and the built-in ``python`` corpus.
+"""Sources of documents: files, globs, folders, rows in memory, hub names and the built-in ``python`` corpus.
 
 A source can be read any number of times, yields the same documents in the same order each time, holds at most a block
 of text in memory, and has a fingerprint that changes with its content.
@@ -32,7 +32,7 @@ from pretrain.errors import DataError
 from pretrain.utils.files import replacing
 
 __all__ = [
-    "DatasetSource", "FileHashes", "FileSource", "HubSource", "PythonSource", "Source", "documents",
+    "DatasetSource", "FileHashes", "FileSource", "HubSource", "PythonSource", "RowSource", "Source", "documents",
     "resolve_sources", "sized_pieces",
 ]  # fmt: skip
 
@@ -195,6 +195,31 @@ class DatasetSource:
         for text, _ in self.pieces():
             digest.update(f"{len(text)}:".encode() + text.encode("utf-8"))
         return f"dataset:{digest.hexdigest()}"
+
+
+class RowSource(DatasetSource):
+    """Rows in memory: a list of dicts, a frame of pandas or polars, or an arrow table."""
+
+    def __init__(self, rows: Any, text: str = "text", name: str = "rows") -> None:
+        self.name = name
+        self.text = text
+        self.notes: list[str] = []
+        if isinstance(rows, list | tuple):
+            if not any(text in row for row in rows):
+                raise no_column(name, text, list(rows[0]))
+            self.values = [row.get(text) for row in rows]
+            return
+        names = list(rows.column_names if hasattr(rows, "column_names") else rows.columns)
+        if text not in names:
+            raise no_column(name, text, [str(column) for column in names])
+        column = rows[text]
+        self.values = column.to_pylist() if hasattr(column, "to_pylist") else column.to_list()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the texts; a missing one (None, or the NaN of a frame) is an empty document."""
+        for number, value in enumerate(self.values):
+            text = None if value != value else value
+            yield cell_text({self.text: text}, self.text, f"{self.name}, row {number}"), True
 
 
 class HubSource:
@@ -371,8 +396,8 @@ def resolve_sources(
     """Turn the ``sources`` argument of a user into source objects and, for a mapping, their shares.
 
     Args:
-        sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, ``datasets.Dataset``, a source object, a list of
-            these, or a mapping from these to their share of the rows.
+        sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, ``datasets.Dataset``, a frame, a source object, a
+            list of these or of rows (dicts), or a mapping from these to their share of the rows.
         text: column of the text in tables, or columns by file; see :func:`column_of`.
         separator: text between documents in plain text files.
         encoding: encoding of text files and tables; None is UTF-8.
@@ -402,6 +427,12 @@ def resolve_sources(
         if any(not 0 < weight < float("inf") for weight in weights):
             raise DataError(f"the shares of a mixture must be positive numbers, found {weights}.")
         items = list(sources)
+    elif isinstance(sources, list | tuple) and sources and isinstance(sources[0], Mapping):
+        if not all(isinstance(row, Mapping) for row in sources):
+            raise DataError(
+                "a list of rows holds dicts only; give other sources in a list of their own."
+            )
+        items = [RowSource(sources, column_of(text, "rows"))]
     elif isinstance(sources, list | tuple):
         items = list(sources)
     else:
@@ -435,6 +466,9 @@ def _resolve(
         )
     if isinstance(item, Source):
         return item
+    if hasattr(item, "column_names") or hasattr(item, "columns"):
+        return RowSource(item, column_of(text, "frame"), "frame")
     raise DataError(
-        f"{type(item).__name__} is not a source; give a path, a glob, a folder, a datasets.Dataset or 'python'."
+        f"{type(item).__name__} is not a source; give a path, a glob, a folder, a datasets.Dataset, a frame, a list of "
+        "rows [{'text': '...'}, ...], or 'python'."
     )
