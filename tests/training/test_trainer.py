@@ -131,6 +131,12 @@ def test_hooks_see_a_read_only_record(tmp_path: Path) -> None:
 
     trainer(tmp_path, objective(), Rows(8), hooks=[Hook(fn, every=5)]).fit()
     assert steps == [5, 10]
+    trainer(tmp_path / "alone", objective(), Rows(8), hooks=fn, limit="2 steps").fit()
+    assert steps == [5, 10, 1, 2]
+    with pytest.raises(ConfigError, match="cannot be called"):
+        trainer(tmp_path, objective(), Rows(8), hooks=["fn"])
+    with pytest.raises(ConfigError, match="every 1 step or more"):
+        Hook(fn, every=0)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])

@@ -74,6 +74,15 @@ class Hook:
     fn: Callable[[Mapping[str, Any]], None]
     every: int = 1
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError if ``fn`` cannot be called or ``every`` is no number of steps."""
+        if not callable(self.fn):
+            raise ConfigError(
+                f"hooks are functions of one record, in a list; found {self.fn!r}, which cannot be called."
+            )
+        if type(self.every) is not int or self.every < 1:
+            raise ConfigError(f"a hook is called every 1 step or more, found {self.every!r}.")
+
 
 class Trainer:
     """Train an objective on rows.
@@ -131,7 +140,8 @@ class Trainer:
         self.train = settle_amounts(train or TrainConfig(), train_data)
         self.parallel = parallel or ParallelConfig()
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
-        self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
+        listed = [hooks] if callable(hooks) or isinstance(hooks, Hook) else hooks
+        self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in listed]
         self.about = dict(about or {})
         if not self.train.out:
             raise ConfigError("train.out is empty; name the directory of the run.")
