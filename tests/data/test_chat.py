@@ -20,6 +20,7 @@ from pretrain.data.chat import (
     ChatTemplate,
     as_messages,
     as_tools,
+    content_text,
     default_template,
     encode_rendered,
     special_tokens,
@@ -181,6 +182,83 @@ def test_doubled_begin_is_refused() -> None:
     template = ChatTemplate.of(BPE, "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}")
     with pytest.raises(TokenizerError, match="twice"):
         encode_rendered(BPE, template.render(CHAT))
+
+
+PARTS = (
+    "{% for m in messages %}{{ bos_token }}{{ m.role }}:{% for c in m.content %}{% if c.type == 'text' %}"
+    "{{ c.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}"
+)
+EITHER = (
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}[{{ c.type }}]{{ c.text }}|{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", [PARTS, EITHER])
+def test_parts_of_a_content_reach_a_template_that_reads_them(source: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def parts(*texts: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    messages = [
+        {"role": "user", "content": parts("hello friend", " today")},
+        {"role": "assistant", "content": parts("to", "day")},
+        {"role": "user", "content": parts("today")},
+        {"role": "assistant", "content": parts("today")},
+    ]
+    template = ChatTemplate.of(BPE, source)
+    whole = render_jinja_template([messages], chat_template=source, **special_tokens(BPE))
+    text, spans = assistant_spans(template, as_messages(messages))
+    assert text == whole[0][0] and len(spans) == 2
+    assert [span.message for span in spans] == [1, 3]
+    assert all(text[: span.first].endswith("assistant:") for span in spans)
+    assert all(text[: span.end].endswith(BPE.roles["eos"]) for span in spans)
+    # A text is given as one part to a template that reads parts only, and parts are joined for one of texts.
+    plain = [m | {"content": content_text(m["content"])} for m in messages]
+    if source is PARTS:
+        assert template.render(plain) == text
+    assert ChatTemplate.of(BPE, CHATML).render(messages) == ChatTemplate.of(BPE, CHATML).render(
+        plain
+    )
+
+
+@pytest.mark.parametrize("form", ["list", "mapping", "files"])
+def test_the_template_for_tools_is_that_of_transformers(tmp_path: Path, form: str) -> None:
+    mine = copy.copy(BPE)
+    mine.save(tmp_path / "a")
+    with_tools = "tools: {{ tools | tojson }}" + CHATML
+    named = {"default": CHATML, "tool_use": with_tools, "rag": "x"}
+    file = tmp_path / "a" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    if form == "files":
+        (tmp_path / "a" / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            path = tmp_path / "a" / "additional_chat_templates" / f"{name}.jinja"
+            path.write_text(named[name])
+        (tmp_path / "a" / "chat_template.jinja").write_text(CHATML)
+    else:
+        listed = [{"name": name, "template": source} for name, source in named.items()]
+        config["chat_template"] = named if form == "mapping" else listed
+        file.write_text(json.dumps(config))
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    opened = Tokenizer.open(tmp_path / "a")
+    opened.save(tmp_path / "b")
+    for made in (opened, Tokenizer.open(tmp_path / "b")):
+        template = ChatTemplate.of(made)
+        for offered in (None, tools):
+            for folder in ("a", "b"):
+                other = theirs(tmp_path / folder)
+                expected = other.apply_chat_template(CHAT, tools=offered, tokenize=False)
+                assert template.render(CHAT, tools=offered) == expected
+                assert assistant_spans(template, CHAT, tools=offered)[0] == expected
+    del named["default"]
+    mine.chat_template, mine.named_templates = None, named
+    with pytest.raises(DataError, match="tool_use, rag, and none that is called default"):
+        ChatTemplate.of(mine)
+    assert ChatTemplate.of(mine, CHATML).for_tools is None
 
 
 def test_template_is_carried(tmp_path: Path) -> None:
@@ -351,7 +429,8 @@ def test_conversations_in_every_form() -> None:
         {"messages": np.array([asked | {"name": None}, said | {"tool_calls": None}])},
     ]
     for form in forms:
-        assert to_conversations(form) == [[asked, said]], form
+        (found,) = to_conversations(form)
+        assert [m | {"content": content_text(m["content"])} for m in found] == [asked, said], form
     kept = [asked | {"name": "Ann"}, said | {"weight": 0, "reasoning_content": "hm"}]
     assert to_conversations({"messages": kept}) == [kept]
     assert to_conversations({"prompt": kept[:1], "answer": kept[1:]}) == [kept]

@@ -32,6 +32,27 @@ def test_an_answer_ends_before_a_stop_text(monkeypatch: pytest.MonkeyPatch) -> N
     assert chat(model, "a") == "ye"
 
 
+def test_asking_leaves_the_ends_of_the_checkpoint_and_obeys_all_of_them(tmp_path: Path) -> None:
+    model = chatty.talker()
+    assert model.tokenizer is not None and model.tokenizer.eos_id is not None
+    ends = [model.tokenizer.eos_id, 7]
+    model.generation_config |= {"eos_token_id": ends, "pad_token_id": 3, "max_new_tokens": 5}
+    before = dict(model.generation_config)
+    end = {"sequence_bias": [[[7], 99.0]]}
+    answer = chat(model, "a", stream=True, **end)
+    assert list(answer) == ["#"] and (answer.new_tokens, answer.finish_reason) == (1, "stop")
+    long = chat(model, "a", stream=True, sequence_bias=[[[8], 99.0]])
+    assert len(list(long)) <= 5 and (long.new_tokens, long.finish_reason) == (5, "length")
+    assert chat(model, "a", stream=True, max_new_tokens=2).new_tokens <= 2
+    assert model.generation_config == before and model.generate([5], **end) == [5, 7]
+    # A model that is trained on conversations ends at the same ids, and at its template's end.
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tuned = pretrain.finetune(
+        model, [{"messages": turns}] * 12, task="chat", out=tmp_path, epochs=1, quiet=True, valid=0
+    )
+    assert pretrain.load(tuned.path, quiet=True).generation_config.items() >= before.items()
+
+
 def test_a_long_conversation_keeps_its_last_turns_and_the_system_prompt() -> None:
     session = Chat(chatty.talker(256))
     lead = [{"role": "system", "content": "short"}]

@@ -14,7 +14,6 @@ import tiny
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.generate import embed, fill_mask, generate
-from pretrain.inference.prompts import end_ids
 from pretrain.inference.sampling import Sampler, banned, filter_scores, penalize
 from pretrain.models import build
 from pretrain.models.base import Model
@@ -356,7 +355,7 @@ def test_ends_that_are_no_ids_are_passed_over(ends: Any) -> None:
     try:
         assert generate(model, "the red cat", max_new_tokens=6) == plain
         model.generation_config["eos_token_id"] = [None, 7, "x", 10**9]
-        assert end_ids(model) == [7]
+        assert model.end_ids() == [7]
     finally:
         model.generation_config.clear()
 

@@ -15,9 +15,11 @@ import tiny
 from inference.test_generate import HF, PROMPTS, VOCAB, pair
 from pretrain.checkpoint import load
 from pretrain.errors import ConfigError
+from pretrain.inference import settings as settings_module
 from pretrain.inference.settings import DEFAULT_NEW_TOKENS, Settings
 from pretrain.models import build
 from pretrain.models.base import Model
+from pretrain.models.config import GENERATION_KEYS
 from pretrain.utils import files
 
 transformers = pytest.importorskip("transformers")
@@ -91,6 +93,38 @@ def test_forbidden_tokens_and_sequences_equal_transformers(both: Any) -> None:
         {"bad_words_ids": [plain[0][:3]], "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
     ):
         assert same(both, config) != [p + r for p, r in zip(PROMPTS, plain, strict=True)]
+
+
+def test_settings_of_config_json_are_read_where_there_is_no_other_file(tmp_path: Path) -> None:
+    theirs = pair("llama")[0]
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rules = {
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 2,
+        "suppress_tokens": [42],
+        "min_length": 7,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | rules))
+    ours = load(tmp_path, quiet=True)
+    ours.save(tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        opened = type(theirs).from_pretrained(folder).eval()
+        for prompt in PROMPTS:
+            (expected,) = theirs_greedy(opened, [prompt], max_new_tokens=NEW)
+            assert ours.generate(prompt, max_new_tokens=NEW) == expected
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert load(tmp_path, quiet=True).generation_config == {}
+
+
+def test_every_setting_is_known_to_config_json() -> None:
+    known = {
+        *settings_module._KNOWN,
+        *settings_module._MISSING,
+        *settings_module._MISSING_IN_SAMPLING,
+    }
+    assert known - {"seed", "eos_token_id"} == set(GENERATION_KEYS)
 
 
 ids = st.integers(0, VOCAB - 1)

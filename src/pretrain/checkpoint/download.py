@@ -48,6 +48,7 @@ _SMALL = (
     *("config.json", "generation_config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "preprocessor_config.json"),
+    "additional_chat_templates/*.jinja",
     *("modules.json", "sentence_bert_config.json", "sentence_roberta_config.json"),
     *("config_sentence_transformers.json", "*_Pooling/config.json", "*_Normalize/config.json"),
 )

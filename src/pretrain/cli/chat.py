@@ -55,6 +55,7 @@ def chat(args: Any) -> None:
         raise ConfigError("--raw has no conversations, so it takes neither --web nor --system.")
     from pretrain.checkpoint import load
     from pretrain.inference.serve import listen, serve
+    from pretrain.objectives.instruction import answer_length
     from pretrain.training.precision import choose_device
 
     listener = listen(args.port) if args.web else None  # before the model is read
@@ -68,8 +69,7 @@ def chat(args: Any) -> None:
         )
     left_out = ("checkpoint", "system", "device", "raw", "web", "port")
     options = {k: v for k, v in vars(args).items() if k not in left_out and v is not None}
-    stored = model.generation_config.get("max_new_tokens")
-    options.setdefault("max_new_tokens", stored if isinstance(stored, int) else _NEW_TOKENS)
+    options["max_new_tokens"] = answer_length(model, options.get("max_new_tokens"), _NEW_TOKENS)
     if listener is not None:
         serve(model, Path(args.checkpoint).resolve().name, listener, args.system, options)
     else:

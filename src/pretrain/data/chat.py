@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
 
 __all__ = [
-    "CHAT_ROLES", "REASONING", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools", "default_template",
-    "encode_rendered", "is_trained", "special_tokens", "to_conversations", "typed_specials",
+    "CHAT_ROLES", "REASONING", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools", "content_text",
+    "default_template", "encode_rendered", "is_trained", "special_tokens", "to_conversations", "typed_specials",
 ]  # fmt: skip
 
 Message = dict[str, Any]
@@ -91,6 +92,7 @@ class ChatTemplate:
         end: the special token that follows an answer, or None if the template ends answers with plain text.
         marks_answers: the template marks the text to train on with ``{% generation %}`` blocks.
         constants: the string literals of the template, which it may search for in a message.
+        for_tools: the template for conversations with tools, if the tokenizer has one of its own (``tool_use``).
 
     Raises:
         DataError: the source is not a valid template.
@@ -119,15 +121,53 @@ class ChatTemplate:
             ) from error
         self.marks_answers = self._sandbox.has_generation
         self.constants = self._sandbox.constants
+        self.for_tools: ChatTemplate | None = None
+        # The forms in which the template reads the content of a message; parts are joined for one that reads neither.
+        self._reads_text = self._prints("a question")
+        self._reads_parts = self._prints([{"type": "text", "text": "a question"}])
         self.end = self._find_end()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
-        """Return the template ``source``, or else that of the tokenizer, or else the default template."""
+        """Return the template ``source``, or else that of the tokenizer, or else the default template.
+
+        Of several named templates, ``default`` is taken, and ``tool_use`` for conversations with tools, as transformers
+        does.
+
+        Raises:
+            DataError: the template cannot be used, or the tokenizer has named ones and no default.
+        """
+        named = {} if source else tokenizer.named_templates
+        if named and not tokenizer.chat_template:
+            raise DataError(
+                f"The tokenizer has the chat templates {', '.join(named)}, and none that is called default. Give the "
+                "one to use (chat_template=)."
+            )
         chosen = source or tokenizer.chat_template or default_template(tokenizer)
         inverse = {index: name for name, index in tokenizer.vocab.items()}
         specials = [inverse[i] for i in tokenizer.special_ids if i in inverse]
-        return cls(chosen, special_tokens(tokenizer), specials)
+        tokens = special_tokens(tokenizer)
+        made = cls(chosen, tokens, specials)
+        if "tool_use" in named:
+            made.for_tools = cls(named["tool_use"], tokens, specials)
+        return made
+
+    def given(self, tools: Sequence[Any] | None) -> ChatTemplate:
+        """Return the template that renders conversations with these tools: `for_tools`, or this one."""
+        return self if tools is None or self.for_tools is None else self.for_tools
+
+    def _prints(self, content: Any) -> bool:
+        """Whether the text of a content in this form stands in the rendered conversation, and its form does not."""
+        values: dict[str, Any] = {**self.tokens, "tools": None, "documents": None}
+        values |= {
+            "messages": [{"role": "user", "content": content}],
+            "add_generation_prompt": False,
+        }
+        try:
+            text = self._sandbox.render(self._template, values, ("", ""))
+        except Exception:  # an untrusted program can raise anything
+            return False
+        return "a question" in text and not re.search(r"""['"]type['"]""", text)
 
     def _find_end(self) -> str | None:
         answer = "an answer"
@@ -164,9 +204,17 @@ class ChatTemplate:
         """
         from pretrain.data.template_sandbox import Runaway
 
+        if (other := self.given(tools)) is not self:
+            return other.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                where=where,
+                tools=tools,
+                marks=marks,
+            )
         values = {
             **self.tokens,
-            "messages": [_as_transformers(message) for message in messages],
+            "messages": [self._formed(_as_transformers(message)) for message in messages],
             "tools": None if tools is None else list(tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -185,6 +233,20 @@ class ChatTemplate:
                 f"{place} chat template fails on the roles {roles}: {_said(error)}. Change the conversations to what "
                 "the template expects, or give another template (chat_template=)."
             ) from error
+
+    def _formed(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a message with its content in the form that the template reads, as given where it reads both."""
+        content = message.get("content")
+        if isinstance(content, list) and not self._reads_parts:
+            return message | {"content": content_text(content)}
+        if isinstance(content, str) and not self._reads_text and self._reads_parts:
+            return message | {"content": [{"type": "text", "text": content}]}
+        return message
+
+
+def content_text(content: Any) -> Any:
+    """Return the content of a message as text: the texts of a list of parts joined, anything else as it is."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
 def _said(error: BaseException) -> str:
@@ -314,7 +376,7 @@ def to_conversations(
                 raise DataError(
                     f"{place}an entry of instances is {str(one)[:40]!r}, not an object with input and output."
                 )
-            content = _joined(start[-1]["content"], one.get("input"), place)
+            content = _joined(content_text(start[-1]["content"]), one.get("input"), place)
             asked = [*start[:-1], {"role": "user", "content": content}]
             found.append(asked + _answer(one.get("output"), place, answers))
         return found
@@ -439,7 +501,7 @@ def _call_in(value: Any, at: str) -> dict[str, Any]:
 
 
 def _checked(message: Message, at: str) -> Message:
-    """Check the keys ``tool_calls``, ``weight`` and ``train`` of a message, and return it with its content as text.
+    """Check the keys ``tool_calls``, ``weight`` and ``train`` of a message, and return it with its content checked.
 
     Raises:
         DataError: a key has an invalid value, or the content is not text.
@@ -463,11 +525,11 @@ def _checked(message: Message, at: str) -> Message:
     return message | {"content": _content(message["content"], at)}
 
 
-def _content(value: Any, at: str) -> str:
-    """Return a text as it is, or the text parts of a list concatenated, as templates print them."""
+def _content(value: Any, at: str) -> str | list[dict[str, str]]:
+    """Return a text as it is, and a list of parts as parts of text, which a template may tell apart."""
     value = _plain(value)
     if isinstance(value, list):
-        return "".join(_part(part, at) for part in value)
+        return [{"type": "text", "text": _part(part, at)} for part in value]
     if not isinstance(value, str):
         raise DataError(f"{at} has the content {str(value)[:60]!r}, which is not text.")
     return value

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pretrain.data.chat import REASONING, ChatTemplate, Message, is_trained
+from pretrain.data.chat import REASONING, ChatTemplate, Message, content_text, is_trained
 from pretrain.errors import DataError
 
 __all__ = ["Span", "Unplaced", "assistant_spans", "readable", "unread_keys"]
@@ -109,6 +109,7 @@ def assistant_spans(
         DataError: the template fails.
         Unplaced: an answer is missing from the text, or cannot be located in it.
     """
+    template = template.given(tools)
     text = template.render(messages, where=where, tools=tools)
     if template.marks_answers:
         return text, _blocks(template, messages, text, where, tools)
@@ -210,21 +211,23 @@ def _probed(
         behind = probe(number) if probing.behind else ""
         return f"{text[:first]}{before}{core}{behind}{text[first + len(core) :]}"
 
+    def within(given: str, number: int) -> str:
+        pieces = [given] if constants is None else constants.split(given)
+        # Every second piece is a string literal of the template.
+        parts = [p if k % 2 or not p.strip() else around(p, number) for k, p in enumerate(pieces)]
+        # The text may consist entirely of such literals, or be empty.
+        return "".join(parts) if parts != pieces else around(given, number)
+
     found = []
     for number, message in enumerate(messages):
         changed = dict(message)
         if probing.everywhere or message["role"] == "assistant":
             for key in _PROBED:
                 given = message.get(key)
-                if not isinstance(given, str):
-                    continue
-                pieces = [given] if constants is None else constants.split(given)
-                # Every second piece is a string literal of the template.
-                parts = [
-                    p if k % 2 or not p.strip() else around(p, number) for k, p in enumerate(pieces)
-                ]
-                # The text may consist entirely of such literals, or be empty.
-                changed[key] = "".join(parts) if parts != pieces else around(given, number)
+                if isinstance(given, str):
+                    changed[key] = within(given, number)
+                elif key == "content" and isinstance(given, list):
+                    changed[key] = [part | {"text": within(part["text"], number)} for part in given]
         found.append(changed)
     return found, owners
 
@@ -315,7 +318,8 @@ class _Reading:
         return spans
 
     def _has_text(self, i: int) -> bool:
-        texts = (self.messages[i].get(key) for key in _PROBED)
+        message = self.messages[i]
+        texts = (content_text(message.get("content")), *(message.get(key) for key in REASONING))
         return any(isinstance(text, str) and text.strip() for text in texts)
 
     def _edges(self, i: int, places: Sequence[int]) -> tuple[_Mark, int]:
@@ -496,6 +500,7 @@ def unread_keys(
     Returns:
         Names, such as ``name``, ``tools`` and ``messages of the role tool``.
     """
+    template = template.given(tools)
     probe = chr(_PRIVATE[0])
 
     @functools.cache
@@ -527,8 +532,8 @@ def unread_keys(
         m["role"] for m in messages if m["role"] not in ("user", "assistant")
     ):
         changed = [
-            {**m, "content": f"{m['content']}{probe}"}
-            if m["role"] == role and isinstance(m.get("content"), str)
+            {**m, "content": f"{content_text(m['content'])}{probe}"}
+            if m["role"] == role and m.get("content") is not None
             else m
             for m in messages
         ]

@@ -47,7 +47,9 @@ HUB_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "config.json"),
 )
 SAMPLE_BYTES = 32_000_000
-_TEMPLATE, _TEMPLATE_BYTES = "chat_template.jinja", 1_000_000
+# Files of chat templates: the default one, and the folder of those with other names.
+_TEMPLATE, _NAMED, _DEFAULT = "chat_template.jinja", "additional_chat_templates", "default"
+_TEMPLATE_BYTES = 1_000_000
 _UNENCODABLE = "Remove lone surrogates (U+D800 to U+DFFF) from the text, and use a vocabulary with an unknown token."
 _ROOM = " Choose a max_length that leaves room for text beside the special tokens, and more than the overlap."
 # Replacements of transformers' clean_up_tokenization_spaces, applied to decoded text if the config enables them.
@@ -69,6 +71,7 @@ class Tokenizer:
 
     Attributes:
         chat_template: the Jinja program that renders a conversation as text, or None; it is stored, not run here.
+        named_templates: further ones by name, such as ``tool_use``, beside ``chat_template``, the default.
         source: name on the Hub with its commit, of one that was opened by such a name; else None.
     """
 
@@ -84,7 +87,8 @@ class Tokenizer:
         self.backend = sibling(backend)
         self.config = dict(config or {})
         self.source: str | None = None
-        self.chat_template = _template_in(self.config.pop("chat_template", None))
+        self.named_templates = _templates_in(self.config.pop("chat_template", None))
+        self.chat_template = self.named_templates.pop(_DEFAULT, None)
         self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         if not self.vocab:
             raise TokenizerError("the tokenizer has an empty vocabulary.")
@@ -419,8 +423,17 @@ class Tokenizer:
         config.setdefault("clean_up_tokenization_spaces", False)
         if max_length is not None:
             config["model_max_length"] = max_length
-        # Older releases of transformers read the template from the config, newer ones from its own file.
-        if self.chat_template is not None:
+        # Older releases of transformers read the template from the config, newer ones from its own file, which would
+        # hide the named ones.
+        if self.named_templates:
+            named_ones = self.named_templates | (
+                {_DEFAULT: self.chat_template} if self.chat_template else {}
+            )
+            config["chat_template"] = [
+                {"name": name, "template": source} for name, source in named_ones.items()
+            ]
+            (folder / _TEMPLATE).unlink(missing_ok=True)
+        elif self.chat_template is not None:
             config["chat_template"] = self.chat_template
             replace_file(folder / _TEMPLATE, self.chat_template.encode())
         # Written by Python, not by the library, so that the file modes follow the umask.
@@ -444,8 +457,11 @@ class Tokenizer:
         """
         folder = Path(path)
         backend, roles, config = open_directory(folder)
-        if (template := _read_template(folder)) is not None:
-            config["chat_template"] = template
+        files = {path.stem: path for path in sorted((folder / _NAMED).glob("*.jinja"))}
+        if (folder / _TEMPLATE).is_file():
+            files[_DEFAULT] = folder / _TEMPLATE
+        if files:  # they take precedence over those in tokenizer_config.json
+            config["chat_template"] = {name: _read_template(file) for name, file in files.items()}
         return cls(backend, roles, config)
 
     @classmethod
@@ -479,19 +495,20 @@ class Tokenizer:
         )
 
 
-def _template_in(value: Any) -> str | None:
-    """Return the chat template in tokenizer_config.json: a string, or the default one of several named templates."""
+def _templates_in(value: Any) -> dict[str, str]:
+    """Return the chat templates by name of an entry of tokenizer_config.json: one, a list of named ones, a mapping."""
     if isinstance(value, list):
         named = [item for item in value if isinstance(item, dict)]
-        value = next((n.get("template") for n in named if n.get("name") == "default"), None)
-    return value if isinstance(value, str) and value.strip() else None
+        value = {str(item.get("name")): item.get("template") for item in named}
+    elif not isinstance(value, dict):
+        value = {_DEFAULT: value}
+    return {
+        name: source for name, source in value.items() if isinstance(source, str) and source.strip()
+    }
 
 
-def _read_template(folder: Path) -> str | None:
-    """Return the chat template in its own file, which takes precedence over the one in tokenizer_config.json."""
-    file = folder / _TEMPLATE
-    if not file.is_file():
-        return None
+def _read_template(file: Path) -> str:
+    """Return the chat template in a file of its own."""
     try:
         with open(file, "rb") as opened:
             data = opened.read(_TEMPLATE_BYTES + 1)

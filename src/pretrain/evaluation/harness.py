@@ -16,7 +16,7 @@ from pretrain.data.task_rows import batches_by_length
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.generate import generate
 from pretrain.inference.likelihood import Scored, open_rows, score_continuations
-from pretrain.inference.prompts import end_ids, tokenizer_of
+from pretrain.inference.prompts import tokenizer_of
 from pretrain.nn.device import tokens_at_once
 from pretrain.training.precision import choose_device, choose_precision
 
@@ -86,7 +86,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # its package has no type
     @property
     def eot_token_id(self) -> int:
         """Id of the token that ends a text."""
-        ends = end_ids(self.model, self.tokenizer.eos_id)
+        ends = self.model.end_ids(self.tokenizer.eos_id)
         if not ends:
             raise ModelError(
                 "The tokenizer has no token that ends a text, which the harness needs."

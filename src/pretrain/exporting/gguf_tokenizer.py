@@ -15,7 +15,6 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from pretrain.errors import TokenizerError
-from pretrain.inference.prompts import end_ids
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def tokenizer_fields(model: Model) -> dict[str, Any]:
 def _ends(model: Model, tokenizer: Tokenizer) -> list[int]:
     """Return the ids at which generation ends, the tokenizer's own one last."""
     own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return list(dict.fromkeys(end_ids(model) + own))
+    return list(dict.fromkeys(model.end_ids() + own))
 
 
 def _frame(tokenizer: Tokenizer) -> tuple[bool, bool]:

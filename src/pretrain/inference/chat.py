@@ -10,7 +10,7 @@ from pretrain.data.chat_spans import readable
 from pretrain.errors import DataError
 from pretrain.inference.generate import Stream
 from pretrain.objectives.instruction import (
-    NEW_TOKENS,
+    answer_length,
     chat_template_of,
     last_turns,
     prompt_ids,
@@ -27,7 +27,7 @@ def chat(
     messages: str | Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Any] | None = None,
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int | None = None,
     stream: bool = False,
     **options: Any,
 ) -> Any:
@@ -37,7 +37,7 @@ def chat(
         model: a causal model; the chat template of its tokenizer renders the conversation.
         messages: a text, or ``{"role", "content"}`` messages, the last one the user's.
         tools: descriptions of functions, for a template that renders them.
-        max_new_tokens: maximum tokens of the answer.
+        max_new_tokens: maximum tokens of the answer; not given, that of generation_config.json, or 128.
         stream: return the pieces of the answer as they are made.
         **options: see ``pretrain.inference.generate.generate``.
 
@@ -51,7 +51,9 @@ def chat(
         messages = [{"role": "user", "content": messages}]
     session = Chat(model)
     answer = session.answer(
-        session.prompt(as_messages(list(messages)), tools), max_new_tokens=max_new_tokens, **options
+        session.prompt(as_messages(list(messages)), tools),
+        max_new_tokens=answer_length(model, max_new_tokens),
+        **options,
     )
     return answer if stream else "".join(answer)
 
@@ -68,7 +70,8 @@ class Chat:
     """
 
     def __init__(self, model: Model) -> None:
-        self.model, self.template = model, chat_template_of(model)
+        self.model = model
+        self.template, self.ends = chat_template_of(model)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Return the ids of a conversation with the beginning of an answer.
@@ -109,4 +112,4 @@ class Chat:
 
     def answer(self, ids: Sequence[int], **options: Any) -> Stream:
         """Return the answer to a prompt in pieces; the options are those of ``generate``."""
-        return Stream(self.model, ids, strip=True, **options)
+        return Stream(self.model, ids, strip=True, **{"eos_token_id": self.ends, **options})

@@ -23,7 +23,6 @@ __all__ = [
     "Prompts",
     "as_texts",
     "check_ids",
-    "end_ids",
     "evaluating",
     "fill_id",
     "pad",
@@ -157,26 +156,10 @@ def check_ids(model: Model, ids: list[list[int]], what: str = "Prompt") -> None:
             )
 
 
-def end_ids(model: Model, given: Any = None) -> list[int]:
-    """Return the ids that end a text: the caller's, or else those of the checkpoint, or else the tokenizer's eos."""
-    tokenizer = model.tokenizer
-    for found in (
-        given,
-        model.generation_config.get("eos_token_id"),
-        model.backbone.config.eos_id,
-        None if tokenizer is None else tokenizer.eos_id,
-    ):
-        # generation_config.json is untrusted input: values that are not ids are skipped.
-        ids = found if isinstance(found, list | tuple) else [found]
-        if ids := [i for i in ids if type(i) is int]:
-            return [i for i in ids if 0 <= i < model.backbone.vocab_size]
-    return []
-
-
 def fill_id(model: Model) -> int:
     """Return the id for padding; padding is masked, so any id works."""
     pad = None if model.tokenizer is None else model.tokenizer.pad_id
-    return pad if pad is not None else next(iter(end_ids(model)), 0)
+    return pad if pad is not None else next(iter(model.end_ids()), 0)
 
 
 def pad(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pretrain.config.check import check_value
 from pretrain.errors import ConfigError, did_you_mean
-from pretrain.inference.prompts import end_ids
 from pretrain.inference.sampling import Sampler
 from pretrain.utils.files import note
 
@@ -210,7 +209,7 @@ class Settings:
         reader = _Reader(stored, given, model.backbone.vocab_size)
         sampler = _sampler(reader)
         _name_missing(stored, sampling=sampler.heat > 0)
-        ends = end_ids(model, given.get("eos_token_id"))
+        ends = model.end_ids(given.get("eos_token_id"))
         return cls(
             sampler,
             reader.rules(tuple(ends)),

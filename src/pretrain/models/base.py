@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.hub import ModelMethods
 from pretrain.models.backbone import Backbone, Batch
-from pretrain.models.config import SIZES, BackboneConfig, ConfigReader, drop_code
+from pretrain.models.config import (
+    GENERATION_KEYS,
+    SIZES,
+    BackboneConfig,
+    ConfigReader,
+    drop_code,
+)
 from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
 from pretrain.models.names import Entry, LoadReport, Name
 from pretrain.models.sentences import SentenceSettings
@@ -239,10 +245,29 @@ class Model(ModelMethods, nn.Module):
         named = config.get("architectures") or [backbone_class.architectures.get(kind)]
         if head is None and kind is None and named != [backbone_class.architectures.get(None)]:
             model.remarks += (f"architectures {named} (that head is not implemented)",)
+        # Older directories keep the generation settings here; generation_config.json, if there is one, replaces them.
+        model.generation_config = {
+            key: config[key] for key in GENERATION_KEYS if config.get(key) is not None
+        }
         ends = config.get("eos_token_id")
         if isinstance(ends, list):
             model.generation_config["eos_token_id"] = [end for end in ends if type(end) is int]
         return model
+
+    def end_ids(self, given: Any = None) -> list[int]:
+        """Return the ids that end a text: those given, or else the checkpoint's, or else the tokenizer's eos."""
+        tokenizer = self.tokenizer
+        for found in (
+            given,
+            self.generation_config.get("eos_token_id"),
+            self.backbone.config.eos_id,
+            None if tokenizer is None else tokenizer.eos_id,
+        ):
+            # generation_config.json is untrusted input: values that are not ids are skipped.
+            ids = found if isinstance(found, list | tuple) else [found]
+            if ids := [i for i in ids if type(i) is int]:
+                return [i for i in ids if 0 <= i < self.backbone.vocab_size]
+        return []
 
     def materialize(self, seed: int = 0, device: str | torch.device = "cpu") -> Model:
         """Allocate memory for the parameters, initialise them and return the model."""

@@ -17,7 +17,15 @@ from pretrain.nn.mlp import ACTIVATIONS
 from pretrain.nn.positions import ROPE_TYPES, check_rope
 from pretrain.utils.memory_info import physical_memory
 
-__all__ = ["SIZES", "BackboneConfig", "ConfigReader", "Key", "drop_code", "round_up"]
+__all__ = [
+    "GENERATION_KEYS",
+    "SIZES",
+    "BackboneConfig",
+    "ConfigReader",
+    "Key",
+    "drop_code",
+    "round_up",
+]
 
 Self = TypeVar("Self", bound="BackboneConfig")
 
@@ -32,6 +40,15 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "xl": (36, 1280, 20),
 }
 HEAD_DIM = 64
+# Generation settings, which models that were published before generation_config.json existed keep in config.json.
+GENERATION_KEYS = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings"),
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "force_words_ids", "constraints"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "token_healing"),
+    *("num_beams", "num_return_sequences", "penalty_alpha", "dola_layers", "guidance_scale", "watermarking_config"),
+)  # fmt: skip
 # Bounds far above every published model; a larger value means a broken or hostile file.
 _LIMITS = {
     "vocab_size": 1 << 24,

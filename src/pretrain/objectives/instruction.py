@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = [
-    "NEW_TOKENS", "Instruction", "chat_template_of", "encode_conversation", "last_turns", "note_unread", "prompt_ids",
-    "shifted_labels", "shown_shifted",
+    "Instruction", "answer_length", "chat_template_of", "encode_conversation", "last_turns", "note_unread",
+    "prompt_ids", "shifted_labels", "shown_shifted", "store_chat_template",
 ]  # fmt: skip
 
 NEW_TOKENS = 128
@@ -60,8 +60,10 @@ _LONG = {
 }
 
 
-def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
-    """Return the chat template of a model, and store it in the model with the ids that end an answer.
+def chat_template_of(model: Model, source: str | None = None) -> tuple[ChatTemplate, list[int]]:
+    """Return the chat template of a model, and the ids that end an answer.
+
+    These are the end of a turn in the template, the ends that the checkpoint names, and the tokenizer's eos.
 
     Args:
         model: a causal model with a tokenizer.
@@ -78,13 +80,29 @@ def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
             "model.tokenizer."
         )
     template = ChatTemplate.of(tokenizer, source)
+    ends = [] if template.end is None else [tokenizer.vocab[template.end]]
+    ends += [*model.end_ids(), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+    return template, list(dict.fromkeys(ends))
+
+
+def store_chat_template(model: Model, source: str | None = None) -> ChatTemplate:
+    """Store the chat template in a model that is trained with it, with the ids that end an answer, and return it.
+
+    Args:
+        model: a causal model with a tokenizer.
+        source: template that replaces that of the tokenizer.
+
+    Raises:
+        PretrainError: see `chat_template_of`.
+    """
+    template, ends = chat_template_of(model, source)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
     if tokenizer.chat_template != template.source:
         # The tokenizer is copied, because other models may share it.
         model.tokenizer = tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template.source
-    ends = [] if template.end is None else [tokenizer.vocab[template.end]]
-    if tokenizer.eos_id is not None and tokenizer.eos_id not in ends:
-        ends.append(tokenizer.eos_id)
+        tokenizer.named_templates = {}
     if ends:
         model.generation_config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     pad = tokenizer.pad_id
@@ -96,8 +114,16 @@ def chat_template_of(model: Model, source: str | None = None) -> ChatTemplate:
             once=True,
         )
     elif pad is not None:
-        model.generation_config["pad_token_id"] = pad
+        model.generation_config.setdefault("pad_token_id", pad)
     return template
+
+
+def answer_length(model: Model, given: int | None, default: int = NEW_TOKENS) -> int:
+    """Return the maximum number of tokens of an answer: as given, or that of generation_config.json, or a default."""
+    stored = model.generation_config.get("max_new_tokens")
+    if given is None and type(stored) is int and stored > 0:
+        return stored
+    return default if given is None else given
 
 
 def shifted_labels(
@@ -216,7 +242,7 @@ class Instruction(Task, TokenObjective):
             raise ConfigError(
                 f"{option('long', long)}: it must be one of {', '.join(_LONG)}.{suggestion(long, _LONG)}"
             )
-        self.template = chat_template_of(model, chat_template)
+        self.template = store_chat_template(model, chat_template)
         self.drop_unanswered, self.long = drop_unanswered, long
         self.beyond, self.beyond_chosen = _LONG[long], long != "right"
         self._encoded: list[tuple[Table, TaskRows]] = []  # reused by ``trivial``
@@ -415,14 +441,14 @@ class Instruction(Task, TokenObjective):
         ]
 
     def predict(
-        self, table: Table, batch_rows: int = 16, max_new_tokens: int = NEW_TOKENS, **options: Any
+        self, table: Table, batch_rows: int = 16, max_new_tokens: int | None = None, **options: Any
     ) -> Iterator[dict[str, Any]]:
         """Answer the last turn of every conversation.
 
         Args:
             table: conversations, columns named by role.
             batch_rows: number of answers that are generated at once.
-            max_new_tokens: maximum tokens of an answer.
+            max_new_tokens: maximum tokens of an answer; see `answer_length`.
             options: see ``pretrain.inference.generate``; without sampling options decoding is greedy.
 
         Returns:
@@ -431,11 +457,12 @@ class Instruction(Task, TokenObjective):
         """
         if not _CHANCE & options.keys():
             options["do_sample"] = False
+        most = answer_length(self.model, max_new_tokens)
         for start in range(0, len(table), batch_rows):
             part = table.take(range(start, min(start + batch_rows, len(table))))
             rows = self.encode(part, targets=False)
             prompts = [[int(t) for t in example["input_ids"]] for example in rows]
-            texts = _write(self.model, prompts, max_new_tokens, options) if prompts else []
+            texts = _write(self.model, prompts, most, options) if prompts else []
             found = dict(zip(rows.owners, zip(rows.info, texts, strict=True), strict=True))
             for row in range(len(part)):
                 messages, text = found.get(row, (None, None))

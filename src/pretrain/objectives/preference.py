@@ -28,10 +28,10 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, ExampleList, Loss, Rngs
 from pretrain.objectives.instruction import (
     TYPED,
-    chat_template_of,
     encode_conversation,
     note_unread,
     shown_shifted,
+    store_chat_template,
     token_batch,
 )
 from pretrain.objectives.likelihood import target_log_probs
@@ -92,7 +92,7 @@ class Preference(Task):
         if not 0.0 <= label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 0.5).")
         self.beta, self.label_smoothing = beta, label_smoothing
-        self.template = chat_template_of(model, chat_template)
+        self.template = store_chat_template(model, chat_template)
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         """Encode the prompt with either answer; the targets are the tokens of the last turn, its end included."""

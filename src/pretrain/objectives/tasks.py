@@ -149,7 +149,9 @@ def read_texts(table: Table, columns: Sequence[str], rows: TaskRows) -> list[int
             if value is not None and not isinstance(value, str):
                 cure = "Name the column that holds it, or turn its values into strings."
                 if isinstance(value, list | tuple) and len(columns) == 1:
-                    cure = "This model reads one text for each row: join them, or train one on pairs."
+                    cure = (
+                        "This model reads one text for each row: join them, or train one on pairs."
+                    )
                 raise DataError(
                     f"{table.where(i)}: the {name} is {type(value).__name__} {str(value)[:40]!r}, not a text. {cure}"
                 )
