@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import tiny
 from contract import TEXT_FAMILIES, batch_for, check_model
 from pretrain.errors import CheckpointError, ConfigError, ModelError
 from pretrain.models import build, family_class
@@ -326,3 +327,16 @@ class TestLoading:
         model.backbone.extra = torch.nn.Linear(2, 2)
         with pytest.raises(ModelError, match="no name on disk for backbone.extra"):
             model.disk_state()
+
+
+def test_roberta_takes_no_tokenizer_with_another_id_of_padding():
+    words = tiny.tokenizer()
+    sizes = TINY | {"vocab_size": len(words), "pad_id": 1}
+    assert words.pad_id != 1
+    with pytest.raises(ModelError, match=r"counts its positions from .* which is 1 .*tokenizer="):
+        build("roberta", **sizes).tokenizer = words
+    build("bert", **sizes).tokenizer = words
+    del sizes["pad_id"]
+    model = build("roberta", tokenizer=words, **sizes)
+    model.tokenizer = words
+    assert model.backbone.config.pad_id == words.pad_id

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data.scripts import SCRIPTS, TOKENIZERS, documents, tokenizer
 from pretrain.data.loader import Loader
 from pretrain.data.tokenizer import train_from_texts
-from pretrain.errors import ConfigError, ModelError, TokenizerError, TrainingError
+from pretrain.errors import ConfigError, DataError, ModelError, TokenizerError, TrainingError
 from pretrain.models import build
 from pretrain.objectives import build_objective
 from pretrain.objectives.masked_lm import MaskedLM
@@ -266,3 +266,10 @@ def test_final_rate_is_checked_and_described() -> None:
         objective.survey(rows)
     objective.progress = 0.0
     assert "falling to 0.15 over the run" in objective.survey(rows)[0]
+
+
+def test_labels_of_the_rows_are_refused() -> None:
+    goal = MaskedLM(_model())
+    row = {"input_ids": np.arange(5, 13), "labels": np.full(8, -100)}
+    with pytest.raises(DataError, match="makes the labels itself"):
+        goal.collate([row], [np.random.default_rng(0)])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.errors import ModelError
+from pretrain.errors import DataError, ModelError
 from pretrain.objectives.next_token import NextToken
 
 
@@ -44,6 +44,23 @@ def test_padding_mask_counts_as_a_document() -> None:
     row = {"input_ids": np.array([5, 6, 7, 0]), "attention_mask": np.array([1, 1, 1, 0])}
     batch = _objective().collate([row], [np.random.default_rng(0)])
     assert batch["labels"].tolist() == [[6, 7, -100, -100]]
+
+
+def test_labels_of_the_rows_are_the_targets_as_in_transformers() -> None:
+    ids = np.arange(5, 13)
+    row = {
+        "input_ids": ids,
+        "document_ids": np.array([1, 1, 1, 1, 1, 2, 2, 0]),
+        "labels": np.where(np.arange(8) < 2, -100, ids),
+    }
+    batch = _objective().collate([row] * 2, [np.random.default_rng(0)] * 2)
+    assert batch["labels"].tolist() == [[-100, 7, 8, 9, -100, 11, -100, -100]] * 2
+    assert int(_objective().count(batch)) == 8
+    with pytest.raises(DataError, match="need labels of one shape"):
+        _objective().collate(
+            [row, {k: row[k] for k in ("input_ids", "document_ids")}],
+            [np.random.default_rng(0)] * 2,
+        )
 
 
 def test_bits_per_byte() -> None:

@@ -235,7 +235,7 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
             f"ids would have no embedding. They come from different models; put the right tokenizer beside the "
             f"weights, or load(..., tokenizer=False)."
         )
-    model.tokenizer = found
+    model.processor = found  # as published, whatever id it pads with
 
 
 def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:

@@ -68,6 +68,7 @@ class Backbone(nn.Module):
         model_type: name of the family in config.json.
         config_class: configuration class.
         causal: a token attends to no later token.
+        positions_from_pad: positions are counted from the id of padding, which a tokenizer must share.
         prefix: prefix of the body's tensors in a file with a head; ``prefixes`` lists all that are accepted.
         projection: name on disk of the vocabulary projection, of which a file with a tied head may hold a copy.
         hf_keys: field of the configuration -> its key in config.json, for reading and writing; if it is empty, every
@@ -87,6 +88,7 @@ class Backbone(nn.Module):
     model_type: ClassVar[str]
     config_class: ClassVar[type[BackboneConfig]]
     causal: ClassVar[bool] = True
+    positions_from_pad: ClassVar[bool] = False
     prefix: ClassVar[str] = "model."
     prefixes: ClassVar[tuple[str, ...]] = ("model.", "transformer.")
     projection: ClassVar[str] = "lm_head.weight"

@@ -172,7 +172,22 @@ class Model(ModelMethods, nn.Module):
 
     @tokenizer.setter
     def tokenizer(self, value: Tokenizer | None) -> None:
-        """Make a tokenizer the processor."""
+        """Make a tokenizer the processor.
+
+        Raises:
+            ModelError: the family counts its positions from the id of padding, and the tokenizer has another one.
+        """
+        pad = self.backbone.config.pad_id
+        if (
+            value is not None
+            and self.backbone.positions_from_pad
+            and value.pad_id not in (None, pad)
+        ):
+            raise ModelError(
+                f"{self.backbone.model_type} counts its positions from the id of padding, which is {pad} in this model "
+                f"and {value.pad_id} in the tokenizer, where {pad} is another token. Build the model with its "
+                "tokenizer: pretrain.build(..., tokenizer=...)."
+            )
         self.processor = value
 
     @property

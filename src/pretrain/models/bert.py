@@ -247,6 +247,7 @@ class Roberta(Bert):
     """BERT with positions that start at ``pad_id + 1``; padding has the position ``pad_id``."""
 
     model_type: ClassVar[str] = "roberta"
+    positions_from_pad: ClassVar[bool] = True
     config_class: ClassVar[type[BackboneConfig]] = RobertaConfig
     prefix: ClassVar[str] = "roberta."
     prefixes: ClassVar[tuple[str, ...]] = ("roberta.",)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from pretrain.errors import ConfigError, ModelError, TokenizerError, TrainingError
+from pretrain.errors import ConfigError, DataError, ModelError, TokenizerError, TrainingError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import (
     Batch,
@@ -116,6 +116,11 @@ class MaskedLM(TokenObjective):
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Mask tokens of each row with the row's own generator; special tokens and padding are never targets."""
+        if any("labels" in example for example in examples):
+            raise DataError(
+                "The rows have labels, and MaskedLM hides tokens and makes the labels itself. Remove them from the "
+                "rows, and give the tokens as they are, not masked ones."
+            )
         batch = stack(
             examples,
             ("input_ids", "document_ids", "position_ids", "attention_mask", "token_type_ids"),

@@ -50,16 +50,19 @@ class NextToken(TokenObjective):
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Collate rows of token ids; ``labels[:, t]`` is the token that follows position t.
 
-        The last token of a document has no target, because its successor belongs to another document.
+        The last token of a document has no target, because its successor belongs to another document. Rows may bring
+        ``labels`` as transformers has them, in the places of the tokens themselves: -100 is no target.
         """
-        batch = stack(examples, ("input_ids", "document_ids", "position_ids", "attention_mask"))
+        keys = ("input_ids", "document_ids", "position_ids", "attention_mask", "labels")
+        batch = stack(examples, keys)
         ids = batch["input_ids"]  # (B, T)
+        tokens = batch.get("labels", ids)
         documents = batch.get("document_ids", batch.get("attention_mask"))
         if documents is None:
             documents = torch.ones_like(ids)
         labels = torch.full_like(ids, IGNORE)
         inside = (documents[:, :-1] == documents[:, 1:]) & (documents[:, :-1] != 0)
-        labels[:, :-1] = torch.where(inside, ids[:, 1:], labels[:, :-1])
+        labels[:, :-1] = torch.where(inside, tokens[:, 1:], labels[:, :-1])
         batch["labels"] = labels
         batch["target_index"] = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
         return drop_plain_documents(batch)
