@@ -20,6 +20,7 @@ import tiny
 from pretrain.cli import main as cli
 from pretrain.data.row_writer import RowWriter
 from pretrain.data.tables import stream_chunks
+from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.inference.predict import predict, predict_file, predict_with, task_of
 from pretrain.models import build
@@ -306,6 +307,36 @@ def test_a_foreign_directory_answers_as_transformers_does(tmp_path: Path) -> Non
                 else:
                     on = [theirs.config.id2label[i] for i in range(3) if row[i] > 0]
                     assert answer["label"] == on
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_words_are_read_with_the_blanks_that_another_library_gives_them(
+    recorded: bool, tmp_path: Path
+) -> None:
+    """An old directory of ours, which records its task alone, has the tokenizer that it was trained with."""
+    transformers = pytest.importorskip("transformers")
+    made = build(
+        "roberta", None, tokenizer=train_from_texts(tiny.TEXTS, "bpe", vocab_size=300), num_layers=1, hidden_size=16,
+        num_heads=2, intermediate_size=32, max_positions=48, initializer_range=0.5, **HEADS["tokens"],
+    )  # fmt: skip
+    folder = made.save(tmp_path)
+    if recorded:
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrain"] = {"objective": {"task": "token-classification"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "manifest.json").unlink()
+    ours = pretrain.load(folder, quiet=True)
+    before, words = ours.tokenizer, ["the", "old", "dog", "sat", "there"]
+    theirs = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
+    backend = transformers.AutoTokenizer.from_pretrained(folder)
+    text: Any = words if recorded else " " + " ".join(words)
+    encoded = backend(text, is_split_into_words=recorded, return_tensors="pt")
+    with torch.no_grad():
+        chances = theirs(**encoded).logits[0].softmax(-1)
+    firsts = [encoded.word_ids().index(word) for word in range(len(words))]
+    wanted = pytest.approx(chances[firsts].amax(-1).tolist(), abs=1e-5)
+    assert ours.predict(tuple(words))["scores"] == wanted
+    assert ours.tokenizer is before
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -110,7 +110,9 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
     if kind in ("image-classification", "audio-classification"):
         several = problem == "multi_label_classification"
         return kind, {"problem": "multi_label" if several else "single_label"}
-    if kind in ("token-classification", "question-answering", "segmentation", "object-detection"):
+    if kind == "token-classification":
+        return kind, {"word_blanks": None}  # other libraries train it on words with their blanks
+    if kind in ("question-answering", "segmentation", "object-detection"):
         return kind, {}
     if kind is None and (own := model.backbone.default_task) is not None:
         return own, {}

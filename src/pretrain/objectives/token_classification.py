@@ -50,7 +50,8 @@ class TokenClassification(ClassTask):
             a label, else the first label.
         word_blanks: if the tokenizer joins a word with the blank before it (byte-level BPE), encode the words of a
             list as they would be encoded in a text. This changes the model's tokenizer, which is saved with it, so
-            that other libraries encode the same ids. Fine-tuning turns it on; off, the tokenizer is unchanged.
+            that other libraries encode the same ids. Fine-tuning turns it on; off, the tokenizer is unchanged. None
+            encodes them so and leaves the model's tokenizer as it is, for a model that another library trained.
         codes: value in the column of tags -> label, if the two differ (tags that are numbers).
         class_weights, label_smoothing: see ``ClassTask``.
         max_length, pack: see ``Task``.
@@ -89,7 +90,7 @@ class TokenClassification(ClassTask):
         *,
         all_pieces: bool = False,
         empty_tag: str | None = None,
-        word_blanks: bool = False,
+        word_blanks: bool | None = False,
         codes: Mapping[str, str] | None = None,
         class_weights: Any = None,
         label_smoothing: float = 0.0,
@@ -109,6 +110,8 @@ class TokenClassification(ClassTask):
         self.codes = dict(codes) if codes else None
         if word_blanks and model.tokenizer is not None:
             model.tokenizer = blanks_before_words(model.tokenizer)
+        elif word_blanks is None:
+            self.encoder.tokenizer = blanks_before_words(self.encoder.tokenizer)
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
