@@ -369,3 +369,13 @@ def test_a_run_in_the_directory_of_a_model_is_refused(checkpoint: str, tmp_path:
     with pytest.raises(ConfigError, match="holds a model"):
         tune(place, place, rows_of(24))
     assert sorted(os.listdir(place)) == before
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_keeps_its_random_state(tmp_path: Path, off: Any) -> None:
+    wanted = tune(model_of(), tmp_path / "plain", limit="2 steps", lora=2).metrics
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with off():
+        assert tune(model_of(), tmp_path / "off", limit="2 steps", lora=2).metrics == wanted
+    assert torch.equal(before, torch.get_rng_state())

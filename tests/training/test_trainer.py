@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -395,3 +396,25 @@ def test_a_finished_run_runs_no_further(tmp_path: Path) -> None:
     again = trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(2, seed=3)).fit()
     assert again.step == 12 and again.metrics == first.metrics
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoint-12").rglob("*")}
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_disturbs_no_caller_and_is_disturbed_by_none(tmp_path: Path, off: Any) -> None:
+    """The caller's random state stays, and a caller that computes without gradients gets the same run."""
+    states, found = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before, goal = torch.get_rng_state(), objective(dropout=0.1)
+        with contextlib.nullcontext() if seed == 1 else off():
+            trainer(tmp_path / str(seed), goal, Rows(8), limit="3 steps").fit()
+            assert torch.is_grad_enabled() == (seed == 1)
+        states.append(torch.equal(before, torch.get_rng_state()))
+        found.append(losses(tmp_path / str(seed)))
+    assert all(states) and found[0] == found[1]
+
+
+def test_weights_that_no_gradient_can_reach_are_named(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        goal = objective()
+    with pytest.raises(ConfigError, match="inference_mode"):
+        trainer(tmp_path, goal, Rows(8)).fit()

@@ -23,6 +23,7 @@ from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, 
 from pretrain.report.run_report import PAGE
 from pretrain.training.launch import read_run
 from pretrain.training.run import check_same_run, has_begun
+from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page
 
@@ -36,6 +37,7 @@ _ANEW = "<!-- made from a checkpoint, not at the end of the run -->"
 
 
 @using(FINETUNE)
+@undisturbed()
 def finetune(
     model: Any = None,
     data: Any = None,

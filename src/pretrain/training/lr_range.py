@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pretrain.config import RunConfig
 from pretrain.config.spelling import TRAIN, option, using
 from pretrain.data.row_source import RowSource
@@ -26,6 +24,7 @@ from pretrain.objectives import build_objective
 from pretrain.training.early import check_early
 from pretrain.training.run import about, make_model, rows_of
 from pretrain.training.trainer import Trainer
+from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.curves import Plot, Series, curve_svg
 from pretrain.utils.directories import temporary_name
 from pretrain.utils.files import note
@@ -106,6 +105,7 @@ class _Rising(Trainer):
 
 
 @using(TRAIN)
+@undisturbed()
 def lr_range_test(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,
@@ -144,34 +144,33 @@ def lr_range_test(
     check_early(settings, rows)
     data = rows or rows_of(settings, quiet=False)
     folder = temporary_name(Path(f"{settings.train.out}.lr-range"), "new")
-    with torch.random.fork_rng():
-        model = make_model(settings, data)
-        chosen = settings.objective
-        goal = build_objective(chosen.class_path, chosen.init_args, model, settings.train.seed)
-        trainer = _Rising(
-            goal,
-            data.train,
-            optim=dataclasses.replace(settings.optim, ema=0.0, unfreeze=0.0),
-            train=dataclasses.replace(
-                settings.train,
-                out=os.fspath(folder),
-                limit=f"{steps} steps",
-                save_every="0 steps",
-            ),
-            parallel=settings.parallel,
-            about=about(settings, data),
-            lowest=lowest,
-            highest=highest,
-        )
-        try:
-            trainer.fit()
-        except TrainingError:
-            if (
-                not trainer.losses
-            ):  # else the loss or the gradient is no number any more, which ends the test
-                raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    model = make_model(settings, data)
+    chosen = settings.objective
+    goal = build_objective(chosen.class_path, chosen.init_args, model, settings.train.seed)
+    trainer = _Rising(
+        goal,
+        data.train,
+        optim=dataclasses.replace(settings.optim, ema=0.0, unfreeze=0.0),
+        train=dataclasses.replace(
+            settings.train,
+            out=os.fspath(folder),
+            limit=f"{steps} steps",
+            save_every="0 steps",
+        ),
+        parallel=settings.parallel,
+        about=about(settings, data),
+        lowest=lowest,
+        highest=highest,
+    )
+    try:
+        trainer.fit()
+    except TrainingError:
+        if (
+            not trainer.losses
+        ):  # else the loss or the gradient is no number any more, which ends the test
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return judged(trainer.rates, trainer.losses)
 
 

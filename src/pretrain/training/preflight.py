@@ -19,7 +19,7 @@ from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.config import OptimConfig
 from pretrain.data.loader import Examples
 from pretrain.data.shards import Rows
-from pretrain.errors import DataError, TrainingError, out_of_memory
+from pretrain.errors import ConfigError, DataError, TrainingError, out_of_memory
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import local
 from pretrain.printing import duration
@@ -34,7 +34,7 @@ from pretrain.utils.memory_info import free_memory, peak_memory
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["check_rows", "numel", "preflight"]
+__all__ = ["check_rows", "check_trainable", "numel", "preflight"]
 
 # Steps below which a run is said to be short, readings of a text above which it is said to be learnt by heart (values
 # up to 4 are as good as new text, and beyond 16 little is gained: arXiv 2305.16264, figure 5), and mean occurrences of
@@ -161,6 +161,15 @@ def check_rows(data: Examples, batch_rows: int) -> None:
         raise DataError(
             f"The data have {len(data)} rows and train.batch_rows is {batch_rows}: a batch would hold rows "
             f"twice. Set train.batch_rows to {len(data)} or less, use shorter rows (data.row_length) or more text."
+        )
+
+
+def check_trainable(module: torch.nn.Module) -> None:
+    """Check that gradients can reach the weights of a module."""
+    if any(tensor.is_inference() for tensor in (*module.parameters(), *module.buffers())):
+        raise ConfigError(
+            "The model was made inside torch.inference_mode(), and such weights cannot be trained. Build or load it "
+            "outside."
         )
 
 

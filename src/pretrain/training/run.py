@@ -65,6 +65,7 @@ from pretrain.training.restore import load_others
 from pretrain.training.starting_model import open_source, origin, settled_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
+from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.files import muted, note
 from pretrain.utils.hub_files import pinned
 from pretrain.utils.hub_names import hub_name
@@ -81,6 +82,7 @@ _ROWS = 16  # rows in one forward pass of an evaluation
 
 
 @using(TRAIN)
+@undisturbed()
 def train(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,

@@ -48,13 +48,14 @@ from pretrain.training.precision import (
     evaluation_precision,
     peak_flops,
 )
-from pretrain.training.preflight import check_rows, numel, preflight
+from pretrain.training.preflight import check_rows, check_trainable, numel, preflight
 from pretrain.training.rescue import Home
 from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.schedule import lr_factor
 from pretrain.training.skips import count_skips
 from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
 from pretrain.training.unbegun import Unbegun
+from pretrain.training.undisturbed import undisturbed
 from pretrain.training.validation import Cost, run_validation
 from pretrain.utils.memory_info import hardware, peak_memory
 from pretrain.utils.run_log import read_log
@@ -172,6 +173,9 @@ class Trainer:
     ) -> Run:
         """Train until the limit, resuming from the newest checkpoint in the output directory if there is one.
 
+        Gradients are computed inside ``torch.no_grad()`` too, and torch's global random state is that of before at the
+        end.
+
         Args:
             begin: called on rank zero when the directory is locked for this run, before anything is read from it.
             end: called on all ranks when everything is saved, while the watchdog still runs.
@@ -181,6 +185,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(unbegun.removed())
             self.device = stack.enter_context(enter_world(self))
+            stack.enter_context(undisturbed(self.device))
             self.stop = stack.enter_context(catch_signals())
             stack.enter_context(run_lock(self.out, world))
             stack.enter_context(unbegun.emptied())
@@ -216,6 +221,7 @@ class Trainer:
         """
         train, world = self.train, self.world
         check_rows(self.train_data, train.batch_rows)
+        check_trainable(self.objective)
         if self.parallel.threads:
             torch.set_num_threads(self.parallel.threads)
         self.precision = common_precision(train.precision, self.device, world)
