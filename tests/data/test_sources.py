@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,27 @@ def test_stream_that_cannot_be_read_twice(tmp_path: Path) -> None:
         prepare(data.to_iterable_dataset())
     with pytest.raises(DataError, match=r"several splits \(train\)"):
         prepare(datasets.DatasetDict({"train": data}))
+
+
+def test_a_data_set_is_read_in_any_format() -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": GOOD, "language": ["en"] * len(GOOD)})
+
+    def joined(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"both": [" ".join(p) for p in zip(batch["language"], batch["text"], strict=True)]}
+
+    def texts(source: Any, column: str) -> list[str]:
+        return list(documents(resolve_sources(source, text=column)[0][0]))
+
+    for changed in (
+        data,
+        data.with_format("numpy"),
+        data.with_format("numpy", columns=["language"]),
+    ):
+        assert texts(changed, "text") == GOOD
+    assert texts(data.with_transform(joined), "both") == [f"en {text}" for text in GOOD]
+    with pytest.raises(DataError, match="'text'.*both"):
+        resolve_sources(data.with_transform(joined))
 
 
 def test_hub_name_is_streamed_once(monkeypatch: pytest.MonkeyPatch) -> None:

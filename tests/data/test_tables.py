@@ -176,6 +176,34 @@ def test_splits_of_a_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     refused(part.to_iterable_dataset(), "streamed")
 
 
+def test_the_transform_of_a_data_set_is_applied(capsys: pytest.CaptureFixture[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.Features(
+        {"text": datasets.Value("string"), "a": datasets.ClassLabel(names=["x", "y"])}
+        | {"b": datasets.ClassLabel(names=["x", "y"])}
+    )
+    rows = {"text": ["A", "B"], "a": [0, 1], "b": [0, 1]}
+
+    def change(batch: dict[str, Any]) -> dict[str, Any]:
+        lower = [text.lower() for text in batch["text"]]
+        return {
+            "text": lower,
+            "a": batch["a"],
+            "b": [1 - b for b in batch["b"]],
+            "n": np.ones(len(lower), int),
+        }
+
+    data = datasets.Dataset.from_dict(rows, features=kinds).with_transform(change)
+    for source in (data, datasets.DatasetDict(train=data)):
+        table = read_table(source)
+        assert list(table.rows()) == list(data)
+        assert table.label_names == {
+            "a": ["x", "y"]
+        }  # those of b do not belong to the numbers that it has now
+        assert "transform" in capsys.readouterr().err
+    assert read_table(data.select([1])).row(0) == {"text": "b", "a": 1, "b": 0, "n": 1}
+
+
 def test_fingerprint() -> None:
     base = read_table(ROWS)
     assert (

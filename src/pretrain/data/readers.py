@@ -29,8 +29,8 @@ from pretrain.errors import DataError, suggestion
 
 __all__ = [
     "COMPRESSIONS", "ESCAPED", "FORMATS", "MAX_WHOLE", "TABLE_FORMATS", "Fault", "Piece", "Reading", "cell_text",
-    "decode_line", "file_format", "found_in_folders", "lines", "no_column", "read_file", "table_kind", "text_of",
-    "whole_characters",
+    "decode_line", "file_format", "found_in_folders", "has_transform", "lines", "no_column", "read_file", "table_kind",
+    "text_of", "whole_characters",
 ]  # fmt: skip
 
 Piece = tuple[str, bool]
@@ -347,6 +347,11 @@ def cell_text(row: Any, column: str, where: str) -> str:
             f"{column_option('text')}, or turn the values into strings."
         )
     return str(whole_characters(value))
+
+
+def has_transform(dataset: Any) -> bool:
+    """Whether a ``datasets.Dataset`` computes its rows by a function (``with_transform``)."""
+    return bool(dataset.format["type"] == "custom")
 
 
 def whole_characters(value: Any) -> Any:

@@ -25,6 +25,7 @@ from pretrain.data.readers import (
     Reading,
     cell_text,
     file_format,
+    has_transform,
     no_column,
     read_file,
 )
@@ -175,18 +176,20 @@ class DatasetSource:
 
     def __init__(self, dataset: Any, text: str = "text", name: str = "dataset") -> None:
         self.name = name
-        self.dataset = dataset
         self.text = text
         self.notes: list[str] = []
-        if text not in dataset.column_names:
-            raise no_column(f"the data set {name!r}", text, list(dataset.column_names))
+        computed = has_transform(dataset)  # other formats only change the type of the values
+        names = list(dataset[:1] if computed else dataset.column_names)
+        if text not in names:
+            raise no_column(f"the data set {name!r}", text, names)
+        self.dataset = dataset if computed else dataset.with_format(None).select_columns([text])
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the rows of the text column."""
+        """Yield the rows of the text column, as a transform of the data set makes them."""
         step = 256
-        column = self.dataset.select_columns([self.text])
-        for first in range(0, len(column), step):
-            for number, value in enumerate(column[first : first + step][self.text], start=first):
+        for first in range(0, len(self.dataset), step):
+            values = self.dataset[first : first + step][self.text]
+            for number, value in enumerate(values, start=first):
                 yield cell_text({self.text: value}, self.text, f"{self.name}, row {number}"), True
 
     def fingerprint(self, hashes: FileHashes) -> str:

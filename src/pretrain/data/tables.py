@@ -17,6 +17,7 @@ from pretrain.data.paths import find_files
 from pretrain.data.readers import (
     COMPRESSIONS,
     TABLE_FORMATS,
+    has_transform,
     table_kind,
     whole_characters,
 )
@@ -380,6 +381,14 @@ def _dataset(dataset: Any, name: str) -> Table:
         )
     made = dataset.with_format("arrow")[:].to_pydict()
     features = getattr(dataset, "features", None) or {}
+    if has_transform(dataset):
+        note(f"{name}: the transform of the data set is applied once to each row")
+        stored = made
+        made, _ = columns_of_rows(
+            ((f"row {i}", _plain(row)) for i, row in enumerate(dataset)), name
+        )
+        # A feature describes the stored column: names of classes do not belong to numbers that were changed.
+        features = {key: kind for key, kind in features.items() if made.get(key) == stored[key]}
     label_names = {}
     for key, feature in features.items():
         inner = feature
