@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,31 @@ def test_numbers_with_names_are_counted(checkpoint: str) -> None:
     rows = [{"text": r["text"], "label": ANIMALS.index(r["label"])} for r in rows_of(30)]
     found = look(rows, model=checkpoint, labels=list(ANIMALS), valid=0)
     assert found.classes["train"] == dict.fromkeys(ANIMALS, 10)
+
+
+@pytest.mark.parametrize("spell", [float, str, lambda k: [k]])
+def test_labels_are_counted_as_they_are_read(spell: Any) -> None:
+    rows = [{"text": r["text"], "label": spell(ANIMALS.index(r["label"]))} for r in rows_of(30)]
+    found = look(rows, valid=0, problem="single_label")
+    assert list(found.classes["train"].values()) == [10, 10, 10]
+
+
+def test_held_out_classes_are_counted_by_their_names() -> None:
+    datasets = pytest.importorskip("datasets")
+    train, valid = rows_of(30), rows_of(60)[40:]
+    parts = {}
+    for part, rows, names in (("train", train, ANIMALS), ("validation", valid, ANIMALS[::-1])):
+        kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))}
+        parts[part] = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
+    counts = Counter(row["label"] for row in valid)
+    assert len(set(counts.values())) > 1
+    assert look(parts).classes["valid"] == {animal: counts[animal] for animal in ANIMALS}
+
+
+@pytest.mark.parametrize("spell", [str.split, str])
+def test_tags_of_words_are_no_classes_of_rows(spell: Any) -> None:
+    rows = [{"tokens": spell("the cat"), "tags": spell(f"O {tag}")} for tag in "ABAB"]
+    assert look(rows, "token-classification", valid=0).classes == {}
 
 
 def test_several_labels(checkpoint: str) -> None:

@@ -10,14 +10,14 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import FINETUNE, using
 from pretrain.finetuning.job import Job
-from pretrain.finetuning.rows import Data, open_data
+from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.finetuning.start import classes_of
 from pretrain.objectives import check_options, task_class
@@ -28,7 +28,7 @@ from pretrain.utils.html import Html, bullets, notebook_view, section, table
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
-    from pretrain.objectives.tasks import Task
+    from pretrain.objectives.tasks import Learned, Task
 
 __all__ = ["Overview", "look"]
 
@@ -77,11 +77,7 @@ def look(
     check_options(cls, settings.task.options)
     found = open_data(settings, objects, cls, classes_of(model, cls))
     notes = list(found.notes)
-    classes = {
-        name: _classes(getattr(found, name), found)
-        for name in found.counts
-        if found.learned.labels and len(found.learned.labels) > 1
-    }
+    classes = {name: _classes(cls, getattr(found, name), found.learned) for name in found.counts}
     common: dict[str, Any] = {
         "name": found.names["train"],
         "task": task,
@@ -130,17 +126,13 @@ def _examples(task: Task, table: Table, rows: TaskRows) -> list[list[tuple[str, 
     return shown
 
 
-def _classes(table: Table, data: Data) -> dict[str, int]:
-    """Number of rows of each class, in the order of the labels; empty if rows have lists of labels."""
-    values = table.columns.get("label")
-    if values is None:
+def _classes(cls: type[Task], table: Table, learned: Learned) -> dict[str, int]:
+    """Number of rows of each class, in the order of the labels; empty if rows do not have one class each."""
+    numbers = cls.classes(table, learned)
+    if numbers is None:
         return {}
-    if any(isinstance(value, list | tuple | Mapping) for value in values):
-        return {}
-    codes = data.learned.options.get("codes", {})
-    labels = data.learned.labels or ()
-    counts = Counter(codes.get(str(value), str(value)) for value in values)
-    return {label: counts.get(k, counts.get(label, 0)) for k, label in enumerate(labels)}
+    counts = Counter(numbers)
+    return {label: counts[k] for k, label in enumerate(learned.labels or ())}
 
 
 def _words(values: Any) -> int:

@@ -194,6 +194,13 @@ class Classification(ClassTask):
         kept = {} if names is None else {"label": names}
         return table.with_columns({**table.columns, "label": tidied}, kept)
 
+    @classmethod
+    def classes(cls, table: Table, learned: Learned) -> list[int] | None:
+        if learned.options["problem"] != _SINGLE:
+            return None
+        known = LabelMap(learned.labels or (), learned.options["codes"])
+        return [row[0] for row in _class_numbers(table, known, single=True)]
+
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows, kept = self.encode_inputs(table, targets=targets)
         if not targets:

@@ -365,6 +365,11 @@ class Task(Objective):
         """
         return table
 
+    @classmethod
+    def classes(cls, table: Table, learned: Learned) -> list[int] | None:
+        """The class number of every row of a table that `tidy` returned; None if rows do not have one class each."""
+        return None
+
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         """Encode rows as examples.
 
