@@ -148,7 +148,7 @@ def test_classes(values: list[Any], labels: tuple[str, ...], ids: list[int]) -> 
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.sampled_from(["a", "b", "B ", "ç", "10", "9"]), min_size=2, max_size=19)
-    | st.lists(st.integers(-5, 5), min_size=2, max_size=19)
+    | st.lists(st.integers(-5, 5).map(lambda k: 2 * k), min_size=2, max_size=19)
 )
 def test_ids_name_the_values_again(values: list[Any]) -> None:
     if len({str(value).strip() for value in values}) < 2:
@@ -225,8 +225,17 @@ def test_bad_labels_say_where(capsys: pytest.CaptureFixture[str]) -> None:
         "row 2 of a list", "'span'", "Did you mean 'spam'", "labels of the training rows", "eggs",
     )  # fmt: skip
     assert not capsys.readouterr().err
-    make_label_map(["Spam", "spam", "ham"])
-    assert "'Spam' and 'spam' differ only in case" in capsys.readouterr().err
+    for twins in (
+        ("Spam", "spam"),
+        ("1", "1.0"),
+        ("a", "a\u200b"),
+        ("é", "e\u0301"),
+        ("10", "1e1"),
+    ):
+        make_label_map([*twins, "2"])
+        assert f"{twins[0]!r} and {twins[1]!r} differ only in case" in capsys.readouterr().err
+    make_label_map(["1", "2", "a", "b"])
+    assert not capsys.readouterr().err
     assert all(map(is_missing, gaps[1::2])) and not is_missing(0) and not is_missing("0")
 
 
@@ -442,6 +451,18 @@ def test_the_mark_of_tokens_without_a_label_is_no_class() -> None:
     with pytest.raises(DataError, match="-100 is no class"):
         LabelMap.learn([0, 1, -100])
     assert LabelMap.learn([0, -100], {"0": "no", "-100": "yes"}).labels == ("no", "yes")
+
+
+@pytest.mark.parametrize("form", [int, float, str, "{}.0".format])
+def test_minus_one_beside_numbered_classes_marks_rows_without_a_label(form: Any) -> None:
+    for top in (2, 3, 9):
+        values = [form(k) for k in (*range(top + 1), -1, -1)]
+        words = (f"row {top + 2}: label -1", f"as 2 of {top + 3} rows", "labels=['-1")
+        refused(lambda values=values: LabelMap.learn(values), *words)
+        named = [str(form(k)) if form is not float else str(k) for k in range(-1, top + 1)]
+        assert LabelMap.learn(values, named).labels == tuple(named)
+    for classes in ((-1, 1), (-1, 0), (-1, 0, 1), (-1, 1, 2, 3), (-2, -1, 0, 1, 2), (0, 1, 2)):
+        assert len(LabelMap.learn([form(k) for k in classes]).labels) == len(classes)
 
 
 def test_rows_without_a_text_are_no_duplicates() -> None:

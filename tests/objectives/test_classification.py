@@ -229,6 +229,15 @@ def test_a_label_that_training_did_not_have() -> None:
         task_of(problem="multi_label").encode(bad([["cat"], ["cow"]]))
 
 
+def test_the_mark_of_rows_without_a_label_in_snli_is_remarked_on() -> None:
+    def notes(*labels: str, **options: Any) -> list[str]:
+        rows = [{"text": f"t {i}", "label": label} for i, label in enumerate(labels)]
+        return Classification.learn(read_table(rows), options).notes
+
+    assert "'-' is a class, of 1 of 4 rows" in notes("neutral", "entailment", "-", "neutral")[0]
+    assert notes("+", "-", "+") == notes("a", "-", "a", labels=["a", "-"]) == notes("a", "b") == []
+
+
 def test_texts_are_framed_and_cut() -> None:
     task = task_of(max_length=8)
     table = read_table([

@@ -24,7 +24,7 @@ from pretrain.utils.files import note
 
 __all__ = [
     "LabelMap", "Several", "blanks_note", "finite_numbers", "flattened", "is_missing", "is_on", "make_tag_map",
-    "number_in", "printed_list", "read_several",
+    "number_in", "printed_list", "read_several", "unlabelled_note",
 ]  # fmt: skip
 
 _SHOWN = 3
@@ -32,6 +32,7 @@ _MANY = 1000
 _FEW_ROWS = 20
 LARGEST = 1e37  # largest target; differences and sums over a batch still fit single precision
 
+_UNLABELLED = ("-1", "-")  # the second is that of SNLI, where the annotators disagreed
 _MARKS = ("|", ";", ",")  # separators of names in one cell
 _RECURRING = 0.9  # share of the parts of joined cells that must occur in other cells too
 _SPELLED = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
@@ -173,7 +174,9 @@ class LabelMap:
         first = texts[strange[0]]
         more = f" ({len(unknown)} such values: {_listed(unknown)})" if len(unknown) > 1 else ""
         near = suggestion(first, self.labels)
-        near += " In public test sets -1 marks a row without a label." if first == "-1" else ""
+        near += f" In public test sets {first} marks a row without a label." * (
+            first in _UNLABELLED
+        )
         raise DataError(
             f"{at(strange[0])}: {column} {_short(first)!r} is not among {what}: {_listed(self.labels)}.{near}{more} "
             + (
@@ -290,6 +293,17 @@ def blanks_note(values: Iterable[Any], column: str) -> list[str]:
     )
 
 
+def unlabelled_note(values: Sequence[Any], labels: Sequence[str], column: str) -> list[str]:
+    """Return a line about a class called ``-`` beside classes with names; an empty list if there is none."""
+    count = sum(isinstance(value, str) and value.strip() == "-" for value in values)
+    if not count or not any(character.isalpha() for label in labels for character in label):
+        return []
+    return [
+        f"{column}: '-' is a class, of {count:,} of {len(values):,} rows; in SNLI it marks those whose annotators "
+        "disagreed, which are to be left out"
+    ]
+
+
 def number_in(text: str) -> float | None:
     """Return the finite number that a text spells, or None."""
     try:
@@ -390,6 +404,15 @@ def _sorted_labels(
             f"a class: use {option('task', 'regression')}. If they are names of {len(distinct)} classes, list them: "
             f"{option('labels', [...])}."
         )
+    values_of = {number: text for text, number in numbers.items() if number is not None}
+    # With -1, 0 and 1 alone, -1 is a class: the sentiment of a text is often written so.
+    if all_numbers and len(values_of) > 3 and sorted(values_of) == [*range(-1, len(values_of) - 1)]:
+        text = values_of[-1]
+        raise DataError(
+            f"{at(texts.index(text))}: {column} {text} is no class: beside classes that are numbered from 0, it marks "
+            f"a row without a label, as {counts[text]:,} of {len(texts):,} rows are. Leave these rows out; if it is a "
+            f"class, list all: {option('labels', [text, values_of[0], ...])}."
+        )
     if len(distinct) == 1:
         raise DataError(
             f"all {len(texts):,} rows have the {column} {_short(distinct[0])!r}; training needs at least two "
@@ -403,13 +426,16 @@ def _sorted_labels(
             f"{_short(distinct[0])!r} ({at(i)}); it looks like text or an id and not like classes. Name the column of "
             f"the label, for example {column_option('label', 'category')}."
         )
-    folded: dict[str, str] = {}
+    folded: dict[str | float, str] = {}
     for text in distinct:
-        plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-        twin = folded.setdefault(plain, text)
+        visible = "".join(c for c in text if unicodedata.category(c) != "Cf")
+        plain = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
+        number = numbers[text]
+        twin = folded.setdefault(plain if number is None else number, text)
         if twin != text:
             note(
-                f"{column}: {twin!r} and {text!r} differ only in case, blanks or accents and are two classes"
+                f"{column}: {twin!r} and {text!r} differ only in case, blanks, accents, invisible characters or the "
+                "form of a number and are two classes"
             )
     if all_numbers:
         return tuple(sorted(distinct, key=lambda text: (numbers[text] or 0.0, text)))

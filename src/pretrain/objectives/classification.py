@@ -18,7 +18,14 @@ from torch.nn import functional as F
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.labelled import Role
-from pretrain.data.labels import LabelMap, blanks_note, flattened, make_tag_map, read_several
+from pretrain.data.labels import (
+    LabelMap,
+    blanks_note,
+    flattened,
+    make_tag_map,
+    read_several,
+    unlabelled_note,
+)
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
@@ -156,6 +163,8 @@ class Classification(ClassTask):
             lone = values if form.rows is None else _only(form.rows, table.where)
             found = LabelMap.learn(lone, given, where=table.where, **known)
             strata: Any = found.ids(lone, where=table.where)
+            if given is None:
+                notes += unlabelled_note(lone, found.labels, "label")
         else:
             found, several = make_tag_map(
                 form.rows, given, where=table.where, column="label", **known
