@@ -10,6 +10,7 @@ import struct
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -31,6 +32,8 @@ from pretrain.checkpoint import (
     save_model,
     verify,
 )
+from pretrain.config.spelling import Interface, using
+from pretrain.data.prepare import prepare
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.models import build
@@ -526,6 +529,33 @@ def test_inspect_says_what_lies_there(tmp_path, tokenizer, monkeypatch):
     assert "model.safetensors" in inspect(path)["problem"]
     with pytest.raises(CheckpointError, match="no such directory"):
         inspect(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_prepared_data_are_named_where_a_model_is_expected(tmp_path, kind):
+    folder = tmp_path / "my data"
+    if kind == "text":
+        (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+        prepare(tmp_path / "a.txt", folder, tokenizer="char", row_length=8, workers=1, quiet=True)
+    else:
+        np.savez(tmp_path / "a.npz", images=np.zeros((4, 2, 2), np.uint8), labels=np.arange(4) % 2)
+        prepare(tmp_path / "a.npz", folder, quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    command = {
+        "text": f"pretrain train --data '{folder}'",
+        "images": f"pretrain train --data.source images --data.source_args.train '{folder}'",
+    }
+    for use in (load, inspect, verify, read_training):
+        with pytest.raises(CheckpointError, match=f"holds prepared {kind} and no model") as error:
+            use(folder)
+        assert "pretrain.train(data=" in str(error.value) and "damaged" not in str(error.value)
+        with using(Interface(command=True)), pytest.raises(CheckpointError) as error:
+            use(folder)
+        assert f"{command[kind]}, or" in str(error.value)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointCorrupt, match="manifest.json is damaged"):
+        load(folder)
 
 
 def test_nothing_that_names_code_is_written_back(tmp_path):

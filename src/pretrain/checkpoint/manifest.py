@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import stat
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import __version__
+from pretrain.config.spelling import either
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils.directories import discard, moved_aside
 from pretrain.utils.files import (
@@ -29,7 +31,7 @@ from pretrain.utils.files import (
     write_file,
 )
 from pretrain.utils.hub_names import hub_hint
-from pretrain.utils.strict_json import sealed, unsealed
+from pretrain.utils.strict_json import parse_json, sealed, unsealed
 
 __all__ = [
     "Manifest",
@@ -275,7 +277,7 @@ def checked_directory(path: str | Path) -> Path:
     """Return the real path of a directory given by the user; symbolic links are followed.
 
     Raises:
-        CheckpointError: the directory does not exist, is a file, or cannot be read.
+        CheckpointError: the directory does not exist, is a file, cannot be read, or holds prepared data.
     """
     directory = _real(path)
     with reading(path):
@@ -288,7 +290,28 @@ def checked_directory(path: str | Path) -> Path:
             raise CheckpointError(
                 f"{path} is a file; a checkpoint is a directory. Name the directory that holds it."
             )
+        _refuse_prepared(path, directory / NAME)
         return directory
+
+
+def _refuse_prepared(path: str | Path, file: Path) -> None:
+    """Raise CheckpointError if the manifest of a directory, given as ``path``, is that of prepared data."""
+    try:
+        body = parse_json(read_bytes(file), file)
+    except (OSError, CheckpointCorrupt):  # none, or its reader says how it is damaged
+        return
+    if not isinstance(body, dict) or "schema" in body or not {"digest", "format"} <= set(body):
+        return
+    kind, name = str(body.get("kind", "text")), str(path)  # that of text names no kind
+    command, python = f"--data {shlex.quote(name)}", repr(name)
+    if kind != "text":
+        command = f"--data.source {shlex.quote(kind)} --data.source_args.train {shlex.quote(name)}"
+        python = repr({"source": kind, "source_args": {"train": name}})
+    use = either(f"pretrain train {command}", f"pretrain.train(data={python}, ...)")
+    raise CheckpointError(
+        f"{path} holds prepared {kind} and no model. Train a model on it, {use}, or name the directory of a model or a "
+        "run here."
+    )
 
 
 def _real(path: str | Path) -> Path:
