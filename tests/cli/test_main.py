@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from pretrain.errors import ConfigError, TrainingError
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import build
 from pretrain.training.trainer import Trainer
+from pretrain.utils import strict_json
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -676,6 +678,18 @@ def test_thin_commands_call_one_function(
     assert options["quiet"] is True and options["valid"] == 0.01
     cli.main(["prepare", "a.txt", "--valid", "last:0.1"])
     assert seen["prepare"][0] == ("a.txt",) and seen["prepare"][1]["valid"] == "last:0.1"
+
+
+def test_figures_that_do_not_exist_are_null_in_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    figures = {"spearman": math.nan, "each": [{"f1": -math.inf}, 0.5]}
+    fake(monkeypatch, "pretrain.evaluation", evaluate=lambda *args, **options: figures)
+    assert cli.main(["evaluate", "runs/x", "--json"]) == 0
+    found = strict_json.parse_json(capsys.readouterr().out.encode(), "output")
+    assert found == {"spearman": None, "each": [{"f1": None}, 0.5]}
+    assert cli.main(["evaluate", "runs/x"]) == 0
+    assert "nan" in capsys.readouterr().out
 
 
 def test_options_of_commands_are_those_of_the_functions() -> None:

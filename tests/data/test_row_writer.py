@@ -1,8 +1,10 @@
-"""Masks beside a table of predictions: they replace earlier ones with the table, or not at all."""
+"""Rows with answers as files: JSON that any program reads, and masks that replace earlier ones with the table."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from pretrain.data.row_writer import RowWriter
+from pretrain.data.tables import read_table
 from pretrain.errors import DataError
 
 
@@ -72,3 +75,14 @@ def test_other_files_in_the_folder_of_masks_are_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"notes\.txt, which is no mask"):
         write(tmp_path / "o.jsonl", [1])
     assert (tmp_path / "o.jsonl.masks" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_numbers_that_json_cannot_express_are_null(tmp_path: Path, suffix: str) -> None:
+    """So that what is written can be read again: cells of a .parquet file may be no numbers."""
+    out = tmp_path / f"o{suffix}"
+    with RowWriter(out, ["text", "x"]) as output:
+        output.write({"text": "a", "x": [math.nan, 1.0]}, {"scores": {"b": math.inf}})
+    text = out.read_text()
+    assert text.count("null") == 2 and not {"NaN", "Infinity"} & set(re.findall(r"\w+", text))
+    assert len(read_table(out)) == 1

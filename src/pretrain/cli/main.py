@@ -738,11 +738,16 @@ def _schema(args: Any) -> None:
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
-    """Print a flat mapping, aligned, or as JSON; characters that could control the terminal are escaped."""
+    """Print a flat mapping, aligned, or as JSON, with null for figures that do not exist.
+
+    Characters that could control the terminal are escaped.
+    """
     if as_json:
         import json
 
-        print(json.dumps(found, indent=2, default=str))
+        from pretrain.utils.strict_json import without_nan
+
+        print(json.dumps(without_nan(found), indent=2, default=str, allow_nan=False))
         return
     width = max(map(len, found), default=0) + 2
     for key, value in found.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain.errors import DataError
 from pretrain.utils.files import HashingFile, replacing, temporary_name
+from pretrain.utils.strict_json import without_nan
 
 __all__ = ["WRITABLE", "RowWriter"]
 
@@ -121,7 +122,7 @@ class RowWriter:
         assert self._lines is not None
         added = {column: self._plain(answer.get(key)) for key, column in self.answers.items()}
         if self._csv is None:
-            self._lines.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+            self._lines.write(_json({**row, **added}) + "\n")
             return
         if unknown := [name for name in row if name not in self.names]:
             raise DataError(
@@ -173,4 +174,8 @@ def _cell(value: Any) -> Any:
     """Return a value for a cell: lists and mappings as JSON, None as it is (an empty cell)."""
     if value is None or isinstance(value, str | int | float):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(without_nan(value), ensure_ascii=False, allow_nan=False)

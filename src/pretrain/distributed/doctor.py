@@ -30,6 +30,7 @@ from pretrain.errors import ConfigError, DistributedError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.utils.files import printable
 from pretrain.utils.memory_info import free_memory, total_memory
+from pretrain.utils.strict_json import without_nan
 
 __all__ = ["doctor"]
 
@@ -310,7 +311,9 @@ def _verdict(problems: Sequence[str]) -> list[str]:
 
 
 def _show(report: Facts, lines: Sequence[str], as_json: bool) -> None:
-    text = json.dumps(report, indent=2) if as_json else "\n".join(map(printable, lines))
+    text = (
+        json.dumps(without_nan(report), indent=2) if as_json else "\n".join(map(printable, lines))
+    )
     print(text, flush=True)
 
 

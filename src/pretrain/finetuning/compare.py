@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
@@ -39,7 +39,7 @@ from pretrain.training.monitor import LOWER_IS_BETTER
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.files import note
 from pretrain.utils.html import bullets, notebook_view, table
-from pretrain.utils.strict_json import parse_json
+from pretrain.utils.strict_json import parse_json, without_nan
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -483,7 +483,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """Everything as strict JSON (a score that is not finite becomes null); ``from_json`` reads it."""
-        return json.dumps(_without_nan(asdict(self)), allow_nan=False, ensure_ascii=False)
+        return json.dumps(without_nan(asdict(self)), allow_nan=False, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
@@ -606,11 +606,3 @@ def _value(value: Any) -> str:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

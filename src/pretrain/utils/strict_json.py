@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from pretrain.errors import CheckpointCorrupt
 
-__all__ = ["names_only", "parse_json", "sealed", "to_json", "unsealed"]
+__all__ = ["names_only", "parse_json", "sealed", "to_json", "unsealed", "without_nan"]
 
 JSON_LIMIT = 64 << 20  # bytes
 JSON_DEPTH = 64
@@ -74,6 +74,15 @@ def to_json(value: Any) -> bytes:
     """Encode JSON in the format of all checkpoint files: sorted keys, two spaces of indentation, no NaN or Infinity."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
+
+
+def without_nan(value: Any) -> Any:
+    """Copy JSON data with None for every number that is not finite, which JSON cannot express; keys become text."""
+    if isinstance(value, Mapping):
+        return {str(key): without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sealed(body: Mapping[str, Any]) -> bytes:
