@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.result import Confusion, Finetuned
 from pretrain.report.history import frame_of, plot_history, sort_records
 from pretrain.training.state import Run
@@ -35,6 +35,11 @@ def test_a_plot_is_a_picture_that_can_be_saved(tmp_path: Path) -> None:
     plot = plot_history(HISTORY)
     assert plot._repr_svg_() == plot.svg and "save" in repr(plot)
     assert ET.parse(plot.save(tmp_path / "a.svg")).getroot().tag.endswith("svg")
+    with pytest.raises(ConfigError, match=r"a.png must end in .svg"):
+        plot.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a directory that does not exist"):
+        plot.save(tmp_path / "no" / "a.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
     assert "held-out accuracy" in plot_history(HISTORY, "accuracy").svg
     with pytest.raises(DataError, match="Did you mean 'accuracy'"):
         plot_history(HISTORY, "acuracy")

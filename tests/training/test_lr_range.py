@@ -87,7 +87,29 @@ def test_the_command_writes_a_picture_and_names_the_option(
     text(tmp_path)
     words = "--data.train text.txt --data.cache c --data.vocab_size 280 --data.row_length 32 --model.family gpt2"
     more = "--model.size tiny --train.batch_rows 4 --steps 30 --highest 10 --parallel.device cpu"
-    assert main(["lr-range", *words.split(), *more.split()]) == 0
+    asked = ["lr-range", *words.split(), *more.split()]
+    for picture, why in (("lr.png", "must end in .svg"), ("no/lr.svg", "that does not exist")):
+        assert main([*asked, "--plot", picture]) == 2
+        shown = capsys.readouterr()
+        assert picture in shown.err and why in shown.err and "step" not in shown.err
+    assert main(asked) == 0
     shown = capsys.readouterr().out
     assert "suggested: --optim.lr 0.0" in shown and "picture: lr-range.svg" in shown
     assert (tmp_path / "lr-range.svg").read_text().startswith("<svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "lr-range.svg", "text.txt"]
+
+
+def test_the_suggestion_is_printed_although_the_picture_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    found = judged(RATES, [bowl(rate) for rate in RATES])
+    monkeypatch.setattr("pretrain.training.lr_range.lr_range_test", lambda *_, **__: found)
+    monkeypatch.setattr("pretrain.utils.curves.replace_file", full)
+    monkeypatch.chdir(tmp_path)
+    assert main(["lr-range", "--data", "a.txt"]) == 2
+    shown = capsys.readouterr()
+    assert f"suggested: --optim.lr {found.lr:g}" in shown.out
+    assert "No space left on device" in shown.err and "Traceback" not in shown.err

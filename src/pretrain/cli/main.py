@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.cli.arguments import (
@@ -336,7 +337,7 @@ def _add_lr_range(parser: Any) -> None:
     add("--lowest", type=float, default=1e-6, help="learning rate of the first step")
     add("--highest", type=float, default=1.0, help="learning rate of the last step")
     add("--steps", type=int, default=100, help="number of steps")
-    add("--plot", type=str, default="lr-range.svg", help="picture to write")
+    add("--plot", type=str, default="lr-range.svg", help="picture to write, .svg")
     add_settings(parser, RunConfig)
 
 
@@ -348,12 +349,15 @@ def _lr_range(args: Any) -> None:
     if _only_shown(settings):
         return
     from pretrain.training.lr_range import lr_range_test
+    from pretrain.utils.curves import PICTURES
+    from pretrain.utils.files import check_output
 
+    check_output(Path(picture), PICTURES)
     found = lr_range_test(settings, **options)
-    print(f"picture: {printable(str(found.plot().save(picture)))}")
     print(found.reason)
     if found.lr is not None:
-        print(f"suggested: --optim.lr {found.lr:g}")
+        print(f"suggested: --optim.lr {found.lr:g}", flush=True)
+    print(f"picture: {printable(str(found.plot().save(picture)))}")
 
 
 def _add_finetune(parser: Any) -> None:

@@ -27,7 +27,7 @@ from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.printing import console, in_notebook
 from pretrain.training.precision import choose_device
-from pretrain.utils.files import note
+from pretrain.utils.files import check_output, note
 from pretrain.utils.memory_info import peak_memory
 
 if TYPE_CHECKING:
@@ -566,10 +566,6 @@ def check_target(source: Path, target: Path, endings: Sequence[str]) -> None:
         ConfigError: the file ending is none of ``endings``.
         DataError: the path is the input itself or a directory, or lies in a directory that does not exist.
     """
-    if target.suffix.lower() not in endings:
-        raise ConfigError(f"The output {target} must end in {', '.join(endings)}.")
-    if target.is_dir() or not target.parent.is_dir():
-        what = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
-        raise DataError(f"The output {target} {what}. Name a file.")
+    check_output(target, endings)
     if target.exists() and source.exists() and os.path.samefile(target, source):
         raise DataError(f"The output {target} is the input. Name another file.")

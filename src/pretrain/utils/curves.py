@@ -14,9 +14,23 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-__all__ = ["Plot", "Series", "curve_svg", "histogram_svg", "matrix_svg", "nice_ticks", "thin"]
+from pretrain.errors import DataError
+from pretrain.utils.files import check_output, replace_file
+
+__all__ = [
+    "PICTURES",
+    "Plot",
+    "Series",
+    "curve_svg",
+    "histogram_svg",
+    "matrix_svg",
+    "nice_ticks",
+    "thin",
+]
 
 Point = tuple[float, float]
+
+PICTURES = (".svg",)  # endings of the files that a picture is written to
 
 # Left, top, right, bottom margin in pixels, for the title, the legend and the labels of the axes.
 _MARGIN = (58.0, 34.0, 16.0, 42.0)
@@ -48,9 +62,22 @@ class Plot:
     svg: str
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the picture as an .svg file and return its path."""
-        Path(path).write_text(self.svg, encoding="utf-8")
-        return Path(path)
+        """Write the picture as an .svg file, atomically, and return its path.
+
+        Raises:
+            ConfigError: the name ends in another format.
+            DataError: the file cannot be written.
+        """
+        target = Path(path)
+        check_output(target, PICTURES)
+        try:
+            replace_file(target, self.svg.encode("utf-8", errors="backslashreplace"))
+        except OSError as error:
+            raise DataError(
+                f"Cannot write the picture {target}: {error.strerror or error}. Choose another path, or check "
+                "permissions and free space."
+            ) from error
+        return target
 
     def __repr__(self) -> str:
         return "Plot(shown in a notebook; save('plot.svg') writes it)"

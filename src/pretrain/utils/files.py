@@ -16,19 +16,20 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pretrain.errors import CheckpointCorrupt, CheckpointError
+from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, DataError
 from pretrain.printing import printable, show
 
 __all__ = [
     "FileIO",
     "HashingFile",
     "Record",
+    "check_output",
     "fsync_directory",
     "hash_file",
     "is_muted",
@@ -390,6 +391,20 @@ def fsync_directory(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ errors of writing
+
+
+def check_output(target: Path, endings: Collection[str]) -> None:
+    """Check before the work that a file of results can be written, as far as its name tells.
+
+    Raises:
+        ConfigError: the file ending is none of ``endings``.
+        DataError: the path is a directory, or lies in a directory that does not exist.
+    """
+    if target.suffix.lower() not in endings:
+        raise ConfigError(f"The output {target} must end in {', '.join(endings)}.")
+    if target.is_dir() or not target.parent.is_dir():
+        what = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
+        raise DataError(f"The output {target} {what}. Name a file.")
 
 
 def free_bytes(path: Path) -> int:
