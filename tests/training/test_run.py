@@ -30,6 +30,7 @@ from pretrain.training import run as running
 from pretrain.training.preflight import remarks
 from pretrain.training.run import run_name, settle_size
 from pretrain.training.trainer import Trainer
+from pretrain.utils.run_log import read_log
 from tiny import losses
 
 WORDS = "sea ship wind salt rope sail deck mast gull tide wave storm captain sailor harbour".split()  # noqa: SIM905
@@ -341,6 +342,33 @@ def test_a_changed_source_is_noticed_when_resuming(tmp_path: Path, text: Path) -
     text.write_text(text.read_text() + "\nand one line more")
     with pytest.raises(TrainingError, match="would repeat some rows"):
         pretrain.train(settings(tmp_path, text, limit="8 steps"))
+
+
+def test_changed_settings_are_kept_when_the_run_goes_on_and_only_then(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = settings(tmp_path, text)
+    run = pretrain.train(given)
+    written = (run.path / "run.yaml").read_bytes()
+    capsys.readouterr()
+    before = text.read_text()
+    text.write_text(before + " storm")
+    given["train"]["limit"] = "8 steps"
+    with pytest.raises(TrainingError, match="repeat some rows"):
+        pretrain.train(given)
+    assert (run.path / "run.yaml").read_bytes() == written
+    assert "is resumed with" not in capsys.readouterr().err
+    text.write_text(before)
+    run = pretrain.train(given)
+    assert run.step == 8 and RunConfig.load(run.path / "run.yaml").train.limit == "8 steps"
+    assert "is resumed with train.limit '8 steps' (was '6 steps')" in capsys.readouterr().err
+    (event,) = (r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed")
+    assert event["step"] == 6 and event["settings before"] == {"train.limit": "6 steps"}
+    said = "resumed with other settings (train.limit was &#x27;6 steps&#x27; until step 6)"
+    run.report()
+    assert said in (run.path / "report.html").read_text()
+    pretrain.train(given)
+    assert len([r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed"]) == 1
 
 
 @pytest.mark.parametrize("place", ["model", "data", "result without checkpoints"])

@@ -41,7 +41,14 @@ from pretrain.training.logging import check_loggers
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
-from pretrain.training.run import check_same_run, has_begun, run_key, settle_checkpoint
+from pretrain.training.run import (
+    Changed,
+    check_same_run,
+    go_on,
+    has_begun,
+    run_key,
+    settle_checkpoint,
+)
 from pretrain.training.starting_model import origin
 from pretrain.training.trainer import Trainer
 from pretrain.utils.files import note
@@ -290,7 +297,7 @@ class Job:
         """Train the main run, restore the best evaluation and write all results."""
         settings, data = self.settings, self.data
         out, seed = Path(settings.train.out), settings.train.seed
-        check_same_run(settings, out, say=False)
+        check_same_run(settings, out)
         notes = list(data.notes)
         task = self.build(seed=seed, quiet=self.quiet, whole=False)
         rows = encode(task, data.train, "training", settings.data.max_cut, notes)
@@ -307,13 +314,19 @@ class Job:
             task, rows, held_out, out=out, lr=lr, limit=limit, seed=seed, hooks=hooks
         )
 
+        changed: Changed = {}
+
         def begin() -> None:
-            check_same_run(settings, out)
-            settings.save(out / "run.yaml")
-            for name in (BEST, PAGE):  # what they say may not hold at the end
-                (out / name).unlink(missing_ok=True)
+            changed.update(check_same_run(settings, out))
+            if not has_begun(out):
+                settings.save(out / "run.yaml")
             if chosen:
                 write_choice(out / SWEEP, {"lr": lr})
+
+        def resume() -> None:
+            go_on(trainer, settings, changed)
+            for name in (BEST, PAGE):  # what they say may not hold at the end
+                (out / name).unlink(missing_ok=True)
 
         figures: list[dict[str, float]] = []
 
@@ -322,7 +335,7 @@ class Job:
             if task.model.layout is not None and not run.exit_code:
                 figures.extend(measure_in_parts(trainer, run, [held_out, tested]))
 
-        run = trainer.fit(begin, end)
+        run = trainer.fit(begin, end, resume)
         return self.finish(task, run, held_out, tested, notes, figures)
 
     def held_out(self, task: Task, notes: list[str]) -> tuple[TaskRows | None, TaskRows | None]:

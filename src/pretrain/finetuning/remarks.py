@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import option
 from pretrain.errors import DataError
-from pretrain.report.remarks import curve_of, overfitted
+from pretrain.report.remarks import curve_of, overfitted, resumed_with
 from pretrain.training.monitor import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def remarks(result: Finetuned) -> list[str]:
         beside_guessing(result),
         still_improving(run.history, result.monitor),
         overfitted(run.history),
+        resumed_with(run.history),
         _constant(result),
         _classical(result),
         beyond_chance(result.metrics, result.test_metrics or {}, result.counts),

@@ -107,7 +107,7 @@ def finetune(
             from pretrain.finetuning.compare import compare_arms
 
             # The comparison comes first, because the run uses the learning rate that it chooses.
-            check_same_run(settings, Path(settings.train.out), say=False)
+            check_same_run(settings, Path(settings.train.out))
             comparison = compare_arms(job, label_counts, seeds)
         result = train_on(job, devices, hooks) if devices != 1 else None
         if (

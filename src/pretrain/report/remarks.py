@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.report.history import number, on_as_many
 
-__all__ = ["beside_frequencies", "curve_of", "overfitted"]
+__all__ = ["beside_frequencies", "curve_of", "overfitted", "resumed_with"]
 
 # A run is reported as overfitted if its held-out loss ends at this multiple of its lowest value.
 _OVERFIT = 1.15
@@ -42,6 +42,22 @@ def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
         f"the run overfitted: the held-out loss rose from {low:.4g} (step {low_step:,}) to {last:.4g} (step "
         f"{last_step:,}) while the training loss fell from {then:.4g} to {now:.4g}. More rows, fewer epochs or a "
         f"lower learning rate may help"
+    )
+
+
+def resumed_with(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """Remark if settings changed while the run went on, because its command then makes another run."""
+    found = [
+        f"{key} was {old!r} until step {record.get('step')}"
+        for record in records
+        if isinstance(was := record.get("settings before"), Mapping)
+        for key, old in was.items()
+    ]
+    if not found:
+        return None
+    return (
+        f"the run was resumed with other settings ({'; '.join(found)}): made anew with those it ended with, it would "
+        "have other figures"
     )
 
 

@@ -22,7 +22,7 @@ from pretrain.checkpoint.model_card import auto_class
 from pretrain.errors import DataError
 from pretrain.printing import clock
 from pretrain.report.history import History, loss_svg, number, read_history
-from pretrain.report.remarks import beside_frequencies, overfitted
+from pretrain.report.remarks import beside_frequencies, overfitted, resumed_with
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import (
     Page,
@@ -191,12 +191,11 @@ def _facts(folder: Path) -> Mapping[str, Any]:
 
 
 def _remarks(history: History, folder: Path) -> list[str]:
-    """Return remarks on overfitting, and on the distance from word frequencies where the data have such a baseline."""
+    """Return remarks on overfitting, changed settings, and the distance from word frequencies, where it is known."""
     finite = [(step, loss) for step, loss in history.points("loss") if math.isfinite(loss)]
     records: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in finite]
     records += [{"step": r.get("step"), "eval": r["eval"]} for r in history.evals]
-    remark = overfitted(records)
-    found = [remark] if remark else []
+    found = [line for line in (overfitted(records), resumed_with(history.events)) if line]
     losses = [y for _, y in history.eval_points(alike=True) if math.isfinite(y)]
     unigram = number(_block(folder).get("unigram_nats"))
     if losses and math.isfinite(unigram) and unigram > 0:

@@ -78,6 +78,8 @@ _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _VOCAB_MULTIPLE = 64
 # Automatic model sizes, below so many tokens of training text.
 _SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9, "base": math.inf}
+# Setting -> its value before and now, of those with which a run is resumed.
+Changed = dict[str, tuple[Any, Any]]
 _ROWS = 16  # rows in one forward pass of an evaluation
 
 
@@ -123,7 +125,7 @@ def train(
         check_checkpoint(settings, rows)
         settings.data.tokenizer = settle_tokenizer(settings)
         if settings.train.out:
-            check_same_run(settings, Path(settings.train.out), say=False)
+            check_same_run(settings, Path(settings.train.out))
         data = world.main_process_first(
             lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
@@ -145,18 +147,21 @@ def train(
             world=world,
         )
 
+        changed: Changed = {}
+
         def begin() -> None:
             # Called under the run's lock, so that a second command cannot overwrite the settings of the first.
             settings.train = trainer.train
-            check_same_run(settings, out)
-            settings.save(out / "run.yaml")
+            changed.update(check_same_run(settings, out))
+            if not has_begun(out):
+                settings.save(out / "run.yaml")
 
         def end(run: Run) -> None:
             if world.is_rank_zero:
                 for line in last_words(run, objective, trainer.about.get("unigram_nats")):
                     trainer.say(line)
 
-        return trainer.fit(begin, end)
+        return trainer.fit(begin, end, lambda: go_on(trainer, settings, changed))
 
 
 def settle_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
@@ -250,8 +255,8 @@ def check_free(out: Path) -> None:
         )
 
 
-def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
-    """Refuse to resume a run with other settings; changes that do not affect the result are printed.
+def check_same_run(settings: Sections, out: Path) -> Changed:
+    """Refuse to resume a run with settings that cannot change, and return those that did and may.
 
     Raises:
         ConfigError: a setting that affects the result differs, or the directory holds another kind of run.
@@ -259,7 +264,7 @@ def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
     written = out / "run.yaml"
     if not written.exists() or not has_begun(out):
         check_free(out)
-        return
+        return {}
     try:
         before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())
     except ConfigError as error:
@@ -272,9 +277,6 @@ def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
         for key in before | now
         if before.get(key) != now.get(key)
     }
-    for key, (old, new) in changed.items():
-        if key in free and say:
-            note(f"{out} is resumed with {key} {new!r} (was {old!r})")
     shaping = {key: values for key, values in changed.items() if key not in free}
     if shaping:
         text = "; ".join(
@@ -284,6 +286,20 @@ def check_same_run(settings: Sections, out: Path, *, say: bool = True) -> None:
             f"{out} holds a run with other settings, which cannot change when it is resumed: {text}. Name a new "
             f"directory with {option('out')}, or use the settings in {written}."
         )
+    return changed
+
+
+def go_on(trainer: Trainer, settings: Sections, changed: Changed) -> None:
+    """Print, log and keep the settings with which a run goes on; its checkpoint has been accepted."""
+    out = trainer.out
+    for key, (old, new) in changed.items():
+        note(f"{out} is resumed with {key} {new!r} (was {old!r})")
+    if changed:
+        was = {key: old for key, (old, _) in changed.items()}
+        trainer.journal.write(
+            {"event": "resumed", "step": trainer.state.step, "settings before": was}
+        )
+    settings.save(out / "run.yaml")
 
 
 def settle_checkpoint(settings: Any) -> Any:

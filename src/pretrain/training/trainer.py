@@ -170,6 +170,7 @@ class Trainer:
         self,
         begin: Callable[[], None] | None = None,
         end: Callable[[Run], None] | None = None,
+        resume: Callable[[], None] | None = None,
     ) -> Run:
         """Train until the limit, resuming from the newest checkpoint in the output directory if there is one.
 
@@ -179,6 +180,7 @@ class Trainer:
         Args:
             begin: called on rank zero when the directory is locked for this run, before anything is read from it.
             end: called on all ranks when everything is saved, while the watchdog still runs.
+            resume: called on rank zero when a checkpoint has been read and found to be one of this run.
         """
         began, world = time.monotonic(), self.world
         unbegun = Unbegun(self.out, world.is_rank_zero)
@@ -203,6 +205,8 @@ class Trainer:
                 resumed = self._set_up()
                 self._began = began - self.state.seconds
                 self.journal.open_log(self.state.step if resumed else None, self.state.log)
+                if resumed and resume is not None:
+                    world.on_rank_zero(resume)
                 if world.is_rank_zero:
                     self.home = stack.enter_context(contextlib.closing(Home(self.out)))
                 evals = [r["eval"] for r in self._history() if "eval" in r]
