@@ -535,7 +535,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     refused("rank 5", f"{site}.lora_A.weight", torch.zeros(5, 16))
     refused("NaN", f"{site}.lora_A.weight", torch.full((4, 16), math.nan))
     refused("floats", f"{site}.lora_A.weight", torch.zeros(4, 16, dtype=torch.int32))
-    refused("no linear layer", "transformer.wte.lora_A.weight", torch.zeros(4, 16))
+    refused("no linear layer of that", "transformer.wxe.lora_A.weight", torch.zeros(4, 16))
+    for name in ("transformer.wte.lora_A.weight", "transformer.wpe.lora_embedding_A"):
+        refused("embeddings .* not implemented", name, torch.zeros(4, 16))
+    refused("the vocabulary head, .* not implemented", "lm_head.lora_A.weight", torch.zeros(4, 16))
     refused("does not exist in", "score.weight", torch.zeros(3, 16))
     save_file({"transformer.h.0.lora_A.weight": torch.zeros(4, 16)}, file)
     with pytest.raises(CheckpointError, match="does not begin"):

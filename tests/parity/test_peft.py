@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from parity.cases import CASES, Case, batch_of, build_theirs, theirs_forward
 from pretrain.checkpoint import load, save_model
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.lora import LoraConfig, apply_lora, load_adapter, merge, save_adapter
+from pretrain.lora.peft_format import _pattern_value, from_peft
 from pretrain.models import build
 
 peft = pytest.importorskip("peft")
@@ -145,6 +148,7 @@ def test_theirs_opens_here(case: Case, targets: str, tmp_path: Path) -> None:
         {"use_rslora": True},
         {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"q_proj": 32}},
         {"layers_to_transform": [1]},
+        {"alpha_pattern": {"^model.layers.0.self_attn.v_proj": 64, "v_proj": 32}},
         {"modules_to_save": ["lm_head", "norm"]},
         {"target_modules": r".*\.(q|v)_proj", "init_lora_weights": "gaussian"},
     ],
@@ -168,6 +172,68 @@ def test_their_settings(options: dict[str, Any], tmp_path: Path) -> None:
         their_class(case).from_pretrained(tmp_path / "base"), again
     )
     assert gap(back.eval(), ours, batch) < TOLERANCE
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["q_proj", "_proj", "attn.q_proj", "self_attn.q_proj", "h.1.attn.q_proj", "h.1"]
+        )
+    ),
+    st.sampled_from(["h.1.attn.q_proj", "x.h.1.attn.q_proj", "h.1.self_attn.q_proj", "q_proj"]),
+    st.booleans(),
+)
+def test_patterns_fit_the_modules_that_peft_finds(
+    names: list[str], module: str, full: bool
+) -> None:
+    from peft.utils.other import get_pattern_key
+
+    pattern = {"^" * (full and k % 2 == 0) + name: float(k + 1) for k, name in enumerate(names)}
+    content = {"peft_type": "LORA", "alpha_pattern": pattern}
+    found = _pattern_value(from_peft(content, "file").alphas, module, 0.0)
+    assert found == pattern.get(get_pattern_key(list(pattern), module), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("label", "saved"),
+    [
+        ("llama/causal-lm/tied", ["embed_tokens"]),
+        ("llama/causal-lm/tied", ["embed_tokens", "lm_head"]),
+        ("gpt2/causal-lm", ["wte"]),
+        ("gpt2/causal-lm", ["lm_head"]),
+        ("bert/masked-lm", ["word_embeddings"]),
+        ("bert/masked-lm", ["cls"]),
+        ("bert/masked-lm", ["decoder"]),
+        ("roberta/masked-lm", ["lm_head"]),
+        ("modernbert/masked-lm", ["tok_embeddings"]),
+    ],
+)
+def test_a_copy_of_a_tied_matrix(label: str, saved: list[str], tmp_path: Path) -> None:
+    """peft trains the embedding or the head alone, and the other keeps the matrix of the base; merged, too."""
+    case = next(case for case in CASES if case.label == label)
+    theirs = build_theirs(case)
+    assert theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
+    theirs.save_pretrained(tmp_path / "base")
+    warnings.filterwarnings("ignore", ".*tie_word_embeddings=True", UserWarning)  # what is tested
+    settings = peft.LoraConfig(
+        task_type=TASKS.get(case.head), r=4, target_modules="all-linear", modules_to_save=saved,
+        fan_in_fan_out=case.family == "gpt2",
+    )  # fmt: skip
+    theirs = shake(peft.get_peft_model(theirs, settings)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours, batch = load_adapter(tmp_path / "adapter", base=tmp_path / "base"), batch_of(case)
+    assert gap(theirs, ours, batch) < TOLERANCE
+    again = load_adapter(save_adapter(ours, tmp_path / "again"), base=tmp_path / "base")
+    assert gap(theirs, again, batch) < TOLERANCE
+    base = their_class(case).from_pretrained(tmp_path / "base")
+    there = peft.PeftModel.from_pretrained(base, tmp_path / "again").eval()
+    assert gap(there, again, batch) < TOLERANCE
+    save_model(merge(again), tmp_path / "merged")
+    assert gap(theirs, load(tmp_path / "merged", quiet=True), batch) < TOLERANCE
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["tie_word_embeddings"] is False
+    back = their_class(case).from_pretrained(tmp_path / "merged").eval()
+    assert gap(back, again, batch) < TOLERANCE
 
 
 @pytest.mark.parametrize("dora", [False, True])

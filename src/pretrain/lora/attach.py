@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from pretrain.lora.config import LoraConfig
 from pretrain.lora.layer import LoraLinear
 from pretrain.models.heads import LABELLED, LanguageHead
 from pretrain.models.names import Entry, pack
+from pretrain.models.state import untie
 from pretrain.nn.buffers import changing_buffers, stored_tensors
 from pretrain.utils.files import note
 
@@ -170,8 +171,7 @@ def choose_full(model: Model, config: LoraConfig) -> list[Entry]:
                     "of this model are one matrix, and PEFT would train a copy of it. Leave it out, or untie the head "
                     "first (model.head.untie())."
                 )
-            head.untie()
-            model.backbone.config = replace(model.backbone.config, tie_embeddings=False)
+            untie(model)
     entries = model.entries()
     for name in names:
         if not any(within(entry.disk, [name]) for entry in entries):

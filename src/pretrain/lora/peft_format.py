@@ -29,7 +29,9 @@ from pretrain.lora.attach import (
     sites_of,
 )
 from pretrain.lora.config import MODULE, LoraConfig, is_number
+from pretrain.models.heads import LanguageHead
 from pretrain.models.names import Entry, Packing, Shapes, pack, unpack
+from pretrain.models.state import untie
 from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
@@ -186,15 +188,18 @@ def target_names(chosen: set[str], model: Model) -> list[str]:
 
 
 def saved_names(model: Model) -> list[str]:
-    """Return the names of the fully trained modules; a top-level module of the head counts as one if all of it is."""
+    """Return the names of the fully trained modules; a top-level module of the head counts as one if all of it is.
+
+    One with tied tensors does not, of which peft would want the second names, too.
+    """
     full = set(model.adapter.full)
     names: dict[str, None] = {}
     spelled = peft_names(model)
     for entry in _full_entries(model):
         module, top = entry.disk.rpartition(".")[0], entry.disk.split(".")[0]
-        whole = not entry.body and all(
-            other.disk in full for other in model.entries() if other.disk.startswith(top + ".")
-        )
+        inside = [e.disk for e in model.entries() if e.disk.startswith(top + ".")]
+        inside += [name for name in _aliases(model) if name.startswith(top + ".")]
+        whole = not entry.body and full.issuperset(inside)
         names[top if whole else spelled.get(module, module)] = None
     return list(names)
 
@@ -231,8 +236,8 @@ class PeftSettings:
         base: path or name of the base model.
         revision: revision of the base model on the Hub.
         task: PEFT's task type.
-        ranks: module name -> rank, where it differs from ``lora.r``.
-        alphas: module name -> alpha, where it differs from ``lora.alpha``.
+        ranks: module name or its end, in full after ``^`` -> rank, where it differs from ``lora.r``.
+        alphas: the same -> alpha, where it differs from ``lora.alpha``.
     """
 
     lora: LoraConfig
@@ -293,30 +298,33 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
 
 
 def _pattern(value: Any, key: str, where: object) -> dict[str, float]:
-    """Parse a mapping of module names to numbers. The names are regular expressions in PEFT, and literal here."""
+    """Parse a mapping of module names to numbers. They are regular expressions in PEFT; here ``^`` alone is special."""
     if value in (None, {}):
         return {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: {key!r} is {str(value)[:80]!r}; it must be a mapping.")
     found = {}
     for name, number in value.items():
-        bare = name.removeprefix("^")
-        if not MODULE.fullmatch(bare):
+        if not MODULE.fullmatch(name.removeprefix("^")):
             raise CheckpointError(
-                f"{where}: {key!r} names its modules by the pattern {name[:80]!r}; only plain module names are read."
+                f"{where}: {key!r} names its modules by the pattern {name[:80]!r}; only plain module names are "
+                "read, and full ones after '^'."
             )
         if not is_number(number) or number <= 0:
             raise CheckpointError(
                 f"{where}: {key!r} gives {name[:80]!r} the value {str(number)[:40]!r}; it must be a positive number."
             )
-        found[bare] = float(number)
+        found[name] = float(number)
     return found
 
 
 def _pattern_value(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """Return the value of the first name in ``pattern`` that is a suffix of the module's name, else ``default``."""
+    """Return the value of the first name in ``pattern`` that fits, else ``default``.
+
+    A name fits a module that ends with it, and after ``^`` only the module of that full name.
+    """
     for name, value in pattern.items():
-        if module == name or module.endswith("." + name):
+        if module == name[1:] if name.startswith("^") else matches(module, [name]):
             return value
     return default
 
@@ -371,9 +379,7 @@ def attach_stored(
     Raises:
         CheckpointError: a tensor is unexpected, has the wrong shape, or lacks its counterpart; the first one is named.
     """
-    head: Any = model.head
-    if model.head_kind == "causal-lm" and head.tied and f"{PREFIX}lm_head.weight" in tensors:
-        head.untie()  # the adapter stores it apart from the embedding
+    tensors = _untied(model, tensors, where)
     sites = _stored_sites(model, settings, tensors, where)
     entries = {entry.disk: entry for entry in model.entries()}
     full, unused = {}, []
@@ -404,16 +410,46 @@ def attach_stored(
     return unused
 
 
+def _untied(model: Model, tensors: Mapping[str, Tensor], where: object) -> Mapping[str, Tensor]:
+    """Untie the head if a file holds the matrix that it shares with the token embedding, of which peft trains a copy.
+
+    Returns:
+        The tensors, and those of the base for what the file lacks of the projection, which peft stores whole.
+    """
+    head = model.head
+    if not isinstance(head, LanguageHead) or not head.tied or model.head_kind is None:
+        return tensors
+    embedding = next(name for name, p in model.named_parameters() if p is head.weight())
+    shared = next(entry.disk for entry in model.entries() if entry.memory == (embedding,))
+    if all(name != shared for _, _, name in _own_names(model, tensors, where)):
+        return tensors
+    projection = next(name for name, disk in _aliases(model).items() if disk == shared)
+    module = projection.removesuffix("weight")
+    untie(model)
+    stored = {name for _, _, name in _own_names(model, tensors, where)}
+    base = model.disk_view()
+    lacking = {entry.disk for entry in model.entries() if entry.disk.startswith(module)} - stored
+    return {PREFIX + name: base[name] for name in lacking} | dict(tensors)
+
+
 def _stored_sites(
     model: Model, settings: PeftSettings, tensors: Mapping[str, Tensor], where: object
 ) -> dict[str, tuple[Site, int, float]]:
     """Return the adapted modules of a file with rank and alpha, determined from its lora_A tensors."""
     known = sites_of(model)
+    names = {entry.disk for entry in model.entries()} | _aliases(model).keys()
+    others = {name.rpartition(".")[0] for name in names} - known.keys()
     sites = {}
     for key, given, name in _own_names(model, tensors, where):
+        tensor, (module, _, leaf) = tensors[key], name.partition(".lora_")
+        if module in others and leaf:
+            raise CheckpointError(
+                f"{where} adapts {given!r}, which is no linear layer here: adapters of the vocabulary head, of "
+                "embeddings and of convolutions are not implemented. Merge the adapter into its base with peft and "
+                "load the merged model instead."
+            )
         if not name.endswith(_A):
             continue
-        tensor, module = tensors[key], name.removesuffix(_A)
         if module not in known:
             raise CheckpointError(
                 f"{where} adapts {given!r}, but this {model.backbone.model_type} model has no linear layer of that "
@@ -435,12 +471,21 @@ def _stored_sites(
     return sites
 
 
+def _aliases(model: Model) -> dict[str, str]:
+    """Return the second name of every tied tensor of the head -> its own name on disk."""
+    if not isinstance(model.head, LanguageHead) or model.head_kind is None:
+        return {}
+    disk = {entry.memory: entry.disk for entry in model.entries()}
+    copies = model.backbone.copies(model.head_kind, tied=model.head.tied)
+    return {name: disk[memory,] for name, memory in copies.items() if (memory,) in disk}
+
+
 def _own_names(
     model: Model, tensors: Mapping[str, Tensor], where: object
 ) -> Iterator[tuple[str, str, str]]:
     """Yield every name in a file, its module as spelled there, and the name that this model has for the tensor.
 
-    The prefixes of the modules differ if the body was trained with another head.
+    The prefixes of the modules differ if the body was trained with another head, and a tied tensor may have two names.
     """
     own: dict[str, str] = {}
     entries, spelled = model.entries(), peft_names(model)
@@ -451,6 +496,7 @@ def _own_names(
             own.setdefault(prefix + bare, disk)
             own.setdefault(prefix + other, disk)
     own |= {name: name for name in (entry.disk.rpartition(".")[0] for entry in entries)}
+    aliases = _aliases(model)
     for key in tensors:
         if not key.startswith(PREFIX):
             raise CheckpointError(
@@ -461,7 +507,8 @@ def _own_names(
         name = name.removesuffix(".weight") if name.endswith(_M + ".weight") else name
         leaf = next((e for e in (_A, _B, _M) if name.endswith(e)), f".{name.rpartition('.')[2]}")
         module = name.removesuffix(leaf)
-        yield key, module, own.get(module, module) + leaf
+        found = own.get(module, module) + leaf
+        yield key, module, aliases.get(found, found)
 
 
 def fill(
@@ -481,9 +528,10 @@ def fill(
     adapter: Adapter = model.adapter
     given: dict[str, Tensor] = {}
     for key, _, name in _own_names(model, tensors, where):
-        if name in given:
+        if name in given and not torch.equal(given[name], tensors[key]):
             raise CheckpointError(
-                f"{where}: {key!r} and another name in the file mean the same tensor. Keep only one of them."
+                f"{where}: {key!r} and another name in the file mean the same tensor, with other "
+                "values. Keep only one of them."
             )
         given[name] = tensors[key]
     values: dict[str, Tensor] = {}

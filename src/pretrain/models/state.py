@@ -42,6 +42,7 @@ __all__ = [
     "match_disk_state",
     "modern_keys",
     "settle_tying",
+    "untie",
 ]
 
 _BUFFERS = (
@@ -255,10 +256,15 @@ def settle_tying(
     """
     apart = heads_apart(model, keys, same)
     if apart:
-        head: Any = model.head
-        head.untie()
-        model.backbone.config = replace(model.backbone.config, tie_embeddings=False)
+        untie(model)
     return apart
+
+
+def untie(model: Model) -> None:
+    """Give a language head its own matrix, a copy of the embedding's; the config says so, too."""
+    head: Any = model.head
+    head.untie()
+    model.backbone.config = replace(model.backbone.config, tie_embeddings=False)
 
 
 def heads_apart(
