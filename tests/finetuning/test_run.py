@@ -16,7 +16,7 @@ import torch
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.config.spelling import Interface, using
-from pretrain.errors import CheckpointError, ConfigError, DataError
+from pretrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pretrain.finetuning import job as running
 from pretrain.finetuning.closing import follow_up
 from pretrain.objectives.classification import Classification
@@ -97,6 +97,43 @@ def test_the_same_call_finds_its_directory(
     first, again = (tune(checkpoint, None, limit="2 steps") for _ in range(2))
     other = tune(checkpoint, None, limit="2 steps", seed=1)
     assert first.path == again.path != other.path and first.path.parent.name == "runs"
+
+
+def test_models_in_memory_have_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [tune(model_of(seed=seed), None, limit="2 steps") for seed in (1, 2, 1)]
+    assert found[0].path == found[2].path != found[1].path
+    assert weights(found[0]) != weights(found[1])
+    with pytest.raises(TrainingError, match="base weights"):
+        tune(model_of(seed=2), found[0].path, limit="2 steps")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_base_with_other_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    """Whether a manifest has the hashes of its files or not; a run that recorded none goes on."""
+    base, old = tmp_path / "base", tmp_path / "old"
+
+    def save(seed: int) -> None:
+        shutil.rmtree(base, ignore_errors=True)
+        model_of(seed=seed).save(base)
+        if not listed:
+            (base / "manifest.json").unlink()
+
+    save(1)
+    first = weights(tune(str(base), tmp_path / "run", limit="2 steps"))
+    with monkeypatch.context() as before:
+        before.setattr(running, "hash_weights", lambda model, *, opened: None)
+        tune(str(base), old, limit="2 steps")
+    save(2)
+    with pytest.raises(TrainingError, match="base weights .* so it was changed since"):
+        tune(str(base), tmp_path / "run", limit="2 steps")
+    assert weights(tune(str(base), old, limit="2 steps")) == first
+    save(1)
+    assert weights(tune(str(base), tmp_path / "run", limit="2 steps")) == first
 
 
 @pytest.mark.parametrize(

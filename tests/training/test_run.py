@@ -230,6 +230,9 @@ def test_going_on_from_a_checkpoint_with_new_text(tmp_path: Path, text: Path) ->
     )
     a, b = pretrain.load(first.path, quiet=True), pretrain.load(adapted.path, quiet=True)
     assert a.tokenizer.fingerprint == b.tokenizer.fingerprint
+    pretrain.train(settings(tmp_path, text, limit="32 steps"))
+    with pytest.raises(TrainingError, match="base weights"):
+        pretrain.train(base)
 
 
 def test_tokenizer_of_the_data_must_be_the_checkpoints(tmp_path: Path, text: Path) -> None:

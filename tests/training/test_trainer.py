@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pretrain
+from pretrain.data.row_source import hash_rows
 from pretrain.errors import ConfigError, DataError, RunLocked, TrainingError
 from pretrain.objectives.base import Loss, Objective
 from pretrain.training.precision import LossScale
@@ -299,12 +300,17 @@ def test_another_model_in_the_same_directory(tmp_path: Path) -> None:
 
 
 def test_weights_changed_behind_our_back_are_noticed(tmp_path: Path) -> None:
-    trainer(tmp_path, objective(), Rows(8), limit="2 steps").fit()
     other = Rows(8, seed=5)
     for row in other:
         row["input_ids"] = np.full_like(row["input_ids"], 7)
+    first, again = (
+        trainer(tmp_path, objective(), rows, limit=f"{limit} steps")
+        for rows, limit in ((Rows(8), 2), (other, 4))
+    )
+    first.about = again.about = {"fingerprint": "the same"}
+    first.fit()
     with pytest.raises(TrainingError, match="probe rows"):
-        trainer(tmp_path, objective(), other, limit="4 steps").fit()
+        again.fit()
 
 
 def test_other_data_or_order_are_noticed_when_resuming(tmp_path: Path) -> None:
@@ -315,8 +321,32 @@ def test_other_data_or_order_are_noticed_when_resuming(tmp_path: Path) -> None:
         trainer(tmp_path, objective(), Rows(8), limit="4 steps", seed=1).fit()
     changed = trainer(tmp_path, objective(), Rows(8), limit="4 steps")
     changed.about = {"fingerprint": "other"}
-    with pytest.raises(TrainingError, match="with data None"):
+    with pytest.raises(TrainingError, match="with data .* and this run has 'other'"):
         changed.fit()
+    for held_out in (None, Rows(2)):  # by whichever rows the loss of the checkpoint is probed
+        out = tmp_path / str(held_out is None)
+        trainer(out, objective(), Rows(8), eval_rows=held_out, limit="2 steps").fit()
+        with pytest.raises(TrainingError, match="with data"):
+            trainer(out, objective(), Rows(8, seed=5), eval_rows=held_out, limit="4 steps").fit()
+
+
+def test_a_run_that_recorded_no_fingerprint_goes_on(tmp_path: Path) -> None:
+    first = trainer(tmp_path, objective(), Rows(8), limit="2 steps")
+    first.fingerprint = None  # as earlier versions
+    first.fit()
+    assert trainer(tmp_path, objective(), Rows(8), limit="4 steps").fit().step == 4
+
+
+def test_what_is_hashed_of_rows_does_not_depend_on_addresses() -> None:
+    def rows() -> list[dict[str, Any]]:
+        names = {"who": ["a", "b"], "what": object()}
+        return [{"ids": [1, 2], "uneven": [[1], [2, 3]], "text": "a", "none": None, "more": names}]
+
+    one, two = hash_rows(rows()), hash_rows(rows())
+    assert (
+        one.digest() == two.digest() != hash_rows([rows()[0] | {"uneven": [[1], [2, 4]]}]).digest()
+    )
+    assert hash_rows([(1, 2)]).digest() != hash_rows([(1, 3)]).digest()
 
 
 def test_a_loss_scale_stays_with_fp16(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def _load(
         )
         _open_rest(model, directory, tokenizer=tokenizer)
         verify_rest(directory, {ADAPTER_WEIGHTS: None})
+        model.files_hash = directory.weights_hash([ADAPTER_WEIGHTS])
         return model.eval()
     if base is not None:
         raise CheckpointError(
@@ -148,7 +149,7 @@ def _load(
     tensors = read_weights(directory, names)
     verify_rest(directory, names)
     report = model.load_disk_state(tensors, adopt=True)
-    model.source = named
+    model.source, model.files_hash = named, directory.weights_hash(names)
     if not quiet:
         note(report_line(model, config, len(tensors), report))
     return model.eval()

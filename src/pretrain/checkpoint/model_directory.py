@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -145,6 +146,16 @@ class ModelDirectory:
                 )
             found.setdefault(name, set()).add(tensor)
         return dict(sorted(found.items()))
+
+    def weights_hash(self, names: Collection[str]) -> str | None:
+        """Return a hash of the named files by their records in the manifest, so without reading them; None without one.
+
+        Two directories with the same tensors may have different hashes, as those of other shards or types.
+        """
+        records = [self.record(name) for name in sorted(names)]
+        found = [record.sha256 for record in records if record is not None]
+        whole = len(found) == len(records)
+        return hashlib.sha256("".join(found).encode()).hexdigest() if whole else None
 
     def _no_weights(self) -> str:
         names = sorted(os.listdir(self.path))

@@ -179,7 +179,7 @@ def _open_empty(
                     "base."
                 )
             model, _, names = open_described(directory, head=head, tokenizer=tokenizer)
-            model.source = named
+            model.source, model.files_hash = named, directory.weights_hash(names)
             stored = stack.enter_context(_stored(directory, list(names)))
         untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:

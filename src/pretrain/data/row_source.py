@@ -6,8 +6,10 @@ The function is named in a configuration by its import path (``data.source``), o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,7 +21,30 @@ from pretrain.data.loader import Examples
 from pretrain.errors import ConfigError, DataError
 from pretrain.utils.imports import import_named
 
-__all__ = ["SOURCES", "RowSource", "open_rows"]
+__all__ = ["SOURCES", "RowSource", "hash_rows", "open_rows"]
+
+
+def hash_rows(rows: Examples) -> hashlib._Hash:
+    """Return a SHA-256 over up to 64 rows, evenly spread; objects in them count by their type only."""
+    digest, count = hashlib.sha256(), len(rows)
+    for i in sorted({j * count // 64 for j in range(64)} if count else ()):
+        row: Any = rows[i]
+        for key, value in sorted(row.items()) if isinstance(row, Mapping) else [("", row)]:
+            array = _array_of(value)
+            digest.update(f"{key} {array.dtype.str} {array.shape}".encode())
+            digest.update(array.tobytes())
+    return digest
+
+
+def _array_of(value: Any) -> np.ndarray:
+    """Return a value of a row as an array of numbers or text; lists of unequal lengths and mappings as their JSON."""
+    with contextlib.suppress(TypeError, ValueError):
+        array = np.ascontiguousarray(value)
+        if not array.dtype.hasobject:  # its bytes would be addresses in memory
+            return array
+    return np.ascontiguousarray(
+        json.dumps(value, default=lambda item: type(item).__name__, skipkeys=True)
+    )
 
 
 @dataclass
@@ -45,13 +70,8 @@ class RowSource:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the number of rows and up to 64 training rows: a resumed run refuses changed data."""
-        digest, count = hashlib.sha256(), len(self.train)
-        for i in sorted({j * count // 64 for j in range(64)} if count else ()):
-            for key, value in sorted(self.train[i].items()):
-                array = np.ascontiguousarray(value)
-                digest.update(f"{key} {array.dtype.str} {array.shape}".encode())
-                digest.update(array.tobytes())
-        digest.update(f"{count} {len(self.valid)}".encode())
+        digest = hash_rows(self.train)
+        digest.update(f"{len(self.train)} {len(self.valid)}".encode())
         return digest.hexdigest()
 
     def about(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pretrain.finetuning.start import (
     versions,
 )
 from pretrain.models import own_family
+from pretrain.models.base import Model
 from pretrain.objectives import check_monitor, check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
@@ -49,7 +50,7 @@ from pretrain.training.run import (
     run_key,
     settle_checkpoint,
 )
-from pretrain.training.starting_model import origin
+from pretrain.training.starting_model import hash_weights, parent
 from pretrain.training.trainer import Trainer
 from pretrain.utils.files import note
 
@@ -94,6 +95,8 @@ class Job:
         metric: metric of the task, set when it is built for these labels.
         unit: what the model counts, such as tokens; set likewise.
         compared_lr: learning rate that a comparison chose for the run, or None.
+        weights: hash of the weights that the runs start from, see ``hash_weights``; of a checkpoint it is known when
+            the first task is built.
     """
 
     source: Any
@@ -104,6 +107,7 @@ class Job:
     metric: str = ""
     unit: str = "tokens"
     compared_lr: float | None = None
+    weights: str | None = None
 
     @classmethod
     def open(
@@ -124,6 +128,11 @@ class Job:
         check_fits(source, task)
         data = open_data(settings, objects, task, classes_of(source, task))
         job = cls(source, settings, data, task, quiet)
+        if isinstance(source, Model):  # all of its kind have one name in the settings
+            job.weights = current_world().broadcast_result(
+                lambda: hash_weights(source, opened=False)
+            )
+            given = f"{given} {job.weights}"
         if not settings.train.out:
             settings.train.out = f"runs/{task.name}-{job.key(given)}"
             if by_name and has_begun(Path(settings.train.out)):
@@ -163,6 +172,8 @@ class Job:
         model = starting_model(
             self.source, self.task, learned.labels, whole=whole, quiet=quiet, **new
         )
+        if not scratch:
+            self.weights = self.weights or hash_weights(model, opened=True)
         before = versions(model)
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
@@ -289,7 +300,7 @@ class Job:
             "columns": self.data.columns,
             # Metrics of objectives that couple examples depend on it.
             "batch_rows": self.settings.train.batch_rows,
-            "parent": origin(self.source) if isinstance(self.source, str) else None,
+            **parent(self.source if isinstance(self.source, str) else None, self.weights),
             **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
 

@@ -110,6 +110,7 @@ class Model(ModelMethods, nn.Module):
         remarks: keys of config.json that were read and have no effect; ``load`` prints them.
         fresh: parameters that were not loaded from a file, such as a new head on a pre-trained body.
         source: directory that the weights were read from, as the caller spelled it; None for a model built here.
+        files_hash: hash of the weight files that it was opened from, which their manifest records; None without one.
         adapter: the adapter added by ``pretrain.lora.apply_lora``, or None.
         card: README.md for directories that the model is saved to; None generates one from config.json.
         merge_gap: largest difference in the outputs caused by the last ``merge``, or None.
@@ -141,6 +142,7 @@ class Model(ModelMethods, nn.Module):
         self.remarks: tuple[str, ...] = ()
         self.fresh: frozenset[str] = frozenset()
         self.source: str | None = None
+        self.files_hash: str | None = None
         self.adapter: Any = None
         self.merge_gap: float | None = None
         self.card: str | None = None

@@ -158,7 +158,7 @@ def lr_range_test(
             save_every="0 steps",
         ),
         parallel=settings.parallel,
-        about=about(settings, data),
+        about=about(settings, data, model),
         lowest=lowest,
         highest=highest,
     )

@@ -54,11 +54,11 @@ def _same_for_all(trainer: Trainer) -> dict[str, Any]:
             for key, value in values.items()
         },
         "data": {
-            "fingerprint": trainer.about.get("fingerprint"),
+            "fingerprint": trainer.fingerprint,
             "rows": len(trainer.train_data),
             "held-out rows": 0 if trainer.eval_data is None else len(trainer.eval_data),
         },
-        "model": [trainer.objective.describe(), shapes],
+        "model": [trainer.objective.describe(), shapes, trainer.about.get("parent_sha256")],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
-from pretrain.utils.tensors import tensor_bytes
+from pretrain.utils.tensors import hash_tensors
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
@@ -40,9 +39,9 @@ __all__ = [
 def identity(trainer: Trainer) -> dict[str, Any]:
     """Return what must be unchanged on resume, so that no row is repeated or skipped."""
     return {
-        "data": trainer.about.get("fingerprint"),
         "rows": len(trainer.train_data),
         "rows of an epoch": trainer.plan.epoch_rows,
+        "data": trainer.fingerprint,
         "train.seed": trainer.train.seed,
         "train.batch_rows": trainer.train.batch_rows,
         **trainer.origin,
@@ -55,29 +54,28 @@ def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def origin(objective: Objective) -> dict[str, Any]:
-    """Return what a run takes from its starting models besides the weights that are trained.
+def origin(objective: Objective, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run takes from its starting models.
 
-    These are the config, the tokenizer or other processor, and the frozen modules of the objective.
+    These are the config, the tokenizer or other processor, the frozen modules of the objective, and a hash of the
+    weights that it starts from, if ``about`` has one.
     """
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
     tokenizer = None if model.processor is None else model.processor.fingerprint
     found = {"tokenizer": tokenizer, **config, **frozen_modules(objective)}
+    if "parent_sha256" in about:
+        found["base weights"] = about["parent_sha256"]
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 
 
 def frozen_modules(objective: Objective) -> dict[str, str]:
     """Return name of a frozen module -> SHA-256 of its names and weights, by which a changed teacher is noticed."""
-    found = {}
-    for child in objective.frozen:
-        digest = hashlib.sha256()
-        for name, value in sorted(objective.get_submodule(child).state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(tensor_bytes(value.detach().cpu().contiguous()))
-        found[child] = digest.hexdigest()
-    return found
+    return {
+        child: hash_tensors(objective.get_submodule(child).state_dict())
+        for child in objective.frozen
+    }
 
 
 def training_state(trainer: Trainer) -> TrainingState:
@@ -117,7 +115,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
                 f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
                 "train.out."
             )
-        if key not in trainer.origin and then.get(key) != value:
+        # Earlier versions kept no fingerprint of rows that a `Trainer` was given without one.
+        if key not in trainer.origin and then.get(key) not in (None, value):
             raise TrainingError(
                 f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
                 "repeat some rows and skip others. Restore what was changed, or use a new train.out."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import opened
@@ -14,10 +15,12 @@ from pretrain.distributed.world import World, current_world
 from pretrain.errors import AdapterFound, PretrainError
 from pretrain.models.base import Model
 from pretrain.models.state import make_fresh
+from pretrain.nn.buffers import stored_tensors
 from pretrain.utils.files import muted
 from pretrain.utils.hub_names import hub_name
+from pretrain.utils.tensors import hash_tensors
 
-__all__ = ["open_source", "origin", "outline", "settled_source"]
+__all__ = ["hash_weights", "open_source", "outline", "parent", "settled_source"]
 
 
 def settled_source(name: str, before: str | None) -> str:
@@ -36,12 +39,16 @@ def settled_source(name: str, before: str | None) -> str:
     return settled
 
 
-def origin(checkpoint: str | None) -> str | None:
-    """Return what a checkpoint records of the one that it started from: a model of the Hub, or a directory's name."""
-    if not checkpoint:
-        return None
-    name = hub_name(checkpoint)
-    return Path(checkpoint).name if name is None else str(name)
+def parent(checkpoint: str | None, weights: str | None) -> dict[str, Any]:
+    """Return what a checkpoint records of the one that it started from.
+
+    Args:
+        checkpoint: a model of the Hub or a directory, of which the name is recorded; None for a model in memory.
+        weights: what ``hash_weights`` returned.
+    """
+    name = hub_name(checkpoint) if checkpoint else None
+    found = {"parent": str(name) if name else checkpoint and Path(checkpoint).name}
+    return found if weights is None else found | {"parent_sha256": weights}
 
 
 def outline(path: str) -> Model | None:
@@ -79,6 +86,25 @@ def open_source(
         except AdapterFound:
             pass
     return load(path, head=head, quiet=quiet)
+
+
+def hash_weights(model: Model, *, opened: bool) -> str | None:
+    """Return a hash by which a resumed run notices that the weights that it starts from have changed.
+
+    Args:
+        model: as it was opened or given.
+        opened: it was opened from files just now. What their manifest records is taken, and what no file held does not
+            count.
+
+    Returns:
+        The same on all ranks; None if the weights are left on disk and have no manifest, so that they would have to be
+        read for this alone.
+    """
+    if opened and model.files_hash is not None:
+        return model.files_hash
+    left_out = model.fresh if opened else ()
+    found = {name: t for name, t in stored_tensors(model).items() if name not in left_out}
+    return None if any(t.is_meta for t in found.values()) else hash_tensors(found)
 
 
 def _opened(path: str, world: World, head: str | None, quiet: bool) -> Model:

@@ -8,6 +8,7 @@ resumed run needs no random state. A step with a non-finite loss or gradient nor
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import time
@@ -25,6 +26,7 @@ from pretrain.checkpoint.result import write_result
 from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples, Loader
+from pretrain.data.row_source import hash_rows
 from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
@@ -94,7 +96,8 @@ class Trainer:
         optim, train, parallel: sections of the configuration; defaults where None.
         eval_data: held-out rows, or None for no evaluation.
         hooks: ``Hook`` objects or plain functions of one record.
-        about: description of the data for ``config.json`` (fingerprint, sources); any plain values.
+        about: description of the data for ``config.json`` (fingerprint, sources); any plain values. Without a
+            ``fingerprint`` up to 64 training rows are hashed, by which a resumed run notices other rows.
         quiet: print nothing and show no progress bar; ``log.jsonl`` is still written.
         world: the ranks of the run; None uses those that a launcher started.
 
@@ -153,7 +156,7 @@ class Trainer:
         self.home: Home | None = None  # on rank zero only, which writes the log
         objective.train(objective.training)  # freezes what the objective says is frozen
         objective.train_rows = train_data
-        self.origin = origin(objective)
+        self.origin = origin(objective, self.about)
         if objective.unit_name != "tokens":
             self.about["unit"] = objective.unit_name
         if objective.frozen:
@@ -165,6 +168,11 @@ class Trainer:
                 for name in objective.frozen
             }
         self.peak = 0.0
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash that tells the training rows from others: as ``about`` states it, else of up to 64 of them."""
+        return self.about.get("fingerprint") or hash_rows(self.train_data).hexdigest()
 
     def fit(
         self,

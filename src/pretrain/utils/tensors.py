@@ -29,6 +29,7 @@ from pretrain.utils.strict_json import parse_json
 __all__ = [
     "LazyTensors",
     "TensorInfo",
+    "hash_tensors",
     "parse_header",
     "read_header",
     "read_header_bytes",
@@ -105,6 +106,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor, without a copy if it is contiguous and on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, types, shapes and values of tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
 
 
 def write_order(layout: Mapping[str, Tensor]) -> list[str]:
