@@ -80,6 +80,49 @@ def test_columns_are_recognised(
     assert list(found) == [role.name for role in ROLES if role.name in chosen]
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        ("sentence1 sentence2 label idx", "sentence1 sentence2 label"),  # MRPC, RTE, WNLI, PAWS
+        ("premise hypothesis label idx", "premise hypothesis label"),  # MNLI, CB, SNLI
+        ("question1 question2 label idx", "question1 question2 label"),  # QQP
+        ("id qid1 qid2 question1 question2 is_duplicate", "question1 question2 is_duplicate"),
+        ("question sentence label idx", "question sentence label"),  # QNLI
+        ("Sentence Question Label", "Question Sentence Label"),
+        ("question passage label idx", "question passage label"),  # BoolQ
+        ("gold_label sentence1 sentence2 pairID", "sentence1 sentence2 gold_label"),  # SNLI
+        ("sentence label idx", "sentence label"),  # CoLA, SST-2
+        ("question label", "question label"),
+        ("text question sentence label", "text label"),
+        ("text sentence label", "text label"),
+        ("text passage label", "text label"),
+    ],
+)
+def test_columns_of_published_pairs_are_recognised(names: str, read: str) -> None:
+    found = choose_columns(table(*names.split()), Classification.roles, {}, quiet=True)
+    assert list(found.values()) == read.split()
+    roles = ["text", "pair", "label"] if len(read.split()) == 3 else ["text", "label"]
+    assert list(found) == roles
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"text": "question"}, ["question", "sentence"]),
+        ({"text": "sentence"}, ["sentence"]),
+        ({"text": "label", "label": "sentence"}, ["label"]),
+        ({"text": "label", "label": "question"}, ["label"]),
+        ({"label": "question"}, ["sentence"]),
+        ({"pair": "question"}, ["sentence", "question"]),
+        ({"pair": "label", "label": "sentence"}, ["question", "label"]),
+    ],
+)
+def test_what_is_named_goes_before_a_published_pair(given: dict[str, str], read: list[str]) -> None:
+    source = table("question", "sentence", "label")
+    found = choose_columns(source, Classification.roles, {"label": "label", **given}, quiet=True)
+    assert [found[role] for role in ("text", "pair") if role in found] == read
+
+
 def test_unused_columns_are_told_once_and_kept_until_then(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

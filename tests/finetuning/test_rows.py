@@ -209,6 +209,17 @@ def test_the_splits_of_one_object_are_used(form: str, held: str | None) -> None:
     assert opened(SPLITS[form](parts), test=rows[:3], valid=0.5).counts["test"] == 3
 
 
+def test_the_matched_parts_of_mnli_are_used() -> None:
+    rows = rows_of(60)
+    parts = {
+        "train": rows[:20],
+        "validation_matched": rows[20:30],
+        "validation_mismatched": rows[30:40],
+    }
+    found = opened(parts | {"test_matched": rows[40:55], "test_mismatched": rows[55:]})
+    assert found.counts == {"train": 20, "valid": 10, "test": 15}
+
+
 def test_a_test_split_without_labels_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(60)
     hidden = [{**row, "label": "-1"} for row in rows[50:]]

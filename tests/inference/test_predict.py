@@ -673,6 +673,23 @@ def test_a_model_of_single_texts_reads_no_second_one(
     assert predict(foreign, with_more) == [predict(foreign, ("the cat", "the old dog"))]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("question", "sentence"), ("question1", "question2")]
+)
+def test_published_pairs_are_read_alike_by_all(first: str, second: str, tmp_path: Path) -> None:
+    pairs = [(f"the cat {k}", f"the dog {k} sat on") for k in range(16)]
+    rows = [{second: b, first: a, "label": k % 2} for k, (a, b) in enumerate(pairs)]
+    options: dict[str, Any] = {"valid": 0.25, "limit": "1 steps", "device": "cpu", "quiet": True}
+    tuned = pretrain.finetune(small("fill"), rows, "classification", out=tmp_path / "a", **options)
+    plain = [{"text": row[first], "pair": row[second], "label": row["label"]} for row in rows]
+    answers = tuned.predict(pairs)
+    assert tuned.predict(rows) == tuned.predict(plain) == answers
+    assert tuned.predict([(b, a) for a, b in pairs]) != answers
+    assert tuned.evaluate(rows) == tuned.evaluate(plain)
+    foreign = small()
+    assert predict(foreign, rows) == predict(foreign, pairs)
+
+
 def test_held_out_rows_have_the_columns_of_the_training_rows(tmp_path: Path) -> None:
     rows = [{"text": f"the cat {k}", "label": k % 2} for k in range(16)]
     more = [{"text": f"a dog {k}", "sentence2": "on a mat", "label": k % 2} for k in range(8)]

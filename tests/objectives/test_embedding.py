@@ -227,7 +227,7 @@ def test_what_is_refused() -> None:
     assert long.cut == list(range(8))
 
 
-@pytest.mark.parametrize("name", ["label", "gold_label"])
+@pytest.mark.parametrize("name", ["label", "gold_label", "is_duplicate"])
 @pytest.mark.parametrize("values", [("entailment", "contradiction", "neutral"), (0, 1), (1.0, 0.0)])
 def test_pairs_that_do_not_match_are_no_examples(
     name: str, values: tuple[Any, ...], tmp_path: Path

@@ -41,6 +41,8 @@ class Role:
         target: the column holds the training target, which is absent at prediction.
         many: several columns may have this role together, each a label that a row has or not.
         constant: all rows of a model have the column, or none: it belongs to what is asked.
+        beside: (column, other role, its column), the last recognised as that role and the first as this one only
+            where a table has both: ``("sentence", "text", "question")``.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Role:
     target: bool = False
     many: bool = False
     constant: bool = False
+    beside: tuple[tuple[str, str, str], ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -68,8 +71,8 @@ def choose_columns(
     """Return the column of every role that has one.
 
     Columns named by the user are used as given. Each other role, in order, gets the first unused column with one of
-    its `known` names, in their order, an exact spelling before one that differs in case. Unused columns are reported
-    in one line.
+    its `known` names, in their order, an exact spelling before one that differs in case; but see ``Role.beside``.
+    Unused columns are reported in one line.
 
     Args:
         table: the rows.
@@ -111,6 +114,7 @@ def choose_columns(
                     f"the column {name!r} was named for both {other} and {role}; each needs a column of its own."
                 )
         chosen[role] = list(column) if isinstance(column, list | tuple) else column
+    _choose_together(table, by_name, chosen)
     for wanted in roles:
         if wanted.name not in chosen:
             found = _recognised(table, wanted, {n for c in chosen.values() for n in _listed(c)})
@@ -151,6 +155,20 @@ def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
         if alike:
             return alike[0]
     return None
+
+
+def _choose_together(table: Table, roles: Mapping[str, Role], chosen: dict[str, Any]) -> None:
+    """Add to ``chosen`` the columns that are recognised beside each other, unless a name goes before them."""
+    for role in roles.values():
+        for own, other, its in role.beside:
+            named = chosen.get(other)
+            taken = {n for c in chosen.values() for n in _listed(c)} - {named}
+            free = {_folded(name): name for name in table.columns if name not in taken}
+            if role.name in chosen or not {own, its} <= free.keys():
+                continue
+            first = _recognised(table, roles[other], taken) if named is None else named
+            if first == free[its] or (named is None and first == free[own]):
+                chosen.update({other: free[its], role.name: free[own]})
 
 
 def column_names(names: Sequence[str]) -> str:

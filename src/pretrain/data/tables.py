@@ -41,8 +41,8 @@ _EXAMPLE = '{"text": "...", "label": "..."}'
 _TRANSPOSED = 1024  # rows of a delimited file that are turned into columns at once
 _TRAIN = ("train", "training")
 HELD_OUT = {
-    "valid": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
+    "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
+    "test": ("test", "testing", "test_matched"),
 }
 
 

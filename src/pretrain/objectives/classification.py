@@ -47,14 +47,15 @@ __all__ = ["PAIR", "TEXT", "Classification", "encode_texts"]
 TEXT = Role(
     "text",
     (
-        *("text", "sentence", "sentence1", "premise", "sentence_a", "text_a", "review", "content"),
-        *("body", "document", "message", "query", "question"),
+        *("text", "sentence", "sentence1", "premise", "sentence_a", "text_a", "question1"),
+        *("review", "content", "body", "document", "message", "query", "question"),
     ),
     help="the text to read",
 )
 PAIR = Role(
     "pair", ("pair", "sentence2", "hypothesis", "sentence_b", "text_b", "text_pair", "question2"), False,
     "a second text, read together with the first", constant=True,
+    beside=(("sentence", "text", "question"), ("passage", "text", "question")),  # QNLI and BoolQ
 )  # fmt: skip
 _SINGLE, _MULTI = "single_label", "multi_label"
 
@@ -102,7 +103,7 @@ class Classification(ClassTask):
             "label",
             (
                 "label", "labels", "category", "class", "stars", "rating", "intent", "gold_label",
-                "entailment_judgment", "target", "topic", "sentiment", "coarse_label",
+                "entailment_judgment", "is_duplicate", "target", "topic", "sentiment", "coarse_label",
             ),
             help="the class, or a list of classes", target=True, many=True,
         ),

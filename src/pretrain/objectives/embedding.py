@@ -42,7 +42,7 @@ _ANCHORS = 512  # anchors that are compared with all candidates at once
 _LIKE = 0.8  # share of the highest score from which two texts count as a pair
 
 # Columns of published pairs that say whether two texts match, and values that say that they do not.
-_VERDICTS = ("label", "labels", "gold_label", "entailment_judgment")
+_VERDICTS = ("label", "labels", "gold_label", "entailment_judgment", "is_duplicate")
 _OPPOSITES = {"contradiction", "neutral", "not_entailment"}
 _BINARY = {"0", "1", "0.0", "1.0", "true", "false"}
 
