@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import unicodedata
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain import errors
-from pretrain.printing import printable, printable_pieces, wrapped
+from pretrain.printing import Console, printable, printable_pieces, wrapped
 from pretrain.training.logging import Progress
 from pretrain.utils.files import note
 
@@ -75,3 +76,29 @@ def test_commands_are_not_wrapped() -> None:
 def test_pieces_are_printed_as_the_whole_text(pieces: list[str]) -> None:
     shown = list(printable_pieces(pieces))
     assert "".join(shown) == printable("".join(pieces), lines=True) and all(shown)
+
+
+def test_a_console_prints_nothing_after_its_first_failure() -> None:
+    class Pipe:
+        written = ""
+        fails = False
+
+        def write(self, text: str) -> None:
+            if self.fails:
+                raise BrokenPipeError(32, "Broken pipe")
+            self.written += text
+
+        def flush(self) -> None: ...
+
+    pipe = Pipe()
+    screen = Console(pipe)  # type: ignore[arg-type]
+    for fails in (False, True, False):
+        pipe.fails = fails
+        print("line", file=screen, flush=True)
+    assert pipe.written == "line\n" and screen.lost == "Broken pipe"
+
+
+def test_lines_that_were_lost_change_no_exit_code() -> None:
+    code = "from pretrain.utils.files import note; note('a'); note('b')"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stderr=full).returncode == 0

@@ -7,6 +7,8 @@ between words.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import math
 import os
 import sys
@@ -16,16 +18,71 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 __all__ = [
-    "aligned", "clock", "columns", "console", "duration", "in_notebook", "printable", "printable_pieces", "show",
-    "wrapped",
+    "Console", "aligned", "clock", "columns", "console", "discard", "duration", "in_notebook", "printable",
+    "printable_pieces", "show", "wrapped",
 ]  # fmt: skip
 
 _COLUMNS = 80  # of a terminal that does not say its width
 
 
-def console() -> TextIO:
+class Console:
+    """A stream of lines that no result depends on: it raises nothing, and after the first failure it prints nothing.
+
+    Args:
+        stream: the stream; None for a process that has none.
+
+    Attributes:
+        stream: the stream.
+        lost: why it prints nothing any more; "" as long as it does.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream: Any = stream
+        self.lost = "" if stream is not None else "there is no stream"
+
+    def write(self, text: str) -> int:
+        """Write a text, or nothing; return its length."""
+        self._do("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or nothing."""
+        self._do("flush")
+
+    def isatty(self) -> bool:
+        """Return whether the stream is a terminal that can be written."""
+        return bool(self._do("isatty"))
+
+    def _do(self, name: str, *values: str) -> Any:
+        if not self.lost:
+            try:
+                return getattr(self.stream, name)(*values)
+            except (OSError, ValueError) as error:  # no reader, a full disk; a closed file
+                self.lost = getattr(error, "strerror", None) or str(error)
+                # Else Python would exit with code 120, as the rest of the buffer cannot be written.
+                atexit.register(discard, self.stream)
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def discard(stream: TextIO) -> None:
+    """Let the descriptor of a stream lead nowhere, and with it what its buffer holds."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it may have none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+_console = Console(None)
+
+
+def console() -> Console:
     """Return the stream of progress and notes: stderr, or stdout in a notebook, which shows the former in red."""
-    return sys.stdout if in_notebook() else sys.stderr
+    global _console
+    stream = sys.stdout if in_notebook() else sys.stderr
+    if _console.stream is not stream:
+        _console = Console(stream)
+    return _console
 
 
 def in_notebook() -> bool:
@@ -35,7 +92,7 @@ def in_notebook() -> bool:
     return any(cls.__name__ == "ZMQInteractiveShell" for cls in type(shell).__mro__)
 
 
-def columns(stream: TextIO) -> int | None:
+def columns(stream: TextIO | Console) -> int | None:
     """Return the columns of a terminal, None for a stream that is none."""
     if not stream.isatty():
         return None
@@ -45,9 +102,9 @@ def columns(stream: TextIO) -> int | None:
         return _COLUMNS
 
 
-def show(text: str, stream: TextIO | None = None) -> None:
-    """Print a text of one or more lines, escaped and wrapped, on a stream (by default the `console`)."""
-    stream = stream or console()
+def show(text: str) -> None:
+    """Print a text of one or more lines, escaped and wrapped, on the `console`."""
+    stream = console()
     print(wrapped(printable(text, lines=True), columns(stream)), file=stream, flush=True)
 
 

@@ -15,6 +15,7 @@ import pretrain
 from pretrain.cli import quickstart as story
 from pretrain.data.sources import PythonSource
 from pretrain.errors import ConfigError
+from pretrain.printing import discard
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -232,3 +233,12 @@ def test_figure_script_draws_the_run(told):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and "no log.jsonl" in done.stderr
+
+
+def test_the_story_goes_on_without_its_reader(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        say = story._printer()
+        say("one")
+        say("two")
+        discard(full)

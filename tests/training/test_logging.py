@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from pretrain.cli.main import main
 from pretrain.errors import ConfigError
+from pretrain.printing import discard
 from pretrain.training import live
 from pretrain.training.live import LiveView
 from pretrain.training.logging import Journal, Progress, RunLog, make_loggers
@@ -116,6 +117,27 @@ def test_the_last_step_is_always_in_the_log(tmp_path: Path) -> None:
     trainer(tmp_path, objective(), Rows(8), limit="17 steps", log_every=10).fit()
     steps = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "grad_norm" in line]
     assert steps == [*range(1, 11), 17]
+
+
+@pytest.mark.parametrize("screen", ["full", "no reader", "closed", "none"])
+def test_a_run_goes_on_when_its_lines_cannot_be_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: str
+) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open("/dev/full", "w") as full, os.fdopen(theirs, "w") as pipe, open(os.devnull) as closed:
+        closed.close()
+        streams = {"full": full, "no reader": pipe, "closed": closed, "none": None}
+        monkeypatch.setattr(sys, "stderr", streams[screen])
+        note("a note")
+        run = trainer(
+            tmp_path, objective(), Rows(8), eval_rows=Rows(2, seed=1), limit="3 steps"
+        ).fit()
+        for stream in (full, pipe):
+            discard(stream)  # closing it would try again
+    assert run.step == 3
+    lost = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "event" in line]
+    assert lost == [1], "log.jsonl says once that the lines of the screen were lost"
 
 
 # ------------------------------------------------------------------------------------------------ terminal

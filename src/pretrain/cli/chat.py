@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.arguments import add_checkpoint, add_device, add_sampling
-from pretrain.errors import ConfigError, Interrupted, ModelError, PretrainError
+from pretrain.cli.streams import text_of
+from pretrain.errors import ConfigError, DataError, Interrupted, ModelError, PretrainError
 from pretrain.printing import printable_pieces
 from pretrain.utils.files import note
 
@@ -103,7 +104,7 @@ class _Talk:
         self.session = None if raw else Chat(model)
         Stream(model, [0], **options)  # checks the options
         self.turns: list[dict[str, Any]] = []
-        self.told = False
+        self.told, self.read = False, 0
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self, name: str) -> None:
@@ -127,7 +128,11 @@ class _Talk:
         try:
             while not lines or lines[-1].endswith("\\"):
                 prompt = ("... " if lines else "> ") if self.on_terminal else ""
-                lines.append(input(prompt))
+                self.read += 1
+                lines.append(text_of(input(prompt), self.read))
+        except DataError as error:
+            note(f"error: {error}")
+            return ""
         except Interrupted:
             raise
         except (EOFError, KeyboardInterrupt):

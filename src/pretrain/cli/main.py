@@ -30,6 +30,7 @@ from pretrain.cli.arguments import (
 )
 from pretrain.cli.chat import add_chat, chat, show_pieces
 from pretrain.cli.doctor import add_doctor, doctor
+from pretrain.cli.streams import open_streams, text_of
 from pretrain.config.spelling import using
 from pretrain.distributed.launched import launched, prints_error
 from pretrain.distributed.slurm import add_slurm
@@ -40,7 +41,7 @@ from pretrain.errors import (
     did_you_mean,
     out_of_memory,
 )
-from pretrain.printing import columns, printable, wrapped
+from pretrain.printing import columns, console, discard, printable, wrapped
 
 __all__ = ["COMMANDS", "main"]
 
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         training run has been saved and temporary files have been removed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    open_streams()
     try:
         with warnings.catch_warnings(), _signals_raise():
             warnings.showwarning = _note
@@ -83,15 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted.", "")
         return error.code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of standard output has exited, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 0
     except OSError as error:
         # Errors of files have been turned into PretrainErrors; one without a file name is of standard output.
         if os.environ.get("PRETRAIN_DEBUG") == "1" or error.filename is not None:
             raise
-        # The rest of its buffer would fail again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _complain(f"The output cannot be written: {error.strerror or error}. Make room there.")
+        discard(sys.stdout)  # the rest of its buffer would fail again when Python exits
+        _complain(
+            f"The output cannot be written: {error.strerror or error}. Make room there, or send it elsewhere."
+        )
         return EXIT_ERROR
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("PRETRAIN_DEBUG") == "1" or not out_of_memory(error):
@@ -174,11 +177,12 @@ def _overview() -> str:
 def _complain(message: str, label: str = "error: ") -> None:
     """Print one paragraph on stderr; characters that could control the terminal are escaped."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    text = wrapped(f"{label}{printable(message, lines=True)}", columns(sys.stderr))
-    if label and sys.stderr.isatty() and not plain:
+    screen = console()
+    text = wrapped(f"{label}{printable(message, lines=True)}", columns(screen))
+    if label and screen.isatty() and not plain:
         head = label.rstrip()  # the blank after it may have become a line end
         text = f"\033[31m{head}\033[0m{text.removeprefix(head)}"
-    print(text, file=sys.stderr)
+    print(text, file=screen, flush=True)
 
 
 def _note(message: Warning | str, *place: Any, **options: Any) -> None:
@@ -489,7 +493,7 @@ def _generate(args: Any) -> None:
 def _prompts(text: str) -> list[str]:
     if text != "-":
         return [text]
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    lines = [text_of(line.rstrip("\r\n"), number) for number, line in enumerate(sys.stdin, 1)]
     if not any(lines):
         raise ConfigError("Standard input holds no prompt; write one per line.")
     return [line for line in lines if line]

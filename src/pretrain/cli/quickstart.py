@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import signal
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.data.snippets import PythonWithout, Snippets, snippets
 from pretrain.errors import ConfigError
-from pretrain.printing import printable
+from pretrain.printing import Console, printable
 from pretrain.utils.files import replace_file
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def quickstart(
     Raises:
         ConfigError: the budget is not a positive number of minutes.
     """
-    story = _Story(os.fspath(out), _budget(minutes), seed, say or _print)
+    story = _Story(os.fspath(out), _budget(minutes), seed, say or _printer())
     return story.tell()
 
 
@@ -346,8 +347,10 @@ def _corpus(rows: Snippets) -> Source | str:
     return PythonWithout(rows.held_out)
 
 
-def _print(text: str) -> None:
-    print(printable(text, lines=True), flush=True)
+def _printer() -> Callable[[str], None]:
+    """Return a function that prints lines on stdout, whose reader may leave while the models are trained."""
+    screen = Console(sys.stdout)
+    return lambda text: print(printable(text, lines=True), file=screen, flush=True)
 
 
 def _budget(minutes: float | None) -> float:

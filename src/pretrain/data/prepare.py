@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -391,7 +390,7 @@ def _bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int],
     from tqdm import tqdm
 
     # In a log file a progress bar would print a line per update; a notebook has no terminal but renders the bar.
-    quiet = quiet or not (sys.stderr.isatty() or in_notebook())
+    quiet = quiet or not (console().isatty() or in_notebook())
     with tqdm(
         total=total,
         desc=label,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -493,7 +492,7 @@ def predict_file(
     where = choose_device(device)
     task.to(where)
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
-    quiet = not progress or not (sys.stderr.isatty() or in_notebook())
+    quiet = not progress or not (console().isatty() or in_notebook())
     count = empty = 0
     task.reset_counts()
     with (

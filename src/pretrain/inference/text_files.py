@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import os
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -168,7 +167,7 @@ def embed_file(
         "batch_size": batch_rows,
     }  # fmt: skip
     told: Counter[str] = Counter()
-    quiet = not progress or not (sys.stderr.isatty() or in_notebook())
+    quiet = not progress or not (console().isatty() or in_notebook())
     with (
         naming_memory("embedding", lambda: smaller_batch(batch_rows)),
         _written(target),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.errors import ConfigError, did_you_mean
-from pretrain.printing import clock, columns, console, printable, wrapped
+from pretrain.printing import clock, columns, console, in_notebook, printable, wrapped
 from pretrain.training.state import RunState
 from pretrain.utils import files
 from pretrain.utils.files import note, replace_file, writing
@@ -107,7 +107,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._file = console()
-        self._live = self._file is sys.stderr and self._file.isatty()
+        self._live = self._file.isatty() and not in_notebook()
         self._drawn = ""
         self._last_print = -_PAUSE
         self._since: tuple[float, int] | None = None
@@ -291,6 +291,7 @@ class Journal:
         self._log: RunLog | None = None
         self.epoch_rows = 0
         self._taken: dict[str, float] = {}
+        self._screen_lost = False
 
     @contextlib.contextmanager
     def starting(self, what: str) -> Iterator[None]:
@@ -330,9 +331,13 @@ class Journal:
             self._progress.write(line)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record to the log."""
-        if self._log is not None:
-            self._log.write(record)
+        """Append a record to the log; once nothing can be printed any more, also one of that."""
+        if self._log is None:
+            return
+        self._log.write(record)
+        if (reason := console().lost) and not self._screen_lost:
+            self._screen_lost = True
+            self._log.write({"event": "screen lost", "step": record["step"], "reason": reason})
 
     def steps(
         self,
