@@ -374,6 +374,32 @@ def test_changed_settings_are_kept_when_the_run_goes_on_and_only_then(
     assert len([r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed"]) == 1
 
 
+def test_the_same_data_by_another_path_are_the_same(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(tmp_path, text)
+    cache = given["data"].pop("cache")
+    data = {"vocab_size": 300, "row_length": 32, "cache_dir": cache, "quiet": True}
+    pretrain.prepare(str(text), tmp_path / "rows", valid="last:0.2", **data)
+    pretrain.prepare(str(text), tmp_path / "other", valid="last:0.3", **data)
+
+    def resume(path: str, steps: int) -> int:
+        given["data"] = {"train": path}
+        given["train"]["limit"] = f"{steps} steps"
+        return pretrain.train(given).step
+
+    monkeypatch.chdir(tmp_path)
+    assert resume("rows", 3) == 3
+    assert resume(str(tmp_path / "rows"), 4) == 4
+    assert resume("./rows/", 5) == 5
+    with pytest.raises(ConfigError, match=r"data.train is 'other', was '\./rows/'"):
+        resume("other", 6)
+    (tmp_path / "rows").rename(tmp_path / "moved")
+    with pytest.raises(TrainingError, match="was trained with rows"):
+        resume("other", 6)
+    assert resume("moved", 6) == 6
+
+
 @pytest.mark.parametrize("place", ["model", "data", "result without checkpoints"])
 def test_a_run_replaces_and_hides_nothing(place: str, tmp_path: Path, text: Path) -> None:
     """Neither in the directory of a model or of data, nor where only the result of a run is left."""

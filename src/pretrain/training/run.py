@@ -277,7 +277,11 @@ def check_same_run(settings: Sections, out: Path) -> Changed:
         for key in before | now
         if before.get(key) != now.get(key)
     }
-    shaping = {key: values for key, values in changed.items() if key not in free}
+    shaping = {
+        key: values
+        for key, values in changed.items()
+        if key not in free and not (key.startswith("data.") and _same_place(*values))
+    }
     if shaping:
         text = "; ".join(
             f"{key} is {new!r}, was {old!r}" for key, (old, new) in sorted(shaping.items())
@@ -287,6 +291,18 @@ def check_same_run(settings: Sections, out: Path) -> Changed:
             f"directory with {option('out')}, or use the settings in {written}."
         )
     return changed
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Whether two paths lead to the same data.
+
+    Prepared rows in another place are taken for those of a path that leads nowhere from here, because the checkpoint
+    knows their fingerprint and refuses others.
+    """
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    moved = not Path(old).exists() and (Path(new) / MANIFEST).is_file()
+    return moved or (Path(new).exists() and os.path.realpath(old) == os.path.realpath(new))
 
 
 def go_on(trainer: Trainer, settings: Sections, changed: Changed) -> None:
