@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from data.scripts import letters
 from pretrain.data.encoding import FastEncoder, _slow
+from pretrain.data.task_rows import blanks_before_words
 from pretrain.data.tokenizer import Tokenizer, train_from_texts, train_tokenizer
 from pretrain.data.tokenizer_build import KINDS, ROLES
 from pretrain.errors import DataError, TokenizerError
@@ -147,6 +149,29 @@ def test_opens_what_transformers_saved_with_extra_tokens(tmp_path: Path) -> None
     config = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())
     assert config["extra_special_tokens"] == config["additional_special_tokens"] == ["<turn>"]
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "c")) == len(ours)
+
+
+def test_a_token_that_no_file_calls_special_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    names = ["<|endoftext|>", "<mask>", "<pad>", "<s>", "</s>", "en", *sorted(alphabet)]
+    vocab = {name: index for index, name in enumerate(names)}
+    made = transformers.GPT2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=["en"])
+    made.save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config | {"language": "en"}))
+    ours = Tokenizer.open(tmp_path / "a")
+    assert ours.mask_id == 1 and ours.pad_id == 2  # which objectives may use nevertheless
+    ours.save(tmp_path / "b")
+    blanks_before_words(ours).save(tmp_path / "c")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    for folder in ("b", "c"):
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert again.special_tokens_map == theirs.special_tokens_map
+        assert again.all_special_tokens == theirs.all_special_tokens
+        text = " a<mask> <pad></s>"
+        assert again(text)["input_ids"] == theirs(text)["input_ids"]
+    assert Tokenizer.open(tmp_path / "b").fingerprint == ours.fingerprint
 
 
 def test_wordpiece_keeps_case_unless_asked() -> None:

@@ -239,11 +239,9 @@ def blanks_before_words(tokenizer: Tokenizer) -> Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if not _reads_words_as_text(backend):
         return tokenizer
-    changed = Tokenizer(backend, tokenizer.roles, config)
-    changed.chat_template, changed.named_templates = (
-        tokenizer.chat_template,
-        tokenizer.named_templates,
-    )
+    changed = Tokenizer(backend, tokenizer.stated_roles, config)
+    changed.chat_template = tokenizer.chat_template
+    changed.named_templates = tokenizer.named_templates
     return changed
 
 

@@ -67,6 +67,7 @@ class Tokenizer:
     Args:
         backend: the wrapped tokenizer of the ``tokenizers`` library.
         roles: the tokens that are ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent.
+            A guess at an ordinary token of another library's vocabulary is not saved.
         config: further keys of ``tokenizer_config.json`` to keep.
 
     Attributes:
@@ -101,14 +102,17 @@ class Tokenizer:
                 "its file is damaged. Token ids must have no large gaps."
             )
         self.roles = {role: name for role, name in (roles or {}).items() if name in self.vocab}
+        added = backend.get_added_tokens_decoder()
+        special = {token.content: index for index, token in added.items() if token.special}
+        self._guessed: dict[str, str] = {}
         for role, names in KNOWN.items():
             found = next((name for name in names if name in self.vocab), None)
             if role not in self.roles and found and found not in self.roles.values():
                 self.roles[role] = found
-        added = backend.get_added_tokens_decoder()
+                if found not in special and not self.trained_here:
+                    self._guessed[role] = found
         self.special_ids = frozenset(
-            [index for index, token in added.items() if token.special]
-            + [self.vocab[name] for name in self.roles.values()]
+            [*special.values(), *(self.vocab[name] for name in self.roles.values())]
         )
         self.kind = kind_of(backend)
         self._siblings: dict[tuple[Any, ...], tokenizers.Tokenizer] = {}
@@ -124,6 +128,11 @@ class Tokenizer:
     def _id(self, role: str) -> int | None:
         name = self.roles.get(role)
         return None if name is None else self.vocab[name]
+
+    @property
+    def stated_roles(self) -> dict[str, str]:
+        """The roles without guesses at ordinary tokens: named as special, such a token would be encoded otherwise."""
+        return {r: name for r, name in self.roles.items() if self._guessed.get(r) != name}
 
     @property
     def pad_id(self) -> int | None:
@@ -398,12 +407,12 @@ class Tokenizer:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = dict(self.config)
-        for role, name in self.roles.items():
+        config, roles = dict(self.config), self.stated_roles
+        for role, name in roles.items():
             config[f"{role}_token"] = name
-        if "bos" in self.roles and "eos" in self.roles:
-            config.setdefault("cls_token", self.roles["bos"])
-            config.setdefault("sep_token", self.roles["eos"])
+        if self.trained_here and "bos" in roles and "eos" in roles:
+            config.setdefault("cls_token", roles["bos"])
+            config.setdefault("sep_token", roles["eos"])
         # A token that the file names and the vocabulary lacks would be added when the directory is opened again.
         lacking = [
             key
@@ -412,7 +421,8 @@ class Tokenizer:
         ]
         for key in lacking:
             del config[key]
-        named = {value for value in config.values() if isinstance(value, str)}
+        named = {v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)}
+        named |= set(self._guessed.values())
         inverse = {index: name for name, index in self.vocab.items()}
         others = [
             inverse[index] for index in sorted(self.special_ids) if inverse[index] not in named

@@ -202,11 +202,12 @@ def _set_padding(model: Model) -> None:
         raise ModelError(
             "The checkpoint has no tokenizer, so it cannot be fine-tuned on text. Save it with its tokenizer."
         )
-    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    stated = "pad" in tokenizer.stated_roles
+    pad = tokenizer.pad_id if stated else tokenizer.eos_id
     if pad is None:
         return
     model.backbone.config = dataclasses.replace(config, pad_id=pad)
-    if tokenizer.pad_id is None:
+    if not stated:
         name = next(name for name, index in tokenizer.vocab.items() if index == pad)
         tokenizer.roles["pad"] = name
     if isinstance(getattr(model.head, "pad_id", 0), type(None)):
