@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pretrain.config.spelling import FINETUNE, using
 from pretrain.data.labelled import choose_columns, roles_table
-from pretrain.data.labels import printed_list, read_several
+from pretrain.data.labels import printed_list, printed_mapping, read_several
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
 from pretrain.objectives.classification import Classification
@@ -57,6 +57,7 @@ def cells(rows: list[set[str]], form: str) -> list[Any]:
         "arrays": [np.array(row, dtype=np.int8) for row in hot],
         "class numbers": [[NAMES.index(n) for n in row] for row in ordered],
         "mappings": [{n: float(n in row) for n in NAMES} for row in rows],
+        "printed mappings": [str({n: int(n in row) for n in NAMES}) for row in rows],
         "printed by Python": [str(row) for row in ordered],
         "printed as JSON": [json.dumps(row) for row in ordered],
         "printed by NumPy": [str(np.array(row, dtype=object)) for row in ordered],
@@ -73,7 +74,8 @@ def cells(rows: list[set[str]], form: str) -> list[Any]:
 
 FORMS = [
     *("names", "padded names", "names and nothing", "sets", "vectors of int", "vectors of float"),
-    *("vectors of bool", "arrays", "class numbers", "mappings", "printed by Python"),
+    *("vectors of bool", "arrays", "class numbers", "mappings", "printed mappings"),
+    "printed by Python",
     *("printed as JSON", "printed by NumPy", "printed arrays", "printed scalars of NumPy"),
     *("printed vectors", "printed vectors of float", "joined by commas"),
     *("joined by commas and blanks", "joined by bars", "joined by semicolons"),
@@ -92,7 +94,7 @@ def test_every_form_of_a_list_gives_the_same(form: str, rows: list[set[str]]) ->
     assert labels == NAMES and sets == rows, form
     assert found.options["problem"] == "multi_label"
     # The caller's order is kept, also for classes that do not occur.
-    if not form.startswith(NUMBERED) and form != "mappings":
+    if not form.startswith(NUMBERED) and not form.endswith("mappings"):
         wider = ["love", "anger", "fear", "joy"]
         assert learned(source, labels=wider)[:2] == (tuple(wider), rows)
 
@@ -236,6 +238,42 @@ def test_printed_lists() -> None:
     assert printed_list("[joy, love]") == ["joy", "love"]
     for text in ("joy", "[music]", "a [b]", "[", "", "(a, b)", "[a] and [b]", "{'a': 1}"):
         assert printed_list(text) is None
+
+
+@given(
+    st.dictionaries(st.text(max_size=8), st.lists(st.text(max_size=8)) | st.integers() | st.none())
+)
+@settings(max_examples=100, deadline=None)
+def test_printed_mappings_are_read_back(mapping: dict[str, Any]) -> None:
+    arrays = {
+        k: np.array(v, dtype=object) if isinstance(v, list) else v for k, v in mapping.items()
+    }
+    for text in (repr(mapping), json.dumps(mapping), repr(arrays)):
+        assert printed_mapping(f" {text}\n") == mapping
+    assert printed_mapping(repr([mapping])) == printed_mapping(json.dumps([mapping])) == [mapping]
+
+
+def test_other_texts_are_no_printed_mappings() -> None:
+    for text in (
+        "",
+        "{",
+        "{a}",
+        "{'a'}",
+        "['a']",
+        "{'a': f}",
+        "{'a': f()}",
+        "[{}, 1]",
+        "{'a': 1} b",
+    ):
+        assert printed_mapping(text) is None
+    for text in (
+        "{" * 9999,
+        "{" + "-" * 99999 + "1}",
+        "{'a': " + "[" * 999 + "}",
+        "{'a': '\0'}",
+        "{[]: 1}",
+    ):
+        assert printed_mapping(text) is None
 
 
 @given(st.lists(st.text(max_size=8), max_size=4))

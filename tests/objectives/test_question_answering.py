@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import unicodedata
 from pathlib import Path
@@ -285,6 +286,34 @@ def test_answers_come_in_several_shapes() -> None:
         "x", {"context": [context] * 2, "answers": ["lives", "lives"], "answer_start": [25, "5"]}
     )
     assert find_answers(flat).spans == [(25, 30), (5, 10)]
+
+
+def test_answers_are_read_as_a_text_file_prints_them() -> None:
+    context = 'Anna lives in Oslo. It\'s ["there"] that Bert lives.'
+    first, last = context.index("lives"), context.rindex("lives")
+    one: list[Any] = [
+        {"text": ["lives"], "answer_start": [last]}, [{"text": "lives", "answer_start": last}],
+        {"text": np.array(["lives"], dtype=object), "answer_start": np.array([last], dtype=np.int32)},
+        {"text": [np.str_("lives")], "answer_start": [np.int64(last)]},
+    ]  # fmt: skip
+    cells = [*map(repr, one), *map(json.dumps, one[:2])]
+    found = find_answers(Table("x", {"context": [context] * len(cells), "answers": cells}))
+    assert found.texts == [["lives"]] * len(cells) and set(found.spans) == {(last, last + 5)}
+    others = {
+        "['Oslo', 'Anna']": ["Oslo", "Anna"], "['Oslo' 'Anna']": ["Oslo", "Anna"], '["It\'s"]': ["It's"],
+        str(["It's"]): ["It's"], str({"text": ["It's"]}): ["It's"],
+        str({"text": [], "answer_start": []}): [], "[]": [],
+        '["there"]': ['["there"]'], "[Oslo, Anna]": ["[Oslo, Anna]"], "{Oslo": ["{Oslo"], "{'Oslo'}": ["{'Oslo'}"],
+    }  # fmt: skip
+    table = Table("x", {"context": [context] * len(others), "answers": list(others)})
+    assert find_answers(table).texts == list(others.values())
+    flat = {
+        "context": [context] * 3,
+        "answers": ["['lives']"] * 3,
+        "answer_start": ["[45]", "[ 5]", "45"],
+    }
+    spans = find_answers(Table("x", flat)).spans
+    assert spans == [(place, place + 5) for place in (last, first, last)]
 
 
 def test_misplaced_answers_are_repaired_where_they_occur_once() -> None:

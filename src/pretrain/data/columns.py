@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.data.labels import is_missing, printed_list
+from pretrain.data.labels import is_missing, printed_list, printed_mapping
 from pretrain.data.tables import Table, shortened
 from pretrain.errors import DataError
 
@@ -111,8 +111,9 @@ class Answers:
 def find_answers(table: Table) -> Answers:
     """Read the columns ``answers`` and ``answer_start`` (optional), and locate the answers in ``context``.
 
-    A cell contains SQuAD's ``{"text": [...], "answer_start": [...]}``, a string, a list of strings, or a list of
-    ``{"text", "answer_start"}``. An empty cell, or one with only empty strings, is an unanswerable question.
+    A cell contains SQuAD's ``{"text": [...], "answer_start": [...]}``, a string, a list of strings, a list of
+    ``{"text", "answer_start"}``, or a printed form of these that does not stand in the context. An empty cell, or one
+    with only empty strings, is an unanswerable question.
 
     Raises:
         DataError: a cell is of another form; names the row.
@@ -150,6 +151,10 @@ def _given(table: Table, i: int) -> list[Given]:
     starts = table.columns["answer_start"][i] if "answer_start" in table.names else None
     if is_missing(value):
         return []
+    if isinstance(value, str) and value not in str(table.columns["context"][i]):
+        value = _unprinted(value)
+    if isinstance(starts, str):
+        starts = printed_list(starts) or starts
     if isinstance(value, Mapping):
         starts = value.get("answer_start", starts)
         value = value.get("text")
@@ -176,6 +181,14 @@ def _given(table: Table, i: int) -> list[Given]:
             )
         pairs.append((item, None if place is None else int(place)))
     return pairs
+
+
+def _unprinted(text: str) -> Any:
+    """Return the mapping or the list that a text prints, as in a CSV file; or the text."""
+    found = printed_mapping(text)
+    if found is None and text.lstrip().startswith(("['", '["', "[]")):
+        found = printed_list(text)
+    return text if found is None else found
 
 
 def _strange(table: Table, i: int, value: Any) -> DataError:

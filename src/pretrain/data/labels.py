@@ -8,6 +8,8 @@ column, not cell by cell.
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 import math
 import re
 import unicodedata
@@ -24,7 +26,7 @@ from pretrain.utils.files import note
 
 __all__ = [
     "LabelMap", "Several", "blanks_note", "finite_numbers", "flattened", "is_missing", "is_on", "make_tag_map",
-    "number_in", "printed_list", "read_several", "unlabelled_note",
+    "number_in", "printed_list", "printed_mapping", "read_several", "unlabelled_note",
 ]  # fmt: skip
 
 _SHOWN = 3
@@ -593,6 +595,9 @@ def read_several(
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):
         if separator is None:
+            mapped = [printed_mapping(text) for text in texts]
+            if all(isinstance(found, dict) for found in mapped):
+                return _from_mappings(mapped, where, column)
             parsed = [printed_list(text) for text in texts]
             if any(found is not None for found in parsed):
                 return _from_printed(texts, parsed, where, names, labels, column)
@@ -744,6 +749,30 @@ def printed_list(text: str) -> list[Any] | None:
             return _bare_words(inside) if text[0] == "[" else None
         place = between.end() if between else match.end()
     return items
+
+
+class _Unwrapped(ast.NodeTransformer):
+    """Replaces calls, such as ``array([1], dtype=int32)``, by their only argument without a name."""
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        return self.visit(node.args[0]) if len(node.args) == 1 else node
+
+
+def _printed_by_python(text: str) -> Any:
+    return ast.literal_eval(_Unwrapped().visit(ast.parse(text, mode="eval")))
+
+
+def printed_mapping(text: str) -> Any:
+    """Return a mapping, or a list of mappings, printed by Python, JSON or NumPy; None for any other text."""
+    text = text.strip()
+    if not text.startswith(("{", "[{")):
+        return None
+    for read in (json.loads, _printed_by_python):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            found = read(text)
+            inside = found if isinstance(found, list) else [found]
+            return found if all(isinstance(item, dict) for item in inside) else None
+    return None
 
 
 def _bare_words(inside: str) -> list[Any] | None:
