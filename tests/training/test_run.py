@@ -367,7 +367,7 @@ def test_changed_settings_are_kept_when_the_run_goes_on_and_only_then(
     assert "is resumed with train.limit '8 steps' (was '6 steps')" in capsys.readouterr().err
     (event,) = (r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed")
     assert event["step"] == 6 and event["settings before"] == {"train.limit": "6 steps"}
-    said = "resumed with other settings (train.limit was &#x27;6 steps&#x27; until step 6)"
+    said = "resumed with another length (train.limit was &#x27;6 steps&#x27; until step 6)"
     run.report()
     assert said in (run.path / "report.html").read_text()
     pretrain.train(given)

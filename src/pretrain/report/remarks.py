@@ -46,7 +46,7 @@ def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def resumed_with(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """Remark if settings changed while the run went on, because its command then makes another run."""
+    """Remark if the run was made longer or shorter while it went on, because its command then makes another run."""
     found = [
         f"{key} was {old!r} until step {record.get('step')}"
         for record in records
@@ -56,8 +56,8 @@ def resumed_with(records: Sequence[Mapping[str, Any]]) -> str | None:
     if not found:
         return None
     return (
-        f"the run was resumed with other settings ({'; '.join(found)}): made anew with those it ended with, it would "
-        "have other figures"
+        f"the run was resumed with another length ({'; '.join(found)}): made anew with the one it ended with, its "
+        "learning rate and its figures would be others"
     )
 
 

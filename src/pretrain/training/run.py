@@ -306,12 +306,13 @@ def _same_place(old: Any, new: Any) -> bool:
 
 
 def go_on(trainer: Trainer, settings: Sections, changed: Changed) -> None:
-    """Print, log and keep the settings with which a run goes on; its checkpoint has been accepted."""
+    """Print and keep the settings with which a run goes on, and log another length; its checkpoint is accepted."""
     out = trainer.out
     for key, (old, new) in changed.items():
         note(f"{out} is resumed with {key} {new!r} (was {old!r})")
-    if changed:
-        was = {key: old for key, (old, _) in changed.items()}
+    # Of the settings that may change, only the length shapes the weights: the learning rate falls to its end.
+    was = {key: changed[key][0] for key in ("train.limit", "train.epochs") if key in changed}
+    if was:
         trainer.journal.write(
             {"event": "resumed", "step": trainer.state.step, "settings before": was}
         )
