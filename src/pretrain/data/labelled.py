@@ -21,8 +21,8 @@ from pretrain.errors import ConfigError, DataError, did_you_mean, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
-    "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata", "make_tag_map",
-    "normalised", "roles_table", "split",
+    "Role", "choose_columns", "column_names", "drop_duplicates", "equal_rows", "is_missing", "label_strata",
+    "make_tag_map", "normalised", "roles_table", "split",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a continuous target
@@ -364,8 +364,8 @@ def split(
             held.update(sorted(rows, key=lambda i: _rank(seed, "row", i))[:count])
     if not held and groups is not None:
         raise DataError(
-            f"{table.name}: none of the {len(set(groups)):,} groups can be held out without taking all rows of a "
-            f"class. Give more groups, or the held-out rows themselves: {option('valid')}."
+            f"{table.name}: none of the {len(set(groups)):,} groups of rows that stay together can be held out without "
+            f"taking all rows of a class. Give more groups, or the held-out rows themselves: {option('valid')}."
         )
     if not held:
         raise DataError(
@@ -472,6 +472,25 @@ def _compared(value: Any) -> str:
     return "" if is_missing(value) else str(value)
 
 
+def _keys(table: Table, names: Sequence[str]) -> list[bytes | None]:
+    """Return what is equal for rows of equal content; None for a row without, which is no duplicate."""
+    columns = [table.columns[name] for name in names]
+    texts = ("\0".join(map(_compared, cells)) for cells in zip(*columns, strict=True))
+    return [
+        hashlib.blake2b(t.encode("utf-8", "replace"), digest_size=16).digest()
+        if t.strip("\0")
+        else None
+        for t in texts
+    ]
+
+
+def equal_rows(table: Table, role_names: Sequence[str]) -> list[Hashable] | None:
+    """Return the group of every row for ``split``, one for all rows of equal content; None if no two rows are equal."""
+    keys = _keys(table, role_names)
+    groups: list[Hashable] = [i if key is None else key for i, key in enumerate(keys)]
+    return groups if len(set(groups)) < len(groups) else None
+
+
 def drop_duplicates(
     train: Table, other: Table, role_names: Sequence[str], what: str
 ) -> tuple[Table, int]:
@@ -490,21 +509,10 @@ def drop_duplicates(
         DataError: no training rows remain, as when the same source was given twice.
     """
     used = [name for name in role_names if name in train.columns and name in other.columns]
-
-    def keys(table: Table) -> list[bytes | None]:
-        columns = [table.columns[name] for name in used]
-        texts = ("\0".join(map(_compared, cells)) for cells in zip(*columns, strict=True))
-        return [  # rows without a text are left out for that, and are no duplicates
-            hashlib.blake2b(t.encode("utf-8", "replace"), digest_size=16).digest()
-            if t.strip("\0")
-            else None
-            for t in texts
-        ]
-
     if not used:
         return train, 0
-    known = set(keys(other)) - {None}
-    kept = [i for i, key in enumerate(keys(train)) if key not in known]
+    known = set(_keys(other, used)) - {None}
+    kept = [i for i, key in enumerate(_keys(train, used)) if key not in known]
     count = len(train) - len(kept)
     if not count:
         return train, 0

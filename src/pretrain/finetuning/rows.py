@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from pretrain.data.labelled import (
     choose_columns,
     column_names,
     drop_duplicates,
+    equal_rows,
     is_missing,
     roles_table,
     split,
@@ -111,17 +112,8 @@ def open_data(
 
     wanted = objects.get("valid", section.valid)
     if isinstance(wanted, int | float):
-        share = float(wanted)
-        whole_groups, by = groups, section.group
-        if groups is None and share and (whole_groups := _same_image(train)) is not None:
-            by = "image"
-        train, valid = split(train, learned.strata, share, settings.train.seed, whole_groups)
-        names["valid"] = f"{share:.0%} of {whole.name}"
-        if whole_groups is not None and len(valid):
-            notes.append(
-                f"{len(valid) / (len(train) + len(valid)):.1%} of the rows are held out, as whole groups by "
-                f"{by!r} ({len(set(whole_groups)):,} in all)"
-            )
+        names["valid"] = f"{float(wanted):.0%} of {whole.name}"
+        train, valid = _split(train, float(wanted), learned, settings, groups, task, notes)
     else:
         valid = held_out(wanted, "validation")
         names["valid"] = valid.name
@@ -137,6 +129,8 @@ def open_data(
         names["test"] = test.name
     given = train
     train, recurring = _without_recurring(train, valid, test, task, notes)
+    if len(learned.labels or ()) > 1:
+        notes.extend(_lost_classes(given, train, "training"))
     if isinstance(wanted, int | float) and wanted > 0 and not len(valid):
         notes.append("too few rows for a validation split: nothing is held out")
     return Data(
@@ -153,16 +147,40 @@ def open_data(
     )
 
 
+def _split(
+    train: Table,
+    share: float,
+    learned: Learned,
+    settings: TuneConfig,
+    groups: Sequence[Hashable] | None,
+    task: type[Task],
+    notes: list[str],
+) -> tuple[Table, Table]:
+    """Hold out a share of the rows: as whole groups, which without ``groups`` are rows of one image or equal rows."""
+    by = settings.data.group
+    if groups is None and share and (groups := _same_image(train)) is not None:
+        by = "image"
+    elif groups is None and share:
+        groups = equal_rows(train, _compared(task, train))
+    train, valid = split(train, learned.strata, share, settings.train.seed, groups)
+    if groups is not None and by is None:
+        notes.append(
+            f"{len(groups) - len(set(groups)):,} rows repeat another one, up to case, blanks and punctuation; equal "
+            "rows are held out together or not at all"
+        )
+    elif groups is not None and len(valid):
+        notes.append(
+            f"{len(valid) / (len(train) + len(valid)):.1%} of the rows are held out, as whole groups by {by!r} "
+            f"({len(set(groups)):,} in all)"
+        )
+    return train, valid
+
+
 def _without_recurring(
     train: Table, valid: Table, test: Table | None, task: type[Task], notes: list[str]
 ) -> tuple[Table, dict[str, int]]:
-    """Drop training rows whose text recurs in held-out rows; return the rest, and how many recur, by part.
-
-    An image recurs with whatever question: answers to others tell what it shows.
-    """
-    roles = [role.name for role in task.roles if role.name in train.names and not role.target]
-    roles = ["image"] if {"image", "question"} <= set(roles) else roles
-    given, recurring = train, {}
+    """Drop training rows whose text recurs in held-out rows; return the rest, and how many recur, by part."""
+    roles, given, recurring = _compared(task, train), train, {}
     for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
         if other is not None and len(other):
             _, count = drop_duplicates(given, other, roles, what)
@@ -176,6 +194,15 @@ def _without_recurring(
             "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
         )
     return train, recurring
+
+
+def _compared(task: type[Task], table: Table) -> list[str]:
+    """Return the roles by which two rows are told to be equal.
+
+    An image recurs with whatever question: answers to others tell what it shows.
+    """
+    roles = [role.name for role in task.roles if role.name in table.names and not role.target]
+    return ["image"] if {"image", "question"} <= set(roles) else roles
 
 
 def _groups(table: Table, column: str | None, *, required: bool = False) -> list[str] | None:
@@ -286,10 +313,8 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
     for reason, places in rows.dropped.items():
         some = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
         notes.append(f"{len(places):,} {what} rows left out, {reason}: {some}")
-    if getattr(task, "labels", ()) and (lost := _lost_labels(table, rows)):
-        notes.append(
-            f"no {what} row of the class{'es' * (len(lost) > 1)} {shown(lost)} is left: what was left out held them all"
-        )
+    if getattr(task, "labels", ()) and rows.dropped:
+        notes.extend(_lost_classes(table, table.take(sorted(set(rows.owners))), what))
     room = task.model.backbone.max_length
     longer = f"set {option('max_length', room)}, which this model has positions for, "
     cure = f"{longer if task.max_length < room else ''}{task.shorten}"
@@ -313,10 +338,16 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
     return rows
 
 
-def _lost_labels(table: Table, rows: TaskRows) -> list[str]:
-    """Return the classes that only rows without an example have."""
-    cells = table.columns.get("label", ())
-    if not cells or not rows.dropped or not all(isinstance(cell, str | int) for cell in cells):
+def _lost_classes(table: Table, left: Table, what: str) -> list[str]:
+    """Return a note on the classes that only rows have which are left out; none without."""
+
+    def classes(cells: Sequence[Any]) -> set[str]:
+        every = (cell if isinstance(cell, list | tuple) else [cell] for cell in cells)
+        return {str(item) for items in every for item in items if isinstance(item, str | int)}
+
+    lost = sorted(classes(table.columns.get("label", ())) - classes(left.columns.get("label", ())))
+    if not lost:
         return []
-    left = {cells[i] for i in set(rows.owners)}
-    return sorted({str(cell) for cell in cells if cell not in left})
+    return [
+        f"no {what} row of the class{'es' * (len(lost) > 1)} {shown(lost)} is left: what was left out held them all"
+    ]
