@@ -147,7 +147,30 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
         (["train", "--lrr", "3"], ["'lrr'", "'optim.lr'"]),
         (["train", "--optim.lr", "fast", "--batch_size", "3"], ["optim.lr", "a number"]),
         (["train", "--batch_size", "-1"], ["train.batch_rows", "between", "batch_size"]),
-        (["train", "--batch_size", "8", "--batch_rows", "8"], ["both train.batch_rows"]),
+        (
+            ["train", "--batch_size", "8", "--batch_rows", "8"],
+            ["--batch_size and", "both train.batch_rows"],
+        ),
+        (
+            ["train", "--lr", "1", "--optim.lr=2", "--show_config"],
+            ["--lr and --optim.lr are both optim.lr"],
+        ),
+        (
+            ["train", "--data", "a", "--data.train", "b", "--show_config"],
+            ["--data and --data.train are both"],
+        ),
+        (
+            ["bench", "--model", "gpt2:tiny", "--size", "small", "--show_config"],
+            ["--model and --model.size are both"],
+        ),
+        (
+            ["finetune", "--task", "chat", "--task.name", "chat", "--show_config"],
+            ["--task and --task.name are both"],
+        ),
+        (
+            ["finetune", "--columns.label", "a", "--data.columns.label", "b", "--show_config"],
+            ["--columns.label and --data.columns.label are both data.columns.label"],
+        ),
         (["train", "--gradient_accumulation_steps", "4"], ["train.micro_rows", "divided by 4"]),
         (["train", "--resume", "--out", "runs/x"], ["train.out", "resumes", "model.checkpoint"]),
         (["train", "--devicess", "2"], ["--devicess", "'--devices'"]),

@@ -149,6 +149,8 @@ def test_the_same_name_in_each_command() -> None:
     ("given", "parts"),
     [
         ({"batch_size": 8, "train": {"batch_rows": 8}}, ["batch_size", "both train.batch_rows"]),
+        ({"model": "gpt2:tiny", "model.size": "small"}, ["model and model.size are both"]),
+        ({"model.family": "bert", "model": "gpt2"}, ["model.family and model are both"]),
         ({"bf16": True, "fp16": True}, ["bf16 and fp16", "train.precision"]),
         ({"warmup_ratio": 2.0}, ["warmup_ratio is 2", "optim.warmup"]),
         ({"max_steps": "many"}, ["max_steps", "a whole number", "'many'"]),

@@ -221,6 +221,9 @@ def test_the_command(run: Any, capsys: Any) -> None:
     same(json.loads(capsys.readouterr().out), result.test_metrics)
     assert main(words) == 2
     assert "renamed.jsonl has no column" in capsys.readouterr().err
+    assert main(["evaluate", str(result.path), "--columns.label", "b"]) == 2
+    message = capsys.readouterr().err
+    assert "--columns.label b names a column" in message and "--data ..." in message
 
 
 def test_rows_that_are_not_there_any_more(tmp_path: Path, capsys: Any) -> None:
@@ -282,6 +285,9 @@ def test_text_is_measured_in_rows_of_the_length_of_the_run(tmp_path: Path, capsy
     assert found["loss"] == pytest.approx(rows["loss"], abs=1e-6)
     copy = model.save(tmp_path / "copy")
     assert pretrain.evaluate(copy, other, precision="fp32")["loss"] == pytest.approx(found["loss"])
+    for data in (None, made.path):
+        with pytest.raises(ConfigError, match=r"'text': 'body'.* names a column"):
+            pretrain.evaluate(tmp_path / "run", data, columns={"text": "body"})
 
 
 def test_a_class_that_the_model_does_not_know_is_no_setting(

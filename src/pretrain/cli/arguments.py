@@ -155,6 +155,7 @@ class Parser(argparse.ArgumentParser):
         """
         end = words.index("--") if "--" in words else len(words)
         glued, place = [], 0
+        named: dict[str, str] = {}  # setting, or another option -> the name by which it was given
         while place < end:
             word = words[place]
             place += 1
@@ -162,6 +163,9 @@ class Parser(argparse.ArgumentParser):
             if option.startswith("--"):
                 value = given if equals else words[place] if place < end else None
                 self._know(option, value)
+                meant = self._meant(option)
+                if (other := named.setdefault(meant, option)) != option:
+                    raise ConfigError(f"{other} and {option} are both {meant}; give one.")
                 # argparse takes a separate value that starts with a dash, such as -1e-3, for an option.
                 if self.takes_value[option] and not equals:
                     missing = value is None or value.partition("=")[0] in self.takes_value
@@ -181,6 +185,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise an error of argparse as a `ConfigError`."""
         raise ConfigError(f"{self.prog}: {message}. See {self.prog} --help.")
+
+    def _meant(self, option: str) -> str:
+        """Return what an option sets, which several names may do: a setting, or an item of one."""
+        action = self._option_string_actions[option]
+        item = f".{option.removeprefix(action.const)}" if isinstance(action, _Item) else ""
+        return f"{action.dest}{item}"
 
     def _know(self, option: str, value: str | None) -> None:
         """Declare an item of a mapping or another name of a setting on first use; raise for unknown options."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
+from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, nearest, suggestion
 from pretrain.utils.files import replace_file
 
@@ -171,9 +172,12 @@ class _Checker:
                 inside = {rest: value} if rest else self.inside(head, value)
                 words = {f"{head}.{name}": item for name, item in inside.items()}
             for word, given in words.items():
+                said = str(key) if self.words.get(word) == key else word  # a section by its value
                 setting, item = self.setting(word, given)
-                if (other := written.setdefault(setting, word)) != word:
-                    raise self.fail(word, f"{other} and {word} are both {setting}; give one.")
+                if (other := written.setdefault(setting, said)) != said:
+                    dashes = "" if self.name else either("--", "")
+                    both = f"{dashes}{other} and {dashes}{said}"
+                    raise self.fail(word, f"{both} are both {setting}; give one.")
                 section, name, *path = setting.split(".", 2)
                 into = found.setdefault(section, {})
                 item = {path[0]: item} if path else item

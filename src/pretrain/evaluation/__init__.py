@@ -93,13 +93,20 @@ def evaluate(
         they are those of the run's summary. Those of ``sts``, ``retrieval`` and ``minimal-pairs`` are documented there.
 
     Raises:
-        PretrainError: no rows, rows that do not fit the model, or rows that have changed since the run.
+        PretrainError: no rows, rows that do not fit the model, rows that have changed since the run, or columns without
+            rows that have them.
     """
     path = _directory(checkpoint)
     untrained = UNTRAINED.get(task) if isinstance(task, str) else None
     if untrained is not None and (data is None or objective is not None):
         raise ConfigError(
             f"The task {task} is measured on rows of its own. Give {option('data')}, and no objective."
+        )
+    if columns and (data is None or _are_rows(data)):
+        role, name = next(iter(columns.items()))
+        raise ConfigError(
+            f"{column_option(role, name)} names a column of further rows, and no file or list of them is given. Leave "
+            f"it out, or give them: {option('data')}."
         )
     named_task = None
     if untrained is None and task is not None:

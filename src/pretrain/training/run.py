@@ -26,7 +26,7 @@ from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pretrain.config.run import Sections
-from pretrain.config.spelling import TRAIN, option, using
+from pretrain.config.spelling import TRAIN, column, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import SOURCES, RowSource, open_rows
@@ -702,6 +702,10 @@ def _held_out(path: Path, data: Any, model: Model, text: str | None = None) -> E
         found = open_rows(data, named.source_args if same else {})
         return _held_out_rows(home if same else None, found, model)
     elif isinstance(data, str | os.PathLike) and (Path(data) / "manifest.json").is_file():
+        if text is not None:
+            raise ConfigError(
+                f"{column('text', text)} names a column of a table, and {data} holds prepared text. Leave it out."
+            )
         prepared = Prepared.open(Path(data))
         rows = prepared.valid
     else:
