@@ -43,7 +43,6 @@ def portable(record: Mapping[str, Any]) -> dict[str, Any]:
         tensors[name] = {k: v for k, v in tensor.items() if k not in dropped}
     config = copy.deepcopy(record["config"])
     config["pretrain"].get("adapter", {}).pop("base_sample", None)  # a hash of weights
-    config["pretrain"].pop("parent_sha256", None)
     found = {"log": log, "tensors": tensors, "config": config}
     found |= {key: record[key] for key in ("files", "inspect")}
     return {key: _rounded(value) for key, value in found.items()}

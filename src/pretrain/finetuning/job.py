@@ -50,7 +50,7 @@ from pretrain.training.run import (
     run_key,
     settle_checkpoint,
 )
-from pretrain.training.starting_model import hash_weights, parent
+from pretrain.training.starting_model import hash_weights, origin
 from pretrain.training.trainer import Trainer
 from pretrain.utils.files import note
 
@@ -287,6 +287,7 @@ class Job:
             eval_data=held_out,
             hooks=hooks,
             about=self.about(),
+            base=self.weights,
             quiet=self.quiet or not save,
         )
 
@@ -300,7 +301,7 @@ class Job:
             "columns": self.data.columns,
             # Metrics of objectives that couple examples depend on it.
             "batch_rows": self.settings.train.batch_rows,
-            **parent(self.source if isinstance(self.source, str) else None, self.weights),
+            "parent": origin(self.source) if isinstance(self.source, str) else None,
             **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
 

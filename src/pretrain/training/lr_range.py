@@ -158,7 +158,7 @@ def lr_range_test(
             save_every="0 steps",
         ),
         parallel=settings.parallel,
-        about=about(settings, data, model),
+        about=about(settings, data),
         lowest=lowest,
         highest=highest,
     )

@@ -58,7 +58,7 @@ def _same_for_all(trainer: Trainer) -> dict[str, Any]:
             "rows": len(trainer.train_data),
             "held-out rows": 0 if trainer.eval_data is None else len(trainer.eval_data),
         },
-        "model": [trainer.objective.describe(), shapes, trainer.about.get("parent_sha256")],
+        "model": [trainer.objective.describe(), shapes, trainer.origin.get("base weights")],
     }
 
 

@@ -54,18 +54,18 @@ def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def origin(objective: Objective, about: Mapping[str, Any]) -> dict[str, Any]:
+def origin(objective: Objective, base: str | None) -> dict[str, Any]:
     """Return what a run takes from its starting models.
 
     These are the config, the tokenizer or other processor, the frozen modules of the objective, and a hash of the
-    weights that it starts from, if ``about`` has one.
+    weights that it starts from, if that is known.
     """
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
     tokenizer = None if model.processor is None else model.processor.fingerprint
     found = {"tokenizer": tokenizer, **config, **frozen_modules(objective)}
-    if "parent_sha256" in about:
-        found["base weights"] = about["parent_sha256"]
+    if base is not None:
+        found["base weights"] = base
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 

@@ -62,7 +62,7 @@ from pretrain.training.precision import (
     evaluation_precision,
 )
 from pretrain.training.restore import load_others
-from pretrain.training.starting_model import hash_weights, open_source, parent, settled_source
+from pretrain.training.starting_model import hash_weights, open_source, origin, settled_source
 from pretrain.training.state import Run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.training.undisturbed import undisturbed
@@ -143,7 +143,8 @@ def train(
             parallel=settings.parallel,
             eval_data=data.valid,
             hooks=hooks,
-            about=about(settings, data, model),
+            about=about(settings, data),
+            base=None if settings.model.checkpoint is None else hash_weights(model, opened=True),
             world=world,
         )
 
@@ -577,11 +578,10 @@ def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[st
     return found
 
 
-def about(settings: RunConfig, data: Prepared | RowSource, model: Model) -> dict[str, Any]:
-    """Return what a checkpoint records about its origin; ``model`` is as ``make_model`` returns it."""
+def about(settings: RunConfig, data: Prepared | RowSource) -> dict[str, Any]:
+    """Return what a checkpoint records about its origin."""
     start = settings.model.checkpoint
-    weights = None if start is None else hash_weights(model, opened=True)
-    return data.about() | parent(start, weights) | terms(start or "")
+    return data.about() | {"parent": origin(start), **terms(start or "")}
 
 
 def evaluate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import opened
@@ -20,7 +19,7 @@ from pretrain.utils.files import muted
 from pretrain.utils.hub_names import hub_name
 from pretrain.utils.tensors import hash_tensors
 
-__all__ = ["hash_weights", "open_source", "outline", "parent", "settled_source"]
+__all__ = ["hash_weights", "open_source", "origin", "outline", "settled_source"]
 
 
 def settled_source(name: str, before: str | None) -> str:
@@ -39,16 +38,12 @@ def settled_source(name: str, before: str | None) -> str:
     return settled
 
 
-def parent(checkpoint: str | None, weights: str | None) -> dict[str, Any]:
-    """Return what a checkpoint records of the one that it started from.
-
-    Args:
-        checkpoint: a model of the Hub or a directory, of which the name is recorded; None for a model in memory.
-        weights: what ``hash_weights`` returned.
-    """
-    name = hub_name(checkpoint) if checkpoint else None
-    found = {"parent": str(name) if name else checkpoint and Path(checkpoint).name}
-    return found if weights is None else found | {"parent_sha256": weights}
+def origin(checkpoint: str | None) -> str | None:
+    """Return what a checkpoint records of the one that it started from: a model of the Hub, or a directory's name."""
+    if not checkpoint:
+        return None
+    name = hub_name(checkpoint)
+    return Path(checkpoint).name if name is None else str(name)
 
 
 def outline(path: str) -> Model | None:

@@ -98,6 +98,7 @@ class Trainer:
         hooks: ``Hook`` objects or plain functions of one record.
         about: description of the data for ``config.json`` (fingerprint, sources); any plain values. Without a
             ``fingerprint`` up to 64 training rows are hashed, by which a resumed run notices other rows.
+        base: hash of the weights that the run starts from, which a resumed run compares; None does not.
         quiet: print nothing and show no progress bar; ``log.jsonl`` is still written.
         world: the ranks of the run; None uses those that a launcher started.
 
@@ -136,6 +137,7 @@ class Trainer:
         eval_data: Examples | None = None,
         hooks: Sequence[Hook | Callable[[Mapping[str, Any]], None]] = (),
         about: Mapping[str, Any] | None = None,
+        base: str | None = None,
         quiet: bool = False,
         world: World | None = None,
     ) -> None:
@@ -156,7 +158,7 @@ class Trainer:
         self.home: Home | None = None  # on rank zero only, which writes the log
         objective.train(objective.training)  # freezes what the objective says is frozen
         objective.train_rows = train_data
-        self.origin = origin(objective, self.about)
+        self.origin = origin(objective, base)
         if objective.unit_name != "tokens":
             self.about["unit"] = objective.unit_name
         if objective.frozen:
