@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,6 +88,17 @@ def test_a_decoder_gets_an_id_for_padding(family: str, tmp_path: Path) -> None:
         and found.head.pad_id == found.backbone.config.pad_id
     )
     assert found.tokenizer.pad_id == found.backbone.config.pad_id
+
+
+def test_padding_is_a_token_that_the_tokenizer_states() -> None:
+    """An ordinary token that is spelt like one would be encoded otherwise if it were saved as special."""
+    model = model_of("gpt2", pad_id=None)
+    model.tokenizer = copy.copy(model.tokenizer)
+    model.tokenizer.roles = dict(model.tokenizer.roles)
+    model.tokenizer._guessed = {"pad": model.tokenizer.roles["pad"]}
+    found = starting_model(model, TASK, ANIMALS, quiet=True)
+    assert found.backbone.config.pad_id == found.tokenizer.pad_id == found.tokenizer.eos_id
+    assert found.tokenizer.stated_roles["pad"] == found.tokenizer.roles["eos"]
 
 
 def test_what_is_frozen_is_counted(checkpoint: str) -> None:
