@@ -187,7 +187,7 @@ def test_a_download_cache_of_the_hub_is_followed_and_no_other_link(tmp_path):
 def test_config_card_and_generation_config(tmp_path, tokenizer):
     block = {
         "objective": {"name": "NextToken"},
-        "metrics": {"loss": 2.5, "perplexity": math.inf},
+        "metrics": {"loss": 2.5, "perplexity": math.inf, "targets": 10491.0},
         "sources": [
             {"name": "/home/me/books/*.txt", "license": "cc0-1.0", "tokens": 1234},
             {"name": "a | b", "tokens": 5},
@@ -198,7 +198,7 @@ def test_config_card_and_generation_config(tmp_path, tokenizer):
     assert config["pretrain"]["step"] == 7
     assert config["pretrain"]["tokens_seen"] == 700
     assert config["pretrain"]["sources"][0]["name"] == "*.txt"
-    assert config["pretrain"]["metrics"] == {"loss": 2.5, "perplexity": "inf"}
+    assert config["pretrain"]["metrics"] == {"loss": 2.5, "perplexity": "inf", "targets": 10491.0}
     assert set(config["pretrain"]["versions"]) == {"pretrain", "torch"}
     generation = json.loads((path / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_id
@@ -212,6 +212,7 @@ def test_config_card_and_generation_config(tmp_path, tokenizer):
         "objective: NextToken",
         "tokens seen: 700",
         "held-out loss: 2.5",
+        "held-out targets: 10,491",
         "cc0-1.0",
         "1,234",
         "a \\| b",

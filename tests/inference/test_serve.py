@@ -170,12 +170,33 @@ def test_models(server: Server) -> None:
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"max_token": 3}, 400, "max_token"),
+        ({"truncation": "foo"}, 400, "truncation"),
     ],
     ids=str,
 )  # fmt: skip
 def test_wrong_fields_are_named(server: Server, change: Any, status: int, param: Any) -> None:
     error = refused(server, status, {"messages": HELLO, **change})
     assert error["param"] == param and error["message"]
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": {"url": "a"}}, {"type": "text"}, 3]
+)
+def test_parts_that_are_no_text_are_refused_in_words_of_the_protocol(
+    server: Server, part: Any
+) -> None:
+    messages = [*HELLO, {"role": "user", "content": [{"type": "text", "text": "see"}, part]}]
+    error = refused(server, 400, {"messages": messages})
+    assert error["param"] == "messages" and f"messages[{len(HELLO)}]" in error["message"]
+    assert "reads text alone" in error["message"] and "train" not in error["message"]
+
+
+def test_a_refused_body_is_read_so_that_the_answer_arrives(server: Server) -> None:
+    """A connection that is closed with unread data drops the answer, which the client has not read yet."""
+    body = json.dumps({"messages": HELLO, "user": "x" * (24 << 20)}).encode()
+    refused(server, 413, body)
+    refused(server, 415, body[: 7 << 20], Content_Type="text/plain")
+    refused(server, 404, body, "/v1/embeddings")
 
 
 def test_wrong_requests_are_refused(server: Server) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from pretrain.checkpoint.licences import licence_fields
 
 __all__ = [
+    "COUNTS",
     "EXAMPLE",
     "HERE",
     "PIPELINES",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 HERE = "path/to/this/directory"  # in the examples of a card, until the model has a name on the hub
+COUNTS = ("targets", "examples", "rows", "tokens")  # metrics that are counts and not scores
 # kind of head -> pipeline tag of the hub
 PIPELINES = {
     "causal-lm": "text-generation",
@@ -168,7 +170,7 @@ def _facts(block: Mapping[str, Any]) -> dict[str, Any]:
         metrics = block.get(part)
         for key, value in (metrics if isinstance(metrics, Mapping) else {}).items():
             if isinstance(value, int | float):
-                facts[f"{name} {key}"] = f"{value:.4g}"
+                facts[f"{name} {key}"] = f"{value:,.0f}" if key in COUNTS else f"{value:.4g}"
     for key, name in (("unigram_nats", "unigram"), ("kneser_ney_nats", "Kneser-Ney, order 3")):
         if "kneser_ney_nats" in block and isinstance(block.get(key), int | float):
             facts[f"held-out loss of a baseline ({name})"] = f"{block[key]:.4g}"

@@ -17,6 +17,7 @@ from pretrain.checkpoint.best import RESULT
 from pretrain.checkpoint.licences import licence_fields
 from pretrain.checkpoint.manifest import step_of
 from pretrain.checkpoint.model_card import (
+    COUNTS,
     EXAMPLE,
     HERE,
     PIPELINES,
@@ -30,7 +31,7 @@ from pretrain.utils.hub_names import hub_name
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
 
-__all__ = ["COUNTS", "example_call", "example_input", "measured_parts", "model_card"]
+__all__ = ["example_call", "example_input", "measured_parts", "model_card"]
 
 # Tasks whose pipeline is not that of their head.
 _PIPELINES = {"embedding": "sentence-similarity", "chat": "text-generation"}
@@ -50,7 +51,6 @@ _METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
     "loss": ("loss", "Loss"),
 }
-COUNTS = ("targets", "examples", "rows", "tokens")  # metrics that are counts and not scores
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _MOST_LABELS = 60
 _FILES = {"image": "photo.jpg", "audio": "recording.wav"}  # inputs that are no texts

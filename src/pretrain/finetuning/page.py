@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.best import run_state
+from pretrain.checkpoint.model_card import COUNTS
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
-from pretrain.finetuning.card import COUNTS, example_call, measured_parts, model_card
+from pretrain.finetuning.card import example_call, measured_parts, model_card
 from pretrain.finetuning.settings import from_memory
 from pretrain.report.history import History, loss_svg, sort_records
 from pretrain.report.run_report import PAGE, machine_tiles

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.config.check import check_value
 from pretrain.data.chat import Message, as_messages
@@ -40,6 +40,7 @@ __all__ = ["Server", "listen", "serve"]
 ADDRESS = "127.0.0.1"
 _WAITING = 8  # requests that are answered or wait for it
 _BODY_LIMIT = 8 << 20  # bytes
+_DRAIN = 10.0  # seconds in which a client may send the rest of a refused request
 _IDLE = 60.0  # seconds in which a client must read or write something
 
 # Options of a request -> their types. Those in the second line are not of OpenAI's protocol.
@@ -47,6 +48,7 @@ _OPTIONS: dict[str, Any] = {
     "temperature": float, "top_p": float, "stop": str | list[str], "seed": int,
     "top_k": int, "min_p": float, "repetition_penalty": float,
 }  # fmt: skip
+_TEXTS = ("text", "input_text", "output_text")  # types of content parts
 _LIMITS = ("max_completion_tokens", "max_tokens")
 # Fields that do not change the answer.
 _IGNORED = (
@@ -223,6 +225,7 @@ class _Request:
             raise _Refusal(
                 400, "messages must be a list of at least one message.", param="messages"
             )
+        _refuse_other_parts(given["messages"])
         try:
             asked = cls(as_messages(given.pop("messages")))
         except PretrainError as error:
@@ -234,7 +237,9 @@ class _Request:
                 400, "stream_options is only allowed when stream is true.", param="stream_options"
             )
         asked.usage = (about or {}).get("include_usage", False)
-        asked.shorten = _take(given, "truncation", str, "disabled") == "auto"
+        asked.shorten = (
+            _take(given, "truncation", Literal["auto", "disabled"], "disabled") == "auto"
+        )
         limits = [(key, _take(given, key, int, None)) for key in _LIMITS if key in given]
         if len(limits) > 1:
             raise _Refusal(400, f"Give one of {' and '.join(_LIMITS)}.", param="max_tokens")
@@ -256,6 +261,21 @@ def _take(given: dict[str, Any], key: str, kind: Any, default: Any) -> Any:
         return check_value(key, given.pop(key), kind) if key in given else default
     except ConfigError as error:
         raise _Refusal(400, str(error), param=key) from None
+
+
+def _refuse_other_parts(messages: Sequence[Any]) -> None:
+    """Refuse parts of messages that are no text, such as images."""
+    for number, message in enumerate(messages):
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        for part in parts if isinstance(parts, list) else ():
+            known = part if isinstance(part, Mapping) else {"text": part}
+            kind, text = known.get("type", "text"), known.get("text")
+            if kind not in _TEXTS or not isinstance(text, str):
+                raise _Refusal(
+                    400, f"messages[{number}] has a content part of the type {kind!r:.60} without a text, and this "
+                    'server reads text alone. Send parts of the form {"type": "text", "text": "..."}.',
+                    param="messages",
+                )  # fmt: skip
 
 
 def _refuse_others(given: Mapping[str, Any]) -> None:
@@ -336,11 +356,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, refusal: _Refusal) -> None:
         self.close_connection = True  # the body may not have been read
-        with contextlib.suppress(ConnectionError, TimeoutError):
+        with contextlib.suppress(OSError):  # the client has gone
             if self.streaming:
                 self._event(refusal.body)
             else:
                 self._send_json(refusal.status, refusal.body)
+            self._drain()
+
+    def _drain(self) -> None:
+        """Read and drop what a refused client still sends: closed before, the connection would drop the answer."""
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + _DRAIN
+        while (left := end - time.monotonic()) > 0:
+            self.connection.settimeout(left)
+            if not self.connection.recv(1 << 16):
+                return
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Send an error that the HTTP parser found, in the same form as all others."""
