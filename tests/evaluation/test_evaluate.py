@@ -15,8 +15,11 @@ import tiny
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of, texts
 from pretrain import metrics as own
 from pretrain.cli.main import main
+from pretrain.config import RunConfig
+from pretrain.config.check import with_digest
 from pretrain.data.prepare import prepare
 from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.finetuning.settings import TuneConfig
 from pretrain.objectives import build_objective
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_device, choose_precision
@@ -246,6 +249,43 @@ def test_rows_that_are_not_there_any_more(tmp_path: Path, capsys: Any) -> None:
     )
     with pytest.raises(DataError, match="has no held-out rows"):
         pretrain.evaluate(nothing.path)
+
+
+def test_paths_of_a_run_lead_from_where_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "train.jsonl", rows_of(30))
+    Path("text.txt").write_text("\n\n".join(tiny.TEXTS * 4))
+    model_of().save(tmp_path / "start")
+    quick = QUICK | {"limit": "2 steps"}
+    pretrain.finetune("start", "train.jsonl", "classification", out="tuned", **quick)
+    data = {"train": ["*.txt"], "valid": 0.2, "row_length": 24, "tokenizer": "char"}
+    overrides = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 64}
+    pretrain.train(
+        data=data, model={"family": "gpt2", "overrides": overrides}, parallel={"device": "cpu"},
+        train={"out": "text", "limit": "2 steps", "batch_rows": 4},
+    )  # fmt: skip
+    here = {name: pretrain.evaluate(name) for name in ("tuned", "text")}
+    (tmp_path / "tuned" / "report.html").unlink()
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    Path("trains.jsonl").touch()  # is not meant
+    for name, figures in here.items():
+        assert pretrain.evaluate(f"../{name}") == figures
+    assert main(["report", "../tuned"]) == 0 and (tmp_path / "tuned" / "report.html").is_file()
+    for name in here:  # as runs of earlier versions, which recorded no directory
+        file = tmp_path / name / "run.yaml"
+        settings = (RunConfig if name == "text" else TuneConfig).load(file)
+        file.write_text(with_digest(settings.to_yaml()))
+        capsys.readouterr()
+        words = [["evaluate", f"../{name}"]] + [["report", "../tuned"]] * (name == "tuned")
+        for command in words:
+            assert main(command) == 2
+            told = capsys.readouterr().err
+            assert f"../{name}/run.yaml names" in told and "was started" in told
+            assert "Did you mean" not in told and str(tmp_path / "sub") in told
 
 
 def test_text_is_measured_in_rows_of_the_length_of_the_run(tmp_path: Path, capsys: Any) -> None:

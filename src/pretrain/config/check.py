@@ -22,12 +22,14 @@ from pretrain.utils.files import replace_file
 __all__ = [
     "check_value",
     "name_change",
+    "place_in",
     "read_file",
     "read_sections",
     "settings_in",
     "type_in_words",
     "type_of",
     "with_digest",
+    "with_place",
     "write_text",
 ]
 
@@ -503,6 +505,22 @@ def with_digest(text: str) -> str:
     """Return YAML text with its digest in a leading comment, by which `name_change` detects later changes."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"# digest {digest} of the lines below\n{text}"
+
+
+_STARTED = re.compile(r"# started in (.+)\n")
+
+
+def with_place(text: str) -> str:
+    """Return YAML text with the current directory in a leading comment, from which its relative paths lead."""
+    place = os.getcwd()
+    return f"# started in {place}\n{text}" if _is_unicode(place) and place.isprintable() else text
+
+
+def place_in(text: str) -> Path | None:
+    """Return the directory that `with_place` wrote into a text, also behind a digest; None if there is none."""
+    digest = _DIGEST.match(text)
+    found = _STARTED.match(text, digest.end() if digest else 0)
+    return Path(found[1]) if found else None
 
 
 def name_change(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import itertools
 import math
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pretrain.config.check import with_digest, write_text
+from pretrain.config.check import place_in, with_digest, with_place, write_text
 from pretrain.errors import ConfigError
 
 __all__ = [
@@ -405,12 +406,69 @@ class Sections:
         return dump(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `to_yaml` with its digest to ``path``, atomically.
+        """Write `to_yaml` with its digest and the current directory to ``path``, atomically.
 
         Raises:
             ConfigError: the file cannot be written.
         """
-        return write_text(Path(path), with_digest(self.to_yaml()))
+        return write_text(Path(path), with_digest(with_place(self.to_yaml())))
+
+    @classmethod
+    def of_run(cls, home: Path) -> Self:
+        """Read the settings of a run to open its data again, from any directory.
+
+        A relative path of rows or of a model that leads nowhere from here leads from where the run was started.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        settings = cls.load(home / "run.yaml")
+        place = place_in((home / "run.yaml").read_text(encoding="utf-8"))
+        for section, name in _PATHS:
+            part = getattr(settings, section)
+            if place is not None and hasattr(part, name):
+                setattr(part, name, _from(place, getattr(part, name)))
+        return settings
+
+    def paths(self) -> list[str]:
+        """Return the texts that may be paths of rows or of a model."""
+        parts = [getattr(getattr(self, section), name, None) for section, name in _PATHS]
+        return [text for part in parts for text in _texts(part)]
+
+
+# Settings that may be paths: one, several, or {source: weight}; of source_args the values.
+_PATHS = (
+    *(("data", name) for name in ("train", "valid", "test", "source_args")),
+    ("model", "checkpoint"),
+)
+
+
+def is_lost(path: str) -> bool:
+    """Whether a text is a relative path or a pattern, and no file is there from here."""
+    place = Path(path).expanduser()
+    return not place.is_absolute() and not place.exists() and not glob.glob(path, recursive=True)
+
+
+def _from(place: Path, value: Any) -> Any:
+    """Return paths that lead nowhere from here as paths below ``place``, if they lead somewhere there."""
+    if isinstance(value, Mapping):
+        weights = all(isinstance(one, float) for one in value.values())
+        return {_from(place, k) if weights else k: _from(place, v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_from(place, one) for one in value]
+    if not isinstance(value, str) or not value or value == DataConfig.train or not is_lost(value):
+        return value
+    moved = str(place / value)
+    return value if not Path(moved).exists() and not glob.glob(moved, recursive=True) else moved
+
+
+def _texts(value: Any) -> list[str]:
+    """Return all texts in a value, keys of mappings included."""
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for one in pair for text in _texts(one)]
+    if isinstance(value, list):
+        return [text for one in value for text in _texts(one)]
+    return [value] if isinstance(value, str) and value else []
 
 
 def sections_of(kind: Any) -> dict[str, type]:

@@ -93,8 +93,7 @@ def evaluate(
         they are those of the run's summary. Those of ``sts``, ``retrieval`` and ``minimal-pairs`` are documented there.
 
     Raises:
-        PretrainError: no rows, rows that do not fit the model, rows that have changed since the run, or columns without
-            rows that have them.
+        PretrainError: no rows, rows that do not fit the model or have changed since the run, or columns without rows.
     """
     path = _directory(checkpoint)
     untrained = UNTRAINED.get(task) if isinstance(task, str) else None
@@ -103,10 +102,9 @@ def evaluate(
             f"The task {task} is measured on rows of its own. Give {option('data')}, and no objective."
         )
     if columns and (data is None or _are_rows(data)):
-        role, name = next(iter(columns.items()))
         raise ConfigError(
-            f"{column_option(role, name)} names a column of further rows, and no file or list of them is given. Leave "
-            f"it out, or give them: {option('data')}."
+            f"{column_option(*next(iter(columns.items())))} names a column of further rows, and no file or "
+            f"list of them is given. Leave it out, or give them: {option('data')}."
         )
     named_task = None
     if untrained is None and task is not None:
@@ -188,7 +186,7 @@ def _evaluate_task(
     home = language.run_of(path)
     settings = _settings_of(home)
     if data is None:
-        table = _held_out(path, settings, trained)
+        table = _held_out(path, home, settings, trained)
     else:
         table = labelled(data, trained, columns, None if settings is None else settings.data)
     train = TuneTrain() if settings is None else settings.train
@@ -214,16 +212,16 @@ def _settings_of(home: Path | None) -> TuneConfig | None:
     """The settings of a fine-tuning run; None if ``home`` is not one."""
     if home is None or not is_task(home / "run.yaml"):
         return None
-    return TuneConfig.load(home / "run.yaml")
+    return TuneConfig.of_run(home)
 
 
-def _held_out(path: Path, settings: TuneConfig | None, task: Task) -> Table:
+def _held_out(path: Path, home: Path | None, settings: TuneConfig | None, task: Task) -> Table:
     """The held-out rows of a run, read and split as the run did.
 
     Raises:
         DataError: there are none, they were in memory, or the source has changed since.
     """
-    if settings is None:
+    if home is None or settings is None:
         raise DataError(language.no_run(path))
     give = f"Give labelled rows: {option('data')}"
     sources = (settings.data.train, settings.data.valid, settings.data.test)
@@ -238,7 +236,8 @@ def _held_out(path: Path, settings: TuneConfig | None, task: Task) -> Table:
                 CheckpointError
             ):  # the checkpoint that it was trained from may be gone
                 labels = classes_of(source, type(task))
-        data = open_data(settings, {}, type(task), labels)
+        with language.naming_paths(home, settings):
+            data = open_data(settings, {}, type(task), labels)
     block = task.model.extra_config.get("pretrain")
     recorded = block.get("fingerprint") if isinstance(block, Mapping) else None
     if recorded != data.fingerprint:

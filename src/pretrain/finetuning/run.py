@@ -22,7 +22,7 @@ from pretrain.finetuning.page import render
 from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, from_memory
 from pretrain.report.run_report import PAGE
 from pretrain.training.launch import read_run
-from pretrain.training.run import check_same_run, has_begun
+from pretrain.training.run import check_same_run, has_begun, naming_paths
 from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page
@@ -134,7 +134,7 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     page = folder / PAGE
     if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").endswith(_ANEW):
         return page
-    settings, run = TuneConfig.load(folder / "run.yaml"), read_run(folder)
+    settings, run = TuneConfig.of_run(folder), read_run(folder)
     settings.train.out = str(folder)
     sources = (settings.data.train, settings.data.valid, settings.data.test)
     if any(map(from_memory, (settings.model.checkpoint, *sources))):
@@ -142,7 +142,7 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
             f"The model or the rows of {folder} were objects in memory, so its page can be written only where they "
             "are: call finetune again with them and the same out, which trains no further."
         )
-    with muted():
+    with muted(), naming_paths(folder, settings):
         job = Job.open(None, settings, {}, quiet=True)
         result = read_back(job, run, write=False)
     if result.model.extra_config["pretrain"].get("fingerprint") != result.fingerprint:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from pretrain.checkpoint.download import located, terms
 from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from pretrain.config.run import Sections
+from pretrain.config.run import Sections, is_lost
 from pretrain.config.spelling import TRAIN, column, option, using
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import SOURCES, RowSource, open_rows
 from pretrain.data.tokenizer import HUB_FILES, Tokenizer
 from pretrain.distributed.world import current_world
-from pretrain.errors import ConfigError, DataError, TokenizerError
+from pretrain.errors import ConfigError, DataError, PretrainError, TokenizerError
 from pretrain.models import build, family_class, own_family
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
@@ -267,7 +267,7 @@ def check_same_run(settings: Sections, out: Path) -> Changed:
         check_free(out)
         return {}
     try:
-        before, now = _flat(type(settings).load(written).to_dict()), _flat(settings.to_dict())
+        before, now = _flat(type(settings).of_run(out).to_dict()), _flat(settings.to_dict())
     except ConfigError as error:
         raise ConfigError(
             f"{out} holds a run of another kind ({error}). Name a new directory with {option('out')}."
@@ -677,17 +677,18 @@ def _held_out(path: Path, data: Any, model: Model, text: str | None = None) -> E
     if data is None:
         if home is None:
             raise DataError(no_run(path))
-        settings = RunConfig.load(home / "run.yaml")
+        settings = RunConfig.of_run(home)
         if settings.data.source in SOURCES:
-            return _held_out_rows(
-                home, open_rows(settings.data.source, settings.data.source_args), model
-            )
+            with naming_paths(home, settings):
+                found = open_rows(settings.data.source, settings.data.source_args)
+            return _held_out_rows(home, found, model)
         if settings.data.source is not None:
             raise DataError(
                 f"The rows of {home} come from the function {settings.data.source}. pretrain calls no function that "
                 f"only a file names: name it yourself, {option('data', settings.data.source)}."
             )
-        prepared = open_data(settings)
+        with naming_paths(home, settings):
+            prepared = open_data(settings)
         if _changed(model, prepared.fingerprint):
             raise DataError(
                 f"The text of {home} has changed since the run, so its held-out rows are not those of before, and may "
@@ -734,6 +735,29 @@ def _held_out(path: Path, data: Any, model: Model, text: str | None = None) -> E
             f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {_place(path)}"
         )
     return rows
+
+
+@contextlib.contextmanager
+def naming_paths(home: Path, settings: Sections) -> Iterator[None]:
+    """Say of an error inside the block that a path of a run does not lead from here, where that is the cause.
+
+    Args:
+        home: the run.
+        settings: its settings, as ``of_run`` read them.
+
+    Raises:
+        DataError: in place of an error that names a relative path of the settings which does not exist.
+    """
+    try:
+        yield
+    except PretrainError as error:
+        lost = [path for path in settings.paths() if is_lost(path) and path in str(error)]
+        if not lost:
+            raise
+        raise DataError(
+            f"{lost[0]!r}, which {home / 'run.yaml'} names, is not there. It is relative to the directory in which "
+            f"the run was started, and the command runs in {Path.cwd()}: run it there, or put the file back."
+        ) from error
 
 
 def names_function(data: Any) -> bool:
