@@ -398,6 +398,9 @@ def test_the_same_data_by_another_path_are_the_same(
     with pytest.raises(TrainingError, match="was trained with rows"):
         resume("other", 6)
     assert resume("moved", 6) == 6
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume(str(tmp_path / "moved"), 7) == 7
 
 
 @pytest.mark.parametrize("place", ["model", "data", "result without checkpoints"])
