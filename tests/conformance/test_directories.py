@@ -249,23 +249,14 @@ def tag(c: Case) -> None:
     task = task_of(ours).eval()
     sentences = [text.split() for text in TEXTS]
     encoded = task.encode(read_table([{"tokens": words} for words in sentences]), targets=False)
-    probe = ["a", "the", "x7", "Paris"]
-    listed = c.theirs(probe, is_split_into_words=True)["input_ids"]
-    split = listed == c.theirs(" ".join(probe))["input_ids"]
-    # Where a list loses the blanks before its words, they are read as in a text that begins with one.
-    inputs: Any = sentences if split else [" " + " ".join(words) for words in sentences]
-    made = c.theirs(inputs, is_split_into_words=split)
-    assert [example["input_ids"].tolist() for example in encoded] == made["input_ids"]
+    wanted = c.theirs(sentences, is_split_into_words=True)["input_ids"]
+    assert [example["input_ids"].tolist() for example in encoded] == wanted
     words = sentences[0]
     found = ours.predict([words])[0]["tags"]
-    logits = theirs(**c.feed(inputs[:1], is_split_into_words=split)).logits[0]
-    if split:
-        first = [made.word_ids(0).index(i) for i in range(len(words))]
-    else:
-        first = []
-        for word in re.finditer(r" \S", inputs[0]):  # a blank may be a token of its own, or none
-            places = [made.char_to_token(0, at) for at in range(*word.span())]
-            first.append(next(place for place in places if place is not None))
+    fed = c.feed([words], is_split_into_words=True)
+    logits = theirs(**fed).logits[0]
+    places = c.theirs([words], is_split_into_words=True).word_ids(0)
+    first = [places.index(i) for i in range(len(words))]
     assert found == [theirs.config.id2label[int(i)] for i in logits[first].argmax(-1)]
 
 

@@ -25,6 +25,7 @@ from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.inference.predict import predict, predict_file, predict_with, task_of
 from pretrain.models import build
 from pretrain.models.base import Model
+from pretrain.utils import files
 
 HEADS: dict[str, dict[str, Any]] = {
     "classification": {"head": "sequence-classification", "labels": ["cat", "dog", "fox"]},
@@ -310,8 +311,13 @@ def test_a_foreign_directory_answers_as_transformers_does(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
 def test_words_are_read_with_the_blanks_that_another_library_gives_them(
-    recorded: bool, tmp_path: Path
+    recorded: bool,
+    listed: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An old directory of ours, which records its task alone, has the tokenizer that it was trained with."""
     transformers = pytest.importorskip("transformers")
@@ -329,14 +335,18 @@ def test_words_are_read_with_the_blanks_that_another_library_gives_them(
     before, words = ours.tokenizer, ["the", "old", "dog", "sat", "there"]
     theirs = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
     backend = transformers.AutoTokenizer.from_pretrained(folder)
-    text: Any = words if recorded else " " + " ".join(words)
-    encoded = backend(text, is_split_into_words=recorded, return_tensors="pt")
+    plain = recorded or listed
+    text: Any = words if plain else " " + " ".join(words)
+    encoded = backend(text, is_split_into_words=plain, return_tensors="pt")
     with torch.no_grad():
         chances = theirs(**encoded).logits[0].softmax(-1)
     firsts = [encoded.word_ids().index(word) for word in range(len(words))]
     wanted = pytest.approx(chances[firsts].amax(-1).tolist(), abs=1e-5)
-    assert ours.predict(tuple(words))["scores"] == wanted
+    given = {"tokens": words} if listed else {"tokens": " ".join(words)}
+    monkeypatch.setattr(files, "_TOLD", set())
+    assert ours.predict(given)["scores"] == wanted
     assert ours.tokenizer is before
+    assert ("are read without the blanks" in capsys.readouterr().err) == (listed and not recorded)
 
 
 # ------------------------------------------------------------------------------------------------- files

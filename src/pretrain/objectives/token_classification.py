@@ -8,6 +8,8 @@ Letters: B rows of a batch, T tokens, N examples, C classes, M targets, D hidden
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,11 +23,12 @@ from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.columns import read_tags, read_words
 from pretrain.data.labelled import Role, label_strata, make_tag_map
-from pretrain.data.task_rows import TaskRows, blanks_before_words, word_windows
+from pretrain.data.task_rows import TaskEncoder, TaskRows, blanks_before_words, word_windows
 from pretrain.errors import ConfigError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.tasks import ClassTask, Learned
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -50,8 +53,9 @@ class TokenClassification(ClassTask):
             a label, else the first label.
         word_blanks: if the tokenizer joins a word with the blank before it (byte-level BPE), encode the words of a
             list as they would be encoded in a text. This changes the model's tokenizer, which is saved with it, so
-            that other libraries encode the same ids. Fine-tuning turns it on; off, the tokenizer is unchanged. None
-            encodes them so and leaves the model's tokenizer as it is, for a model that another library trained.
+            that other libraries encode the same ids. Fine-tuning turns it on; off, the tokenizer is unchanged. None is
+            for a model that another library trained: its tokenizer is unchanged and decides about lists, as in
+            transformers, and the words of a text are encoded as they stand in it.
         codes: value in the column of tags -> label, if the two differ (tags that are numbers).
         class_weights, label_smoothing: see ``ClassTask``.
         max_length, pack: see ``Task``.
@@ -110,8 +114,7 @@ class TokenClassification(ClassTask):
         self.codes = dict(codes) if codes else None
         if word_blanks and model.tokenizer is not None:
             model.tokenizer = blanks_before_words(model.tokenizer)
-        elif word_blanks is None:
-            self.encoder.tokenizer = blanks_before_words(self.encoder.tokenizer)
+        self.foreign = word_blanks is None
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
@@ -157,13 +160,25 @@ class TokenClassification(ClassTask):
                 kept.append(i)
             else:
                 rows.drop(i, "no words")
-        encodings = self.encoder.words([sentences[i] for i in kept]) if kept else []
-        for i, encoding in zip(kept, encodings, strict=True):
-            answers = None if tags is None else tags[i]
+        encoders = [self._encoder_of(cell) for cell in table.columns["tokens"]]
+        encodings: dict[int, Any] = {}
+        for encoder in dict.fromkeys(encoders):
+            some = [i for i in kept if encoders[i] is encoder]
+            found = encoder.words([sentences[i] for i in some]) if some else []
+            encodings.update(zip(some, found, strict=True))
+        if self.encoder_of_texts is not self.encoder and self.encoder in encoders:
+            note(
+                "the words of a list are read without the blanks before them, as transformers reads them with this "
+                "tokenizer. If the model was trained on words with their blanks, set add_prefix_space to true in its "
+                "tokenizer_config.json.",
+                once=True,
+            )
+        for i in kept:
+            encoding, answers = encodings[i], None if tags is None else tags[i]
             if not encoding.ids:
                 rows.drop(i, "no words that the tokenizer can see")
             elif encoding.overflowing:
-                self._add_windows(rows, i, encoding, sentences[i], answers)
+                self._add_windows(rows, i, encoding, sentences[i], answers, encoders[i])
             else:
                 own = (0, len(sentences[i]))
                 self._add(rows, i, encoding, sentences[i], answers, 0, own)
@@ -171,8 +186,29 @@ class TokenClassification(ClassTask):
             self.balance(np.concatenate([tags[i] for i in kept]) if kept else ())
         return rows
 
+    @functools.cached_property
+    def encoder_of_texts(self) -> TaskEncoder:
+        """The encoder of the words of a text, which differs from `encoder` for some models of other libraries."""
+        spaced = blanks_before_words(self.encoder.tokenizer) if self.foreign else None
+        if spaced is None or spaced is self.encoder.tokenizer:
+            return self.encoder
+        made = copy.copy(self.encoder)
+        made.tokenizer = spaced
+        return made
+
+    def _encoder_of(self, cell: Any) -> TaskEncoder:
+        """Return the encoder of the words in a cell: a text with blanks between them, or a list, also a printed one."""
+        text = isinstance(cell, str) and not cell.lstrip().startswith("[")
+        return self.encoder_of_texts if text else self.encoder
+
     def _add_windows(
-        self, rows: TaskRows, i: int, encoding: Any, words: Sequence[str], tags: np.ndarray | None
+        self,
+        rows: TaskRows,
+        i: int,
+        encoding: Any,
+        words: Sequence[str],
+        tags: np.ndarray | None,
+        encoder: TaskEncoder,
     ) -> None:
         room = len(encoding.ids) - sum(encoding.special_tokens_mask)
         sizes = np.zeros(len(words), np.int64)
@@ -183,7 +219,7 @@ class TokenClassification(ClassTask):
         windows = word_windows(sizes.tolist(), room, room // _OVERLAP)
         if sizes.max() > room:
             rows.cut.append(i)
-        parts = self.encoder.words([words[a:b] for a, b in windows])
+        parts = encoder.words([words[a:b] for a, b in windows])
         begin = 0
         for k, (part, (a, b)) in enumerate(zip(parts, windows, strict=True)):
             end = b if k + 1 == len(windows) else (windows[k + 1][0] + b) // 2
