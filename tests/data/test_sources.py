@@ -103,7 +103,8 @@ def test_rows_in_memory_are_documents_like_those_of_a_file(tmp_path: Path) -> No
         prints.add(source.fingerprint(FileHashes()))
     assert len(prints) == 1
     frame = pandas.DataFrame({"body": ["a", float("nan")]})
-    assert list(documents(resolve_sources([frame], text="body")[0][0])) == ["a", ""]
+    for given in (frame, frame.convert_dtypes()):
+        assert list(documents(resolve_sources([given], text="body")[0][0])) == ["a", ""]
 
 
 def test_rows_and_texts_that_are_no_source() -> None:

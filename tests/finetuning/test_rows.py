@@ -67,29 +67,15 @@ def test_rows_that_recur_are_dropped_from_training_alone() -> None:
     assert len([n for n in found.notes if "recur" in n]) == 2
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_equal_rows_are_held_out_together(seed: int) -> None:
-    """So no row is lost, nor a class whose rows all have one text."""
-    rows = rows_of(40) + [
-        {"text": t, "label": "spam"} for t in ("Buy now!", "buy now", "BUY, now") * 5
-    ]
-    rows += [{**row, "text": row["text"].upper()} for row in rows[:10]]
-    found = opened(rows, valid=0.2, seed=seed)
-    train, valid = (
-        {text.lower() for text in part.columns["text"]} for part in (found.train, found.valid)
-    )
-    assert not train & valid and 12 <= found.counts["valid"] <= 14
-    assert sum(found.counts.values()) == len(rows) and found.recurring == {}
-    assert set(found.train.columns["label"]) == {*ANIMALS, "spam"}
-    assert any("24 rows repeat another one" in note for note in found.notes)
-    assert not any("repeat" in note for note in opened(rows_of(40)).notes)
-
-
 def test_classes_that_only_recurring_rows_have_are_named() -> None:
     gone = [{"text": "gone", "label": "owl"}] * 3
     found = opened(rows_of(40) + gone, valid=gone[:1])
     assert found.left_out == 3
     assert any("no training row of the class 'owl' is left" in note for note in found.notes)
+    numbers = [{"text": f"{i} a", "label": float(i % 2)} for i in range(9)]
+    numbers += [{"text": "gone", "label": 2.0}] * 2
+    found = opened(numbers, valid=numbers[-1:])
+    assert any("no training row of the class '2.0' is left" in note for note in found.notes)
     several = [{"text": f"{i} a", "label": ["cat", "dog"][: 1 + i % 2]} for i in range(9)]
     gone = [{"text": "gone", "label": ["cat", "owl"]}]
     found = opened(several + gone, valid=gone)

@@ -21,8 +21,8 @@ from pretrain.errors import ConfigError, DataError, did_you_mean, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
-    "Role", "choose_columns", "column_names", "drop_duplicates", "equal_rows", "is_missing", "label_strata",
-    "make_tag_map", "normalised", "roles_table", "split",
+    "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata", "make_tag_map",
+    "normalised", "roles_table", "split",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a continuous target
@@ -364,8 +364,8 @@ def split(
             held.update(sorted(rows, key=lambda i: _rank(seed, "row", i))[:count])
     if not held and groups is not None:
         raise DataError(
-            f"{table.name}: none of the {len(set(groups)):,} groups of rows that stay together can be held out without "
-            f"taking all rows of a class. Give more groups, or the held-out rows themselves: {option('valid')}."
+            f"{table.name}: none of the {len(set(groups)):,} groups can be held out without taking all rows of a "
+            f"class. Give more groups, or the held-out rows themselves: {option('valid')}."
         )
     if not held:
         raise DataError(
@@ -473,7 +473,7 @@ def _compared(value: Any) -> str:
 
 
 def _keys(table: Table, names: Sequence[str]) -> list[bytes | None]:
-    """Return what is equal for rows of equal content; None for a row without, which is no duplicate."""
+    """Return a key for every row, equal for rows of equal content; None for an empty row, which is no duplicate."""
     columns = [table.columns[name] for name in names]
     texts = ("\0".join(map(_compared, cells)) for cells in zip(*columns, strict=True))
     return [
@@ -482,13 +482,6 @@ def _keys(table: Table, names: Sequence[str]) -> list[bytes | None]:
         else None
         for t in texts
     ]
-
-
-def equal_rows(table: Table, role_names: Sequence[str]) -> list[Hashable] | None:
-    """Return the group of every row for ``split``, one for all rows of equal content; None if no two rows are equal."""
-    keys = _keys(table, role_names)
-    groups: list[Hashable] = [i if key is None else key for i, key in enumerate(keys)]
-    return groups if len(set(groups)) < len(groups) else None
 
 
 def drop_duplicates(

@@ -351,7 +351,7 @@ def cell_text(row: Any, column: str, where: str) -> str:
 
 def has_transform(dataset: Any) -> bool:
     """Whether a ``datasets.Dataset`` computes its rows by a function (``with_transform``)."""
-    return bool(dataset.format["type"] == "custom")
+    return bool((getattr(dataset, "format", None) or {}).get("type") == "custom")
 
 
 def whole_characters(value: Any) -> Any:

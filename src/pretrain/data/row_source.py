@@ -29,7 +29,8 @@ def hash_rows(rows: Examples) -> hashlib._Hash:
     digest, count = hashlib.sha256(), len(rows)
     for i in sorted({j * count // 64 for j in range(64)} if count else ()):
         row: Any = rows[i]
-        for key, value in sorted(row.items()) if isinstance(row, Mapping) else [("", row)]:
+        items = row.items() if isinstance(row, Mapping) else [("", row)]
+        for key, value in sorted(items, key=lambda item: str(item[0])):
             array = _array_of(value)
             digest.update(f"{key} {array.dtype.str} {array.shape}".encode())
             digest.update(array.tobytes())
@@ -38,8 +39,8 @@ def hash_rows(rows: Examples) -> hashlib._Hash:
 
 def _array_of(value: Any) -> np.ndarray:
     """Return a value of a row as an array of numbers or text; lists of unequal lengths and mappings as their JSON."""
-    with contextlib.suppress(TypeError, ValueError):
-        array = np.ascontiguousarray(value)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        array = np.ascontiguousarray(value.detach().cpu() if hasattr(value, "detach") else value)
         if not array.dtype.hasobject:  # its bytes would be addresses in memory
             return array
     return np.ascontiguousarray(

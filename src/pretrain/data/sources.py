@@ -33,7 +33,7 @@ from pretrain.errors import DataError
 from pretrain.utils.files import replacing
 
 __all__ = [
-    "DatasetSource", "FileHashes", "FileSource", "HubSource", "PythonSource", "RowSource", "Source", "documents",
+    "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Source", "documents",
     "resolve_sources", "sized_pieces",
 ]  # fmt: skip
 
@@ -200,7 +200,7 @@ class DatasetSource:
         return f"dataset:{digest.hexdigest()}"
 
 
-class RowSource(DatasetSource):
+class MemorySource(DatasetSource):
     """Rows in memory: a list of dicts, a frame of pandas or polars, or an arrow table."""
 
     def __init__(self, rows: Any, text: str = "text", name: str = "rows") -> None:
@@ -219,10 +219,13 @@ class RowSource(DatasetSource):
         self.values = column.to_pylist() if hasattr(column, "to_pylist") else column.to_list()
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the texts; a missing one (None, or the NaN of a frame) is an empty document."""
+        """Yield the texts; a missing one (None, or the NaN or NA of a frame) is an empty document."""
         for number, value in enumerate(self.values):
-            text = None if value != value else value
-            yield cell_text({self.text: text}, self.text, f"{self.name}, row {number}"), True
+            missing = type(value).__name__ == "NAType" or (
+                isinstance(value, float) and value != value
+            )
+            row = {self.text: None if missing else value}
+            yield cell_text(row, self.text, f"{self.name}, row {number}"), True
 
 
 class HubSource:
@@ -435,7 +438,7 @@ def resolve_sources(
             raise DataError(
                 "a list of rows holds dicts only; give other sources in a list of their own."
             )
-        items = [RowSource(sources, column_of(text, "rows"))]
+        items = [MemorySource(sources, column_of(text, "rows"))]
     elif isinstance(sources, list | tuple):
         items = list(sources)
     else:
@@ -470,7 +473,7 @@ def _resolve(
     if isinstance(item, Source):
         return item
     if hasattr(item, "column_names") or hasattr(item, "columns"):
-        return RowSource(item, column_of(text, "frame"), "frame")
+        return MemorySource(item, column_of(text, "frame"), "frame")
     raise DataError(
         f"{type(item).__name__} is not a source; give a path, a glob, a folder, a datasets.Dataset, a frame, a list of "
         "rows [{'text': '...'}, ...], or 'python'."

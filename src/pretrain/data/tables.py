@@ -379,22 +379,21 @@ def _dataset(dataset: Any, name: str) -> Table:
             f"{name} is a streamed data set ({type(dataset).__name__}), whose rows cannot be counted or split. Load it "
             "without streaming=True."
         )
-    made = dataset.with_format("arrow")[:].to_pydict()
+    made = stored = dataset.with_format("arrow")[:].to_pydict()
     features = getattr(dataset, "features", None) or {}
     if has_transform(dataset):
         note(f"{name}: the transform of the data set is applied once to each row")
-        stored = made
-        made, _ = columns_of_rows(
+        found, _ = columns_of_rows(
             ((f"row {i}", _plain(row)) for i, row in enumerate(dataset)), name
         )
-        # A feature describes the stored column: names of classes do not belong to numbers that were changed.
-        features = {key: kind for key, kind in features.items() if made.get(key) == stored[key]}
+        made = stored | found  # what it leaves out, as many do with images, is read as it is stored
     label_names = {}
     for key, feature in features.items():
         inner = feature
         while inner is not None and not hasattr(inner, "names"):
             inner = getattr(inner, "feature", None)
-        if inner is not None:
+        # A feature describes the stored column: names of classes do not belong to numbers that were changed.
+        if inner is not None and made[key] == stored[key]:
             label_names[key] = [str(label) for label in inner.names]
     called = f"a data set of {len(dataset):,} rows"
     return Table(called, made, label_names, origin="a data set", unit="index")

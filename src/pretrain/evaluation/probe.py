@@ -24,7 +24,7 @@ from pretrain.checkpoint import load
 from pretrain.config.spelling import EVALUATE, option, using
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.rows import decoded
-from pretrain.data.labelled import drop_duplicates, equal_rows, label_strata, split
+from pretrain.data.labelled import drop_duplicates, label_strata, split
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory, suggestion
 from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline, sklearn_module
 from pretrain.finetuning.measure import reported_precision
@@ -174,9 +174,9 @@ def _tables(
                     "classes apart. Give each row one class."
                 )
     if score is None:
+        train, score = split(train, label_strata(train.columns["label"]), share, seed)
         role = task.roles[0].name
-        strata, groups = label_strata(train.columns["label"]), equal_rows(train, [role])
-        train, score = split(train, strata, share, seed, groups)
+        train, _ = drop_duplicates(train, score, [role], "test")
         choose, _ = drop_duplicates(choose, score, [role], "test")
     return [train, choose, score]
 

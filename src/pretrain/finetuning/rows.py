@@ -17,7 +17,6 @@ from pretrain.data.labelled import (
     choose_columns,
     column_names,
     drop_duplicates,
-    equal_rows,
     is_missing,
     roles_table,
     split,
@@ -113,7 +112,7 @@ def open_data(
     wanted = objects.get("valid", section.valid)
     if isinstance(wanted, int | float):
         names["valid"] = f"{float(wanted):.0%} of {whole.name}"
-        train, valid = _split(train, float(wanted), learned, settings, groups, task, notes)
+        train, valid = _split(train, float(wanted), learned, settings, groups, notes)
     else:
         valid = held_out(wanted, "validation")
         names["valid"] = valid.name
@@ -153,22 +152,14 @@ def _split(
     learned: Learned,
     settings: TuneConfig,
     groups: Sequence[Hashable] | None,
-    task: type[Task],
     notes: list[str],
 ) -> tuple[Table, Table]:
-    """Hold out a share of the rows: as whole groups, which without ``groups`` are rows of one image or equal rows."""
+    """Hold out a share of the rows: as whole groups, which without ``groups`` are the rows of one image."""
     by = settings.data.group
     if groups is None and share and (groups := _same_image(train)) is not None:
         by = "image"
-    elif groups is None and share:
-        groups = equal_rows(train, _compared(task, train))
     train, valid = split(train, learned.strata, share, settings.train.seed, groups)
-    if groups is not None and by is None:
-        notes.append(
-            f"{len(groups) - len(set(groups)):,} rows repeat another one, up to case, blanks and punctuation; equal "
-            "rows are held out together or not at all"
-        )
-    elif groups is not None and len(valid):
+    if groups is not None and len(valid):
         notes.append(
             f"{len(valid) / (len(train) + len(valid)):.1%} of the rows are held out, as whole groups by {by!r} "
             f"({len(set(groups)):,} in all)"
@@ -339,11 +330,13 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
 
 
 def _lost_classes(table: Table, left: Table, what: str) -> list[str]:
-    """Return a note on the classes that only rows have which are left out; none without."""
+    """Return a note on the classes whose rows are all left out, if there are any."""
+    names = table.label_names.get("label")
 
     def classes(cells: Sequence[Any]) -> set[str]:
         every = (cell if isinstance(cell, list | tuple) else [cell] for cell in cells)
-        return {str(item) for items in every for item in items if isinstance(item, str | int)}
+        found = {item for items in every for item in items if isinstance(item, str | int | float)}
+        return {names[item] if names and type(item) is int else str(item) for item in found}
 
     lost = sorted(classes(table.columns.get("label", ())) - classes(left.columns.get("label", ())))
     if not lost:

@@ -115,8 +115,9 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
                 f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
                 "train.out."
             )
-        # Earlier versions kept no fingerprint of rows that a `Trainer` was given without one.
-        if key not in trainer.origin and then.get(key) not in (None, value):
+        # Rows that are drawn anew have no fingerprint, and earlier versions kept none of rows without a stated one.
+        known = None not in (value, then.get(key))
+        if key not in trainer.origin and known and then[key] != value:
             raise TrainingError(
                 f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
                 "repeat some rows and skip others. Restore what was changed, or use a new train.out."

@@ -172,9 +172,16 @@ class Trainer:
         self.peak = 0.0
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash that tells the training rows from others: as ``about`` states it, else of up to 64 of them."""
-        return self.about.get("fingerprint") or hash_rows(self.train_data).hexdigest()
+    def fingerprint(self) -> str | None:
+        """Hash that tells the training rows from others: as ``about`` states it, else of up to 64 of them.
+
+        None for rows that are drawn anew each time, by augmentation for example.
+        """
+        stated = self.about.get("fingerprint")
+        if stated is not None:
+            return str(stated)
+        found, again = (hash_rows(self.train_data).hexdigest() for _ in range(2))
+        return found if found == again else None
 
     def fit(
         self,

@@ -11,14 +11,7 @@ import numpy as np
 
 from pretrain.data.images.processor import ImageProcessor
 from pretrain.data.images.rows import IMAGES, Medium, decoded, parts_of, pictures, read_images
-from pretrain.data.labelled import (
-    Role,
-    choose_columns,
-    drop_duplicates,
-    equal_rows,
-    roles_table,
-    split,
-)
+from pretrain.data.labelled import Role, choose_columns, drop_duplicates, roles_table, split
 from pretrain.data.labels import LabelMap
 from pretrain.data.row_source import RowSource
 from pretrain.data.tables import Table
@@ -134,7 +127,7 @@ def rows_by_class(
     else:
         if known is not None:
             strata = known.ids(whole.columns["label"], names=names, where=whole.where)
-        whole, held = split(whole, strata, float(valid), seed, equal_rows(whole, [role.name]))
+        whole, held = split(whole, strata, float(valid), seed)
     whole, _ = drop_duplicates(whole, held, [role.name], "validation")
     rows, held_rows = (
         _examples(table, known, medium, what)
