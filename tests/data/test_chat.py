@@ -225,6 +225,22 @@ def test_parts_of_a_content_reach_a_template_that_reads_them(source: str) -> Non
     )
 
 
+def test_parts_are_joined_for_the_roles_and_templates_that_do_not_read_all_of_them() -> None:
+    one = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'user' and m.content is not string %}"
+        "{% for c in m.content %}{{ c.text }}{% endfor %}{% else %}{{ m.content + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    first = one.replace("{% for c in m.content %}{{ c.text }}{% endfor %}", "{{ m.content[0].text }}")
+    parts = [{"type": "text", "text": text} for text in ("a b", " c")]
+    asked = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
+    end = BPE.roles["eos"]
+    assert ChatTemplate.of(BPE, one).render(asked) == f"user:a b cassistant:a b c{end}"
+    assert ChatTemplate.of(BPE, first).render(asked) == f"user:a b c{end}assistant:a b c{end}"
+    text, spans = assistant_spans(ChatTemplate.of(BPE, one), asked)
+    assert [text[span.first : span.end] for span in spans] == [f"a b c{end}"]
+
+
 @pytest.mark.parametrize("form", ["list", "mapping", "files"])
 def test_the_template_for_tools_is_that_of_transformers(tmp_path: Path, form: str) -> None:
     mine = copy.copy(BPE)

@@ -340,3 +340,6 @@ def test_roberta_takes_no_tokenizer_with_another_id_of_padding():
     model = build("roberta", tokenizer=words, **sizes)
     model.tokenizer = words
     assert model.backbone.config.pad_id == words.pad_id
+    published = build("roberta", **sizes, pad_id=1)
+    published.processor = words  # as a directory is opened, whatever id its tokenizer pads with
+    published.tokenizer = words

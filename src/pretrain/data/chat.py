@@ -123,8 +123,12 @@ class ChatTemplate:
         self.constants = self._sandbox.constants
         self.for_tools: ChatTemplate | None = None
         # The forms in which the template reads the content of a message; parts are joined for one that reads neither.
-        self._reads_text = self._prints("a question")
-        self._reads_parts = self._prints([{"type": "text", "text": "a question"}])
+        self._reads_text: dict[str, bool] = {}
+        self._reads_parts: dict[str, bool] = {}
+        parts = [{"type": "text", "text": text} for text in ("the first part", ", the second")]
+        for role in ("user", "assistant", "system"):
+            self._reads_text[role] = self._prints(role, content_text(parts))
+            self._reads_parts[role] = self._prints(role, parts)
         self.end = self._find_end()
 
     @classmethod
@@ -156,18 +160,20 @@ class ChatTemplate:
         """Return the template that renders conversations with these tools: `for_tools`, or this one."""
         return self if tools is None or self.for_tools is None else self.for_tools
 
-    def _prints(self, content: Any) -> bool:
-        """Whether the text of a content in this form stands in the rendered conversation, and its form does not."""
+    def _prints(self, role: str, content: Any) -> bool:
+        """Whether the texts of a content in this form are printed for a role, and not its form."""
+        turn, asked = {"role": role, "content": content}, {"role": "user", "content": "a question"}
+        if role != "user":
+            asked = self._formed(asked)
+        messages = {"user": [turn], "system": [turn, asked]}.get(role, [asked, turn])
         values: dict[str, Any] = {**self.tokens, "tools": None, "documents": None}
-        values |= {
-            "messages": [{"role": "user", "content": content}],
-            "add_generation_prompt": False,
-        }
+        values |= {"messages": messages, "add_generation_prompt": False}
         try:
             text = self._sandbox.render(self._template, values, ("", ""))
         except Exception:  # an untrusted program can raise anything
             return False
-        return "a question" in text and not re.search(r"""['"]type['"]""", text)
+        whole = "the first part" in text and "the second" in text
+        return whole and not re.search(r"""['"]type['"]""", text)
 
     def _find_end(self) -> str | None:
         answer = "an answer"
@@ -236,10 +242,13 @@ class ChatTemplate:
 
     def _formed(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return a message with its content in the form that the template reads, as given where it reads both."""
-        content = message.get("content")
-        if isinstance(content, list) and not self._reads_parts:
+        content, role = message.get("content"), message.get("role")
+        text, parts = (
+            reads.get(role, reads["user"]) for reads in (self._reads_text, self._reads_parts)
+        )
+        if isinstance(content, list) and not parts:
             return message | {"content": content_text(content)}
-        if isinstance(content, str) and not self._reads_text and self._reads_parts:
+        if isinstance(content, str) and parts and not text:
             return message | {"content": [{"type": "text", "text": content}]}
         return message
 

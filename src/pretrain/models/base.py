@@ -179,11 +179,12 @@ class Model(ModelMethods, nn.Module):
         Raises:
             ModelError: the family counts its positions from the id of padding, and the tokenizer has another one.
         """
-        pad = self.backbone.config.pad_id
+        pad, before = self.backbone.config.pad_id, self.tokenizer
+        known = (None, pad) if before is None else (None, pad, before.pad_id)  # as published
         if (
             value is not None
             and self.backbone.positions_from_pad
-            and value.pad_id not in (None, pad)
+            and value.pad_id not in known
         ):
             raise ModelError(
                 f"{self.backbone.model_type} counts its positions from the id of padding, which is {pad} in this model "
