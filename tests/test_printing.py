@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import re
 import subprocess
 import sys
@@ -102,3 +104,24 @@ def test_lines_that_were_lost_change_no_exit_code() -> None:
     code = "from pretrain.utils.files import note; note('a'); note('b')"
     with open("/dev/full", "w") as full:
         assert subprocess.run([sys.executable, "-c", code], stderr=full).returncode == 0
+
+
+def test_what_passes_does_not_silence_a_console() -> None:
+    class Slow(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise BlockingIOError(11, "not now")
+            return super().write(text)
+
+    screen = Console(slow := Slow())
+    print("a", file=screen)
+    slow.full = False
+    print("b", file=screen)
+    assert slow.getvalue() == "b\n" and not screen.lost
+    raw = io.BytesIO()
+    screen = Console(io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    print("café", file=screen)
+    print("c", file=copy.copy(screen))
+    assert raw.getvalue() == b"caf\\xe9\nc\n" and not screen.lost

@@ -26,7 +26,7 @@ _COLUMNS = 80  # of a terminal that does not say its width
 
 
 class Console:
-    """A stream of lines that no result depends on: it raises nothing, and after the first failure it prints nothing.
+    """A stream of lines that no result depends on: it raises nothing, and prints nothing once it has failed for good.
 
     Args:
         stream: the stream; None for a process that has none.
@@ -57,6 +57,12 @@ class Console:
         if not self.lost:
             try:
                 return getattr(self.stream, name)(*values)
+            except (
+                BlockingIOError
+            ):  # its reader is slow: this text is lost, and the next one may not be
+                return None
+            except UnicodeEncodeError as error:
+                return self._do(name, *(_encodable(text, error.encoding) for text in values))
             except (OSError, ValueError) as error:  # no reader, a full disk; a closed file
                 self.lost = getattr(error, "strerror", None) or str(error)
                 # Else Python would exit with code 120, as the rest of the buffer cannot be written.
@@ -64,7 +70,13 @@ class Console:
         return None
 
     def __getattr__(self, name: str) -> Any:
+        if name == "stream":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.stream, name)
+
+
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def discard(stream: TextIO) -> None:

@@ -231,7 +231,9 @@ def test_parts_are_joined_for_the_roles_and_templates_that_do_not_read_all_of_th
         "{% for c in m.content %}{{ c.text }}{% endfor %}{% else %}{{ m.content + eos_token }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    first = one.replace("{% for c in m.content %}{{ c.text }}{% endfor %}", "{{ m.content[0].text }}")
+    first = one.replace(
+        "{% for c in m.content %}{{ c.text }}{% endfor %}", "{{ m.content[0].text }}"
+    )
     parts = [{"type": "text", "text": text} for text in ("a b", " c")]
     asked = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
     end = BPE.roles["eos"]
@@ -272,8 +274,8 @@ def test_the_template_for_tools_is_that_of_transformers(tmp_path: Path, form: st
                 assert assistant_spans(template, CHAT, tools=offered)[0] == expected
     del named["default"]
     mine.chat_template, mine.named_templates = None, named
-    with pytest.raises(DataError, match="tool_use, rag, and none that is called default"):
-        ChatTemplate.of(mine)
+    assert ChatTemplate.of(mine).source == default_template(mine)
+    assert ChatTemplate.of(mine).given(tools).source == with_tools
     assert ChatTemplate.of(mine, CHATML).for_tools is None
 
 

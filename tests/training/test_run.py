@@ -366,10 +366,11 @@ def test_changed_settings_are_kept_when_the_run_goes_on_and_only_then(
     assert run.step == 8 and RunConfig.load(run.path / "run.yaml").train.limit == "8 steps"
     assert "is resumed with train.limit '8 steps' (was '6 steps')" in capsys.readouterr().err
     (event,) = (r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed")
-    assert event["step"] == 6 and event["settings before"] == {"train.limit": "6 steps"}
-    said = "resumed with another length (train.limit was &#x27;6 steps&#x27; until step 6)"
+    assert event["step"] == 6 and event["planned"] == 6
+    said = "was changed while it went on (until step 6 it was to have 6 steps)"
     run.report()
     assert said in (run.path / "report.html").read_text()
+    given["train"]["limit"] = "8 step"  # the same length in other words
     pretrain.train(given)
     assert len([r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed"]) == 1
 

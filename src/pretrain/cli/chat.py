@@ -62,7 +62,8 @@ def chat(args: Any) -> None:
     listener = listen(args.port) if args.web else None  # before the model is read
     device = choose_device(args.device)
     model = load(args.checkpoint).to(device)
-    if not args.raw and (model.tokenizer is None or model.tokenizer.chat_template is None):
+    words = model.tokenizer
+    if not args.raw and (words is None or not (words.chat_template or words.named_templates)):
         raise ModelError(
             f"{args.checkpoint} has no chat template: it was not trained on conversations. Train it on some: "
             f"pretrain finetune --model {args.checkpoint} --task chat --data chats.jsonl. To see how it continues "
@@ -131,6 +132,8 @@ class _Talk:
                 self.read += 1
                 lines.append(text_of(input(prompt), self.read))
         except DataError as error:
+            if not self.on_terminal:
+                raise
             note(f"error: {error}")
             return ""
         except Interrupted:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.data.labelled import Role
 from pretrain.errors import DataError, TokenizerError
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
@@ -136,16 +137,17 @@ class ChatTemplate:
         """Return the template ``source``, or else that of the tokenizer, or else the default template.
 
         Of several named templates, ``default`` is taken, and ``tool_use`` for conversations with tools, as transformers
-        does.
+        does. Without a ``default`` it is the default template, which a line says.
 
         Raises:
-            DataError: the template cannot be used, or the tokenizer has named ones and no default.
+            DataError: the template cannot be used.
         """
         named = {} if source else tokenizer.named_templates
         if named and not tokenizer.chat_template:
-            raise DataError(
-                f"The tokenizer has the chat templates {', '.join(named)}, and none that is called default. Give the "
-                "one to use (chat_template=)."
+            note(
+                f"The tokenizer has the chat templates {', '.join(named)}, and none that is called default: a plain "
+                "one is used where tools do not ask for tool_use.",
+                once=True,
             )
         chosen = source or tokenizer.chat_template or default_template(tokenizer)
         inverse = {index: name for name, index in tokenizer.vocab.items()}
@@ -242,7 +244,7 @@ class ChatTemplate:
 
     def _formed(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return a message with its content in the form that the template reads, as given where it reads both."""
-        content, role = message.get("content"), message.get("role")
+        content, role = message.get("content"), str(message.get("role"))
         text, parts = (
             reads.get(role, reads["user"]) for reads in (self._reads_text, self._reads_parts)
         )

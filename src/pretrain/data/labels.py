@@ -752,10 +752,12 @@ def printed_list(text: str) -> list[Any] | None:
 
 
 class _Unwrapped(ast.NodeTransformer):
-    """Replaces calls, such as ``array([1], dtype=int32)``, by their only argument without a name."""
+    """Replaces what NumPy prints around a value, such as ``array([1], dtype=int32)``, by the value."""
 
     def visit_Call(self, node: ast.Call) -> Any:
-        return self.visit(node.args[0]) if len(node.args) == 1 else node
+        name = re.sub(r"^(np|numpy)\.", "", ast.unparse(node.func))
+        known = re.fullmatch(r"array|str_|bool_?|u?int\d+|float\d+", name)
+        return self.visit(node.args[0]) if known and len(node.args) == 1 else node
 
 
 def _printed_by_python(text: str) -> Any:

@@ -45,6 +45,7 @@ HUB_FILES = (
     ".gitattributes",  # which every repository has: the library warns at length if nothing matches
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "config.json"),
+    "additional_chat_templates/*.jinja",
 )
 SAMPLE_BYTES = 32_000_000
 # Files of chat templates: the default one, and the folder of those with other names.
@@ -435,6 +436,8 @@ class Tokenizer:
             config["model_max_length"] = max_length
         # Older releases of transformers read the template from the config, newer ones from its own file, which would
         # hide the named ones.
+        for file in (folder / _NAMED).glob("*.jinja"):  # they would go before what is written now
+            file.unlink()
         if self.named_templates:
             named_ones = self.named_templates | (
                 {_DEFAULT: self.chat_template} if self.chat_template else {}

@@ -45,8 +45,8 @@ from pretrain.training.restore import load_weights
 from pretrain.training.run import (
     Changed,
     check_same_run,
-    go_on,
     has_begun,
+    record_resume,
     run_key,
     settle_checkpoint,
 )
@@ -336,7 +336,7 @@ class Job:
                 write_choice(out / SWEEP, {"lr": lr})
 
         def resume() -> None:
-            go_on(trainer, settings, changed)
+            record_resume(trainer, settings, changed)
             for name in (BEST, PAGE):  # what they say may not hold at the end
                 (out / name).unlink(missing_ok=True)
 

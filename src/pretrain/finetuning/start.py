@@ -202,7 +202,7 @@ def _set_padding(model: Model) -> None:
         raise ModelError(
             "The checkpoint has no tokenizer, so it cannot be fine-tuned on text. Save it with its tokenizer."
         )
-    stated = "pad" in tokenizer.stated_roles
+    stated = "pad" in tokenizer.stated_roles or tokenizer.eos_id is None
     pad = tokenizer.pad_id if stated else tokenizer.eos_id
     if pad is None:
         return

@@ -181,11 +181,7 @@ class Model(ModelMethods, nn.Module):
         """
         pad, before = self.backbone.config.pad_id, self.tokenizer
         known = (None, pad) if before is None else (None, pad, before.pad_id)  # as published
-        if (
-            value is not None
-            and self.backbone.positions_from_pad
-            and value.pad_id not in known
-        ):
+        if value is not None and self.backbone.positions_from_pad and value.pad_id not in known:
             raise ModelError(
                 f"{self.backbone.model_type} counts its positions from the id of padding, which is {pad} in this model "
                 f"and {value.pad_id} in the tokenizer, where {pad} is another token. Build the model with its "

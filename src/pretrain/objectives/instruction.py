@@ -93,12 +93,23 @@ def store_chat_template(model: Model, source: str | None = None) -> ChatTemplate
         source: template that replaces that of the tokenizer.
 
     Raises:
-        PretrainError: see `chat_template_of`.
+        DataError: the tokenizer has named templates and no default; see also `chat_template_of`.
     """
+    tokenizer = model.tokenizer
+    if (
+        tokenizer is not None
+        and not source
+        and not tokenizer.chat_template
+        and tokenizer.named_templates
+    ):
+        raise DataError(
+            f"The tokenizer has the chat templates {', '.join(tokenizer.named_templates)}, and none that is called "
+            "default. Give the one to train with (chat_template=)."
+        )
     template, ends = chat_template_of(model, source)
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    if tokenizer.chat_template != template.source:
+    if source or tokenizer.chat_template != template.source:
         # The tokenizer is copied, because other models may share it.
         model.tokenizer = tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template.source

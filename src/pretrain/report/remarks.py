@@ -48,16 +48,15 @@ def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
 def resumed_with(records: Sequence[Mapping[str, Any]]) -> str | None:
     """Remark if the run was made longer or shorter while it went on, because its command then makes another run."""
     found = [
-        f"{key} was {old!r} until step {record.get('step')}"
+        f"until step {record.get('step')} it was to have {record['planned']} steps"
         for record in records
-        if isinstance(was := record.get("settings before"), Mapping)
-        for key, old in was.items()
+        if record.get("event") == "resumed" and isinstance(record.get("planned"), int)
     ]
     if not found:
         return None
     return (
-        f"the run was resumed with another length ({'; '.join(found)}): made anew with the one it ended with, its "
-        "learning rate and its figures would be others"
+        f"the length of the run was changed while it went on ({'; '.join(found)}): a new run of the length that it has "
+        "now would have another learning rate in those steps, and other figures"
     )
 
 

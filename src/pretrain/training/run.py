@@ -78,6 +78,7 @@ _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _VOCAB_MULTIPLE = 64
 # Automatic model sizes, below so many tokens of training text.
 _SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9, "base": math.inf}
+_PLACES = ("data.train", "data.valid", "data.test", "data.tokenizer")
 # Setting -> its value before and now, of those with which a run is resumed.
 Changed = dict[str, tuple[Any, Any]]
 _ROWS = 16  # rows in one forward pass of an evaluation
@@ -162,7 +163,7 @@ def train(
                 for line in last_words(run, objective, trainer.about.get("unigram_nats")):
                     trainer.say(line)
 
-        return trainer.fit(begin, end, lambda: go_on(trainer, settings, changed))
+        return trainer.fit(begin, end, lambda: record_resume(trainer, settings, changed))
 
 
 def settle_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
@@ -281,7 +282,7 @@ def check_same_run(settings: Sections, out: Path) -> Changed:
     shaping = {
         key: values
         for key, values in changed.items()
-        if key not in free and not (key.startswith("data.") and _same_place(*values))
+        if key not in free and not (key in _PLACES and _same_place(*values))
     }
     if shaping:
         text = "; ".join(
@@ -306,17 +307,15 @@ def _same_place(old: Any, new: Any) -> bool:
     return moved or (Path(new).exists() and os.path.realpath(old) == os.path.realpath(new))
 
 
-def go_on(trainer: Trainer, settings: Sections, changed: Changed) -> None:
+def record_resume(trainer: Trainer, settings: Sections, changed: Changed) -> None:
     """Print and keep the settings with which a run goes on, and log another length; its checkpoint is accepted."""
     out = trainer.out
     for key, (old, new) in changed.items():
         note(f"{out} is resumed with {key} {new!r} (was {old!r})")
     # Of the settings that may change, only the length shapes the weights: the learning rate falls to its end.
-    was = {key: changed[key][0] for key in ("train.limit", "train.epochs") if key in changed}
-    if was:
-        trainer.journal.write(
-            {"event": "resumed", "step": trainer.state.step, "settings before": was}
-        )
+    planned, longer = trainer.planned, {"train.limit", "train.epochs"} & changed.keys()
+    if longer and planned != trainer.state.total_steps:
+        trainer.journal.write({"event": "resumed", "step": trainer.state.step, "planned": planned})
     settings.save(out / "run.yaml")
 
 
@@ -702,7 +701,7 @@ def _held_out(path: Path, data: Any, model: Model, text: str | None = None) -> E
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
         return _held_out_rows(home if same else None, found, model)
-    elif isinstance(data, str | os.PathLike) and (Path(data) / "manifest.json").is_file():
+    elif isinstance(data, str | os.PathLike) and (Path(data) / MANIFEST).is_file():
         if text is not None:
             raise ConfigError(
                 f"{column('text', text)} names a column of a table, and {data} holds prepared text. Leave it out."

@@ -300,6 +300,7 @@ class Trainer:
             self._keep_micro_rows()
         self._fix_statistics(new=checkpoint is None)
         seconds = preflight(self, checkpoint)
+        self.planned = self.state.total_steps  # before, of a run that is resumed
         self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
         if self.optim.unfreeze:
             self.release()  # DDP must not wait for gradients of frozen layers
