@@ -59,13 +59,13 @@ def test_commands_and_mistakes_are_said_and_not_answered(
     assert chatty.texts(asked) == ["<system>be good<user>/etc/hosts?<assistant>"]
 
 
-def test_a_line_that_is_no_text_is_named_and_left_out(
+def test_a_line_that_is_no_text_ends_a_conversation_that_nobody_types(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     asked = chatty.say(monkeypatch, "one")
     typed = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\nb\\\nb\xff\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", typed)
-    assert cli.main(["chat", folder]) == 0
+    assert cli.main(["chat", folder]) == 2
     shown = capsys.readouterr()
     assert shown.out == "one\n" and chatty.texts(asked) == ["<user>a<assistant>"]
     assert "error: Line 3 of standard input is not UTF-8: character 2" in shown.err
