@@ -152,10 +152,13 @@ class ModelDirectory:
 
         Two directories with the same tensors may have different hashes, as those of other shards or types.
         """
-        records = [self.record(name) for name in sorted(names)]
-        found = [record.sha256 for record in records if record is not None]
-        whole = len(found) == len(records)
-        return hashlib.sha256("".join(found).encode()).hexdigest() if whole else None
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            record = self.record(name)
+            if record is None:
+                return None
+            digest.update(record.sha256.encode())
+        return digest.hexdigest()
 
     def _no_weights(self) -> str:
         names = sorted(os.listdir(self.path))

@@ -168,14 +168,27 @@ class ChatTemplate:
         if role != "user":
             asked = self._formed(asked)
         messages = {"user": [turn], "system": [turn, asked]}.get(role, [asked, turn])
-        values: dict[str, Any] = {**self.tokens, "tools": None, "documents": None}
-        values |= {"messages": messages, "add_generation_prompt": False}
         try:
-            text = self._sandbox.render(self._template, values, ("", ""))
+            text = self._sandbox.render(self._template, self._variables(messages), ("", ""))
         except Exception:  # an untrusted program can raise anything
             return False
-        whole = "the first part" in text and "the second" in text
-        return whole and not re.search(r"""['"]type['"]""", text)
+        both_printed = "the first part" in text and "the second" in text
+        return both_printed and not re.search(r"""['"]type['"]""", text)
+
+    def _variables(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> dict[str, Any]:
+        """Return what transformers passes to a template."""
+        return {
+            **self.tokens,
+            "messages": messages,
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
 
     def _find_end(self) -> str | None:
         answer = "an answer"
@@ -220,13 +233,8 @@ class ChatTemplate:
                 tools=tools,
                 marks=marks,
             )
-        values = {
-            **self.tokens,
-            "messages": [self._formed(_as_transformers(message)) for message in messages],
-            "tools": None if tools is None else list(tools),
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        formed = [self._formed(_as_transformers(message)) for message in messages]
+        values = self._variables(formed, tools, add_generation_prompt)
         place = f"{where}: the" if where else "The"
         try:
             return self._sandbox.render(self._template, values, marks)

@@ -185,10 +185,10 @@ def _given(table: Table, i: int) -> list[Given]:
 
 def _unprinted(text: str) -> Any:
     """Return the mapping or the list that a text prints, as in a CSV file; or the text."""
-    found = printed_mapping(text)
-    if found is None and text.lstrip().startswith(("['", '["', "[]")):
-        found = printed_list(text)
-    return text if found is None else found
+    answers = printed_mapping(text)
+    if answers is None and text.lstrip().startswith(("['", '["', "[]")):
+        answers = printed_list(text)
+    return text if answers is None else answers
 
 
 def _strange(table: Table, i: int, value: Any) -> DataError:

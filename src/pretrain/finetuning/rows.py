@@ -170,8 +170,13 @@ def _split(
 def _without_recurring(
     train: Table, valid: Table, test: Table | None, task: type[Task], notes: list[str]
 ) -> tuple[Table, dict[str, int]]:
-    """Drop training rows whose text recurs in held-out rows; return the rest, and how many recur, by part."""
-    roles, given, recurring = _compared(task, train), train, {}
+    """Drop training rows whose text recurs in held-out rows; return the rest, and how many recur, by part.
+
+    An image recurs with whatever question: answers to others tell what it shows.
+    """
+    roles = [role.name for role in task.roles if role.name in train.names and not role.target]
+    roles = ["image"] if {"image", "question"} <= set(roles) else roles
+    given, recurring = train, {}
     for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
         if other is not None and len(other):
             _, count = drop_duplicates(given, other, roles, what)
@@ -185,15 +190,6 @@ def _without_recurring(
             "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
         )
     return train, recurring
-
-
-def _compared(task: type[Task], table: Table) -> list[str]:
-    """Return the roles by which two rows are told to be equal.
-
-    An image recurs with whatever question: answers to others tell what it shows.
-    """
-    roles = [role.name for role in task.roles if role.name in table.names and not role.target]
-    return ["image"] if {"image", "question"} <= set(roles) else roles
 
 
 def _groups(table: Table, column: str | None, *, required: bool = False) -> list[str] | None:
