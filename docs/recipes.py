@@ -4,7 +4,7 @@
     python docs/recipes.py run screen                # one part at a time, books
     python docs/recipes.py run final                 # the recipe against the defaults
     python docs/recipes.py show screen final         # as tables
-    python docs/recipes.py run rates                 # five rates at three widths, AdamW and Muon
+    python docs/recipes.py run rates                 # five rates at four widths, AdamW and Muon, about two CPU hours
     python docs/recipes.py show rates                # as a table, and docs/figures/rates-*.svg
 
 Every run of a part takes the same number of steps, however little text there is: the number of epochs says how much.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -207,17 +208,22 @@ def _final() -> Iterator[dict[str, Any]]:
     yield _spec("gpt2", 128, "books", 5, 0, PARTS[6])
 
 
-# The same rates at every width, which shows where the best one moves.
-WIDTHS = (64, 128, 256)
-RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "muon": (0.005, 0.01, 0.02, 0.04, 0.08)}
-RATE_STEPS = {"adamw": 240, "muon": 120}  # of 512 tokens each
+# The same multiples of the default rate at every width, which shows whether the best one moves with the width.
+WIDTHS = (64, 128, 256, 512)
+MULTIPLES = (0.25, 0.5, 1, 2, 4)
+DEFAULT_RATES: dict[str, Callable[[int], float]] = {
+    "adamw": lambda width: 0.2 / width,
+    "muon": lambda width: 0.02,
+}
+RATE_SEEDS = (0, 1, 2)
 
 
-def _rate(name: str, width: int, rate: float) -> dict[str, Any]:
+def _rate(name: str, width: int, multiple: float, seed: int) -> dict[str, Any]:
     """A run of the default family at one rate and width: AdamW as by default, Muon as the recipes have it."""
+    rate = multiple * DEFAULT_RATES[name](width)
     chosen = {"lr": rate} if name == "adamw" else MUON | {"muon_lr": rate}
-    return _spec("qwen3", width, "books", 1, 0, {"optim": chosen | {"warmup": 0.1}}) | {
-        "steps": RATE_STEPS[name],
+    return _spec("qwen3", width, "books", 1, seed, {"optim": chosen | {"warmup": 0.1}}) | {
+        "steps": 240,
         "batch": 2,
         "layers": 2,
         "eval_every": "0 steps",
@@ -225,10 +231,10 @@ def _rate(name: str, width: int, rate: float) -> dict[str, Any]:
 
 
 def _rates() -> Iterator[dict[str, Any]]:
-    for name, rates in RATES.items():
-        for width in WIDTHS:
-            for rate in rates:
-                yield _rate(name, width, rate)
+    for seed, width, name, multiple in itertools.product(
+        RATE_SEEDS, WIDTHS, DEFAULT_RATES, MULTIPLES
+    ):
+        yield _rate(name, width, multiple, seed)
 
 
 def _spec(
@@ -284,30 +290,42 @@ def table(name: str, out: Path) -> str:
 def rates_table(out: Path) -> str:
     """Held-out bits per byte by rate and width, with the rate at the bottom of each curve; draws the curves too.
 
-    Rates that have not been run at every width are left out.
+    The figure is the mean of the seeds that have been run at every rate of a width, the bars reach from the lowest to
+    the highest; widths without such a seed are left out.
     """
     found = {json.dumps(line["spec"], sort_keys=True): line["last"] for line in results(out)}
+    heads = " | ".join(f"x {multiple:g}" for multiple in MULTIPLES)
     rows: list[str] = []
-    for name, every in RATES.items():
-        keys = {r: [json.dumps(_rate(name, w, r), sort_keys=True) for w in WIDTHS] for r in every}
-        rates = [rate for rate in every if all(key in found for key in keys[rate])]
-        if len(rates) < 3:
-            continue
+    for name, default in DEFAULT_RATES.items():
         rows += [
-            f"| {name}, width | {' | '.join(f'{rate:g}' for rate in rates)} | best |",
-            "|---:" * (len(rates) + 2) + "|",
+            f"| {name}, width | default rate | seeds | {heads} | best |",
+            "|---:" * (len(MULTIPLES) + 4) + "|",
         ]
         curves = []
-        for place, width in enumerate(WIDTHS):
-            points = [(rate, found[keys[rate][place]]) for rate in rates]
-            curves.append(Series(f"width {width}", points, dots=True))
+        for width in WIDTHS:
+            by_seed = [
+                [
+                    found.get(json.dumps(_rate(name, width, m, seed), sort_keys=True))
+                    for m in MULTIPLES
+                ]
+                for seed in RATE_SEEDS
+            ]
+            whole = [values for values in by_seed if None not in values]
+            if not whole:
+                continue
+            columns = list(zip(*whole, strict=True))
+            points = list(zip(MULTIPLES, map(statistics.fmean, columns), strict=True))
+            bars = [(m, min(c), max(c)) for m, c in zip(MULTIPLES, columns, strict=True)]
+            curves.append(Series(f"width {width}", points, dots=True, whiskers=bars))
             cells = " | ".join(f"{value:.3f}" for _, value in points)
-            rows.append(f"| {width} | {cells} | {bottom(points):.2g} |")
+            rows.append(
+                f"| {width} | {default(width):.2g} | {len(whole)} | {cells} | x {bottom(points):.2g} |"
+            )
         rows.append("")
         picture = curve_svg(
             curves,
             title=f"held-out bits per byte, {name}",
-            x_label="peak learning rate",
+            x_label="multiple of the default peak rate",
             log_x=True,
         )
         (Path(__file__).parent / f"figures/rates-{name}.svg").write_text(picture, encoding="utf-8")

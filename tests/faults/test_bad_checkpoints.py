@@ -186,6 +186,17 @@ def test_a_run_none_of_whose_checkpoints_is_whole_stops(run, capfd):
     assert latest_together(run.parent / "another", ALONE) is None
 
 
+def test_a_checkpoint_without_its_training_folder_is_no_place_to_resume_from(run, capfd):
+    shutil.rmtree(run / "checkpoint-2" / "training")
+    assert latest_together(run, ALONE) == run / "checkpoint-1"
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("checkpoint-2 is broken or incomplete")
+    assert latest(run) == run / "checkpoint-2"  # its weights are whole
+    shutil.rmtree(run / "checkpoint-1" / "training")
+    with pytest.raises(CheckpointError, match=r"holds 2 checkpoints.*has no training/ folder"):
+        latest_together(run, ALONE)
+
+
 def test_no_flipped_bit_goes_unnoticed(run):
     rng, newest = random.Random(0), run / "checkpoint-2"
     for name in FILES:
@@ -582,7 +593,7 @@ def test_an_unreadable_newest_checkpoint_is_passed_over_aloud(run, monkeypatch, 
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert latest(run) == run / "checkpoint-1"
-    assert "checkpoint-2 is broken and skipped" in capfd.readouterr().err
+    assert "checkpoint-2 is broken or incomplete and is skipped" in capfd.readouterr().err
 
 
 def test_saving_under_an_impossible_name_is_a_sentence(tmp_path):

@@ -363,9 +363,10 @@ def latest(run_dir: str | Path) -> Path | None:
 
 
 def skipped(path: Path, error: CheckpointError) -> None:
-    """Report on stderr that a broken checkpoint is skipped."""
+    """Report on stderr that a broken or incomplete checkpoint is skipped."""
     note(
-        f"{path.name} is broken and skipped; another checkpoint of the run is used if there is one. {error}"
+        f"{path.name} is broken or incomplete and is skipped; another checkpoint of the run is used if there is one. "
+        f"{error}"
     )
 
 

@@ -32,6 +32,7 @@ from pretrain.checkpoint.model_directory import ModelDirectory, check_index, ref
 from pretrain.checkpoint.peers import ALONE, Peers, Pieces, errors_on_all_ranks
 from pretrain.checkpoint.training_state import (
     TrainingState,
+    check_training_folder,
     open_training,
     read_state,
     tensor_files,
@@ -70,10 +71,10 @@ Put = Callable[[str, Tensor], None]
 
 
 def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
-    """Return the complete checkpoint with the highest step, the same on all ranks; None if the run has no checkpoints.
+    """Return the checkpoint with the highest step that a run can resume from; None if the run has no checkpoints.
 
-    Every byte is verified, and each file is hashed by one rank. Newer checkpoints that are broken are reported on
-    stderr.
+    It is the same on all ranks. Every byte is verified, and each file is hashed by one rank. Newer checkpoints that
+    are broken, or whose training folder was deleted, are reported on stderr.
 
     Raises:
         CheckpointError: there are checkpoints but none is complete, or the directory cannot be read.
@@ -108,6 +109,8 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
 def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None:
     with errors_on_all_ranks(peers), files.reading(path):
         listed = manifest.read_manifest(path)
+        if training:
+            check_training_folder(path, listed)
         leads = peers.rank == 0
         manifest.check_files(
             path,
@@ -117,7 +120,7 @@ def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None
             spare=manifest.spared if leads else lambda error: None,
         )
     records = dict(listed.needed)
-    if training and os.path.lexists(path / manifest.TRAINING):
+    if training:
         records |= listed.training
     hash_together(path, records, peers)
 

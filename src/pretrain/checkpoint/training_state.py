@@ -108,15 +108,20 @@ def open_training(directory: Path, *, quiet: bool = False) -> Manifest:
         CheckpointError: the training folder was deleted, or the model was saved without one.
     """
     listed = manifest.read_manifest(directory)
+    check_training_folder(directory, listed)
+    if not quiet:
+        _note_environment(directory, listed.environment)
+    return listed
+
+
+def check_training_folder(directory: Path, listed: Manifest) -> None:
+    """Raise CheckpointError if a checkpoint has no training folder, which a run needs to resume."""
     if not listed.training or not os.path.lexists(directory / manifest.TRAINING):
         raise CheckpointError(
             f"{directory} has no {manifest.TRAINING}/ folder (it was deleted, or the model was saved alone), so a run "
             f"cannot be resumed from it: optimizer state and position in the data are gone. Its weights are complete; "
             f"to continue from them, start a new run from {directory} in a new output directory."
         )
-    if not quiet:
-        _note_environment(directory, listed.environment)
-    return listed
 
 
 def read_state(directory: Path, listed: Manifest) -> dict[str, Any]:
