@@ -77,8 +77,6 @@ def open_adapter(
     quiet: bool,
 ) -> Model:
     """Load the base and attach the adapter; see ``pretrain.checkpoint.load``."""
-    from pretrain.models.base import Model
-
     path = directory.path
     settings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
     tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
@@ -215,8 +213,6 @@ def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
             config = dict(_Base(base, verify=False).config)
             heads = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
             kind, config = _peft_head(config, settings, heads, path / ADAPTER_CONFIG)
-        from pretrain.models.base import Model
-
         whole = Model.from_hf_config(config, head=kind).num_parameters() + added
     except (CheckpointError, ConfigError, ModelError):
         return {"trainable_parameters": trained, "total_parameters": None}

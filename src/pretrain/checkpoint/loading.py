@@ -32,10 +32,10 @@ from pretrain.checkpoint.model_directory import (
 )
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
-from pretrain.models import family_class
+from pretrain.models import family_class, own_family
 from pretrain.models.base import Model
 from pretrain.models.config import drop_code
-from pretrain.models.heads import ARCHITECTURES
+from pretrain.models.heads import ARCHITECTURES, labels_named_by
 from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, read_bytes, reading
 from pretrain.utils.tensors import read_header
@@ -102,8 +102,6 @@ def load(
         ConfigError: config.json describes an invalid model.
     """
     if family is not None:
-        from pretrain.models import own_family
-
         own_family(family)
     directory, name = located(path)
     options: dict[str, Any] = {"head": head, "verify": verify, "tokenizer": tokenizer}
@@ -261,8 +259,6 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
     Placeholder names (``LABEL_0``) count as no names. If the files cannot be read, the result is ``(None, ())``, and
     `load` will raise the error.
     """
-    from pretrain.models.heads import labels_named_by
-
     try:
         config = _configuration(path)
         labels = labels_named_by(config) if config.get("id2label") else ()

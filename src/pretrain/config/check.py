@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, nearest, suggestion
-from pretrain.utils.files import replace_file
+from pretrain.utils.files import note, replace_file
 
 __all__ = [
     "check_value",
@@ -525,8 +525,6 @@ def place_in(text: str) -> Path | None:
 
 def name_change(path: Path, text: str) -> None:
     """Print one note if a file written `with_digest` was edited or damaged since."""
-    from pretrain.utils.files import note
-
     match = _DIGEST.match(text)
     if match is None or with_digest(text[match.end() :]) == text:
         return

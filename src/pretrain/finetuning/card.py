@@ -26,6 +26,7 @@ from pretrain.checkpoint.model_card import (
     one_line,
 )
 from pretrain.finetuning.settings import from_memory
+from pretrain.inference.predict import roles_read
 from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
@@ -265,8 +266,6 @@ def _short(text: str) -> str:
 
 def _read(result: Finetuned) -> list[str]:
     """Roles of the inputs that the rows of this run have, without the targets."""
-    from pretrain.inference.predict import roles_read
-
     data: Any = getattr(result, "data", None)
     present = data.train.names if data is not None else None
     roles = roles_read(type(result.task))

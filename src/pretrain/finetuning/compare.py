@@ -31,6 +31,7 @@ import numpy as np
 
 from pretrain.config.spelling import option
 from pretrain.errors import ConfigError, DataError, PretrainError
+from pretrain.finetuning import baseline
 from pretrain.finetuning.remarks import BASELINE_TASKS, baseline_columns, vectors_of
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
@@ -162,9 +163,9 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
             shown = " ".join(f"{abs(x):.3f}" for x in scores)
             note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
-        for name, baseline in baselines.items():
+        for name, fit in baselines.items():
             found = [
-                baseline(*baseline_columns(rows, choose, score), metric=job.monitor, seed=seed)
+                fit(*baseline_columns(rows, choose, score), metric=job.monitor, seed=seed)
                 for seed, rows in enumerate(subsets)
             ]
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
@@ -212,8 +213,6 @@ def _arm(
 
 def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
     """TF-IDF, LSA and a probe of the checkpoint's own embeddings, or pixels; empty if they do not apply."""
-    from pretrain.finetuning import baseline
-
     labels = job.data.train.columns.get("label", ())
     if (
         job.task.name not in BASELINE_TASKS

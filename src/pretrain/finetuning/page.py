@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.best import run_state
 from pretrain.checkpoint.model_card import COUNTS
+from pretrain.data.images.draw import colour
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
 from pretrain.finetuning.card import example_call, measured_parts, model_card
@@ -203,8 +204,6 @@ def _pictures(result: Finetuned) -> str:
     shown = result.pictures(_PICTURES)
     if not shown:
         return ""
-    from pretrain.data.images.draw import colour
-
     first = int(result.task.name == "segmentation")  # the class that has no colour
     swatch = '<span style="background:{}">&emsp;</span>&nbsp;{}&emsp; '
     colours = "".join(
@@ -275,7 +274,7 @@ def command(result: Finetuned) -> str:
 
 
 def _repeat(result: Finetuned) -> str:
-    from pretrain.config.strict_yaml import dump
+    from pretrain.config.strict_yaml import dump  # yaml, which most programs do not need
 
     settings = dump(result.settings.to_dict())
     return card(pre(command(result)), details("all settings", pre(settings)))

@@ -12,7 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import option
+from pretrain.data.audio.rows import mel_vectors
+from pretrain.data.images.masks import pixel_features
+from pretrain.data.images.rows import pixel_vectors
 from pretrain.errors import DataError
+from pretrain.finetuning.baseline import METRICS, tfidf_baseline, vector_baseline
+from pretrain.finetuning.regions import region_boxes
 from pretrain.report.remarks import curve_of, overfitted, resumed_with
 from pretrain.training.monitor import LOWER_IS_BETTER
 
@@ -172,9 +177,6 @@ def classical_baseline(result: Finetuned) -> float | None:
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
     """
-    from pretrain.finetuning.baseline import METRICS, tfidf_baseline, vector_baseline
-    from pretrain.finetuning.regions import region_boxes
-
     data, metric = result.data, result.monitor
     held = data.valid if data.test is None else data.test
     boxes = result.task.name == "object-detection"
@@ -220,13 +222,8 @@ def baseline_columns(*tables: Table) -> list[Any]:
     columns: list[Any] = []
     features = vectors_of(tables[0])
     if features == "colours":
-        from pretrain.data.images.masks import pixel_features
-
         return [column for pair in pixel_features(*tables) for column in pair]
     if features is not None:
-        from pretrain.data.audio.rows import mel_vectors
-        from pretrain.data.images.rows import pixel_vectors
-
         found = (pixel_vectors if features == "pixels" else mel_vectors)(*tables)
         for table, (vectors, rows) in zip(tables, found, strict=True):
             columns += [vectors, [table.columns["label"][i] for i in rows]]

@@ -19,6 +19,9 @@ from pretrain.config.spelling import EVALUATE, using
 from pretrain.errors import DataError
 from pretrain.finetuning.card import measured_parts, model_card
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
+from pretrain.finetuning.page import write_report
+from pretrain.finetuning.remarks import classical_baseline, remarks
+from pretrain.inference.predict import predict_with
 from pretrain.metrics import confusion_matrix, per_class
 from pretrain.printing import aligned, printable
 from pretrain.report.history import loss_svg, plot_history, sort_records
@@ -124,15 +127,11 @@ class Finetuned:
     @cached_property
     def remarks(self) -> list[str]:
         """Remarks on the run, such as that it ended too early, overfitted, learnt nothing, or is below a baseline."""
-        from pretrain.finetuning.remarks import remarks
-
         return remarks(self)
 
     @cached_property
     def classical(self) -> float | None:
         """The metric of a classical baseline on the same rows, or None; it is fitted once, at the first remark."""
-        from pretrain.finetuning.remarks import classical_baseline
-
         return classical_baseline(self)
 
     @property
@@ -163,8 +162,6 @@ class Finetuned:
 
     def predict(self, inputs: Any, **options: Any) -> Any:
         """Answer one input with a dict, or several with a list of dicts; see ``pretrain.inference.predict.predict``."""
-        from pretrain.inference.predict import predict_with
-
         return predict_with(self.task, inputs, **options)
 
     @property
@@ -283,8 +280,6 @@ class Finetuned:
 
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Write the model card and a page with curves, mistakes and how to repeat it, which a notebook shows."""
-        from pretrain.finetuning.page import write_report
-
         return write_report(self, out)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.hub import ModelMethods
+from pretrain.models import FAMILIES, family_class
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import (
     GENERATION_KEYS,
@@ -58,8 +59,6 @@ def check_head(backbone_class: type[Backbone], head: str | None) -> None:
     if head is not None and head not in HEAD_KINDS:
         raise ModelError(f"There is no head {head!r}." + did_you_mean(head, HEAD_KINDS))
     if head not in backbone_class.architectures:
-        from pretrain.models import FAMILIES, family_class
-
         known = [str(kind) for kind in backbone_class.architectures if kind is not None]
         families = {name: family_class(name) for name in FAMILIES}
         fit = [
@@ -75,8 +74,6 @@ def check_head(backbone_class: type[Backbone], head: str | None) -> None:
 
 def _successor_named_by(config: Mapping[str, Any], family: type[Backbone]) -> str | None:
     """Return the kind of head of the successor whose body the file names, such as an image tower; None without."""
-    from pretrain.models import family_class
-
     named = config.get("architectures") or ()
     for kind, path in family.successors.items():
         body = family_class(path).architectures.get(None)
@@ -228,8 +225,6 @@ class Model(ModelMethods, nn.Module):
         Raises:
             ConfigError: an unknown family, a missing or mistyped key, sizes out of bounds, or an unsupported feature.
         """
-        from pretrain.models import family_class
-
         family = config.get("model_type")
         if not isinstance(family, str):
             raise ConfigError(

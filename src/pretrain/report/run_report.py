@@ -19,7 +19,8 @@ from typing import Any
 
 from pretrain.checkpoint.best import best_first, run_state
 from pretrain.checkpoint.model_card import auto_class
-from pretrain.errors import DataError
+from pretrain.config.check import name_change
+from pretrain.errors import ConfigError, DataError
 from pretrain.printing import clock
 from pretrain.report.history import History, loss_svg, number, read_history
 from pretrain.report.remarks import beside_frequencies, overfitted, resumed_with
@@ -105,9 +106,7 @@ def render(run_dir: str | os.PathLike[str]) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    from pretrain.config.check import name_change
-    from pretrain.config.strict_yaml import parse
-    from pretrain.errors import ConfigError
+    from pretrain.config.strict_yaml import parse  # yaml, which most programs do not need
 
     try:
         text = (folder / "run.yaml").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from typing import Any
 
 from pretrain.distributed.launched import launched
 from pretrain.report.history import frame_of, loss_svg, plot_history, sort_records
+from pretrain.report.run_report import write
 from pretrain.utils.curves import Plot
 from pretrain.utils.html import notebook_view
 
@@ -155,8 +156,6 @@ class Run:
         Args:
             out: another file to write.
         """
-        from pretrain.report.run_report import write
-
         return write(self.path, out)
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.images.processor import ImageProcessor
+from pretrain.data.tokenizer import Tokenizer
 
 __all__ = ["PairProcessor"]
 
@@ -44,8 +45,6 @@ class PairProcessor:
         tokenizer = None
         names = ("tokenizer.json", "vocab.txt", "vocab.json")
         if any((Path(directory) / name).exists() for name in names):
-            from pretrain.data.tokenizer import Tokenizer
-
             tokenizer = Tokenizer.from_directory(directory)
         images = ImageProcessor.from_directory(directory)
         return None if tokenizer is None and images is None else cls(tokenizer, images)
