@@ -15,7 +15,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from architecture import PRE_TRAIN, TEXTS, circle, folder_graph, observed, set_on_trainers
+from architecture import (
+    FINE_TUNE,
+    PRE_TRAIN,
+    TEXTS,
+    circle,
+    folder_graph,
+    observed,
+    set_on_trainers,
+)
 
 from pretrain.data.tokenizer import train_from_texts
 
@@ -445,6 +453,15 @@ def test_a_run_of_one_process_loads_only_what_it_uses(tmp_path: Path):
     assert not [
         name for name in loaded if name.startswith(("lora/", "finetuning/", "inference/predict"))
     ]
+
+
+def test_fine_tuning_on_texts_loads_nothing_of_images(tmp_path: Path):
+    """What only a task of images or audio needs is in that task."""
+    train_from_texts(TEXTS * 20, "wordpiece", vocab_size=60).save(tmp_path)
+    files, _ = observed(FINE_TUNE, str(tmp_path))
+    loaded = [Path(file).relative_to(SRC).as_posix() for file in files]
+    assert "finetuning/remarks.py" in loaded
+    assert not [name for name in loaded if "image" in name or "audio" in name]
 
 
 def test_everything_public_resolves_and_costs_little_more_than_torch():

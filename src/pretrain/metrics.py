@@ -54,6 +54,7 @@ __all__ = [
     "student_t",
     "token_f1",
     "weighted_f1",
+    "without_overlap",
 ]
 
 Floats = NDArray[np.float64]
@@ -167,6 +168,22 @@ def box_iou(boxes: ArrayLike, others: ArrayLike) -> Floats:
     shared = np.clip(sides, 0, None).prod(-1)
     areas = [np.clip(b[..., 2:] - b[..., :2], 0, None).prod(-1) for b in (one, two)]
     return _ratios(shared, areas[0] + areas[1] - shared)
+
+
+def without_overlap(found: NDArray[Any], most: float = 0.5) -> NDArray[Any]:
+    """Leave out boxes that overlap a better one of their class by more than ``most`` (non-maximum suppression).
+
+    Args:
+        found: boxes of left, top, right, bottom with their score and class, (N, 6), best first.
+        most: intersection over union.
+    """
+    overlap = box_iou(found[:, :4], found[:, :4])
+    overlap *= found[:, None, 5] == found[None, :, 5]
+    kept: list[int] = []
+    for i in range(len(found)):
+        if not kept or overlap[i, kept].max() <= most:
+            kept.append(i)
+    return found[kept]
 
 
 def detection_precision(

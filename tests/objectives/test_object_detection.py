@@ -22,8 +22,8 @@ from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
-from pretrain.metrics import box_iou, detection_precision
-from pretrain.objectives.object_detection import ObjectDetection, without_overlap
+from pretrain.metrics import box_iou, detection_precision, without_overlap
+from pretrain.objectives.object_detection import ObjectDetection
 
 TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "image_size": 32, "patch_size": 8}
 SHORT = {"limit": "120 steps", "lr": 6e-3, "batch_rows": 16, "device": "cpu", "crop": 1.0}

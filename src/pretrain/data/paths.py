@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,9 +16,10 @@ from pretrain.data.readers import COMPRESSIONS, FORMATS, found_in_folders
 from pretrain.errors import DataError, nearest
 from pretrain.utils.files import replace_file
 
-__all__ = ["FileHashes", "cache_home", "find_files", "passed_over"]
+__all__ = ["FileHashes", "cache_home", "find_files", "passed_over", "tar_files"]
 
 _GLOB = "*?["
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {00000..00099}, as WebDataset spells several archives
 
 
 class FileHashes:
@@ -163,3 +165,29 @@ def cache_home() -> Path:
     """Return the cache directory: ``$PRETRAIN_CACHE`` or ``~/.cache/pretrain``."""
     chosen = os.environ.get("PRETRAIN_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "pretrain"
+
+
+def tar_files(name: str | Path) -> list[Path]:
+    """Return the archives of a path, a pattern (``train-*.tar``) or a range (``train-{000..099}.tar``), in order.
+
+    Raises:
+        DataError: there are none, or one of the range is missing.
+    """
+    spelled = os.path.expanduser(str(name))
+    if (found := _RANGE.search(spelled)) is None:
+        paths = [Path(spelled)] if os.path.exists(spelled) else []
+        paths = paths or [Path(file) for file in sorted(glob.glob(spelled))]
+    else:
+        low, high, width = int(found[1]), int(found[2]), len(found[1])
+        paths = [
+            Path(spelled[: found.start()] + f"{i:0{width}}" + spelled[found.end() :])
+            for i in range(low, high + 1)
+        ]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise DataError(
+                f"{name}: {len(missing):,} of {len(paths):,} archives do not exist, such as {missing[0]}. Correct the "
+                "range, or copy them again."
+            )
+    if not paths:
+        raise DataError(f"{name} names no file.")
+    return paths

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pretrain.data.images.decode import pillow
 from pretrain.errors import DataError
 from pretrain.utils.files import HashingFile, replacing, temporary_name
 from pretrain.utils.strict_json import without_nan
@@ -137,6 +136,8 @@ class RowWriter:
         """Write a mask, bytes (H, W), to a file and return its path beside the output; other values as they are."""
         if getattr(value, "ndim", 0) != 2:
             return value
+        from pretrain.data.images.decode import pillow
+
         if not self.masks:
             found = self._folder.iterdir() if self._folder.exists() else iter(())
             if other := next((p.name for p in found if not _MASK.fullmatch(p.name)), None):

@@ -34,11 +34,12 @@ from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.files import note
 
 __all__ = [
-    "Chunk", "Table", "held_out_splits", "read_table", "shortened", "shown", "splits", "stream_chunks",
+    "Chunk", "Table", "held_out_splits", "in_chunks", "read_table", "shortened", "shown", "splits", "stream_chunks",
 ]  # fmt: skip
 
 _EXAMPLE = '{"text": "...", "label": "..."}'
 _TRANSPOSED = 1024  # rows of a delimited file that are turned into columns at once
+_IN_A_FILE = (str, int, float, list, tuple, dict, type(None))
 _TRAIN = ("train", "training")
 HELD_OUT = {
     "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
@@ -776,6 +777,20 @@ class Chunk:
         return self.table.with_columns({**columns, **missing}, self.table.label_names)
 
 
+def in_chunks(table: Table, size: int) -> Iterator[Chunk]:
+    """Yield the rows of a table in chunks of ``size``, where items of files, such as images, stand by their names."""
+    for start in range(0, len(table), size):
+        part = table.take(range(start, min(start + size, len(table))))
+        rows = [
+            {
+                k: v if isinstance(v, _IN_A_FILE) or hasattr(v, "dtype") else str(v)
+                for k, v in row.items()
+            }
+            for row in part.rows()
+        ]
+        yield Chunk(rows, part)
+
+
 def stream_chunks(
     path: Path,
     size: int,
@@ -794,9 +809,7 @@ def stream_chunks(
     kind = table_kind(path)
     if kind not in ("csv", "tsv", "jsonl"):
         whole = read_table(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
-        for start in range(0, len(whole), size):
-            part = whole.take(range(start, min(start + size, len(whole))))
-            yield Chunk(list(part.rows()), part)
+        yield from in_chunks(whole, size)
         return
     file = _one_file(path)
     rows: Iterator[tuple[int, dict[str, Any]]]

@@ -26,9 +26,8 @@ from pretrain.data.images import ImageProcessor
 from pretrain.data.images.rows import decoded
 from pretrain.data.labelled import drop_duplicates, label_strata, split
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory, suggestion
-from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline, sklearn_module
+from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline
 from pretrain.finetuning.measure import reported_precision
-from pretrain.finetuning.remarks import baseline_columns
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.inference.predict import smaller_batch
@@ -38,7 +37,9 @@ from pretrain.models.clip import TwoTowers
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.objectives import task_class
 from pretrain.objectives.row_pixels import check_processor
+from pretrain.objectives.tasks import Task
 from pretrain.utils.files import note
+from pretrain.utils.imports import sklearn_module
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -193,7 +194,7 @@ def _features(
             if not len(table):
                 found.append(none)
                 continue
-            rows, labels = baseline_columns(table)
+            rows, labels = Task.baseline_columns(table)
             of_rows = of_pairs(transform) if "pair" in table.names else transform
             found.append((np.asarray(of_rows(rows)), list(labels)))
         return found

@@ -34,6 +34,7 @@ import numpy as np
 
 from pretrain import metrics
 from pretrain.errors import ConfigError, DataError
+from pretrain.utils.imports import sklearn_module
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -46,7 +47,6 @@ __all__ = [
     "lsa_baseline",
     "of_pairs",
     "probe_baseline",
-    "sklearn_module",
     "tfidf_baseline",
     "vector_baseline",
 ]
@@ -384,16 +384,3 @@ def _fitted(vectorizer: Any, texts: Sequence[str]) -> bool:
             return False
         raise
     return True
-
-
-def sklearn_module(name: str) -> Any:
-    """Import a module of scikit-learn.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module(f"sklearn.{name}")
-    except ImportError as error:
-        message = "The classical baselines need scikit-learn: pip install scikit-learn."
-        raise ConfigError(f"{message} ({error})") from None

@@ -32,7 +32,6 @@ import numpy as np
 from pretrain.config.spelling import option
 from pretrain.errors import ConfigError, DataError, PretrainError
 from pretrain.finetuning import baseline
-from pretrain.finetuning.remarks import BASELINE_TASKS, baseline_columns, vectors_of
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
@@ -165,7 +164,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
         for name, fit in baselines.items():
             found = [
-                fit(*baseline_columns(rows, choose, score), metric=job.monitor, seed=seed)
+                fit(*job.task.baseline_columns(rows, choose, score), metric=job.monitor, seed=seed)
                 for seed, rows in enumerate(subsets)
             ]
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
@@ -215,12 +214,12 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
     """TF-IDF, LSA and a probe of the checkpoint's own embeddings, or pixels; empty if they do not apply."""
     labels = job.data.train.columns.get("label", ())
     if (
-        job.task.name not in BASELINE_TASKS
+        job.task.baseline is None
         or job.monitor not in ("accuracy", "macro_f1", "miou", "pearson")
         or any(isinstance(value, list | tuple) for value in labels[:50])
     ):
         return {}
-    if (features := vectors_of(job.data.train)) is not None:
+    if (features := job.task.baseline) in baseline.VECTORS:
         if importlib.util.find_spec("sklearn") is None:
             note("no classical baseline: scikit-learn is not installed")
             return {}
@@ -228,7 +227,7 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
         return {name: partial(baseline.vector_baseline, features)}
     try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.
-        space = baseline.Lsa(baseline_columns(job.data.train)[0])
+        space = baseline.Lsa(job.task.baseline_columns(job.data.train)[0])
     except ConfigError as error:
         note(f"no classical baseline: {error}")
         return {}

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.best import run_state
 from pretrain.checkpoint.model_card import COUNTS
-from pretrain.data.images.draw import colour
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
 from pretrain.finetuning.card import example_call, measured_parts, model_card
@@ -204,11 +203,9 @@ def _pictures(result: Finetuned) -> str:
     shown = result.pictures(_PICTURES)
     if not shown:
         return ""
-    first = int(result.task.name == "segmentation")  # the class that has no colour
     swatch = '<span style="background:{}">&emsp;</span>&nbsp;{}&emsp; '
     colours = "".join(
-        swatch.format(colour(k), escape(label))
-        for k, label in enumerate((result.labels or ())[first:])
+        swatch.format(colour, escape(label)) for label, colour in result.task.colours.items()
     )
     rows = [
         [

@@ -12,27 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import option
-from pretrain.data.audio.rows import mel_vectors
-from pretrain.data.images.masks import pixel_features
-from pretrain.data.images.rows import pixel_vectors
 from pretrain.errors import DataError
-from pretrain.finetuning.baseline import METRICS, tfidf_baseline, vector_baseline
-from pretrain.finetuning.regions import region_boxes
+from pretrain.finetuning.baseline import METRICS, VECTORS, tfidf_baseline, vector_baseline
 from pretrain.report.remarks import curve_of, overfitted, resumed_with
 from pretrain.training.monitor import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
-    from pretrain.data.tables import Table
     from pretrain.finetuning.result import Finetuned
     from pretrain.training.state import Run
 
-__all__ = ["BASELINE_TASKS", "baseline_columns", "remarks", "vectors_of"]
-
-# Tasks with one label for each row or pixel, for which there are classical baselines.
-BASELINE_TASKS = (
-    *("classification", "regression", "image-classification", "segmentation"),
-    "audio-classification",
-)
+__all__ = ["remarks"]
 
 # Smallest improvement at the end that is reported: absolute for a metric between 0 and 1, else relative.
 _RISE, _RELATIVE_RISE = 0.005, 0.01
@@ -41,7 +30,6 @@ _NEAR_GUESSING = 0.05
 # The classical baseline is only computed if it takes seconds: rows times classes, and characters. On one core 1,000
 # rows of 77 classes take 5 s, 1,600 film reviews of 6 million characters 8 s, 6,000 short phrases of two classes 0.5 s.
 _CELLS, _CHARACTERS = 100_000, 8_000_000
-_SCENES = 600  # held-out images of object detection times classes, of which 60 take a second
 # Metrics that are means over rows, and correlations; the number of standard errors that one difference in a hundred
 # exceeds by chance, and the fewest rows for this test.
 _SHARES, _CORRELATIONS = ("accuracy", "exact_match", "exact"), ("pearson", "spearman")
@@ -163,7 +151,7 @@ def _classical(result: Finetuned) -> str | None:
         return None
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
     where = "held-out" if data.test is None else "test"
-    read = vectors_of(data.train) or "TF-IDF"
+    read = result.task.baseline
     seen = "a sample of pixels" if read == "colours" else "the same rows"
     return (
         f"a classical baseline is better: {read} with {linear} on {seen} has {metric} {theirs:.4f} on the "
@@ -177,28 +165,22 @@ def classical_baseline(result: Finetuned) -> float | None:
     None if there is no such baseline: another task, several labels per row, scikit-learn is not installed, or there
     are so many rows that it would take more than a few seconds.
     """
-    data, metric = result.data, result.monitor
+    data, metric, task = result.data, result.monitor, result.task
     held = data.valid if data.test is None else data.test
-    boxes = result.task.name == "object-detection"
-    if not boxes and (result.task.name not in BASELINE_TASKS or metric not in METRICS):
-        return None
     if not len(data.valid) or importlib.util.find_spec("sklearn") is None:
         return None
-    if boxes:
-        names = result.labels or ()
-        few = len(held) * len(names) <= _SCENES
-        images = region_boxes(data.train, held, names) if few else []
-        return (
-            result.task.summarize(0.0, 0.0, {"images": images}, {}).get(metric) if images else None
-        )
+    if (outputs := task.baseline_outputs(data.train, held, result.labels or ())) is not None:
+        return task.summarize(0.0, 0.0, outputs, {}).get(metric)
+    if task.baseline is None or metric not in METRICS:
+        return None
     classes = len(result.labels or ()) or 2
     if len(data.train) * classes > _CELLS:
         return None
     try:
-        columns = baseline_columns(data.train, data.valid, held)
-        if (features := vectors_of(data.train)) is not None:
-            grid = (1.0,) if features == "colours" else (0.01, 0.1)
-            found = vector_baseline(features, *columns, grid=grid, metric=metric)
+        columns = task.baseline_columns(data.train, data.valid, held)
+        if task.baseline in VECTORS:
+            grid = (1.0,) if task.baseline == "colours" else (0.01, 0.1)
+            found = vector_baseline(task.baseline, *columns, grid=grid, metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
             found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
         else:
@@ -206,39 +188,3 @@ def classical_baseline(result: Finetuned) -> float | None:
     except DataError:
         return None
     return float(found["score_test"])
-
-
-def vectors_of(table: Table) -> str | None:
-    """Return what a classical baseline reads of the rows of a table, such as a key of ``VECTORS``; None for texts."""
-    known = {"boxes": "regions of pixels", "mask": "colours", "image": "pixels", "audio": "log-mel"}
-    return next((features for column, features in known.items() if column in table.names), None)
-
-
-def baseline_columns(*tables: Table) -> list[Any]:
-    """Return the columns of a baseline: texts (or pairs), pixels or log-mel, and the labels of each table.
-
-    Where every pixel has a label, the columns hold pixels that are drawn from all images.
-    """
-    columns: list[Any] = []
-    features = vectors_of(tables[0])
-    if features == "colours":
-        return [column for pair in pixel_features(*tables) for column in pair]
-    if features is not None:
-        found = (pixel_vectors if features == "pixels" else mel_vectors)(*tables)
-        for table, (vectors, rows) in zip(tables, found, strict=True):
-            columns += [vectors, [table.columns["label"][i] for i in rows]]
-        return columns
-    for table in tables:
-        pairs = [table.columns[name] for name in ("text", "pair") if name in table.columns]
-        # Rows without a text are not read by the model either.
-        used = [i for i, cells in enumerate(zip(*pairs, strict=True)) if all(map(_has_text, cells))]
-        texts = [tuple(column[i] for column in pairs) for i in used]
-        columns += [
-            texts if len(pairs) > 1 else [text for (text,) in texts],
-            [table.columns["label"][i] for i in used],
-        ]
-    return columns
-
-
-def _has_text(cell: Any) -> bool:
-    return isinstance(cell, str) and bool(cell.strip())

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, either, option, using
-from pretrain.data.audio.rows import AUDIO
-from pretrain.data.images.rows import IMAGES, is_image_source, table_chunks
-from pretrain.data.images.tars import tar_files
 from pretrain.data.labelled import Role, choose_columns, roles_table
+from pretrain.data.paths import tar_files
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
-from pretrain.data.tables import Chunk, Table, splits, stream_chunks
+from pretrain.data.tables import Chunk, Table, in_chunks, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
@@ -487,7 +485,7 @@ def predict_file(
     known = isinstance(checkpoint, str | os.PathLike)
     task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
     if chunks is None:
-        chunks = table_chunks(task.read(source, name="data", **form), _CHUNK)
+        chunks = in_chunks(task.read(source, name="data", **form), _CHUNK)
     first = next(chunks)
     where = choose_device(device)
     task.to(where)
@@ -517,23 +515,24 @@ def predict_file(
 def _table_chunks(source: Path, **form: Any) -> Iterator[Chunk] | None:
     """Return the rows of a table in chunks, of which the first has been read.
 
-    None for a folder or file of images or recordings, which the task of the model reads; here it is only opened.
+    None for a folder, or a file of another kind such as an image, which the task of the model reads; here it is only
+    opened.
 
     Raises:
         DataError: the source cannot be opened, or the first rows cannot be read.
     """
-    if not any(is_image_source(source, medium) for medium in (IMAGES, AUDIO)):
+    path = source.expanduser()
+    if table_kind(path) and not path.is_dir():
         chunks = stream_chunks(source, _CHUNK, **form)
         return chain([next(chunks)], chunks)
-    source = source.expanduser()
-    for path in tar_files(source) if source.suffix.lower() == ".tar" else [source]:
+    for file in tar_files(path) if path.suffix.lower() == ".tar" else [path]:
         try:
-            if path.is_dir():
-                os.scandir(path).close()
+            if file.is_dir():
+                os.scandir(file).close()
             else:  # without waiting for a writer if it is a pipe
-                os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+                os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK))
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+            raise DataError(f"{file} cannot be read: {error.strerror}.") from error
     return None
 
 

@@ -6,11 +6,11 @@ training by shifts and masks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pretrain.data.audio.augment import SpectrogramChanges
-from pretrain.data.audio.rows import AUDIO
+from pretrain.data.audio.rows import AUDIO, mel_vectors
 from pretrain.data.audio.source import CLIP
 from pretrain.data.images.given import given_table
 from pretrain.data.images.rows import Medium
@@ -46,6 +46,8 @@ class AudioClassification(ImageClassification):
     head_kind: ClassVar[str | None] = "audio-classification"
     figures: ClassVar[tuple[str, ...] | None] = Classification.figures
     medium: ClassVar[Medium] = AUDIO
+    baseline: ClassVar[str | None] = "log-mel"
+    vectors: ClassVar[Callable[..., Any]] = staticmethod(mel_vectors)
 
     def __init__(
         self,

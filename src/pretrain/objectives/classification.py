@@ -109,6 +109,7 @@ class Classification(ClassTask):
         ),
     )  # fmt: skip
     metric: str = "accuracy"
+    baseline: ClassVar[str | None] = "TF-IDF"
     recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     head_kind: ClassVar[str | None] = "sequence-classification"
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "macro_f1", "micro_f1", "mcc")

@@ -58,6 +58,7 @@ class ImageClassification(ImageTask, Classification):
     name: ClassVar[str] = "image-classification"
     roles: ClassVar[tuple[Role, ...]] = (IMAGE, Classification.roles[-1])
     recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
+    baseline: ClassVar[str | None] = "pixels"
     head_kind: ClassVar[str | None] = "image-classification"
     figures: ClassVar[tuple[str, ...] | None] = Classification.figures
     medium: ClassVar[Medium] = IMAGES

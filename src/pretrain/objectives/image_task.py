@@ -17,6 +17,7 @@ from pretrain.data.images.rows import (
     decoded,
     from_list,
     parts_of,
+    pixel_vectors,
     read_images,
 )
 from pretrain.data.tables import Table
@@ -36,10 +37,12 @@ class ImageTask(Task):
 
     Class attributes:
         medium: what the files of the rows hold.
+        vectors: function from tables to the vectors of a classical baseline, and the rows that can be read.
         closed: sentence for the model card on classes that the model does not know; not given, the usual one.
     """
 
     medium: ClassVar[Medium] = IMAGES
+    vectors: ClassVar[Callable[..., Any]] = staticmethod(pixel_vectors)
     closed: ClassVar[str | None] = None
 
     @classmethod
@@ -100,6 +103,13 @@ class ImageTask(Task):
     @classmethod
     def read(cls, source: Any, *, name: str = "data", **options: Any) -> Table:
         return read_images(source, name=name, medium=cls.medium, **options)
+
+    @classmethod
+    def baseline_columns(cls, *tables: Table) -> list[Any]:
+        columns: list[Any] = []
+        for table, (vectors, rows) in zip(tables, cls.vectors(*tables), strict=True):
+            columns += [vectors, [table.columns["label"][i] for i in rows]]
+        return columns
 
     @classmethod
     def parts(cls, source: Any) -> Sequence[str]:

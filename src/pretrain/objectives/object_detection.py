@@ -32,7 +32,7 @@ from pretrain.data.images.boxes import (
     stated_size,
 )
 from pretrain.data.images.decode import FileItem
-from pretrain.data.images.draw import with_boxes
+from pretrain.data.images.draw import colour, with_boxes
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role, label_strata, make_tag_map
@@ -41,6 +41,7 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.image_task import ImageTask, shown_answers, spread
+from pretrain.objectives.regions import region_boxes
 from pretrain.objectives.tasks import Learned
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["ObjectDetection", "without_overlap"]
+__all__ = ["ObjectDetection"]
 
 LABEL = Role(
     "label",
@@ -62,8 +63,10 @@ _BUMP = 0.54  # size of the bump in units of the box (TTFNet)
 _SIDES_WEIGHT = 5.0  # of the overlap beside the focal loss (TTFNet)
 _MOST = 100  # boxes of an image
 _LEAST = 0.01  # score of a box that is evaluated
-_OVERLAP = 0.5  # of a box with a better one of its class, above which it is left out
 _VISIBLE = 0.3  # share of a box that a crop must keep
+_MOST_SCENES = (
+    600  # held-out images times classes that the classical baseline reads; 60 take a second
+)
 _SHOWN = 24  # classes up to which each has its own figure
 
 
@@ -84,6 +87,7 @@ class ObjectDetection(ImageTask):
     name: ClassVar[str] = "object-detection"
     roles: ClassVar[tuple[Role, ...]] = (IMAGE, BOXES, LABEL, SIZE)
     metric: str = "ap50"
+    baseline: ClassVar[str | None] = "regions of pixels"
     trivial_name: ClassVar[str] = "boxes of one training image"
     recorded: ClassVar[tuple[str, ...]] = ("codes",)
     head_kind: ClassVar[str | None] = "object-detection"
@@ -331,7 +335,7 @@ class ObjectDetection(ImageTask):
         rows = torch.cat((corners, best[..., None], classes[..., None].to(corners)), -1)
         return [
             # What is not a number is kept, and refused as an answer.
-            without_overlap(found[~(found[:, 4] < _LEAST)])
+            figures_of.without_overlap(found[~(found[:, 4] < _LEAST)])
             for found in rows.detach().cpu().numpy()
         ]
 
@@ -386,6 +390,18 @@ class ObjectDetection(ImageTask):
             "score": [float(score) for score in found[:, 4]],
             "box": [[round(float(x), 2) for x in box] for box in found[:, :4]],
         }
+
+    @classmethod
+    def baseline_outputs(cls, train: Table, held: Table, labels: Sequence[str]) -> Any:
+        """True boxes and those of regions of likely pixels; None if that would take more than a few seconds."""
+        if len(held) * len(labels) > _MOST_SCENES:
+            return None
+        images = region_boxes(train, held, labels)
+        return {"images": images} if images else None
+
+    @property
+    def colours(self) -> dict[str, str]:
+        return {label: colour(k) for k, label in enumerate(self.labels)}
 
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Boxes and predicted boxes over their images; the score is the mean overlap of an object with its best box."""
@@ -507,14 +523,3 @@ def _generalised_iou(boxes: Tensor, others: Tensor) -> Tensor:
     union = area(*one) + area(*two) - shared
     around = area(torch.minimum(one[0], two[0]), torch.maximum(one[1], two[1]))
     return shared / union.clamp(min=1e-6) - (around - union) / around.clamp(min=1e-6)
-
-
-def without_overlap(found: np.ndarray) -> np.ndarray:
-    """Leave out boxes (N, 6), best first, that overlap a better one of their class (non-maximum suppression)."""
-    overlap = figures_of.box_iou(found[:, :4], found[:, :4])
-    overlap *= found[:, None, 5] == found[None, :, 5]
-    kept: list[int] = []
-    for i in range(len(found)):
-        if not kept or overlap[i, kept].max() <= _OVERLAP:
-            kept.append(i)
-    return found[kept]

@@ -53,6 +53,7 @@ class Regression(Task):
         ),
     )  # fmt: skip
     metric: str = "pearson"
+    baseline: ClassVar[str | None] = "TF-IDF"
     recorded: ClassVar[tuple[str, ...]] = ("center", "scale")
     head_kind: ClassVar[str | None] = "sequence-classification"
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "pearson", "spearman", "mse")

@@ -22,8 +22,15 @@ from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.decode import BrokenImage
-from pretrain.data.images.draw import with_mask
-from pretrain.data.images.masks import MASK, UNLABELLED, Mask, read_masked, read_numbers
+from pretrain.data.images.draw import colour, with_mask
+from pretrain.data.images.masks import (
+    MASK,
+    UNLABELLED,
+    Mask,
+    pixel_features,
+    read_masked,
+    read_numbers,
+)
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role, label_strata
@@ -65,6 +72,7 @@ class Segmentation(ImageTask, ClassTask):
     name: ClassVar[str] = "segmentation"
     roles: ClassVar[tuple[Role, ...]] = (IMAGE, MASK)
     metric: str = "miou"
+    baseline: ClassVar[str | None] = "colours"
     trivial_name: ClassVar[str] = "commonest class"
     recorded: ClassVar[tuple[str, ...]] = ("codes",)
     head_kind: ClassVar[str | None] = "segmentation"
@@ -301,6 +309,16 @@ class Segmentation(ImageTask, ClassTask):
         mask, _ = outputs[0]
         counts = np.bincount(mask.reshape(-1), minlength=len(self.labels)) / mask.size
         return {"mask": mask, "share": dict(zip(self.labels, counts.tolist(), strict=True))}
+
+    @classmethod
+    def baseline_columns(cls, *tables: Table) -> list[Any]:
+        """Features and classes of pixels that are drawn from all images."""
+        return [column for pair in pixel_features(*tables) for column in pair]
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """The first class has no colour."""
+        return {label: colour(k) for k, label in enumerate(self.labels[1:])}
 
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Masks and predicted masks over their images; the score is the mean intersection over union of the image."""

@@ -183,6 +183,8 @@ class Task(Objective):
         roles: the columns it reads, with the names by which they are recognised.
         metric: metric by which the best evaluation is chosen; an instance may set another.
         trivial_name: name of the baseline that ``trivial`` computes.
+        baseline: what a classical baseline reads of the rows: ``TF-IDF``, a key of ``VECTORS`` in
+            ``pretrain.finetuning.baseline``, or what `baseline_outputs` reads; None if there is no such baseline.
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read, with their types.
         recorded: attributes that ``describe`` records in config.json, as arguments of a later task.
@@ -207,6 +209,7 @@ class Task(Objective):
     roles: ClassVar[tuple[Role, ...]]
     metric: str = "loss"
     trivial_name: ClassVar[str] = "majority baseline"
+    baseline: ClassVar[str | None] = None
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
     recorded: ClassVar[tuple[str, ...]] = ()
 
@@ -394,6 +397,31 @@ class Task(Objective):
         """The correct answers of all rows, in the form that ``decode`` returns; None if the task has none."""
         return None
 
+    @classmethod
+    def baseline_columns(cls, *tables: Table) -> list[Any]:
+        """Return the columns of a classical baseline: for each table its texts, pairs or vectors, and the labels."""
+        columns: list[Any] = []
+        for table in tables:
+            pairs = [table.columns[name] for name in ("text", "pair") if name in table.columns]
+            # Rows without a text are not read by the model either.
+            cells = list(zip(*pairs, strict=True))
+            used = [i for i, row in enumerate(cells) if all(map(_has_text, row))]
+            columns += [
+                [cells[i] if len(pairs) > 1 else cells[i][0] for i in used],
+                [table.columns["label"][i] for i in used],
+            ]
+        return columns
+
+    @classmethod
+    def baseline_outputs(cls, train: Table, held: Table, labels: Sequence[str]) -> Any:
+        """Return what another classical baseline finds in held-out rows, as `summarize` reads it; None without one."""
+        return None
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """Class -> its colour in `pictures`."""
+        return {}
+
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Rows with their targets and answers as pictures, worst first, for the report; none of most tasks.
 
@@ -534,6 +562,10 @@ class Task(Objective):
             rngs = [np.random.default_rng(0) for _ in chosen]
             batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
             yield chosen, {key: value.to(device) for key, value in batch.items()}
+
+
+def _has_text(cell: Any) -> bool:
+    return isinstance(cell, str) and bool(cell.strip())
 
 
 class ClassTask(Task):

@@ -1,4 +1,4 @@
-"""Classes and functions that a user names by their import path."""
+"""Imports by name: of what a user names by its path, and of the modules of scikit-learn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.errors import ConfigError
 
-__all__ = ["import_named"]
+__all__ = ["import_named", "sklearn_module"]
 
 
 def import_named(path: str, setting: str) -> Any:
@@ -32,3 +32,16 @@ def import_named(path: str, setting: str) -> Any:
             f"{setting}: {path!r} cannot be imported ({error}). Name a class or function by its full import path, "
             f"package.module:Name; a module in the current folder is found with PYTHONPATH=."
         ) from error
+
+
+def sklearn_module(name: str) -> Any:
+    """Import a module of scikit-learn.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"sklearn.{name}")
+    except ImportError as error:
+        message = "The classical baselines need scikit-learn: pip install scikit-learn."
+        raise ConfigError(f"{message} ({error})") from None

@@ -25,11 +25,11 @@ from pretrain.data.images.rows import (
     pictures,
     pixel_vectors,
     read_images,
-    table_chunks,
 )
 from pretrain.data.images.source import labelled_images
 from pretrain.data.labelled import drop_duplicates
 from pretrain.data.row_source import open_rows
+from pretrain.data.tables import in_chunks
 from pretrain.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -387,7 +387,7 @@ def test_a_path_with_a_null_character_is_no_file() -> None:
 def test_chunks_of_a_folder_keep_the_names(tmp_path: Path) -> None:
     for k in range(5):
         png(tmp_path / "a" / f"{k}.png")
-    chunks = list(table_chunks(read_images(tmp_path), 2))
+    chunks = list(in_chunks(read_images(tmp_path), 2))
     assert [len(c.rows) for c in chunks] == [2, 2, 1]
     assert chunks[2].rows[0]["image"].endswith("4.png") and is_image_source(tmp_path)
     assert not is_image_source(tmp_path / "rows.csv")

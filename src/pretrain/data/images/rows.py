@@ -30,8 +30,9 @@ from pretrain.data.images.decode import (
     in_threads,
 )
 from pretrain.data.images.stored import Pixels, PreparedImages
-from pretrain.data.images.tars import read_tars, tar_files
-from pretrain.data.tables import HELD_OUT, Chunk, Table, read_table, shown
+from pretrain.data.images.tars import read_tars
+from pretrain.data.paths import tar_files
+from pretrain.data.tables import HELD_OUT, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.printing import console
 from pretrain.utils.files import is_muted, note
@@ -54,7 +55,6 @@ __all__ = [
     "pixel_vectors",
     "read_all",
     "read_images",
-    "table_chunks",
 ]
 
 _TRAIN = ("train", "training")
@@ -223,19 +223,6 @@ def parts_of(source: Any, medium: Medium = IMAGES) -> list[str]:
     if not is_image_source(path, medium) or not path.exists():
         return []
     return [part for part in _parts(path, medium) if part]
-
-
-def table_chunks(table: Table, size: int) -> Iterator[Chunk]:
-    """Yield the rows of a table in chunks of ``size`` rows, in which images and other items stand by their names."""
-    for start in range(0, len(table), size):
-        part = table.take(range(start, min(start + size, len(table))))
-        yield Chunk(
-            [
-                {k: str(v) if isinstance(v, FileItem) else v for k, v in row.items()}
-                for row in part.rows()
-            ],
-            part,
-        )
 
 
 def pictures(table: Table, role: str = "", medium: Medium = IMAGES) -> list[Any]:

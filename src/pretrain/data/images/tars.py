@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import re
 import tarfile
 from collections import Counter
@@ -16,36 +14,9 @@ from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import note
 from pretrain.utils.strict_json import parse_json
 
-__all__ = ["read_tars", "tar_files"]
+__all__ = ["read_tars"]
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {00000..00099}, as WebDataset spells several archives
 _MOST_TEXT = 1 << 20  # bytes of a member that is no image
-
-
-def tar_files(name: str | Path) -> list[Path]:
-    """Return the archives of a path, a pattern (``train-*.tar``) or a range (``train-{000..099}.tar``), in order.
-
-    Raises:
-        DataError: there are none, or one of the range is missing.
-    """
-    spelled = os.path.expanduser(str(name))
-    if (found := _RANGE.search(spelled)) is None:
-        paths = [Path(spelled)] if os.path.exists(spelled) else []
-        paths = paths or [Path(file) for file in sorted(glob.glob(spelled))]
-    else:
-        low, high, width = int(found[1]), int(found[2]), len(found[1])
-        paths = [
-            Path(spelled[: found.start()] + f"{i:0{width}}" + spelled[found.end() :])
-            for i in range(low, high + 1)
-        ]
-        if missing := [path for path in paths if not path.is_file()]:
-            raise DataError(
-                f"{name}: {len(missing):,} of {len(paths):,} archives do not exist, such as {missing[0]}. Correct the "
-                "range, or copy them again."
-            )
-    if not paths:
-        raise DataError(f"{name} names no file.")
-    return paths
 
 
 def read_tars(paths: Sequence[Path]) -> dict[str, list[Any]]:

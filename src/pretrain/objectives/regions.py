@@ -19,8 +19,7 @@ from pretrain import metrics
 from pretrain.data.images.decode import BrokenImage
 from pretrain.data.images.masks import surroundings
 from pretrain.data.images.rows import pictures
-from pretrain.finetuning.baseline import sklearn_module
-from pretrain.objectives.object_detection import without_overlap
+from pretrain.utils.imports import sklearn_module
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,7 +85,7 @@ def region_boxes(
         ]
         every = np.concatenate(rows)
         best = every[np.argsort(-every[:, 4], kind="stable")[:_MOST]]
-        found.append((scene[1], without_overlap(best)))
+        found.append((scene[1], metrics.without_overlap(best)))
     return found
 
 

@@ -13,10 +13,10 @@ pytest.importorskip("sklearn")
 
 import pretrain
 from pretrain.data.tables import Table
-from pretrain.finetuning.regions import region_boxes
 from pretrain.finetuning.remarks import remarks
 from pretrain.metrics import detection_precision
 from pretrain.objectives.object_detection import ObjectDetection
+from pretrain.objectives.regions import region_boxes
 
 NAMES = ("dark", "light")
 
@@ -99,8 +99,8 @@ def test_many_classes_and_regions_are_bounded(monkeypatch: pytest.MonkeyPatch) -
         seen.append(len(found))
         return found[:0]
 
-    monkeypatch.setattr("pretrain.finetuning.regions.without_overlap", compared)
-    monkeypatch.setattr("pretrain.finetuning.regions._MOST", 5)
+    monkeypatch.setattr("pretrain.metrics.without_overlap", compared)
+    monkeypatch.setattr("pretrain.objectives.regions._MOST", 5)
     taken: list[int] = []
     whole = Table.take
 
