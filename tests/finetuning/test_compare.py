@@ -80,12 +80,32 @@ def test_scores_are_those_of_the_trial(checkpoint: str, tmp_path: Path) -> None:
 
 
 def test_comparisons_that_cannot_be(checkpoint: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="seeds"):
-        compared(checkpoint, tmp_path / "a", seeds=1)
     with pytest.raises(DataError, match="500 training rows"):
         compared(checkpoint, tmp_path / "b", label_counts=[500])
     with pytest.raises(DataError, match="held-out"):
         compared(checkpoint, tmp_path / "c", valid=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"compare": "nothing"}, r"compare='scratch'"),
+        ({"seeds": 1}, r"seeds is 1;.*seeds=5"),
+        ({"seeds": 2.5}, r"seeds is 2\.5;"),
+        ({"label_counts": [0]}, r"label_counts is \[0\];.*label_counts=\[50, 200\]"),
+        ({"label_counts": [20, -5]}, "label_counts"),
+        ({"label_counts": 50}, "label_counts is 50;"),
+        ({"label_counts": ["10"]}, "label_counts"),
+        ({"label_counts": "10"}, "label_counts"),
+        ({"limit": "0.1 minutes"}, r"number of steps.*limit='500 steps'"),
+        ({"limit": "2 hours"}, "limit is '2 hours'"),
+    ],
+)
+def test_what_no_comparison_can_be_made_with_is_refused_before_the_rows_are_read(
+    tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compared("no-model", tmp_path / "a", str(tmp_path / "no-rows.csv"), **given)
 
 
 def test_asking_for_all_rows_allows_for_those_that_recur():

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pretrain.config.spelling import option
+from pretrain.config import parse_limit
+from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, DataError, PretrainError
 from pretrain.finetuning import baseline
 from pretrain.metrics import mean_interval, student_t
@@ -44,6 +45,7 @@ from pretrain.utils.strict_json import parse_json, without_nan
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.finetuning.job import Job
+    from pretrain.finetuning.settings import TuneConfig
 
 __all__ = [
     "PRETRAINED",
@@ -51,6 +53,7 @@ __all__ = [
     "Comparison",
     "Gain",
     "Notes",
+    "check_comparison",
     "compare_arms",
     "stratified_subset",
 ]
@@ -113,6 +116,48 @@ def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) ->
     return sorted(chosen)
 
 
+def check_comparison(
+    compare: str, settings: TuneConfig, label_counts: Sequence[int] | None, seeds: int
+) -> None:
+    """Refuse a comparison that cannot be made, before the rows are read.
+
+    Args:
+        compare: kind of the comparison; only ``"scratch"`` is known.
+        settings: of the run.
+        label_counts: numbers of training rows; None for all of them.
+        seeds: number of paired seeds of each arm.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if compare != "scratch":
+        raise ConfigError(
+            f"{option_name('compare')} is {compare!r}; the only comparison is {option('compare', 'scratch')}."
+        )
+    listed = isinstance(label_counts, Sequence) and not isinstance(label_counts, str)
+    if label_counts is not None and not (listed and all(_is_count(n) for n in label_counts)):
+        raise ConfigError(
+            f"{option_name('label_counts')} is {label_counts!r}; it must be a list of whole numbers of training rows, "
+            f"each at least 1: {option('label_counts', [50, 200])}."
+        )
+    if not _is_count(seeds) or seeds < 2:
+        raise ConfigError(
+            f"{option_name('seeds')} is {seeds!r}; the interval of a gain over seeds needs a whole number of them, at "
+            f"least 2, better 5: {option('seeds', 5)}."
+        )
+    if settings.train.limit and parse_limit(settings.train.limit).kind == "minutes":
+        raise ConfigError(
+            f"{option_name('limit')} is {settings.train.limit!r}: in a time each model of a comparison would take "
+            f"another number of steps, and all need the same. Give steps, {option('limit', '500 steps')}, or passes "
+            f"over the rows, {option('limit', '3 epochs')}."
+        )
+
+
+def _is_count(value: Any) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(value >= 1)
+
+
 def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Comparison:
     """Train both arms and the baselines at every number of labels, and set the chosen learning rate in the job.
 
@@ -122,13 +167,8 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         seeds: number of paired seeds of each arm.
 
     Raises:
-        ConfigError: fewer than two seeds.
         DataError: too few held-out rows, or a label count above the number of rows.
     """
-    if seeds < 2:
-        raise ConfigError(
-            f"seeds is {seeds}; the interval of a gain over seeds needs at least 2, better 5."
-        )
     train, choose, score = job.data.train, job.data.valid, job.data.test
     tested = score is not None
     if score is None:

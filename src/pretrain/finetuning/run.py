@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config.spelling import FINETUNE, option, using
+from pretrain.config.spelling import FINETUNE, using
 from pretrain.distributed.launched import count_devices
 from pretrain.distributed.world import current_world
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import DataError
 from pretrain.finetuning.closing import last_words
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.launch import check_spread, read_back, train_on
@@ -90,10 +90,10 @@ def finetune(
     """
     given = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
     settings, objects = from_keywords(config, model, task, given)
-    if compare not in (None, "scratch"):
-        raise ConfigError(
-            f"compare is {compare!r}; the only comparison is {option('compare', 'scratch')}."
-        )
+    if compare is not None:
+        from pretrain.finetuning.compare import check_comparison, compare_arms
+
+        check_comparison(compare, settings, label_counts, seeds)
     quiet = quiet or not current_world().is_rank_zero
     if devices != 1:
         check_spread(model, objects, compare)
@@ -104,8 +104,6 @@ def finetune(
             check_idle(job.settings, job.data.learned.options.get("problem"))
         comparison = None
         if compare is not None:
-            from pretrain.finetuning.compare import compare_arms
-
             # The comparison comes first, because the run uses the learning rate that it chooses.
             check_same_run(settings, Path(settings.train.out))
             comparison = compare_arms(job, label_counts, seeds)
