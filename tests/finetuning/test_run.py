@@ -232,6 +232,22 @@ def test_sweep_takes_the_best_and_prints_a_table(
     assert "each, by" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize(("monitor", "said"), [("pearson", "-0.2500"), ("mse", "0.2500")])
+def test_the_table_of_a_sweep_has_the_sign_of_the_figure(
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    monitor: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(running.Job, "score", lambda *_, **given: [-0.25])
+    rows = [{"text": row["text"], "label": i / 48} for i, row in enumerate(rows_of())]
+    options = {"lr": "sweep", "lrs": [1e-3], "limit": "1 steps", "quiet": False}
+    tune(checkpoint, tmp_path, rows, "regression", monitor=monitor, **options)
+    assert f"0.001    {said}  <- chosen" in "".join(capfd.readouterr())
+
+
 def test_automatic_learning_rate_is_said(
     checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +341,28 @@ def test_the_length_of_a_run_that_nobody_has_set() -> None:
     assert steps == sorted(steps) and steps[0] == 100
     for epoch, count in enumerate(steps, start=1):
         assert count <= max(20 * epoch, 100) and count >= min(500, 20 * epoch)
+
+
+def test_epochs_are_passes_over_the_rows(checkpoint: str, tmp_path: Path) -> None:
+    """Of 33 rows in batches of 32: two steps for one pass, and four for three, not six."""
+    options = {"limit": "", "batch_rows": 32, "valid": rows_of(8, 3), "eval_every": "1 epochs"}
+    once = tune(checkpoint, tmp_path / "1", rows_of(33), epochs=1, **options)
+    assert (once.run.step, [r["step"] for r in once.run.history if "eval" in r]) == (2, [2])
+    thrice = tune(checkpoint, tmp_path / "3", rows_of(33), epochs=3, **options)
+    assert (thrice.run.step, [r["step"] for r in thrice.run.history if "eval" in r]) == (4, [2, 4])
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_to_the_length_that_it_had(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    options = {"limit": "", "batch_rows": 32, "valid": rows_of(8, 3)}
+    with (
+        patch.object(running.Job, "steps", lambda *_: ("6 steps", 2)),
+        pytest.raises(Stop),
+    ):
+        tune(checkpoint, tmp_path, rows_of(33), epochs=3, hooks=[stop_after(5)], **options)
+    assert tune(checkpoint, tmp_path, rows_of(33), epochs=3, **options).run.step == 6
+    assert tune(checkpoint, tmp_path, rows_of(33), epochs=9, **options).run.step == 10
 
 
 def test_a_run_goes_on_with_the_rate_and_length_it_began_with(

@@ -200,7 +200,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             if arm == PRETRAINED:  # the saved model is trained on all rows, the last count
                 job.compared_lr = lr
             notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
-            shown = " ".join(f"{abs(x):.3f}" for x in scores)
+            shown = " ".join(f"{job.figure(x):.3f}" for x in scores)
             note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
         for name, fit in baselines.items():
             found = [
@@ -210,9 +210,8 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
     notes.saved, notes.unit = f"lr {job.compared_lr:g} on all {len(train):,} rows", job.unit
-    lower = job.monitor in LOWER_IS_BETTER
-    for by_count in arms.values() if lower else ():
-        by_count.update({n: [-x for x in scores] for n, scores in by_count.items()})
+    for by_count in arms.values():
+        by_count.update({n: [job.figure(x) for x in scores] for n, scores in by_count.items()})
     return Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
 
 

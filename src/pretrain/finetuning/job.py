@@ -39,6 +39,7 @@ from pretrain.objectives import check_monitor, check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
 from pretrain.training.logging import check_loggers
+from pretrain.training.monitor import LOWER_IS_BETTER
 from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
@@ -225,17 +226,18 @@ class Job:
     def steps(self, examples: int) -> tuple[str, int]:
         """Limit of a run over so many examples, and the number of steps of one epoch."""
         train = self.settings.train
-        epoch = math.ceil(examples / min(train.batch_rows, examples))
+        batch = min(train.batch_rows, examples)
+        epoch = math.ceil(examples / batch)
         if train.limit:
             return train.limit, epoch
         if train.epochs:
-            return f"{max(1, round(train.epochs * epoch))} steps", epoch
+            return f"{max(1, math.ceil(train.epochs * examples / batch))} steps", epoch
         return f"{automatic_steps(epoch)} steps", epoch
 
     def settle(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
         """Learning rate and length of the run: as given, else as it began, else from comparison, sweep or defaults."""
         settings = self.settings
-        lr, (limit, _) = self.lr(task), self.steps(examples)
+        lr, (limit, epoch) = self.lr(task), self.steps(examples)
         settled = self.settled_lr(task, out)
         if settled is not None:
             lr = settled
@@ -243,10 +245,12 @@ class Job:
             lr = self.compared_lr
         elif settings.optim.lr == "sweep":
             lr = self.sweep(lr)
-        if has_begun(out) and not settings.train.limit and not settings.train.epochs:
-            states = map(run_state, candidates(out))
+        if has_begun(out) and not settings.train.limit:
+            states, epochs = map(run_state, candidates(out)), settings.train.epochs
             known = [state["total_steps"] for state in states if state.get("total_steps")]
-            limit = f"{known[0]} steps" if known else limit
+            # Earlier versions counted every epoch in whole steps; a run that began with that length keeps it.
+            if known and (not epochs or known[0] == max(1, round(epochs * epoch))):
+                limit = f"{known[0]} steps"
         return lr, limit
 
     def trainer(
@@ -458,8 +462,12 @@ class Job:
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
         for lr, score in found.items():
-            note(f"  {lr:<8g} {abs(score):.4f}{'  <- chosen' if lr == best else ''}")
+            note(f"  {lr:<8g} {self.figure(score):.4f}{'  <- chosen' if lr == best else ''}")
         return best
+
+    def figure(self, score: float) -> float:
+        """Return the monitored metric that a score of `score` stands for."""
+        return -score if self.monitor in LOWER_IS_BETTER else score
 
     def score(
         self, *parts: Table, lr: float, limit: str, seed: int, scratch: bool = False
