@@ -52,6 +52,7 @@ class Result:
     matrix: Any = None
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
 
     def keep(self) -> None:
         """There is no run whose result could be written again."""
@@ -245,6 +246,33 @@ def test_the_command_repeats_it(tmp_path: Path) -> None:
     assert code.startswith("pretrain.finetune('runs/books-bert', rows, test=test_rows, config=")
     found.settings.model.checkpoint = "a model"
     assert command(found).startswith("pretrain.finetune(model, rows, ")  # type: ignore[arg-type]
+    found.rates = {"lr": 0.02, "muon_lr": 0.001}
+    assert command(found).endswith("-again', lr=0.02, muon_lr=0.001)")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("search", ["compare", "sweep"])
+def test_the_command_names_a_rate_that_was_chosen(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: str
+) -> None:
+    """Without it the repeated run had the automatic rate, where a comparison had chosen another."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(40)))
+    more: dict[str, Any] = {"lr": "sweep", "lrs": [3e-2], "limit": "2 steps", "name": "muon"}
+    more |= {"lr": "auto", "compare": "scratch", "seeds": 2} if search == "compare" else {}
+    monkeypatch.setattr("pretrain.finetuning.compare._baselines", lambda *_: {})
+    done = finetune(checkpoint, str(rows), "classification", out=out, **(QUICK | more))
+    said = "the learning rate is 0.03, Muon lr 0.03, chosen on the held-out rows"
+    assert said in (done.path / "README.md").read_text() and done.rates["lr"] == 3e-2
+    # The automatic rate of the model is 2e-3, that of Muon in the settings as well.
+    words = shlex.split(command(done))
+    assert words[-4:] == ["--optim.lr", "0.03", "--optim.muon_lr", "0.03"]
+    assert cli.main(words[1:]) == 0
+    again, files = Path(words[words.index("--train.out") + 1]), "model/model.safetensors"
+    assert (again / files).read_bytes() == (out / files).read_bytes()
+    (out / "report.html").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert "--optim.lr 0.03" in page and said in page
 
 
 # ------------------------------------------------------------------------------------------------- card

@@ -117,7 +117,7 @@ def test_settings_of_pre_training_that_fine_tuning_fixes() -> None:
             settled(**{name: 1})
         assert name not in TuneConfig().to_dict()[section]
     made = TuneConfig.load({"optim.weight_decay": 0.5, "train.micro_rows": 4})
-    optim, train = made.optim.at(0.25), made.train.at("runs/x", "5 steps", save=True)
+    optim, train = made.optim.at({"lr": 0.25}), made.train.at("runs/x", "5 steps", save=True)
     assert optim == OptimConfig(
         lr=0.25, muon_lr=0.002, betas=(0.9, 0.999), weight_decay=0.5, schedule="linear", warmup=0.1,
         min_lr=0.0,

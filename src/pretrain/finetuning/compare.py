@@ -33,6 +33,7 @@ from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, DataError, PretrainError
 from pretrain.finetuning import baseline
+from pretrain.finetuning.settings import rate_of_muon
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
@@ -194,14 +195,16 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
         for arm in (PRETRAINED, SCRATCH):
             began = time.monotonic()
-            lr, scores = _arm(job, arm, subsets, choose, score)
+            rates, scores = _arm(job, arm, subsets, choose, score)
             arms.setdefault(arm, {})[count] = scores
-            notes.settings.setdefault(arm, {})[f"lr at {count}"] = lr
+            chosen = {f"{name} at {count}": rate for name, rate in rates.items()}
+            notes.settings.setdefault(arm, {}).update(chosen)
+            words = f"lr {rates['lr']:g}{rate_of_muon(rates)}"
             if arm == PRETRAINED:  # the saved model is trained on all rows, the last count
-                job.compared_lr = lr
+                job.compared_lr, notes.saved = rates["lr"], f"{words} on all {len(train):,} rows"
             notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
             shown = " ".join(f"{job.figure(x):.3f}" for x in scores)
-            note(f"{arm} at {count:,} labels: {shown} (lr {lr:g})")
+            note(f"{arm} at {count:,} labels: {shown} ({words})")
         for name, fit in baselines.items():
             found = [
                 fit(*job.task.baseline_columns(rows, choose, score), metric=job.monitor, seed=seed)
@@ -209,7 +212,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             ]
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
-    notes.saved, notes.unit = f"lr {job.compared_lr:g} on all {len(train):,} rows", job.unit
+    notes.unit = job.unit
     for by_count in arms.values():
         by_count.update({n: [job.figure(x) for x in scores] for n, scores in by_count.items()})
     return Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
@@ -224,8 +227,8 @@ def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]
 
 def _arm(
     job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table
-) -> tuple[float, list[float]]:
-    """The learning rate with the best mean on ``choose``, and its scores on ``score``, one per seed."""
+) -> tuple[dict[str, float], list[float]]:
+    """The learning rates with the best mean on ``choose``, and its scores on ``score``, one per seed."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
     settled = job.settled_lr(task, Path(job.settings.train.out))
     if arm == PRETRAINED and settled is not None:
@@ -246,7 +249,7 @@ def _arm(
         return float(np.mean(chosen_by)) if np.isfinite(chosen_by).all() else -math.inf
 
     best = max(lrs, key=mean)
-    return best, [pair[1] for pair in found[best]]
+    return job.rates(task, best), [pair[1] for pair in found[best]]
 
 
 def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:

@@ -22,7 +22,7 @@ from pretrain.errors import DataError, Interrupted
 from pretrain.finetuning.measure import measure_in_parts
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
-from pretrain.finetuning.settings import TuneConfig
+from pretrain.finetuning.settings import TuneConfig, rate_of_muon
 from pretrain.finetuning.start import (
     automatic_lr,
     check_fits,
@@ -213,6 +213,25 @@ class Job:
             return automatic_lr(task.model, adapter=bool(self.settings.method.lora))
         return lr
 
+    def rates(self, task: Task, lr: float) -> dict[str, float]:
+        """Return the settings of a run at a chosen learning rate: that of Muon changes in proportion."""
+        optim = self.settings.optim
+        if optim.name != "muon":
+            return {"lr": lr}
+        return {"lr": lr, "muon_lr": optim.muon_lr * lr / self.lr(task)}
+
+    def chosen(self, task: Task, lr: float | None, out: Path) -> dict[str, float]:
+        """Return the learning rates of a run if it chose them on the held-out rows; empty if the settings give them.
+
+        Args:
+            task: the task of the run, for its model.
+            lr: learning rate of the run.
+            out: its directory.
+        """
+        given = self.settings.optim.lr
+        searched = given == "sweep" or self.compared_lr is not None or (out / SWEEP).exists()
+        return self.rates(task, lr) if lr and searched and isinstance(given, str) else {}
+
     def settled_lr(self, task: Task, out: Path) -> float | None:
         """Learning rate that is already fixed, by the settings or because the run began with it; else None."""
         lr = self.settings.optim.lr
@@ -244,7 +263,7 @@ class Job:
         elif self.compared_lr is not None:
             lr = self.compared_lr
         elif settings.optim.lr == "sweep":
-            lr = self.sweep(lr)
+            lr = self.sweep(task)
         if has_begun(out) and not settings.train.limit:
             states, epochs = map(run_state, candidates(out)), settings.train.epochs
             known = [state["total_steps"] for state in states if state.get("total_steps")]
@@ -260,7 +279,7 @@ class Job:
         held_out: TaskRows | None,
         *,
         out: str | os.PathLike[str],
-        lr: float,
+        rates: Mapping[str, float],
         limit: str,
         seed: int,
         save: bool = True,
@@ -285,7 +304,7 @@ class Job:
         return Trainer(
             task,
             rows,
-            optim=settings.optim.at(lr),
+            optim=settings.optim.at(rates),
             train=section,
             parallel=settings.parallel,
             eval_data=held_out,
@@ -320,14 +339,13 @@ class Job:
         task.prepare_reference(rows)
         held_out, tested = self.held_out(task, notes)
         lr, limit = self.settle(task, len(rows), out)
-        chosen = self.compared_lr is not None or settings.optim.lr == "sweep"
-        if chosen:
-            notes.append(f"the learning rate is {lr:g}, chosen on the held-out rows")
+        chosen = self.chosen(task, lr, out)
         new = [line for line in notes if "recur" not in line]  # the others have been printed
-        for line in (*self.overview(rows, task), *new):
+        for line in (*self.overview(rows, task), *new, *said_of(chosen)):
             note(line)
+        rates = chosen or {"lr": lr}
         trainer = self.trainer(
-            task, rows, held_out, out=out, lr=lr, limit=limit, seed=seed, hooks=hooks
+            task, rows, held_out, out=out, rates=rates, limit=limit, seed=seed, hooks=hooks
         )
 
         changed: Changed = {}
@@ -402,7 +420,10 @@ class Job:
                 found.model.extra_config["pretrain"] = block.get("pretrain", {})
             return found.eval()
 
+        rates = self.chosen(task, swept_rate(run.path), run.path)
+        notes = [*notes, *said_of(rates)]
         result = Finetuned(restored, run, self.settings, self.data, notes, base=self.build)
+        result.rates = rates
         if shared is None:
             _ = result.task
             if held_out is not None:
@@ -440,8 +461,11 @@ class Job:
             lines.append(f"{part:,} of {whole:,} parameters are trained ({part / whole:.2%})")
         return lines
 
-    def sweep(self, middle: float) -> float:
+    def sweep(self, task: Task) -> float:
         """Try learning rates in short runs and return the best on the held-out rows.
+
+        Args:
+            task: the task, for its model.
 
         Raises:
             DataError: there are no held-out rows to choose by.
@@ -457,12 +481,14 @@ class Job:
         seed = self.settings.train.seed
         found = {
             lr: self.score(train, valid, lr=lr, limit=limit, seed=seed)[0]
-            for lr in self.settings.optim.lrs or grid(middle)
+            for lr in self.settings.optim.lrs or grid(self.lr(task))
         }
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
         for lr, score in found.items():
-            note(f"  {lr:<8g} {self.figure(score):.4f}{'  <- chosen' if lr == best else ''}")
+            muon = rate_of_muon(self.rates(task, lr))
+            mark = "  <- chosen" if lr == best else ""
+            note(f"  {lr:<8g} {self.figure(score):.4f}{muon}{mark}")
         return best
 
     def figure(self, score: float) -> float:
@@ -487,8 +513,9 @@ class Job:
         out, world = Path(f"{self.settings.train.out}.trial"), current_world()
         world.on_rank_zero(lambda: shutil.rmtree(out, ignore_errors=True))
         try:
+            rates = self.rates(task, lr)
             run = self.trainer(
-                task, rows, None, out=out, lr=lr, limit=limit, seed=seed, save=False
+                task, rows, None, out=out, rates=rates, limit=limit, seed=seed, save=False
             ).fit()
             # An interrupted trial has no valid score, and its signal is meant to stop all of them.
             if run.exit_code:
@@ -505,6 +532,14 @@ class Job:
             lambda: [-lower_is_better(result.measure(part), self.monitor) for part in others]
         )
         return measured
+
+
+def said_of(rates: Mapping[str, float]) -> list[str]:
+    """Return the line that says which learning rates were chosen; none if none were."""
+    if not rates:
+        return []
+    muon = rate_of_muon(rates)
+    return [f"the learning rate is {rates['lr']:g}{muon}, chosen on the held-out rows"]
 
 
 def _measured(table: Table, rows: TaskRows | None) -> Table:

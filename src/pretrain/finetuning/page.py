@@ -243,7 +243,10 @@ def _data(result: Finetuned) -> list[str]:
 
 
 def command(result: Finetuned) -> str:
-    """How to repeat the run: a command line, or a line of Python if model or rows were objects in memory."""
+    """How to repeat the run: a command line, or a line of Python if model or rows were objects in memory.
+
+    A learning rate that was chosen on the held-out rows is named, because the settings do not hold it.
+    """
     settings = result.settings
     sources = [settings.data.train, settings.data.valid, settings.data.test]
     memory = [value for value in (settings.model.checkpoint, *sources) if from_memory(value)]
@@ -252,6 +255,8 @@ def command(result: Finetuned) -> str:
     again = f"{f'runs/{result.task.name}' if run is None else run.path}-again"
     if config is not None and not memory:
         words = ["pretrain", "finetune", "--config", str(config), "--train.out", again]
+        for name, rate in result.rates.items():
+            words += [f"--optim.{name}", repr(rate)]
         return shlex.join(words)
     arguments = ["model", "rows"]
     if settings.model.checkpoint and not from_memory(settings.model.checkpoint):
@@ -267,7 +272,8 @@ def command(result: Finetuned) -> str:
         arguments.append(f"config={str(config)!r}")
     else:
         arguments.append(f"task={result.task.name!r}")
-    return f"pretrain.finetune({', '.join([*arguments, f'out={again!r}'])})"
+    arguments += [f"out={again!r}", *(f"{name}={rate!r}" for name, rate in result.rates.items())]
+    return f"pretrain.finetune({', '.join(arguments)})"
 
 
 def _repeat(result: Finetuned) -> str:

@@ -63,6 +63,7 @@ class Finetuned:
         trivial: metrics of the task's trivial baseline, fitted to the training rows, on the held-out rows.
         trivial_test: the same on the test rows; empty without any.
         comparison: comparison with other arms, if it was requested.
+        rates: settings of the learning rates that were chosen on the held-out rows; empty if the settings give them.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Finetuned:
         self.trivial: dict[str, float] = {}
         self.trivial_test: dict[str, float] = {}
         self.comparison: Comparison | None = None
+        self.rates: dict[str, float] = {}
 
     @property
     def task(self) -> Task:

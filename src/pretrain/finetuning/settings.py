@@ -27,7 +27,7 @@ from pretrain.objectives import TASKS, task_class
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
 
-__all__ = ["TuneConfig", "from_keywords", "from_memory"]
+__all__ = ["TuneConfig", "from_keywords", "from_memory", "rate_of_muon"]
 
 
 @dataclass
@@ -128,7 +128,7 @@ class TuneOptim(OptimConfig):
     """Peak learning rate; "auto" derives it from the model's width and depth, "sweep" tries a grid in short runs."""
     lrs: list[float] = field(default_factory=list)
     """Learning rates of the sweep, and of both arms of a comparison; not given, 1/3, 1 and 3 times the automatic
-    one, in a comparison 1 and 3 times."""
+    one, in a comparison 1 and 3 times. That of Muon, muon_lr, changes in proportion."""
     muon_lr: float = setting(0.002, 0.0, 100.0)
     betas: tuple[float, float] = setting((0.9, 0.999), 0.0, 1.0 - 1e-9)
     weight_decay: float = setting(0.01, 0.0, 100.0)
@@ -137,10 +137,15 @@ class TuneOptim(OptimConfig):
     decay: float = _fixed(0.4)
     min_lr: float = setting(0.0, 0.0, 1.0)
 
-    def at(self, lr: float) -> OptimConfig:
-        """Return the trainer's section, with this learning rate."""
+    def at(self, rates: Mapping[str, float]) -> OptimConfig:
+        """Return the trainer's section, with these learning rates (``lr``, and ``muon_lr`` if it changes)."""
         names = [spec.name for spec in dataclasses.fields(OptimConfig)]
-        return OptimConfig(**{name: getattr(self, name) for name in names} | {"lr": lr})
+        return OptimConfig(**{name: getattr(self, name) for name in names} | dict(rates))
+
+
+def rate_of_muon(rates: Mapping[str, float]) -> str:
+    """Return the learning rate of Muon among chosen ones, as words that follow those of AdamW's; none without it."""
+    return f", Muon lr {rates['muon_lr']:g}" if "muon_lr" in rates else ""
 
 
 @dataclass
