@@ -204,6 +204,26 @@ def test_two_runs_in_one_directory(start: Path, tmp_path: Path) -> None:
     assert tune(start, tmp_path).run.step == 3
 
 
+@pytest.mark.parametrize("more", [{"lr": "sweep"}, {"compare": "scratch", "seeds": 2}])
+def test_the_trials_before_a_run_are_alone_in_its_directory(
+    more: Any, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two sweeps deleted the files of the first, which blamed a directory that was deleted."""
+    out, tried = tmp_path / "run", []
+
+    def trial(*_: Any, **given: Any) -> Any:
+        with pytest.raises(RunLocked, match=str(os.getpid())):
+            tune(start, out, **more)
+        assert (out / "run.lock").exists()
+        tried.append(given["lr"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.finetuning.job.Job.score", trial)
+    with pytest.raises(KeyboardInterrupt):
+        tune(start, out, **more)
+    assert len(tried) == 1 and not out.exists(), "a run that has not begun leaves no directory"
+
+
 @pytest.mark.parametrize("at", [0, 5, 14])
 def test_a_full_disk(at: int, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tune(start, tmp_path / "first")

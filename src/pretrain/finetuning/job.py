@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from pretrain.report.run_report import PAGE
 from pretrain.training.logging import check_loggers
 from pretrain.training.monitor import LOWER_IS_BETTER
 from pretrain.training.monitor import score as lower_is_better
+from pretrain.training.parallelize import run_lock
 from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
 from pretrain.training.run import (
@@ -53,6 +55,7 @@ from pretrain.training.run import (
 )
 from pretrain.training.starting_model import hash_weights, origin
 from pretrain.training.trainer import Trainer
+from pretrain.training.unbegun import Unbegun
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -328,11 +331,24 @@ class Job:
             **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock of the run directory, for the trials before the run too; a new one without a run is removed.
+
+        Raises:
+            ConfigError: the directory holds a run of other settings, or something else.
+            RunLocked: another process holds it.
+        """
+        out, world = Path(self.settings.train.out), current_world()
+        check_same_run(self.settings, out)
+        unbegun = Unbegun(out, world.is_rank_zero)
+        with unbegun.removed(), run_lock(out, world), unbegun.emptied():
+            yield
+
     def train(self, hooks: Sequence[Any] = ()) -> Finetuned:
-        """Train the main run, restore the best evaluation and write all results."""
+        """Train the main run inside of `alone`, restore the best evaluation and write all results."""
         settings, data = self.settings, self.data
         out, seed = Path(settings.train.out), settings.train.seed
-        check_same_run(settings, out)
         notes = list(data.notes)
         task = self.build(seed=seed, quiet=self.quiet, whole=False)
         rows = encode(task, data.train, "training", settings.data.max_cut, notes)
@@ -369,7 +385,7 @@ class Job:
             if task.model.layout is not None and not run.exit_code:
                 figures.extend(measure_in_parts(trainer, run, [held_out, tested]))
 
-        run = trainer.fit(begin, end, resume)
+        run = trainer.fit(begin, end, resume, locked=True)
         return self.finish(task, run, held_out, tested, notes, figures)
 
     def held_out(self, task: Task, notes: list[str]) -> tuple[TaskRows | None, TaskRows | None]:

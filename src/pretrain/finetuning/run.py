@@ -22,7 +22,7 @@ from pretrain.finetuning.page import render
 from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, from_memory
 from pretrain.report.run_report import PAGE
 from pretrain.training.launch import read_run
-from pretrain.training.run import check_same_run, has_begun, naming_paths
+from pretrain.training.run import has_begun, naming_paths
 from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page
@@ -102,16 +102,14 @@ def finetune(
         job = Job.open(model, settings, objects, quiet=quiet)
         if not has_begun(Path(settings.train.out)):
             check_idle(job.settings, job.data.learned.options.get("problem"))
-        comparison = None
-        if compare is not None:
-            # The comparison comes first, because the run uses the learning rate that it chooses.
-            check_same_run(settings, Path(settings.train.out))
-            comparison = compare_arms(job, label_counts, seeds)
         result = train_on(job, devices, hooks) if devices != 1 else None
         if (
             result is None
         ):  # else the other processes have written the report and printed these lines
-            result = done = job.train(hooks)
+            with job.alone():
+                # The comparison comes first, because the run uses the learning rate that it chooses.
+                comparison = None if compare is None else compare_arms(job, label_counts, seeds)
+                result = done = job.train(hooks)
             result.comparison = comparison
             for line in current_world().broadcast_result(lambda: last_words(done)):
                 note(line)

@@ -188,6 +188,8 @@ class Trainer:
         begin: Callable[[], None] | None = None,
         end: Callable[[Run], None] | None = None,
         resume: Callable[[], None] | None = None,
+        *,
+        locked: bool = False,
     ) -> Run:
         """Train until the limit, resuming from the newest checkpoint in the output directory if there is one.
 
@@ -198,6 +200,7 @@ class Trainer:
             begin: called on rank zero when the directory is locked for this run, before anything is read from it.
             end: called on all ranks when everything is saved, while the watchdog still runs.
             resume: called on rank zero when a checkpoint has been read and found to be one of this run.
+            locked: the caller holds the lock of the run directory already.
         """
         began, world = time.monotonic(), self.world
         unbegun = Unbegun(self.out, world.is_rank_zero)
@@ -206,7 +209,8 @@ class Trainer:
             self.device = stack.enter_context(enter_world(self))
             stack.enter_context(undisturbed(self.device))
             self.stop = stack.enter_context(catch_signals())
-            stack.enter_context(run_lock(self.out, world))
+            if not locked:
+                stack.enter_context(run_lock(self.out, world))
             stack.enter_context(unbegun.emptied())
             if begin is not None:
                 world.on_rank_zero(begin)
