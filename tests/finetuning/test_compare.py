@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from finetuning.conftest import QUICK, rows_of
 from pretrain.cli.main import main
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.compare import stratified_subset
+from pretrain.finetuning.job import Job
 from pretrain.training.state import Run
 
 
@@ -73,10 +75,72 @@ def test_both_arms_and_the_baselines(checkpoint: str, tmp_path: Path, tested: bo
 
 
 def test_scores_are_those_of_the_trial(checkpoint: str, tmp_path: Path) -> None:
-    """Called again it gives the same figures."""
+    """Another comparison gives the same figures."""
     first = compared(checkpoint, tmp_path / "a").comparison
-    again = compared(checkpoint, tmp_path / "a").comparison
+    again = compared(checkpoint, tmp_path / "b").comparison
     assert first.arms == again.arms
+
+
+def test_a_comparison_that_was_interrupted_goes_on_and_is_kept(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted one lost all its arms, and a page that was made again had no verdict."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(40)))
+    trained: list[tuple[bool, int]] = []
+
+    def score(
+        job: Job, *parts: Any, lr: float, limit: str, seed: int, scratch: bool
+    ) -> list[float]:
+        if len(trained) == 3:
+            trained.append((scratch, -1))
+            raise KeyboardInterrupt
+        trained.append((scratch, seed))
+        return [0.5, 0.25 + seed / 8 if scratch else math.nan]
+
+    monkeypatch.setattr(Job, "score", score)
+    monkeypatch.setattr("pretrain.finetuning.compare._baselines", lambda *_: {})
+    with pytest.raises(KeyboardInterrupt):
+        compared(checkpoint, out, str(rows))
+    assert [path.name for path in out.iterdir()] == ["comparison.json"]
+    found = compared(checkpoint, out, str(rows)).comparison
+    assert trained == [(False, 0), (False, 1), (True, 0), (True, -1), (True, 1)]
+    assert found.arms["scratch"] == {30: [0.25, 0.375]} and math.isnan(
+        found.arms["pretrained"][30][1]
+    )
+    # More seeds are trained beside those that are kept.
+    more = compared(checkpoint, out, str(rows), seeds=3).comparison
+    assert trained[5:] == [(False, 2), (True, 2)] and more.seeds == [0, 1, 2]
+    # The page and a call without a comparison show it, as long as it is of the run.
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert "Did pre-training help?" in (out / "report.html").read_text("utf-8")
+    assert compared(checkpoint, out, str(rows), compare=None).comparison.table() == more.table()
+    text = (out / "comparison.json").read_text("utf-8")
+    (out / "comparison.json").write_text(text.replace("0.375", "0.875"), "utf-8")
+    assert compared(checkpoint, out, str(rows), compare=None).comparison is None
+    assert len(trained) == 7
+
+
+@pytest.mark.parametrize("given", [{"lr": 2e-2}, {"weight_decay": 0.5}, {"valid": 0.5}])
+def test_trials_of_other_settings_are_not_used(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    trained: list[int] = []
+
+    def score(*_: Any, seed: int, **given: Any) -> list[float]:
+        trained.append(seed)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return [0.5, 0.5]
+
+    monkeypatch.setattr(Job, "score", score)
+    monkeypatch.setattr("pretrain.finetuning.compare._baselines", lambda *_: {})
+    for more in ({}, given):
+        trained.clear()
+        with pytest.raises(KeyboardInterrupt):
+            compared(checkpoint, tmp_path / "run", **more)
+    assert trained == [0, 1, 0, 1]
 
 
 def test_comparisons_that_cannot_be(checkpoint: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pretrain.utils.strict_json import parse_json, sealed, unsealed
 
 __all__ = [
     "BEST",
+    "COMPARISON",
     "RESULT",
     "SWEEP",
     "best_first",
@@ -31,13 +32,14 @@ __all__ = [
 ]
 
 BEST, SWEEP = "best.json", "sweep.json"
+COMPARISON = "comparison.json"  # see ``pretrain.finetuning.kept``
 RESULT = "model"  # directory inside a run, see ``pretrain.checkpoint.result``
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
 
 
 def write_choice(path: Path, body: Mapping[str, Any]) -> None:
-    """Write ``best.json`` or ``sweep.json`` with its digest, atomically."""
+    """Write ``best.json``, ``sweep.json`` or ``comparison.json`` with its digest, atomically."""
     with writing(path):
         replace_file(path, sealed(body))
 

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,15 +28,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pretrain.checkpoint.best import swept_rate
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, DataError, PretrainError
 from pretrain.finetuning import baseline
+from pretrain.finetuning.kept import Kept
 from pretrain.finetuning.settings import rate_of_muon
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
 from pretrain.training.monitor import LOWER_IS_BETTER
+from pretrain.training.run import resumable, run_key
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.files import note
 from pretrain.utils.html import bullets, notebook_view, table
@@ -56,6 +58,7 @@ __all__ = [
     "Notes",
     "check_comparison",
     "compare_arms",
+    "kept_comparison",
     "stratified_subset",
 ]
 
@@ -162,6 +165,8 @@ def _is_count(value: Any) -> bool:
 def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Comparison:
     """Train both arms and the baselines at every number of labels, and set the chosen learning rate in the job.
 
+    Trials that the run directory keeps are not trained again, and the comparison is kept there, see `Kept`.
+
     Args:
         job: job of the main run.
         label_counts: numbers of training rows; all of them when None.
@@ -190,19 +195,19 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         valid_rows=len(choose),
     )
     notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
-    baselines = _baselines(job)
+    baselines, kept = _baselines(job), Kept(Path(job.settings.train.out))
+    kept.begin(_key(job))
     for count in counts:
         subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
         for arm in (PRETRAINED, SCRATCH):
-            began = time.monotonic()
-            rates, scores = _arm(job, arm, subsets, choose, score)
+            rates, scores, seconds = _arm(job, arm, subsets, choose, score, kept)
             arms.setdefault(arm, {})[count] = scores
             chosen = {f"{name} at {count}": rate for name, rate in rates.items()}
             notes.settings.setdefault(arm, {}).update(chosen)
             words = f"lr {rates['lr']:g}{rate_of_muon(rates)}"
             if arm == PRETRAINED:  # the saved model is trained on all rows, the last count
                 job.compared_lr, notes.saved = rates["lr"], f"{words} on all {len(train):,} rows"
-            notes.seconds[arm] = notes.seconds.get(arm, 0.0) + time.monotonic() - began
+            notes.seconds[arm] = notes.seconds.get(arm, 0.0) + seconds
             shown = " ".join(f"{job.figure(x):.3f}" for x in scores)
             note(f"{arm} at {count:,} labels: {shown} ({words})")
         for name, fit in baselines.items():
@@ -215,7 +220,34 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     notes.unit = job.unit
     for by_count in arms.values():
         by_count.update({n: [job.figure(x) for x in scores] for n, scores in by_count.items()})
-    return Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
+    comparison = Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
+    kept.end(json.loads(comparison.to_json()), job.compared_lr)
+    return comparison
+
+
+def kept_comparison(job: Job) -> Comparison | None:
+    """The comparison that the run directory of a job keeps; None if it is not of these settings and this run."""
+    out = Path(job.settings.train.out)
+    body = Kept(out).body
+    if "comparison" not in body or body["key"] != _key(job) or body["lr"] != swept_rate(out):
+        return None
+    return Comparison.from_json(json.dumps(body["comparison"]))
+
+
+def _key(job: Job) -> str:
+    """Hash of what all trials have in common: rows, weights, and settings that change a result."""
+    if job.weights is None:
+        job.build(seed=0)
+    # The weights and the fingerprint stand for the places of the model and of the rows.
+    own = {"model.checkpoint", "data.train", "data.valid", "data.test", "optim.lrs"}
+    own |= resumable(job.settings)
+    settings = {
+        f"{section}.{name}": value
+        for section, values in job.settings.to_dict().items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in own and value is not None
+    }
+    return run_key({**settings, "weights": job.weights}, job.data.fingerprint)
 
 
 def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]:
@@ -226,9 +258,9 @@ def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]
 
 
 def _arm(
-    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table
-) -> tuple[dict[str, float], list[float]]:
-    """The learning rates with the best mean on ``choose``, and its scores on ``score``, one per seed."""
+    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table, kept: Kept
+) -> tuple[dict[str, float], list[float], float]:
+    """The learning rates with the best mean on ``choose``, their scores on ``score``, one per seed, and the seconds."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
     settled = job.settled_lr(task, Path(job.settings.train.out))
     if arm == PRETRAINED and settled is not None:
@@ -238,18 +270,21 @@ def _arm(
         lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
     limit, _ = job.steps(len(subsets[0]))
     found: dict[float, list[list[float]]] = {}
+    taken = 0.0
     for lr in lrs:
-        found[lr] = [
-            job.score(rows, choose, score, lr=lr, limit=limit, seed=seed, scratch=arm == SCRATCH)
-            for seed, rows in enumerate(subsets)
-        ]
+        for seed, rows in enumerate(subsets):
+            score_it = partial(job.score, rows, choose, score, lr=lr, limit=limit, seed=seed)
+            name = f"{arm} at {len(rows)} labels, {limit}, lr {lr!r}, seed {seed}"
+            scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
+            found.setdefault(lr, []).append(scores)
+            taken += seconds
 
     def mean(lr: float) -> float:
         chosen_by = [pair[0] for pair in found[lr]]
         return float(np.mean(chosen_by)) if np.isfinite(chosen_by).all() else -math.inf
 
     best = max(lrs, key=mean)
-    return job.rates(task, best), [pair[1] for pair in found[best]]
+    return job.rates(task, best), [pair[1] for pair in found[best]], taken
 
 
 def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:

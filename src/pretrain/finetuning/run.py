@@ -16,6 +16,7 @@ from pretrain.distributed.launched import count_devices
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
 from pretrain.finetuning.closing import last_words
+from pretrain.finetuning.compare import check_comparison, compare_arms, kept_comparison
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.launch import check_spread, read_back, train_on
 from pretrain.finetuning.page import render
@@ -91,8 +92,6 @@ def finetune(
     given = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
     settings, objects = from_keywords(config, model, task, given)
     if compare is not None:
-        from pretrain.finetuning.compare import check_comparison, compare_arms
-
         check_comparison(compare, settings, label_counts, seeds)
     quiet = quiet or not current_world().is_rank_zero
     if devices != 1:
@@ -110,9 +109,11 @@ def finetune(
                 # The comparison comes first, because the run uses the learning rate that it chooses.
                 comparison = None if compare is None else compare_arms(job, label_counts, seeds)
                 result = done = job.train(hooks)
-            result.comparison = comparison
+            result.comparison = comparison or kept_comparison(job)
             for line in current_world().broadcast_result(lambda: last_words(done)):
                 note(line)
+        else:
+            result.comparison = kept_comparison(job)
     return result
 
 
@@ -141,6 +142,7 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     with muted(), naming_paths(folder, settings):
         job = Job.open(None, settings, {}, quiet=True)
         result = read_back(job, run, write=False)
+        result.comparison = kept_comparison(job)
     if result.model.extra_config["pretrain"].get("fingerprint") != result.fingerprint:
         raise DataError(
             f"The rows of {', '.join(dict.fromkeys(job.data.names.values()))} are not those of {folder}: a file has "

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.best import SWEEP
+from pretrain.checkpoint.best import COMPARISON, SWEEP
 from pretrain.training.logging import RunLog
 from pretrain.utils import runlock
 from pretrain.utils.directories import make_directories
@@ -33,7 +33,7 @@ class Home:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._next = 0.0
         self._kept: dict[str, bytes] = {}
-        for name in ("run.yaml", SWEEP):
+        for name in ("run.yaml", SWEEP, COMPARISON):
             with contextlib.suppress(OSError):
                 self._kept[name] = (self.path / name).read_bytes()
 
