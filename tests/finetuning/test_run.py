@@ -193,9 +193,9 @@ def test_settings_reach_the_trainer(
     seen: dict[str, Any] = {}
 
     class Spy(running.Trainer):
-        def fit(self, *steps: Any) -> Any:
+        def fit(self, *steps: Any, **more: Any) -> Any:
             seen.update(optim=self.optim, train=self.train, parallel=self.parallel)
-            return super().fit(*steps)
+            return super().fit(*steps, **more)
 
     monkeypatch.setattr(running, "Trainer", Spy)
     tune(
