@@ -190,3 +190,31 @@ def test_answers_are_cut_before_stop_texts() -> None:
     text = write(model, [[7, 8]], max_new_tokens=20, seed=3)[0]
     assert len(text) > 4
     assert write(model, [[7, 8]], max_new_tokens=20, seed=3, stop=text[2:4])[0] == text[:2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", "é", "<mark>", "<turn>"]), min_size=1, max_size=8),
+    st.sampled_from(["<mark>", "b<mark>", "<turn>ab", "<mark><turn>é", "a<turn>b<mark>"]),
+)
+def test_a_stop_text_may_have_special_tokens(said: list[str], stop: str) -> None:
+    """They end the text and are not shown; what stands before and after them is held back until it is known."""
+    tokenizer = train_from_texts([WORDS] * 3, "bpe", vocab_size=270)
+    tokenizer.backend.add_special_tokens(["<mark>", "<turn>"])
+    tokenizer = Tokenizer(tokenizer.backend, tokenizer.config)
+    model = build(
+        "gpt2", None, tokenizer=tokenizer, num_layers=1, hidden_size=8, num_heads=1,
+        intermediate_size=8, max_positions=64, vocab_size=len(tokenizer),
+    )  # fmt: skip
+    ids = tokenizer.encode("".join(said))
+    whole = "".join(said)
+    wanted = whole[: whole.index(stop)] if stop in whole else whole
+    wanted = wanted.replace("<mark>", "").replace("<turn>", "")
+    with pytest.MonkeyPatch.context() as patch:
+        says(patch, [*ids, tokenizer.eos_id or 0], len(tokenizer))
+        stream = Stream(model, [7], max_new_tokens=30, stop=stop)
+        assert "".join(stream) == write(model, [[7]], max_new_tokens=30, stop=stop)[0] == wanted
+        made = generate(model, [7], max_new_tokens=30, stop=stop)[1:]
+        end = len(tokenizer.encode(whole[: whole.find(stop) + len(stop)]))
+        assert made == (ids[:end] if stop in whole else [*ids, tokenizer.eos_id])
+        assert generate(model, "a", max_new_tokens=30, stop=stop) == "a" + wanted

@@ -23,6 +23,7 @@ from pretrain.nn.attention import KVCache
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
+    from pretrain.data.tokenizer import Tokenizer
     from pretrain.models.base import Model
 
 __all__ = ["Stream", "embed", "fill_mask", "generate", "write"]
@@ -63,7 +64,7 @@ def generate(
         top_p: sample from the most likely tokens that together have this probability.
         min_p: sample from tokens with at least this fraction of the largest probability.
         repetition_penalty: above 1, tokens that already occur become less likely.
-        stop: texts at which to stop; the answer is cut before them, also within a token.
+        stop: texts at which to stop, also with special tokens; the answer is cut before them, also within a token.
         seed: seed of sampling; the global random state is neither read nor changed.
         use_cache: cache keys and values of earlier tokens; if False, everything is recomputed for every token.
         stream: return a `Stream`, an iterator over the pieces of the text as it is made; the prompt, which must be
@@ -150,8 +151,9 @@ def write(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> lis
     chosen = _checked(model, ids, options)
     decoder = _Decoder(model, ids, chosen)
     decoder.run()
+    tokenizer = tokenizer_of(model, "write text")
     return [
-        cut(tokenizer_of(model, "write text").continuation(before, new), chosen.stop)
+        cut(tokenizer, before, new, chosen.stop)[0]
         for before, new in zip(ids, decoder.new, strict=True)
     ]
 
@@ -161,7 +163,7 @@ def _answer(model: Model, asked: Prompts, added: list[list[int]], stops: Sequenc
     if asked.texts is not None:
         tokenizer = tokenizer_of(model, "write text")
         texts = [
-            text + cut(tokenizer.continuation(ids, new), stops)
+            text + cut(tokenizer, ids, new, stops)[0]
             for text, ids, new in zip(asked.texts, asked.ids, added, strict=True)
         ]
         return texts[0] if asked.form == "one" else texts
@@ -174,9 +176,53 @@ def _answer(model: Model, asked: Prompts, added: list[list[int]], stops: Sequenc
     )
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
-    """Return the text before the first stop text in it."""
-    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+def cut(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    new: Sequence[int],
+    stops: Sequence[str],
+    *,
+    final: bool = True,
+) -> tuple[str, bool]:
+    """Return the text of ``new`` after ``ids`` before the first stop text, and whether there is one.
+
+    A stop text may have special tokens; the text that is returned has none.
+
+    Args:
+        tokenizer: writes the text.
+        ids: the tokens before.
+        new: the tokens of the text.
+        stops: the stop texts.
+        final: if False, leave out what later tokens may change or a stop text may take away.
+    """
+    text = (tokenizer.continuation if final else tokenizer.settled)(ids, new)
+    if not stops:
+        return text, False
+    end, found = len(text), False
+    plain = text, range(len(text) + 1)
+    for whole, places in (plain, _with_special(tokenizer, ids, new, text)):
+        at = min((at for at in map(whole.find, stops) if at >= 0), default=None)
+        found |= at is not None
+        if at is None:
+            at = len(whole if final else without_start(whole, stops))
+        end = min(end, places[at])
+    return text[:end], found
+
+
+def _with_special(
+    tokenizer: Tokenizer, ids: Sequence[int], new: Sequence[int], text: str
+) -> tuple[str, Sequence[int]]:
+    """Return a text of ``new`` with its special tokens, and the place in ``text`` of each character and of the end."""
+    whole, places, last = "", list[int](), 0
+    for k, token in enumerate(new):
+        if token in tokenizer.special_ids:
+            at = len(tokenizer.continuation(ids, new[:k]))
+            if last <= at <= len(text):
+                name = tokenizer.decode([token], skip_special=False)
+                whole += text[last:at] + name
+                places += [*range(last, at), *([at] * len(name))]
+                last = at
+    return whole + text[last:], [*places, *range(last, len(text) + 1)]
 
 
 def without_start(text: str, stops: Sequence[str]) -> str:
@@ -263,11 +309,7 @@ class Stream(Iterator[str]):
     def _text(self, *, final: bool) -> str:
         """Return the text so far without what later tokens may change or a stop text may take away."""
         new, stops = self._decoder.new[0], self._settings.stop
-        write = self._tokenizer.continuation if final else self._tokenizer.settled
-        whole = write(self._ids, new)
-        text = cut(whole, stops)
-        if not final and text == whole:
-            text = without_start(text, stops)
+        text, _ = cut(self._tokenizer, self._ids, new, stops, final=final)
         return text.strip() if self._strip else text
 
 
@@ -400,8 +442,8 @@ class _Decoder:
             return False
         tail = new[-self.window :]
         before = [*ids, *new][: len(ids) + len(new) - len(tail)]
-        text = tokenizer_of(self.model, "look for stop texts").continuation(before, tail)
-        return any(stop in text for stop in self.settings.stop)
+        tokenizer = tokenizer_of(self.model, "look for stop texts")
+        return cut(tokenizer, before, tail, self.settings.stop)[1]
 
     def _seen(self, prompts: list[list[int]], device: torch.device) -> Tensor | None:
         """Return (B, V) booleans, True for tokens in a row; None without a repetition penalty."""
